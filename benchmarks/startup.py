@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 STORED_RUN = Path(__file__).parents[1] / "tests" / "formats" / "data" / "1"
 # A study.toml has no digest to sign before its base is loaded and the adapter's frozen factor made.
-RESOLVES = ("review", "triage.toml", "--site", "site-north.toml")
+RESOLVES = ("review", "triage.toml", "--site", "site-north.toml", "--digest")
 COMMANDS = (
     ("--help",),
     ("models", "list"),
@@ -31,6 +31,7 @@ COMMANDS = (
     ("versions", "daily"),
     ("ledger", "site-north.toml"),
     ("review", "triage/plan.json", "--site", "site-north.toml"),
+    ("review", "triage.toml", "--site", "site-north.toml"),
     RESOLVES,
 )
 

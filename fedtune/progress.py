@@ -15,17 +15,18 @@ OnWork = Callable[[int, int], None]  # done, total
 @dataclass(frozen=True)
 class Step:
     """What a long step has done of its work. done, total: in any unit that takes equally long each
-    time, so that the time left follows from the time taken; total is at least 1. once: the rounds
-    after this one do not repeat it."""
+    time, so that the time left follows from the time taken; total 0: nobody counts. once: the
+    rounds after this one do not repeat it."""
 
     text: str
-    done: int
-    total: int
+    done: int = 0
+    total: int = 0
     once: bool = False
 
     @property
-    def share(self) -> float:
-        return self.done / self.total
+    def share(self) -> float | None:
+        """The part that is done; None where nobody counts."""
+        return self.done / self.total if self.total else None
 
 
 Listener = Callable[[Step], None]
@@ -34,7 +35,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 _stages: ContextVar[tuple[str, ...]] = ContextVar("stages", default=())
 
 
-def report(text: str, done: int, total: int, *, once: bool = False) -> None:
+def report(text: str, done: int = 0, total: int = 0, *, once: bool = False) -> None:
     """Notify the listener, if there is one, of counts of work, never of content; they go to this
     machine's screen alone. done, total, once: as of Step."""
     if listener := _listener.get():

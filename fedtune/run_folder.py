@@ -70,13 +70,34 @@ def finished(study: Study, runs: Path = RUNS) -> Path | None:
 def is_finished(run: Path, study: Study) -> bool:
     """Return whether the folder holds a finished run of this study, also one that its [selection]
     records ended early. Errors: InputError, ConfigError where its plan cannot be read."""
-    from fedtune.dp.calibration import with_rounds
-
     if study.continuous or not (run / SIGNATURE).is_file():
         return False
     plan = load_plan(run)
+    return with_digests_of(study, plan).digest == plan.digest
+
+
+def with_digests_of(study: Study, plan: Study) -> Study:
+    """Fill in the digests that a plan has and its study leaves open, and the rounds: the plan
+    itself where it is of this study."""
+    from fedtune.dp.calibration import with_rounds
+
     tables = _pinned(study.model_dump(mode="json"), plan.model_dump(mode="json"))
-    return with_rounds(type(study).model_validate_json(json.dumps(tables))).digest == plan.digest
+    return with_rounds(type(study).model_validate_json(json.dumps(tables)))
+
+
+def has_begun(run: Path) -> bool:
+    """Return whether --resume goes on with the run in this folder."""
+    return (run / "checkpoint" / "run.db").exists()
+
+
+def stopped_line(run: Path) -> str:
+    """Say what a run that was stopped by Ctrl-C keeps."""
+    if has_begun(run):
+        return f"stopped; {run} keeps every whole round, and the same command with --resume goes on"
+    return (
+        "stopped before the first round: no site has paid anything. What was computed from public "
+        "text is kept on this machine, and the same command goes on from there"
+    )
 
 
 def _pinned(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
@@ -131,11 +152,22 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
     return out or folder_for(study.study.name, resume=resume, runs=runs)
 
 
+def check_vacant(run: Path) -> None:
+    """Check that a run may begin in a folder. Errors: ConfigError where one is there."""
+    if any((run / name).exists() for name in ("checkpoint", "report.json")):
+        raise ConfigError(
+            f"{run}: a run is already there",
+            "an empty folder",
+            "continue that run with --resume, or choose another --out",
+        )
+
+
 def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
     """Say on one line which run goes on, or that another one of this study is not finished; ""
     where there is nothing to say. run, resume, runs: as of new_run."""
     if resume:
-        return f"going on with {run}" if run.exists() else ""
+        found = has_begun(run)
+        return f"going on with {run}" if found else f"no run to go on with: {run} begins"
     last = folder_for(study.study.name, resume=True, runs=runs)
     if last == run or not (last / "checkpoint").is_dir() or (last / SIGNATURE).exists():
         return ""

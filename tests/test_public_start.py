@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedtune.run_folder import load_plan
 from fedtune.server import store
 from fedtune.training import public as public_module
 from fedtune.training import start as start_module
+from fedtune.training import start_cache
 from fedtune.training.start import start
 from tests.dp.conftest import study
 from tests.simulated import simulate
@@ -36,8 +38,15 @@ path = "public.jsonl"
 licence = "CC0"
 columns = { prompt = "q", completion = "a" }
 """
+TRAINED = 4 * ["trained_on"]  # a step each
 START = "[start]\nsteps = 4\nlearning_rate = 5.0\n"
 PRECONDITIONER = "[lora.preconditioner]\nrank = 12\n"
+
+
+@pytest.fixture(autouse=True)
+def own_start_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test computed from public text, no other finds."""
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -147,6 +156,7 @@ def test_a_head_starts_at_the_optimum_of_a_regression_on_public_records(
 ) -> None:
     """Its gradient is zero there, by torch, from what a network makes of the texts one by one."""
     monkeypatch.setattr(public_module, "PENALTY", 0.01)
+    monkeypatch.setattr(start_cache, "kept", lambda key: None)
     process_cache.clear("made from public text")
     named = start(classes(tiny_encoder))
     table = {"head": "public", "scale": 5.0}
@@ -226,13 +236,13 @@ def test_it_is_computed_once_for_plans_that_differ_in_what_comes_later(
 ) -> None:
     given = load_study(laid_out).changed(lora={"a_init": "public"})
     first = start(given)
-    assert made == ["public_factor", "output_factors", "trained_on"]
+    assert made == ["public_factor", "output_factors", *4 * ["trained_on"]]
     later = given.changed(
         training={"learning_rate": 0.01, "rounds": 5}, privacy={"epsilon": 1.0},
         strategy={"min_sites": 2}, wire={"update": "float32"}, study={"name": "another"},
     )  # fmt: skip
     again = start(later)
-    assert len(made) == 3
+    assert len(made) == 6
     assert digest(again.adapter) == digest(first.adapter)
     assert digest(again.frozen) == digest(first.frozen)
     assert again.study.lora and first.study.lora
@@ -246,12 +256,14 @@ def test_it_is_computed_once_for_plans_that_differ_in_what_comes_later(
 @pytest.mark.parametrize(
     ("changes", "anew"),
     [
-        ({"start": {"steps": 3}}, ["trained_on"]),
-        ({"clipping": {"max_grad_norm": 0.25}}, ["trained_on"]),
-        ({"lora": {"preconditioner": {"damping": 0.5}}}, ["output_factors", "trained_on"]),
-        ({"lora": {"alpha": 3.0}}, ["public_factor", "output_factors", "trained_on"]),
-        ({"study": {"seed": 5}}, ["public_factor", "output_factors", "trained_on"]),
-        ({"objective": {"max_length": 24}}, ["public_factor", "output_factors", "trained_on"]),
+        ({"start": {"steps": 3}}, []),  # the first steps of four
+        ({"start": {"steps": 6}}, TRAINED[:2]),
+        ({"start": {"learning_rate": 4.0}}, TRAINED),
+        ({"clipping": {"max_grad_norm": 0.25}}, TRAINED),
+        ({"lora": {"preconditioner": {"damping": 0.5}}}, ["output_factors", *TRAINED]),
+        ({"lora": {"alpha": 3.0}}, ["public_factor", "output_factors", *TRAINED]),
+        ({"study": {"seed": 5}}, ["public_factor", "output_factors", *TRAINED]),
+        ({"objective": {"max_length": 24}}, ["public_factor", "output_factors", *TRAINED]),
     ],
 )
 def test_what_it_depends_on_computes_it_anew(
@@ -273,3 +285,86 @@ def test_other_public_text_computes_it_anew(
     made.clear()
     start(load_study(laid_out))
     assert "output_factors" in made and "trained_on" in made
+
+
+# ------------------------------------------------------------------------- kept on this machine
+
+
+def test_a_start_that_is_broken_off_goes_on_after_its_last_whole_step(
+    laid_out: Path, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = load_study(laid_out).changed(lora={"a_init": "public"})
+    real = start_module.trained_on
+
+    def stopped(*arguments: Any) -> Any:
+        if arguments[-1] == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start_module, "trained_on", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            start(given)
+    assert made == ["public_factor", "output_factors", *TRAINED[:2]]
+    made.clear()
+    process_cache.clear("made from public text")  # as another process begins
+    whole = start(given)
+    assert made == TRAINED[2:]
+    process_cache.clear("made from public text")
+    monkeypatch.setattr(start_cache, "kept", lambda key: None)
+    anew = start(given)
+    for one, other in ((whole.adapter, anew.adapter), (whole.frozen, anew.frozen)):
+        assert all(np.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+def test_what_was_kept_and_damaged_is_computed_again(
+    laid_out: Path, tmp_path: Path, made: list[str]
+) -> None:
+    given = load_study(laid_out)
+    first = start(given)
+    kept = sorted((tmp_path / "cache" / start_cache.FOLDER).glob("*.safetensors"))
+    assert len(kept) == 5 and {path.stat().st_mode & 0o777 for path in kept} == {0o600}
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-1])
+    made.clear()
+    process_cache.clear("made from public text")
+    again = start(given)
+    assert made == ["output_factors", *TRAINED]
+    assert all(np.allclose(again.adapter[n], a, atol=1e-4) for n, a in first.adapter.items())
+
+
+def test_a_disk_that_keeps_nothing_is_no_error(
+    laid_out: Path, tmp_path: Path, made: list[str]
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    start(load_study(laid_out))
+    assert made == ["output_factors", *TRAINED]
+
+
+def test_what_was_used_longest_ago_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_cache, "MOST_BYTES", 3000)
+    for number, key in enumerate("abcd"):
+        start_cache.keep(key, {"x": np.zeros(200, np.float32)})
+        path = tmp_path / "cache" / start_cache.FOLDER / f"{key}.safetensors"
+        os.utime(path, (number, number))
+    left = {path.stem for path in path.parent.iterdir()}
+    assert left == {"b", "c", "d"}
+
+
+def test_what_a_plug_in_computes_stays_in_the_process(
+    laid_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its code may change without a word."""
+    monkeypatch.setattr(start_module, "_is_ours", lambda study: False)
+    process_cache.clear("made from public text")
+    start(load_study(laid_out))
+    assert not (tmp_path / "cache" / start_cache.FOLDER).exists()
+    given = load_study(laid_out)
+    monkeypatch.undo()
+    assert start_module._is_ours(given)
+    theirs = given.model_copy(
+        update={"objective": given.objective.model_copy(update={"name": "their_own"})}
+    )
+    assert not start_module._is_ours(theirs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedtune.cli.exit_codes import Told, command
+from fedtune.cli.pace import StepPace
 from fedtune.cli.study import SET
 from fedtune.errors import ConfigError
 from fedtune.progress import Step, listening, report
+from fedtune.report.figures import duration
 
 SLOW_SECONDS = 5.0  # without a finding, before a pipe is told which check runs
+AGAIN_SECONDS = 30.0  # between two such lines of one check
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -94,7 +98,7 @@ def doctor(
     console.print(f"checking {file}", markup=False, highlight=False, soft_wrap=True)
     results = []
     with Checking(console) as checking:
-        report("loading the libraries", 0, 1)
+        report("loading the libraries")
         if coordinator:
             from fedtune.server.doctor import Place
             from fedtune.server.doctor import examine as examine_coordinator
@@ -123,12 +127,13 @@ def doctor(
 
 
 class Checking:
-    """Shows which check runs, as it reports itself: on a terminal always, elsewhere as a line where
-    there was none for SLOW_SECONDS."""
+    """Shows which check runs and how far it is, as it reports itself: on a terminal always,
+    elsewhere as a line where there was none for SLOW_SECONDS, and then every AGAIN_SECONDS."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._text = console, ""
+        self._console, self._line, self._pace = console, "", StepPace()
         self._status = console.status("")
+        self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Checking:
@@ -144,22 +149,33 @@ class Checking:
 
     def ended(self) -> None:
         """A check has ended: nothing is to be said of it any more."""
-        if self._timer:
-            self._timer.cancel()
-        self._timer = None
+        with self._lock:
+            if self._timer:
+                self._timer.cancel()
+            self._timer = None
 
     def _hear(self, step: Step) -> None:
-        if step.text != self._text:
-            self._text = step.text
-            self._status.update(escape(step.text))
-        if not (self._console.is_terminal or (self._timer and self._timer.is_alive())):
-            self._timer = threading.Timer(SLOW_SECONDS, self._print)
-            self._timer.daemon = True
-            self._timer.start()
+        seconds = self._pace.left(step, time.monotonic())
+        share = "" if step.share is None else f" {step.share:.0%}"
+        self._line = f"{step.text}{share}" + (f", {duration(seconds)} left" if seconds else "")
+        self._status.update(escape(self._line))
+        with self._lock:
+            if self._timer is None and not self._console.is_terminal:
+                self._timer = self._begin(SLOW_SECONDS)
 
-    def _print(self) -> None:
-        line = f"     {self._text} …"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def _begin(self, seconds: float) -> threading.Timer:
+        timer = threading.Timer(seconds, lambda: self._print(timer))
+        timer.daemon = True
+        timer.start()
+        return timer
+
+    def _print(self, timer: threading.Timer) -> None:
+        with self._lock:
+            if self._timer is not timer:
+                return  # the check has ended
+            line = f"     {self._line} …"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._timer = self._begin(AGAIN_SECONDS)
 
 
 def _kind(file: Path) -> str:

@@ -63,10 +63,8 @@ def command(
                     _print_json(result)
                 sys.stdout.flush()
                 return
-            except KeyboardInterrupt:
-                code, line = 130, "stopped; continue with --resume"
-                if "resume" not in kwargs:
-                    line = "stopped"
+            except KeyboardInterrupt as stop:
+                code, line = 130, str(stop) or "stopped"
             except Told as told:
                 if as_json:
                     _print_json(told.result)

@@ -36,9 +36,25 @@ from fedtune.cli import site as cli_site
 from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command, quiet_if_unread
-from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load
+from fedtune.cli.study import (
+    METRICS,
+    RESUME,
+    SET,
+    STUDY,
+    TRACKER,
+    load,
+    say_what_was_paid,
+    stopping,
+)
 from fedtune.errors import ConfigError
-from fedtune.run_folder import already_done, beginning, finished_line, new_run, read_report
+from fedtune.run_folder import (
+    already_done,
+    beginning,
+    check_vacant,
+    finished_line,
+    new_run,
+    read_report,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -175,6 +191,10 @@ def simulate(
             show_default=False,
         ),
     ] = None,
+    yes: Annotated[
+        bool,
+        typer.Option("--yes", help="Pay again for a study that was paid for, without asking."),
+    ] = False,
     settings: SET = None,
     tracker: TRACKER = None,
 ) -> dict[str, Any]:
@@ -193,10 +213,18 @@ def simulate(
         typer.echo(line)
     if not loaded.private:
         warn_not_private(_console())
+    from fedtune.launch.simulate import check_budgets
+
+    if not resume:
+        check_vacant(folder)
+    paid = check_budgets(loaded, loaded_sites, folder)
+    if not resume:
+        say_what_was_paid(paid, ask=not yes)
     from fedtune.observe import observer
     from fedtune.observe.trackers import build
 
     with (
+        stopping(folder),
         Watch(_console(), "preparing", hold=True) as watch,
         observer("coordinator", folder, then=watch, trackers=build(tracker or ())) as events,
     ):

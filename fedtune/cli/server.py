@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.exit_codes import command
-from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load
+from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load, stopping
 from fedtune.errors import ConfigError
 from fedtune.run_folder import already_done, beginning, finished_line, new_run, read_report
 
@@ -83,6 +83,7 @@ def server(
     from fedtune.observe.trackers import build
 
     with (
+        stopping(folder),
         Watch(console, f"{loaded.study.name}: starting a coordinator at {host}:{port}") as watch,
         observer(
             *("coordinator", folder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,13 +55,23 @@ def review(
             "until site.toml allows it.",
         ),
     ] = False,
+    whole: Annotated[
+        bool,
+        typer.Option(
+            "--digest",
+            help="Of a study.toml: also compute what public text adds to the plan, and so the "
+            "digest that is signed; minutes to an hour. --sign does too.",
+        ),
+    ] = False,
     settings: SET = None,
 ) -> dict[str, Any]:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
-    Reads no record. A site whose policy.admission is "signed" keeps each plan that it was sent in
-    its state folder, under plans/; --sign admits it."""
-    from fedtune.client.review import read_plan
+    Reads no record, and of a study.toml no public text: price and rules follow without. A site
+    whose policy.admission is "signed" keeps each plan that it was sent in its state folder, under
+    plans/; --sign admits it."""
+    from fedtune.cli.watch import Watch
+    from fedtune.client.review import pending, read_plan
     from fedtune.client.review import review as review_plan
     from fedtune.config import load_site
     from fedtune.errors import PolicyRefused
@@ -68,12 +79,16 @@ def review(
     from fedtune.ledger.ledger import Ledger
 
     loaded = load_site(site)
-    plan = read_plan(study, loaded, settings or ())
+    whole = whole or sign
+    screen = Watch(Console(stderr=True), "computing the plan's digest") if whole else nullcontext()
+    with screen:
+        plan = read_plan(study, loaded, settings or (), whole=whole)
     book = Ledger(loaded.site.state)
     acts = AuditLog(book.folder, book.key)
     outcome = review_plan(plan, loaded, book)
     _show_review(outcome, plan.study.name)
-    facts: dict[str, Any] = {"plan": outcome.digest, "study": plan.study.name}
+    facts: dict[str, Any] = {"plan": outcome.digest} if outcome.digest else {}
+    facts["study"] = plan.study.name
     facts["refusals"] = len(outcome.refusals)
     if sign:
         if outcome.refusals and not anyway:
@@ -83,6 +98,7 @@ def review(
             )
         acts.add("sign", "--anyway" if outcome.refusals else "--sign", **facts)
         book.admit(outcome.digest, login())
+        pending(loaded, plan)  # so that the digest of this study.toml is known here from now on
         typer.echo(f"\nsigned by {login()}: this plan, and no other, is admitted")
     else:
         acts.add("review", once=1, **facts)
@@ -104,7 +120,8 @@ def _show_review(outcome: Review, name: str) -> None:
         for line in lines:
             console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
 
-    console.print(f"[bold]{escape(name)}[/bold]  {outcome.digest}", highlight=False)
+    digest = outcome.digest or "(its digest follows from public text too: --digest)"
+    console.print(f"[bold]{escape(name)}[/bold]  {digest}", highlight=False, soft_wrap=True)
     for heading, lines in outcome.sections:
         console.print(f"\n[bold]{heading}[/bold]")
         indented(lines)

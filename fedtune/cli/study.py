@@ -1,13 +1,21 @@
-"""What every command that reads a study.toml is given: the file, and values in its place."""
+"""What every command that reads a study.toml is given: the file, and values in its place; and what
+those that run it say."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedtune.errors import InputError
+from fedtune.run_folder import stopped_line
+
 if TYPE_CHECKING:
+    from fedtune.client.budget_check import Paid
     from fedtune.config import Study
 
 STUDY = Annotated[
@@ -53,3 +61,26 @@ def load(study: Path, settings: list[str] | None) -> Study:
     from fedtune.config import load_study
 
     return load_study(study, settings=settings or ())
+
+
+def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
+    """Say what sites' records have paid before a run begins; on a terminal, ask before a study is
+    paid for a second time. Errors: InputError where nobody agrees."""
+    for site in paid:
+        typer.echo(str(site))
+    asks = ask and any(site.again for site in paid) and sys.stdin.isatty() and sys.stdout.isatty()
+    if asks and not typer.confirm("pay again?"):
+        raise InputError(
+            "nothing was run, and nothing paid",
+            "a person who says yes",
+            "--resume goes on with a run that was broken off; --yes pays without a question",
+        )
+
+
+@contextmanager
+def stopping(run: Path) -> Iterator[None]:
+    """Let Ctrl-C say what the run in this folder keeps."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(stopped_line(run)) from None

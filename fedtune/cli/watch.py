@@ -83,14 +83,16 @@ class Watch:
         now, text = time.monotonic(), step.text
         self._rounds.hear(step, now)
         seconds = self._step.left(step, now)
-        share = f"{step.share:.0%}" + (f", {duration(seconds)} left" if seconds else "")
+        share = "" if step.share is None else f"{step.share:.0%}"
+        share += f", {duration(seconds)} left" if seconds else ""
         said = max(self._at + QUIET_SECONDS, self._lines.get(text, -LINE_SECONDS) + LINE_SECONDS)
         if now >= said:
             self._lines[text] = now
             self._print_line(text, share)
         self._bar.update(
-            self._task, description=escape(text), total=step.total, completed=step.done, count=share
-        )
+            self._task, description=escape(text), total=step.total or None, completed=step.done,
+            count=share,
+        )  # fmt: skip
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         if event == "site":

@@ -40,27 +40,27 @@ def remember(sites: Sequence[Site], run: Path) -> None:
     with suppress(FedtuneError, OSError):
         digest = load_plan(run).digest
         for site in sites:
-            places = _places(site) | {digest: str(run.absolute())}
-            replace(site.site.state / PLACES, json.dumps(places, indent=1).encode(), private=True)
+            runs = places(site) | {digest: str(run.absolute())}
+            replace(site.site.state / PLACES, json.dumps(runs, indent=1).encode(), private=True)
 
 
-def explain(study: Study, site: Site, ledger: Ledger) -> list[str]:
+def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
     """Describe what was spent of a site's budget, then a line for each study that spent it with
     where its run lies, as far as this site knows, then what would fit; for the site's own screen.
-    """
+    ledger: None where none has begun here."""
     policy, name = site.policy, site.data.name
-    spent = ledger.spending(name)
+    spent = ledger.spending(name) if ledger else []
     total = budget(name, spent, policy)
     lines = study_lines(spent, policy.max_delta, study.unit)
-    places = _places(site)
+    runs = places(site)
     paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.max_epsilon:g}"
     if total.fallback is not None:
         paid += f"; whatever happens ε = {rounded_up(total.fallback)} of {total.fallback_ceiling:g}"
     newest = sorted(lines, key=lambda line: -line.last)
-    told = [f"dataset {name!r} has paid {paid}", *(_study(line, places) for line in newest[:MOST])]
+    told = [f"dataset {name!r} has paid {paid}", *(_study(line, runs) for line in newest[:MOST])]
     if len(lines) > MOST:
         told.append(f"and {len(lines) - MOST} more studies (`fedtune ledger`)")
-    fitting = fits(study, site, ledger.charges(name))
+    fitting = fits(study, site, ledger.charges(name) if ledger else [])
     return [*told, f"what fits: {fitting or 'nothing of this study'}"]
 
 
@@ -71,11 +71,12 @@ def explained(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
         return refusal
     told: list[str] = []
     for site in sites:
-        if site.data.declared or not (site.site.state / DATABASE).exists():
+        if site.data.declared:
             continue
         with suppress(FedtuneError):
-            ledger = Ledger(site.site.state)
-            if not _within(study, site, ledger.charges(site.data.name)):
+            ledger = Ledger(site.site.state) if (site.site.state / DATABASE).exists() else None
+            charges = ledger.charges(site.data.name) if ledger else []
+            if not _within(study, site, charges):
                 paid, *more = explain(study, site, ledger)
                 told += [f"  {site.site.name}: {paid}", *(f"    {line}" for line in more)]
     if not told:
@@ -127,15 +128,16 @@ def _within(study: Study, site: Site, charges: Sequence[Charge]) -> bool:
     return True
 
 
-def _study(line: StudyLine, places: dict[str, str]) -> str:
+def _study(line: StudyLine, runs: dict[str, str]) -> str:
     at = datetime.fromtimestamp(line.last, UTC).date().isoformat()
-    where = f", in {places[line.study]}" if line.study in places else ""
+    where = f", in {runs[line.study]}" if line.study in runs else ""
     digest = line.study.removeprefix("sha256:")[:8]
     whatever = f" ({rounded_up(line.fallback)} whatever happens)" if line.fallback else ""
     return f"{line.name} ({digest}, {at}): ε = {rounded_up(line.epsilon)}{whatever} alone{where}"
 
 
-def _places(site: Site) -> dict[str, str]:
+def places(site: Site) -> dict[str, str]:
+    """Return where simulated runs of this site's records lie, by their plan's digest."""
     try:
         table = json.loads((site.site.state / PLACES).read_text(encoding="utf-8"))
         return {str(key): str(value) for key, value in table.items()}

@@ -13,7 +13,7 @@ from typing import Any
 from cryptography import x509
 
 from fedtune.audit import selftest
-from fedtune.bases.find import Base
+from fedtune.bases.find import Base, find_base
 from fedtune.client.declared import declare
 from fedtune.client.policy import base_for
 from fedtune.client.reading import (
@@ -63,6 +63,8 @@ def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
     Errors: ConfigError where site.toml cannot be read; all else is a finding."""
     site = load_site(path)
     yield Finding("site file", True, f"{path}: {site.site.name}")
+    if study is not None:  # first: it takes a second, and what follows minutes
+        yield from findings([("plan", lambda: _plan(study, site))])
     yield from findings(
         [
             ("versions", machine.versions),
@@ -107,9 +109,9 @@ def _sheet(site: Site) -> str:
 
 
 def _for_study(site: Site, study: Study) -> Iterator[Finding]:
-    report("checking: base", 0, 1)
+    report("checking: base")
     try:
-        base = base_for(study, site)
+        base = find_base(study.base.model) if study.base.digest is None else base_for(study, site)
         need = machine.need(study, base.path)
     except FedtuneError as error:
         yield Finding("base", False, str(error))
@@ -120,11 +122,10 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
         [
             ("disk", lambda: machine.disk(site.site.state, machine.FREE + outbox_bytes)),
             ("memory", lambda: machine.memory(need.memory)),
-            ("plan", lambda: _plan(study, site)),
             ("records for the plan", lambda: _fits(site, study, base)),
         ]
     )
-    report("loading the base", 0, 1)
+    report("loading the base")
     try:
         network = build(study, base)
     except FedtuneError as error:
@@ -138,7 +139,7 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
 
 def _network(site: Site, path: Path) -> Iterator[Finding]:
     """Check enrolment, both certificates and the client's connection to the gateway."""
-    report("checking: coordinator", 0, 1)
+    report("checking: coordinator")
     try:
         site_link = link(site, path)
         answer = site_link.answer

@@ -66,14 +66,20 @@ def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") 
 
 
 def refusals(
-    study: Study, site: Site, plan: DpPlan | None, coordinator: str = ""
+    study: Study,
+    site: Site,
+    plan: DpPlan | None,
+    coordinator: str = "",
+    *,
+    whole: bool = True,
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule that the plan breaks, without reading any data."""
+    """Yield a refusal for every rule that the plan breaks, without reading any data. whole: whether
+    the plan has the digests that are filled in when a study starts, which rules ask about too."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
     yield from _about_peers(study, policy)
-    if policy.bases != "any":
+    if policy.bases != "any" and (whole or study.base.digest):
         listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
     if policy.coordinators:
         listed.append(("coordinators", coordinator or "no coordinator", policy.coordinators))
@@ -84,14 +90,14 @@ def refusals(
             yield PolicyRefused(f"policy.{rule} does not list {value!r}")
     if study.lora:
         yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
-        if study.lora.a_digest is None:
+        if whole and study.lora.a_digest is None:
             yield PolicyRefused("the plan does not pin lora.a_digest")
         if table := study.lora.preconditioner:  # its check takes time that grows with rank³
             yield from _at_most("lora.preconditioner.rank", table.rank, "max_rank", policy)
-            if table.digest is None:
+            if whole and table.digest is None:
                 yield PolicyRefused("the plan does not pin lora.preconditioner.digest")
         yield from _about_rank(study.lora, site.site.lora_rank)
-    yield from _about_privacy(study, site, plan)
+    yield from privacy_refusals(study, site, plan)
     if may_resolve(study, policy):
         yield from _about_teacher(study, policy)
 
@@ -210,7 +216,7 @@ def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
         )
 
 
-def _about_privacy(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
+def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
     policy, size = site.policy, site.site.declared_size
     tables = [table for table in (site.data, site.evaluation) if table]
     if study.unit == "record" and any(table.columns.patient for table in tables):

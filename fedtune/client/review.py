@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune import __version__
+from fedtune.bases.find import known_digest
+from fedtune.client.known_plans import PLANS, known_plan
 from fedtune.client.policy import (
     accounted,
     fallback_of,
@@ -28,6 +30,7 @@ from fedtune.config import (
     study_from_json,
 )
 from fedtune.dp.accountant import epsilon
+from fedtune.dp.calibration import with_rounds
 from fedtune.dp.costs import query_lines, shared_lines
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
@@ -44,8 +47,9 @@ from fedtune.wire import fingerprints
 
 @dataclass(frozen=True)
 class Review:
-    """digest: what is signed; sections: (heading, lines); refusals: the rules that say no;
-    verdict: what the site would do with the plan as things stand."""
+    """digest: what is signed, "" where it is not known before public text was read; sections:
+    (heading, lines); refusals: the rules that say no; verdict: what the site would do with the plan
+    as things stand."""
 
     digest: str
     sections: list[tuple[str, list[str]]]
@@ -53,14 +57,16 @@ class Review:
     verdict: str
 
 
-def read_plan(path: Path, site: Site, settings: Sequence[str] = ()) -> Study:
+def read_plan(
+    path: Path, site: Site, settings: Sequence[str] = (), *, whole: bool = False
+) -> Study:
     """A plan from study.toml, from the coordinator's answer, or as a coordinator sent it or its run
     folder keeps it (JSON).
 
-    settings: of a study.toml, values in place of the file's, as of load_study.
-
-    A study.toml is resolved first (the base's digest, the adapter's frozen factor, the rounds):
-    only a resolved plan has the digest that a site is asked to run.
+    settings: of a study.toml, values in place of the file's, as of load_study; whole: of a
+    study.toml, also what is computed from its base and its public text (the adapter's frozen
+    factor, the start), which may take an hour. Only a whole plan has the digest that a site is
+    asked to run; rules and costs follow from the rest.
     Errors: ConfigError; ModelError where the base is not to be had; PolicyRefused where it names a
     plug-in that the site's policy does not, of which nothing is imported."""
     if path.suffix in (".json", ".answer"):
@@ -71,12 +77,31 @@ def read_plan(path: Path, site: Site, settings: Sequence[str] = ()) -> Study:
         if path.suffix == ".answer":
             return _in_answer(path, site)
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
+    study = load_study(path, lambda study: permit_plugins(study, site), settings)
+    if not whole:
+        return known_plan(_outlined(study), site)
     from fedtune.models.teacher import register_teacher
     from fedtune.training.start import start
 
-    study = load_study(path, lambda study: permit_plugins(study, site), settings)
     register_teacher(study)
     return start(study).study
+
+
+def _outlined(study: Study) -> Study:
+    """Fill in what follows from a study.toml without its base: the rounds, and the digest of a base
+    that this release pins or that lies in a folder here."""
+    digest = study.base.digest or known_digest(study.base.model)
+    base = study.base.model_copy(update={"digest": digest})
+    return with_rounds(study.model_copy(update={"base": base}))
+
+
+def is_whole(study: Study) -> bool:
+    """Return whether the plan holds all digests that are filled in when a study starts."""
+    lora = study.lora
+    made = [study.base.digest, *([lora.a_digest] if lora else [])]
+    made += [lora.preconditioner.digest] if lora and lora.preconditioner else []
+    made += [study.start.digest] if study.start else []
+    return all(made)
 
 
 def _in_answer(path: Path, site: Site) -> Study:
@@ -108,7 +133,8 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
         ),
         ("What it costs", [*_selected(site), *_declared(site), *_costs(study, site, plan, ledger)]),
     ]
-    return Review(study.digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+    digest = study.digest if is_whole(study) else ""
+    return Review(digest, sections, refused, _verdict(study, site, plan, ledger, refused))
 
 
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
@@ -150,8 +176,16 @@ def would_refuse(
 ) -> list[Refused]:
     """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
     among them. ledger: None where none has begun here."""
-    refused: list[Refused] = [*refusals(study, site, plan), *sheet_refusals(study, site)]
-    name = site.data.name
+    rules = [*refusals(study, site, plan, whole=is_whole(study)), *sheet_refusals(study, site)]
+    return [*rules, *cost_refusals(study, site, plan, ledger)]
+
+
+def cost_refusals(
+    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
+) -> list[Refused]:
+    """Every ceiling that says no to what the plan costs on top of what was spent. ledger: as of
+    `would_refuse`."""
+    refused, name = list[Refused](), site.data.name
     try:
         accounted(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
     except Refused as refusal:
@@ -386,8 +420,9 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
 
 
 def pending(site: Site, study: Study) -> Path:
-    """Keep a plan that waits for a signature where `fedtune review` finds it. It is public."""
-    path = site.site.state / "plans" / f"{study.digest.removeprefix('sha256:')[:16]}.json"
+    """Keep a plan that waits for a signature, or got one, where `fedtune review` finds it. It is
+    public."""
+    path = site.site.state / PLANS / f"{study.digest.removeprefix('sha256:')[:16]}.json"
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path

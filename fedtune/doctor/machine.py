@@ -48,7 +48,7 @@ class Finding:
 def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
     """Run the checks and yield each one's finding as it ends."""
     for name, check in checks:
-        report(f"checking: {name}", 0, 1)
+        report(f"checking: {name}")
         try:
             yield Finding(name, True, check())
         except FedtuneError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +18,16 @@ from fedtune.errors import (
     Refused,
 )
 from fedtune.files.writing import remove_drafts
-from fedtune.models.run import Run
 from fedtune.progress import OnEvent
-from fedtune.run_folder import LEDGERS, hold_run, new_run
+from fedtune.run_folder import LEDGERS, check_vacant, hold_run, new_run
 from fedtune.wire.keys import SigningKey
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
+    from fedtune.client.budget_check import Paid
     from fedtune.data.dataset import Dataset
+    from fedtune.models.run import Run
 
 
 def simulate(
@@ -58,17 +59,25 @@ def simulate(
 
     Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
     do not suit it, PolicyRefused where declared data was ever charged as private, and what a run
-    may raise: Refused, ModelError, InfrastructureError."""
+    may raise: Refused, at once where the sites' budgets do not reach; ModelError,
+    InfrastructureError."""
     from fedtune.client.budget_refusal import explained, remember
-    from fedtune.client.declared import declare
-    from fedtune.client.site_checks import check_data
-    from fedtune.models.teacher import register_teacher
 
     study = checked(study)
     check(study, sites)
     check_rounds(study, rounds)
     _check_engine(study, engine, processes)
     out = new_run(study, None if out is None else Path(out), resume=resume)
+    if not resume:
+        check_vacant(out)
+    check_budgets(study, sites, out)
+    step = _steps(on_event)
+    step("loading the libraries")
+    from fedtune.client.declared import declare
+    from fedtune.client.site_checks import check_data
+    from fedtune.models.run import Run
+    from fedtune.models.teacher import register_teacher
+
     with hold_run(out):
         for folder in (out, *(site.site.state for site in sites)):
             remove_drafts(folder)
@@ -76,6 +85,7 @@ def simulate(
             declare(site)
         register_teacher(study)
         for site in sites:  # the sites are the user's own: report errors in their files now
+            step(f"reading the records of {site.site.name}")
             dataset = check_data(site, study)
             if on_event:
                 _describe_records(site, study, dataset, on_event)
@@ -84,7 +94,8 @@ def simulate(
             with _declared(sites, out) as paying:
                 files, own = list(map(site_file, paying)), key or SigningKey()
                 run = (study, files, out, resume, on_event, engine, processes, rounds, own)
-                return _run(*run, _peers(study, sites))
+                _run(*run, _peers(study, sites))
+                return Run(out)
         except Refused as refusal:
             raise explained(refusal, study, sites) from None
         finally:
@@ -103,7 +114,7 @@ def _run(
     rounds: int | None,
     key: SigningKey,
     peers: str,
-) -> Run:
+) -> None:
     from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies, Settings
     from fedtune.server.schedule import SimulatedClock
@@ -115,7 +126,7 @@ def _run(
 
         common["parts"] = Dependencies(settings=settings)
         simulate_ray(study, files, out, processes=processes, peers=peers, **common)
-        return Run(out)
+        return
     # In this process a site that fails now fails again: no waiting for sites, no pauses.
     at_once = Dependencies(settings=replace(settings, patience=0.0, pause=0.0))
     with _grid(files, processes, out, peers) as (grid, site_errors):
@@ -125,7 +136,38 @@ def _run(
             if bad := _bad_files(files, site_errors):
                 raise bad from None
             raise
-    return Run(out)
+
+
+def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
+    """Check what the study costs each site's records, in a second and before anything is loaded or
+    computed from public text. Returns what they have paid so far, of sites that have.
+
+    out: the run's folder. Errors: Refused where too few sites are left, with what their budgets
+    were spent on."""
+    from fedtune.client.budget_check import check_budget
+    from fedtune.client.budget_refusal import explained
+    from fedtune.server.too_few import too_few
+
+    paid: list[Paid] = []
+    refused, least = dict[str, str](), study.strategy.min_sites
+    for site in sites:
+        try:
+            if found := check_budget(study, site, out):
+                paid.append(found)
+        except Refused as refusal:
+            refused[site.site.name] = f"refused: {refusal}"
+    if refused and len(sites) - len(refused) < least:
+        error = too_few(Refused, len(sites) - len(refused), refused, least)
+        raise explained(error, study, sites)
+    return paid
+
+
+def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
+    """Return what says on this machine's screen what is done before a run begins."""
+    if on_event is None:
+        return lambda text: None
+    notify = on_event
+    return lambda text: notify("step", {"text": text})
 
 
 def _peers(study: Study, sites: Sequence[Site]) -> str:

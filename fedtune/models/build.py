@@ -10,6 +10,7 @@ from fedtune.bases.find import Base, find_base
 from fedtune.config import LoraTable, QuantisationTable, Study
 from fedtune.models.network import Network
 from fedtune.objectives import resolve
+from fedtune.progress import report
 from fedtune.registry import process_cache
 
 
@@ -37,6 +38,7 @@ def _build(
     quantisation: QuantisationTable | None,
     modality: str | None,
 ) -> Network:
+    report(f"loading the base {base.name}")
     return Network(base, dtype, lora, outputs, quantisation, modality)
 
 

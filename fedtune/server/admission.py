@@ -21,6 +21,7 @@ from fedtune.flower.enrol import Member
 from fedtune.run_folder import without_places
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean, size
+from fedtune.server.too_few import too_few
 from fedtune.wire import codec, seal, step_summary
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import OtherProtocol, check_peer, version_fields
@@ -104,15 +105,8 @@ class Roster:
 
     def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
         """Build the error that lists the missing sites with their reasons."""
-        out, alike = self.out(), dict[str, list[str]]()
-        for name, why in out.items():
-            alike.setdefault(why, []).append(name)
-        reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
-        return kind(
-            f"{len(self.willing())} sites take part" + (f" ({reasons})" if out else ""),
-            f"at least strategy.min_sites = {self.study.strategy.min_sites}",
-            "settle it with these sites" if out else "start the sites, then run again",
-        )
+        least = self.study.strategy.min_sites
+        return too_few(kind, len(self.willing()), self.out(), least)
 
     def prepare(self, nodes: Iterable[int]) -> None:
         """Send the plan to `nodes` and note who admits it."""

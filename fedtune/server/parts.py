@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 
+from fedtune import progress
 from fedtune.config import Study
 from fedtune.flower.arrays import Arrays
 from fedtune.flower.enrol import Member
@@ -138,6 +139,7 @@ def _fingerprint(path: Path) -> str:
 def _report(out: Path, report: dict[str, Any]) -> None:
     from fedtune.report import write
 
+    progress.report("writing the report")
     write(out, report)
 
 

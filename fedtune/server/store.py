@@ -27,9 +27,9 @@ from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
 from fedtune.config import Study, study_from_json
-from fedtune.errors import ConfigError, InfrastructureError, InputError
+from fedtune.errors import InfrastructureError, InputError
 from fedtune.files.writing import replace
-from fedtune.run_folder import PLACES
+from fedtune.run_folder import PLACES, check_vacant
 from fedtune.strategies import State
 from fedtune.wire.codec import Arrays
 
@@ -181,12 +181,8 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
     """Create `out`, for this user alone, or load the run that it holds.
 
     Errors: ConfigError where a run is there and `resume` was not asked for; CheckpointError."""
-    if not resume and any((out / name).exists() for name in (FOLDER, "report.json")):
-        raise ConfigError(
-            f"{out}: a run is already there",
-            "an empty folder",
-            "continue that run with --resume, or choose another --out",
-        )
+    if not resume:
+        check_vacant(out)
     try:
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -59,10 +59,10 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
     return factors
 
 
-def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
-    """Train `adapter` for start.steps steps on all public records, each as a site's without noise:
-    the mean of the records' preconditioned gradients, all of one length C, times
-    start.learning_rate; the adapter moves by M times that.
+def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) -> Arrays:
+    """Train `adapter` for one step, `step` of start.steps (from 0), on all public records, each as
+    a site's without noise: the mean of the records' preconditioned gradients, all of one length C,
+    times start.learning_rate; the adapter moves by M times that.
 
     Reference: Li et al. 2022, "Large language models can be strong differentially private
     learners", section 2 (public pre-training costs no ε)."""
@@ -70,20 +70,19 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
     assert table is not None
     frozen = data.network.preconditioner
     bound = study.clipping.max_grad_norm if study.clipping else 1.0
-    for step in range(table.steps):
-        change = {name: np.zeros(array.shape) for name, array in adapter.items()}
-        with data.network.loaded(trainable=adapter):
-            label = "training on public text"
-            for gradients in _gradients(study, data, label, step, table.steps):
-                rows = {
-                    n: multiplied(g.double().cpu().numpy(), n, frozen) for n, g in gradients.items()
-                }
-                squares = sum((g.reshape(len(g), -1) ** 2).sum(axis=1) for g in rows.values())
-                scale = bound / np.maximum(np.sqrt(squares), 1e-30) / len(data.dataset.examples)
-                for name, g in rows.items():
-                    change[name] -= table.learning_rate * np.tensordot(scale, g, axes=1)
-        adapter = moved(adapter, change, frozen)
-    return {name: np.clip(array, -LARGEST, LARGEST) for name, array in adapter.items()}
+    change = {name: np.zeros(array.shape) for name, array in adapter.items()}
+    with data.network.loaded(trainable=adapter):
+        label = "training on public text"
+        for gradients in _gradients(study, data, label, step, table.steps):
+            rows = {
+                n: multiplied(g.double().cpu().numpy(), n, frozen) for n, g in gradients.items()
+            }
+            squares = sum((g.reshape(len(g), -1) ** 2).sum(axis=1) for g in rows.values())
+            scale = bound / np.maximum(np.sqrt(squares), 1e-30) / len(data.dataset.examples)
+            for name, g in rows.items():
+                change[name] -= table.learning_rate * np.tensordot(scale, g, axes=1)
+    stepped = moved(adapter, change, frozen)
+    return {name: np.clip(array, -LARGEST, LARGEST) for name, array in stepped.items()}
 
 
 def _gradients(

@@ -2,7 +2,7 @@
 
 What is computed from public text takes as long as several passes of the base over it. A process
 keeps it: the trials of `fedtune tune`, and arms of a benchmark, differ in tables that have no say
-in it."""
+in it. So does this machine (start_cache.py): a run may be broken off before its first round."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import numpy as np
+import torch
 
+import fedtune
 from fedtune.config import Study, TrainingTable
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.dp.calibration import with_rounds
+from fedtune.modalities import MODALITIES
 from fedtune.models import lora
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
+from fedtune.objectives import OBJECTIVES
 from fedtune.registry import process_cache
+from fedtune.training import start_cache
 from fedtune.training.public import (
     head_fitted,
     head_of_labels,
@@ -35,7 +41,7 @@ from fedtune.training.public import (
 
 P = ParamSpec("P")
 _kept: dict[str, Arrays] = process_cache.register("made from public text", {})
-_MOST = 6  # arrays that a process keeps: three of a study, and of another
+_MOST = 24  # results that a process keeps: of a study A, W, a head and some steps, and of another
 # No say in what is made from public text: what is private, and what happens from round 1 on.
 _LATER = ("strategy", "wire", "evaluation", "selection", "secure_aggregation", "schedule")
 _APART: dict[str, Any] = {
@@ -129,7 +135,18 @@ def _started(
         adapter = _once(study, data.dataset, _HEAD, head_fitted, data, adapter)
     if study.start.steps:
         data = answered()
-        adapter = _once(study, data.dataset, (), trained_on, study, data, adapter)
+        adapter = _trained(study, data, adapter)
+    return adapter
+
+
+def _trained(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
+    """Train on public text step by step, so that each is kept: a run that is broken off goes on
+    after the last whole one."""
+    assert study.start is not None
+    for step in range(study.start.steps):
+        so_far = study.start.model_copy(update={"steps": step + 1})
+        upto = study.model_copy(update={"start": so_far})
+        adapter = _once(upto, data.dataset, (), trained_on, study, data, adapter, step)
     return adapter
 
 
@@ -145,10 +162,33 @@ def _once(
     text; without: tables that have no say in it either."""
     key = _key(study, text, without)
     if key not in _kept:
-        _kept[key] = make(*args, **kwargs)
+        stays = _is_ours(study)
+        found = start_cache.kept(key) if stays else None
+        if found is None:
+            found = make(*args, **kwargs)
+            if stays:
+                start_cache.keep(key, found)
+        _kept[key] = found
         for old in [*_kept][:-_MOST]:
             del _kept[old]
     return {name: array.copy() for name, array in _kept[key].items()}
+
+
+def _is_ours(study: Study) -> bool:
+    """Return whether this release's code alone computes on public text: that of a plug-in may
+    change without a word."""
+    modality = study.base.modality
+    known = modality is None or modality in MODALITIES.release()
+    return known and study.objective.name in OBJECTIVES.release()
+
+
+@functools.cache
+def _code() -> str:
+    """Digest this package's code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(fedtune.__file__).parent.rglob("*.py")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
@@ -164,7 +204,8 @@ def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
     for name in without:
         plan.pop(name, None)
         (plan.get("lora") or {}).pop(name, None)
-    digest = hashlib.sha256(json.dumps([without, plan], sort_keys=True).encode())
+    made_by = [_code(), torch.__version__]
+    digest = hashlib.sha256(json.dumps([made_by, without, plan], sort_keys=True).encode())
     for example in text.examples:
         digest.update(repr((example.label, len(example.passages))).encode())
         digest.update(example.media.digest if example.media else b"")

@@ -26,7 +26,7 @@ def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_ba
         server.send_signal(signal.SIGINT)
         assert server.wait(60) == 130, made.told()
         said = made.log("hub").read_text()
-        assert "fedtune: stopped; continue with --resume" in said
+        assert "fedtune: stopped before the first round: no site has paid anything" in said
         assert "DEBUG" not in said and "Error" not in said
         status = json.loads((made.hub / "coordinator" / "status.json").read_text())
         assert status["state"] == "stopped" and "error" not in status

@@ -1,0 +1,24 @@
+"""The error of a study that too few sites take part in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from fedtune.errors import FedtuneError
+
+E = TypeVar("E", bound=FedtuneError)
+
+
+def too_few(kind: type[E], willing: int, missing: Mapping[str, str], least: int) -> E:
+    """Build the error that lists the missing sites with their reasons, sites of one reason
+    together. willing: how many take part; least: strategy.min_sites."""
+    alike = dict[str, list[str]]()
+    for name, why in missing.items():
+        alike.setdefault(why, []).append(name)
+    reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in alike.items())
+    return kind(
+        f"{willing} sites take part" + (f" ({reasons})" if missing else ""),
+        f"at least strategy.min_sites = {least}",
+        "settle it with these sites" if missing else "start the sites, then run again",
+    )
