@@ -176,7 +176,7 @@ def test_review_and_doctor_compute_nothing_from_public_text(public: Path, starte
     site = "north/site.toml"
     found = run("review", public, "--site", site)
     assert found.exit_code == 0 and "This site would take part" in found.output, found.output
-    assert "its digest follows from public text too: --digest" in found.output
+    assert "its digest takes the base and public text: --digest" in found.output
     assert "This study: ε = 7.9" in found.output, found.output
     checked = run("doctor", site, "--study", public)
     assert checked.exit_code == 0 and "ok   plan: σ" in checked.output, checked.output

@@ -35,9 +35,9 @@ def test_review_says_what_runs_what_leaves_and_the_cost_and_signs_one_plan(world
     assert seen.exit_code == 0, seen.output
     for words in ("What would run", "What would leave", "What it costs", "rank 4", "Never at all"):
         assert words in seen.output
-    assert "sha256:" in seen.output and "signed by" not in seen.output
+    assert "sha256:" not in seen.output and "signed by" not in seen.output
     signed = run("review", "study.toml", "--site", site, "--sign")
-    assert "signed by" in signed.output
+    assert "sha256:" in signed.output and "signed by" in signed.output
     body = simulate(world / "study.toml", sites_in(world), world / "run")
     assert body["sites"]["north"] == "admitted"
 

@@ -105,12 +105,10 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
 
 
 def known_digest(model: str) -> str | None:
-    """Return the digest of a base that this release pins, or of a folder here, without fetching
-    anything; None for others. Errors: as `find_base`, of a folder."""
-    if model.startswith(PREFIX):
-        entry = KNOWN.get(model.removeprefix(PREFIX))
-        return entry.digest if entry else None
-    return find_base(model).digest if Path(model).is_dir() else None
+    """Return the digest of a base that this release pins; None for others, whose weights would have
+    to be read."""
+    entry = KNOWN.get(model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
+    return entry.digest if entry else None
 
 
 def verify(model: str) -> Base:

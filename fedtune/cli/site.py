@@ -120,7 +120,7 @@ def _show_review(outcome: Review, name: str) -> None:
         for line in lines:
             console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
 
-    digest = outcome.digest or "(its digest follows from public text too: --digest)"
+    digest = outcome.digest or "(its digest takes the base and public text: --digest)"
     console.print(f"[bold]{escape(name)}[/bold]  {digest}", highlight=False, soft_wrap=True)
     for heading, lines in outcome.sections:
         console.print(f"\n[bold]{heading}[/bold]")

@@ -89,7 +89,7 @@ def read_plan(
 
 def _outlined(study: Study) -> Study:
     """Fill in what follows from a study.toml without its base: the rounds, and the digest of a base
-    that this release pins or that lies in a folder here."""
+    that this release pins."""
     digest = study.base.digest or known_digest(study.base.model)
     base = study.base.model_copy(update={"digest": digest})
     return with_rounds(study.model_copy(update={"base": base}))
