@@ -193,6 +193,17 @@ def test_review_and_doctor_compute_nothing_from_public_text(public: Path, starte
     assert digest[1] in again.output and len(started) == 2
 
 
+def test_a_plan_that_was_sent_without_its_digests_is_refused(public: Path) -> None:
+    """Only a study.toml may leave open what is filled in when the study starts."""
+    sent = public.parent / "sent.json"
+    sent.write_text(load_study(public).model_dump_json())
+    found = run("review", sent, "--site", "north/site.toml")
+    assert "This site refuses it" in found.output, found.output
+    assert "the plan does not pin lora.a_digest" in found.output and "sha256:" in found.output
+    checked = run("doctor", "north/site.toml", "--study", sent)
+    assert checked.exit_code == 2 and "BAD  plan: the plan does not pin" in checked.output
+
+
 def test_a_budget_that_does_not_reach_is_the_first_thing_that_doctor_says(
     public: Path, started: Started
 ) -> None:

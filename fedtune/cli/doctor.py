@@ -109,11 +109,12 @@ def doctor(
             findings = examine_coordinator(file, place, settings or ())
         else:
             from fedtune.client.doctor import examine
-            from fedtune.client.review import read_plan
+            from fedtune.client.review import is_outline, read_plan
             from fedtune.config import load_site
 
             plan = read_plan(study, load_site(file), settings or ()) if study else None
-            findings = examine(file, plan)
+            outline = bool(study and plan and is_outline(study, plan))
+            findings = examine(file, plan, outline=outline)
         for finding in findings:
             checking.ended()
             results.append(finding)

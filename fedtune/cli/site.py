@@ -71,7 +71,7 @@ def review(
     whose policy.admission is "signed" keeps each plan that it was sent in its state folder, under
     plans/; --sign admits it."""
     from fedtune.cli.watch import Watch
-    from fedtune.client.review import pending, read_plan
+    from fedtune.client.review import is_outline, pending, read_plan
     from fedtune.client.review import review as review_plan
     from fedtune.config import load_site
     from fedtune.errors import PolicyRefused
@@ -85,7 +85,7 @@ def review(
         plan = read_plan(study, loaded, settings or (), whole=whole)
     book = Ledger(loaded.site.state)
     acts = AuditLog(book.folder, book.key)
-    outcome = review_plan(plan, loaded, book)
+    outcome = review_plan(plan, loaded, book, outline=is_outline(study, plan))
     _show_review(outcome, plan.study.name)
     facts: dict[str, Any] = {"plan": outcome.digest} if outcome.digest else {}
     facts["study"] = plan.study.name

@@ -57,14 +57,15 @@ RENEW = (
 )
 
 
-def examine(path: Path, study: Study | None = None) -> Iterator[Finding]:
+def examine(path: Path, study: Study | None = None, *, outline: bool = False) -> Iterator[Finding]:
     """Yield each check's finding as it ends; with a study also its plan, data and self-test.
+    outline: as of client.review.is_outline.
 
     Errors: ConfigError where site.toml cannot be read; all else is a finding."""
     site = load_site(path)
     yield Finding("site file", True, f"{path}: {site.site.name}")
     if study is not None:  # first: it takes a second, and what follows minutes
-        yield from findings([("plan", lambda: _plan(study, site))])
+        yield from findings([("plan", lambda: _plan(study, site, outline))])
     yield from findings(
         [
             ("versions", machine.versions),
@@ -264,11 +265,11 @@ def _same_people(site: Site) -> str:
     return "; ".join(signs) or "no sign of a patient under two keys or in two datasets"
 
 
-def _plan(study: Study, site: Site) -> str:
+def _plan(study: Study, site: Site, outline: bool) -> str:
     """Check the plan as `fedtune review` does, ledger and signature included."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
-    for refusal in would_refuse(study, site, plan, ledger):
+    for refusal in would_refuse(study, site, plan, ledger, outline=outline):
         raise refusal
     if unsigned(study, site, ledger):
         raise PolicyRefused(

@@ -71,15 +71,16 @@ def refusals(
     plan: DpPlan | None,
     coordinator: str = "",
     *,
-    whole: bool = True,
+    outline: bool = False,
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule that the plan breaks, without reading any data. whole: whether
-    the plan has the digests that are filled in when a study starts, which rules ask about too."""
+    """Yield a refusal for every rule that the plan breaks, without reading any data. outline: of a
+    study.toml, whose digests are filled in when the study starts; a site asked to run a plan
+    refuses one that leaves them open."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
     yield from _about_peers(study, policy)
-    if policy.bases != "any" and (whole or study.base.digest):
+    if policy.bases != "any" and not (outline and study.base.digest is None):
         listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
     if policy.coordinators:
         listed.append(("coordinators", coordinator or "no coordinator", policy.coordinators))
@@ -90,11 +91,11 @@ def refusals(
             yield PolicyRefused(f"policy.{rule} does not list {value!r}")
     if study.lora:
         yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
-        if whole and study.lora.a_digest is None:
+        if study.lora.a_digest is None and not outline:
             yield PolicyRefused("the plan does not pin lora.a_digest")
         if table := study.lora.preconditioner:  # its check takes time that grows with rank³
             yield from _at_most("lora.preconditioner.rank", table.rank, "max_rank", policy)
-            if whole and table.digest is None:
+            if table.digest is None and not outline:
                 yield PolicyRefused("the plan does not pin lora.preconditioner.digest")
         yield from _about_rank(study.lora, site.site.lora_rank)
     yield from privacy_refusals(study, site, plan)

@@ -44,6 +44,8 @@ from fedtune.objectives import describe, resolve
 from fedtune.report.claim import assumption, best_guess, percent, protects, rounded_up, strength
 from fedtune.wire import fingerprints
 
+SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
+
 
 @dataclass(frozen=True)
 class Review:
@@ -69,7 +71,7 @@ def read_plan(
     asked to run; rules and costs follow from the rest.
     Errors: ConfigError; ModelError where the base is not to be had; PolicyRefused where it names a
     plug-in that the site's policy does not, of which nothing is imported."""
-    if path.suffix in (".json", ".answer"):
+    if path.suffix in SENT:
         if settings:
             raise ConfigError(
                 f"--set and {path}: a plan as it was sent is not changed", "a study.toml"
@@ -95,13 +97,16 @@ def _outlined(study: Study) -> Study:
     return with_rounds(study.model_copy(update={"base": base}))
 
 
-def is_whole(study: Study) -> bool:
-    """Return whether the plan holds all digests that are filled in when a study starts."""
+def is_outline(path: Path, study: Study) -> bool:
+    """Return whether what was read from `path` is a study.toml that lacks digests which are filled
+    in when the study starts. A plan as it was sent is none: what it lacks is refused."""
+    if path.suffix in SENT:
+        return False
     lora = study.lora
     made = [study.base.digest, *([lora.a_digest] if lora else [])]
     made += [lora.preconditioner.digest] if lora and lora.preconditioner else []
     made += [study.start.digest] if study.start else []
-    return all(made)
+    return not all(made)
 
 
 def _in_answer(path: Path, site: Site) -> Study:
@@ -119,10 +124,11 @@ def _in_answer(path: Path, site: Site) -> Study:
     return study
 
 
-def review(study: Study, site: Site, ledger: Ledger) -> Review:
-    """What `study` would mean at `site`. Reads no record."""
+def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -> Review:
+    """What `study` would mean at `site`. Reads no record. outline: as of is_outline."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
-    refused = [str(refusal) for refusal in would_refuse(study, site, plan, ledger)]
+    against = would_refuse(study, site, plan, ledger, outline=outline)
+    refused = [str(refusal) for refusal in against]
     sections = [
         ("What would run", _runs(study, plan, site)),
         ("What would leave this site", _leaves(study, site)),
@@ -133,7 +139,7 @@ def review(study: Study, site: Site, ledger: Ledger) -> Review:
         ),
         ("What it costs", [*_selected(site), *_declared(site), *_costs(study, site, plan, ledger)]),
     ]
-    digest = study.digest if is_whole(study) else ""
+    digest = "" if outline else study.digest
     return Review(digest, sections, refused, _verdict(study, site, plan, ledger, refused))
 
 
@@ -172,11 +178,16 @@ def _declared(site: Site) -> list[str]:
 
 
 def would_refuse(
-    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
+    study: Study,
+    site: Site,
+    plan: DpPlan | None,
+    ledger: Ledger | None,
+    *,
+    outline: bool = False,
 ) -> list[Refused]:
     """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
-    among them. ledger: None where none has begun here."""
-    rules = [*refusals(study, site, plan, whole=is_whole(study)), *sheet_refusals(study, site)]
+    among them. ledger: None where none has begun here; outline: as of is_outline."""
+    rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
     return [*rules, *cost_refusals(study, site, plan, ledger)]
 
 

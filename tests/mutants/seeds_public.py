@@ -62,9 +62,15 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "preconditioner", "left-open-by-the-plan", "fedtune/client/policy.py",
-        "if table.digest is None:", "if False:",
+        "if table.digest is None and not outline:", "if False:",
         T + "test_a_site_takes_no_plan_that_leaves_it_open",
         "a site signs a plan that does not say with which M it trains",
+    ),
+    one(
+        "plans", "a-sent-one-may-be-open-too", "fedtune/client/review.py",
+        "    if path.suffix in SENT:\n        return False", "    if False:\n        return False",
+        "tests/test_before_a_run.py::test_a_plan_that_was_sent_without_its_digests_is_refused",
+        "review says that a plan would run which the site refuses when it comes",
     ),
     one(
         "preconditioner", "of-any-rank", "fedtune/client/policy.py",
