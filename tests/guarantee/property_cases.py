@@ -12,6 +12,7 @@ from tests.guarantee.property_plans import (
     COLUMNS,
     CONSENT,
     Case,
+    Disk,
     Op,
     Place,
     Plan,
@@ -46,6 +47,7 @@ DRAWN: dict[str, dict[str, Any]] = {
     "records of patients": {"drawn": "record"},
     "records of patients, q": {"drawn": "record", "q": 0.5},
 }
+LONG_TEMPLATE = "0" * 40 + "{text}"
 AXES: dict[str, list[Any]] = {
     "what": list(WHAT),
     "drawn": list(DRAWN),
@@ -58,15 +60,24 @@ AXES: dict[str, list[Any]] = {
         *((48, "reject"), (16, "truncate"), (64, "reject"), (64, "truncate")),
         (8192, "reject"),  # which a base of 64 positions is not asked to read
     ],
-    "template": [None, "Question: {text}", "0" * 40 + "{text}"],
+    "template": [None, "Question: {text}", LONG_TEMPLATE],
     "engine": ["auto", "opacus"],
     "steps": [1, 2],
     "cap": [1, 2, 3],
     "mode": ["flat", "normalised"],
     "rank": [None, 1],
     "consent": ["", *CONSENT],
+    "processes": [1, 1, 1, 2],
+    "disk": [
+        *(None for _ in range(8)),  # each other one is lived through twice
+        *(Disk("states"), Disk("states", -0.4), Disk("state"), Disk("both")),
+    ],
+    "sheet": [False, False, True],
+    "shared": [False, False, True],
+    "receipts": [False, False, True],
 }
 Axes = dict[str, Any]
+CLIP = 0.02  # of most rows the gradient is longer
 ADAPTERS = (0, 1, 1, 2, 3)  # of property_world.crafted
 
 
@@ -75,6 +86,16 @@ def possible(axes: Axes) -> bool:
     if record and axes.get("story") == "continuous":
         return False
     if axes.get("what") == "audio" and axes.get("template"):
+        return False
+    if axes.get("what") == "dpo, from public text" and axes.get("template") == LONG_TEMPLATE:
+        return False  # no public text is short enough
+    if axes.get("sheet") and axes.get("story") == "two sets":  # a state folder has one sheet
+        return False
+    if axes.get("shared") and (
+        axes.get("story") == "continuous"
+        or axes.get("steps") == 2
+        or axes.get("what") == "text, fewer ranks"
+    ):
         return False
     return not (axes.get("what") != "text, fewer ranks" and axes.get("rank"))
 
@@ -162,6 +183,18 @@ def rows(draw: st.DrawFn, media: str | None, owners: str, unit: str) -> list[Row
 
 
 @dataclass(frozen=True)
+class Ward:
+    """Whose records there are, and of which one world lacks. media: what kind of file each has."""
+
+    media: str | None
+    unit: str
+    processes: int
+
+    def rows(self, owners: str = OWNERS) -> st.SearchStrategy[list[Row]]:
+        return rows(self.media, owners, self.unit)
+
+
+@dataclass(frozen=True)
 class _Story:
     plans: tuple[Plan, ...]
     places: tuple[Place, ...]
@@ -187,6 +220,8 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         max_length=length,
         overflow=overflow,
         template=axes["template"],
+        shared=axes["shared"],
+        clip=CLIP,
     )
     columns = COLUMNS[media or ("classify" if plan.labelled else plan.objective)]
     patient = plan.unit == "patient" and axes["story"] != "units change"
@@ -194,10 +229,16 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         axes["consent"] if patient or axes["consent"] == "column" else ""
     )  # a list of patients
     place = Place(
-        columns=columns, rank=axes["rank"], patient=plan.unit == "patient", consent=consent
+        columns=columns,
+        rank=axes["rank"],
+        patient=plan.unit == "patient",
+        consent=consent,
+        sheet=axes["sheet"],
+        memory=0.0 if axes["disk"] else None,
     )
     unit = draw(st.sampled_from(OWNERS[:4]))
-    story = draw(STORIES[axes["story"]](plan, place, media, unit))
+    ward = Ward(media=media, unit=unit, processes=axes["processes"])
+    story = draw(STORIES[axes["story"]](plan, place, ward))
     files = story.files
     if all(each.unit == "record" for each in story.plans):  # a unit is a row
         files = {
@@ -215,92 +256,140 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
     return Case(
         plans=story.plans,
         files=files,
-        ops=story.ops,
+        # What receipts show of a folder that was put back, a test of the ledger's own holds.
+        ops=tuple(op for op in story.ops if not (axes["receipts"] and op[0] == "put back")),
         unit=chosen,
         places=story.places,
         kinds=dict.fromkeys(files, axes["kind"]),
+        processes=axes["processes"],
+        disk=axes["disk"],
+        receipts=axes["receipts"],
         opted={owner: draw(spans) for owner in (chosen, "b", "e")},
     )
 
 
-Told = st.SearchStrategy[_Story]
+ROUND = ("train", "train", "train", "again")
+BETWEEN = ("files", "files", "withdraw", "restart", "copy", "put back")
 
 
 @st.composite
-def living(draw: st.DrawFn, plan: int, rounds: int, versions: bool = True) -> list[Op]:
-    """Some rounds of a study, with what happens between them."""
+def living(
+    draw: st.DrawFn,
+    plan: int,
+    life: Plan,
+    ward: Ward,
+    versions: tuple[int, ...] = (1, 2),
+) -> list[Op]:
+    """Some rounds of a study, with what happens between any two messages. plan: its number; life:
+    the plan; versions: which ones its files have yet to become."""
     ops: list[Op] = [("prepare", plan)]
-    round_, version = 1, 0
-    for _ in range(draw(st.integers(2, 5))):
-        step = draw(
-            st.sampled_from(("train", "train", "train", "again", "files", "withdraw", "restart"))
-        )
-        if step == "train" and round_ <= rounds:
-            ops.append(("train", plan, round_, draw(st.sampled_from(ADAPTERS))))
+    round_, left = 1, list(versions)
+    steps = (*ROUND, *BETWEEN, *(("a rank ends",) if ward.processes > 1 else ()))
+    for _ in range(draw(st.integers(2, 6))):
+        step = draw(st.sampled_from(steps))
+        adapter = draw(st.sampled_from(ADAPTERS))
+        if step == "train" and round_ <= life.rounds:
+            ops += draw(one_round(plan, round_, adapter, life.shared, left))
             round_ += 1
         elif step == "again" and round_ > 1:
-            ops.append(("train", plan, round_ - 1, draw(st.sampled_from(ADAPTERS))))
-        elif step == "files" and versions and version < 2:
-            version += 1
-            ops.append(("files", version))
+            ops += draw(one_round(plan, round_ - 1, adapter, life.shared, left))
+        elif step == "files" and left:
+            ops.append(("files", left.pop(0)))
         elif step == "withdraw":
             ops.append(("withdraw", draw(st.sampled_from([*OWNERS, "7", "0", "1"]))))
-        elif step == "restart":
-            ops += [("restart",), ("prepare", plan)]
-    if round_ <= rounds:
-        ops.append(("train", plan, round_, 1))
+        elif step in ("restart", "start"):
+            ops += [(step,), ("prepare", plan)]
+        elif step == "put back":
+            ops += [(step,), *draw(st.sampled_from(((), (("restart",), ("prepare", plan)))))]
+        elif step in ("copy", "a rank ends"):
+            ops.append((step,))
+    if round_ <= life.rounds:
+        ops += draw(one_round(plan, round_, 1, life.shared, left))
     return ops
 
 
 @st.composite
-def _rounds(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
-    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
-    return _Story((plan,), (place,), files, tuple(draw(living(0, plan.rounds))))
+def one_round(
+    draw: st.DrawFn, plan: int, round_: int, adapter: int, shared: bool, left: list[int]
+) -> list[Op]:
+    """A round's messages; where its sum alone is opened, with what happens between the two, and a
+    second set for the same draw."""
+    if not shared:
+        return [("train", plan, round_, adapter)]
+    again = (("restart",), ("prepare", plan))
+    events: list[tuple[Op, ...]] = [(), (), (("copy",),), (("withdraw", "e"),), again]
+    events += [(("files", left[0]),)] if left else []
+    after: list[tuple[Op, ...]] = [(), (), (("put back",),), (("put back",), *again)]
+    ops: list[Op] = [("ready", plan, round_, adapter, draw(st.sampled_from((1, 1, 2))))]
+    between = draw(st.sampled_from(events))
+    if between and between[0][0] == "files":
+        left.pop(0)
+    ops += [*between, ("masked", plan, round_, 0), *draw(st.sampled_from(after))]
+    if draw(st.booleans()):
+        ops.append(("masked", plan, round_, draw(st.sampled_from((0, 1)))))
+    return ops
 
 
 @st.composite
-def _studies(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
-    """A second study on the same, grown, file, with another cap."""
-    second = replace(plan, name="two", cap=draw(st.sampled_from((1, 2))))
-    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
-    ops = [*draw(living(0, plan.rounds)), ("files", 2), ("restart",)]
-    ops += draw(living(1, plan.rounds, versions=False))
+def _rounds(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
+    files = {"records": tuple(draw(ward.rows()))}
+    return _Story((plan,), (place,), files, tuple(draw(living(0, plan, ward))))
+
+
+@st.composite
+def _studies(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
+    """A second study on the same, grown, file, with another cap or on the very same view of it, in
+    the process of the first or in another; and the first one goes on."""
+    second = replace(plan, name="two", cap=draw(st.sampled_from((1, 2, plan.cap))))
+    files = {"records": tuple(draw(ward.rows()))}
+    grown, again = draw(st.booleans()), draw(st.sampled_from(((), ("restart",))))
+    ops = draw(living(0, plan, ward, versions=(1,)))
+    ops += [("files", 2)] if grown else []
+    ops += [again, ("prepare", 0)] if again else []
+    ops += draw(living(1, second, ward, versions=() if grown else (2,)))
+    if draw(st.booleans()):
+        ops += draw(one_round(0, plan.rounds, 1, plan.shared, []))
     return _Story((plan, second), (place,), files, tuple(ops))
 
 
 @st.composite
-def _continuous(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+def _continuous(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
     """A life of two rounds, and rounds beyond it; who comes later has notes of who came first."""
     plan = replace(plan, life=2.2, sigma=2.5 * (plan.cap if plan.drawn == "record" else 1), steps=1)
-    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
+    files = {"records": tuple(draw(ward.rows()))}
+    between: list[tuple[Op, ...]] = [
+        *((), (), (("withdraw", draw(st.sampled_from(OWNERS))),)),
+        (("restart",), ("prepare", 0)),
+        *(((("a rank ends",),),) if ward.processes > 1 else ()),
+    ]
     ops: list[Op] = [("prepare", 0)]
     for version in range(3):
         first = 1 + 3 * version
         many = draw(st.integers(1, 3))
         ops += [("files", version)]
         ops += [("train", 0, round_, 1) for round_ in range(first, first + many)]
-        if draw(st.integers(0, 3)) == 0:
-            ops.append(("withdraw", draw(st.sampled_from(OWNERS))))
+        ops += draw(st.sampled_from(between))
     return _Story((plan,), (replace(place, policy="max_epsilon = 2.6"),), files, tuple(ops))
 
 
 @st.composite
-def _queries(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+def _queries(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
     """Held-out records are asked about too, whose patients may be those of the training file."""
     plan = replace(plan, queries=True)
     place = replace(place, held_out="held", held_apart=draw(st.booleans()))
-    files = {"records": tuple(draw(rows(media, OWNERS[:4], unit)))}
-    files["held"] = tuple(draw(rows(media, draw(st.sampled_from(("abc", "cdef", "efgh"))), unit)))
+    files = {"records": tuple(draw(ward.rows(OWNERS[:4])))}
+    files["held"] = tuple(draw(ward.rows(draw(st.sampled_from(("abc", "cdef", "efgh"))))))
     ops: list[Op] = []
-    for op in draw(living(0, plan.rounds)):
+    for op in draw(living(0, plan, ward)):
         ops.append(op)
-        if op[0] == "train":
-            ops.append(("query", 0, op[2], op[3]))
+        if op[0] in ("train", "masked"):
+            adapter = op[3] if op[0] == "train" else draw(st.sampled_from(ADAPTERS))
+            ops.append(("query", 0, op[2], adapter))
     return _Story((plan,), (place,), files, tuple(ops))
 
 
 @st.composite
-def _two_sets(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str) -> _Story:
+def _two_sets(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
     """Two datasets that were declared disjoint; texts or patients may be in both all the same."""
     policy = f"max_epsilon = {draw(st.sampled_from((1.6, 3.0, 1e6)))}"
     both = tuple(
@@ -310,17 +399,15 @@ def _two_sets(draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit
             ("second", "first", True),
         )
     )
-    files = {"first": tuple(draw(rows(media, OWNERS[:4], unit)))}
-    files["second"] = tuple(draw(rows(media, draw(st.sampled_from(("ghi", "cghi"))), unit)))
-    ops = [*draw(living(0, plan.rounds)), ("files", 0), ("place", 1)]
-    ops += draw(living(1, plan.rounds))
+    files = {"first": tuple(draw(ward.rows(OWNERS[:4])))}
+    files["second"] = tuple(draw(ward.rows(draw(st.sampled_from(("ghi", "cghi"))))))
+    ops = [*draw(living(0, plan, ward)), ("files", 0), ("place", 1)]
+    ops += draw(living(1, plan, ward))
     return _Story((plan, replace(plan, name="two")), both, files, tuple(ops))
 
 
 @st.composite
-def _units_change(
-    draw: st.DrawFn, plan: Plan, place: Place, media: str | None, unit: str
-) -> _Story:
+def _units_change(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
     """Records are protected first and patients later, or the other way round."""
     alone = replace(plan, unit="record", drawn="unit")
     patient = replace(plan, unit="patient")
@@ -329,9 +416,9 @@ def _units_change(
         order.reverse()
     plans = tuple(replace(p, name=n) for (p, _), n in zip(order, ("one", "two"), strict=True))
     places = tuple(replace(place, patient=named) for _, named in order)
-    files = {"records": tuple(draw(rows(media, OWNERS, unit)))}
-    ops = [*draw(living(0, plan.rounds)), ("files", 1), ("place", 1)]
-    ops += draw(living(1, plan.rounds, versions=False))
+    files = {"records": tuple(draw(ward.rows()))}
+    ops = [*draw(living(0, plan, ward)), ("files", 1), ("place", 1)]
+    ops += draw(living(1, plan, ward, versions=()))
     return _Story(plans, places, files, tuple(ops))
 
 

@@ -21,6 +21,7 @@ from tests.guarantee.property_plans import (
     FHIR,
     Case,
     Crafted,
+    Disk,
     Ids,
     Place,
     Plan,
@@ -296,30 +297,6 @@ BULK = Case(
     kinds={"records": FHIR},
 )
 
-PINNED = {
-    "the-cap-knew-others": THE_CAP,
-    "a-newcomer-was-there-before": ARRIVALS,
-    "a-file-of-ones-own-jsonl": OFF["jsonl"],
-    "a-file-of-ones-own-csv": OFF["csv"],
-    "a-file-of-ones-own-parquet": OFF["parquet"],
-    "too-long-for-a-head": POSITIONS["head"],
-    "too-long-for-an-encoder": POSITIONS["adapter"],
-    "too-long-for-a-causal-base": POSITIONS["causal"],
-    "too-long-by-a-template": POSITIONS["template"],
-    "too-long-for-the-teacher": TEACHER,
-    "an-image-of-one-line": IMAGE,
-    "records-then-patients": UNITS,
-    "a-text-in-two-datasets": APART,
-    "a-patient-in-two-datasets": BOTH,
-    "patient-7-and-row-7": ROW_7,
-    "opts-out-by-a-column": OPT_OUTS["column"],
-    "opts-out-by-a-list": OPT_OUTS["list"],
-    "opts-out-by-a-salted-list": OPT_OUTS["salted list"],
-    "a-bulk-export": BULK,
-    "opts-out-in-a-database": replace(OPT_OUTS["list"], kinds={"records": "sqlite"}),
-    "a-bad-cell-in-a-database": switched_off("sqlite", {"who": "a", "q": 7.5, "a": ["x"]}),
-}
-
 # Nothing but ordinary notes.
 ORDINARY = Case(
     plans=(Plan(**HEAD),),
@@ -348,6 +325,161 @@ GROWING = replace(
         *rounds(0, 3, 3),
     ),
 )
+
+
+# A record that came after rank 0 had read, and before the other ranks did, ended every round.
+ARRIVED = (row("a", X, since=1), *own("bcdefg"))
+RANKS = Case(
+    plans=(Plan(**HEAD),),
+    files={"records": ARRIVED},
+    ops=(("prepare", 0), ("files", 1), *rounds(0, 1, 2)),
+    unit="a",
+    places=(CLASSES,),
+    processes=2,
+)
+# The same between two plans of one process, and where a rank is started anew.
+RANKS_LATER = replace(
+    RANKS,
+    plans=(Plan(**HEAD), Plan("two", **HEAD)),
+    ops=(
+        ("prepare", 0),
+        *rounds(0, 1, 1),
+        ("files", 1),
+        ("prepare", 1),
+        *rounds(1, 1, 1),
+        *rounds(0, 2, 2),
+    ),
+)
+RANKS_ENDED = replace(
+    RANKS,
+    ops=(
+        ("prepare", 0),
+        *rounds(0, 1, 1),
+        ("files", 1),
+        ("a rank ends",),
+        *rounds(0, 2, 3),
+    ),
+)
+# Rank 0 left out who had no budget left, which was the unit alone, and the other ranks did not.
+RANKS_FOR_LIFE = replace(
+    ARRIVALS,
+    files={"records": (row("a", X), *own("bcd", 1))},
+    ops=(("prepare", 0), *rounds(0, 1, 1), ("files", 1), *rounds(0, 2, 3)),
+    processes=2,
+)
+
+# A disk that takes the states of all the others, and not the unit's: an error of its own.
+STATES = Case(
+    plans=(Plan(clip=0.01),),  # which each row is longer than
+    files={"records": own("abcdef")},
+    ops=(("prepare", 0), *rounds(0, 1, 2)),
+    unit="a",
+    places=(Place(memory=0.0),),
+    disk=Disk("states"),
+)
+STATES_ASKED = replace(
+    STATES,
+    plans=(Plan(**HEAD, queries=True),),
+    files={"records": own("bcdef"), "held": own("aghi")},
+    ops=(("prepare", 0), ("query", 0, 1, 1), ("query", 0, 2, 1)),
+    places=(replace(CLASSES, held_out="held", memory=0.0),),
+)
+STATES_OF_RANKS = replace(STATES, processes=2)
+# The ledger's members grow with the records.
+MEMBERS = replace(
+    STATES,
+    plans=(Plan(cap=30, clip=0.01),),
+    files={"records": (*own("bcdef"), *(row("a", f"note {n} of many") for n in range(30)))},
+    disk=Disk("state"),
+)
+
+# What two other patients took away counted those who withdrew between them.
+RECEIPTS = replace(
+    ORDINARY,
+    ops=(
+        ("prepare", 0),
+        *rounds(0, 1, 1),
+        ("withdraw", "b"),
+        ("withdraw", "a"),
+        ("withdraw", "c"),
+        *rounds(0, 2, 2),
+    ),
+)
+
+# A folder put back to before a draw was masked: masked again, for another set.
+PUT_BACK = replace(
+    SHARED,
+    ops=(
+        ("prepare", 0),
+        ("ready", 0, 1, 1, 1),
+        ("copy",),
+        ("masked", 0, 1, 0),
+        ("put back",),
+        ("restart",),
+        ("prepare", 0),
+        ("masked", 0, 1, 1),
+    ),
+)
+PUT_BACK_AT_WORK = replace(
+    PUT_BACK,
+    ops=(*PUT_BACK.ops[:5], ("masked", 0, 1, 1)),
+)
+
+# After a restart in mid-study the site was there or not, by one row since its records were
+# attested, or by one of two patients.
+ATTESTED = replace(
+    ORDINARY,
+    files={"records": (*own("bcdefg"), row("a", X, since=1))},
+    ops=(
+        ("prepare", 0),
+        *rounds(0, 1, 1),
+        ("files", 1),
+        ("start",),
+        ("prepare", 0),
+        *rounds(0, 2, 2),
+    ),
+    places=(replace(CLASSES, sheet=True),),
+)
+TWO_PATIENTS = replace(
+    ATTESTED,
+    files={"records": (row("a", X), row("b", "fever, day 3"))},
+    places=(CLASSES,),
+)
+
+PINNED = {
+    "the-cap-knew-others": THE_CAP,
+    "a-newcomer-was-there-before": ARRIVALS,
+    "a-file-of-ones-own-jsonl": OFF["jsonl"],
+    "a-file-of-ones-own-csv": OFF["csv"],
+    "a-file-of-ones-own-parquet": OFF["parquet"],
+    "too-long-for-a-head": POSITIONS["head"],
+    "too-long-for-an-encoder": POSITIONS["adapter"],
+    "too-long-for-a-causal-base": POSITIONS["causal"],
+    "too-long-by-a-template": POSITIONS["template"],
+    "too-long-for-the-teacher": TEACHER,
+    "an-image-of-one-line": IMAGE,
+    "records-then-patients": UNITS,
+    "a-text-in-two-datasets": APART,
+    "a-patient-in-two-datasets": BOTH,
+    "patient-7-and-row-7": ROW_7,
+    "opts-out-by-a-column": OPT_OUTS["column"],
+    "opts-out-by-a-list": OPT_OUTS["list"],
+    "opts-out-by-a-salted-list": OPT_OUTS["salted list"],
+    "a-bulk-export": BULK,
+    "opts-out-in-a-database": replace(OPT_OUTS["list"], kinds={"records": "sqlite"}),
+    "a-bad-cell-in-a-database": switched_off("sqlite", {"who": "a", "q": 7.5, "a": ["x"]}),
+    "ranks-read-later": RANKS,
+    "ranks-read-for-a-later-plan": RANKS_LATER,
+    "a-rank-ended-and-read-anew": RANKS_ENDED,
+    "ranks-of-a-study-for-life": RANKS_FOR_LIFE,
+    "a-disk-full-of-states": STATES,
+    "a-disk-full-of-states-asked-about": STATES_ASKED,
+    "a-disk-full-of-the-ranks-states": STATES_OF_RANKS,
+    "a-disk-full-of-members": MEMBERS,
+    "receipts-of-two-others": RECEIPTS,
+    "a-folder-put-back": PUT_BACK,
+    "a-folder-put-back-at-work": PUT_BACK_AT_WORK,
+}
 
 
 def beside(others: int, *ops: Any) -> Case:

@@ -161,11 +161,14 @@ class Place:
     consent: str = ""  # of CONSENT
     who: str = "who"  # the patient column
     scan: str = ""  # an action of [data.scan]
+    sheet: bool = False  # whether the policy asks for an attested data sheet
+    memory: float | None = None  # GiB for states at the cut; 0: all go to the disk
 
     def toml(self, kinds: Mapping[str, str], teachers: list[str]) -> str:
         columns = self.columns + (f', patient = "{self.who}"' if self.patient else "")
         lines = ["[site]", 'name = "a"', f"declared_size = {SIZE}", 'state = "state"']
         lines += [f"lora_rank = {self.rank}"] if self.rank else []
+        lines += [] if self.memory is None else [f"cache_memory = {self.memory}"]
         lines += ["[data]", f'name = "{self.data}"', *where_of(self.data, kinds)]
         lines += [f"columns = {{ {columns} }}", f"disjoint_from = {json.dumps(self.apart)}"]
         scan = f'scan = {{ action = "{self.scan}" }}' if self.scan else ""
@@ -177,11 +180,13 @@ class Place:
             lines += [CONSENT[self.consent], scan]
         lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
         lines += ['release = ["evaluation"]', self.policy or WIDE]
+        lines += [f'data_sheet = ["{SHEET}"]'] if self.sheet else []
         lines += [f"teachers = {json.dumps(teachers)}", "max_fallback_epsilon = 1e6"]
         lines += [f"peers = {json.dumps([peer.public for peer in PEERS])}"]
         return "\n".join(lines) + "\n"
 
 
+SHEET = "title"  # the field of a data sheet that is asked for
 OPT_OUTS, SALT = "opt-outs.txt", "salt.txt"
 CONSENT = {
     "": "",
@@ -222,10 +227,27 @@ class Crafted:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """A disk that is full after some bytes. holds: "states" (at the cut), "state" (the site's
+    folder) or "both"; share: how many bytes, from 0, what the world that needs less needs, to 1,
+    what the other needs; below 0: the part of the lesser need that is missing."""
+
+    holds: str
+    share: float = 0.5
+
+    def limit(self, needs: tuple[int, int]) -> int:
+        low, high = sorted(needs)
+        return (
+            int(low * (1 + self.share)) if self.share < 0 else low + int(self.share * (high - low))
+        )
+
+
+@dataclass(frozen=True)
 class Case:
     """What both worlds live through. files: rows by dataset; kinds: jsonl, csv, parquet or one of
     them in a folder of a file for each owner; unit: whom one of the worlds lacks; opted: who does
-    not agree, from one version of the files to before another."""
+    not agree, from one version of the files to before another; processes: of the site's team; disk:
+    all is lived through once more on such a disk; receipts: whether orders bring them."""
 
     plans: tuple[Plan, ...]
     files: Mapping[str, tuple[Row, ...]]
@@ -234,6 +256,11 @@ class Case:
     places: tuple[Place, ...] = (Place(),)
     kinds: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
+    forked: bool = (
+        True  # the team's other processes: else they are started as `fedtune client` does
+    )
+    disk: Disk | None = None
+    receipts: bool = False
     opted: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def has_opted_out(self, owner: str, version: int) -> bool:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
+from fedtune.client.withdraw import Withdrawal
 from fedtune.flower.arrays import bodies
 from fedtune.secagg.masks import mask, public_of
 from fedtune.secagg.opened import MaskedSum
@@ -53,11 +55,23 @@ def facts(reply: Message) -> dict[str, Any]:
     return found
 
 
-def set_with(mine: Ready) -> dict[Ready, X25519PrivateKey]:
-    """The peers' statements about the draw of `mine`, whenever they are asked, and their keys."""
+def receipt_facts(withdrawal: Withdrawal) -> dict[str, Any]:
+    """What a patient takes away, file name and all, but for the time and for whose it is; of keys,
+    hashes and signatures, which are other ones each time, the size."""
+
+    def sized(text: str) -> str:
+        return re.sub(r"[0-9a-f]{16,}", lambda found: f"<{len(found[0])}>", text)
+
+    own = {key: value for key, value in withdrawal.receipt.items() if key != "time"}
+    return {"receipt": sized(json.dumps(own)), "file": sized(withdrawal.receipt_file.name)}
+
+
+def set_with(mine: Ready, other: int = 0) -> dict[Ready, X25519PrivateKey]:
+    """The peers' statements about the draw of `mine`, whenever they are asked, and their keys;
+    other: those of another set."""
     found = {}
     for number, peer in enumerate(PEERS):
-        seed = hashlib.sha256(f"{number} {mine.draw}".encode()).digest()
+        seed = hashlib.sha256(f"{number} {mine.draw} {other}".encode()).digest()
         key = X25519PrivateKey.from_private_bytes(seed)
         own = (SIZE, peer.public, public_of(key), mine.noise)
         stated = Ready(mine.draw, f"peer-{number}", *own)

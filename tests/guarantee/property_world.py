@@ -21,38 +21,51 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
 from PIL import Image
 
 from fedtune.audit.bounds import gaussian_epsilon
 from fedtune.client.rank_process import team
+from fedtune.client.sheet import describe_data
+from fedtune.client.site import worker
+from fedtune.client.withdraw import withdraw
+from fedtune.config import load_site
+from fedtune.config.sheet import sheet_path
 from fedtune.data.records import unit_member
 from fedtune.dp.filter import total_epsilon
+from fedtune.errors import FedtuneError
 from fedtune.flower.arrays import to_record
-from fedtune.ledger.files import OUTBOX
+from fedtune.ledger import chain
+from fedtune.ledger.files import OUTBOX, LedgerError
 from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
 from fedtune.secagg.draw import FOLDER as DRAWS
-from fedtune.secagg.statement import parse, set_text
+from fedtune.secagg.statement import Ready, parse, set_text
 from fedtune.server.admission import plan_message
 from fedtune.training.start import Start
 from fedtune.wire.codec import encode
-from fedtune.wire.seal import order
+from fedtune.wire.seal import order, receipt
 from tests.guarantee.property_coupling import Coupling, Sum
+from tests.guarantee.property_disk import LimitedDisk
 from tests.guarantee.property_files import PREFIX, WRITERS, agreeing, write_opt_outs
 from tests.guarantee.property_plans import (
     COORDINATOR,
     PEERS,
+    SHEET,
     Case,
     Crafted,
     Ids,
@@ -61,7 +74,8 @@ from tests.guarantee.property_plans import (
     begun,
     path_of,
 )
-from tests.guarantee.property_wire import facts, opened, set_with
+from tests.guarantee.property_team import forked_ranks, joins
+from tests.guarantee.property_wire import facts, opened, receipt_facts, set_with
 from tests.guarantee.world import Recorder
 from tests.media import image, recording
 
@@ -69,8 +83,13 @@ SHM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # no disk waits fo
 WOBBLE = 1e-6  # of C: room for a last bit of another row's fp32
 
 
-"""("prepare", plan) ("train", plan, round, adapter) ("query", plan, round) ("files", version)
-("withdraw", key) ("restart",) ("place", number); plan: its number in the case; adapter: a number"""
+# What the coordinator does, with the number of a plan and of an adapter:
+#   ("prepare", plan) ("train", plan, round, adapter) ("query", plan, round, adapter)
+#   ("ready", plan, round, adapter, attempt) ("masked", plan, round, set)
+# and what happens at the site: its files change, somebody withdraws, its process ends and another
+# begins, with the checks of `fedtune client` ("start") or without, under another site.toml
+# ("place"); a process of its team is killed; its folder is copied and put back.
+EVENTS = ("files", "withdraw", "restart", "start", "place", "a rank ends", "copy", "put back")
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,57 +106,164 @@ class Seen:
 # ------------------------------------------------------------------------------------ one world
 
 
+class Clock:
+    """Stands in for the module `time` of a ledger: each entry has a second of its own, so that none
+    is written anew as it was before its folder was put back."""
+
+    def __init__(self) -> None:
+        self._seconds = itertools.count(1_700_000_000)
+
+    def time(self) -> int:
+        return next(self._seconds)
+
+
 class World:
     """The site in a folder of its own; `without`: the unit whose rows no file has."""
 
-    def __init__(self, folder: Path, case: Case, bases: Ids, without: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        case: Case,
+        bases: Ids,
+        without: str | None,
+        limit: int | None = None,
+    ) -> None:
         self.folder, self.case, self.without = folder, case, without
         self.coupling = Coupling()
+        self.disk = LimitedDisk(folder / "state", case.disk, limit)
         self.version, self.place = 0, 0
+        self._team = contextlib.ExitStack()
+        self._admitted = False  # whether any plan was: before it, a person reads what is refused
+        self._is_there, self._is_put_back = True, False
+        self._receipt: dict[str, Any] = {}  # the coordinator's, of the newest answer
+        self._stated: dict[tuple[int, int], Ready] = {}  # by plan and round
+        self._opened: dict[str, int] = {}  # by the masking key of a draw: for which set
         self.begun = [begun(plan, tuple(sorted(bases.items()))) for plan in case.plans]
         options = [made.study.objective.options for made in self.begun]
         teachers = [str(o["digest"]) for o in options if "digest" in o]
         for number, place in enumerate(case.places):
             (folder / f"site-{number}.toml").write_text(place.toml(case.kinds, teachers))
         self._write()
+        self._attest()
         process_cache.clear("workers")
 
     @property
+    def _state(self) -> Path:
+        return self.folder / "state"
+
+    @property
+    def _copy(self) -> Path:
+        return self.folder / "copy"
+
+    @property
+    def _site(self) -> Path:
+        return self.folder / f"site-{self.place}.toml"
+
+    @property
     def ledger(self) -> Ledger:
-        return Ledger(self.folder / "state")
+        return Ledger(self._state)
+
+    @cached_property
+    def _key(self) -> str:
+        with self.disk.lifted():
+            return self.ledger.key.public
+
+    def _attest(self) -> None:
+        """Type a data sheet and attest the records as they are at first, where they can be read."""
+        for number, place in enumerate(self.case.places):
+            if place.sheet:
+                path = self.folder / f"site-{number}.toml"
+                site = load_site(path)
+                sheet_path(site).write_text(f'{SHEET} = "Notes of a ward"\n')
+                with contextlib.suppress(FedtuneError):
+                    describe_data(site)
 
     def live(self) -> list[Seen]:
-        with self.coupling.at_work(), contextlib.ExitStack() as stack:
-            if self.case.processes > 1:
-                stack.enter_context(team(self.folder / "site-0.toml", self.case.processes))
+        with self.coupling.at_work(), self.disk.in_use(), contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(chain, "time", Clock())
+            stack.enter_context(forked_ranks() if self.case.forked else contextlib.nullcontext())
+            stack.callback(self._end_process)
+            self._start_process()
             return [self._do(op) for op in self.case.ops]
+
+    def _start_process(self) -> None:
+        """Begin as `fedtune client` does, with a team where the case has one."""
+        if self.case.processes > 1:
+            self._team.enter_context(team(self._site, self.case.processes))
+
+    def _end_process(self) -> None:
+        self._team.close()
+        process_cache.clear("workers")
 
     def _do(self, op: Op) -> Seen:
         self.coupling.sums = []
-        said: dict[str, Any] = {}
+        said = self._event(op) if op[0] in EVENTS else self._messages(op)
+        with self.disk.lifted():
+            return Seen(op, said, self._charged(), self.coupling.sums, self._pays())
+
+    def _event(self, op: Op) -> dict[str, Any]:
+        """Let something happen at the site; what of it is seen outside."""
         kind, *rest = op
         if kind == "files":
             self.version = rest[0]
             self._write()
         elif kind == "withdraw":
-            self.ledger.withdraw(unit_member(rest[0]))
-        elif kind == "restart":
-            process_cache.clear("workers")
-        elif kind == "place":
-            self.place = rest[0]
-            process_cache.clear("workers")
+            return self._withdraw(rest[0])
+        elif kind in ("restart", "start", "place"):
+            self._end_process()
+            self.place = rest[0] if kind == "place" else self.place
+            if kind == "start" and self._admitted:
+                watch = any(plan.life is not None for plan in self.case.plans)
+                with self.disk.lifted():
+                    self._is_there = joins(self._site, watch)
+                process_cache.clear("workers")
+            self._start_process()
+            return {"joins": self._is_there}
+        elif kind == "a rank ends":
+            ranks = worker(str(self._site)).ranks
+            for child in ranks.children if ranks else ():
+                child.kill()
+        elif kind == "copy":
+            shutil.rmtree(self._copy, ignore_errors=True)
+            shutil.copytree(self._state, self._copy)
+        elif kind == "put back" and self._copy.exists():
+            self._is_put_back = True
+            shutil.rmtree(self._state)
+            shutil.copytree(self._copy, self._state)
+        return {}
+
+    def _withdraw(self, key: str) -> dict[str, Any]:
+        """Withdraw somebody's consent and return what the patient takes away. The unit is not
+        there to do so in one of the worlds, and its receipt is its own affair."""
+        if key == self.without:
+            return {}
+        if not self.case.places[self.place].patient:  # there is no such command at this site
+            self.ledger.withdraw(unit_member(key))
+            return {}
+        with self.disk.lifted():
+            done = withdraw(load_site(self._site), key, self.ledger, unseen=True)
+        return {} if key == self.case.unit else receipt_facts(done)
+
+    def _messages(self, op: Op) -> dict[str, Any]:
+        """Send what the coordinator sends; all that an observer of the wire sees."""
+        if not self._is_there:
+            return {"answer": "nobody is there"}
+        kind, *rest = op
+        shared = self.begun[rest[0]].study.secure_aggregation
+        if kind == "train" and shared:
+            asked = [self._ready(*rest), self._masked(*rest[:2])]
+        elif kind == "ready":
+            asked = [self._ready(*rest)]
+        elif kind == "masked":
+            asked = [self._masked(*rest)]
         else:
-            shared = kind == "train" and self.begun[rest[0]].study.secure_aggregation
-            told = self._share(*rest) if shared else [self.ask(kind, *rest)]
-            for number, (reply, size) in enumerate(told):
-                said |= {f"{number}: {k}": v for k, v in facts(reply).items()}
-                said[f"{number}: bytes"] = size
-            said["files"] = self._files()
-        ledger = self.ledger
-        charged = {
-            name: [asdict(charge) for charge in ledger.charges(name)] for name in ledger.datasets
-        }
-        return Seen(op, said, charged, self.coupling.sums, self._pays(ledger))
+            asked = [self.ask(kind, *rest)]
+        said: dict[str, Any] = {}
+        for number, (reply, size) in enumerate(answered for answered in asked if answered):
+            said |= {f"{number}: {k}": v for k, v in facts(reply).items()}
+            said[f"{number}: bytes"] = size
+        return said | {"files": self._files()}
 
     def ask(
         self, kind: str, plan: int, round_: int = 1, adapter: int | Crafted = 0
@@ -146,40 +272,63 @@ class World:
         made = self.begun[plan]
         if kind == "prepare":
             content, name = plan_message(made.study, made.frozen, COORDINATOR), "query.prepare"
-        else:
-            digest = made.study.digest + (":evaluation" if kind == "query" else "")
-            arrays = crafted(made, adapter)
-            content = RecordDict(
-                {
-                    "order": ConfigRecord(order(COORDINATOR, digest, round_, "0" * 32, "")),
-                    "adapter": to_record(encode(arrays, made.study.wire.adapter)),
-                }
-            )
-            name = "train" if kind == "train" else "query.evaluate"
-        return self._sent(name, content)
+            reply, size = self._sent(name, content)
+            admission = {} if reply.has_error() else reply.content["admission"]
+            self._admitted = self._admitted or bool(admission.get("admitted"))
+            return reply, size
+        digest = made.study.digest + (":evaluation" if kind == "query" else "")
+        content = RecordDict(
+            {
+                "order": ConfigRecord(self._order(digest, round_)),
+                "adapter": to_record(encode(crafted(made, adapter), made.study.wire.adapter)),
+            }
+        )
+        return self._sent("train" if kind == "train" else "query.evaluate", content)
 
-    def _share(self, plan: int, round_: int, adapter: int | Crafted) -> list[tuple[Message, int]]:
-        """The site's part of a round whose sum alone is opened: ready, then masked."""
+    def _order(self, digest: str, round_: int, attempt: int = 0) -> dict[str, Any]:
+        """An order as the coordinator signs it, with its receipt of the newest answer."""
+        receipt = json.dumps(self._receipt) if self._receipt else ""
+        return order(COORDINATOR, digest, round_, "0" * 32, receipt, attempt)
+
+    def _ready(
+        self, plan: int, round_: int, adapter: int | Crafted, attempt: int = 1
+    ) -> tuple[Message, int]:
+        """The site's first answer in a round whose sum alone is opened."""
         made = self.begun[plan]
-        sent = to_record(encode(crafted(made, adapter), made.study.wire.adapter))
+        keys = [self._key, *(peer.public for peer in PEERS)]
+        records = {
+            "order": ConfigRecord(self._order(f"{made.study.digest}:ready", round_, attempt)),
+            "set": ConfigRecord({"asked": json.dumps(keys)}),
+            "adapter": to_record(encode(crafted(made, adapter), made.study.wire.adapter)),
+        }
+        reply, size = self._sent("train.ready", RecordDict(records))
+        self._stated.pop((plan, round_), None)
+        if not reply.has_error() and reply.content["site"]["status"] == "ready":
+            self._stated[plan, round_] = parse(reply.content["site"]["ready"])
+        return reply, size
 
-        def ask(kind: str, said: dict[str, str], **more: ArrayRecord) -> tuple[Message, int]:
-            signed = order(COORDINATOR, f"{made.study.digest}:{kind}", round_, "0" * 32, "", 1)
-            records = {"order": ConfigRecord(signed), "set": ConfigRecord(said), **more}
-            return self._sent(f"train.{kind}", RecordDict(records))
+    def _masked(self, plan: int, round_: int, other: int = 0) -> tuple[Message, int] | None:
+        """The site's second answer, to a set of its own and the peers' statements; other: another
+        set with the same draw. None where it stated nothing.
 
-        keys = [self.ledger.key.public, *(peer.public for peer in PEERS)]
-        first, size = ask("ready", {"asked": json.dumps(keys)}, adapter=sent)
-        if first.has_error() or first.content["site"]["status"] != "ready":
-            return [(first, size)]
-        mine = parse(first.content["site"]["ready"])
-        peers = set_with(mine)
-        second, more = ask("masked", {"statements": set_text([mine, *peers])})
-        if not second.has_error() and second.content["site"]["status"] == "masked":
-            total = np.sort(opened(second, mine, peers))
+        Errors: AssertionError where another sum is opened than the one that was noised, or one
+        draw is masked for two sets."""
+        if (mine := self._stated.get((plan, round_))) is None:
+            return None
+        peers = set_with(mine, other)
+        digest = f"{self.begun[plan].study.digest}:masked"
+        records = {
+            "order": ConfigRecord(self._order(digest, round_, mine.draw.attempt)),
+            "set": ConfigRecord({"statements": set_text([mine, *peers])}),
+        }
+        reply, size = self._sent("train.masked", RecordDict(records))
+        if not reply.has_error() and reply.content["site"]["status"] == "masked":
+            total = np.sort(opened(reply, mine, peers))
             whole = any(np.array_equal(total, noised) for noised in self.coupling.noised)
             assert whole, f"round {round_}: another sum is opened than the one that was noised"
-        return [(first, size), (second, more)]
+            first = self._opened.setdefault(mine.masking, other)
+            assert first == other, f"round {round_}: one draw is masked for two sets"
+        return reply, size
 
     def _files(self) -> list[tuple[str, int]]:
         """The draws and answers that wait on disk, with their sizes."""
@@ -187,24 +336,58 @@ class World:
         return sorted((p.name, p.stat().st_size) for folder in folders for p in folder.glob("*"))
 
     def _sent(self, name: str, content: RecordDict) -> tuple[Message, int]:
-        grid = Recorder([self.folder / f"site-{self.place}.toml"])
+        grid = Recorder([self._site])
         (node,) = grid.get_node_ids()
         (reply,) = grid.send_and_receive([grid.create_message(content, name, node, "1")])
+        sealed = {} if reply.has_error() else reply.content.get("site", {})
+        if self.case.receipts and sealed.get("header"):
+            self._receipt = receipt(COORDINATOR, json.loads(str(sealed["header"]))["ledger"])
         return reply, len(grid.sent[1])
 
-    def _pays(self, ledger: Ledger) -> bool:
+    def _charged(self) -> dict[str, Any]:
+        """What the ledger charges; its state where it cannot be read."""
+        try:
+            ledger = self.ledger
+            return {
+                name: [asdict(charge) for charge in ledger.charges(name)]
+                for name in ledger.datasets
+            }
+        except LedgerError as error:
+            return {"not read": type(error).__name__}
+
+    def _pays(self) -> bool:
         """Whether the newest round, whatever it was of, is one that the unit is charged for."""
         case, unit = self.case, unit_member(self.case.unit)
-        if not case.here(self.version) or ledger.hashed(unit) in ledger.withdrawn():
+        place = case.places[self.place]
+        if not case.here(self.version):
             return False
-        if case.places[self.place].consent and case.has_opted_out(case.unit, self.version):
+        if place.consent and case.has_opted_out(case.unit, self.version):
             return False
-        data = case.places[self.place].data
-        spent = ledger.spending(data)
-        if not spent or data not in ledger.datasets or not any(p.life for p in case.plans):
-            return True
-        mine = {c.arrival: c for c in ledger.cohorts(data)}.get(ledger.arrival(data)(unit))
+        try:
+            ledger, data = self.ledger, place.data
+            if place.patient and ledger.hashed(unit) in ledger.withdrawn():
+                return False
+            spent = ledger.spending(data)
+            if not spent or data not in ledger.datasets or not any(p.life for p in case.plans):
+                return True
+            mine = {c.arrival: c for c in ledger.cohorts(data)}.get(ledger.arrival(data)(unit))
+        except LedgerError:  # nothing is summed where it cannot be read
+            return False
         return mine is not None and spent[-1].seq in {s.seq for s in mine.spent}
+
+    def claim(self, what: str) -> float:
+        """The most that the ledger says of a patient, at twice the policy's δ; infinite where it
+        says nothing, as of what was spent before the folder was put back. what: "event", or
+        "fallback" if secure aggregation does not hold."""
+        if self._is_put_back:
+            return math.inf
+        ledger, found = self.ledger, list[float]()
+        for name in ledger.datasets:
+            charges = ledger.charges(name)
+            if any(charge.unit == "patient" for charge in charges):
+                events = [getattr(charge, what) for charge in charges]
+                found.append(total_epsilon(events, charges[0].order, 1e-4).epsilon)
+        return max(found, default=math.inf)
 
     # ------------------------------------------------------------------------------- its files
 
@@ -269,25 +452,36 @@ def crafted(made: Start, adapter: int | Crafted) -> dict[str, np.ndarray]:
 # ----------------------------------------------------------------------------- the two compared
 
 
-def check(case: Case, bases: Ids) -> list[tuple[list[Seen], list[Seen]]]:
-    """Live through `case` with and without its unit, and hold the guarantee to what is seen.
+def check(case: Case, bases: Ids) -> None:
+    """Live through `case` with and without its unit, and hold the guarantee to what is seen; once
+    more where the disk is full, at a size that follows from what either world needed.
 
     Errors: AssertionError."""
-    worlds = []
+    needs = compare(case, bases, None)
+    if case.disk and any(needs):
+        compare(case, bases, case.disk.limit(needs))
+
+
+def compare(case: Case, bases: Ids, limit: int | None) -> tuple[int, int]:
+    """Live through `case` in both worlds on a disk of `limit` bytes, and return how many they used.
+
+    Errors: AssertionError."""
+    lives: list[list[Seen]] = []
+    needs, claimed = list[int](), list[float]()
     logging.disable(logging.ERROR)
     try:
         for without in (None, case.unit):
             with tempfile.TemporaryDirectory(dir=SHM, prefix="fedtune-property-") as folder:
-                world = World(Path(folder), case, bases, without)
-                seen = world.live()
-                said = [claims(world.ledger, what) for what in ("event", "fallback")]
-                worlds.append((seen, said))
+                world = World(Path(folder), case, bases, without, limit)
+                lives.append(world.live())
+                needs.append(world.disk.needed)
+                if without is None:
+                    claimed = [world.claim(what) for what in ("event", "fallback")]
     finally:
         logging.disable(logging.NOTSET)
         process_cache.clear("workers")
-    (with_it, claimed), (without_it, _) = worlds
     moved = [0.0, 0.0]  # in standard deviations, squared: of the honest sites' noise, of its own
-    for one, other in zip(with_it, without_it, strict=True):
+    for one, other in zip(*lives, strict=True):
         same_on_the_wire(one, other)
         assert one.charged == other.charged, f"{one.op}: the unit is seen in what is charged"
         assert len(one.sums) == len(other.sums), f"{one.op}: another number of steps"
@@ -296,8 +490,8 @@ def check(case: Case, bases: Ids) -> list[tuple[list[Seen], list[Seen]]]:
             moved = [moved[0] + alone / (a.plan.sites - a.plan.colluding), moved[1] + alone]
     for squared, claim in zip(moved, claimed, strict=True):
         true = gaussian_epsilon(math.sqrt(squared), 2e-4)
-        assert true <= max(claim, default=math.inf) * (1 + 1e-6), f"ε {true:.3g}, not {claim}"
-    return [(with_it, without_it)]
+        assert true <= claim * (1 + 1e-6), f"ε {true:.3g}, not {claim}"
+    return needs[0], needs[1]
 
 
 def same_on_the_wire(one: Seen, other: Seen) -> None:
@@ -328,15 +522,3 @@ def compared(case: Case, seen: Seen, a: Sum, b: Sum) -> float:
         f"{most / plan.max_grad_norm:.3f} C"
     )
     return distance / a.std if plan.sampling_rate == 1.0 else 0.0
-
-
-def claims(ledger: Ledger, what: str) -> list[float]:
-    """What the ledger says of a patient of each dataset, at twice the policy's δ; what: "event", or
-    "fallback" if secure aggregation does not hold."""
-    found = []
-    for name in ledger.datasets:
-        charges = ledger.charges(name)
-        if any(charge.unit == "patient" for charge in charges):
-            events = [getattr(charge, what) for charge in charges]
-            found.append(total_epsilon(events, charges[0].order, 1e-4).epsilon)
-    return found

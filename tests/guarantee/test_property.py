@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -17,12 +19,15 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 import fedtune.client.prepared
 import fedtune.client.site
 from fedtune.audit import selftest
-from fedtune.client import secure_round
+from fedtune.client import rank_process, secure_round, withdraw
 from fedtune.client.site import SiteWorker
-from fedtune.config import Study
+from fedtune.config import Site, Study
 from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import DpPlan
-from fedtune.models import lora
+from fedtune.errors import InfrastructureError
+from fedtune.ledger.ledger import Ledger
+from fedtune.models import lora, prefix_store
+from fedtune.models.prefix_store import PrefixStore
 from fedtune.secagg import masks
 from fedtune.secagg.draw import Draws
 from fedtune.secagg.statement import Ready
@@ -33,8 +38,9 @@ from tests.guarantee.property_files import bases_of
 from tests.guarantee.property_plans import Case
 from tests.guarantee.property_scan import SCANNED
 from tests.guarantee.property_world import check
+from tests.secagg.test_twins import Stored
 
-EXAMPLES = 10  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
+EXAMPLES = 7  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
 PROFILE: dict[str, Any] = {
     "deadline": None,
     "database": None,
@@ -83,9 +89,10 @@ def test_whatever_the_records_and_whoever_the_unit(
 @pytest.mark.long
 @pytest.mark.parametrize("changes", [{}, {"q": 0.5, "steps": 2}, {"drawn": "record", "cap": 3}])
 def test_a_site_of_two_processes(changes: dict[str, Any], bases: dict[str, Path]) -> None:
-    """A file that grows, and somebody who withdraws."""
+    """A file that grows, and somebody who withdraws; the team starts as `fedtune client` does."""
     (plan,) = pins.GROWING.plans
-    check(replace(pins.GROWING, plans=(replace(plan, **changes),), processes=2), bases)
+    changed = replace(plan, **changes)
+    check(replace(pins.GROWING, plans=(changed,), processes=2, forked=False), bases)
 
 
 @pytest.mark.long
@@ -211,42 +218,96 @@ def says_how_long_its_sum_is(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Draws, "keep", keep)
 
 
-SHARING = {
-    clamps: "another sum is opened",
-    masks_nothing: "not masked",
-    says_its_true_size: "on the wire",
-    says_how_long_its_sum_is: "on the wire",
-    clips_at_twice: "the sum moved",
-}
-LEAKS = {
-    by_the_true_count: "on the wire",
-    says_how_many: "on the wire",
-    says_its_loss: "on the wire",
-    drops_one_more: "the sum moved",
-    gives_up: "on the wire",
-    clips_at_twice: "the sum moved",
-}
+def ranks_read_for_themselves(patch: pytest.MonkeyPatch) -> None:
+    """Have each process of a team read the files when it is handed the records."""
+    begin, take = rank_process._StudyAtRank.__init__, rank_process._StudyAtRank.take
+
+    def begun(self: Any, site: Site, *rest: Any) -> None:
+        begin(self, site, *rest)
+        self.own = SiteWorker(site)
+
+    def taken(self: Any, _: Dataset) -> None:
+        take(self, self.own.data_for(self._study, self.network, self.own.site.data).dataset)
+
+    patch.setattr(rank_process._StudyAtRank, "__init__", begun)
+    patch.setattr(rank_process._StudyAtRank, "take", taken)
 
 
-@pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
+def ranks_keep_what_they_have(patch: pytest.MonkeyPatch) -> None:
+    """Hand the records out once, whoever has no budget left since."""
+    honest, number = rank_process.Workers._hand_out, itertools.count()
+
+    def hand_out(self: Any, group: Any, dataset: Dataset) -> None:
+        if not self._records or next(number) < 1:
+            honest(self, group, dataset)
+
+    patch.setattr(rank_process.Workers, "_hand_out", hand_out)
+
+
+def a_full_disk_is_an_error(patch: pytest.MonkeyPatch) -> None:
+    """Raise where states at the cut cannot be kept."""
+    honest = PrefixStore.keep
+
+    def keep(self: PrefixStore, *rest: Any) -> Any:
+        if isinstance(kept := honest(self, *rest), prefix_store._Nothing):
+            raise InfrastructureError("the disk is full")
+        return kept
+
+    patch.setattr(PrefixStore, "keep", keep)
+
+
+def keeps_no_room(patch: pytest.MonkeyPatch) -> None:
+    """Let the ledger's members take what its charges need."""
+    patch.setattr(SiteWorker, "room_to_answer", lambda _: contextlib.nullcontext())
+
+
+def counts_in_a_receipt(patch: pytest.MonkeyPatch) -> None:
+    """Name the ledger's entry by its number, as earlier releases did."""
+    honest = withdraw._receipt
+
+    def receipt(site: Site, ledger: Ledger, entry: Any, releases: Any) -> dict[str, Any]:
+        return honest(site, ledger, entry, releases) | {"entry": entry.seq}
+
+    patch.setattr(withdraw, "_receipt", receipt)
+
+
+def keeps_draws_in_its_folder(patch: pytest.MonkeyPatch) -> None:
+    honest = SiteWorker.__init__
+
+    def begun(self: SiteWorker, site: Site, *rest: Any) -> None:
+        honest(self, site, *rest)
+        self.draws = Stored(site.site.state)
+
+    patch.setattr(SiteWorker, "__init__", begun)
+
+
+Leak = Callable[[pytest.MonkeyPatch], None]
+LEAKS: tuple[tuple[Leak, Case, str], ...] = (
+    (by_the_true_count, pins.ORDINARY, "on the wire"),
+    (says_how_many, pins.ORDINARY, "on the wire"),
+    (says_its_loss, pins.ORDINARY, "on the wire"),
+    (drops_one_more, pins.ORDINARY, "the sum moved"),
+    (gives_up, pins.ORDINARY, "on the wire"),
+    (clips_at_twice, pins.ORDINARY, "the sum moved"),
+    (clamps, pins.SHARED, "another sum is opened"),
+    (masks_nothing, pins.SHARED, "not masked"),
+    (says_its_true_size, pins.SHARED, "on the wire"),
+    (says_how_long_its_sum_is, pins.SHARED, "on the wire"),
+    (clips_at_twice, pins.SHARED, "the sum moved"),
+    (ranks_read_for_themselves, pins.RANKS, "the sum moved"),
+    (ranks_keep_what_they_have, pins.RANKS_FOR_LIFE, "the sum moved"),
+    (a_full_disk_is_an_error, pins.STATES, "the sum moved"),
+    (keeps_no_room, pins.MEMBERS, "on the wire"),
+    (counts_in_a_receipt, pins.RECEIPTS, "on the wire"),
+    (keeps_draws_in_its_folder, pins.PUT_BACK, "masked for two sets"),
+)
+
+
+@pytest.mark.parametrize("leak, case, shows", LEAKS, ids=[leak.__name__ for leak, *_ in LEAKS])
 def test_a_worker_that_leaks_is_caught(
-    leak: Callable[[pytest.MonkeyPatch], None],
-    bases: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
+    leak: Leak, case: Case, shows: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check(pins.ORDINARY, bases)
+    check(case, bases)
     leak(monkeypatch)
-    with pytest.raises(AssertionError, match=LEAKS[leak]):
-        check(pins.ORDINARY, bases)
-
-
-@pytest.mark.parametrize("leak", SHARING, ids=lambda leak: leak.__name__)
-def test_a_worker_that_shares_noise_and_leaks_is_caught(
-    leak: Callable[[pytest.MonkeyPatch], None],
-    bases: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    check(pins.SHARED, bases)
-    leak(monkeypatch)
-    with pytest.raises(AssertionError, match=SHARING[leak]):
-        check(pins.SHARED, bases)
+    with pytest.raises(AssertionError, match=shows):
+        check(case, bases)
