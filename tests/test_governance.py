@@ -124,7 +124,7 @@ def test_from_an_export_to_a_dossier(
     shown = run("verify", "dossier", "--json")
     assert shown.exit_code == 3  # consistent, and nobody was named who should have signed it
     signer = json.loads(shown.stdout)["signer"]
-    proven = json.loads(done("verify", "dossier", "--trust", signer, "--json"))
+    proven = json.loads(done("verify", "dossier", "--trust", signer, "--simulation", "--json"))
     assert proven["epsilon"] == report["privacy"]["epsilon"] <= 6
     acts = [e["event"] for e in json.loads(done("log", sites[0], "--json"))["entries"]]
     assert acts[-3:] == ["admit", "release", "release"]

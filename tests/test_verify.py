@@ -33,7 +33,7 @@ def test_epsilon_follows_from_what_the_sites_signed(signed: tuple[Path, Verified
     assert found.epsilon == report["privacy"]["epsilon"] and found.delta == 1e-4
     assert found.updates == 4 and {*found.sites} == {"north", "south"}
     assert "adapter/adapter_model.safetensors" in sign.covered(folder)
-    assert verify(folder, trust=found.signer).trusted
+    assert not verify(folder, trust=found.signer).trusted  # a simulation's key is nobody's
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -171,18 +171,21 @@ def test_a_sites_own_fingerprint_is_compared(signed, tmp_path: Path) -> None:
 def test_the_command_trusts_nobody_by_itself(signed, tmp_path: Path) -> None:
     folder, found = signed
     unknown = command("verify", folder)
-    assert unknown.exit_code == 3 and "signer unknown" in unknown.stderr
+    assert unknown.exit_code == 3 and "nobody vouches" in unknown.stderr
     assert (
         f"ε = {rounded_up(found.epsilon)}" in unknown.output and "2 sites signed" in unknown.output
     )
-    known = command("verify", folder, "--trust", found.signer)
-    assert known.exit_code == 0 and "(trusted)" in known.output
-    data = json.loads(command("verify", folder, "--trust", found.signer, "--json").output)
-    assert data["epsilon"] == found.epsilon and data["trusted"] is True
+    known = command("verify", folder, "--trust", found.signer)  # which the folder itself told
+    assert known.exit_code == 3 and "a simulation" in known.stderr
+    assert "anybody can make one" in known.output and "as you gave it" not in known.output
+    unchanged = command("verify", folder, "--simulation", "--json")
+    data = json.loads(unchanged.output)
+    assert unchanged.exit_code == 0 and data["epsilon"] == found.epsilon
+    assert data["simulated"] is True and data["trusted"] is False
     other = command("verify", folder, "--trust", "0000 0000 0000 0000 0000")
     assert other.exit_code == 3 and "was signed by" in other.stderr
     forgery = command("verify", forged(folder, tmp_path, lower), "--trust", found.signer)
-    assert forgery.exit_code == 3  # another key signed it
+    assert forgery.exit_code == 3 and "was signed by" in forgery.stderr  # another key signed it
     assert command("verify", tmp_path / "forged").exit_code == 2
     assert command("verify", tmp_path / "nothing").exit_code == 2
 
@@ -194,7 +197,7 @@ def test_an_exported_model_carries_its_proof_and_a_forged_run_is_not_exported(
     assert command("export", folder, "--out", tmp_path / "model").exit_code == 0
     carried = verify(tmp_path / "model", trust=found.signer)
     assert "model.safetensors" in carried.not_signed
-    assert carried == replace(found, trusted=True, exported=True, not_signed=carried.not_signed)
+    assert carried == replace(found, exported=True, not_signed=carried.not_signed)
     bad = forged(folder, tmp_path, lower)
     refused = command("export", bad, "--out", tmp_path / "bad")
     assert refused.exit_code == 2 and "step logs" in refused.stderr

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, shared_line, start_line, verdict
-from fedtune.report.declared import site_lines
+from fedtune.report.declared import INVENTED, site_lines
 from fedtune.report.figures import short, size_text
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
@@ -66,6 +66,8 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
             console.print(f"  {line}", highlight=False, markup=False)
     else:
         warn_not_private(console)
+    if report.get("invented"):
+        console.print(f"invented records: {INVENTED}", highlight=False, markup=False)
     if said := site_lines(report):
         console.print(said, style="bold yellow", highlight=False, markup=False)
     from fedtune.evidence.verify import signer
@@ -80,7 +82,9 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
         commands = uses_of(out)
     wide = max(len(line) for line, _ in commands)
     lines = [f"run      {out}", f"report   {out / 'report.md'}"]
-    if by := signer(out):
+    if report.get("simulation"):
+        lines.append(f"check    fedtune verify {out} --simulation")
+    elif by := signer(out):
         lines.append(f'signed   fedtune verify {out} --trust "{by}"')
     lines.append("")
     for index, (line, why) in enumerate(commands):

@@ -26,7 +26,8 @@ TRUST = Annotated[
     str,
     typer.Option(
         metavar="FINGERPRINT",
-        help="The consortium's, as its coordinator reads it out. Without it nobody is trusted.",
+        help="The consortium's, as its coordinator reads it out: one copied from the folder or "
+        "from this command proves nothing. Without it nobody is trusted.",
         show_default=False,
     ),
 ]
@@ -48,6 +49,15 @@ APPROVED = Annotated[
 ]
 
 
+SIMULATION = Annotated[
+    bool,
+    typer.Option(
+        "--simulation",
+        help="Of a simulation, for which nobody vouches: end with 0 if nothing was changed.",
+    ),
+]
+
+
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the commands on `app`: verify, and those that package and approve what it checks."""
     command(app, panel=panel)(verify)
@@ -59,6 +69,7 @@ def verify(
     trust: TRUST = "",
     sites: SITES = None,
     approved: APPROVED = None,
+    simulation: SIMULATION = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
 ) -> None:
     """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
@@ -67,7 +78,7 @@ def verify(
 
     Offline, from the folder alone. Anything that was changed is named: exit 2. A folder carries its
     own keys, so it only proves something to who knows whose they are: without --trust, or signed by
-    somebody else, exit 3."""
+    somebody else, exit 3. A simulation's key is nobody's: exit 3, whatever --trust says."""
     from fedtune.errors import ConfigError, Refused
     from fedtune.evidence.verify import verify as check
 
@@ -77,12 +88,28 @@ def verify(
     found = check(path, trust, pairs)
     _check_approved(path, found, approved or [])
     typer.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else _lines(found))
-    if not found.trusted:
+    if found.simulated and not simulation:
+        raise Refused(
+            "unchanged, and a simulation: anybody can sign such a folder, so nobody vouches for it",
+            "a consortium's run",
+            "--simulation, where it is enough that nothing was changed",
+        )
+    if not (found.trusted or found.simulated):
         raise Refused(
             "consistent, signer unknown: whoever made this folder may have made its keys too",
-            "--trust FINGERPRINT, read out by the coordinator",
-            "a simulation shows its fingerprint when it ends" if found.simulated else "",
+            "--trust FINGERPRINT, read out by the coordinator, not copied from here",
         )
+
+
+def _signer_lines(found: Verified) -> list[str]:
+    """Say whose key signed, and what the fingerprint that was given proves."""
+    if found.simulated:
+        return [f"signed by    a simulation's own key {found.signer}: anybody can make one"]
+    lines = [f"signed by    the coordinator of consortium {found.signer}"]
+    if found.trusted:
+        lines[0] += ", as you gave it:"
+        lines.append(f"{'':13}that proves something only if you heard it elsewhere, as by phone")
+    return lines
 
 
 def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
@@ -115,20 +142,21 @@ def _lines(found: Verified) -> str:
     from fedtune.report.claim import rounded_up
     from fedtune.report.declared import declared_line, free_query_line
 
-    claim = "NOT PRIVATE"
+    claim, more = "NOT PRIVATE", list[str]()
     if found.epsilon is not None:
         claim = f"ε = {rounded_up(found.epsilon)}, δ = {found.delta:g} per {found.unit}, "
         claim += f"from the step logs that {len(found.sites)} sites signed"
         if found.capped:
             claim += "; at most the plan's for one patient, whom the sites then leave out"
         if found.fallback is not None:
-            claim += f";\n             if {found.assumption}; whatever happens, "
-            claim += f"ε = {rounded_up(found.fallback)}"
-    kind = "a simulation" if found.simulated else "the coordinator of consortium"
+            more.append(
+                f"if {found.assumption}; whatever happens, ε = {rounded_up(found.fallback)}"
+            )
     lines = [
         f"study        {found.study}, {found.plan}",
         f"privacy      {claim}",
-        f"signed by    {kind} {found.signer}" + (" (trusted)" if found.trusted else ""),
+        *(f"{'':13}{line}" for line in more),
+        *_signer_lines(found),
         f"files        {found.files}, as they were signed; {found.updates} updates",
     ]
     for name, site in found.sites.items():
@@ -145,6 +173,11 @@ def _lines(found: Verified) -> str:
         lines.append(f"NOT COVERED  by the coordinator's report: {line}")
     if found.not_signed:
         lines.append(f"not signed   {', '.join(found.not_signed)}")
+    if "alone" in found.not_signed:
+        lines.append(
+            "             alone: what the report's table of each site alone rests on, which"
+        )
+        lines.append("             is the coordinator's word")
     if found.exported:
         lines.append("exported     from that run; that these weights come from its adapter is")
         lines.append("             not proven here: export the run again, and compare")

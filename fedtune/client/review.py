@@ -359,7 +359,8 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
     after = total_of(site, plan, charges, ahead=_ahead(plan, charges))
     return [
         f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
-        f"{protects(plan.unit)}: {strength(plan.epsilon)}.",
+        f"{protects(plan.unit)}; by ε alone the protection "
+        f"is {strength(plan.epsilon)}.",
         f"Somebody who knows everything else and sees all that leaves can tell whether one "
         f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
         "(a coin: 50 %).",
@@ -418,7 +419,7 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
     return [
         f"Each round: ε = {rounded_up(one)} at δ = {plan.delta:g} for a patient who takes part. "
         f"In all rounds together, and for life: at most ε = {most:g}, for "
-        f"{protects(plan.unit)}: {strength(most)}.",
+        f"{protects(plan.unit)}; by ε alone the protection is {strength(most)}.",
         f"Somebody who knows everything else and sees all that leaves can tell whether one "
         f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
         "(a coin: 50 %).",

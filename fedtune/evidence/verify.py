@@ -44,16 +44,18 @@ LARGE = 1 << 28  # bytes of evidence.json
 class Verified:
     """What a run's folder proves.
 
-    signer: the consortium's fingerprint, as its coordinator reads it out; trusted: whether it is
-    the one that was asked for; simulated: whether no consortium's CA stands behind it; sites: each
-    one's fingerprint ("" where it never enrolled), steps and ε; epsilon: the largest of them, None
-    without privacy; fallback, assumption: with secure aggregation, the ε of each site's own noise
-    alone, and on what the other rests; not_signed: what else lies in the folder; declared: sites
-    whose data the report calls public or generated; free_query: sites of which it says that a query
-    or a view selects the records, which ε does not cover; exported: whether the run was found
-    inside an exported model, whose weights nobody signed; capped: whether ε is the plan's bound for
-    one patient, at which the sites leave a patient out, and not what all steps together would give;
-    dossier: of a dossier, when it was made, its files, and who approved it."""
+    signer: the consortium's fingerprint, as its coordinator reads it out; trusted: whether it is a
+    consortium's and the one that was asked for, which proves something where that was heard
+    elsewhere than from this folder; simulated: whether no consortium's CA stands behind it, so that
+    nobody can be trusted with it; sites: each one's fingerprint ("" where it never enrolled), steps
+    and ε; epsilon: the largest of them, None without privacy; fallback, assumption: with secure
+    aggregation, the ε of each site's own noise alone, and on what the other rests; not_signed: what
+    else lies in the folder; declared: sites whose data the report calls public or generated;
+    free_query: sites of which it says that a query or a view selects the records, which ε does not
+    cover; exported: whether the run was found inside an exported model, whose weights nobody
+    signed; capped: whether ε is the plan's bound for one patient, at which the sites leave a
+    patient out, and not what all steps together would give; dossier: of a dossier, when it was
+    made, its files, and who approved it."""
 
     study: str
     plan: str
@@ -124,7 +126,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         plan=study.digest,
         private=study.private,
         signer=name,
-        trusted=bool(trust),
+        trusted=bool(trust and signed["ca"]),
         simulated=not signed["ca"],
         updates=updates,
         files=len(signed["files"]),

@@ -174,14 +174,28 @@ def verdict(quality: dict[str, Any]) -> str:
     return f"{claim} the base: {interval}, 95 % over {gain['records']} records"
 
 
+STRENGTHS = (  # the largest ε of each step, and what ε alone promises there
+    (1.0, "strong (at most 1)"),
+    (3.0, "fair (above 1, at most 3)"),
+    (10.0, "weak (above 3, at most 10)"),
+    (math.inf, "hardly any (above 10)"),
+)
+
+
 def strength(epsilon: Any) -> str:
-    """Classify ε by common practice (Ponomareva et al. 2023, "How to DP-fy ML", 5.2)."""
+    """Name what ε alone promises, in the one scale of every page: `STRENGTHS`.
+
+    Common practice (Ponomareva et al. 2023, "How to DP-fy ML", 5.2) calls all of 1 to 10 by one
+    name; beyond ε = 3 the bound that ε alone puts on a guess is above 95 %. Where the noise of the
+    plan is known, `best_guess` is the closer figure.
+
+    >>> strength(6.0)
+    'weak (above 3, at most 10)'
+    """
     n = number(epsilon)
-    if n is None:
+    if n is None or math.isnan(n):
         return "not known"
-    if n <= 1:
-        return "strong (at most 1)"
-    return "reasonable, not strong (between 1 and 10)" if n <= 10 else "weak (above 10)"
+    return next(name for most, name in STRENGTHS if n <= most)
 
 
 def protects(unit: str) -> str:

@@ -1,5 +1,5 @@
-"""Say in every output of a run which sites trained on data that no patient is in, and which on
-records that its ε does not cover."""
+"""Say in every output of a run whether it was a simulation, which sites trained on data that no
+patient is in, and which on records that its ε does not cover."""
 
 from __future__ import annotations
 
@@ -7,6 +7,28 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 KINDS = ("public", "generated")
+INVENTED = "No patient was involved: fedtune wrote these records itself, for its demo."
+
+
+def simulation_line(report: Mapping[str, Any]) -> str:
+    """Say that one machine ran all sites of a run, or of a run that something was made of; "" of a
+    consortium's.
+
+    >>> simulation_line({"simulation": True})
+    'One machine ran all sites. No consortium stands behind its signature, and nobody at a \
+hospital took part.'
+    """
+    if not report.get("simulation"):
+        return ""
+    if {"merge", "derived"} & report.keys():
+        return (
+            "At least one of the runs that this was made of was a simulation: one machine ran all "
+            "of its sites."
+        )
+    return (
+        "One machine ran all sites. No consortium stands behind its signature, and nobody at a "
+        "hospital took part."
+    )
 
 
 def declared_line(report: Mapping[str, Any]) -> str:
@@ -64,16 +86,18 @@ def site_lines(report: Mapping[str, Any]) -> str:
 
 
 def declared_in(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sections "declared" and "free_query" of what is made of several runs, where they
-    are not empty: a site that trained on private data in one of them is not in the first, one that
-    used a query in one of them is in the second."""
+    """Return the sections "declared", "free_query" and "simulation" of what is made of several
+    runs, where they are not empty: a site that trained on private data in one of them is not in the
+    first, one that used a query in one of them is in the second; the third, and "invented", hold
+    where they hold of one of them."""
     declared: dict[str, str] = {}
-    private, uncovered = set[str](), set[str]()
+    private, uncovered, marks = set[str](), set[str](), dict[str, bool]()
     for report in reports:
+        marks |= {mark: True for mark in ("simulation", "invented") if report.get(mark)}
         uncovered |= {*report.get("free_query", ())}
         said = report.get("declared") or {}
         private |= set((report.get("privacy") or {}).get("sites") or {}) - set(said)
         declared |= said
     left = {name: what for name, what in sorted(declared.items()) if name not in private}
     sections = {"declared": left, "free_query": sorted(uncovered)}
-    return {name: section for name, section in sections.items() if section}
+    return {name: section for name, section in sections.items() if section} | marks

@@ -16,11 +16,23 @@ from fedtune.report.claim import (
     rounded_up,
     strength,
 )
-from fedtune.report.declared import declared_line, free_query_line
+from fedtune.report.declared import (
+    INVENTED,
+    declared_line,
+    free_query_line,
+    simulation_line,
+)
 from fedtune.report.text import cell, figure, table
 
 DIRECTIONS = ("bytes_up", "bytes_down")
 MOST_COLUMNS = 6  # of sites beside each other
+# Tables of report.json that have a section of their own; any other one is a table of settings.
+ELSEWHERE = frozenset(
+    {
+        *("privacy", "quality", "base", "rounds", "sites", "absences", "wire", "alone", "merge"),
+        *("derived", "lora_ranks", "teacher", "declared", "ran", "settings", "signed"),
+    }
+)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -35,6 +47,8 @@ def markdown(report: dict[str, Any]) -> str:
 
     parts = [
         f"# {cell(report.get('study', 'study'))}: report",
+        f"> **A simulation.** {cell(said)}" if (said := simulation_line(report)) else "",
+        f"> **Invented records.** {INVENTED}" if report.get("invented") else "",
         f"> **Not patients' data.** {cell(said)}" if (said := declared_line(report)) else "",
         f"> **Not covered.** {cell(said)}" if (said := free_query_line(report)) else "",
         _claim(report) if report.get("private") else _banner(report),
@@ -76,8 +90,8 @@ def _claim(report: dict[str, Any]) -> str:
         f"asks whether {protects(unit)} took part. Even an attacker who knows every other record "
         f"and the plan, and would otherwise toss a coin, is right **at most {guess}** of the time "
         "(50 % is no knowledge, 100 % is certainty). This is a proven upper bound for the worst "
-        "case, not the result of an attack that was tried. As a level of protection, ε = "
-        f"{epsilon} is {strength(p.get('epsilon'))}.\n\n"
+        "case, not the result of an attack that was tried. By ε alone, without the noise of "
+        f"this plan, the protection is {strength(p.get('epsilon'))}.\n\n"
         f"{_for_life(report)}{_held_out(p)}"
         f"ε is counted by {cell(p.get('accountant'))} from the log that each site writes as it "
         "adds the noise, not from the plan. δ is the probability set aside for outcomes that the "
@@ -165,9 +179,11 @@ def _private_quality(report: dict[str, Any]) -> str:
 
 def _alone(metric: str, alone: dict[str, float]) -> str:
     rows = [[cell(name), figure(value)] for name, value in sorted(alone.items())]
-    return "### Each site alone\n\nThe same study with one site, at the same ε.\n\n" + table(
-        ["site", f"{cell(metric)} after"], rows
+    told = (
+        "The same study with one site, at the same ε. These figures are of runs of their own, "
+        "which no signature of this run covers."
     )
+    return f"### Each site alone\n\n{told}\n\n" + table(["site", f"{cell(metric)} after"], rows)
 
 
 def _sites(privacy: dict[str, Any]) -> str:
@@ -317,10 +333,8 @@ def _base(report: dict[str, Any]) -> str:
     base, parts = report.get("base") or {}, []
     rows = [[cell(key), cell(base.get(key))] for key in ("name", "digest", "licence", "dtype")]
     parts.append(f"## Base model\n\n{table(['', ''], rows, numbers=False)}")
-    handled = {"privacy", "quality", "base", "rounds", "sites", "absences", "wire"}
-    handled |= {"merge", "derived", "lora_ranks", "teacher", "declared"}
     for key, value in sorted(report.items()):
-        if key not in handled and isinstance(value, dict) and value:
+        if key not in ELSEWHERE and isinstance(value, dict) and value:
             rows = [[cell(name), _setting(item)] for name, item in sorted(value.items())]
             settings = table(["setting", "value"], rows, numbers=False)
             parts.append(f"## {cell(key).capitalize()}\n\n{settings}")
@@ -328,6 +342,13 @@ def _base(report: dict[str, Any]) -> str:
 
 
 def _setting(value: Any) -> str:
-    if isinstance(value, list):
-        return cell(", ".join(map(str, value)))
-    return figure(value) if isinstance(value, float) else cell(value)
+    if isinstance(value, float):
+        return figure(value)
+    return cell(_words(value))
+
+
+def _words(value: Any) -> str:
+    """Write a value of a report for people: no brackets of a programming language."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(item)}" for name, item in sorted(value.items()))
+    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)

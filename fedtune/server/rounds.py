@@ -382,6 +382,8 @@ class _Run:
 
     def _report(self) -> dict[str, Any]:
         report = summary.report(self.progress, self.parts)
+        if not self.settings.ca:  # no consortium's: `fedtune verify` goes by the same
+            report["simulation"] = True
         if self._evaluator:
             report["quality"] |= summary.judged(self.progress, self._evaluator, self._selector)
         if self.continuous:

@@ -32,11 +32,12 @@ def test_a_person_approves_with_an_own_key(released: Any, tmp_path: Path) -> Non
     assert key.stat().st_mode & 0o077 == 0
     (one,) = verify(folder, trust=found.signer).dossier["approvals"]
     assert {k: one[k] for k in WHO} == WHO and one["site"] == "" and one["date"]
-    shown = command("verify", folder, "--trust", found.signer)
+    verified = ("verify", folder, "--simulation", "--trust", found.signer)
+    shown = command(*verified)
     assert shown.exit_code == 0 and '"Dr Ada Lund", "data protection officer"' in shown.output
     wanted = ("--approved", one["fingerprint"])
-    assert command("verify", folder, "--trust", found.signer, *wanted).exit_code == 0
-    other = command("verify", folder, "--trust", found.signer, "--approved", "0000 0000")
+    assert command(*verified, *wanted).exit_code == 0
+    other = command(*verified, "--approved", "0000 0000")
     assert other.exit_code == 3 and "nobody with the key" in other.stderr
     twice = command("approve", folder, "--trust", found.signer, *given, "--key", key)
     assert twice.exit_code == 2 and "already" in twice.stderr
@@ -56,7 +57,7 @@ def test_a_site_countersigns_with_the_key_of_its_updates(
     log = audit_log.verify(state, Ledger(state).key.public)
     assert log.entries[-1]["event"] == "approve"
     assert log.entries[-1]["facts"] == {"release": seal.read_release(folder)[1]}
-    shown = command("verify", folder, "--trust", found.signer).output
+    shown = command("verify", folder, "--simulation", "--trust", found.signer).output
     assert ", the key of site north, " in shown
     both = command("approve", folder, "--trust", found.signer, *given, "--site", site, "--key", "k")
     assert both.exit_code == 2 and "one of the two" in both.stderr

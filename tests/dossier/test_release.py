@@ -17,6 +17,7 @@ from fedtune.errors import ConfigError, InputError, Refused
 from fedtune.evidence import sign
 from fedtune.evidence.dossier import content as dossier_content
 from fedtune.evidence.dossier import openssf, pictures, seal
+from fedtune.evidence.dossier.curve import curve
 from fedtune.evidence.dossier.diagrams import PICTURES
 from fedtune.evidence.dossier.facts import contradicted, documents, facts_in
 from fedtune.evidence.dossier.markdown import TO_FILL, markdown
@@ -184,6 +185,43 @@ def test_the_curve_is_the_reports_by_round(signed: Any) -> None:
     ):
         assert float(spent["shown"]) >= max(row["epsilon"].values()) > float(spent["shown"]) - 1e-3
         assert float(reached["shown"]) == pytest.approx(measured[metric], rel=1e-3)
+
+
+def test_two_measured_points_are_not_joined_and_public_text_alone_has_a_line(signed: Any) -> None:
+    """A line between two ends would say how it went in between, which nobody measured. Twin: three
+    points are joined."""
+    ends = [(0.0, 0.1), (8.0, 0.9)]
+
+    def joined(points: list[tuple[float, float]], start: float | None = None) -> int:
+        return curve("accuracy", points, "ε", None, start).svg().count('class="leaves"')
+
+    assert joined(ends) == 0 and joined([*ends[:1], (4.0, 0.5), *ends[1:]]) == 2
+    assert "public alone" in curve("accuracy", ends, "ε", None, 0.85).svg()
+    found = documents(signed[0])
+    quality = found["report.json"]["quality"]
+    metric = quality["metric"]
+    quality |= {"start": {metric: 0.25}}
+    quality["gain"]["over_start"] = [-0.5, 0.25]
+    content = dossier_content.build(found, {})
+    assert "from public text alone, before the first round and for no ε: 0.25" in markdown(content)
+    assert not contradicted(content, found)
+    block = next(b for s in content["sections"] for b in s["blocks"] if b["kind"] == "curve")
+    assert "0.25 by public text alone" in pictures.drawn(block).alt
+
+
+def test_a_dossiers_title_has_the_studys_name_in_quotes_and_says_what_the_records_were(
+    signed: Any,
+) -> None:
+    """Twin: a run of a consortium, of records that nobody invented."""
+    found = documents(signed[0])
+    found["report.json"] |= {"study": "hospitals", "invented": True}
+    invented = dossier_content.build({**found, "simulated": True}, {})
+    for text in (markdown(invented), page(invented)):
+        assert "Dossier of the study “hospitals”" in text and "Invented records" in text
+        assert "--simulation" in text and "--trust FINGERPRINT" not in text
+    found["report.json"]["invented"] = False
+    other = markdown(dossier_content.build(found, {}))
+    assert "Invented" not in other and "A simulation" not in other and "--trust" in other
 
 
 def test_what_is_built_is_what_the_run_says(signed: Any) -> None:

@@ -44,6 +44,19 @@ MUTANTS = (
         T + "test_who_replaces_every_key_is_refused_by_trust_alone", "a forger's own keys",
     ),
     _one(
+        "evidence", "a-simulation-is-trusted", VERIFY,
+        'trusted=bool(trust and signed["ca"]),', "trusted=bool(trust),",
+        T + "test_epsilon_follows_from_what_the_sites_signed",
+        "a folder that anybody can sign is shown as a consortium's",
+    ),
+    _one(
+        "evidence", "a-simulation-ends-as-a-consortium", "fedtune/cli/verify.py",
+        "if found.simulated and not simulation:",
+        "if found.simulated and not (simulation or trust):",
+        T + "test_the_command_trusts_nobody_by_itself",
+        "the fingerprint that the folder itself shows is enough",
+    ),
+    _one(
         "evidence", "sealed-for-another-coordinator", FIGURES,
         "if enrolled and header[\"receiver\"] != coordinator:", "if not coordinator:",
         T + "test_a_consortiums_run_is_of_its_own_coordinator",

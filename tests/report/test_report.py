@@ -16,7 +16,8 @@ from matplotlib.image import imread
 from fedtune import report
 from fedtune.errors import InfrastructureError
 from fedtune.files import writing
-from fedtune.report.claim import best_guess, percent, rounded_up
+from fedtune.report.claim import STRENGTHS, best_guess, percent, rounded_up, strength
+from tests.docs.pages import ROOT
 
 SITE = {
     "epsilon": 7.9841234,
@@ -210,6 +211,36 @@ def test_privacy_off_is_loud_everywhere(tmp_path: Path) -> None:
     report.write(tmp_path, BODY)
     pixels = imread(tmp_path / "progress.png")[:, :, :3]
     assert not ((pixels[:, :, 0] > 0.7) & (pixels[:, :, 1] < 0.1) & (pixels[:, :, 2] < 0.1)).any()
+
+
+def test_a_report_says_that_it_is_a_simulation_or_of_invented_records(tmp_path: Path) -> None:
+    """Twin: a consortium's says neither."""
+    plain = written(tmp_path, BODY)
+    assert "simulation" not in plain and "Invented" not in plain
+    text = written(tmp_path, BODY | {"simulation": True, "invented": True})
+    head = text[: text.index("**This run")]
+    assert "> **A simulation.** One machine ran all sites" in head
+    assert "> **Invented records.** No patient was involved" in head
+    made_of = written(tmp_path, BODY | {"simulation": True, "derived": {"how": "distilled"}})
+    assert "> **A simulation.** At least one of the runs" in made_of
+
+
+def test_the_protection_by_epsilon_alone_has_one_name_everywhere(tmp_path: Path) -> None:
+    assert [strength(e) for e in (0.5, 1, 1.1, 3, 3.01, 10, 10.1, 99)] == [
+        name for _, name in STRENGTHS for _ in range(2)
+    ]
+    assert "the protection is weak (above 3, at most 10)." in written(tmp_path, BODY)
+    boards = " ".join((ROOT / "docs" / "for-boards.md").read_text(encoding="utf-8").split())
+    assert all(name in boards for _, name in STRENGTHS)
+    assert strength(None) == strength(math.nan) == "not known"
+
+
+def test_no_cell_is_a_value_of_a_programming_language(tmp_path: Path) -> None:
+    """A table of report.json that has a section of its own is not shown a second time as settings;
+    one without has its values in words."""
+    text = written(tmp_path, SHOWN | {"other": {"table": {"b": [1, 2], "a": None}, "x": 0.25}})
+    assert "{'" not in text and "## Signed" not in text and text.count("## Settings") == 1
+    assert "| table | a None, b 1, 2 |" in text and "| x | 0.25 |" in text
 
 
 def test_text_from_a_site_stays_text(tmp_path: Path) -> None:

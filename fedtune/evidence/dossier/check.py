@@ -67,7 +67,13 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
     }
     known = {name.partition("/")[0] for name in signed["files"]} | {RELEASE, APPROVALS}
     rest = sorted(path.name for path in folder.iterdir() if path.name not in known)
-    return replace(found, signer=name, trusted=bool(trust), dossier=dossier, not_signed=tuple(rest))
+    return replace(
+        found,
+        signer=name,
+        trusted=bool(trust and signed["ca"]),
+        dossier=dossier,
+        not_signed=tuple(rest),
+    )
 
 
 def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
 from fedtune.registry.metrics import METRICS
-from fedtune.report.claim import fallback, limits
+from fedtune.report.claim import fallback, limits, start_line
 
 FORMAT = "fedtune-dossier-1"
 Block = dict[str, Any]
@@ -60,6 +60,9 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "audited": lambda found: "audit.md" in found,
     "not audited": lambda found: "audit.md" not in found,
     "simulated": lambda found: bool(found.get("simulated")),
+    "consortium": lambda found: not found.get("simulated"),
+    "invented": lambda found: bool(_report(found, "invented")),
+    "started": lambda found: bool(start_line(_report(found, "quality") or {})),
 }
 
 
@@ -164,6 +167,7 @@ def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
             "across": "ε of the site that spent most until then" if private else "round",
             "metric": _fact(found, "report.json#/quality/metric", "plain"),
             "base": base,
+            "start": _fact(found, f"report.json#/quality/start/{name}", "plain"),
             "points": points,
             "interval": [_fact(found, f"{bounds}/{edge}", "plain") for edge in (0, 1)],
         }

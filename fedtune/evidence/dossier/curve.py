@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 920, 330
 LEFT, RIGHT, TOP, BOTTOM = 90.0, 800.0, 52.0, 274.0
 TICKS = 5
 POINT = 7  # pixels: a side of the square of a point
+GAP = 16.0  # pixels between two labels, one above the other
 
 
 def curve(
@@ -20,13 +21,16 @@ def curve(
     points: Sequence[tuple[float, float]],
     across: str,
     interval: tuple[float, float] | None = None,
+    start: float | None = None,
 ) -> Picture:
     """Draw points (across, value of the metric), the first of them the base alone. across: what the
-    horizontal axis shows; interval: 95 %, of the last value.
+    horizontal axis shows; interval: 95 %, of the last value; start: what public text alone gave.
+    Points are joined where several rounds were measured: two ends say nothing of the way.
 
     Errors: ValueError (fewer than two points, or one that is no number)."""
     values, about = [value for _, value in points], known_metric(metric)
     shown = [*values, *(interval or ()), *((0.0, 1.0) if about.bounded else ())]
+    shown += [] if start is None else [start]
     if len(points) < 2 or not all(map(math.isfinite, [*shown, *(x for x, _ in points)])):
         raise ValueError("a curve needs two points of numbers")
     page = Picture(WIDTH, HEIGHT, f"{metric} by {across}")
@@ -46,21 +50,34 @@ def curve(
     for tick in up:
         page.text(LEFT - 10, at(0, tick)[1] + 4, f"{tick:g}", "soft", "end")
     page.text((LEFT + RIGHT) / 2, BOTTOM + 44, across, "", "middle")
-    base = at(*points[0])[1]
-    page.dashes(LEFT, base, RIGHT, base)
-    page.text(RIGHT + 8, base + 4, "base alone", "soft")
+    lines = {"base alone": points[0][1], **({} if start is None else {"public alone": start})}
+    labels: list[float] = []
+    for name, value in lines.items():
+        height = at(0, value)[1]
+        page.dashes(LEFT, height, RIGHT, height)
+        labels.append(_apart(height, labels))
+        page.text(RIGHT + 8, labels[-1] + 4, name, "soft")
     places = [at(*point) for point in points]
-    for before, after in pairwise(places):
+    for before, after in pairwise(places) if len(places) > 2 else ():
         page.line(*before, *after, "leaves")
     for x, y in places:
         page.box(x - POINT / 2, y - POINT / 2, POINT, POINT, "out")
     x, y = places[-1]
     if interval:
         page.line(x, at(0, interval[0])[1], x, at(0, interval[1])[1], "leaves")
-    nearby = abs(y - base) < 16
-    beside = base + (20 if y >= base else -12) if nearby else y + 4
-    page.text(x + 8, beside, f"{values[-1]:.3g}", "bold bad")
+    page.text(x + 8, _apart(y, labels) + 4, f"{values[-1]:.3g}", "bold bad")
     return page
+
+
+def _apart(height: float, taken: Sequence[float]) -> float:
+    """Return the height nearest to `height` at which a label overlaps none of those taken.
+
+    >>> _apart(100.0, [104.0]), _apart(100.0, [104.0, 96.0]), _apart(100.0, [])
+    (88.0, 80.0, 100.0)
+    """
+    choices = [height, *(other + way * GAP for other in taken for way in (-1, 1))]
+    free = [one for one in choices if all(abs(one - other) >= GAP for other in taken)]
+    return min(free, key=lambda one: abs(one - height))
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -19,6 +19,7 @@ from fedtune.report.claim import (
     percent,
     protects,
     rounded_up,
+    start_line,
     strength,
     verdict,
 )
@@ -121,6 +122,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "fallback": lambda value: rounded_up((fallback(value) or value)["epsilon"]),
     "protects": lambda value: protects(str(value)),
     "verdict": lambda value: verdict(value) or "not measured",
+    "start": lambda value: start_line(value) or "not measured",
     "declared": lambda value: declared_line({"declared": value}) or "none",
     "upstream": _upstream,
     "base": lambda value: base_name(str(value)),

@@ -13,9 +13,14 @@ NOT_RECORDED = "not recorded by this run"
 TYPED = "typed by a person, not checked"
 
 
+def title(content: Mapping[str, Any]) -> str:
+    """Name a dossier. The study's name stands in quotes: it may be a word of the language."""
+    return f"Dossier of the study “{content['study']['shown']}”"
+
+
 def markdown(content: Mapping[str, Any]) -> str:
     """Write a dossier's content as Markdown; values of the run are inert text on one line."""
-    parts = [f"# Dossier of the study {cell(content['study']['shown'])}"]
+    parts = [f"# {cell(title(content))}"]
     parts.append(_contents(content))
     for section in content["sections"]:
         parts.append(f"## {section['title']}")

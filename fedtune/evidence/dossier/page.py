@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped
+from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped, title
 from fedtune.evidence.dossier.pictures import drawn
 
 STYLE = """
@@ -44,14 +44,14 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 def page(content: Mapping[str, Any]) -> str:
     """Write a dossier's content as HTML, its pictures in it."""
-    study = escape(content["study"]["shown"])
+    name = escape(title(content))
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Dossier of the study {study}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+        f"<title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
         '<a class="skip" href="#main">Skip to the content</a>',
-        f"<header>\n<h1>Dossier of the study {study}</h1>\n</header>",
+        f"<header>\n<h1>{name}</h1>\n</header>",
         f'<nav aria-label="Sections">\n<ol>\n{_links(content)}\n</ol>\n</nav>',
         '<main id="main" tabindex="-1">',
     ]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped
+from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped, title
 from fedtune.evidence.dossier.pdf_picture import draw
 from fedtune.evidence.dossier.pictures import drawn
 
@@ -36,7 +36,7 @@ def pdf(content: Mapping[str, Any]) -> bytes:
     """Write a dossier's content as a PDF (A4), its pictures in it.
 
     Errors: ModuleNotFoundError without fpdf2."""
-    document = _new(f"Dossier of the study {content['study']['shown']}")
+    document = _new(title(content))
     document.set_font(SANS, "B", SIZES["title"])
     document.multi_cell(0, 9, document.title, new_x="LMARGIN", new_y="NEXT")
     for section in content["sections"]:

@@ -39,11 +39,13 @@ def drawn(block: Mapping[str, Any]) -> Drawn:
     edges = [float(edge["shown"]) for edge in block["interval"] if edge]
     interval = (edges[0], edges[1]) if len(edges) == 2 else None
     places = [(0.0, float(block["base"]["shown"]))] + [(float(x), float(y)) for x, y in shown]
+    start = float(block["start"]["shown"]) if block.get("start") else None
     alt = (
-        f"A curve of {metric} by {across}: {block['base']['shown']} for the base alone, then "
-        f"{'; '.join(f'{y} at {x}' for x, y in shown)}"
+        f"A curve of {metric} by {across}: {block['base']['shown']} for the base alone, "
+        + (f"{block['start']['shown']} by public text alone, " if start is not None else "")
+        + f"then {'; '.join(f'{y} at {x}' for x, y in shown)}"
     )
-    return Drawn(curve(metric, places, across, interval), alt, f"{FOLDER}/{CURVE}.svg")
+    return Drawn(curve(metric, places, across, interval, start), alt, f"{FOLDER}/{CURVE}.svg")
 
 
 def files(content: Mapping[str, Any]) -> dict[str, str]:
