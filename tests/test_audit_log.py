@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.client.withdraw import RECEIPTS
 from fedtune.config.sites import sites_in
 from fedtune.errors import FedtuneError, InfrastructureError, InputError
 from fedtune.evidence import audit_log
@@ -244,7 +245,7 @@ def test_every_act_at_a_site_is_entered(world: Path) -> None:
     (state / "ledger.db").unlink()
     assert run("ledger", site, "--restore", "--from", "copy").exit_code == 0
     assert events(site) == [
-        ("refuse", "policy.admission"),
+        ("wait", "policy.admission"),
         ("review", ""),
         ("sign", "--sign"),
         ("admit", "signed"),
@@ -254,6 +255,10 @@ def test_every_act_at_a_site_is_entered(world: Path) -> None:
         ("purge", ""),
         ("restore", "--from"),
     ]
+    entries = json.loads(run("log", site, "--json").stdout)["entries"]
+    (entered,) = [entry for entry in entries if entry["event"] == "withdraw"]
+    assert [*entered["facts"]] == ["receipt"]
+    assert (state / RECEIPTS / entered["facts"]["receipt"]).is_file()
     text = b"".join((state / name).read_bytes() for name in audit_log.files(state))
     for row in patients(12):
         for value in (row["who"], row["q"]):

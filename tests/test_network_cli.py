@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from fedtune.config import load_study
 from fedtune.errors import ConfigError
 from fedtune.flower import enrol
+from fedtune.flower.processes import alone
 from fedtune.launch import coordinator
 from fedtune.wire import fingerprints
 from tests.flower import kit
@@ -153,6 +155,23 @@ def test_several_are_admitted_at_once_each_by_its_fingerprint(site: Path) -> Non
     assert set(enrol.registry(Path("coordinator"))) == {"a", "b", "c"}
     assert {p.name for p in Path().glob("*.answer")} == {"a.answer", "b.answer", "c.answer"}
     assert done.output.count("consortium   ") == 1
+
+
+def test_admit_waits_for_the_plan_that_a_running_server_makes(site: Path) -> None:
+    """Twin: where no server runs, it does not wait, and says what to do."""
+    heard, home = asked(site), Path("coordinator")
+    words = ("admit", site.parent / "a.request", "--fingerprint", heard, "--address", "x:1")
+    alone_here = run(*words)
+    assert alone_here.exit_code == 0 and "no plan  the answers bring none" in alone_here.output
+    assert "no `fedtune server` runs here" in alone_here.output
+    made = json.dumps({"study": "{}", "signature": "00"})
+    with alone(home / "flower", "fedtune server"):
+        timer = threading.Timer(1.0, (home / enrol.PLAN).write_text, [made])
+        timer.start()
+        done = run(*words)
+        timer.join()
+    assert done.exit_code == 0 and "waiting  for the plan" in done.output, done.output
+    assert json.loads(Path("a.answer").read_text())["plan"] == "{}"
 
 
 def test_nobody_is_admitted_without_a_person(site: Path) -> None:

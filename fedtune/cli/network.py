@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,13 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.cli.exit_codes import command
+from fedtune.errors import printable
 
 if TYPE_CHECKING:
-    from fedtune.config import Site
+    from fedtune.config import Site, Study
     from fedtune.evidence.audit_log import AuditLog
-    from fedtune.flower.enrol import Request
+    from fedtune.flower.enrol import Answer, Request
+    from fedtune.ledger.ledger import Ledger
 
 PANEL = "Between machines"
+PLAN_SECONDS = 0.5  # between two looks for the plan that a server is making
 HOME = Annotated[
     Path | None,
     typer.Option(
@@ -158,9 +163,9 @@ def admit(
 ) -> dict[str, Any]:
     """Admit sites whose fingerprints you heard from somebody you know; write the answers they need.
 
-    Each request's fingerprint is compared before any site is admitted. The server may be running:
-    a site can connect at once, and its answer brings the study's plan for review. A name that is
-    admitted already is refused with other keys: `fedtune revoke` it first (rotation, loss)."""
+    Each request's fingerprint is compared before any site is admitted. Where the server runs, this
+    waits for its plan, which the answers bring for review; a site can then connect at once. A name
+    that is admitted already is refused with other keys: `fedtune revoke` it first."""
     from fedtune.errors import ConfigError
     from fedtune.files.writing import replace
     from fedtune.flower import enrol
@@ -172,6 +177,7 @@ def admit(
     for file in files.values():
         enrol.check_out(file, enrol.ANSWER, "answer")
     _compare(asked, fingerprints)
+    _wait_for_plan(home)
     address = address or _address_in(home)
     answer, plans = None, True
     for request in asked:
@@ -185,7 +191,9 @@ def admit(
     assert answer is not None  # typer wants one request at least
     if not plans:
         typer.echo(
-            "no plan  the answers bring none for review: `fedtune server` has not made it as yet"
+            "no plan  the answers bring none for review: no `fedtune server` runs here. Start it, "
+            "and run this\n         again when it says next; a site that joins without it reviews "
+            "the plan once its client was sent it"
         )
     typer.echo(
         f"consortium   {answer.fingerprint}\n"
@@ -193,6 +201,22 @@ def admit(
         "next   each site is asked for it, to compare, at fedtune client site.toml --answer FILE"
     )
     return {"answers": files, "fingerprint": answer.fingerprint, "plan": plans}
+
+
+def _wait_for_plan(home: Path) -> None:
+    """Wait while a server here makes the plan, which the answers bring. Ctrl-C admits nobody."""
+    from fedtune.flower.enrol import PLAN
+    from fedtune.observe.status import held
+
+    told = False
+    while not (home / PLAN).exists() and held(home / "flower" / "lock"):
+        if not told:
+            typer.echo(
+                "waiting  for the plan, which `fedtune server` is making: the answers bring it. "
+                "Ctrl-C: nobody is\n         admitted, and the same command goes on later"
+            )
+        told = True
+        time.sleep(PLAN_SECONDS)
 
 
 def _compare(asked: list[Request], heard: list[str] | None) -> None:
@@ -249,9 +273,11 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     the one that is kept already.
 
     On a terminal, and where this site has not joined this consortium before, the fingerprint is
-    asked for; it is not shown. Errors: ConfigError, Refused."""
+    asked for; it is not shown. Who gives it signs the plan that came with the answer, unless the
+    policy asks for `fedtune review --sign` or refuses it. Errors: ConfigError, Refused."""
+    from fedtune.client.review import pending
     from fedtune.errors import ConfigError
-    from fedtune.evidence.audit_log import AuditLog
+    from fedtune.evidence.audit_log import AuditLog, login
     from fedtune.flower import membership
     from fedtune.ledger.ledger import Ledger
 
@@ -266,16 +292,61 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
             "delete coordinator.answer and coordinator.fingerprint there",
         )
     keys, name = membership.keys_folder(site), site.site.name
-    membership.read(answer, membership.tls_key(keys), name)
-    known = membership.remembered(keys, name)
+    received = membership.read(answer, membership.tls_key(keys), name)
+    known, book = membership.remembered(keys, name), Ledger(site.site.state)
+    signable = _show_plan(site, answer, received, book)
     if fingerprint is None and known is None and sys.stdin.isatty():
         fingerprint = typer.prompt("the coordinator's fingerprint, as it was read out to you")
-    joined = membership.join(answer, keys, name, fingerprint)
-    book = Ledger(site.site.state)
-    AuditLog(book.folder, book.key).add("join", "--answer", consortium=joined.fingerprint)
+    joined, acts = membership.join(answer, keys, name, fingerprint), AuditLog(book.folder, book.key)
+    acts.add("join", "--answer", consortium=joined.fingerprint)
     typer.echo(f"joined the consortium {joined.fingerprint}, at {joined.address}")
-    if joined.plan:
-        typer.echo(f"plan   came with the answer: fedtune review {answer} --site {site.file}")
+    if signable is None or site.policy.admission == "signed" or book.admitted(signable.digest):
+        return
+    if fingerprint is None:
+        typer.echo("plan   not signed by joining again: fedtune review signs it, with --sign")
+        return
+    acts.add("sign", "--answer", plan=signable.digest, study=signable.study.name)
+    book.admit(signable.digest, login())
+    pending(site, signable)
+    typer.echo(f"signed by {login()}: the plan in the answer, and no other")
+
+
+def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Study | None:
+    """Print what the plan in an answer would cost, and what joining does about it. Return the plan
+    where joining may sign it: it is one, and this site's rules allow it."""
+    from fedtune.client.review import review
+    from fedtune.errors import FedtuneError
+    from fedtune.flower import membership
+
+    if not received.plan:
+        typer.echo("plan   none came with the answer; what the coordinator sends is shown then")
+        return None
+    try:
+        study = membership.plan_of(received, answer)
+        assert study is not None  # there is a text
+        seen = review(study, site, book)
+    except FedtuneError as error:
+        typer.echo(
+            f"plan   came with the answer, and this site refuses it: {printable(str(error))}"
+        )
+        return None
+    rule, typed = site.policy.admission, "typing the coordinator's fingerprint signs it"
+    does = {
+        "standing": f"{typed}; further plans run by this site's rules alone",
+        "reviewed": f"{typed}; a further plan waits until somebody signs it",
+        "signed": "it waits until somebody signs it, with fedtune review and --sign",
+    }[rule]
+    if seen.refusals:
+        does = "joining does not sign it, since this site refuses it"
+    typer.echo(f"plan   {study.study.name} came with the answer:")
+    for line in (
+        *dict(seen.sections)["What it costs"],
+        *seen.refusals,
+        f'policy.admission = "{rule}": {does}.',
+    ):
+        typer.echo(textwrap.indent(textwrap.fill(printable(line), 89), " " * 7))
+    typer.echo(f"       in full: fedtune review {answer} --site {site.file}")
+    return None if seen.refusals else study
 
 
 def revoke(

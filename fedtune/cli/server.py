@@ -34,6 +34,15 @@ NAMES = Annotated[
         show_default=False,
     ),
 ]
+DAY = 86_400.0  # seconds
+SIGN_WITHIN = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="DAYS",
+        help="How long to wait at the start for sites whose people have yet to sign the plan.",
+    ),
+]
 OUT = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where the run goes. Without it: runs/NAME, beside STUDY."),
@@ -57,6 +66,7 @@ def server(
     metrics_port: METRICS = None,
     settings: SET = None,
     tracker: TRACKER = None,
+    sign_within: SIGN_WITHIN = 7.0,
 ) -> dict[str, Any]:
     """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
 
@@ -104,6 +114,7 @@ def server(
             home=home,
             resume=resume,
             on_event=events,
+            signing=sign_within * DAY,
         )
     closing(console, folder, report)
     return report

@@ -22,6 +22,7 @@ from fedtune.errors import ConfigError, printable
 if TYPE_CHECKING:
     from fedtune.client.review import Review
     from fedtune.client.withdraw import Withdrawal
+    from fedtune.config import Site, Study
 
 PANEL = "Answer for a site's data"
 SITE = Annotated[
@@ -67,9 +68,10 @@ def review(
 ) -> dict[str, Any]:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
-    Reads no record, and of a study.toml no public text: price and rules follow without. A site
-    whose policy.admission is "signed" keeps each plan that it was sent in its state folder, under
-    plans/; --sign admits it."""
+    Reads no public text of a study.toml: price and rules follow without; of the records it counts,
+    for this screen alone, those of a class that the plan has not. A site whose policy.admission is
+    "reviewed" or "signed" keeps each plan that it was sent in its state folder, under plans/;
+    --sign admits it."""
     from fedtune.cli.watch import Watch
     from fedtune.client.review import is_outline, pending, read_plan
     from fedtune.client.review import review as review_plan
@@ -87,6 +89,7 @@ def review(
     acts = AuditLog(book.folder, book.key)
     outcome = review_plan(plan, loaded, book, outline=is_outline(study, plan))
     _show_review(outcome, plan.study.name)
+    left_out = _left_out(plan, loaded)
     facts: dict[str, Any] = {"plan": outcome.digest} if outcome.digest else {}
     facts["study"] = plan.study.name
     facts["refusals"] = len(outcome.refusals)
@@ -108,8 +111,25 @@ def review(
         "sections": dict(outcome.sections),
         "refusals": outcome.refusals,
         "verdict": outcome.verdict,
+        "left_out": left_out,
         "signed": sign,
     }
+
+
+def _left_out(plan: Study, site: Site) -> str:
+    """Print how many of the site's records the plan leaves out for their class, as far as they can
+    be read here."""
+    from fedtune.client.unknown_classes import unknown_classes
+    from fedtune.errors import FedtuneError
+
+    try:
+        told = unknown_classes(plan, site)
+    except FedtuneError as error:
+        told = f"its records cannot be counted: {error}"
+    if told:
+        line = f"\n[yellow]{escape(told)}[/yellow] (counted here, for this screen alone)"
+        Console().print(line, highlight=False)
+    return told
 
 
 def _show_review(outcome: Review, name: str) -> None:
@@ -264,8 +284,9 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
         typer.echo("  no study was ever prepared with this patient's records")
     for release in withdrawal.releases:
         typer.echo(
-            f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent, "
-            f"ε = {rounded_up(release.epsilon)}; its adapter keeps at most that much"
+            f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent "
+            f"so far, ε = {rounded_up(release.epsilon)}; what is made of them keeps at most that "
+            "much, and the updates to come nothing"
         )
 
 

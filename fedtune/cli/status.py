@@ -63,14 +63,15 @@ def status(
         return {"state": snapshot.state, **snapshot.status}
     from fedtune.cli.status_view import BudgetView, view
 
-    budget = BudgetView(path) if path.suffix == ".toml" else None
+    site = path if path.suffix == ".toml" else None
+    budget = BudgetView(site) if site else None
     console = Console()
     if once or wants_json() or not console.is_terminal:
-        console.print(view(snapshot, budget() if budget else None))
+        console.print(view(snapshot, budget() if budget else None, site))
         return {"state": snapshot.state, **snapshot.status}
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(view(snapshot, budget() if budget else None), refresh=True)
+            live.update(view(snapshot, budget() if budget else None, site), refresh=True)
             if snapshot.over:
                 break
             time.sleep(EVERY)

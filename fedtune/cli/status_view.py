@@ -18,9 +18,14 @@ from fedtune.report.figures import duration, short, size_text
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}
 
 
-def view(snapshot: Snapshot, budget: RenderableType | None = None) -> Group:
-    """Draw a status. Values are those that read_status let through, and are shown as text."""
+def view(
+    snapshot: Snapshot, budget: RenderableType | None = None, site: Path | None = None
+) -> Group:
+    """Draw a status. Values are those that read_status let through, and are shown as text. site:
+    the site.toml, of a site's."""
     parts: list[RenderableType] = [head(snapshot)]
+    if site is not None and (line := unsigned_line(snapshot, site)):
+        parts.append(Text(line, style="bold yellow"))
     if snapshot.status["sites"]:
         sites = snapshot.status["sites"]
         parts.append(sites_table(sites))
@@ -64,6 +69,21 @@ def head(snapshot: Snapshot) -> Text:
         line.append(f", consortium {status['fingerprint']}")
     line.append(f"\n{snapshot.folder}; last told {status.get('updated', '')}", style="dim")
     return line
+
+
+def unsigned_line(snapshot: Snapshot, path: Path) -> str:
+    """Say that nobody at a site has signed the plan that its client was sent, and how to read it;
+    "" where somebody has, or no client runs."""
+    from fedtune.config import load_site
+
+    status = snapshot.status
+    if snapshot.over or status.get("signed") is not False or not status.get("plan_digest"):
+        return ""
+    plan = load_site(path).site.plan_file(status["plan_digest"])
+    review = f"fedtune review {plan} --site {path}"
+    if snapshot.unsigned:
+        return f"nothing of this plan runs before a person here signs it: {review} --sign"
+    return f"nobody here has signed this plan, which runs by policy.admission: {review}"
 
 
 def _epsilon_of(site: dict[str, Any]) -> str:

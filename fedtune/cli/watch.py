@@ -106,7 +106,7 @@ class Watch:
             self._stay(" ".join(str(data.get("text")).split()))
         elif event == "done":
             pass  # the closing lines say so
-        elif event == "listening" or (event in LINKS and "name" in data):
+        elif event in ("listening", "ready") or (event in LINKS and "name" in data):
             self._stay(str(data.get("text") or event))
         elif event == "planned":
             self._planned(data)
@@ -185,7 +185,8 @@ class Watch:
 
     def _answered(self, event: str, data: dict[str, Any]) -> None:
         """What a site did: a line that stays, and the bar waits again."""
-        bad = data.get("status") in ("refused", "failed") or event != "answered"
+        bad = data.get("status") in ("refused", "failed", "waiting") or event != "answered"
+        bad = bad or data.get("signed") is False
         line = " ".join(str(data.get("text") or event).split())
         self._at = time.monotonic()
         style = "yellow" if bad else None

@@ -10,9 +10,10 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from fedtune.client.noted import acts
-from fedtune.client.prepared import Unprepared, Update, Void
+from fedtune.client.prepared import Admission, Unprepared, Update, Void
 from fedtune.client.site import SiteWorker
-from fedtune.errors import FedtuneError, Refused, describe
+from fedtune.config import Study
+from fedtune.errors import FedtuneError, PolicyRefused, Refused, describe
 from fedtune.evidence.audit_log import REPEATS
 from fedtune.flower.arrays import bodies, to_record
 from fedtune.observe.log import reason_of
@@ -77,6 +78,19 @@ def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
     """Enter an act of the site's process in its audit log. Errors: InfrastructureError, with which
     what was to be done is not done."""
     acts(site).add(event, rule, once=REPEATS, **facts)
+
+
+def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None:
+    """Enter in the audit log that a plan was admitted, and whether a person here signed it, or that
+    it waits for one. Errors: PolicyRefused where the site refuses it; as `note`."""
+    about = {"plan": study.digest, "study": study.study.name}
+    if admission.admitted:
+        rule, signed = site.current().policy.admission, site.home.admitted(study.digest)
+        note(site, "admit", rule, **about, signed=signed)
+    elif admission.waits:
+        note(site, "wait", "policy.admission", **about)
+    else:
+        raise PolicyRefused(admission.reason)
 
 
 def note_refusal(

@@ -6,14 +6,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.client import work
-from fedtune.client.answers import guarded, note, note_refusal, sealed, site_errors
+from fedtune.client.answers import guarded, note_admission, note_refusal, sealed, site_errors
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_checks import check_watch
 from fedtune.client.site_file import site_file
 from fedtune.config import study_from_json
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.flower.arrays import read_frozen
-from fedtune.flower.grid import PEERS
+from fedtune.flower.grid import PEERS, SIMULATED
 from fedtune.wire.protocol import check_peer, version_fields
 from fedtune.wire.seal import check_plan
 
@@ -50,10 +50,7 @@ def prepare(message: Message, context: Context) -> Message:
         with site.room_to_answer():
             admission = site.prepare(study, frozen, coordinator)
             answer |= admission.fields()
-            if not admission.admitted:
-                raise PolicyRefused(admission.reason)
-            rule = site.site.policy.admission
-            note(site, "admit", rule, plan=study.digest, study=study.study.name)
+            note_admission(site, study, admission)
 
     if failure := guarded(attempt, context):
         answer["status"], answer["reason"] = failure
@@ -93,6 +90,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def site_of(context: Context) -> SiteWorker:
     """Return the worker of this node's site file. Errors: ConfigError."""
     site = worker(site_file(context))
+    site.simulated = SIMULATED in context.node_config
     if PEERS in context.node_config:  # in a simulation alone
         site.peers = tuple(str(context.node_config[PEERS]).split())
     return site

@@ -273,7 +273,7 @@ def _plan(study: Study, site: Site, outline: bool) -> str:
         raise refusal
     if unsigned(study, site, ledger):
         raise PolicyRefused(
-            'policy.admission = "signed" and nobody has signed this plan',
+            f'policy.admission = "{site.policy.admission}" and nobody has signed this plan',
             todo="`fedtune review STUDY --site SITE --sign`",
         )
     return f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}" if plan else "NOT PRIVATE"

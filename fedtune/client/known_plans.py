@@ -11,8 +11,6 @@ from fedtune.errors import FedtuneError
 from fedtune.files import reading
 from fedtune.run_folder import load_plan, with_digests_of
 
-PLANS = "plans"  # in the state folder: plans that were sent and wait for a signature
-
 
 def known_plan(study: Study, site: Site, *runs: Path) -> Study:
     """Return the study with its digests filled in, where a run of it or a plan that was sent says
@@ -26,7 +24,7 @@ def known_plan(study: Study, site: Site, *runs: Path) -> Study:
 
 
 def _plans(site: Site, runs: tuple[Path, ...]) -> Iterator[Study]:
-    sent = sorted((site.site.state / PLANS).glob("*.json"))
+    sent = sorted(site.site.plan_file("").parent.glob("*.json"))
     for folder in (*runs, *map(Path, reversed(places(site).values())), *sent):
         try:
             if folder.suffix == ".json":

@@ -24,6 +24,10 @@ class Unprepared(Refused):
     """This site does not know the plan (it was restarted, or joined late): send it again."""
 
 
+class Unsigned(PolicyRefused):
+    """A person at the site has yet to sign the plan; until then nothing of it runs here."""
+
+
 class Void(Refused):
     """This attempt at a round is over for this site; another is a new draw of noise."""
 
@@ -39,12 +43,15 @@ class Admission:
     lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
     declared: str | None = None  # public or generated, where a person declared the data to be
     free_query: bool = False  # a query or a view selects the records: outside the guarantee
+    waits: bool = False  # not admitted, for a person at the site has yet to sign the plan
 
     def fields(self) -> dict[str, str | int]:
-        """Return what the answer states beside its status; of what is not the rule, nothing."""
+        """Return what the answer states beside its status, and of a plan that waits for a person
+        the status too; of what is not the rule, nothing."""
         fields: dict[str, str | int] = {"name": self.name, "declared_size": self.declared_size}
         fields |= {} if self.lora_rank is None else {"lora_rank": self.lora_rank}
         fields |= {} if self.declared is None else {"declared": self.declared}
+        fields |= {"status": "waiting", "reason": self.reason} if self.waits else {}
         return fields | ({"free_query": True} if self.free_query else {})
 
 

@@ -14,14 +14,17 @@ from fedtune.config import Study, study_from_json
 from fedtune.dp import accountant
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
+from fedtune.flower.packing import size
+from fedtune.observe.status import UNSIGNED
 from fedtune.report.claim import rounded_up
 
 DONE = ("admitted", "trained", "ready", "masked", "answered")
+PLAN = "query.prepare"  # the message that brings a plan
 
 
 def reply_facts(message: Message, reply: Message, context: Context) -> dict[str, Any]:
-    """Return a reply's study, round, status and reason, the study's ε so far and as planned, and a
-    line of text.
+    """Return a reply's study, round, status and reason, the study's ε so far and as planned, the
+    bytes of both messages, and a line of text.
 
     epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ;
     fallback: with secure aggregation the same by this site's own noise alone.
@@ -31,6 +34,8 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
         return {}
     site, status, reason = worker(site_file(context)), str(record["status"]), str(record["reason"])
     facts: dict[str, Any] = {"site": site.site.site.name, "status": status, "reason": reason}
+    facts["bytes_up"] = {facts["site"]: size(reply.content)}
+    facts["bytes_down"] = {facts["site"]: size(message.content)}
     study, facts["plan_digest"] = _study(message, site)
     name, place = "a plan", ""
     if study is not None:
@@ -50,16 +55,38 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
             if (planned := _planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
+    reviewed = context.node_config.get("reviewed")  # the plan in the answer that it joined with
+    if study is not None and message.metadata.message_type == PLAN:
+        joined_with = status == "admitted" and reviewed == study.digest
+        facts["signed"] = joined_with or site.home.admitted(study.digest)
+        if not facts["signed"] and status in ("admitted", UNSIGNED):
+            facts["text"] += f". {_unsigned(study, site, context, facts)}"
     refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])
     if study is not None and refused:
         facts["text"] += f"; {'; '.join(explain(study, site.site, site.ledger))}; {TODO}"
-    reviewed = context.node_config.get("reviewed")
-    if study is not None and reviewed not in (None, "", study.digest) and not place:
+    if reviewed not in (None, "", facts["plan_digest"]) and facts.get("signed") is False:
         facts["text"] += (
-            f". This is NOT the plan that came with the coordinator's answer ({reviewed}): "
-            f"`fedtune review {pending(site.site, study)}` shows it"
+            f". This is NOT the plan that came with the coordinator's answer ({reviewed})"
         )
     return facts
+
+
+def _unsigned(study: Study, site: SiteWorker, context: Context, facts: dict[str, Any]) -> str:
+    """Say that nobody here signed a plan, what it would spend, and how to read or sign it."""
+    rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
+    for planned in facts.get("planned", {}).values():
+        spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
+    review = f"`fedtune review {pending(site.site, study)} --site {site_file(context)}`"
+    if facts["status"] == UNSIGNED:
+        return (
+            f"Nothing of it runs before a person here signs it; then {spends}. {review} says what "
+            "it means, and with --sign admits it"
+        )
+    return (
+        f'NOBODY HERE HAS SIGNED THIS PLAN; it runs by policy.admission = "{rule}", and {spends}. '
+        f"{review} says what it means; Ctrl-C keeps this site out of it; with "
+        'policy.admission = "reviewed" the next one waits for a person'
+    )
 
 
 def _status_record(reply: Message) -> ConfigRecord | None:
@@ -116,6 +143,8 @@ def _line(facts: dict[str, Any]) -> str:
     status: str = facts["status"]
     if status == "unprepared":
         return "this process has yet to see it, and asked for it again"
+    if status == UNSIGNED:
+        return "WAITING for a person at this site"
     if status == "finished":
         return "finished before the plan's last round: no step lowers the loss any more"
     if status not in DONE:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedtune import __version__
 from fedtune.bases.find import known_digest
-from fedtune.client.known_plans import PLANS, known_plan
+from fedtune.client.known_plans import known_plan
 from fedtune.client.policy import (
     accounted,
     fallback_of,
@@ -118,8 +118,9 @@ def _in_answer(path: Path, site: Site) -> Study:
     if study is None:
         raise ConfigError(
             f"{path}: brings no plan",
-            "an answer of `fedtune admit` while `fedtune server` runs",
-            "ask the coordinator to admit the request again, or for study.toml",
+            "an answer that `fedtune admit` wrote while `fedtune server` runs",
+            "join without it: what this site's client is sent lies in "
+            f"{site.site.plan_file('').parent} until somebody signs it; or ask for a new answer",
         )
     return study
 
@@ -213,9 +214,9 @@ def cost_refusals(
 
 
 def unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
-    """Whether the plan still waits for a signature here."""
+    """Return whether the plan still waits for a signature here."""
     signed = ledger is not None and ledger.admitted(study.digest)
-    return site.policy.admission == "signed" and not signed
+    return site.policy.admission != "standing" and not signed
 
 
 def _verdict(
@@ -229,7 +230,10 @@ def _verdict(
             "again; nothing more is trained"
         )
     if unsigned(study, site, ledger):
-        return "This site takes part as soon as somebody signs the plan: --sign"
+        joining = site.policy.admission == "reviewed"
+        return "This site takes part as soon as somebody signs the plan: --sign" + (
+            ", or joining with the answer that brings it" if joining else ""
+        )
     return "This site would take part"
 
 
@@ -432,9 +436,9 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
 
 
 def pending(site: Site, study: Study) -> Path:
-    """Keep a plan that waits for a signature, or got one, where `fedtune review` finds it. It is
+    """Keep a plan that nobody here signed, or somebody did, where `fedtune review` finds it. It is
     public."""
-    path = site.site.state / PLANS / f"{study.digest.removeprefix('sha256:')[:16]}.json"
+    path = site.site.plan_file(study.digest)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path

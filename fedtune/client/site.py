@@ -22,6 +22,7 @@ from fedtune.client.prepared import (
     Admission,
     Prepared,
     Unprepared,
+    Unsigned,
     Update,
     check_waiting_update,
     metadata_of,
@@ -86,6 +87,7 @@ class SiteWorker:
         self.ranks: Workers | None = None  # other processes that share a round's work
         self.draws = Draws()  # of this process: they wait for their set of sites
         self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
+        self.simulated = False  # whether the person who runs the study runs this site too
         self._prepared: dict[str, Prepared] = {}
         # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
@@ -120,6 +122,7 @@ class SiteWorker:
         if digest not in self._of_runs:
             of_run = SiteWorker(paid_by_run(self.site, run_ledger(self.site, digest)), self._path)
             of_run.home, of_run.ranks, of_run.peers = self.home, self.ranks, self.peers
+            of_run.simulated = self.simulated
             self._of_runs[digest] = of_run
         return self._of_runs[digest]
 
@@ -136,6 +139,8 @@ class SiteWorker:
             # Another admitted coordinator may send the same plan: its orders are signed by another
             # key and its receipts are its own, but what was prepared stays valid.
             self._prepared[study.digest] = replace(prepared, coordinator=coordinator)
+        except Unsigned as waits:
+            return replace(self._admission(False, str(waits)), waits=True)
         except Refused as refusal:
             return self._admission(False, str(refusal))
         lora = study.lora
@@ -182,12 +187,20 @@ class SiteWorker:
         accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
     def require_signature(self, study: Study, site: Site) -> None:
-        if site.policy.admission == "signed" and not self.home.admitted(study.digest):
-            log.warning("a plan waits for a signature: fedtune review %s", pending(site, study))
-            raise PolicyRefused(
-                'policy.admission = "signed" and nobody at the site has signed this plan',
-                todo="ask the site to run `fedtune review`",
-            )
+        """Check that a person signed the plan, where the site's policy asks for one. Who simulates
+        a study has its plan and the site's file in hand: there "reviewed" asks for no more.
+
+        Errors: Unsigned; the plan then lies where `fedtune review` finds it."""
+        rule = site.policy.admission
+        if rule == "standing" or self.home.admitted(study.digest):
+            return
+        if rule == "reviewed" and self.simulated:
+            return
+        pending(site, study)
+        raise Unsigned(
+            f'policy.admission = "{rule}" and nobody at the site has signed this plan',
+            todo="ask the site to run `fedtune review` with --sign",
+        )
 
     def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`; studies with the same view share the states at the cut. A

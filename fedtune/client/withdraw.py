@@ -91,9 +91,10 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "record as yet",
         )
     entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
-    AuditLog(ledger.folder, ledger.key).add("withdraw", "--unseen" if unseen else "")
     receipt = _receipt(site, ledger, entry, releases)
     path = site.site.state / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
+    rule = "--unseen" if unseen else ""
+    AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
     replace(path, json.dumps(receipt, indent=1).encode(), private=True)
     return Withdrawal(in_file, bool(datasets), releases, receipt, path)
 

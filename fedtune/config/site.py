@@ -67,6 +67,10 @@ class SiteTable(Table):
     def cache_bytes(self) -> int | None:
         return None if self.cache_memory is None else int(self.cache_memory * 2**30)
 
+    def plan_file(self, digest: str) -> Path:
+        """Return where the site keeps a plan that it was sent, for `fedtune review`."""
+        return self.state / "plans" / f"{digest.removeprefix('sha256:')[:16]}.json"
+
 
 class ConsentTable(Table):
     """Who agreed to the use of their records. A patient of whom one row does not say yes in
@@ -183,7 +187,10 @@ class PolicyTable(Table):
     allow_privacy_off: bool = False
     allow_free_query: bool = False  # records selected by a query or a view: outside the guarantee
     allow_declared_data: bool = False  # `fedtune client` with data that [data] declares
-    admission: Literal["standing", "signed"] = "standing"  # signed: `fedtune review --sign` first
+    # standing: what the rules here allow runs. reviewed, signed: nothing runs before a person
+    # signed the plan, with `fedtune review --sign`; under reviewed, joining with an answer and the
+    # fingerprint that was read out signs the plan in that answer.
+    admission: Literal["standing", "reviewed", "signed"] = "standing"
     min_noise_multiplier: NotNegative = 0.3  # σ
     min_units: Count = 10  # of site.declared_size
     max_grad_norm: Positive = 10.0  # C

@@ -169,7 +169,8 @@ max_delta = 1e-3       # of a study; max_epsilon holds at twice this, below 1 / 
 allow_privacy_off = false
 allow_free_query = false   # records that a query or a view selects: outside the guarantee
 allow_declared_data = false   # `fedtune client` with [data] declared
-admission = "standing" # "signed": a person signs each plan first, with `fedtune review --sign`
+admission = "standing" # "reviewed": a plan waits for a person, who signs it by joining with the
+                       # answer that brings it, or with `fedtune review --sign`; "signed": by that
 min_noise_multiplier = 0.3
 min_units = 10         # of declared_size
 max_grad_norm = 10.0
@@ -235,7 +236,7 @@ def init(
         names = {f"sites/site-{n}": f"site-{n}" for n in range(1, sites + 1)}
         places = {".": name} if sites == 1 or role == "site" else names
         files |= {
-            folder / place / "site.toml": _site(own, path, patient, declared)
+            folder / place / "site.toml": _site(own, path, patient, declared, alone=role == "site")
             for (place, own), path in zip(
                 places.items(), data or (None,) * len(places), strict=True
             )
@@ -255,8 +256,18 @@ def init(
     return [path for path in files if path.name != PUBLIC]
 
 
-def _site(name: str, data: WherePath | None, patient: str | None, declared: str | None) -> str:
+def _site(
+    name: str,
+    data: WherePath | None,
+    patient: str | None,
+    declared: str | None,
+    *,
+    alone: bool,
+) -> str:
+    """Fill in a site's template. alone: of a site that will join a consortium."""
     text = SITE.replace('"my-hospital"', quoted(name))
+    if alone:
+        text = text.replace('admission = "standing"', 'admission = "reviewed"')
     if data:
         text = text.replace('path = "data.jsonl"', lines_of(data))
         if place := ledger_beside(data):

@@ -51,7 +51,8 @@ START = "0" * 64
 PURPOSE = b"fedtune audit\0"
 EVENTS = frozenset({
     "enroll", "join", "admit", "revoke",  # membership
-    "review", "sign", "refuse", "withdraw", "accept", "restore", "backup", "purge",  # a site
+    "review", "sign", "wait", "refuse",  # a site: about a plan
+    "withdraw", "accept", "restore", "backup", "purge",  # a site
     "release",  # a site: an update; a coordinator: a version or a dossier
     "cut",  # a site: a receipt names an entry that this log lacks
     "attest", "approve",  # a site: its data sheet; a dossier

@@ -19,6 +19,7 @@ from fedtune.flower import api
 from fedtune.flower.enrol import Member
 
 RUN_ID = 1
+SIMULATED = "simulated"  # in the config of a node that this machine simulates, and of no other
 PEERS = "peers"  # in a simulated node's config: the signing keys of all sites on this machine
 
 
@@ -121,7 +122,9 @@ class InProcessGrid(Grid):
 def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context]:
     """Build a node's context for each site file, by its number."""
     return {
-        number: Context(RUN_ID, number, {"site": str(path), PEERS: peers}, RecordDict(), {})
+        number: Context(
+            RUN_ID, number, {"site": str(path), SIMULATED: True, PEERS: peers}, RecordDict(), {}
+        )
         for number, path in sites.items()
     }
 

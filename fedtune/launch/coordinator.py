@@ -68,6 +68,7 @@ from fedtune.wire.keys import SigningKey
 
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
 CLAIM_SECONDS = 30.0
+SIGNING_SECONDS = 7 * 86_400.0
 WATCH_SECONDS = 0.5  # between two looks at the gateway and the registry
 
 
@@ -82,9 +83,11 @@ def serve(
     resume: bool = False,
     on_event: OnEvent | None = None,
     run: Run | None = None,
+    signing: float = SIGNING_SECONDS,
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted, now or while it runs; return the report.
 
+    signing: seconds to wait at the start for sites of which a person has yet to sign the plan.
     host, port: where the gateway listens. names: by which sites connect (they go into its
     certificate). run: in place of server/rounds.py's. Errors: ConfigError; InfrastructureError when
     the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
@@ -98,10 +101,10 @@ def serve(
         ):
             for folder in (home, out):
                 remove_drafts(folder)
-            prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
             (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
-            heard = audited(home, on_event)
-            rounds = run or _installed_rounds(home, on_event)
+            prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
+            heard = audited(home, _with_plan(study, home, on_event) if on_event else None)
+            rounds = run or _installed_rounds(home, on_event, signing)
             with superlink(home) as link:
                 try:
                     with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
@@ -157,15 +160,22 @@ def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
         f"consortium   {fingerprint}",
         "             this is OURS: read it out to each site over the phone",
         f"admitted     {', '.join(names) or 'nobody yet'}; the study needs {least}",
+        "plan         is being made, from public records: minutes, for some studies",
     ]
-    if len(names) < least:
+    facts = {"study": study.study.name, "address": address, "fingerprint": fingerprint}
+    return {**facts, "participants": names, "text": "\n".join(lines)}
+
+
+def plan_made(study: Study, home: Path) -> str:
+    """Say what the operator of a coordinator does once the plan is there, which answers bring."""
+    lines = ["plan         is made; a site's answer brings it for review"]
+    if len(enrol.registry(home)) < study.strategy.min_sites:
         lines.append(
             f"next         the sites' requests, once they are here: fedtune admit *.request "
             f"--home {home}"
         )
     lines.append("waiting      for sites to connect: fedtune client site.toml, there")
-    facts = {"study": study.study.name, "address": address, "fingerprint": fingerprint}
-    return {**facts, "participants": names, "text": "\n".join(lines)}
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -377,7 +387,18 @@ def _ca(home: Path) -> str:
     return certs.ca(home)[1].public_bytes(certs.PEM).decode()
 
 
-def _installed_rounds(home: Path, on_event: OnEvent | None) -> Run:
+def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
+    """Say after "start", with which the plan is kept for answers, what is next."""
+
+    def hear(event: str, data: dict[str, Any]) -> None:
+        on_event(event, data)
+        if event == "start":
+            on_event("ready", {"study": study.study.name, "text": plan_made(study, home)})
+
+    return hear
+
+
+def _installed_rounds(home: Path, on_event: OnEvent | None, signing: float) -> Run:
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
 
@@ -396,6 +417,7 @@ def _installed_rounds(home: Path, on_event: OnEvent | None) -> Run:
                 for name, record in enrol.registry(home).items()
             },
             waits=True,
+            signing=signing,
         ),
     )
     return functools.partial(rounds.run, parts=parts)

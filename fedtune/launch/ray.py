@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import Study
 from fedtune.errors import FedtuneError, InfrastructureError
-from fedtune.flower.grid import PEERS
+from fedtune.flower.grid import PEERS, SIMULATED
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
 
@@ -112,7 +112,7 @@ def _answer(message: Message, context: Context, sites: list[str], peers: str) ->
     from fedtune.client.app import app as installed
 
     context.node_config["site"] = sites[int(context.node_config["partition-id"])]
-    context.node_config[PEERS] = peers
+    context.node_config |= {SIMULATED: True, PEERS: peers}
     return installed(message, context)
 
 

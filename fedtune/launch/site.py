@@ -42,6 +42,7 @@ from fedtune.flower.processes import (
     interruptible,
 )
 from fedtune.observe.log import strict_here
+from fedtune.observe.status import UNSIGNED
 from fedtune.progress import OnEvent
 
 log = logging.getLogger("fedtune.client")
@@ -218,7 +219,10 @@ class _Executor:
         except Exception as error:
             self._failed(kind, error)
             return api.error_reply(message, type(error).__name__)
-        self._last = _reply_facts(message, reply, context)
+        facts, before = _reply_facts(message, reply, context), self._last
+        self._last = facts
+        if facts.get("status") == UNSIGNED and facts == before:
+            return reply  # asked again, and still nobody has signed: said once
         self.notify("answered", {"kind": kind, "text": f"{kind}: answered", **self._last})
         return reply
 

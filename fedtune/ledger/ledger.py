@@ -356,6 +356,7 @@ class Ledger:
                 writer.append("admit", {"plan": plan_digest, "by": who})
 
     def admitted(self, plan_digest: str) -> bool:
+        """Return whether a person here signed the plan."""
         self._read()
         return plan_digest in self._account.admitted
 

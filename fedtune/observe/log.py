@@ -51,11 +51,12 @@ EVENTS = frozenset({
     "start", "planned", "begin", "site", "round", "version", "done", "stopped", "step",  # a run
     "records",
     "joined", "answered", "refused", "failed", "waiting", "reconnecting",  # a site's link
-    "listening", "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
+    "listening", "ready",  # a coordinator: the port is open; the plan is made
+    "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
 })
 STATUSES = frozenset({
     "admitted", "trained", "answered", "refused", "unprepared", "void", "failed", "dropped",
-    "missing", "ready", "masked",
+    "missing", "ready", "masked", "waiting",
     "late", "finished", "revoked", "joined", "connected", "disconnected", "retry", "below quorum",
 })
 KINDS = frozenset({
@@ -250,6 +251,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "lora_ranks": by(_name, _count),
     "weights": by(_name, _count),
     "declared": by(_name, _one_of(frozenset({"public", "generated"}))),
+    "signed": _flag,
     "champion": _count,
     "promoted": _flag,
 }

@@ -38,6 +38,7 @@ BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a re
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
 TOTALS = ("bytes_up", "bytes_down")
+UNSIGNED = "waiting"  # of a site: a person there has yet to sign the plan
 # Fields taken over from any event that has them.
 CARRIED = (
     "study",
@@ -48,6 +49,7 @@ CARRIED = (
     "fingerprint",
     "next",
     "champion",
+    "signed",
 )
 
 
@@ -115,6 +117,8 @@ def updated(status: Record, record: Record) -> Record:
     new: Record = {**status, "sites": sites}
     new |= {key: record[key] for key in CARRIED if key in record}
     new["last"] = [*status["last"], _brief(record)][-LAST:]
+    if new.get("plan_digest") != status.get("plan_digest"):  # a site goes from study to study
+        new["round"] = 0
     if event == "start":
         done = record.get("done", 0)
         new |= {"state": "running", "round": done, "first_round": done + 1}
@@ -148,7 +152,7 @@ def _link(new: Record, record: Record) -> None:
     """Enter at a coordinator whom its registry and its link have gained or lost."""
     event, names = record["event"], list(record.get("participants", ()))
     for name in [*names, record["site"]] if "site" in record else names:
-        site = new["sites"].setdefault(name, {"status": ""})
+        site = new["sites"].setdefault(name, {})
         site["connected"] = event == "connected"
         if event == "revoked":
             site["status"] = event
@@ -157,6 +161,8 @@ def _link(new: Record, record: Record) -> None:
 def _answer(new: Record, record: Record) -> None:
     """Enter a site's facts about its own answer: to a plan, an order or a query."""
     new["round"] = record.get("round", new["round"])
+    if record.get("status") == UNSIGNED:
+        new["state"] = "waiting"
     if "site" in record:
         name = record["site"]
         site = new["sites"].setdefault(name, {})
@@ -164,6 +170,7 @@ def _answer(new: Record, record: Record) -> None:
         for key in ("epsilon", "planned", "fallback", "declared"):
             if name in record.get(key, {}):
                 site[key] = record[key][name]
+    _add_bytes(new, record)
 
 
 def _round(new: Record, record: Record) -> None:
@@ -184,9 +191,14 @@ def _round(new: Record, record: Record) -> None:
     for key in ("epsilon", "declared"):
         for name, value in record.get(key, {}).items():
             sites.setdefault(name, {})[key] = value
+    _add_bytes(new, record)
+
+
+def _add_bytes(new: Record, record: Record) -> None:
+    """Add what was sent and received to each site's totals since the status began."""
     for key in TOTALS:
         for name, count in record.get(key, {}).items():
-            site = sites.setdefault(name, {})
+            site = new["sites"].setdefault(name, {})
             site[key] = site.get(key, 0) + count
 
 
@@ -223,7 +235,16 @@ class Snapshot:
             return f"stopped ({BY[self.status['reason']]})"
         if self.state == "waiting" and self.status["role"] == "site" and self.status.get("done"):
             return "finished; waiting for another study"
+        if not self.over and (names := self.unsigned):
+            who = "a person here" if self.status["role"] == "site" else f"people at {names}"
+            return f"waiting for {who} to sign the plan"
         return self.state
+
+    @property
+    def unsigned(self) -> str:
+        """Name the sites of which a person has yet to sign the plan."""
+        sites = self.status["sites"].items()
+        return ", ".join(sorted(n for n, site in sites if site.get("status") == UNSIGNED))
 
     @property
     def seconds_left(self) -> float:

@@ -147,6 +147,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             rule=records.delta_rule,
             declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
             bases=_bases(records.base),
+            admission=REVIEWED if records.role == "site" else "",
             columns=columns
             + (f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY),
         )
@@ -177,6 +178,11 @@ def names(records: Records) -> list[str]:
     return found
 
 
+# Of a site that joins a consortium: no plan spends before a person there has said so.
+REVIEWED = """\
+admission = "reviewed"        # joining signs the plan in the coordinator's answer; a further one
+                              # waits for `fedtune review --sign`. "standing": the rules decide
+"""
 NOBODY = '\n# patient = "patient_id"'
 SITE = """\
 # {name}'s own file: where its records lie and what it allows. It is never sent.
@@ -192,4 +198,4 @@ declared_size = {size}               # units, as a person states it in public; n
 [policy]
 max_epsilon = 8.0
 max_delta = {delta:<17} # {rule}
-{bases}"""
+{admission}{bases}"""

@@ -18,9 +18,10 @@ from fedtune.errors import FedtuneError, Refused
 from fedtune.flower import replies
 from fedtune.flower.arrays import Arrays, WireError, bodies, check_agreed, from_record, to_record
 from fedtune.flower.enrol import Member
+from fedtune.flower.packing import size
 from fedtune.run_folder import without_places
 from fedtune.server.bound import Terms
-from fedtune.server.exchange import Reply, ask, clean, size
+from fedtune.server.exchange import Reply, ask, clean
 from fedtune.server.too_few import too_few
 from fedtune.wire import codec, seal, step_summary
 from fedtune.wire.keys import SigningKey
@@ -31,6 +32,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"
 KEY = re.compile(r"[0-9a-f]{64}")
 DECLARED = ("public", "generated")  # what a site may declare its data to be; without it, private
+ASK_SECONDS = (5.0, 300.0)  # at least and at most, before a site that waits for a person is asked
+ASK_SHARE = 0.1  # of the time that it has waited so far
 MOST_UNITS = 10**10  # the largest declared size: more than there are people
 OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
@@ -52,7 +55,8 @@ class Roster:
     view selects the records; enrolled: each node's member at present (None: anybody); expect:
     called with the nodes that are asked and the bytes that an answer may have; refused: site ->
     reason, for the rest of the run; absent: sites that failed or did not answer, asked again each
-    round; down, up: bytes by site.
+    round; waiting: sites of which a person has yet to sign the plan, asked again in a while; down,
+    up: bytes by site.
 
     Guarantee: a node's reply changes nothing for any site but its own."""
 
@@ -73,6 +77,7 @@ class Roster:
     down: Counter[str] = field(default_factory=Counter)
     up: Counter[str] = field(default_factory=Counter)
     _asked: set[int] = field(default_factory=set)  # nodes that gave a final answer
+    _unsigned: dict[int, _Unsigned] = field(default_factory=dict)  # nodes that wait for a person
 
     def __post_init__(self) -> None:
         self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
@@ -83,23 +88,37 @@ class Roster:
 
     def join(self) -> None:
         """Ask every node that has not answered yet, so that a site may come late."""
-        connected = set(self.grid.get_node_ids())
+        connected, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {name: node for name, node in self.nodes.items() if node in connected}
         self._asked &= connected
+        self._unsigned = {node: one for node, one in self._unsigned.items() if node in connected}
         self.absent = {}
-        self.prepare(connected - self._asked)
-        for name in set(self.sizes) - set(self.nodes) - set(self.refused):
+        early = {node for node, one in self._unsigned.items() if now < one.again}
+        self.prepare(connected - self._asked - early)
+        for name in set(self.sizes) - set(self.nodes) - set(self.refused) - set(self.waiting):
             self.absent.setdefault(name, "the site is not connected")
+
+    @property
+    def waiting(self) -> dict[str, str]:
+        """Return the sites of which a person has yet to sign the plan, with their words."""
+        return {one.name: one.reason for one in self._unsigned.values()}
+
+    @property
+    def longest_wait(self) -> float:
+        """Return for how many seconds the first of `waiting` has waited."""
+        now = time.monotonic()
+        return max((now - one.since for one in self._unsigned.values()), default=0.0)
 
     def out(self) -> dict[str, str]:
         """Return the sites that cannot be asked now, with the reason."""
         reasons = {name: f"failed: {why}" for name, why in self.absent.items()}
+        reasons |= {name: f"waiting: {why}" for name, why in self.waiting.items()}
         reasons |= {name: f"refused: {why}" for name, why in self.refused.items()}
         return dict(sorted(reasons.items()))
 
     def raise_if_refused(self) -> None:
         """Raise Refused where refusals alone put strategy.min_sites out of reach."""
-        reachable = len(self.willing()) + len(self.absent)
+        reachable = len({*self.willing(), *self.absent, *self.waiting})
         if self.refused and reachable < self.study.strategy.min_sites:
             raise self.too_few(Refused)
 
@@ -137,8 +156,13 @@ class Roster:
             status, reason = "refused", objection
         self.down[name] += size(self.plan)
         self.up[name] += reply.size
+        known = self._unsigned.pop(reply.node, None)
         if status == "failed":
             self.absent[name] = reason
+        elif status == "waiting":
+            self._unsigned[reply.node] = _Unsigned.after(known, name, reason)
+            self._asked.discard(reply.node)
+            self.nodes = {other: node for other, node in self.nodes.items() if node != reply.node}
         else:
             self._asked.add(reply.node)
         if status == "refused":
@@ -150,7 +174,8 @@ class Roster:
             self.declared[name] = claim.what
             self.free_query |= {name} if claim.free_query else set()
             self.nodes[name] = reply.node
-        if reply.node not in earlier_nodes or status != "admitted":
+        told = known and status == "waiting" and known.reason == reason
+        if not told and (reply.node not in earlier_nodes or status != "admitted"):
             self.on_status(name, status, reason)
 
     def _name_of(self, node: int, claim: _Claim) -> str:
@@ -184,6 +209,24 @@ class Roster:
         return ""
 
 
+class _Unsigned(NamedTuple):
+    """A node that waits for a person. since: when it said so first, on the monotonic clock; again:
+    when it is asked next: soon after a short wait, more rarely the longer it lasts."""
+
+    name: str
+    reason: str
+    since: float
+    again: float
+
+    @classmethod
+    def after(cls, known: _Unsigned | None, name: str, reason: str) -> _Unsigned:
+        """Return the state after one more such answer."""
+        now = time.monotonic()
+        since = known.since if known else now
+        wait = min(max((now - since) * ASK_SHARE, ASK_SECONDS[0]), ASK_SECONDS[1])
+        return cls(name, reason, since, now + wait)
+
+
 class _Claim(NamedTuple):
     """A node's reply to the plan, before its name has been verified."""
 
@@ -203,7 +246,8 @@ def _parse_admission(reply: Reply) -> _Claim:
     if not isinstance(record, ConfigRecord):
         return _Claim("failed", "its answer to the plan is malformed")
     if record.get("admitted") is not True:
-        status = "failed" if record.get("status") == "failed" else "refused"
+        said = record.get("status")
+        status = str(said) if said in ("failed", "waiting") else "refused"
         return _Claim(status, clean(record.get("reason")) or "no reason given")
     try:
         check_peer("the site", record, "this coordinator")

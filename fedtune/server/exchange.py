@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.flower import api, replies
-from fedtune.flower.packing import pack
+from fedtune.flower.packing import pack, size
 from fedtune.flower.polling import Poll
 
 UNREADABLE = (  # what reading a hostile message may raise; a lost connection is none of these
@@ -129,11 +129,6 @@ def _reply(node: int, message: Message) -> Reply:
         detail = message.error.reason or ""
         return Reply(node, None, f"{text} ({detail})" if CLASS_NAME.fullmatch(detail) else text)
     return Reply(node, message.content, size=size(message.content))
-
-
-def size(content: RecordDict) -> int:
-    """Compute a content's bytes in Flower's protobuf form, the same on every grid."""
-    return int(api.recorddict_to_proto(content).ByteSize())
 
 
 def clean(text: object, longest: int = 300) -> str:

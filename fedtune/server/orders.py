@@ -15,9 +15,10 @@ from flwr.app import ConfigRecord, RecordDict
 from fedtune.errors import FedtuneError
 from fedtune.flower import replies
 from fedtune.flower.arrays import to_record
+from fedtune.flower.packing import size
 from fedtune.progress import stage
 from fedtune.server.admission import Roster
-from fedtune.server.exchange import Reply, ask, size
+from fedtune.server.exchange import Reply, ask
 from fedtune.server.store import Progress
 from fedtune.wire import codec, seal
 from fedtune.wire.keys import SigningKey

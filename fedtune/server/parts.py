@@ -150,7 +150,8 @@ class Settings:
     sent (None: not stored); ca: the consortium's certificate (PEM; "" in a simulation); registry:
     tells each admitted site's keys beside its signing key, as its fingerprint holds them; patience:
     seconds to wait at the start until strategy.min_sites sites admit the plan; waits: wait for
-    sites longer than that, as long as none has refused; pause: seconds before the first retry of a
+    sites longer than that, as long as none has refused; signing: seconds to wait at the start for
+    sites of which a person has yet to sign the plan; pause: seconds before the first retry of a
     round (twice that before the second, and so on); clock, upto: of a continuous study, the time of
     day, and the round to stop after (None: until it is stopped); skip: leave out a round that too
     few sites delivered, and continue with the next slot's."""
@@ -162,6 +163,7 @@ class Settings:
     registry: Callable[[], Mapping[str, dict[str, str]]] = dict
     patience: float = 120.0
     waits: bool = False
+    signing: float = 0.0
     pause: float = 10.0
     clock: Clock = field(default_factory=SystemClock)
     upto: int | None = None

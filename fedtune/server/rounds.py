@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 
 from fedtune import strategies
 from fedtune.config import Study
-from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.errors import ConfigError, InfrastructureError, Refused
 from fedtune.evidence.sign import sign
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
@@ -171,16 +171,34 @@ class _Run:
         self._publish()
 
     def _admit(self) -> None:
-        """Wait for min_sites to admit the plan. Errors: Refused, InfrastructureError."""
-        deadline = time.monotonic() + self.settings.patience
+        """Wait for min_sites to admit the plan: for `patience` or without end for sites to connect,
+        for `signing` for their people. Errors: Refused, InfrastructureError."""
+        began, told = time.monotonic(), set[str]()
         while True:
             self.roster.join()
             if len(self.roster.willing()) >= self.table.min_sites:
                 return
-            if time.monotonic() >= deadline and (self.roster.refused or not self.settings.waits):
+            late = time.monotonic() - began >= self.settings.patience
+            if late and self.roster.refused:
                 self.roster.raise_if_refused()
+            if self.roster.waiting:
+                if self.roster.longest_wait >= self.settings.signing:
+                    raise self.roster.too_few(Refused)
+                told = self._tell_waiting(told)
+            elif late and (self.roster.refused or not self.settings.waits):
                 raise self.roster.too_few(InfrastructureError)
             time.sleep(min(POLL, self.settings.patience))
+
+    def _tell_waiting(self, told: set[str]) -> set[str]:
+        """Say for whose people the start waits, when that changes; return their sites."""
+        names = set(self.roster.waiting)
+        if names != told:
+            self._event(
+                "step",
+                text=f"waiting for people at {', '.join(sorted(names))} to sign the plan, for up "
+                f"to {self.settings.signing / 86_400:.3g} days; it goes on by itself then",
+            )
+        return names
 
     def _round(self, number: int) -> None:
         self._event("begin", round=number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,35 +20,39 @@ from fedtune.cli.watch import Watch
 from fedtune.client.declared import declare
 from fedtune.client.site import worker
 from fedtune.config import load_site, load_study, study_from_json
+from fedtune.dashboard.pages.site import SitePage
 from fedtune.dp.accountant import epsilon
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
+from fedtune.evidence import audit_log
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
 from fedtune.launch.site import _Executor, _installed_app
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.run import Run
 from fedtune.observe import observer
 from fedtune.observe.status import read_status
 from fedtune.registry import process_cache
 from fedtune.report.claim import rounded_up
-from fedtune.server import rounds
+from fedtune.server import admission, rounds
 from fedtune.server.admission import plan_message
 from fedtune.server.orders import tell_finished
 from fedtune.server.parts import Dependencies, Settings
 from fedtune.wire.keys import SigningKey
+from tests.cli_kit import run
 from tests.guarantee.world import NAMES, lay_out, patients
 
 Event = Callable[[str, dict[str, Any]], None]
 
 
 def through_the_executor(
-    study: Path, tell: Event, on_event: Event, reviewed: str = ""
+    study: Path, tell: Event, on_event: Event, reviewed: str = "", signing: float = 0.0
 ) -> _Executor:
     """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's.
     Returns the north's executor."""
     process_cache.clear("workers")
     files = {name: study.parent / f"site-{name}.toml" for name in NAMES}
-    parts = Dependencies(settings=Settings(patience=0.0, pause=0.0))
+    parts = Dependencies(settings=Settings(patience=0.0, pause=0.0, signing=signing))
     executors = {
         str(path): _Executor(path, _installed_app(), tell if name == "north" else _quiet, False)
         for name, path in files.items()
@@ -83,11 +88,12 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
     north._last["round"] = 2
     assert "waiting for it" in north._ended("hub:1")["text"]
     shown = [line.rstrip() for line in console.export_text().splitlines()]
-    lines = [line for line in shown if line and not line.startswith("reading records")]
+    lines = [line for line in shown if line.startswith(("connecting", "inventory"))]
     charges = worker(str(tmp_path / "site-north.toml")).ledger.charges("records")
     planned = plan_for_site(load_study(study), 20).epsilon
     cost = f"of {rounded_up(planned)} planned"
-    assert lines[:2] == ["connecting", f"inventory: admitted; paid so far: ε = 0 {cost}"]
+    assert lines[0] == "connecting"
+    assert lines[1].startswith(f"inventory: admitted; paid so far: ε = 0 {cost}. NOBODY HERE HAS")
     assert all(cost in line for line in lines[2:])
     assert [line.partition(";")[0] for line in lines[2:]] == [
         f"inventory: round {n} of 3 trained" for n in (1, 2, 3)
@@ -145,6 +151,84 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
     assert len(told) == 4 and "paid so far: ε = 0 of" not in told[-1]
     north = read_status(tmp_path / "state-north").status["sites"]["north"]
     assert north["declared"] == "public" and north["epsilon"] > 0
+
+
+def with_rule(folder: Path, rule: str) -> Path:
+    """The north's site.toml, whose policy.admission is `rule`."""
+    path = folder / "site-north.toml"
+    path.write_text(path.read_text().replace("[policy]", f'[policy]\nadmission = "{rule}"'))
+    return path
+
+
+def test_a_plan_that_waits_for_a_person_is_told_once_with_what_it_costs_and_how_to_sign(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the screen, in the status, in the audit log; nothing is charged before."""
+    monkeypatch.setattr(admission, "ASK_SECONDS", (0.0, 0.0))
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    path, told, asked = with_rule(tmp_path, "reviewed"), list[str](), list[str]()
+    ledger = Ledger(tmp_path / "state-north")
+
+    def hear(event: str, data: dict[str, Any]) -> None:
+        seen(event, data)
+        told.append(str(data.get("text")))
+        if data.get("status") == "waiting":
+            assert not ledger.charges("records")
+            shown = run("status", path, "--once").output
+            assert "waiting for a person here to sign the plan" in shown
+            asked.extend(re.findall(r"`(fedtune review \S+ --site \S+)`", told[-1]))
+
+    def on_event(event: str, data: dict[str, Any]) -> None:
+        if event == "step" and "waiting for people at north" in str(data.get("text")):
+            assert run(*asked[0].split()[1:], "--sign").exit_code == 0
+
+    with observer("site", tmp_path / "state-north") as seen:
+        through_the_executor(study, hear, on_event, signing=60.0)
+        assert not SitePage(path).shown()["notices"]  # somebody has signed meanwhile
+    assert "SIGNED" not in " ".join(told)
+    (waits,) = [line for line in told if "WAITING" in line]
+    assert "Nothing of it runs before a person here signs it" in waits and "ε = " in waits
+    assert len(told) == 5 and "round 3 of 3 trained" in told[-1]
+    log = audit_log.verify(tmp_path / "state-north", ledger.key.public)
+    events = [entry["event"] for entry in log.entries]
+    assert events == ["wait", "sign", "admit", "release", "release", "release"]
+    assert log.entries[2]["facts"]["signed"] is True
+
+
+def test_a_plan_that_runs_by_a_standing_policy_alone_is_announced_before_it_spends(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Twin, above: one that a person here signed is not."""
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    path, told = tmp_path / "site-north.toml", list[str]()
+    ledger = Ledger(tmp_path / "state-north")
+
+    def hear(event: str, data: dict[str, Any]) -> None:
+        seen(event, data)
+        told.append(str(data.get("text")))
+        if len(told) == 1:
+            assert not ledger.charges("records")
+
+    with observer("site", tmp_path / "state-north") as seen:
+        through_the_executor(study, hear, _quiet)
+        assert "nobody here has signed this plan" in run("status", path, "--once").output
+        (notice,) = SitePage(path).shown()["notices"]
+    assert 'NOBODY HERE HAS SIGNED THIS PLAN; it runs by policy.admission = "standing"' in told[0]
+    assert "it spends up to ε = " in told[0] and "fedtune review" in told[0]
+    assert "nobody here signed it: fedtune review" in notice["text"]
+    log = audit_log.verify(tmp_path / "state-north", ledger.key.public)
+    assert log.entries[0]["event"] == "admit" and log.entries[0]["facts"]["signed"] is False
+
+
+def test_what_was_sent_and_received_is_counted_at_the_site(tmp_path: Path, tiny_base: Path) -> None:
+    study = lay_out(tmp_path, tiny_base, patients(12))
+    with observer("site", tmp_path / "state-north") as seen:
+        through_the_executor(study, seen, _quiet)
+    rounds_of = Run(tmp_path / "run").report["rounds"]
+    north = read_status(tmp_path / "state-north").status["sites"]["north"]
+    for way in ("bytes_up", "bytes_down"):
+        counted = sum(entry[way]["north"] for entry in rounds_of)
+        assert 0 < counted <= north[way] < counted + 2_000  # and that the study has ended
 
 
 def test_a_refused_site_is_told_why(tmp_path: Path, tiny_base: Path) -> None:

@@ -182,11 +182,16 @@ def test_a_crash_between_reservation_and_release_is_charged(
     assert [charge.round for charge in charges] == [1, 1] and len(worker.log.steps()) == 1
 
 
-def test_a_signed_admission_is_for_one_plan(tmp_path: Path, tiny_base: Path) -> None:
+@pytest.mark.parametrize("rule", ["reviewed", "signed"])
+def test_a_plan_that_nobody_signed_waits_and_a_signature_is_for_one_plan(
+    tmp_path: Path, tiny_base: Path, rule: str
+) -> None:
+    """Twin: under "standing" it is admitted."""
     notes(tmp_path)
-    worker = SiteWorker(make_site(tmp_path, {"admission": "signed"}, patient="who"))
+    worker = SiteWorker(make_site(tmp_path, {"admission": rule}, patient="who"))
     made = begun(tiny_base)
     refused = worker.prepare(made.study, made.frozen)
+    assert refused.waits and not (tmp_path / "state" / "counts.json").exists()  # no record read
     assert not refused.admitted and "nobody at the site has signed" in refused.reason
     (waiting,) = (tmp_path / "state" / "plans").glob("*.json")
     plan = read_plan(waiting, worker.site)
@@ -198,7 +203,20 @@ def test_a_signed_admission_is_for_one_plan(tmp_path: Path, tiny_base: Path) -> 
     worker.ledger.admit(seen.digest, "officer")
     assert worker.prepare(made.study, made.frozen).admitted
     other = begun(tiny_base, study={"name": "another"})
-    assert not worker.prepare(other.study, other.frozen).admitted
+    assert worker.prepare(other.study, other.frozen).waits
+    assert not worker.ledger.charges("records")
+    standing = SiteWorker(make_site(tmp_path, {}, patient="who"))
+    assert standing.prepare(other.study, other.frozen).admitted
+
+
+def test_who_simulates_has_reviewed_the_plan(tmp_path: Path, tiny_base: Path) -> None:
+    """Twin: "signed" asks for a signature in a simulation too."""
+    notes(tmp_path)
+    made = begun(tiny_base)
+    for rule, admitted in {"reviewed": True, "signed": False}.items():
+        worker = SiteWorker(make_site(tmp_path, {"admission": rule}, patient="who"))
+        worker.simulated = True
+        assert worker.prepare(made.study, made.frozen).admitted is admitted
 
 
 def test_a_withdrawn_patient_is_in_no_later_round(

@@ -129,6 +129,54 @@ def test_the_twin_says_it(tried: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert SECRET in shown(copy / "runs" / "tried", "live/rounds")
 
 
+def test_every_row_of_a_site_is_trained_on_or_in_one_of_the_columns_beside(
+    tried: Path, tmp_path: Path
+) -> None:
+    """Twin: without the patients who withdrew they do not add up."""
+    copy = shutil.copytree(tried, tmp_path / "copy")
+    site, state = copy / "north" / "site.toml", copy / "north" / "state"
+    (facts,) = json.loads((state / "counts.json").read_text()).values()
+    facts |= {"rows": facts["train"] + 15, "withheld": 2, "filtered": 3, "over_cap": 1}
+    facts |= {"excluded": 4, "rejected": {"missing value": 5}}
+    (state / "counts.json").write_text(json.dumps({"north": facts}))
+    found = figures(shown(site))
+    parts = ("train", "filtered", "withheld", "excluded", "over_cap")
+    total = sum(int(found[part]) for part in parts) + 5
+    assert total == int(found["rows"]) and total - int(found["excluded"]) != int(found["rows"])
+    assert "5 missing value" in shown(site)
+
+
+def test_a_simulation_and_public_text_alone_are_on_a_runs_page(tried: Path, tmp_path: Path) -> None:
+    """Twin: a consortium's run that was not started from public text."""
+    run = shutil.copytree(tried / "runs" / "tried", tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    metric, quality = report["quality"]["metric"], report["quality"]
+    quality |= {"start": {metric: 0.25}}
+    quality["gain"] = {**quality.get("gain", {}), "records": 60, "over_start": [-0.5, 0.25]}
+    (run / "report.json").write_text(json.dumps(report | {"invented": True}))
+    page = shown(run)
+    assert "a simulation" in page and "invented records" in page
+    assert "from public text alone, before the first round and for no ε: 0.25; with" in page
+    assert json.loads(shown(run, "series"))["start"] == {metric: 0.25}
+    del report["simulation"], quality["start"]
+    (run / "report.json").write_text(json.dumps(report))
+    page = shown(run)
+    assert "a simulation" not in page and "from public text alone" not in page
+
+
+def test_a_site_that_waits_for_a_person_is_named_at_the_coordinator(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path / "run")
+    status("start", {"study": "gait", "done": 0, "rounds": 4, "private": True})
+    rule = 'policy.admission = "reviewed" and nobody at the site has signed this plan'
+    status("site", {"name": "south", "status": "waiting", "reason": rule, "round": 1})
+    page = shown(tmp_path / "run")
+    assert "south waits for a person there to sign the plan" in page
+    assert "waiting for people at south to sign the plan" in page
+    status("site", {"name": "south", "status": "admitted", "reason": "", "round": 1})
+    assert "to sign the plan" not in shown(tmp_path / "run")
+    status.close()
+
+
 def test_what_is_the_matter_is_said_first(tmp_path: Path) -> None:
     status = StatusFile(tmp_path / "run")
     status("start", {"study": "gait", "done": 0, "rounds": 4, "private": True})

@@ -40,7 +40,9 @@ def test_the_readmes_consortium_trains(tmp_path: Path, tiny_encoder: Path) -> No
             folder = tmp_path / name / name
             site = load_site(folder / "site.toml")
             assert site.coordinator is None  # nobody edited a file for the link
-            assert len(Ledger(site.site.state).spending("records")) == rounds
+            ledger = Ledger(site.site.state)
+            assert len(ledger.spending("records")) == rounds
+            assert site.policy.admission == "reviewed" and ledger.admitted(report["plan_digest"])
             kept = membership.remembered(membership.keys_folder(site), name)
             assert kept and membership.reviewed(kept) == report["plan_digest"]
     finally:

@@ -11,6 +11,7 @@ import pytest
 from fedtune.client.review import read_plan
 from fedtune.config import Study, load_site, load_study
 from fedtune.errors import ConfigError, Refused
+from fedtune.evidence import audit_log
 from fedtune.flower import certs, enrol, membership
 from fedtune.flower.forwarder import link
 from fedtune.launch import coordinator
@@ -193,6 +194,38 @@ def test_in_a_pipe_the_fingerprint_is_an_option(met: Met, monkeypatch) -> None:
     done = run("client", met.site, "--answer", met.file, "--fingerprint", met.answer.fingerprint)
     assert done.exit_code == 0 and "joined the consortium" in done.output, done.output
     assert "fedtune review" in done.output
+
+
+@pytest.mark.parametrize("rule", ["standing", "reviewed", "signed"])
+def test_joining_with_the_fingerprint_signs_the_plan_in_the_answer_and_no_other(
+    met: Met, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """Twins: where the policy asks for --sign, or refuses the plan; where nobody gave the
+    fingerprint, since a kept one is used again with another answer."""
+    monkeypatch.setattr("fedtune.launch.site.join", lambda *_, **__: None)
+    monkeypatch.setattr("fedtune.client.site_checks.check_records", lambda *_: None)
+    own, ledger = met.site.read_text(), Ledger(met.site.parent / "state")
+    asked = ("client", met.site, "--answer", met.file, "--fingerprint", met.answer.fingerprint)
+
+    def allow(line: str) -> None:
+        met.site.write_text(own + f'\n[policy]\nbases = "any"\nadmission = "{rule}"\n{line}')
+
+    allow("")
+    refused = run(*asked)
+    assert refused.exit_code == 0 and "this site refuses it" in refused.output, refused.output
+    assert not ledger.admitted(met.study.digest)
+    allow("allow_privacy_off = true\n")
+    done = run(*asked)
+    assert done.exit_code == 0 and "no ε can be stated" in done.output, done.output
+    assert ledger.admitted(met.study.digest) == (rule != "signed")
+    acts = audit_log.verify(ledger.folder, ledger.key.public).entries
+    assert (acts[-1]["event"], acts[-1]["rule"]) == (
+        ("join", "--answer") if rule == "signed" else ("sign", "--answer")
+    )
+    other = met.study.changed(study={"name": "another"})
+    met.plan(other)
+    again = run("client", met.site, "--answer", met.file)
+    assert again.exit_code == 0 and not ledger.admitted(other.digest), again.output
 
 
 def test_a_site_file_that_names_an_answer_is_the_only_one(met: Met) -> None:

@@ -11,6 +11,13 @@ T_NAMES = "tests/server/test_names.py::"
 NOBODY = T_NAMES + "test_nobody_is_thrown_out_or_shadowed_by_another"
 
 NAME_MUTANTS = (
+    _one(
+        "admission", "people-are-waited-for-without-end", "fedtune/server/rounds.py",
+        "if self.roster.longest_wait >= self.settings.signing:",
+        "if self.roster.longest_wait > self.settings.signing + 1e9:",
+        "tests/server/test_waiting.py::test_it_ends_where_nobody_signs_within_the_deadline",
+        "a study that nobody signs never ends",
+    ),
     Mutant(
         "names", "a-refusal-counts-for-whom-it-names", ADMISSION,
         (

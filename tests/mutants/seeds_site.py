@@ -23,7 +23,40 @@ T_ALONE = (
     "tests/data/test_data_units.py::test_what_one_record_makes_a_library_do_costs_that_record_alone"
 )
 
+T_UNSIGNED = T_SITE + "test_a_plan_that_nobody_signed_waits_and_a_signature_is_for_one_plan"
+T_JOINING = (
+    "tests/flower/test_membership.py::"
+    "test_joining_with_the_fingerprint_signs_the_plan_in_the_answer_and_no_other"
+)
+
 MUTANTS = (
+    one(
+        "admission", "a-further-plan-spends-unsigned", SITE,
+        'if rule == "standing" or self.home', 'if rule != "signed" or self.home',
+        T_UNSIGNED, "a second study spends a site's budget and nobody there has done a thing",
+    ),
+    one(
+        "admission", "every-site-is-a-simulated-one", SITE,
+        'if rule == "reviewed" and self.simulated:', 'if rule == "reviewed":',
+        T_UNSIGNED, "who runs the study signs for every hospital",
+    ),
+    one(
+        "admission", "a-signature-in-a-simulation-is-not-asked-for", SITE,
+        'if rule == "reviewed" and self.simulated:', "if self.simulated:",
+        T_SITE + "test_who_simulates_has_reviewed_the_plan",
+        "an officer who signs each plan is passed by",
+    ),
+    one(
+        "admission", "joining-again-signs", "fedtune/cli/network.py",
+        "    if fingerprint is None:\n        typer.echo(\"plan   not signed",
+        "    if known is None:\n        typer.echo(\"plan   not signed",
+        T_JOINING, "a new answer's plan is signed though nobody compared a fingerprint",
+    ),
+    one(
+        "admission", "joining-signs-what-the-site-refuses", "fedtune/cli/network.py",
+        "    return None if seen.refusals else study\n", "    return study\n",
+        T_JOINING, "a plan that the rules refuse runs as soon as they are loosened",
+    ),
     one(
         21, "a-site-logs-its-own-loss", "fedtune/client/own_loss.py",
         "    with suppress(OSError):\n",

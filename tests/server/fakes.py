@@ -66,8 +66,11 @@ class FakeSite:
 
     @property
     def home(self) -> Any:
-        """Where its audit log lies."""
-        return SimpleNamespace(folder=self.folder)
+        """Where its audit log lies, and who signed there: nobody."""
+        return SimpleNamespace(folder=self.folder, admitted=lambda digest: False)
+
+    def current(self) -> Any:
+        return self.site
 
     @property
     def site(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,13 +120,14 @@ def context(node: dict[str, Any], run: dict[str, Any]) -> Context:
 
 
 def test_flowers_own_simulation_finds_the_site_by_partition(tmp_path, monkeypatch):
-    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: path)
+    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: SimpleNamespace(path=path))
     for name in ("b", "a"):
         (tmp_path / f"{name}.toml").write_text("[site]\n")
     (tmp_path / "study.toml").write_text("[study]\n")
     run = {"sites": str(tmp_path)}
-    assert fedtune.client.app.site_of(context({"partition-id": 1}, run)) == str(tmp_path / "b.toml")
-    assert fedtune.client.app.site_of(context({"site": "x.toml"}, run)) == "x.toml"
+    second = fedtune.client.app.site_of(context({"partition-id": 1}, run))
+    assert second.path == str(tmp_path / "b.toml") and not second.simulated  # nobody here runs it
+    assert fedtune.client.app.site_of(context({"site": "x.toml"}, run)).path == "x.toml"
     with pytest.raises(ConfigError):
         fedtune.client.app.site_of(context({"partition-id": 2}, run))
     with pytest.raises(ConfigError):

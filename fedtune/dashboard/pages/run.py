@@ -15,7 +15,7 @@ from fedtune.dashboard.pages.answers import answers_in
 from fedtune.errors import FedtuneError, InputError
 from fedtune.observe.log import LOGGABLE, reason_of
 from fedtune.observe.rounds import Rounds
-from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, standing
+from fedtune.observe.status import FILE, GONE, LOCK, UNSIGNED, Snapshot, read_status, standing
 from fedtune.registry.metrics import metric as known_metric
 from fedtune.report.claim import (
     THREE_EPSILONS,
@@ -24,7 +24,7 @@ from fedtune.report.claim import (
     percent,
     protects,
     shared_line,
-    strength,
+    start_line,
     verdict,
 )
 from fedtune.report.preference import alarms as preference_alarms
@@ -108,6 +108,7 @@ class RunPage(Page):
             "quality": quality,
             "selection": {name: _plain(values) for name, values in rounds.selection.items()},
             "base": shown["quality"].get("base") or {},
+            "start": shown["quality"].get("starts") or {},
             "intervals": shown["quality"].get("intervals") or {},
             "bounded": [name for name in quality if known_metric(name).bounded],
             "epsilon": epsilon,
@@ -205,6 +206,10 @@ def alarms(
     for site in sites:
         if site["reason"].startswith("policy.max_epsilon"):
             found.append(Notice("bad", f"{site['name']} is out of budget ({site['reason']})"))
+        elif site["standing"].startswith(UNSIGNED):
+            found.append(
+                Notice("warn", f"{site['name']} waits for a person there to sign the plan")
+            )
         elif "refused" in site["standing"]:
             found.append(Notice("warn", f"{site['name']} refused the plan ({site['reason']})"))
         elif "clock" in site["reason"] or "certificate" in site["reason"]:
@@ -242,6 +247,8 @@ def _quality(
         "metric": metric,
         "rows": rows,
         "verdict": verdict(quality),
+        "start": start_line(quality),
+        "starts": {k: n for k, v in (quality.get("start") or {}).items() if (n := number(v))},
         "improved": verdict(quality).startswith("better"),
         "records": (quality.get("gain") or {}).get("records"),
         "base": {row["name"]: row["before"] for row in rows if row["before"] is not None},
@@ -268,7 +275,6 @@ def _privacy(
         "delta": told.get("delta", table.get("delta")),
         "unit": unit,
         "protects": protects(unit),
-        "strength": strength(epsilon),
         "guess": percent(best_guess(told)) if told else "",
         "shared": shared_line(told),
     }

@@ -17,7 +17,7 @@ from fedtune.data.sources._interface import REASONS
 from fedtune.errors import FedtuneError
 from fedtune.files import reading
 from fedtune.observe.log import MOMENT, NAME
-from fedtune.observe.status import COUNTS, FILE, GONE, LOCK, LOSSES, read_status
+from fedtune.observe.status import COUNTS, FILE, GONE, LOCK, LOSSES, Snapshot, read_status
 from fedtune.report.claim import number
 
 STUDIES = 4  # of whose losses there are curves
@@ -54,6 +54,7 @@ class SitePage(Page):
         if snapshot and snapshot.state == "gone":
             notices.append(Notice("bad", f"Killed: {GONE}"))
         path = shlex.quote(str(self.path))
+        notices += _unsigned(snapshot, site, path)
         return {
             "site": site,
             "policy": _policy(site),
@@ -75,6 +76,21 @@ class SitePage(Page):
 
     def _site(self) -> Site:
         return load_site(self.path)
+
+
+def _unsigned(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
+    """Say that nobody here has signed the plan of the newest study."""
+    status = snapshot.status if snapshot else {}
+    digest, study = status.get("plan_digest"), status.get("study")
+    if snapshot is None or snapshot.over or status.get("signed") is not False or not digest:
+        return
+    plan = shlex.quote(str(site.site.plan_file(digest)))
+    if snapshot.unsigned:
+        text = f"The study {study} waits for a person here to sign its plan"
+    else:
+        rule = f'policy.admission = "{site.policy.admission}"'
+        text = f"The study {study} spends from this site's budget by {rule}: nobody here signed it"
+    yield Notice("warn", f"{text}: fedtune review {plan} --site {path}")
 
 
 def _policy(site: Site) -> list[tuple[str, str]]:

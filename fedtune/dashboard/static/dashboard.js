@@ -111,18 +111,23 @@
       lines.push({ label: "evaluation records", stroke: css("--accent"), width: has(chosen) ? 0 : 2.4, spanGaps: true, points: { show: sparse, size: 8, fill: css("--accent") } });
       data.push(pad(measured));
     }
-    const marks = { base: start, bounds: series.intervals[name] ?? {}, last: series.rounds.at(-1) };
+    const marks = { base: start, start: series.start[name], bounds: series.intervals[name] ?? {}, last: series.rounds.at(-1) };
     wanted.set(key, [named(name), data, lines, { marks, bounded: series.bounded.includes(name) }]);
   }
 
   function epsilon() {
-    const names = Object.keys(series.epsilon);
-    if (!names.length) return;
-    const lines = names.map((name, at) => ({
-      label: name, stroke: css(`--site-${at % 6}`), width: 2, dash: at >= 6 ? [6, 4] : undefined,
+    const curves = new Map(); // sites whose figures are the same share a line, which names them all
+    for (const [name, values] of Object.entries(series.epsilon)) {
+      const same = JSON.stringify(values.map(above));
+      curves.set(same, [...(curves.get(same) ?? []), name]);
+    }
+    if (!curves.size) return;
+    const groups = [...curves.values()];
+    const lines = groups.map((names, at) => ({
+      label: names.length > 4 ? `${names.length} sites` : names.join(", "), stroke: css(`--site-${at % 6}`), width: 2, dash: at >= 6 ? [6, 4] : undefined,
       points: { show: series.rounds.length < 40, size: 5 }, said: above,
     }));
-    const data = [[0, ...series.rounds], ...names.map((name) => [0, ...series.epsilon[name]])];
+    const data = [[0, ...series.rounds], ...groups.map(([name]) => [0, ...series.epsilon[name]])];
     wanted.set("epsilon", ["ε reported, by site", data, lines, { marks: { planned: series.planned }, fromZero: true }]);
   }
 
@@ -155,7 +160,7 @@
   }
 
   function range(low, high, marks, bounded, fromZero) {
-    const edges = [low, high, marks.base, marks.planned, ...(marks.bounds?.after ?? []), ...(marks.bounds?.before ?? [])]
+    const edges = [low, high, marks.base, marks.start, marks.planned, ...(marks.bounds?.after ?? []), ...(marks.bounds?.before ?? [])]
       .filter((value) => value !== null && value !== undefined);
     const bottom = Math.min(...edges), top = Math.max(...edges), room = (top - bottom || 1) * 0.08;
     if (fromZero) return [0, top + room];
@@ -196,6 +201,7 @@
       ctx.stroke();
     }
     if (marks.base !== null && marks.base !== undefined) line(marks.base, "base alone");
+    if (marks.start !== null && marks.start !== undefined) line(marks.start, "public text alone");
     if (marks.planned) line(marks.planned, "planned");
     ctx.restore();
   }

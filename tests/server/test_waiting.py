@@ -1,0 +1,95 @@
+"""Sites of which a person has yet to sign the plan: the coordinator waits for them, within a
+deadline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.client.prepared import Admission
+from fedtune.config import Study
+from fedtune.errors import Refused
+from fedtune.server import admission
+from tests.server.fakes import FakeSite, make_parts
+
+REASON = 'policy.admission = "reviewed" and nobody at the site has signed this plan'
+
+
+@dataclass
+class Unsigned(FakeSite):
+    """Waits for a person, who signs before it is asked for the `signed`-th time."""
+
+    signed: int = 3
+
+    def prepare(self, study: Study, frozen: dict[str, np.ndarray], coordinator: str) -> Admission:
+        answer = super().prepare(study, frozen, coordinator)
+        if self.prepared >= self.signed:
+            return answer
+        self.known = False
+        return Admission(False, REASON, self.name, self.size, waits=True)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask again without a pause."""
+    monkeypatch.setattr(admission, "ASK_SECONDS", (0.0, 0.0))
+
+
+def waits(trial: Any) -> list[dict[str, Any]]:
+    """What was said of sites that wait."""
+    return [data for kind, data in trial.events if data.get("status") == "waiting"]
+
+
+def test_the_study_goes_on_when_somebody_has_signed(trial: Any, at_once: None) -> None:
+    late = Unsigned("b")
+    run = trial(FakeSite("a"), late)
+    body = run.run(parts=make_parts(waits=True, signing=60.0))
+    assert [r["participants"] for r in body["rounds"]] == [["a", "b"]] * 4
+    assert late.prepared == 3 and late.calls == [1, 2, 3, 4]
+    (said,) = waits(run)  # once, however often it was asked
+    assert said["name"] == "b" and "policy.admission" in said["reason"]
+    steps = [data.get("text", "") for kind, data in run.events if kind == "step"]
+    assert any("waiting for people at b to sign" in text for text in steps)
+    assert body["sites"] == {"a": "admitted", "b": "admitted"}
+
+
+def test_it_ends_where_nobody_signs_within_the_deadline(trial: Any, at_once: None) -> None:
+    """Twin: with time left the same sites train."""
+    run = trial(FakeSite("a"), Unsigned("b"))
+    with pytest.raises(Refused, match=r"b: waiting: policy\.admission") as caught:
+        run.run(parts=make_parts(waits=True, signing=0.0))
+    assert caught.value.exit_code == 3 and run.sites[0].calls == run.sites[1].calls == []
+    assert not (run.folder / "out").exists()
+    assert run.run(parts=make_parts(waits=True, signing=60.0))["rounds"]
+
+
+def test_those_who_suffice_begin_and_the_others_follow(trial: Any, at_once: None) -> None:
+    run = trial(FakeSite("a"), FakeSite("b"), Unsigned("c", signed=4))
+    body = run.run(parts=make_parts(waits=True, signing=60.0))
+    assert [r["participants"] for r in body["rounds"]] == [["a", "b"]] * 2 + [["a", "b", "c"]] * 2
+    assert "waiting: policy.admission" in body["rounds"][0]["missing"]["c"]
+
+
+def test_a_refusal_that_leaves_too_few_ends_the_wait(trial: Any, at_once: None) -> None:
+    run = trial(FakeSite("a", refusal="policy.max_epsilon"), Unsigned("b"))
+    with pytest.raises(Refused, match=r"a: refused: policy\.max_epsilon"):
+        run.run(parts=make_parts(waits=True, signing=60.0))
+
+
+def test_it_is_asked_more_rarely_the_longer_it_waits(trial: Any) -> None:
+    """Each question carries the plan and the frozen factor."""
+    now = admission.time.monotonic()
+
+    def pause(waited: float) -> float:
+        known = admission._Unsigned("b", REASON, since=now - waited, again=now)
+        return admission._Unsigned.after(known, "b", REASON).again - admission.time.monotonic()
+
+    assert pause(0.0) == pytest.approx(5.0, abs=1.0)
+    assert pause(200.0) == pytest.approx(20.0, abs=1.0)
+    assert pause(86_400.0) == pytest.approx(300.0, abs=1.0)
+    late = Unsigned("c", signed=99)
+    trial(FakeSite("a"), FakeSite("b"), late).run(parts=make_parts(waits=True, signing=60.0))
+    assert late.prepared == 1  # in all four rounds
