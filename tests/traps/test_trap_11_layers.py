@@ -76,7 +76,12 @@ class Data:
         self.dataset = SimpleNamespace(by_unit=[[i] for i in range(B)], examples=[None] * B)
         self.states = torch.randn(B, L, H, generator=torch.Generator().manual_seed(1))
 
-    def blocks(self, indices: Sequence[int], most: int | None = None) -> Iterator[Batch]:
+    def work_of_blocks(self, indices: Sequence[int], most: int | None = None) -> int:
+        return len(indices)
+
+    def blocks(
+        self, indices: Sequence[int], most: int | None = None, on_work: Any = None
+    ) -> Iterator[Batch]:
         rows = torch.tensor(list(indices))
         mask = torch.ones(len(rows), L, dtype=torch.bool)
         empty = torch.full((len(rows), L), -100)
