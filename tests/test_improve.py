@@ -31,7 +31,7 @@ from fedtune.models.network import Network
 from fedtune.models.run import Run
 from fedtune.run_folder import load_plan
 from tests.dp.conftest import study
-from tests.simulated import simulate
+from tests.simulated import noise_from, simulate
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
 
@@ -55,7 +55,8 @@ def clear_base(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Pat
 def policy(tmp_path_factory: pytest.TempPathFactory, clear_base: Path) -> Path:
     folder = tmp_path_factory.mktemp("policy")
     path = lay_out(folder, clear_base, "{ epsilon = 3.0, delta = 1e-3, unit = 'patient' }")
-    simulate(path, sorted(folder.glob("site-*.toml")), folder / "run")
+    with noise_from(0):
+        simulate(path, sorted(folder.glob("site-*.toml")), folder / "run")
     return folder / "run"
 
 

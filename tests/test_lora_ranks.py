@@ -3,6 +3,7 @@ it trains, and a plan or a site says no in words."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training import unit_gradients
 from fedtune.training.local_round import local_round
 from fedtune.training.unit_gradients import UnitGradientEngine
+from tests import chance
 from tests.dp.conftest import make_plan, records, study
 from tests.lora_ranks_kit import LORA, RANKS, lay_out
 from tests.simulated import simulate
@@ -215,17 +217,24 @@ def test_noise_is_full_on_every_number_that_the_site_trains(
         training={"rounds": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
     )
     data, given = CachedDataset(network, records([])), network.trainable()
-    ran = make_plan(noise_multiplier=3.0, max_grad_norm=0.5, divisor=6.0, rounds=40)
+    trained = sum(a.shape[0] * 2 for a in given.values())
+    all_of_it = chance.spread_for(0.98, 1.02)  # as if it were divided among fewer or more columns
+    rounds = math.ceil(all_of_it.draws / trained)
+    each = chance.spread_of(rounds, figures=2 * trained)
+    assert max(each.missed(0.5), each.missed(2.0)) <= chance.MISSED
+    ran = make_plan(noise_multiplier=3.0, max_grad_norm=0.5, divisor=6.0, rounds=rounds)
     log = StepLog(tmp_path / "log")
-    drawn = [local_round(plan, data, ran, log, n, given, False, slice(3, 5)) for n in range(1, 41)]
+    turns = range(1, rounds + 1)
+    drawn = [local_round(plan, data, ran, log, n, given, False, slice(3, 5)) for n in turns]
     assert {n: a.shape for n, a in drawn[0].items()} == {
         n: (a.shape[0], 2) for n, a in given.items()
     }
     numbers = np.stack([np.concatenate([u[n].ravel() for n in sorted(u)]) for u in drawn])
-    std = 3.0 * 0.5 / 6.0
-    assert np.std(numbers) == pytest.approx(std, rel=0.02)
-    assert np.abs(numbers.std(axis=0) / std - 1).max() < 0.6  # 40 draws of each number
-    assert len(log.steps()) == 40
+    scaled = numbers / (3.0 * 0.5 / 6.0)
+    whole = chance.spread_of(scaled.size, figures=2)
+    assert whole.holds(math.sqrt(np.mean(scaled**2)))
+    assert all(each.holds(one) for one in np.sqrt(np.mean(scaled**2, axis=0)))
+    assert len(log.steps()) == rounds
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

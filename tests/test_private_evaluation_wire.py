@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2
 
 import fedtune.client.app
 from fedtune.client.prepared import Unprepared, Update
@@ -24,6 +23,7 @@ from fedtune.dp.steplog import StepLog
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.server import queries
 from fedtune.server.admission import Outcome
+from tests import chance
 from tests.guarantee.test_wire_inventory import FROM_THE_PLAN, HEADER, shape
 from tests.guarantee.world import Recorder, leaves, run
 from tests.private_evaluation_kit import found, held_out, sums, world
@@ -103,18 +103,22 @@ def _with_queries(table: dict[str, Any], **strategy: Any) -> Study:
     return Study.model_validate({**body, "private_evaluation": table})
 
 
-def variance_is_right(folder: Path, plan: DpPlan, sigma: float, calls: int = 800) -> bool:
-    """Answers of nobody are noise alone: variance (σ · √2)² in each number. A right one is called
-    wrong once in 10⁷."""
+# An answer has two numbers; the smallest of the faults below is a quarter less.
+SIGMA = 3.0
+SPREAD = chance.spread_for(0.75)
+
+
+def variance_is_right(folder: Path, plan: DpPlan) -> bool:
+    """Whether answers of nobody are noise alone, σ · √2 in each number."""
     log, empty = StepLog(folder / "steps.jsonl"), torch.zeros(0, 2, dtype=torch.float64)
-    seen = torch.stack([query.answer(plan, empty, log, 1) for _ in range(calls)]).double()
-    scaled = float((seen**2).sum()) / (sigma * math.sqrt(2)) ** 2
-    low, high = chi2.ppf([5e-8, 1 - 5e-8], 2 * calls)
-    return bool(low < scaled < high)
+    calls = range(math.ceil(SPREAD.draws / 2))
+    seen = torch.stack([query.answer(plan, empty, log, 1) for _ in calls]).double()
+    found = float(seen.square().mean().sqrt()) / (SIGMA * math.sqrt(2))
+    return chance.spread_of(seen.numel()).holds(found)
 
 
 def test_an_answer_carries_the_noise_that_it_is_charged_for(tmp_path: Path) -> None:
-    assert variance_is_right(tmp_path, made_plan(), 3.0)
+    assert variance_is_right(tmp_path, made_plan())
 
 
 @pytest.mark.parametrize("fault", ["no noise", "three quarters of σ", "a norm of 1"])
@@ -128,8 +132,8 @@ def test_other_noise_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(query, "NORM", 1.0)
         plan = made_plan()
     else:
-        plan = made_plan(0.75 * 3.0)
-    assert not variance_is_right(tmp_path, plan, 3.0)
+        plan = made_plan(0.75 * SIGMA)
+    assert not variance_is_right(tmp_path, plan)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_one_unit_moves_the_sums_by_no_more_than_the_norm(
     nothing = lambda n, *_: torch.zeros(n, dtype=torch.int64)  # noqa: E731
     monkeypatch.setattr(noise, "gaussian_on_grid", nothing)
     log, plan = StepLog(tmp_path / "steps.jsonl"), made_plan()
-    others = torch.rand(20, 2, dtype=torch.float64)
+    others = torch.rand(20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     both = torch.cat([others, torch.tensor([row], dtype=torch.float64)])
     without = query.answer(plan, others.clone(), log, 1).double()
     moved = query.answer(plan, both, log, 1).double() - without
@@ -253,7 +257,7 @@ def test_a_value_that_is_lost_in_the_noise_is_not_shown() -> None:
 
 
 def test_the_stated_spread_is_that_of_the_noise() -> None:
-    draw = np.random.default_rng(3)
+    draw = np.random.default_rng(3)  # a seed: the same noise each time
     noised = draw.normal((30.0, 120.0), 2 * math.sqrt(2), (4000, 2))
     values = [queries.pooled(of((float(s), float(n))))["likelihood"] for s, n in noised]
     stated = queries.pooled(of((30.0, 120.0)))["noise_sd"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedtune.config import Columns, Study
@@ -48,6 +48,7 @@ ROWS = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
+@example(rows=[("a", "xx"), *[("a", "x")] * 4], seed=0)
 @given(rows=ROWS, seed=st.integers(0, 1000))
 def test_the_cap_depends_on_the_patients_own_records_alone(
     rows: list[tuple[str, str]], seed: int, make_tokenizer: MakeTok

@@ -1,6 +1,4 @@
-"""Audits stay below a true claim, come near it where they can, and catch a broken step.
-
-The margins of each, in standard deviations of its statistic, stand beside it."""
+"""Audits stay below a true claim, come near it where they can, and catch a broken step."""
 
 from __future__ import annotations
 
@@ -19,9 +17,11 @@ from fedtune.audit import bounds, coins, gaussian, secret
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, Study
 from fedtune.dp import clip, noise
+from fedtune.dp.plan import DpPlan
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.objectives.causal_lm import CausalLM
+from tests import chance
 from tests.dp.conftest import make_plan, study
 
 NOISE, SCALES = noise.gaussian_on_grid, clip.scales
@@ -87,6 +87,11 @@ def test_impossible_counts_are_refused(wrong: tuple[int, int, int]) -> None:
         bounds.one_run_epsilon(*wrong, 1e-5, 0.95)
 
 
+def mu_of(plan: DpPlan) -> float:
+    """μ of one step with everybody in it: a unit's rows add up, each C long."""
+    return plan.records / plan.noise_multiplier
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -95,42 +100,45 @@ def test_impossible_counts_are_refused(wrong: tuple[int, int, int]) -> None:
     ],
 )
 def test_one_step_audit_is_near_the_claim_and_not_above(changes: dict[str, object]) -> None:
-    """Below 80 % and above the claim at 95 % + 5 %: more than 5 standard deviations away. Above the
-    claim at 99.9 %: 4.65 (2·10⁻⁶), because the two rates share the doubt half and half."""
-    found = gaussian.one_step(make_plan(**changes), trials=10_000)
-    assert found.claimed >= 3
-    assert 0.8 * found.claimed <= found.audited <= found.claimed * 1.05
+    plan = make_plan(**changes)
+    mu = mu_of(plan)
+    claimed = bounds.gaussian_epsilon(mu, plan.delta)
+    near, far = (chance.mu_at(share * claimed, plan.delta) for share in (0.8, 1.1))
+    trials = max(chance.audit_for(mu, reach=near), gaussian.FLOOR_TRIALS)
+    assert chance.shows(far, chance.errors_of(mu), trials, gaussian.CONFIDENCE) < chance.FALSE_ALARM
+    found = gaussian.one_step(plan, trials)
+    assert found.claimed == pytest.approx(claimed, rel=1e-3) and claimed >= 3
+    assert 0.8 * found.claimed <= found.audited <= 1.1 * found.claimed
     assert found.ceiling <= found.claimed
     assert found.passed
 
 
-@pytest.mark.parametrize(
-    ("where", "what", "broken", "trials"),
-    [
-        (noise, "gaussian_on_grid", sigma_times(0.9), 10_000),
-        (clip, "scales", clip_at_2c, 2_000),
-        (noise, "gaussian_on_grid", no_noise, 2_000),
-    ],
-    ids=["σ · 0.9", "clip at 2 C", "un-noised"],
-)
-def test_a_broken_step_is_caught(
-    monkeypatch: pytest.MonkeyPatch,
-    where: object,
-    what: str,
-    broken: Callable[..., torch.Tensor],
-    trials: int,
-) -> None:
-    """At a claim of 10.0, σ · 0.9 lies 5.7 standard deviations beyond the 99.9 % bound."""
+MU, NEVER = 2.0, 1e-9  # the claim under attack, and the errors of an attack on a sum without noise
+BROKEN: dict[str, tuple[object, str, Callable[..., torch.Tensor], tuple[float, float]]] = {
+    "σ · 0.9": (noise, "gaussian_on_grid", sigma_times(0.9), chance.errors_of(MU / 0.9)),
+    "clip at 2 C": (clip, "scales", clip_at_2c, (norm.sf(MU / 2), norm.sf(1.5 * MU))),
+    "un-noised": (noise, "gaussian_on_grid", no_noise, (NEVER, NEVER)),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_step_is_caught(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    where, what, broken, errors = BROKEN[how]
     monkeypatch.setattr(where, what, broken)
-    found = gaussian.one_step(make_plan(noise_multiplier=0.5), trials)
+    plan = make_plan(noise_multiplier=1 / MU)
+    found = gaussian.one_step(plan, chance.audit_for(MU, errors))
     assert found.broken
     assert not found.passed
 
 
 def test_a_step_that_is_not_the_one_described_is_weak(monkeypatch: pytest.MonkeyPatch) -> None:
     """An audit that finds little has tested nothing: a canary that never enters, or more noise."""
+    plan, trials = make_plan(), gaussian.FLOOR_TRIALS
+    floor = chance.mu_at(gaussian.FLOOR * bounds.gaussian_epsilon(1.0, plan.delta), plan.delta)
+    passes = chance.shows(floor, chance.errors_of(0.5), trials, gaussian.CONFIDENCE)
+    assert mu_of(plan) == 1.0 and passes < chance.MISSED
     monkeypatch.setattr(noise, "gaussian_on_grid", sigma_times(2.0))
-    found = gaussian.one_step(make_plan())
+    found = gaussian.one_step(plan, trials)
     assert found.weak
     assert not found.passed
 
@@ -142,7 +150,8 @@ def test_one_step_is_compared_with_that_step_not_the_run() -> None:
 
 
 def test_a_small_claim_needs_no_floor() -> None:
-    found = gaussian.one_step(make_plan(noise_multiplier=8.0), trials=2_000)
+    plan = make_plan(noise_multiplier=8.0)
+    found = gaussian.one_step(plan, chance.audit_for(mu_of(plan)))
     assert found.claimed < 1
     assert found.passed
 
@@ -161,12 +170,22 @@ def of(base: Path, **changes: object) -> Study:
     return study(**fixed | changes)
 
 
+def cannot_be_contradicted(found: coins.OneRun) -> bool:
+    """Whether guesses that are all right would show less than the claim: no draw fails the test."""
+    perfect = (found.m, found.guesses, found.guesses, found.delta, gaussian.CONFIDENCE)
+    return bounds.one_run_epsilon(*perfect) <= found.claimed
+
+
 def test_one_run_finds_something_and_stays_below_the_claim(tiny_base: Path) -> None:
+    """More right guesses than coins of one's own give but for MISSED."""
     found = coins.one_run(of(tiny_base), canaries=512)
     assert (found.m, found.guesses, found.steps) == (512, 128, 4)
-    assert found.correct > 64 + 4 * math.sqrt(32)
+    by_luck = int(binom.isf(chance.MISSED, found.guesses, 0.5))
+    # Of 128 guesses 106 were right in the mean of ten runs, 101 at the least.
+    assert binom.cdf(by_luck, found.guesses, 0.82) < chance.FALSE_ALARM
+    assert found.correct > by_luck
     assert found.ceiling <= found.audited <= found.claimed
-    assert found.passed
+    assert found.passed and cannot_be_contradicted(found)
 
 
 def test_one_run_where_records_of_a_patient_are_drawn(tiny_base: Path) -> None:
@@ -183,7 +202,7 @@ def test_one_run_where_records_of_a_patient_are_drawn(tiny_base: Path) -> None:
     )
     found = coins.one_run(drawn, canaries=128)
     assert found.steps == 6
-    assert found.passed
+    assert found.passed and cannot_be_contradicted(found)
 
 
 def test_one_run_catches_a_run_without_noise(
@@ -257,14 +276,16 @@ def test_a_classifier_has_exposure_too(tiny_encoder: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("sigma", [1.0, 1.35])
 def test_sigma_times_0_9_at_small_claims(monkeypatch: pytest.MonkeyPatch, sigma: float) -> None:
-    """7 standard deviations beyond the claim's 99.9 % bound at 60,000 trials."""
     monkeypatch.setattr(noise, "gaussian_on_grid", sigma_times(0.9))
-    assert gaussian.one_step(make_plan(noise_multiplier=sigma), trials=60_000).broken
+    trials = chance.audit_for(1 / sigma, chance.errors_of(1 / sigma / 0.9))
+    assert gaussian.one_step(make_plan(noise_multiplier=sigma), trials).broken
 
 
 @pytest.mark.long
 def test_one_step_with_many_trials() -> None:
-    found = gaussian.one_step(make_plan(), trials=100_000)
+    plan = make_plan()
+    close = chance.mu_at(0.95 * bounds.gaussian_epsilon(1.0, plan.delta), plan.delta)
+    found = gaussian.one_step(plan, chance.audit_for(1.0, reach=close))
     assert 0.95 * found.claimed <= found.audited
     assert found.ceiling <= found.claimed
 
@@ -272,7 +293,7 @@ def test_one_step_with_many_trials() -> None:
 @pytest.mark.long
 def test_sigma_times_0_95_with_many_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "gaussian_on_grid", sigma_times(0.95))
-    assert gaussian.one_step(make_plan(), trials=200_000).broken
+    assert gaussian.one_step(make_plan(), chance.audit_for(1.0, chance.errors_of(1 / 0.95))).broken
 
 
 @pytest.mark.long

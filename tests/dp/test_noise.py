@@ -6,38 +6,72 @@ import random
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from fedtune.dp import noise
+from tests import chance
 
-N = 1_000_000
+PERCENT = chance.spread_within(0.003, 0.99, 1.01, figures=2)
 
 
-def test_zero_signal_variance_is_within_0_3_percent() -> None:
-    grid = 2.0**-20
-    drawn = noise.gaussian_on_grid(6 * N, 1.5, grid).double() * grid  # 0.003: 10 standard errors
-    ratio = float(drawn.std()) / 1.5
-    assert abs(ratio - 1) < 0.003
-    assert abs(ratio / 0.99 - 1) > 0.003  # σ·0.99 and σ·1.01 are told apart
-    assert abs(ratio / 1.01 - 1) > 0.003
-    assert abs(float(drawn.mean())) < 6 * 1.5 / math.sqrt(6 * N)
+def size_is_right(z: np.ndarray) -> bool:
+    """Whether draws have deviation 1, and mean 0: two figures."""
+    mean = float(z.mean()) * math.sqrt(len(z))
+    return PERCENT.holds(math.sqrt(np.mean(z**2))) and abs(mean) < chance.deviations(2)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.99, 1.01])
+def test_zero_signal_variance_is_within_0_3_percent(factor: float) -> None:
+    """And its twins: one percent less or more is refused."""
+    drawn = (
+        noise.gaussian_on_grid(PERCENT.draws, 1.5 * factor, 2.0**-20).double().numpy() * 2.0**-20
+    )
+    assert size_is_right(drawn / 1.5) == (factor == 1.0)
+
+
+# How much lies beyond 1, 2, 3 and 4 standard deviations; of a sum of 12 uniforms, which has the
+# same variance and lighter tails (Irwin–Hall, to four digits).
+BEYOND, OF_UNIFORMS = 2 * norm.sf([1, 2, 3, 4]), (0.3215, 0.04455, 0.002014, 1.705e-5)
+SHAPE = chance.count_for(BEYOND[2], OF_UNIFORMS[2], figures=4)
+
+
+def shape_is_right(z: np.ndarray) -> bool:
+    counts = [int(np.sum(np.abs(z) > at)) for at in (1, 2, 3, 4)]
+    tests = [chance.count_of(SHAPE.trials, rate, figures=4) for rate in BEYOND]
+    return all(test.holds(count) for test, count in zip(tests, counts, strict=True))
 
 
 def test_shape_is_gaussian() -> None:
-    grid = 2.0**-20
-    z = noise.gaussian_on_grid(N, 1.0, grid).double().numpy() * grid
-    for at, mass in ((1, 0.3173105), (2, 0.0455003), (3, 0.0026998), (4, 6.334e-5)):
-        seen = float(np.mean(np.abs(z) > at))
-        assert abs(seen - mass) < 6 * math.sqrt(mass / N)
+    z = noise.gaussian_on_grid(SHAPE.trials, 1.0, 2.0**-20).double().numpy() * 2.0**-20
+    assert shape_is_right(z)
+    twin = np.random.default_rng(0).random((12, SHAPE.trials)).sum(axis=0) - 6
+    assert not shape_is_right(twin)
 
 
-def test_neighbouring_coordinates_are_uncorrelated() -> None:
-    """The two halves of Box–Muller share a radius: neither they nor neighbours may correlate."""
-    z = noise.gaussian_on_grid(N, 2.0**20, 1.0).double().numpy()
-    z /= z.std()
-    pair = z[: 2 * noise._BLOCK].reshape(2, -1) ** 2 - 1
-    assert abs(float(np.mean(pair[0] * pair[1]))) < 2 * 6 / math.sqrt(noise._BLOCK)
-    for lag in (1, noise._BLOCK, 2 * noise._BLOCK, N // 2):
-        assert abs(float(np.mean(z[:-lag] * z[lag:]))) < 6 / math.sqrt(N - lag)
+LAGS = (1, noise._BLOCK, 2 * noise._BLOCK)
+TOGETHER = 0.01  # a correlation that is refused
+LONG = chance.draws_of_mean(TOGETHER, figures=len(LAGS) + 1) + max(LAGS)
+
+
+def neighbours_are_apart(z: np.ndarray) -> bool:
+    """Whether neither draws nor their squares correlate, at distances at which a block repeats, or
+    the two halves of Box–Muller, which share a radius."""
+    most, found = chance.deviations(len(LAGS) + 1), []
+    for lag in LAGS:
+        found.append(float(np.mean(z[:-lag] * z[lag:])) * math.sqrt(len(z) - lag))
+    squares = z[: len(z) // (2 * noise._BLOCK) * 2 * noise._BLOCK].reshape(-1, 2, noise._BLOCK) ** 2
+    both = ((squares[:, 0] - 1) * (squares[:, 1] - 1) / 2).ravel()
+    found.append(float(both.mean()) * math.sqrt(len(both)))
+    return max(map(abs, found)) < most
+
+
+@pytest.mark.parametrize("lag", [None, *LAGS])
+def test_neighbouring_coordinates_are_uncorrelated(lag: int | None) -> None:
+    """And its twins, in which each draw leans on an earlier one."""
+    z = noise.gaussian_on_grid(LONG, 2.0**20, 1.0).double().numpy() / 2.0**20
+    if lag is not None:
+        z[lag:] = math.sqrt(1 - TOGETHER**2) * z[lag:] + TOGETHER * z[:-lag]
+    assert neighbours_are_apart(z) == (lag is None)
 
 
 def _seed_everything() -> None:
@@ -85,7 +119,8 @@ def test_the_key_is_the_system_s_and_new_in_each_call(monkeypatch: pytest.Monkey
 
 
 def test_blocks_continue_one_keystream() -> None:
-    """No block repeats another (a counter that restarts would be a two-time pad)."""
+    """No block repeats another (a counter that restarts would be a two-time pad); that two of these
+    draws are equal by chance happens once in 150 runs, that a thousandth are never."""
     drawn = noise.gaussian_on_grid(8 * noise._BLOCK, 1.0, 2.0**-40)
     assert len(np.unique(drawn.numpy())) > 0.999 * len(drawn)
 

@@ -21,6 +21,7 @@ from fedtune.models.tiny import tiny_network
 from fedtune.objectives._interface import Batch
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.training.unit_gradients import UnitGradientEngine
+from tests import chance
 from tests.dp.conftest import study
 
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -74,6 +75,17 @@ def test_sensitivity_is_tight(patients: Study) -> None:
     """A bound that nothing comes near would hide a wrong one."""
     (found,) = [r for r in selftest.run(patients) if r.name == "sensitivity"]
     assert found.figure == pytest.approx(1.0, abs=1e-5)
+
+
+def test_noise_is_judged_from_enough_draws() -> None:
+    """By its deviation, and by the products of each draw with the next."""
+    draws, within = selftest.COORDINATES * selftest.DRAWS, selftest.SPREAD
+    figures = selftest.DRAWS
+    right = chance.spread_of(draws, figures)
+    assert 1 - within <= right.low and right.high <= 1 + within
+    test = chance.Spread(draws, 1 - within, 1 + within)
+    assert max(test.missed(0.99), test.missed(1.01)) <= chance.MISSED
+    assert chance.deviations(figures) <= 7
 
 
 def test_nothing_to_test_without_privacy(tiny_base: Path) -> None:

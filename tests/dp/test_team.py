@@ -18,18 +18,23 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import binom
 
 from fedtune.audit import selftest
 from fedtune.dp import sampling
+from fedtune.dp.clip import sensitivity
 from fedtune.dp.plan import ClippedSum, DpPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import InfrastructureError
 from fedtune.training import data_parallel as team_module
 from fedtune.training.data_parallel import Group, sum_over_workers
+from tests import chance
 from tests.dp.conftest import make_plan, study
 from tests.dp.team_rank import SIZES, engine, synthetic, zeros
 
-D = 400_000
+# The noise once, not once a rank, nor shared among the ranks.
+ONCE = chance.spread_for(0.98, 1.02, 2**0.5, 0.5**0.5, figures=2)
+D = ONCE.draws
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -73,6 +78,15 @@ class _Team:
         rows = torch.tensor(sampled, dtype=torch.int64)
         self.group.send({**self.header, "dimension": dimension}, [rows])
         return sum_over_workers(self.group, sampled, dimension, own)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As rank 1 has, so that its sums are added up in the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +148,13 @@ def test_one_draw_serves_all_ranks(
     monkeypatch.setattr(sampling, "poisson", spy)
     plan = make_plan(sampling_rate=0.15, noise_multiplier=1e-6, divisor=1.0)
     team, gradients = pair.team(plan, "synthetic"), synthetic(50)
-    for step in range(40):
+    likely = [float(binom.pmf(size, 8, 0.15)) for size in (0, 1, 2)]
+    for step in range(chance.tries(min(likely), figures=len(likely))):
         out = plan.step(8, 50, gradients, StepLog(tmp_path / "log"), 1, team)
         assert len(drawn) == step + 1
         expected = plan.clipped_sum(drawn[-1], 50, gradients).double() * plan.grid
         assert float((out.double() - expected).abs().max()) < 1e-4
-    assert {0, 1} < {len(batch) for batch in drawn}
+    assert {0, 1, 2} <= {len(batch) for batch in drawn}
 
 
 # ------------------------------------------------------------------------------------- the noise
@@ -148,7 +163,8 @@ def test_one_draw_serves_all_ranks(
 def spread(plan: DpPlan, team: _Team | None, tmp_path: Path) -> float:
     """σ̂/σ of a step without signal."""
     out = plan.step(14, D, zeros(D), StepLog(tmp_path / "log"), 1, team).double()
-    return float(out.std()) * plan.divisor / (plan.noise_multiplier * plan.max_grad_norm)
+    std = plan.noise_multiplier * sensitivity(plan.max_grad_norm, D, plan.grid)
+    return float(out.square().mean().sqrt()) * plan.divisor / std
 
 
 def quiet_plan() -> DpPlan:
@@ -157,8 +173,8 @@ def quiet_plan() -> DpPlan:
 
 def test_noise_is_added_once_whatever_the_number_of_ranks(pair: Pair, tmp_path: Path) -> None:
     plan = quiet_plan()
-    assert spread(plan, None, tmp_path) == pytest.approx(1, abs=0.006)
-    assert spread(plan, pair.team(plan, "zeros"), tmp_path) == pytest.approx(1, abs=0.006)
+    assert ONCE.holds(spread(plan, None, tmp_path))
+    assert ONCE.holds(spread(plan, pair.team(plan, "zeros"), tmp_path))
     assert len(StepLog(tmp_path / "log").steps()) == 2
 
 
@@ -166,7 +182,7 @@ def test_noise_on_every_rank_is_seen(pair: Pair, tmp_path: Path) -> None:
     """Twin: rank 1 adds noise of its own."""
     plan = quiet_plan()
     found = spread(plan, pair.team(plan, "zeros", "adds noise"), tmp_path)
-    assert found == pytest.approx(2**0.5, abs=0.02)
+    assert not ONCE.holds(found) and ONCE.holds(found / 2**0.5)
 
 
 def test_the_oracles_hold_for_two_ranks(

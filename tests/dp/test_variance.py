@@ -10,20 +10,18 @@ import pytest
 import torch
 
 from fedtune.dp import noise
-from fedtune.dp.clip import Chunk
+from fedtune.dp.clip import Chunk, sensitivity
 from fedtune.dp.plan import DpPlan
 from fedtune.dp.steplog import StepLog
+from tests import chance
 from tests.dp.conftest import make_plan
 
-D = 3_000_000
-BOUND = 0.003
-# |σ̂/σ − 1| has standard deviation 1/√(2·10⁶) = 0.00071 at 10⁶ coordinates: 0.003 is 4.2 of them,
-# passed by chance with probability 2·10⁻⁵. Three times the coordinates make that 2·10⁻¹³; each
-# single million is held to five and a half standard deviations (4·10⁻⁸).
+WITHIN = chance.spread_within(0.003, 0.99, 1.01)
+D = WITHIN.draws
 
 
-def std(plan: DpPlan, tmp_path: Path, chunks: int = 1, units: int = 14) -> list[float]:
-    """σ̂/σ of the whole and of its first 10⁶ coordinates, of a step whose gradients are zero."""
+def spread(plan: DpPlan, tmp_path: Path, chunks: int = 1, units: int = 14) -> float:
+    """σ̂/σ of a step whose gradients are zero; σ of `plan()`, on the step's own sensitivity."""
 
     def nothing(rows: list[int]) -> Iterator[Chunk]:
         # One row of zeros seen as many: no memory for rows · D.
@@ -32,38 +30,37 @@ def std(plan: DpPlan, tmp_path: Path, chunks: int = 1, units: int = 14) -> list[
         yield from (Chunk(group, [torch.zeros(len(group), D)]) for group in groups)
 
     out = plan.step(units, D, nothing, StepLog(tmp_path / "log"), 1).double()
-    unit = 1.7 * 0.5 / plan.divisor
-    return [float(part.std()) / unit for part in (out, out[:1_000_000])]
+    std = SIGMA * sensitivity(plan.max_grad_norm, D, plan.grid)
+    return float(out.square().mean().sqrt()) * plan.divisor / std
 
 
-def plan(sigma: float = 1.7) -> DpPlan:
+SIGMA = 1.7
+
+
+def plan(sigma: float = SIGMA) -> DpPlan:
     return make_plan(noise_multiplier=sigma, max_grad_norm=0.5, divisor=7.0)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 7])
 def test_zero_signal_variance(tmp_path: Path, chunks: int) -> None:
-    whole, million = std(plan(), tmp_path, chunks, units=7)
-    assert abs(whole - 1) < BOUND
-    assert abs(million - 1) < 5.5 * 0.00071
+    assert WITHIN.holds(spread(plan(), tmp_path, chunks, units=7))
 
 
 def test_an_empty_batch_is_a_noise_only_step(tmp_path: Path) -> None:
-    assert abs(std(plan(), tmp_path, units=0)[0] - 1) < BOUND
+    assert WITHIN.holds(spread(plan(), tmp_path, units=0))
 
 
 @pytest.mark.parametrize("factor", [0.99, 1.01])
 def test_one_percent_of_sigma_is_rejected(tmp_path: Path, factor: float) -> None:
     """Twin: the plan says σ, the step adds σ·0.99 or σ·1.01."""
-    whole, million = std(plan(1.7 * factor), tmp_path, units=0)
-    assert abs(whole - 1) > BOUND
-    assert abs(million - 1) > BOUND
+    assert not WITHIN.holds(spread(plan(SIGMA * factor), tmp_path, units=0))
 
 
 def test_noise_for_each_chunk_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twin: two calls of the noise where one is due."""
     real = noise.gaussian_on_grid
     monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, s, g: real(d, s, g) + real(d, s, g))
-    assert abs(std(plan(), tmp_path, units=0)[0] - 1) > 0.3
+    assert not WITHIN.holds(spread(plan(), tmp_path, units=0))
 
 
 def fixed_noise(value: int) -> object:

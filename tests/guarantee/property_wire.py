@@ -19,10 +19,11 @@ from fedtune.flower.arrays import bodies
 from fedtune.secagg.masks import mask, public_of
 from fedtune.secagg.opened import MaskedSum
 from fedtune.secagg.statement import Ready, parse
+from tests import chance
 from tests.guarantee.property_plans import PEERS, SIZE
 
 ELSEWHERE = ("key", "signature", "set")  # of keys that are other ones in either world
-UNIFORM = 7.0  # standard deviations of a count of fair bits: passed once in 10¹² answers
+UNIFORM = chance.deviations(10**7)  # of a count of fair bits, in each answer of a long search
 
 
 def facts(reply: Message) -> dict[str, Any]:

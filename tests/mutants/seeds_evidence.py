@@ -160,7 +160,7 @@ MUTANTS = (
     _one(
         "attack", "a-model-is-its-own-reference", "fedtune/audit/attack.py",
         "        there[t] = absent[t] = False\n", "",
-        T_ATTACK + "test_guessing_about_noise_is_guessing",
+        T_ATTACK + "test_a_models_own_side_does_not_tell_it",
         "a model is compared with itself, and guessing looks like an attack",
     ),
     _one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from fedtune.objectives.distill import divergence
 from fedtune.objectives.reward import rewards
 from fedtune.training.engines import EngineName
 from fedtune.training.unit_gradients import UnitGradientEngine
+from tests import chance
 from tests.dp.conftest import make_plan, study
 
 SIZES = (1, 3, 2, 1, 4, 2)
@@ -226,11 +228,12 @@ def test_nobody_drawn_and_nobody_there_are_steps_of_noise(case: Case) -> None:
     assert list(engine([])) == []
     nobody = case.engine(Dataset([], 0, Counter()))
     assert nobody.n_rows == 0
-    log = selftest.MemoryLog()
-    drawn = plan.step(0, nobody.dimension, nobody, log, 1)
-    assert drawn.shape == (engine.dimension,)
-    assert bool(torch.isfinite(drawn).all()) and len(log.lines) == 1
-    assert float(drawn.std()) == pytest.approx(1 / plan.divisor, rel=0.5)
+    log, once = selftest.MemoryLog(), chance.spread_for(0.5, 2.0)
+    turns = range(1, math.ceil(once.draws / engine.dimension) + 1)
+    drawn = torch.stack([plan.step(0, nobody.dimension, nobody, log, turn) for turn in turns])
+    assert drawn.shape == (len(turns), engine.dimension) and len(log.lines) == len(turns)
+    found = float(drawn.double().square().mean().sqrt()) * plan.divisor
+    assert chance.spread_of(drawn.numel()).holds(found)
 
 
 @pytest.mark.parametrize(

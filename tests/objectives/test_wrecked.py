@@ -24,6 +24,7 @@ from fedtune.report.claim import verdict
 from fedtune.report.preference import FALLEN, alarms
 from tests.cli_kit import run as command
 from tests.objectives.test_runs import lay_out, row, run
+from tests.simulated import noise_from
 
 FIGURES = {"preference", "loss", "margin", "chosen_logp", "kl"}
 
@@ -67,7 +68,8 @@ def test_a_wrecked_model_is_not_announced_as_a_gain(
     tmp_path: Path, fluent_base: Path, objective: str
 ) -> None:
     """Its twin, the same study at a sane rate, is."""
-    wrecked, out = trained(tmp_path / "wrecked", fluent_base, objective, 200.0, NOISE)
+    with noise_from(0):
+        wrecked, out = trained(tmp_path / "wrecked", fluent_base, objective, 200.0, NOISE)
     assert len(alarms(wrecked["quality"])) >= 2
     assert not verdict(wrecked["quality"]).startswith("better")
     report = (out / "report.md").read_text()

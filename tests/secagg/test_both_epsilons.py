@@ -42,6 +42,7 @@ from fedtune.ledger.spending import budget, facts, study_lines
 from fedtune.report.claim import fallback, rounded_up, shared_line
 from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints
+from tests import chance
 from tests.secagg.world import lay_out
 
 KEYS = ("aa" * 32, "bb" * 32)
@@ -336,10 +337,16 @@ def test_of_a_merged_run_both_are_composed(ran: Path) -> None:
 
 def test_an_audit_of_the_opened_sum_and_of_one_site_alone(study: Study) -> None:
     plan = plan_for_site(study.changed(training={"rounds": 1}), 100)
-    opened, alone = one_step(plan, 2000), one_step(_alone(plan), 2000)
+    claims = (plan.epsilon, plan.fallback_epsilon)
+    shared, own = (chance.mu_at(claim, plan.delta) for claim in claims)
+    near = chance.mu_at(0.7 * plan.epsilon, plan.delta)
+    trials = chance.audit_for(shared, reach=near), chance.audit_for(own, reach=shared)
+    opened, alone = one_step(plan, trials[0]), one_step(_alone(plan), trials[1])
     assert opened.passed and alone.passed
     assert opened.claimed < alone.claimed == pytest.approx(plan.fallback_epsilon)
     assert opened.audited > 0.7 * opened.claimed and alone.audited > opened.claimed
     # Twin: sites that divide their noise by all n, as if nobody colluded, do not hold the claim.
-    broken = replace(plan, noise_multiplier=plan.noise_multiplier * math.sqrt(2 / 3))
-    assert one_step(broken, 3000).ceiling > opened.claimed
+    less = math.sqrt(2 / 3)
+    broken = replace(plan, noise_multiplier=plan.noise_multiplier * less)
+    enough = chance.audit_for(shared, chance.errors_of(shared / less))
+    assert one_step(broken, enough).ceiling > opened.claimed

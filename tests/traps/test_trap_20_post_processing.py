@@ -19,6 +19,7 @@ from fedtune.dp.steplog import Step, StepLog
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.training.local_round import local_round
+from tests import chance
 from tests.dp.conftest import make_plan, records, study
 
 
@@ -83,12 +84,10 @@ def test_nothing_of_who_was_drawn_is_written(tmp_path: Path) -> None:
 
 def test_noise_covers_what_the_relation_says(tmp_path: Path) -> None:
     """Trap 23: replacing a unit moves the sum twice as far as adding one: twice the noise."""
-    spread = {}
-    for relation in (RELATION, "replace one unit"):
+    covers = chance.spread_for(0.5, 2.0, figures=2)
+    for relation, times in ((RELATION, 1.0), ("replace one unit", 2.0)):
         plan = make_plan(relation=relation, divisor=1.0)
-        zeros = torch.zeros(1, 100_000)
+        zeros = torch.zeros(1, covers.draws)
         still: RowGradients = lambda rows, z=zeros: iter([Chunk(rows, [z])])  # noqa: E731
-        out = plan.step(1, 100_000, still, StepLog(tmp_path / "log"), 1)
-        spread[relation] = float(out.double().std())
-    assert spread[RELATION] == pytest.approx(1.0, abs=0.02)
-    assert spread["replace one unit"] == pytest.approx(2.0, abs=0.04)
+        out = plan.step(1, covers.draws, still, StepLog(tmp_path / "log"), 1).double()
+        assert covers.holds(float(out.square().mean().sqrt()) / times)
