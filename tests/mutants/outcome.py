@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Generator
 from pathlib import Path
 
@@ -22,20 +23,24 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed and call.excinfo is not None:
-        assertion = call.when == "call" and _is_assertion(call.excinfo)
+        assertion = call.when == "call" and is_assertion(call.excinfo.value)
         kind = "assertion" if assertion else "other"
         words = f"{call.excinfo.type.__name__}: {call.excinfo.value}".splitlines()[0]
         _found.append({"test": item.nodeid, "kind": kind, "words": words[:200]})
-        if assertion:
+        if assertion and not os.environ.get("FEDTUNE_OUTCOME_ALL"):
             item.session.shouldstop = "killed"
     return report
 
 
-def _is_assertion(caught: pytest.ExceptionInfo[BaseException]) -> bool:
-    if not isinstance(caught.value, AssertionError | pytest.fail.Exception):
+def is_assertion(error: BaseException) -> bool:
+    """Return whether a test's own assertion failed; of a group, such as a property's several
+    counterexamples, each of them."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(is_assertion, error.exceptions))
+    if not isinstance(error, AssertionError | pytest.fail.Exception):
         return False
-    raised = Path(str(caught.traceback[-1].path)).resolve()
-    here = Path.cwd().resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    raised, here = Path(frames[-1].filename).resolve(), Path.cwd().resolve()
     return not any(raised.is_relative_to(here / package) for package in SHIPPED)
 
 

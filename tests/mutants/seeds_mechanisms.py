@@ -148,7 +148,7 @@ NOISE_MUTANTS = (
 SAMPLING_MUTANTS = (
     _one(
         2, "divisor-is-the-true-batch", PLAN, DONE,
-        DONE.rstrip() + " * (self.divisor / max(1, len(sampled)))\n",
+        DONE.rstrip() + " * (self.divisor / max(1, n_rows))\n",
         "tests/traps/test_trap_02_size.py", "N leaks through the scale of the noise",
     ),
     _one(
@@ -158,7 +158,7 @@ SAMPLING_MUTANTS = (
     ),
     _one(
         8, "an-empty-batch-is-dropped", PLAN, DONE,
-        "        if not sampled:\n            import torch\n\n"
+        "        if not total.any():\n            import torch\n\n"
         "            return torch.zeros(dimension)\n" + DONE,
         T_PLAN + "test_an_empty_sample_is_a_noise_only_step", "no noise, no line in the log",
     ),
