@@ -46,7 +46,7 @@ def watched(folder: Path) -> Iterator[Seen]:
     def local_round(study: Any, data: Any, plan: Any, log: Any, *rest: Any) -> Any:
         if log.path.parent == folder / "state-north":
             seen.rounds.append(frozenset(data.dataset.keys))
-            seen.divisors.append(plan.divisor)
+            seen.divisors.append(plan.plan.divisor)
         return honest(study, data, plan, log, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
