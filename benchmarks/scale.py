@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import mkdtemp
 from types import SimpleNamespace
@@ -59,7 +60,9 @@ class Site:
         self.name, self.update, self.key = name, update, SigningKey()
         policy = SimpleNamespace(admission="standing")
         self.site = SimpleNamespace(site=SimpleNamespace(name=name), policy=policy)
-        self.home = SimpleNamespace(folder=ACTS)  # one audit log for all: a site has its own
+        self.home = SimpleNamespace(
+            folder=ACTS, admitted=lambda digest: False
+        )  # one audit log for all: a site has its own
         self.coordinator = ""
 
     def prepare(self, study: Study, frozen: Any, coordinator: str) -> Admission:
@@ -91,6 +94,12 @@ class Site:
 
     def of_run(self, digest: str) -> Site:
         return self
+
+    def current(self) -> Any:
+        return self.site
+
+    def room_to_answer(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def shapes(self, digest: str) -> Shapes:
         return shapes(self.update)

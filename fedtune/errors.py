@@ -15,6 +15,7 @@
     │   └── UnknownPatient             who withdraws is in no record here (client/withdraw.py)
     ├── Refused               exit 3   a rule said no, before data was read
     │   ├── PolicyRefused              the site's policy
+    │   │   └── Unsigned               a plan that waits for a person (client/prepared.py)
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (audit/selftest.py)
     │   ├── Unprepared                 the site does not know the plan (fedtune/client/site.py)
@@ -24,6 +25,7 @@
     │   ├── LedgerError                the privacy ledger (ledger/files.py)
     │   │   └── NewerLedger            written by a newer release (ledger/files.py)
     │   ├── Unavailable                states that the store lacks (models/prefix_store.py)
+    │   │   └── Altered                states that were changed on the disk (models/prefix_store.py)
     │   └── TooFew                     strategy.min_sites are not there (fedtune/server/rounds.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 

@@ -378,4 +378,4 @@ def test_every_output_of_a_run_names_its_declared_sites(study: Path) -> None:
     # The twin: what no site declared is marked nowhere, nor what one of several runs had private.
     private = {key: value for key, value in report.items() if key != "declared"}
     assert "declared" not in privacy_line(private)
-    assert declared_in([report, private]) == {}
+    assert declared_in([report, private]) == {"simulation": True}

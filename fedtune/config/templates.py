@@ -169,8 +169,9 @@ max_delta = 1e-3       # of a study; max_epsilon holds at twice this, below 1 / 
 allow_privacy_off = false
 allow_free_query = false   # records that a query or a view selects: outside the guarantee
 allow_declared_data = false   # `fedtune client` with [data] declared
-admission = "standing" # "reviewed": a plan waits for a person, who signs it by joining with the
-                       # answer that brings it, or with `fedtune review --sign`; "signed": by that
+admission = "standing" # "reviewed": a plan waits for a person, who signs it by joining with
+                       # the answer that brings it, or by `fedtune review --sign`; "signed": by
+                       # the latter
 min_noise_multiplier = 0.3
 min_units = 10         # of declared_size
 max_grad_norm = 10.0

@@ -45,7 +45,8 @@ def test_the_figures_are_the_reports_to_the_last_digit_shown(
     last = report["rounds"][-1]["epsilon"]["north"]
     # Sites that paid the same share one curve, with both names.
     assert label.endswith(f"north, south from 0 to {rounded_up(last)}")
-    assert f"north, south {rounded_up(last)}" in visit.page.inner_text('[data-chart="epsilon"] .legend')
+    legend = visit.page.inner_text('[data-chart="epsilon"] .legend')
+    assert f"north, south {rounded_up(last)}" in legend
 
 
 def test_no_request_leaves_and_nothing_is_complained_of(

@@ -271,7 +271,7 @@ def test_what_is_the_signers_word_alone_is_named(released: Any, tmp_path: Path) 
     """A trusted signer may put a PDF of his own making there: the output does not vouch for it. Of
     a page that is compared, another one is refused."""
     folder, found = released
-    named = {"dossier.pdf", "sbom.cdx.json", "audit.md", "model.sig"}
+    named = {"dossier.pdf", "sbom.cdx.json", "audit.md", "model.sig", "model.pub"}
     signed = {*found.dossier["its word"]}
     assert {"dossier.pdf", "sbom.cdx.json"} <= signed <= named
     copy = shutil.copytree(folder, tmp_path / "dossier")
