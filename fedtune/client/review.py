@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from fedtune.objectives import describe, resolve
 from fedtune.report.claim import assumption, best_guess, percent, protects, rounded_up, strength
 from fedtune.wire import fingerprints
 
+log = logging.getLogger("fedtune.site")
+PENDING = 32  # plans that wait for a signature, at most
 SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
 
 
@@ -323,7 +326,7 @@ def _leaves(study: Study, site: Site) -> list[str]:
         "already names, and the head of this site's ledger (a hash).",
         *_queries(study),
         f"Once: {', '.join(facts)}.",
-        "On refusal: the rule that said no. On an error: the kind of error, not its words.",
+        "On refusal: the rule that said no. On an error: that there was one.",
         "Never without noise: records, counts, losses, gradients.",
         "Never at all: timings, or who was sampled.",
     ]
@@ -437,8 +440,17 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
 
 def pending(site: Site, study: Study) -> Path:
     """Keep a plan that nobody here signed, or somebody did, where `fedtune review` finds it. It is
-    public."""
+    public.
+
+    At most PENDING are kept, and the oldest go: plans that nobody asked for do not fill the disk. A
+    disk that refuses one is a warning here: the answer to the coordinator is the same."""
     path = site.site.plan_file(study.digest)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in kept[:-PENDING]:
+            old.unlink()
+    except OSError as error:
+        log.warning("%s: the plan is not kept for review (%s)", path, error.strerror)
     return path

@@ -158,7 +158,8 @@ class SiteWorker:
             self_test(study, network, self._size, rank)
         frozen = network.adopt(study, frozen)
         check_learns(study, network, rank)
-        self.data_for(study, network, self.site.data)  # not stored here: somebody may withdraw
+        self._check_source(study, network, self.site.data)
+        self.data_in_study(study, network, self.site.data)  # not stored: somebody may withdraw
         ran = plan or non_private_plan(study, self._size)
         return Prepared(study, network, ran, frozen, coordinator, rank)
 
@@ -249,9 +250,7 @@ class SiteWorker:
         """Read the dataset less the patients who withdrew. One record more or less, or a broken
         one, cannot be observed from outside; with too few units the site sends noise alone. Errors:
         DataError (no file, or columns that do not suit the study), which no record decides."""
-        check_columns(data, study, network.tokenizer, reader=network.reader)
-        if not (data.url or data.path.exists()):
-            raise DataError(f"{data.path}: no such file", "the site's records")
+        self._check_source(study, network, data)
         try:
             dataset = read_for_training(
                 data, study, network.tokenizer, network.reader, self.home, teacher_for(study)
@@ -262,6 +261,13 @@ class SiteWorker:
         if dataset.n_units < 2:
             log.error("%s: too few usable records; this site sends noise alone", data.where)
         return dataset
+
+    def _check_source(self, study: Study, network: Network, data: SiteData) -> None:
+        """Check that there is a source whose columns suit the study; reads no record. Errors:
+        DataError."""
+        check_columns(data, study, network.tokenizer, reader=network.reader)
+        if not (data.url or data.path.exists()):
+            raise DataError(f"{data.path}: no such file", "the site's records")
 
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Train one local round from this adapter, or return its stored update if it was trained.

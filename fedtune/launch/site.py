@@ -22,6 +22,7 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.client.answers import FAILED
 from fedtune.client.declared import allow_declared, declare
 from fedtune.client.sheet import check_attested
 from fedtune.config import load_site
@@ -206,7 +207,7 @@ class _Executor:
         self._worked = True
 
     def reply(self, task_kind: str, message: Message, context: Context) -> Message:
-        """Return the installed app's reply, or a refusal; of an exception only its class."""
+        """Return the installed app's reply, or a refusal; of an exception that there was one."""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ANSWERED:
             self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
@@ -218,7 +219,7 @@ class _Executor:
             reply = self._app(unpack(message), context)
         except Exception as error:
             self._failed(kind, error)
-            return api.error_reply(message, type(error).__name__)
+            return api.error_reply(message, FAILED)
         facts, before = _reply_facts(message, reply, context), self._last
         self._last = facts
         if facts.get("status") == UNSIGNED and facts == before:

@@ -74,6 +74,9 @@ class CachedDataset:
 
     def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
         self.network, self.dataset, self._memory = network, dataset, memory
+        # Of all passes through the frozen part, so that states which the store lost have, computed
+        # again in the midst of a step, the shapes and the threads of the first time.
+        self._threads = torch.get_num_threads()
         # k passages of each record, record by record.
         self._passages = [s for example in dataset.examples for s in example.passages]
         self._n_passages = len(dataset.examples[0].passages) if dataset.examples else 1
@@ -170,7 +173,8 @@ class CachedDataset:
     def _compute(self, rows: list[int]) -> list[torch.Tensor]:
         """Compute the states of passages of one bucket, at most a block; store and return them."""
         filled = _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
-        hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
+        with _use_threads(self._threads):
+            hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
         states = hidden.cpu()  # none stay in a GPU's memory
         computed = []
         for row, index in enumerate(rows):
@@ -254,7 +258,7 @@ class CachedDataset:
     @property
     def _one_record_per_block(self) -> bool:
         """Whether PyTorch uses more threads than may share a block of several records."""
-        return self.network.device.type == "cpu" and torch.get_num_threads() > THREADS
+        return self.network.device.type == "cpu" and self._threads > THREADS
 
     def _ensure_warm(self, indices: Indices) -> None:
         rows = set(self._rows(indices)) - self._failed
@@ -400,10 +404,17 @@ def _group_by_bucket(
 @contextmanager
 def _limit_threads(limit: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
-    if limit is None or before <= limit:
+    with _use_threads(before if limit is None else min(before, limit)):
+        yield
+
+
+@contextmanager
+def _use_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == number:
         yield
         return
-    torch.set_num_threads(limit)
+    torch.set_num_threads(number)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from fedtune.data.media import Media
 def fingerprint(dataset: Dataset) -> str:
     """Hash every record as it trains, in order (sha256): with equal fingerprints the same row is
     the same record."""
-    total = hashlib.sha256()
+    total = hashlib.sha256(f"{dataset.n_units} ".encode())
     for example in dataset.examples:
         media = example.media.digest.hex() if example.media else ""
         total.update(f"{example.unit} {example.label} {example.tiles} {media} ".encode())
@@ -29,6 +29,7 @@ def fingerprint(dataset: Dataset) -> str:
             parts = (passage.input_ids.tobytes(), passage.target_ids.tobytes())
             total.update(f"{len(parts[0])} ".encode() + b"".join(parts))
         if example.soft is not None:
+            total.update(f"{example.soft.tokens.shape} ".encode())
             total.update(example.soft.tokens.tobytes() + example.soft.logp.tobytes())
     return total.hexdigest()
 
