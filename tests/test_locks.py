@@ -86,7 +86,8 @@ def test_two_processes_do_not_train_into_one_run(tmp_path: Path, tiny_base: Path
                 launch.simulate(study, sites, run, resume=resume, on_event=on_event)
             with pytest.raises(InfrastructureError, match="another run"):
                 coordinator.serve(study, run, home=home, resume=resume, on_event=on_event)
-    assert heard == [] and not home.joinpath("ca.pem").exists()
+    assert {*heard} <= {"step"}, "more than what the records have paid was said"
+    assert not home.joinpath("ca.pem").exists()
     assert launch.simulate(study, sites, run).report["rounds"]
     assert not (run / LOCK).exists()
 

@@ -17,7 +17,7 @@ from torch import nn
 from fedtune.data.dataset import Dataset
 from fedtune.errors import ConfigError
 from fedtune.models.cache import CachedDataset
-from fedtune.models.lora import Arrays
+from fedtune.models.lora import LARGEST, Arrays
 from fedtune.models.network import Network
 from fedtune.objectives._interface import Batch
 from fedtune.progress import report, reporter
@@ -113,5 +113,7 @@ def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
     _, singular, components = torch.linalg.svd(centred, full_matrices=False)
     scale = singular[: rank - 1] / (len(x) - 1) ** 0.5
     whitened = components[: rank - 1] / scale.clamp_min(1e-6)[:, None]
+    # A direction of which the text says next to nothing is not scaled past what a site admits.
+    whitened *= (0.99 * LARGEST / whitened.abs().amax(dim=1, keepdim=True)).clamp_max(1.0)
     rows = torch.cat([(0.5 * direction / mean.norm())[None], whitened])
     return rows.float().cpu().numpy()

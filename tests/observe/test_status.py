@@ -50,7 +50,9 @@ def test_a_whole_study_leaves_a_log_and_a_status_without_a_word_of_a_record(
     assert [line["event"] for line in lines(out / "log.jsonl") if line["event"] != "site"] == [
         "start", "planned", *["round"] * 3, "done",
     ]  # fmt: skip
-    of_run = [event for event in heard if event != "records"]  # each site's, before the run
+    # Before the run: each site's records, and what they have paid.
+    of_run = heard[heard.index("start") :]
+    assert {*heard[: heard.index("start")]} <= {"records", "step"}
     assert of_run[0] == "start" and of_run[-1] == "done"
     kept = read_status(out)
     assert (kept.state, kept.status["round"], kept.status["rounds"]) == ("done", 3, 3)

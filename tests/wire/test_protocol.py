@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 import fedtune.client.app
 import fedtune.server.admission
+from fedtune.client.answers import FAILED
 from fedtune.errors import Refused
 from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
@@ -90,7 +91,7 @@ def test_without_the_check_the_site_looks_for_its_records(
 ) -> None:
     """The twin; and the same with another release, which is nobody's business."""
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL, release="9.9")
-    assert (answer["status"], answer["reason"]) == ("failed", "DataError")
+    assert (answer["status"], answer["reason"]) == ("failed", FAILED)
     process_cache.clear("workers")
     monkeypatch.setattr(fedtune.client.app, "check_peer", lambda *_: None)
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL + 1, release="9.9")
