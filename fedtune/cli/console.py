@@ -14,9 +14,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.cli.tables import Figures
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, shared_line, start_line, verdict
 from fedtune.report.declared import INVENTED, site_lines
+from fedtune.report.delta import chance
 from fedtune.report.figures import short, size_text
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
@@ -127,10 +129,11 @@ def print_verdict(console: Console, quality: dict[str, Any]) -> None:
 
 def plan_table(study: Study, plan: Plan) -> Table:
     """One row per site: what it will run and what that costs."""
-    unit = plan.unit
-    table = Table(
+    unit, most = plan.unit, max(site.declared_size for site in plan.sites)
+    table = Figures(
         title=f"{escape(plan.study)}: what it costs",
-        caption=f"ε protects one {unit}, at δ = {plan.sites[0].delta:g}. risk: an attacker who "
+        caption=f"ε protects one {unit}, at δ = {plan.sites[0].delta:g}: "
+        f"{chance(plan.sites[0].delta, unit, most)}. risk: an attacker who "
         f"knows every other record is right about one {unit}'s presence at most so often (50 %: "
         "knows nothing).",
         title_justify="left",
@@ -154,7 +157,7 @@ def plan_table(study: Study, plan: Plan) -> Table:
 
 def versions_table(index: Index) -> Table:
     """Every version of a run and what was decided about it; the one in use is marked."""
-    table = Table(
+    table = Figures(
         caption="against: the version in use then, on the same public records. sure: the share of "
         "1,000 resamples of them in which this one is better. public: their sha256.",
         caption_justify="left",
@@ -179,7 +182,7 @@ def versions_table(index: Index) -> Table:
 
 def acts_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     """Build the table of an audit log's entries."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Figures(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for head in ("", "time, UTC", "act", "by"):
         table.add_column(head, no_wrap=True)
     for head in ("rule", "facts"):
@@ -204,7 +207,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
     reasons = [f", {n:,} left out: {why}" for why, n in sorted(result["rejected"].items()) if n]
     caption = f"{result['records']:,} records" + "".join(reasons)
     caption += f", {result['cut']:,} cut to objective.max_length" if result.get("cut") else ""
-    table = Table("", metric, "95 % interval", caption=caption, caption_justify="left")
+    table = Figures("", metric, "95 % interval", caption=caption, caption_justify="left")
     before, after = result["before"][metric], result["after"][metric]
     rows = (("base alone", before), ("with the adapter", after), ("change", after - before))
     for (label, value), key in zip(rows, ("before", "after", "change"), strict=True):
@@ -216,7 +219,7 @@ def evaluation_table(result: dict[str, Any]) -> Table:
 
 def predictions_table(made: Predictions, rows: int) -> Group:
     """The first `rows` predictions; how often each label is predicted; what was rejected."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Figures(box=box.SIMPLE_HEAD)
     table.add_column("row", justify="right")
     for name in made.carried:
         table.add_column(escape(printable(name)))
@@ -244,7 +247,7 @@ def predictions_table(made: Predictions, rows: int) -> Group:
 def fit_table(fit: Fit) -> Group:
     """Build one row per candidate, smallest first; below, those that cannot be used, and why."""
     epsilons = next((list(row.predicted) for row in fit.rows if row.predicted), [])
-    table = Table(
+    table = Figures(
         title=f"bases, by size; {fit.metric}",
         caption="size: parameters. memory: most that a process held. tokens, records: a second, at "
         "first sight and through a training step. alone: the untouched base. ε: predicted from "
@@ -272,7 +275,7 @@ def fit_table(fit: Fit) -> Group:
 
 def files_table(folder: Path, paths_by_kind: dict[str, list[Path]]) -> Table:
     """Build the table of a folder's files, by kind."""
-    table = Table(
+    table = Figures(
         title=escape(str(folder)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("what")

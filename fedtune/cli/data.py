@@ -11,11 +11,11 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from fedtune.cli.exit_codes import command
 from fedtune.cli.site import PANEL, SITE
 from fedtune.cli.study import SET
+from fedtune.cli.tables import Figures
 from fedtune.errors import printable
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def show(console: Console, found: DataReport) -> None:
     console.print(f"[bold]{escape(found.site)}[/bold]  {escape(found.path)}", highlight=False)
     console.print("private to this site: exact counts of its records", style="yellow")
     for heading, rows in found.tables():
-        table = Table(
+        table = Figures(
             title=escape(heading),
             title_justify="left",
             title_style="bold",
@@ -175,7 +175,7 @@ def scan(site: SITE, rows: ROWS = False) -> dict[str, Any]:
     console = Console()
     with Watch(console, "loading the scan's model"):
         found = data_scan(load_site(site))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Figures(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("kind", "HIPAA (b)(2)(i)"):
         table.add_column(head)
     for head in ("findings", "rows"):

@@ -130,6 +130,14 @@ PATIENT = Annotated[
         show_default=False,
     ),
 ]
+ALSO = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--also-label",
+        metavar="TEXT",
+        help="A further class, which the public records lack; repeat it.",
+    ),
+]
 LABELS = Annotated[
     list[str] | None,
     typer.Option(
@@ -137,11 +145,13 @@ LABELS = Annotated[
     ),
 ]
 SIZE = Annotated[
-    int | None,
+    list[int] | None,
     typer.Option(
+        "--size",
         min=10,
         metavar="N",
-        help="Patients (or records) of a site, as it states in public. Without it: 200.",
+        help="Patients (or records) of a site, as it states in public: once for all sites, or once "
+        "for each, in the order of --data. Without it: 200.",
     ),
 ]
 EPSILON = Annotated[
@@ -202,6 +212,7 @@ def init(
     media: MEDIA = None,
     patient: PATIENT = None,
     labels: LABELS = None,
+    also: ALSO = None,
     base: BASE = None,
     size: SIZE = None,
     epsilon: EPSILON = None,
@@ -228,7 +239,8 @@ def init(
     records = presets.Records(
         prompt=text or "", target=target or "", rejected=rejected or "", media=media or "",
         patient=patient, data=tuple(map(place_of, data or ())), evaluation=evaluation,
-        public=public, labels=tuple(labels or ()), base=base or "", epsilon=epsilon or 0.0,
+        public=public, labels=tuple(labels or ()), also_labels=tuple(also or ()),
+        base=base or "", epsilon=epsilon or 0.0,
         declared=declared.value if declared else None, role=role.value, name=name, expected=sites,
     )  # fmt: skip
     if task is None:
@@ -237,10 +249,14 @@ def init(
         records = _complete(_asked(records, task, size), task)
         paths = presets.write(folder, task.value, records)
         told = presets.notes(task.value, records)
-        told, following = f"{told}\n{records.delta_rule}", _next(folder, records, task)
+        told = "\n".join([told, records.delta_note, *_time(folder, records)])
+        following = _next(folder, records, task)
     for path in (path for path in paths if path.suffix in (".toml", ".jsonl")):
         typer.echo(f"wrote {path}")
-    typer.echo(f"\n{told}")
+    typer.echo()
+    for line in told.splitlines():
+        warned = line.startswith("WARNING: ")
+        typer.secho(line, fg="yellow" if warned else None, bold=warned)
     if enroll:
         from fedtune.cli.network import ask
 
@@ -250,6 +266,17 @@ def init(
         return server.start(folder / "study.toml", *address)
     typer.echo(following)
     return {"wrote": paths}
+
+
+def _time(folder: Path, records: Records) -> list[str]:
+    """Say how long the study that was written will take here; nothing for a site alone."""
+    from fedtune.config import load_study
+    from fedtune.presets.duration import forecast
+
+    if records.role == "site":
+        return []
+    found = forecast(load_study(folder / "study.toml"), records.declared_sizes)
+    return found.lines(sites_here=records.role == "both") if found else []
 
 
 def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe: bool) -> None:
@@ -262,7 +289,9 @@ def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe
         raise ConfigError("--serve is for a coordinator with a recipe", "--role coordinator --task")
 
 
-def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[Path], str, str]:
+def _templates(
+    folder: Path, records: Records, size: list[int] | None
+) -> tuple[list[Path], str, str]:
     """Write the commented files of a study without a recipe; what was written, and what is next.
 
     Errors: ConfigError for an option of a recipe, DataError for a column or a file that is not
@@ -272,9 +301,14 @@ def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[P
     from fedtune.errors import ConfigError
 
     own = {**presets.OPTIONS, "evaluation": "--evaluation", "public": "--public"}
-    own |= {"labels": "--label", "base": "--base", "epsilon": "--epsilon"}
+    own |= {
+        "labels": "--label",
+        "also_labels": "--also-label",
+        "base": "--base",
+        "epsilon": "--epsilon",
+    }
     given = [option for field, option in own.items() if getattr(records, field)]
-    if given := given + ["--size"] * (size is not None):
+    if given := given + ["--size"] * bool(size):
         raise ConfigError(
             f"{given[0]} without --task",
             "--task, or the value in study.toml or site.toml",
@@ -290,7 +324,7 @@ def _templates(folder: Path, records: Records, size: int | None) -> tuple[list[P
     return paths, note, _of_templates(folder, records)
 
 
-def _asked(records: Records, task: Task, size: int | None) -> Records:
+def _asked(records: Records, task: Task, sizes: list[int] | None) -> Records:
     """What nobody gave is asked for on a terminal; elsewhere the task's own names hold."""
     from fedtune import presets
 
@@ -299,10 +333,11 @@ def _asked(records: Records, task: Task, size: int | None) -> Records:
     for field, (_, name) in presets.TASKS[task.value].COLUMNS.items():
         if asking and not getattr(records, field):
             given[field] = typer.prompt(f"column of the {name}", name)
-    if size is None:
+    if not sizes:
         words = "patients (or records) of a site, as it states in public"
-        size = typer.prompt(words, 200, type=int) if asking else 200
-    return replace(records, **given, size=size)
+        sizes = [typer.prompt(words, 200, type=int) if asking else 200]
+    each = tuple(sizes) if len(sizes) > 1 else ()
+    return replace(records, **given, size=sizes[0], sizes=each)
 
 
 def _complete(records: Records, task: Task) -> Records:

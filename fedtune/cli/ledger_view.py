@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from fedtune.cli.tables import Figures
 from fedtune.config import PolicyTable
 from fedtune.ledger.declared import declared
 from fedtune.ledger.entries import EVERY, RULES, Cohort, Spent
@@ -43,7 +44,7 @@ def ledger_view(
 
 
 def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
-    table = Table(
+    table = Figures(
         title="studies",
         caption=f"ε: what each study alone has paid, at policy.max_delta = {delta:g}; a report "
         f"states it at the study's own δ. {THREE_EPSILONS} Times are UTC.",
@@ -87,7 +88,7 @@ def cohorts_table(
 ) -> Table:
     """Build the table of cohorts: arrival, size, ε of each unit, and which are left out by now."""
     last = max((entry.seq for entry in spent if entry.dataset == dataset), default=0)
-    table = Table(
+    table = Figures(
         title="patients by arrival",
         caption="ε is one patient's, over the rounds since the arrival. Who was left out of the "
         "last round has no budget for it; nobody outside is told. These counts stay here.",
@@ -118,7 +119,7 @@ def _unit(line: StudyLine) -> str:
 
 
 def budget_table(total: DatasetBudget) -> Table:
-    table = Table(
+    table = Figures(
         title=f"budget of {escape(total.dataset)}",
         title_justify="left",
         box=box.SIMPLE_HEAD,

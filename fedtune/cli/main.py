@@ -43,6 +43,7 @@ from fedtune.cli.study import (
     STUDY,
     TRACKER,
     load,
+    say_what_to_expect,
     say_what_was_paid,
     stopping,
 )
@@ -164,6 +165,8 @@ def plan(
     shared = shared_lines(loaded, [site.declared_size for site in costs.sites])
     for line in (costs.objective, *query_lines(loaded, len(asked)), *shared):
         _console().print(line, highlight=False, markup=False)
+    declared = [site.declared_size for site in costs.sites]
+    say_what_to_expect(_console(), loaded, declared, every=not sizes)
     return {"private": True, **asdict(costs)}
 
 
@@ -219,6 +222,8 @@ def simulate(
         check_vacant(folder)
     paid = check_budgets(loaded, loaded_sites, folder)
     if not resume:
+        sizes = [site.site.declared_size for site in loaded_sites]
+        say_what_to_expect(_console(), loaded, sizes)
         say_what_was_paid(paid, ask=not yes)
     from fedtune.observe import observer
     from fedtune.observe.trackers import build

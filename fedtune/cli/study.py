@@ -15,6 +15,8 @@ from fedtune.errors import InputError
 from fedtune.run_folder import stopped_line
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fedtune.client.budget_check import Paid
     from fedtune.config import Study
 
@@ -61,6 +63,28 @@ def load(study: Path, settings: list[str] | None) -> Study:
     from fedtune.config import load_study
 
     return load_study(study, settings=settings or ())
+
+
+def say_what_to_expect(
+    console: Console, study: Study, sizes: Sequence[int], *, every: bool = True
+) -> None:
+    """Say before a study starts how long it will take, and warn of a δ that is too large for sites
+    of these declared sizes, or of a recipe's learning rate that no longer fits. every: whether
+    these are all of its sites, on which the rate depends."""
+    from fedtune.presets.duration import forecast
+    from fedtune.presets.rate import rate_note
+    from fedtune.report.delta import warning
+
+    if not sizes:
+        return
+    found = forecast(study, sizes)
+    for line in found.lines() if found else ():
+        console.print(line, highlight=False, markup=False)
+    delta = getattr(study.privacy, "delta", 0.0)
+    rate = rate_note(study, sizes) if every else ""
+    for line in (warning(delta, study.unit, max(sizes)), rate):
+        if line:
+            console.print(line, style="bold yellow", highlight=False, markup=False)
 
 
 def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:

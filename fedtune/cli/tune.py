@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import STUDY
+from fedtune.cli.tables import Figures
 from fedtune.report.claim import rounded_up
 from fedtune.report.figures import short
 
@@ -122,7 +123,7 @@ def tune(
 
 def trials_table(search: Search) -> Table:
     """Build the table of a search's trials, best first."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Figures(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("trial", no_wrap=True)
     table.add_column("settings", overflow="fold")
     table.add_column(search.metric, justify="right", no_wrap=True)

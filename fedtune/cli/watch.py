@@ -103,7 +103,8 @@ class Watch:
         elif event in ("answered", "refused", "failed"):
             self._answered(event, data)
         elif event == "records":
-            self._stay(" ".join(str(data.get("text")).split()))
+            text = " ".join(str(data.get("text")).split())
+            self._stay(text, style="bold yellow" if "WARNING: " in text else None)
         elif event == "done":
             pass  # the closing lines say so
         elif event in ("listening", "ready") or (event in LINKS and "name" in data):
@@ -158,10 +159,12 @@ class Watch:
             line = " ".join(f"{text} {share}".split())
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _stay(self, text: str) -> None:
+    def _stay(self, text: str, style: str | None = None) -> None:
         """Print what stays on a terminal too."""
         for line in text.split("\n"):
-            self.console.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(
+                line.rstrip(), style=style, markup=False, highlight=False, soft_wrap=True
+            )
         self._last, self._at = "", time.monotonic()
 
     def _planned(self, data: dict[str, Any]) -> None:

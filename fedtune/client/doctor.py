@@ -49,6 +49,7 @@ from fedtune.ledger.files import KEY, SALT, traces
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.build import build
 from fedtune.progress import report
+from fedtune.report.delta import warning
 from fedtune.wire.protocol import check_peer
 
 RENEW = (
@@ -221,7 +222,7 @@ def _records(site: Site) -> str:
         counts += f"; left out: {by_reason(read.rejected)}: {rows_of(read.failed)}"
     if units < 2:
         raise FedtuneError(counts, "at least 2", "without them this site sends noise alone")
-    if not declared / 2 <= units <= 2 * declared:
+    if not declared / 2 < units < 2 * declared:
         raise FedtuneError(
             counts,
             "a declared size within a factor of two",
@@ -276,7 +277,11 @@ def _plan(study: Study, site: Site, outline: bool) -> str:
             f'policy.admission = "{site.policy.admission}" and nobody has signed this plan',
             todo="`fedtune review STUDY --site SITE --sign`",
         )
-    return f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}" if plan else "NOT PRIVATE"
+    if plan is None:
+        return "NOT PRIVATE"
+    warned = warning(plan.delta, plan.unit, site.site.declared_size)
+    told = f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}"
+    return f"{told}; {warned}" if warned else told
 
 
 def _fits(site: Site, study: Study, base: Base) -> str:

@@ -32,6 +32,7 @@ log = logging.getLogger("fedtune.site")
 SHOWN = 20  # rejected rows that are listed
 shown: set[str] = set()  # what this process has said of a site's rows on its own screen
 FAR = 0.1  # of the declared size: a count that differs by more is said
+HALF = 0.5  # of a median record: where less is read, that is a warning
 
 
 def read_for_training(
@@ -81,7 +82,10 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
     of_units = f" of {dataset.n_units:,} patients" if unit == "patient" else ""
     parts = [f"{len(dataset.examples):,} of {counts.rows:,} rows train{of_units}"]
     if dataset.n_cut:
-        parts.append(f"{dataset.n_cut:,} of them cut to objective.max_length")
+        share = dataset.share_read
+        read = f" (of a median record {share:.0%} is read)" if share < 1 else ""
+        warned = "WARNING: " if share < HALF else ""
+        parts.append(f"{warned}{dataset.n_cut:,} of them cut to objective.max_length{read}")
     for number, what in (
         (counts.filtered, "left out by data.filter"),
         (counts.withheld, "of patients who did not agree to their use"),
@@ -126,12 +130,14 @@ def rows_of(failed: Sequence[Failed]) -> str:
 
 
 def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
-    """Say that the declared size is far from the true one, where it is."""
+    """Say that the declared size is far from the true one, where it is; off by a factor of two or
+    more it is a warning."""
     if abs(declared - units) > FAR * declared:
+        twice = units >= 2 * declared or 2 * units <= declared
         yield (
-            f"site.declared_size = {declared:,} and there are {units:,} {unit}s: rates, noise and "
-            "weight follow what is declared; a person may declare another round figure, which is "
-            "public"
+            f"{'WARNING: ' if twice else ''}site.declared_size = {declared:,} and there are "
+            f"{units:,} {unit}s: rates, noise and weight follow what is declared; a person may "
+            "declare another round figure, which is public"
         )
 
 

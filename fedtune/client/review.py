@@ -43,6 +43,7 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import heaviest
 from fedtune.objectives import describe, resolve
 from fedtune.report.claim import assumption, best_guess, percent, protects, rounded_up, strength
+from fedtune.report.delta import chance, warning
 from fedtune.wire import fingerprints
 
 log = logging.getLogger("fedtune.site")
@@ -368,6 +369,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
         f"{protects(plan.unit)}; by ε alone the protection "
         f"is {strength(plan.epsilon)}.",
+        *_delta(site, plan),
         f"Somebody who knows everything else and sees all that leaves can tell whether one "
         f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
         "(a coin: 50 %).",
@@ -377,6 +379,13 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         *_whatever(site, plan, charges),
         *shared_lines(study, [site.site.declared_size]),
     ]
+
+
+def _delta(site: Site, plan: DpPlan) -> list[str]:
+    """Say what δ is at worst, and warn of one that is too large for this site."""
+    size = site.site.declared_size
+    warned = warning(plan.delta, plan.unit, size)
+    return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
 
 
 def _whatever(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:

@@ -81,7 +81,7 @@ mode = "normalised"    # or "flat"
 epsilon = 6.0          # smaller protects more and learns less; try 3 and 1. See `fedtune plan`.
                        # Leave room below the sites' ceilings: a round that a crash interrupts is
                        # paid for twice. Below the 8.0 of a new site.toml, four rounds may be
-delta = 1e-4           # at or below 1 / (5 · a site's units), as the presets' rule: to 2000 of them
+delta = 1e-4           # at or below 1 / (10 · a site's units), as the presets' rule: to 1000
 unit = "record"        # "patient": all of a patient's records together; needs a patient column
 
 [strategy]

@@ -39,7 +39,7 @@ class Example:
     """A tokenised record. input_ids, target_ids: as in Passage; label: index in objective.labels, 1
     or 0 of what is desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same
     prompt with the worse completion; media: the record's image or recording, of `tiles` tiles;
-    soft: a teacher's targets; cut: something of it was left out, to fit objective.max_length.
+    soft: a teacher's targets; cut: how many tokens were left out, to fit objective.max_length.
 
     The last target is not an input, since no loss reads its state."""
 
@@ -51,7 +51,7 @@ class Example:
     media: Media | None = None
     tiles: int = 1
     soft: SoftTargets | None = None
-    cut: bool = False
+    cut: int = 0
 
     @property
     def passages(self) -> tuple[Passage, ...]:
@@ -106,7 +106,16 @@ class Dataset:
     @property
     def n_cut(self) -> int:
         """Count the examples that were cut to objective.max_length."""
-        return sum(example.cut for example in self.examples)
+        return sum(example.cut > 0 for example in self.examples)
+
+    @property
+    def share_read(self) -> float:
+        """Return how much of a median record is read; 1 where there is none."""
+        shares = [
+            len(example.input_ids) / (len(example.input_ids) + example.cut)
+            for example in self.examples
+        ]
+        return float(np.median(shares)) if shares else 1.0
 
     def exclude_units(self, is_excluded: Callable[[bytes], bool]) -> Dataset:
         """Return the dataset without the units whose key `is_excluded`; `members` is unchanged."""

@@ -19,16 +19,18 @@ from fedtune.objectives._interface import RecordFormat
 
 Segment = tuple[str, bool]  # text, whether its tokens are targets
 Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
+USUAL = 4  # characters of a token, of text that is not tokenised
 CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
 
 
 class Tokenised(NamedTuple):
     """A record's tokens: of a pair the worse ones too, after the same prompt. label: its index in
-    objective.labels, 1 or 0 of a judgement, or NO_TARGET; cut: whether something was left out."""
+    objective.labels, 1 or 0 of a judgement, or NO_TARGET; cut: how many tokens were left out, of
+    characters that were not tokenised estimated."""
 
     passages: list[Tokens]
     label: int
-    cut: bool
+    cut: int
 
 
 def prompt_ids(
@@ -79,9 +81,10 @@ def _tokenise(
     answers that the prompt must leave room for.
     Guarantee: it follows from this record and from public values alone.
     | too long, overflow = "reject"   | Rejected                                               |
-    | a prompt and its answer         | the start of the record's own text is left out         |
+    | a prompt and its answer         | the start of the record's own text is left out, with    |
+    |                                 | "truncate_middle" its middle                            |
     | a conversation                  | as many exchanges as fit; of the first one the start of |
-    |                                 | the user's text is left out                            |
+    |                                 | the user's text, or its middle, is left out             |
     | plain text, a text to classify  | the end is left out                                    |
     | an answer that does not fit     | Rejected                                               |
     | overflow = "truncate_answer"    | the end is left out, of whatever it is                 |
@@ -118,10 +121,10 @@ def _answered(
     paired: bool,
     lead: str,
     choices: Sequence[str],
-) -> tuple[list[Tokens], bool]:
+) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and its answers separately, so that the boundary is as in generation. An
     answer and its eos are targets; all answers follow the same prompt."""
-    most, truncate = objective.max_length, objective.overflow == "truncate"
+    most, truncate = objective.max_length, objective.overflow != "reject"
     texts = [record.completion or record.label, *([record.rejected] if paired else [])]
     if objective.overflow == "truncate_answer":
         prompt = lead + record.prompt[len(lead) :][: CHARS * most]
@@ -130,7 +133,7 @@ def _answered(
         raise Rejected("answer too long" if truncate else "too long")
     answers = [_answer(text, objective, tokenizer) for text in texts]
     own = record.prompt[len(lead) :]
-    shown = own[-CHARS * most :]
+    shown = _shortened(own, objective)
     ids = [*_start(tokenizer), *_encode(_in_template(lead + shown, objective), tokenizer)]
     room = [*answers, *(_answer(choice, objective, tokenizer) for choice in choices if truncate)]
     excess = len(ids) + max(map(len, room)) - most
@@ -139,34 +142,56 @@ def _answered(
             raise Rejected("too long")
         before = (objective.template or "").partition("{text}")[0]
         head = len(_start(tokenizer)) + len(_encode(before + lead, tokenizer))
-        ids = _without(ids, head, len(_encode(shown, tokenizer)), excess)
+        ids = _without(ids, head, len(_encode(shown, tokenizer)), excess, objective)
     hits = [False] * len(ids)
     passages = [([*ids, *answer], [*hits, *[True] * len(answer)]) for answer in answers]
-    return passages, excess > 0 or len(shown) < len(own)
+    return passages, max(excess, 0) + _estimate(len(own) - len(shown))
+
+
+def _shortened(own: str, objective: ObjectiveTable) -> str:
+    """Leave out of a record's own text, before it is tokenised, what would be cut anyway."""
+    limit = CHARS * objective.max_length
+    if objective.overflow == "truncate_middle" and len(own) > limit:
+        return own[: limit // 2] + own[-limit // 2 :]
+    return own[-limit:]
+
+
+def _estimate(characters: int) -> int:
+    """Estimate the tokens of text that is left out before it is tokenised; 0 of none."""
+    return -(-characters // USUAL)
+
+
+def _left_out(texts: Sequence[str], kept: int) -> int:
+    """Estimate the tokens that are left out of texts of which `kept` tokens stay, at least one."""
+    return max(1, _estimate(sum(map(len, texts))) - kept)
 
 
 def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Tokens], bool]:
+) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and as much of each answer as fits after it: how long answers begin."""
     most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
-    passages, cut = list[Tokens](), False
+    passages, cut = list[Tokens](), 0
     for text in texts:
         huge = len(text) > limit
         answer = _encode(text[:limit], tokenizer) if huge else _answer(text, objective, tokenizer)
         hits = [False] * len(ids) + [True] * len(answer)
         passages.append(([*ids, *answer][:most], hits[:most]))
-        cut |= huge or len(hits) > most
+        cut = max(cut, max(len(hits) - most, 0) + _estimate(max(len(text) - limit, 0)))
     return passages, cut
 
 
-def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
-    """Leave out the first `excess` of the `own` tokens after `head`. Errors: Rejected unless one of
-    them stays: an answer to nothing teaches nothing."""
+def _without(
+    ids: list[int], head: int, own: int, excess: int, objective: ObjectiveTable
+) -> list[int]:
+    """Leave out `excess` of the `own` tokens after `head`: the first ones, with "truncate_middle"
+    those in the middle. Errors: Rejected unless one of them stays: an answer to nothing teaches
+    nothing."""
     if excess >= own:
         raise Rejected("answer too long")
-    return [*ids[:head], *ids[head + excess :]]
+    kept = (own - excess + 1) // 2 if objective.overflow == "truncate_middle" else 0
+    return [*ids[: head + kept], *ids[head + kept + excess :]]
 
 
 def _answer(text: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -214,7 +239,7 @@ def _classify(
     )
     if not ids:
         raise Rejected("empty text")
-    cut = len(ids) > most or len(shown) < len(text)
+    cut = max(len(ids) - most, 0) + _estimate(len(text) - len(shown))
     if len(ids) > most:
         if not truncate:
             raise Rejected("too long")
@@ -233,7 +258,7 @@ def _classify(
 
 def _plain(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
-) -> tuple[Tokens, bool]:
+) -> tuple[Tokens, int]:
     """Tokenise plain text, which is a completion without a prompt of the record's own; where it is
     too long, its beginning, without eos."""
     most = objective.max_length
@@ -245,7 +270,8 @@ def _plain(
         ids, hits = [*ids, eos], [*hits, True]
     if len(ids) > most and objective.overflow == "reject":
         raise Rejected("too long")
-    return (ids[:most], hits[:most]), len(ids) > most or not whole
+    cut = len(ids) > most or not whole
+    return (ids[:most], hits[:most]), _left_out(_texts(record), most) if cut else 0
 
 
 # ------------------------------------------------------------------------------- conversations
@@ -253,7 +279,7 @@ def _plain(
 
 def _chat(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
-) -> tuple[Tokens, bool]:
+) -> tuple[Tokens, int]:
     """Apply the model's own template; the assistant turns, up to their eos, are targets."""
     most = objective.max_length
     ids, hits, ends, whole = _conversation(messages, most, tokenizer)
@@ -261,17 +287,19 @@ def _chat(
         last = len(hits) - hits[::-1].index(True)
         ids, hits = ids[:last], hits[:last]
     if len(ids) <= most and whole:
-        return (ids, hits), False
+        return (ids, hits), 0
+    texts = [content for _, content in messages]
     if objective.overflow == "reject":
         raise Rejected("too long")
     if objective.overflow == "truncate_answer":
-        return (ids[:most], hits[:most]), True
+        return (ids[:most], hits[:most]), _left_out(texts, most)
     fit = max((end for end in ends if end <= most), default=0)
     if not any(role == "assistant" for role, _ in messages):
         fit = most
     if fit:
-        return (ids[:fit], hits[:fit]), True
-    return _first_exchange(messages, objective, tokenizer, lead), True
+        return (ids[:fit], hits[:fit]), _left_out(texts, fit)
+    exchange = _first_exchange(messages, objective, tokenizer, lead)
+    return exchange, _left_out(texts, len(exchange[0]))
 
 
 def _first_exchange(
@@ -282,7 +310,7 @@ def _first_exchange(
     most, limit = objective.max_length, CHARS * objective.max_length
     roles = [role for role, _ in messages]
     first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
-    own = first[user][1][len(lead) :].strip()[-limit:]
+    own = _shortened(first[user][1][len(lead) :].strip(), objective)
     first[user] = ("user", lead + own)
     if any(len(text) > len(lead) + limit for _, text in first):
         raise Rejected("answer too long")
@@ -295,7 +323,9 @@ def _first_exchange(
         raise Rejected("too long")
     head, length = len(_encode(rendered[:at], tokenizer)), len(_encode(own, tokenizer))
     excess = last - most
-    kept = _without(list(range(last)), head, length, excess) if excess > 0 else list(range(last))
+    kept = list(range(last))
+    if excess > 0:
+        kept = _without(kept, head, length, excess, objective)
     return [ids[index] for index in kept], [hits[index] for index in kept]
 
 

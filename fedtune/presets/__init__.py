@@ -32,6 +32,7 @@ from fedtune.presets import (
     speech,
     vision,
 )
+from fedtune.report.delta import chance, delta_for
 
 TASKS: dict[str, Any] = {
     "classify": classify,
@@ -57,10 +58,11 @@ class Records:
     another to learn from, before the first round; prompt, target, rejected, media: the columns of
     what is read, of what is to be said of it, of a worse answer, and of an image's or a recording's
     file, else the task's own; patient: that of the patient, else the record is the unit; labels:
-    the classes, else those of `evaluation`; base: the model, else the task's; size: units at a
-    site, as a person states it in public; epsilon: else the task's own; declared: what a person
-    says that the sites' records are, for a rehearsal; role: whose files are written; name: a single
-    site's, for role "site"; expected: how many sites take part, where no data says so."""
+    the classes, else those of `evaluation`; also_labels: further classes, which these lack; base:
+    the model, else the task's; size: units at a site, as a person states it in public; sizes: of
+    each site, in the order of data, where they differ; epsilon: else the task's own; declared: what
+    a person says that the sites' records are, for a rehearsal; role: whose files are written; name:
+    a single site's, for role "site"; expected: how many sites take part, where no data says so."""
 
     prompt: str = ""
     target: str = ""
@@ -71,8 +73,10 @@ class Records:
     evaluation: Path | None = None
     public: Path | None = None
     labels: tuple[str, ...] = ()
+    also_labels: tuple[str, ...] = ()
     base: str = ""
     size: int = 200
+    sizes: tuple[int, ...] = ()
     epsilon: float = 0.0
     declared: Literal["public", "generated"] | None = None
     role: Literal["both", "coordinator", "site"] = "both"
@@ -80,14 +84,30 @@ class Records:
     expected: int | None = None
 
     @property
+    def unit(self) -> str:
+        return "patient" if self.patient else "record"
+
+    @property
+    def declared_sizes(self) -> tuple[int, ...]:
+        """The size of each site, as it declares it."""
+        own = max(1, len(self.data)) if self.role == "site" else self.sites
+        return self.sizes or (self.size,) * own
+
+    @property
     def delta(self) -> float:
-        """The power of ten that is at most a fifth of 1 / size, so that no unit can be let out."""
-        return 10.0 ** -len(str(5 * self.size - 1))
+        """δ by one rule for all tasks, of the largest site (report.delta.delta_for)."""
+        return delta_for(max(self.declared_sizes))
 
     @property
     def delta_rule(self) -> str:
-        """The rule in words, which is one for all tasks."""
-        return f"δ: the power of ten at or below 1 / (5 · {self.size} units of a site)"
+        """The rule in words."""
+        return f"δ: the power of ten at or below 1 / (10 · {max(self.declared_sizes)} units)"
+
+    @property
+    def delta_note(self) -> str:
+        """The rule, and what it comes to for a site's units."""
+        most = max(self.declared_sizes)
+        return f"{self.delta_rule}; {chance(self.delta, self.unit, most)}"
 
     @property
     def sites(self) -> int:
@@ -198,12 +218,13 @@ def unit_note(task: str | None, records: Records) -> str:
 
 def public_note(task: str, records: Records) -> str:
     """Say how many of the public records can be used and why others cannot, and for classes which
-    there are; "" where there are no public records, or none of this role's."""
+    the plan has; "" where there are no public records, or none of this role's."""
     if records.role == "site":
         return ""
     records = completed(task, records)
-    target = records.target if task == "classify" else None
-    return "".join(f"{line}\n" for line in _public.notes(records, asked(task, records), target))
+    lines = _public.notes(records, asked(task, records))
+    lines += _public.classes_notes(records, asked(task, records)) if task == "classify" else []
+    return "".join(f"{line}\n" for line in lines)
 
 
 def classes_note(task: str, records: Records) -> str:
@@ -214,10 +235,40 @@ def classes_note(task: str, records: Records) -> str:
     if task != "classify" or records.role == "coordinator":
         return ""
     records = completed(task, records)
-    columns = asked(task, records, "patient")
     known = _public.classes(records, asked(task, records))
-    notes = [_sites.classes_note(path, columns, records.target, known) for path in records.data]
+    notes = [_sites.classes_note(look, known) for look in _looks(task, records)]
     return "".join(f"{note}\n" for note in notes if note)
+
+
+def files_note(task: str, records: Records) -> str:
+    """Say of each site's file whether its size is far from what the site declares, and how much of
+    its records the plan reads, where that is not all; "" where there is nothing to say.
+
+    Errors: as `unit_note`."""
+    if records.role == "coordinator":
+        return ""
+    records, recipe = completed(task, records), TASKS[task]
+    notes: list[str] = []
+    for look, size in zip(_looks(task, records), records.declared_sizes, strict=False):
+        notes.append(_sites.size_note(look, size, records.unit))
+        notes.append(_sites.length_note(look, recipe.MAX_LENGTH, recipe.CUT))
+    return "".join(f"{note}\n" for note in notes if note)
+
+
+def _looks(task: str, records: Records) -> list[_sites.Look]:
+    columns, fields = asked(task, records, "patient"), TASKS[task].COLUMNS
+    answers = [getattr(records, name) for name in ("target", "rejected") if name in fields]
+    return [
+        _sites.look(
+            place,
+            columns,
+            prompt=records.prompt if "prompt" in fields else None,
+            answers=[] if task == "classify" else answers,
+            target=records.target,
+            patient=records.patient,
+        )
+        for place in records.data
+    ]
 
 
 def notes(task: str, records: Records) -> str:
@@ -227,7 +278,7 @@ def notes(task: str, records: Records) -> str:
     public = (given.evaluation, given.public) if given.role != "site" else ()
     places = [place for place in (*own, *public) if place]
     ways = "".join(_written.note(place, asked(task, given)) for place in places)
-    found = public_note(task, records) + classes_note(task, records)
+    found = public_note(task, records) + classes_note(task, records) + files_note(task, records)
     return ways + found + unit_note(task, records)
 
 
@@ -242,7 +293,7 @@ def head(records: Records, **values: object) -> Mapping[str, object]:
         "epsilon": records.epsilon,
         "delta": f"{records.delta:g}",
         "rule": records.delta_rule,
-        "unit": "patient" if records.patient else "record",
+        "unit": records.unit,
         "least": records.min_sites,
         **values,
     }

@@ -85,7 +85,7 @@ def learning_rate(records: Records, longest: float = LONGEST) -> float:
     """Compute the step whose noise is NOISE in each weight, as MedQuAD's best steps at ε from 0.5
     to 8 had it (0.21 to 0.36): of K sites of n units the mean carries σ√K / (K n)."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
-    noise = sigma * math.sqrt(records.sites) / (records.sites * records.size)
+    noise = sigma * math.sqrt(records.sites) / sum(records.declared_sizes)
     return min(longest, NOISE / noise)
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,8 @@ def divided(
     return {name: part for name, part in public.items() if part}
 
 
-def notes(records: Records, asked: Mapping[str, str], target: str | None) -> list[str]:
-    """Say of each public file how many of its rows can be used, and why others cannot. target: the
-    column of the classes, which are named too."""
+def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
+    """Say of each public file how many of its rows can be used, and why others cannot."""
     lines, known = list[str](), Rows()
     for path in (records.public, records.evaluation):
         if path is None:
@@ -64,20 +63,46 @@ def notes(records: Records, asked: Mapping[str, str], target: str | None) -> lis
         reasons = [f"{number:,} {reason}" for reason, number in left_out.most_common()]
         why = f"; left out: {', '.join(reasons)}" if reasons else ""
         lines.append(f"public: {len(known):,} of {total:,} records of {path.name}{why}")
-        if target:
-            classes = sorted({str(row[target]).strip() for row in known})
-            shown = [*map(printable, classes[:MOST_CHOICES])]
-            shown += ["…"] if len(classes) > MOST_CHOICES else []
-            lines.append(f"classes: {len(classes)} ({', '.join(shown)})")
     return lines
 
 
+def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
+    """Say which classes the plan has, and of which of them there is no public record."""
+    found = _of_files(records, asked)
+    planned = planned_classes(records, found)
+    lines = [f"classes: {len(planned)} ({shown(planned)})"] if planned else []
+    if found and (bare := [label for label in planned if label not in found]):
+        are = "is" if len(bare) == 1 else "are"
+        lines.append(
+            f"of {len(bare)} of them there {are} no public record, so nothing is learnt of them "
+            f"before the rounds, and nothing public judges them: {shown(bare)}"
+        )
+    return lines
+
+
+def shown(labels: Sequence[str]) -> str:
+    """List the first classes."""
+    more = ["…"] if len(labels) > MOST_CHOICES else []
+    return ", ".join([*map(printable, labels[:MOST_CHOICES]), *more])
+
+
+def planned_classes(records: Records, found: Iterable[str]) -> tuple[str, ...]:
+    """Return the plan's classes: those that were named, else those `found` in the public files; and
+    further ones."""
+    labels = records.labels or tuple(sorted(found))
+    return tuple(dict.fromkeys((*labels, *records.also_labels)))
+
+
 def classes(records: Records, asked: Mapping[str, str]) -> set[str]:
-    """Return the classes that the study has: those that were named, else the public file's."""
-    if records.labels or records.evaluation is None:
-        return {*records.labels}
-    units, _ = _usable(records.evaluation, records.patient, asked)
-    return {str(row[records.target]).strip() for unit in units for row in unit}
+    """Return the classes that the study has."""
+    return {*planned_classes(records, _of_files(records, asked))}
+
+
+def _of_files(records: Records, asked: Mapping[str, str]) -> set[str]:
+    """Return the classes of the public files' records."""
+    paths = [path for path in (records.public, records.evaluation) if path]
+    usable = [_usable(path, records.patient, asked)[0] for path in paths]
+    return {str(row[records.target]).strip() for found in usable for unit in found for row in unit}
 
 
 def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:

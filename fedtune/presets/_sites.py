@@ -4,9 +4,11 @@ of its columns."""
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,10 @@ WHOSE = frozenset(
     }
 )
 
+FAR = 0.1  # of the declared size: a count that differs by more is said
+CHARACTERS = 4.0  # of a token: 4.0 to 4.9 in English medical texts, of the presets' bases
+HALF = 0.5  # of a median record: where less is read, that is a warning
+
 
 def check(records: Records) -> None:
     """Check what the site files say. Errors: ConfigError where the number of files does not suit
@@ -43,6 +49,11 @@ def check(records: Records) -> None:
             f"{files} files of records for {expected} site{'s' if expected > 1 else ''}",
             "one of each site",
             "--data once for each site, and --sites as many",
+        )
+    if records.sizes and len(records.sizes) != records.sites:
+        raise ConfigError(
+            f"{len(records.sizes)} sizes for {records.sites} site{'s' * (records.sites > 1)}",
+            "--size once for all of them, or once for each, in the order of --data",
         )
     if records.name is not None and not re.fullmatch(NAME, records.name):
         raise ConfigError(
@@ -73,34 +84,99 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
     return names.shown + names.common
 
 
-def classes_note(place: WherePath, asked: Mapping[str, str], target: str, known: set[str]) -> str:
-    """Say how many of a site's records are of which class that is none of `known`, since they train
-    nothing; "" where there are none. known: empty where nobody said: then all classes are listed.
+@dataclass(frozen=True)
+class Look:
+    """What a site's own file holds, for the screen of whoever has it: the counts are theirs.
 
-    For the screen of whoever has the records: the counts are theirs."""
+    where: the file's name; rows, units: records, and patients where a column names them; target:
+    the column of the classes; classes: how often each is there; lengths: characters of what is read of each record and of the longest
+    of what is to be said of it."""
+
+    where: str
+    rows: int
+    units: int
+    target: str
+    classes: Counter[str]
+    lengths: list[int]
+
+
+def look(
+    place: WherePath,
+    asked: Mapping[str, str],
+    *,
+    prompt: str | None,
+    answers: Sequence[str],
+    target: str,
+    patient: str | None,
+) -> Look:
+    """Read a site's file once. asked: option -> the column that it names; prompt, answers, target,
+    patient: columns. Errors: as `columns_of`."""
     path, names, source = _opened(place, asked)
-    counts, total = Counter[str](), 0
+    classes, units, lengths, total = Counter[str](), set[str](), list[int](), 0
     for _, row in placed_rows(path, asked, names=names, source=source):
         total += 1
+        cells = row if isinstance(row, dict) else {}
         with suppress(Rejected):
-            counts[key_of(row.get(target) if isinstance(row, dict) else None)] += 1
-    strange = Counter({label: n for label, n in counts.items() if label not in known})
+            classes[key_of(cells.get(target))] += 1
+        with suppress(Rejected):
+            units.add(key_of(cells.get(patient or "")))
+        texts = [len(str(cells.get(name) or "")) for name in answers]
+        lengths.append(max(texts, default=0) + len(str(cells.get(prompt or "") or "")))
+    where = names.where.name if isinstance(names.where, Path) else names.where
+    return Look(where, total, len(units) if patient else total, target, classes, lengths)
+
+
+def classes_note(look: Look, known: set[str]) -> str:
+    """Say how many of a site's records are of which class that is none of `known`, since they train
+    nothing; "" where there are none. known: empty where nobody said: then all classes are listed.
+    """
+    strange = Counter({label: n for label, n in look.classes.items() if label not in known})
     if not strange:
         return ""
     shown = ", ".join(f"{printable(c)[:40]} {n:,}" for c, n in strange.most_common(MOST_CHOICES))
-    if len(strange) > MOST_CHOICES:
-        texts = 2 * len(strange) > total  # of a column of texts, which are not for a screen
-        shown = f"is {target!r} the column of the classes?" if texts else f"{shown} …"
-    where = names.where.name if isinstance(names.where, Path) else names.where
+    texts = len(strange) > MOST_CHOICES and 2 * len(strange) > look.rows  # a column of texts
+    if len(strange) > MOST_CHOICES:  # texts are not for a screen
+        shown = f"is {look.target!r} the column of the classes?" if texts else f"{shown} …"
     if not known:
         return (
-            f"{where}: {total:,} records of {len(strange)} classes: {shown}; those that the study "
-            "has not will be left out: compare them with the coordinator's"
+            f"{look.where}: {look.rows:,} records of {len(strange)} classes: {shown}; those that "
+            "the study has not will be left out: compare them with the coordinator's"
         )
     are = "is" if strange.total() == 1 else "are"
+    options = " ".join(f"--also-label {quoted(printable(c)[:40])}" for c in list(strange)[:4])
+    todo = "" if texts else f"; in a new folder, {options} takes such records in"
     return (
-        f"{where}: {strange.total():,} of {total:,} records {are} of a class that the study has "
-        f"not, and will be left out: {shown}"
+        f"{look.where}: {strange.total():,} of {look.rows:,} records {are} of a class that the "
+        f"study has not, and will be left out: {shown}{todo}"
+    )
+
+
+def size_note(look: Look, declared: int, unit: str) -> str:
+    """Say that a file holds far more or fewer units than the site declares; "" where it does not.
+    A size that is off by a factor of two or more changes what the study can do."""
+    if abs(declared - look.units) <= FAR * declared:
+        return ""
+    twice = look.units >= 2 * declared or 2 * look.units <= declared
+    return (
+        f"{'WARNING: ' if twice else ''}{look.where}: {look.units:,} {unit}s, and the site "
+        f"declares {declared:,}, which rates, noise and weight follow: --size once for each "
+        "--data, or site.declared_size in its site.toml: a round figure, since it is public"
+    )
+
+
+def length_note(look: Look, most: int, cut: str) -> str:
+    """Say how much of a median record the plan reads, where that is not all; tokens are estimated,
+    since no base is loaded yet. most: objective.max_length; cut: what a longer one loses."""
+    tokens = statistics.median(look.lengths or [0]) / CHARACTERS
+    if tokens <= most:
+        return ""
+    share = most / tokens
+    todo = ""
+    if share < HALF:
+        todo = ". Raise objective.max_length in study.toml, or shorten the texts"
+    return (
+        f"{'WARNING: ' if share < HALF else ''}{look.where}: a median record has about "
+        f"{tokens:,.0f} tokens, of which the plan reads {most} ({share:.0%}); {cut}{todo}"
     )
 
 
@@ -142,7 +218,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             name=name,
             where=lines_of(path) + _written.lines(path, asked) if path else 'path = "data.jsonl"',
             state=_state(path),
-            size=records.size,
+            size=size,
             delta=f"{records.delta:g}",
             rule=records.delta_rule,
             declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
@@ -151,7 +227,9 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             columns=columns
             + (f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY),
         )
-        for (place, name), path in zip(places.items(), paths, strict=True)
+        for (place, name), path, size in zip(
+            places.items(), paths, records.declared_sizes, strict=True
+        )
     }
 
 

@@ -6,8 +6,20 @@ from __future__ import annotations
 
 from fedtune.presets._adapter import EPSILON, LONGEST, PARTS, RECORDS, Recipe, learning_rate
 
-__all__ = ["COLUMNS", "EPSILON", "LONGEST", "PARTS", "RECORDS", "learning_rate", "study"]
+__all__ = [
+    "COLUMNS",
+    "CUT",
+    "EPSILON",
+    "LONGEST",
+    "MAX_LENGTH",
+    "PARTS",
+    "RECORDS",
+    "learning_rate",
+    "study",
+]
 COLUMNS = {"prompt": ("prompt", "question"), "target": ("completion", "answer")}
+MAX_LENGTH = 128  # tokens, in objective.max_length; of a record that is longer:
+CUT = "a longer answer loses its end"
 LORA = """\
 rank = 16
 alpha = 32.0

