@@ -144,7 +144,7 @@ def test_how_much_of_long_texts_is_read_is_said(tmp_path: Path) -> None:
     )
     assert "reads" not in short
     assert "400.jsonl: a median record has about 500 tokens, of which the plan reads 384" in long
-    assert "(77%); a longer instruction loses its middle" in long and "WARNING" not in long
+    assert "(77%); a longer instruction loses its start" in long and "WARNING" not in long
     assert "WARNING: 2000.jsonl" in longest and "Raise objective.max_length" in longest
 
 

@@ -123,9 +123,8 @@ class ObjectiveTable(Table):
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     labels: Names = ()  # classify: the public list of classes
     template: str | None = None  # "… {text}" wrapped round a prompt; public
-    # Of a record longer than max_length; truncate: the start of its prompt is left out,
-    # truncate_middle: the middle of its prompt, truncate_answer: the answer's end.
-    overflow: Literal["reject", "truncate", "truncate_middle", "truncate_answer"] = "reject"
+    # Of a record longer than max_length; truncate: the prompt, truncate_answer: the answer's end.
+    overflow: Literal["reject", "truncate", "truncate_answer"] = "reject"
     append_eos: bool = True  # a completion or text ends with eos, itself a target
     # of the objective itself, e.g. beta
     options: dict[str, Finite | str] = Field(default_factory=dict, max_length=MOST_NAMES)

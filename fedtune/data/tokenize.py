@@ -81,10 +81,9 @@ def _tokenise(
     answers that the prompt must leave room for.
     Guarantee: it follows from this record and from public values alone.
     | too long, overflow = "reject"   | Rejected                                               |
-    | a prompt and its answer         | the start of the record's own text is left out, with    |
-    |                                 | "truncate_middle" its middle                            |
+    | a prompt and its answer         | the start of the record's own text is left out         |
     | a conversation                  | as many exchanges as fit; of the first one the start of |
-    |                                 | the user's text, or its middle, is left out             |
+    |                                 | the user's text is left out                            |
     | plain text, a text to classify  | the end is left out                                    |
     | an answer that does not fit     | Rejected                                               |
     | overflow = "truncate_answer"    | the end is left out, of whatever it is                 |
@@ -124,7 +123,7 @@ def _answered(
 ) -> tuple[list[Tokens], int]:
     """Tokenise a prompt and its answers separately, so that the boundary is as in generation. An
     answer and its eos are targets; all answers follow the same prompt."""
-    most, truncate = objective.max_length, objective.overflow != "reject"
+    most, truncate = objective.max_length, objective.overflow == "truncate"
     texts = [record.completion or record.label, *([record.rejected] if paired else [])]
     if objective.overflow == "truncate_answer":
         prompt = lead + record.prompt[len(lead) :][: CHARS * most]
@@ -133,7 +132,7 @@ def _answered(
         raise Rejected("answer too long" if truncate else "too long")
     answers = [_answer(text, objective, tokenizer) for text in texts]
     own = record.prompt[len(lead) :]
-    shown = _shortened(own, objective)
+    shown = own[-CHARS * most :]
     ids = [*_start(tokenizer), *_encode(_in_template(lead + shown, objective), tokenizer)]
     room = [*answers, *(_answer(choice, objective, tokenizer) for choice in choices if truncate)]
     excess = len(ids) + max(map(len, room)) - most
@@ -142,18 +141,10 @@ def _answered(
             raise Rejected("too long")
         before = (objective.template or "").partition("{text}")[0]
         head = len(_start(tokenizer)) + len(_encode(before + lead, tokenizer))
-        ids = _without(ids, head, len(_encode(shown, tokenizer)), excess, objective)
+        ids = _without(ids, head, len(_encode(shown, tokenizer)), excess)
     hits = [False] * len(ids)
     passages = [([*ids, *answer], [*hits, *[True] * len(answer)]) for answer in answers]
     return passages, max(excess, 0) + _estimate(len(own) - len(shown))
-
-
-def _shortened(own: str, objective: ObjectiveTable) -> str:
-    """Leave out of a record's own text, before it is tokenised, what would be cut anyway."""
-    limit = CHARS * objective.max_length
-    if objective.overflow == "truncate_middle" and len(own) > limit:
-        return own[: limit // 2] + own[-limit // 2 :]
-    return own[-limit:]
 
 
 def _estimate(characters: int) -> int:
@@ -182,16 +173,12 @@ def _beginnings(
     return passages, cut
 
 
-def _without(
-    ids: list[int], head: int, own: int, excess: int, objective: ObjectiveTable
-) -> list[int]:
-    """Leave out `excess` of the `own` tokens after `head`: the first ones, with "truncate_middle"
-    those in the middle. Errors: Rejected unless one of them stays: an answer to nothing teaches
-    nothing."""
+def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
+    """Leave out the first `excess` of the `own` tokens after `head`. Errors: Rejected unless one of
+    them stays: an answer to nothing teaches nothing."""
     if excess >= own:
         raise Rejected("answer too long")
-    kept = (own - excess + 1) // 2 if objective.overflow == "truncate_middle" else 0
-    return [*ids[: head + kept], *ids[head + kept + excess :]]
+    return [*ids[:head], *ids[head + excess :]]
 
 
 def _answer(text: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -310,7 +297,7 @@ def _first_exchange(
     most, limit = objective.max_length, CHARS * objective.max_length
     roles = [role for role, _ in messages]
     first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
-    own = _shortened(first[user][1][len(lead) :].strip(), objective)
+    own = first[user][1][len(lead) :].strip()[-limit:]
     first[user] = ("user", lead + own)
     if any(len(text) > len(lead) + limit for _, text in first):
         raise Rejected("answer too long")
@@ -323,9 +310,7 @@ def _first_exchange(
         raise Rejected("too long")
     head, length = len(_encode(rendered[:at], tokenizer)), len(_encode(own, tokenizer))
     excess = last - most
-    kept = list(range(last))
-    if excess > 0:
-        kept = _without(kept, head, length, excess, objective)
+    kept = _without(list(range(last)), head, length, excess) if excess > 0 else list(range(last))
     return [ids[index] for index in kept], [hits[index] for index in kept]
 
 

@@ -89,8 +89,8 @@ class Look:
     """What a site's own file holds, for the screen of whoever has it: the counts are theirs.
 
     where: the file's name; rows, units: records, and patients where a column names them; target:
-    the column of the classes; classes: how often each is there; lengths: characters of what is read of each record and of the longest
-    of what is to be said of it."""
+    the column of the classes; classes: how often each is there; lengths: characters of what is
+    read of each record and of the longest of what is to be said of it."""
 
     where: str
     rows: int

@@ -8,7 +8,7 @@ from fedtune.presets.answer import LORA
 __all__ = ["COLUMNS", "CUT", "EPSILON", "MAX_LENGTH", "PARTS", "study"]
 COLUMNS = {"prompt": ("prompt", "instruction"), "target": ("completion", "response")}
 MAX_LENGTH = 384  # tokens, in objective.max_length; of a record that is longer:
-CUT = "a longer instruction loses its middle"
+CUT = "a longer instruction loses its start"
 
 study = Recipe(
     task="instruct",
@@ -19,7 +19,7 @@ study = Recipe(
     objective="""\
 name = "causal_lm"
 max_length = 384                     # tokens of an instruction and its response that are read
-overflow = "truncate_middle"         # a longer instruction loses its middle; the response must fit
+overflow = "truncate"                # a longer instruction loses its start; the response must fit
 template = "Instruction: {text}\\nResponse:\\n\"""",
     start=30.0,
     judged='metric = "loss"\n',

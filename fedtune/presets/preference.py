@@ -14,7 +14,7 @@ COLUMNS = {
     "rejected": ("rejected", "rejected"),
 }
 MAX_LENGTH = 384  # tokens, in objective.max_length; of a record that is longer:
-CUT = "a longer prompt loses its middle"
+CUT = "a longer prompt loses its start"
 
 study = Recipe(
     task="preference",
@@ -25,7 +25,7 @@ study = Recipe(
     objective="""\
 name = "orpo"
 max_length = 384                     # tokens of a prompt and an answer that are read
-overflow = "truncate_middle"         # a longer prompt loses its middle; the answers must fit
+overflow = "truncate"                # a longer prompt loses its start
 template = "{text}\\n\\n\"
 options = { weight = 1.0 }""",
     start=10.0,

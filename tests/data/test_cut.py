@@ -50,31 +50,16 @@ def test_the_answer_and_the_template_stay_and_the_end_of_the_text(
     assert (own + "w59 ") in WORDS and WORDS.endswith(own + "w59 ")
 
 
-@pytest.mark.parametrize("template", [None, "Note: {text}\nDesk:"])
-def test_of_a_prompt_cut_in_the_middle_both_ends_stay(
-    jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, template: str | None
-) -> None:
-    """What is asked stands at its start, and what the answer follows at its end."""
-    plan = study(max_length=LENGTH, overflow="truncate_middle", template=template)
-    example = one(jsonl({"p": WORDS, "c": " heart"}), PAIR, plan, tokenizer)
-    text = whole(tokenizer, example).removeprefix("<bos>")
-    assert text.startswith("Note: w0 w1 " if template else "w0 w1 ")
-    assert "w59 " in text and text.endswith(" heart<eos>") and "w30 " not in text
-    assert len(example.input_ids) == LENGTH - 1 and example.cut
-    assert targets(tokenizer, example) == " heart<eos>"
-
-
 def test_what_was_left_out_is_counted(jsonl: Jsonl, study: MakeStudy, tokenizer: Tok) -> None:
     """In tokens; of a text too long to be tokenised, about."""
     rows = [{"p": "why? ", "c": "w0 "}, {"p": WORDS, "c": "w0 "}, {"p": WORDS * 99, "c": "w0 "}]
-    for overflow in ("truncate", "truncate_middle"):
-        plan = study(max_length=LENGTH, overflow=overflow)
-        short, long, huge = load(jsonl(*rows), PAIR, plan, tokenizer).examples
-        exact = len(tokenizer.encode(WORDS + "w0 ", add_special_tokens=False)) + 2
-        assert short.cut == 0 and 0 <= exact - (LENGTH + long.cut) <= 3
-        assert 10 * long.cut < huge.cut < len(WORDS) * 99
-        data = load(jsonl(*rows), PAIR, plan, tokenizer)
-        assert data.n_cut == 2 and data.share_read == pytest.approx(39 / (39 + long.cut))
+    plan = study(max_length=LENGTH, overflow="truncate")
+    data = load(jsonl(*rows), PAIR, plan, tokenizer)
+    short, long, huge = data.examples
+    exact = len(tokenizer.encode(WORDS + "w0 ", add_special_tokens=False)) + 2
+    assert short.cut == 0 and 0 <= exact - (LENGTH + long.cut) <= 3
+    assert 10 * long.cut < huge.cut < len(WORDS) * 99
+    assert data.n_cut == 2 and data.share_read == pytest.approx(39 / (39 + long.cut))
 
 
 @pytest.mark.parametrize("length", [12, 40])
@@ -106,7 +91,7 @@ def test_an_answer_too_long_to_be_tokenised_is_cut_and_has_no_end(
 def test_twin_a_cut_at_the_end_loses_the_answer(
     jsonl: Jsonl, study: MakeStudy, tokenizer: Tok, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def at_the_end(ids: list[int], head: int, own: int, excess: int, _: object) -> list[int]:
+    def at_the_end(ids: list[int], head: int, own: int, excess: int) -> list[int]:
         return [*ids[: head + own - excess], *ids[head + own :]]
 
     monkeypatch.setattr(tokenize, "_without", at_the_end)
