@@ -3,10 +3,16 @@ factor of 1.5 of what the rest then took, after the first tenth."""
 
 from __future__ import annotations
 
+import io
+import re
 from itertools import accumulate, pairwise
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 
+from fedtune import progress
+from fedtune.cli import watch
 from fedtune.cli.pace import SOONEST, RoundsPace, StepPace
 from fedtune.progress import Step
 from fedtune.report.figures import duration
@@ -95,3 +101,25 @@ def test_a_time_is_written_to_a_quarter_of_itself() -> None:
         assert 0.8 <= float(number) * units[unit] / seconds <= 1.25 or seconds < 2, seconds
     written = [float(n) * units[u] for n, u in (duration(s).split() for s in times)]
     assert all(earlier <= later for earlier, later in pairwise(written))
+
+
+def lines_of(drawn: str) -> list[str]:
+    """What a terminal drew, without the codes that move its cursor."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn))
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_shows_how_much_is_done_and_how_long_the_rest_takes(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, now = io.StringIO(), 1000.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    with watch.Watch(console, "preparing") as screen, progress.stage("site 2 of 3, north, round 1"):
+        for done in (0, 250, 500):
+            progress.report("reading records once through the frozen layers", done, 1000)
+            now += 200
+        screen._bar.refresh()
+    shown = file.getvalue()
+    assert "site 2 of 3, north, round 1: re" in shown and "50%, 7 min left" in shown
+    assert max(cell_len(line) for line in lines_of(shown)) <= width

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from fedtune.cli.pace import RoundsPace, StepPace
 from fedtune.progress import Step, listening
@@ -17,6 +18,7 @@ from fedtune.report.claim import rounded_up
 from fedtune.report.figures import duration, short, size_text
 
 LINE_SECONDS = 30.0  # between two plain lines of one step
+WIDE = 110  # columns of a screen on which a bar fits beside the words
 QUIET_SECONDS = 10.0  # without any line: then also a site's step of a round
 COLUMNS = (
     2  # figures of a round on the screen: the metric and the loss; the rest is in metrics.jsonl
@@ -50,14 +52,18 @@ class Watch:
         self._rounds, self._step = RoundsPace(), StepPace()
         self._lines: dict[str, float] = {}  # when each long step was last a plain line
         self._budget: float | None = None  # ε of the whole plan
+        # A narrow screen has no bar, and words that are cut: never the share done or the time left.
+        words = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        bar = [BarColumn(bar_width=24)] if console.width >= WIDE else []
         self._bar = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", table_column=words),
+            *bar,
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            expand=True,
         )
         self._task = self._bar.add_task(escape(title), total=None, count="")
 
