@@ -164,7 +164,7 @@ def drops_one_more(patch: pytest.MonkeyPatch) -> None:
 
 
 def gives_up(patch: pytest.MonkeyPatch) -> None:
-    """Ends with an error where fewer than seven are there: noise alone is sent, so one moves all."""
+    """Ends with an error where fewer than seven are there, so that one record moves all sent."""
     honest = SiteWorker._read
 
     def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
