@@ -44,7 +44,7 @@ audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, va
 chaos: $(READY) ## kill -9, power cuts, full disks, locks, lost messages: a thousand times
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py tests/dp/test_ledger.py tests/server/test_model.py tests/network tests/test_full_disk.py tests/test_locked_database.py
 
-fuzz: $(READY) ## a million hostile messages to either side
+fuzz: $(READY) ## a million hostile messages to either side, six thousand bad inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/fuzz
 
 mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must catch every one

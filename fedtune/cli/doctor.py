@@ -14,7 +14,7 @@ from rich.markup import escape
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.pace import StepPace
 from fedtune.cli.study import SET
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, printable
 from fedtune.progress import Step, listening, report
 from fedtune.report.figures import duration
 
@@ -119,7 +119,9 @@ def doctor(
             checking.ended()
             results.append(finding)
             mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
-            console.print(f"{mark} {finding.name}: {escape(finding.says)}", highlight=False)
+            console.print(
+                f"{mark} {finding.name}: {escape(printable(finding.says))}", highlight=False
+            )
     if bad := sum(not finding.good for finding in results):
         counted = "1 check" if bad == 1 else f"{bad} checks"
         error = ConfigError(f"{counted} failed", todo="see above, then run it again")

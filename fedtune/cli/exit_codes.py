@@ -159,6 +159,8 @@ def _check(name: str, value: Any) -> None:
             _check(name, item)
     elif isinstance(value, str) and ("\0" in value or not reading.is_sound(value)):
         raise ConfigError(f"{name}: not valid text", "UTF-8")
+    elif isinstance(value, Path) and not reading.is_sound(str(value)):
+        raise ConfigError(f"{name}: not valid text", "a path in UTF-8")
     elif isinstance(value, Path) and (why := reading.unusable(value)):
         raise ConfigError(f"{str(value)[:80]}: {why}", "a path", "choose another")
     elif isinstance(value, float) and not math.isfinite(value):

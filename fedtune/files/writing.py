@@ -41,13 +41,19 @@ def create(path: Path, content: bytes, *, private: bool = False) -> Path:
 
 def check_replaceable(path: Path, *suffixes: str) -> Path:
     """Check that a file that a person named to be written is new, or one of its own kind by its
-    name, which may be replaced; returns it. Errors: InputError."""
+    name, which may be replaced, and that there can be a folder for it; returns it. Errors:
+    InputError."""
     its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
     if os.path.lexists(path) and not its_kind:
         raise InputError(
             f"{path}: exists, and is not what would replace it",
             f"a new file, or one that ends in {' or '.join(suffixes)}",
             "choose another",
+        )
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise InputError(
+            f"{path}: {above.name} is no folder", "a file in a folder", "choose another"
         )
     return path
 

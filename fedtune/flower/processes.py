@@ -201,7 +201,7 @@ def reachable(host: str, port: int) -> bool:
     """Return whether something accepts TCP connections there."""
     try:
         socket.create_connection((host, port), timeout=1.0).close()
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: of a name that no machine has
         return False
     return True
 

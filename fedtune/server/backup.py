@@ -266,13 +266,15 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
             )
         sums = {name: hashlib.sha256(body).hexdigest() for name, body in files.items()}
         links = manifest["links"]
+        folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+        if folders & set(files) or set(links) & set(files):
+            raise ValueError  # a file and a folder, or a link, of one name
         if sums != manifest["files"] or not {PLAN, f"{HOME}/ca.pem"} <= set(files):
             raise ValueError
         for name, target in links.items():
-            beside = f"{PurePosixPath(name).parent}/"
-            if not _plain(name) or not _plain(target) or name in files:
+            if not _plain(name) or not _plain(target):
                 raise ValueError
-            if not any(file.startswith(beside) for file in files):
+            if name in folders or str(PurePosixPath(name).parent) not in folders:
                 raise ValueError
         if not all(manifest[key] and TEXT.fullmatch(manifest[key]) for key in ("study", "at")):
             raise ValueError

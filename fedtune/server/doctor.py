@@ -199,9 +199,10 @@ def _port(place: Place) -> str:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             socket.create_server((host, port), family=family).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no machine has
+            why = error.strerror if isinstance(error, OSError) else "no machine is called so"
             raise InfrastructureError(
-                f"{at}: cannot be listened on ({error.strerror})",
+                f"{at}: cannot be listened on ({why})",
                 todo="choose another with --host or --port",
             ) from None
         return f"{at}: free"

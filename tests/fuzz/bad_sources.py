@@ -87,7 +87,7 @@ SOURCES: dict[str, Damage] = {
     "sqlite: a name with quotes": _site(
         'url = "sqlite:///clinic.db"\noptions = { table = \'a"b\' }\n' + COLUMNS, _database(TABLE)
     ),
-    "url: a password": _site('url = "postgresql://u:secret@h/d"\n' + COLUMNS),
+    "url: a password": _site('url = "postgresql://u:hunter2@h/d"\n' + COLUMNS),
     "url: of nothing": _site('url = "://"\n' + COLUMNS),
     "url: a number": _site("url = 5\n" + COLUMNS),
     "url: no table": _site('url = "sqlite:///clinic.db"\n' + COLUMNS, _database(TABLE)),

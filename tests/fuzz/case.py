@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +11,29 @@ Damage = Callable[[Path], None]
 
 
 FILE, REFUSED = frozenset({2}), frozenset({2, 3})
+ANY_CODE = frozenset({0, 2, 3, 4})  # what is promised of any input at all
 
 
 DEEP = 100_000
+PRIVATE = "Zanzibar"  # in every private record, and in nothing else
+PASSWORD = "hunter2"  # in every url that has one
 LONG = "n" * 300
 
 
 @dataclass(frozen=True)
 class Case:
     """What is damaged, by whose command it is read, and the exit codes that are documented for it.
-    The first group of `name` is the file or option, so that one of each makes a short test."""
+    `name` begins with its kind: the file, option or place that is bad, up to the first ":", "=" or
+    "→"."""
 
     name: str
     damage: Callable[[Path], None]
     command: tuple[str, ...]
     codes: frozenset[int] = FILE
+
+    @property
+    def kind(self) -> str:
+        return re.split("[:=→]", self.name)[0]
 
 
 def nothing(_: Path) -> None:

@@ -96,7 +96,9 @@ class Csv(Source):
         for key, column in names.keys.items():
             if header.count(column) > 1:
                 raise DataError(
-                    f"{names.where}: column {column!r} ({key}) occurs twice in the header"
+                    f"{names.where}: column {column!r} ({key}) occurs twice in the header",
+                    "each column once",
+                    "rename or remove one of them",
                 )
 
     def _lines(self, handle: TextIO, where: Path | str) -> Iterator[tuple[int, list[str]]]:

@@ -29,4 +29,8 @@ class Parquet(Source):
                     yield from rows_of(batch, batch.schema.names)
         except (pa.ArrowException, OSError) as error:
             kind = type(error).__name__
-            raise DataError(f"{names.where}: not a readable Parquet file ({kind})") from None
+            raise DataError(
+                f"{names.where}: not a readable Parquet file ({kind})",
+                "a whole Parquet file",
+                "write it again",
+            ) from None
