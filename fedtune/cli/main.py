@@ -296,10 +296,8 @@ def client(
         ) as events,
     ):
         from fedtune.client.rank_process import team
-        from fedtune.client.site_checks import check_records
         from fedtune.launch.site import join
 
-        check_records(loaded)
         with team(path, processes):
             join(site, once=once, watch=watch, on_event=events)
     typer.echo(f"left; `fedtune ledger {site}` shows what was spent")

@@ -43,8 +43,7 @@ def prepare(message: Message, context: Context) -> Message:
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
         if plan.get("finished") is True:
             answer["status"] = "finished"
-            site.draws.destroy(study.digest)  # of attempts that were given up
-            return
+            return site.finish(study.digest)
         check_watch(study, context.node_config.get("watch"))
         frozen = read_frozen(message.content.array_records["frozen"], study.lora)
         with site.room_to_answer():

@@ -16,19 +16,34 @@ RUNS = "runs"  # in the state folder: a ledger for each run of declared data in 
 
 
 def declare(site: Site, sign: bool = True) -> None:
+    """Check a site's declared datasets and its private ones; see `sign_declarations` and
+    `check_private`. To be called before the site connects: what it answers depends on records, and
+    stays here."""
+    sign_declarations(site, sign)
+    check_private(site)
+
+
+def sign_declarations(site: Site, sign: bool = True) -> None:
     """Check a site's declared datasets against its ledger for life, and sign the declarations.
 
-    Of private data it checks that none was ever declared. sign: False to check alone. To be called
-    before the site connects: what it answers depends on records, and stays here.
-    Errors: PolicyRefused where one was ever charged as private, or declared before it was private;
-    DataError where it cannot be read; LedgerError."""
+    sign: False to check alone.
+    Errors: PolicyRefused where one was ever charged as private; DataError where it cannot be read;
+    LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
             ledger = Ledger(site.site.state)
             ledger_entries.declare(ledger, data.name, data.declared, identities(data), sign)
-        elif (site.site.state / DATABASE).exists():
+
+
+def check_private(site: Site) -> None:
+    """Check that none of a site's private data was ever declared; no record is read where the site
+    never declared any.
+
+    Errors: PolicyRefused where some was; DataError where it cannot be read; LedgerError."""
+    for data in filter(None, (site.data, site.evaluation)):
+        if not data.declared and (site.site.state / DATABASE).exists():
             ledger = Ledger(site.site.state)
-            if ledger_entries.declared(ledger):  # else no record is read for this
+            if ledger_entries.declared(ledger):
                 known = identities(data, patients=False)
                 ledger_entries.check_private(ledger, data.name, known)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from fedtune.client.budget_refusal import PLACES
 from fedtune.client.declared import RUNS
+from fedtune.client.studies import FOLDER as STUDIES
+from fedtune.client.studies import under_way
 from fedtune.client.withdraw import RECEIPTS
 from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
@@ -32,6 +34,7 @@ from fedtune.secagg.draw import FOLDER as DRAWS
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
     "updates that were released": (f"{OUTBOX}/*.bin",),
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
+    "notes of studies under way": (f"{STUDIES}/*.json",),
     "plans that waited for a signature": ("plans/*.json",),
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
     "status": ("status.json",),
@@ -44,7 +47,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }
-OF_A_STUDY = tuple(KINDS)[:3]
+OF_A_STUDY = tuple(KINDS)[:4]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
@@ -159,7 +162,7 @@ def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, st
     """Return digest and name of the studies that match. Errors: InputError where none does."""
     state = site.site.state
     spent = Ledger(state).spending() if traces(state) else []
-    names = {entry.charge.study: entry.charge.name for entry in spent}
+    names = under_way(state) | {entry.charge.study: entry.charge.name for entry in spent}
     for path in plans:
         try:
             plan = study_from_json(path.read_text(encoding="utf-8"))

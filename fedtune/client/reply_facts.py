@@ -45,6 +45,10 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
         name = facts["study"] = study.study.name
         rounds = study.training.rounds
         facts |= {"rounds": rounds} if rounds else {}
+        if status == "finished":
+            charges = site.ledger.charges(site.site.data.name)
+            mine = (charge.round for charge in charges if charge.study == study.digest)
+            facts["last"] = max(mine, default=0)
         if (number := _round(message)) is not None:
             facts["round"] = number
             place = f"round {number}" + (f" of {rounds}" if rounds else "")
@@ -56,7 +60,7 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{place} ' if place else ''}{_line(facts)}"
     reviewed = context.node_config.get("reviewed")  # the plan in the answer that it joined with
-    if study is not None and message.metadata.message_type == PLAN:
+    if study is not None and message.metadata.message_type == PLAN and status != "finished":
         joined_with = status == "admitted" and reviewed == study.digest
         facts["signed"] = joined_with or site.home.admitted(study.digest)
         if not facts["signed"] and status in ("admitted", UNSIGNED):
@@ -146,7 +150,7 @@ def _line(facts: dict[str, Any]) -> str:
     if status == UNSIGNED:
         return "WAITING for a person at this site"
     if status == "finished":
-        return "finished before the plan's last round: no step lowers the loss any more"
+        return f"finished; the last round here was {facts['last']} of {facts['rounds']}"
     if status not in DONE:
         return f"{status.upper()}: {facts['reason'] or 'no reason given'}"
     line = status

@@ -31,6 +31,7 @@ from fedtune.ledger.ledger import Ledger
 
 ATTESTED = "sheet.json"  # in the state folder
 CROISSANT = ".croissant.json"
+_ATTEST = "`fedtune data describe SITE`, by who attests to the records"
 CONFORMS = ["http://mlcommons.org/croissant/1.0", "http://mlcommons.org/croissant/RAI/1.0"]
 CR, RAI = "http://mlcommons.org/croissant/", "http://mlcommons.org/croissant/RAI/"
 PLAIN = (
@@ -196,28 +197,46 @@ def records_hash(site: Site) -> str:
 
 def check_attested(site: Site) -> None:
     """Check, where the policy asks for a data sheet, that it and the records are as they were
-    attested. Only for this machine, before a site joins: what it says depends on the records, so
-    it is never an answer to a coordinator.
+    attested; see `check_sheet` and `check_attested_records`."""
+    check_sheet(site)
+    check_attested_records(site)
 
-    Errors: PolicyRefused, ConfigError, DataError."""
+
+def check_sheet(site: Site) -> None:
+    """Check, where the policy asks for a data sheet, that somebody attested to what it says. It
+    reads no record.
+
+    Errors: PolicyRefused, ConfigError, InputError."""
     if not site.policy.data_sheet:
         return
-    typed, path = load_sheet(site), site.site.state / ATTESTED
-    todo = "`fedtune data describe SITE`, by who attests to the records"
-    if typed is None or not path.exists():
+    typed = load_sheet(site)
+    if typed is None or not (site.site.state / ATTESTED).exists():
         raise PolicyRefused(
             "policy.data_sheet asks for a sheet, and nobody attested one here",
             "an attested one",
-            todo,
+            _ATTEST,
         )
-    attested = reading.json_in(path, "what `fedtune data describe` wrote", todo)
-    for what, now in (("sheet", _typed_hash(typed)), ("records", records_hash(site))):
-        if attested.get(what) != now:
-            raise PolicyRefused(
-                f"{what}: changed since the data sheet was attested (policy.data_sheet)",
-                "those that somebody attested to",
-                todo,
-            )
+    _check_unchanged(site, "sheet", _typed_hash(typed))
+
+
+def check_attested_records(site: Site) -> None:
+    """Check, where the policy asks for a data sheet, that the records are those that somebody
+    attested to. Only for this machine: what it says depends on the records, so it is never an
+    answer to a coordinator.
+
+    Errors: PolicyRefused, InputError, DataError."""
+    if site.policy.data_sheet:
+        _check_unchanged(site, "records", records_hash(site))
+
+
+def _check_unchanged(site: Site, what: str, now: str) -> None:
+    path = site.site.state / ATTESTED
+    if reading.json_in(path, "what `fedtune data describe` wrote", _ATTEST).get(what) != now:
+        raise PolicyRefused(
+            f"{what}: changed since the data sheet was attested (policy.data_sheet)",
+            "those that somebody attested to",
+            _ATTEST,
+        )
 
 
 def _in_files(site: Site) -> bool:

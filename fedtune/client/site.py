@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.numpy import load, save
 
-from fedtune.client import evaluation, noted
+from fedtune.client import evaluation, noted, studies
 from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
 from fedtune.client.own_loss import kept
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
@@ -127,7 +127,8 @@ class SiteWorker:
         return self._of_runs[digest]
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
-        """Admit or refuse `study`; on admission, read the data and build the model.
+        """Admit or refuse `study`; on admission, read the data, build the model, and note that the
+        study is under way here.
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
@@ -145,8 +146,14 @@ class SiteWorker:
             return self._admission(False, str(refusal))
         lora = study.lora
         chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
+        studies.begin(self.home.folder, study)
         declared, free = self.site.data.declared, self.site.free_query
         return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
+
+    def finish(self, digest: str) -> None:
+        """Take in that a study has ended, by the coordinator's own word. Errors: LedgerError."""
+        self.draws.destroy(digest)  # of attempts that were given up
+        studies.end(self.home.folder, digest)
 
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str

@@ -23,8 +23,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedtune.client.answers import FAILED
-from fedtune.client.declared import allow_declared, declare
-from fedtune.client.sheet import check_attested
+from fedtune.client.before_joining import check_before_joining
 from fedtune.config import load_site
 from fedtune.errors import InfrastructureError
 from fedtune.files.writing import remove_drafts, replace
@@ -76,15 +75,12 @@ def join(
     client.reply_facts'}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done:
     of one that is finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason};
     each has a text for people.
-    Data that the site declares public or generated is checked and signed for before it connects,
-    and where policy.data_sheet asks for a sheet, that sheet and records are as they were attested.
-    Errors: ConfigError; PolicyRefused where declared data is not allowed, or was charged as
-    private; InfrastructureError when the coordinator goes on refusing this site;
-    KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
+    Before it connects, site file, data sheet and records are checked (`check_before_joining`),
+    and data that the site declares public or generated is signed for.
+    Errors: those of that check; InfrastructureError when the coordinator goes on refusing this
+    site; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
-    allow_declared(site)
-    declare(site)
-    check_attested(site)
+    check_before_joining(site)
     link = forwarder_link(site, site_path)
     executor = _Executor(
         site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once

@@ -100,8 +100,8 @@ def _counted(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
 
 
 def tell_finished(roster: Roster) -> None:
-    """Tell the sites that the study has ended before the last round of its plan, so that none
-    waits for another. Who does not answer within seconds is not told; nothing depends on it."""
+    """Tell the sites that the study has ended, so that none waits for another round. Who does not
+    answer within seconds is not told, and keeps the study as one that is under way."""
     plan = ConfigRecord(dict(roster.plan.config_records["plan"]) | {"finished": True})
     contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": plan}))
     roster.expect(contents, replies.WORDS)

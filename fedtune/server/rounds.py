@@ -144,6 +144,7 @@ class _Run:
         if self.rounds and self.progress.round < self.rounds:
             text = f"ended after round {self.progress.round}: no step lowers the selection loss"
             self._event("step", text=text)
+        if self.rounds:
             tell_finished(self.roster)
         return self._finish()
 

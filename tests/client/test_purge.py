@@ -28,6 +28,7 @@ STATE, SITE = Path("state-north"), Path("site-north.toml")
 BY_HAND = (  # what other processes leave, as it is called there
     "flower/supernode.log", "flower/app/x.fab", "ranks/config.toml", "rank-1.log", "log.jsonl.1",
     "runs/0123456789abcdef/ledger.db", "runs/0123456789abcdef/site.key", "runs.json", "sheet.json",
+    "studies/0123456789abcdef.json",
     "draws/0123456789abcdef01234567-1-1-0123456789abcdef01234567.bin",
     "outbox/0123456789abcdef-1-0123456789abcdef.bin.4194305.new", "ledger.head.4194305.new",
 )  # fmt: skip

@@ -85,7 +85,7 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
         north = through_the_executor(study, seen, _quiet)
     ended = north._ended("hub:1")  # when the coordinator has gone
     assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
-    north._last["round"] = 2
+    north._last |= {"status": "trained", "round": 2}
     assert "waiting for it" in north._ended("hub:1")["text"]
     shown = [line.rstrip() for line in console.export_text().splitlines()]
     lines = [line for line in shown if line.startswith(("connecting", "inventory"))]
@@ -94,11 +94,13 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
     cost = f"of {rounded_up(planned)} planned"
     assert lines[0] == "connecting"
     assert lines[1].startswith(f"inventory: admitted; paid so far: ε = 0 {cost}. NOBODY HERE HAS")
-    assert all(cost in line for line in lines[2:])
-    assert [line.partition(";")[0] for line in lines[2:]] == [
+    trained = lines[2:5]
+    assert all(cost in line for line in trained)
+    assert [line.partition(";")[0] for line in trained] == [
         f"inventory: round {n} of 3 trained" for n in (1, 2, 3)
     ]
-    assert lines[-1].endswith("that was the last round")
+    assert trained[-1].endswith("that was the last round")
+    assert lines[5:] == ["inventory: finished; the last round here was 3 of 3"]
     log = [
         json.loads(line)
         for line in (tmp_path / "state-north/log.jsonl").read_text().split("\n")[:-1]
@@ -111,11 +113,10 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
     assert kept["sites"]["north"]["planned"] == pytest.approx(planned, abs=2e-6)
 
 
-def test_a_site_hears_that_a_study_ended_before_its_last_round(
-    tmp_path: Path, tiny_base: Path
-) -> None:
+def test_a_site_hears_that_a_study_ended(tmp_path: Path, tiny_base: Path) -> None:
     north = through_the_executor(lay_out(tmp_path, tiny_base, patients(12)), _quiet, _quiet)
-    north._last["round"], key = 2, SigningKey()
+    north._last |= {"status": "trained", "round": 2}
+    key = SigningKey()
     assert "waiting for it" in north._ended("hub:1")["text"], "not told as yet"
 
     def app(message: Message, context: Context) -> Message:
@@ -128,7 +129,7 @@ def test_a_site_hears_that_a_study_ended_before_its_last_round(
     roster: Any = SimpleNamespace(grid=grid, plan=plan, nodes={"north": node}, expect=_quiet)
     tell_finished(roster)
     assert north._last["status"] == "finished"
-    assert "before the plan's last round" in north._last["text"]
+    assert "finished; the last round here was 3 of 3" in north._last["text"]
     ended = north._ended("hub:1")
     assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
 
@@ -147,8 +148,10 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
             seen(event, data)
 
         through_the_executor(study, tell, _quiet)
-    assert all("from a ledger of the run: the data is declared public" in line for line in told)
-    assert len(told) == 4 and "paid so far: ε = 0 of" not in told[-1]
+    *rounds_told, ended = told
+    paid = "from a ledger of the run: the data is declared public"
+    assert all(paid in line for line in rounds_told) and "finished" in ended
+    assert len(rounds_told) == 4 and "paid so far: ε = 0 of" not in rounds_told[-1]
     north = read_status(tmp_path / "state-north").status["sites"]["north"]
     assert north["declared"] == "public" and north["epsilon"] > 0
 

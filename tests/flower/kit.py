@@ -25,7 +25,7 @@ SITE = """[site]
 name = "{name}"
 declared_size = 10
 [data]
-path = "none.jsonl"
+path = "two.jsonl"
 [data.columns]
 text = "text"
 [coordinator]
@@ -38,6 +38,7 @@ def site_file(folder: Path, name: str, port: int, extra: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "site.toml"
     path.write_text(SITE.format(name=name, port=port) + extra)
+    (folder / "two.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     return path
 
 

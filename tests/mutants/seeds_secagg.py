@@ -151,8 +151,8 @@ MUTANTS: tuple[Mutant, ...] = (
         T_ATTACKS + "test_a_reply_that_is_dropped_is_asked_for_again", "every site pays again",
     ),
     _one(
-        AREA, "a-study-ends-and-its-keys-stay", "fedtune/client/app.py",
-        "            site.draws.destroy(study.digest)  #", "            #",
+        AREA, "a-study-ends-and-its-keys-stay", SITE,
+        "        self.draws.destroy(digest)  #", "        #",
         T_ATTACKS + "test_a_finished_study_leaves_no_key", "what was given up can be masked",
     ),
     _one(

@@ -51,6 +51,7 @@ class FakeSite:
     prepare_error: Exception | None = None
     calls: list[int] = field(default_factory=list)  # the round of each call of train
     prepared: int = 0
+    finished: int = 0
     known: bool = False
     steps: int = 0
     answers: dict[int, Any] = field(
@@ -91,6 +92,9 @@ class FakeSite:
             raise self.prepare_error
         self.known = not self.refusal
         return Admission(self.known, self.refusal, self.name, self.size)
+
+    def finish(self, digest: str) -> None:
+        self.finished += 1
 
     def coordinator_of(self, digest: str) -> str:
         if not self.known:

@@ -147,3 +147,15 @@ def test_a_site_cannot_change_its_declared_size_on_the_way(trial):
     run.sites[2].size = 7
     body = run.run(STUDY, resume=True)
     assert "declared_size changed" in body["rounds"][-1]["missing"]["c"]
+
+
+def test_each_site_hears_once_that_the_study_has_ended_and_not_before(trial, monkeypatch):
+    """A site that hears it too early refuses by its records, once it restarts in mid-study."""
+    run = trial(FakeSite("a"), FakeSite("b"))
+    with monkeypatch.context() as patch:
+        fail_at(patch, FakeSite, "train", 4, True)
+        with pytest.raises(Killed):
+            run.run(STUDY)
+    assert [site.finished for site in run.sites] == [0, 0]
+    run.run(STUDY, resume=True)
+    assert [site.finished for site in run.sites] == [1, 1]

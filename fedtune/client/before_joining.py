@@ -1,0 +1,45 @@
+"""What is checked at a site before it takes part, each time that its client starts."""
+
+from __future__ import annotations
+
+import logging
+
+from fedtune.client import studies
+from fedtune.client.declared import allow_declared, check_private, sign_declarations
+from fedtune.client.sheet import check_attested_records, check_sheet
+from fedtune.client.site_checks import check_records
+from fedtune.config import Site
+from fedtune.errors import describe
+from fedtune.ledger.files import LedgerError
+
+log = logging.getLogger("fedtune.site")
+
+
+def check_before_joining(site: Site) -> None:
+    """Check what a person at the site should put right before it takes part.
+
+    Guarantee: while a study is under way here, no private record decides whether the site joins:
+    what a check of the records finds is a warning on this machine, and the rounds go on as those of
+    a client that was not restarted, with noise alone where nothing can be read. A site that does
+    not come back after a restart would be an answer about its records.
+    Errors: PolicyRefused, ConfigError, InputError of what people typed and of data that the site
+    declares public or generated; LedgerError; with no study under way DataError and PolicyRefused
+    of the records, too."""
+    allow_declared(site)
+    sign_declarations(site)
+    check_sheet(site)
+    for check in (check_private, check_attested_records, check_records):
+        try:
+            check(site)
+        except LedgerError:
+            raise
+        except Exception as error:
+            if not (names := studies.under_way(site.site.state)):
+                raise
+            log.warning(
+                "%s. This site joins all the same, since a study is under way here (%s): whether "
+                "it comes back must not follow from its records. `fedtune purge` says that it is "
+                "over",
+                describe(error),
+                ", ".join(names.values()),
+            )
