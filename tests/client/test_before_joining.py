@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,26 +43,41 @@ declared_size = 12
 state = "state"
 base = "{base}"
 [data]
-path = "notes.{suffix}"
 columns = {{ prompt = "note", completion = "answer", patient = "who" }}
+{source}
 [policy]
 bases = "any"
 max_delta = 1e-4
 {policy}
 """
 COORDINATOR = SigningKey()
+BROKEN = "{"  # JSON that is none
 JOINS = ""  # what keeps the site from joining
 Rows = list[tuple[str, str]]  # patient, note
 OTHERS: Rows = [(f"p{n}", f"fever on day {n}") for n in range(4)]
 
 
-def jsonl(rows: Rows) -> str:
+def jsonl(path: Path, rows: Rows) -> None:
     named = [{"who": who, "note": note, "answer": "yes"} for who, note in rows]
-    return "".join(json.dumps(row) + "\n" for row in named)
+    path.write_text("".join(json.dumps(row) + "\n" for row in named))
 
 
-def csv(rows: Rows) -> str:
-    return "who,note,answer\n" + "".join(f"{who},{note},yes\n" for who, note in rows)
+def csv(path: Path, rows: Rows) -> None:
+    lines = [f"{who},{note},yes\n" for who, note in rows]
+    path.write_text("who,note,answer\n" + "".join(lines))
+
+
+def sqlite(path: Path, rows: Rows) -> None:
+    """A table whose notes are taken out of JSON: one row that is none makes it unreadable."""
+    path.unlink(missing_ok=True)
+    said = [
+        (who, "yes", note if note == BROKEN else json.dumps({"note": note})) for who, note in rows
+    ]
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE notes (who TEXT, answer TEXT, raw TEXT)")
+        database.executemany("INSERT INTO notes VALUES (?, ?, ?)", said)
+        taken_out = "note TEXT AS (json_extract(raw, '$.note'))"
+        database.execute(f"ALTER TABLE notes ADD COLUMN {taken_out}")
 
 
 def nothing(_: Path) -> None: ...
@@ -74,7 +91,7 @@ def attest(path: Path) -> None:
 def declare_as_public(path: Path) -> None:
     """Once somebody declared a file public in which there was a text of the patient's."""
     other = path.parent / "other.jsonl"
-    other.write_text(jsonl([("somebody", "a text that somebody once declared as public")]))
+    jsonl(other, [("somebody", "a text that somebody once declared as public")])
     table = {"name": "other", "path": other, "declared": "public"}
     data = load_site(path).data.model_copy(update=table)
     declared.declare(Ledger(path.parent / "state"), "other", "public", identities(data), True)
@@ -92,7 +109,7 @@ class Case:
     mine: Rows
     before: tuple[Rows, Rows] = (OTHERS, [])
     then: tuple[str, ...] = ()
-    write: Callable[[Rows], str] = jsonl
+    write: Callable[[Path, Rows], None] = jsonl
     policy: str = ""
     set_up: Callable[[Path], None] = nothing
 
@@ -103,6 +120,9 @@ CASES = {
     ),
     "a CSV cell that is not well-formed": Case(
         NotWellFormed, "with", [("A", '"an open quote')], write=csv
+    ),
+    "a database that a row makes unreadable": Case(
+        DataError, "with", [("A", BROKEN)], write=sqlite
     ),
     "fewer than two units": Case(
         DataError, "without", [("A", "cough")], before=(OTHERS, [("A", "cough")]), then=("p0",)
@@ -122,18 +142,23 @@ class World:
     def __init__(self, folder: Path, case: Case, made: Start, mine: bool) -> None:
         folder.mkdir()
         self.case, self.made, self.mine, self.path = case, made, mine, folder / "site.toml"
-        self.data = folder / f"notes.{'csv' if case.write is csv else 'jsonl'}"
-        filled = {"suffix": self.data.suffix[1:], "policy": case.policy}
+        self.data = folder / f"notes.{case.write.__name__}"
+        source = f'path = "{self.data.name}"'
+        if case.write is sqlite:
+            source = (
+                f'source = "sql"\nurl = "sqlite:///{self.data}"\noptions = {{ table = "notes" }}'
+            )
+        filled = {"source": source, "policy": case.policy}
         self.path.write_text(SITE.format(base=made.study.base.model, **filled))
         others, own = case.before
-        self.data.write_text(case.write(others + (own if mine else [])))
+        case.write(self.data, others + (own if mine else []))
         case.set_up(self.path)
 
     def restart(self) -> str:
         """Start anew as `fedtune client` does, after the records changed; returns what keeps the
         site from joining."""
         others = [row for row in OTHERS if not self.case.then or row[0] in self.case.then]
-        self.data.write_text(self.case.write(others + (self.case.mine if self.mine else [])))
+        self.case.write(self.data, others + (self.case.mine if self.mine else []))
         process_cache.clear("workers")
         try:
             join(self.path)
