@@ -231,7 +231,8 @@ def check_attested_records(site: Site) -> None:
 
 def _check_unchanged(site: Site, what: str, now: str) -> None:
     path = site.site.state / ATTESTED
-    if reading.json_in(path, "what `fedtune data describe` wrote", _ATTEST).get(what) != now:
+    attested = reading.json_in(path, "what `fedtune data describe` wrote", _ATTEST)
+    if attested.get(what) != now:
         raise PolicyRefused(
             f"{what}: changed since the data sheet was attested (policy.data_sheet)",
             "those that somebody attested to",

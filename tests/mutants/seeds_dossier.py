@@ -63,7 +63,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "a-changed-file-joins", "fedtune/client/sheet.py",
-        "        if attested.get(what) != now:", "        if attested.get(what) is None:",
+        "    if attested.get(what) != now:", "    if attested.get(what) is None:",
         "tests/client/test_sheet.py::test_records_that_changed_since_keep_a_site_from_joining",
         "records that nobody attested to are trained on",
     ),

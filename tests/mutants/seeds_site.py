@@ -14,7 +14,7 @@ NETWORK, SITE, ANSWERS = (
 T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_records.py::"
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
 T_FOLDER = T_RECORDS + "test_one_patients_file_is_nothing_to_the_others"
-T_JOINING = "tests/client/test_before_joining.py::"
+T_BEFORE = "tests/client/test_before_joining.py::"
 T_ERRORS = "tests/dp/test_errors.py::"
 T_LENGTH = (
     "tests/client/test_site_refusals.py::"
@@ -241,19 +241,19 @@ MUTANTS = (
         "restart", "a-restart-is-a-first-start", "fedtune/client/before_joining.py",
         "if not (names := studies.under_way(site.site.state)):",
         "if (names := studies.under_way(site.site.state)) is not None:",
-        T_JOINING + "test_in_mid_study_no_record_decides_whether_a_site_comes_back",
+        T_BEFORE + "test_in_mid_study_no_record_decides_whether_a_site_comes_back",
         "after a reboot a site is there, or not, by one new row",
     ),
     one(
         "restart", "nobody-notes-a-study", "fedtune/client/site.py",
         "        studies.begin(self.home.folder, study)\n", "",
-        T_JOINING + "test_in_mid_study_no_record_decides_whether_a_site_comes_back",
+        T_BEFORE + "test_in_mid_study_no_record_decides_whether_a_site_comes_back",
         "no restart knows of the study that it is in",
     ),
     one(
         "restart", "a-study-never-ends", "fedtune/client/site.py",
         "        studies.end(self.home.folder, digest)\n", "",
-        T_JOINING + "test_a_study_is_under_way_until_its_coordinator_says_that_it_ended",
+        T_BEFORE + "test_a_study_is_under_way_until_its_coordinator_says_that_it_ended",
         "no check of the records stops a site any more",
     ),
     one(
@@ -267,7 +267,7 @@ MUTANTS = (
         "restart", "what-people-typed-is-a-record", "fedtune/client/before_joining.py",
         "    check_sheet(site)\n    for check in (check_private,",
         "    for check in (check_sheet, check_private,",
-        T_JOINING + "test_what_people_typed_is_checked_in_mid_study_too",
+        T_BEFORE + "test_what_people_typed_is_checked_in_mid_study_too",
         "a sheet that nobody attested to is taken for one",
     ),
 )  # fmt: skip
