@@ -48,7 +48,7 @@ def reply_facts(message: Message, reply: Message, context: Context) -> dict[str,
         if status == "finished":
             charges = site.ledger.charges(site.site.data.name)
             mine = (charge.round for charge in charges if charge.study == study.digest)
-            facts["last"] = max(mine, default=0)
+            facts["round"] = max(mine, default=0)  # the last one here
         if (number := _round(message)) is not None:
             facts["round"] = number
             place = f"round {number}" + (f" of {rounds}" if rounds else "")
@@ -150,7 +150,7 @@ def _line(facts: dict[str, Any]) -> str:
     if status == UNSIGNED:
         return "WAITING for a person at this site"
     if status == "finished":
-        return f"finished; the last round here was {facts['last']} of {facts['rounds']}"
+        return f"finished; the last round here was {facts['round']} of {facts['rounds']}"
     if status not in DONE:
         return f"{status.upper()}: {facts['reason'] or 'no reason given'}"
     line = status

@@ -191,7 +191,7 @@ def test_a_plan_that_waits_for_a_person_is_told_once_with_what_it_costs_and_how_
     assert "SIGNED" not in " ".join(told)
     (waits,) = [line for line in told if "WAITING" in line]
     assert "Nothing of it runs before a person here signs it" in waits and "ε = " in waits
-    assert len(told) == 5 and "round 3 of 3 trained" in told[-1]
+    assert len(told) == 6 and "round 3 of 3 trained" in told[-2] and "finished" in told[-1]
     log = audit_log.verify(tmp_path / "state-north", ledger.key.public)
     events = [entry["event"] for entry in log.entries]
     assert events == ["wait", "sign", "admit", "release", "release", "release"]
