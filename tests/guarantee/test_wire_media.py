@@ -97,7 +97,7 @@ def usual(kind: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
 
 
 def test_nothing_leaves_but_what_the_list_names(usual: Recorder, kind: str) -> None:
-    assert len(usual.replies) == 2 + 2 * 2
+    assert len(usual.replies) == 2 + 2 * 2 + 2
     assert outside(usual) == []
     names = {name.rsplit(".lora", 1)[0].rsplit(".", 1)[-1] for name in trained(usual)}
     assert names == ({"q_proj", "proj"} if kind == "image" else {"q_proj", "fc1"})
