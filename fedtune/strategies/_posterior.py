@@ -29,7 +29,8 @@ Array = npt.NDArray[np.float64]
 WEIGHT = 0.5  # of the counts' column; 0.2 to 1 do alike, and the sums' noise grows by an eighth
 MOST = 256  # directions of the head
 RELEASED = 128  # directions of the release
-ENOUGH = 0.98  # of the separation that all directions would give
+ENOUGH = 0.95  # of the separation that all directions would give
+WITHIN = 0.8  # share of every direction's variance within classes, where that separation is guessed
 BETWEEN = 0.3  # share of a feature's variance between classes, where no labels tell
 RECORDS = 20  # as many labelled records does that guess of the covariance within classes count for
 RIDGE = 0.7  # of the covariance within classes, in units of its mean variance
@@ -105,33 +106,58 @@ class Head:
     figures: ClassFigures
 
 
-def choose(vectors: Array, names: Array | None, classes: int, noise: float, units: int) -> Basis:
-    """Choose the basis, and how many of its directions the sites release, from public figures.
+def directions_for(classes: int, records: int, noise: float, units: int, named: bool = True) -> int:
+    """Choose how many directions the sites release, from figures that are known before any vector.
 
-    vectors: (n, H) of public records. names: (K, H), the base's vectors of the classes' names.
-    noise: σ of the release in multiples of its bound, times √(number of sites that each add their
-    own). units: N as declared. The span of the names comes first, then the principal directions of
-    public records. The sites use the fewest that keep ENOUGH of the expected separation
+    records: public ones, labelled or not. noise: σ of the release in multiples of its bound, times
+    √(number of sites that each add their own). units: N as declared. named: whether the base makes
+    vectors of the classes' names. It is the fewest that keep ENOUGH of the expected separation
     Σ b²/v / (b + v/c + s²/c²), with b and v a direction's variance between and within classes, c
-    units of a class and s the noise: a direction is never worse than nothing, since its noise is
-    shrunk, but it scales the others down.
+    units of a class and s the noise: what a direction's noise would spoil is shrunk away, but every
+    direction makes the others shorter, since all share one bound. Variances fall as 1, 1/2, 1/3 …:
+    near to what sentence encoders give, and only few directions hang on it.
     Errors: ConfigError where neither records nor names span a direction."""
-    spread = vectors - vectors.mean(axis=0) if len(vectors) else vectors
-    span = names - names.mean(axis=0) if names is not None else vectors[:0]
-    mean = vectors.mean(axis=0) if len(vectors) else span.mean(axis=0)
-    directions = _orthonormal(_principal(span), _principal(spread))[:MOST]
-    if not len(directions):
+    most = min(max(records - 1, 0) + (classes - 1 if named else 0), RELEASED)
+    if most < 1:
         raise ConfigError(
             "public records give no direction in which classes could differ",
-            "at least two public records that differ",
+            "at least two public records",
             "add public records, labelled or not",
         )
-    features = (spread if len(vectors) else span) @ directions.T
-    variances = (features**2).mean(axis=0)
-    kept = _enough(variances, noise * math.hypot(1.0, WEIGHT), units / classes)
-    lengths = np.linalg.norm(features[:, :kept], axis=1)
+    mine = units / classes
+    kept = np.arange(1, most + 1)
+    separation = np.empty(most)
+    for k in kept:
+        variances = 1 / kept[:k] / (1 / kept[:k]).sum()
+        between, within = (1 - WITHIN) * variances, WITHIN * variances
+        unsure = between + within / mine + (noise * math.hypot(1.0, WEIGHT) / mine) ** 2
+        separation[k - 1] = (between**2 / within / unsure).sum()
+    return int(kept[separation >= ENOUGH * separation.max()][0])
+
+
+def choose(vectors: Array, names: Array | None, directions: int, weight: float) -> Basis:
+    """Build the basis from public vectors: the span of the names comes first, then the principal
+    directions of public records.
+
+    vectors: (n, H) of public records. names: (K, H), the base's vectors of the classes' names.
+    directions: k, how many of them the sites release. weight: of the counts' column.
+    Errors: ConfigError where neither records nor names span so many."""
+    span = vectors[:0] if names is None else names - names.mean(axis=0)
+    mean = vectors.mean(axis=0) if len(vectors) or names is None else names.mean(axis=0)
+    spread = vectors - mean
+    named = _principal(span)
+    rest = _principal(spread - spread @ named.T @ named)
+    every = np.concatenate([named, rest])[:MOST]
+    if len(every) < directions:
+        raise ConfigError(
+            f"{len(vectors)} public records, and the classes' names, span {len(every)} directions",
+            f"at least objective.options.directions = {directions}",
+            "add public records, labelled or not, or take fewer directions",
+        )
+    features = (spread if len(vectors) else span) @ every.T
+    lengths = np.linalg.norm(features[:, :directions], axis=1)
     scale = max(float(np.median(lengths)), 1e-12)
-    return Basis(mean, directions / scale, kept, WEIGHT)
+    return Basis(mean, every / scale, directions, weight)
 
 
 def features(basis: Basis, vectors: Array) -> Array:
@@ -277,24 +303,4 @@ def _principal(rows: Array) -> Array:
     if not len(rows):
         return rows
     _, widths, directions = np.linalg.svd(rows, full_matrices=False)
-    return np.asarray(directions[widths > 1e-6 * max(widths[0], 1e-12)])
-
-
-def _orthonormal(first: Array, then: Array) -> Array:
-    """Return an orthonormal basis of both spans, that of `first` first."""
-    rest = then - then @ first.T @ first
-    _, widths, directions = np.linalg.svd(rest, full_matrices=False)
-    return np.concatenate([first, directions[widths > 1e-6]])
-
-
-def _enough(variances: Array, noise: float, units: float) -> int:
-    """Return how many of the first directions keep ENOUGH of the expected separation."""
-    most = min(len(variances), RELEASED)
-    kept = np.arange(1, most + 1)
-    separation = np.empty(most)
-    for k in kept:
-        scaled = variances[:k] / variances[:k].sum()
-        between, within = 0.2 * scaled, 0.8 * scaled
-        unsure = between + within / units + (noise / units) ** 2
-        separation[k - 1] = (between**2 / unsure / np.maximum(within, 1e-12)).sum()
-    return int(kept[separation >= ENOUGH * separation.max()][0])
+    return np.asarray(directions[widths > 1e-6 * max(float(widths[0]), 1e-12)])
