@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.mutants import seeds_engine, seeds_site
+from tests.mutants import seeds_engine, seeds_intake, seeds_procs, seeds_site
 from tests.mutants.mutant import Mutant, one
 
 ONCE = "tests/guarantee/test_property.py::test_a_case_that_broke_the_guarantee_once"
@@ -19,16 +19,27 @@ SEEN = {  # a bug, and the case that shows it
     "patients-share-the-caps-memory": "the-cap-knew-others",
     "a-teachers-refusal-is-everybodys": "too-long-for-the-teacher",
     "the-site-composes-what-it-does-not-know": "records-then-patients",
+    "ranks-keep-the-first-records": "ranks-of-a-study-for-life",
+    "a-full-disk-ends-the-pass": "a-disk-full-of-states",
+    "a-receipt-counts-withdrawals": "receipts-of-two-others",
 }
 # fmt: off
 MUTANTS = (
     *(
         replace(bug, name=f"{bug.name}-property", tests=(f"{ONCE}[{SEEN[bug.name]}]",))
-        for bug in seeds_site.MUTANTS if bug.name in SEEN
+        for bug in (*seeds_site.MUTANTS, *seeds_procs.MUTANTS, *seeds_intake.MUTANTS)
+        if bug.name in SEEN
     ),
     *(
         replace(bug, name=f"{bug.name}-property", tests=(BESIDE,))
         for bug in seeds_engine.MUTANTS if bug.name == "a-block-is-not-filled"
+    ),
+    one(
+        "resources", "no-room-for-the-ledger", "fedtune/client/site.py",
+        "return room_to_write(self.site.site.state, bytes_for(self._size))",
+        "return room_to_write(self.site.site.state, 0 * bytes_for(self._size))",
+        f"{ONCE}[a-disk-full-of-members]",
+        "whether a round can be charged follows from how many records there are",
     ),
     one(
         31, "arrival-by-the-first-note", "fedtune/data/load.py",
