@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +99,32 @@ def possible(axes: Axes) -> bool:
     ):
         return False
     return not (axes.get("what") != "text, fewer ranks" and axes.get("rank"))
+
+
+def pairs() -> list[Axes]:
+    """Axes of as many cases as it takes for every two values to meet that can."""
+    left = {
+        frozenset(pair)
+        for one, other in itertools.combinations(AXES, 2)
+        for pair in itertools.product(
+            ((one, value) for value in AXES[one]), ((other, value) for value in AXES[other])
+        )
+        if possible(dict(pair))
+    }
+    found = []
+    while left:
+        axes: Axes = dict(min(left, key=repr))  # whatever they are hashed to
+        for name in (name for name in AXES if name not in axes):
+            fits = [value for value in AXES[name] if possible(axes | {name: value})]
+            axes[name] = max(
+                fits,
+                key=lambda value: sum(
+                    frozenset(((name, value), met)) in left for met in axes.items()
+                ),
+            )
+        left -= {frozenset(pair) for pair in itertools.combinations(axes.items(), 2)}
+        found.append(axes)
+    return found
 
 
 # ------------------------------------------------------------------------------------- records

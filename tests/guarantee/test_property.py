@@ -33,7 +33,7 @@ from fedtune.secagg.draw import Draws
 from fedtune.secagg.statement import Ready
 from fedtune.training.round_loss import RoundLoss
 from tests.guarantee import property_pins as pins
-from tests.guarantee.property_cases import STORIES, cases
+from tests.guarantee.property_cases import STORIES, cases, pairs
 from tests.guarantee.property_files import bases_of
 from tests.guarantee.property_plans import Case
 from tests.guarantee.property_scan import SCANNED
@@ -109,6 +109,19 @@ def test_at_length(story: str, bases: dict[str, Path]) -> None:
         check(case, bases)
 
     holds()
+
+
+@pytest.mark.long
+def test_every_two_values_of_the_axes(bases: dict[str, Path]) -> None:
+    """Two cases of each: hypothesis draws the least that there is first."""
+    for axes in pairs():
+
+        @settings(max_examples=2, derandomize=True, phases=[Phase.generate], **PROFILE)
+        @given(cases(**axes))
+        def holds(case: Case) -> None:
+            check(case, bases)
+
+        holds()
 
 
 # ------------------------------------------------------------------- twins: workers that leak

@@ -34,6 +34,22 @@ MUTANTS = (
         replace(bug, name=f"{bug.name}-property", tests=(BESIDE,))
         for bug in seeds_engine.MUTANTS if bug.name == "a-block-is-not-filled"
     ),
+    Mutant(
+        "ranks", "a-rank-reads-for-itself", "fedtune/client/rank_process.py",
+        (
+            (
+                "from fedtune.client.site import worker",
+                "from fedtune.client.site import SiteWorker, worker",
+            ),
+            (
+                'prepared.take(unpack_records(header["records"], tensors))',
+                "prepared.take(SiteWorker(site).data_for("
+                "prepared._study, prepared.network, site.data).dataset)",
+            ),
+        ),
+        (f"{ONCE}[ranks-read-later]",),
+        "a row is another record in another process, by one that came meanwhile",
+    ),
     one(
         "resources", "no-room-for-the-ledger", "fedtune/client/site.py",
         "return room_to_write(self.site.site.state, bytes_for(self._size))",
