@@ -190,8 +190,10 @@ def body(draw: st.DrawFn, owner: str, number: int, media: str | None, how: str) 
 
 @st.composite
 def rows(draw: st.DrawFn, media: str | None, owners: str, unit: str) -> list[Row]:
-    """Of each owner some records, in one or several versions of the file, mixed. What is hostile is
+    """Of each owner some records, in one or several versions of the file, mixed; or in one file in
+    which nothing but the unit's records changes, which alone may then be seen. What is hostile is
     the unit's more often than anybody's."""
+    alone = draw(st.booleans())
     strange = [how for how in HOSTILE if media or how != "media"] + ["missing", "line"]
     theme = draw(st.sampled_from(("shared", "shared", *strange)))  # of the unit's records
     found: list[Row] = []
@@ -205,6 +207,8 @@ def rows(draw: st.DrawFn, media: str | None, owners: str, unit: str) -> list[Row
             line = draw(body(owner, number, media, draw(hows)))
             since = draw(st.sampled_from((first, first, 1, 2)))
             until = draw(st.sampled_from((99, 99, 99, since + 1)))
+            if alone:
+                since, until = (since or 1, until) if owner == unit and not number else (0, 99)
             found.append(Row(owner, line, since, until))
     return draw(st.permutations(found)) if draw(st.booleans()) else found
 
@@ -343,18 +347,24 @@ def one_round(
     second set for the same draw."""
     if not shared:
         return [("train", plan, round_, adapter)]
-    again = (("restart",), ("prepare", plan))
-    events: list[tuple[Op, ...]] = [(), (), (("copy",),), (("withdraw", "e"),), again]
-    events += [(("files", left[0]),)] if left else []
-    after: list[tuple[Op, ...]] = [(), (), (("put back",),), (("put back",), *again)]
-    ops: list[Op] = [("ready", plan, round_, adapter, draw(st.sampled_from((1, 1, 2))))]
-    between = draw(st.sampled_from(events))
-    if between and between[0][0] == "files":
+    again: tuple[Op, ...] = (("restart",), ("prepare", plan))
+    back: tuple[Op, ...] = (("put back",), *again)
+    set_: Op = ("masked", plan, round_, draw(st.sampled_from((0, 1))))
+    files: tuple[Op, ...] = (("files", left[0]),) if left else ()
+    between, after = draw(
+        st.sampled_from(
+            (
+                *(((), ()), ((), (set_,)), (again, ()), ((("withdraw", "e"),), (set_,))),
+                *((files, ()), (files, (set_,)), ((("copy",),), (("put back",), set_))),
+                *(((("copy",),), (*back, set_)), ((("copy",),), back), ((), back)),
+            )
+        )
+    )
+    if between and between == files:
         left.pop(0)
-    ops += [*between, ("masked", plan, round_, 0), *draw(st.sampled_from(after))]
-    if draw(st.booleans()):
-        ops.append(("masked", plan, round_, draw(st.sampled_from((0, 1)))))
-    return ops
+    attempt = draw(st.sampled_from((1, 1, 2)))
+    ready: Op = ("ready", plan, round_, adapter, attempt)
+    return [ready, *between, ("masked", plan, round_, 0), *after]
 
 
 @st.composite
