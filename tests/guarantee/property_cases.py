@@ -300,7 +300,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
 
 
 ROUND = ("train", "train", "train", "again")
-BETWEEN = ("files", "files", "withdraw", "restart", "copy", "put back")
+BETWEEN = ("files", "files", "withdraw", "restart", "start", "copy", "put back")
 
 
 @st.composite
@@ -379,7 +379,7 @@ def _studies(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
     the process of the first or in another; and the first one goes on."""
     second = replace(plan, name="two", cap=draw(st.sampled_from((1, 2, plan.cap))))
     files = {"records": tuple(draw(ward.rows()))}
-    grown, again = draw(st.booleans()), draw(st.sampled_from(((), ("restart",))))
+    grown, again = draw(st.booleans()), draw(st.sampled_from(((), ("restart",), ("start",))))
     ops = draw(living(0, plan, ward, versions=(1,)))
     ops += [("files", 2)] if grown else []
     ops += [again, ("prepare", 0)] if again else []
@@ -396,7 +396,7 @@ def _continuous(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story
     files = {"records": tuple(draw(ward.rows()))}
     between: list[tuple[Op, ...]] = [
         *((), (), (("withdraw", draw(st.sampled_from(OWNERS))),)),
-        (("restart",), ("prepare", 0)),
+        *((("start",), ("prepare", 0)), (("restart",), ("prepare", 0))),
         *(((("a rank ends",),),) if ward.processes > 1 else ()),
     ]
     ops: list[Op] = [("prepare", 0)]

@@ -479,6 +479,8 @@ PINNED = {
     "receipts-of-two-others": RECEIPTS,
     "a-folder-put-back": PUT_BACK,
     "a-folder-put-back-at-work": PUT_BACK_AT_WORK,
+    "a-restart-after-a-new-row": ATTESTED,
+    "a-restart-with-two-patients": TWO_PATIENTS,
 }
 
 
