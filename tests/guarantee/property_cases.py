@@ -113,7 +113,7 @@ def pairs() -> list[Axes]:
     }
     found = []
     while left:
-        axes: Axes = dict(min(left, key=repr))  # whatever they are hashed to
+        axes: Axes = dict(min(map(sorted, left), key=repr))  # in every process the same
         for name in (name for name in AXES if name not in axes):
             fits = [value for value in AXES[name] if possible(axes | {name: value})]
             axes[name] = max(

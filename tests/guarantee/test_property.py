@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 import fedtune.client.prepared
 import fedtune.client.site
 from fedtune.audit import selftest
-from fedtune.client import rank_process, secure_round, withdraw
+from fedtune.client import rank_process, secure_round, studies, withdraw
 from fedtune.client.site import SiteWorker
 from fedtune.config import Site, Study
 from fedtune.data.dataset import Dataset
@@ -296,6 +296,11 @@ def keeps_draws_in_its_folder(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SiteWorker, "__init__", begun)
 
 
+def starts_as_before_any_study(patch: pytest.MonkeyPatch) -> None:
+    """Let what is checked of the records keep the site away in mid-study, too."""
+    patch.setattr(studies, "under_way", lambda _: {})
+
+
 Leak = Callable[[pytest.MonkeyPatch], None]
 LEAKS: tuple[tuple[Leak, Case, str], ...] = (
     (by_the_true_count, pins.ORDINARY, "on the wire"),
@@ -315,6 +320,7 @@ LEAKS: tuple[tuple[Leak, Case, str], ...] = (
     (keeps_no_room, pins.MEMBERS, "on the wire"),
     (counts_in_a_receipt, pins.RECEIPTS, "on the wire"),
     (keeps_draws_in_its_folder, pins.PUT_BACK, "masked for two sets"),
+    (starts_as_before_any_study, pins.ATTESTED, "on the wire"),
 )
 
 

@@ -22,6 +22,7 @@ SEEN = {  # a bug, and the case that shows it
     "ranks-keep-the-first-records": "ranks-of-a-study-for-life",
     "a-full-disk-ends-the-pass": "a-disk-full-of-states",
     "a-receipt-counts-withdrawals": "receipts-of-two-others",
+    "a-restart-is-a-first-start": "a-restart-after-a-new-row",
 }
 # fmt: off
 MUTANTS = (
@@ -49,6 +50,35 @@ MUTANTS = (
         ),
         (f"{ONCE}[ranks-read-later]",),
         "a row is another record in another process, by one that came meanwhile",
+    ),
+    Mutant(
+        38, "a-draw-waits-in-the-folder", "fedtune/client/secure_round.py",
+        (
+            (
+                "    site.draws.keep(waiting)\n",
+                "    site.draws.keep(waiting)\n"
+                "    kept = (total, key.private_bytes_raw(), stated.text(), reserved,"
+                " waiting.events)\n"
+                '    (site.ledger.folder / "draw").write_bytes(pickle.dumps(kept))\n',
+            ),
+            ("import json\nimport logging\n", "import json\nimport logging\nimport pickle\n"),
+            (
+                "    waiting, study = site.draws.find(draw), prepared.study\n",
+                "    waiting, study = site.draws.find(draw), prepared.study\n"
+                '    file = site.ledger.folder / "draw"\n'
+                "    if waiting is None and file.exists():\n"
+                "        total, key, stated, *rest = pickle.loads(file.read_bytes())\n"
+                "        secret = type(masks.new_key()).from_private_bytes(key)\n"
+                "        waiting = Waiting(total, secret, parse(stated), *rest)\n",
+            ),
+            (
+                "    site.ledger.release(waiting.reservation, payload)\n",
+                "    site.ledger.release(waiting.reservation, payload)\n"
+                "    file.unlink(missing_ok=True)\n",
+            ),
+        ),
+        (f"{ONCE}[a-folder-put-back]",),
+        "a folder put back to before its draw was masked masks it for another set",
     ),
     one(
         "resources", "no-room-for-the-ledger", "fedtune/client/site.py",
