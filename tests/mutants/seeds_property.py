@@ -57,9 +57,9 @@ MUTANTS = (
             (
                 "    site.draws.keep(waiting)\n",
                 "    site.draws.keep(waiting)\n"
-                "    kept = (total, key.private_bytes_raw(), stated.text(), reserved,"
-                " waiting.events)\n"
-                '    (site.ledger.folder / "draw").write_bytes(pickle.dumps(kept))\n',
+                "    secret = key.private_bytes_raw()\n"
+                "    whole = total, secret, stated.text(), reserved, waiting.events\n"
+                '    (site.ledger.folder / "draw").write_bytes(pickle.dumps(whole))\n',
             ),
             ("import json\nimport logging\n", "import json\nimport logging\nimport pickle\n"),
             (
