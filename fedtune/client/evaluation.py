@@ -16,7 +16,7 @@ from fedtune.client.policy import admit, order_of, within_budget
 from fedtune.client.prepared import Prepared, step_summary
 from fedtune.config import Site, SiteEvaluation, Study
 from fedtune.dp import accountant
-from fedtune.dp.plan import DpPlan
+from fedtune.dp.plan import DpPlan, SitePlan
 from fedtune.dp.query import answer, query_plan
 from fedtune.errors import BudgetExceeded, PolicyRefused, describe
 from fedtune.ledger.entries import Charge
@@ -60,7 +60,8 @@ def answered(
     prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
     reserved = site.ledger.reserve(held_out.name, charge, digest(adapter), permit)
     prepared.network.load_frozen(prepared.frozen)
-    sums = answer(plan, _rows_or_none(study, data), site.log, round_)
+    ran = SitePlan(plan, make_room=make_room_after)
+    sums = answer(ran, _rows_or_none(study, data), site.log, round_)
     events = step_summary(site.log.steps(plan.study))
     payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
     site.ledger.release(reserved, payload)

@@ -187,7 +187,7 @@ class _Lead:
         self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows over all processes; in this one alone where another fails."""
+        """Sum the clipped rows over all processes; where that fails, the team has ended."""
         parameters = self._network.parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
@@ -195,9 +195,9 @@ class _Lead:
         try:
             self._group.send(header, [flat, rows])
             return sum_over_workers(self._group, sampled, dimension, clipped_sum)
-        except InfrastructureError as error:
+        except Exception as error:
             self._workers.give_up(error)
-            return clipped_sum(sampled)
+            raise
 
 
 # ------------------------------------------------------------------------------ the other ranks

@@ -46,6 +46,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.network import Network
+from fedtune.models.prefix_store import make_room_after
 from fedtune.models.rank_slice import rank_slice
 from fedtune.models.teacher import teacher_for
 from fedtune.registry import process_cache
@@ -363,10 +364,10 @@ class SiteWorker:
         if prepared.private is None:
             yield prepared.plan
         elif self.ranks is None:
-            yield SitePlan(prepared.private)
+            yield SitePlan(prepared.private, make_room=make_room_after)
         else:
             with self.ranks.running(prepared.study, data, prepared.frozen, columns) as team:
-                yield SitePlan(prepared.private, team)
+                yield SitePlan(prepared.private, team, make_room_after)
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Evaluate `adapter` on the held-out records with noise, or return the stored answer.

@@ -198,14 +198,17 @@ class DpPlan:
 
 @dataclass(frozen=True)
 class SitePlan:
-    """A private plan as a site's round runs it. team: other processes that sum some of the rows.
+    """A private plan as a site's round runs it. team: other processes that sum some of the rows;
+    make_room: is told why a sum failed, and frees what memory it can.
 
-    Guarantee: a sum that cannot be computed, for whatever reason, is a sum of nothing: the step is
-    noise alone and costs what it would have, since an error would be an answer about the records.
-    What went wrong is in this machine's own log."""
+    Guarantee: where rows cannot be summed together, whatever the reason, each is summed alone, and
+    only one for which that fails too is left out: one unit never decides whether the others are in
+    the sum. The step costs what it would have, and no error leaves it, which would be an answer
+    about the records. What went wrong is in this machine's own log."""
 
     plan: DpPlan
     team: Team | None = None
+    make_room: Callable[[BaseException], None] | None = None
 
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
@@ -220,18 +223,46 @@ class SitePlan:
         return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self)
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows, int64 (dimension,): zeros where that fails."""
+        """Sum the clipped rows, int64 (dimension,), in this process alone where the team fails."""
+
+        def summed(rows: list[int]) -> torch.Tensor:
+            return self._together_or_alone(rows, dimension, clipped_sum)
+
+        if self.team is not None:
+            try:
+                return self.team.total(sampled, dimension, summed)
+            except Exception as error:
+                _log.error("the other processes did not sum a step (%s)", describe(error))
+                self._free_after(error)
+        return summed(sampled)
+
+    def _together_or_alone(
+        self, rows: list[int], dimension: int, clipped_sum: ClippedSum
+    ) -> torch.Tensor:
+        """Sum the clipped rows; where that fails, with each row's sum made alone, and none of a row
+        for which that fails too. The same integers: no row's sum depends on who is beside it."""
         import torch
 
         try:
-            if self.team is None:
-                return clipped_sum(sampled)
-            return self.team.total(sampled, dimension, clipped_sum)
+            return clipped_sum(rows)
         except Exception as error:
-            _log.error(
-                "the rows of a step were not summed (%s): it is noise alone", describe(error)
-            )
-            return torch.zeros(dimension, dtype=torch.int64)
+            _log.error("rows were not summed together (%s): each is now alone", describe(error))
+            self._free_after(error)
+        total = torch.zeros(dimension, dtype=torch.int64)
+        for row in rows:
+            try:
+                alone = clipped_sum([row])
+            except Exception as error:
+                _log.error("a row was not summed (%s); it takes no part", describe(error))
+                self._free_after(error)
+            else:
+                total += alone
+                alone.zero_()
+        return total
+
+    def _free_after(self, error: BaseException) -> None:
+        if self.make_room is not None:
+            self.make_room(error)
 
 
 def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.config import PrivacyTable, Study
 from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import DpPlan
+from fedtune.dp.plan import DpPlan, StepPlan
 from fedtune.dp.steplog import StepLog
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def query_plan(study: Study) -> DpPlan:
     )
 
 
-def answer(plan: DpPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
+def answer(plan: StepPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
     """Compute the noised sums (Σ score, Σ 1), fp32 (2,). rows: (units, 2), zeroed afterwards."""
 
     def drawn_rows(units: list[int]) -> Iterator[Chunk]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,32 +83,91 @@ def test_a_missing_or_doubled_unit_releases_nothing(tmp_path: Path, given: list[
         make_plan().step(4, D, wrong, StepLog(tmp_path / "log"), 1)
 
 
-@pytest.mark.parametrize("how", ["here", "in the team", "a row is missing"])
+@pytest.mark.parametrize("how", ["raises", "a row is missing"])
 def test_a_sites_step_whose_rows_cannot_be_summed_is_noise_alone(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The twin is the plan itself, whose error would be an answer to the site's coordinator."""
 
     def gradients(rows: list[int]) -> Iterator[Chunk]:
-        if how == "here":
+        if how == "raises":
             raise ZeroDivisionError("Mrs Example")
-        yield Chunk(rows[how == "a row is missing" :], [torch.ones(len(rows), D)])
+        yield Chunk(rows[1:], [torch.ones(len(rows), D)])
 
+    log, plan = StepLog(tmp_path / "log"), make_plan(noise_multiplier=1e-6, divisor=4.0)
+    given = (4, D, gradients, log, 1)
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
+        plan.step(*given)
+    assert log.steps() == []
+    found = SitePlan(plan).step(*given)
+    assert 0 < float(found.abs().max()) < 1e-5
+    assert float(SitePlan(plan).noised_sum(*given).abs().max()) * plan.grid < 1e-4
+    assert len(log.steps()) == 2
+    assert "takes no part" in caplog.text and "Example" not in caplog.text
+
+
+class Short:
+    """Memory in which no more than `rows` rows are clipped at once, and none with `never` in it;
+    what was added before it ran out stays in the sum that was begun."""
+
+    def __init__(self, rows: int, never: float = math.inf) -> None:
+        self.rows, self.never = rows, never
+        self.freed = 0
+
+    def add_clipped(self, total: torch.Tensor, chunk: Chunk, *rest: Any) -> None:
+        fits = len(chunk.rows) <= self.rows and float(chunk.parts[0].max()) < self.never
+        ADD(total, chunk, *rest)
+        if not fits:
+            raise MemoryError
+
+    def free(self, error: BaseException) -> None:
+        assert isinstance(error, MemoryError)
+        self.freed += 1
+
+
+ADD = clip.add_clipped
+
+
+def values(rows: list[int]) -> Iterator[Chunk]:
+    yield Chunk(rows, [torch.tensor(rows).float()[:, None].expand(-1, 8) / 10 + 0.01])
+
+
+def together(plan: SitePlan, rows: list[int]) -> torch.Tensor:
+    return plan.total(rows, 8, lambda some: plan.plan.clipped_sum(some, 8, values))
+
+
+def zeros_for_all(plan: SitePlan, rows: list[int], dimension: int, honest: Any) -> torch.Tensor:
+    try:
+        return honest(rows)
+    except MemoryError:
+        return torch.zeros(dimension, dtype=torch.int64)
+
+
+def test_rows_that_cannot_be_summed_together_are_summed_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory runs out with the seventh row, or with whatever that row is: the sum of the others is
+    what it would be without it. Twin: one row decides about all."""
+    plan = make_plan()
+    whole, six = together(SitePlan(plan), [*range(7)]), together(SitePlan(plan), [*range(6)])
+    for memory, expected in ((Short(6), whole), (Short(7, never=0.6), six)):
+        with monkeypatch.context() as patch:
+            patch.setattr(clip, "add_clipped", memory.add_clipped)
+            site = SitePlan(plan, make_room=memory.free)
+            assert torch.equal(together(site, [*range(7)]), expected) and memory.freed
+            patch.setattr(SitePlan, "_together_or_alone", zeros_for_all)
+            lost = (together(site, [*range(6)]) - together(site, [*range(7)])).double().norm()
+            assert float(lost) * plan.grid > plan.max_grad_norm, "more than one row"
+
+
+def test_rows_that_a_team_cannot_sum_are_summed_here() -> None:
     class Failing:
         def total(self, *_: object) -> torch.Tensor:
             raise InfrastructureError("a rank is gone")
 
-    team, log = Failing() if how == "in the team" else None, StepLog(tmp_path / "log")
-    plan = make_plan(noise_multiplier=1e-6, divisor=4.0)
-    given = (4, D, gradients, log, 1)
-    with pytest.raises((ZeroDivisionError, InfrastructureError, RuntimeError)):
-        plan.step(*given, team)
-    assert log.steps() == []
-    found = SitePlan(plan, team).step(*given)
-    assert 0 < float(found.abs().max()) < 1e-5
-    assert float(SitePlan(plan, team).noised_sum(*given).abs().max()) * plan.grid < 1e-4
-    assert len(log.steps()) == 2
-    assert "noise alone" in caplog.text and "Example" not in caplog.text
+    plan = make_plan()
+    found = together(SitePlan(plan, Failing()), [*range(7)])
+    assert torch.equal(found, together(SitePlan(plan), [*range(7)])) and found.any()
 
 
 def test_gradients_are_wiped(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from fedtune.client import rank_process, secure_round, studies, withdraw
 from fedtune.client.site import SiteWorker
 from fedtune.config import Site, Study
 from fedtune.data.dataset import Dataset
-from fedtune.dp.plan import DpPlan
+from fedtune.dp import clip
+from fedtune.dp.plan import DpPlan, SitePlan
 from fedtune.errors import InfrastructureError
 from fedtune.ledger.ledger import Ledger
 from fedtune.models import lora, prefix_store
@@ -70,6 +71,33 @@ def test_rows_that_are_computed_beside_others_do_not_know_them(
     if case is None:
         pytest.skip("on this machine no kernel of this size depends on the number of rows")
     check(case, bases)
+
+
+@pytest.mark.parametrize("case", [pins.ORDINARY, pins.SHARED], ids=["alone", "shared noise"])
+def test_memory_that_runs_out_where_rows_are_clipped(
+    case: Case, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the rows of all the others at once, and not the unit's beside them; what was added
+    by then stays in the sum that was begun. Twin: the others' rows are given up with it."""
+    honest = clip.add_clipped
+
+    def add_clipped(total: torch.Tensor, chunk: clip.Chunk, *rest: Any) -> None:
+        honest(total, chunk, *rest)
+        if len(chunk.rows) > 6:
+            raise MemoryError
+
+    monkeypatch.setattr(clip, "add_clipped", add_clipped)
+    check(case, bases)
+    monkeypatch.setattr(SitePlan, "_together_or_alone", gives_the_rows_up)
+    with pytest.raises(AssertionError, match="the sum moved"):
+        check(case, bases)
+
+
+def gives_the_rows_up(_: Any, rows: list[int], dimension: int, clipped_sum: Any) -> torch.Tensor:
+    try:
+        return clipped_sum(rows)
+    except MemoryError:
+        return torch.zeros(dimension, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("story", STORIES)

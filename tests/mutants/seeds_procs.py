@@ -46,11 +46,21 @@ MUTANTS = (
         "copies of updates and keys stay in the state folder after kill -9",
     ),
     one(
-        "ranks", "a-rank-that-dies-costs-the-rows", RANKS,
-        "            self._workers.give_up(error)\n            return clipped_sum(sampled)\n",
-        "            raise\n",
+        "ranks", "a-rank-that-dies-costs-the-rows", PLAN,
+        "                self._free_after(error)\n        return summed(sampled)\n",
+        "                import torch\n"
+        "                return torch.zeros(dimension, dtype=torch.int64)\n"
+        "        return summed(sampled)\n",
         T_RANKS + "test_a_rank_that_dies_costs_time_alone_and_the_next_round_has_a_new_one",
         "what ends a process, as records that do not fit into its memory, is seen in the update",
+    ),
+    one(
+        "resources", "a-row-without-room-is-everybodys", PLAN,
+        "            return clipped_sum(rows)\n        except Exception as error:\n",
+        "            return clipped_sum(rows)\n        except Exception as error:\n"
+        "            return torch.zeros(dimension, dtype=torch.int64)\n",
+        "tests/dp/test_plan.py::test_rows_that_cannot_be_summed_together_are_summed_alone",
+        "whether the others' rows are in a sum follows from one unit's",
     ),
     one(
         "ranks", "ranks-keep-the-first-records", RANKS,
