@@ -248,7 +248,7 @@ class SitePlan:
         except Exception as error:
             _log.error("rows were not summed together (%s): each is now alone", describe(error))
             self._free_after(error)
-        total = torch.zeros(dimension, dtype=torch.int64)
+        added = torch.zeros(dimension, dtype=torch.int64)
         for row in rows:
             try:
                 alone = clipped_sum([row])
@@ -256,9 +256,9 @@ class SitePlan:
                 _log.error("a row was not summed (%s); it takes no part", describe(error))
                 self._free_after(error)
             else:
-                total += alone
+                added += alone
                 alone.zero_()
-        return total
+        return added
 
     def _free_after(self, error: BaseException) -> None:
         if self.make_room is not None:

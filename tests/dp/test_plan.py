@@ -99,7 +99,10 @@ def test_a_sites_step_whose_rows_cannot_be_summed_is_noise_alone(
     with pytest.raises((ZeroDivisionError, RuntimeError)):
         plan.step(*given)
     assert log.steps() == []
-    found = SitePlan(plan).step(*given)
+    try:
+        found = SitePlan(plan).step(*given)
+    except (ZeroDivisionError, RuntimeError):
+        pytest.fail("a row's error left the step")
     assert 0 < float(found.abs().max()) < 1e-5
     assert float(SitePlan(plan).noised_sum(*given).abs().max()) * plan.grid < 1e-4
     assert len(log.steps()) == 2

@@ -68,7 +68,7 @@ MUTANTS = (
                 '    file = site.ledger.folder / "draw"\n'
                 "    if waiting is None and file.exists():\n"
                 "        total, key, stated, *rest = pickle.loads(file.read_bytes())\n"
-                "        secret = type(masks.new_key()).from_private_bytes(key)\n"
+                "        secret = masks.X25519PrivateKey.from_private_bytes(key)\n"
                 "        waiting = Waiting(total, secret, parse(stated), *rest)\n",
             ),
             (
