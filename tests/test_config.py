@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,30 @@ def test_no_list_of_a_plan_is_longer_than_anybody_needs(tmp_path: Path, key: str
         except ConfigError as error:
             said = str(error)
         assert ("at most 1000 items" in said) == (len(entries) > 1000), said
+
+
+TEXTS: dict[str, Callable[[str], Any]] = {
+    "objective.template": lambda text: text[6:] + "{text}",
+    "objective.labels": lambda text: [text],
+    "start.descriptions": lambda text: {"a": text},
+}
+
+
+@pytest.mark.parametrize("key", TEXTS)
+def test_no_text_of_a_plan_is_longer_than_any_record(tmp_path: Path, key: str) -> None:
+    """A template goes round every record of every site. Twin: one character fewer."""
+    table, _, name = key.partition(".")
+    (tmp_path / "study.toml").write_text(STUDY)
+    study = json.loads(load_study(tmp_path / "study.toml").model_dump_json())
+    for characters in (16_385, 16_384):
+        study[table] = (study.get(table) or {}) | {name: TEXTS[key]("x" * characters)}
+        try:
+            study_from_json(json.dumps(study))
+            said = ""
+        except ConfigError as error:
+            said = str(error)
+        is_told = key in said and "at most 16384 characters" in said and "xx" not in said
+        assert is_told == (characters > 16_384), said
 
 
 def test_a_key_of_any_length_is_said_shortly(tmp_path: Path) -> None:

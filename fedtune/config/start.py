@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedtune.config.types import MOST_NAMES, Count, DataFile, Digest, Positive, Rank, Table
+from fedtune.config.types import MOST_NAMES, Count, DataFile, Digest, Positive, Rank, Table, Text
 
 
 class PreconditionerTable(Table):
@@ -28,7 +28,7 @@ class StartTable(Table):
     head: Literal["zero", "labels", "public"] = "zero"
     scale: Positive = 2.0  # length of each class's vector in the head
     # class -> words in its name's place
-    descriptions: dict[str, str] = Field(default_factory=dict, max_length=MOST_NAMES)
+    descriptions: dict[Text, Text] = Field(default_factory=dict, max_length=MOST_NAMES)
     digest: Digest | None = None  # filled in when the study starts
 
 

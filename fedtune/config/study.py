@@ -36,6 +36,7 @@ from fedtune.config.types import (
     SheetField,
     Source,
     Table,
+    Text,
 )
 from fedtune.registry.metrics import MetricName
 
@@ -122,7 +123,7 @@ class ObjectiveTable(Table):
     name: str  # of this release, or of an entry point fedtune.objectives
     max_length: Annotated[int, Field(ge=8, le=8192)] = 256
     labels: Names = ()  # classify: the public list of classes
-    template: str | None = None  # "… {text}" wrapped round a prompt; public
+    template: Text | None = None  # "… {text}" wrapped round a prompt; public
     # Of a record longer than max_length; truncate: the prompt, truncate_answer: the answer's end.
     overflow: Literal["reject", "truncate", "truncate_answer"] = "reject"
     append_eos: bool = True  # a completion or text ends with eos, itself a target

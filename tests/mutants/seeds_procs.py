@@ -82,7 +82,8 @@ MUTANTS = (
     ),
     one(
         "resources", "a-step-that-fails-fails-the-round", PLAN,
-        '                _log.error("a row was not summed (%s); it takes no part", describe(error))\n',
+        '                _log.error("a row was not summed (%s); it takes no part", '
+        "describe(error))\n",
         "                raise\n",
         T_PLAN + "test_a_sites_step_whose_rows_cannot_be_summed_is_noise_alone",
         "an exception that a record caused reaches the wire as a status",
