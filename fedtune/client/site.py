@@ -40,7 +40,7 @@ from fedtune.dp.steplog import StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused, describe
 from fedtune.files.room import bytes_for, room_to_write
 from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger, LedgerError
+from fedtune.ledger.ledger import Ledger, LedgerError, NoRoom
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
@@ -223,19 +223,29 @@ class SiteWorker:
         if anew or cached_view != view or cached is None:
             dataset = self._read(study, network, data)
             keep_counts(self.site, data, study, dataset)
-            self.ledger.declare(
-                data.name,
-                data.disjoint_from,
-                dataset.content_hash,
-                dataset.members,
-                data.cohort,
-                dataset.keys if study.continuous else None,
-            )
+            self._remember(study, data, dataset)
             cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = None if anew else view, cached
         elif (left := without_withdrawn(cached, self.home)) is not cached:
             self._cached[data.name] = view, (cached := left)
         return cached
+
+    def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> None:
+        """Enter a dataset's content in the ledger; where the disk has no room for all members, the
+        units' keys alone, by which it knows who takes part elsewhere and who arrives.
+
+        Errors: LedgerError."""
+        about = data.name, data.disjoint_from, dataset.content_hash
+        arrivals = dataset.keys if study.continuous else None
+        try:
+            self.ledger.declare(*about, dataset.members, data.cohort, arrivals)
+        except NoRoom as error:
+            log.warning(
+                "%s; until it has, and this client is started again, these records are not known "
+                "again where somebody declares them public",
+                error,
+            )
+            self.ledger.declare(*about, dataset.keys, data.cohort, arrivals, spare=False)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load a dataset as `data_for` does, in a study that this site takes part in; no records

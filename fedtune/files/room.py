@@ -15,6 +15,7 @@ from pathlib import Path
 log = logging.getLogger("fedtune.site")
 ROOM = "room"
 LEAST = 64 * 2**10  # bytes: less is not worth a file
+SPARE = 256 * 2**10  # bytes that are left to a ledger's entries by what can do without a disk
 
 
 def bytes_for(declared_size: int) -> int:
@@ -50,6 +51,22 @@ def room_to_write(folder: Path, size: int) -> Iterator[None]:
     finally:
         while size >= LEAST and not _allocate(path, size):
             size //= 2
+
+
+def has_room(folder: Path, size: int) -> bool:
+    """Return whether `folder`'s disk has `size` bytes beside those that are left to a ledger's
+    entries; True where the disk does not say, and a write will."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        disk = os.fstatvfs(descriptor)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return disk.f_bavail * disk.f_frsize >= size + SPARE
 
 
 def _give_up(path: Path) -> None:

@@ -43,6 +43,7 @@ from fedtune.ledger.files import (
     Head,
     LedgerError,
     NewerLedger,
+    NoRoom,
     ReceiptLog,
     prepare,
     read_head,
@@ -133,7 +134,7 @@ def _operational(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
             todo="wait for it, or find out why it hangs; then run again",
         )
     if any(cause in message for cause in ("full", "readonly", "unable to open", "I/O")):
-        return LedgerError(
+        return (NoRoom if "full" in message else LedgerError)(
             f"{path}: cannot be written ({message})",
             todo="free the disk or fix the permissions, then run again",
         )

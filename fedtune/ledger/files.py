@@ -30,6 +30,10 @@ class LedgerError(InfrastructureError):
     """The privacy ledger cannot be read, written or verified; nothing is trained meanwhile."""
 
 
+class NoRoom(LedgerError):
+    """The disk has no room for what was to be entered, and nothing was."""
+
+
 class NewerLedger(LedgerError):
     """A whole ledger in a format that this release does not know; nothing was written to it."""
 

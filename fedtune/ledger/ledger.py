@@ -27,11 +27,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import Refused
+from fedtune.errors import InfrastructureError, Refused
+from fedtune.files.room import has_room
 from fedtune.files.writing import replace
 from fedtune.ledger.account import Account
 from fedtune.ledger.chain import Database, Entry, Transaction, check_members, named
@@ -42,6 +45,7 @@ from fedtune.ledger.files import (
     RECEIPT,
     Head,
     LedgerError,
+    NoRoom,
     Receipt,
     head_in,
     opened_token,
@@ -59,8 +63,12 @@ __all__ = [
     "Head",
     "Ledger",
     "LedgerError",
+    "NoRoom",
     "Spent",
 ]
+
+log = logging.getLogger("fedtune.ledger")
+MEMBER_BYTES = 200  # at most, of one member in the database
 
 
 class Ledger:
@@ -71,6 +79,7 @@ class Ledger:
         self.folder = folder
         self._account = Account()
         self._store = Database(folder, self._account.fold)
+        self._unstored: dict[str, tuple[tuple[str, int, str], bytes]] = {}  # by study, the newest
         with self._store.writing() as writer:
             self._check_members(writer)
 
@@ -96,6 +105,7 @@ class Ledger:
         members: Iterable[bytes] = (),
         cohort: str = "first",
         keys: Iterable[bytes] | None = None,
+        spare: bool = True,
     ) -> None:
         """Sign a declaration of `dataset`: the others it shares no patient with, its content's
         hash, and its members (patient keys, record bytes), of which only salted hashes are kept.
@@ -103,9 +113,16 @@ class Ledger:
         Cheap where nothing changed; a member that was ever in the dataset stays its member; without
         a content hash, content and cohort stay as they were. keys: of each unit, where arrivals are
         kept. A key that was never a member arrives now, in a cohort of all such keys, whatever its
-        or other units' records are."""
+        or other units' records are. spare: leave room on the disk for the entries of rounds.
+        Errors: NoRoom, and nothing is entered, where the disk has too little for the members."""
         hashes = sorted({self._salted(member) for member in members})
         with self._store.writing() as writer:
+            new = len(set(hashes) - writer.hashes(dataset))
+            if spare and new and not has_room(self.folder, MEMBER_BYTES * new):
+                raise NoRoom(
+                    f"{self.folder}: the disk has no room for what the ledger remembers of records",
+                    todo="free space",
+                )
             previous = self._account.declared.get(dataset, {})
             arrival = None
             if keys is not None:
@@ -257,6 +274,9 @@ class Ledger:
     def release(self, reservation: int, update: bytes) -> None:
         """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
 
+        Where its disk has no room for them they are kept by this object alone: whether an update
+        is sent must not follow from what else, such as how many records, fills the disk. Whoever
+        asks again after a restart is then answered by another round, which is charged again.
         Errors: LedgerError where the reservation is unknown or used, or another process released
         this round first (send what `released` returns)."""
         with self._store.writing() as writer:
@@ -268,7 +288,7 @@ class Ledger:
                     f"{self.folder}: round {reserved.charge.round} was released by another process",
                     todo="nothing: it is sent again as it was released",
                 )
-            replace(self._path(reserved.slot), update, private=True)
+            self._store_bytes(reserved.slot, update)
             digest = hashlib.sha256(update).hexdigest()
             writer.append("release", {"reservation": reservation, "sha256": digest})
 
@@ -388,12 +408,36 @@ class Ledger:
         name = f"{outbox_prefix(study)}-{round_}-{outbox_prefix(adapter)}.bin"
         return self.folder / OUTBOX / name
 
+    def _store_bytes(self, slot: tuple[str, int, str], update: bytes) -> None:
+        """Write an update to the outbox, or keep it in memory, one of each study, where that fails
+        for want of room."""
+        path, kept = self._path(slot), (slot, update)
+        if has_room(self.folder, len(update)):
+            try:
+                replace(path, update, private=True)
+                self._unstored.pop(slot[0], None)
+                return
+            except InfrastructureError as error:
+                log.warning("%s", error)
+        with suppress(OSError):  # of an earlier release of this round
+            path.unlink()
+        self._unstored[slot[0]] = kept
+        log.warning(
+            "%s: the disk has no room for an update, which is kept in memory; if this process ends "
+            "before the coordinator has it, the round is trained and charged again; to do: free "
+            "space",
+            self.folder,
+        )
+
     def _released_bytes(self, slot: tuple[str, int, str]) -> bytes | None:
-        path, sha256 = self._path(slot), self._account.sent.get(slot)
-        if sha256 is None or not path.exists():
+        if (sha256 := self._account.sent.get(slot)) is None:
             return None
-        with named(self.folder):
-            content = path.read_bytes()
+        path, (unstored, content) = self._path(slot), self._unstored.get(slot[0], (None, b""))
+        if path.exists():
+            with named(self.folder):
+                content = path.read_bytes()
+        elif unstored != slot:
+            return None
         return content if hashlib.sha256(content).hexdigest() == sha256 else None
 
     def _check_members(self, writer: Transaction) -> None:

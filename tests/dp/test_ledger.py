@@ -16,8 +16,9 @@ import pytest
 from fedtune.dp.accountant import Steps
 from fedtune.errors import BudgetExceeded
 from fedtune.ledger import chain
+from fedtune.ledger import ledger as ledger_module
 from fedtune.ledger.entries import RULES, Charge
-from fedtune.ledger.ledger import Ledger, LedgerError
+from fedtune.ledger.ledger import Ledger, LedgerError, NoRoom
 from tests.dp.ledger_kit import CHAOS, STUDY, charge, run_round, yes
 
 
@@ -56,6 +57,48 @@ def test_the_same_bytes_are_sent_again_and_a_round_is_released_once(
         ledger.release(again, b"other noise, same round")
     assert ledger.released(STUDY, 1, "adapter 1") == body
     assert len(ledger.charges("notes")) == 2
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_an_update_without_room_is_kept_in_memory_and_sent(
+    ledger: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """Whether the disk says so before, or refuses the write. After a restart the round is charged
+    again, as one whose bytes are missing."""
+    with monkeypatch.context() as patch:
+        if full:
+            patch.setattr(ledger_module, "has_room", lambda *_: False)
+        else:
+            (folder / "outbox").write_bytes(b"no folder")
+        body = run_round(ledger, 1)
+        assert ledger.released(STUDY, 1, "adapter 1") == body and not list(folder.glob("outbox/*"))
+        assert ledger.released(STUDY, 1, "another adapter") is None
+        with pytest.raises(LedgerError, match="released by another process"):
+            ledger.release(ledger.reserve("notes", charge(1), "adapter 1", yes), b"other noise")
+        after = run_round(ledger, 2)
+        assert ledger.released(STUDY, 2, "adapter 2") == after, "of each study the newest"
+        assert ledger.released(STUDY, 1, "adapter 1") is None
+    if not full:
+        (folder / "outbox").unlink()
+    restarted = Ledger(folder)
+    assert restarted.released(STUDY, 2, "adapter 2") is None
+    assert len(restarted.charges("notes")) == 3
+    assert restarted.released(STUDY, 1, "adapter 1") is None
+    third = run_round(restarted, 3)
+    assert Ledger(folder).released(STUDY, 3, "adapter 3") == third, "stored once there is room"
+
+
+def test_members_without_room_are_not_entered_and_nothing_else_is(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "has_room", lambda _, size: size < 1000)
+    before = ledger.head
+    with pytest.raises(NoRoom, match="no room"):
+        ledger.declare("notes", (), "content", [bytes([n]) for n in range(9)])
+    assert ledger.head == before
+    ledger.declare("notes", (), "content", [bytes([n]) for n in range(9)], spare=False)
+    assert ledger.holds("notes", b"\x08") and ledger.head != before
+    ledger.declare("notes", (), "content", [bytes([n]) for n in range(9)])  # nothing new
 
 
 def test_a_crash_before_the_release_is_paid_twice(ledger: Ledger, folder: Path) -> None:

@@ -57,6 +57,10 @@ class LimitedDisk:
         finally:
             self._limit = limit
 
+    @property
+    def is_limited(self) -> bool:
+        return self._limit is not None
+
     def _has(self, what: str) -> bool:
         return self._disk is not None and self._disk.holds in (what, "both")
 
@@ -113,10 +117,13 @@ class LimitedDisk:
         return allocate
 
     def _fstatvfs(self, honest: Callable[..., Any]) -> Callable[..., Any]:
-        """Where both share this disk, so that the file of states can leave room for the ledger."""
+        """What is left, to the file of states where both share this disk, and to the ledger."""
 
         def fstatvfs(descriptor: int) -> Any:
-            if self._limit is None or not (self._has("states") and self._has("state")):
+            file = os.fstat(descriptor)
+            mine = self._folder.exists() and os.path.samestat(file, self._folder.stat())
+            limited = self._has("state") and (mine or self._has("states"))
+            if self._limit is None or not limited:
                 return honest(descriptor)
             used = sum(found.st_size for found in self._files) + self._states
             return SimpleNamespace(f_frsize=1, f_bavail=max(0, self._limit - used))

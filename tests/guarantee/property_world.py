@@ -263,7 +263,8 @@ class World:
         for number, (reply, size) in enumerate(answered for answered in asked if answered):
             said |= {f"{number}: {k}": v for k, v in facts(reply).items()}
             said[f"{number}: bytes"] = size
-        return said | {"files": self._files()}
+        full = self.disk.is_limited  # then an update may wait in memory instead
+        return said if full else said | {"files": self._files()}
 
     def ask(
         self, kind: str, plan: int, round_: int = 1, adapter: int | Crafted = 0

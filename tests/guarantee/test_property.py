@@ -38,7 +38,7 @@ from tests.guarantee.property_cases import STORIES, cases, pairs
 from tests.guarantee.property_files import bases_of
 from tests.guarantee.property_plans import Case
 from tests.guarantee.property_scan import SCANNED
-from tests.guarantee.property_world import check
+from tests.guarantee.property_world import check, compare
 from tests.secagg.test_twins import Stored
 
 EXAMPLES = 7  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
@@ -98,6 +98,25 @@ def gives_the_rows_up(_: Any, rows: list[int], dimension: int, clipped_sum: Any)
         return clipped_sum(rows)
     except MemoryError:
         return torch.zeros(dimension, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_disk_without_room_for_members_or_an_update(
+    whole: bool, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From one on which no round can be charged to one that takes both rounds. Twin: a ledger that
+    remembers records at any price, and keeps no room for its charges."""
+    if not whole:
+        monkeypatch.setattr(SiteWorker, "_remember", remembers_at_any_price)
+        monkeypatch.setattr(SiteWorker, "room_to_answer", lambda _: contextlib.nullcontext())
+    with contextlib.nullcontext() if whole else pytest.raises(AssertionError, match="on the wire"):
+        for size in range(5_000, 13_000, 2_000):
+            compare(pins.MEMBERS, bases, size)
+
+
+def remembers_at_any_price(site: Any, study: Study, data: Any, dataset: Dataset) -> None:
+    about = data.name, data.disjoint_from, dataset.content_hash, dataset.members, data.cohort
+    site.ledger.declare(*about, spare=False)
 
 
 @pytest.mark.parametrize("story", STORIES)
@@ -299,11 +318,6 @@ def a_full_disk_is_an_error(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PrefixStore, "keep", keep)
 
 
-def keeps_no_room(patch: pytest.MonkeyPatch) -> None:
-    """Let the ledger's members take what its charges need."""
-    patch.setattr(SiteWorker, "room_to_answer", lambda _: contextlib.nullcontext())
-
-
 def counts_in_a_receipt(patch: pytest.MonkeyPatch) -> None:
     """Name the ledger's entry by its number, as earlier releases did."""
     honest = withdraw._receipt
@@ -345,7 +359,6 @@ LEAKS: tuple[tuple[Leak, Case, str], ...] = (
     (ranks_read_for_themselves, pins.RANKS, "the sum moved"),
     (ranks_keep_what_they_have, pins.RANKS_FOR_LIFE, "the sum moved"),
     (a_full_disk_is_an_error, pins.STATES, "the sum moved"),
-    (keeps_no_room, pins.MEMBERS, "on the wire"),
     (counts_in_a_receipt, pins.RECEIPTS, "on the wire"),
     (keeps_draws_in_its_folder, pins.PUT_BACK, "masked for two sets"),
     (starts_as_before_any_study, pins.ATTESTED, "on the wire"),

@@ -148,10 +148,17 @@ MUTANTS = (
     ),
     _one(
         "hostile", "a-list-of-any-length-in-a-plan", "fedtune/config/types.py",
-        "Names = Annotated[tuple[str, ...], Field(max_length=MOST_NAMES)]",
-        "Names = Annotated[tuple[str, ...], Field()]",
+        "Names = Annotated[tuple[Text, ...], Field(max_length=MOST_NAMES)]",
+        "Names = Annotated[tuple[Text, ...], Field()]",
         "tests/test_config.py::test_no_list_of_a_plan_is_longer_than_anybody_needs",
         "a plan of 300,000 classes keeps a site busy for minutes",
+    ),
+    _one(
+        "hostile", "a-text-of-any-length-in-a-plan", "fedtune/config/types.py",
+        "Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]",
+        "Text = Annotated[str, Field()]",
+        "tests/test_config.py::test_no_text_of_a_plan_is_longer_than_any_record",
+        "a template of a gigabyte goes round every record of every site",
     ),
     _one(
         "hostile", "a-key-of-few-records-is-a-column", "fedtune/data/sources/_interface.py",

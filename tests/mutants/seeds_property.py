@@ -80,12 +80,39 @@ MUTANTS = (
         (f"{ONCE}[a-folder-put-back]",),
         "a folder put back to before its draw was masked masks it for another set",
     ),
-    one(
-        "resources", "no-room-for-the-ledger", "fedtune/client/site.py",
-        "return room_to_write(self.site.site.state, bytes_for(self._size))",
-        "return room_to_write(self.site.site.state, 0 * bytes_for(self._size))",
-        f"{ONCE}[a-disk-full-of-members]",
+    Mutant(
+        "resources", "members-come-before-charges", "fedtune/client/site.py",
+        (
+            (
+                "return room_to_write(self.site.site.state, bytes_for(self._size))",
+                "return room_to_write(self.site.site.state, 0 * bytes_for(self._size))",
+            ),
+            (
+                "self.ledger.declare(*about, dataset.members, data.cohort, arrivals)",
+                "self.ledger.declare(*about, dataset.members, data.cohort, arrivals, spare=False)",
+            ),
+            (
+                "            self.ledger.declare(*about, dataset.keys, data.cohort, arrivals, "
+                "spare=False)",
+                "            raise",
+            ),
+        ),
+        (
+            "tests/guarantee/test_property.py::"
+            "test_a_disk_without_room_for_members_or_an_update[True]",
+        ),
         "whether a round can be charged follows from how many records there are",
+    ),
+    one(
+        "resources", "an-update-without-room-fails-the-round", "fedtune/ledger/ledger.py",
+        "        if has_room(self.folder, len(update)):\n            try:\n"
+        "                replace(path, update, private=True)\n"
+        "                self._unstored.pop(slot[0], None)\n                return\n"
+        "            except InfrastructureError as error:\n"
+        '                log.warning("%s", error)\n',
+        "        replace(path, update, private=True)\n        return\n",
+        "tests/dp/test_ledger.py::test_an_update_without_room_is_kept_in_memory_and_sent",
+        "an answer is there or not by what fills the disk",
     ),
     one(
         31, "arrival-by-the-first-note", "fedtune/data/load.py",
