@@ -225,7 +225,8 @@ class Gateway:
             try:  # in a thread: others need not wait for its signature and its disk
                 leaf = await asyncio.to_thread(enrol.renew, self.home, record, signing_request)
                 return await self._say(peer, 200, leaf)
-            except FedtuneError as error:
+            except FedtuneError as error:  # whoever asked, the site may still ask for its own
+                self._renewed.pop(record.name, None)
                 raise Denied(403, str(error)) from None
         if request.method != b"POST" or call[1] not in FLEET:
             raise Denied(403, "not a path of the Fleet API")

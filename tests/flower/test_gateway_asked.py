@@ -69,9 +69,12 @@ def test_a_certificate_is_renewed_for_the_same_key_alone(world: World) -> None:
 
 
 def test_a_site_renews_once_a_minute(world: World) -> None:
-    """Each is a signature and a file on the disk."""
+    """Each is a signature and a file on the disk. What is refused is none of them: any account of
+    the site's machine can send it."""
     signed = {n: certs.request(certs.read_key(world.sites[n].keys / "tls.key"), n) for n in "ab"}
     with world.gateway(Limits(renewal=0.5)) as (_, port):
+        with connected(port, world.a) as line:
+            assert ask(line, "", path=module.RENEW, body=b"junk")[0] == 403
         with connected(port, world.a) as line:
             assert ask(line, "", path=module.RENEW, body=signed["a"])[0] == 200
             assert ask(line, "", path=module.RENEW, body=signed["a"])[0] == 429
