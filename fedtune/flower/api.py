@@ -264,6 +264,10 @@ def start_run(address: str, ca: bytes, secret: bytes, bundle: bytes, digest: str
     """Start a run at a new SuperLink.
 
     bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
+    # A claimed task is lost after half a minute without a heartbeat, and on a busy machine this,
+    # which its Grid needs, takes longer.
+    import flwr.superlink.grid  # noqa: F401
+
     with _control(address, ca, secret) as control:
         control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, bundle, {}))))
 

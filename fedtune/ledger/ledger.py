@@ -117,8 +117,8 @@ class Ledger:
         Errors: NoRoom, and nothing is entered, where the disk has too little for the members."""
         hashes = sorted({self._salted(member) for member in members})
         with self._store.writing() as writer:
-            new = len(set(hashes) - writer.hashes(dataset))
-            if spare and new and not has_room(self.folder, MEMBER_BYTES * new):
+            new = len(set(hashes) - writer.hashes(dataset)) if spare and hashes else 0
+            if new and not has_room(self.folder, MEMBER_BYTES * new):
                 raise NoRoom(
                     f"{self.folder}: the disk has no room for what the ledger remembers of records",
                     todo="free space",
