@@ -31,7 +31,8 @@ PLACES = Path("checkpoint") / "places.json"  # in a run: where those files are; 
 ANSWERS = "answers.json"  # in a run: base and adapter on the same public prompts; not signed
 LOCK = "lock"  # in a run, for as long as a process trains into it
 LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
-ADAPTER, HEAD = "adapter", "head.safetensors"  # what a run trained; in it, its head
+ADAPTER, HEAD = "adapter", "head.safetensors"  # what a run releases; in it, its head
+TRAINED = "trained"  # what the sites trained, where the public start is released
 
 
 def has_head(run: Path) -> bool:
@@ -102,8 +103,9 @@ def stopped_line(run: Path) -> str:
 
 def _pinned(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """Fill in the digests that a plan has and its study.toml leaves open."""
-    filled = dict(tables)
-    for key, value in tables.items():
+    # A digest that is left out of a study's JSON while it is open is in its plan's.
+    filled = tables | {key: None for key in plan.keys() - tables.keys() if key.endswith("digest")}
+    for key, value in filled.items():
         theirs = plan.get(key)
         if isinstance(value, dict) and isinstance(theirs, dict):
             filled[key] = _pinned(value, theirs)

@@ -109,8 +109,14 @@ def test_processors_are_shared_with_what_else_runs(monkeypatch: pytest.MonkeyPat
     assert processors(0.0) == processors(1.0) == 1.0 and processors(3.0) == 0.5
 
 
-def test_a_recipes_rate_fits_until_its_plan_is_edited(classify: Study, answer: Study) -> None:
-    for study in (classify, answer):
+def test_a_recipes_rate_fits_until_its_plan_is_edited(
+    classify: Study, answer: Study, tmp_path: Path
+) -> None:
+    few = test_presets.table(tmp_path / "few.csv", 30, 60)  # too few to learn from, so it steps
+    own = test_presets.records(tmp_path, size=40, evaluation=few)
+    steps = load_study(write(tmp_path / "steps", "classify", own)[0])
+    assert rate_note(classify.changed(privacy={"epsilon": 2.0}), (40, 40)) == ""  # it sends sums
+    for study in (steps, answer):
         assert rate_note(study, (40, 40)) == ""
         edited = study.changed(privacy={"epsilon": 2.0})
         said = rate_note(edited, (40, 40))

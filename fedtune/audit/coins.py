@@ -90,8 +90,8 @@ def one_run(
         for round_ in range(1, min(steps, plan.steps) + 1):
             clipped = _clipped(engine, canary_units, plan)
             update = local_round(loop, member, plan, log, round_, adapter)
-            attacker.observe(clipped, _sum(update, adapter, plan, training.learning_rate))
-            adapter = {name: adapter[name] + update[name] for name in adapter}
+            attacker.observe(clipped, _sum(update, plan, training.learning_rate))
+            adapter = {name: a + update.get(name, 0) for name, a in adapter.items()}
             network.load_trainable(adapter)
     claimed = accountant.epsilon(events(log.steps()), plan.delta)
     return _result(attacker.scores(), coins, len(log.lines), plan.delta, claimed)
@@ -166,7 +166,7 @@ def _clipped(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> tor
     return parts.view(everyone.n_units, plan.records, -1).sum(dim=1)
 
 
-def _sum(update: Arrays, adapter: Arrays, plan: DpPlan, learning_rate: float) -> np.ndarray:
+def _sum(update: Arrays, plan: DpPlan, learning_rate: float) -> np.ndarray:
     """Recover the noised sum (d,) from one SGD step's update."""
-    flat = np.concatenate([update[name].ravel() for name in sorted(adapter)])
+    flat = np.concatenate([update[name].ravel() for name in sorted(update)])
     return flat.astype(np.float64) * (-plan.divisor / learning_rate)

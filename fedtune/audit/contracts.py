@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ from fedtune.models.tiny import generated, random_base, tiny_network
 from fedtune.objectives import OBJECTIVES, resolve
 from fedtune.observe.trackers import TRACKERS, Tracker
 from fedtune.registry import Group
-from fedtune.strategies import STRATEGIES, Arrays, Strategy
+from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
+from fedtune.strategies import STRATEGIES, Arrays, Strategy, _posterior, discriminant
 
 GROUPS: dict[str, Group[Any]] = {
     group.name: group for group in (OBJECTIVES, STRATEGIES, MODALITIES, SOURCES, TRACKERS)
 }
 SHAPES = {"layer.B": (3, 2), "head.weight": (5,)}  # of an adapter that strategies are tried on
+CLASSES, DIRECTIONS, HIDDEN = 4, 3, 6  # of class statistics, and of the base's vectors
 ROUNDING = 2e-7  # relative: one rounding to fp32
 COMPANY = 1e-4  # relative: a loss beside others, in fp32
 SECRET = "Zaphod-Beeblebrox-1979"  # in a file that cannot be read; no message may repeat it
@@ -92,15 +94,18 @@ def study_for(
     modality: str | None = None,
     engine: str = "auto",
 ) -> Study:
-    """Make a private study on `base`: unit patient, an adapter in the last two blocks."""
+    """Make a private study on `base`: unit patient, an adapter in the last two blocks, or class
+    statistics of the frozen base."""
     table: dict[str, object] = {"name": name, "options": dict(options or {}), "max_length": 64}
-    if OBJECTIVES.build(name, options or {}).record_format == "label":
+    objective = OBJECTIVES.build(name, options or {})
+    if objective.record_format == "label":
         table["labels"] = ["yes", "no", "maybe"]
+    adapter = {"rank": 4, "modules": ["q_proj"], "last_layers": 2}
     tables = {
         "study": {"name": "check-plugin"},
         "base": {"model": base, "dtype": "float32", "modality": modality},
         "objective": table,
-        "lora": {"rank": 4, "modules": ["q_proj"], "last_layers": 2},
+        "lora": None if objective.directions else adapter,
         "training": {"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": engine},
         "clipping": {},
         "privacy": {"noise_multiplier": 1.6, "delta": 1e-4, "unit": "patient"},
@@ -231,26 +236,75 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
     | names, shapes and type | stay |
     | state | carries on after a restart as if there had been none |
     """
-    yield timed("no update", 0, lambda: _no_update(made))
+    bench = _Bench(made)
+    yield timed("no update", 0, lambda: _no_update(bench))
     if made().averages:
-        yield timed("identical updates", ROUNDING, lambda: _identical(made))
+        yield timed("identical updates", ROUNDING, lambda: _identical(bench))
     if made().is_mean:
-        yield timed("weighted mean", ROUNDING, lambda: _mean(made))
-    yield timed("order of arrival", ROUNDING, lambda: _order(made))
-    yield timed("inputs", 0, lambda: _inputs(made))
-    yield timed("names, shapes and type", 0, lambda: _forms(made))
-    yield timed("state", 0, lambda: _restarted(made))
+        yield timed("weighted mean", ROUNDING, lambda: _mean(bench))
+    yield timed("order of arrival", ROUNDING, lambda: _order(bench))
+    yield timed("inputs", 0, lambda: _inputs(bench))
+    yield timed("names, shapes and type", 0, lambda: _forms(bench))
+    yield timed("state", 0, lambda: _restarted(bench))
 
 
-def _arrays(seed: int) -> Arrays:
-    draw = np.random.default_rng(seed)
-    return {n: draw.standard_normal(shape).astype(np.float32) for n, shape in SHAPES.items()}
+class _Bench:
+    """Fresh strategies, each ready for its first round, and arrays that it is tried on: an adapter
+    with updates of its shapes, or a head with class statistics."""
+
+    def __init__(self, made: Callable[[], Strategy]) -> None:
+        self._made = made
+        self.of_statistics = made().of_statistics
+
+    def fresh(self) -> Strategy:
+        strategy = self._made()
+        if self.of_statistics:
+            draw = np.random.default_rng(0)
+            vectors = draw.standard_normal((4 * CLASSES, HIDDEN))
+            labels = np.arange(len(vectors)) % (CLASSES - 1)  # of one class there is no record
+            basis = _posterior.choose(vectors, None, DIRECTIONS, 0.5)
+            public = _posterior.public(basis, vectors, labels, CLASSES, None)
+            strategy.load_state(discriminant.state_of(basis, public))
+            sent = basis.directions[:DIRECTIONS].astype(np.float32)
+            strategy.prepare(statistics_study(), {CLASS_BASIS: sent})
+        return strategy
+
+    def adapter(self, seed: int) -> Arrays:
+        """Draw an adapter."""
+        shapes = {discriminant.WEIGHT: (CLASSES, HIDDEN), discriminant.BIAS: (CLASSES,)}
+        return self._drawn(seed, shapes if self.of_statistics else SHAPES)
+
+    def update(self, seed: int) -> Arrays:
+        """Draw a site's update."""
+        return self._drawn(
+            seed, {CLASS_SUMS: (CLASSES, DIRECTIONS + 1)} if self.of_statistics else SHAPES
+        )
+
+    def _drawn(self, seed: int, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+        draw = np.random.default_rng(seed)
+        return {n: draw.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
+
+    def round(self, strategy: Strategy, adapter: Arrays, seeds: Iterable[int]) -> Arrays:
+        """Run a round of updates with weights 1, 2, …"""
+        return self.round_of(strategy, adapter, [self.update(seed) for seed in seeds])
+
+    def round_of(self, strategy: Strategy, adapter: Arrays, updates: list[Arrays]) -> Arrays:
+        for weight, update in zip(itertools.count(1.0), updates, strict=False):
+            strategy.add(update, weight)
+        strategy.describe_round(100.0, 0.01)
+        return strategy.apply(adapter)
 
 
-def _round(strategy: Strategy, adapter: Arrays, updates: list[Arrays]) -> Arrays:
-    for weight, update in zip(itertools.count(1.0), updates, strict=False):
-        strategy.add(update, weight)
-    return strategy.apply(adapter)
+def statistics_study() -> Study:
+    """Make a study of class statistics, for a strategy that reads them."""
+    tables = {
+        "study": {"name": "check-plugin"},
+        "base": {"model": "any"},
+        "objective": {"name": "prototypes", "labels": list("abcdefghij"[:CLASSES])},
+        "training": {"rounds": 1, "sampling_rate": 1.0, "learning_rate": 1.0},
+        "privacy": "off",
+    }
+    return Study.model_validate_json(json.dumps(tables))
 
 
 def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
@@ -265,70 +319,75 @@ def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     return largest
 
 
-def _no_update(made: Callable[[], Strategy]) -> float:
-    fresh, adapter = made(), _arrays(0)
-    first = _apart(fresh.apply(adapter), adapter) + _apart(fresh.state(), made().state())
-    moved = _round(fresh, adapter, [_arrays(1)])
+def _no_update(bench: _Bench) -> float:
+    fresh, adapter = bench.fresh(), bench.adapter(0)
+    first = _apart(fresh.apply(adapter), adapter) + _apart(fresh.state(), bench.fresh().state())
+    moved = bench.round(fresh, adapter, [1])
     state = copy.deepcopy(fresh.state())
     return first + _apart(fresh.apply(moved), moved) + _apart(fresh.state(), state)
 
 
-def _identical(made: Callable[[], Strategy]) -> float:
+def _identical(bench: _Bench) -> float:
     worst = 0.0
     for count, seed in itertools.product((1, 2, 7), range(5)):
-        adapter, update = _arrays(seed), _arrays(seed + 1)
-        moved = _round(made(), adapter, [update] * count)
+        adapter, update = bench.adapter(seed), bench.update(seed + 1)
+        moved = bench.round_of(bench.fresh(), adapter, [update] * count)
         worst = max(worst, _apart(moved, {n: adapter[n] + update[n] for n in adapter}))
     return worst
 
 
-def _mean(made: Callable[[], Strategy]) -> float:
+def _mean(bench: _Bench) -> float:
     """Compare the step of two updates with the weighted mean of the steps of each alone."""
     worst = 0.0
     for seed in range(5):
-        adapter, updates = _arrays(seed), [_arrays(seed + 1), _arrays(seed + 2)]
-        first, second = (_round(made(), adapter, [update]) for update in updates)
+        adapter, seeds = bench.adapter(seed), [seed + 1, seed + 2]
+        first, second = (bench.round(bench.fresh(), adapter, [s]) for s in seeds)
         mean = {name: (first[name] + 2 * second[name].astype(float)) / 3 for name in adapter}
-        worst = max(worst, _apart(_round(made(), adapter, updates), mean))
+        worst = max(worst, _apart(bench.round(bench.fresh(), adapter, seeds), mean))
     return worst
 
 
-def _order(made: Callable[[], Strategy]) -> float:
+def _order(bench: _Bench) -> float:
     worst = 0.0
     for count, seed in itertools.product((2, 3, 6), range(5)):
-        in_order, shuffled, adapter = made(), made(), _arrays(999)
-        updates = [(_arrays(seed + k), 1.0 + k) for k in range(count)]
+        in_order, shuffled, adapter = bench.fresh(), bench.fresh(), bench.adapter(999)
+        updates = [(bench.update(seed + k), 1.0 + k) for k in range(count)]
         for update, weight in updates:
             in_order.add(update, weight)
         for k in np.random.default_rng(seed).permutation(count):
             shuffled.add(*updates[k])
+        for strategy in (in_order, shuffled):
+            strategy.describe_round(100.0, 0.01)
         worst = max(worst, _apart(in_order.apply(adapter), shuffled.apply(adapter)))
         if _apart(in_order.state(), shuffled.state()) > 1e-12:
             return math.inf
     return worst
 
 
-def _inputs(made: Callable[[], Strategy]) -> float:
-    adapter, updates = _arrays(0), [_arrays(1), _arrays(2)]
-    _round(made(), adapter, updates)
-    return sum(_apart(array, _arrays(k)) for k, array in enumerate([adapter, *updates]))
+def _inputs(bench: _Bench) -> float:
+    adapter, updates = bench.adapter(0), [bench.update(1), bench.update(2)]
+    bench.round_of(bench.fresh(), adapter, updates)
+    changed = sum(_apart(array, bench.update(k)) for k, array in enumerate(updates, 1))
+    return changed + _apart(adapter, bench.adapter(0))
 
 
-def _forms(made: Callable[[], Strategy]) -> float:
-    moved = _round(made(), _arrays(0), [_arrays(1), _arrays(2), _arrays(3)])
+def _forms(bench: _Bench) -> float:
+    adapter = bench.adapter(0)
+    moved = bench.round(bench.fresh(), adapter, [1, 2, 3])
     forms = {name: (array.shape, array.dtype) for name, array in moved.items()}
-    return float(forms != {name: (shape, np.dtype("float32")) for name, shape in SHAPES.items()})
+    expected = {name: (array.shape, np.dtype("float32")) for name, array in adapter.items()}
+    return float(forms != expected)
 
 
-def _restarted(made: Callable[[], Strategy]) -> float:
-    through, restarted = made(), made()
-    adapter = _round(through, _arrays(0), [_arrays(1), _arrays(2)])
+def _restarted(bench: _Bench) -> float:
+    through, restarted = bench.fresh(), bench.fresh()
+    adapter = bench.round(through, bench.adapter(0), [1, 2])
     state = through.state()
     if any(array.dtype != np.float64 for array in state.values()):
         return math.inf
     restarted.load_state(copy.deepcopy(state))
-    first = _round(through, adapter, [_arrays(3), _arrays(4)])
-    second = _round(restarted, adapter, [_arrays(3), _arrays(4)])
+    first = bench.round(through, adapter, [3, 4])
+    second = bench.round(restarted, adapter, [3, 4])
     return _apart(first, second) + _apart(through.state(), restarted.state())
 
 

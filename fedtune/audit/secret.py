@@ -171,10 +171,12 @@ def _extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> in
 def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
     """Compute each record's loss in the network as it is loaded, fp64 (records,)."""
     objective = resolve(study.objective)
-    if objective.teacher_spec:  # the student's loss on the record's answer, not on the teacher's
+    # A student's loss is on the record's answer, not on the teacher's; that of a classifier made of
+    # class statistics is the classifier's.
+    if objective.teacher_spec or objective.directions:
         name = "classify" if study.objective.labels else "causal_lm"
-        non_distilled = study.objective.model_copy(update={"name": name, "options": {}})
-        objective = resolve(non_distilled)
+        judged = study.objective.model_copy(update={"name": name, "options": {}})
+        objective = resolve(judged)
     losses_of = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(losses_of))):
         if objective.record_format == "unpaired_preference":

@@ -221,7 +221,7 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
     """Each row by plain autograd, one record at a time, fp64."""
     data = CachedDataset(bench.network, bench.data)
     objective = resolve(bench.study.objective)
-    named = bench.network.parameters()
+    named = bench.network.update_parameters()
     gradients = []
     for index in range(len(bench.data.examples)):
         (batch,) = data.batches([index])

@@ -45,7 +45,8 @@ def prepare(message: Message, context: Context) -> Message:
             answer["status"] = "finished"
             return site.finish(study.digest)
         check_watch(study, context.node_config.get("watch"))
-        frozen = read_frozen(message.content.array_records["frozen"], study.lora)
+        sent, has_basis = message.content.array_records["frozen"], study.objective.basis_digest
+        frozen = read_frozen(sent, study.lora, has_basis=has_basis is not None)
         with site.room_to_answer():
             admission = site.prepare(study, frozen, coordinator)
             answer |= admission.fields()

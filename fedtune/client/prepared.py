@@ -81,12 +81,13 @@ class Prepared:
         return self.plan if isinstance(self.plan, DpPlan) else None
 
 
-def check_waiting_update(prepared: Prepared, round_: int, adapter: Arrays, payload: bytes) -> None:
+def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> None:
     """Check that a stored update still has the shapes that this site would send.
 
     Errors: PolicyRefused where the site was restarted with another rank after it trained."""
     columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
-    trained = {name: trained_slice(name, array, columns).shape for name, array in adapter.items()}
+    sent = prepared.network.update_parameters().items()
+    trained = {name: tuple(trained_slice(name, values, columns).shape) for name, values in sent}
     expected = layout(trained, prepared.study.wire.update)
     if shapes(load(payload)) != {name: form.shape for name, form in expected.items()}:
         raise PolicyRefused(

@@ -188,7 +188,7 @@ class _Lead:
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
         """Sum the clipped rows over all processes; where that fails, the team has ended."""
-        parameters = self._network.parameters().values()
+        parameters = self._network.update_parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
         header = {"do": "add", "dimension": dimension, "columns": self._columns}

@@ -298,7 +298,7 @@ class SiteWorker:
         if payload is None:
             payload = self._trained(prepared, round_, adapter, adapter_digest)
         else:
-            check_waiting_update(prepared, round_, adapter, payload)
+            check_waiting_update(prepared, round_, payload)
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:

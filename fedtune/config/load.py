@@ -85,8 +85,13 @@ def _check_modules(study: Study, where: str) -> None:
     from fedtune import objectives, strategies
 
     try:
-        strategies.build(study)
-        objectives.resolve(study.objective)
+        strategy, objective = strategies.build(study), objectives.resolve(study.objective)
+        if strategy.of_statistics != (objective.directions > 0):
+            raise ConfigError(
+                f"objective.name = {study.objective.name!r} and strategy.name = "
+                f"{study.strategy.name!r} do not fit: one is of class statistics, one of changes",
+                'objective "prototypes" with strategy "discriminant", or neither',
+            )
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.happened}", error.expected, error.todo) from None
 

@@ -33,7 +33,13 @@ class StartTable(Table):
 
 
 class SelectionTable(DataFile):
-    """Public records by which the coordinator chooses how far each round moves the adapter. None of
-    them may be in [evaluation], whose figures would then be of records that chose the adapter."""
+    """Public records by which the coordinator chooses how far each round moves the adapter, and
+    what is released. None of them may be in [evaluation], whose figures would then be of records
+    that chose the adapter."""
 
     patience: Count = 3  # rounds in a row of which no step lowers the loss; then the study ends
+    # "better": of the trained adapter and its public start ([start]) the one with the better metric
+    # on these records; of two alike the trained one.
+    release: Literal["better", "trained"] = Field(
+        default="better", exclude_if=lambda rule: rule == "better"
+    )

@@ -127,6 +127,8 @@ class ObjectiveTable(Table):
     # Of a record longer than max_length; truncate: the prompt, truncate_answer: the answer's end.
     overflow: Literal["reject", "truncate", "truncate_answer"] = "reject"
     append_eos: bool = True  # a completion or text ends with eos, itself a target
+    # The public basis of class statistics; filled in when the study starts.
+    basis_digest: Digest | None = Field(default=None, exclude_if=lambda digest: digest is None)
     # of the objective itself, e.g. beta
     options: dict[str, Finite | str] = Field(default_factory=dict, max_length=MOST_NAMES)
 

@@ -69,12 +69,15 @@ class Evaluator:
             raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
         self._objective = resolve(study.objective)
         self.metric, self.classify = table.metric, self._objective.record_format == "label"
+        self._labels = study.objective.labels if self.classify else ()
         self.paired = self._objective.record_format in PREFERENCES
         _check(table, study.objective.name, self._objective.record_format)
         self.network: Network = build(study)
-        # An adapter is the same with and without the preconditioner that trained it.
+        # An adapter is the same with and without what it was trained by: the preconditioner, or the
+        # basis of class statistics.
         lora = study.lora and study.lora.model_copy(update={"preconditioner": None})
-        plain = study.model_copy(update={"lora": lora})
+        objective = study.objective.model_copy(update={"basis_digest": None})
+        plain = study.model_copy(update={"lora": lora, "objective": objective})
         self._factor = self.network.adopt(plain, frozen or {})
         data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
         self.rejected, self.n_cut = data.rejected, data.n_cut
@@ -94,6 +97,12 @@ class Evaluator:
 
     def __len__(self) -> int:
         return len(self._gold)
+
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """The study's classes of which there is no record here."""
+        found = set(self._gold.tolist())
+        return tuple(n for i, n in enumerate(self._labels) if i not in found)
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]:
         """The study's metric and the loss (nats, mean over records) with `adapter`; None is the

@@ -219,6 +219,9 @@ class _Predictor:
         if study.lora:  # the saved A is loaded, however it was initialised
             adopted = {"a_init": "public", "a_digest": None, "preconditioner": None}
             study = study.model_copy(update={"lora": study.lora.model_copy(update=adopted)})
+        # Of class statistics a finished run keeps the head that was made of them, and no basis.
+        asked_of = study.objective.model_copy(update={"basis_digest": None})
+        study = study.model_copy(update={"objective": asked_of})
         frozen = {name: value for name, value in saved.items() if "lora_A" in name}
         self._frozen = self._network.adopt(study, frozen)
         trained = picked(saved, self._network.parameters(), run.folder / "adapter")

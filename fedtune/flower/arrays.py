@@ -12,6 +12,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 
 from fedtune.config import LoraTable
+from fedtune.registry.arrays import CLASS_BASIS, CLASS_MEAN, MOST_DIRECTIONS
 from fedtune.wire.codec import (
     GROWTH,
     VALUES,
@@ -96,10 +97,15 @@ def read_agreed(record: ArrayRecord, agreed: Shapes) -> Arrays:
     return decode(from_record(record), agreed)
 
 
-def read_frozen(record: ArrayRecord, lora: LoraTable | None) -> Arrays:
+def read_frozen(record: ArrayRecord, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
     """Decode the frozen arrays of a plan, fp32, checked before any is read: LoRA's A, of `rank`
-    rows, where it comes from public text, and the preconditioner's W. Errors: WireError."""
+    rows, where it comes from public text, and the preconditioner's W; or basis and mean of class
+    statistics, where the plan names their digest. Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
+    if has_basis and lora is None:
+        _check_basis(shapes)
+        check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
+        return from_record(record)
     if shapes and (lora is None or (lora.a_init == "seed" and not lora.preconditioner)):
         raise WireError("arrays that the plan has no use for")
     if len(shapes) > MATRICES or any(len(name) > LONGEST_NAME for name in shapes):
@@ -109,6 +115,15 @@ def read_frozen(record: ArrayRecord, lora: LoraTable | None) -> Arrays:
             raise WireError("a matrix of another shape than the plan gives it")
     check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
     return from_record(record)
+
+
+def _check_basis(shapes: Shapes) -> None:
+    """Check that there are basis (k, H) and mean (H,) of class statistics. Errors: WireError."""
+    basis, mean = shapes.get(CLASS_BASIS, ()), shapes.get(CLASS_MEAN, ())
+    if set(shapes) != {CLASS_BASIS, CLASS_MEAN} or len(basis) != 2 or mean != basis[1:]:
+        raise WireError("no basis of class statistics, which the plan names")
+    if not (0 < basis[0] <= MOST_DIRECTIONS and 0 < basis[1] <= WIDEST):
+        raise WireError("a basis of another shape than a plan can have")
 
 
 def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:

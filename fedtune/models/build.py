@@ -20,13 +20,14 @@ def build(study: Study, base: Base | None = None) -> Network:
 
     Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
     base = base or find_base(study.base.model, study.base.digest)
-    outputs = resolve(study.objective).outputs
+    objective = resolve(study.objective)
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
     # studies that differ in them share it.
     apart = {"a_digest": None, "a_init": "seed", "min_rank": None, "preconditioner": None}
     lora = study.lora and study.lora.model_copy(update=apart)
     dtype, stored = dtype_of(study.base.dtype), study.base.quantisation
-    return _build(base, dtype, lora, outputs, stored, study.base.modality)
+    trained = objective.outputs, objective.directions
+    return _build(base, dtype, lora, trained, stored, study.base.modality)
 
 
 @process_cache.cached("networks")
@@ -34,12 +35,14 @@ def _build(
     base: Base,
     dtype: torch.dtype,
     lora: LoraTable | None,
-    outputs: int,
+    trained: tuple[int, int],
     quantisation: QuantisationTable | None,
     modality: str | None,
 ) -> Network:
+    """trained: the objective's outputs and directions."""
     report(f"loading the base {base.name}")
-    return Network(base, dtype, lora, outputs, quantisation, modality)
+    outputs, directions = trained
+    return Network(base, dtype, lora, outputs, quantisation, modality, directions)
 
 
 def dtype_of(name: str) -> torch.dtype:

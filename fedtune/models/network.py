@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -33,13 +34,15 @@ from fedtune.bases.architecture import (
 from fedtune.bases.find import Base, load_backbone, load_tokenizer
 from fedtune.bases.quantise import quantise
 from fedtune.config import LoraTable, QuantisationTable, Study
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, ModelError
 from fedtune.models import lora as lora_module
 from fedtune.models import preconditioner
+from fedtune.models.class_statistics import ClassStatistics
 from fedtune.models.lora import Arrays, load_into
 from fedtune.models.loss import head_loss
 from fedtune.models.prefix_store import HiddenStates
 from fedtune.models.split import Split, cut
+from fedtune.registry.arrays import CLASS_SUMS
 from fedtune.run_folder import HEAD
 
 
@@ -55,7 +58,10 @@ class Network:
         labels: int,
         quantisation: QuantisationTable | None = None,
         modality: str | None = None,
+        directions: int = 0,
     ) -> None:
+        """labels: outputs of the trained head, 0 for the model's own; directions: of the public
+        basis, where class statistics are trained for that head, else 0."""
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base, self.dtype, self.kind = base, dtype, base.kind
@@ -75,6 +81,11 @@ class Network:
         if self.head is not None:
             nn.init.zeros_(self.head.weight)  # public, and the same at every site
             nn.init.zeros_(self.head.bias)
+        self.statistics: ClassStatistics | None = None
+        if directions:
+            if lora:
+                raise ConfigError("class statistics are of a frozen base", "no [lora] table")
+            self.statistics = ClassStatistics(self.hidden_size, directions, labels, self.device)
         self._split: Split | None = None
         self._projects = lora is not None and PROJECTOR in lora.modules
         if lora:
@@ -156,7 +167,9 @@ class Network:
             holder["backbone"] = self._split.tail if self._split else self._backbone
         if self._projects and self._parts.projector is not None:
             holder["projector"] = self._parts.projector
-        if self.head is not None:
+        if self.statistics is not None:
+            holder["statistics"] = self.statistics
+        elif self.head is not None:
             holder["head"] = self.head
         return holder
 
@@ -267,6 +280,14 @@ class Network:
         assert self._lm_head is not None
         return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
 
+    def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
+        """Compute the products (B, V) fp32 of vectors' class statistics with what is trained of
+        them. Errors: ModelError where the network has no such statistics."""
+        if self.statistics is None:
+            raise ModelError("this network has no class statistics", "an objective with directions")
+        products: torch.Tensor = self.statistics(vectors, count_weight)
+        return products
+
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool to one vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
         A head alone on a speech base: the mean over the tower's frames."""
@@ -306,6 +327,13 @@ class Network:
             named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
         return dict(sorted(named.items()))
 
+    def update_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters whose change a site sends, by name, in name order: the adapter's own, or the
+        class statistics of which the coordinator makes it."""
+        if self.statistics is None:
+            return self.parameters()
+        return {CLASS_SUMS: cast(nn.Parameter, self.statistics.sums.weight)}
+
     def trainable(self) -> Arrays:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
@@ -314,19 +342,28 @@ class Network:
         return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
-        """Load the trainable arrays. Errors: ModelError when names or shapes differ from this
-        network's, or an entry is not finite, or larger than LARGEST."""
+        """Load the trainable arrays; class statistics start at zero again. Errors: ModelError when
+        names or shapes differ from this network's, or an entry is not finite, or larger than
+        LARGEST."""
         load_into(self.parameters(), arrays)
+        if self.statistics is not None:
+            self.statistics.reset()
 
     def draw_factor(self, seed: int) -> Arrays:
         """Draw LoRA's A from a public seed, equal on every machine; load and return it."""
+        if self.statistics is not None:
+            self.statistics.draw(seed)
+            return self.statistics.arrays()
         drawn = lora_module.draw(self._factor, seed)
         self.load_frozen(drawn)
         return drawn
 
     def adopt(self, study: Study, received: Arrays) -> Arrays:
         """Load and return what `study` never trains: A, drawn from the public seed or as received,
-        and the preconditioner, if the plan has one. Errors: ModelError where it is another's."""
+        and the preconditioner, if the plan has one; or the basis of class statistics. Errors:
+        ModelError where it is another's."""
+        if self.statistics is not None:
+            return self._adopt_basis(study, received)
         if study.lora is None:
             return {}
         factor, outputs = preconditioner.divided(received)
@@ -338,17 +375,34 @@ class Network:
         self.load_frozen(whole)
         return whole
 
+    def _adopt_basis(self, study: Study, received: Arrays) -> Arrays:
+        """Load the basis of class statistics; one from the public seed where the plan has none, as
+        for a run that is over. Errors: ModelError."""
+        assert self.statistics is not None
+        expected = study.objective.basis_digest
+        if not received and expected is None:
+            return self.draw_factor(study.study.seed)
+        self.statistics.load(received)
+        if expected not in (None, lora_module.digest(received)):
+            raise ModelError("the basis is not the plan's", "objective.basis_digest")
+        return received
+
     def initial(self, factor: Arrays) -> Arrays:
         """Return round 0's trainable arrays: B and head zero; A as in `factor` where it trains."""
         return {n: factor.get(n, array) for n, array in self.zero().items()}
 
     def frozen_factor(self) -> Arrays:
-        """Return LoRA's A by name; empty for a head alone."""
+        """Return LoRA's A by name, or the basis of class statistics; empty for a head alone."""
+        if self.statistics is not None:
+            return self.statistics.arrays()
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
         """Load A, and the preconditioner among `arrays` or none; does nothing where the same were
-        loaded last and A is unchanged since. Errors: as `load_trainable`."""
+        loaded last and A is unchanged since. Of class statistics the basis. Errors: as
+        `load_trainable`."""
+        if self.statistics is not None:
+            return self.statistics.load(arrays)
         versions = self._factor_versions()
         if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != versions:
             factor, self.preconditioner = preconditioner.divided(arrays)

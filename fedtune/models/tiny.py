@@ -45,11 +45,14 @@ def tiny_network(study: Study, base: Base) -> Network:
     Errors: whatever transformers raises where the architecture cannot be made this small."""
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
-        outputs = resolve(study.objective).outputs
+        objective = resolve(study.objective)
         lora = study.lora and _scaled(study.lora, *layers)
         small = find_base(name)
         stored, modality = study.base.quantisation, study.base.modality
-        network = Network(small, torch.float32, lora, outputs, stored, modality)
+        network = Network(
+            *(small, torch.float32, lora, objective.outputs, stored, modality),
+            directions=min(objective.directions, HIDDEN),
+        )
     draw = np.random.default_rng(study.study.seed)
     if study.lora and (table := study.lora.preconditioner):
         made = {

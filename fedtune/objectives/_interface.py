@@ -40,6 +40,10 @@ class Network(Protocol):
     def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Compute the negative log-likelihood (nats) of next tokens, (n,) fp32."""
 
+    def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
+        """Compute (B, V) fp32, linear in the class sums that are trained: the gradient of entry c
+        of a record is its bounded features, and `count_weight`, in row c."""
+
     def base_only(self) -> AbstractContextManager[None]:
         """Disable the adapter within the block."""
 
@@ -120,6 +124,17 @@ class Objective(ABC):
     def outputs(self) -> int:
         """Number of outputs of the trained head; 0: the model's own head."""
         return 0
+
+    @property
+    def directions(self) -> int:
+        """Number of public directions in which a site sums its records' vectors by class; 0: what
+        is sent is a change of the adapter."""
+        return 0
+
+    @property
+    def count_weight(self) -> float:
+        """What a record adds to its class's count, where class statistics are sent."""
+        return 0.0
 
     @property
     def scores(self) -> bool:

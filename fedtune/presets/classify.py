@@ -1,8 +1,9 @@
 """Classes of texts: a head on a frozen sentence encoder.
 
-The head starts at the logistic regression on a part of the public records, or without any at what
-the encoder makes of the classes' names, and takes twenty steps of all units with momentum. Measured
-on MTS-Dialog and ACI-Bench (docs/quality.md)."""
+With public records that have classes, the sites release their class statistics once, and the head
+is a discriminant of these and of the public records. Without any, the head starts at what the
+encoder makes of the classes' names and takes twenty steps of all units with momentum. Measured in
+docs/quality.md."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from fedtune.config.templates import quoted
 from fedtune.dp.accountant import calibrate
 from fedtune.errors import ConfigError
 from fedtune.presets import _public
+from fedtune.strategies._posterior import WEIGHT, directions_for
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
@@ -31,9 +33,10 @@ MOMENTUM, SELECTED = 0.9, 0.5  # where nothing chooses the step, and where selec
 NOISE = 0.14  # standard deviation of a weight's noise after the last round
 LONGEST = 1.0  # step, where there is hardly any noise
 # Of a patient's gradient, whose length is that of the encoder's vector (√384 and more) times how
-# far off the head is. A fitted head is right about most patients; those that it is wrong about must
-# weigh more. Names are wrong about most, and all are clipped.
-BOUND, NAMED_BOUND = 10.0, 1.0
+# far off the head is. Names are wrong about most patients, and all are clipped.
+NAMED_BOUND = 1.0
+# Of a patient's class statistics: features of length 1, and the weight of a count.
+BOUND_OF_SUMS = 1.1181
 
 
 def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
@@ -51,23 +54,38 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
         raise ConfigError(
             f"--evaluation: the label {unknown[0]!r} is none of --label", "one of them"
         )
-    momentum = SELECTED if "selection" in public else MOMENTUM
-    fitted = "public" in public
-    bound = BOUND if fitted else NAMED_BOUND
     columns = presets.column_lines("classify", records)
+    fitted = "public" in public
     values = presets.head(
         records,
         name=quoted(name),
         model=quoted(records.base or MODEL),
         labels=presets.listed(labels),
-        rounds=ROUNDS,
-        rate=f"{learning_rate(records, momentum) / bound:.2g}",
-        bound=bound,
-        momentum=momentum,
-        head=FITTED if fitted else NAMED,
-        tables=_public.tables(WHAT, public, columns, 'metric = "accuracy"\n'),
+        tables=_public.tables(WHAT if fitted else JUDGED, public, columns, 'metric = "accuracy"\n'),
+        **(_statistics(records, len(labels), public) if fitted else _steps(records, public)),
     )
-    return STUDY.format_map(values)
+    return (STATISTICS if fitted else STEPS).format_map(values)
+
+
+def _statistics(
+    records: Records, classes: int, public: Mapping[str, _public.Rows]
+) -> dict[str, object]:
+    """Fill in a plan of class statistics."""
+    sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
+    directions = directions_for(
+        classes=classes,
+        records=len(public["public"]),
+        noise=sigma * math.sqrt(records.sites),
+        units=sum(records.declared_sizes),
+    )
+    return {"directions": directions, "count_weight": WEIGHT, "bound": BOUND_OF_SUMS}
+
+
+def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, object]:
+    """Fill in a plan of gradient steps."""
+    momentum = SELECTED if "selection" in public else MOMENTUM
+    rate = f"{learning_rate(records, momentum) / NAMED_BOUND:.2g}"
+    return {"rounds": ROUNDS, "rate": rate, "bound": NAMED_BOUND, "momentum": momentum}
 
 
 def learning_rate(records: Records, momentum: float) -> float:
@@ -82,14 +100,54 @@ def learning_rate(records: Records, momentum: float) -> float:
     return min(LONGEST, NOISE / noise)
 
 
-FITTED = 'head = "public"                      # the head starts at a regression on [public]'
-NAMED = 'head = "labels"                      # the head starts at what the base makes of names'
 WHAT = {
-    "public": "# public records that the head learns from before the first round",
-    "selection": "# public records that choose how far each round moves the head",
+    "public": "# public records of which the basis is built, and of which the head knows too",
+    "selection": "# public records that decide: the trained head, or what public ones alone give",
     "evaluation": "# public records that only judge the result",
 }
-STUDY = """\
+JUDGED = WHAT | {"selection": "# public records that choose how far each round moves the head"}
+STATISTICS = """\
+# A classifier of texts, made of the sites' class statistics under differential privacy: each site
+# sends once how many of its records have each class and where they lie, summed up and noised.
+# `fedtune init` without --task writes every key with a comment.
+[study]
+name = {name}
+
+[base]
+model = {model:<28} # a sentence encoder, frozen
+
+[objective]
+name = "prototypes"
+max_length = 256                     # tokens of a text that are read
+overflow = "truncate"
+labels = {labels}
+options = {{ directions = {directions}, count_weight = {count_weight} }}
+
+[start]                              # costs no ε
+head = "public"                      # what public records alone give: the sites must do better
+# [start.descriptions]               # better words than a class's name, where it says little:
+# GENHX = "history of the present illness"
+
+[training]                           # one sum of all units: no steps, nothing to choose
+rounds = 1
+sampling_rate = 1.0
+learning_rate = 1.0
+
+[clipping]
+max_grad_norm = {bound}               # a record's features (length 1) and its count (0.5)
+
+[privacy]
+epsilon = {epsilon}                        # sites allow 8: room for a round that a crash repeats
+delta = {delta:<28} # {rule}
+unit = "{unit}"
+
+[strategy]
+{least}name = "discriminant"
+
+[wire]
+update = "float32"                   # some hundred numbers
+{tables}"""
+STEPS = """\
 # A classifier of texts, trained at the sites under differential privacy. `fedtune init` without
 # --task writes every key with a comment.
 [study]
@@ -105,7 +163,7 @@ overflow = "truncate"
 labels = {labels}
 
 [start]                              # costs no ε
-{head}
+head = "labels"                      # the head starts at what the base makes of names
 # [start.descriptions]               # or of better words, where a name says little:
 # GENHX = "history of the present illness"
 

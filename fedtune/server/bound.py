@@ -154,6 +154,16 @@ class Limits:
             self._mechanisms[declared] = self._budget(self._study, declared)
         return self._mechanisms[declared]
 
+    def deviation(self, declared: int) -> float:
+        """Return the standard deviation of the noise in each number of a step's mean gradient, from
+        a site of this declared size; 0 where the plan adds none.
+
+        Errors: ConfigError where no mechanism fits the declared size."""
+        if not self._study.private:
+            return 0.0
+        site = terms(self._study, self.mechanism(declared), declared)
+        return site.noise_multiplier * site.max_grad_norm / site.divisor
+
     def of(self, declared: int, dimension: int, start: float, done: int | None) -> dict[str, Any]:
         """Return the limits on an update of `dimension` numbers of an adapter with norm `start`,
         from a site of this declared size; {} where the plan adds no noise. done: rounds so far of a

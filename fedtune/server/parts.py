@@ -16,6 +16,7 @@ from fedtune.flower.enrol import Member
 from fedtune.progress import stage
 from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, SystemClock
+from fedtune.strategies import State
 from fedtune.wire.keys import SigningKey
 
 Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
@@ -30,6 +31,8 @@ class Started(Protocol):
     def adapter(self) -> Arrays: ...
     @property
     def frozen(self) -> Arrays: ...
+    @property
+    def strategy(self) -> State: ...
 
 
 class Compared(Protocol):
@@ -50,6 +53,8 @@ class Measures(Protocol):
     def follow(self, adapter: Arrays | None) -> dict[str, float]: ...
     def compare(self, champion: Arrays, challenger: Arrays) -> Compared: ...
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]: ...
+    @property
+    def lacking(self) -> tuple[str, ...]: ...
     def __len__(self) -> int: ...
 
 
@@ -96,7 +101,8 @@ def _engine(study: Study) -> str:
     from fedtune.training.engines import choose
 
     network = build(study)
-    return choose(study.training.engine, network.trained, list(network.parameters().values())).name
+    trained = list(network.update_parameters().values())
+    return choose(study.training.engine, network.trained, trained).name
 
 
 def _licence(study: Study) -> str:

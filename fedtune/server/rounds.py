@@ -23,11 +23,12 @@ from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError, Refused
 from fedtune.evidence.sign import sign
+from fedtune.flower.arrays import Arrays
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
-from fedtune.run_folder import write_plan
-from fedtune.server import provenance, secure_round, step, store, summary
+from fedtune.run_folder import ADAPTER, TRAINED, write_plan
+from fedtune.server import provenance, release, secure_round, step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
 from fedtune.server.continuous import Continuous
@@ -64,7 +65,9 @@ def run(
             started = parts.start(study)
             progress = Progress(study.digest, started.study, started.adapter, started.frozen)
             progress.origin = started.adapter if study.selection or study.start else {}
+            progress.strategy = started.strategy
         strategy.load_state(progress.strategy)
+        strategy.prepare(progress.study, progress.frozen)
         return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
     except BaseException:
         with suppress(OSError):
@@ -112,12 +115,23 @@ class _Run:
         secure = secure_round.of(progress, self.roster, *own, self._weight_cap)
         self.train = secure or self._train
         self.continuous = self._evaluator = None
+        self._decision: dict[str, Any] = {}
         if self.study.continuous:
             self.continuous = Continuous(out, progress, parts, self._event)
         elif self.study.evaluation:
             self._evaluator = parts.evaluator(self.study, progress.frozen)
         chosen_on = step.selecting(self.study) if self.study.selection else None
         self._selector = parts.evaluator(chosen_on, progress.frozen) if chosen_on else None
+
+    @property
+    def _step_chooser(self) -> Measures | None:
+        """What chooses how far a round moves the adapter: the selection records, but not where a
+        head is made of class statistics, nor where they have no record of a class that the plan
+        names, since they would take no step that learns it."""
+        selector = self._selector
+        if selector is None or self.strategy.of_statistics or selector.lacking:
+            return None
+        return selector
 
     @property
     def evaluator(self) -> Measures | None:
@@ -166,6 +180,7 @@ class _Run:
                 raise
             self.strategy = strategies.build(self.study)  # less what some delivered
             self.strategy.load_state(self.progress.strategy)
+            self.strategy.prepare(self.study, self.progress.frozen)
             self._event("step", text=str(error))
             return
         self.continuous.judge()
@@ -243,7 +258,7 @@ class _Run:
         The sites train from the adapter as it was encoded; their updates are applied to the fp32
         adapter here, so that rounding errors do not accumulate over rounds."""
         wire, adapter, number = self.study.wire, self.progress.adapter, tally.number
-        agreed = codec.layout(codec.shapes(adapter), wire.update)
+        agreed = codec.layout(codec.shapes(self.strategy.update_like(adapter)), wire.update)
         arrays = sum(form.nbytes for form in agreed.values())
         order = Order("train", self.study.digest, number, str(number), self._receipt, arrays)
         start = codec.length(adapter) * codec.GROWTH[wire.adapter]
@@ -264,9 +279,10 @@ class _Run:
             self._on_status(name, "dropped", reason, tally.number)
             return "dropped"
         before = sum(event["steps"] for event in self.progress.events.get(name, []))
-        adapter, key = self.progress.adapter, self.progress.keys.get(name, "")
+        whole = self.strategy.update_like(self.progress.adapter)
+        key = self.progress.keys.get(name, "")
         columns = rank_slice(self.study.lora, self.roster.lora_ranks.get(name), tally.number)
-        part = slice_update(adapter, columns)
+        part = slice_update(whole, columns)
         try:
             dimension = sum(array.size for array in part.values())
             done = self.progress.round if self.continuous else None
@@ -286,7 +302,7 @@ class _Run:
             if weight < declared:
                 tally.weights[name] = weight
                 result = replace_fields(result, reason=self._cap_reason(name, weight, declared))
-            self.strategy.add(pad_update(result.update, adapter, columns), float(weight))
+            self.strategy.add(pad_update(result.update, whole, columns), float(weight))
             self.progress.events[name] = result.events
             tally.count(self.study.digest, name, result.evidence)
         else:
@@ -311,12 +327,14 @@ class _Run:
     def _keep(self, tally: Tally) -> None:
         """Apply the round's mean update, measure the adapter and save the checkpoint."""
         progress, number, roster = self.progress, tally.number, self.roster
+        if self.strategy.of_statistics:
+            self.strategy.describe_round(*self._noise_of_mean(tally))
         adapter = preconditioner.stepped(self.strategy.apply, progress.adapter, progress.frozen)
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise InfrastructureError(f"round {number}: the aggregate is not finite")
         extra: dict[str, Any] = {}
-        if self._selector is not None:
-            adapter, extra = step.choose(self._selector, progress, adapter)
+        if (chooser := self._step_chooser) is not None:
+            adapter, extra = step.choose(chooser, progress, adapter)
         progress.adapter, progress.round = adapter, number
         progress.strategy = self.strategy.state()
         entry: dict[str, Any] = {
@@ -351,6 +369,18 @@ class _Run:
         moved = sum(entry["bytes_up"].values()) + sum(entry["bytes_down"].values())
         self._event("round", **store.figures(entry), bytes=moved)
 
+    def _noise_of_mean(self, tally: Tally) -> tuple[float, float]:
+        """Return of how many declared units the round's mean is, and the standard deviation of the
+        noise in each of its numbers: both follow from the plan and what the sites declared."""
+        sizes = [self.progress.sizes[name] for name in tally.participants]
+        weights = [min(size, self._weight_cap(tally)) for size in sizes]
+        # A site's mean is divided by its size and multiplied by its weight; where the sum alone is
+        # opened, all are added up and divided once.
+        summed = weights if self.study.secure_aggregation else sizes
+        noise = [self.limits.deviation(size) * size for size in sizes]  # of a site's sum
+        shares = (d * w / n for d, w, n in zip(noise, weights, summed, strict=True))
+        return sum(weights), math.hypot(*shares) / sum(weights)
+
     def _query(self) -> None:
         """Run the newest round's private evaluation; asked again, sites resend their answers."""
         answer = self.queries.ask()
@@ -381,16 +411,25 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         if not self.continuous:  # its adapters are released already
-            progress, folder, draft = self.progress, self.out / "adapter", self.out / "adapter.new"
-            shutil.rmtree(draft, ignore_errors=True)
-            self.parts.save(self.study, progress.adapter, progress.frozen, draft)
-            shutil.rmtree(folder, ignore_errors=True)
-            draft.rename(folder)
+            self._decision = release.decide(self.progress, self._selector)
+            starts = self._decision.get("model") == release.START
+            if starts:  # nothing that was paid for is lost
+                self._write(self.progress.adapter, TRAINED)
+                self._event("step", text=f"{self._decision['why']}: the start is released")
+            self._write(self.progress.origin if starts else self.progress.adapter, ADAPTER)
         report = self._publish()
         if not self.continuous:  # it may go on
             self._enter(Phase.FINISHED)
         self._event("done", out=str(self.out), privacy=report["privacy"], quality=report["quality"])
         return report
+
+    def _write(self, adapter: Arrays, name: str) -> None:
+        """Write an adapter to a folder of the run, whole or not at all."""
+        folder, draft = self.out / name, self.out / f"{name}.new"
+        shutil.rmtree(draft, ignore_errors=True)
+        self.parts.save(self.study, adapter, self.progress.frozen, draft)
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.rename(folder)
 
     def _publish(self) -> dict[str, Any]:
         """Write the report, and sign it with the adapter and what the sites signed."""
@@ -405,6 +444,8 @@ class _Run:
             report["simulation"] = True
         if self._evaluator:
             report["quality"] |= summary.judged(self.progress, self._evaluator, self._selector)
+        if self._decision:
+            report["quality"]["released"] = self._decision
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], **self.continuous.quality()}

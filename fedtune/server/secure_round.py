@@ -196,7 +196,7 @@ class SecureRound:
         rate, sigma = self._mechanism()
         divisor = rate * self.study.records_per_draw * sum(sites.values())
         flat = total.astype(np.float64) * (grid_of(self.study, sigma, self._dimension) / divisor)
-        update = stepped(self.study, self._split(flat), self.progress.adapter, tally.number)
+        update = stepped(self.study, self._split(flat), self._like, tally.number)
         if codec.length(update) > self._longest(len(sites), rate, sigma, divisor):
             self._poisoned(tally.number, "is longer than the plan's noise and clipping allow")
         self.strategy.add(update, 1.0)
@@ -297,7 +297,12 @@ class SecureRound:
 
     @property
     def _dimension(self) -> int:
-        return sum(array.size for array in self.progress.adapter.values())
+        return sum(array.size for array in self._like.values())
+
+    @property
+    def _like(self) -> Arrays:
+        """Arrays of the names and shapes of a site's part."""
+        return self.strategy.update_like(self.progress.adapter)
 
     def _adapter_digest(self) -> str:
         """Hash the adapter as the sites decode it."""
@@ -318,9 +323,9 @@ class SecureRound:
         return bits_of(self.study, self._mechanism()[1], sizes, self._dimension)
 
     def _split(self, flat: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
-        """Cut the mean gradient into the adapter's tensors, in name order."""
+        """Cut the mean gradient into an update's tensors, in name order."""
         parts, at = {}, 0
-        for name, shape in sorted(codec.shapes(self.progress.adapter).items()):
+        for name, shape in sorted(codec.shapes(self._like).items()):
             size = math.prod(shape)
             parts[name] = flat[at : at + size].reshape(shape)
             at += size

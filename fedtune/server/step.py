@@ -61,7 +61,7 @@ def choose(
         return value if math.isfinite(value) else math.inf
 
     keep, untouched = 1.0, loss(1.0, 0.0)
-    newest = next((entry["step"] for entry in reversed(history) if entry["step"]), 1.0)
+    newest = next((entry["step"] for entry in reversed(history) if entry.get("step")), 1.0)
     factor = line_search(lambda f: loss(1.0, f), newest)
     while keep > LEAST and loss(keep * SHRINK, factor) < loss(keep, factor):
         keep *= SHRINK
@@ -99,7 +99,8 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
     if study.selection is None or len(history) < study.selection.patience:
         return True
     newest = history[-study.selection.patience :]
-    return any(entry["step"] or entry["keep"] < 1 for entry in newest)
+    chosen = [entry for entry in newest if "step" in entry]
+    return not chosen or any(entry["step"] or entry["keep"] < 1 for entry in chosen)
 
 
 def _combined(

@@ -31,9 +31,23 @@ class Strategy(ABC):
     averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
     # What updates add is a constant times their weighted mean, and so is what their noise adds.
     is_mean: ClassVar[bool] = False
+    # Sites send class statistics, of which `apply` makes the adapter (objective.directions).
+    of_statistics: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
         """Errors: ConfigError where the rest of the study does not fit this strategy."""
+
+    def prepare(self, study: Study, frozen: Arrays) -> None:  # noqa: B027 - as `check`
+        """Take in the plan as it runs, and what of it is public and never trained. Called once,
+        before any update is added."""
+
+    def update_like(self, adapter: Arrays) -> Arrays:
+        """Return arrays with the names and shapes of an update: by default the adapter's."""
+        return adapter
+
+    def describe_round(self, units: float, deviation: float) -> None:  # noqa: B027 - as `check`
+        """Hear of how many declared units the round's weighted mean is, and which standard
+        deviation the noise has in each of its numbers (0: none). Called before `apply`."""
 
     @abstractmethod
     def add(self, update: Arrays, weight: float) -> None:

@@ -46,13 +46,14 @@ def local_round(
     leaves no state but its update."""
     network = data.network
     network.load_trainable(adapter)
+    objective = resolve(study.objective)
     engine = UnitGradientEngine(
         data,
-        resolve(study.objective),
+        objective,
         sampling_unit=study.sampling_unit,
         engine=study.training.engine,
         columns=columns,
-        losses=losses,
+        losses=None if objective.directions else losses,  # of class statistics it says nothing
     )
     optimizer = _optimizer(study, engine.trained, round_)
     start = [t.clone() for t in engine.trained]
@@ -69,7 +70,7 @@ def local_round(
         for parameter in engine.trained:  # noised values; no adapter entry is larger anywhere
             parameter.clamp_(-LARGEST, LARGEST)
         engine.write()
-    changes = zip(network.parameters(), engine.trained, start, strict=True)
+    changes = zip(network.update_parameters(), engine.trained, start, strict=True)
     update = {name: (now - before).cpu().numpy() for name, now, before in changes}
     network.load_trainable(adapter)
     return update
@@ -93,12 +94,13 @@ def local_sum(
     network.load_trainable(adapter)
     objective, unit = resolve(study.objective), study.sampling_unit
     name = study.training.engine
-    engine = UnitGradientEngine(data, objective, unit, name, losses=losses)
+    heard = None if objective.directions else losses  # of class statistics it says nothing
+    engine = UnitGradientEngine(data, objective, unit, name, losses=heard)
     with network.recomputing(recompute and engine.name == "one-pass"):
         rows = _reported(engine, 0, 1)
         total = plan.noised_sum(engine.n_rows, engine.dimension, rows, log, round_)
     parts = torch.split(total, [t.numel() for t in engine.trained])
-    by_name = dict(zip(network.parameters(), parts, strict=True))
+    by_name = dict(zip(network.update_parameters(), parts, strict=True))
     return np.concatenate([by_name[key].numpy() for key in sorted(by_name)])
 
 

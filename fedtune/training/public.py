@@ -157,18 +157,35 @@ def head_of_labels(study: Study, network: Network) -> Arrays:
         raise ConfigError(
             f'start.head = "{table.head}": this objective trains no head', "objective classify"
         )
-    vectors = []
-    for label in study.objective.labels:
-        ids = network.tokenizer(table.descriptions.get(label, label), return_tensors="pt")
-        ids = ids["input_ids"][:, : study.objective.max_length]
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        states = network.hidden(network.prefix(ids, mask), mask.to(network.device))
-        vectors.append(network.pool(states, mask.to(network.device))[0].double().cpu())
-    rows = torch.stack(vectors)
+    rows = torch.from_numpy(vectors_of_labels(study, network))
     rows = rows - rows.mean(dim=0)
     rows = rows * (table.scale / rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
     weight = rows.float().numpy()
     return {"head.weight": weight, "head.bias": np.zeros(len(weight), np.float32)}
+
+
+@torch.no_grad()
+def vectors_of_labels(study: Study, network: Network) -> npt.NDArray[np.float64]:
+    """Compute the network's vectors (K, H) of the classes' names, or of their descriptions."""
+    descriptions, vectors = study.start.descriptions if study.start else {}, []
+    for label in study.objective.labels:
+        ids = network.tokenizer(descriptions.get(label, label), return_tensors="pt")
+        ids = ids["input_ids"][:, : study.objective.max_length]
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        states = network.hidden(network.prefix(ids, mask), mask.to(network.device))
+        vectors.append(network.pool(states, mask.to(network.device))[0].double().cpu().numpy())
+    return np.stack(vectors)
+
+
+@torch.no_grad()
+def vectors_of(data: CachedDataset) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Compute the network's vectors (n, H) of all records, and return their labels (n,)."""
+    network, vectors, labels = data.network, [], []
+    for batch in data.batches(range(len(data.dataset.examples))):
+        hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+        vectors.append(network.pool(hidden, batch.mask).double().cpu().numpy())
+        labels.append(batch.label.cpu().numpy())
+    return np.concatenate(vectors), np.concatenate(labels)
 
 
 @torch.no_grad()
@@ -180,17 +197,12 @@ def head_fitted(data: CachedDataset, adapter: Arrays) -> Arrays:
     square), and the head that is given is one for such vectors. In fp64; there is one optimum.
 
     Reference: Böhning 1992, "Multinomial logistic regression algorithm", section 2."""
-    network, vectors, labels = data.network, [], []
-    with network.loaded(trainable=adapter):
-        for batch in data.batches(range(len(data.dataset.examples))):
-            hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
-            vectors.append(network.pool(hidden, batch.mask).double().cpu().numpy())
-            labels.append(batch.label.cpu().numpy())
+    with data.network.loaded(trainable=adapter):
+        x, labels = vectors_of(data)
     given = np.concatenate([adapter["head.weight"], adapter["head.bias"][:, None]], axis=1)
-    x = np.concatenate(vectors)
     length = math.sqrt((x**2).sum(axis=1).mean())
     x = np.concatenate([x / length, np.ones((len(x), 1))], axis=1)
-    wanted = np.eye(len(given))[np.concatenate(labels)]
+    wanted = np.eye(len(given))[labels]
 
     def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         moved_by = flat.reshape(given.shape) - given

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -22,6 +22,7 @@ from fedtune.config import Study, TrainingTable
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.dp.calibration import with_rounds
+from fedtune.errors import ConfigError
 from fedtune.modalities import MODALITIES
 from fedtune.models import lora
 from fedtune.models.build import build
@@ -29,9 +30,12 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
 from fedtune.models.public_factor import public_factor
-from fedtune.objectives import OBJECTIVES
+from fedtune.objectives import OBJECTIVES, resolve
 from fedtune.registry import process_cache
+from fedtune.strategies import State
+from fedtune.strategies.discriminant import public_head
 from fedtune.training import start_cache
+from fedtune.training.class_basis import basis_of, class_knowledge
 from fedtune.training.public import (
     head_fitted,
     head_of_labels,
@@ -60,11 +64,13 @@ class Start:
     """A study's starting point. study: with base.digest, training.rounds and the digests of what is
     built here filled in; its digest is what every site binds to. adapter: the trainable arrays of
     round 0. frozen: A where it comes from public text (decompositions differ between machines, so
-    it is sent), and the preconditioner, if the plan has one."""
+    it is sent), and the preconditioner, if the plan has one; or the basis of class statistics.
+    strategy: what the strategy knows of public records, which no site is sent."""
 
     study: Study
     adapter: Arrays
     frozen: Arrays
+    strategy: State = field(default_factory=dict)
 
 
 def start(study: Study) -> Start:
@@ -82,20 +88,21 @@ def start(study: Study) -> Start:
     study, frozen = _frozen(study, network, answered)
     factor = network.adopt(study, frozen)
     adapter = network.initial(factor)
+    known = _known(study, answered) if network.statistics is not None else {}
     if study.start:
-        adapter = _started(study, network, adapter, answered)
+        adapter = public_head(known) if known else _started(study, network, adapter, answered)
         pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})
         study = study.model_copy(update={"start": pinned})
-    return Start(study, adapter, frozen)
+    return Start(study, adapter, frozen, known)
 
 
 def _frozen(
     study: Study, network: Network, answered: Callable[[], CachedDataset]
 ) -> tuple[Study, Arrays]:
-    """Return the plan with the digests of A and the preconditioner, and the arrays of them to
-    send."""
+    """Return the plan with the digests of A and the preconditioner, or of the basis of class
+    statistics, and the arrays of them to send."""
     if study.lora is None:
-        return study, {}
+        return _with_basis(study, answered) if network.statistics is not None else (study, {})
     pinned = study.lora.model_copy(update={"preconditioner": None})
     unpinned = study.model_copy(update={"lora": pinned})
     frozen: Arrays = {}
@@ -116,10 +123,33 @@ def _frozen(
     return study.model_copy(update={"lora": pinned}), frozen
 
 
+def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
+    """Return the plan with the digest of its public basis, and the basis."""
+    basis = basis_of(_known(study, answered), resolve(study.objective).directions)
+    pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
+    return study.model_copy(update={"objective": pinned}), basis
+
+
+def _known(study: Study, answered: Callable[[], CachedDataset]) -> State:
+    """Return what public records and the classes' names say, as the strategy keeps it."""
+    unpinned = study.objective.model_copy(update={"basis_digest": None})
+    study, data = study.model_copy(update={"objective": unpinned}), answered()
+    return _once(study, data.dataset, _HEAD, class_knowledge, study, data)
+
+
 def _public(study: Study, network: Network) -> CachedDataset:
-    """Read [public] with its answers."""
-    assert study.public is not None  # Study: required wherever answers are needed
-    text = load_dataset(study.public, study, network.tokenizer, reader=network.reader)
+    """Read [public] with its answers; without them where a basis alone is built from it."""
+    if study.public is None:  # Study: required wherever answers are needed
+        raise ConfigError(
+            f"objective.name = {study.objective.name!r} needs a [public] table",
+            "public records, of which the basis of its statistics is built",
+        )
+    labelled = network.statistics is None or (
+        study.start is not None and study.start.head == "public"
+    )
+    text = load_dataset(
+        study.public, study, network.tokenizer, labelled=labelled, reader=network.reader
+    )
     return CachedDataset(network, text)
 
 

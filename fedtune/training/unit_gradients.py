@@ -90,7 +90,7 @@ class UnitGradientEngine:
         losses: RoundLoss | None = None,
     ) -> None:
         self.data, self.objective, self._losses = data, objective, losses
-        named = data.network.parameters()
+        named = data.network.update_parameters()
         self.parameters = list(named.values())
         views = [trained_slice(name, p.detach(), columns) for name, p in named.items()]
         self._factors = [_factor(data.network, name, p) for name, p in named.items()]

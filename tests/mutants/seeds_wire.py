@@ -106,7 +106,7 @@ ENCODING_MUTANTS = (
     ),
     _one(
         "wire", "what-waited-is-sent-whatever-its-form", SITE,
-        "            check_waiting_update(prepared, round_, adapter, payload)", "            pass",
+        "            check_waiting_update(prepared, round_, payload)", "            pass",
         "tests/test_lora_ranks_plans.py::test_a_site_declares_its_rank_and_keeps_it_for_the_study",
         "another rank's update under this one's name",
     ),

@@ -44,6 +44,7 @@ OPTIONS: dict[str, list[dict[str, float | str]]] = {
     "dpo": [{"variant": "ipo"}, {"label_smoothing": 0.2, "beta": 0.5}],
     "kto": [{"beta": 0.5, "reference_point": 0.7, "lambda_undesirable": 1.5}],
     "orpo": [{"weight": 1.0}],
+    "prototypes": [{"directions": 5.0, "count_weight": 2.0}],
     "reward": [{"margin": 0.5, "centring": 0.1}],
     "distill": [{"temperature": 2.0, "hard": 0.3}],
 }
@@ -52,7 +53,7 @@ NEEDED: dict[str, dict[str, float | str]] = {
     "distill": {"teacher": "any", "digest": "sha256:" + "0" * 64}
 }
 By = Literal["unit", "record"]
-NETWORKS: dict[tuple[str, int], Network] = {}
+NETWORKS: dict[tuple[str, int, int], Network] = {}
 
 
 @dataclass
@@ -88,7 +89,7 @@ def case_of(
         table["labels"] = LABELS  # without them a distilled student has no head
     made = study(base={"model": str(base)}, objective=table, lora=ADAPTERS[adapter])
     found = objectives.resolve(made.objective)
-    key = (adapter, found.outputs)
+    key = (adapter, found.outputs, found.directions)
     if key not in NETWORKS:
         NETWORKS[key] = tiny_network(made, find_base(str(base)))
     network = NETWORKS[key]
@@ -117,7 +118,7 @@ EVERY = [
     for name in NAMES
     for options in [{}, *OPTIONS.get(name, [])]
     for adapter in ADAPTERS
-    if adapter != "head alone" or name in HEADED
+    if (name in HEADED if adapter == "head alone" else not plain(name).directions)
 ]
 
 
@@ -153,7 +154,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def one_by_one(case: Case) -> torch.Tensor:
     """Each row by plain autograd, one record at a time, fp64."""
     data, each = CachedDataset(case.network, case.data), []
-    parameters = list(case.network.parameters().values())
+    parameters = list(case.network.update_parameters().values())
     for index in range(len(case.data.examples)):
         (batch,) = data.batches([index])
         parts = torch.autograd.grad(case.found.losses(case.network, batch).sum(), parameters)
@@ -259,7 +260,7 @@ def private(base: Path, name: str, unit: str, engine: str = "auto") -> Study:
     return study(
         base={"model": str(base)},
         objective=table,
-        lora={"modules": ["q_proj"], "last_layers": 2},
+        lora=None if plain(name).directions else {"modules": ["q_proj"], "last_layers": 2},
         training={"rounds": 4, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": engine},
         privacy={"noise_multiplier": 1.6, "delta": 1e-4, "unit": unit},
     )
@@ -317,6 +318,13 @@ def teacher_centred(network: Network, batch: Batch) -> torch.Tensor:
     return divergence(network, replace(batch, soft=(tokens, found)))
 
 
+def features_centred(network: Network, batch: Batch) -> torch.Tensor:
+    """Class statistics of vectors less half of their mean over the batch."""
+    vectors = network.pool(network.hidden(batch.prefix, batch.mask), batch.mask)
+    products = network.class_sums(vectors - vectors.mean(dim=0) / 2, 0.35)
+    return -products.gather(1, batch.label[:, None])[:, 0]
+
+
 TWINS: dict[str, Callable[..., torch.Tensor]] = {
     "distill": teacher_centred,
     "causal_lm": batch_mean,
@@ -324,6 +332,7 @@ TWINS: dict[str, Callable[..., torch.Tensor]] = {
     "dpo": margin_centred,
     "kto": batch_divergence,
     "orpo": in_batch_negatives,
+    "prototypes": features_centred,
     "reward": reward_centred,
 }
 
@@ -347,7 +356,8 @@ def test_a_loss_that_couples_records_is_caught(
     kind = objectives.OBJECTIVES.load(name)
     twin = TWINS.get(name) or with_the_batchs_mean(name)
     monkeypatch.setattr(kind, "losses", staticmethod(twin))
-    case = case_of(tiny_base, name, "cut", by="record")
+    adapter = "head alone" if plain(name).directions else "cut"
+    case = case_of(tiny_base, name, adapter, by="record")
     assert apart(case.rows(), one_by_one(case)) > 1e-3
     assert max(moved(case, unit)[1] for unit in range(case.data.n_units)) > 1e-3
     failed = {r.name for r in selftest.run(private(tiny_base, name, "patient")) if not r.passed}

@@ -144,7 +144,7 @@ class World:
             if kind == "round" and done == upto and data["round"] < ROUNDS:
                 raise Killed
 
-        start = SimpleNamespace(study=self.study, frozen={})
+        start = SimpleNamespace(study=self.study, frozen={}, strategy={})
         start.adapter = {"u": np.zeros(DIMENSION, np.float32)}
         parts = make_parts(start=lambda _: start, key=self.key)
         self.network.messages, self.network.kill_at, self.error = 0, kill_at, None

@@ -167,6 +167,8 @@ def update_of(name: str) -> dict[str, np.ndarray]:
 
 
 class FakeEvaluator:
+    lacking: tuple[str, ...] = ()
+
     def measure(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
         return {"loss": 9.0 if adapter is None else float(sum(a.sum() for a in adapter.values()))}
 
@@ -186,6 +188,7 @@ class Bowl:
 
     bottom: float = 0.25
     measured: int = 0
+    lacking: tuple[str, ...] = ()
 
     def measure(self, adapter: dict[str, np.ndarray] | None) -> dict[str, float]:
         self.measured += 1
@@ -205,7 +208,9 @@ def save(study: Study, adapter: Any, frozen: Any, folder: Path) -> None:
 
 def make_parts(**changes: Any) -> Dependencies:
     parts: dict[str, Any] = {
-        "start": lambda study: SimpleNamespace(study=study, adapter=zeros(), frozen={}),
+        "start": lambda study: SimpleNamespace(
+            study=study, adapter=zeros(), frozen={}, strategy={}
+        ),
         "evaluator": lambda study, frozen: FakeEvaluator(),
         "epsilon": lambda events, delta: sum(q * n / s for s, q, n, _ in events),
         "accountant": lambda: "fake",

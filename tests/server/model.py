@@ -248,7 +248,9 @@ class World:
                 if done == upto and data["round"] < ROUNDS:
                     raise Killed
 
-        start = SimpleNamespace(adapter={"u": np.zeros(len(NAMES), np.float32)}, frozen={})
+        start = SimpleNamespace(
+            adapter={"u": np.zeros(len(NAMES), np.float32)}, frozen={}, strategy={}
+        )
         start.study = self.study
         parts = make_parts(start=lambda _: start, key=self.key)
         self.error = None

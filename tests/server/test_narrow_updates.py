@@ -59,7 +59,9 @@ def zeros() -> dict[str, np.ndarray]:
 
 
 def parts(**changes: Any) -> Any:
-    begun = lambda asked: SimpleNamespace(study=asked, adapter=zeros(), frozen={})  # noqa: E731
+    begun = lambda asked: SimpleNamespace(  # noqa: E731
+        study=asked, adapter=zeros(), frozen={}, strategy={}
+    )
     return make_parts(start=begun, **changes)
 
 

@@ -50,7 +50,7 @@ def ran(trial: Any, encoding: Encoding, folder: str = "t") -> tuple[Any, list[Re
     run = trial(*sites, folder=folder)
 
     def started(asked: Study) -> Any:
-        return SimpleNamespace(study=asked, adapter=start(), frozen={})
+        return SimpleNamespace(study=asked, adapter=start(), frozen={}, strategy={})
 
     run.run(study(encoding), parts=make_parts(start=started))
     return run, sites
@@ -139,7 +139,7 @@ def test_a_frozen_factor_is_sent_once_and_counted(trial: Any):
     run = trial(FakeSite("a"), Restarted("b"))
 
     def started(asked: Study) -> Any:
-        return SimpleNamespace(study=asked, adapter=start(), frozen=frozen)
+        return SimpleNamespace(study=asked, adapter=start(), frozen=frozen, strategy={})
 
     study = make_study(wire="int8", min_sites=2)
     text = PublicTable.model_validate(

@@ -1,0 +1,8 @@
+"""Names of arrays that more than one room reads: as they are sent, and stored in checkpoints."""
+
+# Class statistics (objective.directions): what a site sends (K, k + 1), and the public basis (k, H)
+# and mean (H,) of its features.
+CLASS_SUMS = "statistics.weight"
+CLASS_BASIS = "statistics.basis"
+CLASS_MEAN = "statistics.mean"
+MOST_DIRECTIONS = 4096  # k, of any plan

@@ -1,0 +1,166 @@
+"""Linear discriminant: the coordinator makes a classifier of the sites' noised class statistics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from fedtune.errors import ConfigError
+from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
+from fedtune.strategies._base import Arrays, State, Strategy
+from fedtune.strategies._mean import RunningMean
+from fedtune.strategies._posterior import Basis, Head, Noised, Public, head
+
+if TYPE_CHECKING:
+    from fedtune.config import Study
+
+WEIGHT, BIAS = "head.weight", "head.bias"
+LARGEST = 1e3  # no entry of an adapter is larger anywhere
+WEIGHT_OF_COUNT = 0.5  # objective prototypes has it too
+SLACK = 1.01  # by which the bound may exceed what it must hold
+NO_WORD = 1e9  # standard deviation of the noise of a release that says nothing
+LEAST_VARIANCE = 1e-12  # of a round without noise, so that rounds can be weighed by its inverse
+# What the state holds. The basis (d, H) and its mean (H,); public records in it: sums (K, d),
+# counts (K,), scatter within classes and second moment (d, d), how many they are; the vectors of
+# the classes' names (K, d), if there are any. Of all rounds so far: sums (K, k + 1) over their
+# noise's variance, and what these weights add up to, alone and times the units.
+DIRECTIONS, MEAN = "basis/directions", "basis/mean"
+SUMS, COUNTS, WITHIN = "public/sums", "public/counts", "public/within"
+MOMENT, RECORDS, NAMES = "public/moment", "public/records", "public/names"
+NOISED, PRECISION, UNITS = "noised/sums", "noised/precision", "noised/units"
+KNOWN = {DIRECTIONS, MEAN, SUMS, COUNTS, WITHIN, MOMENT, RECORDS}
+
+
+def state_of(basis: Basis, public: Public) -> State:
+    """Return what is known before the first round as the arrays of a strategy's state, fp64."""
+    state = {
+        DIRECTIONS: basis.directions,
+        MEAN: basis.mean,
+        SUMS: public.sums,
+        COUNTS: public.counts,
+        WITHIN: public.within,
+        MOMENT: public.moment,
+        RECORDS: np.array(public.records, np.float64),
+    }
+    return state if public.names is None else state | {NAMES: public.names}
+
+
+def public_head(known: State) -> Arrays:
+    """Make the head that public things alone give: what the posterior is before any release."""
+    classes = len(known[COUNTS])
+    nothing = Noised(sums=np.zeros((classes, 1)), deviation=NO_WORD, units=1)
+    return _arrays(head(nothing, _basis(known, 0, WEIGHT_OF_COUNT), _public(known)))
+
+
+def _basis(state: State, released: int, weight: float) -> Basis:
+    return Basis(state[MEAN], state[DIRECTIONS], released, weight)
+
+
+def _public(state: State) -> Public:
+    return Public(
+        sums=state[SUMS],
+        counts=state[COUNTS],
+        within=state[WITHIN],
+        moment=state[MOMENT],
+        records=round(float(state[RECORDS])),
+        names=state.get(NAMES),
+    )
+
+
+def _arrays(found: Head) -> Arrays:
+    """Return a head as an adapter's arrays, fp32."""
+    arrays = {WEIGHT: found.weight, BIAS: found.bias}
+    return {n: np.clip(a, -LARGEST, LARGEST).astype(np.float32) for n, a in arrays.items()}
+
+
+@dataclass
+class Discriminant(Strategy):
+    """Posterior class means, class shares from noised counts, and one covariance within all classes
+    from public records: a linear discriminant, in place of a mean of changes.
+
+    Rounds add up: each is weighed by the inverse of its noise's variance.
+    Reference: Hastie et al. 2009, "The elements of statistical learning", section 4.3."""
+
+    averages: ClassVar[bool] = False
+    of_statistics: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self._mean = RunningMean()
+        self._state: State = {}
+        self._released, self._count_weight = 0, 0.0
+        self._units = self._deviation = 0.0
+
+    def check(self, study: Study) -> None:
+        """Check that each unit counts once and alike, and that a site sends sums, not steps.
+
+        Errors: ConfigError."""
+        t = study.training
+        expected = {
+            'strategy.weights = "declared"': study.strategy.weights == "declared",
+            "training.sampling_rate = 1.0": t.sampling_rate == 1,
+            "training.local_steps = 1": t.local_steps == 1,
+            "training.learning_rate = 1.0": t.learning_rate == 1,
+            'training.learning_rate_schedule = "constant"': t.learning_rate_schedule == "constant",
+            'training.optimizer = "sgd"': t.optimizer == "sgd",
+            "training.weight_decay = 0": t.weight_decay == 0,
+            "training.proximal_mu = 0": t.proximal_mu == 0,
+            "no [lora] table": study.lora is None,
+            "a [public] table, of which the basis is built": study.public is not None,
+        }
+        if study.clipping:  # of a plan without privacy there may be none
+            weight = float(study.objective.options.get("count_weight", WEIGHT_OF_COUNT))
+            exact = math.hypot(1.0, weight)  # of a record's features, of length 1, and its count
+            bound = f"{math.ceil(exact * 1e4) / 1e4:.4f}"
+            fits = exact <= study.clipping.max_grad_norm <= SLACK * exact
+            expected[f"clipping.max_grad_norm = {bound}"] = fits
+            expected['clipping.mode = "flat"'] = study.clipping.mode == "flat"
+        for what, is_so in expected.items():
+            if not is_so:
+                raise ConfigError('strategy.name = "discriminant" reads sums by class', what)
+
+    def prepare(self, study: Study, frozen: Arrays) -> None:
+        self._released = len(frozen[CLASS_BASIS])
+        self._count_weight = float(study.objective.options.get("count_weight", WEIGHT_OF_COUNT))
+
+    def update_like(self, adapter: Arrays) -> Arrays:
+        return {CLASS_SUMS: np.zeros((len(adapter[WEIGHT]), self._released + 1), np.float32)}
+
+    def describe_round(self, units: float, deviation: float) -> None:
+        self._units, self._deviation = units, deviation
+
+    def add(self, update: Arrays, weight: float) -> None:
+        self._mean.add(update, weight)
+
+    def apply(self, adapter: Arrays) -> Arrays:
+        mean, state = self._mean.take(), self._state
+        if mean is None:
+            return adapter
+        variance = max((self._deviation * self._units) ** 2, LEAST_VARIANCE)
+        sums = mean[CLASS_SUMS] * self._units
+        new = {NOISED: sums, PRECISION: np.array(1.0), UNITS: np.array(self._units)}
+        for name, value in new.items():
+            state[name] = state.get(name, np.zeros_like(value)) + value / variance
+        return _arrays(self.make_head())
+
+    def make_head(self) -> Head:
+        """Make the head of all rounds so far, with what they say of each class."""
+        state, precision = self._state, float(self._state[PRECISION])
+        noised = Noised(
+            sums=state[NOISED] / precision,
+            deviation=precision**-0.5,
+            units=round(float(state[UNITS]) / precision),
+        )
+        basis = _basis(state, self._released, self._count_weight)
+        return head(noised, basis, _public(state))
+
+    def state(self) -> State:
+        return dict(self._state)
+
+    def load_state(self, state: State) -> None:
+        """Load what was known before the first round, and of rounds. Errors: ConfigError."""
+        if not KNOWN <= state.keys() <= KNOWN | {NAMES, NOISED, PRECISION, UNITS}:
+            raise ConfigError("the checkpoint holds another strategy's state")
+        self._state = dict(state)
