@@ -48,7 +48,9 @@ MUTANTS = (
     ),
     _one(
         "inputs", "a-strategy-is-looked-up-later", "fedtune/config/load.py",
-        "        strategies.build(study)\n", "",
+        "strategy, objective = strategies.build(study), objectives.resolve(study.objective)",
+        "objective = objectives.resolve(study.objective)\n"
+        "        strategy = strategies.STRATEGIES.load(\"fedavg\")()",
         T_READING + "test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read",
         "a study is planned, signed and started with a strategy that is not there",
     ),

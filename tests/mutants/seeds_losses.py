@@ -27,7 +27,35 @@ from tests.mutants.places import (
     TRAINING,
 )
 
+T_STATISTICS = "tests/test_prototypes.py::"
+STATISTICS = "fedtune/models/class_statistics.py"
+
 LOSS_MUTANTS = (
+    _one(
+        "statistics", "features-are-not-bounded", STATISTICS,
+        "(features / length.clamp_min(1.0)).float()", "features.float()",
+        T_STATISTICS + "test_no_basis_and_no_vector_makes_statistics_longer_than_the_bound",
+        "a record's class sums are as long as the coordinator's basis makes them",
+    ),
+    _one(
+        "statistics", "what-is-not-finite-counts", STATISTICS,
+        "count_weight * is_finite.float()", "count_weight * torch.ones_like(is_finite.float())",
+        T_STATISTICS + "test_no_basis_and_no_vector_makes_statistics_longer_than_the_bound",
+        "a record whose vector is not finite counts, where others like it do not",
+    ),
+    _one(
+        "statistics", "a-basis-is-loaded-unread", STATISTICS,
+        "if not (np.isfinite(array).all() and np.abs(array).max(initial=0.0) <= LARGEST):",
+        "if False:",
+        T_STATISTICS + "test_a_hostile_basis_is_refused_before_a_record_is_read",
+        "a basis that is not finite makes every record's statistics zero, paid for",
+    ),
+    _one(
+        "statistics", "any-basis-is-the-plans", "fedtune/models/network.py",
+        "if expected not in (None, lora_module.digest(received)):", "if False:",
+        T_STATISTICS + "test_a_hostile_basis_is_refused_before_a_record_is_read",
+        "a site trains in another basis than the plan that its people signed",
+    ),
     _one(
         1, "loss-averages-over-the-batch", CAUSAL, MEAN,
         "found = likelihood(network, batch)\n"

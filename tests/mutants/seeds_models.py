@@ -225,16 +225,16 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
     _one(
         "ranks", "few-numbers-weigh-less", ROUNDS,
-        "self.strategy.add(pad_update(result.update, adapter, columns), float(weight))",
+        "self.strategy.add(pad_update(result.update, whole, columns), float(weight))",
         "weight *= sum(a.size for a in part.values())\n"
-        "            self.strategy.add(pad_update(result.update, adapter, columns), float(weight))",
+        "            self.strategy.add(pad_update(result.update, whole, columns), float(weight))",
         T_NARROW + "test_the_aggregate_is_the_mean_with_zeros_for_what_a_site_does_not_train",
         "the aggregate is no longer the weighted mean of what the sites changed",
     ),
     _one(
         "ranks", "bound-over-numbers-not-trained", ROUNDS,
         "sum(array.size for array in part.values())",
-        "sum(array.size for array in adapter.values())",
+        "sum(array.size for array in whole.values())",
         T_NARROW + "test_an_update_longer_than_its_own_numbers_allow_is_dropped",
         "a site of few ranks may send longer updates than its noise explains",
     ),
