@@ -387,7 +387,8 @@ def table(results: dict[str, Table]) -> str:
                     f"off-{epsilon:g}", "pooled", "words", "majority")  # fmt: skip
             gain = column(f"release-{epsilon:g}") - column("start")
             whole = column("pooled") - column("start")
-            worse.append(float(ttest_1samp(gain, 0.0, alternative="less").pvalue))
+            if len(gain) > 1:
+                worse.append(float(ttest_1samp(gain, 0.0, alternative="less").pvalue))
             share = f"{gain.mean() / whole.mean():.2f}" if _beyond(whole) else "–"
             spread = _half_width(gain)
             missing = sum(row["missing"] for row in rows)

@@ -154,8 +154,8 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
             f"at least objective.options.directions = {directions}",
             "add public records, labelled or not, or take fewer directions",
         )
-    features = (spread if len(vectors) else span) @ every.T
-    lengths = np.linalg.norm(features[:, :directions], axis=1)
+    measured = spread if spread.any() else span  # one record alone has no spread
+    lengths = np.linalg.norm(measured @ every[:directions].T, axis=1)
     scale = max(float(np.median(lengths)), 1e-12)
     return Basis(mean, every / scale, directions, weight)
 
@@ -190,9 +190,7 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
     """Compute the linear discriminant of the classes' posterior means.
 
     Guarantee: post-processing of the release. Errors: none; noise of 0 is allowed."""
-    total = np.diag(public.moment) / max(public.records, 1)
-    if not public.records:
-        total = np.full(len(basis.directions), 1 / len(basis.directions))
+    total = _variances(public)
     guess = (1 - BETWEEN) * total
     freedom = max(public.counts.sum() - np.count_nonzero(public.counts), 0)
     within = (np.diag(public.within) + RECORDS * guess) / (freedom + RECORDS)
@@ -211,6 +209,15 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
         (public.counts > 0) | (counts.noised > EVIDENT * counts.deviation),
     )
     return Head(whole, bias - whole @ basis.mean, figures)
+
+
+def _variances(public: Public) -> Array:
+    """Return the variance (d,) of each feature over public records; a direction of the names in
+    which these do not differ has a little of the others'."""
+    total = np.diag(public.moment) / max(public.records, 1)
+    if not total.any():
+        return np.full(len(total), 1 / len(total))
+    return np.asarray(total + 1e-3 * total.mean())
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,18 @@ def test_names_alone_span_a_basis() -> None:
     assert right(fitted, *world.records(2000)).mean() > 0.6
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_hardly_any_public_records_are_enough_beside_names(count: int) -> None:
+    world = World()
+    vectors, labels = world.records(count)
+    basis = choose(vectors, world.names, CLASSES - 1, WEIGHT)
+    known = public(basis, vectors, labels, CLASSES, world.names)
+    fitted = head(release(basis, *world.records(600), deviation=2.0), basis, known)
+    assert np.isfinite(fitted.weight).all()
+    assert np.isfinite(fitted.bias).all()
+    assert right(fitted, *world.records(2000)).mean() > 0.6
+
+
 def test_records_that_do_not_differ_are_refused() -> None:
     with pytest.raises(ConfigError, match="span 0 directions"):
         choose(np.ones((3, WIDTH)), None, 1, WEIGHT)
