@@ -6,7 +6,7 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fedtune.boot import cut_off
+from fedtune.boot import cut_off, limit_spinning
 
 if TYPE_CHECKING:
     from fedtune.audit import audit_study
@@ -100,6 +100,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 cut_off()
+limit_spinning()
 
 # Where the optional bitsandbytes is installed it warns at its import, by whoever imports it first,
 # that a hub's code is missing, and at each int8 layer that it rounds, as it was asked to.

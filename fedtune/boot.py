@@ -43,6 +43,19 @@ def main() -> None:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
+SPINS = "10000"  # half a millisecond or so
+
+
+def limit_spinning() -> None:
+    """Let a thread that waits for others in a product of matrices spin for a moment, then sleep.
+
+    GNU OpenMP lets it spin for some 15 ms, which beside other work costs several times the product
+    itself. Whoever sets OMP_WAIT_POLICY or GOMP_SPINCOUNT has chosen. No effect where PyTorch was
+    imported before fedtune."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
 OURS = "FEDTUNE_OFFLINE"  # set where fedtune switched the hub off, not the user
 
 
