@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
@@ -120,6 +121,35 @@ def test_exact_match_is_what_greedy_decoding_writes(tiny_base: Path, tmp_path: P
     found = Evaluator(study).measure(None)["exact_match"]
     assert found == pytest.approx(np.mean([hit for _, _, hit in plain(tiny_base, rows, False)]))
     assert found == pytest.approx(right / len(rows))
+
+
+def test_the_next_run_in_a_process_finds_public_records_read(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of two files; a record that was added meanwhile is read alone."""
+    studies = []
+    for name in "esx":
+        records(tmp_path / f"{name}.jsonl", (f" {name}", *ANSWERS))
+        studies.append(study_of(tiny_base, tmp_path / f"{name}.jsonl", "loss"))
+    first = [Evaluator(study).measure(None) for study in studies[:2]]
+    with (tmp_path / "e.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "One more:", "completion": " yes"}) + "\n")
+    gc.collect()
+    network, seen = build(studies[0]), list[int]()
+    honest = network.prefix
+
+    def counted(ids: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(len(ids))
+        return honest(ids, *given)
+
+    monkeypatch.setattr(network, "prefix", counted)
+    again = [Evaluator(study).measure(None) for study in studies[:2]]
+    assert len(seen) == 1 and again[1] == first[1] and again[0] != first[0]
+    Evaluator(studies[2])  # a third file: the oldest goes
+    gc.collect()
+    seen.clear()
+    Evaluator(studies[0])
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize("answers", [("a", "b", "c"), (" yes", " no", " perhaps so")])

@@ -28,16 +28,22 @@ from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
+from fedtune.models.prefix_store import HiddenStates
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Batch, RecordFormat
 from fedtune.objectives._tokens import likelihood
 from fedtune.progress import reporter
+from fedtune.registry import process_cache
 from fedtune.registry.metrics import METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFERENCES = ("preference", "unpaired_preference")
+# Public records' states at the cut, by the file that they were read from: they outlive a run, since
+# the next one in this process, a trial or a site alone, often measures on the same records.
+_states: dict[str, list[HiddenStates]] = process_cache.register("states of public records", {})
+_MOST = 2  # files: the one that chooses each step, and the one that judges
 
 
 def check_evaluation(study: Study) -> None:
@@ -91,9 +97,10 @@ class Evaluator:
             self._read_choices(data, table.choices, study.objective.max_length)
         assess = self._pairs if self.paired else self._classes if self.classify else self._tokens
         self._assess: Callable[[Batch, Scores], None] = assess
-        for cached in (self._records, self._with_choices):
-            if cached is not None:
-                cached.warm()
+        read = [cached for cached in (self._records, self._with_choices) if cached is not None]
+        for cached in read:
+            cached.warm()
+        _keep(str(table.where), [state for cached in read for state in cached.states])
 
     def __len__(self) -> int:
         return len(self._gold)
@@ -249,6 +256,14 @@ class Evaluator:
             self._with_choices = CachedDataset(
                 self.network, Dataset(examples, data.n_units, data.rejected)
             )
+
+
+def _keep(file: str, states: list[HiddenStates]) -> None:
+    """Keep the states of a file's records in this process until those of _MOST others came."""
+    _states.pop(file, None)
+    _states[file] = states
+    for old in [*_states][:-_MOST]:
+        del _states[old]
 
 
 def _choice_tokens(

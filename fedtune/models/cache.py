@@ -98,6 +98,11 @@ class CachedDataset:
         """Return another dataset over the same network, within the same memory."""
         return CachedDataset(self.network, dataset, self._memory)
 
+    @property
+    def states(self) -> list[HiddenStates]:
+        """Return the states computed so far: whoever holds them keeps them from being erased."""
+        return [state for state in self._states if state is not None]
+
     def _positions_to_keep(self, passage: Passage) -> npt.NDArray[np.int64]:
         if self.network.pooled:
             return np.zeros(1, dtype=np.int64)

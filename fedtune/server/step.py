@@ -7,6 +7,7 @@ those tried; the last adapter is then the best one too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,15 +44,18 @@ def choose(
     keep, step, and its quality on the selection records.
 
     Less of the past and as much of the new is an average of both: it has less noise than either.
-    The search starts at the newest round's step."""
+    The search starts at the newest round's step, and from the loss with which that round ended."""
     origin, adapter, history = progress.origin, progress.adapter, progress.history
     measured: dict[tuple[float, float], dict[str, float]] = {}
+    if history:
+        measured[1.0, 0.0] = history[-1]["selection"]
+    tries = itertools.count(1)
 
     def loss(keep: float, factor: float) -> float:
         if (keep, factor) not in measured:
             candidate = _combined(origin, adapter, proposed, keep, factor)
             try:
-                with stage(f"choosing the step, length {len(measured) + 1}"):
+                with stage(f"choosing the step, length {next(tries)}"):
                     measured[keep, factor] = evaluator.measure(candidate)
             except ModelError:  # entries that no adapter may have: a shorter step has not
                 if not factor:

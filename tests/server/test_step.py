@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,15 @@ from fedtune.report.markdown import markdown
 from fedtune.report.plot import png
 from fedtune.server import step
 from fedtune.server.store import Progress
-from tests.server.fakes import Bowl, FakeEvaluator, FakeSite, grid_of, make_parts, make_study
+from tests.server.fakes import (
+    Bowl,
+    FakeEvaluator,
+    FakeSite,
+    grid_of,
+    make_parts,
+    make_study,
+    zeros,
+)
 from tests.server.rounds_kit import metrics, three
 
 COLUMNS = Columns(prompt="p", completion="c")
@@ -74,6 +83,17 @@ def test_each_round_moves_as_far_as_the_selection_records_say(trial):
     assert judge.asked == [True, False]
     assert [row["round"] for row in body["quality"]["by_round"]] == [len(lines)]
     assert "chosen on the 10 public [selection] records" in markdown(body) and png(body)
+
+
+def test_the_loss_that_a_round_ended_with_is_not_measured_again() -> None:
+    proposed = {name: array + 0.1 for name, array in zeros().items()}
+    first, later = Bowl(), Bowl()
+    ended = {"keep": 1.0, "step": 1.0, "selection": Bowl().measure(zeros())}
+    begun = SimpleNamespace(origin=zeros(), adapter=zeros(), history=[])
+    _, found = step.choose(first, begun, proposed)
+    begun.history.append(ended)
+    _, found_later = step.choose(later, begun, proposed)
+    assert found_later == found and later.measured == first.measured - 1
 
 
 @pytest.mark.parametrize("rate", [1e-3, 1.0, 1e3])
