@@ -262,10 +262,16 @@ def test_a_hostile_basis_is_refused_before_a_record_is_read(
     made = start(load_study(lay_out(tmp_path, tiny_encoder, PRIVATE)))
     basis, mean = HOSTILE[how](made.frozen[CLASS_BASIS], made.frozen[CLASS_MEAN])
     worker = SiteWorker(load_site(tmp_path / "a.toml"))
+    hostile = {CLASS_BASIS: basis, CLASS_MEAN: mean}
+    signed = made.study.objective.model_copy(update={"basis_digest": lora.digest(hostile)})
+    named = made.study.model_copy(update={"objective": signed})  # the plan names it itself
     read: list[str] = []
     monkeypatch.setattr(SiteWorker, "data_in_study", lambda *rest: read.append("records"))
     with pytest.raises(ModelError):
-        worker._prepare_model(made.study, None, {CLASS_BASIS: basis, CLASS_MEAN: mean}, "key")
+        worker._prepare_model(made.study, None, hostile, "key")
+    if how != "another one":
+        with pytest.raises(ModelError):
+            worker._prepare_model(named, None, hostile, "key")
     with pytest.raises(ModelError):
         worker._prepare_model(made.study, None, {}, "key")
     assert not read

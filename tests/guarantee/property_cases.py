@@ -30,6 +30,7 @@ WHAT: dict[str, dict[str, Any]] = {
     "text, 64 positions, last block": {"base": "opt"},
     "classify, head": {"objective": "classify", "base": "bert", "lora": "none"},
     "classify, encoder": {"objective": "classify", "base": "bert", "lora": "whole"},
+    "class statistics": {"objective": "prototypes", "base": "bert", "lora": "none"},
     "dpo": {"objective": "dpo"},
     "orpo": {"objective": "orpo"},
     "kto": {"objective": "kto"},
@@ -88,7 +89,8 @@ def possible(axes: Axes) -> bool:
         return False
     if axes.get("what") == "audio" and axes.get("template"):
         return False
-    if axes.get("what") == "dpo, from public text" and axes.get("template") == LONG_TEMPLATE:
+    learnt = ("dpo, from public text", "class statistics")
+    if axes.get("what") in learnt and axes.get("template") == LONG_TEMPLATE:
         return False  # no public text is short enough
     if axes.get("sheet") and axes.get("story") == "two sets":  # a state folder has one sheet
         return False

@@ -308,6 +308,8 @@ ORDINARY = Case(
     places=(CLASSES,),
 )
 SHARED = replace(ORDINARY, plans=(Plan(**HEAD, shared=True),))
+SUMS: dict[str, Any] = HEAD | {"objective": "prototypes"}  # class statistics
+STATISTICS = replace(ORDINARY, plans=(Plan(**SUMS, rate=1.0), Plan("two", **SUMS, shared=True)))
 GROWING = replace(
     ORDINARY,
     files={
@@ -468,6 +470,9 @@ PINNED = {
     "a-bulk-export": BULK,
     "opts-out-in-a-database": replace(OPT_OUTS["list"], kinds={"records": "sqlite"}),
     "a-bad-cell-in-a-database": switched_off("sqlite", {"who": "a", "q": 7.5, "a": ["x"]}),
+    "class-statistics": replace(
+        STATISTICS, ops=(*ORDINARY.ops, ("prepare", 1), *rounds(1, 1, 2)), kinds={"records": "csv"}
+    ),
     "ranks-read-later": RANKS,
     "ranks-read-for-a-later-plan": RANKS_LATER,
     "a-rank-ended-and-read-anew": RANKS_ENDED,

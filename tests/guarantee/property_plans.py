@@ -18,6 +18,7 @@ from fedtune.wire.keys import SigningKey
 COORDINATOR = SigningKey()
 PEERS = (SigningKey(), SigningKey())  # with which noise is shared, where a plan says so
 SIZE = 12  # declared
+DIRECTIONS = 4  # of class statistics
 PUBLIC = "public"  # among the bases: a file of public text
 CLASSIFIES = "classifier"  # a base: a run that learnt the labels
 Ids = Mapping[str, Path]  # bases by name
@@ -77,8 +78,10 @@ class Plan:
         if self.objective == "distill":
             teacher = str(bases[self.teacher or self.base])
             objective["options"] = {"teacher": teacher, "digest": digest_of(teacher)}
-        if self.objective == "classify" or self.labelled:
+        if self.objective in ("classify", "prototypes") or self.labelled:
             objective["labels"] = ["y", "n"]
+        if self.objective == "prototypes":
+            objective["options"] = {"directions": DIRECTIONS}
         body: dict[str, Any] = {
             "study": {"name": self.name},
             "base": {"model": str(bases[self.base]), "dtype": "float32"},
@@ -102,6 +105,10 @@ class Plan:
             body["public"] = {"path": str(bases[PUBLIC]), "licence": "CC0", "columns": columns}
             body["lora"]["preconditioner"] = {"rank": 8}
             body["start"] = {"steps": 2, "learning_rate": 0.01}
+        if self.objective == "prototypes":
+            columns = {"text": "q"}
+            body["public"] = {"path": str(bases[PUBLIC]), "licence": "CC0", "columns": columns}
+            body["strategy"] = {"name": "discriminant"}
         if self.life is not None:
             privacy["epsilon"] = self.life
             body["schedule"] = {"every": "1h"}
@@ -111,7 +118,7 @@ class Plan:
             training["rounds"] = self.rounds
         if self.shared:
             body["secure_aggregation"] = {"colluding": 1}
-            body["strategy"] = {"min_sites": 1 + len(PEERS)}
+            body["strategy"] = body.get("strategy", {}) | {"min_sites": 1 + len(PEERS)}
         if self.queries:
             body["private_evaluation"] = {"noise_multiplier": self.asked, "every": 1}
         return Study.model_validate(body, strict=False)
@@ -137,6 +144,7 @@ COLUMNS = {
     "causal_lm": 'prompt = "q", completion = "a"',
     "distill": 'prompt = "q", completion = "a"',
     "classify": 'text = "q", label = "a"',
+    "prototypes": 'text = "q", label = "a"',
     "kto": 'prompt = "q", completion = "a", label = "l"',
     "dpo": 'prompt = "q", chosen = "a", rejected = "b"',
     "orpo": 'prompt = "q", chosen = "a", rejected = "b"',

@@ -351,6 +351,7 @@ LEAKS: tuple[tuple[Leak, Case, str], ...] = (
     (drops_one_more, pins.ORDINARY, "the sum moved"),
     (gives_up, pins.ORDINARY, "the sum moved"),
     (clips_at_twice, pins.ORDINARY, "the sum moved"),
+    (clips_at_twice, pins.STATISTICS, "the sum moved"),
     (clamps, pins.SHARED, "another sum is opened"),
     (masks_nothing, pins.SHARED, "not masked"),
     (says_its_true_size, pins.SHARED, "on the wire"),

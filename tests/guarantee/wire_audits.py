@@ -31,11 +31,21 @@ from fedtune.dp import accountant, clip
 from fedtune.dp.plan import DpPlan
 from fedtune.flower.arrays import from_record
 from fedtune.registry import process_cache
+from fedtune.registry.arrays import CLASS_SUMS
 from fedtune.wire.codec import decode
 from tests import chance
 from tests.guarantee.property_coupling import Sum
 from tests.guarantee.property_files import made_bases
-from tests.guarantee.property_plans import COLUMNS, Case, Crafted, Ids, Place, Plan, Row
+from tests.guarantee.property_plans import (
+    COLUMNS,
+    DIRECTIONS,
+    Case,
+    Crafted,
+    Ids,
+    Place,
+    Plan,
+    Row,
+)
 from tests.guarantee.property_world import SHM, World
 
 EPSILON, DELTA, CLIP = 8.0, 1e-4, 1e-3
@@ -64,6 +74,9 @@ MODES: dict[str, Mode] = {
     "orpo": Mode(Plan(objective="orpo"), Place(columns=COLUMNS["orpo"])),
     "reward": Mode(Plan(objective="reward"), Place(columns=COLUMNS["reward"])),
     "classify, head": Mode(Plan(**HEAD), CLASSES),
+    "class statistics": Mode(
+        Plan(**HEAD | {"objective": "prototypes"}), Place(columns=COLUMNS["prototypes"])
+    ),
     "1 of 2 ranks": Mode(Plan(lora="narrow"), replace(TEXT, rank=1), every=2),
     "continuous": Mode(Plan(life=1e6), TEXT),
     "held-out query": Mode(
@@ -267,9 +280,11 @@ def decoded(reply: Message, world: World, plan: Plan, private: DpPlan) -> np.nda
     else:
         record, factor = "update", -private.divisor / plan.rate
         rank = world.case.places[0].rank
+        sent = made.adapter
+        if plan.objective == "prototypes":
+            sent = {CLASS_SUMS: np.zeros((2, DIRECTIONS + 1), np.float32)}
         forms = {
-            n: (a.shape[0], rank) if rank and ".lora_B." in n else a.shape
-            for n, a in made.adapter.items()
+            n: (a.shape[0], rank) if rank and ".lora_B." in n else a.shape for n, a in sent.items()
         }
     said = reply.content["site"]
     assert record in reply.content and said["reason"] == "", f"{said['status']} {said['reason']}"
