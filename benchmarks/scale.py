@@ -176,6 +176,7 @@ def measure(sites: int, megabytes: float, secure: bool = False) -> dict[int, flo
     start = SimpleNamespace(
         study=study(sites, secure),
         frozen={},
+        strategy={},
         adapter={n: np.zeros(s, np.float32) for n, s in shape.items()},
     )
     parts = Dependencies(
