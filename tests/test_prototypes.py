@@ -13,6 +13,7 @@ import torch
 
 from fedtune import load_study
 from fedtune.audit.selftest import MemoryLog
+from fedtune.client.review import _leaves
 from fedtune.client.site import SiteWorker
 from fedtune.config import Site, Study, load_site
 from fedtune.config.load import checked
@@ -352,3 +353,10 @@ def test_too_few_public_records_for_the_directions(tmp_path: Path, tiny_encoder:
 
 def tokenizer(study: Study) -> Any:
     return build(study).tokenizer
+
+
+def test_a_site_is_told_which_table_leaves_it(tmp_path: Path, tiny_encoder: Path) -> None:
+    study = load_study(lay_out(tmp_path, tiny_encoder, PRIVATE))
+    told = " ".join(_leaves(study, load_site(tmp_path / "a.toml")))
+    assert "one table of 3 × 5 numbers, noised: for each class the sum" in told
+    assert "update of the adapter" not in told

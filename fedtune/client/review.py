@@ -313,6 +313,14 @@ def _objective(study: Study, site: Site) -> list[str]:
 
 def _leaves(study: Study, site: Site) -> list[str]:
     what = "one noised update of the adapter" if study.private else "one update, WITHOUT noise"
+    columns = resolve(study.objective).directions if may_resolve(study, site.policy) else 0
+    if columns:
+        what = (
+            f"one table of {len(study.objective.labels)} × {columns + 1} numbers, "
+            + ("noised: " if study.private else "WITHOUT noise: ")
+            + "for each class the sum of its records' vectors in the plan's public basis, and how "
+            "many they are"
+        )
     facts = ["this site's name", "its declared size", "its public signing key"]
     facts += ["how many ranks it trains"] if study.lora and study.lora.min_rank else []
     facts += [f"that its data is declared {site.data.declared}"] if site.data.declared else []
