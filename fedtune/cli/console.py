@@ -16,10 +16,11 @@ from rich.text import Text
 
 from fedtune.cli.tables import Figures
 from fedtune.errors import printable
-from fedtune.report.claim import percent, rounded_up, shared_line, start_line, verdict
+from fedtune.report.claim import percent, rounded_up, shared_line, verdict
 from fedtune.report.declared import INVENTED, site_lines
 from fedtune.report.delta import chance
 from fedtune.report.figures import short, size_text
+from fedtune.report.gain import advice, headline
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
 
@@ -49,10 +50,10 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     console.print()
     if metric:
         console.print(f"{metric}: {short(before)} → [bold]{short(after)}[/bold]", highlight=False)
-        if line := start_line(quality):
-            style = None if "better than" in line else "bold yellow"
-            console.print(f"  {line}", style=style, highlight=False, markup=False)
-        print_verdict(console, quality)
+    for added in headline(quality):
+        style = None if added.good else "bold yellow"
+        console.print(f"  {added.text}", style=style, highlight=False, markup=False)
+    print_pairs(console, quality)
     for name, alone in (report.get("alone") or {}).items():
         console.print(f"  {name} alone, at the same ε: {short(alone)}", markup=False)
     if report.get("private"):
@@ -89,8 +90,10 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     elif by := signer(out):
         lines.append(f'signed   fedtune verify {out} --trust "{by}"')
     lines.append("")
+    if more := advice(report):
+        lines += ["next     " + more, ""]
     for index, (line, why) in enumerate(commands):
-        lines.append(f"{'' if index else 'next':<9}{line:<{wide}}   {why}")
+        lines.append(f"{'' if index else 'then' if more else 'next':<9}{line:<{wide}}   {why}")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -118,11 +121,16 @@ def uses_of(out: Path) -> list[tuple[str, str]]:
 
 def print_verdict(console: Console, quality: dict[str, Any]) -> None:
     """Print whether the model is better than the base; of pairs, what else moved and warnings."""
-    for line in pair_lines(quality):
-        console.print(f"  {line}", highlight=False, markup=False)
     claim = verdict(quality)
     style = None if claim.startswith("better") else "bold yellow"
     console.print(f"  {claim}", style=style, highlight=False, markup=False)
+    print_pairs(console, quality)
+
+
+def print_pairs(console: Console, quality: dict[str, Any]) -> None:
+    """Print of a preference run what else moved, and warnings; nothing of another."""
+    for line in pair_lines(quality):
+        console.print(f"  {line}", highlight=False, markup=False)
     for alarm in alarms(quality):
         console.print(f"  warning: {alarm}", style="bold yellow", highlight=False, markup=False)
 

@@ -62,6 +62,8 @@ def evaluate(
         result = measure(Run(run), file, metric, choices or [])
     Console().print(evaluation_table(result))
     print_verdict(Console(), result)
+    for line in result["of the run"]:
+        Console().print(f"  of the run, by its report: {line}", highlight=False, markup=False)
     return result
 
 

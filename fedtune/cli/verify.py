@@ -159,6 +159,11 @@ def _lines(found: Verified) -> str:
         *_signer_lines(found),
         f"files        {found.files}, as they were signed; {found.updates} updates",
     ]
+    if found.released == "start":
+        lines.append("released     what public text alone gives; trained/, signed too, is what the")
+        lines.append("             sites' records made of it, and was worse by the report")
+    elif found.released:
+        lines.append("released     the trained model, by the plan's rule")
     for name, site in found.sites.items():
         spent = ""
         if "steps" in site:

@@ -13,6 +13,7 @@ from fedtune.evaluation.metrics import intervals
 from fedtune.models.adapter_files import picked
 from fedtune.models.run import Run
 from fedtune.report.claim import verdict
+from fedtune.report.gain import headline
 from fedtune.report.preference import alarms
 
 
@@ -30,7 +31,8 @@ def evaluate(
     intervals of before, after (Wilson for a share of records, else bootstrap over records) and
     change (paired bootstrap); gain: records and change, as in report.json, and of preference pairs
     their loss, margin, KL and share by length (evaluation.pairs.pair_facts); verdict: whether the
-    adapter is better than the base, in a sentence; alarms: what speaks against it.
+    adapter is better than the base, in a sentence; alarms: what speaks against it; of the run: what
+    its report says of public text alone and of what is released, [] where nothing.
 
     Errors: ConfigError, DataError, ModelError."""
     study = run.study
@@ -70,7 +72,15 @@ def evaluate(
         "gain": gain,
         "verdict": verdict(quality),
         "alarms": alarms(quality),
+        "of the run": _of_the_run(run),
     }
+
+
+def _of_the_run(run: Run) -> list[str]:
+    if not (run.folder / "report.json").is_file():
+        return []
+    lines = headline(run.report.get("quality") or {})
+    return [line.text for line in lines if line.about != "base"]
 
 
 def with_columns_of(study: Study, data: Path) -> DataFile:

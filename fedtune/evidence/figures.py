@@ -7,16 +7,22 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import fedtune
 from fedtune.config import PrivacyTable, Study, noise_shares
 from fedtune.dp.accountant import Steps, at_least, epsilon
 from fedtune.dp.shared_noise import joint_sigma, own_sigma
 from fedtune.evidence.sign import EVIDENCE, NotGenuine
 from fedtune.files import reading
+from fedtune.registry.metrics import METRICS
+from fedtune.report import gain
 from fedtune.report.claim import assumption
+from fedtune.report.gain import START, TRAINED
+from fedtune.report.quality import headline_lines
+from fedtune.run_folder import TRAINED as TRAINED_FOLDER
 from fedtune.wire import fingerprints, seal, step_summary
 from fedtune.wire.keys import canonical
 from fedtune.wire.step_summary import Agreed
@@ -47,6 +53,51 @@ def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[
     if content.get("format") != form:
         fail(path, "is of another format", form)
     return content, data
+
+
+def released(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
+    """Check what the report says is released against the plan's rule, the figures that decided,
+    and the files that are signed; return which model it is, "" of a plan that leaves no choice.
+
+    That the start in adapter/ is the one that public text gives is the coordinator's word."""
+    path, quality = run / "report.json", report.get("quality") or {}
+    decision = quality.get("released")
+    chooses = bool(study.start and study.selection and not study.continuous)
+    if (decision is not None) is not chooses:
+        fail(path, f"released is {str(decision)[:64]!r}", "what the plan says of what is released")
+    model = str((decision or {}).get("model", ""))
+    kept = any(name.startswith(f"{TRAINED_FOLDER}/") for name in files)
+    if kept is not (model == START):
+        fail(run / TRAINED_FOLDER, "does not fit what the report says is released", model or "none")
+    if decision is None or study.selection is None:
+        return ""
+    figures = [decision.get(name) for name in (TRAINED, START)]
+    better = TRAINED  # by the plan's rule, or where the selection records cannot tell
+    if study.selection.release == "better" and "lacking" not in decision:
+        metric = study.evaluation.metric if study.evaluation else "loss"
+        _equal(path, "released's metric", decision["metric"], metric)
+        sign = 1 if METRICS[metric].higher_is_better else -1
+        better = START if sign * (figures[0] - figures[1]) < 0 else TRAINED
+    _equal(path, "released's model", model, better)
+    if model == START and quality.get("metric"):
+        _equal(path, "the released model's figures", quality.get("after"), quality.get("start"))
+        _equal(path, "the trained model's figures", isinstance(quality.get("trained"), dict), True)
+    return model
+
+
+def headline(run: Path, report: dict[str, Any]) -> None:
+    """Check that report.json and report.md say of the run's quality what its figures say, in the
+    words of this release; of a report by another release, whose words differ, nothing."""
+    quality = report.get("quality") or {}
+    if report.get("fedtune") != fedtune.__version__:
+        return
+    said = [line.text for line in gain.headline(quality)]
+    if quality.get("headline", []) != said:
+        fail(run / "report.json", "quality.headline is not what its figures say", "; ".join(said))
+    page = reading.text(run / "report.md", "the report of a run", TODO, NotGenuine)
+    for line in headline_lines(report) if "merge" not in report else ():
+        if line not in page.splitlines():
+            fail(run / "report.md", "leaves out what the figures say", line.strip("*"))
 
 
 Events = dict[str, list[dict[str, Any]]]

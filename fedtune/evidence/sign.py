@@ -18,7 +18,7 @@ from typing import Any
 from fedtune.config import Study
 from fedtune.errors import InputError
 from fedtune.files.writing import replace
-from fedtune.run_folder import ADAPTER, SIGNATURE
+from fedtune.run_folder import ADAPTER, SIGNATURE, TRAINED
 from fedtune.wire.keys import SigningKey, canonical
 
 EVIDENCE = "evidence.json"
@@ -84,10 +84,13 @@ def sha256(path: Path) -> str:
 
 
 def covered(run: Path) -> list[str]:
-    """List the files that a signature must cover: those of FILES that are there, and all of the
-    adapter, or of the versions of which it is one."""
+    """List the files that a signature must cover: those of FILES that are there, all of the
+    adapter, or of the versions of which it is one, and all of the trained one where that was not
+    released."""
     inside = run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)
-    found = [path for path in sorted(inside.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    trained = run / TRAINED
+    paths = [*sorted(inside.rglob("*")), trained, *sorted(trained.rglob("*"))]
+    found = [path for path in paths if path.is_symlink() or (path.exists() and not path.is_dir())]
     names = [path.relative_to(run).as_posix() for path in found]
     listed = [name for name in names if name not in UNSIGNED]
     return [*(name for name in FILES if os.path.lexists(run / name)), *listed]

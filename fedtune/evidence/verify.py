@@ -18,7 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import FedtuneError, Refused
-from fedtune.evidence.figures import MALFORMED, TODO, fail, privacy, rounds, seals, signed_json
+from fedtune.evidence.figures import (
+    MALFORMED,
+    TODO,
+    fail,
+    headline,
+    privacy,
+    released,
+    rounds,
+    seals,
+    signed_json,
+)
 from fedtune.evidence.sign import (
     EVIDENCE,
     FORMAT,
@@ -54,7 +64,9 @@ class Verified:
     free_query: sites of which it says that a query or a view selects the records, which ε does not
     cover; exported: whether the run was found inside an exported model, whose weights nobody
     signed; capped: whether ε is the plan's bound for one patient, at which the sites leave a
-    patient out, and not what all steps together would give; dossier: of a dossier, when it was
+    patient out, and not what all steps together would give; released: where the plan lets the
+    better of two be released, which it is by the report, "trained" or "start" (what public text
+    alone gives; trained/ has the other one); dossier: of a dossier, when it was
     made, its files, and who approved it."""
 
     study: str
@@ -76,6 +88,7 @@ class Verified:
     free_query: tuple[str, ...] = ()
     exported: bool = False
     capped: bool = False
+    released: str = ""
     dossier: dict[str, Any] = field(default_factory=dict)
 
 
@@ -119,6 +132,8 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         events = seals(run, content, study, signed["coordinator"], bool(signed["ca"]))
         updates = rounds(run, content, study, report)
         claim = privacy(run, study, report, content["sites"], events)
+        chosen = released(run, study, report, signed["files"])
+        headline(run, report)
     except MALFORMED:
         fail(run, "its report or its evidence is not what a coordinator writes")
     found = Verified(
@@ -134,6 +149,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         declared=report.get("declared") or {},
         free_query=tuple(report.get("free_query") or ()),
         exported=exported is not None,
+        released=chosen,
         **claim,
     )
     _same_sites(run, found, sites or {})

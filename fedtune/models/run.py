@@ -14,6 +14,7 @@ from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.models.adapter_files import load_adapter
 from fedtune.models.lora import Arrays
+from fedtune.report.gain import is_start_released, over_start
 from fedtune.report.preference import alarms
 from fedtune.run_folder import PRINTED, load_plan, read_report
 
@@ -105,7 +106,10 @@ class Run:
         if not isinstance(before, dict) or not isinstance(after, dict) or metric not in after:
             return f"{name}: finished"
         warned = "; NOT shown to be better: see its report" if alarms(quality) else ""
-        return f"{name}: {metric} {before.get(metric):.3g} → {after[metric]:.3g}{warned}"
+        claim = over_start(quality)
+        added = f"; {claim} what public text alone gives" if claim else ""
+        added += ", which is released" if is_start_released(quality) else ""
+        return f"{name}: {metric} {before.get(metric):.3g} → {after[metric]:.3g}{added}{warned}"
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

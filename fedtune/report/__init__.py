@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.files.writing import replace
+from fedtune.report.gain import headline
 from fedtune.report.markdown import markdown
 from fedtune.report.plot import png
 
@@ -20,9 +21,12 @@ def write(out: Path, report: dict[str, Any]) -> None:
     """Write report.json, report.md and progress.png to `out` from one dict; each file is replaced
     whole or not at all, so a reader never sees half a report.
 
-    The JSON is canonical: keys sorted, UTF-8, numbers finite (others become "nan" or "inf").
+    quality.headline of the JSON is what is said of its quality on every page. The JSON is
+    canonical: keys sorted, UTF-8, numbers finite (others become "nan" or "inf").
     Errors: InfrastructureError where the folder cannot be written."""
     body = jsonable(report)
+    if said := [line.text for line in headline(body.get("quality") or {})]:
+        body["quality"]["headline"] = said
     if not body.get("private", False):
         body["banner"] = BANNER
     text = json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)

@@ -122,24 +122,6 @@ def number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def start_line(quality: dict[str, Any]) -> str:
-    """Say what public text alone gave before the first round, and what the sites' records added to
-    it, by the 95 % interval of the change; "" where nothing was trained before.
-
-    >>> gain = {"records": 60, "over_start": [-0.5, 0.25]}
-    >>> start_line({"metric": "loss", "start": {"loss": 2.25}, "gain": gain})
-    "from public text alone, before the first round and for no ε: 2.25; with the sites' records \
-not told apart from it: change of loss -0.5 to +0.25"
-    """
-    metric = quality.get("metric")
-    start = number((quality.get("start") or {}).get(metric))
-    if not metric or start is None:
-        return ""
-    line = f"from public text alone, before the first round and for no ε: {start:.4g}"
-    told = compared(metric, (quality.get("gain") or {}).get("over_start"))
-    return f"{line}; with the sites' records {told[0]} it: {told[1]}" if told else line
-
-
 def compared(metric: str, change: Any) -> tuple[str, str] | None:
     """Judge a metric's change by its 95 % interval: how the later model compares, and the interval
     in words; None where there is none.

@@ -52,9 +52,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"> **Not patients' data.** {cell(said)}" if (said := declared_line(report)) else "",
         f"> **Not covered.** {cell(said)}" if (said := free_query_line(report)) else "",
         _claim(report) if report.get("private") else _banner(report),
-        quality(report.get("quality") or {})
-        if "merge" not in report
-        else "",  # told of each parent
+        quality(report) if "merge" not in report else "",  # told of each parent
         *derived(report.get("derived") or {}),
         *teacher(report),
         *merged(report.get("merge") or {}, report.get("privacy") or {}),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.report.claim import fallback, number, rounded_up, verdict
+from fedtune.report.claim import fallback, number, rounded_up
+from fedtune.report.gain import headline
 from fedtune.report.quality import intervals
 
+WIDE = 130  # characters of a line of the caption
 ROOM = 1.18  # of the axis of rounds: the last figure stands beside its point
 INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
 
@@ -33,7 +36,7 @@ def png(report: dict[str, Any]) -> bytes:
         _likelihood(shown[-1], private)
     if report.get("private"):
         _epsilon(right, report)
-        figure.suptitle(_caption(report), fontsize=9, color="#555555")
+        figure.suptitle(_caption(report), fontsize=8, color="#555555")
     else:
         _alarm(right)
         figure.suptitle(
@@ -48,9 +51,10 @@ def png(report: dict[str, Any]) -> bytes:
 
 
 def _caption(report: dict[str, Any]) -> str:
-    """The study's name, and whether its model is better than the base."""
-    claim = verdict(report.get("quality") or {})
-    return ": ".join(str(part).replace("$", "") for part in (report.get("study"), claim) if part)
+    """The study's name, what the sites' records added and what is released: a line each."""
+    said = [line.text for line in headline(report.get("quality") or {})]
+    parts = [str(report.get("study") or ""), *(textwrap.fill(text, WIDE) for text in said)]
+    return "\n".join(parts).replace("$", "")
 
 
 def _points(quality: dict[str, Any], metric: Any) -> list[tuple[int, float]]:
@@ -96,7 +100,8 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
             xytext=(0, -4 if above else 4), va="top" if above else "bottom",
             textcoords="offset points", ha="right", color="#777777", fontsize=8,
         )  # fmt: skip
-    low, high = bounds.get("after", (values[-1], values[-1]))
+    # The curve is the trained model's, also where it is not what is released.
+    low, high = bounds.get("trained", bounds.get("after", (values[-1], values[-1])))
     axes.errorbar(
         rounds[-1], values[-1], yerr=[[max(values[-1] - low, 0)], [max(high - values[-1], 0)]],
         color=GOOD, capsize=4, elinewidth=1.2, clip_on=False,
@@ -106,6 +111,13 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
         va="bottom" if above else "top", textcoords="offset points", color=GOOD, weight="bold",
         annotation_clip=False,
     )  # fmt: skip
+    begun = quality.get("start")
+    if (public := number(begun.get(metric) if isinstance(begun, dict) else None)) is not None:
+        axes.axhline(public, color=FAINT, linestyle=":", linewidth=1.2, zorder=1)
+        axes.annotate(
+            "public text alone", (1, public), xycoords=("axes fraction", "data"), xytext=(0, 4),
+            textcoords="offset points", ha="right", va="bottom", color="#777777", fontsize=8,
+        )  # fmt: skip
     about = known_metric(metric)
     lower = " (lower is better)" if not about.higher_is_better else ""
     axes.set_title(

@@ -5,62 +5,100 @@ from __future__ import annotations
 from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.report.claim import compared, number, verdict
+from fedtune.report.claim import number
+from fedtune.report.gain import TRAINED, advice, headline, is_start_released
 from fedtune.report.text import cell, figure, table
 
 HELD_OUT = "the study's held-out records"
 BEFORE_AFTER = ("base alone", "with the adapter")
 
 
-def section(quality: dict[str, Any]) -> str:
-    """Render what was measured, on how many records, with an interval beside every figure; whether
-    the model is better; what was chosen on which records."""
+LONG = 1000  # characters of a sentence
+
+
+def section(report: dict[str, Any]) -> str:
+    """Render what the sites' records added and what is released; then what was measured, on how
+    many records, with an interval beside every figure; what was chosen on which records."""
+    quality = report.get("quality") or {}
     metric = quality.get("metric")
     if not metric:
-        return "## Quality\n\nNot measured: the study has no [evaluation] table."
+        said = "Not measured: the study has no [evaluation] table."
+        return "\n\n".join(["## Quality", *headline_lines(report), said])
     before, after = quality.get("before"), quality.get("after")
     if not isinstance(before, dict):
         before, after = {metric: before}, {metric: after}
     after = after if isinstance(after, dict) else {metric: after}
     names = [metric, *sorted((set(before) | set(after)) - {metric, "round"})]
+    others = _others(quality)
     rows = []
     for name in names:
         b, a = number(before.get(name)), number(after.get(name))
         change = "–" if b is None or a is None else f"{a - b:+.4g}"
         bounds = intervals(quality, name)
         arrow = "higher is better" if known_metric(name).higher_is_better else "lower is better"
-        shown = (figure(before.get(name)), figure(after.get(name)), change)
-        told = zip(shown, ("before", "after", "change"), strict=True)
-        cells = [f"{value}{_between(bounds.get(key), key)}" for value, key in told]
+        shown = {"before": figure(before.get(name))}
+        shown |= {key: figure(quality[key].get(name)) for key in others}
+        shown |= {"after": figure(after.get(name)), "change": change}
+        cells = [f"{value}{_between(bounds.get(key), key)}" for key, value in shown.items()]
         rows.append([f"{cell(name)} ({arrow})", *cells])
     count = (quality.get("gain") or {}).get("records")
     on = cell(quality.get("on") or HELD_OUT) + (f", {figure(count)} of them" if count else "")
     between = (
         "; in brackets 95 % intervals over those records" if intervals(quality, metric) else ""
     )
+    first, last = map(cell, quality.get("columns") or _columns(quality))
+    head = ["measure", first, *others.values(), last, "change"]
     return (
-        f"## Quality\n\nOn {on}, at the coordinator{between or ''}.\n\n"
-        + table(["measure", *map(cell, quality.get("columns") or BEFORE_AFTER), "change"], rows)
-        + _verdict(quality)
-        + _started(quality, names)
+        "\n\n".join(["## Quality", *headline_lines(report)])
+        + f"\n\nOn {on}, at the coordinator{between or ''}.\n\n"
+        + table(head, rows)
+        + _pairs(quality)
         + _selected(quality)
         + "\n\n![Quality and ε by round](progress.png)"
     )
 
 
-def _verdict(quality: dict[str, Any]) -> str:
-    """Whether the model is better than the base, and what speaks against it; or nothing."""
+def headline_lines(report: dict[str, Any]) -> list[str]:
+    """Render gain.headline and gain.advice as paragraphs of Markdown, each on a line of its own."""
+    said = [_sentence(line.text) for line in headline(report.get("quality") or {})]
+    lines = [f"**{text}**" for text in said]
+    return [*lines, _sentence(more)] if (more := advice(report)) else lines
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{cell(text[1:], LONG)}."
+
+
+def _columns(quality: dict[str, Any]) -> tuple[str, str]:
+    """Head the figures of the base and of what is released."""
+    return (
+        ("base alone", "released: public text alone")
+        if is_start_released(quality)
+        else (BEFORE_AFTER)
+    )
+
+
+def _others(quality: dict[str, Any]) -> dict[str, str]:
+    """Return what else was measured, and the head of its column: what public text alone gives, or
+    where that is released the trained model."""
+    named = {"start": "public text alone"}
+    if is_start_released(quality):
+        named = {TRAINED: "trained, not released"}
+    return {key: head for key, head in named.items() if isinstance(quality.get(key), dict)}
+
+
+def _pairs(quality: dict[str, Any]) -> str:
+    """What else moved in a preference run, and what speaks against it; or nothing."""
     from fedtune.report.preference import alarms, section  # which writes with text's table
 
-    claim, pairs = verdict(quality), section(quality)
-    lines = [f"\n\nThe trained model is {cell(claim)}."] if claim else []
-    lines += [f"\n\n> **Warning:** {alarm}." for alarm in alarms(quality)]
+    pairs = section(quality)
+    lines = [f"\n\n> **Warning:** {alarm}." for alarm in alarms(quality)]
     return "".join([*lines, f"\n\n{pairs}" if pairs else ""])
 
 
 def intervals(quality: dict[str, Any], name: Any) -> dict[str, list[float]]:
-    """Return the 95 % intervals of a metric's figures: "before", "after", "change"; {} where they
-    were not computed.
+    """Return the 95 % intervals of a metric's figures: "before", "after", "change", and "trained"
+    where the trained model is not what is released; {} where they were not computed.
 
     >>> intervals({"gain": {"intervals": {"loss": {"after": [1.0, 2.0]}}}}, "loss")
     {'after': [1.0, 2.0]}
@@ -79,17 +117,6 @@ def _between(bound: list[float] | None, key: str) -> str:
         return ""
     sign = "+" if key == "change" else ""
     return f" ({bound[0]:{sign}.4g} to {bound[1]:{sign}.4g})"
-
-
-def _started(quality: dict[str, Any], names: list[str]) -> str:
-    """What the public start alone gives; a paragraph, or nothing."""
-    start = quality.get("start")
-    if not isinstance(start, dict):
-        return ""
-    figures = ", ".join(f"{cell(n)} {figure(start[n])}" for n in names if n in start)
-    told = compared(str(quality.get("metric")), (quality.get("gain") or {}).get("over_start"))
-    added = f" With the sites' records the model is {told[0]} that: {told[1]}." if told else ""
-    return f"\n\nBefore the first round, from public text alone and for no ε: {figures}.{added}"
 
 
 def _selected(quality: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ from fedtune.report.claim import (
 )
 
 
-def cell(value: Any) -> str:
-    """One value as inert Markdown on one line, at most 200 characters."""
+def cell(value: Any, most: int = 200) -> str:
+    """One value as inert Markdown on one line, at most `most` characters."""
     if value is None:
         return "–"
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
-    text = text if len(text) <= 200 else text[:199] + "…"
+    text = text if len(text) <= most else text[: most - 1] + "…"
     return re.sub(r"([\\`*\[\]<>|#!])", r"\\\1", text)
 
 

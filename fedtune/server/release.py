@@ -10,10 +10,9 @@ from typing import Any
 from fedtune.config import Study
 from fedtune.progress import stage
 from fedtune.registry.metrics import METRICS
+from fedtune.report.gain import START, TRAINED
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
-
-TRAINED, START = "trained", "start"
 
 
 def decide(progress: Progress, selector: Measures | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from fedtune.flower.arrays import Arrays
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
+from fedtune.report.gain import is_start_released
 from fedtune.run_folder import ADAPTER, TRAINED, write_plan
 from fedtune.server import provenance, release, secure_round, step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
@@ -412,7 +413,7 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         if not self.continuous:  # its adapters are released already
             self._decision = release.decide(self.progress, self._selector)
-            starts = self._decision.get("model") == release.START
+            starts = is_start_released({"released": self._decision})
             if starts:  # nothing that was paid for is lost
                 self._write(self.progress.adapter, TRAINED)
                 self._event("step", text=f"{self._decision['why']}: the start is released")
@@ -446,6 +447,9 @@ class _Run:
             report["quality"] |= summary.judged(self.progress, self._evaluator, self._selector)
         if self._decision:
             report["quality"]["released"] = self._decision
+        if self._evaluator and is_start_released(report["quality"]):
+            quality = report["quality"]
+            report["quality"] = summary.with_start_released(quality, self.progress, self._evaluator)
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], **self.continuous.quality()}

@@ -13,6 +13,7 @@ from fedtune.dp.shared_noise import joint_sigma
 from fedtune.errors import ConfigError
 from fedtune.models.rank_slice import rank_slice
 from fedtune.progress import stage
+from fedtune.report.gain import TRAINED
 from fedtune.server.admission import Roster
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.provenance import made
@@ -279,11 +280,24 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
 
 
 def judged(progress: Progress, evaluator: Measures, selector: Measures | None) -> dict[str, Any]:
-    """Report the last adapter's gain over the base and over the public start, with intervals, and
-    on how many records each step was chosen, where it was."""
+    """Report the trained adapter's gain over the base and over the public start, with intervals,
+    and on how many records each step was chosen, where it was."""
     start = progress.origin if progress.study.start and progress.origin else None
     gain = {"gain": evaluator.gain(progress.adapter, start)}
     return gain if selector is None else gain | {"selection_records": len(selector)}
+
+
+def with_start_released(
+    quality: dict[str, Any], progress: Progress, evaluator: Measures
+) -> dict[str, Any]:
+    """Return a report's quality where the public start is released: "after" and "gain" are that
+    one's, "trained" and the intervals of that name the trained model's, and gain.over_start
+    compares the two."""
+    trained, gain = quality["gain"], evaluator.gain(progress.origin)
+    for name, bounds in gain.get("intervals", {}).items():
+        bounds[TRAINED] = trained["intervals"][name]["after"]
+    gain["over_start"] = trained["over_start"]
+    return {**quality, "after": progress.started, TRAINED: quality["after"], "gain": gain}
 
 
 def measure_start(progress: Progress, evaluator: Measures | None) -> None:

@@ -156,12 +156,12 @@ def test_a_simulation_and_public_text_alone_are_on_a_runs_page(tried: Path, tmp_
     (run / "report.json").write_text(json.dumps(report | {"invented": True}))
     page = shown(run)
     assert "a simulation" in page and "invented records" in page
-    assert "from public text alone, before the first round and for no ε: 0.25; with" in page
+    assert "what public text alone gives (0.25, for no ε)" in page
     assert json.loads(shown(run, "series"))["start"] == {metric: 0.25}
     del report["simulation"], quality["start"]
     (run / "report.json").write_text(json.dumps(report))
     page = shown(run)
-    assert "a simulation" not in page and "from public text alone" not in page
+    assert "a simulation" not in page and "public text alone gives" not in page
 
 
 def test_a_site_that_waits_for_a_person_is_named_at_the_coordinator(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_two_measured_points_are_not_joined_and_public_text_alone_has_a_line(sig
     quality |= {"start": {metric: 0.25}}
     quality["gain"]["over_start"] = [-0.5, 0.25]
     content = dossier_content.build(found, {})
-    assert "from public text alone, before the first round and for no ε: 0.25" in markdown(content)
+    assert "what public text alone gives (0.25, for no ε)" in markdown(content)
     assert not contradicted(content, found)
     block = next(b for s in content["sections"] for b in s["blocks"] if b["kind"] == "curve")
     assert "0.25 by public text alone" in pictures.drawn(block).alt

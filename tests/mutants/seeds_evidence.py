@@ -11,7 +11,42 @@ AUDIT, T_AUDIT = "fedtune/evidence/audit_log.py", "tests/test_audit_log.py::"
 T_CUT = "tests/test_audit_log_cut.py::"
 T_ATTACK = "tests/test_attack.py::"
 
+T_RELEASED, T_GAIN = "tests/test_what_is_released.py::", "tests/report/test_gain.py::"
+
 MUTANTS = (
+    _one(
+        "evidence", "worse-is-hidden", "fedtune/report/gain.py",
+        "    lines = (_over_start(quality), _over_base(quality), _released(quality))",
+        "    lines = (_over_base(quality), _released(quality))",
+        T_GAIN + "test_what_was_added_to_public_text_is_said_everywhere",
+        "what public text alone gave is said nowhere",
+    ),
+    _one(
+        "evidence", "a-page-may-hide-worse", FIGURES,
+        "        if line not in page.splitlines():", "        if not page.splitlines():",
+        T_RELEASED + "test_a_page_that_hides_worse_is_refused",
+        "report.md hides what its figures say",
+    ),
+    _one(
+        "evidence", "whatever-is-released-passes", FIGURES,
+        """    _equal(path, "released's model", model, better)\n""", "",
+        T_RELEASED + "test_an_edited_line_of_what_is_released_is_refused",
+        "the figures that decided say another model",
+    ),
+    _one(
+        "evidence", "the-trained-model-beside-is-not-signed", "fedtune/evidence/sign.py",
+        'paths = [*sorted(inside.rglob("*")), trained, *sorted(trained.rglob("*"))]',
+        'paths = [*sorted(inside.rglob("*"))]',
+        T_RELEASED + "test_the_trained_model_beside_it_is_signed",
+        "trained/ is replaced after the signature",
+    ),
+    _one(
+        "evidence", "the-trained-models-figure-is-the-headline", "fedtune/server/summary.py",
+        '"after": progress.started, TRAINED: quality["after"]',
+        '"after": quality["after"], TRAINED: quality["after"]',
+        T_RELEASED + "test_the_headline_figure_is_that_of_what_is_handed_out",
+        "the figure shown is not of what is handed out",
+    ),
     _one(
         "evidence", "a-file-is-not-hashed", VERIFY,
         " or _sha256(path) != digest:", ":",

@@ -24,9 +24,8 @@ from fedtune.report.claim import (
     percent,
     protects,
     shared_line,
-    start_line,
-    verdict,
 )
+from fedtune.report.gain import advice, headline, is_start_released, over_start
 from fedtune.report.preference import alarms as preference_alarms
 from fedtune.report.quality import intervals
 from fedtune.run_folder import ANSWERS, load_plan, read_report
@@ -109,7 +108,11 @@ class RunPage(Page):
             "selection": {name: _plain(values) for name, values in rounds.selection.items()},
             "base": shown["quality"].get("base") or {},
             "start": shown["quality"].get("starts") or {},
-            "intervals": shown["quality"].get("intervals") or {},
+            "intervals": {
+                # The curve is the trained model's, also where it is not what is released.
+                name: bounds | ({"after": bounds["trained"]} if "trained" in bounds else {})
+                for name, bounds in (shown["quality"].get("intervals") or {}).items()
+            },
             "bounded": [name for name in quality if known_metric(name).bounded],
             "epsilon": epsilon,
             "planned": shown["privacy"].get("planned"),
@@ -193,8 +196,11 @@ def alarms(
         found.append(
             Notice("bad", "NOT PRIVATE: no noise was added; the adapter may reveal records")
         )
-    if verdict(quality).startswith("worse"):
-        found.append(Notice("bad", f"The trained model is {verdict(quality)}"))
+    for line in headline(quality):
+        if " worse than " in line.text:
+            found.append(Notice("bad", f"{line.text[:1].upper()}{line.text[1:]}"))
+    if more := advice(report):
+        found.append(Notice("warn", f"{more[:1].upper()}{more[1:]}"))
     found += [Notice("warn", alarm) for alarm in preference_alarms(quality)]
     if snapshot and snapshot.state == "gone":
         found.append(Notice("bad", f"Killed: {GONE}"))
@@ -246,13 +252,13 @@ def _quality(
     return {
         "metric": metric,
         "rows": rows,
-        "verdict": verdict(quality),
-        "start": start_line(quality),
+        "headline": headline(quality),
+        "over_start": over_start(quality),
         "starts": {k: n for k, v in (quality.get("start") or {}).items() if (n := number(v))},
-        "improved": verdict(quality).startswith("better"),
         "records": (quality.get("gain") or {}).get("records"),
         "base": {row["name"]: row["before"] for row in rows if row["before"] is not None},
         "intervals": {row["name"]: row["intervals"] for row in rows},
+        "released": "public text alone" if is_start_released(quality) else "",
     }
 
 

@@ -26,7 +26,8 @@ from typing import Any
 
 from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
 from fedtune.registry.metrics import METRICS
-from fedtune.report.claim import fallback, limits, start_line
+from fedtune.report.claim import fallback, limits
+from fedtune.report.gain import headline, is_start_released
 
 FORMAT = "fedtune-dossier-1"
 Block = dict[str, Any]
@@ -38,6 +39,10 @@ def _report(found: Documents, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def _said(found: Documents) -> set[str]:
+    return {line.about for line in headline(_report(found, "quality") or {})}
 
 
 WHEN: dict[str, Callable[[Documents], bool]] = {
@@ -62,7 +67,8 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "simulated": lambda found: bool(found.get("simulated")),
     "consortium": lambda found: not found.get("simulated"),
     "invented": lambda found: bool(_report(found, "invented")),
-    "started": lambda found: bool(start_line(_report(found, "quality") or {})),
+    "started": lambda found: "start" in _said(found),
+    "released": lambda found: "released" in _said(found),
 }
 
 
@@ -159,7 +165,8 @@ def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
         if all(fact and isfinite(float(fact["shown"])) for fact in point):
             points.append(point)
     base = _fact(found, f"report.json#/quality/before/{name}", "plain")
-    bounds = f"report.json#/quality/gain/intervals/{name}/after"
+    which = "trained" if is_start_released(quality) else "after"  # the curve is the trained one's
+    bounds = f"report.json#/quality/gain/intervals/{name}/{which}"
     if metric in METRICS and base and points:
         yield {
             "kind": "curve",

@@ -19,11 +19,10 @@ from fedtune.report.claim import (
     percent,
     protects,
     rounded_up,
-    start_line,
     strength,
-    verdict,
 )
 from fedtune.report.declared import declared_line
+from fedtune.report.gain import headline
 
 DOCUMENTS = ("report.json", "plan.json", "evidence.json")
 MISSING = object()
@@ -34,7 +33,7 @@ HEAD = re.compile(
     r"(?s)\A(?:<!DOCTYPE html>\n<html lang=\"en\">\n<head>.*?</head>|---\n.*?\n---\n)"
 )
 PICTURE = re.compile(r"src=\"data:image/(?:png|svg\+xml);base64,[A-Za-z0-9+/=]*\"")
-MOST = 300  # characters of a value that is text
+MOST = 500  # characters of a value that is text
 
 
 def documents(run: Path) -> dict[str, Any]:
@@ -94,6 +93,12 @@ def _interval(value: Any) -> str:
     return f"{_plain(float(low))} to {_plain(float(high))}"
 
 
+def _said(quality: Any, about: str) -> str:
+    """Return the line of gain.headline about one thing."""
+    found = (line.text for line in headline(quality) if line.about == about)
+    return next(found, "not measured")
+
+
 def _upstream(value: Any) -> str:
     found = upstream_of(str(value))
     return str(found) if found else base_name(str(value))
@@ -121,8 +126,9 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "assumptions": lambda value: assumptions(fallback(value) or {}) or "nothing",
     "fallback": lambda value: rounded_up((fallback(value) or value)["epsilon"]),
     "protects": lambda value: protects(str(value)),
-    "verdict": lambda value: verdict(value) or "not measured",
-    "start": lambda value: start_line(value) or "not measured",
+    "gain over public text": lambda value: _said(value, "start"),
+    "gain over the base": lambda value: _said(value, "base"),
+    "released": lambda value: _said(value, "released"),
     "declared": lambda value: declared_line({"declared": value}) or "none",
     "upstream": _upstream,
     "base": lambda value: base_name(str(value)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fedtune.evidence.dossier.facts import MOST
 from fedtune.evidence.dossier.pictures import drawn
 from fedtune.report.text import cell, table
 
@@ -88,12 +89,12 @@ def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
 def _fact(fact: Mapping[str, str] | None) -> tuple[str, str]:
     if fact is None:
         return NOT_RECORDED, "–"
-    return cell(fact["shown"]), f"`{fact['source'].replace('`', '')}`"
+    return cell(fact["shown"], MOST), f"`{fact['source'].replace('`', '')}`"
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, Mapping):
-        return cell(value["shown"])
+        return cell(value["shown"], MOST)
     return NOT_RECORDED if value is None else cell(value)
 
 

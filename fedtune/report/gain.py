@@ -1,0 +1,124 @@
+"""Say what the sites' records added and what is released: the lines that stand wherever a run's
+quality is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedtune.report.claim import compared, number, verdict
+
+TRAINED, START = "trained", "start"  # what is released: a report's quality.released.model
+PUBLIC = "what public text alone gives"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One sentence. about: "start", the gain over what public text alone gives; "base", that over
+    the base; "released", what the run releases. good: whether it says what one would wish for."""
+
+    about: Literal["start", "base", "released"]
+    text: str
+    good: bool
+
+
+def headline(quality: dict[str, Any]) -> list[Line]:
+    """Compose what is said of a run's quality, in the order in which it is said: the gain over what
+    public text alone gives, the gain over the base, what is released.
+
+    | no public start            | the base alone                              |
+    | nothing was compared       | no line that would need it                  |
+    | the start is released      | the base's line speaks of what is released  |
+
+    >>> gain = {"records": 60, "over_start": [-0.5, 0.25], "change": [-1.5, -1.0]}
+    >>> found = {"metric": "loss", "start": {"loss": 2.25}, "gain": gain}
+    >>> [line.text for line in headline(found)]
+    ['the trained model is not told apart from what public text alone gives (2.25, for no ε): \
+change of loss -0.5 to +0.25, 95 % over 60 records', 'the trained model is better than the base: \
+change of loss -1.5 to -1, 95 % over 60 records']
+    """
+    lines = (_over_start(quality), _over_base(quality), _released(quality))
+    return [line for line in lines if line]
+
+
+def over_start(quality: dict[str, Any]) -> str:
+    """Return how the trained model compares with what public text alone gives: "better than",
+    "not told apart from", "worse than", or with a preference run's alarms "NOT shown to be better
+    than"; "" where that was not measured."""
+    from fedtune.report.preference import alarms  # which writes with claim's number
+
+    metric, start = quality.get("metric"), quality.get("start")
+    told = compared(str(metric), (quality.get("gain") or {}).get("over_start"))
+    if not isinstance(start, dict) or number(start.get(metric)) is None or told is None:
+        return ""
+    is_doubtful = told[0] == "better than" and alarms(quality)
+    return "NOT shown to be better than" if is_doubtful else told[0]
+
+
+def is_start_released(quality: dict[str, Any]) -> bool:
+    """Return whether a run releases what public text alone gives."""
+    decision = quality.get("released")
+    return isinstance(decision, dict) and decision.get("model") == START
+
+
+def advice(report: dict[str, Any]) -> str:
+    """Say what would help where the sites' records were not shown to add anything to public text;
+    "" where they were, or where nothing was trained before the first round."""
+    claim = over_start(report.get("quality") or {})
+    if not claim or claim == "better than":
+        return ""
+    privacy = report.get("privacy") or {}
+    sites = privacy.get("sites") or {}
+    helps = [f"more {privacy.get('unit') or 'record'}s a site", "more sites"]
+    if report.get("private"):
+        if not any("secure_aggregation" in site for site in sites.values()):
+            enough = "" if len(sites) >= 3 else ", from three sites on"
+            helps.append(f"one dose of noise for all sites by [secure_aggregation]{enough}")
+        helps.append("a higher ε, where every site's policy allows it")
+    return (
+        f"the sites' records were not shown to add anything to public text: the model is {claim} "
+        f"it. What would help: {'; '.join(helps)}"
+    )
+
+
+def _over_start(quality: dict[str, Any]) -> Line | None:
+    if not (claim := over_start(quality)):
+        return None
+    metric, gain = str(quality["metric"]), quality["gain"]
+    told = compared(metric, gain["over_start"])
+    assert told is not None  # over_start
+    text = (
+        f"the trained model is {claim} {PUBLIC} ({number(quality['start'][metric]):.4g}, for no "
+        f"ε): {told[1]}, 95 % over {gain.get('records')} records"
+    )
+    return Line("start", text, good=claim == "better than")
+
+
+def _over_base(quality: dict[str, Any]) -> Line | None:
+    claim = verdict(quality)
+    if not claim:
+        return None
+    who = "what is released" if is_start_released(quality) else "the trained model"
+    return Line("base", f"{who} is {claim}", good=claim.startswith("better than"))
+
+
+def _released(quality: dict[str, Any]) -> Line | None:
+    decision = quality.get("released")
+    if not isinstance(decision, dict) or "model" not in decision:
+        return None
+    if not is_start_released(quality):
+        return Line("released", f"released: the trained model; {decision.get('why')}", good=True)
+    metric = quality.get("metric")
+    own = number((quality.get(TRAINED) or {}).get(metric))
+    own_figure = "" if own is None else f" ({metric} {own:.4g})"
+    chosen_by = ", ".join(
+        f"{number(decision.get(model)):.4g} for {name}"
+        for model, name in ((TRAINED, "it"), (START, "public text"))
+        if number(decision.get(model)) is not None
+    )
+    text = (
+        f"released: {PUBLIC}; the trained model{own_figure}, which was worse on the "
+        f"{decision.get('records')} [selection] records ({chosen_by}), is kept in {TRAINED}/; the "
+        "ε that it cost stays spent"
+    )
+    return Line("released", text, good=False)

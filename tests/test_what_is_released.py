@@ -1,0 +1,222 @@
+"""What a run releases, as its folder, its report, its signature and `fedtune verify` say it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from fedtune.config.sites import sites_in
+from fedtune.derive.export import export
+from fedtune.evaluation.run import evaluate
+from fedtune.evidence import sign
+from fedtune.evidence.dossier.release import release
+from fedtune.evidence.verify import NotGenuine, verify
+from fedtune.models.run import Run
+from fedtune.wire.keys import SigningKey
+from tests.cli_kit import run as command
+from tests.simulated import noise_from, simulate
+from tests.test_prototypes import LABELS, PRIVATE, lay_out, note, write
+from tests.verify_kit import forged
+
+SELECTION = """
+[selection]
+path = "selection.jsonl"
+columns = { text = "t", label = "l" }
+"""
+
+
+def finished(
+    folder: Path, base: Path, wrong: bool = False, lacking: bool = False
+) -> tuple[Path, Any]:
+    """A run of class statistics whose [selection] records decide what is released. wrong: whether
+    the sites' labels are."""
+    path = lay_out(folder, base, PRIVATE.replace("8.0", "95.0"), more=SELECTION)
+    for site in ("a", "b", "c") if wrong else ():
+        rows = [json.loads(line) for line in (folder / f"{site}.jsonl").read_text().splitlines()]
+        turned = dict(zip(LABELS, [*LABELS[1:], LABELS[0]], strict=True))
+        write(folder / f"{site}.jsonl", [row | {"l": turned[row["l"]]} for row in rows])
+    known = LABELS[: 2 if lacking else 3]
+    rows = [{"t": note(label, 30 + n), "l": label} for label in LABELS for n in range(5)]
+    write(folder / "public.jsonl", rows)
+    rows = [{"t": note(label, 70 + n), "l": label} for label in known for n in range(5)]
+    write(folder / "selection.jsonl", rows)
+    with noise_from(3):
+        return folder / "run", simulate(path, sites_in(folder), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def misled(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Any]:
+    """A run that the sites' records made worse: the public start is released."""
+    return finished(tmp_path_factory.mktemp("misled"), tiny_encoder, wrong=True)
+
+
+@pytest.fixture(scope="module")
+def clear(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> tuple[Path, Any]:
+    """Its twin, of records with their own labels: the trained model is released."""
+    return finished(tmp_path_factory.mktemp("clear"), tiny_encoder)
+
+
+def test_the_headline_figure_is_that_of_what_is_handed_out(misled: Any, clear: Any) -> None:
+    folder, report = misled
+    quality = report["quality"]
+    assert quality["released"]["model"] == "start"
+    assert quality["after"] == quality["start"] != quality["trained"]
+    assert quality["trained"]["accuracy"] == quality["by_round"][-1]["accuracy"]
+    low, high = quality["gain"]["intervals"]["accuracy"]["trained"]
+    assert low <= quality["trained"]["accuracy"] <= high
+    measured = evaluate(Run(folder), folder.parent / "judges.jsonl")
+    assert measured["of the run"] == [line for line in quality["headline"] if "public" in line]
+    assert measured["after"]["accuracy"] == pytest.approx(quality["after"]["accuracy"])
+    assert measured["interval"]["change"] == pytest.approx(quality["gain"]["change"])
+    heads = [load_file(folder / name / "head.safetensors") for name in ("adapter", "trained")]
+    assert any((heads[0][name] != heads[1][name]).any() for name in heads[0])
+    folder, report = clear
+    quality = report["quality"]
+    assert quality["released"]["model"] == "trained" and "trained" not in quality
+    assert quality["after"]["accuracy"] == quality["by_round"][-1]["accuracy"]
+    assert not (folder / "trained").exists()
+
+
+def test_verify_says_what_is_released_and_signs_the_other_too(misled: Any, clear: Any) -> None:
+    folder, _ = misled
+    found = verify(folder)
+    assert found.released == "start" and "trained" not in found.not_signed
+    assert {"adapter/head.safetensors", "trained/head.safetensors"} <= {*sign.covered(folder)}
+    shown = command("verify", folder, "--simulation").output
+    assert "released     what public text alone gives; trained/, signed too" in shown
+    assert verify(clear[0]).released == "trained"
+    shown = command("verify", clear[0], "--simulation").output
+    assert "released     the trained model" in shown
+
+
+@pytest.mark.parametrize("name", ["changed", "added", "linked"])
+def test_the_trained_model_beside_it_is_signed(misled: Any, tmp_path: Path, name: str) -> None:
+    copy = shutil.copytree(misled[0], tmp_path / "run")
+    verify(copy)
+    head = copy / "trained" / "head.safetensors"
+    if name == "changed":
+        head.write_bytes(head.read_bytes()[:-1] + b"\x00\x01"[head.read_bytes()[-1] == 0 :][:1])
+    elif name == "added":
+        (copy / "trained" / "modeling.py").write_text("pass")
+    else:
+        shutil.move(copy / "trained", tmp_path / "elsewhere")
+        (copy / "trained").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(NotGenuine, match=r"trained.*(was changed|was added)"):
+        verify(copy)
+
+
+def _as_trained(report: dict[str, Any]) -> None:
+    report["quality"]["released"]["model"] = "trained"
+
+
+def _no_decision(report: dict[str, Any]) -> None:
+    del report["quality"]["released"]
+
+
+def _flattered(report: dict[str, Any]) -> None:
+    decision = report["quality"]["released"]
+    decision["trained"] = decision["start"] + 0.1
+
+
+def _trained_figures(report: dict[str, Any]) -> None:
+    report["quality"]["after"] = report["quality"]["trained"]
+
+
+def _without_its_own(report: dict[str, Any]) -> None:
+    del report["quality"]["trained"]
+
+
+def _hidden(report: dict[str, Any]) -> None:
+    report["quality"]["headline"] = [
+        line for line in report["quality"]["headline"] if "public text" not in line
+    ]
+
+
+def _no_worse(report: dict[str, Any]) -> None:
+    low, high = report["quality"]["gain"]["over_start"]
+    report["quality"]["gain"]["over_start"] = [-high + 1e-9, -low]
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "which model": (_as_trained, "trained: does not fit what the report says is released"),
+    "nothing of it": (_no_decision, "released is 'None'"),
+    "the figures that decided": (_flattered, "released's model is 'start'"),
+    "the trained model's figure as that of the released": (
+        _trained_figures,
+        "the released model's figures",
+    ),
+    "no figure of the trained model": (_without_its_own, "the trained model's figures"),
+    "the line": (_hidden, "quality.headline is not what its figures say"),
+    "that it was worse": (_no_worse, "quality.headline is not what its figures say"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_an_edited_line_of_what_is_released_is_refused(
+    misled: Any, tmp_path: Path, what: str
+) -> None:
+    """Signed again by the forger, so that no digest tells. Twin: unchanged and signed again."""
+    change, why = CHANGES[what]
+    with pytest.raises(NotGenuine, match=why):
+        verify(forged(misled[0], tmp_path / "changed", change))
+    verify(forged(misled[0], tmp_path / "same", lambda report: None))
+
+
+def test_a_page_that_hides_worse_is_refused(misled: Any, tmp_path: Path) -> None:
+    """Signed again by the forger. Twin: a page whose other lines were changed, which are the
+    coordinator's word."""
+    copy = shutil.copytree(misled[0], tmp_path / "run")
+    page = (copy / "report.md").read_text()
+    said = "Released: what public text alone gives"
+    assert said in page
+    for changed, refused in ((page.replace(said, "Released: the best"), True), (page + "x", False)):
+        (copy / "report.md").write_text(changed)
+        sign.sign_files(copy, SigningKey())
+        if refused:
+            with pytest.raises(NotGenuine, match="leaves out what the figures say"):
+                verify(copy)
+        else:
+            verify(copy)
+
+
+def test_a_choice_that_the_plan_does_not_leave_is_refused(signed: Any, tmp_path: Path) -> None:
+    def claims(report: dict[str, Any]) -> None:
+        report["quality"]["released"] = {"model": "trained", "why": "it is better"}
+
+    with pytest.raises(NotGenuine, match="what the plan says of what is released"):
+        verify(forged(signed[0], tmp_path, claims))
+
+
+def test_records_that_lack_a_class_decide_nothing(tmp_path: Path, tiny_encoder: Path) -> None:
+    folder, report = finished(tmp_path, tiny_encoder, wrong=True, lacking=True)
+    decision = report["quality"]["released"]
+    assert decision["model"] == "trained" and decision["lacking"] == LABELS[2:]
+    assert verify(folder).released == "trained"
+
+    def chosen(report: dict[str, Any]) -> None:
+        report["quality"]["released"]["model"] = "start"
+
+    with pytest.raises(NotGenuine, match="does not fit"):
+        verify(forged(folder, tmp_path / "forged", chosen))
+
+
+def test_a_dossier_and_an_exported_model_hand_on_what_is_released(
+    misled: Any, tmp_path: Path
+) -> None:
+    folder, report = misled
+    found = release(folder, tmp_path / "dossier")
+    assert found.released == "start" and (tmp_path / "dossier" / "run" / "trained").is_dir()
+    said = report["quality"]["headline"]
+    for name in ("dossier.md", "dossier.html", "README.md"):
+        text = (tmp_path / "dossier" / name).read_text()
+        assert all(line.partition(" ([")[0][:80] in text for line in said), name
+    export(Run(folder), tmp_path / "model")
+    assert verify(tmp_path / "model").released == "start"
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "eleased: what public text alone gives" in card
