@@ -14,7 +14,7 @@ from fedtune.flower import membership
 from fedtune.flower.processes import free_port
 from fedtune.ledger.ledger import Ledger
 from tests.docs.pages import ROOT, Block
-from tests.docs.walk_through import ROUNDS, SITES, WalkThrough, consortium_block
+from tests.docs.walk_through import SITES, WalkThrough, consortium_block
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -27,7 +27,7 @@ def test_the_readmes_consortium_trains(tmp_path: Path, tiny_encoder: Path) -> No
         assert "accuracy" in shown
         run = tmp_path / "coordinator" / "hub" / "runs" / "hub"
         report = json.loads((run / "report.json").read_text())
-        rounds = len(report["rounds"])  # of 20: selection ends a study that learns no more
+        rounds = len(report["rounds"])
         assert [each["participants"] for each in report["rounds"]] == rounds * [list(SITES)]
         told = {name: walk.heard[name] for name in SITES}
         found = verify(run, walk.heard["consortium"], told)
@@ -35,7 +35,7 @@ def test_the_readmes_consortium_trains(tmp_path: Path, tiny_encoder: Path) -> No
         with pytest.raises(Refused, match="'north' signed with keys of"):
             verify(run, sites=told | {"north": told["south"]})
         for name in SITES:
-            walk.running[name].until(f"round {rounds} of {ROUNDS} trained")
+            walk.running[name].until(f"round {rounds} of ")
             assert "NOT the plan" not in walk.running[name].shown
             folder = tmp_path / name / name
             site = load_site(folder / "site.toml")
