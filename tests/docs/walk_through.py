@@ -29,7 +29,7 @@ from tests.network.kit import FEDTUNE, environment
 
 SITES = ("north", "south", "west")
 LABELS = ("allergy", "exam", "plan")
-ROUNDS = 20
+ROUNDS = 1
 FINGERPRINT = re.compile(r"fingerprint   ((?:[0-9a-f]{4} ){4}[0-9a-f]{4})")
 CONSORTIUM = re.compile(r"consortium   ((?:[0-9a-f]{4} ){4}[0-9a-f]{4})")
 

@@ -16,7 +16,7 @@ from fedtune.evidence.dossier.card import SECTIONS, card
 from fedtune.models.run import Run
 from fedtune.objectives import resolve
 from tests.heads_kit import CAUSAL_LORA, LABELS, REPORT, made_run
-from tests.objectives.test_contract import every
+from tests.objectives.test_contract import every, plain
 from tests.plugins import install
 
 CLASSES, SCORE, TEXT = "text-classification", "text-classification", "text-generation"
@@ -58,10 +58,12 @@ def test_both_cards_say_whether_the_model_writes_text(
         tmp_path / "installed", monkeypatch, "plugged_in", PLUGGED,
         {"fedtune.objectives": {"plugged": "plugged_in:Plugged"}},
     )  # fmt: skip
-    if name == "classify" and not labels:
+    known = plain(name, LABELS)
+    if known.record_format == "label" and not labels:
         pytest.skip("there is no classifier without classes")
     table = {"name": name, "max_length": 64, "labels": list(labels), "options": every(name)}
-    run = made_run(tmp_path / "run", tiny_base, table, lora=CAUSAL_LORA)
+    lora = None if known.directions else CAUSAL_LORA
+    run = made_run(tmp_path / "run", tiny_base, table, lora=lora)
     headed = resolve(run.study.objective).outputs > 0
     expected = EXPECTED.get(name, CLASSES if headed else TEXT)
     assert tags(run, tmp_path / "model") == (expected, expected)
