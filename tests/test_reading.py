@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.config import load_site, load_study
-from fedtune.config.address import host_and_port, is_host
+from fedtune.config.address import address_of, host_and_port, is_host
 from fedtune.derive.derived_run import derived_study
 from fedtune.errors import ConfigError, InputError, ModelError
 from fedtune.files import reading
@@ -162,6 +162,7 @@ def test_an_address_is_a_host_and_a_port() -> None:
     good = {"hub.example:8443": ("hub.example", 8443), "[::1]:1": ("::1", 1)}
     good |= {"10.0.0.1:65535": ("10.0.0.1", 65535), "fed_server:80": ("fed_server", 80)}
     assert {text: host_and_port(text) for text in good} == good
+    assert [address_of(*host_and_port(text)) for text in good] == list(good)
     for bad in ("x", "x:", ":1", "x:0", "x:65536", "x:²", "x:1 ", "a b:1", "::1:1", "é:1", "u@x:1"):
         with pytest.raises(ValueError, match="host:port"):
             host_and_port(bad)

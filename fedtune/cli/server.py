@@ -78,6 +78,7 @@ def server(
 
     from fedtune.cli.console import closing, warn_not_private
     from fedtune.cli.watch import Watch
+    from fedtune.config.address import address_of
 
     console = Console()
     loaded, home = load(study, settings), home or study.parent / "coordinator"
@@ -89,12 +90,13 @@ def server(
         typer.echo(line)
     if not loaded.private:
         warn_not_private(console)
+    at = address_of(host, port)
     from fedtune.observe import observer
     from fedtune.observe.trackers import build
 
     with (
         stopping(folder),
-        Watch(console, f"{loaded.study.name}: starting a coordinator at {host}:{port}") as watch,
+        Watch(console, f"{loaded.study.name}: starting a coordinator at {at}") as watch,
         observer(
             *("coordinator", folder),
             then=watch,

@@ -11,7 +11,7 @@ breaks TLS open is refused like any other stranger, and must let this address th
 Upkeep: asks the gateway for its status every WATCH_SECONDS (every second while it is away), and
 renews the certificate over the present one when two thirds of its life are over.
 Errors: none are raised to the SuperNode's side: it gets 503 and tries again, with its own back-off.
-What is wrong is in `away`, `refusal` and `distrust`.
+What is wrong is in `away`, `refusal`, `distrust`, `clock` and `ahead`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ import time
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import httpx
 from cryptography import x509
 
 from fedtune.config import CoordinatorTable, Site
-from fedtune.config.address import host_and_port
+from fedtune.config.address import address_of, host_and_port
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower import certs, enrol, membership
@@ -59,7 +60,7 @@ class Link:
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        return address_of(self.host, self.port)
 
     @property
     def certificate(self) -> Path:
@@ -96,6 +97,9 @@ class Forwarder:
         self.refusal: str | None = None  # why the gateway turns this site away
         self.distrust = False  # the gateway's certificate does not verify
         self.clock = False  # the refusal is a matter of time: one of the two clocks may be wrong
+        self.ahead = (
+            0.0  # seconds that this clock is before the gateway's, when it last said its own
+        )
         self.port = 0
         self._since: float | None = None  # since when the gateway is away
         self.certificate, key = certs.loopback(state)
@@ -228,10 +232,16 @@ class Forwarder:
                 await asyncio.sleep(min(pause, self._watch_seconds))
 
     async def _poll_status(self, client: httpx.AsyncClient) -> None:
+        sent = certs.now()
         reply = await client.get(STATUS)
         if reply.status_code == 503:
             return  # our own: the gateway cannot be reached
         self._since = None
+        if reply.status_code == 200:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # of another release
+                half = (certs.now() - sent) / 2
+                said = datetime.fromisoformat(reply.json()["now"])
+                self.ahead = (sent + half - said).total_seconds()
         self.refusal = reply.text if reply.status_code == 403 else None
         self.clock = False
         if self.refusal is None and certs.spent(self._leaf, 2 / 3):
@@ -356,8 +366,7 @@ def proxy_of(link: Link) -> urllib.parse.SplitResult | None:
 
 
 def _connect(link: Link, proxy: urllib.parse.SplitResult) -> bytes:
-    host = f"[{link.host}]" if ":" in link.host else link.host
-    lines = [f"CONNECT {host}:{link.port} HTTP/1.1", f"Host: {host}:{link.port}"]
+    lines = [f"CONNECT {link.address} HTTP/1.1", f"Host: {link.address}"]
     if proxy.username:
         user = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
         lines.append(f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}")

@@ -43,6 +43,7 @@ import httpx
 from flwr.serverapp import Grid
 
 from fedtune.config import Study
+from fedtune.config.address import address_of
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.writing import remove_drafts, replace
@@ -146,7 +147,7 @@ def prepare(
 def called(host: str, port: int, names: Sequence[str] = ()) -> str:
     """Return the address by which sites connect: the first name, else where the gateway listens."""
     name = [*names, host][0]
-    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+    return address_of(name, port)
 
 
 def listening(study: Study, home: Path, address: str) -> dict[str, Any]:

@@ -253,8 +253,14 @@ def _reply_facts(message: Message, reply: Message, context: Context) -> dict[str
 
 
 def _refusal(forwarder: Forwarder) -> InfrastructureError:
-    why = f" ({forwarder.refusal})" if forwarder.refusal else ""
-    if forwarder.clock:
+    why, ahead = forwarder.refusal, forwarder.ahead
+    early, late = api.CLOCK_WINDOW
+    is_out = not -late < ahead < -early  # Flower refuses what a node signs at such a time
+    if is_out and not why:
+        direction = "ahead of" if ahead > 0 else "behind"
+        why = f"this site's clock is {abs(ahead):.0f} s {direction} its own"
+    why = f" ({why})" if why else ""
+    if forwarder.clock or is_out:
         return InfrastructureError(
             f"no connection to the coordinator at {forwarder.link.address}{why}",
             "clocks that agree, here and there",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from cryptography import x509
 
 from fedtune.config import Study, load_study
+from fedtune.config.address import address_of
 from fedtune.doctor import machine, tls
 from fedtune.doctor.machine import Check, Finding, findings
 from fedtune.dp.accountant import Steps, epsilon
@@ -194,7 +195,7 @@ def _sites(home: Path) -> str:
 def _port(place: Place) -> str:
     """Check that the port is free or this gateway's. Errors: InfrastructureError."""
     host, port = place.host, place.port
-    at = f"{host}:{port}"
+    at = address_of(host, port)
     if not reachable(own_name(host), port):
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET

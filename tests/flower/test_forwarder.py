@@ -10,19 +10,21 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from fedtune.config import load_site
 from fedtune.errors import ConfigError, Refused
-from fedtune.flower import certs, enrol
+from fedtune.flower import certs, enrol, gateway
 from fedtune.flower.forwarder import Forwarder, Link, link
 from fedtune.flower.processes import Child, free_port, reachable
 from fedtune.launch import coordinator
-from fedtune.launch.site import _Executor
+from fedtune.launch.site import _Executor, _refusal
+from fedtune.observe.log import ADDRESS
 from tests.flower import kit
 
 
@@ -173,6 +175,41 @@ def test_a_gateway_out_of_its_time_is_a_matter_of_clocks(
             (world.home / "server.pem").write_bytes(good)
             with world.gateway():  # the clock is put right: the site goes on by itself
                 until(lambda: way.refusal is None and way.away == 0 and not way.clock)
+
+
+def test_an_address_of_ipv6_is_written_as_in_files_and_logs(world: World) -> None:
+    """The log takes no other, and drops what it does not take."""
+    found = replace(world.link, host="::1").address
+    assert found == f"[::1]:{world.port}" and ADDRESS.fullmatch(found)
+
+
+class Shifted:
+    """The module `certs` where the clock is an hour away."""
+
+    def __init__(self, hours: int) -> None:
+        self._hours = hours
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(certs, name)
+
+    def now(self) -> datetime:
+        return certs.now() + timedelta(hours=self._hours)
+
+
+@pytest.mark.parametrize(
+    ("hours", "says"), [(1, "behind its own"), (-1, "ahead of its own"), (0, "")]
+)
+def test_a_refusal_names_clocks_that_disagree(
+    world: World, hours: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates last through an hour; what a node signs does not. Twin: with clocks that agree
+    a refusal asks for another enrolment."""
+    monkeypatch.setattr(gateway, "certs", Shifted(hours))
+    with world.gateway(), world.forwarder() as way:
+        until(lambda: abs(way.ahead + 3600 * hours) < 60 and way.away == 0)
+        told = str(_refusal(way))
+    assert ("NTP" in told and says in told) == bool(hours), told
+    assert ("enroll" in told) != bool(hours)
 
 
 # -------------------------------------------------------------------------------- proxies
