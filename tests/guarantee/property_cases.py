@@ -89,7 +89,7 @@ def possible(axes: Axes) -> bool:
         return False
     if axes.get("what") == "audio" and axes.get("template"):
         return False
-    learnt = ("dpo, from public text", "class statistics")
+    learnt = ("text, from public text", "dpo, from public text", "class statistics")
     if axes.get("what") in learnt and axes.get("template") == LONG_TEMPLATE:
         return False  # no public text is short enough
     if axes.get("sheet") and axes.get("story") == "two sets":  # a state folder has one sheet

@@ -232,14 +232,15 @@ class Consortium:
         how |= {"broken": self.broken.get(name, ""), "packages": self.packages.get(name)}
         return self._kept(start(folder, self.log(name), *words, **how))
 
-    def faults(self, name: str, port: int, mean_seconds: float) -> None:
+    def faults(self, name: str, port: int, mean_seconds: float, *silent: str) -> None:
         """Put a proxy between the site and the rest, on the site's own loopback: a delay on every
-        chunk, and connections that break after `mean_seconds` on average. Before client()."""
+        chunk, and connections that break after `mean_seconds` on average; "silent": that pass
+        nothing on from then on, and stay open at either end. Before client()."""
         with (self.root / name / "site.toml").open("a") as file:
             file.write(f'proxy = "http://127.0.0.1:{port}"\n')
         words = [*self.where.get(name, ()), sys.executable, "-c", FAULTS]
         with self.log(f"{name}-faults").open("wb") as sink:
-            run = [*words, str(port), str(mean_seconds)]
+            run = [*words, str(port), str(mean_seconds), *silent]
             self._kept(subprocess.Popen(run, stdout=sink, stderr=subprocess.STDOUT))
 
     def _kept(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
@@ -271,6 +272,8 @@ class Consortium:
 FAULTS = """
 import asyncio, random, sys
 
+held = []
+
 async def pump(reader, writer):
     while chunk := await reader.read(65536):
         await asyncio.sleep(random.uniform(0.01, 0.06))
@@ -278,24 +281,26 @@ async def pump(reader, writer):
         await writer.drain()
 
 async def serve(reader, writer):
-    far = None
+    far, silent = None, False
     try:
         head = await reader.readuntil(b"\\r\\n\\r\\n")
         host, _, port = head.split()[1].decode().rpartition(":")
-        near, far = await asyncio.open_connection(host, int(port))
+        near, far = await asyncio.open_connection(host.strip("[]"), int(port))
         writer.write(b"HTTP/1.1 200 OK\\r\\n\\r\\n")
         pumps = [asyncio.create_task(pump(reader, far)), asyncio.create_task(pump(near, writer))]
         left = random.expovariate(1 / float(sys.argv[2]))
         await asyncio.wait(pumps, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         cut = not any(each.done() for each in pumps)
-        print("cut" if cut else "closed", flush=True)
+        silent = cut and "silent" in sys.argv
+        print("silent" if silent else "cut" if cut else "closed", flush=True)
         for each in pumps:
             each.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
     except (OSError, EOFError):
         pass
     finally:
-        for each in filter(None, (writer, far)):
+        held.append((reader, writer, far) if silent else ())
+        for each in filter(None, () if silent else (writer, far)):
             each.transport.abort()
 
 async def main():
@@ -303,7 +308,7 @@ async def main():
     await server.serve_forever()
 
 asyncio.run(main())
-"""  # an HTTP CONNECT proxy that delays every chunk and breaks connections without a word
+"""  # an HTTP CONNECT proxy that delays every chunk, and breaks connections or forgets them
 
 
 @contextmanager
