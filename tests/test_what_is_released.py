@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedtune import load_study
+from fedtune import report as reports
 from fedtune.config.sites import sites_in
 from fedtune.derive.export import export
 from fedtune.evaluation.run import evaluate
 from fedtune.evidence import sign
+from fedtune.evidence.dossier.content import build
+from fedtune.evidence.dossier.facts import documents
+from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import NotGenuine, verify
 from fedtune.models.run import Run
+from fedtune.server import store, summary
+from fedtune.strategies._posterior import ClassFigures
 from fedtune.wire.keys import SigningKey
 from tests.cli_kit import run as command
+from tests.report.test_gain import on_dashboard, on_screen
 from tests.simulated import noise_from, simulate
 from tests.test_prototypes import LABELS, PRIVATE, lay_out, note, write
 from tests.verify_kit import forged
@@ -220,3 +230,46 @@ def test_a_dossier_and_an_exported_model_hand_on_what_is_released(
     assert verify(tmp_path / "model").released == "start"
     card = (tmp_path / "model" / "README.md").read_text()
     assert "eleased: what public text alone gives" in card
+
+
+def test_every_class_has_its_noised_count_and_what_is_recognised_of_it(
+    clear: Any, tmp_path: Path
+) -> None:
+    """Twin: nothing is counted of one site alone, or without noise."""
+    folder, report = clear
+    rows = report["quality"]["classes"]
+    assert [row["name"] for row in rows] == LABELS and all(row["learnt"] for row in rows)
+    assert sum(row["units"] for row in rows) == pytest.approx(36, abs=6 * rows[0]["deviation"])
+    assert all(row["units"] != round(row["units"]) and row["deviation"] > 0 for row in rows)
+    right = sum(row["recall"] * row["records"] for row in rows)
+    assert right / 12 == pytest.approx(report["quality"]["after"]["accuracy"])
+    assert sum(row["predicted"] for row in rows) == 12
+    for text in (
+        (folder / "report.md").read_text(),
+        markdown(build(documents(folder), {})),
+        on_dashboard(folder),
+    ):
+        assert "By class" in text and all(label in text for label in LABELS)
+    progress = store.load(folder, load_study(folder.parent / "study.toml"))
+    assert progress is not None
+    figures = ClassFigures(np.ones(3), 1.0, np.array([True, False, True]))
+    assert "units" in summary.classes(progress, None, figures, {})[0]
+    for entry in progress.history:
+        entry["participants"] = ["a"]
+    one = summary.classes(progress, None, figures, {})
+    assert [row["learnt"] for row in one] == [True, False, True]
+    assert not any("units" in row for row in one)
+    open_plan = progress.study.model_copy(update={"privacy": "off"})
+    assert summary.classes(replace(progress, study=open_plan), None, figures, {}) == []
+
+
+def test_classes_that_nothing_was_learnt_of_are_named(clear: Any, tmp_path: Path) -> None:
+    copy = shutil.copytree(clear[0], tmp_path / "run")
+    report = json.loads((copy / "report.json").read_text())
+    report["quality"]["classes"][2] |= {"learnt": False, "recall": 0.0, "predicted": 0}
+    reports.write(copy, report)
+    for text in (on_screen(copy), (copy / "report.md").read_text(), on_dashboard(copy)):
+        assert "f 1 class nothing was learnt: rash" in text
+        assert "lasses never predicted: rash" in text
+    for text in (on_screen(clear[0]), on_dashboard(clear[0])):
+        assert "nothing was learnt" not in text

@@ -17,6 +17,7 @@ from rich.text import Text
 from fedtune.cli.tables import Figures
 from fedtune.errors import printable
 from fedtune.report.claim import percent, rounded_up, shared_line, verdict
+from fedtune.report.classes import class_lines
 from fedtune.report.declared import INVENTED, site_lines
 from fedtune.report.delta import chance
 from fedtune.report.figures import short, size_text
@@ -53,6 +54,8 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     for added in headline(quality):
         style = None if added.good else "bold yellow"
         console.print(f"  {added.text}", style=style, highlight=False, markup=False)
+    for line in class_lines(quality):
+        console.print(f"  {line}", style="bold yellow", highlight=False, markup=False)
     print_pairs(console, quality)
     for name, alone in (report.get("alone") or {}).items():
         console.print(f"  {name} alone, at the same ε: {short(alone)}", markup=False)

@@ -169,6 +169,20 @@ class Evaluator:
             facts["over_start"] = list(over)
         return facts | self.pairs_of(before, after)
 
+    def by_class(self, adapter: Arrays) -> list[dict[str, Any]]:
+        """Return for each of the study's classes its name, records, recall (None without records)
+        and predicted, how many of all records are taken for it; [] where records have no class."""
+        scores = self.scores(adapter) if self._labels else self.untouched
+        rows = []
+        for index, name in enumerate(self._labels):
+            own = scores.gold == index
+            recall = float((scores.chosen[own] == index).mean()) if own.any() else None
+            predicted = int((scores.chosen == index).sum())
+            rows.append(
+                {"name": name, "records": int(own.sum()), "recall": recall, "predicted": predicted}
+            )
+        return rows
+
     def pairs_of(self, before: Scores, after: Scores) -> dict[str, Any]:
         """Return {"pairs": pair_facts} of two models' scores, or {} where records are no pairs."""
         if not self.paired:

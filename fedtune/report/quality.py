@@ -6,6 +6,7 @@ from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
 from fedtune.report.claim import number
+from fedtune.report.classes import section as classes
 from fedtune.report.gain import TRAINED, advice, headline, is_start_released
 from fedtune.report.text import cell, figure, table
 
@@ -23,7 +24,8 @@ def section(report: dict[str, Any]) -> str:
     metric = quality.get("metric")
     if not metric:
         said = "Not measured: the study has no [evaluation] table."
-        return "\n\n".join(["## Quality", *headline_lines(report), said])
+        parts = ["## Quality", *headline_lines(report), said, classes(quality)]
+        return "\n\n".join(part for part in parts if part)
     before, after = quality.get("before"), quality.get("after")
     if not isinstance(before, dict):
         before, after = {metric: before}, {metric: after}
@@ -53,6 +55,7 @@ def section(report: dict[str, Any]) -> str:
         + f"\n\nOn {on}, at the coordinator{between or ''}.\n\n"
         + table(head, rows)
         + _pairs(quality)
+        + (f"\n\n{by_class}" if (by_class := classes(quality)) else "")
         + _selected(quality)
         + "\n\n![Quality and ε by round](progress.png)"
     )

@@ -450,6 +450,12 @@ class _Run:
         if self._evaluator and is_start_released(report["quality"]):
             quality = report["quality"]
             report["quality"] = summary.with_start_released(quality, self.progress, self._evaluator)
+        if not self.continuous:
+            starts = is_start_released(report["quality"])
+            released = self.progress.origin if starts else self.progress.adapter
+            said = self.strategy.class_figures()
+            if rows := summary.classes(self.progress, self._evaluator, said, released):
+                report["quality"]["classes"] = rows
         if self.continuous:
             report |= {"continuous": self.continuous.report()}
             report["quality"] = {**report["quality"], **self.continuous.quality()}

@@ -11,6 +11,7 @@ import fedtune
 from fedtune.config import PrivacyTable, noise_shares
 from fedtune.dp.shared_noise import joint_sigma
 from fedtune.errors import ConfigError
+from fedtune.flower.arrays import Arrays
 from fedtune.models.rank_slice import rank_slice
 from fedtune.progress import stage
 from fedtune.report.gain import TRAINED
@@ -20,6 +21,7 @@ from fedtune.server.provenance import made
 from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
 from fedtune.strategies import STRATEGIES
+from fedtune.strategies._posterior import ClassFigures
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'
@@ -298,6 +300,26 @@ def with_start_released(
         bounds[TRAINED] = trained["intervals"][name]["after"]
     gain["over_start"] = trained["over_start"]
     return {**quality, "after": progress.started, TRAINED: quality["after"], "gain": gain}
+
+
+def classes(
+    progress: Progress, evaluator: Measures | None, figures: ClassFigures | None, released: Arrays
+) -> list[dict[str, Any]]:
+    """Report each class: what the test records say of the released adapter, and what the sites'
+    noised counts say. There are no counts of one site alone, nor any without noise: post-processing
+    of what was sent, so it costs no ε."""
+    names = progress.study.objective.labels
+    if not names:
+        return []
+    rows = evaluator.by_class(released) if evaluator else [{"name": name} for name in names]
+    took_part = {name for entry in progress.history for name in entry["participants"]}
+    if figures is None or not progress.study.private:
+        return rows if evaluator else []
+    for index, row in enumerate(rows):
+        row["learnt"] = bool(figures.learnt[index])
+        if len(took_part) > 1:
+            row |= {"units": float(figures.count[index]), "deviation": float(figures.deviation)}
+    return rows
 
 
 def measure_start(progress: Progress, evaluator: Measures | None) -> None:

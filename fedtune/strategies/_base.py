@@ -12,6 +12,7 @@ from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedtune.config import Study
+    from fedtune.strategies._posterior import ClassFigures
 
 
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -56,6 +57,11 @@ class Strategy(ABC):
     @abstractmethod
     def apply(self, adapter: Arrays) -> Arrays:
         """The next adapter; forgets the round's updates."""
+
+    def class_figures(self) -> ClassFigures | None:
+        """Return what the releases so far say of each class; None of a strategy, or before a
+        round, that says nothing of classes."""
+        return None
 
     def state(self) -> State:
         """What must survive a restart between rounds."""

@@ -12,7 +12,7 @@ from fedtune.errors import ConfigError
 from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
 from fedtune.strategies._base import Arrays, State, Strategy
 from fedtune.strategies._mean import RunningMean
-from fedtune.strategies._posterior import Basis, Head, Noised, Public, head
+from fedtune.strategies._posterior import Basis, ClassFigures, Head, Noised, Public, head
 
 if TYPE_CHECKING:
     from fedtune.config import Study
@@ -155,6 +155,9 @@ class Discriminant(Strategy):
         )
         basis = _basis(state, self._released, self._count_weight)
         return head(noised, basis, _public(state))
+
+    def class_figures(self) -> ClassFigures | None:
+        return self.make_head().figures if NOISED in self._state else None
 
     def state(self) -> State:
         return dict(self._state)

@@ -41,6 +41,12 @@ MUTANTS = (
         "trained/ is replaced after the signature",
     ),
     _one(
+        "evidence", "counts-of-one-site-are-reported", "fedtune/server/summary.py",
+        "        if len(took_part) > 1:", "        if took_part:",
+        T_RELEASED + "test_every_class_has_its_noised_count_and_what_is_recognised_of_it",
+        "the report counts one site's units by class",
+    ),
+    _one(
         "evidence", "the-trained-models-figure-is-the-headline", "fedtune/server/summary.py",
         '"after": progress.started, TRAINED: quality["after"]',
         '"after": quality["after"], TRAINED: quality["after"]',

@@ -25,6 +25,8 @@ from fedtune.report.claim import (
     protects,
     shared_line,
 )
+from fedtune.report.classes import HEAD as CLASSES
+from fedtune.report.classes import class_lines, class_rows
 from fedtune.report.gain import advice, headline, is_start_released, over_start
 from fedtune.report.preference import alarms as preference_alarms
 from fedtune.report.quality import intervals
@@ -199,6 +201,7 @@ def alarms(
     for line in headline(quality):
         if " worse than " in line.text:
             found.append(Notice("bad", f"{line.text[:1].upper()}{line.text[1:]}"))
+    found += [Notice("warn", f"{line[:1].upper()}{line[1:]}") for line in class_lines(quality)]
     if more := advice(report):
         found.append(Notice("warn", f"{more[:1].upper()}{more[1:]}"))
     found += [Notice("warn", alarm) for alarm in preference_alarms(quality)]
@@ -254,6 +257,8 @@ def _quality(
         "rows": rows,
         "headline": headline(quality),
         "over_start": over_start(quality),
+        "classes": class_rows(quality),
+        "class_head": CLASSES,
         "starts": {k: n for k, v in (quality.get("start") or {}).items() if (n := number(v))},
         "records": (quality.get("gain") or {}).get("records"),
         "base": {row["name"]: row["before"] for row in rows if row["before"] is not None},

@@ -68,6 +68,7 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "consortium": lambda found: not found.get("simulated"),
     "invented": lambda found: bool(_report(found, "invented")),
     "started": lambda found: "start" in _said(found),
+    "classes": lambda found: bool(_report(found, "quality", "classes")),
     "released": lambda found: "released" in _said(found),
 }
 

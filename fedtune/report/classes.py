@@ -1,0 +1,64 @@
+"""Say of each class what the sites' noised counts tell, whether it was learnt, and how many of its
+public test records are recognised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedtune.report.claim import number
+from fedtune.report.text import cell, figure, table
+
+HEAD = ("class", "units at the sites, noised (± 2 sd)", "learnt", "test records", "recognised")
+
+
+def class_rows(quality: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of each class under HEAD; [] where the run has no classes."""
+    found = quality.get("classes")
+    return [_row(one) for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def class_lines(quality: dict[str, Any]) -> list[str]:
+    """Name the classes of which nothing was learnt, and those that are in the test records and are
+    never predicted; [] where there are none.
+
+    >>> rash = {"name": "rash", "learnt": False, "records": 4, "recall": 0.0, "predicted": 0}
+    >>> class_lines({"classes": [rash]})
+    ['of 1 class nothing was learnt: rash', 'classes never predicted: rash']
+    """
+    found = [one for one in quality.get("classes") or [] if isinstance(one, dict)]
+    unlearnt = [str(one["name"]) for one in found if one.get("learnt") is False]
+    unpredicted = [
+        str(one["name"]) for one in found if one.get("records") and one.get("predicted") == 0
+    ]
+    noun = "class" if len(unlearnt) == 1 else "classes"
+    lines = [f"of {len(unlearnt)} {noun} nothing was learnt: {', '.join(unlearnt)}"]
+    lines = lines if unlearnt else []
+    return [*lines, f"classes never predicted: {', '.join(unpredicted)}"] if unpredicted else lines
+
+
+def section(quality: dict[str, Any]) -> str:
+    """Render the table of classes as Markdown; "" of a run without classes."""
+    rows = class_rows(quality)
+    if not rows:
+        return ""
+    said = [f"**{line[:1].upper()}{cell(line[1:], 1000)}.**" for line in class_lines(quality)]
+    how = (
+        "Units are all sites' together, from what they sent with its noise, so that a count costs "
+        "no ε of its own and may be below 0; a class is learnt where public records or a count "
+        "that exceeds its noise speak of it. Recognised: of its test records, by what is released."
+    )
+    cells = [[cell(value) for value in row] for row in rows]
+    return "\n\n".join(["### By class", *said, table(HEAD, cells), how])
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    units, deviation = number(one.get("units")), number(one.get("deviation"))
+    counted = "–" if units is None or deviation is None else f"{units:.0f} ± {2 * deviation:.0f}"
+    learnt = {True: "yes", False: "no"}.get(one.get("learnt"), "–")  # type: ignore[arg-type]
+    return [
+        str(one.get("name")),
+        counted,
+        learnt,
+        figure(one.get("records")),
+        figure(one.get("recall")),
+    ]
