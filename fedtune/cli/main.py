@@ -37,14 +37,18 @@ from fedtune.cli import status as cli_observe
 from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command, quiet_if_unread
 from fedtune.cli.study import (
+    ANYWAY,
     METRICS,
     RESUME,
     SET,
+    SHARE,
     STUDY,
     TRACKER,
     load,
+    say_expected_gain,
     say_what_to_expect,
     say_what_was_paid,
+    shares_of,
     stopping,
 )
 from fedtune.errors import ConfigError
@@ -138,11 +142,17 @@ def plan(
         ),
     ] = None,
     sites: SITES = None,
+    share: SHARE = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Without the expected gain, which needs the base.")
+    ] = False,
     settings: SET = None,
 ) -> dict[str, Any]:
-    """Show what a study costs before it runs: σ, ε and rounds for sites of given sizes.
+    """Show what a study costs before it runs, σ, ε and rounds for sites of given sizes, and what
+    it is expected to gain over public records alone.
 
-    Reads no records: it needs the public plan and the sizes that the sites declare."""
+    Reads no record of a site: it needs the public plan and the sizes that the sites declare, and
+    for the expected gain the base and the plan's public files."""
     from fedtune.cli.console import plan_table, warn_not_private
 
     loaded = load(study, settings)
@@ -167,7 +177,9 @@ def plan(
         _console().print(line, highlight=False, markup=False)
     declared = [site.declared_size for site in costs.sites]
     say_what_to_expect(_console(), loaded, declared, every=not sizes)
-    return {"private": True, **asdict(costs)}
+    shares = shares_of(share)
+    gain = None if quick else say_expected_gain(_console(), loaded, declared, shares)
+    return {"private": True, **asdict(costs), "expected": gain}
 
 
 @command(app, panel=TRY, epilog="Ctrl-C is safe: the same command with --resume goes on.")
@@ -198,6 +210,8 @@ def simulate(
         bool,
         typer.Option("--yes", help="Pay again for a study that was paid for, without asking."),
     ] = False,
+    anyway: ANYWAY = False,
+    share: SHARE = None,
     settings: SET = None,
     tracker: TRACKER = None,
 ) -> dict[str, Any]:
@@ -238,6 +252,7 @@ def simulate(
         finished = run(
             loaded, loaded_sites, folder,
             resume=resume, on_event=events, engine=engine, processes=processes, rounds=rounds,
+            anyway=anyway, shares=shares_of(share),
         )  # fmt: skip
     closing(_console(), folder, finished.report)
     return finished.report

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.exit_codes import command
-from fedtune.cli.study import METRICS, RESUME, SET, STUDY, TRACKER, load, stopping
+from fedtune.cli.study import (
+    ANYWAY,
+    METRICS,
+    RESUME,
+    SET,
+    SHARE,
+    STUDY,
+    TRACKER,
+    load,
+    shares_of,
+    stopping,
+)
 from fedtune.errors import ConfigError
 from fedtune.run_folder import already_done, beginning, finished_line, new_run, read_report
 
@@ -67,6 +78,8 @@ def server(
     settings: SET = None,
     tracker: TRACKER = None,
     sign_within: SIGN_WITHIN = 7.0,
+    anyway: ANYWAY = False,
+    share: SHARE = None,
 ) -> dict[str, Any]:
     """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
 
@@ -117,6 +130,8 @@ def server(
             resume=resume,
             on_event=events,
             signing=sign_within * DAY,
+            anyway=anyway,
+            shares=shares_of(share),
         )
     closing(console, folder, report)
     return report

@@ -4,14 +4,14 @@ those that run it say."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.errors import InputError
+from fedtune.errors import ConfigError, InputError
 from fedtune.run_folder import stopped_line
 
 if TYPE_CHECKING:
@@ -58,6 +58,38 @@ SET = Annotated[
 ]
 
 
+SHARE = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--share",
+        metavar="CLASS=SHARE",
+        help="Of a class that the public records lack: its share of the sites' units, such as "
+        "'genetic changes=0.1', for the expected gain; may be repeated.",
+        show_default=False,
+    ),
+]
+ANYWAY = Annotated[
+    bool,
+    typer.Option(
+        "--anyway", help="Also a study that is not expected to gain over public records alone."
+    ),
+]
+
+
+def shares_of(given: list[str] | None) -> dict[str, float]:
+    """Read the values of --share. Errors: ConfigError."""
+    found: dict[str, float] = {}
+    for text in given or ():
+        name, _, share = text.rpartition("=")
+        try:
+            found[name] = float(share)
+        except ValueError:
+            raise ConfigError(
+                f"--share {text}", "CLASS=SHARE, such as 'genetic changes=0.1'"
+            ) from None
+    return found
+
+
 def load(study: Path, settings: list[str] | None) -> Study:
     """Read the study with the values of --set. Errors: ConfigError."""
     from fedtune.config import load_study
@@ -85,6 +117,23 @@ def say_what_to_expect(
     for line in (warning(delta, study.unit, max(sizes)), rate):
         if line:
             console.print(line, style="bold yellow", highlight=False, markup=False)
+
+
+def say_expected_gain(
+    console: Console, study: Study, sizes: Sequence[int], shares: Mapping[str, float]
+) -> dict[str, Any] | None:
+    """Say what a study is expected to gain over public records alone; returns it for --json."""
+    from rich.console import Console as Screen
+
+    from fedtune.cli.watch import Watch
+    from fedtune.evaluation.before_paying import before_paying
+
+    with Watch(Screen(stderr=True), "what public records say of the gain"):
+        gain, lines = before_paying(study, sizes, shares)
+    for line in lines:
+        style = "bold yellow" if gain and line == gain.warning else None
+        console.print(line, style=style, highlight=False, markup=False)
+    return gain.as_dict() if gain else None
 
 
 def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:

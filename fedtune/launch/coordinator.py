@@ -33,7 +33,7 @@ import secrets
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +85,14 @@ def serve(
     on_event: OnEvent | None = None,
     run: Run | None = None,
     signing: float = SIGNING_SECONDS,
+    anyway: bool = False,
+    shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted, now or while it runs; return the report.
 
     signing: seconds to wait at the start for sites of which a person has yet to sign the plan.
+    anyway: run a study that is not expected to gain anything. shares: of the sites' units by class,
+    for that forecast.
     host, port: where the gateway listens. names: by which sites connect (they go into its
     certificate). run: in place of server/rounds.py's. Errors: ConfigError; InfrastructureError when
     the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
@@ -105,7 +109,7 @@ def serve(
             (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
             heard = audited(home, _with_plan(study, home, on_event) if on_event else None)
-            rounds = run or _installed_rounds(home, on_event, signing)
+            rounds = run or _installed_rounds(home, on_event, signing, anyway, shares or {})
             with superlink(home) as link:
                 try:
                     with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
@@ -399,7 +403,13 @@ def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
     return hear
 
 
-def _installed_rounds(home: Path, on_event: OnEvent | None, signing: float) -> Run:
+def _installed_rounds(
+    home: Path,
+    on_event: OnEvent | None,
+    signing: float,
+    anyway: bool,
+    shares: Mapping[str, float],
+) -> Run:
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
 
@@ -419,6 +429,8 @@ def _installed_rounds(home: Path, on_event: OnEvent | None, signing: float) -> R
             },
             waits=True,
             signing=signing,
+            anyway=anyway,
+            shares=shares,
         ),
     )
     return functools.partial(rounds.run, parts=parts)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedtune.client.budget_check import Paid
     from fedtune.data.dataset import Dataset
     from fedtune.models.run import Run
+    from fedtune.server.parts import Settings
 
 
 def simulate(
@@ -41,6 +42,8 @@ def simulate(
     processes: int = 1,
     rounds: int | None = None,
     key: SigningKey | None = None,
+    anyway: bool = False,
+    shares: Mapping[str, float] | None = None,
 ) -> Run:
     """Run a whole study on this machine, with the server, client and ledgers of a deployment.
 
@@ -52,6 +55,8 @@ def simulate(
         processes: how many sites train at once, in processes that share the base's weights.
         rounds: of a study with a [schedule], the round to stop after; no time is waited.
         key: signs the run; without it one that is made for this run, and kept nowhere.
+        anyway: run a study that is not expected to gain anything over public records alone.
+        shares: of the sites' units by class, for that forecast, of classes that [public] lacks.
 
     A site reads its file again before each round. One that was made or changed in memory is written
     to site.toml in its state folder first. A site whose data is declared public or generated pays
@@ -77,6 +82,8 @@ def simulate(
     from fedtune.client.site_checks import check_data
     from fedtune.models.run import Run
     from fedtune.models.teacher import register_teacher
+    from fedtune.server.parts import Settings
+    from fedtune.server.schedule import SimulatedClock
 
     with hold_run(out):
         for folder in (out, *(site.site.state for site in sites)):
@@ -92,8 +99,17 @@ def simulate(
         _describe_queries(study, len(sites), on_event)
         try:
             with _declared(sites, out) as paying:
-                files, own = list(map(site_file, paying)), key or SigningKey()
-                run = (study, files, out, resume, on_event, engine, processes, rounds, own)
+                files = list(map(site_file, paying))
+                settings = Settings(
+                    key=key or SigningKey(),
+                    pause=1.0,
+                    clock=SimulatedClock(),
+                    upto=rounds,
+                    skip=False,
+                    anyway=anyway,
+                    shares=shares or {},
+                )
+                run = (study, files, out, resume, on_event, engine, processes, settings)
                 _run(*run, _peers(study, sites))
                 return Run(out)
         except Refused as refusal:
@@ -111,16 +127,13 @@ def _run(
     on_event: OnEvent | None,
     engine: str,
     processes: int,
-    rounds: int | None,
-    key: SigningKey,
+    settings: Settings,
     peers: str,
 ) -> None:
     from fedtune.server import rounds as server_rounds
-    from fedtune.server.parts import Dependencies, Settings
-    from fedtune.server.schedule import SimulatedClock
+    from fedtune.server.parts import Dependencies
 
     common: dict[str, Any] = {"resume": resume, "on_event": on_event}
-    settings = Settings(key=key, pause=1.0, clock=SimulatedClock(), upto=rounds, skip=False)
     if engine == "ray":
         from fedtune.launch.ray import simulate_ray
 

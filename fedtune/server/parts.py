@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,17 @@ class Started(Protocol):
     def frozen(self) -> Arrays: ...
     @property
     def strategy(self) -> State: ...
+
+
+class Expected(Protocol):
+    """fedtune.evaluation.expected_gain.ExpectedGain."""
+
+    @property
+    def is_none(self) -> bool: ...
+    @property
+    def warning(self) -> str: ...
+    def lines(self) -> list[str]: ...
+    def as_dict(self) -> dict[str, Any]: ...
 
 
 class Compared(Protocol):
@@ -77,6 +88,15 @@ def _evaluator(study: Study, frozen: Arrays) -> Measures:
     from fedtune.evaluation.evaluator import Evaluator
 
     return Evaluator(study, frozen)
+
+
+def _expected(
+    study: Study, known: State, sizes: Sequence[int], shares: Mapping[str, float], records: int
+) -> Expected | None:
+    from fedtune.evaluation.before_paying import foretell
+
+    with stage("before the rounds"):
+        return foretell(study, known, sizes, shares, records)
 
 
 def _epsilon(events: Events, delta: float) -> float:
@@ -161,7 +181,9 @@ class Settings:
     sites of which a person has yet to sign the plan; pause: seconds before the first retry of a
     round (twice that before the second, and so on); clock, upto: of a continuous study, the time of
     day, and the round to stop after (None: until it is stopped); skip: leave out a round that too
-    few sites delivered, and continue with the next slot's."""
+    few sites delivered, and continue with the next slot's; anyway: run a study that is not
+    expected to gain anything; shares: of the sites' units by class, of classes that public records
+    lack, for that forecast."""
 
     key: SigningKey = field(default_factory=SigningKey)
     receipts: Path | None = None
@@ -175,6 +197,8 @@ class Settings:
     clock: Clock = field(default_factory=SystemClock)
     upto: int | None = None
     skip: bool = True
+    anyway: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,6 +211,9 @@ class Dependencies:
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator
     epsilon: Callable[[Events, float], float] = _epsilon
     budget: Callable[[Study, int], Mechanism] = _budget
+    expected: Callable[[Study, State, Sequence[int], Mapping[str, float], int], Expected | None] = (
+        _expected
+    )
     accountant: Callable[[], str] = _accountant
     engine: Callable[[Study], str] = _engine
     licence: Callable[[Study], str] = _licence

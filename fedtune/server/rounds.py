@@ -144,6 +144,8 @@ class _Run:
         if not self._is_over:
             self._admit()
             self._event("planned", **summary.planned(self.progress, self.roster, self.parts))
+        if fresh:
+            self._foretell()
         write_plan(self.out, self.study)
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
@@ -162,6 +164,30 @@ class _Run:
         if self.rounds:
             tell_finished(self.roster)
         return self._finish()
+
+    def _foretell(self) -> None:
+        """Say what the sites are expected to add to public records, before they pay.
+
+        Errors: ConfigError where that is nothing, and records would be private."""
+        sizes, records = self.progress.sizes, len(self._evaluator) if self._evaluator else 0
+        names = self.roster.willing()
+        shares, known = self.settings.shares, self.progress.strategy
+        expected = self.parts.expected(
+            self.study, known, [sizes[name] for name in names], shares, records
+        )
+        if expected is None:
+            return
+        self.progress.expected = expected.as_dict()
+        private = not all(self.roster.declared.get(name) for name in names)
+        if expected.is_none and private and not self.settings.anyway:
+            raise ConfigError(
+                "; ".join(expected.lines()),
+                "a study that its sites' records can add something to",
+                "spend no ε on it, or --anyway, which runs it all the same",
+            )
+        for line in expected.lines():
+            loud = "WARNING: " if line == expected.warning else ""
+            self._event("records", name="coordinator", text=loud + line)
 
     @property
     def _is_over(self) -> bool:

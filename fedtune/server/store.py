@@ -89,7 +89,8 @@ class Progress:
     the same for its answers about held-out records; keys: site -> its public signing key; receipts:
     site -> its newest receipt, sent back with the next order; history: one entry per round kept;
     before, started: quality of the base, and of what public text makes of it before the first
-    round; attempt: with secure aggregation, the round's in progress.
+    round; expected: what the sites were expected to add to that; attempt: with secure aggregation,
+    the round's in progress.
     Guarantee: everything in it is public or was noised at a site before it was sent."""
 
     asked: str
@@ -107,6 +108,7 @@ class Progress:
     queries: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     started: dict[str, float] = field(default_factory=dict)
+    expected: dict[str, Any] = field(default_factory=dict)
     admission: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     attempt: dict[str, Any] = field(default_factory=dict)
@@ -167,6 +169,7 @@ def load(out: Path, study: Study) -> Progress | None:
         round=round_,
         before=measured.get("base", measured),  # without a public start: the base's alone
         started=measured.get("start", {}),
+        expected=measured.get("expected", {}),
         attempt=measured.get("attempt", {}),
         history=[json.loads(entry) for _, entry in rounds],
         **arrays,
@@ -262,7 +265,8 @@ def connect(path: Path) -> sqlite3.Connection:
 def _rows(progress: Progress, files: dict[str, str]) -> Rows:
     """Build the tables' rows, all but their sha256."""
     measured = {"base": progress.before, "start": progress.started, "attempt": progress.attempt}
-    more = progress.started or progress.attempt
+    measured |= {"expected": progress.expected} if progress.expected else {}
+    more = progress.started or progress.attempt or progress.expected
     before = json.dumps(measured if more else progress.before)
     study = progress.study.model_dump_json()
     run = [FORMAT, str(progress.phase), progress.round, progress.asked, study, before]

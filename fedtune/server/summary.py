@@ -346,6 +346,7 @@ def _quality(progress: Progress) -> dict[str, Any]:
         "before": progress.before,
         **started,
         **({"selection": chosen} if chosen else {}),
+        **({"expected": progress.expected} if progress.expected else {}),
         "after": {k: v for k, v in measured[-1].items() if k != "round"} if measured else {},
         "by_round": measured,
     }

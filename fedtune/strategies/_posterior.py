@@ -17,7 +17,7 @@ Reference: Snell et al. 2017, "Prototypical networks for few-shot learning"; Efr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,9 @@ RECORDS = 20  # as many labelled records does that guess of the covariance withi
 RIDGE = 0.7  # of the covariance within classes, in units of its mean variance
 CORRELATED = 0.7  # of the covariances between directions, which few public records tell badly
 SEEN, UNSEEN = 0.5, 1.0  # how far a class's share at the sites may be from its public one, × 1/K
+FOLDS = 5  # of public records, by which the public start is judged
 NAMES = 4.0  # how firmly names are believed before any labelled record
+SILENT = 1e9  # standard deviation of the noise of a release that says nothing
 EVIDENT = 2.0  # standard deviations of its count at which a class is there
 
 
@@ -84,6 +86,16 @@ class Noised:
     sums: Array
     deviation: float
     units: int
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What public things say of the classes: means (K, d) with their variances (K, d), and the
+    covariance within each class (d, d)."""
+
+    means: Array
+    variances: Array
+    within: Array
 
 
 @dataclass(frozen=True)
@@ -190,15 +202,10 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
     """Compute the linear discriminant of the classes' posterior means.
 
     Guarantee: post-processing of the release. Errors: none; noise of 0 is allowed."""
-    total = _variances(public)
-    guess = (1 - BETWEEN) * total
-    freedom = max(public.counts.sum() - np.count_nonzero(public.counts), 0)
-    within = (np.diag(public.within) + RECORDS * guess) / (freedom + RECORDS)
-    between = max(1 - within.sum() / total.sum(), 0.05) * total
     counts = _counts(noised, basis, public)
-    means, certainty = _means(noised, basis, public, counts, within, between)
+    means, certainty = _means(noised, basis, public, counts)
     shares = (counts.expected + public.counts) / (counts.expected + public.counts).sum()
-    covariance = _covariance(public, means, shares, freedom, total)
+    covariance = _regularised(_covariance(public, means, shares))
     covariance += np.diag(shares @ (1 / certainty))  # of means that are not certain
     weight = np.linalg.solve(covariance, means.T).T
     bias = np.log(shares) - (weight * means).sum(axis=1) / 2
@@ -209,6 +216,56 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
         (public.counts > 0) | (counts.noised > EVIDENT * counts.deviation),
     )
     return Head(whole, bias - whole @ basis.mean, figures)
+
+
+def classes_before(basis: Basis, public: Public) -> Classes:
+    """Compute what public things alone say of the classes: `head` without a release, before it
+    makes a discriminant."""
+    nothing = Noised(np.zeros((len(public.counts), 1)), SILENT, 1)
+    silent = replace(basis, released=0)
+    means, certainty = _means(nothing, silent, public, _counts(nothing, silent, public))
+    shares = (public.counts + 0.5) / (public.counts + 0.5).sum()  # Jeffreys
+    return Classes(means, 1 / certainty, _covariance(public, means, shares))
+
+
+def held_out_hits(
+    basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], known: Public, names: Array | None
+) -> Array | None:
+    """Count how often public things alone are right about a public record that is not among them.
+
+    Each of FOLDS parts of the records is judged by what the others say, a basis included. vectors,
+    labels, names: as of `public`, and known is what it made of them. Returns (2,): right ones, and
+    how many were judged; None where fewer than FOLDS have a label."""
+    classes, right, judged = len(known.counts), 0, 0
+    order = np.random.default_rng(0).permutation(len(vectors))
+    for part in range(FOLDS):
+        out = order[part::FOLDS]
+        rest = np.setdiff1d(order, out)
+        out = out[labels[out] >= 0]
+        spanned = max(len(rest) - 1, 0) + (0 if names is None else classes - 1)
+        if not len(out) or spanned < 1:
+            continue
+        part_basis = choose(vectors[rest], names, min(basis.released, spanned), basis.weight)
+        said = public(part_basis, vectors[rest], labels[rest], classes, names)
+        nothing = Noised(np.zeros((classes, part_basis.released + 1)), SILENT, 1)
+        fitted = head(nothing, part_basis, said)
+        found = (vectors[out] @ fitted.weight.T + fitted.bias).argmax(axis=1)
+        right, judged = right + int((found == labels[out]).sum()), judged + len(out)
+    return np.array([right, judged], np.float64) if judged >= FOLDS else None
+
+
+def _spread(public: Public) -> tuple[Array, Array]:
+    """Return each feature's variance (d,) within classes and between them."""
+    total = _variances(public)
+    guess = (1 - BETWEEN) * total
+    within = (np.diag(public.within) + RECORDS * guess) / (_freedom(public) + RECORDS)
+    between = max(1 - within.sum() / total.sum(), 0.05) * total
+    return within, between
+
+
+def _freedom(public: Public) -> float:
+    """Return the degrees of freedom of the scatter within classes."""
+    return max(float(public.counts.sum()) - np.count_nonzero(public.counts), 0.0)
 
 
 def _variances(public: Public) -> Array:
@@ -246,15 +303,9 @@ def _counts(noised: Noised, basis: Basis, public: Public) -> _Counts:
     return _Counts(count, deviation, expected * noised.units / expected.sum(), variance)
 
 
-def _means(
-    noised: Noised,
-    basis: Basis,
-    public: Public,
-    counts: _Counts,
-    within: Array,
-    between: Array,
-) -> tuple[Array, Array]:
+def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tuple[Array, Array]:
     """Return the classes' posterior means (K, d) and their certainty, the inverse of a variance."""
+    within, between = _spread(public)
     seen = public.counts[:, None]
     certainty = 1 / between + seen / within
     evidence = _prior_means(public, within, between) / between + public.sums / within
@@ -283,19 +334,23 @@ def _prior_means(public: Public, within: Array, between: Array) -> Array:
     return names * float(np.clip(agreed / ((certainty * named**2).sum() + NAMES), 0.0, 1.5))
 
 
-def _covariance(public: Public, means: Array, shares: Array, freedom: float, total: Array) -> Array:
+def _covariance(public: Public, means: Array, shares: Array) -> Array:
     """Return the covariance within classes (d, d): of labelled records and, for as many as RECORDS,
     what of the covariance of all is not between the posterior means."""
     centred = means - shares @ means
     outer = (centred * shares[:, None]).T @ centred
-    moment = public.moment / public.records if public.records else np.diag(total)
+    moment = public.moment / public.records if public.records else np.diag(_variances(public))
     values, vectors = np.linalg.eigh(moment - outer)
     unlabelled = (vectors * np.maximum(values, 0.0)) @ vectors.T
-    covariance = (public.within + RECORDS * unlabelled) / (freedom + RECORDS)
-    covariance *= CORRELATED
-    variances = np.diag(covariance) / CORRELATED
-    np.fill_diagonal(covariance, variances + RIDGE * variances.mean())
-    return np.asarray(covariance)
+    return np.asarray((public.within + RECORDS * unlabelled) / (_freedom(public) + RECORDS))
+
+
+def _regularised(covariance: Array) -> Array:
+    """Return a covariance (d, d) shrunk to its diagonal, and that raised."""
+    shrunk = CORRELATED * covariance
+    variances = np.diag(covariance)
+    np.fill_diagonal(shrunk, variances + RIDGE * variances.mean())
+    return np.asarray(shrunk)
 
 
 def _clipped(basis: Basis, vectors: Array) -> Array:

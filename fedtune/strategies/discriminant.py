@@ -12,7 +12,15 @@ from fedtune.errors import ConfigError
 from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
 from fedtune.strategies._base import Arrays, State, Strategy
 from fedtune.strategies._mean import RunningMean
-from fedtune.strategies._posterior import Basis, ClassFigures, Head, Noised, Public, head
+from fedtune.strategies._posterior import (
+    SILENT,
+    Basis,
+    ClassFigures,
+    Head,
+    Noised,
+    Public,
+    head,
+)
 
 if TYPE_CHECKING:
     from fedtune.config import Study
@@ -21,7 +29,6 @@ WEIGHT, BIAS = "head.weight", "head.bias"
 LARGEST = 1e3  # no entry of an adapter is larger anywhere
 WEIGHT_OF_COUNT = 0.5  # objective prototypes has it too
 SLACK = 1.01  # by which the bound may exceed what it must hold
-NO_WORD = 1e9  # standard deviation of the noise of a release that says nothing
 LEAST_VARIANCE = 1e-12  # of a round without noise, so that rounds can be weighed by its inverse
 # What the state holds. The basis (d, H) and its mean (H,); public records in it: sums (K, d),
 # counts (K,), scatter within classes and second moment (d, d), how many they are; the vectors of
@@ -31,6 +38,9 @@ DIRECTIONS, MEAN = "basis/directions", "basis/mean"
 SUMS, COUNTS, WITHIN = "public/sums", "public/counts", "public/within"
 MOMENT, RECORDS, NAMES = "public/moment", "public/records", "public/names"
 NOISED, PRECISION, UNITS = "noised/sums", "noised/precision", "noised/units"
+# Of labelled public records that were each left out once: of how many what is then known is right,
+# and how many they are. The rest of the state says nothing of it.
+HELD_OUT = "public/held-out"
 KNOWN = {DIRECTIONS, MEAN, SUMS, COUNTS, WITHIN, MOMENT, RECORDS}
 
 
@@ -51,15 +61,17 @@ def state_of(basis: Basis, public: Public) -> State:
 def public_head(known: State) -> Arrays:
     """Make the head that public things alone give: what the posterior is before any release."""
     classes = len(known[COUNTS])
-    nothing = Noised(sums=np.zeros((classes, 1)), deviation=NO_WORD, units=1)
-    return _arrays(head(nothing, _basis(known, 0, WEIGHT_OF_COUNT), _public(known)))
+    nothing = Noised(sums=np.zeros((classes, 1)), deviation=SILENT, units=1)
+    return _arrays(head(nothing, basis_in(known, 0, WEIGHT_OF_COUNT), public_in(known)))
 
 
-def _basis(state: State, released: int, weight: float) -> Basis:
+def basis_in(state: State, released: int, weight: float) -> Basis:
+    """Return the basis in a state, of which sites use the first `released` directions."""
     return Basis(state[MEAN], state[DIRECTIONS], released, weight)
 
 
-def _public(state: State) -> Public:
+def public_in(state: State) -> Public:
+    """Return what a state knows of public records."""
     return Public(
         sums=state[SUMS],
         counts=state[COUNTS],
@@ -153,8 +165,8 @@ class Discriminant(Strategy):
             deviation=precision**-0.5,
             units=round(float(state[UNITS]) / precision),
         )
-        basis = _basis(state, self._released, self._count_weight)
-        return head(noised, basis, _public(state))
+        basis = basis_in(state, self._released, self._count_weight)
+        return head(noised, basis, public_in(state))
 
     def class_figures(self) -> ClassFigures | None:
         return self.make_head().figures if NOISED in self._state else None
@@ -164,6 +176,6 @@ class Discriminant(Strategy):
 
     def load_state(self, state: State) -> None:
         """Load what was known before the first round, and of rounds. Errors: ConfigError."""
-        if not KNOWN <= state.keys() <= KNOWN | {NAMES, NOISED, PRECISION, UNITS}:
+        if not KNOWN <= state.keys() <= KNOWN | {NAMES, HELD_OUT, NOISED, PRECISION, UNITS}:
             raise ConfigError("the checkpoint holds another strategy's state")
         self._state = dict(state)

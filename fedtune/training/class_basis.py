@@ -10,8 +10,8 @@ from fedtune.models.class_statistics import LARGEST
 from fedtune.models.lora import Arrays
 from fedtune.objectives import resolve
 from fedtune.registry.arrays import CLASS_BASIS, CLASS_MEAN
-from fedtune.strategies._posterior import choose, public
-from fedtune.strategies.discriminant import DIRECTIONS, MEAN, state_of
+from fedtune.strategies._posterior import choose, held_out_hits, public
+from fedtune.strategies.discriminant import DIRECTIONS, HELD_OUT, MEAN, state_of
 from fedtune.training.public import vectors_of, vectors_of_labels
 
 
@@ -27,7 +27,8 @@ def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
     names = vectors_of_labels(study, data.network) if reads_text else None
     basis = choose(vectors, names, objective.directions, objective.count_weight)
     known = public(basis, vectors, labels, len(study.objective.labels), names)
-    return state_of(basis, known)
+    hits = held_out_hits(basis, vectors, labels, known, names)
+    return state_of(basis, known) | ({} if hits is None else {HELD_OUT: hits})
 
 
 def basis_of(knowledge: Arrays, directions: int) -> Arrays:

@@ -1,0 +1,111 @@
+"""Say before a study is paid for what its sites' records are expected to add to public ones.
+
+From the plan, its public files and what the sites declare of their sizes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from fedtune import strategies
+from fedtune.config import Study, noise_shares
+from fedtune.data.files import rows
+from fedtune.dp.calibration import resolve
+from fedtune.dp.shared_noise import own_sigma
+from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.evaluation.expected_gain import HEADING, ExpectedGain, Sites, World, expected_gain
+from fedtune.objectives import resolve as resolve_objective
+from fedtune.strategies import State
+from fedtune.strategies._posterior import FOLDS
+from fedtune.strategies.discriminant import HELD_OUT, basis_in, public_in
+
+
+def foretell(
+    study: Study,
+    known: State,
+    sizes: Sequence[int],
+    shares: Mapping[str, float] | None = None,
+    records: int = 0,
+) -> ExpectedGain | None:
+    """Foretell the gain of a private study whose coordinator makes a head of class statistics; None
+    of any other, of which it cannot be told, and where no public record has a class.
+
+    known: the strategy's state before the first round, from `training.start`. sizes: what the sites
+    declare. shares: of the sites' units by class, of classes that public records lack. records: how
+    many [evaluation] has. Deterministic. Errors: ConfigError for shares."""
+    if not can_foretell(study) or HELD_OUT not in known:
+        return None
+    labels, objective = study.objective.labels, resolve_objective(study.objective)
+    basis = basis_in(known, objective.directions, objective.count_weight)
+    hits, held_out = known[HELD_OUT]
+    declared = _by_class(shares or {}, labels)
+    world = World(basis, public_in(known), hits / held_out, declared)
+    return expected_gain(world, sites_of(study, sizes), records, labels)
+
+
+def before_paying(
+    study: Study, sizes: Sequence[int], shares: Mapping[str, float] | None = None
+) -> tuple[ExpectedGain | None, list[str]]:
+    """Foretell a study's gain before it is started, from its base and its public files; in words
+    too, which say why where it cannot be told.
+
+    Errors: ConfigError for shares."""
+    if not can_foretell(study):
+        return None, [cannot(study)] if study.private else []
+    from fedtune.training.start import start
+
+    try:
+        records = _records(study)
+        found = foretell(study, start(study).strategy, sizes, shares, records)
+    except (ModelError, DataError) as error:
+        return None, [f"{HEADING}: not foretold, since {error}"]
+    return found, found.lines() if found else [cannot(study)]
+
+
+def cannot(study: Study) -> str:
+    """Say why a study's gain cannot be foretold."""
+    if study.continuous:
+        why = "a study without a last round learns from records that are not there yet"
+    elif not strategies.build(study).of_statistics:
+        why = "that holds for every plan that trains by gradients"
+    else:
+        why = f"fewer than {FOLDS} public records have a class"
+    return f"{HEADING}: cannot be foretold; {why}"
+
+
+def _records(study: Study) -> int:
+    """Count the [evaluation] records, 0 without any. Errors: DataError."""
+    table = study.evaluation
+    if table is None:
+        return 0
+    return sum(isinstance(row, dict) for row in rows(table.path, {}, strict=False))
+
+
+def can_foretell(study: Study) -> bool:
+    """Return whether this study's gain can be foretold: it is private, has an end, and its
+    coordinator makes a head of class statistics."""
+    return study.private and not study.continuous and strategies.build(study).of_statistics
+
+
+def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
+    """Return who takes part in a study, with the noise of all its rounds. A lone size stands for
+    strategy.min_sites sites."""
+    everyone = tuple(sizes) if len(sizes) > 1 else tuple(sizes) * study.strategy.min_sites
+    budget, honest = resolve(study, max(everyone)), noise_shares(study)
+    own = own_sigma(budget.noise_multiplier, honest) / math.sqrt(budget.rounds)
+    sigma = own * math.sqrt(honest)
+    return Sites(everyone, sigma, len(everyone) / honest)
+
+
+def _by_class(shares: Mapping[str, float], labels: Sequence[str]) -> dict[int, float]:
+    """Return shares by the class's number. Errors: ConfigError."""
+    for name, share in shares.items():
+        if name not in labels:
+            raise ConfigError(
+                f"--share {name}: no class of the plan", f"one of {', '.join(labels)}"
+            )
+        if not 0 < share < 1:
+            raise ConfigError(f"--share {name}={share:g}", "more than 0 and less than 1")
+    if sum(shares.values()) >= 1:
+        raise ConfigError("the shares add up to 1 or more", "less than 1: other classes have units")
+    return {labels.index(name): share for name, share in shares.items()}

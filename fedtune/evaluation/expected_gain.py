@@ -1,0 +1,332 @@
+"""Foretell what one release of class statistics adds to what public records alone give.
+
+Public records say where each class's mean may lie and how its records spread. From that this draws
+classes, then records of the sites, carries out the release on them at the plan's noise, and judges
+its head and the public start on further records that are drawn alike. Over many draws that gives an
+interval for the gain in accuracy. Few public records leave the means uncertain, so they make no
+certain forecast. No record of a site is read, and it costs no ε.
+
+The classes are Gaussian, all with one spread, and a site's classes have the public shares: where
+the sites' records are of another kind than the public ones, so is the gain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.progress import report
+from fedtune.strategies import _posterior as posterior
+from fedtune.strategies._posterior import SILENT, Basis, Noised, Public
+
+Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
+
+HEADING = "expected gain over what public records alone give"
+DRAWS, FEWER = 60, 30  # of classes, records and noise: of the plan, and of what might be changed
+JUDGES = 2000  # drawn records that judge
+POOL = 6000  # deviations from a class's mean, of which all records are made
+COVERED = (0.05, 0.95)  # what the intervals leave out below and above
+LEAST = 0.005  # of accuracy: less is no gain
+MOST_UNITS = 10_000  # of a site, up to which it is looked for where the study becomes worth its ε
+# Records spread further than the public ones do about their own mean and in their own basis. The
+# spread with which held-out public records would be as hard as they are found to be is too wide:
+# some of them are like no class. This share of its logarithm is taken; chosen on two sets.
+WIDENED = 0.6
+WIDEST = 100.0
+SEARCHED = 9  # halvings of the search for it, each with so many draws of the classes
+TRIED = 8
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Who takes part, as declared. sizes: their units. sigma: of one dose of noise over all rounds,
+    in multiples of a unit's bound. doses: how many of them the sum has: each site's own, or
+    n / (n - t) where n sites share one of which t collude."""
+
+    sizes: tuple[int, ...]
+    sigma: float
+    doses: float
+
+    @property
+    def units(self) -> int:
+        return sum(self.sizes)
+
+    def each_of(self, units: int) -> Sites:
+        return replace(self, sizes=(units,) * len(self.sizes))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A gain in accuracy: its mean, and between which figures nine of ten draws lie."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{_signed(self.low)} to {_signed(self.high)}"
+
+
+@dataclass(frozen=True)
+class ExpectedGain:
+    """What a study is expected to add, in accuracy, to what public records alone give.
+
+    gain: on as many records as one likes; start: accuracy of the public start, foretold. records,
+    found: of the [evaluation] set, and what it would show of the gain. worth_from: units of a site
+    from which on the gain's lower end is above zero; None where that is not before MOST_UNITS.
+    shared, one_more: the gain with one dose of noise for all sites (None: it is shared already),
+    and with one more site. rough: classes that public records lack and of which a share was
+    declared: the forecast hangs on their names. unknown: classes of which nothing can be said,
+    since the plan names them and neither public records nor a share tell how many there are."""
+
+    gain: Interval
+    start: float
+    sites: int
+    units: int
+    records: int = 0
+    found: Interval | None = None
+    worth_from: int | None = None
+    shared: Interval | None = None
+    one_more: Interval | None = None
+    rough: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def is_none(self) -> bool:
+        """Whether even the upper end is no gain, and nothing is unknown that might be one."""
+        return self.gain.high < LEAST and not self.unknown
+
+    @property
+    def is_sure(self) -> bool:
+        return self.gain.low > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self) | {"rough": list(self.rough), "unknown": list(self.unknown)}
+
+    @property
+    def warning(self) -> str:
+        """Say in a line that nothing may be gained; "" where something is."""
+        if self.is_none:
+            return "NOT WORTH ITS ε: public records alone give as much"
+        if self.is_sure or self.unknown:
+            return ""
+        return "it may be that nothing is gained: public records alone may give as much"
+
+    def lines(self) -> list[str]:
+        """Say it in words, a line each."""
+        least = self.worth_from
+        worth = "not worth its ε at any size up to" if least is None else "worth it from about"
+        told = [
+            f"{HEADING}: {self.gain} accuracy (90 %); {worth} {least or MOST_UNITS:,} units a site"
+        ]
+        others = [
+            f"{what} would give {interval}"
+            for what, interval in (
+                ("noise that all sites share", self.shared),
+                ("one more such site", self.one_more),
+            )
+            if interval
+        ]
+        told += ["; ".join(others)] if others else []
+        if self.found:
+            few = ", too few to tell it from none" if self.is_sure and self.found.low <= 0 else ""
+            told.append(f"the {self.records} [evaluation] records would show {self.found}{few}")
+        if self.rough:
+            told.append(
+                f"ROUGH: public records have none of {', '.join(self.rough)}, and forecasts that "
+                "hang on the names of classes were too high as often as not"
+            )
+        if self.unknown:
+            told.append(
+                f"cannot say what is gained on {', '.join(self.unknown)}: the public records have "
+                "none; --share 'NAME=0.1' declares which share of the sites' units a class has"
+            )
+        return [*told, self.warning] if self.warning else told
+
+
+def expected_gain(
+    world: World, sites: Sites, records: int = 0, labels: Sequence[str] = ()
+) -> ExpectedGain:
+    """Foretell a release's gain, and from how many units, with whose noise and with how many sites
+    it would be another."""
+    own = world.draw(sites, DRAWS)
+    more = replace(
+        sites,
+        sizes=(*sites.sizes, round(float(np.median(sites.sizes)))),
+        doses=sites.doses * (len(sites.sizes) + 1) / len(sites.sizes),
+    )
+    is_shared = sites.doses < len(sites.sizes)
+    together = replace(sites, doses=1.0)
+    return ExpectedGain(
+        gain=interval(own.gains),
+        start=float(own.starts.mean()),
+        sites=len(sites.sizes),
+        units=sites.units,
+        records=records,
+        found=interval(own.on_few(records)) if records else None,
+        worth_from=worth_from(world, sites),
+        shared=None if is_shared else interval(world.draw(together, FEWER).gains),
+        one_more=interval(world.draw(more, FEWER).gains),
+        rough=tuple(labels[number] for number in world.rough),
+        unknown=tuple(labels[number] for number in world.unknown),
+    )
+
+
+def worth_from(world: World, sites: Sites) -> int | None:
+    """Return from about how many units a site, all of one size, the gain's lower end is above zero,
+    to a tenth; None where that is not before MOST_UNITS."""
+
+    def is_worth(units: int) -> bool:
+        report(f"foretelling the gain with {units:,} units a site")
+        return interval(world.draw(sites.each_of(units), FEWER).gains).low > 0
+
+    low, high = 0, 5
+    while not is_worth(high):
+        low, high = high, 2 * high
+        if high > MOST_UNITS:
+            return None
+    while high - low > max(1, high // 10):
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_worth(middle) else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What draws found. gains: of accuracy (n,). starts: accuracy of the public start (n,).
+    changes: of each judging record (n, JUDGES): 1 where the release alone is right, -1 where the
+    start alone is, else 0."""
+
+    gains: Array
+    starts: Array
+    changes: npt.NDArray[np.int8]
+
+    def on_few(self, records: int) -> Array:
+        """Return the gain (n,) that so many records would show."""
+        random = np.random.default_rng(1)
+        chosen = random.integers(0, self.changes.shape[1], (len(self.changes), records))
+        return np.asarray(np.take_along_axis(self.changes, chosen, axis=1).mean(axis=1))
+
+
+class World:
+    """Classes as public records leave them uncertain, in the features' own space.
+
+    basis, public: as of `_posterior`. held_out: accuracy of the public start on public records that
+    it was not made of. shares: of the sites' units, of classes (by number) that public records
+    lack; all other classes have their public shares."""
+
+    def __init__(
+        self, basis: Basis, public: Public, held_out: float, shares: Mapping[int, float]
+    ) -> None:
+        width = len(basis.directions)
+        self.basis = replace(basis, mean=np.zeros(width), directions=np.eye(width))
+        self.public, self.shares = public, shares
+        self.classes = posterior.classes_before(self.basis, public)
+        classes = len(public.counts)
+        nothing = Noised(np.zeros((classes, basis.released + 1)), SILENT, 1)
+        self.start = posterior.head(nothing, self.basis, public)
+        values, vectors = np.linalg.eigh(self.classes.within)
+        random = np.random.default_rng(0)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        self.pool = random.standard_normal((POOL, width)) @ root.T
+        self.pool *= math.sqrt(self._widening(held_out))
+
+    @property
+    def rough(self) -> list[int]:
+        """The classes that public records lack, and of which a share was declared."""
+        return [number for number in self.shares if not self.public.counts[number]]
+
+    @property
+    def unknown(self) -> list[int]:
+        """The classes of which neither public records nor a share tell how many there are."""
+        found = np.flatnonzero(self.public.counts == 0).tolist()
+        return [number for number in found if number not in self.shares]
+
+    def draw(self, sites: Sites, draws: int) -> Draws:
+        """Carry out the release `draws` times, each with other classes, records and noise."""
+        found, starts = [], []
+        noise = sites.sigma * math.sqrt(sites.doses) * self.basis.norm
+        for number in range(draws):
+            random = np.random.default_rng([2, number])
+            means, shares = self._drawn_classes(random)
+            sums = self._sums(random, means, shares, sites.units)
+            sums += noise * random.standard_normal(sums.shape)
+            release = Noised(sums, noise, sites.units)
+            fitted = posterior.head(release, self.basis, self.public)
+            judges, labels = self._judges(random, means, shares)
+            right = _is_right(fitted, judges, labels)
+            before = _is_right(self.start, judges, labels)
+            found.append(right.astype(np.int8) - before)
+            starts.append(before.mean())
+        changes = np.stack(found)
+        return Draws(changes.mean(axis=1), np.array(starts), changes)
+
+    def _drawn_classes(self, random: np.random.Generator) -> tuple[Array, Array]:
+        """Return the classes' means (K, d), and their shares (K,) of units."""
+        known = self.classes
+        means = known.means + np.sqrt(known.variances) * random.standard_normal(known.means.shape)
+        shares, seen = np.zeros(len(means)), self.public.counts > 0
+        seen[[*self.shares]] = False
+        shares[seen] = random.dirichlet(self.public.counts[seen] + 0.5)
+        shares *= 1 - sum(self.shares.values())
+        for number, share in self.shares.items():
+            shares[number] = share
+        return means, shares / shares.sum()
+
+    def _sums(self, random: np.random.Generator, means: Array, shares: Array, units: int) -> Array:
+        """Return what sites release without noise, (K, k + 1), of units of one record each."""
+        counts = random.multinomial(units, shares)
+        labels = np.repeat(np.arange(len(means)), counts)
+        k = self.basis.released
+        rows = self.pool[random.integers(JUDGES, POOL, units), :k] + means[labels, :k]
+        rows /= np.maximum(1.0, np.linalg.norm(rows, axis=1, keepdims=True))
+        ends = np.concatenate([np.zeros((1, k)), np.cumsum(rows, axis=0)])[np.cumsum(counts)]
+        sums = np.diff(ends, axis=0, prepend=0.0)
+        return np.concatenate([sums, self.basis.weight * counts[:, None]], axis=1)
+
+    def _judges(
+        self, random: np.random.Generator, means: Array, shares: Array
+    ) -> tuple[Array, Labels]:
+        """Return records (JUDGES, d) that judge, and their classes."""
+        labels = random.choice(len(means), JUDGES, p=shares)
+        rows = means[labels] + self.pool[:JUDGES]
+        lengths = np.linalg.norm(rows[:, : self.basis.released], axis=1, keepdims=True)
+        return rows / np.maximum(1.0, lengths), labels
+
+    def _widening(self, held_out: float) -> float:
+        """Return the factor of the spread's variances; see WIDENED."""
+        low, high, narrow = -math.log(WIDEST) / 4, math.log(WIDEST), self.pool
+        for _ in range(SEARCHED):
+            middle = (low + high) / 2
+            self.pool = narrow * math.exp(middle / 2)
+            right = [self._start_in(np.random.default_rng([1, n])) for n in range(TRIED)]
+            low, high = (middle, high) if np.mean(right) > held_out else (low, middle)
+        self.pool = narrow
+        return math.exp(WIDENED * middle)
+
+    def _start_in(self, random: np.random.Generator) -> float:
+        """Return the public start's accuracy in one draw of classes, of those that it knows."""
+        means, shares = self._drawn_classes(random)
+        shares = np.where(self.public.counts > 0, shares, 0.0)
+        judges, labels = self._judges(random, means, shares / shares.sum())
+        return float(_is_right(self.start, judges, labels).mean())
+
+
+def _is_right(head: posterior.Head, rows: Array, labels: Labels) -> npt.NDArray[np.bool_]:
+    return np.asarray((rows @ head.weight.T + head.bias).argmax(axis=1) == labels)
+
+
+def interval(gains: Array) -> Interval:
+    """Return what draws of a gain say."""
+    low, high = np.quantile(gains, COVERED)
+    return Interval(float(gains.mean()), float(low), float(high))
+
+
+def _signed(figure: float) -> str:
+    return f"{figure:+.3f}".replace("-", "−")
