@@ -91,7 +91,7 @@ def test_more_units_less_noise_and_shared_noise_are_worth_more() -> None:
     mean = lambda s: float(world.draw(s, 20).gains.mean())  # noqa: E731
     little, much = mean(sites(30, 3.0)), mean(sites(300, 3.0))
     assert little < much and mean(sites(30, 1.0)) > little
-    told = expected_gain(world, sites(30, 3.0))
+    told = expected_gain(world, sites(30, 3.0), list("abcdef"))
     assert told.shared and told.shared.mean > told.gain.mean
     least = worth_from(world, sites(30, 3.0))
     assert least and interval(world.draw(sites(2 * least, 3.0), 30).gains).low > 0
@@ -107,7 +107,7 @@ def test_a_class_that_public_records_lack_counts_by_its_declared_share_alone() -
 
 
 def test_no_gain_is_none_unless_something_is_unknown() -> None:
-    nothing = expected_gain(known(400), sites(5, 1000.0), labels=list("abcdef"))
+    nothing = expected_gain(known(400), sites(5, 1000.0), list("abcdef"))
     assert nothing.is_none and nothing.gain.high < LEAST and nothing.worth_from != 5
     assert "NOT WORTH" in nothing.warning and nothing.lines()[-1] == nothing.warning
     unsure = replace(nothing, unknown=("rash",))

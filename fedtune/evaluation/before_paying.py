@@ -40,7 +40,7 @@ def foretell(
     hits, held_out = known[HELD_OUT]
     declared = _by_class(shares or {}, labels)
     world = World(basis, public_in(known), hits / held_out, declared)
-    return expected_gain(world, sites_of(study, sizes), records, labels)
+    return expected_gain(world, sites_of(study, sizes), labels, records)
 
 
 def before_paying(

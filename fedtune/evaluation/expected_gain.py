@@ -31,6 +31,7 @@ DRAWS, FEWER = 60, 30  # of classes, records and noise: of the plan, and of what
 JUDGES = 2000  # drawn records that judge
 POOL = 6000  # deviations from a class's mean, of which all records are made
 COVERED = (0.05, 0.95)  # what the intervals leave out below and above
+ROUGH = 0.1  # of the units, of classes that public records lack
 LEAST = 0.005  # of accuracy: less is no gain
 MOST_UNITS = 10_000  # of a site, up to which it is looked for where the study becomes worth its ε
 # Records spread further than the public ones do about their own mean and in their own basis. The
@@ -151,7 +152,7 @@ class ExpectedGain:
 
 
 def expected_gain(
-    world: World, sites: Sites, records: int = 0, labels: Sequence[str] = ()
+    world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
     """Foretell a release's gain, and from how many units, with whose noise and with how many sites
     it would be another."""
@@ -239,8 +240,10 @@ class World:
 
     @property
     def rough(self) -> list[int]:
-        """The classes that public records lack, and of which a share was declared."""
-        return [number for number in self.shares if not self.public.counts[number]]
+        """The classes that public records lack, and of which a share was declared, where together
+        they have so large a share that the forecast hangs on them."""
+        lacking = [number for number in self.shares if not self.public.counts[number]]
+        return lacking if sum(self.shares[number] for number in lacking) >= ROUGH else []
 
     @property
     def unknown(self) -> list[int]:

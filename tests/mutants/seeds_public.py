@@ -13,6 +13,12 @@ PUBLIC, RECIPE, ANSWER = (
 )  # fmt: skip
 
 MUTANTS: list[Mutant] = [
+    one(
+        "expected-gain", "without-the-noise", "fedtune/evaluation/expected_gain.py",
+        "            sums += noise * random.standard_normal(sums.shape)\n", "",
+        "tests/test_before_paying.py::test_the_gain_that_is_found_lies_where_it_was_foretold",
+        "a study is promised a gain that its own noise takes away",
+    ),
     Mutant(
         "preconditioner", "applied-after-the-clip", GRADIENTS,
         (
