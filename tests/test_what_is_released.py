@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import NotGenuine, verify
 from fedtune.models.run import Run
+from fedtune.report.gain import better
 from fedtune.server import store, summary
+from fedtune.server.release import decide
 from fedtune.strategies._posterior import ClassFigures
 from fedtune.wire.keys import SigningKey
 from tests.cli_kit import run as command
@@ -203,17 +206,38 @@ def test_a_choice_that_the_plan_does_not_leave_is_refused(signed: Any, tmp_path:
         verify(forged(signed[0], tmp_path, claims))
 
 
-def test_records_that_lack_a_class_decide_nothing(tmp_path: Path, tiny_encoder: Path) -> None:
+def test_records_that_lack_a_class_decide_by_what_they_cannot_see(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    """By the noised share of that class: the start is released where the trained model would be
+    worse even if it were right about all of it."""
     folder, report = finished(tmp_path, tiny_encoder, wrong=True, lacking=True)
     decision = report["quality"]["released"]
-    assert decision["model"] == "trained" and decision["lacking"] == LABELS[2:]
-    assert verify(folder).released == "trained"
+    assert decision["lacking"] == LABELS[2:] and 0.05 < decision["unseen"] < 0.6
+    lost = decision["trained"] - decision["start"]
+    assert decision["model"] == better(lost, decision["unseen"])
+    assert verify(folder).released == decision["model"]
+    other = "start" if decision["model"] == "trained" else "trained"
 
     def chosen(report: dict[str, Any]) -> None:
-        report["quality"]["released"]["model"] = "start"
+        report["quality"]["released"]["model"] = other
 
     with pytest.raises(NotGenuine, match="does not fit"):
         verify(forged(folder, tmp_path / "forged", chosen))
+
+    def another_share(report: dict[str, Any]) -> None:
+        report["quality"]["released"]["unseen"] = 0.99
+
+    with pytest.raises(NotGenuine, match="unseen"):
+        verify(forged(folder, tmp_path / "shares", another_share))
+
+
+def test_without_shares_records_that_lack_a_class_decide_nothing() -> None:
+    asked = SimpleNamespace(lacking=("rash",))
+    table = SimpleNamespace(release="better")
+    study = SimpleNamespace(start=object(), selection=table, evaluation=None, objective=None)
+    progress = SimpleNamespace(study=study, origin={"a": 1}, adapter={}, history=[])
+    assert decide(progress, asked)["model"] == "trained"  # type: ignore[arg-type]
 
 
 def test_a_dossier_and_an_exported_model_hand_on_what_is_released(

@@ -72,17 +72,29 @@ def released(run: Path, study: Study, report: dict[str, Any], files: Collection[
     if decision is None or study.selection is None:
         return ""
     figures = [decision.get(name) for name in (TRAINED, START)]
-    better = TRAINED  # by the plan's rule, or where the selection records cannot tell
-    if study.selection.release == "better" and "lacking" not in decision:
+    expected = TRAINED  # by the plan's rule, or where the selection records cannot tell
+    blind = "lacking" in decision and "unseen" not in decision
+    if study.selection.release == "better" and not blind:
         metric = study.evaluation.metric if study.evaluation else "loss"
         _equal(path, "released's metric", decision["metric"], metric)
         sign = 1 if METRICS[metric].higher_is_better else -1
-        better = START if sign * (figures[0] - figures[1]) < 0 else TRAINED
-    _equal(path, "released's model", model, better)
+        unseen = _unseen(quality, decision.get("lacking", []))
+        if "lacking" in decision:
+            _equal(path, "released's unseen", round(decision["unseen"], 6), round(unseen, 6))
+        expected = gain.better(sign * (figures[0] - figures[1]), unseen)
+    _equal(path, "released's model", model, expected)
     if model == START and quality.get("metric"):
         _equal(path, "the released model's figures", quality.get("after"), quality.get("start"))
         _equal(path, "the trained model's figures", isinstance(quality.get("trained"), dict), True)
     return model
+
+
+def _unseen(quality: dict[str, Any], lacking: Collection[str]) -> float:
+    """Return the share of units in classes that the records which decide lack, by the report's
+    noised counts."""
+    counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
+    total = sum(counts.values())
+    return sum(counts[name] for name in lacking) / total if total else 0.0
 
 
 def headline(run: Path, report: dict[str, Any]) -> None:

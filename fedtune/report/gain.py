@@ -61,6 +61,19 @@ def is_start_released(quality: dict[str, Any]) -> bool:
     return isinstance(decision, dict) and decision.get("model") == START
 
 
+def better(gain: float, unseen: float = 0.0) -> str:
+    """Return which model the rule selection.release = "better" releases: TRAINED, unless the start
+    is better on the records that decide, and would be even if the trained model were right about
+    every unit of the classes that these records lack.
+
+    gain: of the metric, above 0 where the trained model is better; unseen: the share of units in
+    those classes.
+    >>> better(0.0), better(-0.1), better(-0.1, unseen=0.05), better(-0.1, unseen=0.2)
+    ('trained', 'start', 'start', 'trained')
+    """
+    return TRAINED if (1 - unseen) * gain + unseen >= 0 else START
+
+
 def advice(report: dict[str, Any]) -> str:
     """Say what would help where the sites' records were not shown to add anything to public text;
     "" where they were, or where nothing was trained before the first round."""

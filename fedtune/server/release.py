@@ -10,42 +10,69 @@ from typing import Any
 from fedtune.config import Study
 from fedtune.progress import stage
 from fedtune.registry.metrics import METRICS
-from fedtune.report.gain import START, TRAINED
+from fedtune.report.gain import START, TRAINED, better
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
+from fedtune.strategies._posterior import ClassFigures
 
 
-def decide(progress: Progress, selector: Measures | None) -> dict[str, Any]:
+def decide(
+    progress: Progress, selector: Measures | None, figures: ClassFigures | None = None
+) -> dict[str, Any]:
     """Decide by the plan's selection.release, and return the decision: "model" is TRAINED or START,
     "why" says it in words, and where two models were compared, "metric", "records", and the metric
     of each. {} where the plan has nothing to decide.
 
-    | the selection records have none of a class that the plan names | TRAINED: they cannot see it |
+    figures: what the release says of each class, as noised. Records that lack classes cannot see
+    what is learnt of them; the start is then released only where it would be better even if the
+    trained model were right about every unit of those classes, by their noised share.
     | two that are alike | TRAINED |
+    | the share of classes that the records lack is not known, or counts for no accuracy | TRAINED |
     """
     study = progress.study
     if selector is None or not progress.origin or not study.start or study.selection is None:
         return {}
     if study.selection.release == "trained":
         return {"model": TRAINED, "why": "as the plan says, whatever the public start gives"}
-    if selector.lacking:
-        names = ", ".join(selector.lacking)
+    took_part = {name for entry in progress.history for name in entry["participants"]}
+    unseen = _unseen(study, selector, figures if len(took_part) > 1 else None)
+    names = ", ".join(selector.lacking)
+    if unseen is None:
         why = f"the selection records cannot see what is learnt of {names}, of which they have none"
         return {"model": TRAINED, "why": why, "lacking": list(selector.lacking)}
     with stage("choosing what is released"):
         compared = selector.compare(progress.origin, progress.adapter)
     sign = 1 if METRICS[_metric(study)].higher_is_better else -1
     gain = sign * (compared.after - compared.before)
-    model = TRAINED if gain >= 0 else START
+    model = better(gain, unseen)
     verdict = "better" if gain > 0 else "no worse" if gain == 0 else "worse"
-    return {
+    why = f"on the selection records the trained model is {verdict} than its public start"
+    if unseen and gain < 0:
+        weighs = "may outweigh" if model == TRAINED else "cannot outweigh"
+        why += f", which what it learnt of {names} {weighs}: {100 * unseen:.2g} % of the units"
+    decision = {
         "model": model,
-        "why": f"on the selection records the trained model is {verdict} than its public start",
+        "why": why,
         "metric": _metric(study),
         "records": len(selector),
         START: compared.before,
         TRAINED: compared.after,
     }
+    if selector.lacking:
+        decision |= {"lacking": list(selector.lacking), "unseen": unseen}
+    return decision
+
+
+def _unseen(study: Study, selector: Measures, figures: ClassFigures | None) -> float | None:
+    """Return the noised share of units in classes that the selection records lack; None where it is
+    not known (also where it would be one site's), or not comparable with the metric."""
+    if not selector.lacking:
+        return 0.0
+    if figures is None or _metric(study) != "accuracy":
+        return None
+    counts = dict(zip(study.objective.labels, figures.count.clip(min=0), strict=True))
+    total = float(sum(counts.values()))
+    return float(sum(counts[name] for name in selector.lacking)) / total if total else None
 
 
 def _metric(study: Study) -> str:

@@ -438,7 +438,9 @@ class _Run:
 
     def _finish(self) -> dict[str, Any]:
         if not self.continuous:  # its adapters are released already
-            self._decision = release.decide(self.progress, self._selector)
+            self._decision = release.decide(
+                self.progress, self._selector, self.strategy.class_figures()
+            )
             starts = is_start_released({"released": self._decision})
             if starts:  # nothing that was paid for is lost
                 self._write(self.progress.adapter, TRAINED)
