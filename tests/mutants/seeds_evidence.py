@@ -29,7 +29,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "whatever-is-released-passes", FIGURES,
-        """    _equal(path, "released's model", model, better)\n""", "",
+        """    _equal(path, "released's model", model, expected)\n""", "",
         T_RELEASED + "test_an_edited_line_of_what_is_released_is_refused",
         "the figures that decided say another model",
     ),
