@@ -96,7 +96,9 @@ def table(path: Path, rows: int, first: int) -> None:
         writer = csv.writer(file)
         writer.writerow(["dialogue", "section"])
         for n in range(first, first + rows):
-            writer.writerow([f"note {n} says {LABELS[n % 3]}", LABELS[n % 3]])
+            # A third speak of another section: public records alone do not know all there is.
+            said = LABELS[(n + (n % 7 in (2, 5))) % 3]
+            writer.writerow([f"note {n} says {said}", LABELS[n % 3]])
 
 
 class WalkThrough:
