@@ -23,7 +23,8 @@
     │   └── OtherProtocol              the other side is of another release (wire/protocol.py)
     ├── InfrastructureError   exit 4   network, disk, another process
     │   ├── LedgerError                the privacy ledger (ledger/files.py)
-    │   │   └── NewerLedger            written by a newer release (ledger/files.py)
+    │   │   ├── NewerLedger            written by a newer release (ledger/files.py)
+    │   │   └── NoRoom                 the disk has no room for an entry (ledger/files.py)
     │   ├── Unavailable                states that the store lacks (models/prefix_store.py)
     │   │   └── Altered                states that were changed on the disk (models/prefix_store.py)
     │   └── TooFew                     strategy.min_sites are not there (fedtune/server/rounds.py)

@@ -70,7 +70,7 @@ class Data:
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
         self.network = SimpleNamespace(
             trained=module,
-            parameters=lambda: dict(module.named_parameters()),
+            update_parameters=lambda: dict(module.named_parameters()),
             has_row_per_tile=lambda parameter: False,
         )
         self.dataset = SimpleNamespace(by_unit=[[i] for i in range(B)], examples=[None] * B)
