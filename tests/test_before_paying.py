@@ -79,11 +79,11 @@ def inside(sigma: float, units: int) -> int:
 
 
 def test_the_gain_that_is_found_lies_where_it_was_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert inside(10.0, 60) >= 6
+    assert inside(20.0, 60) >= 6
     # Twin: a forecast that forgets the noise.
     draw = World.draw
     monkeypatch.setattr(World, "draw", lambda w, s, n: draw(w, replace(s, sigma=0.0), n))
-    assert inside(10.0, 60) <= 3
+    assert inside(20.0, 60) <= 3
 
 
 def test_more_units_less_noise_and_shared_noise_are_worth_more() -> None:

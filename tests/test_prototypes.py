@@ -21,6 +21,7 @@ from fedtune.config.sites import sites_in
 from fedtune.data.load import load_dataset
 from fedtune.dp.non_private import non_private_plan
 from fedtune.errors import ConfigError, ModelError
+from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.predict import predict
 from fedtune.flower.arrays import WireError, read_frozen, to_record
 from fedtune.models import lora
@@ -200,8 +201,13 @@ def test_a_class_that_public_records_lack_is_learnt(
     rows = [{"t": note(label, 90 + n), "l": label} for label in LABELS for n in range(6)]
     found = predict(Run(tmp_path / "run"), rows)
     right = [chosen == row["l"] for chosen, row in zip(found.predicted, rows, strict=True)]
-    assert sum(right[12:]) >= 4  # of a class of which the public file has no record
-    assert sum(right) >= 12
+    assert sum(right) >= 10
+    assert sum(right[12:]) >= 2  # of a class of which the public file has no record
+    evaluator = Evaluator(progress.study, progress.frozen)
+    known_before, known = (
+        evaluator.by_class(arrays)[2]["recall"] for arrays in (progress.origin, progress.adapter)
+    )
+    assert known > known_before
 
 
 def test_rounds_add_up_and_a_run_that_is_resumed_goes_on(

@@ -19,6 +19,7 @@ from fedtune.server.admission import Tally
 from fedtune.server.exchange import Reply
 from fedtune.server.orders import Answer
 from fedtune.server.secure_round import SecureRound
+from fedtune.strategies.fedavg import FedAvg
 from fedtune.wire import seal
 from fedtune.wire.codec import VALUES
 from fedtune.wire.keys import SigningKey
@@ -103,7 +104,7 @@ def coordinator(forge: Forge) -> tuple[SecureRound, Any, Any]:
     sigma = made.privacy.noise_multiplier  # type: ignore[union-attr]
     mechanism = SimpleNamespace(noise_multiplier=sigma)
     limits = SimpleNamespace(of=lambda *_: {"terms": None}, mechanism=lambda _: mechanism)
-    parts = (SimpleNamespace(key=KEY), limits, None, None, lambda: None, lambda *_: None, None)
+    parts = (SimpleNamespace(key=KEY), limits, FedAvg(), None, lambda: None, lambda *_: None, None)
     secure = SecureRound(progress, roster, *parts)  # type: ignore[arg-type]
     draw = Draw(DIGEST, 1, 1, DIGEST)
     own = own_sigma(sigma, noise_shares(made))
