@@ -12,22 +12,14 @@ from fedtune.errors import ConfigError
 from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
 from fedtune.strategies._base import Arrays, State, Strategy
 from fedtune.strategies._mean import RunningMean
-from fedtune.strategies._posterior import (
-    SILENT,
-    Basis,
-    ClassFigures,
-    Head,
-    Noised,
-    Public,
-    head,
-)
+from fedtune.strategies._posterior import SILENT, Basis, ClassFigures, Head, Noised, Public, head
+from fedtune.strategies._posterior import WEIGHT as COUNT_WEIGHT
 
 if TYPE_CHECKING:
     from fedtune.config import Study
 
 WEIGHT, BIAS = "head.weight", "head.bias"
 LARGEST = 1e3  # no entry of an adapter is larger anywhere
-WEIGHT_OF_COUNT = 0.5  # objective prototypes has it too
 SLACK = 1.01  # by which the bound may exceed what it must hold
 LEAST_VARIANCE = 1e-12  # of a round without noise, so that rounds can be weighed by its inverse
 # What the state holds. The basis (d, H) and its mean (H,); public records in it: sums (K, d),
@@ -62,7 +54,7 @@ def public_head(known: State) -> Arrays:
     """Make the head that public things alone give: what the posterior is before any release."""
     classes = len(known[COUNTS])
     nothing = Noised(sums=np.zeros((classes, 1)), deviation=SILENT, units=1)
-    return _arrays(head(nothing, basis_in(known, 0, WEIGHT_OF_COUNT), public_in(known)))
+    return _arrays(head(nothing, basis_in(known, 0, COUNT_WEIGHT), public_in(known)))
 
 
 def basis_in(state: State, released: int, weight: float) -> Basis:
@@ -123,7 +115,7 @@ class Discriminant(Strategy):
             "a [public] table, of which the basis is built": study.public is not None,
         }
         if study.clipping:  # of a plan without privacy there may be none
-            weight = float(study.objective.options.get("count_weight", WEIGHT_OF_COUNT))
+            weight = float(study.objective.options.get("count_weight", COUNT_WEIGHT))
             exact = math.hypot(1.0, weight)  # of a record's features, of length 1, and its count
             bound = f"{math.ceil(exact * 1e4) / 1e4:.4f}"
             fits = exact <= study.clipping.max_grad_norm <= SLACK * exact
@@ -135,7 +127,7 @@ class Discriminant(Strategy):
 
     def prepare(self, study: Study, frozen: Arrays) -> None:
         self._released = len(frozen[CLASS_BASIS])
-        self._count_weight = float(study.objective.options.get("count_weight", WEIGHT_OF_COUNT))
+        self._count_weight = float(study.objective.options.get("count_weight", COUNT_WEIGHT))
 
     def update_like(self, adapter: Arrays) -> Arrays:
         return {CLASS_SUMS: np.zeros((len(adapter[WEIGHT]), self._released + 1), np.float32)}

@@ -22,7 +22,6 @@ from fedtune.config import Study, TrainingTable
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.dp.calibration import with_rounds
-from fedtune.errors import ConfigError
 from fedtune.modalities import MODALITIES
 from fedtune.models import lora
 from fedtune.models.build import build
@@ -139,11 +138,7 @@ def _known(study: Study, answered: Callable[[], CachedDataset]) -> State:
 
 def _public(study: Study, network: Network) -> CachedDataset:
     """Read [public] with its answers; without them where a basis alone is built from it."""
-    if study.public is None:  # Study: required wherever answers are needed
-        raise ConfigError(
-            f"objective.name = {study.objective.name!r} needs a [public] table",
-            "public records, of which the basis of its statistics is built",
-        )
+    assert study.public is not None  # Study and strategy: required wherever it is read
     labelled = network.statistics is None or (
         study.start is not None and study.start.head == "public"
     )
