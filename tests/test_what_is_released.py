@@ -45,11 +45,12 @@ columns = { text = "t", label = "l" }
 
 
 def finished(
-    folder: Path, base: Path, wrong: bool = False, lacking: bool = False
+    folder: Path, base: Path, wrong: bool = False, lacking: bool = False, private: bool = True
 ) -> tuple[Path, Any]:
     """A run of class statistics whose [selection] records decide what is released. wrong: whether
     the sites' labels are."""
-    path = lay_out(folder, base, PRIVATE.replace("8.0", "95.0"), more=SELECTION)
+    privacy = PRIVATE.replace("8.0", "95.0") if private else 'privacy = "off"'
+    path = lay_out(folder, base, privacy, more=SELECTION)
     for site in ("a", "b", "c") if wrong else ():
         rows = [json.loads(line) for line in (folder / f"{site}.jsonl").read_text().splitlines()]
         turned = dict(zip(LABELS, [*LABELS[1:], LABELS[0]], strict=True))
@@ -232,10 +233,19 @@ def test_records_that_lack_a_class_decide_by_what_they_cannot_see(
         verify(forged(folder, tmp_path / "shares", another_share))
 
 
+def test_without_noise_there_are_no_shares_to_decide_by(tmp_path: Path, tiny_encoder: Path) -> None:
+    """Its counts are no figure of the report, so that a choice by them could not be checked."""
+    folder, report = finished(tmp_path, tiny_encoder, lacking=True, private=False)
+    decision = report["quality"]["released"]
+    assert decision["model"] == "trained" and "unseen" not in decision
+    assert not any("units" in row for row in report["quality"]["classes"])
+    assert verify(folder).released == "trained"
+
+
 def test_without_shares_records_that_lack_a_class_decide_nothing() -> None:
     asked = SimpleNamespace(lacking=("rash",))
     table = SimpleNamespace(release="better")
-    study = SimpleNamespace(start=object(), selection=table, evaluation=None, objective=None)
+    study = SimpleNamespace(start=object(), selection=table, evaluation=None, private=True)
     progress = SimpleNamespace(study=study, origin={"a": 1}, adapter={}, history=[])
     assert decide(progress, asked)["model"] == "trained"  # type: ignore[arg-type]
 

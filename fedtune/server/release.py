@@ -13,6 +13,7 @@ from fedtune.registry.metrics import METRICS
 from fedtune.report.gain import START, TRAINED, better
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
+from fedtune.server.summary import counts_are_told
 from fedtune.strategies._posterior import ClassFigures
 
 
@@ -34,8 +35,7 @@ def decide(
         return {}
     if study.selection.release == "trained":
         return {"model": TRAINED, "why": "as the plan says, whatever the public start gives"}
-    took_part = {name for entry in progress.history for name in entry["participants"]}
-    unseen = _unseen(study, selector, figures if len(took_part) > 1 else None)
+    unseen = _unseen(study, selector, figures if counts_are_told(progress) else None)
     names = ", ".join(selector.lacking)
     if unseen is None:
         why = f"the selection records cannot see what is learnt of {names}, of which they have none"
@@ -65,7 +65,7 @@ def decide(
 
 def _unseen(study: Study, selector: Measures, figures: ClassFigures | None) -> float | None:
     """Return the noised share of units in classes that the selection records lack; None where it is
-    not known (also where it would be one site's), or not comparable with the metric."""
+    not known, or not comparable with the metric."""
     if not selector.lacking:
         return 0.0
     if figures is None or _metric(study) != "accuracy":

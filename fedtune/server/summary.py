@@ -302,6 +302,13 @@ def with_start_released(
     return {**quality, "after": progress.started, TRAINED: quality["after"], "gain": gain}
 
 
+def counts_are_told(progress: Progress) -> bool:
+    """Return whether a report may tell how many units each class has: by noised counts, and of more
+    than one site."""
+    took_part = {name for entry in progress.history for name in entry["participants"]}
+    return progress.study.private and len(took_part) > 1
+
+
 def classes(
     progress: Progress, evaluator: Measures | None, figures: ClassFigures | None, released: Arrays
 ) -> list[dict[str, Any]]:
@@ -312,12 +319,11 @@ def classes(
     if not names:
         return []
     rows = evaluator.by_class(released) if evaluator else [{"name": name} for name in names]
-    took_part = {name for entry in progress.history for name in entry["participants"]}
     if figures is None or not progress.study.private:
         return rows if evaluator else []
     for index, row in enumerate(rows):
         row["learnt"] = bool(figures.learnt[index])
-        if len(took_part) > 1:
+        if counts_are_told(progress):
             row |= {"units": float(figures.count[index]), "deviation": float(figures.deviation)}
     return rows
 
