@@ -130,6 +130,13 @@ def say_expected_gain(
 
     with Watch(Screen(stderr=True), "what public records say of the gain"):
         gain, lines = before_paying(study, sizes, shares)
+    if gain and len(sizes) == 1:
+        sites = "1 site" if study.strategy.min_sites == 1 else f"{study.strategy.min_sites} sites"
+        console.print(
+            f"for {sites} of {sizes[0]:,}; --size once for each site tells of all of them",
+            highlight=False,
+            markup=False,
+        )
     for line in lines:
         style = "bold yellow" if gain and line == gain.warning else None
         console.print(line, style=style, highlight=False, markup=False)
