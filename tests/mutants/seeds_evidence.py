@@ -42,7 +42,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "counts-of-one-site-are-reported", "fedtune/server/summary.py",
-        "        if len(took_part) > 1:", "        if took_part:",
+        "return progress.study.private and len(took_part) > 1", "return progress.study.private",
         T_RELEASED + "test_every_class_has_its_noised_count_and_what_is_recognised_of_it",
         "the report counts one site's units by class",
     ),
