@@ -22,10 +22,10 @@ from fedtune import Study
 from fedtune.audit import attack
 from fedtune.audit.attack import attack_study
 from fedtune.audit.secret import most_exposed
-from fedtune.audit.selftest import MemoryLog
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import StepPlan, plan_for_site
 from fedtune.models.build import build
+from fedtune.training.selftest import MemoryLog
 from fedtune.training.start import start
 
 TABLES: dict[str, Any] = {  # frozen MiniLM and a head, as `fedtune init --task classify` makes it

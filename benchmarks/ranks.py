@@ -20,7 +20,6 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import demo, measure
-from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
 from fedtune.demo.generate import NINE, write
 from fedtune.dp.plan import plan_for_site
@@ -29,6 +28,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.random_records import random_records
 from fedtune.models.rank_slice import rank_slice
 from fedtune.training.local_round import local_round
+from fedtune.training.selftest import MemoryLog
 from fedtune.wire import codec
 
 HOSPITALS = ("harbour", "lakeside", "northgate")

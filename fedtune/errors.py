@@ -17,7 +17,7 @@
     │   ├── PolicyRefused              the site's policy
     │   │   └── Unsigned               a plan that waits for a person (client/prepared.py)
     │   ├── BudgetExceeded             the privacy budget
-    │   ├── SelfTestFailed             the guarantee does not hold here (audit/selftest.py)
+    │   ├── SelfTestFailed             the guarantee does not hold here (training/selftest.py)
     │   ├── Unprepared                 the site does not know the plan (fedtune/client/site.py)
     │   ├── Void                       an attempt at a round is over (client/prepared.py)
     │   └── OtherProtocol              the other side is of another release (wire/protocol.py)

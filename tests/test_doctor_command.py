@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from fedtune import progress
-from fedtune.audit import selftest
 from fedtune.cli import doctor as cli_doctor
 from fedtune.config import load_study
 from fedtune.doctor import machine
 from fedtune.models.build import build
+from fedtune.training import selftest
 from tests.doctor_kit import Hub
 from tests.test_cli import run
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune.audit import selftest
 from fedtune.client.review import review
 from fedtune.client.sheet import records_hash
 from fedtune.client.site import SiteWorker
@@ -22,6 +21,7 @@ from fedtune.config import load_site, load_study
 from fedtune.dp import noise
 from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
+from fedtune.training import selftest
 from fedtune.training.start import start
 from tests import databases
 from tests.data.test_fhir_source import document, exported, replacing

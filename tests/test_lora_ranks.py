@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 
 import fedtune.client.site
 import fedtune.training.local_round
-from fedtune.audit import selftest
 from fedtune.config import load_study
 from fedtune.config.sites import sites_in
 from fedtune.dp import clip
@@ -25,7 +24,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.rank_slice import ALL
 from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training import unit_gradients
+from fedtune.training import selftest, unit_gradients
 from fedtune.training.local_round import local_round
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests import chance

@@ -12,7 +12,6 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from fedtune.audit import selftest
 from fedtune.client.policy import refusals
 from fedtune.config import Columns, LoraTable, PolicyTable, Site, SiteData, SiteTable, Study
 from fedtune.dp import clip
@@ -35,7 +34,7 @@ from fedtune.models.preconditioner import (
 )
 from fedtune.models.rank_slice import pad_update
 from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training import unit_gradients
+from fedtune.training import selftest, unit_gradients
 from fedtune.training.local_round import check_trains, local_round
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from fedtune import load_study
-from fedtune.audit.selftest import MemoryLog
 from fedtune.client.review import _leaves
 from fedtune.client.site import SiteWorker
 from fedtune.config import Site, Study, load_site
@@ -36,6 +35,7 @@ from fedtune.server import store
 from fedtune.strategies import discriminant
 from fedtune.training.local_round import local_round
 from fedtune.training.public import vectors_of
+from fedtune.training.selftest import MemoryLog
 from fedtune.training.start import start
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.simulated import noise_from, simulate

@@ -27,7 +27,6 @@ from fedtune.audit.secret import (
     planted,
     record_losses,
 )
-from fedtune.audit.selftest import MemoryLog
 from fedtune.config import Study
 from fedtune.data.dataset import Dataset, Example
 from fedtune.dp import accountant
@@ -44,6 +43,7 @@ from fedtune.models.run import Run
 from fedtune.models.tiny import generated
 from fedtune.objectives import resolve
 from fedtune.training.local_round import local_round
+from fedtune.training.selftest import MemoryLog
 from fedtune.training.start import Start, start
 
 CANARIES, MODELS = 64, 16  # guesses: their product, half of them about members

@@ -11,7 +11,6 @@ import torch
 
 from fedtune.audit.bounds import one_run_epsilon
 from fedtune.audit.gaussian import CEILING, CONFIDENCE
-from fedtune.audit.selftest import MemoryLog
 from fedtune.bases.find import find_base
 from fedtune.config import Study
 from fedtune.data.dataset import Dataset
@@ -24,6 +23,7 @@ from fedtune.models.network import Network
 from fedtune.models.tiny import generated, tiny_network
 from fedtune.objectives import resolve
 from fedtune.training.local_round import local_round
+from fedtune.training.selftest import MemoryLog
 from fedtune.training.unit_gradients import UnitGradientEngine
 
 # Fixed before anything is measured.

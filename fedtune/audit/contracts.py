@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.audit import selftest
-from fedtune.audit.selftest import Result, timed
 from fedtune.bases.find import find_base
 from fedtune.config import Study
 from fedtune.data.files import Rejected, rows
@@ -34,6 +32,8 @@ from fedtune.observe.trackers import TRACKERS, Tracker
 from fedtune.registry import Group
 from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
 from fedtune.strategies import STRATEGIES, Arrays, Strategy, _posterior, discriminant
+from fedtune.training import selftest
+from fedtune.training.selftest import Result, timed
 
 GROUPS: dict[str, Group[Any]] = {
     group.name: group for group in (OBJECTIVES, STRATEGIES, MODALITIES, SOURCES, TRACKERS)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
-from fedtune.audit.selftest import HUGE, MemoryLog
 from fedtune.dp import accountant
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan, RowGradients
+from fedtune.training.selftest import HUGE, MemoryLog
 
 # Fixed before anything is measured.
 CONFIDENCE = 0.95  # of the bound that is reported

@@ -12,7 +12,6 @@ from typing import Any
 
 from cryptography import x509
 
-from fedtune.audit import selftest
 from fedtune.bases.find import Base, find_base
 from fedtune.client.declared import declare
 from fedtune.client.policy import base_for
@@ -50,6 +49,7 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.models.build import build
 from fedtune.progress import report
 from fedtune.report.delta import warning
+from fedtune.training import selftest
 from fedtune.wire.protocol import check_peer
 
 RENEW = (

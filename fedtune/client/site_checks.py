@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from fedtune import modalities
-from fedtune.audit import selftest
 from fedtune.bases.find import Base, find_base, load_tokenizer
 from fedtune.config import Site, Study
 from fedtune.data.dataset import Dataset
@@ -16,6 +15,7 @@ from fedtune.errors import ConfigError, DataError, PolicyRefused
 from fedtune.models.network import Network
 from fedtune.models.rank_slice import rank_slice
 from fedtune.registry import process_cache
+from fedtune.training import selftest
 from fedtune.training.local_round import check_trains
 
 if TYPE_CHECKING:

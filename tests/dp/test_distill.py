@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune.audit import selftest
 from fedtune.bases.find import find_base
 from fedtune.client.policy import refusals
 from fedtune.client.review import review
@@ -31,6 +30,7 @@ from fedtune.models.teacher import TeacherFunction, soft_targets_of, teacher_for
 from fedtune.objectives import resolve
 from fedtune.objectives.distill import Distill, divergence
 from fedtune.registry import process_cache
+from fedtune.training import selftest
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.simulated import simulate

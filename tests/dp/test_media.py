@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.audit import selftest
 from fedtune.bases.find import find_base
 from fedtune.config import LoraTable, ObjectiveTable
 from fedtune.data.dataset import NO_TARGET, Dataset, Example
@@ -25,6 +24,7 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.random_records import generate_file
 from fedtune.objectives.causal_lm import CausalLM
+from fedtune.training import selftest
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study

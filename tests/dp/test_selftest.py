@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.audit import selftest
 from fedtune.bases.find import find_base
 from fedtune.config import Study
 from fedtune.dp import clip, noise
@@ -20,6 +19,7 @@ from fedtune.models.network import Network
 from fedtune.models.tiny import tiny_network
 from fedtune.objectives._interface import Batch
 from fedtune.objectives.causal_lm import CausalLM
+from fedtune.training import selftest
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests import chance
 from tests.dp.conftest import study

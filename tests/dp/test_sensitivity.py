@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.audit.selftest import MemoryLog
 from fedtune.dp import clip, noise
 from fedtune.dp.plan import DpPlan
+from fedtune.training.selftest import MemoryLog
 from tests.dp.conftest import make_plan
 
 Mode = Literal["flat", "normalised"]

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.audit.selftest import MemoryLog
 from fedtune.dp import noise, sampling
 from fedtune.dp.plan import DpPlan
+from fedtune.training.selftest import MemoryLog
 
 
 @dataclass(frozen=True, repr=False, eq=False)

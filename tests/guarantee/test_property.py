@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 
 import fedtune.client.prepared
 import fedtune.client.site
-from fedtune.audit import selftest
 from fedtune.client import rank_process, secure_round, studies, withdraw
 from fedtune.client.site import SiteWorker
 from fedtune.config import Site, Study
@@ -32,6 +31,7 @@ from fedtune.models.prefix_store import PrefixStore
 from fedtune.secagg import masks
 from fedtune.secagg.draw import Draws
 from fedtune.secagg.statement import Ready
+from fedtune.training import selftest
 from fedtune.training.round_loss import RoundLoss
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases, pairs

@@ -63,7 +63,7 @@ def test_less_noise_is_caught_at_the_wire(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, broken: Callable[..., torch.Tensor]
 ) -> None:
     monkeypatch.setattr(noise, "gaussian_on_grid", broken)
-    monkeypatch.setattr("fedtune.audit.selftest.require", lambda *_: None)  # it sees that too
+    monkeypatch.setattr("fedtune.training.selftest.require", lambda *_: None)  # it sees that too
     with pytest.raises(AssertionError):
         held(audit("classify, head", bases, FEW))
 

@@ -15,7 +15,6 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from fedtune.audit import selftest
 from fedtune.bases import quantise as quantise_module
 from fedtune.bases.find import find_base
 from fedtune.bases.quantise import rounded
@@ -31,6 +30,7 @@ from fedtune.models.public_factor import public_factor
 from fedtune.models.run import Run
 from fedtune.models.tiny import generated
 from fedtune.objectives import resolve
+from fedtune.training import selftest
 from fedtune.training.local_round import check_trains
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.client.test_site import make_site

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from fedtune import objectives
-from fedtune.audit import contracts, selftest
+from fedtune.audit import contracts
 from fedtune.bases.find import find_base
 from fedtune.config import ObjectiveTable, Study
 from fedtune.data.dataset import Dataset
@@ -26,6 +26,7 @@ from fedtune.objectives import _tokens
 from fedtune.objectives._interface import Batch, Objective, RecordFormat
 from fedtune.objectives.distill import divergence
 from fedtune.objectives.reward import rewards
+from fedtune.training import selftest
 from fedtune.training.engines import EngineName
 from fedtune.training.unit_gradients import UnitGradientEngine
 from tests import chance

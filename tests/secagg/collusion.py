@@ -17,13 +17,13 @@ import torch
 
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
 from fedtune.audit.gaussian import CEILING, CONFIDENCE
-from fedtune.audit.selftest import HUGE, MemoryLog
 from fedtune.dp import accountant
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import DpPlan
 from fedtune.secagg import masks
 from fedtune.secagg.opened import MaskedSum
 from fedtune.secagg.statement import Draw, Ready
+from fedtune.training.selftest import HUGE, MemoryLog
 from fedtune.wire.keys import SigningKey
 from tests.dp.conftest import make_plan
 
