@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         InfrastructureError,
         InputError,
         ModelError,
+        NotGenuine,
         PolicyRefused,
         Refused,
     )
@@ -85,14 +86,13 @@ if TYPE_CHECKING:
     from fedtune.evaluation.run import evaluate
     from fedtune.evidence.audit_log import verify as verify_log
     from fedtune.evidence.dossier.release import approve, release
-    from fedtune.evidence.sign import NotGenuine
     from fedtune.evidence.verify import Verified
     from fedtune.evidence.verify import verify as verify_run
     from fedtune.launch.simulate import simulate
     from fedtune.launch.tune import Search, Trial, tune
     from fedtune.ledger.ledger import Ledger
-    from fedtune.models.loaded import verify as verify_model
     from fedtune.models.run import Run
+    from fedtune.models.verify import verify as verify_model
     from fedtune.observe.status import read_status as status
     from fedtune.progress import OnEvent
     from fedtune.server.versions import Versions
@@ -139,7 +139,7 @@ _MODULES = {
     "fedtune.dp.costs": "Plan SitePlan plan",
     "fedtune.errors": (
         "BudgetExceeded ConfigError DataError FedtuneError InfrastructureError InputError "
-        "ModelError PolicyRefused Refused"
+        "ModelError NotGenuine PolicyRefused Refused"
     ),
     "fedtune.evaluation.answers": "answers",
     "fedtune.evaluation.compare_bases": "Fit choose_base",
@@ -149,12 +149,11 @@ _MODULES = {
     "fedtune.evaluation.run": "evaluate",
     "fedtune.evidence.dossier.release": "approve release",
     "fedtune.evidence.audit_log": "verify_log=verify",
-    "fedtune.evidence.sign": "NotGenuine",
     "fedtune.evidence.verify": "Verified verify_run=verify",
     "fedtune.launch.simulate": "simulate",
     "fedtune.launch.tune": "Search Trial tune",
     "fedtune.ledger.ledger": "Ledger",
-    "fedtune.models.loaded": "verify_model=verify",
+    "fedtune.models.verify": "verify_model=verify",
     "fedtune.observe.status": "status=read_status",
     "fedtune.progress": "OnEvent",
     "fedtune.models.run": "Run",

@@ -11,7 +11,7 @@
     │   ├── WireError                  arrays on the wire (flower/arrays.py)
     │   ├── SealError                  a signature on the wire (wire/seal.py)
     │   ├── StatementError             what ready sites signed (secagg/statement.py)
-    │   ├── NotGenuine                 signatures of a run or of a log (evidence/sign.py)
+    │   ├── NotGenuine                 signatures of a run or of a log
     │   └── UnknownPatient             who withdraws is in no record here (client/withdraw.py)
     ├── Refused               exit 3   a rule said no, before data was read
     │   ├── PolicyRefused              the site's policy
@@ -82,6 +82,10 @@ class DataError(InputError):
 
 class ModelError(InputError):
     """A base model or adapter that is missing, altered or of another architecture."""
+
+
+class NotGenuine(InputError):
+    """A run's folder or an audit log that contradicts its signatures."""
 
 
 class Refused(FedtuneError):

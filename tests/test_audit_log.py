@@ -13,10 +13,10 @@ import pytest
 
 from fedtune.client.withdraw import RECEIPTS
 from fedtune.config.sites import sites_in
-from fedtune.errors import FedtuneError, InfrastructureError, InputError
+from fedtune.errors import FedtuneError, InfrastructureError, InputError, NotGenuine
 from fedtune.evidence import audit_log
 from fedtune.evidence.audit_log import FILE, AuditLog, NotAuditable, verify
-from fedtune.evidence.sign import NotGenuine
+from fedtune.evidence.coordinator_home import coordinator_log
 from fedtune.launch.coordinator import audited
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe.log import OTHER, PHRASES
@@ -344,9 +344,9 @@ def test_what_a_study_decides_is_entered(tmp_path: Path) -> None:
 
 def test_a_coordinators_acts_on_a_run_are_entered_in_its_home(tmp_path: Path) -> None:
     run_folder = tmp_path / "runs" / "fever"
-    assert audit_log.coordinator_log(run_folder) is None
+    assert coordinator_log(run_folder) is None
     key = SigningKey.at(tmp_path / "coordinator" / "signing.key")
-    acts = audit_log.coordinator_log(run_folder)
+    acts = coordinator_log(run_folder)
     assert acts is not None
     acts.add("export", "--to hf", run="fever")
     assert verify(tmp_path / "coordinator", key.public).entries[0]["event"] == "export"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.noted import noted_in
+from fedtune.client.noted_in_run import noted_in
 from fedtune.config.sites import sites_in
 from fedtune.errors import InputError
 from fedtune.evidence.audit_log import FILE, verify

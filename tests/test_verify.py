@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import FedtuneError, Refused
+from fedtune.errors import FedtuneError, NotGenuine, Refused
 from fedtune.evidence import sign
-from fedtune.evidence.verify import NotGenuine, Verified, verify
+from fedtune.evidence.verify import Verified, verify
 from fedtune.report.claim import rounded_up
 from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints

@@ -6,17 +6,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.config import load_site, load_study
-from fedtune.errors import FedtuneError
+from fedtune.client.review import would_refuse
+from fedtune.config import Study, load_site, load_study
+from fedtune.errors import FedtuneError, NotGenuine
 from fedtune.evidence import figures, sign
 from fedtune.evidence.dossier.release import release
-from fedtune.evidence.verify import NotGenuine, verify
+from fedtune.evidence.verify import verify
 from fedtune.launch import simulate as launch
+from fedtune.models.loaded import load
+from fedtune.models.teacher import find_teacher
+from fedtune.models.teacher_admission import register_teacher
+from fedtune.objectives import resolve
+from fedtune.run_folder import load_plan
 from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.simulated import simulate
@@ -175,6 +182,32 @@ def test_nothing_is_made_of_a_forged_run(signed, tmp_path: Path) -> None:
         assert command("models", "verify", run).exit_code == code
         merged = command("merge", run, folder, "--no-measure", "--out", tmp_path / "merged")
         assert merged.exit_code == 2 and said in merged.stderr, merged.stderr
+
+
+def test_a_teacher_that_is_not_as_it_was_signed_is_refused_where_a_person_reads(
+    signed, tmp_path: Path
+) -> None:
+    """Twin: the run as it was signed. Its digest alone, which a round compares, is the same."""
+    folder, _ = signed
+    site = load_site(folder.parent / "north" / "site.toml")
+    for run, genuine in (
+        (forged(folder, tmp_path, lower), False),
+        (shutil.copytree(folder, tmp_path / "twin"), True),
+    ):
+        digest = load(run).digest  # from now on it is found by its digest
+        plan = distilled(load_plan(folder), str(run), digest)
+        teacher = resolve(plan.objective).teacher_spec
+        assert teacher is not None and find_teacher(teacher).digest == digest
+        said = [str(refusal) for refusal in would_refuse(plan, site, None, None)]
+        assert genuine != any("from the sites' step logs" in line for line in said), said
+        with nullcontext() if genuine else pytest.raises(NotGenuine, match="step logs"):
+            register_teacher(plan)
+
+
+def distilled(study: Study, teacher: str, digest: str) -> Study:
+    body = study.model_dump()
+    body["objective"] |= {"name": "distill", "options": {"teacher": teacher, "digest": digest}}
+    return Study.model_validate(body, strict=False)
 
 
 def test_a_log_keeps_every_step_that_it_had() -> None:

@@ -18,13 +18,14 @@ from fedtune import load_study
 from fedtune import report as reports
 from fedtune.config.sites import sites_in
 from fedtune.derive.export import export
+from fedtune.errors import NotGenuine
 from fedtune.evaluation.run import evaluate
 from fedtune.evidence import sign
 from fedtune.evidence.dossier.content import build
 from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.release import release
-from fedtune.evidence.verify import NotGenuine, verify
+from fedtune.evidence.verify import verify
 from fedtune.models.run import Run
 from fedtune.report.gain import better
 from fedtune.server import store, summary

@@ -255,7 +255,7 @@ def export(
     Spends nothing. The model's guarantee, its limits and the base's licence go with it, and a
     dossier with all that it holds."""
     from fedtune.derive.export import export as write
-    from fedtune.evidence.audit_log import coordinator_log
+    from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.dossier.seal import RELEASE
     from fedtune.evidence.sign import RUN
     from fedtune.models.run import Run

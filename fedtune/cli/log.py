@@ -83,7 +83,7 @@ def log(
         )
     folder = _folder(path)
     if run is not None:
-        from fedtune.client.noted import noted_in
+        from fedtune.client.noted_in_run import noted_in
 
         head = noted_in(run, folder)
     checked = audit_log.verify(folder, signer or audit_log.signer_at(folder), head)

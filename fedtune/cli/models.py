@@ -57,7 +57,7 @@ def verify(
     """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
     study.toml."""
     with Console().status(escape(f"verifying {model}")):
-        from fedtune.models.loaded import verify as check
+        from fedtune.models.verify import verify as check
 
         name, digest = check(model)
     typer.echo(f"whole: {name}\n{digest}")

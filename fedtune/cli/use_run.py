@@ -170,7 +170,7 @@ def versions(
     on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.errors import ConfigError, InputError
-    from fedtune.evidence.audit_log import coordinator_log
+    from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.verify import key_of
     from fedtune.report.declared import site_lines
     from fedtune.run_folder import read_report

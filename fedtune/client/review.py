@@ -35,7 +35,7 @@ from fedtune.dp.calibration import with_rounds
 from fedtune.dp.costs import query_lines, shared_lines
 from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.dp.query import query_plan
-from fedtune.errors import BudgetExceeded, ConfigError, Refused
+from fedtune.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyRefused, Refused
 from fedtune.files import reading
 from fedtune.flower import membership
 from fedtune.ledger.entries import Charge
@@ -86,7 +86,7 @@ def read_plan(
     study = load_study(path, lambda study: permit_plugins(study, site), settings)
     if not whole:
         return known_plan(_outlined(study), site)
-    from fedtune.models.teacher import register_teacher
+    from fedtune.models.teacher_admission import register_teacher
     from fedtune.training.start import start
 
     register_teacher(study)
@@ -193,7 +193,21 @@ def would_refuse(
     """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
     among them. ledger: None where none has begun here; outline: as of is_outline."""
     rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
-    return [*rules, *cost_refusals(study, site, plan, ledger)]
+    return [*rules, *_about_teacher(study, site), *cost_refusals(study, site, plan, ledger)]
+
+
+def _about_teacher(study: Study, site: Site) -> list[Refused]:
+    """Refuse a teacher that is a run and not as it was signed. Verified here alone, where a person
+    reads: a round compares the teacher's digest, which the plan pins."""
+    if not may_resolve(study, site.policy) or resolve(study.objective).teacher_spec is None:
+        return []
+    from fedtune.models.teacher_admission import check_teacher
+
+    try:
+        check_teacher(study)
+    except NotGenuine as error:
+        return [PolicyRefused(error.happened, error.expected, error.todo)]
+    return []
 
 
 def cost_refusals(

@@ -34,8 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import ConfigError, InfrastructureError, InputError
-from fedtune.evidence.sign import HOME, NotGenuine
+from fedtune.errors import ConfigError, InfrastructureError, InputError, NotGenuine
 from fedtune.files import locks, reading, writing
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
@@ -154,14 +153,6 @@ class AuditLog:
             seq = int(head.partition(":")[0])
             log.error("%s: entry %d is not the one that was noted", self.folder / FILE, seq)
             self.add("cut", "receipt", once=REPEATS, entry=seq)
-
-
-def coordinator_log(run: Path) -> AuditLog | None:
-    """Return the log in the coordinator's home beside the folder of runs; None where there is no
-    such home, as beside a simulation, or beside a copy that somebody was sent."""
-    home = run.absolute().parent.parent / HOME
-    key = home / "signing.key"
-    return AuditLog(home, SigningKey.at(key)) if key.exists() else None
 
 
 def verify(folder: Path, public: str, head: str = "") -> Verified:

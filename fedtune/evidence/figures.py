@@ -15,7 +15,8 @@ import fedtune
 from fedtune.config import PrivacyTable, Study, noise_shares
 from fedtune.dp.accountant import Steps, at_least, epsilon
 from fedtune.dp.shared_noise import joint_sigma, own_sigma
-from fedtune.evidence.sign import EVIDENCE, NotGenuine
+from fedtune.errors import NotGenuine
+from fedtune.evidence.sign import EVIDENCE
 from fedtune.files import reading
 from fedtune.registry.metrics import METRICS
 from fedtune.report import gain

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Study
-from fedtune.errors import InputError
 from fedtune.files.writing import replace
 from fedtune.run_folder import ADAPTER, SIGNATURE, TRAINED
 from fedtune.wire.keys import SigningKey, canonical
@@ -26,14 +25,9 @@ FORMAT = "fedtune-evidence-1"
 PURPOSE = b"fedtune run\0"
 FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)
 VERSIONS = "versions"  # in a study with a [schedule], where ADAPTER is a link to one of them
-HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 RUN = "run"  # in an exported model: the folder of what it was made of
 # A person may choose another version later, and a process may be about to.
 UNSIGNED = {f"{VERSIONS}/index.json", f"{VERSIONS}/lock"}
-
-
-class NotGenuine(InputError):
-    """A run's folder or an audit log that contradicts its signatures."""
 
 
 def sign(

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import FedtuneError, Refused
+from fedtune.errors import FedtuneError, NotGenuine, Refused
+from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.figures import (
     MALFORMED,
     TODO,
@@ -32,12 +33,10 @@ from fedtune.evidence.figures import (
 from fedtune.evidence.sign import (
     EVIDENCE,
     FORMAT,
-    HOME,
     PURPOSE,
     RUN,
     UNSIGNED,
     VERSIONS,
-    NotGenuine,
     covered,
     sha256,
 )
@@ -103,7 +102,7 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
     >>> fedtune.verify_run("runs/none")
     Traceback (most recent call last):
       ...
-    fedtune.evidence.sign.NotGenuine: ...
+    fedtune.errors.NotGenuine: ...
 
     Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (another signer
     than `trust`, or another site than `sites`), InputError, ConfigError (no run)."""
@@ -192,7 +191,7 @@ def key_of(run: Path) -> tuple[SigningKey, str] | None:
 
     To be called before the run is changed: what is signed again was as it had been signed.
     Errors: InfrastructureError (the key cannot be read)."""
-    path = run.absolute().parent.parent / HOME / "signing.key"
+    path = home_beside(run) / "signing.key"
     if not path.exists():
         return None
     try:

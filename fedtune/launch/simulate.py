@@ -81,7 +81,7 @@ def simulate(
     from fedtune.client.declared import declare
     from fedtune.client.site_checks import check_data
     from fedtune.models.run import Run
-    from fedtune.models.teacher import register_teacher
+    from fedtune.models.teacher_admission import register_teacher
     from fedtune.server.parts import Settings
     from fedtune.server.schedule import SimulatedClock
 

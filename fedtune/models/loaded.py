@@ -28,11 +28,9 @@ from fedtune.bases.find import (
     load_tokenizer,
     place_of,
 )
-from fedtune.bases.find import verify as verify_base
 from fedtune.bases.quantise import rounded
 from fedtune.config import BaseTable, Study
 from fedtune.errors import ModelError
-from fedtune.evidence.verify import check_signed
 from fedtune.files.reading import regular
 from fedtune.models import lora
 from fedtune.models.adapter_files import ADAPTER, AGAIN, load_adapter
@@ -209,20 +207,6 @@ def load(
             network = adapted(network, adapter, trainable)
         head = _head(adapter)
     return LoadedModel(base, network, load_tokenizer(base), head, study, actual_digest)
-
-
-def verify(source: str) -> tuple[str, str]:
-    """Return name and digest of a base or run on this machine; fetches nothing. Errors: ModelError,
-    ConfigError (plan.json), NotGenuine (a signed run that is not as it was signed)."""
-    run = place_of(source)
-    if not (run / PLAN).is_file():
-        base = verify_base(source)
-        return base.name, base.digest
-    check_signed(run)
-    study = load_plan(run)
-    actual_digest = digest_of(verify_base(study.base.model), run / "adapter", study.base)
-    known_here.note(cache_dir(), actual_digest, run.name, run)
-    return study.study.name, actual_digest
 
 
 def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:

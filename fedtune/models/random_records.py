@@ -13,7 +13,7 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.data.media import Media
 from fedtune.data.records import Record
 from fedtune.models.network import Network
-from fedtune.models.teacher import with_random_targets
+from fedtune.models.random_targets import with_random_targets
 from fedtune.objectives import resolve
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +16,14 @@ import torch
 from fedtune.bases import known_here
 from fedtune.bases.find import base_of_plan, cache_dir
 from fedtune.config import ObjectiveTable, Study
-from fedtune.data.dataset import NO_TARGET, Dataset, Example, SoftTargets
+from fedtune.data.dataset import NO_TARGET, Example, SoftTargets
 from fedtune.data.records import Record
 from fedtune.data.tokenize import passage_of
-from fedtune.errors import ConfigError, FedtuneError
-from fedtune.models.loaded import PLAN, LoadedModel, load, verify
+from fedtune.errors import ConfigError
+from fedtune.models.loaded import LoadedModel, load
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import Teacher
 from fedtune.registry import process_cache
-from fedtune.run_folder import read_report
 
 TeacherFunction = Callable[[Record, Example], SoftTargets]
 
@@ -68,72 +64,16 @@ def find_teacher(spec: Teacher) -> LoadedModel:
     cache under teachers/DIGEST; the plan's name for it is ignored.
 
     Errors: PolicyRefused where it is not here; ModelError."""
-    path = _folder(spec) or base_of_plan(spec.digest, None).path
+    path = folder_of(spec) or base_of_plan(spec.digest, None).path
     return load(path, spec.digest, sent=True)
 
 
-def _folder(spec: Teacher) -> Path | None:
+def folder_of(spec: Teacher) -> Path | None:
     """Return the folder of the teacher's digest on this machine, if there is one."""
     cached = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
     noted = known_here.noted(cache_dir(), spec.digest)
     places = [cached, *([noted[1]] if noted else [])]
     return next((folder for folder in places if folder.is_dir()), None)
-
-
-def describe_teacher(study: Study) -> dict[str, Any] | None:
-    """Describe the study's teacher for a report; None without one.
-
-    Returns name, digest, kind ("base", "run", or "unknown" where it is not on this machine or its
-    folder now holds something else) and, of a run, its report (None where it has none)."""
-    spec = resolve(study.objective).teacher_spec
-    if spec is None:
-        return None
-    facts: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "kind": "unknown"}
-    with suppress(FedtuneError):
-        folder = _folder(spec)
-        if folder is None:
-            base_of_plan(spec.digest, None)
-            return facts | {"kind": "base"}
-        name, digest = verify(str(folder))
-        if digest != spec.digest:
-            return facts
-        if not (folder / PLAN).is_file():
-            return facts | {"kind": "base"}
-        facts |= {"name": name, "kind": "run", "report": None}
-        facts["report"] = read_report(folder, "private")
-    return facts
-
-
-def register_teacher(study: Study) -> None:
-    """Look up the teacher of a local study under the study's name for it, so that `find_teacher`
-    finds it by its digest from then on.
-
-    Errors: ModelError."""
-    spec = resolve(study.objective).teacher_spec
-    if spec is not None:
-        load(spec.name, spec.digest)
-
-
-def with_random_targets(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Dataset:
-    """Add random soft targets to `data` where the study has a teacher: for checks on generated
-    records. Each record's follow from its tokens."""
-    if resolve(study.objective).teacher_spec is None:
-        return data
-    labels = len(study.objective.labels)
-    outcomes = labels or min(8, vocabulary)
-
-    def with_soft_targets(example: Example) -> Example:
-        generator = np.random.default_rng([seed, *example.input_ids.tolist()])
-        rows = 1 if labels else int((example.target_ids != NO_TARGET).sum())
-        tokens = np.tile(np.arange(labels), (1, 1)) if labels else None
-        if tokens is None:
-            tokens = np.array([generator.permutation(vocabulary)[:outcomes] for _ in range(rows)])
-            tokens = tokens.reshape(rows, outcomes)
-        weights = generator.normal(size=(rows, outcomes)) + (0.0 if labels else -2.0)
-        logp = weights - np.log(np.exp(weights).sum(axis=1, keepdims=True) + (0 if labels else 1))
-        return replace(example, soft=SoftTargets(tokens.astype(np.int32), logp.astype(np.float32)))
-
-    return replace(data, examples=[with_soft_targets(example) for example in data.examples])
 
 
 def _check(model: LoadedModel, labels: Sequence[str]) -> None:

@@ -20,8 +20,8 @@ from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
 from fedtune.models.preconditioner import factor_of, name_for
 from fedtune.models.random_records import GeneratedFile, generate_file, random_ids
+from fedtune.models.random_targets import with_random_targets
 from fedtune.models.rank_slice import ALL, rank_slice
-from fedtune.models.teacher import with_random_targets
 from fedtune.models.tiny_media import shrink
 from fedtune.objectives import resolve
 

@@ -137,7 +137,7 @@ def _teacher(study: Study) -> dict[str, Any] | None:
 
     if resolve(study.objective).teacher_spec is None:  # the usual case, without an import
         return None
-    from fedtune.models.teacher import describe_teacher
+    from fedtune.models.teacher_admission import describe_teacher
 
     return describe_teacher(study)
 

@@ -27,8 +27,8 @@ from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
 from fedtune.models.preconditioner import identity_part, name_for
 from fedtune.models.random_records import generate_file
+from fedtune.models.random_targets import with_random_targets
 from fedtune.models.rank_slice import trained_slice
-from fedtune.models.teacher import with_random_targets
 from fedtune.models.tiny import generated, tiny_columns, tiny_network
 from fedtune.objectives import resolve
 from fedtune.progress import report, stage

@@ -23,7 +23,8 @@ from fedtune.config import Study
 from fedtune.config.known_bases import KNOWN
 from fedtune.errors import ModelError, PolicyRefused
 from fedtune.models import loaded
-from fedtune.models.teacher import find_teacher, register_teacher, teacher_for
+from fedtune.models.teacher import find_teacher, teacher_for
+from fedtune.models.teacher_admission import register_teacher
 from fedtune.registry import process_cache
 from tests.client.test_site import begun, make_site, notes
 

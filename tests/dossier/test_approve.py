@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from fedtune.config import load_site
-from fedtune.errors import ConfigError, InputError, Refused
+from fedtune.errors import ConfigError, InputError, NotGenuine, Refused
 from fedtune.evidence import audit_log
 from fedtune.evidence.dossier import seal
 from fedtune.evidence.dossier.release import approve
-from fedtune.evidence.figures import NotGenuine
 from fedtune.evidence.verify import verify
 from fedtune.ledger.ledger import Ledger
 from fedtune.wire.keys import SigningKey, canonical

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import ConfigError, InputError, Refused
+from fedtune.errors import ConfigError, InputError, NotGenuine, Refused
 from fedtune.evidence import sign
 from fedtune.evidence.dossier import content as dossier_content
 from fedtune.evidence.dossier import openssf, pictures, seal
@@ -24,7 +24,6 @@ from fedtune.evidence.dossier.markdown import TO_FILL, markdown
 from fedtune.evidence.dossier.page import page
 from fedtune.evidence.dossier.release import details_template, read_details, release
 from fedtune.evidence.dossier.sbom import INSTALLED, RECORDED
-from fedtune.evidence.figures import NotGenuine
 from fedtune.evidence.verify import verify
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical

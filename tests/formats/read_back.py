@@ -12,7 +12,7 @@ from fedtune.config import load_site, load_study
 from fedtune.dp.steplog import StepLog
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import budget
-from fedtune.models.loaded import verify
+from fedtune.models.verify import verify
 from fedtune.observe.status import read_status
 from fedtune.run_folder import load_plan, read_report
 from fedtune.server.store import load

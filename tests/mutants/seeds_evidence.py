@@ -134,9 +134,15 @@ MUTANTS = (
         ATTACKS + "test_a_log_keeps_every_step_that_it_had", "first steps are hidden",
     ),
     _one(
-        "evidence", "a-forged-run-is-whole", "fedtune/models/loaded.py",
+        "evidence", "a-forged-run-is-whole", "fedtune/models/verify.py",
         "    check_signed(run)\n", "",
         ATTACKS + "test_nothing_is_made_of_a_forged_run", "models verify calls a forged run whole",
+    ),
+    _one(
+        "evidence", "a-forged-teacher-is-reviewed", "fedtune/client/review.py",
+        "        check_teacher(study)\n", "        pass\n",
+        ATTACKS + "test_a_teacher_that_is_not_as_it_was_signed_is_refused_where_a_person_reads",
+        "a person signs a plan whose teacher says what nobody signed",
     ),
     _one(
         "audit log", "an-entry-may-be-taken-out", AUDIT,

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.noted import noted_in
+from fedtune.client.noted_in_run import noted_in
 from fedtune.evidence import audit_log
 from fedtune.evidence.sign import EVIDENCE
 from fedtune.ledger.ledger import Ledger

@@ -29,11 +29,10 @@ from fedtune.dp.accountant import Steps
 from fedtune.dp.composed_epsilon import composed
 from fedtune.dp.plan import plan_for_site
 from fedtune.dp.shared_noise import bits_of, most_numbers
-from fedtune.errors import BudgetExceeded
+from fedtune.errors import BudgetExceeded, NotGenuine
 from fedtune.evidence.dossier.content import build
 from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.figures import privacy, seals
-from fedtune.evidence.sign import NotGenuine
 from fedtune.evidence.verify import verify
 from fedtune.launch.simulate import simulate
 from fedtune.ledger.entries import Charge

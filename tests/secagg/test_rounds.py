@@ -69,7 +69,8 @@ def test_a_private_run_says_both_epsilons_and_verifies(tmp_path: Path, tiny_base
 def test_a_report_that_understates_what_a_broken_aggregation_leaves_is_caught(
     tmp_path: Path, tiny_base: Path, field: str
 ) -> None:
-    from fedtune.evidence.sign import NotGenuine, sign_files
+    from fedtune.errors import NotGenuine
+    from fedtune.evidence.sign import sign_files
     from fedtune.wire.keys import SigningKey
 
     run = fedtune.simulate(*lay_out(tmp_path, tiny_base, epsilon=3.0, rounds=1), tmp_path / "run")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
-from fedtune.errors import Refused
+from fedtune.errors import NotGenuine, Refused
 from fedtune.evidence.dossier import pictures
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import FORMAT, build, dumped
@@ -25,7 +25,7 @@ from fedtune.evidence.dossier.seal import (
     read_release,
 )
 from fedtune.evidence.figures import MALFORMED, TODO, fail
-from fedtune.evidence.sign import RUN, NotGenuine
+from fedtune.evidence.sign import RUN
 from fedtune.evidence.verify import Verified, verify_run
 from fedtune.files import reading
 from fedtune.wire import fingerprints

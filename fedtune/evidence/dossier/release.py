@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError, InputError, Refused
 from fedtune.evidence.audit_log import AuditLog
+from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.dossier import openssf, pictures
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import blanks, build, dumped
@@ -31,7 +32,7 @@ from fedtune.evidence.dossier.seal import (
     read_release,
     sign,
 )
-from fedtune.evidence.sign import HOME, RUN, carry
+from fedtune.evidence.sign import RUN, carry
 from fedtune.evidence.verify import Verified, certificate_of, is_signed, verify, verify_run
 from fedtune.files import reading
 from fedtune.files.writing import replace
@@ -60,7 +61,7 @@ def release(
     >>> fedtune.release("runs/none", "dossiers/none")
     Traceback (most recent call last):
       ...
-    fedtune.evidence.sign.NotGenuine: ...
+    fedtune.errors.NotGenuine: ...
 
     Guarantee: `out` is whole or not there, it verifies, and every figure in it is the run's.
 
@@ -72,7 +73,7 @@ def release(
     proven = verify_run(run)
     if proven.exported:
         raise ConfigError(f"{run}: is an exported model", "the run itself", "release the run")
-    home = home or run.absolute().parent.parent / HOME
+    home = home or home_beside(run)
     key, ca = _key(run, home, proven)
     if not proven.simulated:
         AuditLog(home, key).add("release", run=run.absolute(), dossier=out)
@@ -195,7 +196,7 @@ def approve(
     >>> fedtune.approve("dossiers/none", "ada.key", "0123 4567 89ab cdef 0123", **who)
     Traceback (most recent call last):
       ...
-    fedtune.evidence.sign.NotGenuine: ...
+    fedtune.errors.NotGenuine: ...
 
     Errors: NotGenuine, Refused (another signer), InputError (this key approved it already),
     ConfigError (nothing was said)."""

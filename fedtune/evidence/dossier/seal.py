@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
+from fedtune.errors import NotGenuine
 from fedtune.evidence.dossier import pictures
 from fedtune.evidence.figures import TODO, fail, signed_json
-from fedtune.evidence.sign import RUN, NotGenuine, sha256
+from fedtune.evidence.sign import RUN, sha256
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.run_folder import ADAPTER

@@ -1,0 +1,23 @@
+"""The coordinator's home beside a folder of runs: where it is, and the audit log in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.evidence.audit_log import AuditLog
+from fedtune.wire.keys import SigningKey
+
+HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
+
+
+def home_beside(run: Path) -> Path:
+    """Return where the coordinator's home is, beside the folder that holds `run`."""
+    return run.absolute().parent.parent / HOME
+
+
+def coordinator_log(run: Path) -> AuditLog | None:
+    """Return the log in the coordinator's home beside the folder of runs; None where there is no
+    such home, as beside a simulation, or beside a copy that somebody was sent."""
+    home = home_beside(run)
+    key = home / "signing.key"
+    return AuditLog(home, SigningKey.at(key)) if key.exists() else None
