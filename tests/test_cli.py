@@ -19,7 +19,7 @@ from fedtune.errors import (
     PolicyRefused,
 )
 from fedtune.launch import simulate
-from fedtune.run_folder import folder_for
+from fedtune.run_choice import folder_for
 from tests.cli_kit import run
 
 

@@ -21,7 +21,7 @@ from fedtune.errors import (
 )
 from fedtune.launch import simulate
 from fedtune.registry import process_cache
-from fedtune.run_folder import beginning
+from fedtune.run_choice import beginning
 from tests.cli_kit import SITE, STUDY, run
 
 

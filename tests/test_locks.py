@@ -23,7 +23,7 @@ from fedtune.launch import simulate as launch
 from fedtune.observe import StatusFile
 from fedtune.observe.log import JsonLog
 from fedtune.observe.status import read_status
-from fedtune.run_folder import LOCK, hold_run
+from fedtune.run_choice import LOCK, hold_run
 from fedtune.server.versions import Version, Versions
 from fedtune.wire.keys import SigningKey
 from tests.cli_kit import run as command

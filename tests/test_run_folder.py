@@ -9,16 +9,8 @@ import pytest
 
 from fedtune.config import Study, load_study
 from fedtune.dp.calibration import with_rounds
-from fedtune.run_folder import (
-    FILED,
-    PLACES,
-    SIGNATURE,
-    already_done,
-    finished_line,
-    is_finished,
-    load_plan,
-    write_plan,
-)
+from fedtune.run_choice import already_done, finished_line, is_finished
+from fedtune.run_folder import FILED, PLACES, SIGNATURE, load_plan, write_plan
 from tests.server.fakes import make_study
 
 DIGEST = "sha256:" + "5d" * 32

@@ -36,7 +36,7 @@ def backup(
     a new one: what came after a backup is done again, and sites are charged for it again."""
     from fedtune.config import load_study
     from fedtune.evidence.audit_log import AuditLog
-    from fedtune.run_folder import folder_for
+    from fedtune.run_choice import folder_for
     from fedtune.server.backup import backup as write
     from fedtune.server.backup import home_with_ca
     from fedtune.wire.keys import SigningKey

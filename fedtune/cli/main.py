@@ -52,14 +52,8 @@ from fedtune.cli.study import (
     stopping,
 )
 from fedtune.errors import ConfigError
-from fedtune.run_folder import (
-    already_done,
-    beginning,
-    check_vacant,
-    finished_line,
-    new_run,
-    read_report,
-)
+from fedtune.run_choice import already_done, beginning, check_vacant, finished_line, new_run
+from fedtune.run_folder import read_report
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -275,7 +275,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     On a terminal, and where this site has not joined this consortium before, the fingerprint is
     asked for; it is not shown. Who gives it signs the plan that came with the answer, unless the
     policy asks for `fedtune review --sign` or refuses it. Errors: ConfigError, Refused."""
-    from fedtune.client.review import pending
+    from fedtune.client.waiting_plans import keep_plan
     from fedtune.errors import ConfigError
     from fedtune.evidence.audit_log import AuditLog, login
     from fedtune.flower import membership
@@ -307,7 +307,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
         return
     acts.add("sign", "--answer", plan=signable.digest, study=signable.study.name)
     book.admit(signable.digest, login())
-    pending(site, signable)
+    keep_plan(site, signable)
     typer.echo(f"signed by {login()}: the plan in the answer, and no other")
 
 

@@ -73,8 +73,9 @@ def review(
     "reviewed" or "signed" keeps each plan that it was sent in its state folder, under plans/;
     --sign admits it."""
     from fedtune.cli.watch import Watch
-    from fedtune.client.review import is_outline, pending, read_plan
+    from fedtune.client.review import is_outline, read_plan
     from fedtune.client.review import review as review_plan
+    from fedtune.client.waiting_plans import keep_plan
     from fedtune.config import load_site
     from fedtune.errors import PolicyRefused
     from fedtune.evidence.audit_log import AuditLog, login
@@ -101,7 +102,7 @@ def review(
             )
         acts.add("sign", "--anyway" if outcome.refusals else "--sign", **facts)
         book.admit(outcome.digest, login())
-        pending(loaded, plan)  # so that the digest of this study.toml is known here from now on
+        keep_plan(loaded, plan)  # so that the digest of this study.toml is known here from now on
         typer.echo(f"\nsigned by {login()}: this plan, and no other, is admitted")
     else:
         acts.add("review", once=1, **facts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.errors import ConfigError, InputError
-from fedtune.run_folder import stopped_line
+from fedtune.run_choice import stopped_line
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -90,7 +90,7 @@ def tune(
     from fedtune.config import load_sites, load_study
     from fedtune.launch.tune import _values
     from fedtune.launch.tune import tune as search
-    from fedtune.run_folder import RUNS
+    from fedtune.run_choice import RUNS
 
     began = time.monotonic()
     fixed = [setting for setting in settings or () if len(_values(setting)) < 2]

@@ -9,7 +9,8 @@ from fedtune.client.budget_refusal import places
 from fedtune.config import Site, Study, study_from_json
 from fedtune.errors import FedtuneError
 from fedtune.files import reading
-from fedtune.run_folder import load_plan, with_digests_of
+from fedtune.run_choice import with_digests_of
+from fedtune.run_folder import load_plan
 
 
 def known_plan(study: Study, site: Site, *runs: Path) -> Study:

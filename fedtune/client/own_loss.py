@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fedtune.config import Site, Study
+from fedtune.config.state_files import LOSSES
 from fedtune.files import writing
-from fedtune.observe.status import LOSSES
 from fedtune.training.round_loss import RoundLoss
 
 

@@ -21,6 +21,7 @@ from fedtune.client.studies import under_way
 from fedtune.client.withdraw import RECEIPTS
 from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
+from fedtune.config.state_files import LOSSES
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.room import ROOM
@@ -28,7 +29,7 @@ from fedtune.files.writing import DRAFT, is_abandoned, sync_folder
 from fedtune.flower.processes import alone
 from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
 from fedtune.ledger.ledger import Ledger
-from fedtune.observe.status import LOCK, LOSSES
+from fedtune.observe.status import LOCK
 from fedtune.secagg.draw import FOLDER as DRAWS
 
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config import Site, SiteData, Study
+from fedtune.config.state_files import COUNTS
 from fedtune.data.dataset import Dataset, Example, Failed, SoftTargets
 from fedtune.data.load import load_dataset
 from fedtune.data.reader import Reader
@@ -21,7 +22,6 @@ from fedtune.data.records import Record, unit_member
 from fedtune.errors import InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.ledger.ledger import Ledger
-from fedtune.observe.status import COUNTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

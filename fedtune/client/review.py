@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fedtune.client.policy import (
     total_of,
     within_budget,
 )
+from fedtune.client.waiting_plans import keep_plan
 from fedtune.config import (
     CoordinatorTable,
     ScheduleTable,
@@ -46,8 +46,7 @@ from fedtune.report.claim import assumption, best_guess, percent, protects, roun
 from fedtune.report.delta import chance, warning
 from fedtune.wire import fingerprints
 
-log = logging.getLogger("fedtune.site")
-PENDING = 32  # plans that wait for a signature, at most
+pending = keep_plan  # as client/reply_facts.py imports it
 SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
 
 
@@ -467,21 +466,3 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
         f"the policy's ceiling of {policy.max_epsilon:g} is left out, and the study goes on with "
         "the others.",
     ]
-
-
-def pending(site: Site, study: Study) -> Path:
-    """Keep a plan that nobody here signed, or somebody did, where `fedtune review` finds it. It is
-    public.
-
-    At most PENDING are kept, and the oldest go: plans that nobody asked for do not fill the disk. A
-    disk that refuses one is a warning here: the answer to the coordinator is the same."""
-    path = site.site.plan_file(study.digest)
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-PENDING]:
-            old.unlink()
-    except OSError as error:
-        log.warning("%s: the plan is not kept for review (%s)", path, error.strerror)
-    return path

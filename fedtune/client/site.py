@@ -29,8 +29,8 @@ from fedtune.client.prepared import (
     step_summary,
 )
 from fedtune.client.reading import keep_counts, read_for_training, without_withdrawn
-from fedtune.client.review import pending
 from fedtune.client.site_checks import check_learns, check_reads, self_test
+from fedtune.client.waiting_plans import keep_plan
 from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import check_columns
@@ -205,7 +205,7 @@ class SiteWorker:
             return
         if rule == "reviewed" and self.simulated:
             return
-        pending(site, study)
+        keep_plan(site, study)
         raise Unsigned(
             f'policy.admission = "{rule}" and nobody at the site has signed this plan',
             todo="ask the site to run `fedtune review` with --sign",

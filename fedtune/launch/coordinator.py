@@ -62,7 +62,7 @@ from fedtune.flower.processes import (
 )
 from fedtune.observe.log import reason_of
 from fedtune.progress import OnEvent
-from fedtune.run_folder import hold_run
+from fedtune.run_choice import hold_run
 from fedtune.server.backup import refuse_second
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey

@@ -19,7 +19,8 @@ from fedtune.errors import (
 )
 from fedtune.files.writing import remove_drafts
 from fedtune.progress import OnEvent
-from fedtune.run_folder import LEDGERS, check_vacant, hold_run, new_run
+from fedtune.run_choice import check_vacant, hold_run, new_run
+from fedtune.run_folder import LEDGERS
 from fedtune.wire.keys import SigningKey
 
 if TYPE_CHECKING:

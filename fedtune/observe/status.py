@@ -30,8 +30,6 @@ from fedtune.files import reading, writing
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"
-COUNTS = "counts.json"  # at a site: of each dataset, what became of its rows (client/reading.py)
-LOSSES = "losses.jsonl"  # at a site: its own loss by round, which no reader here looks at
 LAST = 12  # events kept in the file
 ENDED = frozenset({"done", "stopped"})
 BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a reason

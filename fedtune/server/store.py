@@ -29,7 +29,8 @@ from safetensors.numpy import save as to_bytes
 from fedtune.config import Study, study_from_json
 from fedtune.errors import InfrastructureError, InputError
 from fedtune.files.writing import replace
-from fedtune.run_folder import PLACES, check_vacant
+from fedtune.run_choice import check_vacant
+from fedtune.run_folder import PLACES
 from fedtune.strategies import State
 from fedtune.wire.codec import Arrays
 

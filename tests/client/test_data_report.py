@@ -17,10 +17,10 @@ from fedtune.client.doctor import examine
 from fedtune.client.site import SiteWorker
 from fedtune.config import load_site, load_study
 from fedtune.config.sites import sites_in
+from fedtune.config.state_files import COUNTS
 from fedtune.errors import DataError
 from fedtune.observe import OnEvent, observer
 from fedtune.observe.log import LOGGABLE, SCREEN
-from fedtune.observe.status import COUNTS
 from fedtune.training.start import start
 from tests.guarantee.world import lay_out, patients
 from tests.simulated import simulate

@@ -18,12 +18,12 @@ import fedtune.client.site
 from fedtune.client import own_loss
 from fedtune.client.purge import listing, purge
 from fedtune.config import Study, load_site, load_study
+from fedtune.config.state_files import LOSSES
 from fedtune.errors import InfrastructureError
 from fedtune.models.cache import CachedDataset
 from fedtune.objectives import resolve
 from fedtune.objectives.causal_lm import CausalLM
 from fedtune.observe.metrics import LedgerFigures, Metrics
-from fedtune.observe.status import LOSSES
 from fedtune.run_folder import load_plan
 from fedtune.training.round_loss import RoundLoss
 from fedtune.training.unit_gradients import UnitGradientEngine

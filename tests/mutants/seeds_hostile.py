@@ -97,7 +97,7 @@ MUTANTS = (
         "a mistyped --out takes the ledger's key",
     ),
     _one(
-        "hostile", "two-train-into-one-run", "fedtune/run_folder.py",
+        "hostile", "two-train-into-one-run", "fedtune/run_choice.py",
         "        with locks.hold_alone(run / LOCK, \"run\", run):\n", "        if True:\n",
         T_LOCKS + "test_two_processes_do_not_train_into_one_run",
         "two processes write one checkpoint",

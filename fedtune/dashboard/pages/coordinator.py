@@ -14,7 +14,7 @@ from fedtune.dashboard.pages.runs import runs_in
 from fedtune.errors import FedtuneError
 from fedtune.flower import certs, enrol
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
-from fedtune.run_folder import RUNS
+from fedtune.run_choice import RUNS
 
 SOON_DAYS = 7  # a certificate that has no more is an alarm; they renew at two thirds of 30 days
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config import Site, load_site
+from fedtune.config.state_files import COUNTS, LOSSES
 from fedtune.dashboard.pages import Notice, Page
 from fedtune.data.sources._interface import REASONS
 from fedtune.errors import FedtuneError
 from fedtune.files import reading
 from fedtune.observe.log import MOMENT, NAME
-from fedtune.observe.status import COUNTS, FILE, GONE, LOCK, LOSSES, Snapshot, read_status
+from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
 from fedtune.report.claim import number
 
 STUDIES = 4  # of whose losses there are curves

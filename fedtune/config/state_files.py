@@ -1,0 +1,6 @@
+"""Names of files in a site's state folder that the site's people read or delete."""
+
+from __future__ import annotations
+
+COUNTS = "counts.json"  # of each dataset, what became of its rows (client/reading.py)
+LOSSES = "losses.jsonl"  # the site's own loss by round (client/own_loss.py)
