@@ -1,0 +1,231 @@
+"""What must be right for ε: the modules that a site's worker can load, by import graph.
+
+    python -m tests.docs.boundary     # writes docs/what-must-be-right.md
+
+Imports inside functions count; those for types alone do not. A plug-in of this release is imported
+by its name, so each is named here as a beginning, and so is each package that holds a module."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import grimp
+
+from fedtune.data.sources import SOURCES
+from fedtune.modalities import MODALITIES
+from fedtune.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "what-must-be-right.md"
+WORKER = ("fedtune.client.site", "fedtune.client.secure_round")
+BY_NAME = (OBJECTIVES, MODALITIES, SOURCES)  # what a plan or a site file names a class of
+SMALL = 2  # lines of a package's __init__ that holds a docstring alone
+
+# Part, what it does, and what belongs to it; where two fit, the longer one does.
+PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "The worker",
+        "The order of things: plan, policy, records, charge, noised steps, stored update, seal.",
+        ("client",),
+    ),
+    (
+        "The gate",
+        "What a plan may ask for, and what it costs: the policy, the accountants, the filter.",
+        (
+            *("client.policy", "client.declared", "client.waiting_plans", "client.studies"),
+            *("config.sheet", "dp.accountant", "dp.calibration", "dp.filter", "strategies"),
+        ),
+    ),
+    (
+        "The ledger",
+        "What was spent, by whom, signed and chained; the log of what the site's process did.",
+        ("ledger", "evidence", "client.noted"),
+    ),
+    (
+        "The units",
+        "Rows of files and tables become units, and units become examples, one at a time.",
+        ("data", "modalities", "client.reading"),
+    ),
+    (
+        "The mechanism",
+        "Sampling, clipping, noise, the log of steps, and masks over a noised sum.",
+        ("dp", "secagg"),
+    ),
+    (
+        "The gradients",
+        "One gradient for each unit: base, adapter, losses, engines, kept states, the self-test.",
+        ("models", "training", "objectives", "bases"),
+    ),
+    ("The release", "What leaves: arrays in the plan's encoding, signed.", ("wire",)),
+    (
+        "The ground",
+        "The two configuration files, whole files on disk, errors, plug-ins by name.",
+        ("", "config", "files", "registry", "errors", "boot", "progress", "run_folder"),
+    ),
+)
+# Import name -> the distribution, and what ε needs of it.
+OTHERS = {
+    "PIL": ("pillow", "decodes one record's image"),
+    "bitsandbytes": ("bitsandbytes", "rounds a base's weights where a plan asks for it"),
+    "cryptography": ("cryptography", "ChaCha20 for the noise, Ed25519, X25519, HKDF, AES"),
+    "dp_accounting": ("dp-accounting", "ε of what was spent; a second computation has to agree"),
+    "duckdb": ("duckdb", "rows of a DuckDB file"),
+    "huggingface_hub": ("huggingface-hub", "fetches a base that the site itself names"),
+    "jinja2": ("jinja2", "renders one record's text by a chat template"),
+    "numpy": ("numpy", "arrays"),
+    "opacus": ("opacus", "the second engine of gradients for each record"),
+    "peft": ("peft", "puts the adapter on the base"),
+    "presidio_analyzer": ("presidio-analyzer", "finds identifiers in one record's text"),
+    "psycopg": ("psycopg", "rows of a PostgreSQL table"),
+    "pyarrow": ("pyarrow", "rows of Arrow and Parquet files"),
+    "pydantic": ("pydantic", "checks types and bounds of both configuration files"),
+    "safetensors": ("safetensors", "arrays in files and updates"),
+    "scipy": ("scipy", "special functions of the accountants; resamples one recording"),
+    "soundfile": ("soundfile", "decodes one record's recording"),
+    "spacy": ("spacy", "language models of the scan for identifiers"),
+    "tokenizers": ("tokenizers", "text to tokens, one record at a time"),
+    "tomli_w": ("tomli-w", "loaded with the configuration; a worker writes none"),
+    "torch": ("torch", "forward and backward passes, products that depend on no neighbour"),
+    "transformers": ("transformers", "the base's architecture, tokenizer and processors"),
+}
+HEAD = """# What must be right
+
+ε holds at a site if this code is right: what the process that holds the records can load of fedtune
+to admit a plan, charge it, read the records, train, and answer. Written by
+`python -m tests.docs.boundary` from the imports, with the first sentence of each file; not edited
+by hand. A test has workers train, answer queries, share noise and refuse in a process of their own,
+and finds no other module of fedtune in it.
+
+Two things stand beside this list and not in it. The same process talks to the coordinator, by
+Flower, `fedtune/flower` and the thin apps around them: that code gets no record and no gradient,
+and what it does with the process' memory is not held by this list. And what a person does at a site
+(withdraw, accept, sign, restore) enters the ledger by *the ledger* below, in a process of its own.
+"""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of fedtune. summary: the first sentence of its docstring."""
+
+    name: str
+    lines: int
+    summary: str
+
+    @property
+    def part(self) -> str:
+        """Return the title of the part that it belongs to."""
+        own = self.name.removeprefix("fedtune").lstrip(".")
+        fitting = {
+            prefix: title
+            for title, _, prefixes in PARTS
+            for prefix in prefixes
+            if own == prefix or (prefix and own.startswith(f"{prefix}."))
+        }
+        return fitting[max(fitting, key=len)]
+
+
+@cache
+def graph() -> grimp.ImportGraph:
+    """Build the graph of imports, other distributions' top-level names included."""
+    return grimp.build_graph(
+        "fedtune",
+        include_external_packages=True,
+        exclude_type_checking_imports=True,
+        cache_dir=None,
+    )
+
+
+def reached(beginnings: Iterable[str]) -> set[str]:
+    """Return what importing `beginnings` can load, packages that hold a module included."""
+    imports, waiting, found = graph(), set(beginnings), set[str]()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        parent = name.rpartition(".")[0]
+        more = {*imports.find_modules_directly_imported_by(name), *([parent] if parent else [])}
+        waiting |= more - found
+    return found
+
+
+def beginnings() -> tuple[str, ...]:
+    """Name the worker's modules, and each plug-in of this release that a plan or a site names."""
+    named = [f"{group.package}.{name}" for group in BY_NAME for name in group.release()]
+    return (*WORKER, *named)
+
+
+def modules() -> list[Module]:
+    """List the modules of fedtune that a site's worker can load, by name."""
+    return [_module(name) for name in sorted(reached(beginnings())) if _is_ours(name)]
+
+
+def others() -> list[str]:
+    """List the import names of other distributions that the worker's modules import."""
+    found = {name for name in reached(beginnings()) if not _is_ours(name)}
+    return sorted(found - sys.stdlib_module_names)
+
+
+def _is_ours(name: str) -> bool:
+    return name.partition(".")[0] == "fedtune"
+
+
+def _module(name: str) -> Module:
+    stem = ROOT.joinpath(*name.split("."))
+    path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
+    text = path.read_text(encoding="utf-8")
+    said = " ".join((ast.get_docstring(ast.parse(text)) or "").partition("\n\n")[0].split())
+    sentence = said.partition(". ")[0].rstrip(".:")
+    return Module(name, len(text.splitlines()), sentence.replace("|", "\\|"))
+
+
+def page() -> str:
+    """Write the whole of docs/what-must-be-right.md."""
+    listed = modules()
+    return "\n".join([HEAD, *_totals(listed), *_parts(listed), *_others()])
+
+
+def _totals(listed: list[Module]) -> Iterator[str]:
+    yield "| part | what it does | files | lines |\n|---|---|---|---|"
+    for title, does, _ in PARTS:
+        of_part = [module for module in listed if module.part == title]
+        lines = sum(module.lines for module in of_part)
+        anchor = title.lower().replace(" ", "-")
+        yield f"| [{title}](#{anchor}) | {does} | {len(of_part)} | {lines:,} |"
+    yield f"| **all** | | {len(listed)} | {sum(module.lines for module in listed):,} |\n"
+
+
+def _parts(listed: list[Module]) -> Iterator[str]:
+    for title, does, _ in PARTS:
+        yield f"## {title}\n\n{does}\n\n| file | lines | |\n|---|---|---|"
+        for module in listed:
+            if module.part == title and module.lines > SMALL:
+                yield f"| `{_short(module.name)}` | {module.lines} | {module.summary} |"
+        packages = [
+            f"`{_short(module.name)}`"
+            for module in listed
+            if module.part == title and module.lines <= SMALL
+        ]
+        yield f"\nWith the packages {', '.join(packages)}.\n" if packages else ""
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("fedtune.")
+
+
+def _others() -> Iterator[str]:
+    yield "## Others' code\n"
+    yield "Imported by the files above, and so what these import in turn; Python and its SQLite,"
+    yield "which keeps the ledger, beside them.\n"
+    yield "| distribution | what ε needs of it |\n|---|---|"
+    for name in others():
+        distribution, needed = OTHERS[name]
+        yield f"| {distribution} | {needed} |"
+    yield ""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
