@@ -19,7 +19,7 @@ from fedtune.evidence.audit_log import FILE, AuditLog, NotAuditable, verify
 from fedtune.evidence.coordinator_home import coordinator_log
 from fedtune.launch.coordinator import audited
 from fedtune.ledger.ledger import Ledger
-from fedtune.observe.log import OTHER, PHRASES
+from fedtune.registry.reasons import OTHER, PHRASES
 from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run
 from tests.guarantee.world import lay_out, patients

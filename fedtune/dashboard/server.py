@@ -43,7 +43,7 @@ from fedtune.dashboard import work
 from fedtune.dashboard.connections import Prompt
 from fedtune.dashboard.pages import Page
 from fedtune.errors import FedtuneError, InfrastructureError
-from fedtune.observe.log import reason_of
+from fedtune.registry.reasons import reason_of
 from fedtune.report.claim import rounded_down, rounded_up
 from fedtune.report.figures import duration, short, size_text
 

@@ -60,8 +60,8 @@ from fedtune.flower.processes import (
     own_name,
     reachable,
 )
-from fedtune.observe.log import reason_of
 from fedtune.progress import OnEvent
+from fedtune.registry.reasons import reason_of
 from fedtune.run_choice import hold_run
 from fedtune.server.backup import refuse_second
 from fedtune.wire import fingerprints

@@ -17,19 +17,18 @@ from typing import Any
 
 from fedtune.errors import InfrastructureError, InputError, Refused
 from fedtune.observe.log import (
-    OTHER,
     SCREEN,
     JsonLog,
     NotLoggable,
     Role,
     cleaned,
     logger,
-    reason_of,
     strict_here,
 )
 from fedtune.observe.status import FILE, LOCK, StatusFile
 from fedtune.observe.trackers import Tracker
 from fedtune.progress import OnEvent
+from fedtune.registry.reasons import OTHER, reason_of
 
 __all__ = ["JsonLog", "NotLoggable", "Observer", "OnEvent", "StatusFile", "observer"]
 

@@ -30,6 +30,8 @@ from typing import Any, Literal
 
 from fedtune.files import writing
 from fedtune.registry.metrics import METRICS
+from fedtune.registry.reasons import OTHER
+from fedtune.registry.reasons import reason_of as reason_of  # client/answers.py looks here
 
 Role = Literal["coordinator", "site"]
 Record = dict[str, Any]
@@ -64,55 +66,7 @@ KINDS = frozenset({
     "evaluate", "connection", "serverapp", "superlink", "supernode", "gateway", "forwarder",
 })
 LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable)
-# Of a reason, the first of these that it contains is logged.
-PHRASES = (
-    "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_fallback_epsilon",
-    "policy.max_delta", "policy.peers",
-    "policy.allow_privacy_off", "policy.allow_free_query", "selects records since",
-    "policy.allow_declared_data",
-    "charged as private",
-    "were declared public or",
-    "what it declares of its data", "has no such declaration", "data.declared was changed",
-    "policy.admission", "policy.min_noise_multiplier",
-    "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
-    "policy.max_rank", "policy.data_sheet", "study.data_sheet", "sheet lacks",
-    "policy.modules",
-    "policy.objectives", "policy.strategies",
-    "policy.modalities",
-    "does not run with --watch", "the plan has no [schedule]", "the plan's own lifetime",
-    "policy.bases", "policy.coordinators", "policy.release", "policy.teachers",
-    "every charge is of the study's own unit", "the plan leaves training.rounds open",
-    "nothing says that the teacher", "site.evaluation is not given",
-    "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
-    "lora.preconditioner.digest",
-    "site.lora_rank", "its lora_rank is not one", "lora_rank changed",
-    "the ledger was rolled back", "self-test", "does not know the plan",
-    "it is not enrolled with this signing key, or was revoked",
-    "the plan is not signed by the coordinator this site enrolled with",
-    "does not have the plan's base", "pays for more than", "no noise_multiplier up to",
-    "no ε can be computed",
-    "no answer in time", "the site is not connected", "the site could not load its app",
-    "the site's app raised an error", "the site's app crashed", "the site's app failed",
-    "the message was lost on the way", "the reply was lost on the way",
-    "the message could not be sent", "another node's name", "declared_size changed",
-    "signing key changed", "not signed by", "sealed for another", "header of its update",
-    "its update is longer", "other noise than the plan's", "more steps than the plan has",
-    "more kinds of steps", "no new noised step", "step log is malformed",
-    "other names or shapes", "plain fp32", "not as agreed", "not finite",
-    "more than was asked for", "declared size does not fit",
-    "its answer to the plan is malformed", "its answer is malformed",
-    "its answer cannot be read", "not below 1 / site.declared_size", "another kind of work",
-    "certificate has expired", "certificate is not yet valid", "certificate", "revoked",
-    "rate limit", "too large", "counted already", "replay", "past the deadline", "quorum",
-    "no more than a multiple of the median",
-    "are pinned here", "the set of ready sites", "a statement of a ready site",
-    "masked for another set", "no draw of this attempt", "its statement is about another draw",
-    "it did not send its masked words", "the plan has no [secure_aggregation]",
-    "opens the sum of all sites alone", "is not one of a round",
-    "stopped by SIGTERM", "stopped by SIGINT", "no reason given",
-)
 # fmt: on
-OTHER = "other"
 SCREEN = frozenset({"begin", "step", "records"})  # events for this machine's screen alone
 NEVER = frozenset(  # known, for the screen or the report alone
     {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency", "ended"}
@@ -176,13 +130,6 @@ def _one_of(allowed: frozenset[str]) -> Callable[[Any], str]:
         return value if value in allowed else OTHER
 
     return check
-
-
-def reason_of(value: Any) -> str:
-    """Reduce a reason to its phrase of PHRASES, or "other"; "" for none. Errors: TypeError."""
-    if not isinstance(value, str):
-        raise TypeError
-    return next((phrase for phrase in PHRASES if phrase in value), OTHER) if value else ""
 
 
 def _exception(value: Any) -> str:

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
-from fedtune.observe.log import OTHER, Record, Role, cleaned, strict_here
+from fedtune.observe.log import Record, Role, cleaned, strict_here
+from fedtune.registry.reasons import OTHER
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -13,10 +13,11 @@ from typing import Any
 from fedtune.dashboard.pages import Notice, Page
 from fedtune.dashboard.pages.answers import answers_in
 from fedtune.errors import FedtuneError, InputError
-from fedtune.observe.log import LOGGABLE, reason_of
+from fedtune.observe.log import LOGGABLE
 from fedtune.observe.rounds import Rounds
 from fedtune.observe.status import FILE, GONE, LOCK, UNSIGNED, Snapshot, read_status, standing
 from fedtune.registry.metrics import metric as known_metric
+from fedtune.registry.reasons import reason_of
 from fedtune.report.claim import (
     THREE_EPSILONS,
     best_guess,
