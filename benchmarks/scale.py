@@ -28,6 +28,7 @@ from unittest.mock import patch
 import numpy as np
 from flwr.app import Message
 
+import fedtune.client.answers
 import fedtune.client.app
 from fedtune.client import secure_round
 from fedtune.client.prepared import Admission, Update
@@ -188,7 +189,7 @@ def measure(sites: int, megabytes: float, secure: bool = False) -> dict[int, flo
     grid = SharedGrid([Path(name) for name in by_name])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(fedtune.client.app, "worker", by_name.__getitem__),
+        patch.object(fedtune.client.answers, "worker", by_name.__getitem__),
         patch.object(secure_round, "ready", Site.ready),
         patch.object(secure_round, "masked", Site.masked),
     ):

@@ -8,7 +8,8 @@
     │   ├── ModelError                 the base model or the adapter
     │   │   └── NoRowGradient          a layer without one (training/unit_gradients.py)
     │   ├── CheckpointError            a run's checkpoint (fedtune/server/store.py)
-    │   ├── WireError                  arrays on the wire (flower/arrays.py)
+    │   ├── WireError                  arrays on the wire (wire/codec.py)
+    │   ├── RequestError               what a site's halves pass (wire/requests.py)
     │   ├── SealError                  a signature on the wire (wire/seal.py)
     │   ├── StatementError             what ready sites signed (secagg/statement.py)
     │   ├── NotGenuine                 signatures of a run or of a log

@@ -14,7 +14,6 @@ from flwr.app import ConfigRecord, RecordDict
 from matplotlib.image import imread
 
 import fedtune.client.app
-from fedtune.client.answers import FAILED
 from fedtune.client.site import SiteWorker
 from fedtune.config import EvaluationTable, Study, load_site, load_study
 from fedtune.data.records import unit_member
@@ -22,14 +21,15 @@ from fedtune.dp.accountant import epsilon
 from fedtune.dp.steplog import events
 from fedtune.errors import BudgetExceeded, PolicyRefused
 from fedtune.evaluation.evaluator import Evaluator
-from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.ledger.ledger import Ledger
 from fedtune.report.plot import png
 from fedtune.server import store
 from fedtune.training.start import start
 from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
+from fedtune.wire.requests import FAILED
 from fedtune.wire.seal import order
 from tests import chance
 from tests.guarantee.world import NAMES, Recorder, run

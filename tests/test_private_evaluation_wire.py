@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedtune.client.answers
 import fedtune.client.app
 from fedtune.client.prepared import Unprepared, Update
 from fedtune.client.site import SiteWorker
@@ -217,7 +218,7 @@ def test_a_resumed_run_asks_nobody_twice_for_what_is_known(
     with pytest.raises(Killed):
         run.run(STUDY)
     monkeypatch.undo()
-    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: {"a": a, "b": b}[path])
+    monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: {"a": a, "b": b}[path])
     before = list(a.asked)
     assert before == ([2, 4] if crash == "before the answers are kept" else [2])
     for _ in range(2):  # once to finish, once more over a finished run

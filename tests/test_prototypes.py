@@ -22,7 +22,7 @@ from fedtune.dp.non_private import non_private_plan
 from fedtune.errors import ConfigError, ModelError
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.predict import predict
-from fedtune.flower.arrays import WireError, read_frozen, to_record
+from fedtune.flower.records import to_record
 from fedtune.models import lora
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -38,6 +38,7 @@ from fedtune.training.public import vectors_of
 from fedtune.training.selftest import MemoryLog
 from fedtune.training.start import start
 from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.wire.arrays import WireError, read_frozen
 from tests.simulated import noise_from, simulate
 
 LABELS = ["fever", "cough", "rash"]

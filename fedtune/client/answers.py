@@ -1,77 +1,153 @@
-"""Answer a coordinator's order, to train or to evaluate, with a sealed message."""
+"""Answer a coordinator's requests: a plan with an admission, an order with a sealed update."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
-
+from fedtune.client import work
 from fedtune.client.noted import acts
 from fedtune.client.prepared import Admission, Unprepared, Update, Void
-from fedtune.client.site import SiteWorker
-from fedtune.config import Study
-from fedtune.errors import FedtuneError, PolicyRefused, Refused, describe
+from fedtune.client.site import SiteWorker, worker
+from fedtune.client.site_checks import check_watch
+from fedtune.config import Study, study_from_json
+from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe
 from fedtune.evidence.audit_log import REPEATS
-from fedtune.flower.arrays import bodies, to_record
 from fedtune.observe.log import reason_of
 from fedtune.progress import stage
-from fedtune.wire.seal import SealError, body_digest, check_order
+from fedtune.wire.arrays import Packed, bodies, pack_arrays, read_frozen
+from fedtune.wire.protocol import check_peer, version_fields
+from fedtune.wire.requests import FAILED, Answer, Kind, Request, Scalar
+from fedtune.wire.seal import SealError, body_digest, check_order, check_plan
 
 log = logging.getLogger("fedtune.client")
 site_errors: dict[
     str, FedtuneError
 ] = {}  # by site file, for this process alone; `simulate` shows it
-# What is sent of a failure, whatever it was: its class would be an answer about the records, or
-# about the room that they leave on this machine. The site's own log says what happened.
-FAILED = "the site's own log says why"
-Work = Callable[[SiteWorker, str, Message], Update]
+Work = Callable[[SiteWorker, str, Request], Update]
 
 
-def sealed(
-    message: Message,
-    context: Context,
-    site_of: Callable[[Context], SiteWorker],
-    work: Work,
-    *,
-    record: str,
-    done: str,
-    order_for: str = "",
-) -> Message:
-    """Check an order, run `work` and seal its result: arrays as `record`, status `done`.
+@dataclass(frozen=True)
+class Place:
+    """Where requests are answered. site: its site file; coordinator: the signing key that it
+    enrolled with, "" where any may ask (a simulation); watch: whether it takes part in studies
+    without a last round, None where nobody was asked; reviewed: the digest of the plan that the
+    coordinator's answer brought for review; simulated: whether the person who runs the study runs
+    this site too, and then the signing keys of all sites, `peers`."""
 
-    order_for: what follows the plan's digest in an order for this kind of work, so that an order
-    for one kind is never taken for another."""
-    answer = {"name": "", "status": done, "reason": "", "events": "[]"}
-    answer |= {"header": "", "signature": ""}
-    arrays = ArrayRecord()
+    site: str
+    coordinator: str = ""
+    watch: bool | None = None
+    reviewed: str = ""
+    simulated: bool = False
+    peers: tuple[str, ...] = ()
+
+    def worker(self) -> SiteWorker:
+        """Return the worker of this place's site file. Errors: ConfigError."""
+        site = worker(self.site)
+        site.simulated = self.simulated
+        if self.simulated:
+            site.peers = self.peers
+        return site
+
+
+@dataclass(frozen=True)
+class Order:
+    """A kind of order. work: what it makes the site do; arrays: the name of the answer's arrays;
+    done: its status; suffix: what follows the plan's digest in such an order, so that an order for
+    one kind is never taken for another."""
+
+    work: Work
+    arrays: str
+    done: str
+    suffix: str = ""
+
+
+ORDERS: dict[Kind, Order] = {
+    "train": Order(work.train, "update", "trained"),
+    "ready": Order(work.ready, "ready", "ready", ":ready"),
+    "masked": Order(work.masked, "update", "masked", ":masked"),
+    "evaluate": Order(work.evaluate, "answer", "answered", ":evaluation"),
+}
+
+
+def answer(place: Place, request: Request) -> Answer:
+    """Answer one request; whatever goes wrong is an answer too."""
+    if request.kind == "prepare":
+        return _admission(place, request)
+    return _sealed(place, request, ORDERS[request.kind])
+
+
+def _admission(place: Place, request: Request) -> Answer:
+    """Answer a plan with this site's admission."""
+    fields: dict[str, Scalar] = {"name": "", "key": "", "declared_size": 0, "status": "admitted"}
+    fields |= {"reason": "", **version_fields()}
+
+    def attempt() -> None:
+        nonlocal fields
+        site = place.worker()
+        fields["name"] = site.site.site.name
+        plan = request.tables["plan"]
+        check_peer("the coordinator", plan, "this site")
+        fields["key"] = site.key.public
+        study = study_from_json(str(plan["study"]))
+        if study.digest != plan["digest"]:
+            raise ConfigError("the plan received is not the one it claims to be")
+        site = site.of_run(study.digest)
+        coordinator = check_plan(plan, study.digest)
+        if place.coordinator not in ("", coordinator):
+            raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
+        if plan.get("finished") is True:
+            fields["status"] = "finished"
+            return site.finish(study.digest)
+        check_watch(study, place.watch)
+        has_basis = study.objective.basis_digest is not None
+        frozen = read_frozen(request.arrays, study.lora, has_basis=has_basis)
+        with site.room_to_answer():
+            admission = site.prepare(study, frozen, coordinator)
+            fields |= admission.fields()
+            note_admission(site, study, admission)
+
+    if failure := guarded(attempt, place):
+        fields["status"], fields["reason"] = failure
+        if fields["key"]:  # before it, there may be no ledger here, and none is made for a refusal
+            note_refusal(place, failure, kind="plan")
+    fields["admitted"] = fields["status"] == "admitted"
+    return Answer("admission", fields)
+
+
+def _sealed(place: Place, request: Request, kind: Order) -> Answer:
+    """Check an order, do its work and seal the result."""
+    fields = {"name": "", "status": kind.done, "reason": "", "events": "[]"}
+    fields |= {"header": "", "signature": ""}
+    arrays: dict[str, Packed] = {}
 
     def attempt() -> None:
         nonlocal arrays
-        site = site_of(context)
-        answer["name"] = site.site.site.name
-        order = message.content.config_records["order"]
-        digest, number = _plan_of(order["plan"], order_for), int(str(order["round"]))
+        site = place.worker()
+        fields["name"] = site.site.site.name
+        order = request.tables["order"]
+        digest, number = _plan_of(order["plan"], kind.suffix), int(str(order["round"]))
         site = site.of_run(digest)
         check_order(order, site.coordinator_of(digest))
         rule, nonce = site.site.policy.admission, str(order["nonce"])
         with site.room_to_answer():
-            with stage(f"{answer['name']}, round {number}"):
-                update = work(site, digest, message)
-            note(site, "release", rule, plan=digest, round=number, kind=record)
-            update_arrays = to_record(update.delta)
-            complete = answer | {"events": json.dumps(update.events), **update.said}
-            content_digest = body_digest(bodies(update_arrays), complete)
-            answer.update(complete, **site.sealed(digest, number, nonce, content_digest))
-        arrays = update_arrays
+            with stage(f"{fields['name']}, round {number}"):
+                update = kind.work(site, digest, request)
+            note(site, "release", rule, plan=digest, round=number, kind=kind.arrays)
+            packed = pack_arrays(update.delta)
+            complete = fields | {"events": json.dumps(update.events), **update.said}
+            content_digest = body_digest(bodies(packed), complete)
+            fields.update(complete, **site.sealed(digest, number, nonce, content_digest))
+        arrays = packed
 
-    if failure := guarded(attempt, context):
-        answer["status"], answer["reason"] = failure
-        note_refusal(context, site_of, failure, kind=record)
-    content = RecordDict({record: arrays, "site": ConfigRecord(dict(answer))})
-    return Message(content, reply_to=message)
+    if failure := guarded(attempt, place):
+        fields["status"], fields["reason"] = failure
+        note_refusal(place, failure, kind=kind.arrays)
+    return Answer("site", fields, kind.arrays, arrays)
 
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
@@ -93,29 +169,24 @@ def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None
         raise PolicyRefused(admission.reason)
 
 
-def note_refusal(
-    context: Context,
-    site_of: Callable[[Context], SiteWorker],
-    failure: tuple[str, str],
-    **facts: Any,
-) -> None:
+def note_refusal(place: Place, failure: tuple[str, str], **facts: Any) -> None:
     """Enter a refusal, with the rule that said no; the coordinator is answered in any case."""
     status, reason = failure
     if status == "refused":
         try:
-            note(site_of(context), "refuse", reason_of(reason), **facts)
+            note(place.worker(), "refuse", reason_of(reason), **facts)
         except FedtuneError as error:
             log.warning("not in the audit log: %s", error)
 
 
-def _plan_of(named: Any, order_for: str) -> str:
+def _plan_of(named: Any, suffix: str) -> str:
     digest = str(named)
-    if not digest.endswith(order_for):
+    if not digest.endswith(suffix):
         raise SealError("the order is for another kind of work")
-    return digest.removesuffix(order_for)
+    return digest.removesuffix(suffix)
 
 
-def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | None:
+def guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None:
     """Run `attempt` and return the status and reason of its failure, None if it succeeded.
 
     Guarantee: only a refusal's text leaves the site (rules and public values); of any other failure
@@ -131,7 +202,7 @@ def guarded(attempt: Callable[[], None], context: Context) -> tuple[str, str] | 
         return "refused", str(error)
     except Exception as error:
         if isinstance(error, FedtuneError):
-            site_errors[str(context.node_config.get("site"))] = error
+            site_errors[place.site] = error
         log.warning("%s", describe(error))  # stays at the site
         return "failed", FAILED
     return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 from fedtune.client import studies
 from fedtune.client.declared import allow_declared, check_private, sign_declarations
 from fedtune.client.sheet import check_attested_records, check_sheet
-from fedtune.client.site_checks import check_records
 from fedtune.config import Site
-from fedtune.errors import describe
+from fedtune.data.records import read_records
+from fedtune.errors import DataError, describe
 from fedtune.ledger.files import LedgerError
 
 log = logging.getLogger("fedtune.site")
@@ -43,3 +44,15 @@ def check_before_joining(site: Site) -> None:
                 describe(error),
                 ", ".join(names.values()),
             )
+
+
+def check_records(site: Site) -> None:
+    """Check that the site's records are usable, before there is a study. Errors: DataError."""
+    unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
+    records, _ = read_records(site.data, unit=unit)
+    if len({record.unit for record in records}) < 2:
+        raise DataError(
+            f"{site.data.where}: fewer than 2 usable {unit}s",
+            f"at least 2 {unit}s",
+            "add records, or check data.columns",
+        )

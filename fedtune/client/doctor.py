@@ -12,6 +12,7 @@ from typing import Any
 
 from cryptography import x509
 
+from fedtune import isolation
 from fedtune.bases.find import Base, find_base
 from fedtune.client.declared import declare
 from fedtune.client.policy import base_for
@@ -26,7 +27,9 @@ from fedtune.client.review import unsigned, would_refuse
 from fedtune.client.sheet import check_attested
 from fedtune.client.site_checks import check_data, reading_of
 from fedtune.config import Site, Study, load_site
+from fedtune.config.database import is_over_tcp
 from fedtune.config.sheet import lacking, load_sheet
+from fedtune.courier.process import open_to_courier
 from fedtune.data.load import LONG, text_members
 from fedtune.data.records import read_file, read_records, unit_member
 from fedtune.doctor import machine, tls
@@ -74,6 +77,7 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
             ("ledger", lambda: _ledger(site)),
             ("same people", lambda: _same_people(site)),
             ("secrets", lambda: _secrets(site)),
+            ("isolation", lambda: _isolation(site)),
         ]
     )
     if site.data.declared:
@@ -86,6 +90,27 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
         yield from _network(site, path)
     if study is not None:
         yield from _for_study(site, study)
+
+
+def _isolation(site: Site) -> str:
+    """Try how `fedtune client` would be confined here. Errors: PolicyRefused where the policy asks
+    for more than this machine gives."""
+    of_vault, of_courier = isolation.available()
+    exposed = open_to_courier(site)
+    lacks = [*of_vault.missing, *of_courier.missing]
+    lacks += [f"{path} lies where the courier reads its code" for path in exposed]
+    urls = [site.data.url, site.evaluation.url if site.evaluation else None]
+    lacks += ["a database over TCP keeps the vault on the network"] * any(
+        is_over_tcp(url) for url in urls if url
+    )
+    if lacks and site.policy.isolation == "required":
+        raise PolicyRefused(
+            f'policy.isolation = "required", and here {"; ".join(lacks)}',
+            todo='run the client elsewhere, or set policy.isolation = "preferred"',
+        )
+    text = f"records are read without a network ({', '.join(of_vault.means)}), and what speaks to "
+    text += f"the network reads none ({', '.join(of_courier.means)})"
+    return text + (f"; OPEN: {'; '.join(lacks)}" if lacks else "")
 
 
 def _declared(site: Site) -> str:

@@ -37,7 +37,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
     "notes of studies under way": (f"{STUDIES}/*.json",),
     "plans that waited for a signature": ("plans/*.json",),
-    "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log"),
+    "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log", "vault.log"),
     "status": ("status.json",),
     "counts of records": ("counts.json",),
     "training losses by round": (LOSSES,),
@@ -55,7 +55,7 @@ NEVER_DELETED = (
     f"{RECEIPTS}/*",  # what patients were told of their withdrawals
     *("keys/*", "keys.old-*"),  # the site's way into its consortium
     *("audit*.jsonl", "audit.lock"),
-    *(LOCK, "flower/lock"),
+    *(LOCK, "flower/lock", "ranks/lock"),
     *("site.toml", RECORDS),  # of a site that was made in memory
 )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fedtune import modalities
 from fedtune.bases.find import Base, find_base, load_tokenizer
@@ -10,8 +10,7 @@ from fedtune.config import Site, Study
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import load_dataset
 from fedtune.data.reader import Reader
-from fedtune.data.records import read_records
-from fedtune.errors import ConfigError, DataError, PolicyRefused
+from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.models.network import Network
 from fedtune.models.rank_slice import rank_slice
 from fedtune.registry import process_cache
@@ -37,18 +36,6 @@ def reading_of(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBas
     """Load a base's tokenizer and reader, once for all simulated sites."""
     tokenizer = load_tokenizer(base)
     return tokenizer, modalities.reader(base, tokenizer, modality)
-
-
-def check_records(site: Site) -> None:
-    """Check that the site's records are usable, before there is a study. Errors: DataError."""
-    unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
-    records, _ = read_records(site.data, unit=unit)
-    if len({record.unit for record in records}) < 2:
-        raise DataError(
-            f"{site.data.where}: fewer than 2 usable {unit}s",
-            f"at least 2 {unit}s",
-            "add records, or check data.columns",
-        )
 
 
 # Checks already passed in this process; the code does not change while it runs.

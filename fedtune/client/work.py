@@ -1,55 +1,54 @@
-"""Read a coordinator's order, have the site's worker do it, return what is to be sealed."""
+"""Do what an order asks of the site's worker, and return what is to be sealed."""
 
 from __future__ import annotations
 
 import json
 
-from flwr.app import Message
-
 from fedtune.client import secure_round
 from fedtune.client.prepared import Update
 from fedtune.client.site import SiteWorker
-from fedtune.flower.arrays import Arrays, read_agreed
+from fedtune.wire.arrays import Arrays, read_agreed
+from fedtune.wire.requests import Request
 
 
-def train(site: SiteWorker, digest: str, message: Message) -> Update:
+def train(site: SiteWorker, digest: str, request: Request) -> Update:
     """Train one round from the adapter that came with the order."""
-    round_, receipt = _order(message)
-    return site.train(digest, round_, _adapter(site, digest, message), receipt)
+    round_, receipt = _order(request)
+    return site.train(digest, round_, _adapter(site, digest, request), receipt)
 
 
-def evaluate(site: SiteWorker, digest: str, message: Message) -> Update:
+def evaluate(site: SiteWorker, digest: str, request: Request) -> Update:
     """Evaluate the adapter that came with the order on the held-out records, with noise."""
-    round_, receipt = _order(message)
-    return site.evaluate(digest, round_, _adapter(site, digest, message), receipt)
+    round_, receipt = _order(request)
+    return site.evaluate(digest, round_, _adapter(site, digest, request), receipt)
 
 
-def ready(site: SiteWorker, digest: str, message: Message) -> Update:
+def ready(site: SiteWorker, digest: str, request: Request) -> Update:
     """Draw a noised sum from the adapter that came with the order."""
-    round_, receipt = _order(message)
-    asked = json.loads(str(message.content.config_records["set"]["asked"]))
-    adapter = _adapter(site, digest, message)
-    attempt = _attempt(message)
+    round_, receipt = _order(request)
+    asked = json.loads(str(request.tables["set"]["asked"]))
+    adapter = _adapter(site, digest, request)
+    attempt = _attempt(request)
     return secure_round.ready(site, digest, round_, attempt, adapter, receipt, list(asked))
 
 
-def masked(site: SiteWorker, digest: str, message: Message) -> Update:
+def masked(site: SiteWorker, digest: str, request: Request) -> Update:
     """Mask this site's draw for the set that came with the order."""
-    round_, receipt = _order(message)
-    statements = str(message.content.config_records["set"]["statements"])
-    return secure_round.masked(site, digest, round_, _attempt(message), statements, receipt)
+    round_, receipt = _order(request)
+    statements = str(request.tables["set"]["statements"])
+    return secure_round.masked(site, digest, round_, _attempt(request), statements, receipt)
 
 
-def _order(message: Message) -> tuple[int, str]:
+def _order(request: Request) -> tuple[int, str]:
     """Return the round and the receipt of an order."""
-    order = message.content.config_records["order"]
+    order = request.tables["order"]
     return int(str(order["round"])), str(order["receipt"])
 
 
-def _attempt(message: Message) -> int:
-    return int(str(message.content.config_records["order"]["attempt"]))
+def _attempt(request: Request) -> int:
+    return int(str(request.tables["order"]["attempt"]))
 
 
-def _adapter(site: SiteWorker, digest: str, message: Message) -> Arrays:
+def _adapter(site: SiteWorker, digest: str, request: Request) -> Arrays:
     """Decode the adapter that came with an order. Errors: Unprepared, WireError."""
-    return read_agreed(message.content.array_records["adapter"], site.shapes(digest))
+    return read_agreed(request.arrays, site.shapes(digest))

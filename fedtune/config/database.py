@@ -59,6 +59,18 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
+def is_over_tcp(url: str) -> bool:
+    """Return whether a checked url's database is reached over a network: a PostgreSQL server that
+    is named by a host, and not by the folder of its Unix socket."""
+    parts = urlsplit(url)
+    if parts.scheme in FILES:
+        return False
+    asked = parse_qs(parts.query)
+    hosts = [unquote(parts.hostname or ""), *asked.get("host", []), *asked.get("hostaddr", [])]
+    named = [host for several in hosts for host in several.split(",") if host]
+    return any(not host.startswith("/") for host in named)
+
+
 def file_of(url: str) -> Path:
     """Return the file of a database that is one; as in a url of three slashes it is relative."""
     return Path(unquote(urlsplit(url).path)[1:])

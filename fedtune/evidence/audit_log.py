@@ -55,6 +55,7 @@ EVENTS = frozenset({
     "release",  # a site: an update; a coordinator: a version or a dossier
     "cut",  # a site: a receipt names an entry that this log lacks
     "attest", "approve",  # a site: its data sheet; a dossier
+    "isolate",  # a site: how its two halves are confined
     "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip
 BACKUP = "look for a backup of the log"

@@ -40,6 +40,7 @@ from fedtune.flower import certs, enrol, membership
 from fedtune.flower.membership import keys_folder
 
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py
+RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its last renewal
 CHUNK = 65_536
 WATCH_SECONDS = 15.0
 CONNECT_SECONDS = 20.0
@@ -64,8 +65,8 @@ class Link:
 
     @property
     def certificate(self) -> Path:
-        """The newest certificate: node.key's neighbour, written by renewals."""
-        return self.keys / "tls.crt"
+        """The newest certificate, in the one folder of the site's keys that a courier may write."""
+        return self.keys / RENEWED / "tls.crt"
 
 
 def link(site: Site, path: Path) -> Link:
@@ -311,7 +312,9 @@ def newest(link: Link) -> x509.Certificate:
     It is (again) in link.certificate afterwards."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     with contextlib.suppress(OSError, ValueError):
-        stored = x509.load_pem_x509_certificate(link.certificate.read_bytes())
+        before = link.keys / link.certificate.name  # where earlier releases kept it
+        kept = link.certificate if link.certificate.exists() else before
+        stored = x509.load_pem_x509_certificate(kept.read_bytes())
         authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
         newer = stored.not_valid_after_utc > best.not_valid_after_utc
         if (

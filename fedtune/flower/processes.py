@@ -24,19 +24,23 @@ from typing import Literal
 from fedtune import boot
 from fedtune.errors import InfrastructureError
 from fedtune.files import locks
-from fedtune.flower import api
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-Program = Literal["superlink", "supernode", "gateway", "rank", "sites"]
+Program = Literal["superlink", "supernode", "gateway", "rank", "sites", "vault", "courier"]
 OWN_PROGRAMS = {  # of these programs, ours: the module whose main() it is, and what people call it
     "gateway": ("fedtune.flower.gateway", "the gateway"),
     "rank": ("fedtune.client.rank_process", "a process of this site's team"),
     "sites": ("fedtune.launch.process_pool", "a process of the simulation"),
+    "vault": ("fedtune.client.vault_process", "the half of this site that holds its records"),
+    "courier": ("fedtune.courier.process", "the half of this site that speaks to the network"),
 }
+# These confine themselves first, which a process with threads cannot; then they call
+# `end_with_parent` themselves.
+CONFINED = ("vault", "courier")
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -207,10 +211,11 @@ def reachable(host: str, port: int) -> bool:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+    """Open a file for this user alone; not through a link, which a courier may have put there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Stop this process when its standard input ends."""
 
     def watch() -> None:
@@ -225,10 +230,13 @@ def _end_with_parent() -> None:
 
 def _main(program: str) -> None:
     """Run the program named, with the options in sys.argv; does not return."""
-    _end_with_parent()
+    if program not in CONFINED:
+        end_with_parent()
     if program in OWN_PROGRAMS:
         import_module(OWN_PROGRAMS[program][0]).main(sys.argv[1:])
         return
+
+    from fedtune.flower import api  # Flower itself, which our own programs may not need
 
     api.run_program("superlink" if program == "superlink" else "supernode")
 

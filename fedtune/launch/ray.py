@@ -101,9 +101,13 @@ def _prepared(message: Message, context: Context, sites: list[str], peers: str) 
     reply = _answer(message, context, sites, peers)
     status = reply.content.config_records["site"]["status"]
     if status == "unprepared" and "plan" in context.state:
-        from fedtune.client.app import prepare as prepare_here
+        from fedtune.client.answers import answer
+        from fedtune.client.app import place_of
+        from fedtune.wire.requests import Request
 
-        prepare_here(Message(context.state, reply_to=message), context)
+        plan = context.state
+        frozen = plan.array_records["frozen"]
+        answer(place_of(context), Request("prepare", plan.config_records, frozen))
         reply = _answer(message, context, sites, peers)
     return reply
 

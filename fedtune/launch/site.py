@@ -1,60 +1,42 @@
-"""Run a site (`fedtune client`): answer a coordinator's messages with the installed ClientApp.
+"""Run a site (`fedtune client`): its two halves, and what they tell the person at the screen.
 
-    gateway <── forwarder <── SuperNode ── loopback, secret ──> join(): this process
+    gateway <── courier: Flower, TLS ── socket ──> vault: records, ledger, keys
+                    └────────── events ──> join(): this process <── events ──┘
 
-The forwarder (forwarder.py) runs in this process too: it holds the site's certificate.
-
-join() stands where Flower would start a process per message that unpacks the coordinator's app
-bundle and runs it. Guarantee: only the ClientApp installed here runs; a bundle is never opened.
-Other tasks and other kinds of message get a refusal. The process stays, and so does the model that
-it has loaded.
-"""
+This process starts both, since a parent rules its child's environment, and neither may rule the
+other: the vault first, then the courier. Each confines itself before it does anything else
+(isolation.py). When one of them ends, so does the other."""
 
 from __future__ import annotations
 
+import json
 import logging
-import secrets
+import socket
 import time
-from collections.abc import Callable
+from collections import deque
+from contextlib import ExitStack
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
-
-from fedtune.client.answers import FAILED
 from fedtune.client.before_joining import check_before_joining
-from fedtune.config import load_site
-from fedtune.errors import InfrastructureError
-from fedtune.files.writing import remove_drafts, replace
-from fedtune.flower import api
-from fedtune.flower.forwarder import Forwarder, Link
+from fedtune.client.vault_process import HOME
+from fedtune.config import Site, load_site
+from fedtune.courier.process import FOLDER
+from fedtune.errors import FedtuneError, PolicyRefused
+from fedtune.evidence.audit_log import REPEATS, AuditLog
+from fedtune.files.writing import remove_drafts
+from fedtune.flower.forwarder import RENEWED, Link
 from fedtune.flower.forwarder import link as forwarder_link
 from fedtune.flower.membership import reviewed
-from fedtune.flower.packing import pack, unpack
-from fedtune.flower.polling import Poll
-from fedtune.flower.processes import (
-    Child,
-    Stopped,
-    alone,
-    bypass_proxy,
-    free_port,
-    interruptible,
-)
-from fedtune.observe.log import strict_here
+from fedtune.flower.processes import Child, Stopped, alone, interruptible, private_folder
+from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import UNSIGNED
-from fedtune.progress import OnEvent
+from fedtune.progress import OnEvent, report
+from fedtune.wire import events
 
 log = logging.getLogger("fedtune.client")
-
-App = Callable[[Message, Context], Message]
-# The kinds of message that a site answers.
-ANSWERED = ("query.prepare", "train", "train.ready", "train.masked", "query.evaluate")
-REFUSAL = f"this site answers {', '.join(ANSWERED)}, no more"
-POLL_SECONDS = (0.05, 0.5)  # between two polls for a task, on loopback
-GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
-LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
-BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+LATE = 5.0  # seconds after which what the vault tells is shown without what the courier adds
 
 
 def join(
@@ -62,230 +44,251 @@ def join(
     *,
     once: bool = False,
     watch: bool = False,
+    processes: int = 1,
     on_event: OnEvent | None = None,
-    client_app: ClientApp | App | None = None,
     patience: float = 90.0,
 ) -> None:
     """Take part in the coordinator's studies until a signal comes; reconnect as often as needed.
 
     once: return when a coordinator that gave this site work has gone. watch: take part in studies
-    without a last round, and in no others. client_app: in place of
-    client.app:app. patience: seconds to go on being refused; after a crash Flower refuses a site
-    for about 60 s, until the old session has expired. Events: "joined", "answered" {kind, and
+    without a last round, and in no others. processes: share each step among so many. patience:
+    seconds to go on being refused; after a crash Flower refuses a site for about 60 s, until the
+    old session has expired. Events: "isolation" {means, missing}, "joined", "answered" {kind, and
     client.reply_facts'}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done:
     of one that is finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason};
     each has a text for people.
     Before it connects, site file, data sheet and records are checked (`check_before_joining`),
     and data that the site declares public or generated is signed for.
-    Errors: those of that check; InfrastructureError when the coordinator goes on refusing this
-    site; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
+    Errors: those of that check; PolicyRefused where policy.isolation asks for more than this
+    machine gives; InfrastructureError when the coordinator goes on refusing this site, or one of
+    its halves ends; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
     check_before_joining(site)
     link = forwarder_link(site, site_path)
-    executor = _Executor(
-        site_path.resolve(), client_app or _installed_app(), on_event or _ignore, once
-    )
-    executor.coordinator, executor.watch = link.answer.coordinator, watch
-    executor.reviewed = reviewed(link.answer)
-    bypass_proxy()
-    address = link.address
-    text = f"site {site.site.name}: connecting to the coordinator at {address}"
-    executor.notify("waiting", {"address": address, "text": text})
-    state = site.site.state / "flower"
+    shown = Shown(site, on_event or _ignore)
+    text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
+    shown.notify("waiting", {"address": link.address, "text": text})
     try:
-        with interruptible(), alone(state, "fedtune client"):
+        with interruptible(), alone(site.site.state / FOLDER, "fedtune client"):
             remove_drafts(site.site.state)
-            with Forwarder(link, state) as forwarder:
-                executor.run_supernodes(state, forwarder, patience)
+            place = {"coordinator": link.answer.coordinator, "watch": watch}
+            place["reviewed"] = reviewed(link.answer)
+            with Halves(site, site_path, place, link, processes, once, patience) as halves:
+                halves.watch(shown)
     except Stopped as stop:
         if stop.name == "SIGINT":  # as every command takes it
             raise KeyboardInterrupt from None
         reason = f"stopped by {stop.name}"
-        executor.notify("stopped", {"reason": reason, "text": reason})
+        shown.notify("stopped", {"reason": reason, "text": reason})
 
 
-class _Executor:
-    """Answers the tasks of one SuperNode after another."""
+class Halves:
+    """The vault and the courier of a site, as processes; a context manager that ends both."""
 
-    def __init__(self, site_path: Path, app: ClientApp | App, notify: OnEvent, once: bool) -> None:
-        self._site_path, self._app, self.notify, self._once = site_path, app, notify, once
-        self._last: dict[str, Any] = {}  # the facts of the newest answer
-        self.coordinator = ""  # the signing key that this site enrolled with
-        self.reviewed = ""  # digest of the plan that the coordinator's answer brought for review
-        self.watch = False  # whether it takes part in studies without a last round
-        self.joined = False  # whether the coordinator accepted the last SuperNode
-        self._worked = False
+    def __init__(
+        self,
+        site: Site,
+        path: Path,
+        place: dict[str, Any],
+        link: Link,
+        processes: int,
+        once: bool,
+        patience: float,
+    ) -> None:
+        self._site, self._path, self._place, self._link = site, path.resolve(), place, link
+        self._processes, self._once, self._patience = processes, once, patience
+        self._open = ExitStack()
 
-    def run_supernodes(self, state: Path, forwarder: Forwarder, patience: float) -> None:
-        """Run one SuperNode after another until `once` is fulfilled. Errors: InfrastructureError
-        when the coordinator goes on refusing this site for `patience` seconds."""
-        failures: list[float] = []  # when, since the last success or long wait
+    def __enter__(self) -> Halves:
+        state = self._site.site.state
+        private_folder(self._link.keys / RENEWED)
+        with ExitStack() as theirs, self._open as ours:
+            asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
+            self.of_vault, tells_vault = _connection(ours, theirs)
+            self.of_courier, tells_courier = _connection(ours, theirs)
+            options = [str(self._path), str(answers.fileno()), str(tells_vault)]
+            options += [str(self._processes), json.dumps(self._place)]
+            keep = [answers.fileno(), tells_vault]
+            log_file = state / "vault.log"
+            vault = Child("vault", options, home=state / HOME, log=log_file, keep=keep)
+            self.vault = ours.enter_context(vault)
+            options = [str(self._path), str(asks.fileno()), str(tells_courier)]
+            options += ["once" if self._once else "", str(self._patience)]
+            keep = [asks.fileno(), tells_courier]
+            home = state / FOLDER
+            courier = Child("courier", options, home=home, log=home / "courier.log", keep=keep)
+            self.courier = ours.enter_context(courier)
+            self._open = ours.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def watch(self, shown: Shown) -> None:
+        """Show what both tell until the courier ends. Errors: the courier's; InfrastructureError
+        where either ends by itself; PolicyRefused where their confinement does not suffice."""
         while True:
-            began = time.monotonic()
-            problem = self.run_supernode(state, forwarder)
-            if problem is None:
+            ready = wait([self.of_vault, self.of_courier], 0.5)
+            self._take(self.of_vault, shown.from_vault)  # first: it told before it answered
+            if self.of_courier in ready and self._take(self.of_courier, shown.from_courier):
                 return
-            ended = time.monotonic()
-            if self.joined or ended - began > LONG_SECONDS:
-                failures = []
-            failures.append(ended)
-            if not self.joined and ended - failures[0] > patience:
-                raise problem
-            wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
-            self.notify("reconnecting", {"seconds": wait, "text": "connecting again"})
-            time.sleep(wait)
+            shown.flush(LATE)
+            for half in (self.vault, self.courier):
+                if not half.alive:
+                    self._take(self.of_vault, shown.from_vault)
+                    if self._take(self.of_courier, shown.from_courier):
+                        return
+                    raise half.ended()
 
-    def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
-        """Run one SuperNode until it ends and return the reason; None: `once` is fulfilled."""
-        self.joined, problem = False, None
-        if forwarder.refusal:
-            return _refusal(forwarder)  # asked again by the forwarder, until that changes
-        secret, port = secrets.token_bytes(32), free_port()
-        secret_file = replace(state / "executor.secret", secret, private=True)
-        # fmt: off
-        options = [
-            "--superlink", f"127.0.0.1:{forwarder.port}",
-            "--root-certificates", str(forwarder.certificate),
-            "--auth-supernode-private-key", str(forwarder.link.keys / "node.key"),
-            "--host", "127.0.0.1", "--port", str(port),
-            "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
-        ]
-        # fmt: on
-        with Child("supernode", options, home=state, log=state / "supernode.log") as node:
-            runtime = api.Runtime(f"127.0.0.1:{port}", secret)
-            try:
-                node.wait_for_port("127.0.0.1", port)
-                if self._work(node, runtime, f"127.0.0.1:{port}", forwarder):
-                    return None
-            except InfrastructureError as error:
-                problem = error
-            except Exception as error:  # the SuperNode ended, or its wait failed: start another
-                if node.alive:
-                    self._failed("connection", error)
-            finally:
-                runtime.close()
-                node.stop()
-            if forwarder.distrust:
-                raise _distrust(forwarder.link)
-            if forwarder.refusal or node.has_logged(api.SUPERNODE_REFUSED):
-                return _refusal(forwarder)
-            return problem or node.ended()
-
-    def _work(self, node: Child, runtime: api.Runtime, address: str, forwarder: Forwarder) -> bool:
-        """Answer tasks until the SuperNode ends or the gateway refuses this site (False), or `once`
-        is fulfilled (True)."""
-        coordinator, waiting = forwarder.link.address, False
-        poll = Poll(*POLL_SECONDS)
-        while node.alive and not (forwarder.refusal or forwarder.distrust):
-            if not self.joined and node.has_logged(api.SUPERNODE_JOINED):
-                self.joined = True
-                text = f"connected to {coordinator}; waiting for a study; Ctrl-C ends"
-                self.notify("joined", {"address": coordinator, "text": text})
-            if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
-                self._answer(node, address, claim)
-                poll.again()
-            elif self._once and self._worked:
-                if forwarder.away > GONE_SECONDS:
+    def _take(self, connection: Connection, show: Any) -> bool:
+        """Show what has arrived; True: that was the last of it."""
+        try:
+            while connection.poll(0):
+                event, facts = events.receive(connection)
+                if event == "fetch" and connection is self.of_vault:
+                    connection.send_bytes(json.dumps(self._fetched(str(facts["base"]))).encode())
+                elif show(event, facts):
                     return True
-            elif waiting != (forwarder.away > GONE_SECONDS):
-                waiting = not waiting
-                if waiting:
-                    self.notify("waiting", {"address": coordinator, **self._ended(coordinator)})
-                elif self.joined:
-                    self.notify("connected", {"text": "connected again; waiting for work"})
-            poll.pause()
+        except (EOFError, OSError):  # its process has ended, or is about to: noticed by the caller
+            time.sleep(0.05)
+        except ValueError:
+            log.warning("an event that is none was left out")
         return False
 
-    def _answer(self, node: Child, address: str, claim: api.Claim) -> None:
-        with api.ClientTask(address, claim, give_up=lambda: not node.alive) as task:
-            message, context = task.pull()
-            task.push(pack(self.reply(claim.kind, message, context)))
-        self._worked = True
+    def _fetched(self, base: str) -> dict[str, str]:
+        """Fetch a base that the vault asks for, if the site lists it; return what went wrong."""
+        from fedtune.bases.find import find_base, known_digest
 
-    def reply(self, task_kind: str, message: Message, context: Context) -> Message:
-        """Return the installed app's reply, or a refusal; of an exception that there was one."""
-        kind = message.metadata.message_type
-        if task_kind != api.CLIENT_APP or kind not in ANSWERED:
-            self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
-            return api.error_reply(message, REFUSAL)
-        context.run_config = {}  # the coordinator's; the site's own file is all that counts here
-        context.node_config = {"site": str(self._site_path), "coordinator": self.coordinator}
-        context.node_config |= {"watch": self.watch, "reviewed": self.reviewed}
         try:
-            reply = self._app(unpack(message), context)
-        except Exception as error:
-            self._failed(kind, error)
-            return api.error_reply(message, FAILED)
-        facts, before = _reply_facts(message, reply, context), self._last
-        self._last = facts
-        if facts.get("status") == UNSIGNED and facts == before:
-            return reply  # asked again, and still nobody has signed: said once
-        self.notify("answered", {"kind": kind, "text": f"{kind}: answered", **self._last})
-        return reply
-
-    def _ended(self, coordinator: str) -> dict[str, Any]:
-        """Describe the wait for a coordinator that is gone: its study is finished, or it failed."""
-        last = self._last
-        rounds, status = last.get("rounds"), last.get("status")
-        whole = last.get("round") == rounds and status in ("trained", "answered")
-        if rounds and (whole or status == "finished"):
-            text = f"study {last['study']} is finished; waiting for another; Ctrl-C ends"
-            return {"study": last["study"], "done": rounds, "text": text}
-        text = f"the coordinator at {coordinator} is not there; waiting for it; Ctrl-C ends"
-        return {"text": text}
-
-    def _failed(self, kind: str, error: Exception) -> None:
-        name = type(error).__name__
-        self.notify("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
-
-
-def _reply_facts(message: Message, reply: Message, context: Context) -> dict[str, Any]:
-    """Describe the reply for the site's screen and log; an error here does not stop the reply."""
-    from fedtune.client.reply_facts import reply_facts
-
-    try:
-        return reply_facts(message, reply, context)
-    except Exception as error:
-        if strict_here():
-            raise
-        log.warning("this answer cannot be described: %s", type(error).__name__)
+            digest, listed = known_digest(base), load_site(self._path).policy.bases
+            if digest is None or (listed != "any" and digest not in listed):
+                raise PolicyRefused(f"{base} is not in policy.bases")
+            find_base(base, digest)
+        except FedtuneError as error:
+            return events.facts_of(error)
         return {}
 
 
-def _refusal(forwarder: Forwarder) -> InfrastructureError:
-    why, ahead = forwarder.refusal, forwarder.ahead
-    early, late = api.CLOCK_WINDOW
-    is_out = not -late < ahead < -early  # Flower refuses what a node signs at such a time
-    if is_out and not why:
-        direction = "ahead of" if ahead > 0 else "behind"
-        why = f"this site's clock is {abs(ahead):.0f} s {direction} its own"
-    why = f" ({why})" if why else ""
-    if forwarder.clock or is_out:
-        return InfrastructureError(
-            f"no connection to the coordinator at {forwarder.link.address}{why}",
-            "clocks that agree, here and there",
-            "set the clocks of both ends (NTP); `fedtune doctor` compares them",
-        )
-    return InfrastructureError(
-        f"the coordinator at {forwarder.link.address} refuses this site{why}",
-        "an admitted site whose keys no other process uses",
-        "`fedtune enroll` again, and have the request admitted",
-    )
+class Shown:
+    """Shows the person at the site what its halves tell.
+
+    Of each answer the vault tells the facts, and then the courier what it weighed; they are shown
+    as one event."""
+
+    def __init__(self, site: Site, notify: OnEvent) -> None:
+        self._site, self.notify = site, notify
+        self._facts: deque[tuple[float, dict[str, Any]]] = deque()  # that wait for the courier
+        self._last: dict[str, Any] = {}  # the facts of the newest answer
+        self._confined: dict[str, dict[str, Any]] = {}
+
+    def from_vault(self, event: str, facts: dict[str, Any]) -> bool:
+        """Show an event of the vault's. Errors: PolicyRefused, as `Halves.watch` says."""
+        if event == "answered":
+            self._facts.append((time.monotonic(), facts))
+        elif event == "isolation":
+            self._isolation("vault", facts)
+        elif event == "log":
+            events.log_again(facts)
+        elif event == "step":
+            report(str(facts["text"]), int(facts["done"]), int(facts["total"]))
+        else:
+            self.notify(event, facts)
+        return False
+
+    def from_courier(self, event: str, facts: dict[str, Any]) -> bool:
+        """Show an event of the courier's; True: it has ended. Errors: the one that it ended with;
+        PolicyRefused, as `Halves.watch` says."""
+        told = events.from_courier(event, facts)
+        if told is None:
+            log.warning("the courier told what it may not")
+        elif event == "answered":
+            self._answered(told)
+        elif event == "isolation":
+            self._isolation("courier", told)
+        elif event == "log":
+            events.log_again(told)
+        elif event == "error":
+            raise events.error_of(told)
+        elif event in ("ended", "stopped"):
+            self.flush(0)
+            return True
+        elif event == "waiting" and told.pop("gone", False):
+            self.notify("waiting", told | self._finished())
+        else:
+            if event == "joined":
+                self._enter_isolation()
+            self.notify(event, told)
+        return False
+
+    def flush(self, seconds: float) -> None:
+        """Show the vault's facts that have waited so long for the courier's."""
+        while self._facts and time.monotonic() - self._facts[0][0] >= seconds:
+            self._show(self._facts.popleft()[1])
+
+    def _answered(self, told: dict[str, Any]) -> None:
+        facts = self._facts.popleft()[1] if self._facts else {}
+        site = facts.get("site", self._site.site.name)
+        moved: dict[str, Any] = {
+            way: {site: told[way]} for way in ("bytes_up", "bytes_down") if way in told
+        }
+        self._show({"kind": told.get("kind", ""), "text": told.get("text", ""), **facts, **moved})
+
+    def _show(self, facts: dict[str, Any]) -> None:
+        unmoved = {name: fact for name, fact in facts.items() if not name.startswith("bytes_")}
+        if facts.get("status") == UNSIGNED and unmoved == self._last:
+            return  # asked again, and still nobody has signed: said once
+        self._last = unmoved
+        self.notify("answered", facts)
+
+    def _finished(self) -> dict[str, Any]:
+        """Describe the wait for a coordinator that is gone once its study is finished."""
+        last = self._last
+        rounds, status = last.get("rounds"), last.get("status")
+        whole = last.get("round") == rounds and status in ("trained", "answered")
+        if not (rounds and (whole or status == "finished")):
+            return {}
+        text = f"study {last['study']} is finished; waiting for another; Ctrl-C ends"
+        return {"study": last["study"], "done": rounds, "text": text}
+
+    def _isolation(self, half: str, facts: dict[str, Any]) -> None:
+        """Take in how one half is confined; of both, show it. Errors: PolicyRefused."""
+        missing = [str(each) for each in facts.get("missing", [])]
+        if missing and self._site.policy.isolation == "required":
+            raise PolicyRefused(
+                f'policy.isolation = "required", and of the {half}: {"; ".join(missing)}',
+                "a machine where the vault has no network and the courier reads no record",
+                'run it elsewhere, or set policy.isolation = "preferred" and know what stays open',
+            )
+        self._confined[half] = facts
+        if len(self._confined) == 2:
+            self.notify("isolation", {"text": isolation_text(self._confined)})
+
+    def _enter_isolation(self) -> None:
+        """Enter in the site's audit log how both halves are confined. Errors: LedgerError;
+        InfrastructureError where the disk refuses."""
+        book = Ledger(self._site.site.state)
+        means = {half: ", ".join(of["means"]) for half, of in self._confined.items()}
+        still_open = sum(len(of["missing"]) for of in self._confined.values())
+        acts = AuditLog(book.folder, book.key)
+        acts.add("isolate", "policy.isolation", once=REPEATS, open=still_open, **means)
 
 
-def _distrust(link: Link) -> InfrastructureError:
-    return InfrastructureError(
-        f"the certificate of {link.address} does not verify",
-        "one for this address by the CA in the coordinator's answer",
-        "ask the coordinator to start with --name and this address, or for a new answer; a proxy "
-        "that opens TLS must let this address through",
-    )
+def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
+    """Say how both halves are confined, and what stays open."""
+    of_vault, of_courier = (", ".join(confined[half]["means"]) for half in ("vault", "courier"))
+    text = f"records are read without a network ({of_vault or 'NOT CONFINED'}); what speaks to the "
+    text += f"network reads no record ({of_courier or 'NOT CONFINED'})"
+    missing = [
+        f"{half}: {each}" for half in ("vault", "courier") for each in confined[half]["missing"]
+    ]
+    return text + (f". OPEN: {'; '.join(missing)}" if missing else "")
 
 
-def _installed_app() -> ClientApp:
-    from fedtune.client.app import app
-
-    return app
+def _connection(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]:
+    """Open a connection for a child's events: our end, and the descriptor that it inherits."""
+    here, there = socket.socketpair()
+    theirs.enter_context(there)
+    return ours.enter_context(Connection(here.detach())), there.fileno()
 
 
 def _ignore(_name: str, _facts: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ EVENTS = frozenset({
     "start", "planned", "begin", "site", "round", "version", "done", "stopped", "step",  # a run
     "records",
     "joined", "answered", "refused", "failed", "waiting", "reconnecting",  # a site's link
+    "isolation",
     "listening", "ready",  # a coordinator: the port is open; the plan is made
     "connected", "disconnected", "admitted", "revoked", "renewed", "restarted",
 })

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedtune import isolation
 from fedtune.bases.find import find_base
 from fedtune.config.database import anchored, shown
 from fedtune.config.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
@@ -223,7 +224,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             rule=records.delta_rule,
             declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
             bases=_bases(records.base),
-            admission=REVIEWED if records.role == "site" else "",
+            admission=REVIEWED + _isolation() if records.role == "site" else "",
             columns=columns
             + (f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY),
         )
@@ -231,6 +232,14 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             places.items(), paths, records.declared_sizes, strict=True
         )
     }
+
+
+def _isolation() -> str:
+    """Compose the line of [policy] that asks for as much isolation as this machine gives."""
+    lacks = [each for half in isolation.available() for each in half.missing]
+    if lacks:
+        return f'isolation = "preferred"       # this machine gives less: {"; ".join(lacks)}\n'
+    return ISOLATED
 
 
 def _bases(model: str) -> str:
@@ -260,6 +269,10 @@ def names(records: Records) -> list[str]:
 REVIEWED = """\
 admission = "reviewed"        # joining signs the plan in the coordinator's answer; a further one
                               # waits for `fedtune review --sign`. "standing": the rules decide
+"""
+ISOLATED = """\
+isolation = "required"        # records are read by a process without a network, and the one that
+                              # has it cannot read them; "preferred": as far as a machine gives it
 """
 NOBODY = '\n# patient = "patient_id"'
 SITE = """\

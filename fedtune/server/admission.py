@@ -16,14 +16,15 @@ from flwr.serverapp import Grid
 from fedtune.config import Encoding, LoraTable, Study
 from fedtune.errors import FedtuneError, Refused
 from fedtune.flower import replies
-from fedtune.flower.arrays import Arrays, WireError, bodies, check_agreed, from_record, to_record
 from fedtune.flower.enrol import Member
 from fedtune.flower.packing import size
+from fedtune.flower.records import to_record
 from fedtune.run_folder import without_places
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean
 from fedtune.server.too_few import too_few
 from fedtune.wire import codec, seal, step_summary
+from fedtune.wire.arrays import Arrays, WireError, bodies, check_agreed, unpack_arrays
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import OtherProtocol, check_peer, version_fields
 from fedtune.wire.seal import Header, SealError, sign_plan
@@ -384,7 +385,7 @@ def _numbers(arrays: ArrayRecord, like: Arrays, encoding: Encoding, longest: flo
     """Decode an update of the shapes of `like`. Errors: WireError, _DroppedUpdate."""
     agreed = codec.shapes(like)
     check_agreed(arrays, codec.layout(agreed, encoding))
-    update = codec.decode(from_record(arrays), agreed)
+    update = codec.decode(unpack_arrays(arrays), agreed)
     _check_numbers(update, longest * codec.GROWTH[encoding])
     return update
 

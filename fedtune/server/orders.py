@@ -14,8 +14,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.errors import FedtuneError
 from fedtune.flower import replies
-from fedtune.flower.arrays import to_record
 from fedtune.flower.packing import size
+from fedtune.flower.records import to_record
 from fedtune.progress import stage
 from fedtune.server.admission import Roster
 from fedtune.server.exchange import Reply, ask

@@ -11,12 +11,12 @@ from flwr.serverapp import Grid
 
 from fedtune import progress
 from fedtune.config import Study
-from fedtune.flower.arrays import Arrays
 from fedtune.flower.enrol import Member
 from fedtune.progress import stage
 from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, SystemClock
 from fedtune.strategies import State
+from fedtune.wire.arrays import Arrays
 from fedtune.wire.keys import SigningKey
 
 Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)

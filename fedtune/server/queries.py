@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from fedtune.dp.query_noise import answer_sd
-from fedtune.flower.arrays import Arrays
 from fedtune.server.admission import Outcome, Roster, outcome
 from fedtune.server.bound import Terms
 from fedtune.server.orders import Answer, Order, exchange
 from fedtune.server.store import Phase, Progress
 from fedtune.wire import seal
+from fedtune.wire.arrays import Arrays
 from fedtune.wire.keys import SigningKey
 
 LIKE: Arrays = {"sums": np.zeros(2, np.float32)}

@@ -23,7 +23,6 @@ from fedtune import strategies
 from fedtune.config import Study
 from fedtune.errors import ConfigError, InfrastructureError, Refused
 from fedtune.evidence.sign import sign
-from fedtune.flower.arrays import Arrays
 from fedtune.models import preconditioner
 from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
 from fedtune.progress import OnEvent
@@ -38,6 +37,7 @@ from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.queries import Queries
 from fedtune.server.store import Phase, Progress
 from fedtune.wire import codec, seal
+from fedtune.wire.arrays import Arrays
 
 RETRIES = 3  # of a round that too few sites delivered
 LARGEST = 4  # times the median declared size: what a larger one counts for

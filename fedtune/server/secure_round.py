@@ -24,7 +24,6 @@ from flwr.app import ArrayRecord, ConfigRecord
 from fedtune.config import Study, noise_shares
 from fedtune.dp.shared_noise import bits_of, grid_of, own_sigma
 from fedtune.errors import InfrastructureError
-from fedtune.flower.arrays import Arrays, check_agreed, from_record
 from fedtune.secagg.masks import dtype_of
 from fedtune.secagg.opened import MaskedSum
 from fedtune.secagg.statement import Draw, StatementError, parse, set_digest, set_text
@@ -35,6 +34,7 @@ from fedtune.server.parts import Settings
 from fedtune.server.store import Progress
 from fedtune.strategies import Strategy
 from fedtune.wire import codec, seal
+from fedtune.wire.arrays import Arrays, check_agreed, unpack_arrays
 from fedtune.wire.codec import VALUES, Form
 
 REPEATS = 3  # times that the sites of a set are asked again before their attempt is void
@@ -334,7 +334,7 @@ class SecureRound:
 
 def _agreed(forms: dict[str, Form], arrays: ArrayRecord) -> Arrays:
     check_agreed(arrays, forms)
-    return from_record(arrays)
+    return unpack_arrays(arrays)
 
 
 def stepped(

@@ -16,10 +16,10 @@ import numpy as np
 
 from fedtune.config import EvaluationTable, Study
 from fedtune.errors import ModelError
-from fedtune.flower.arrays import Arrays
 from fedtune.progress import stage
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
+from fedtune.wire.arrays import Arrays
 
 MOST = 40  # halvings and doublings from where the search starts
 SHRINK, LEAST = 2**-0.5, 0.01  # what is kept of the past is tried by these steps, down to this

@@ -11,7 +11,6 @@ import fedtune
 from fedtune.config import PrivacyTable, noise_shares
 from fedtune.dp.shared_noise import joint_sigma
 from fedtune.errors import ConfigError
-from fedtune.flower.arrays import Arrays
 from fedtune.models.rank_slice import rank_slice
 from fedtune.progress import stage
 from fedtune.report.gain import TRAINED
@@ -22,6 +21,7 @@ from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
 from fedtune.strategies import STRATEGIES
 from fedtune.strategies._posterior import ClassFigures
+from fedtune.wire.arrays import Arrays
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'

@@ -23,8 +23,8 @@ from fedtune.config import load_site
 from fedtune.data.identity import identities
 from fedtune.data.sources._interface import NotWellFormed
 from fedtune.errors import ConfigError, DataError, FedtuneError, PolicyRefused
-from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.launch.site import join
 from fedtune.ledger import declared
 from fedtune.ledger.ledger import Ledger

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +26,7 @@ from fedtune.dp.accountant import epsilon
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
 from fedtune.evidence import audit_log
-from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
-from fedtune.launch.site import _Executor, _installed_app
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.run import Run
 from fedtune.observe import observer
@@ -41,32 +40,31 @@ from fedtune.server.parts import Dependencies, Settings
 from fedtune.wire.keys import SigningKey
 from tests.cli_kit import run
 from tests.guarantee.world import NAMES, lay_out, patients
+from tests.site_here import SiteHere
 
 Event = Callable[[str, dict[str, Any]], None]
 
 
 def through_the_executor(
     study: Path, tell: Event, on_event: Event, reviewed: str = "", signing: float = 0.0
-) -> _Executor:
+) -> SiteHere:
     """The study, each site's answers given as `fedtune client` gives them; `tell`: the north's.
-    Returns the north's executor."""
+    Returns the north."""
     process_cache.clear("workers")
     files = {name: study.parent / f"site-{name}.toml" for name in NAMES}
     parts = Dependencies(settings=Settings(patience=0.0, pause=0.0, signing=signing))
-    executors = {
-        str(path): _Executor(path, _installed_app(), tell if name == "north" else _quiet, False)
+    key = parts.settings.key.public
+    sites = {
+        str(path): SiteHere(path, tell if name == "north" else _quiet, key, reviewed)
         for name, path in files.items()
     }
-    for each in executors.values():
-        each.coordinator, each.reviewed = parts.settings.key.public, reviewed
 
     def app(message: Message, context: Context) -> Message:
-        executor = executors[str(context.node_config["site"])]
-        return executor.reply(api.CLIENT_APP, message, context)
+        return sites[str(context.node_config["site"])].reply(message, context)
 
     grid = InProcessGrid(list(files.values()), app)  # type: ignore[arg-type]
     rounds.run(grid, load_study(study), study.parent / "run", parts=parts, on_event=on_event)
-    return executors[str(files["north"])]
+    return sites[str(files["north"])]
 
 
 def _quiet(*_: Any) -> None:
@@ -83,10 +81,10 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
         observer("site", tmp_path / "state-north", then=watch) as seen,
     ):
         north = through_the_executor(study, seen, _quiet)
-    ended = north._ended("hub:1")  # when the coordinator has gone
+    ended = north.shown._finished()  # when the coordinator has gone
     assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
-    north._last |= {"status": "trained", "round": 2}
-    assert "waiting for it" in north._ended("hub:1")["text"]
+    north.shown._last |= {"status": "trained", "round": 2}
+    assert not north.shown._finished()
     shown = [line.rstrip() for line in console.export_text().splitlines()]
     lines = [line for line in shown if line.startswith(("connecting", "inventory"))]
     charges = worker(str(tmp_path / "site-north.toml")).ledger.charges("records")
@@ -115,22 +113,22 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
 
 def test_a_site_hears_that_a_study_ended(tmp_path: Path, tiny_base: Path) -> None:
     north = through_the_executor(lay_out(tmp_path, tiny_base, patients(12)), _quiet, _quiet)
-    north._last |= {"status": "trained", "round": 2}
+    north.shown._last |= {"status": "trained", "round": 2}
     key = SigningKey()
-    assert "waiting for it" in north._ended("hub:1")["text"], "not told as yet"
+    assert not north.shown._finished(), "not told as yet"
 
     def app(message: Message, context: Context) -> Message:
-        return north.reply(api.CLIENT_APP, message, context)
+        return north.reply(message, context)
 
     grid = InProcessGrid([tmp_path / "site-north.toml"], app)  # type: ignore[arg-type]
     (node,) = grid.get_node_ids()
-    north.coordinator = key.public
+    north.place = replace(north.place, coordinator=key.public)
     plan = plan_message(Run(tmp_path / "run").study, {}, key)
     roster: Any = SimpleNamespace(grid=grid, plan=plan, nodes={"north": node}, expect=_quiet)
     tell_finished(roster)
-    assert north._last["status"] == "finished"
-    assert "finished; the last round here was 3 of 3" in north._last["text"]
-    ended = north._ended("hub:1")
+    assert north.shown._last["status"] == "finished"
+    assert "finished; the last round here was 3 of 3" in north.shown._last["text"]
+    ended = north.shown._finished()
     assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
 
 

@@ -105,7 +105,7 @@ def test_a_second_client_on_a_state_folder_says_so(tmp_path: Path) -> None:
     first = Holder(tmp_path / "a" / "state" / "flower", "fedtune client")
     try:
         with pytest.raises(InfrastructureError, match=f"client .process {first.pid}."):
-            join(site, client_app=lambda *_: _never(), patience=0.0)
+            join(site, patience=0.0)
     finally:
         first.kill()
 
@@ -132,7 +132,7 @@ def test_a_start_removes_what_a_killed_process_left_half_written(
         with pytest.raises(InfrastructureError, match="is taken"):
             serve(study, run, port=port, home=home, run=_never)
     with pytest.raises(InfrastructureError, match=r"loopback.crt: cannot be written"):
-        join(site, client_app=lambda *_: _never())
+        join(site)
     assert not any(draft.exists() for draft in left)
 
 

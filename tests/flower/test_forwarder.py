@@ -18,12 +18,12 @@ import httpx
 import pytest
 
 from fedtune.config import load_site
+from fedtune.courier.executor import Executor, _refusal
 from fedtune.errors import ConfigError, Refused
 from fedtune.flower import certs, enrol, gateway
 from fedtune.flower.forwarder import Forwarder, Link, link
 from fedtune.flower.processes import Child, free_port, reachable
 from fedtune.launch import coordinator
-from fedtune.launch.site import _Executor, _refusal
 from fedtune.observe.log import ADDRESS
 from tests.flower import kit
 
@@ -161,7 +161,7 @@ def test_a_gateway_out_of_its_time_is_a_matter_of_clocks(
     leaf = certs.issue(world.home, key.public_key(), "x", ["localhost", "127.0.0.1"], *days)
     good = (world.home / "server.pem").read_bytes()
     late = certs._pem(key) + leaf.public_bytes(certs.PEM)
-    executor = _Executor(world.site, lambda *_: None, lambda *_: None, once=False)  # type: ignore[arg-type,return-value]
+    executor = Executor(lambda *_: None, lambda *_: None)  # type: ignore[arg-type,return-value]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certs, "server_leaf", lambda home, names=(): home / "server.pem")
         (world.home / "server.pem").write_bytes(late)

@@ -12,8 +12,9 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import DataError
 from fedtune.flower import api
-from fedtune.flower.arrays import WireError, from_record, to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
+from fedtune.wire.arrays import WireError, unpack_arrays
 
 PATHS = [Path("/sites/a.toml"), Path("/sites/b.toml")]
 
@@ -54,7 +55,7 @@ def test_contents_survive_the_wire_bit_for_bit():
     arrays["odd"] = np.array([np.nan, -0.0, np.inf, 1e-45], np.float32)
     content = RecordDict({"a": to_record(arrays), "c": ConfigRecord({"n": 3, "b": True, "s": "é"})})
     (reply,) = grid.send_and_receive([ask(grid, 2, content)])
-    back = from_record(reply.content["a"])
+    back = unpack_arrays(reply.content["a"])
     assert all(
         back[n].tobytes() == a.tobytes() and back[n].shape == a.shape for n, a in arrays.items()
     )
@@ -193,10 +194,10 @@ CLAIMS_MORE = GOOD.replace(b"(2, 3), }      ", b"(2, 3000000), }")
 def test_only_plain_fp32_of_its_stated_size_is_decoded(body):
     assert body != GOOD
     with pytest.raises(WireError):
-        from_record(tampered(body))
+        unpack_arrays(tampered(body))
 
 
 def test_any_layout_is_sent_as_plain_fp32():
     base = np.arange(24, dtype=np.float64).reshape(4, 6)
     for view in (base, base.T, base[::2, ::-1], np.asfortranarray(base)):
-        np.testing.assert_array_equal(from_record(to_record({"x": view}))["x"], view)
+        np.testing.assert_array_equal(unpack_arrays(to_record({"x": view}))["x"], view)

@@ -202,7 +202,7 @@ def test_joining_with_the_fingerprint_signs_the_plan_in_the_answer_and_no_other(
     """Twins: where the policy asks for --sign, or refuses the plan; where nobody gave the
     fingerprint, since a kept one is used again with another answer."""
     monkeypatch.setattr("fedtune.launch.site.join", lambda *_, **__: None)
-    monkeypatch.setattr("fedtune.client.site_checks.check_records", lambda *_: None)
+    monkeypatch.setattr("fedtune.client.before_joining.check_records", lambda *_: None)
     own, ledger = met.site.read_text(), Ledger(met.site.parent / "state")
     asked = ("client", met.site, "--answer", met.file, "--fingerprint", met.answer.fingerprint)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,13 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from fedtune.courier.executor import Executor
 from fedtune.errors import InfrastructureError
 from fedtune.flower import api, replies
-from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.packing import MOST, NEVER, PACKED, pack, unpack
-from fedtune.launch.site import _Executor
+from fedtune.flower.records import to_record
 from fedtune.server.exchange import UNREADABLE, ask
+from fedtune.wire.arrays import bodies
 from fedtune.wire.seal import body_digest
 
 ADAPTER = {"values": np.arange(4000, dtype=np.int8), "scales": np.ones(16, np.float32)}
@@ -95,7 +95,7 @@ def test_a_crafted_one_is_that_messages_failure_alone(record: Any) -> None:
         called.append(asked)
         return asked
 
-    executor = _Executor(Path("site.toml"), app, lambda *_: None, once=False)  # type: ignore[arg-type]
+    executor = Executor(app, lambda *_: None)  # type: ignore[arg-type]
     crafted = message(RecordDict({PACKED: record}))
     reply = executor.reply(api.CLIENT_APP, crafted, Context(1, 2, {}, RecordDict(), {}))
     assert reply.has_error() and not called
@@ -148,7 +148,7 @@ def test_a_sites_answer_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
         return Message(asked.content, reply_to=asked)
 
     monkeypatch.setattr(api, "ClientTask", Task)
-    executor = _Executor(Path("site.toml"), app, lambda *_: None, once=False)  # type: ignore[arg-type]
+    executor = Executor(app, lambda *_: None)  # type: ignore[arg-type]
     executor._answer(None, "", api.Claim(api.CLIENT_APP, ""))  # type: ignore[arg-type]
     (reply,) = answered
     assert list(reply.content) == [PACKED] and unpack(reply).content == order()

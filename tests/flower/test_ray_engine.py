@@ -9,8 +9,8 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.launch import ray
 from fedtune.launch.simulate import simulate
 from fedtune.server.admission import plan_message

@@ -22,15 +22,16 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune.client.answers import FAILED
 from fedtune.config import load_study
+from fedtune.courier import executor as site_executor
 from fedtune.errors import InfrastructureError
 from fedtune.flower import api, certs, enrol, processes
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.processes import free_port, reachable
 from fedtune.launch import coordinator
-from fedtune.launch import site as site_executor
+from fedtune.wire.requests import FAILED
 from tests.flower import kit, tls_roles
+from tests.site_here import join_with
 
 STUDY = """privacy = "off"
 [study]
@@ -210,9 +211,7 @@ def test_secrets_are_for_their_owner_alone(world: World) -> None:
 
 def test_a_task_that_is_not_a_clientapp_is_refused() -> None:
     called = []
-    executor = site_executor._Executor(
-        Path("site.toml"), lambda m, c: called.append(m) or m, lambda *_: None, once=False
-    )
+    executor = site_executor.Executor(lambda m, c: called.append(m) or m, lambda *_: None)
     api._identify(1, 1, 1)
     message = Message(RecordDict({"round": ConfigRecord({})}), 2, "train")
     reply = executor.reply(api.AGENT_APP, message, Context(1, 2, {}, RecordDict(), {}))
@@ -274,7 +273,7 @@ def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Pa
         ),
         pytest.raises(InfrastructureError, match="does not verify"),
     ):
-        site_executor.join(alone.files["a"], client_app=tls_roles.app)
+        join_with(tls_roles.app, alone.files["a"])
 
 
 def other_home(home: Path) -> Path:

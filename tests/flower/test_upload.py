@@ -21,9 +21,9 @@ from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.retry import make_simple_http_retry_invoker
 
 from fedtune.flower import api
-from fedtune.flower.arrays import from_record
 from fedtune.flower.processes import free_port, reachable
 from fedtune.launch import coordinator
+from fedtune.wire.arrays import unpack_arrays
 from tests.flower import kit, tls_roles, upload_roles
 from tests.flower.test_tls import STUDY, until
 from tests.flower.upload_roles import PART, SIZE
@@ -60,7 +60,7 @@ def upload(root: Path, at: list[int]) -> tuple[np.ndarray, list[int], int]:
         until(lambda: bool(list(grid.get_node_ids())), 60)
         ((_, reply),) = tls_roles.ask(grid, "train", {"round": ConfigRecord({"round": 1})})
         assert not reply.has_error(), reply.error
-        found["array"] = from_record(reply.content.array_records["update"])["a"]
+        found["array"] = unpack_arrays(reply.content.array_records["update"])["a"]
         return {}
 
     with role(root / "proxy.log", "proxy", proxy, *at):

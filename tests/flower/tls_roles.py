@@ -23,10 +23,11 @@ from flwr.serverapp import Grid
 from fedtune.config import Study, load_site
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
-from fedtune.flower.arrays import from_record, to_record
 from fedtune.flower.packing import unpack
+from fedtune.flower.records import to_record
 from fedtune.launch import coordinator
-from fedtune.launch.site import join
+from fedtune.wire.arrays import unpack_arrays
+from tests.site_here import join_with
 
 ROUNDS = 2
 
@@ -39,7 +40,7 @@ def app(message: Message, context: Context) -> Message:
         return Message(RecordDict({"site": about}), reply_to=message)
     if message.content.config_records["round"]["round"] == 99:
         raise ValueError(f"{name} holds a secret")
-    adapter = from_record(message.content.array_records["adapter"])["a"]
+    adapter = unpack_arrays(message.content.array_records["adapter"])["a"]
     goal = np.random.default_rng(list(name.encode())).normal(size=adapter.shape)
     update = to_record({"a": (0.5 * (goal - adapter)).astype(np.float32)})
     return Message(RecordDict({"update": update, "site": about}), reply_to=message)
@@ -58,7 +59,7 @@ def average(grid: Grid, _study: Study, _out: Path, **_: Any) -> dict[str, Any]:
         }
         replies = dict(ask(grid, "train", content))
         updates = [
-            from_record(replies[node].content.array_records["update"])["a"]
+            unpack_arrays(replies[node].content.array_records["update"])["a"]
             for node in sorted(replies, key=lambda node: names[node])
         ]
         adapter = adapter + np.mean(updates, axis=0, dtype=np.float32)
@@ -153,7 +154,7 @@ def main(role: str, *rest: str) -> None:
             root, port, nodes, out, bundle = rest
             run_coordinator(Path(root), int(port), int(nodes), Path(out), Path(bundle))
         else:
-            join(Path(rest[0]), once="once" in rest, on_event=say, client_app=app, patience=1.0)
+            join_with(app, Path(rest[0]), once="once" in rest, on_event=say, patience=1.0)
     except FedtuneError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Context, Message, RecordDict
 
-from fedtune.flower.arrays import to_record
-from fedtune.launch.site import join
+from fedtune.flower.records import to_record
+from tests.site_here import join_with
 
 PART = 5 * 2**20  # Flower's largest
 SIZE = 8 * PART
@@ -91,6 +91,6 @@ if __name__ == "__main__":
     if role == "site":
         size = int(rest[0]) if rest else SIZE
         array = np.zeros(size, np.int8) if "zeros" in rest else update(size)
-        join(Path(first), client_app=app_of(array), patience=90.0)
+        join_with(app_of(array), Path(first), patience=90.0)
     else:
         asyncio.run(Proxy([int(word) for word in rest]).run(int(first)))

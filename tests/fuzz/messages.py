@@ -14,9 +14,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedtune.client.app import app
 from fedtune.config import Encoding
 from fedtune.flower import api
-from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.wire import seal
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import SCALES, VALUES, encode
 from fedtune.wire.keys import SigningKey
 from tests.server.fakes import EVENT, zeros

@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+import fedtune.client.answers
 import fedtune.client.app
 from fedtune.config import Encoding
 from fedtune.flower import api
-from fedtune.flower.arrays import WireError, from_record, to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.server.admission import Outcome, Roster, outcome, plan_message
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import UNREADABLE, Reply
 from fedtune.wire import seal
+from fedtune.wire.arrays import WireError, unpack_arrays
 from fedtune.wire.codec import GROWTH, decode, encode
 from fedtune.wire.keys import SigningKey
 from tests.fuzz.messages import Forge
@@ -101,7 +103,7 @@ def fuzz(count: int, seed: int, encoding: Encoding) -> dict[str, float]:
             assert make != forge.honest or side.counted == before + 1
             for record in content.array_records.values() if content is not None else ():
                 with suppress(WireError):
-                    decode(from_record(record), SHAPES)
+                    decode(unpack_arrays(record), SHAPES)
         except Exception as error:
             raise AssertionError(f"seed {seed}, message {number} ({make.__name__})") from error
     seconds = time.monotonic() - started
@@ -143,7 +145,7 @@ def at_a_site(
 ) -> float:
     """Orders and plans, honest and not, to the ClientApp of a site."""
     site = CarefulSite("a")
-    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: site)
+    monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: site)
     forge, grid = Forge(WANTED, seed, encoding), InProcessGrid([Path("a")], fedtune.client.app.app)
     context = Context(1, 2, {"site": "a"}, RecordDict(), {})
     plan = plan_message(STUDY, {}, COORDINATOR)

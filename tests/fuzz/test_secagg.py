@@ -12,7 +12,6 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.config import noise_shares
 from fedtune.dp.shared_noise import own_sigma
-from fedtune.flower.arrays import bodies
 from fedtune.secagg import masks
 from fedtune.secagg.statement import Draw, Ready, StatementError, parse, parse_set, set_text
 from fedtune.server.admission import Tally
@@ -21,6 +20,7 @@ from fedtune.server.orders import Answer
 from fedtune.server.secure_round import SecureRound
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.wire import seal
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import VALUES
 from fedtune.wire.keys import SigningKey
 from tests.fuzz.messages import TEXTS, Forge

@@ -15,10 +15,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedtune.client.withdraw import Withdrawal
-from fedtune.flower.arrays import bodies
 from fedtune.secagg.masks import mask, public_of
 from fedtune.secagg.opened import MaskedSum
 from fedtune.secagg.statement import Ready, parse
+from fedtune.wire.arrays import bodies
 from tests import chance
 from tests.guarantee.property_plans import PEERS, SIZE
 

@@ -48,7 +48,7 @@ from fedtune.config.sheet import sheet_path
 from fedtune.data.records import unit_member
 from fedtune.dp.filter import total_epsilon
 from fedtune.errors import FedtuneError
-from fedtune.flower.arrays import to_record
+from fedtune.flower.records import to_record
 from fedtune.ledger import chain
 from fedtune.ledger.files import OUTBOX, LedgerError
 from fedtune.ledger.ledger import Ledger

@@ -29,9 +29,9 @@ import fedtune.client.site
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu, rate_upper
 from fedtune.dp import accountant, clip
 from fedtune.dp.plan import DpPlan
-from fedtune.flower.arrays import from_record
 from fedtune.registry import process_cache
 from fedtune.registry.arrays import CLASS_SUMS
+from fedtune.wire.arrays import unpack_arrays
 from fedtune.wire.codec import decode
 from tests import chance
 from tests.guarantee.property_coupling import Sum
@@ -288,7 +288,7 @@ def decoded(reply: Message, world: World, plan: Plan, private: DpPlan) -> np.nda
         }
     said = reply.content["site"]
     assert record in reply.content and said["reason"] == "", f"{said['status']} {said['reason']}"
-    arrays = decode(from_record(reply.content[record]), forms)
+    arrays = decode(unpack_arrays(reply.content[record]), forms)
     return factor * np.concatenate([arrays[name].ravel() for name in forms]).astype(np.float64)
 
 

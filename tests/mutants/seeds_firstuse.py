@@ -93,7 +93,7 @@ JOINING_MUTANTS = (
     ),
     _one(
         "joining", "another-plan-than-the-reviewed-one", "fedtune/client/reply_facts.py",
-        'reviewed not in (None, "", facts["plan_digest"])', 'reviewed not in (None, "", reviewed)',
+        'reviewed not in ("", facts["plan_digest"])', 'reviewed not in ("", reviewed)',
         "tests/client/test_reply_facts.py::"
         "test_a_plan_other_than_the_reviewed_one_is_shown_as_another",
         "a site trains what its people never read, and nobody is told",

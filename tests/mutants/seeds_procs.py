@@ -199,14 +199,15 @@ MUTANTS = (
         "the client ends, and asks people for --name and new answers",
     ),
     one(
-        "processes", "a-clock-an-hour-away-asks-for-enrolment", "fedtune/launch/site.py",
+        "processes", "a-clock-an-hour-away-asks-for-enrolment", "fedtune/courier/executor.py",
         "    if forwarder.clock or is_out:\n", "    if forwarder.clock:\n",
         "tests/flower/test_forwarder.py::test_a_refusal_names_clocks_that_disagree",
         "after a jump of a clock people make new answers, which help nobody",
     ),
     one(
         "processes", "a-child-outlives-its-parent", "fedtune/flower/processes.py",
-        "_end_with_parent()\n    if program in OWN_PROGRAMS:", "if program in OWN_PROGRAMS:",
+        "        end_with_parent()\n    if program in OWN_PROGRAMS:",
+        "        pass\n    if program in OWN_PROGRAMS:",
         "tests/flower/test_alone.py::test_a_child_ends_with_its_parent_whatever_ends_that",
         "after kill -9 of the server its SuperLink and gateway go on",
     ),

@@ -175,7 +175,7 @@ WEIGHT_MUTANTS = (
     ),
 )  # fmt: skip
 
-ARRAYS, T_FROZEN = "fedtune/flower/arrays.py", "tests/wire/test_frozen.py::"
+ARRAYS, T_FROZEN = "fedtune/wire/arrays.py", "tests/wire/test_frozen.py::"
 
 ARRAY_MUTANTS = (
     _one(

@@ -21,8 +21,8 @@ from tests.mutants.places import (
 
 WIRE_MUTANTS = (
     _one(
-        21, "the-reply-carries-a-loss", ANSWERS, 'answer |= {"header": "", "signature": ""}',
-        'answer |= {"header": "", "signature": "", "loss": "0.0"}',
+        21, "the-reply-carries-a-loss", ANSWERS, 'fields |= {"header": "", "signature": ""}',
+        'fields |= {"header": "", "signature": "", "loss": "0.0"}',
         "tests/server/test_apps.py::"
         "test_train_gives_update_status_and_step_log_and_nothing_else",
         "one more field",

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message
 
+import fedtune.client.answers
 import fedtune.client.app
 from fedtune.client import policy, secure_round
 from fedtune.client.prepared import Update
@@ -32,8 +33,8 @@ from fedtune.config import Study, load_site
 from fedtune.dp.shared_noise import grid_of
 from fedtune.errors import FedtuneError
 from fedtune.flower import polling
-from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.secagg.draw import Draws, Waiting
 from fedtune.secagg.opened import MaskedSum
@@ -353,7 +354,7 @@ class World:
 
         clock = SimpleNamespace(monotonic=lambda: self.clock, sleep=slept, time=time.time)
         for where, name, what in (
-            (fedtune.client.app, "worker", self.sites.__getitem__),
+            (fedtune.client.answers, "worker", self.sites.__getitem__),
             (secure_round, "local_sum", self.local_sum),
             (Draws, "keep", kept),
             (Draws, "destroy", destroyed),

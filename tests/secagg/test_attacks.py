@@ -260,7 +260,7 @@ def test_too_few_pinned_sites_are_refused_before_anything_is_charged(world: Worl
 def test_no_update_of_one_site_is_sent_in_such_a_study(world: World) -> None:
     from flwr.app import ConfigRecord
 
-    from fedtune.flower.arrays import to_record
+    from fedtune.flower.records import to_record
     from fedtune.wire import seal
     from fedtune.wire.codec import encode
 

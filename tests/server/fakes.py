@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedtune.client.answers
 import fedtune.client.app
 from fedtune.client.prepared import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
@@ -260,7 +261,7 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tria
 
     def make(*sites: FakeSite, folder: str = "trial") -> Trial:
         by_name = {site.name: site for site in sites}
-        monkeypatch.setattr(fedtune.client.app, "worker", lambda path: by_name[path])
+        monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: by_name[path])
         home = tmp_path / folder
         home.mkdir()
         return Trial(home, list(sites))

@@ -21,6 +21,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from safetensors.numpy import load, save
 
+import fedtune.client.answers
 import fedtune.client.app
 from fedtune.client.prepared import Update
 from fedtune.config import Study
@@ -321,7 +322,7 @@ class World:
             return 1.7e9 + self.clock
 
         find: Callable[[str], UnitSite] = self.sites.__getitem__
-        stack.enter_context(patch.object(fedtune.client.app, "worker", find))
+        stack.enter_context(patch.object(fedtune.client.answers, "worker", find))
         stack.enter_context(patch.object(os, "replace", replace))
         stack.enter_context(patch.object(grid_module, "time", SimpleNamespace(time=now)))
         return stack

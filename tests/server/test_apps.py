@@ -13,20 +13,23 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+import fedtune.client.answers
 import fedtune.client.app
-from fedtune.client.answers import FAILED
+from fedtune.client.app import place_of
 from fedtune.client.prepared import Unprepared
 from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
-from fedtune.flower.arrays import bodies, to_record
 from fedtune.flower.enrol import Member
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.server import app as server_app
 from fedtune.server.admission import Roster, outcome, plan_message
 from fedtune.server.exchange import Reply
 from fedtune.wire import seal
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import version_fields
+from fedtune.wire.requests import FAILED
 from tests.server.fakes import FakeSite, make_parts, make_study, zeros
 
 STUDY = make_study()
@@ -120,18 +123,18 @@ def context(node: dict[str, Any], run: dict[str, Any]) -> Context:
 
 
 def test_flowers_own_simulation_finds_the_site_by_partition(tmp_path, monkeypatch):
-    monkeypatch.setattr(fedtune.client.app, "worker", lambda path: SimpleNamespace(path=path))
+    monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: SimpleNamespace(path=path))
     for name in ("b", "a"):
         (tmp_path / f"{name}.toml").write_text("[site]\n")
     (tmp_path / "study.toml").write_text("[study]\n")
     run = {"sites": str(tmp_path)}
-    second = fedtune.client.app.site_of(context({"partition-id": 1}, run))
+    second = place_of(context({"partition-id": 1}, run)).worker()
     assert second.path == str(tmp_path / "b.toml") and not second.simulated  # nobody here runs it
-    assert fedtune.client.app.site_of(context({"site": "x.toml"}, run)).path == "x.toml"
+    assert place_of(context({"site": "x.toml"}, run)).worker().path == "x.toml"
     with pytest.raises(ConfigError):
-        fedtune.client.app.site_of(context({"partition-id": 2}, run))
+        place_of(context({"partition-id": 2}, run))
     with pytest.raises(ConfigError):
-        fedtune.client.app.site_of(context({}, {}))
+        place_of(context({}, {}))
 
 
 # ------------------------------------------------------------------------------------ ServerApp

@@ -15,11 +15,12 @@ from fedtune.dp.calibration import resolve
 from fedtune.dp.clip import Chunk
 from fedtune.dp.plan import plan_for_site
 from fedtune.dp.steplog import StepLog
-from fedtune.flower.arrays import bodies, to_record
+from fedtune.flower.records import to_record
 from fedtune.server.admission import Outcome, outcome
 from fedtune.server.bound import ROWS, norm_bound, terms
 from fedtune.server.exchange import Reply
 from fedtune.wire import seal
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from tests.server.fakes import make_study

@@ -20,8 +20,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 
 from fedtune.errors import InfrastructureError
 from fedtune.flower import api, replies
-from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.server.exchange import _collect, ask, clean
 
 

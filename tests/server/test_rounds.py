@@ -138,10 +138,11 @@ def test_two_nodes_cannot_share_a_name(trial):
     sites = run.sites
     sites.append(FakeSite("c"))
     sites[2].prepare = sites[0].prepare  # says that it is called a
+    import fedtune.client.answers
     import fedtune.client.app
 
     by_path = {s.name: s for s in sites}
-    fedtune.client.app.worker = lambda path: by_path[path]
+    fedtune.client.answers.worker = lambda path: by_path[path]
     run.run()
     assert metrics(run)[0]["missing"] == {"c": "refused: a is another node's name"}
 

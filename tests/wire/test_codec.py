@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedtune.config import Encoding
-from fedtune.flower.arrays import from_record, to_record
+from fedtune.flower.records import to_record
 from fedtune.wire import codec
+from fedtune.wire.arrays import unpack_arrays
 from fedtune.wire.codec import BLOCK, GROWTH, SCALES, VALUES, WireError, decode, encode, layout
 
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
@@ -59,7 +60,7 @@ def largest_of(exact: np.ndarray) -> np.ndarray:
 
 def within(x: np.ndarray, encoding: Encoding) -> bool:
     """Whether `x` comes back as the table says, over Flower's own record."""
-    back = decode(from_record(to_record(encode({"x": x}, encoding))), {"x": x.shape})["x"]
+    back = decode(unpack_arrays(to_record(encode({"x": x}, encoding))), {"x": x.shape})["x"]
     assert back.dtype == np.float32 and back.shape == x.shape and np.isfinite(back).all()
     error = back.astype(np.float64) - x.astype(np.float64)
     length = math.hypot(*x.astype(np.float64).ravel())

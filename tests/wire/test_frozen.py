@@ -11,8 +11,9 @@ import pytest
 from flwr.app import Array, ArrayRecord
 
 from fedtune.config import LoraTable, PreconditionerTable
-from fedtune.flower import arrays as module
-from fedtune.flower.arrays import WireError, read_agreed, read_frozen, to_record
+from fedtune.flower.records import to_record
+from fedtune.wire import arrays as module
+from fedtune.wire.arrays import WireError, read_agreed, read_frozen
 from fedtune.wire.codec import encode, layout
 from tests.server.fakes import SHAPES, zeros
 

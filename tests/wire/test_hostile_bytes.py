@@ -13,8 +13,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedtune.flower import api
-from fedtune.flower.arrays import WireError, from_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.wire.arrays import WireError, unpack_arrays
 from fedtune.wire.codec import VALUES
 from tests.server.fakes import SHAPES, FakeSite, grid_of, make_parts, make_study, zeros
 from tests.wire.hostile_kit import (
@@ -116,7 +116,7 @@ def test_a_site_reads_what_it_is_sent_as_strictly():
             altered[generator.randrange(len(altered) - 6)] = generator.randrange(256)
         record = ArrayRecord({"a": Array(wire.encoding, (3, 2), "numpy.ndarray", bytes(altered))})
         try:
-            (array,) = from_record(record).values()
+            (array,) = unpack_arrays(record).values()
             assert array.size == 6 and array.dtype.name == wire.encoding
         except WireError:
             pass

@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
+import fedtune.client.answers
 import fedtune.client.app
 import fedtune.server.admission
-from fedtune.client.answers import FAILED
 from fedtune.errors import Refused
-from fedtune.flower.arrays import to_record
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.records import to_record
 from fedtune.registry import process_cache
 from fedtune.server.admission import plan_message
 from fedtune.training.start import start
 from fedtune.wire import protocol
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import PROTOCOL, OtherProtocol, check_peer, version_fields
+from fedtune.wire.requests import FAILED
 from tests.dp.conftest import study
 from tests.server.fakes import FakeSite, make_study, trial
 
@@ -93,7 +94,7 @@ def test_without_the_check_the_site_looks_for_its_records(
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL, release="9.9")
     assert (answer["status"], answer["reason"]) == ("failed", FAILED)
     process_cache.clear("workers")
-    monkeypatch.setattr(fedtune.client.app, "check_peer", lambda *_: None)
+    monkeypatch.setattr(fedtune.client.answers, "check_peer", lambda *_: None)
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL + 1, release="9.9")
     assert answer["status"] != "refused" and not untouched(tmp_path)
 
@@ -101,7 +102,7 @@ def test_without_the_check_the_site_looks_for_its_records(
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site of the next protocol, which would take this one's plans."""
     said = {"protocol": PROTOCOL + 1, "release": "9.9"}
-    monkeypatch.setattr(fedtune.client.app, "version_fields", lambda: said)
+    monkeypatch.setattr(fedtune.client.answers, "version_fields", lambda: said)
 
 
 def test_a_coordinator_sends_no_order_to_a_site_of_another_protocol(

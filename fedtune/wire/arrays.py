@@ -1,15 +1,19 @@
-"""Convert arrays to and from Flower records: no pickle, no more memory than was sent."""
+"""Arrays as they travel: NumPy .npy bodies, each with the type and shape that it declares.
+
+No pickle, and no more memory than was sent. Nothing here knows Flower: its own record of arrays is
+such a table of `Packed` (flower/records.py)."""
 
 from __future__ import annotations
 
+import io
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord
 
 from fedtune.config import LoraTable
 from fedtune.registry.arrays import CLASS_BASIS, CLASS_MEAN, MOST_DIRECTIONS
@@ -28,15 +32,17 @@ from fedtune.wire.codec import (
 __all__ = [
     "Arrays",
     "Encoded",
+    "Packed",
     "WireError",
     "bodies",
     "check_agreed",
-    "from_record",
+    "pack_arrays",
     "read_agreed",
     "read_frozen",
-    "to_record",
+    "unpack_arrays",
 ]
 
+NPY = "numpy.ndarray"  # Flower's name of the form of an array's bytes
 MATRICES, LONGEST_NAME, WIDEST = 10_000, 512, 1 << 20  # of a frozen factor
 _MAGIC = b"\x93NUMPY\x01\x00"
 _START = len(_MAGIC) + 2  # then the header's length, little-endian
@@ -52,22 +58,51 @@ _HEADER = re.compile(
 )
 
 
-def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
-    """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16, int8
-    nor words becomes fp32."""
-    return ArrayRecord({n: Array(_wire_array(a)) for n, a in sorted(arrays.items())})
+class Travelling(Protocol):
+    """An array on its way, not parsed: Flower's `Array` is one, and so is `Packed`."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def stype(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
 
 
-def _wire_array(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return np.array(array, dtype=_TYPES.get(array.dtype.name, "<f4"), order="C")
+@dataclass(frozen=True, repr=False)
+class Packed:
+    """An array on its way. dtype: NumPy's name of its type; stype: how `data` is written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    stype: str = NPY
 
 
-def bodies(record: ArrayRecord) -> dict[str, bytes]:
+Record = Mapping[str, Travelling]
+
+
+def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Packed]:
+    """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16, int8 nor
+    words becomes fp32."""
+    return {name: _packed(array) for name, array in sorted(arrays.items())}
+
+
+def _packed(array: npt.NDArray[Any]) -> Packed:
+    plain = np.array(array, dtype=_TYPES.get(array.dtype.name, "<f4"), order="C")
+    written = io.BytesIO()
+    np.lib.format.write_array(written, plain, version=(1, 0), allow_pickle=False)
+    return Packed(str(plain.dtype), plain.shape, written.getvalue())
+
+
+def bodies(record: Record) -> dict[str, bytes]:
     """Return the bytes of each array as they travel, not parsed: what a seal covers."""
     return {name: array.data for name, array in record.items()}
 
 
-def check_agreed(record: ArrayRecord, agreed: Mapping[str, Form]) -> None:
+def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
     """Compare the names, types and shapes that a record declares with the agreed ones, before any
     body is read.
 
@@ -80,24 +115,24 @@ def check_agreed(record: ArrayRecord, agreed: Mapping[str, Form]) -> None:
     for name, array in record.items():
         if tuple(array.shape) != agreed[name].shape:
             raise WireError(f"array {name!r} has another shape than agreed")
-        if array.dtype != agreed[name].dtype or array.stype != "numpy.ndarray":
+        if array.dtype != agreed[name].dtype or array.stype != NPY:
             raise WireError(f"array {name!r} is not plain {agreed[name].dtype}")
         extra = len(array.data) - agreed[name].nbytes
         if not _START < extra <= _START + _LONGEST_HEADER:
             raise WireError(f"array {name!r} has not the bytes of its shape")
 
 
-def read_agreed(record: ArrayRecord, agreed: Shapes) -> Arrays:
+def read_agreed(record: Record, agreed: Shapes) -> Arrays:
     """Decode tensors of the `agreed` shapes, in whichever encoding they travel; nothing is read
     before check_agreed has passed. Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
         raise WireError("numbers in no known encoding")
     check_agreed(record, layout(agreed, encoding))
-    return decode(from_record(record), agreed)
+    return decode(unpack_arrays(record), agreed)
 
 
-def read_frozen(record: ArrayRecord, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
+def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
     """Decode the frozen arrays of a plan, fp32, checked before any is read: LoRA's A, of `rank`
     rows, where it comes from public text, and the preconditioner's W; or basis and mean of class
     statistics, where the plan names their digest. Errors: WireError."""
@@ -105,7 +140,7 @@ def read_frozen(record: ArrayRecord, lora: LoraTable | None, has_basis: bool = F
     if has_basis and lora is None:
         _check_basis(shapes)
         check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
-        return from_record(record)
+        return unpack_arrays(record)
     if shapes and (lora is None or (lora.a_init == "seed" and not lora.preconditioner)):
         raise WireError("arrays that the plan has no use for")
     if len(shapes) > MATRICES or any(len(name) > LONGEST_NAME for name in shapes):
@@ -114,7 +149,7 @@ def read_frozen(record: ArrayRecord, lora: LoraTable | None, has_basis: bool = F
         if lora is None or len(shape) != 2 or not _fits(name, *shape, lora):
             raise WireError("a matrix of another shape than the plan gives it")
     check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
-    return from_record(record)
+    return unpack_arrays(record)
 
 
 def _check_basis(shapes: Shapes) -> None:
@@ -133,7 +168,7 @@ def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
     return table is not None and 0 < columns == min(table.rank, rows - 1) and rows <= WIDEST
 
 
-def from_record(record: ArrayRecord) -> Encoded:
+def unpack_arrays(record: Record) -> Encoded:
     """Decode the arrays of a record.
 
     Guarantee: a body is decoded only if its own header says the record's type, C order and exactly

@@ -1,0 +1,153 @@
+"""The process of a site that holds its records; `fedtune client` starts it.
+
+It has no network: it answers the courier over the socket that it inherits, and opens no other
+(policy.isolation and `isolation.no_network` say how, and where a database over TCP keeps it on the
+network). It reads records, keeps the ledger and the keys, and draws its own progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune import isolation
+from fedtune.config import Site, load_site
+from fedtune.config.database import is_over_tcp
+from fedtune.errors import InfrastructureError, describe
+from fedtune.flower.processes import (
+    STOP_SECONDS,
+    Stopped,
+    alone,
+    end_with_parent,
+    interruptible,
+)
+from fedtune.progress import listening
+from fedtune.wire.events import Teller, ToTeller
+from fedtune.wire.requests import FAILED, Answer, Request, RequestError, receive_request, send
+
+if TYPE_CHECKING:
+    from fedtune.client.answers import Place
+
+log = logging.getLogger("fedtune.client")
+HOME = "ranks"  # in the state folder: the lock of the vault, and what its team leaves
+LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after its client
+
+
+def families(site: Site, processes: int) -> list[int]:
+    """List the families of sockets that a site's vault opens: none, but for a database, or for the
+    processes that share its steps."""
+    tables = [site.data, *([site.evaluation] if site.evaluation else [])]
+    urls = [url for table in tables if (url := getattr(table, "url", None))]
+    if any(map(is_over_tcp, urls)):
+        return [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX]
+    teams = processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return [socket.AF_UNIX] if teams or urls else []
+
+
+def confine(site: Site, processes: int) -> isolation.Confinement:
+    """Cut this process off the network, and try that it is."""
+    return isolation.no_network(families(site, processes)) & _tried()
+
+
+def _tried() -> isolation.Confinement:
+    """Try to reach a network; what works is missing from the confinement."""
+    reached = []
+    for family, where in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)
+            reached.append(f"the vault can reach {where[0]}")
+    return isolation.Confinement(missing=tuple(reached))
+
+
+def main(options: list[str]) -> None:
+    """Answer requests until the courier has ended, or a signal comes.
+
+    options: SITE REQUESTS EVENTS PROCESSES PLACE, the last as JSON."""
+    path, requests, events, processes, given = options
+    site = load_site(Path(path))
+    means = confine(site, int(processes))
+    end_with_parent()
+    tell = Teller(Connection(int(events)))
+    logging.getLogger().addHandler(ToTeller(tell))
+    tell("isolation", means.facts())
+    if means.missing and site.policy.isolation == "required":
+        return  # who started it says why
+    from fedtune.bases.find import fetching_elsewhere
+
+    with (
+        suppress(Stopped),
+        interruptible(),
+        _alone(site.site.state),
+        listening(tell.step),
+        fetching_elsewhere(tell.fetch),
+    ):
+        serve(Path(path), Connection(int(requests)), tell, int(processes), json.loads(given))
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Hold the lock of a site's vault. One whose client was killed may live on for a moment: it is
+    waited for. Errors: InfrastructureError where it goes on."""
+    deadline = time.monotonic() + LAST_MOMENTS
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(alone(state / HOME, "the vault of a client that has ended"))
+                break
+            except InfrastructureError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        yield
+
+
+def serve(
+    path: Path, courier: Connection, tell: Teller, processes: int, given: dict[str, object]
+) -> None:
+    """Answer the courier's requests until it has ended, or sends what is no request at all."""
+    from fedtune.client.answers import Place
+    from fedtune.client.rank_process import team
+
+    place = Place(site=str(path), **given)  # type: ignore[arg-type]
+    with team(path, processes), suppress(EOFError, OSError):
+        while True:
+            try:
+                request = receive_request(courier)
+            except RequestError as error:
+                log.warning("%s", error)
+                reply = failed()
+            else:
+                reply = answered(place, request, tell)
+            send(courier, reply)
+
+
+def answered(place: Place, request: Request, tell: Teller) -> Answer:
+    """Answer a request, and tell the person at the site what became of it."""
+    from fedtune.client.answers import answer
+    from fedtune.client.reply_facts import answer_facts
+
+    try:
+        reply = answer(place, request)
+    except Exception as error:
+        name = type(error).__name__
+        tell("failed", {"kind": request.kind, "error": name, "text": f"{request.kind}: {name}"})
+        return failed()
+    try:
+        facts = answer_facts(place, request, reply)
+    except Exception as error:  # its description fails; the answer does not
+        log.warning("this answer cannot be described: %s", describe(error))
+        facts = {}
+    tell("answered", facts)
+    return reply
+
+
+def failed() -> Answer:
+    """Say that there was a failure, and nothing of it."""
+    return Answer("", {"status": "failed", "reason": FAILED})

@@ -1,0 +1,55 @@
+"""The ClientApp: hands a coordinator's messages on as requests, and sends the answers back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedtune.flower import api
+from fedtune.flower.records import as_record
+from fedtune.wire.requests import FAILED, Answer, Kind, Request
+
+Ask = Callable[[Context, Request], Answer]
+# By the type of Flower's message: the kind of request, and the name of the arrays that it brings.
+ASKED: Mapping[str, tuple[Kind, str]] = {
+    "query.prepare": ("prepare", "frozen"),
+    "train": ("train", "adapter"),
+    "train.ready": ("ready", "adapter"),
+    "train.masked": ("masked", ""),
+    "query.evaluate": ("evaluate", "adapter"),
+}
+
+
+def client_app(ask: Ask) -> ClientApp:
+    """Make the app that answers each message with what `ask` returns."""
+    app = ClientApp()
+
+    def pass_on(message: Message, context: Context) -> Message:
+        return as_message(ask(context, as_request(message)), message)
+
+    app.query("prepare")(pass_on)
+    app.train()(pass_on)
+    app.train("ready")(pass_on)
+    app.train("masked")(pass_on)
+    app.query("evaluate")(pass_on)
+    return app
+
+
+def as_request(message: Message) -> Request:
+    """Read a message of one of the types in `ASKED` as a request; its arrays are not parsed."""
+    kind, arrays = ASKED[message.metadata.message_type]
+    brought = message.content.array_records.get(arrays, ArrayRecord())
+    return Request(kind, message.content.config_records, brought)
+
+
+def as_message(answer: Answer, message: Message) -> Message:
+    """Put an answer into the reply to a message; one that only failed is an error of Flower's."""
+    if not answer.table:
+        return api.error_reply(message, FAILED)
+    content = RecordDict()
+    if answer.arrays_name:
+        content[answer.arrays_name] = as_record(answer.arrays)
+    content[answer.table] = ConfigRecord(dict(answer.fields))
+    return Message(content, reply_to=message)

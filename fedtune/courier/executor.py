@@ -1,0 +1,185 @@
+"""Answer one SuperNode's tasks after another, for as long as the coordinator may come back.
+
+    gateway <── forwarder <── SuperNode ── loopback, secret ──> Executor: this process
+
+It stands where Flower would start a process per message that unpacks the coordinator's app bundle
+and runs it. Guarantee: only the app that it was given runs; a bundle is never opened. Other tasks
+and other kinds of message get a refusal."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtune.courier.app import ASKED
+from fedtune.errors import InfrastructureError
+from fedtune.files.writing import replace
+from fedtune.flower import api
+from fedtune.flower.forwarder import Forwarder, Link
+from fedtune.flower.packing import pack, size, unpack
+from fedtune.flower.polling import Poll
+from fedtune.flower.processes import Child, free_port
+from fedtune.progress import OnEvent
+from fedtune.wire.requests import FAILED
+
+App = Callable[[Message, Context], Message]
+REFUSAL = f"this site answers {', '.join(ASKED)}, no more"
+POLL_SECONDS = (0.05, 0.5)  # between two polls for a task, on loopback
+GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
+LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
+BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
+
+
+class Executor:
+    """Answers the tasks of one SuperNode after another."""
+
+    def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
+        self._app, self.notify, self._once = app, notify, once
+        self.joined = False  # whether the coordinator accepted the last SuperNode
+        self._worked = False
+
+    def run_supernodes(self, state: Path, forwarder: Forwarder, patience: float) -> None:
+        """Run one SuperNode after another until `once` is fulfilled. Errors: InfrastructureError
+        when the coordinator goes on refusing this site for `patience` seconds."""
+        failures: list[float] = []  # when, since the last success or long wait
+        while True:
+            began = time.monotonic()
+            problem = self.run_supernode(state, forwarder)
+            if problem is None:
+                return
+            ended = time.monotonic()
+            if self.joined or ended - began > LONG_SECONDS:
+                failures = []
+            failures.append(ended)
+            if not self.joined and ended - failures[0] > patience:
+                raise problem
+            wait = BACKOFF_SECONDS[min(len(failures), len(BACKOFF_SECONDS)) - 1]
+            self.notify("reconnecting", {"seconds": wait, "text": "connecting again"})
+            time.sleep(wait)
+
+    def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
+        """Run one SuperNode until it ends and return the reason; None: `once` is fulfilled."""
+        self.joined, problem = False, None
+        if forwarder.refusal:
+            return _refusal(forwarder)  # asked again by the forwarder, until that changes
+        secret, port = secrets.token_bytes(32), free_port()
+        secret_file = replace(state / "executor.secret", secret, private=True)
+        # fmt: off
+        options = [
+            "--superlink", f"127.0.0.1:{forwarder.port}",
+            "--root-certificates", str(forwarder.certificate),
+            "--auth-supernode-private-key", str(forwarder.link.keys / "node.key"),
+            "--host", "127.0.0.1", "--port", str(port),
+            "--isolation", "process", "--superexec-auth-secret-file", str(secret_file),
+        ]
+        # fmt: on
+        with Child("supernode", options, home=state, log=state / "supernode.log") as node:
+            runtime = api.Runtime(f"127.0.0.1:{port}", secret)
+            try:
+                node.wait_for_port("127.0.0.1", port)
+                if self._work(node, runtime, f"127.0.0.1:{port}", forwarder):
+                    return None
+            except InfrastructureError as error:
+                problem = error
+            except Exception as error:  # the SuperNode ended, or its wait failed: start another
+                if node.alive:
+                    self._failed("connection", error)
+            finally:
+                runtime.close()
+                node.stop()
+            if forwarder.distrust:
+                raise _distrust(forwarder.link)
+            if forwarder.refusal or node.has_logged(api.SUPERNODE_REFUSED):
+                return _refusal(forwarder)
+            return problem or node.ended()
+
+    def _work(self, node: Child, runtime: api.Runtime, address: str, forwarder: Forwarder) -> bool:
+        """Answer tasks until the SuperNode ends or the gateway refuses this site (False), or `once`
+        is fulfilled (True)."""
+        coordinator, waiting = forwarder.link.address, False
+        poll = Poll(*POLL_SECONDS)
+        while node.alive and not (forwarder.refusal or forwarder.distrust):
+            if not self.joined and node.has_logged(api.SUPERNODE_JOINED):
+                self.joined = True
+                text = f"connected to {coordinator}; waiting for a study; Ctrl-C ends"
+                self.notify("joined", {"address": coordinator, "text": text})
+            if claim := runtime.acquire([api.CLIENT_APP, api.AGENT_APP]):
+                self._answer(node, address, claim)
+                poll.again()
+            elif self._once and self._worked:
+                if forwarder.away > GONE_SECONDS:
+                    return True
+            elif waiting != (forwarder.away > GONE_SECONDS):
+                waiting = not waiting
+                if waiting:
+                    text = f"the coordinator at {coordinator} is not there; waiting for it; "
+                    facts = {"address": coordinator, "gone": True, "text": text + "Ctrl-C ends"}
+                    self.notify("waiting", facts)
+                elif self.joined:
+                    self.notify("connected", {"text": "connected again; waiting for work"})
+            poll.pause()
+        return False
+
+    def _answer(self, node: Child, address: str, claim: api.Claim) -> None:
+        with api.ClientTask(address, claim, give_up=lambda: not node.alive) as task:
+            message, context = task.pull()
+            task.push(pack(self.reply(claim.kind, message, context)))
+        self._worked = True
+
+    def reply(self, task_kind: str, message: Message, context: Context) -> Message:
+        """Return the app's reply, or a refusal; of an exception that there was one. Of `context`,
+        which is the coordinator's, nothing counts here."""
+        kind = message.metadata.message_type
+        if task_kind != api.CLIENT_APP or kind not in ASKED:
+            self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
+            return api.error_reply(message, REFUSAL)
+        context.run_config, context.node_config = {}, {}
+        try:
+            received = unpack(message)
+            reply = self._app(received, context)
+        except Exception as error:
+            self._failed(kind, error)
+            return api.error_reply(message, FAILED)
+        if not reply.has_error():
+            moved = {"bytes_down": size(received.content), "bytes_up": size(reply.content)}
+            self.notify("answered", {"kind": kind, "text": f"{kind}: answered", **moved})
+        return reply
+
+    def _failed(self, kind: str, error: Exception) -> None:
+        name = type(error).__name__
+        self.notify("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
+
+
+def _refusal(forwarder: Forwarder) -> InfrastructureError:
+    why, ahead = forwarder.refusal, forwarder.ahead
+    early, late = api.CLOCK_WINDOW
+    is_out = not -late < ahead < -early  # Flower refuses what a node signs at such a time
+    if is_out and not why:
+        direction = "ahead of" if ahead > 0 else "behind"
+        why = f"this site's clock is {abs(ahead):.0f} s {direction} its own"
+    why = f" ({why})" if why else ""
+    if forwarder.clock or is_out:
+        return InfrastructureError(
+            f"no connection to the coordinator at {forwarder.link.address}{why}",
+            "clocks that agree, here and there",
+            "set the clocks of both ends (NTP); `fedtune doctor` compares them",
+        )
+    return InfrastructureError(
+        f"the coordinator at {forwarder.link.address} refuses this site{why}",
+        "an admitted site whose keys no other process uses",
+        "`fedtune enroll` again, and have the request admitted",
+    )
+
+
+def _distrust(link: Link) -> InfrastructureError:
+    return InfrastructureError(
+        f"the certificate of {link.address} does not verify",
+        "one for this address by the CA in the coordinator's answer",
+        "ask the coordinator to start with --name and this address, or for a new answer; a proxy "
+        "that opens TLS must let this address through",
+    )

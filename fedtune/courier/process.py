@@ -1,0 +1,136 @@
+"""The process of a site that speaks to the network; `fedtune client` starts it.
+
+It is confined before it imports Flower: it reads code, the site file and the keys of its network,
+writes what Flower leaves and a renewed certificate, and opens no other file. It asks the vault over
+the socket that it inherits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fedtune import boot, isolation
+from fedtune.config import Site, load_site
+from fedtune.errors import FedtuneError
+from fedtune.flower.membership import keys_folder
+from fedtune.flower.processes import Stopped, bypass_proxy, end_with_parent, interruptible
+from fedtune.wire.events import Teller, ToTeller
+
+if TYPE_CHECKING:
+    from flwr.app import Context
+
+    from fedtune.wire.requests import Answer, Request
+
+FOLDER = "flower"  # in the state folder: what Flower's processes write
+# Where Linux keeps programs, their libraries, certificates and the resolver's settings.
+SYSTEM = (
+    *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/nix/store", "/gnu/store"),
+    *("/run/systemd/resolve", "/var/lib/ca-certificates"),
+)
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+
+def readable(site: Site) -> list[Path]:
+    """List what a site's courier may read: programs, fedtune, its settings, its network's keys."""
+    code = [Path(sys.prefix), Path(sys.base_prefix)]
+    code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
+    code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]
+    named = [site.file] if site.file else []
+    if table := site.coordinator:
+        named += [path for path in (table.answer, table.proxy_ca) if path]
+    return [*map(Path, SYSTEM), *code, *named, keys_folder(site)]
+
+
+def writable(site: Site) -> list[Path]:
+    """List what a site's courier may write."""
+    from fedtune.flower.forwarder import RENEWED
+
+    return [site.site.state / FOLDER, keys_folder(site) / RENEWED, *map(Path, DEVICES)]
+
+
+def private(site: Site) -> Iterator[Path]:
+    """List what a site's courier must not read: its records, and its state folder."""
+    yield site.site.state
+    if site.data.path is not None:
+        yield site.data.path
+
+
+def open_to_courier(site: Site) -> list[Path]:
+    """Return what of the site's private files lies below a folder that its courier must read."""
+    shared = [path.resolve() for path in readable(site) if path != keys_folder(site)]
+    own = [path.resolve() for path in private(site)]
+    return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
+
+
+def confine(site: Site) -> isolation.Confinement:
+    """Confine this process to what a site's courier may read and write."""
+    # Python looks for a package in a folder's names: here beside whatever else lies there.
+    found = isolation.only_files(readable(site), writable(site), [Path(boot.PACKAGES)])
+    shown = [f"{path} lies where the courier reads its code" for path in open_to_courier(site)]
+    return found & isolation.Confinement(missing=tuple(shown)) & _tried(site)
+
+
+def _tried(site: Site) -> isolation.Confinement:
+    """Try to read the site's private files; what can be read is missing from the confinement."""
+    reached = []
+    for path in private(site):
+        with suppress(OSError):
+            if path.is_dir():
+                os.listdir(path)
+            else:
+                os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            reached.append(f"the courier can read {path}")
+    return isolation.Confinement(missing=tuple(reached))
+
+
+def main(options: list[str]) -> NoReturn:
+    """Run a site's courier until a signal comes, or `once` is fulfilled.
+
+    options: SITE REQUESTS EVENTS ONCE PATIENCE."""
+    path, requests, events, once, patience = options
+    site = load_site(Path(path))
+    os.environ["TMPDIR"] = str(site.site.state / FOLDER)
+    means = confine(site)
+    end_with_parent()
+    tell = Teller(Connection(int(events)))
+    logging.getLogger().addHandler(ToTeller(tell))
+    tell("isolation", means.facts())
+    if means.missing and site.policy.isolation == "required":
+        sys.exit(0)  # who started it says why
+    bypass_proxy()
+    code = 0
+    try:
+        with interruptible():
+            _run(site, Path(path), Connection(int(requests)), tell, once == "once", float(patience))
+    except Stopped as stop:
+        tell("stopped", {"reason": f"stopped by {stop.name}", "text": f"stopped by {stop.name}"})
+    except FedtuneError as error:
+        tell.error(error)
+        code = error.exit_code
+    else:
+        tell("ended", {"text": "the coordinator has finished"})
+    sys.exit(code)
+
+
+def _run(
+    site: Site, path: Path, vault: Connection, tell: Teller, once: bool, patience: float
+) -> None:
+    from fedtune.courier.app import client_app
+    from fedtune.courier.executor import Executor
+    from fedtune.flower.forwarder import Forwarder, link
+
+    def ask(_: Context, request: Request) -> Answer:
+        from fedtune.wire.requests import receive_answer, send
+
+        send(vault, request)
+        return receive_answer(vault)
+
+    state = site.site.state / FOLDER
+    with Forwarder(link(site, path), state) as forwarder:
+        Executor(client_app(ask), tell, once).run_supernodes(state, forwarder, patience)

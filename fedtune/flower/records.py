@@ -1,0 +1,26 @@
+"""Arrays as records of Flower's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord
+
+from fedtune.wire.arrays import Record, pack_arrays
+
+
+def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
+    """Encode arrays by name for a message, as `wire.arrays.pack_arrays` does."""
+    return as_record(pack_arrays(arrays))
+
+
+def as_record(packed: Record) -> ArrayRecord:
+    """Put packed arrays into a record, their bytes as they are."""
+    return ArrayRecord(
+        {
+            name: Array(dtype=one.dtype, shape=tuple(one.shape), stype=one.stype, data=one.data)
+            for name, one in packed.items()
+        }
+    )

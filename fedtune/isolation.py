@@ -1,0 +1,284 @@
+"""Confine this process by what Linux gives: no network, or no files but some.
+
+    vault     holds the records: a network of its own, and no socket but what it inherits
+    courier   speaks to the network: reads and writes the files that it is given, and no other
+
+Both are confined before they start a thread or import what is not fedtune's own; what they start
+inherits it. `Confinement` says what is in force; each half then *tries* what must not work.
+
+| no_network() | a network namespace, where one can be made; seccomp: no socket at all, or Unix    |
+|              | sockets alone (for the processes of a team, or a database's own socket)           |
+| only_files() | Landlock: files below these paths, no signals and no abstract sockets to others;  |
+|              | seccomp: no Unix sockets, by which a user bus or a container's daemon would read  |
+|              | what this process may not                                                         |
+| both         | no new privileges, no core dump, no ptrace, process_vm_readv or pidfd_getfd, no   |
+|              | io_uring, whose operations pass by a filter, no system call of another machine    |
+
+Source: Linux, Documentation/userspace-api/landlock.rst and seccomp_filter.rst."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune import boot
+from fedtune.errors import InfrastructureError
+
+# ------------------------------------------------------------------------------- Linux's numbers
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+SECCOMP_MODE_FILTER = 2
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # on every machine
+LANDLOCK_VERSION, LANDLOCK_PATH_BENEATH = 1, 1
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+READ = READ_FILE | READ_DIR
+FILES_BY_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+# No program is run from what may be written, and no device, socket or queue is made there.
+NOT_WRITTEN = EXECUTE | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11
+OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15  # and truncate, ioctl of a device
+SCOPES = 0b11  # abstract Unix sockets, signals: from version 6 on
+O_PATH = 0o10000000
+NETWORKS = (socket.AF_INET, socket.AF_INET6)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """audit: Linux's number of the machine's system calls; calls: their numbers by name."""
+
+    audit: int
+    calls: dict[str, int]
+
+
+# By name: the call's number on x86-64 and on 64-bit ARM, and why it is refused to both halves.
+NEVER = {
+    "ptrace": (101, 117),  # another process's memory, and its descriptors
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "io_uring_setup": (425, 425),  # its operations pass by this filter
+    "setns": (308, 268),  # back into the network that was left
+    "unshare": (272, 97),
+    "mount": (165, 40),  # other files under a path that is allowed
+    "bpf": (321, 280),  # code in the kernel
+    "perf_event_open": (298, 241),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+}
+MACHINES = {
+    machine: _Machine(audit, {name: numbers[which] for name, numbers in calls.items()})
+    for which, machine, audit in ((0, "x86_64", 0xC000003E), (1, "aarch64", 0xC00000B7))
+    for calls in ({**NEVER, "socket": (41, 198), "socketpair": (53, 199)},)
+}
+X32 = 0x40000000  # system calls of x86-64's other kind have this bit
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """What is in force in this process. means: "namespace", "seccomp", "landlock 7"; missing: what
+    this machine does not give, in words."""
+
+    means: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+    def facts(self) -> dict[str, list[str]]:
+        """Return it as an event's facts."""
+        return {"means": list(self.means), "missing": list(self.missing)}
+
+    def __and__(self, other: Confinement) -> Confinement:
+        return Confinement(self.means + other.means, self.missing + other.missing)
+
+
+def no_network(sockets: Iterable[int] = ()) -> Confinement:
+    """Cut this process off every network. sockets: families of which it may still open sockets;
+    with AF_INET among them (a database over TCP) it stays on the network, and this says so.
+
+    Errors: InfrastructureError where threads run already, which would stay as they are."""
+    families = sorted({int(family) for family in sockets})
+    _check_alone()
+    if socket.AF_INET in families:
+        _close_itself()
+        return Confinement(missing=("a database over TCP keeps it on the network",))
+    spaces = _own_network()
+    _close_itself()
+    return spaces & _filtered(families)
+
+
+def available() -> tuple[Confinement, Confinement]:
+    """Try what this machine gives a vault and a courier, each in a process of its own."""
+    found = []
+    for half in ("vault", "courier"):
+        command = boot.command("fedtune.isolation", half)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=boot.environment(), check=False
+        )
+        try:
+            told = json.loads(done.stdout)
+        except ValueError:
+            told = {"means": [], "missing": ["nothing of it could be tried"]}
+        found.append(Confinement(tuple(told["means"]), tuple(told["missing"])))
+    return found[0], found[1]
+
+
+def only_files(
+    read: Iterable[Path], write: Iterable[Path], names: Iterable[Path] = ()
+) -> Confinement:
+    """Leave this process the files below these paths, and sockets of the network alone.
+
+    names: folders of which it may read the names of files, and no file.
+    Errors: InfrastructureError as of `no_network`."""
+    _check_alone()
+    _close_itself()
+    of_files = _landlocked(list(read), list(write), list(names))
+    return of_files & _filtered(NETWORKS)
+
+
+def landlock_version() -> int:
+    """Return the version of Landlock that this machine gives; 0 for none."""
+    version = int(_libc().syscall(LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION))
+    return max(version, 0)
+
+
+# ---------------------------------------------------------------------------------------- parts
+
+
+def _check_alone() -> None:
+    """Check that this process has one thread. Errors: InfrastructureError."""
+    with suppress(FileNotFoundError):  # no /proc: the calls themselves refuse what they can
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise InfrastructureError(
+                "this process has threads, which would not be confined", "one thread, at its start"
+            )
+
+
+def _close_itself() -> None:
+    """Keep other processes of this user out of this one's memory, and its memory out of files."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(PR_SET_DUMPABLE, 0)
+
+
+def _own_network() -> Confinement:
+    """Move into a network namespace without a device that is up."""
+    user, group = os.getuid(), os.getgid()
+    libc = _libc()
+    if user == 0 and libc.unshare(CLONE_NEWNET) == 0:
+        return Confinement(("namespace",))
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
+        return Confinement()  # where containers forbid it; the filter alone suffices
+    with suppress(OSError):  # who it is in its own eyes; rights on files do not follow from it
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+    return Confinement(("namespace",))
+
+
+def _filtered(families: Sequence[int]) -> Confinement:
+    """Have Linux refuse sockets of other families than these, and the calls of NEVER."""
+    machine = MACHINES.get(platform.machine())
+    if machine is None or _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
+        return Confinement(missing=("no seccomp filter",))
+    program = b"".join(struct.pack("HBBI", *line) for line in _program(machine, families))
+    lines = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: a number of 16 bits, then (aligned) a pointer
+    fprog = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(lines))
+    if _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(fprog)) != 0:
+        return Confinement(missing=("no seccomp filter",))
+    return Confinement(("seccomp",))
+
+
+def _program(machine: _Machine, families: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Write the filter: (code, jump if true, jump if false, constant) a line.
+
+    The data that it reads: the call's number at 0, the machine at 4, arguments from 16 on, 8 bytes
+    each. A pair of datagram sockets can still send to a path, so pairs are of streams."""
+    load, both, equal, at_least, give = 0x20, 0x54, 0x15, 0x35, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # EPERM
+    checks: list[tuple[int, int, int, int]] = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, machine.audit),
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, X32),
+        (give, 0, 0, refuse),
+    ]
+    for name in NEVER:
+        checks += [(equal, 0, 1, machine.calls[name]), (give, 0, 0, refuse)]
+    kind_of_pair = [(load, 0, 0, 24), (both, 0, 0, 0xF), (equal, 0, 1, socket.SOCK_STREAM)]
+    checks += [(equal, 0, 5, machine.calls["socketpair"]), *kind_of_pair]
+    checks += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    checks += [(equal, 0, 2 * len(families) + 2, machine.calls["socket"]), (load, 0, 0, 16)]
+    for family in families:
+        checks += [(equal, 0, 1, family), (give, 0, 0, allow)]
+    return [*checks, (give, 0, 0, refuse), (give, 0, 0, allow)]
+
+
+def _landlocked(read: Sequence[Path], write: Sequence[Path], names: Sequence[Path]) -> Confinement:
+    """Have Linux refuse every file that is not below one of these paths."""
+    version = landlock_version()
+    if not version:
+        return Confinement(missing=("no Landlock",))
+    handled = FILES_BY_VERSION[max(known for known in FILES_BY_VERSION if known <= version)]
+    scoped = SCOPES if version >= 6 else 0
+    rules = struct.pack("QQQ", handled, 0, scoped)[
+        : 24 if version >= 6 else 16 if version >= 4 else 8
+    ]
+    libc = _libc()
+    ruleset = libc.syscall(
+        LANDLOCK_CREATE, ctypes.create_string_buffer(rules, len(rules)), len(rules), 0
+    )
+    if ruleset < 0:
+        return Confinement(missing=("no Landlock",))
+    try:
+        for path in read:
+            _allow(ruleset, path, (READ | EXECUTE) & handled)
+        for path in write:
+            _allow(ruleset, path, handled & ~NOT_WRITTEN)
+        for path in names:
+            _allow(ruleset, path, READ_DIR)
+        if _prctl(PR_SET_NO_NEW_PRIVS, 1) or libc.syscall(LANDLOCK_RESTRICT, ruleset, 0):
+            return Confinement(missing=("no Landlock",))
+    finally:
+        os.close(ruleset)
+    few = () if scoped else ("a Landlock before version 6 does not bound signals",)
+    return Confinement((f"landlock {version}",), few)
+
+
+def _allow(ruleset: int, path: Path, rights: int) -> None:
+    """Add a path to a ruleset; one that is not there is left out."""
+    try:
+        opened = os.open(path, O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        rights &= ~0 if path.is_dir() else OF_A_FILE
+        rule = struct.pack("=Qi", rights, opened)
+        _libc().syscall(
+            LANDLOCK_ADD, ruleset, LANDLOCK_PATH_BENEATH, ctypes.create_string_buffer(rule, 12), 0
+        )
+    finally:
+        os.close(opened)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int, pointer: object = 0) -> int:
+    result: int = _libc().prctl(option, value, pointer, 0, 0)
+    return result
+
+
+if __name__ == "__main__":
+    tried = no_network() if sys.argv[1] == "vault" else only_files([Path("/")], [])
+    print(json.dumps(tried.facts()))

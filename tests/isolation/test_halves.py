@@ -1,0 +1,229 @@
+"""The halves of a site as `fedtune client` confines them, and what passes between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune import isolation
+from fedtune.config import load_site
+from fedtune.courier.process import open_to_courier
+from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.flower.processes import Child
+from fedtune.launch.site import Shown
+from fedtune.wire import events, requests
+from fedtune.wire.arrays import pack_arrays
+from fedtune.wire.requests import Answer, Request, RequestError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFINES = pytest.mark.skipif(
+    not isolation.landlock_version() or os.uname().machine not in isolation.MACHINES,
+    reason="this Linux has no Landlock, or another machine's system calls",
+)
+
+
+def a_site(folder: Path, data: str = 'path = "data.jsonl"', policy: str = "") -> Path:
+    (folder / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    state = folder / "state"
+    for each in ("keys/renewed", "flower"):
+        (state / each).mkdir(parents=True)
+    for key in ("site.key", "keys/node.key"):
+        (state / key).write_text("a key")
+    path = folder / "site.toml"
+    path.write_text(
+        f'[site]\nname = "north"\ndeclared_size = 20\nstate = "state"\n'
+        f'[data]\n{data}\ncolumns = {{ text = "text" }}\n[policy]\n{policy}\n'
+    )
+    return path
+
+
+def confined(half: str, site: Path) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.isolation.halves", half, str(site)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@CONFINES
+def test_a_courier_reads_its_own_keys_and_writes_its_own_folders_and_no_more(
+    tmp_path: Path,
+) -> None:
+    found = confined("courier", a_site(tmp_path))
+    assert found["reached"] == ["node.key", "site.toml", "writes renewed", "writes flower"]
+    assert found["missing"] == []
+
+
+@CONFINES
+def test_a_vault_reads_and_writes_what_it_did(tmp_path: Path) -> None:
+    found = confined("vault", a_site(tmp_path))
+    assert {"data.jsonl", "site.key", "writes state"} <= set(found["reached"])
+    assert found["missing"] == [] and "seccomp" in found["means"]
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("postgresql://hub.example/clinic", True),
+        ("postgresql:///clinic?host=hub.example", True),
+        ("postgresql:///clinic?hostaddr=10.0.0.1", True),
+        ("postgresql:///clinic?host=/run/postgresql", False),
+        ("postgresql:///clinic", False),
+        ("sqlite:///clinic.db", False),
+    ],
+)
+@CONFINES
+def test_a_database_over_tcp_is_said_to_keep_the_vault_on_the_network(
+    tmp_path: Path, url: str, says: bool
+) -> None:
+    found = confined("vault", a_site(tmp_path, f'url = "{url}"\noptions = {{ table = "n" }}'))
+    kept = "a database over TCP keeps it on the network"
+    assert (
+        (kept in found["missing"]) == says == ("the vault can reach 127.0.0.1" in found["missing"])
+    )
+
+
+def test_records_where_a_courier_reads_its_code_are_said_to_be_open(tmp_path: Path) -> None:
+    site = load_site(a_site(tmp_path))
+    assert open_to_courier(site) == []
+    inside = Path(isolation.__file__).parent / "records.jsonl"
+    assert open_to_courier(site.changed(data={"path": inside})) == [inside]
+
+
+# ------------------------------------------------------------------------------ what is required
+
+
+def told(site: Path, missing: list[str]) -> list[str]:
+    """What a person at the site is told where the courier lacks something."""
+    said: list[str] = []
+    shown = Shown(load_site(site), lambda event, facts: said.append(facts["text"]))
+    shown.from_vault("isolation", {"means": ["namespace", "seccomp"], "missing": []})
+    shown.from_courier("isolation", {"means": ["seccomp"], "missing": missing})
+    return said
+
+
+def test_what_is_required_and_lacking_ends_the_client(tmp_path: Path) -> None:
+    """Twin: where it is preferred, it is said and the client goes on."""
+    site = a_site(tmp_path, policy='isolation = "required"')
+    with pytest.raises(PolicyRefused, match="no Landlock"):
+        told(site, ["no Landlock"])
+    assert "OPEN" not in told(site, [])[0]
+    site.write_text(site.read_text().replace("required", "preferred"))
+    assert "OPEN: courier: no Landlock" in told(site, ["no Landlock"])[0]
+
+
+# ------------------------------------------------------------------------- what passes between them
+
+
+def passed(sent: Request | Answer, receive: Callable[[Any], Any]) -> Any:
+    here, there = Pipe()
+    with here, there:
+        requests.send(here, sent)
+        return receive(there)
+
+
+def test_requests_and_answers_pass_whole() -> None:
+    arrays = pack_arrays({"b": np.arange(6, dtype=np.int8), "a": np.ones((2, 3), np.float32)})
+    asked = Request("train", {"order": {"round": 3, "late": False, "plan": "ä"}}, arrays)
+    assert passed(asked, requests.receive_request) == asked
+    said = Answer("site", {"status": "trained", "reason": "", "size": 3}, "update", arrays)
+    assert passed(said, requests.receive_answer) == said
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"kind": "read", "tables": {}, "arrays": []},
+        {"kind": "train", "tables": {"order": {"x": []}}, "arrays": []},
+        {"kind": "train", "tables": [], "arrays": []},
+        {"tables": {}, "arrays": []},
+    ],
+)
+def test_what_is_no_request_is_named_and_the_next_one_is_read(header: dict[str, Any]) -> None:
+    here, there = Pipe()
+    with here, there:
+        here.send_bytes(json.dumps(header).encode())
+        requests.send(here, Request("train", {}))
+        with pytest.raises(RequestError):
+            requests.receive_request(there)
+        assert requests.receive_request(there).kind == "train"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"[]", b"\xff", b"null", b'{"arrays": [["a"]]}', b'{"arrays": 3}', b"[" * 100_000]
+)
+def test_what_announces_nothing_ends_the_conversation(sent: bytes) -> None:
+    here, there = Pipe()
+    with here, there:
+        here.send_bytes(sent)
+        with pytest.raises(OSError, match="header"):
+            requests.receive_request(there)
+
+
+def test_a_request_longer_than_any_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "MOST_WORDS", 1000)
+    here, there = Pipe()
+    with here, there:
+        here.send_bytes(b"x" * 1001)
+        with pytest.raises(OSError):
+            requests.receive_request(there)
+
+
+def test_a_courier_shows_only_what_it_may(tmp_path: Path) -> None:
+    """A hostile one tries to show escapes, another's events, and figures that are none."""
+    seen: list[tuple[str, dict[str, Any]]] = []
+    shown = Shown(load_site(a_site(tmp_path)), lambda *told: seen.append(told))
+    shown.from_courier("round", {"text": "forged"})
+    shown.from_courier("refused", {"text": "\x1b[2J", "kind": 3, "epsilon": {"north": 0.1}})
+    shown.from_courier("answered", {"text": "t" * 10_000, "bytes_up": -1, "bytes_down": 10**30})
+    assert [event for event, _ in seen] == ["refused", "answered"]
+    assert seen[0][1] == {"text": "?[2J"}
+    assert set(seen[1][1]) == {"kind", "text"} and len(seen[1][1]["text"]) == events.LONGEST
+
+
+def test_facts_of_an_answer_are_the_vaults_and_what_it_weighed_the_couriers(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    shown = Shown(load_site(a_site(tmp_path)), lambda event, facts: seen.append(facts))
+    shown.from_vault("answered", {"site": "north", "status": "trained", "text": "trained"})
+    assert seen == []
+    moved = {"kind": "train", "bytes_up": 5, "bytes_down": 7, "text": "other", "status": "refused"}
+    shown.from_courier("answered", moved)
+    assert seen[0]["status"] == "trained" and seen[0]["text"] == "trained"
+    assert seen[0]["bytes_up"] == {"north": 5} and seen[0]["kind"] == "train"
+    shown.from_vault("answered", {"site": "north", "text": "waits"})
+    shown.flush(0)  # a courier that says nothing cannot hide it
+    assert seen[1]["text"] == "waits"
+
+
+def test_an_error_is_made_anew_as_one_of_ours() -> None:
+    error = ConfigError("one", "two", "three")
+    again = events.error_of(events.facts_of(error))
+    assert isinstance(again, ConfigError) and str(again) == str(error)
+    for name in ("SystemExit", "printable", ""):
+        made = events.error_of({"error": name, "happened": "x"})
+        assert isinstance(made, InfrastructureError) and isinstance(made, FedtuneError)
+
+
+def test_a_childs_log_is_not_written_through_a_link(tmp_path: Path) -> None:
+    """A courier may leave a link where its next log goes."""
+    ledger, log = tmp_path / "ledger.db", tmp_path / "flower" / "courier.log"
+    ledger.write_text("entries")
+    log.parent.mkdir()
+    log.symlink_to(ledger)
+    with pytest.raises(OSError, match="symbolic"):
+        Child("courier", [], home=log.parent, log=log)
+    assert ledger.read_text() == "entries"

@@ -1,0 +1,87 @@
+"""Bugs of what keeps a site's two halves apart: a vault on the network, a courier with records."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+ISOLATION, COURIER = "fedtune/isolation.py", "fedtune/courier/process.py"
+VAULT, STARTER = "fedtune/client/vault_process.py", "fedtune/launch/site.py"
+T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_halves.py::"
+T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
+T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
+
+MUTANTS = (
+    one(
+        "isolation", "the-vault-opens-sockets", ISOLATION,
+        "    return spaces & _filtered(families)\n", "    return spaces\n", T_VAULT,
+        "a daemon of this user's answers by its socket's path, whatever the network namespace",
+    ),
+    one(
+        "isolation", "the-vault-stays-in-the-network", ISOLATION,
+        "    spaces = _own_network()\n", "    spaces = Confinement()\n", T_VAULT,
+        "one of its two walls is not there, and nobody is told",
+    ),
+    one(
+        "isolation", "a-pair-of-datagram-sockets-sends-to-a-path", ISOLATION,
+        "(equal, 0, 1, socket.SOCK_STREAM)]", "(equal, 0, 0, socket.SOCK_STREAM)]", T_VAULT,
+        "sockets that need no connection reach a daemon without `socket`",
+    ),
+    one(
+        "isolation", "the-other-table-of-calls-is-open", ISOLATION,
+        "        (give, 0, 0, refuse),\n    ]\n", "        (give, 0, 0, allow),\n    ]\n", T_VAULT,
+        "x86-64 has a second number for each call",
+    ),
+    one(
+        "isolation", "the-courier-reads-any-file", ISOLATION,
+        "    of_files = _landlocked(list(read), list(write), list(names))\n",
+        "    of_files = Confinement((\"landlock 7\",))\n", T_COURIER,
+        "what speaks to the network opens the records",
+    ),
+    one(
+        "isolation", "the-courier-asks-a-daemon", ISOLATION,
+        "& _filtered(NETWORKS)", "& _filtered((*NETWORKS, socket.AF_UNIX))", T_COURIER,
+        "systemd-run --user cat records",
+    ),
+    one(
+        "isolation", "the-courier-ends-the-vault", ISOLATION,
+        "    scoped = SCOPES if version >= 6 else 0\n", "    scoped = 0\n", T_COURIER,
+        "a signal at a chosen moment of a round",
+    ),
+    one(
+        "isolation", "the-courier-makes-devices", ISOLATION,
+        "_allow(ruleset, path, handled & ~NOT_WRITTEN)", "_allow(ruleset, path, handled)",
+        T_COURIER,
+        "root reads the whole disk by a device's file of its own",
+    ),
+    one(
+        "isolation", "the-courier-writes-the-keys", COURIER,
+        "    return [site.site.state / FOLDER, keys_folder(site) / RENEWED,",
+        "    return [site.site.state / FOLDER, keys_folder(site),",
+        T_HALVES + "test_a_courier_reads_its_own_keys_and_writes_its_own_folders_and_no_more",
+        "it replaces the answer by which the site knows its coordinator",
+    ),
+    one(
+        "isolation", "every-vault-has-its-database-far-away", VAULT,
+        "    if any(map(is_over_tcp, urls)):\n", "    if True:\n",
+        T_HALVES + "test_a_vault_reads_and_writes_what_it_did",
+        "no site's vault leaves the network",
+    ),
+    one(
+        "isolation", "required-is-preferred", STARTER,
+        '        if missing and self._site.policy.isolation == "required":\n',
+        "        if False:\n", T_HALVES + "test_what_is_required_and_lacking_ends_the_client",
+        "a security officer's rule does nothing",
+    ),
+    one(
+        "isolation", "a-courier-tells-anything", "fedtune/wire/events.py",
+        "    if event not in FROM_COURIER:\n        return None\n", "",
+        T_HALVES + "test_a_courier_shows_only_what_it_may",
+        "it forges what the person at the site reads",
+    ),
+    one(
+        "isolation", "a-log-is-written-through-a-link", "fedtune/flower/processes.py",
+        "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
+        T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
+        "a link that a courier left empties the ledger at the next start",
+    ),
+)  # fmt: skip

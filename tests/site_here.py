@@ -1,0 +1,70 @@
+"""A site's two halves in the process of a test: no confinement, the same messages."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+
+from fedtune.client.answers import Place
+from fedtune.client.vault_process import answered
+from fedtune.config import load_site
+from fedtune.courier.app import client_app
+from fedtune.courier.executor import App, Executor
+from fedtune.flower import api
+from fedtune.flower.forwarder import Forwarder, link
+from fedtune.flower.processes import Stopped, alone, bypass_proxy, interruptible
+from fedtune.launch.site import Shown
+from fedtune.progress import OnEvent
+from fedtune.wire.requests import Answer, Request
+
+
+class SiteHere:
+    """Answers messages as `fedtune client` does, and shows `notify` what it shows."""
+
+    def __init__(
+        self, path: Path, notify: OnEvent, coordinator: str = "", reviewed: str = ""
+    ) -> None:
+        self.place = Place(str(path), coordinator, watch=False, reviewed=reviewed)
+        self.shown = Shown(load_site(path), notify)
+        self._executor = Executor(client_app(self._ask), self._tell)
+
+    def _tell(self, event: str, facts: dict[str, Any]) -> None:
+        self.shown.from_courier(event, facts)
+
+    def _ask(self, _: Context, request: Request) -> Answer:
+        return answered(self.place, request, self.shown.from_vault)  # type: ignore[arg-type]
+
+    def reply(self, message: Message, context: Context) -> Message:
+        """Answer one message."""
+        own = Context(context.run_id, context.node_id, {}, RecordDict(), {})
+        return self._executor.reply(api.CLIENT_APP, message, own)
+
+
+def join_with(
+    app: App,
+    site_path: Path,
+    *,
+    once: bool = False,
+    on_event: OnEvent | None = None,
+    patience: float = 90.0,
+) -> None:
+    """Run a courier whose app is the test's own. Errors: as of `launch.site.join`."""
+    site = load_site(site_path)
+    state = site.site.state / "flower"
+    bypass_proxy()
+
+    def at_this_site(message: Message, context: Context) -> Message:
+        context.node_config = {"site": str(site_path)}
+        return app(message, context)
+
+    executor = Executor(at_this_site, on_event or (lambda *_: None), once)
+    with (
+        suppress(Stopped),
+        interruptible(),
+        alone(state, "fedtune client"),
+        Forwarder(link(site, site_path), state) as forwarder,
+    ):
+        executor.run_supernodes(state, forwarder, patience)
