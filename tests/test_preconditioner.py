@@ -20,6 +20,7 @@ from fedtune.dp.plan import plan_for_site
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
 from fedtune.models import lora as lora_module
+from fedtune.models import preconditioner
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
@@ -30,6 +31,7 @@ from fedtune.models.preconditioner import (
     factor_of_columns,
     identity_part,
     name_for,
+    narrowed,
     stepped,
 )
 from fedtune.models.rank_slice import pad_update
@@ -70,9 +72,29 @@ def factors(network: Network, rank: int = 6) -> Arrays:
     }
 
 
-def written_out(factor: np.ndarray) -> np.ndarray:
+def written_out(factor: np.ndarray, narrow: bool = False) -> np.ndarray:
     wide = factor.astype(np.float64)
+    if narrow:
+        return wide @ wide.T
     return identity_part(factor) * np.eye(len(wide)) - wide @ wide.T
+
+
+def all_written_out(network: Network) -> dict[str, np.ndarray]:
+    """M of each B."""
+    return {
+        name.replace(mark, ".lora_B."): written_out(factor, mark == ".lora_U.")
+        for name, factor in network.preconditioner.items()
+        for mark in (".lora_M.", ".lora_U.")
+        if mark in name
+    }
+
+
+@pytest.fixture(params=[False, True], ids=["whole", "narrow"])
+def either(network: Network, request: pytest.FixtureRequest) -> Network:
+    """With a preconditioner of either form."""
+    if request.param:
+        network.load_frozen(network.frozen_factor() | narrowed(network.preconditioner))
+    return network
 
 
 @pytest.fixture
@@ -116,6 +138,19 @@ def test_of_a_wide_layer_the_columns_give_the_same_m(rank: int) -> None:
     assert np.abs(written_out(factor_of_columns(columns, rank, 0.5)) - whole).max() < 1e-5
 
 
+def test_a_narrow_m_is_m_on_its_directions_alone() -> None:
+    curvature = moment(24)
+    wide = factor_of(curvature, 6, 0.5)
+    (narrow,) = narrowed({"l.lora_M.w": wide}).values()
+    whole, m = written_out(wide), written_out(narrow, narrow=True)
+    vectors = np.linalg.eigh(curvature)[1]
+    kept, others = vectors[:, -6:], vectors[:, :-6]
+    assert np.abs(m @ others).max() < 1e-5
+    assert (np.linalg.eigvalsh(m) ** 2).mean() == pytest.approx(1, abs=1e-5)
+    scale = np.trace(kept.T @ m @ kept) / np.trace(kept.T @ whole @ kept)
+    assert np.abs(m @ kept - scale * whole @ kept).max() < 1e-5 * scale
+
+
 def test_public_text_without_a_gradient_is_refused() -> None:
     for broken in (np.zeros((8, 8)), np.full((8, 8), np.nan)):
         with pytest.raises(ModelError, match="no gradient"):
@@ -126,16 +161,17 @@ def test_public_text_without_a_gradient_is_refused() -> None:
 
 
 @pytest.mark.parametrize("engine", ["auto", "opacus"])
-def test_rows_are_m_times_the_rows_without_it(network: Network, engine: str) -> None:
+def test_rows_are_m_times_the_rows_without_it(either: Network, engine: str) -> None:
+    network = either
     rows = engine_of(network, engine).matrix(range(len(SIZES)))
     held = network.preconditioner
     with network.loaded(frozen=network.frozen_factor()):
         plain = engine_of(network, engine).matrix(range(len(SIZES)))
     assert network.preconditioner.keys() == held.keys()  # put back
-    start = 0
+    start, matrices = 0, all_written_out(network)
     for name, b in network.trainable().items():
         part = plain[:, start : start + b.size].reshape(-1, *b.shape).double().numpy()
-        exact = written_out(held[name_for(name)]) @ part
+        exact = matrices[name] @ part
         ours = rows[:, start : start + b.size].reshape(-1, *b.shape).double().numpy()
         assert np.abs(ours - exact).max() < 1e-5 * np.abs(exact).max()
         assert np.abs(ours - part).max() > 0.1 * np.abs(part).max()
@@ -143,18 +179,18 @@ def test_rows_are_m_times_the_rows_without_it(network: Network, engine: str) -> 
 
 
 def test_a_round_is_the_round_written_out(
-    network: Network, tiny_base: Path, tmp_path: Path
+    either: Network, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Three steps without noise: gradients by plain autograd, M, clipping and mean in fp64, the
     adapter moved by M times the sum. The exported adapter in plain PEFT has the same logits."""
-    bound = {"max_grad_norm": C, "unit": "patient"}
+    network, bound = either, {"max_grad_norm": C, "unit": "patient"}
     plan = made(tiny_base, privacy="off", clipping=bound)
     data, given = CachedDataset(network, records(SIZES)), network.trainable()
     size = len(SIZES)
     update = local_round(
         plan, data, non_private_plan(plan, size), StepLog(tmp_path / "log"), 1, given
     )
-    matrices = {name: written_out(network.preconditioner[name_for(name)]) for name in given}
+    matrices = all_written_out(network)
     change = {name: np.zeros(b.shape) for name, b in given.items()}
     here = {name: b.astype(np.float64) for name, b in given.items()}
     for _ in range(TRAINING["local_steps"]):  # type: ignore[call-overload]
@@ -263,7 +299,31 @@ def test_what_leaves_is_clipped_after_m(network: Network, tiny_base: Path, tmp_p
     assert 0.95 * C < moved < 1.05 * np.hypot(C, noise)
 
 
-def test_m_does_not_follow_from_who_is_there(network: Network) -> None:
+def test_what_leaves_is_clipped_after_a_narrow_m(
+    network: Network, tiny_base: Path, tmp_path: Path
+) -> None:
+    """M has an eigenvalue of 3 or so, on all that one unit has."""
+    data, crafted = CachedDataset(network, records(SIZES)), {}
+    for name, gradient in gradients(network, data, network.trainable())[-1].items():
+        own, _ = np.linalg.qr(gradient)
+        directions = own[:, :4] * (len(gradient) / 4) ** 0.25
+        crafted[name_for(name, narrow=True)] = directions.astype(np.float32)
+    network.load_frozen(network.frozen_factor() | crafted)
+    assert min(np.linalg.eigvalsh(m).max() for m in all_written_out(network).values()) > 2
+    privacy = {"noise_multiplier": 1e-3, "delta": 1e-5, "unit": "patient"}
+    plan = made(
+        tiny_base, privacy=privacy, clipping={"max_grad_norm": C},
+        training=TRAINING | {"local_steps": 1},
+    )  # fmt: skip
+    noise = np.sqrt(2 * sum(a.size for a in network.trainable().values())) * 1e-3 * C
+    with_it = update_of(network, plan, SIZES, tmp_path)
+    without = update_of(network, plan, SIZES[:-1], tmp_path)
+    moved = float(np.linalg.norm(with_it - without))
+    assert 0.95 * C < moved < 1.05 * np.hypot(C, noise)
+
+
+def test_m_does_not_follow_from_who_is_there(either: Network) -> None:
+    network = either
     fewer = UnitGradientEngine(CachedDataset(network, records(SIZES[:-1])), CausalLM())
     some = range(len(SIZES) - 1)
     assert torch.equal(fewer.matrix(some), engine_of(network).matrix(some))
@@ -281,7 +341,7 @@ def test_an_m_of_any_condition_moves_nobody_else(
         wide[:6] = np.diag(np.geomspace(1e-4, np.sqrt(condition), 6))
         crafted[name_for(name)] = wide
     monkeypatch.setattr(network, "preconditioner", crafted)
-    monkeypatch.setattr(unit_gradients, "identity_part", lambda factor: 1.0)
+    monkeypatch.setattr(preconditioner, "identity_part", lambda factor: 1.0)
     everybody = engine_of(network).matrix(range(len(SIZES)))
     for alone in range(len(SIZES)):
         (row,) = engine_of(network).matrix([alone])
@@ -317,6 +377,30 @@ def test_what_a_hostile_coordinator_sends_is_refused(
     with pytest.raises(ModelError, match="preconditioner"):
         network.adopt(made(tiny_base), bad(network, change))
     assert network.preconditioner == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda u: u * 10, id="too large"),
+        pytest.param(lambda u: u * 1e18, id="overflows"),
+        pytest.param(lambda u: u * 0, id="nothing"),
+        pytest.param(lambda u: np.full_like(u, np.nan), id="not a number"),
+        pytest.param(lambda u: u[:, :-1], id="fewer directions"),
+        pytest.param(lambda u: u[:-1], id="of another layer"),
+    ],
+)
+def test_a_hostile_narrow_one_is_refused(network: Network, tiny_base: Path, change: Any) -> None:
+    plan = made(tiny_base, lora=LORA | {"preconditioner": {"rank": 6, "narrow": True}})
+    sent = narrowed(factors(network))
+    network.adopt(plan, sent)
+    assert network.preconditioner.keys() == sent.keys()
+    name = next(iter(sent))
+    with pytest.raises(ModelError, match="preconditioner"):
+        network.adopt(plan, sent | {name: change(sent[name])})
+    for asked, other in ((plan, factors(network)), (made(tiny_base), sent)):
+        with pytest.raises(ModelError, match="preconditioner"):  # of the other form
+            network.adopt(asked, other)
 
 
 def test_the_digest_binds_it(network: Network, tiny_base: Path) -> None:
@@ -369,8 +453,12 @@ def test_an_eigenvalue_that_b_takes_below_the_bound_is_seen() -> None:
 # ------------------------------------------------------------------------------------ the self-test
 
 
-def test_the_self_test_runs_with_it(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = made(tiny_base)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_self_test_runs_with_it(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, narrow: bool
+) -> None:
+    table = {"rank": 6, "damping": 0.5, "narrow": narrow}
+    plan = made(tiny_base, lora=LORA | {"preconditioner": table})
     results = {r.name: r for r in selftest.run(plan)}
     assert all(r.passed for r in results.values()), results
     monkeypatch.setattr(unit_gradients._Factor, "__call__", lambda self, gradient: gradient)

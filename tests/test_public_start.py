@@ -103,6 +103,16 @@ def test_it_costs_no_epsilon_and_is_bound_by_the_digest(laid_out: Path) -> None:
     assert evaluator.measure(made.adapter) != evaluator.measure(plain.adapter)
 
 
+def test_steps_before_the_first_round_train_what_a_narrow_round_leaves(laid_out: Path) -> None:
+    given = load_study(laid_out)
+    whole = start(given)
+    narrow = start(given.changed(lora={"preconditioner": {"narrow": True}}))
+    assert all(np.allclose(narrow.adapter[n], a, atol=1e-4) for n, a in whole.adapter.items())
+    assert narrow.study.digest != whole.study.digest
+    _, factors = divided(narrow.frozen)
+    assert factors and all(".lora_U." in name for name in factors)
+
+
 def test_a_run_that_is_resumed_keeps_what_it_started_at(laid_out: Path, tmp_path: Path) -> None:
     report = simulate(laid_out, sites_in(tmp_path), tmp_path / "run")
     again = simulate(laid_out, sites_in(tmp_path), tmp_path / "run", resume=True)

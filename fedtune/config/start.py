@@ -14,6 +14,8 @@ class PreconditionerTable(Table):
 
     rank: Rank = 64  # directions of each layer's output that are kept; all others count as one
     damping: Positive = 1.0  # in multiples of the mean curvature: the larger, the closer to none
+    # Whether rounds train nothing but these directions; steps before the first round train all.
+    narrow: bool = Field(default=False, exclude_if=lambda narrow: not narrow)
     digest: Digest | None = None  # filled in when the study starts
 
 

@@ -128,8 +128,8 @@ def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
 def frozen_of_plan(
     table: LoraTable, factor: Arrays, outputs: Arrays, trained: Mapping[str, nn.Parameter]
 ) -> Arrays:
-    """Check that A (`factor`) and W (`outputs`) are the plan's, and return W: empty where the plan
-    has no preconditioner. trained: the trainable parameters by name.
+    """Check that A (`factor`) and W or U (`outputs`) are the plan's, and return these: empty where
+    the plan has no preconditioner. trained: the trainable parameters by name.
 
     Errors: ModelError; no record was read before it."""
     if table.a_digest not in (None, digest(factor)):
@@ -138,7 +138,10 @@ def frozen_of_plan(
     if wanted is None:
         return {}
     expected = {
-        preconditioner.name_for(name): (len(b), preconditioner.rank_of(len(b), wanted.rank))
+        preconditioner.name_for(name, narrow=wanted.narrow): (
+            len(b),
+            preconditioner.rank_of(len(b), wanted.rank),
+        )
         for name, b in trained.items()
         if ".lora_B." in name
     }
@@ -147,7 +150,8 @@ def frozen_of_plan(
     for array in outputs.values():
         if not np.isfinite(array).all():
             raise ModelError("the plan's preconditioner is not finite", "finite numbers")
-        preconditioner.identity_part(array)
+    for name in trained:
+        preconditioner.multiplier_of(name, outputs)
     if wanted.digest not in (None, digest(outputs)):
         raise ModelError("the preconditioner is not the plan's", "lora.preconditioner.digest")
     return outputs

@@ -10,6 +10,11 @@ been applied to what is added to B.
 Only W (outputs, rank) travels, so M is symmetric by its form. b follows from W: the mean square of
 M's eigenvalues is 1, so that a step is as long as without M.
 
+Of private records hardly more than W's directions can be learnt where noise is large: there the
+gradients of units agree most. A narrow preconditioner is M = U Uᵀ, of the same eigenvectors and the
+same proportions among W's directions, and zero elsewhere: a unit's gradient is clipped on what it
+has in them, and noise elsewhere moves nothing. U travels in W's place, by another name.
+
 References: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
 curvature", section 3 (the output factor); Li et al. 2022, "Private adaptive optimization with side
 information" (preconditioning by public data before clipping)."""
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,18 +33,46 @@ from fedtune.errors import ModelError
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 LEAST = 1e-2  # no eigenvalue of M is smaller; by its form and scale none is larger than √(d/(d-k))
-_IN_B, _IN_M = ".lora_B.", ".lora_M."
+SCALE = 0.01  # by which the mean square of a narrow M's eigenvalues may differ from 1
+_IN_B, _IN_M, _IN_NARROW = ".lora_B.", ".lora_M.", ".lora_U."
 
 
-def name_for(name: str) -> str:
-    """Name the factor W of the B called `name`."""
-    return name.replace(_IN_B, _IN_M)
+def name_for(name: str, *, narrow: bool = False) -> str:
+    """Name the factor W of the B called `name`; of a narrow preconditioner U."""
+    return name.replace(_IN_B, _IN_NARROW if narrow else _IN_M)
+
+
+def is_factor(name: str) -> bool:
+    """Return whether an array of this name is a preconditioner's W or U."""
+    return _IN_M in name or _IN_NARROW in name
 
 
 def divided(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arrays]:
-    """Separate a plan's frozen arrays into LoRA's A and the preconditioner's W."""
-    factors = {name: array for name, array in frozen.items() if _IN_M in name}
+    """Separate a plan's frozen arrays into LoRA's A and the preconditioner's W or U."""
+    factors = {name: array for name, array in frozen.items() if is_factor(name)}
     return {n: a for n, a in frozen.items() if n not in factors}, factors
+
+
+@dataclass(frozen=True, repr=False)
+class Multiplier:
+    """M = identity · I + sign · wide wideᵀ. wide: W or U, (outputs, rank)."""
+
+    identity: float
+    sign: int
+    wide: npt.NDArray[np.float32]
+
+
+def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> Multiplier | None:
+    """Return M of the trained tensor `name`; None where it has none among `factors`.
+
+    Errors: ModelError for one out of range."""
+    if _IN_B not in name:
+        return None
+    if (narrow := factors.get(name_for(name, narrow=True))) is not None:
+        check_narrow(narrow)
+        return Multiplier(0.0, 1, narrow)
+    factor = factors.get(name_for(name))
+    return None if factor is None else Multiplier(identity_part(factor), -1, factor)
 
 
 def identity_part(factor: npt.NDArray[np.float32]) -> float:
@@ -58,6 +92,36 @@ def identity_part(factor: npt.NDArray[np.float32]) -> float:
             "ask the coordinator for a plan that fedtune made",
         )
     return b
+
+
+def check_narrow(factor: npt.NDArray[np.float32]) -> None:
+    """Check that the mean square of the d eigenvalues of M = U Uᵀ is 1, so that none is above √d.
+
+    Errors: ModelError: U comes from the coordinator and may be anything."""
+    outputs, rank = factor.shape
+    wide = factor.astype(np.float64)
+    squares = float(((wide.T @ wide) ** 2).sum())
+    if not (rank < outputs and abs(squares / outputs - 1) <= SCALE):  # NaN too
+        raise ModelError(
+            "the plan's preconditioner is out of range",
+            "eigenvalues with a mean square of 1",
+            "ask the coordinator for a plan that fedtune made",
+        )
+
+
+def narrowed(factors: Arrays) -> Arrays:
+    """Return U of M = U Uᵀ for each W: on the directions of W as M = b I - W Wᵀ is, up to the scale
+    that makes the mean square of its eigenvalues 1, and zero elsewhere."""
+    return {name.replace(_IN_M, _IN_NARROW): _narrowed(w) for name, w in factors.items()}
+
+
+def _narrowed(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    vectors, singular, _ = np.linalg.svd(factor.astype(np.float64), full_matrices=False)
+    values = identity_part(factor) - singular**2  # of M, on W's directions
+    values[singular <= 1e-6 * singular.max(initial=1e-30)] = 0.0  # a direction that W has not
+    values *= math.sqrt(len(factor) / float((values**2).sum()))
+    narrow: npt.NDArray[np.float32] = (vectors * np.sqrt(values)).astype(np.float32)
+    return narrow
 
 
 def rank_of(outputs: int, rank: int) -> int:
@@ -86,12 +150,12 @@ def multiplied(
     values: npt.NDArray[np.float64], name: str, factors: Arrays
 ) -> npt.NDArray[np.float64]:
     """Multiply M by `values` (…, outputs, columns) of the trained tensor `name`; unchanged if it
-    has no W among `factors`."""
-    factor = factors.get(name_for(name)) if _IN_B in name else None
-    if factor is None:
+    has none among `factors`."""
+    found = multiplier_of(name, factors)
+    if found is None:
         return values
-    wide = factor.astype(np.float64)
-    return identity_part(factor) * values - wide @ (wide.T @ values)
+    wide = found.wide.astype(np.float64)
+    return found.identity * values + found.sign * (wide @ (wide.T @ values))
 
 
 def factor_of(

@@ -18,7 +18,7 @@ from fedtune.bases.find import Base, auto_class, find_base
 from fedtune.config import LoraTable, Study
 from fedtune.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.models.network import Network
-from fedtune.models.preconditioner import factor_of, name_for
+from fedtune.models.preconditioner import factor_of, name_for, narrowed
 from fedtune.models.random_records import GeneratedFile, generate_file, random_ids
 from fedtune.models.random_targets import with_random_targets
 from fedtune.models.rank_slice import ALL, rank_slice
@@ -60,7 +60,7 @@ def tiny_network(study: Study, base: Base) -> Network:
             for name, b in network.trainable().items()
             if ".lora_B." in name
         }
-        network.load_frozen(network.frozen_factor() | made)
+        network.load_frozen(network.frozen_factor() | (narrowed(made) if table.narrow else made))
     network.load_trainable(
         {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}
     )

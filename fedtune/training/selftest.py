@@ -25,7 +25,7 @@ from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import Refused
 from fedtune.models.cache import CachedDataset
 from fedtune.models.network import Network
-from fedtune.models.preconditioner import identity_part, name_for
+from fedtune.models.preconditioner import multiplier_of
 from fedtune.models.random_records import generate_file
 from fedtune.models.random_targets import with_random_targets
 from fedtune.models.rank_slice import trained_slice
@@ -241,11 +241,12 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
 
 def _preconditioned(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
     """M times the gradient of a B, M written out in full, fp64."""
-    factor = bench.network.preconditioner.get(name_for(name)) if ".lora_B." in name else None
-    if factor is None:
+    found = multiplier_of(name, bench.network.preconditioner)
+    if found is None:
         return gradient
-    wide = torch.from_numpy(factor).to(gradient)
-    return (identity_part(factor) * torch.eye(len(wide)).to(gradient) - wide @ wide.T) @ gradient
+    wide = torch.from_numpy(found.wide).to(gradient)
+    whole = found.identity * torch.eye(len(wide)).to(gradient) + found.sign * (wide @ wide.T)
+    return whole @ gradient
 
 
 def _isolation(bench: _Bench) -> float:

@@ -28,6 +28,7 @@ from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
 from fedtune.models.network import Network
+from fedtune.models.preconditioner import narrowed
 from fedtune.models.public_factor import public_factor
 from fedtune.objectives import OBJECTIVES, resolve
 from fedtune.registry import process_cache
@@ -84,12 +85,16 @@ def start(study: Study) -> Start:
     study = study.model_copy(update={"base": base})
     # One data set for both: its states are computed once.
     answered = functools.cache(functools.partial(_public, study, network))
-    study, frozen = _frozen(study, network, answered)
+    study, frozen, outputs = _frozen(study, network, answered)
     factor = network.adopt(study, frozen)
     adapter = network.initial(factor)
     known = _known(study, answered) if network.statistics is not None else {}
     if study.start:
-        adapter = public_head(known) if known else _started(study, network, adapter, answered)
+        if known:
+            adapter = public_head(known)
+        else:  # steps on public text have no noise: all directions of a narrow M's base are taken
+            with network.loaded(frozen=network.frozen_factor() | outputs):
+                adapter = _started(study, network, adapter, answered)
         pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})
         study = study.model_copy(update={"start": pinned})
     return Start(study, adapter, frozen, known)
@@ -97,14 +102,16 @@ def start(study: Study) -> Start:
 
 def _frozen(
     study: Study, network: Network, answered: Callable[[], CachedDataset]
-) -> tuple[Study, Arrays]:
+) -> tuple[Study, Arrays, Arrays]:
     """Return the plan with the digests of A and the preconditioner, or of the basis of class
-    statistics, and the arrays of them to send."""
+    statistics, the arrays of them to send, and W, of which a narrow preconditioner is a part."""
     if study.lora is None:
-        return _with_basis(study, answered) if network.statistics is not None else (study, {})
+        if network.statistics is None:
+            return study, {}, {}
+        return *_with_basis(study, answered), {}
     pinned = study.lora.model_copy(update={"preconditioner": None})
     unpinned = study.model_copy(update={"lora": pinned})
-    frozen: Arrays = {}
+    frozen, outputs = Arrays(), Arrays()
     if pinned.a_init == "public":
         assert study.public is not None  # Study: required with a_init = "public"
         text = load_dataset(
@@ -117,9 +124,10 @@ def _frozen(
         data = answered()
         with network.loaded(trainable=network.initial(factor)):  # independent of its last use
             outputs = _once(study, data.dataset, _OUTPUTS, output_factors, study, data, table)
-        table = table.model_copy(update={"digest": lora.digest(outputs)})
-        pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | outputs
-    return study.model_copy(update={"lora": pinned}), frozen
+        sent = narrowed(outputs) if table.narrow else outputs
+        table = table.model_copy(update={"digest": lora.digest(sent)})
+        pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | sent
+    return study.model_copy(update={"lora": pinned}), frozen, outputs
 
 
 def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:

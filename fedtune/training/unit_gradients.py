@@ -13,7 +13,7 @@ from fedtune.errors import ModelError, describe
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import LARGEST
 from fedtune.models.network import Network
-from fedtune.models.preconditioner import identity_part, name_for
+from fedtune.models.preconditioner import multiplier_of
 from fedtune.models.prefix_store import make_room_after
 from fedtune.models.rank_slice import ALL, trained_slice
 from fedtune.objectives._interface import Batch, Objective
@@ -26,9 +26,10 @@ _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 
 class _Factor(NamedTuple):
-    """M = identity · I - wide wideᵀ, on the output of a B; wide: (1, outputs, rank)."""
+    """M = identity · I + sign · wide wideᵀ, on the output of a B; wide: (1, outputs, rank)."""
 
     identity: float
+    sign: int
     wide: torch.Tensor
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ class _Factor(NamedTuple):
         wide = self.wide.expand(len(gradient), -1, -1)
         low = torch.bmm(wide.transpose(1, 2), gradient)
         projected = torch.bmm(wide, low)
-        gradient.mul_(self.identity).sub_(projected)
+        gradient.mul_(self.identity).add_(projected, alpha=self.sign)
         low.zero_()
         projected.zero_()
         return gradient
@@ -54,10 +55,11 @@ class _Move(NamedTuple):
 
 def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | None:
     """The preconditioner of the trainable tensor `name`; None where it has none."""
-    array = network.preconditioner.get(name_for(name)) if ".lora_B." in name else None
-    if array is None:
+    found = multiplier_of(name, network.preconditioner)
+    if found is None:
         return None
-    return _Factor(identity_part(array), torch.from_numpy(array).to(parameter)[None])
+    wide = torch.from_numpy(found.wide).to(parameter)[None]
+    return _Factor(found.identity, found.sign, wide)
 
 
 class NoRowGradient(ModelError):

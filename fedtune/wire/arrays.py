@@ -134,8 +134,8 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
 
 def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
     """Decode the frozen arrays of a plan, fp32, checked before any is read: LoRA's A, of `rank`
-    rows, where it comes from public text, and the preconditioner's W; or basis and mean of class
-    statistics, where the plan names their digest. Errors: WireError."""
+    rows, where it comes from public text, and the preconditioner's W or U; or basis and mean of
+    class statistics, where the plan names their digest. Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
     if has_basis and lora is None:
         _check_basis(shapes)
@@ -162,10 +162,12 @@ def _check_basis(shapes: Shapes) -> None:
 
 
 def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
-    if ".lora_M." not in name:
-        return lora.a_init == "public" and rows == lora.rank and 0 < columns <= WIDEST
     table = lora.preconditioner
-    return table is not None and 0 < columns == min(table.rank, rows - 1) and rows <= WIDEST
+    if not any(mark in name for mark in (".lora_M.", ".lora_U.")):
+        return lora.a_init == "public" and rows == lora.rank and 0 < columns <= WIDEST
+    if table is None or (".lora_U." in name) != table.narrow:
+        return False
+    return 0 < columns == min(table.rank, rows - 1) and rows <= WIDEST
 
 
 def unpack_arrays(record: Record) -> Encoded:

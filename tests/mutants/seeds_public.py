@@ -31,8 +31,8 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "preconditioner", "from-the-sites-own-records", GRADIENTS,
-        "return _Factor(identity_part(array),",
-        "return _Factor(identity_part(array) + 1e-4 * len(network.states),",
+        "return _Factor(found.identity, found.sign, wide)",
+        "return _Factor(found.identity + 1e-4 * len(network.states), found.sign, wide)",
         T + "test_m_does_not_follow_from_who_is_there", "every row follows from who is there",
     ),
     one(
@@ -41,6 +41,21 @@ MUTANTS: list[Mutant] = [
         "if not rank < outputs:",
         T + "test_what_a_hostile_coordinator_sends_is_refused",
         "a coordinator makes a site compute with an M of any condition",
+    ),
+    one(
+        "preconditioner", "narrow-of-any-scale", MODULE,
+        "if not (rank < outputs and abs(squares / outputs - 1) <= SCALE):",
+        "if not rank < outputs:",
+        T + "test_a_hostile_narrow_one_is_refused",
+        "a coordinator makes a site compute with an M of any scale",
+    ),
+    one(
+        "preconditioner", "narrow-before-the-round-too", "fedtune/training/start.py",
+        "network.loaded(frozen=network.frozen_factor() | outputs):",
+        "network.loaded():",
+        "tests/test_public_start.py::"
+        "test_steps_before_the_first_round_train_what_a_narrow_round_leaves",
+        "steps on public text, which have no noise, learn a tenth of what they could",
     ),
     one(
         "preconditioner", "not-the-plans", LORA,

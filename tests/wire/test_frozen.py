@@ -95,6 +95,14 @@ def test_a_preconditioner_is_read_in_the_shape_of_the_plan_alone(read: list[str]
     for asked in (plan(RANK), plan(RANK, 4), plan(RANK, 2)):
         with pytest.raises(WireError):
             read_frozen(sent, asked)
+    narrow = to_record({"l.lora_U.w": wide})
+    table = PreconditionerTable(rank=3, narrow=True)
+    asked = LoraTable(rank=RANK, a_init="public", preconditioner=table)
+    assert set(read_frozen(narrow, asked)) == {"l.lora_U.w"}
+    read.clear()
+    for record, other in ((narrow, plan(RANK, 3)), (narrow, plan(RANK)), (sent, asked)):
+        with pytest.raises(WireError):
+            read_frozen(record, other)
     long = to_record({"l.lora_M.w": np.zeros((3, 9), np.float32)})
     with pytest.raises(WireError):
         read_frozen(long, plan(RANK, 9))
