@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fedtune.dp.accountant import Steps, epsilon
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import ConfigError
 from fedtune.evaluation.selection import check_apart
-from fedtune.presets import Records, answer, write
+from fedtune.presets import Records, _adapter, answer, write
 
 
 def table(path: Path, patients: int, each: int = 3, first: int = 0) -> Path:
@@ -96,3 +97,17 @@ def test_the_step_follows_the_noise_as_medquads_best_ones_did(asked: float, best
     """Chosen on validation documents of nine sources with 784 documents together."""
     own = Records(epsilon=asked, size=87, data=tuple(Path(str(n)) for n in range(9)))
     assert best / 2 < answer.learning_rate(own) < best * 2
+
+
+@pytest.mark.parametrize(("size", "narrow"), [(50, True), (100, True), (1000, False)])
+def test_where_noise_is_loud_a_round_trains_few_directions(
+    tmp_path: Path, size: int, narrow: bool
+) -> None:
+    own = records(tmp_path, size=size)
+    study = load_study(write(tmp_path / "own", "answer", own)[0])
+    assert study.lora and study.lora.preconditioner
+    assert study.lora.preconditioner.narrow is narrow
+    assert (study.training.learning_rate <= _adapter.NARROW_LONGEST) is narrow
+    instruct = replace(own, prompt="question", target="answer")
+    plan = load_study(write(tmp_path / "instruct", "instruct", instruct)[0])
+    assert plan.lora and plan.lora.preconditioner and not plan.lora.preconditioner.narrow

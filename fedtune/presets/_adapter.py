@@ -24,6 +24,10 @@ RECORDS = 4  # of a patient
 EPSILON = 4.9  # of one round: sites allow 8, which holds the round that a crash repeats (δ ≤ 0.01)
 NOISE = 0.3  # standard deviation of a weight's noise, times the step
 LONGEST = 150.0  # step, where there is hardly any noise
+# From this noise of the mean on, in units of C, rounds train few directions alone: of 3 sites of
+# 100 units at ε = 4.9 it is 0.004, of nine of 87 at ε = 8 0.002, which all directions bear.
+LOUD = 0.0025
+NARROW_NOISE, NARROW_LONGEST = 0.05, 15.0  # as above, where they do
 # of the public records; of what --public is not, where it is given
 PARTS = {"public": 0.5, "selection": 0.2, "evaluation": 0.3}
 
@@ -34,7 +38,7 @@ class Recipe:
     are, in words; model; lora, objective: lines of these tables; start, steps: the length and the
     number of the steps before the round; longest: of the round; judged: [evaluation]'s lines,
     None: by accuracy where the answers are few that come again, else by loss; lead: what stands
-    before each of these."""
+    before each of these; narrow: whether few directions are trained where noise is LOUD."""
 
     task: str
     title: str
@@ -47,6 +51,7 @@ class Recipe:
     longest: float = LONGEST
     judged: str | None = None
     lead: str = ""
+    narrow: bool = False
 
     def study(self, name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
         """Compose study.toml. Errors: ConfigError (too few public records)."""
@@ -65,6 +70,7 @@ class Recipe:
             "evaluation": "# public records that only judge the result",
         }
         columns = presets.column_lines(self.task, records)
+        narrow = self.narrow and noise_of_mean(records) >= LOUD
         values = presets.head(
             records,
             title=self.title,
@@ -74,21 +80,32 @@ class Recipe:
             objective=self.objective,
             start=self.start,
             steps=self.steps,
-            rate=f"{learning_rate(records, self.longest):.3g}",
+            rate=f"{learning_rate(records, self.longest, narrow=narrow):.3g}",
+            narrow=NARROW if narrow else "",
             most=f"\nmax_records_per_unit = {RECORDS}" if records.patient else "",
             tables=_public.tables(what, public, columns, judged),
         )
         return STUDY.format_map(values)
 
 
-def learning_rate(records: Records, longest: float = LONGEST) -> float:
-    """Compute the step whose noise is NOISE in each weight, as MedQuAD's best steps at ε from 0.5
-    to 8 had it (0.21 to 0.36): of K sites of n units the mean carries σ√K / (K n)."""
+def noise_of_mean(records: Records) -> float:
+    """Compute the standard deviation of the noise in the mean of the sites' updates, in units of C:
+    of K sites of n units σ√K / (K n)."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
-    noise = sigma * math.sqrt(records.sites) / sum(records.declared_sizes)
-    return min(longest, NOISE / noise)
+    return sigma * math.sqrt(records.sites) / sum(records.declared_sizes)
 
 
+def learning_rate(records: Records, longest: float = LONGEST, *, narrow: bool = False) -> float:
+    """Compute the step whose noise is NOISE in each weight, as MedQuAD's best steps at ε from 0.5
+    to 8 had it (0.21 to 0.36); of a narrow round NARROW_NOISE."""
+    if narrow:
+        return min(NARROW_LONGEST, NARROW_NOISE / noise_of_mean(records))
+    return min(longest, NOISE / noise_of_mean(records))
+
+
+NARROW = """\
+narrow = true                        # under this noise a round trains few of them alone
+"""
 STUDY = """\
 # {title}, trained at the sites under differential privacy. `fedtune init` without
 # --task writes every key with a comment.
@@ -104,7 +121,7 @@ train = "B"
 a_init = "public"                    # the frozen factor comes from [public]
 
 [lora.preconditioner]                # and so does what makes the steps of all directions alike
-
+{narrow}
 [objective]
 {objective}
 

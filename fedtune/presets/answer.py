@@ -39,4 +39,5 @@ overflow = "truncate_answer"         # a longer answer loses its end
 template = "Question: {text}\\nAnswer:\\n\"""",
     start=30.0,
     judged='metric = "loss"\n',
+    narrow=True,
 ).study

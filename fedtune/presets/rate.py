@@ -51,5 +51,7 @@ def _recipe(study: Study) -> tuple[float, float] | None:
         return classify.NOISE, classify.LONGEST / bound
     normalised = study.clipping is not None and study.clipping.mode == "normalised"
     if study.lora and study.lora.preconditioner and study.training.rounds == 1 and normalised:
+        if study.lora.preconditioner.narrow:
+            return _adapter.NARROW_NOISE, _adapter.NARROW_LONGEST
         return _adapter.NOISE, _adapter.LONGEST
     return None
