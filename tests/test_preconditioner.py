@@ -178,9 +178,7 @@ def test_rows_are_m_times_the_rows_without_it(either: Network, engine: str) -> N
         start += b.size
 
 
-def test_a_round_is_the_round_written_out(
-    either: Network, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_a_round_is_the_round_written_out(either: Network, tiny_base: Path, tmp_path: Path) -> None:
     """Three steps without noise: gradients by plain autograd, M, clipping and mean in fp64, the
     adapter moved by M times the sum. The exported adapter in plain PEFT has the same logits."""
     network, bound = either, {"max_grad_norm": C, "unit": "patient"}
