@@ -198,7 +198,7 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "preset", "a-step-for-any-noise", RECIPE,
-        "return min(longest, NOISE / noise)", "return longest",
+        "return min(longest, NOISE / noise_of_mean(records))", "return longest",
         ANSWER + "test_the_step_follows_the_noise_as_medquads_best_ones_did",
         "a round at a small ε moves the adapter by noise alone",
     ),
