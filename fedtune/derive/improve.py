@@ -24,6 +24,7 @@ from fedtune.derive.preferences import RewardJudge
 from fedtune.derive.prompts import Prompts, read
 from fedtune.derive.rloo import train_rloo
 from fedtune.derive.settings import RlooSettings
+from fedtune.derive.writing import write_all
 from fedtune.errors import ConfigError, DataError, Refused
 from fedtune.models.build import dtype_of
 from fedtune.models.loaded import LoadedModel, load
@@ -268,8 +269,8 @@ class PolicyEvaluator:
         objective, settings, tokenizer = self.study.objective, self.settings, self.policy.tokenizer
         prompt_tokens = [prompt_ids(record.prompt, objective, tokenizer) for record in records]
         stream = b"%d\n%d\n%s" % (settings.seed, len(records), draws)
-        written = self.policy.write_all(
-            prompt_tokens, SAMPLES, settings.new_tokens, stream, settings.temperature
+        written = write_all(
+            self.policy, prompt_tokens, SAMPLES, settings.new_tokens, stream, settings.temperature
         )
         scored_answers: list[tuple[float | None, float]] = []
         for record, ids, answers in zip(records, prompt_tokens, written, strict=True):

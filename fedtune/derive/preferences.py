@@ -26,6 +26,7 @@ from fedtune.data.records import Record, read_records, table_of
 from fedtune.data.tokenize import passage_of, prompt_ids
 from fedtune.derive.lineage import require_private
 from fedtune.derive.settings import RUBRIC, LabelSettings
+from fedtune.derive.writing import write
 from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.files.writing import check_replaceable, replace
 from fedtune.models.loaded import LoadedModel, load
@@ -195,7 +196,7 @@ def preference(
     if len(ids) + settings.new_tokens > min(settings.max_length, writer.room):
         raise Rejected("too long")
     stream = f"{settings.seed}\n{record.prompt}".encode()
-    written = writer.write(ids, 2, settings.new_tokens, stream, settings.temperature)
+    written = write(writer, ids, 2, settings.new_tokens, stream, settings.temperature)
     first, second = (_text(writer, answer) for answer in written)
     if not first.strip() or not second.strip():
         raise Rejected("an empty answer")

@@ -11,6 +11,7 @@ from fedtune.config import ObjectiveTable, PublicTable
 from fedtune.data.files import Rejected
 from fedtune.data.records import Record, read_records
 from fedtune.data.tokenize import prompt_ids
+from fedtune.derive.writing import write
 from fedtune.errors import ConfigError, DataError
 from fedtune.models.loaded import LoadedModel
 from fedtune.progress import report
@@ -81,7 +82,7 @@ def _complete(
     ids = prompt_ids(record.prompt, objective, writer.tokenizer)
     if len(ids) + new_tokens > min(objective.max_length, writer.room):
         raise Rejected("too long")
-    (token_ids,) = writer.write(ids, 1, new_tokens, f"{seed}\n{record.prompt}".encode())
+    (token_ids,) = write(writer, ids, 1, new_tokens, f"{seed}\n{record.prompt}".encode())
     text = str(writer.tokenizer.decode(token_ids, skip_special_tokens=True))
     if not text.strip():
         raise Rejected("an empty answer")

@@ -1,12 +1,11 @@
 """Whole models as users load them: a base in transformers, a run's adapter by PEFT, a run's head
-beside them. For generation, scoring and soft targets, one record at a time: no result of a record
-depends on other records."""
+beside them. For scores and soft targets, one record at a time: no result of a record depends on
+other records."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,56 +82,6 @@ class LoadedModel:
         logits: torch.Tensor = self.head(pooled(*self._states(passages), self.base.kind))
         return logits
 
-    def write(
-        self, ids: list[int], count: int, new_tokens: int, stream: bytes, temperature: float = 1.0
-    ) -> list[list[int]]:
-        """Generate `count` continuations of one prompt, each up to and without its eos.
-
-        stream: what the draws depend on, and nothing else; temperature 0: the likeliest one."""
-        return self.write_all([ids], count, new_tokens, stream, temperature)[0]
-
-    @torch.no_grad()
-    def write_all(
-        self,
-        prompts: Sequence[list[int]],
-        count: int,
-        new_tokens: int,
-        stream: bytes,
-        temperature: float = 1.0,
-    ) -> list[list[list[int]]]:
-        """Complete several prompts at once, which is faster and couples them: for public prompts
-        alone. Errors: ModelError where the model's figures are not finite."""
-        width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        rows = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:7], "big"))
-            try:
-                out = self.model.generate(
-                    input_ids=rows.to(self.model.device),
-                    attention_mask=mask.to(self.model.device),
-                    max_new_tokens=new_tokens,
-                    num_return_sequences=count,
-                    pad_token_id=pad,
-                    **(sampling if temperature else {"do_sample": False}),
-                )
-            except RuntimeError as error:
-                if "probability tensor" not in str(error):
-                    raise
-                raise ModelError(
-                    f"{self.base.name}: what it computes is not finite",
-                    "a whole model",
-                    "fetch or copy it again",
-                ) from None
-        completions = [self._until_eos(row[width:].tolist()) for row in out]
-        return [completions[at : at + count] for at in range(0, len(completions), count)]
-
-    def base_only(self) -> Any:
-        """Disable the adapter within the block."""
-        return self.model.disable_adapter() if self.adapted else nullcontext()
-
     @property
     def adapted(self) -> bool:
         return self._inner is not self.model
@@ -158,11 +107,6 @@ class LoadedModel:
         # A position never attends to later ones, so that a causal base needs no mask.
         attention = {} if causal else {"attention_mask": mask}
         return backbone(input_ids=ids, **attention).last_hidden_state, mask.bool()
-
-    def _until_eos(self, ids: list[int]) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def load(

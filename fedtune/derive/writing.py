@@ -1,0 +1,70 @@
+"""Text that a whole model writes; what is drawn follows from the bytes of a stream alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from fedtune.errors import ModelError
+from fedtune.models.loaded import LoadedModel
+
+
+def write(
+    model: LoadedModel,
+    ids: list[int],
+    count: int,
+    new_tokens: int,
+    stream: bytes,
+    temperature: float = 1.0,
+) -> list[list[int]]:
+    """Generate `count` continuations of one prompt, each up to and without its eos.
+
+    stream: what the draws depend on, and nothing else; temperature 0: the likeliest one."""
+    return write_all(model, [ids], count, new_tokens, stream, temperature)[0]
+
+
+@torch.no_grad()
+def write_all(
+    model: LoadedModel,
+    prompts: Sequence[list[int]],
+    count: int,
+    new_tokens: int,
+    stream: bytes,
+    temperature: float = 1.0,
+) -> list[list[list[int]]]:
+    """Complete several prompts at once, which is faster and couples them: for public prompts
+    alone. Errors: ModelError where the model's figures are not finite."""
+    width = max(map(len, prompts))
+    pad = model.tokenizer.pad_token_id
+    rows = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(stream).digest()[:7], "big"))
+        try:
+            out = model.model.generate(
+                input_ids=rows.to(model.model.device),
+                attention_mask=mask.to(model.model.device),
+                max_new_tokens=new_tokens,
+                num_return_sequences=count,
+                pad_token_id=pad,
+                **(sampling if temperature else {"do_sample": False}),
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise ModelError(
+                f"{model.base.name}: what it computes is not finite",
+                "a whole model",
+                "fetch or copy it again",
+            ) from None
+    completions = [_until_eos(model, row[width:].tolist()) for row in out]
+    return [completions[at : at + count] for at in range(0, len(completions), count)]
+
+
+def _until_eos(model: LoadedModel, ids: list[int]) -> list[int]:
+    ends = model.model.generation_config.eos_token_id
+    ends = {model.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
