@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.files import locks
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.run_folder import SIGNATURE, load_plan, read_report
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from fedtune.courier.app import client_app
 from fedtune.courier.executor import App, Executor
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, link
-from fedtune.flower.processes import Stopped, alone, bypass_proxy, interruptible
 from fedtune.launch.site import Shown
+from fedtune.processes import Stopped, alone, bypass_proxy, interruptible
 from fedtune.progress import OnEvent
 from fedtune.wire.requests import Answer, Request
 

@@ -13,8 +13,8 @@ import pytest
 from fedtune.config import load_study
 from fedtune.errors import ConfigError
 from fedtune.flower import enrol
-from fedtune.flower.processes import alone
 from fedtune.launch import coordinator
+from fedtune.processes import alone
 from fedtune.wire import fingerprints
 from tests.flower import kit
 from tests.flower.test_tls import STUDY

@@ -16,7 +16,7 @@ import pytest
 from fedtune.errors import FedtuneError, NotGenuine, Refused
 from fedtune.evidence import sign
 from fedtune.evidence.verify import Verified, verify
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints
 from fedtune.wire.keys import SigningKey, canonical

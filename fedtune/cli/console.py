@@ -16,7 +16,8 @@ from rich.text import Text
 
 from fedtune.cli.tables import Figures
 from fedtune.errors import printable
-from fedtune.report.claim import percent, rounded_up, shared_line, verdict
+from fedtune.registry.rounding import percent, rounded_up
+from fedtune.report.claim import shared_line, verdict
 from fedtune.report.classes import class_lines
 from fedtune.report.declared import INVENTED, site_lines
 from fedtune.report.delta import chance

@@ -20,7 +20,8 @@ from fedtune.ledger.declared import declared
 from fedtune.ledger.entries import EVERY, RULES, Cohort, Spent
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import DatasetBudget, StudyLine, budget, heaviest, study_lines
-from fedtune.report.claim import THREE_EPSILONS, rounded_down, rounded_up
+from fedtune.registry.rounding import rounded_down, rounded_up
+from fedtune.report.claim import THREE_EPSILONS
 
 INFINITE = "∞ (not private)"
 

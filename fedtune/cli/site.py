@@ -271,7 +271,7 @@ def withdraw(
 
 def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     """Say what a withdrawal could not undo, and where its receipt lies."""
-    from fedtune.report.claim import rounded_up
+    from fedtune.registry.rounding import rounded_up
 
     if withdrawal.in_file is None:
         typer.echo(f"  {path} cannot be read, so it may still hold records")

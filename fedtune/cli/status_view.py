@@ -12,7 +12,8 @@ from rich.text import Text
 
 from fedtune.errors import FedtuneError
 from fedtune.observe.status import BY, GONE, Snapshot, standing
-from fedtune.report.claim import THREE_EPSILONS, rounded_up
+from fedtune.registry.rounding import rounded_up
+from fedtune.report.claim import THREE_EPSILONS
 from fedtune.report.figures import duration, short, size_text
 
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}

@@ -17,7 +17,7 @@ from rich.table import Table
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import STUDY
 from fedtune.cli.tables import Figures
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.report.figures import short
 
 if TYPE_CHECKING:

@@ -139,7 +139,7 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
 
 
 def _lines(found: Verified) -> str:
-    from fedtune.report.claim import rounded_up
+    from fedtune.registry.rounding import rounded_up
     from fedtune.report.declared import declared_line, free_query_line
 
     claim, more = "NOT PRIVATE", list[str]()

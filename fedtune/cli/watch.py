@@ -14,7 +14,7 @@ from rich.table import Column
 
 from fedtune.cli.pace import RoundsPace, StepPace
 from fedtune.progress import Step, listening
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.report.figures import duration, short, size_text
 
 LINE_SECONDS = 30.0  # between two plain lines of one step

@@ -16,8 +16,8 @@ from fedtune.client.site_checks import check_watch
 from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe
 from fedtune.evidence.audit_log import REPEATS
-from fedtune.observe.log import reason_of
 from fedtune.progress import stage
+from fedtune.registry.reasons import reason_of
 from fedtune.wire.arrays import Packed, bodies, pack_arrays, read_frozen
 from fedtune.wire.protocol import check_peer, version_fields
 from fedtune.wire.requests import FAILED, Answer, Kind, Request, Scalar

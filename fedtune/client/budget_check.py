@@ -19,7 +19,7 @@ from fedtune.dp.plan import DpPlan, plan_for_site
 from fedtune.errors import ConfigError, PolicyRefused
 from fedtune.ledger.files import DATABASE
 from fedtune.ledger.ledger import Ledger
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fedtune.ledger.entries import Charge
 from fedtune.ledger.files import DATABASE
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import StudyLine, budget, study_lines
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.run_folder import load_plan
 
 PLACES = "runs.json"  # in the state folder: where runs of `fedtune simulate` lie, by plan

@@ -26,10 +26,10 @@ from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, Input
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.room import ROOM
 from fedtune.files.writing import DRAFT, is_abandoned, sync_folder
-from fedtune.flower.processes import alone
 from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import LOCK
+from fedtune.processes import alone
 from fedtune.secagg.draw import FOLDER as DRAWS
 
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too

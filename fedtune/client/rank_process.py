@@ -33,7 +33,6 @@ from fedtune.data.dataset import Dataset
 from fedtune.dp.plan import ClippedSum, Team, plan_for_site
 from fedtune.errors import InfrastructureError, describe
 from fedtune.files.writing import replace
-from fedtune.flower.processes import Child
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
@@ -42,6 +41,7 @@ from fedtune.models.network import Network
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.models.rank_slice import ALL
 from fedtune.objectives import resolve
+from fedtune.processes import Child
 from fedtune.training.data_parallel import Group, share_machine, sum_over_workers
 from fedtune.training.shared_records import fingerprint, pack_records, unpack_records
 from fedtune.training.unit_gradients import UnitGradientEngine

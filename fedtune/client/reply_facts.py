@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 from fedtune.client.answers import Place
 from fedtune.client.budget_refusal import CEILINGS, TODO, explain
-from fedtune.client.review import pending
 from fedtune.client.site import SiteWorker, worker
+from fedtune.client.waiting_plans import keep_plan
 from fedtune.config import Study, study_from_json
 from fedtune.dp import accountant
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
-from fedtune.observe.status import UNSIGNED
-from fedtune.report.claim import rounded_up
+from fedtune.registry.reasons import UNSIGNED
+from fedtune.registry.rounding import rounded_up
 from fedtune.wire.requests import Answer, Request
 
 DONE = ("admitted", "trained", "ready", "masked", "answered")
@@ -71,7 +71,7 @@ def _unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
     for planned in facts.get("planned", {}).values():
         spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
-    review = f"`fedtune review {pending(site.site, study)} --site {place.site}`"
+    review = f"`fedtune review {keep_plan(site.site, study)} --site {place.site}`"
     if facts["status"] == UNSIGNED:
         return (
             f"Nothing of it runs before a person here signs it; then {spends}. {review} says what "

@@ -20,7 +20,6 @@ from fedtune.client.policy import (
     total_of,
     within_budget,
 )
-from fedtune.client.waiting_plans import keep_plan
 from fedtune.config import (
     CoordinatorTable,
     ScheduleTable,
@@ -42,11 +41,11 @@ from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import heaviest
 from fedtune.objectives import describe, resolve
-from fedtune.report.claim import assumption, best_guess, percent, protects, rounded_up, strength
+from fedtune.registry.rounding import percent, rounded_up
+from fedtune.report.claim import assumption, best_guess, protects, strength
 from fedtune.report.delta import chance, warning
 from fedtune.wire import fingerprints
 
-pending = keep_plan  # as client/reply_facts.py imports it
 SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
 
 

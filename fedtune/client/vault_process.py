@@ -21,7 +21,7 @@ from fedtune import isolation
 from fedtune.config import Site, load_site
 from fedtune.config.database import is_over_tcp
 from fedtune.errors import InfrastructureError, describe
-from fedtune.flower.processes import (
+from fedtune.processes import (
     STOP_SECONDS,
     Stopped,
     alone,

@@ -17,7 +17,7 @@ from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.ledger.chain import Entry
 from fedtune.ledger.ledger import Ledger
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.wire.keys import canonical, verifies
 
 RECEIPTS = "withdrawals"  # in the state folder: a receipt for each withdrawal

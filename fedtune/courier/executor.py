@@ -23,7 +23,7 @@ from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder, Link
 from fedtune.flower.packing import pack, size, unpack
 from fedtune.flower.polling import Poll
-from fedtune.flower.processes import Child, free_port
+from fedtune.processes import Child, free_port
 from fedtune.progress import OnEvent
 from fedtune.wire.requests import FAILED
 

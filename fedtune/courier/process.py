@@ -19,7 +19,7 @@ from fedtune import boot, isolation
 from fedtune.config import Site, load_site
 from fedtune.errors import FedtuneError
 from fedtune.flower.membership import keys_folder
-from fedtune.flower.processes import Stopped, bypass_proxy, end_with_parent, interruptible
+from fedtune.processes import Stopped, bypass_proxy, end_with_parent, interruptible
 from fedtune.wire.events import Teller, ToTeller
 
 if TYPE_CHECKING:

@@ -44,7 +44,7 @@ from fedtune.dashboard.connections import Prompt
 from fedtune.dashboard.pages import Page
 from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.registry.reasons import reason_of
-from fedtune.report.claim import rounded_down, rounded_up
+from fedtune.registry.rounding import rounded_down, rounded_up
 from fedtune.report.figures import duration, short, size_text
 
 HERE = Path(__file__).parent

@@ -17,7 +17,8 @@ from fedtune.files import reading
 from fedtune.models.adapter_files import AGAIN
 from fedtune.models.run import Run
 from fedtune.objectives import resolve
-from fedtune.report.claim import rounded_up, shared_line
+from fedtune.registry.rounding import rounded_up
+from fedtune.report.claim import shared_line
 from fedtune.report.declared import site_lines
 from fedtune.run_folder import pipeline_tag
 

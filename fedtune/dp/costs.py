@@ -16,7 +16,8 @@ from fedtune.dp.query_noise import forecast
 from fedtune.dp.shared_noise import FINEST, WORDS, most_numbers
 from fedtune.errors import ConfigError
 from fedtune.objectives import describe
-from fedtune.report.claim import assumption, best_guess, rounded_up
+from fedtune.registry.rounding import rounded_up
+from fedtune.report.claim import assumption, best_guess
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.writing import remove_drafts, replace
 from fedtune.flower import allowance, api, certs, enrol
-from fedtune.flower.processes import (
+from fedtune.processes import (
     EVERYWHERE,
     STOP_SECONDS,
     Child,

@@ -27,7 +27,7 @@ from fedtune.client.app import app, site_errors
 from fedtune.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid, answer, contexts_of, decode
-from fedtune.flower.processes import Child
+from fedtune.processes import Child
 
 Sites = dict[int, str]  # node number -> site file
 PAUSE = 0.05  # seconds to wait for a reply

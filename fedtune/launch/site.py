@@ -29,10 +29,10 @@ from fedtune.files.writing import remove_drafts
 from fedtune.flower.forwarder import RENEWED, Link
 from fedtune.flower.forwarder import link as forwarder_link
 from fedtune.flower.membership import reviewed
-from fedtune.flower.processes import Child, Stopped, alone, interruptible, private_folder
 from fedtune.ledger.ledger import Ledger
-from fedtune.observe.status import UNSIGNED
+from fedtune.processes import Child, Stopped, alone, interruptible, private_folder
 from fedtune.progress import OnEvent, report
+from fedtune.registry.reasons import UNSIGNED
 from fedtune.wire import events
 
 log = logging.getLogger("fedtune.client")

@@ -30,8 +30,7 @@ from typing import Any, Literal
 
 from fedtune.files import writing
 from fedtune.registry.metrics import METRICS
-from fedtune.registry.reasons import OTHER
-from fedtune.registry.reasons import reason_of as reason_of  # client/answers.py looks here
+from fedtune.registry.reasons import OTHER, reason_of
 
 Role = Literal["coordinator", "site"]
 Record = dict[str, Any]

@@ -28,6 +28,7 @@ from typing import Any
 from fedtune.errors import InputError
 from fedtune.files import reading, writing
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
+from fedtune.registry.reasons import UNSIGNED
 
 FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # events kept in the file
@@ -36,7 +37,6 @@ BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a re
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
 TOTALS = ("bytes_up", "bytes_down")
-UNSIGNED = "waiting"  # of a site: a person there has yet to sign the plan
 # Fields taken over from any event that has them.
 CARRIED = (
     "study",

@@ -1,4 +1,4 @@
-"""The phrases of our own by which a log tells a reason, whoever wrote it."""
+"""The words of our own by which a reason is told, whoever wrote it, and a status that has one."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ PHRASES = (
 )
 # fmt: on
 OTHER = "other"
+UNSIGNED = "waiting"  # a site's status where a person there has yet to sign the plan
 
 
 def reason_of(value: Any) -> str:

@@ -7,6 +7,7 @@ from statistics import NormalDist
 from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
+from fedtune.registry.rounding import number, rounded_up
 
 # Wherever two of the three stand, this sentence does.
 THREE_EPSILONS = (
@@ -95,33 +96,6 @@ def _site_guess(site: dict[str, Any]) -> float:
     return min(bound, 1.0)
 
 
-def percent(value: float) -> str:
-    """A probability as a percentage, rounded up (a bound must not be rounded down)."""
-    return f"{min(math.ceil(value * 1000) / 10, 100.0):g} %"
-
-
-def rounded_up(value: Any, digits: int = 3) -> str:
-    """Format ε rounded up, so that the figure shown is never below the true one."""
-    n = number(value)
-    if n is None or not math.isfinite(n):
-        return "none" if value is None else str(value)
-    scale = 10**digits
-    up = math.ceil(round(n * scale, 6)) / scale
-    return f"{up:.{digits}f}".rstrip("0").rstrip(".")
-
-
-def rounded_down(value: float, digits: int = 3) -> str:
-    """Format what remains of a budget rounded down, so that the figure is never above the true
-    one."""
-    scale = 10**digits
-    return f"{math.floor(value * scale) / scale:g}"
-
-
-def number(value: Any) -> float | None:
-    """The value where it is a number, else None."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def compared(metric: str, change: Any) -> tuple[str, str] | None:
     """Judge a metric's change by its 95 % interval: how the later model compares, and the interval
     in words; None where there is none.
@@ -144,7 +118,7 @@ def verdict(quality: dict[str, Any]) -> str:
     of the change on the evaluation records; "" where it was not measured.
 
     Of a preference run that report.preference.alarms speaks against, never that it is better."""
-    from fedtune.report.preference import alarms  # which writes with this module's number
+    from fedtune.report.preference import alarms  # whose tables need this module
 
     metric, gain = quality.get("metric"), quality.get("gain") or {}
     told = compared(metric, gain.get("change")) if metric else None

@@ -6,7 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedtune.report.claim import compared, number, verdict
+from fedtune.registry.rounding import number
+from fedtune.report.claim import compared, verdict
+from fedtune.report.preference import alarms
 
 TRAINED, START = "trained", "start"  # what is released: a report's quality.released.model
 PUBLIC = "what public text alone gives"
@@ -45,8 +47,6 @@ def over_start(quality: dict[str, Any]) -> str:
     """Return how the trained model compares with what public text alone gives: "better than",
     "not told apart from", "worse than", or with a preference run's alarms "NOT shown to be better
     than"; "" where that was not measured."""
-    from fedtune.report.preference import alarms  # which writes with claim's number
-
     metric, start = quality.get("metric"), quality.get("start")
     told = compared(str(metric), (quality.get("gain") or {}).get("over_start"))
     if not isinstance(start, dict) or number(start.get(metric)) is None or told is None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedtune.registry.rounding import number, percent, rounded_up
 from fedtune.report.claim import (
     THREE_EPSILONS,
     assumptions,
     best_guess,
     fallback,
     limits,
-    number,
-    percent,
     protects,
-    rounded_up,
     strength,
 )
 from fedtune.report.declared import (

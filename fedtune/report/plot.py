@@ -7,7 +7,8 @@ import textwrap
 from typing import Any
 
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.report.claim import fallback, number, rounded_up
+from fedtune.registry.rounding import number, rounded_up
+from fedtune.report.claim import fallback
 from fedtune.report.gain import headline
 from fedtune.report.quality import intervals
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.report.claim import protects, rounded_up
+from fedtune.registry.rounding import rounded_up
+from fedtune.report.claim import protects
 from fedtune.report.text import cell, figure, table
 
 

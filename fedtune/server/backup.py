@@ -36,7 +36,7 @@ from fedtune.evidence.audit_log import TEXT
 from fedtune.files import reading
 from fedtune.files.writing import drafted, replace
 from fedtune.flower import certs
-from fedtune.flower.processes import private_folder
+from fedtune.processes import private_folder
 from fedtune.server.store import DATABASE, FOLDER, sqlite_errors
 from fedtune.server.versions import FOLDER as VERSIONS
 from fedtune.server.versions import INDEX, LINK

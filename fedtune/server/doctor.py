@@ -21,7 +21,7 @@ from fedtune.dp.calibration import resolve, with_rounds
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.files import reading
 from fedtune.flower import certs, enrol
-from fedtune.flower.processes import own_name, reachable
+from fedtune.processes import own_name, reachable
 
 ROUNDS_KEPT = 4  # adapters on disk per site: sent and received, while Flower keeps both
 RESTORE = "restore it from a backup: sites trust no other"

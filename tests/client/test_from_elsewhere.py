@@ -259,7 +259,7 @@ except ImportError:
 
 def test_no_code_of_a_hub_is_loaded(kernels: Path) -> None:
     assert run(ASKED, kernels) == "code of a hub"  # the twin: it would be
-    assert run("import fedtune.flower.processes" + ASKED, kernels) == "no kernels"
+    assert run("import fedtune.processes" + ASKED, kernels) == "no kernels"
     transformers = (
         "import fedtune, os\nfrom transformers.integrations import hub_kernels as h\n"
         "from huggingface_hub import constants\n"

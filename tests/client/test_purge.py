@@ -12,9 +12,9 @@ from fedtune.client import purge as purger
 from fedtune.client.purge import KINDS, NEVER_DELETED, listing, purge
 from fedtune.client.site import SiteWorker
 from fedtune.config import load_site, load_study
-from fedtune.flower.processes import alone
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe import observer
+from fedtune.processes import alone
 from fedtune.registry import process_cache
 from fedtune.training.start import start
 from tests.client.test_site import begun, make_site, notes, trains

@@ -27,7 +27,7 @@ from fedtune.config.sites import sites_in
 from fedtune.data.dataset import Dataset, Example, Passage, SoftTargets
 from fedtune.data.media import Media
 from fedtune.dp import noise
-from fedtune.flower.processes import free_port
+from fedtune.processes import free_port
 from fedtune.training.shared_records import fingerprint, pack_records, unpack_records
 from fedtune.training.start import Start
 from fedtune.wire.codec import VALUES

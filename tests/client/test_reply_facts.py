@@ -32,7 +32,7 @@ from fedtune.models.run import Run
 from fedtune.observe import observer
 from fedtune.observe.status import read_status
 from fedtune.registry import process_cache
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.server import admission, rounds
 from fedtune.server.admission import plan_message
 from fedtune.server.orders import tell_finished

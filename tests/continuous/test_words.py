@@ -21,7 +21,7 @@ from fedtune.evaluation.evaluator import Evaluator
 from fedtune.files.reading import fingerprint
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import read_status
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.report.markdown import markdown
 from fedtune.server.store import load
 from tests.continuous.fakes import START, go, sites

@@ -17,7 +17,7 @@ from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import app_of
 from fedtune.errors import InputError
 from fedtune.observe import StatusFile
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.report.figures import short
 from fedtune.run_folder import ANSWERS
 from tests.cli_kit import tree

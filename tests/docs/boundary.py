@@ -1,4 +1,4 @@
-"""What must be right for ε: the modules that a site's worker can load, by import graph.
+"""What must be right for ε: the modules that a site's vault can load, by import graph.
 
     python -m tests.docs.boundary     # writes docs/what-must-be-right.md
 
@@ -22,15 +22,15 @@ from fedtune.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "what-must-be-right.md"
-WORKER = ("fedtune.client.site", "fedtune.client.secure_round")
+VAULT = ("fedtune.client.vault_process",)
 BY_NAME = (OBJECTIVES, MODALITIES, SOURCES)  # what a plan or a site file names a class of
 SMALL = 2  # lines of a package's __init__ that holds a docstring alone
 
 # Part, what it does, and what belongs to it; where two fit, the longer one does.
 PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
-        "The worker",
-        "The order of things: plan, policy, records, charge, noised steps, stored update, seal.",
+        "The vault",
+        "The process and the order of things: plan, policy, records, charge, noised steps, seal.",
         ("client",),
     ),
     (
@@ -61,11 +61,14 @@ PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "One gradient for each unit: base, adapter, losses, engines, kept states, the self-test.",
         ("models", "training", "objectives", "bases"),
     ),
-    ("The release", "What leaves: arrays in the plan's encoding, signed.", ("wire",)),
+    ("The release", "What comes in and what leaves: requests, arrays, keys, seals.", ("wire",)),
     (
         "The ground",
-        "The two configuration files, whole files on disk, errors, plug-ins by name.",
-        ("", "config", "files", "registry", "errors", "boot", "progress", "run_folder"),
+        "Configuration, whole files on disk, processes and their confinement, errors, plug-ins.",
+        (
+            *("", "config", "files", "registry", "errors", "boot", "progress", "run_folder"),
+            *("isolation", "processes"),
+        ),
     ),
 )
 # Import name -> the distribution, and what ε needs of it.
@@ -89,22 +92,20 @@ OTHERS = {
     "soundfile": ("soundfile", "decodes one record's recording"),
     "spacy": ("spacy", "language models of the scan for identifiers"),
     "tokenizers": ("tokenizers", "text to tokens, one record at a time"),
-    "tomli_w": ("tomli-w", "loaded with the configuration; a worker writes none"),
+    "tomli_w": ("tomli-w", "loaded with the configuration; a vault writes none"),
     "torch": ("torch", "forward and backward passes, products that depend on no neighbour"),
     "transformers": ("transformers", "the base's architecture, tokenizer and processors"),
 }
 HEAD = """# What must be right
 
-ε holds at a site if this code is right: what the process that holds the records can load of fedtune
-to admit a plan, charge it, read the records, train, and answer. Written by
-`python -m tests.docs.boundary` from the imports, with the first sentence of each file; not edited
-by hand. A test has workers train, answer queries, share noise and refuse in a process of their own,
-and finds no other module of fedtune in it.
+ε holds at a site if this code is right: all of fedtune that the vault, the process that holds the
+records and has no network, can load to admit a plan, charge it, read the records, train, and
+answer. Written by `python -m tests.docs.boundary` from the imports, with the first sentence of each
+file; not edited by hand. A test has vaults train, answer queries, share noise and refuse in a
+process of their own, and finds no other module of fedtune in it, and no Flower.
 
-Two things stand beside this list and not in it. The same process talks to the coordinator, by
-Flower, `fedtune/flower` and the thin apps around them: that code gets no record and no gradient,
-and what it does with the process' memory is not held by this list. And what a person does at a site
-(withdraw, accept, sign, restore) enters the ledger by *the ledger* below, in a process of its own.
+What a person does at a site (withdraw, accept, sign, restore) enters the ledger by *the ledger*
+below, in a process of its own. In a simulation all is one process.
 """
 
 
@@ -153,18 +154,18 @@ def reached(beginnings: Iterable[str]) -> set[str]:
 
 
 def beginnings() -> tuple[str, ...]:
-    """Name the worker's modules, and each plug-in of this release that a plan or a site names."""
+    """Name the vault's module, and each plug-in of this release that a plan or a site names."""
     named = [f"{group.package}.{name}" for group in BY_NAME for name in group.release()]
-    return (*WORKER, *named)
+    return (*VAULT, *named)
 
 
 def modules() -> list[Module]:
-    """List the modules of fedtune that a site's worker can load, by name."""
+    """List the modules of fedtune that a site's vault can load, by name."""
     return [_module(name) for name in sorted(reached(beginnings())) if _is_ours(name)]
 
 
 def others() -> list[str]:
-    """List the import names of other distributions that the worker's modules import."""
+    """List the import names of other distributions that the vault's modules import."""
     found = {name for name in reached(beginnings()) if not _is_ours(name)}
     return sorted(found - sys.stdlib_module_names)
 

@@ -1,4 +1,4 @@
-"""The page of what must be right names every module that a site's worker loads."""
+"""The page of what must be right names every module that a site's vault loads."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedtune.ledger.ledger import Ledger
+from fedtune.server.admission import plan_message
+from fedtune.wire.keys import SigningKey
 from tests.docs import boundary
 from tests.guarantee.property_files import WRITERS, bases_of
 from tests.guarantee.property_plans import (
@@ -31,7 +33,7 @@ from tests.media import image, recording
 
 NUMBERS = re.compile(r"\| [\d,]+ \|")
 OFF = 0.05  # of all lines that the page counts: a change of a few lines does not make it stale
-CHILD = Path(__file__).with_name("worker_alone.py")
+CHILD = Path(__file__).with_name("vault_alone.py")
 
 
 USUAL_PLACE = Place()
@@ -74,7 +76,10 @@ STORIES = {
     "the other engine": of("causal_lm", engine="opacus", lora="whole"),
     "no last round": of("causal_lm", life=50.0),
     "a query": Story(
-        Plan(queries=True), ("prepare", "query"), ("admitted", "answered"), Place(held_out="held")
+        Plan(queries=True),
+        ("prepare", "evaluate"),
+        ("admitted", "answered"),
+        Place(held_out="held"),
     ),
     "shared noise": Story(
         Plan(shared=True),
@@ -90,11 +95,11 @@ STORIES = {
     "nobody has signed": replace(
         USUAL,
         steps=("prepare",),
-        said=("nobody at the site has signed this plan",),
+        said=("waiting: policy.admission",),
         place=Place(policy='admission = "signed"'),
     ),
     "no file": replace(
-        USUAL, steps=("lose_records", "prepare"), said=("lost", "DataError")
+        USUAL, steps=("lose_records", "prepare"), said=("lost", "failed")
     ),
     "a file that goes": replace(
         USUAL,
@@ -104,7 +109,7 @@ STORIES = {
     "a broken ledger": replace(
         USUAL,
         steps=("prepare", "break_ledger", "train"),
-        said=("admitted", "broken", "LedgerError"),
+        said=("admitted", "broken", "failed"),
     ),
 }  # fmt: skip
 
@@ -128,14 +133,16 @@ def rows(folder: Path, story: Story, data: str) -> list[dict[str, Any]]:
 
 
 def lay_out(folder: Path, story: Story, bases: Mapping[str, Path]) -> None:
-    """Write a study's plan, its arrays, its sites and their records, as worker_alone.py reads
+    """Write a study's plan, its arrays, its sites and their records, as vault_alone.py reads
     them."""
     made = begun(story.plan, tuple(sorted(bases.items())))
+    coordinator = SigningKey.at(folder.parent / "coordinator.key")
     folder.mkdir()
-    (folder / "plan.json").write_text(made.study.model_dump_json())
+    plan = plan_message(made.study, made.frozen, coordinator).config_records["plan"]
+    (folder / "plan.json").write_text(json.dumps(dict(plan)))
     for name, arrays in (("frozen", made.frozen), ("adapter", made.adapter)):
         save_file(dict(arrays), folder / f"{name}.safetensors")
-    (folder / "steps.json").write_text(json.dumps([[step, 1] for step in story.steps]))
+    (folder / "steps.json").write_text(json.dumps(story.steps))
     data = [name for name in (story.place.data, story.place.held_out) if name]
     kinds = dict.fromkeys(data, story.kind)
     for name in data:
@@ -156,7 +163,7 @@ def lay_out(folder: Path, story: Story, bases: Mapping[str, Path]) -> None:
 
 
 def alone(folder: Path, *beside: str) -> dict[str, Any]:
-    """What worker_alone.py prints of the studies in a folder."""
+    """What vault_alone.py prints of the studies in a folder."""
     command = [sys.executable, CHILD, folder, *beside]
     done = subprocess.run(command, capture_output=True, text=True, cwd=boundary.ROOT)
     assert done.returncode == 0, done.stderr
@@ -168,7 +175,7 @@ def not_on_the_page(loaded: list[str]) -> set[str]:
     return set(loaded) - {module.name for module in boundary.modules()}
 
 
-def test_a_worker_loads_nothing_that_the_page_does_not_name(
+def test_a_vault_loads_nothing_that_the_page_does_not_name(
     tmp_path: Path, tiny_base: Path, tiny_encoder: Path
 ) -> None:
     bases = bases_of(tmp_path, tiny_base, tiny_encoder)
@@ -186,7 +193,7 @@ def test_a_worker_loads_nothing_that_the_page_does_not_name(
 
 
 @pytest.mark.parametrize("module", ["fedtune.report.claim", "fedtune.client.review"])
-def test_twin_a_module_that_is_loaded_beside_a_worker_is_found(tmp_path: Path, module: str) -> None:
+def test_twin_a_module_that_is_loaded_beside_a_vault_is_found(tmp_path: Path, module: str) -> None:
     assert module in not_on_the_page(alone(tmp_path, module)["loaded"])
 
 

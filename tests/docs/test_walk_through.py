@@ -11,8 +11,8 @@ from fedtune.config import load_site
 from fedtune.errors import Refused
 from fedtune.evidence.verify import verify
 from fedtune.flower import membership
-from fedtune.flower.processes import free_port
 from fedtune.ledger.ledger import Ledger
+from fedtune.processes import free_port
 from tests.docs.pages import ROOT, Block
 from tests.docs.walk_through import SITES, WalkThrough, consortium_block
 

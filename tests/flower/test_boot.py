@@ -18,7 +18,7 @@ PARENT = """
 import os, subprocess, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from fedtune.flower.processes import Child
+from fedtune.processes import Child
 with Child("rank", ["x"], home=Path({home!r}), log=Path({home!r}, "log")) as child:
     child._process.wait(60)
 """

@@ -16,8 +16,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedtune.config import load_site
 from fedtune.errors import ConfigError, Refused
 from fedtune.flower import certs, enrol
-from fedtune.flower.processes import free_port
 from fedtune.launch.coordinator import prepare
+from fedtune.processes import free_port
 from fedtune.wire.keys import SigningKey, canonical
 from tests.flower import kit
 

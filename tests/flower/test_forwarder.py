@@ -22,9 +22,9 @@ from fedtune.courier.executor import Executor, _refusal
 from fedtune.errors import ConfigError, Refused
 from fedtune.flower import certs, enrol, gateway
 from fedtune.flower.forwarder import Forwarder, Link, link
-from fedtune.flower.processes import Child, free_port, reachable
 from fedtune.launch import coordinator
 from fedtune.observe.log import ADDRESS
+from fedtune.processes import Child, free_port, reachable
 from tests.flower import kit
 
 

@@ -20,7 +20,7 @@ from fedtune.flower import certs, enrol
 from fedtune.flower import gateway as module
 from fedtune.flower.gateway import Gateway
 from fedtune.flower.peers import Limits
-from fedtune.flower.processes import Child, free_port
+from fedtune.processes import Child, free_port
 from tests.flower import kit
 from tests.flower.gateway_kit import (
     BROKEN,

@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from fedtune import processes
 from fedtune.config import load_study
 from fedtune.courier import executor as site_executor
 from fedtune.errors import InfrastructureError
-from fedtune.flower import api, certs, enrol, processes
+from fedtune.flower import api, certs, enrol
 from fedtune.flower.grid import InProcessGrid
-from fedtune.flower.processes import free_port, reachable
 from fedtune.launch import coordinator
+from fedtune.processes import free_port, reachable
 from fedtune.wire.requests import FAILED
 from tests.flower import kit, tls_roles
 from tests.site_here import join_with

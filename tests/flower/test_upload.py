@@ -21,8 +21,8 @@ from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.retry import make_simple_http_retry_invoker
 
 from fedtune.flower import api
-from fedtune.flower.processes import free_port, reachable
 from fedtune.launch import coordinator
+from fedtune.processes import free_port, reachable
 from fedtune.wire.arrays import unpack_arrays
 from tests.flower import kit, tls_roles, upload_roles
 from tests.flower.test_tls import STUDY, until

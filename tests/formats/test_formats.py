@@ -21,7 +21,7 @@ from fedtune.ledger.files import LedgerError
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import budget
 from fedtune.models.loaded import load
-from fedtune.report.claim import rounded_up
+from fedtune.registry.rounding import rounded_up
 from fedtune.run_folder import read_report
 from fedtune.server.store import CheckpointError
 from tests.formats import read_back

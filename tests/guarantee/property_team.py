@@ -22,7 +22,7 @@ from fedtune.registry import process_cache
 
 
 class ForkedRank:
-    """Stands in for `fedtune.flower.processes.Child`: the same program in a fork of this process,
+    """Stands in for `fedtune.processes.Child`: the same program in a fork of this process,
     which has every library loaded already. It ends when rank 0 closes its connection."""
 
     def __init__(

@@ -18,8 +18,8 @@ from fedtune import isolation
 from fedtune.config import load_site
 from fedtune.courier.process import open_to_courier
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.flower.processes import Child
 from fedtune.launch.site import Shown
+from fedtune.processes import Child
 from fedtune.wire import events, requests
 from fedtune.wire.arrays import pack_arrays
 from fedtune.wire.requests import Answer, Request, RequestError

@@ -79,7 +79,7 @@ MUTANTS = (
         "it forges what the person at the site reads",
     ),
     one(
-        "isolation", "a-log-is-written-through-a-link", "fedtune/flower/processes.py",
+        "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
         "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
         "a link that a courier left empties the ledger at the next start",

@@ -237,7 +237,7 @@ BUDGET_MUTANTS = (
         "1.536 is ε 8.0003",
     ),
     _one(
-        24, "epsilon-rounded-down-in-the-report", "fedtune/report/claim.py",
+        24, "epsilon-rounded-down-in-the-report", "fedtune/registry/rounding.py",
         "up = math.ceil(round(n * scale, 6)) / scale", "up = round(n * scale) / scale",
         "tests/report/test_report.py::test_epsilon_is_rounded_up", "what people read",
     ),

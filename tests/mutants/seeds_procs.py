@@ -205,9 +205,9 @@ MUTANTS = (
         "after a jump of a clock people make new answers, which help nobody",
     ),
     one(
-        "processes", "a-child-outlives-its-parent", "fedtune/flower/processes.py",
-        "        end_with_parent()\n    if program in OWN_PROGRAMS:",
-        "        pass\n    if program in OWN_PROGRAMS:",
+        "processes", "a-child-outlives-its-parent", "fedtune/processes.py",
+        "        end_with_parent()\n    import_module(PROGRAMS",
+        "        pass\n    import_module(PROGRAMS",
         "tests/flower/test_alone.py::test_a_child_ends_with_its_parent_whatever_ends_that",
         "after kill -9 of the server its SuperLink and gateway go on",
     ),

@@ -144,8 +144,8 @@ def children(parent: int) -> dict[str, int]:
         with suppress(OSError):
             if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
                 words = (folder / "cmdline").read_bytes().decode().split("\0")
-                if "fedtune.flower.processes" in words:
-                    program = words[words.index("fedtune.flower.processes") + 1]
+                if "fedtune.processes" in words:
+                    program = words[words.index("fedtune.processes") + 1]
                     found[program] = int(folder.name)
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedtune.client.purge import listing
 from fedtune.config import load_site
-from fedtune.flower.processes import free_port
+from fedtune.processes import free_port
 from tests.network.kit import SITES, consortium, done, records, until
 
 ROUNDS = 3

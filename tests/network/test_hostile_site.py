@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.flower.processes import free_port
+from fedtune.processes import free_port
 from tests.network.kit import OFF, SITES, consortium, until
 
 AS_NORTH = """

@@ -32,9 +32,9 @@ from safetensors.numpy import load_file
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import FedtuneError
 from fedtune.evidence.sign import EVIDENCE
-from fedtune.flower.processes import free_port
 from fedtune.ledger.files import DATABASE
 from fedtune.ledger.ledger import Ledger
+from fedtune.processes import free_port
 from fedtune.wire.keys import canonical
 from tests.network import remains
 from tests.network.kit import (

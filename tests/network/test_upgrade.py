@@ -10,8 +10,8 @@ import pytest
 
 import fedtune
 from fedtune.errors import Refused
-from fedtune.flower.processes import free_port
 from fedtune.ledger.ledger import Ledger
+from fedtune.processes import free_port
 from fedtune.wire.protocol import PROTOCOL
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium, done, end, until
 

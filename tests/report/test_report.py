@@ -16,7 +16,8 @@ from matplotlib.image import imread
 from fedtune import report
 from fedtune.errors import InfrastructureError
 from fedtune.files import writing
-from fedtune.report.claim import STRENGTHS, best_guess, percent, rounded_up, strength
+from fedtune.registry.rounding import percent, rounded_up
+from fedtune.report.claim import STRENGTHS, best_guess, strength
 from tests.docs.pages import ROOT
 
 SITE = {

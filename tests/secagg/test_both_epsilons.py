@@ -38,7 +38,8 @@ from fedtune.launch.simulate import simulate
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger
 from fedtune.ledger.spending import budget, facts, study_lines
-from fedtune.report.claim import fallback, rounded_up, shared_line
+from fedtune.registry.rounding import rounded_up
+from fedtune.report.claim import fallback, shared_line
 from fedtune.run_folder import load_plan
 from fedtune.wire import fingerprints
 from tests import chance

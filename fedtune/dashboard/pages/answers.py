@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.errors import FedtuneError
 from fedtune.files import reading
 from fedtune.observe.log import MOMENT
-from fedtune.report.claim import number
+from fedtune.registry.rounding import number
 from fedtune.run_folder import ANSWERS
 
 MOST, LONGEST = 20, 1500  # prompts, and characters of a text

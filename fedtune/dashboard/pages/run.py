@@ -15,17 +15,11 @@ from fedtune.dashboard.pages.answers import answers_in
 from fedtune.errors import FedtuneError, InputError
 from fedtune.observe.log import LOGGABLE
 from fedtune.observe.rounds import Rounds
-from fedtune.observe.status import FILE, GONE, LOCK, UNSIGNED, Snapshot, read_status, standing
+from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, standing
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.registry.reasons import reason_of
-from fedtune.report.claim import (
-    THREE_EPSILONS,
-    best_guess,
-    number,
-    percent,
-    protects,
-    shared_line,
-)
+from fedtune.registry.reasons import UNSIGNED, reason_of
+from fedtune.registry.rounding import number, percent
+from fedtune.report.claim import THREE_EPSILONS, best_guess, protects, shared_line
 from fedtune.report.classes import HEAD as CLASSES
 from fedtune.report.classes import class_lines, class_rows
 from fedtune.report.gain import advice, headline, is_start_released, over_start

@@ -19,7 +19,7 @@ from fedtune.errors import FedtuneError
 from fedtune.files import reading
 from fedtune.observe.log import MOMENT, NAME
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
-from fedtune.report.claim import number
+from fedtune.registry.rounding import number
 
 STUDIES = 4  # of whose losses there are curves
 PLAN = re.compile(r"sha256:[0-9a-f]{64}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedtune.config.known_bases import upstream_of
 from fedtune.evidence.dossier.markdown import body
-from fedtune.report.claim import number
+from fedtune.registry.rounding import number
 from fedtune.report.text import cell
 from fedtune.run_folder import pipeline_tag
 

@@ -12,15 +12,8 @@ from typing import Any
 
 from fedtune.config.known_bases import upstream_of
 from fedtune.files import reading
-from fedtune.report.claim import (
-    assumptions,
-    best_guess,
-    fallback,
-    percent,
-    protects,
-    rounded_up,
-    strength,
-)
+from fedtune.registry.rounding import percent, rounded_up
+from fedtune.report.claim import assumptions, best_guess, fallback, protects, strength
 from fedtune.report.declared import declared_line
 from fedtune.report.gain import headline
 

@@ -31,7 +31,9 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 Program = Literal["superlink", "supernode", "gateway", "rank", "sites", "vault", "courier"]
-OWN_PROGRAMS = {  # of these programs, ours: the module whose main() it is, and what people call it
+PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; what people call it
+    "superlink": ("fedtune.flower.program", "flower-superlink"),
+    "supernode": ("fedtune.flower.program", "flower-supernode"),
     "gateway": ("fedtune.flower.gateway", "the gateway"),
     "rank": ("fedtune.client.rank_process", "a process of this site's team"),
     "sites": ("fedtune.launch.process_pool", "a process of the simulation"),
@@ -95,7 +97,7 @@ class Child:
         keep: Sequence[int] = (),
     ) -> None:
         self.program, self.log = program, log
-        self._name = OWN_PROGRAMS[program][1] if program in OWN_PROGRAMS else f"flower-{program}"
+        self._name = PROGRAMS[program][1]
         private_folder(home)
         private_folder(log.parent)
         environment = {
@@ -106,7 +108,7 @@ class Child:
         }
         with open(log, "wb", opener=_private) as sink:
             self._process = subprocess.Popen(
-                boot.command("fedtune.flower.processes", program, *options),
+                boot.command("fedtune.processes", program, *options),
                 stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -228,23 +230,17 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _main(program: str) -> None:
+def _main(program: Program) -> None:
     """Run the program named, with the options in sys.argv; does not return."""
     if program not in CONFINED:
         end_with_parent()
-    if program in OWN_PROGRAMS:
-        import_module(OWN_PROGRAMS[program][0]).main(sys.argv[1:])
-        return
-
-    from fedtune.flower import api  # Flower itself, which our own programs may not need
-
-    api.run_program("superlink" if program == "superlink" else "supernode")
+    import_module(PROGRAMS[program][0]).main(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
-    sys.argv = [f"flower-{name}", *sys.argv[2:]]
-    _main(name)
+    named = next(program for program in PROGRAMS if program == sys.argv[1])
+    sys.argv = [f"flower-{named}", *sys.argv[2:]]
+    _main(named)
 
 
 EVERYWHERE = ("0.0.0.0", "::")
