@@ -5,7 +5,7 @@
 
 This process starts both, since a parent rules its child's environment, and neither may rule the
 other: the vault first, then the courier. Each confines itself before it does anything else
-(isolation.py). When one of them ends, so does the other."""
+(isolation.py). When one of them ends, so does the other, and both are started again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedtune.client.before_joining import check_before_joining
 from fedtune.client.vault_process import HOME
 from fedtune.config import Site, load_site
 from fedtune.courier.process import FOLDER
-from fedtune.errors import FedtuneError, PolicyRefused
+from fedtune.errors import FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.evidence.audit_log import REPEATS, AuditLog
 from fedtune.files.writing import remove_drafts
 from fedtune.flower.forwarder import RENEWED, Link
@@ -36,6 +36,8 @@ from fedtune.registry.reasons import UNSIGNED
 from fedtune.wire import events
 
 log = logging.getLogger("fedtune.client")
+LONG = 60.0  # seconds: halves that lasted so long were well started
+FEW = 3  # times in a row that halves which did not are started again
 LATE = 5.0  # seconds after which what the vault tells is shown without what the courier adds
 
 
@@ -60,8 +62,8 @@ def join(
     Before it connects, site file, data sheet and records are checked (`check_before_joining`),
     and data that the site declares public or generated is signed for.
     Errors: those of that check; PolicyRefused where policy.isolation asks for more than this
-    machine gives; InfrastructureError when the coordinator goes on refusing this site, or one of
-    its halves ends; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
+    machine gives; InfrastructureError when the coordinator goes on refusing this site, or its
+    halves end again and again; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
     check_before_joining(site)
     link = forwarder_link(site, site_path)
@@ -73,8 +75,10 @@ def join(
             remove_drafts(site.site.state)
             place = {"coordinator": link.answer.coordinator, "watch": watch}
             place["reviewed"] = reviewed(link.answer)
-            with Halves(site, site_path, place, link, processes, once, patience) as halves:
-                halves.watch(shown)
+            again = Again(shown)
+            while again.wanted:
+                with Halves(site, site_path, place, link, processes, once, patience) as halves:
+                    again.wanted = again.after(halves.watch(shown))
     except Stopped as stop:
         if stop.name == "SIGINT":  # as every command takes it
             raise KeyboardInterrupt from None
@@ -124,21 +128,23 @@ class Halves:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def watch(self, shown: Shown) -> None:
-        """Show what both tell until the courier ends. Errors: the courier's; InfrastructureError
-        where either ends by itself; PolicyRefused where their confinement does not suffice."""
+    def watch(self, shown: Shown) -> InfrastructureError | None:
+        """Show what both tell until the courier has done its work (None), or one of them ends by
+        itself: return how.
+
+        Errors: the courier's; PolicyRefused where their confinement does not suffice."""
         while True:
             ready = wait([self.of_vault, self.of_courier], 0.5)
             self._take(self.of_vault, shown.from_vault)  # first: it told before it answered
             if self.of_courier in ready and self._take(self.of_courier, shown.from_courier):
-                return
+                return None
             shown.flush(LATE)
             for half in (self.vault, self.courier):
                 if not half.alive:
                     self._take(self.of_vault, shown.from_vault)
                     if self._take(self.of_courier, shown.from_courier):
-                        return
-                    raise half.ended()
+                        return None
+                    return half.ended()
 
     def _take(self, connection: Connection, show: Any) -> bool:
         """Show what has arrived; True: that was the last of it."""
@@ -167,6 +173,31 @@ class Halves:
         except FedtuneError as error:
             return events.facts_of(error)
         return {}
+
+
+class Again:
+    """Says whether the halves are started again after one of them has ended by itself: as often as
+    needed where they had lasted, and where they end at once no more than FEW times in a row."""
+
+    def __init__(self, shown: Shown) -> None:
+        self._shown, self.wanted = shown, True
+        self._began, self._short = time.monotonic(), 0
+
+    def after(self, ended: InfrastructureError | None) -> bool:
+        """Return whether to start again; None: their work is done. Errors: `ended`, where they did
+        not last."""
+        if ended is None:
+            return False
+        lasted = time.monotonic() - self._began > LONG
+        self._short = 0 if lasted else self._short + 1
+        if self._short > FEW:
+            raise ended
+        self._shown.flush(0)
+        text = f"{ended.happened}; starting both again"
+        self._shown.notify("reconnecting", {"seconds": float(self._short), "text": text})
+        time.sleep(self._short)
+        self._began = time.monotonic()
+        return True
 
 
 class Shown:

@@ -135,8 +135,37 @@ def end(process: subprocess.Popen[bytes], seconds: float = 20.0) -> int:
     return process.wait()
 
 
+# Statements that run before a client, so that its vault runs others once it is confined.
+IN_ITS_VAULT = """
+import sys
+from fedtune import boot
+plain = boot.command
+def command(module, *options):
+    if "vault" not in options:
+        return plain(module, *options)
+    code = {code!r} + f"import runpy, sys\\nsys.argv = {{[module, *options]!r}}\\n"
+    code += f"runpy.run_module({{module!r}}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-P", "-c", code]
+boot.command = command
+"""
+
+
+def in_its_vault(statements: str) -> str:
+    """Return statements to run before a client, after which its vault runs these."""
+    code = f"""
+import fedtune.client.vault_process as vault
+serve = vault.serve
+def broken(*given):
+    exec({statements!r}, {{}})
+    return serve(*given)
+vault.serve = broken
+"""
+    return IN_ITS_VAULT.format(code=code)
+
+
 def children(parent: int) -> dict[str, int]:
-    """The programs that a process of ours started: "superlink", "gateway" or "supernode" -> pid."""
+    """The programs that a process of ours started, and those that these started in turn, as
+    "superlink", "gateway", "vault", "courier" or "supernode" -> pid."""
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
@@ -147,6 +176,7 @@ def children(parent: int) -> dict[str, int]:
                 if "fedtune.processes" in words:
                     program = words[words.index("fedtune.processes") + 1]
                     found[program] = int(folder.name)
+                    found |= children(int(folder.name))
     return found
 
 
@@ -229,7 +259,10 @@ class Consortium:
 
     def _started(self, name: str, folder: Path, *words: object) -> subprocess.Popen[bytes]:
         how: dict[str, Any] = {"prefix": self.where.get(name, ())}
-        how |= {"broken": self.broken.get(name, ""), "packages": self.packages.get(name)}
+        broken = self.broken.get(name, "")
+        if broken and name in SITES:
+            broken = in_its_vault(broken)
+        how |= {"broken": broken, "packages": self.packages.get(name)}
         return self._kept(start(folder, self.log(name), *words, **how))
 
     def faults(self, name: str, port: int, mean_seconds: float, *silent: str) -> None:

@@ -1,6 +1,7 @@
 """kill -9 at random moments of any process of a study, each started again as a supervisor would.
 
-Victims: the server, its SuperLink and gateway, and each site's client and SuperNode. `make chaos`
+Victims: the server, its SuperLink and gateway, and each site's client with its vault, courier and
+SuperNode. `make chaos`
 runs these; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds), FEDTUNE_SEED which
 (without it: others each time; the first line says the seed). The twins break what is checked, and
 die once, before a round is kept.
@@ -53,8 +54,10 @@ from tests.simulated import simulate
 ADAPTER = "adapter/adapter_model.safetensors"
 STUCK = 900.0  # seconds without a kill and without a round kept: far more than any wait takes
 Victim = tuple[str, str]  # the machine, and the program there ("": what the supervisor started)
+PROGRAMS = ("", "vault", "courier", "supernode")  # of a site
+HOLDING = PROGRAMS[:3]  # with any of these the round that is under way ends
 COORDINATOR: tuple[Victim, ...] = (("hub", ""), ("hub", "superlink"), ("hub", "gateway"))
-ANY = (*COORDINATOR, *((site, program) for site in SITES for program in ("", "supernode")))
+ANY = (*COORDINATOR, *((site, program) for site in SITES for program in PROGRAMS))
 
 
 class Campaign:
@@ -154,9 +157,9 @@ class Campaign:
 
     def check_charges(self, name: str, private: bool) -> None:
         """Each round is charged; with noise, every step that ran is, and a round once more at most
-        for each time that the site's own client was killed. (Without noise a site keeps no update,
-        and trains and notes a round again as often as it is asked. Where the sum alone is opened, a
-        draw that one site lost is one more for all.)"""
+        for each time that the site's own client, vault or courier was killed. (Without noise a site
+        keeps no update, and trains and notes a round again as often as it is asked. Where the sum
+        alone is opened, a draw that one site lost is one more for all.)"""
         spent, whole = self.made.spending(name), set(range(1, self.rounds + 1))
         counted = [each for each in spent if each.released or not private]
         told = f"{name}; {self.told()}"
@@ -166,7 +169,7 @@ class Campaign:
             for each in spent:
                 paid[each.charge.round] += each.charge.steps
             assert not self.made.noised(name) - paid, f"under-charged: {told}"
-            most = self.rounds + self.struck[name, ""]
+            most = self.rounds + sum(self.struck[name, each] for each in HOLDING)
             assert self.made.is_secure or len(spent) <= most, f"over-charged: {told}"
 
 
@@ -293,7 +296,7 @@ def gone(pids: Iterable[int]) -> bool:
 @pytest.mark.long
 def test_what_is_killed_leaves_no_process_and_starts_again(tmp_path: Path, tiny_base: Path) -> None:
     """kill -9 of the server, and of a client, each in the middle of a study."""
-    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+    with consortium(tmp_path / "whole", "127.0.0.1", free_port()) as made:
         made.lay_out(tiny_base, PRIVATE, 3, round_timeout=60)
         campaign = Campaign(made, 3, 0, ())
         server, clients = made.server(), dict[str, subprocess.Popen[bytes]]()
@@ -310,13 +313,15 @@ def test_what_is_killed_leaves_no_process_and_starts_again(tmp_path: Path, tiny_
         until(lambda: gone(began.values()), 30, made.told)
         until(lambda: made.rounds() >= 2, 240, made.told)
         left, victim = children(clients["east"].pid), clients["east"]
-        assert set(left) == {"supernode"}
+        assert set(left) == {"vault", "courier", "supernode"}
         victim.kill()
         victim.wait()
         campaign.struck["east", ""] += 1
-        made.client("east")
+        clients["east"] = made.client("east")
         until(lambda: gone(left.values()), 30, made.told)
         assert server.wait(300) == 0, made.told()
+        for client in clients.values():
+            end(client)
         campaign.check(private=True)
         # the twins: a process that stays is seen, and whatever else is not as it was
         assert not gone([os.getpid()])
@@ -327,7 +332,7 @@ def test_what_is_killed_leaves_no_process_and_starts_again(tmp_path: Path, tiny_
         for number, (error, spoil) in enumerate(SPOILT.items()):
             with pytest.raises((AssertionError, FedtuneError), match=error):
                 remains.check(spoilt(made, tmp_path / f"spoilt-{number}", spoil), private=True)
-        remains.check(spoilt(made, tmp_path / "whole", lambda _: None), private=True)
+        remains.check(spoilt(made, tmp_path / "again", lambda _: None), private=True)
 
 
 # --------------------------------------------------------------------------------------- twins
