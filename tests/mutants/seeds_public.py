@@ -55,7 +55,7 @@ MUTANTS: list[Mutant] = [
         "network.loaded():",
         "tests/test_public_start.py::"
         "test_steps_before_the_first_round_train_what_a_narrow_round_leaves",
-        "steps on public text, which have no noise, learn a tenth of what they could",
+        "steps on public text, which have no noise, learn in few directions alone",
     ),
     one(
         "preconditioner", "not-the-plans", LORA,
