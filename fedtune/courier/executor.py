@@ -87,14 +87,15 @@ class Executor:
             except InfrastructureError as error:
                 problem = error
             except Exception as error:  # the SuperNode ended, or its wait failed: start another
-                if node.alive:
+                if node.alive and not _was_refused(node):
                     self._failed("connection", error)
             finally:
                 runtime.close()
+                refused = _was_refused(node)  # before it says the same because we stop it
                 node.stop()
             if forwarder.distrust:
                 raise _distrust(forwarder.link)
-            if forwarder.refusal or node.has_logged(api.SUPERNODE_REFUSED):
+            if forwarder.refusal or refused:
                 return _refusal(forwarder)
             return problem or node.ended()
 
@@ -153,6 +154,10 @@ class Executor:
     def _failed(self, kind: str, error: Exception) -> None:
         name = type(error).__name__
         self.notify("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
+
+
+def _was_refused(node: Child) -> bool:
+    return any(map(node.has_logged, api.SUPERNODE_REFUSED))
 
 
 def _refusal(forwarder: Forwarder) -> InfrastructureError:

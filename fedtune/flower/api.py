@@ -118,7 +118,12 @@ __all__ = [
 
 SERVER_APP, CLIENT_APP, AGENT_APP = TaskType.SERVER_APP, TaskType.CLIENT_APP, TaskType.AGENT_APP
 SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink has accepted it
-SUPERNODE_REFUSED = "Failed to initialize the connection to the SuperLink"
+# What a SuperNode logs that the SuperLink does not accept: of 401 the second alone, on which it
+# interrupts itself.
+SUPERNODE_REFUSED = (
+    "Failed to initialize the connection to the SuperLink",
+    "SuperNode terminated gracefully.",
+)
 # Seconds between a node's signed timestamp and the SuperLink's clock, from and to.
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"

@@ -31,6 +31,7 @@ from fedtune.flower.grid import InProcessGrid
 from fedtune.launch import coordinator
 from fedtune.processes import free_port, reachable
 from fedtune.wire.requests import FAILED
+from tests.clocks import Clock, needs_compiler
 from tests.flower import kit, tls_roles
 from tests.site_here import join_with
 
@@ -51,10 +52,11 @@ SITES = ("a", "b", "c")
 
 
 @contextmanager
-def role(log: Path, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of tls_roles.py, ended by its handle whatever happens in the block."""
+def role(log: Path, *arguments: object, **more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of tls_roles.py, ended by its handle whatever happens in the block. more: of its
+    environment."""
     nowhere = {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **nowhere, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
     command = [sys.executable, str(Path(tls_roles.__file__)), *map(str, arguments)]
     with open(log, "wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
@@ -111,8 +113,10 @@ class World:
     def log(self, name: str) -> str:
         return (self.root / f"{name}.log").read_text()
 
-    def site(self, name: str, *once: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
-        return role(self.root / f"{name}.log", "site", self.files[name], *once)
+    def site(
+        self, name: str, *once: str, **more: str
+    ) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        return role(self.root / f"{name}.log", "site", self.files[name], *once, **more)
 
     def coordinator(self, nodes: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
         out, log = self.root / "body.json", self.root / "coordinator.log"
@@ -275,6 +279,25 @@ def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Pa
         pytest.raises(InfrastructureError, match="does not verify"),
     ):
         join_with(tls_roles.app, alone.files["a"])
+
+
+@needs_compiler
+def test_a_site_whose_clock_is_wrong_is_told_that(alone: World) -> None:
+    """The SuperLink takes nothing that is signed at another time. Twin: a clock that is right."""
+    clock = Clock(alone.root)
+    with (
+        coordinator.superlink(alone.home) as link,
+        coordinator.supervised_gateway(link, alone.home, "127.0.0.1", alone.port),
+    ):
+        with alone.site("a", **clock.environment) as process:
+            until(lambda: "joined" in alone.log("a"), 300)
+            process.terminate()
+            assert process.wait(300) == 0
+        clock.set(hours=2)
+        with alone.site("a", **clock.environment) as process:
+            assert process.wait(300) == InfrastructureError.exit_code
+    told = alone.log("a")
+    assert "s ahead of its own" in told and "(NTP)" in told and "FAILED" not in told, told
 
 
 def other_home(home: Path) -> Path:

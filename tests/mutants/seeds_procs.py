@@ -205,6 +205,12 @@ MUTANTS = (
         "after a jump of a clock people make new answers, which help nobody",
     ),
     one(
+        "processes", "what-flower-refuses-ended-by-itself", "fedtune/flower/api.py",
+        '    "SuperNode terminated gracefully.",\n', "",
+        "tests/flower/test_tls.py::test_a_site_whose_clock_is_wrong_is_told_that",
+        "people at a site with a wrong clock read the name of a log, which does not say it either",
+    ),
+    one(
         "processes", "a-child-outlives-its-parent", "fedtune/processes.py",
         "        end_with_parent()\n    import_module(PROGRAMS",
         "        pass\n    import_module(PROGRAMS",

@@ -97,17 +97,21 @@ class Campaign:
                     self.restarts[name] += 1
                     again = made.server("--resume") if name == "hub" else made.client(name)
                     machines[name] = again
-            if self.struck.total() < self.due:
-                # Some meet a start, and some a round in which all work.
-                time.sleep(self.draw.random() * self.draw.choice((1.0, 4.0, 16.0)))
-                machine, program = victim = self.draw.choice(self.victims)
-                if self.strike(victim, machines[machine], program):
-                    self.tell(f"[{time.monotonic() - began:5.0f} s  {self.told(victim)}]")
+            self.disturb(machines, time.monotonic() - began)
             time.sleep(0.1)
         for process in machines.values():
             end(process)
         charges = {name: len(made.spending(name)) for name in SITES}
         self.tell(f"[{time.monotonic() - began:5.0f} s  {self.told()}; charges {charges}]")
+
+    def disturb(self, machines: dict[str, subprocess.Popen[bytes]], seconds: float) -> None:
+        """Kill one of the victims, unless enough of them were. seconds: since the study began."""
+        if self.struck.total() < self.due:
+            # Some meet a start, and some a round in which all work.
+            time.sleep(self.draw.random() * self.draw.choice((1.0, 4.0, 16.0)))
+            machine, program = victim = self.draw.choice(self.victims)
+            if self.strike(victim, machines[machine], program):
+                self.tell(f"[{seconds:5.0f} s  {self.told(victim)}]")
 
     @property
     def due(self) -> int:
