@@ -32,6 +32,7 @@ import os
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -286,6 +287,28 @@ def renew(home: Path, record: Record, csr: bytes) -> bytes:
     if tls_digest(key) != record.tls or certs.common_name(asked.subject) != record.name:
         raise Refused("a request for another key or name", todo="enroll and admit it")
     return _issued(home, key, record.name)
+
+
+def check_clock(home: Path) -> datetime:
+    """Return the time, which is not before any date on record in a coordinator's home.
+
+    Errors: ConfigError where the clock was set back: certificates and signed requests are then
+    refused as not yet valid."""
+    now, past = certs.now(), dict[str, datetime]()
+    for name in ("ca.pem", "server.pem"):
+        with suppress(ConfigError):  # not there yet, or it is refused below
+            past[name] = certs.certificate_in(home / name, "").not_valid_before_utc
+    for record in (*registry(home).values(), *revoked(home)):
+        leaf, admitted = leaf_of(home, record), datetime.fromisoformat(record.admitted)
+        past[record.name] = max(admitted, leaf.not_valid_before_utc) if leaf else admitted
+    name, latest = max(past.items(), key=lambda entry: entry[1], default=("", now))
+    if now < latest - certs.SKEW:
+        raise ConfigError(
+            f"{now:%Y-%m-%d %H:%M} UTC here, and {name} is of {latest:%Y-%m-%d %H:%M}",
+            "a clock that goes forward",
+            "set this machine's clock (NTP)",
+        )
+    return now
 
 
 def tls_digest(key: EC) -> str:

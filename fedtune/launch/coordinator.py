@@ -140,6 +140,7 @@ def prepare(
                 f"port {port} of {host} is taken", todo="choose another with --port"
             )
         time.sleep(0.1)
+    enrol.check_clock(home)
     certs.ca(home)
     SigningKey.at(home / "signing.key")
     hosts = [] if host in EVERYWHERE else [host]

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,25 +148,7 @@ def _names(leaf: x509.Certificate, place: Place) -> str:
 
 
 def _clock(home: Path) -> str:
-    """Check that the clock is not behind any date on record here. Errors: ConfigError where it was
-    set back: certificates and signed requests are then refused as not yet valid."""
-    now = certs.now()
-    past = {record.name: datetime.fromisoformat(record.admitted) for record in _records(home)}
-    past["ca.pem"] = certs.certificate_in(home / "ca.pem", "").not_valid_before_utc
-    if (home / "server.pem").exists():
-        past["server.pem"] = certs.certificate_in(home / "server.pem", "").not_valid_before_utc
-    name, latest = max(past.items(), key=lambda entry: entry[1])
-    if now < latest - certs.SKEW:
-        raise ConfigError(
-            f"{now:%Y-%m-%d %H:%M} UTC here, and {name} is of {latest:%Y-%m-%d %H:%M}",
-            "a clock that goes forward",
-            "set this machine's clock (NTP)",
-        )
-    return f"{now:%Y-%m-%d %H:%M} UTC, later than all that is on record here"
-
-
-def _records(home: Path) -> list[enrol.Record]:
-    return [*enrol.registry(home).values(), *enrol.revoked(home)]
+    return f"{enrol.check_clock(home):%Y-%m-%d %H:%M} UTC, later than all that is on record here"
 
 
 def _sites(home: Path) -> str:

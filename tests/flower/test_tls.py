@@ -15,6 +15,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedtune import processes
 from fedtune.config import load_study
 from fedtune.courier import executor as site_executor
-from fedtune.errors import InfrastructureError
+from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.flower import api, certs, enrol
 from fedtune.flower.grid import InProcessGrid
 from fedtune.launch import coordinator
@@ -303,6 +304,17 @@ def test_a_site_whose_clock_is_wrong_is_told_that(alone: World) -> None:
 def other_home(home: Path) -> Path:
     certs.server_leaf(home)
     return home
+
+
+def test_a_clock_that_was_set_back_is_named_before_anything_starts(
+    alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its gateway would take no site's certificate, and its sites would not hear why."""
+    six, right = timedelta(hours=6), certs.now
+    monkeypatch.setattr(certs, "now", lambda: right() - six)
+    with pytest.raises(ConfigError, match=r"UTC here, and \w+ is of .*a clock that goes forward"):
+        coordinator.serve(alone.root / "study.toml", alone.root, port=alone.port, home=alone.home)
+    assert not (alone.home / "flower" / "superlink.log").exists()
 
 
 def test_a_taken_port_is_named_before_anything_starts(alone: World) -> None:

@@ -211,6 +211,13 @@ MUTANTS = (
         "people at a site with a wrong clock read the name of a log, which does not say it either",
     ),
     one(
+        "processes", "a-coordinators-clock-may-go-back", "fedtune/launch/coordinator.py",
+        "    enrol.check_clock(home)\n", "",
+        "tests/flower/test_tls.py"
+        "::test_a_clock_that_was_set_back_is_named_before_anything_starts",
+        "it waits for sites whose certificates it refuses, and nobody hears why",
+    ),
+    one(
         "processes", "a-child-outlives-its-parent", "fedtune/processes.py",
         "        end_with_parent()\n    import_module(PROGRAMS",
         "        pass\n    import_module(PROGRAMS",

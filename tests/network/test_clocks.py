@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.flower.processes import free_port
+from fedtune.processes import free_port
 from tests.clocks import Clock, needs_compiler
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium
 from tests.network.test_kills import Campaign
@@ -20,28 +20,28 @@ MACHINES = ("hub", *SITES)
 
 @dataclass(frozen=True)
 class Jump:
-    """whose: the machines that it befalls; hours: what is then on their clocks, before the true
-    time; until: what a site says by when they are put right, "" where they stay so."""
+    """whose: the machines that it befalls; hours: how far their clocks are then ahead of the true
+    time; until: what is said somewhere before they are put right, "" where they stay so."""
 
     whose: Sequence[str]
     hours: int
     until: str = ""
 
 
-WRONG = "set the clocks of both ends (NTP)"
+WRONG, BACK = "set the clocks of both ends (NTP)", "set this machine's clock (NTP)"
 JUMPS = (
+    Jump(["hub"], -6, BACK),
+    Jump(["hub"], +6, WRONG),
     Jump(["east"], +6, WRONG),
     Jump(["north"], -6, WRONG),
-    Jump(["hub"], +6, WRONG),
-    Jump(["hub"], -6, WRONG),
     Jump(MACHINES, +6),
     Jump(MACHINES, -3),
 )
 
 
 class Jumps(Campaign):
-    """One jump after each round but the last; a clock that is wrong is put right once a site has
-    said so, as by a person who reads that."""
+    """One jump after each round but the last; a clock that is wrong is put right once a program
+    has said so, as by a person who reads that."""
 
     def __init__(self, made: Consortium, jumps: Sequence[Jump]) -> None:
         super().__init__(made, len(jumps) + 1, 0, ())
@@ -67,7 +67,7 @@ class Jumps(Campaign):
             self.begun += 1
             self.turn(jump.whose, jump.hours)
             if jump.until:
-                self.before = {name: len(self.log(name)) for name in SITES}
+                self.before = {name: len(self.log(name)) for name in MACHINES}
             self.tell(f"[{seconds:5.0f} s  {jump}; {self.told()}]")
 
     def log(self, name: str) -> str:
