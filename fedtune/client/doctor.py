@@ -12,9 +12,9 @@ from typing import Any
 
 from cryptography import x509
 
-from fedtune import isolation
 from fedtune.bases.find import Base, find_base
 from fedtune.client.declared import declare
+from fedtune.client.isolation_here import isolation_here
 from fedtune.client.policy import base_for
 from fedtune.client.reading import (
     by_reason,
@@ -27,9 +27,7 @@ from fedtune.client.review import unsigned, would_refuse
 from fedtune.client.sheet import check_attested
 from fedtune.client.site_checks import check_data, reading_of
 from fedtune.config import Site, Study, load_site
-from fedtune.config.database import is_over_tcp
 from fedtune.config.sheet import lacking, load_sheet
-from fedtune.courier.process import open_to_courier
 from fedtune.data.load import LONG, text_members
 from fedtune.data.records import read_file, read_records, unit_member
 from fedtune.doctor import machine, tls
@@ -95,22 +93,13 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
 def _isolation(site: Site) -> str:
     """Try how `fedtune client` would be confined here. Errors: PolicyRefused where the policy asks
     for more than this machine gives."""
-    of_vault, of_courier = isolation.available()
-    exposed = open_to_courier(site)
-    lacks = [*of_vault.missing, *of_courier.missing]
-    lacks += [f"{path} lies where the courier reads its code" for path in exposed]
-    urls = [site.data.url, site.evaluation.url if site.evaluation else None]
-    lacks += ["a database over TCP keeps the vault on the network"] * any(
-        is_over_tcp(url) for url in urls if url
-    )
-    if lacks and site.policy.isolation == "required":
+    here = isolation_here(site)
+    if here.lacks and site.policy.isolation == "required":
         raise PolicyRefused(
-            f'policy.isolation = "required", and here {"; ".join(lacks)}',
+            f'policy.isolation = "required", and here {"; ".join(here.lacks)}',
             todo='run the client elsewhere, or set policy.isolation = "preferred"',
         )
-    text = f"records are read without a network ({', '.join(of_vault.means)}), and what speaks to "
-    text += f"the network reads none ({', '.join(of_courier.means)})"
-    return text + (f"; OPEN: {'; '.join(lacks)}" if lacks else "")
+    return here.text
 
 
 def _declared(site: Site) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedtune import __version__
 from fedtune.bases.find import known_digest
+from fedtune.client.isolation_here import isolation_here
 from fedtune.client.known_plans import known_plan
 from fedtune.client.policy import (
     accounted,
@@ -272,6 +273,7 @@ def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
     t = study.training
     lines = [
         f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
+        f"Where: on this machine {isolation_here(site).text}.",
         f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}{_bits(study)}.",
         f"Trained: {where}; objective {study.objective.name}.",
         *_objective(study, site),

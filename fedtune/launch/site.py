@@ -162,13 +162,15 @@ class Halves:
         return False
 
     def _fetched(self, base: str) -> dict[str, str]:
-        """Fetch a base that the vault asks for, if the site lists it; return what went wrong."""
+        """Fetch a base that the vault asks for, if the site names or lists it; return what went
+        wrong."""
         from fedtune.bases.find import find_base, known_digest
 
         try:
-            digest, listed = known_digest(base), load_site(self._path).policy.bases
-            if digest is None or (listed != "any" and digest not in listed):
-                raise PolicyRefused(f"{base} is not in policy.bases")
+            site, digest = load_site(self._path), known_digest(base)
+            listed = site.policy.bases == "any" or digest in site.policy.bases
+            if base != site.site.base and not (digest and listed):
+                raise PolicyRefused(f"{base} is neither site.base nor in policy.bases")
             find_base(base, digest)
         except FedtuneError as error:
             return events.facts_of(error)

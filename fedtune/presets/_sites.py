@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fedtune import isolation
 from fedtune.bases.find import find_base
-from fedtune.config.database import anchored, shown
+from fedtune.config.database import anchored, is_over_tcp, shown
 from fedtune.config.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
 from fedtune.config.templates import NAME, ledger_beside, quoted
 from fedtune.data.cells import key_of
@@ -224,7 +224,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             rule=records.delta_rule,
             declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
             bases=_bases(records.base),
-            admission=REVIEWED + _isolation() if records.role == "site" else "",
+            admission=REVIEWED + _isolation(path) if records.role == "site" else "",
             columns=columns
             + (f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY),
         )
@@ -234,9 +234,11 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
     }
 
 
-def _isolation() -> str:
+def _isolation(records: WherePath | None) -> str:
     """Compose the line of [policy] that asks for as much isolation as this machine gives."""
     lacks = [each for half in isolation.available() for each in half.missing]
+    if isinstance(records, str) and is_over_tcp(records):
+        lacks.append("a database over TCP")
     if lacks:
         return f'isolation = "preferred"       # this machine gives less: {"; ".join(lacks)}\n'
     return ISOLATED

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from fedtune import isolation
+from fedtune.bases import find
 from fedtune.config import load_site
+from fedtune.config.known_bases import KNOWN
 from fedtune.courier.process import open_to_courier
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.launch.site import Shown
+from fedtune.launch.site import Halves, Shown
+from fedtune.presets._sites import _isolation
 from fedtune.processes import Child
 from fedtune.wire import events, requests
 from fedtune.wire.arrays import pack_arrays
@@ -227,3 +230,51 @@ def test_a_childs_log_is_not_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic"):
         Child("courier", [], home=log.parent, log=log)
     assert ledger.read_text() == "entries"
+
+
+# ----------------------------------------------------------------------- bases, without a network
+
+
+def test_a_vault_asks_for_a_base_that_is_not_here_and_for_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: without who would fetch it, it is looked for here as ever."""
+    asked: list[str] = []
+    name, digest = next((n, entry.digest) for n, entry in KNOWN.items())
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(find, "find_base", lambda model, digest=None: model)
+    with find.fetching_elsewhere(asked.append):
+        assert find.base_of_plan(digest, None, [digest]) == f"pypi:{name}"
+        assert asked == [f"pypi:{name}"]
+        find.base_of_plan(digest, str(tmp_path))  # a folder
+        find.base_of_plan(digest, "org/model")  # what a hub calls so
+        assert asked[1:] == ["org/model"]
+        with pytest.raises(PolicyRefused, match="does not have"):
+            find.base_of_plan(digest, None, [])  # not listed by the site
+    find.base_of_plan(digest, None, [digest])
+    assert len(asked) == 2
+
+
+def test_only_what_the_site_names_or_lists_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(find, "find_base", lambda model, digest=None: fetched.append(model))
+    path = a_site(tmp_path, policy="bases = []")
+    halves = Halves.__new__(Halves)
+    halves._path = path
+    listed = next(iter(KNOWN))
+    for base in ("org/model", f"pypi:{listed}", "pypi:nothing", "/etc"):
+        assert halves._fetched(base)["error"] == "PolicyRefused"
+    path.write_text(path.read_text().replace("[data]", 'base = "org/model"\n[data]', 1))
+    assert halves._fetched("org/model") == {}
+    path.write_text(path.read_text().replace("bases = []", 'bases = "any"'))
+    assert halves._fetched(f"pypi:{listed}") == {}
+    assert fetched == ["org/model", f"pypi:{listed}"]
+
+
+@pytest.mark.parametrize("place", ["postgresql://hub.example/clinic#notes", "notes.csv"])
+def test_init_requires_what_the_machine_and_the_records_allow(place: str) -> None:
+    line = _isolation(place if "://" in place else Path(place))
+    wanted = "preferred" if "://" in place or not isolation.landlock_version() else "required"
+    assert line.startswith(f'isolation = "{wanted}"')
