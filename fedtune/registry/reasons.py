@@ -17,7 +17,7 @@ PHRASES = (
     "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rank", "policy.data_sheet", "study.data_sheet", "sheet lacks",
-    "policy.modules",
+    "policy.modules", "policy.isolation",
     "policy.objectives", "policy.strategies",
     "policy.modalities",
     "does not run with --watch", "the plan has no [schedule]", "the plan's own lifetime",
