@@ -313,13 +313,13 @@ def divided(each: Set, mine: Records, size: int, seed: int) -> Division:
 
 
 def released(
-    mine: Records, parts: Division, sigma: float, own: int, noise: float, seed: list[int]
+    mine: Records, parts: Division, sigma: float, doses: float, noise: float, seed: list[int]
 ) -> Array:
-    """The head of one release, (K, H+1). sigma: of the plan; own: how many sites add noise of their
-    own; noise: times that which is really added: 0 for none, SILENT for the public part alone."""
+    """The head of one release, (K, H+1). sigma: of the plan; doses: of noise that the sum has;
+    noise: times that which is really added: 0 for none, SILENT for the public part alone."""
     labels = mine.labels[parts.public]
     classes, units = len(mine.classes), len(parts.units)
-    spoken = sigma * math.sqrt(own)
+    spoken = sigma * math.sqrt(doses)
     named = mine.names is not None
     k = posterior.directions_for(classes, len(labels), spoken, units, named)
     basis = posterior.choose(mine.vectors[parts.public], mine.names, k, posterior.WEIGHT)
@@ -350,14 +350,14 @@ def compared(name: str, mine: Records, size: int, seed: int) -> Table:
     }
     for epsilon in EPSILONS:
         sigma = calibrate(epsilon, delta, 1.0, 1)
-        for arm, own, noise in (
+        for arm, doses, noise in (
             ("release", SITES, 1.0),
             ("shared", 1, 1.0),
             ("off", SITES, 0.0),
             ("public", SITES, SILENT),
         ):
             draw = [seed, size, round(10 * epsilon)]
-            heads[f"{arm}-{epsilon:g}"] = released(mine, parts, sigma, own, noise, draw)
+            heads[f"{arm}-{epsilon:g}"] = released(mine, parts, sigma, doses, noise, draw)
     found = {arm: found_by(head, x[test]) for arm, head in heads.items()}
     if any(mine.words):
         found["words"] = by_words(mine.words, everything, y, classes, test)
@@ -460,7 +460,7 @@ def _by_cell(results: dict[str, Table]) -> dict[tuple[str, int], list[Table]]:
     return dict(sorted(cells.items(), key=lambda each: ([*SETS].index(each[0][0]), each[0][1])))
 
 
-def _half_width(values: Array) -> float:
+def half_width(values: Array) -> float:
     """Half of a 95 % interval of the mean over seeds."""
     if len(values) < 2:
         return math.inf
@@ -469,7 +469,7 @@ def _half_width(values: Array) -> float:
 
 
 def _beyond(values: Array) -> bool:
-    return float(values.mean()) > _half_width(values)
+    return float(values.mean()) > half_width(values)
 
 
 def main() -> None:
