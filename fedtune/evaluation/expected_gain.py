@@ -140,8 +140,8 @@ class ExpectedGain:
             told.append(f"the {self.records} [evaluation] records would show {self.found}{few}")
         if self.rough:
             told.append(
-                f"ROUGH: public records have none of {', '.join(self.rough)}, and forecasts that "
-                "hang on the names of classes were too high as often as not"
+                f"ROUGH: public records have none of {', '.join(self.rough)}, and of forecasts "
+                "that hang on the names of classes two in five were wrong, most of them too high"
             )
         if self.unknown:
             told.append(
