@@ -58,14 +58,14 @@ time_t time(time_t *found) {
 
 
 class Clock:
-    """environment: what programs are started with that go by this clock."""
+    """folder: where the library lies, which all that go by this clock may read; environment: what
+    they are started with."""
 
-    def __init__(self, folder: Path, name: str = "clock") -> None:
+    def __init__(self, folder: Path) -> None:
         source, library = folder / "clock.c", folder / "clock.so"
-        if not library.exists():
-            source.write_text(LIBRARY)
-            subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
-        self._ahead = folder / f"{name}.ahead"
+        source.write_text(LIBRARY)
+        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
+        self._ahead = folder / "clock.ahead"
         self._ahead.write_bytes(bytes(8))
         self.environment = {"LD_PRELOAD": str(library), "CLOCK_AHEAD": str(self._ahead)}
 

@@ -45,7 +45,7 @@ MUTANTS = (
         "            if withheld_in and row is not NO_CONSENT:\n"
         "                continue\n"
         "            if row is NO_CONSENT:\n",
-        T_PINNED + "column]", "others' rows hang on whether somebody before them opted out",
+        T_PINNED + "list]", "others' rows hang on whether somebody before them opted out",
     ),
     one(
         "consent", "a-list-for-everybody", "fedtune/files/reading.py",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.courier.process import FOLDER
 from fedtune.processes import free_port
 from tests.clocks import Clock, needs_compiler
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium
@@ -47,7 +48,11 @@ class Jumps(Campaign):
         super().__init__(made, len(jumps) + 1, 0, ())
         self.jumps, self.begun = jumps, 0
         self.before: dict[str, int] | None = None  # the logs' lengths, while a clock is wrong
-        self.clocks = {name: Clock(made.root, name) for name in MACHINES}
+        self.clocks = {"hub": Clock(made.hub)}
+        for name in SITES:
+            readable = made.root / name / "state" / FOLDER  # by its courier, and what that starts
+            readable.mkdir(mode=0o700, parents=True)
+            self.clocks[name] = Clock(readable)
         for name, clock in self.clocks.items():
             made.where[name] = ["env", *(f"{k}={v}" for k, v in clock.environment.items())]
 
