@@ -13,6 +13,7 @@ from fedtune.client.noted import acts
 from fedtune.client.prepared import Admission, Unprepared, Update, Void
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_checks import check_watch
+from fedtune.client.waiting_plans import check_plan_length, keep_plan
 from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe
 from fedtune.evidence.audit_log import REPEATS
@@ -93,6 +94,7 @@ def _admission(place: Place, request: Request) -> Answer:
         plan = request.tables["plan"]
         check_peer("the coordinator", plan, "this site")
         fields["key"] = site.key.public
+        check_plan_length(str(plan["study"]))
         study = study_from_json(str(plan["study"]))
         if study.digest != plan["digest"]:
             raise ConfigError("the plan received is not the one it claims to be")
@@ -110,6 +112,8 @@ def _admission(place: Place, request: Request) -> Answer:
             admission = site.prepare(study, frozen, coordinator)
             fields |= admission.fields()
             note_admission(site, study, admission)
+        if admission.waits:  # where the ledger's room is its own again
+            keep_plan(site.current(), study)
 
     if failure := guarded(attempt, place):
         fields["status"], fields["reason"] = failure

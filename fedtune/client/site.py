@@ -30,7 +30,6 @@ from fedtune.client.prepared import (
 )
 from fedtune.client.reading import keep_counts, read_for_training, without_withdrawn
 from fedtune.client.site_checks import check_learns, check_reads, self_test
-from fedtune.client.waiting_plans import keep_plan
 from fedtune.config import Site, SiteData, Study, load_site
 from fedtune.data.dataset import Dataset
 from fedtune.data.load import check_columns
@@ -199,13 +198,12 @@ class SiteWorker:
         """Check that a person signed the plan, where the site's policy asks for one. Who simulates
         a study has its plan and the site's file in hand: there "reviewed" asks for no more.
 
-        Errors: Unsigned; the plan then lies where `fedtune review` finds it."""
+        Errors: Unsigned; who answers the coordinator keeps the plan for `fedtune review`."""
         rule = site.policy.admission
         if rule == "standing" or self.home.admitted(study.digest):
             return
         if rule == "reviewed" and self.simulated:
             return
-        keep_plan(site, study)
         raise Unsigned(
             f'policy.admission = "{rule}" and nobody at the site has signed this plan',
             todo="ask the site to run `fedtune review` with --sign",

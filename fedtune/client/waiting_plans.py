@@ -6,24 +6,48 @@ import logging
 from pathlib import Path
 
 from fedtune.config import Site, Study
+from fedtune.errors import InfrastructureError, PolicyRefused
+from fedtune.files.room import bytes_for, has_room
+from fedtune.files.writing import replace
 
 log = logging.getLogger("fedtune.site")
 MOST = 32  # plans that wait, at most
+MOST_BYTES = 2**20  # of a plan, as JSON
+
+
+def check_plan_length(plan: str) -> None:
+    """Check that a plan, as a coordinator sent it, is no longer than any site reads. Errors:
+    PolicyRefused."""
+    if len(plan) > MOST_BYTES or len(plan.encode()) > MOST_BYTES:
+        raise PolicyRefused(
+            "the plan is too large", f"at most {MOST_BYTES:,} bytes as JSON", "shorten its texts"
+        )
 
 
 def keep_plan(site: Site, study: Study) -> Path:
     """Keep a plan that nobody here signed, or somebody did, where `fedtune review` finds it. It is
     public.
 
-    At most MOST are kept, and the oldest go: plans that nobody asked for do not fill the disk. A
-    disk that refuses one is a warning here: the answer to the coordinator is the same."""
+    At most MOST are kept, and the oldest go. A plan for which the disk has no space beside the
+    room of the ledger (files.room) is not kept, which is a warning here: plans that nobody asked
+    for take nothing from a charge or a withdrawal, and the coordinator's answer is the same. To be
+    called where the room is not given up."""
     path = site.site.plan_file(study.digest)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.write_text(study.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        kept = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
-        for old in kept[:-MOST]:
+        content = (study.model_dump_json(indent=2) + "\n").encode()
+        if not has_room(path.parent, bytes_for(site.site.declared_size) + len(content)):
+            log.warning(
+                "%s: the plan is not kept for review: the disk has no space beside the ledger's "
+                "room; to do: free space",
+                path,
+            )
+            return path
+        others = [file for file in path.parent.glob("*.json") if file != path]
+        others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        for old in others[MOST - 1 :]:
             old.unlink()
-    except OSError as error:
-        log.warning("%s: the plan is not kept for review (%s)", path, error.strerror)
+        replace(path, content)
+    except (OSError, InfrastructureError) as error:
+        log.warning("%s: the plan is not kept for review (%s)", path, error)
     return path

@@ -15,6 +15,7 @@ import torch
 from fedtune.client.prepared import Unprepared
 from fedtune.client.review import read_plan, review
 from fedtune.client.site import SiteWorker
+from fedtune.client.waiting_plans import keep_plan
 from fedtune.client.withdraw import UnknownPatient, withdraw
 from fedtune.config import Study
 from fedtune.config.site import ConsentTable
@@ -193,8 +194,7 @@ def test_a_plan_that_nobody_signed_waits_and_a_signature_is_for_one_plan(
     refused = worker.prepare(made.study, made.frozen)
     assert refused.waits and not (tmp_path / "state" / "counts.json").exists()  # no record read
     assert not refused.admitted and "nobody at the site has signed" in refused.reason
-    (waiting,) = (tmp_path / "state" / "plans").glob("*.json")
-    plan = read_plan(waiting, worker.site)
+    plan = read_plan(keep_plan(worker.site, made.study), worker.site)
     assert plan.digest == made.study.digest
     seen = review(plan, worker.site, worker.ledger)
     assert seen.refusals == [] and seen.digest == plan.digest

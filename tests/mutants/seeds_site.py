@@ -25,12 +25,26 @@ T_ALONE = (
 )
 
 T_UNSIGNED = T_SITE + "test_a_plan_that_nobody_signed_waits_and_a_signature_is_for_one_plan"
+T_WAITING = "tests/client/test_waiting_plans.py::"
 T_JOINING = (
     "tests/flower/test_membership.py::"
     "test_joining_with_the_fingerprint_signs_the_plan_in_the_answer_and_no_other"
 )
 
 MUTANTS = (
+    one(
+        "resources", "plans-that-wait-take-the-ledgers-room", "fedtune/client/waiting_plans.py",
+        "        if not has_room(path.parent, bytes_for(site.site.declared_size) + len(content)):",
+        "        if not has_room(path.parent, 0):",
+        T_WAITING + "test_plans_that_wait_take_nothing_of_the_ledgers_room",
+        "plans that nobody signed fill the disk until one withdrawal decides what is answered",
+    ),
+    one(
+        "resources", "a-plan-of-any-size-is-kept", ANSWERS,
+        '        check_plan_length(str(plan["study"]))\n', "",
+        T_WAITING + "test_a_plan_of_more_than_a_mebibyte_is_refused_and_not_kept",
+        "a coordinator that nobody answers to writes gigabytes at a site",
+    ),
     one(
         "admission", "a-further-plan-spends-unsigned", SITE,
         'if rule == "standing" or self.home', 'if rule != "signed" or self.home',
