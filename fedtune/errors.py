@@ -42,6 +42,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+def is_fault(error: BaseException) -> bool:
+    """Return whether an exception is a fault of what was called, and no wish that this process end:
+    every Exception, and a panic of a library's Rust code, which is none."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
 def describe(error: BaseException) -> str:
     """Describe an error for the log of the machine where it happened: its class, and the message of
     a FedtuneError alone, since a library's may quote a record."""

@@ -15,7 +15,7 @@ from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_checks import check_watch
 from fedtune.client.waiting_plans import check_plan_length, keep_plan
 from fedtune.config import Study, study_from_json
-from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe
+from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe, is_fault
 from fedtune.evidence.audit_log import REPEATS
 from fedtune.progress import stage
 from fedtune.registry.reasons import reason_of
@@ -204,7 +204,9 @@ def guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None
         return "void", str(error)
     except Refused as error:
         return "refused", str(error)
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         if isinstance(error, FedtuneError):
             site_errors[place.site] = error
         log.warning("%s", describe(error))  # stays at the site

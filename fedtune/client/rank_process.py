@@ -12,6 +12,7 @@ later. No failure of theirs changes what the coordinator gets.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +32,7 @@ from fedtune.client.policy import base_for
 from fedtune.client.site import worker
 from fedtune.config import Site, Study, load_site, study_from_json
 from fedtune.data.dataset import Dataset
-from fedtune.dp.plan import ClippedSum, Team, plan_for_site
+from fedtune.dp.plan import ClippedSum, DpPlan, Team
 from fedtune.errors import InfrastructureError, describe
 from fedtune.files.writing import replace
 from fedtune.models.build import build
@@ -61,7 +63,7 @@ class Workers:
     ) -> None:
         self._site, self.size, self._torchrun = site, size, torchrun
         self._timeout = timeout
-        self._open = ExitStack()
+        self._open, self._sharing = ExitStack(), ExitStack()
         self._group: Group | None = None
         self._prepared: tuple[str, ...] = ()  # the study and the factor that all ranks hold
         self._records = ""  # the fingerprint of the records that they hold
@@ -69,23 +71,29 @@ class Workers:
 
     @contextmanager
     def running(
-        self, study: Study, data: CachedDataset, frozen: Arrays, columns: slice = ALL
+        self,
+        study: Study,
+        plan: DpPlan,
+        data: CachedDataset,
+        frozen: Arrays,
+        columns: slice = ALL,
     ) -> Iterator[Team | None]:
         """Provide the team for one round of `study`, all ranks with the same plan, factor and
         records; None where the others cannot serve, and this process does the round alone.
-        columns: as in local_round. Any error in the block ends the team."""
+        plan: by which all of them clip, whatever the site file says since; columns: as in
+        local_round. Any error in the block ends the team."""
         try:
-            yield self._team(study, data, frozen, columns)
+            yield self._team(study, plan, data, frozen, columns)
         except BaseException:
             self.close()
             raise
 
     def _team(
-        self, study: Study, data: CachedDataset, frozen: Arrays, columns: slice
+        self, study: Study, plan: DpPlan, data: CachedDataset, frozen: Arrays, columns: slice
     ) -> Team | None:
         try:
             group = self._group = self._group or self._started()
-            self._prepare(group, study, str(data.network.dtype), frozen)
+            self._prepare(group, study, plan, str(data.network.dtype), frozen)
             self._hand_out(group, data.dataset)
         except Exception as error:
             self.give_up(error)
@@ -108,16 +116,19 @@ class Workers:
         self.children = []
 
     def __enter__(self) -> Workers:
+        """Share the machine from the start: records that are read before the first round have the
+        threads, and so the blocks, of every other process."""
+        if self.size > 1:
+            self._sharing.callback(torch.set_num_threads, torch.get_num_threads())
+            self._sharing.callback(setattr, PREFIX_STORE, "processes", 1)
+            share_machine(0, self.size)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self._sharing.close()
 
     def _started(self) -> Group:
-        threads = torch.get_num_threads()
-        self._open.callback(torch.set_num_threads, threads)
-        self._open.callback(setattr, PREFIX_STORE, "processes", 1)
-        share_machine(0, self.size)
         group = self._with_torchruns() if self._torchrun else self._spawned()
         self._open.callback(group.close)
         return group
@@ -146,15 +157,18 @@ class Workers:
         self._open.callback(_rendezvous_file(self._site).unlink, missing_ok=True)
         return Group(0, self.size, self._timeout, socket_path)
 
-    def _prepare(self, group: Group, study: Study, dtype: str, frozen: Arrays) -> None:
-        """Have every rank build the network of `study`, unless it has. Errors:
-        InfrastructureError."""
-        wanted = study.digest, arrays_digest(frozen)
+    def _prepare(
+        self, group: Group, study: Study, plan: DpPlan, dtype: str, frozen: Arrays
+    ) -> None:
+        """Have every rank build the network of `study` and take the plan by which this process
+        clips, unless it has. Errors: InfrastructureError."""
+        wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
         if self._prepared == wanted:
             return
         self._prepared, self._records = (), ""
         names = sorted(frozen)
-        header = {"do": "prepare", "study": study.model_dump_json(), "names": names}
+        header: dict[str, Any] = {"do": "prepare", "study": study.model_dump_json()}
+        header |= {"names": names, "plan": asdict(plan), "threads": torch.get_num_threads()}
         arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
         group.send({**header, "dtype": dtype.removeprefix("torch.")}, arrays)
         self._check_all_did(group, "prepare the study")
@@ -254,7 +268,9 @@ class _StudyAtRank:
         self.network.load_frozen(
             {name: array.numpy() for name, array in zip(header["names"], frozen, strict=True)}
         )
-        self._plan = plan_for_site(study, site.site.declared_size)
+        self._plan = DpPlan(**header["plan"])
+        # As many as rank 0: which rows share a block follows from it, and so do a row's last bits.
+        torch.set_num_threads(int(header["threads"]))
         self._study, self._site = study, site.site
         self._data = CachedDataset(self.network, Dataset([], 0, Counter()))
 

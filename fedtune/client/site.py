@@ -36,7 +36,7 @@ from fedtune.data.load import check_columns
 from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.dp.steplog import StepLog
-from fedtune.errors import DataError, PolicyRefused, Refused, describe
+from fedtune.errors import DataError, PolicyRefused, Refused, describe, is_fault
 from fedtune.files.room import bytes_for, room_to_write
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import Ledger, LedgerError, NoRoom
@@ -253,7 +253,9 @@ class SiteWorker:
             return self.data_for(study, network, data)
         except LedgerError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             log.error(
                 "%s: the records cannot be read (%s); this site takes part with noise alone until "
                 "they can",
@@ -374,7 +376,9 @@ class SiteWorker:
         elif self.ranks is None:
             yield SitePlan(prepared.private, make_room=make_room_after)
         else:
-            with self.ranks.running(prepared.study, data, prepared.frozen, columns) as team:
+            with self.ranks.running(
+                prepared.study, prepared.private, data, prepared.frozen, columns
+            ) as team:
                 yield SitePlan(prepared.private, team, make_room_after)
 
     def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from fedtune import isolation
 from fedtune.config import Site, load_site
 from fedtune.config.database import is_over_tcp
-from fedtune.errors import InfrastructureError, describe
+from fedtune.errors import InfrastructureError, describe, is_fault
 from fedtune.processes import (
     STOP_SECONDS,
     Stopped,
@@ -135,7 +135,9 @@ def answered(place: Place, request: Request, tell: Teller) -> Answer:
 
     try:
         reply = answer(place, request)
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         name = type(error).__name__
         tell("failed", {"kind": request.kind, "error": name, "text": f"{request.kind}: {name}"})
         return failed()

@@ -28,7 +28,7 @@ from fedtune.data.records import (
 from fedtune.data.scan import record_scan
 from fedtune.data.tokenize import _passage, _texts, _tokenise
 from fedtune.data.unusable import nothing_left, one_unit
-from fedtune.errors import DataError
+from fedtune.errors import DataError, is_fault
 from fedtune.objectives import resolve
 from fedtune.objectives._interface import RecordFormat
 
@@ -92,7 +92,9 @@ class UnitReader:
             return make(*arguments)
         except Rejected as error:
             return error.reason
-        except Exception as error:  # of a library: its message may quote the record
+        except BaseException as error:  # of a library; it may quote the record
+            if not is_fault(error):
+                raise
             log.warning("a record cannot be read (%s)", type(error).__name__)
             return "cannot be read"
 

@@ -26,7 +26,7 @@ from fedtune.config import load_site
 from fedtune.config.sites import sites_in
 from fedtune.data.dataset import Dataset, Example, Passage, SoftTargets
 from fedtune.data.media import Media
-from fedtune.dp import noise
+from fedtune.dp import noise, sampling
 from fedtune.processes import free_port
 from fedtune.training.shared_records import fingerprint, pack_records, unpack_records
 from fedtune.training.start import Start
@@ -124,6 +124,45 @@ def test_two_processes_train_as_few_ranks_as_their_site(
     assert [update[VALUES].size for update in both] == [half, half]
     sums = [vector(update) for update in both]
     assert np.linalg.norm(sums[0] - sums[1]) < 1e-4 * np.linalg.norm(sums[0]) > 0
+
+
+def test_every_process_clips_by_the_plan_of_the_first_whatever_the_site_file_says_since(
+    path: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where σ follows from ε and the declared size, so does the grid of whole numbers. A person
+    corrects that size before the other process has started."""
+    training = {"rounds": 3, "expected_batch": 10, "learning_rate": 0.1}
+    privacy = {"epsilon": 8.0, "delta": 1e-5, "unit": "patient"}
+    made = begun(tiny_base, training=training, privacy=privacy, wire={"update": "float32"})
+    site = site_in(tmp_path / "alone")
+    alone, shared = SiteWorker(load_site(site), site), SiteWorker(load_site(path), path)
+    for each in (alone, shared):
+        assert each.prepare(made.study, made.frozen).admitted
+    without_noise(monkeypatch)
+    monkeypatch.setattr(sampling, "poisson", lambda rows, rate: list(range(rows)))
+    monkeypatch.setattr(SiteWorker, "current", lambda self: self.site)  # what is said since waits
+    path.write_text(SITE.replace("declared_size = 12", "declared_size = 400"))
+    with Workers(path, 2, timeout=60.0) as shared.ranks:
+        both = [vector(w.train(made.study.digest, 1, made.adapter).delta) for w in (alone, shared)]
+        assert shared.ranks.children  # they shared it
+    assert np.linalg.norm(both[0] - both[1]) < 1e-4 * np.linalg.norm(both[0]) > 0
+
+
+def test_records_read_before_the_first_round_have_the_threads_of_every_process(
+    path: Path, tiny_base: Path
+) -> None:
+    """Which rows share a block follows from the threads that they were read with."""
+    made, before = two_steps(tiny_base), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        worker = SiteWorker(load_site(path), path)
+        with Workers(path, 2, timeout=60.0) as worker.ranks:
+            worker.prepare(made.study, made.frozen)
+            (_, data), *_ = worker._cached.values()
+            assert data._threads == torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def without_noise(patch: pytest.MonkeyPatch) -> None:

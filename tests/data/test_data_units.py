@@ -156,15 +156,15 @@ def test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands(
 class Fails:
     """A library that one text makes fail."""
 
-    def __init__(self, tokenizer: Tok) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tok, error: type[BaseException] = MemoryError) -> None:
+        self._tokenizer, self._error = tokenizer, error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
     def encode(self, text: str, **options: Any) -> list[int]:
         if SECRET in text:
-            raise MemoryError(text)
+            raise self._error(text)
         return list(self._tokenizer.encode(text, **options))
 
 
@@ -182,6 +182,15 @@ def test_what_one_record_makes_a_library_do_costs_that_record_alone(
 
     assert read(Fails(tokenizer)) == (2, {"cannot be read": 1})
     assert "MemoryError" in caplog.text and SECRET not in caplog.text
+    # A panic of Rust code, such as a tokenizer's pattern that gives up, is no Exception.
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    try:
+        found = read(Fails(tokenizer, panic))
+    except panic:
+        pytest.fail("one record's panic ends the process")
+    assert found == (2, {"cannot be read": 1}) and SECRET not in caplog.text
+    with pytest.raises(KeyboardInterrupt):  # a person's wish is none of a record's faults
+        read(Fails(tokenizer, KeyboardInterrupt))
 
     def teach(record: Record, example: Example) -> SoftTargets:
         if record.completion == "x":

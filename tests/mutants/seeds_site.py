@@ -154,9 +154,30 @@ MUTANTS = (
     ),
     one(
         33, "a-librarys-error-is-everybodys", TOKENS,
-        "        except Exception as error:  # of a library: its message may quote the record\n",
+        "        except BaseException as error:  # of a library; it may quote the record\n",
         "        except ArithmeticError as error:\n", T_ALONE,
         "one record that a tokenizer chokes on switches the site to noise",
+    ),
+    one(
+        33, "a-panic-ends-the-site", TOKENS,
+        "        except BaseException as error:  # of a library; it may quote the record\n",
+        "        except Exception as error:\n", T_ALONE,
+        "a record by which a tokenizer's Rust code panics ends the process, at every start",
+    ),
+    one(
+        8, "a-rank-clips-by-a-plan-of-its-own", "fedtune/client/rank_process.py",
+        'DpPlan(**header["plan"])',
+        'DpPlan(**header["plan"] | {"noise_multiplier": header["plan"]["noise_multiplier"] / 4})',
+        "tests/client/test_ranks.py::"
+        "test_every_process_clips_by_the_plan_of_the_first_whatever_the_site_file_says_since",
+        "its integers are on another grid: one patient weighs twice",
+    ),
+    one(
+        8, "the-first-process-reads-with-all-threads", "fedtune/client/rank_process.py",
+        "            share_machine(0, self.size)\n        return self\n", "        return self\n",
+        "tests/client/test_ranks.py::"
+        "test_records_read_before_the_first_round_have_the_threads_of_every_process",
+        "a row's last bits, which weights can amplify, follow from which process has it",
     ),
     one(
         33, "a-teachers-refusal-is-everybodys", TOKENS,
