@@ -74,7 +74,8 @@ def placed_rows(
     file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
     no file has. Only `where` is named: a file inside a folder may bear a patient's name.
     Guarantee: if not strict, what is said of a row follows from that row alone, in CSV from a
-    well-formed file's; a file that cannot be read is one rejected row.
+    well-formed file's; a file that cannot be read is one rejected row. MemoryError is no row's and
+    no file's fault, since what is held of others decides when it comes: it ends the reading.
     """
     names = names or Names(where, keys)
     if isinstance(source, Collection):
@@ -92,6 +93,8 @@ def placed_rows(
             if strict:
                 raise
             yield Place(path.name, 0), "not well-formed CSV"
+        except MemoryError:
+            raise
         except Exception as error:  # whatever one file makes a library do is that file's matter
             if strict and os.path.isfile(where):
                 data_error = error if isinstance(error, DataError) else _unreadable(where, error)
@@ -109,6 +112,8 @@ def _collected(
     try:
         for number, (file, row) in enumerate(source.collect(where, names), 1):
             yield Place(file, names.row or number), _checked(row)
+    except MemoryError:
+        raise
     except Exception as error:
         if strict:
             data_error = error if isinstance(error, DataError) else _unreadable(names.where, error)

@@ -29,6 +29,7 @@ from fedtune.data.sources.csv import guessed
 from fedtune.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
+CHARACTERS = 16 * 2**20  # of one unit's text: 64 MiB, so that it leaves memory to others'
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 
@@ -147,7 +148,7 @@ def read_file(
         raise no_patients(table)
     records: list[Record] = []
     failed: list[Failed] = []
-    copies: Counter[bytes] = Counter()
+    copies, held = Counter[bytes](), Counter[str]()
     names = Names(file.where, keys_of(file))
     folder = Folder(file.path if file.path.is_dir() else file.path.parent)
     count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
@@ -172,10 +173,13 @@ def read_file(
                 digest = hashlib.sha256(content_of(record))
                 key = f"{digest.hexdigest()} {copies[digest.digest()]}"
                 copies[digest.digest()] += 1
+            held[key] += _characters(record)
+            if held[key] > CHARACTERS:
+                raise Rejected("too long")
             records.append(replace(record, unit=key, place=place))
         except Rejected as error:
             failed.append(Failed(*place, error.reason))
-        except ConfigError:  # an extra is not installed
+        except (ConfigError, MemoryError):  # an extra is not installed; not this row's fault
             raise
         except Exception:  # a library may raise anything on a bad row: reject that row alone
             failed.append(Failed(*place, "cannot be read"))
@@ -275,6 +279,12 @@ def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
         return Record(unit, completion=text)
     label = row.get(columns.label)
     return Record(unit, text, label="" if label is None and not labelled else key_of(label))
+
+
+def _characters(record: Record) -> int:
+    turns = sum(len(role) + len(content) for role, content in record.messages)
+    texts = (record.prompt, record.completion, record.rejected, record.label)
+    return turns + sum(map(len, texts))
 
 
 def _truth(value: object) -> str:

@@ -135,9 +135,9 @@ def test_dictionaries_and_nested_cells_are_checked_too() -> None:
     ):
         found = list(rows_of(pa.RecordBatch.from_arrays([column], names=["note"]), ["note"]))
         assert [isinstance(row, dict) for row in found] == [True, False, True]
-    outside = pa.DictionaryArray.from_arrays(pa.array([0, 7]), pa.array(["a"]), safe=False)
     bent = pa.ListArray.from_arrays(pa.array([0, 3, 1, 3], pa.int32()), strings)
-    for column in (outside, bent):
+    inside = pa.StructArray.from_arrays([bent], ["x"])
+    for column in (bent, inside, pa.FixedSizeListArray.from_arrays(bent, 1)):
         with pytest.raises(pa.ArrowInvalid):
             next(rows_of(pa.RecordBatch.from_arrays([column], names=["note"]), ["note"]))
 

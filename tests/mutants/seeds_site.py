@@ -89,6 +89,31 @@ MUTANTS = (
         "a round that trained fails for a file that nobody needs",
     ),
     one(
+        31, "one-value-makes-the-arrow-file-unreadable", "fedtune/data/sources/_arrow.py",
+        "        column.validate()\n        _check(column)\n",
+        "        column.validate(full=True)\n",
+        "tests/data/test_arrow_values.py::test_a_value_is_its_own_rows_matter",
+        "one patient's time of 24:00, or text that is not UTF-8, takes every row out of the sum",
+    ),
+    one(
+        31, "memory-that-runs-out-rejects-the-line-at-hand", "fedtune/data/sources/jsonl.py",
+        "    except MemoryError:  # not the line's fault\n        raise\n", "",
+        "tests/data/test_memory_while_reading.py::test_memory_that_runs_out_rejects_no_row",
+        "what is held of one patient decides which rows of others are read",
+    ),
+    one(
+        31, "memory-that-runs-out-rejects-the-record-at-hand", RECORDS,
+        "(ConfigError, MemoryError)", "ConfigError",
+        "tests/data/test_memory_while_reading.py::test_memory_that_runs_out_rejects_no_row",
+        "what is held of one patient decides which rows of others are read",
+    ),
+    one(
+        31, "a-patients-text-fills-the-memory", RECORDS,
+        "if held[key] > CHARACTERS:", "if _characters(record) > CHARACTERS:",
+        "tests/data/test_memory_while_reading.py::test_a_patients_text_is_read_up_to_a_bound",
+        "one patient's many long notes leave no memory to read the others'",
+    ),
+    one(
         31, "patients-share-the-caps-memory", TOKENS,
         'return b"kept\\0" + unit_hash + content_of(record)',
         'return b"kept\\0" + content_of(record)',

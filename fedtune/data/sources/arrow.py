@@ -62,6 +62,8 @@ class Arrow(Source):
                 classes = _classes(schema, columns)
                 for batch in batches:
                     yield from rows_of(batch, columns, classes)
+        except MemoryError:  # also of Arrow: not the file's fault
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: an empty file
             kind = type(error).__name__
             raise DataError(

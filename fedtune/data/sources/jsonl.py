@@ -71,6 +71,8 @@ def _json_object(line: bytes, encoding: str) -> Row | str:
     except UnicodeDecodeError:
         reason = "not UTF-8" if encoding == "utf-8" else "not in the encoding"
         return _bad_cell(reason, line, encoding)
+    except MemoryError:  # not the line's fault
+        raise
     except Exception:  # no JSON, too deep, too large: an unusable line
         return "not JSON"
     return value if isinstance(value, dict) else "wrong type"
@@ -81,6 +83,8 @@ def _bad_cell(reason: str, line: bytes, encoding: str) -> str:
     of them."""
     try:
         value = json.loads(line.decode(encoding, "surrogateescape"), strict=False)
+    except MemoryError:
+        raise
     except Exception:
         return reason
     return BadCell(reason, value) if isinstance(value, dict) else reason

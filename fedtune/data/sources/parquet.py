@@ -27,6 +27,8 @@ class Parquet(Source):
                 columns = asked(source.schema_arrow.names, names)
                 for batch in source.iter_batches(batch_size=1024, columns=columns):
                     yield from rows_of(batch, batch.schema.names)
+        except MemoryError:  # also of Arrow: not the file's fault
+            raise
         except (pa.ArrowException, OSError) as error:
             kind = type(error).__name__
             raise DataError(
