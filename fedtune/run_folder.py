@@ -63,15 +63,17 @@ def write_plan(run: Path, study: Study) -> None:
 
 
 def _with_places(study: Study, run: Path) -> Study:
-    """Copy a run's plan with where its files are: as noted on this machine, else in the run's own
-    folder, where none is."""
-    tables = {name: getattr(study, name) for name in FILED}
-    bare = [name for name, table in tables.items() if table and not table.path.is_absolute()]
+    """Copy a run's plan with where its files are: as noted beside it, else in the run's own folder,
+    where none is. Of a path in the plan itself the name alone counts: a plan that was handed over
+    names no file of this machine."""
+    tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
     noted = {}
-    if bare and (run / PLACES).exists():
+    if tables and (run / PLACES).exists():
         noted = reading.json_in(run / PLACES, "where a plan's files are", PRINTED)
-    paths = {name: Path(str(noted.get(name) or run / tables[name].path)) for name in bare}
-    changes = {name: tables[name].model_copy(update={"path": paths[name]}) for name in bare}
+    changes = {
+        name: table.model_copy(update={"path": Path(str(noted.get(name) or run / table.path.name))})
+        for name, table in tables.items()
+    }
     return study.model_copy(update=changes)
 
 

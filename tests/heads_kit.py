@@ -11,6 +11,7 @@ import numpy as np
 from fedtune.config import Study
 from fedtune.models.build import build
 from fedtune.models.run import Run
+from fedtune.run_folder import write_plan
 
 LABELS = ("fever", "cough", "no finding")
 TEXTS = (
@@ -52,7 +53,7 @@ def made_run(folder: Path, base: Path | str, objective: dict[str, Any], **tables
     arrays = {n: a if n.startswith("head") else a / 2 for n, a in arrays.items()}
     with network.loaded(trainable=arrays):
         network.save(folder / "adapter")
-    (folder / "plan.json").write_text(study.model_dump_json())
+    write_plan(folder, study)
     (folder / "report.json").write_text(json.dumps(REPORT))
     (folder / "report.md").write_text("# notes\n\nε = 3.\n")
     return Run(folder)

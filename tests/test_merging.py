@@ -102,7 +102,7 @@ def test_its_report_names_its_parents_and_composes_their_budgets(
     assert "Merged from 2 runs" in text and "the same site took part in both" in text
     assert "Nobody: every site" not in text and "None was completed" not in text
     assert {p.name for p in merged.iterdir()} == {
-        "adapter", "plan.json", "report.json", "report.md", "progress.png"
+        "adapter", "checkpoint", "plan.json", "report.json", "report.md", "progress.png"
     }  # fmt: skip
 
 

@@ -82,5 +82,18 @@ def test_a_plan_that_others_read_names_no_folder_of_this_machine(tmp_path: Path)
     elsewhere = load_plan(run)
     assert elsewhere.digest == study.digest
     assert elsewhere.public and elsewhere.public.path == run / "public.csv"
-    (run / "plan.json").write_text(study.model_dump_json())  # of an earlier release
-    assert load_plan(run) == study
+
+
+@pytest.mark.parametrize("named", ["{}/records.csv", "../../records.csv", "records.csv"])
+def test_a_plan_that_was_handed_over_makes_nobody_read_a_file_outside_the_run(
+    tmp_path: Path, named: str
+) -> None:
+    """Of an absolute path and of one that leaves the run, the name alone counts."""
+    run, columns = tmp_path / "received" / "run", {"prompt": "q", "completion": "a"}
+    run.mkdir(parents=True)
+    (tmp_path / "records.csv").write_text("q,a\nMrs Smith,cough\n")
+    table = {"path": named.format(tmp_path), "columns": columns, "metric": "loss"}
+    study = make_study().changed(evaluation=table, training={"rounds": 1})
+    (run / "plan.json").write_text(study.model_dump_json())
+    loaded = load_plan(run)
+    assert loaded.evaluation and loaded.evaluation.path == run / "records.csv"

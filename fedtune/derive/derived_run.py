@@ -10,7 +10,7 @@ from typing import Any
 import fedtune
 from fedtune import report
 from fedtune.config import LoraTable, Study
-from fedtune.files.writing import replace
+from fedtune.run_folder import write_plan
 
 
 def derived_name(out: Path, otherwise: str) -> str:
@@ -42,5 +42,5 @@ def write(draft: Path, study: Study, sections: Mapping[str, Any]) -> None:
         "plan_digest": study.digest,
         "rounds": [],
     }
-    replace(draft / "plan.json", (study.model_dump_json(indent=2) + "\n").encode())
+    write_plan(draft, study)
     report.write(draft, head | dict(sections))

@@ -33,6 +33,13 @@ T_JOINING = (
 
 MUTANTS = (
     one(
+        "runs", "a-plan-names-the-readers-own-files", "fedtune/run_folder.py",
+        "run / table.path.name", "run / table.path",
+        "tests/test_run_folder.py::"
+        "test_a_plan_that_was_handed_over_makes_nobody_read_a_file_outside_the_run",
+        "a run that was handed over is measured on a file of whoever reads it",
+    ),
+    one(
         "resources", "plans-that-wait-take-the-ledgers-room", "fedtune/client/waiting_plans.py",
         "        if not has_room(path.parent, bytes_for(site.site.declared_size) + len(content)):",
         "        if not has_room(path.parent, 0):",
