@@ -37,9 +37,9 @@ from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused, describe, is_fault
-from fedtune.files.room import bytes_for, room_to_write
+from fedtune.files.room import bytes_for, has_room, room_to_write
 from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger, LedgerError, NoRoom
+from fedtune.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
 from fedtune.models.lora import Arrays
@@ -229,36 +229,46 @@ class SiteWorker:
         return cached
 
     def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> None:
-        """Enter a dataset's content in the ledger; where the disk has no room for all members, the
-        units' keys alone, by which it knows who takes part elsewhere and who arrives.
+        """Enter a dataset's content in the ledger, as much of it as its disk has room for.
 
-        Errors: LedgerError."""
-        about = data.name, data.disjoint_from, dataset.content_hash
-        arrivals = dataset.keys if study.continuous else None
-        try:
-            self.ledger.declare(*about, dataset.members, data.cohort, arrivals)
-        except NoRoom as error:
+        Guarantee: whether a later reading knows which records of whom were trained on, and so which
+        it chooses under the cap, follows from the space on the disk and from public figures, not
+        from how many records or texts a patient has. What only a declaration of public data is
+        compared with is entered where it leaves the ledger's room whole.
+        Errors: LedgerError; NoRoom where the disk does not take the units' keys either."""
+        folder, known = self.ledger.folder, self.ledger.member_test(data.name)
+        of_a_unit = 1 + (study.max_records_per_unit or 1)
+        new = sum(not known(member) for member in dataset.members)
+        members = frozenset(dataset.keys)
+        if has_room(folder, MEMBER_BYTES * self._size * of_a_unit):
+            members = dataset.trained
+            if not new or has_room(folder, bytes_for(self._size) + MEMBER_BYTES * new):
+                members = dataset.members
+        if len(members) < len(dataset.members):
             log.warning(
-                "%s; until it has, and this client is started again, these records are not known "
-                "again where somebody declares them public",
-                error,
+                "%s: the disk has no room for all that the ledger remembers of records; until it "
+                "has, and this client is started again, these are not known again where somebody "
+                "declares them public; to do: free space",
+                folder,
             )
-            self.ledger.declare(*about, dataset.keys, data.cohort, arrivals, spare=False)
+        arrivals = dataset.keys if study.continuous else None
+        about = data.name, data.disjoint_from, dataset.content_hash
+        self.ledger.declare(*about, members, data.cohort, arrivals)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load a dataset as `data_for` does, in a study that this site takes part in; no records
-        where they cannot be read now, whatever the cause: the round is then noise alone, and
-        charged. Errors: LedgerError, without which nothing can be charged."""
+        where they cannot be read now, whatever the cause, or the ledger's disk has no room for who
+        takes part: the round is then noise alone, and charged. Errors: LedgerError, without which
+        nothing can be charged."""
         try:
             return self.data_for(study, network, data)
-        except LedgerError:
-            raise
         except BaseException as error:
-            if not is_fault(error):
+            unpaid = isinstance(error, LedgerError) and not isinstance(error, NoRoom)
+            if unpaid or not is_fault(error):
                 raise
             log.error(
-                "%s: the records cannot be read (%s); this site takes part with noise alone until "
-                "they can",
+                "%s: the records cannot be read or remembered (%s); this site takes part with "
+                "noise alone until they can",
                 data.where,
                 describe(error),
             )

@@ -93,8 +93,9 @@ class Dataset:
     records counted by reason.
 
     keys: of each unit, as the ledger hashes it; members: what the site's ledger remembers, hashed,
-    of the records that train: keys, contents, and which records of whom; content_hash: of them all,
-    in no order; counts: what became of the rows."""
+    of the records that train: keys, contents, and which records of whom; trained: those of them by
+    which a later reading chooses: patients' keys, and which records of whom; content_hash: of all
+    members, in no order; counts: what became of the rows."""
 
     examples: list[Example]
     n_units: int
@@ -102,6 +103,7 @@ class Dataset:
     members: frozenset[bytes] = frozenset()
     keys: tuple[bytes, ...] = ()
     counts: Counts = Counts()
+    trained: frozenset[bytes] = frozenset()
 
     @property
     def n_cut(self) -> int:

@@ -223,8 +223,10 @@ def load_dataset(
     member = unit_member if unit == "patient" else _row_member
     keys = tuple(map(member, units))
     training = [record for unit_result in units.values() for record in unit_result.records]
-    members = _members(training) | (frozenset(keys) if unit == "patient" else frozenset())
-    return Dataset(examples, len(units), rejected, members, keys, counts)
+    trained = frozenset(map(_trained_member, training))
+    trained |= frozenset(keys) if unit == "patient" else frozenset()
+    members = trained | _members(training)
+    return Dataset(examples, len(units), rejected, members, keys, counts, trained)
 
 
 def _counts(read: Read, units: Sequence[Unit]) -> Counts:
@@ -353,12 +355,12 @@ def _trained_member(record: Record) -> bytes:
 
 
 def _members(records: list[Record]) -> frozenset[bytes]:
-    """Return each record's members: that its unit trains on it; and, whatever the unit, the record,
-    its file and its longer texts, by which `fedtune doctor` compares datasets even where a text or
-    file stands in another column or format."""
+    """Return each record's members whatever its unit: the record, its file and its longer texts, by
+    which `fedtune doctor` compares datasets even where a text or file stands in another column or
+    format."""
     members = set()
     for record in records:
-        members |= {_trained_member(record), record_member(record)}
+        members.add(record_member(record))
         if record.media:
             members.add(b"media\0" + record.media.digest)
         members |= text_members(record)

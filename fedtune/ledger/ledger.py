@@ -105,7 +105,6 @@ class Ledger:
         members: Iterable[bytes] = (),
         cohort: str = "first",
         keys: Iterable[bytes] | None = None,
-        spare: bool = True,
     ) -> None:
         """Sign a declaration of `dataset`: the others it shares no patient with, its content's
         hash, and its members (patient keys, record bytes), of which only salted hashes are kept.
@@ -113,16 +112,10 @@ class Ledger:
         Cheap where nothing changed; a member that was ever in the dataset stays its member; without
         a content hash, content and cohort stay as they were. keys: of each unit, where arrivals are
         kept. A key that was never a member arrives now, in a cohort of all such keys, whatever its
-        or other units' records are. spare: leave room on the disk for the entries of rounds.
-        Errors: NoRoom, and nothing is entered, where the disk has too little for the members."""
+        or other units' records are.
+        Errors: NoRoom, and nothing is entered, where the disk has too little for it."""
         hashes = sorted({self._salted(member) for member in members})
         with self._store.writing() as writer:
-            new = len(set(hashes) - writer.hashes(dataset)) if spare and hashes else 0
-            if new and not has_room(self.folder, MEMBER_BYTES * new):
-                raise NoRoom(
-                    f"{self.folder}: the disk has no room for what the ledger remembers of records",
-                    todo="free space",
-                )
             previous = self._account.declared.get(dataset, {})
             arrival = None
             if keys is not None:

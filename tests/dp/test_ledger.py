@@ -18,7 +18,7 @@ from fedtune.errors import BudgetExceeded
 from fedtune.ledger import chain
 from fedtune.ledger import ledger as ledger_module
 from fedtune.ledger.entries import RULES, Charge
-from fedtune.ledger.ledger import Ledger, LedgerError, NoRoom
+from fedtune.ledger.ledger import Ledger, LedgerError
 from tests.dp.ledger_kit import CHAOS, STUDY, charge, run_round, yes
 
 
@@ -86,19 +86,6 @@ def test_an_update_without_room_is_kept_in_memory_and_sent(
     assert restarted.released(STUDY, 1, "adapter 1") is None
     third = run_round(restarted, 3)
     assert Ledger(folder).released(STUDY, 3, "adapter 3") == third, "stored once there is room"
-
-
-def test_members_without_room_are_not_entered_and_nothing_else_is(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ledger_module, "has_room", lambda _, size: size < 1000)
-    before = ledger.head
-    with pytest.raises(NoRoom, match="no room"):
-        ledger.declare("notes", (), "content", [bytes([n]) for n in range(9)])
-    assert ledger.head == before
-    ledger.declare("notes", (), "content", [bytes([n]) for n in range(9)], spare=False)
-    assert ledger.holds("notes", b"\x08") and ledger.head != before
-    ledger.declare("notes", (), "content", [bytes([n]) for n in range(9)])  # nothing new
 
 
 def test_a_crash_before_the_release_is_paid_twice(ledger: Ledger, folder: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_disk_without_room_for_members_or_an_update(
 
 def remembers_at_any_price(site: Any, study: Study, data: Any, dataset: Dataset) -> None:
     about = data.name, data.disjoint_from, dataset.content_hash, dataset.members, data.cohort
-    site.ledger.declare(*about, spare=False)
+    site.ledger.declare(*about)
 
 
 @pytest.mark.parametrize("story", STORIES)

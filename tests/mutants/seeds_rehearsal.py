@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     one(
         "declared", "hashes-of-private-records-are-not-written", LOAD,
-        "{_trained_member(record), record_member(record)}", "{_trained_member(record)}",
+        "        members.add(record_member(record))\n", "",
         TESTS + "test_the_hash_is_of_the_whole_record",
         "a relabelled short record is not known again",
     ),

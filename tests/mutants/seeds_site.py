@@ -40,6 +40,14 @@ MUTANTS = (
         "a run that was handed over is measured on a file of whoever reads it",
     ),
     one(
+        "resources", "one-patients-texts-decide-what-is-remembered-of-all", SITE,
+        "        if has_room(folder, MEMBER_BYTES * self._size * of_a_unit):\n",
+        "        if has_room(folder, bytes_for(self._size) + MEMBER_BYTES * new):\n",
+        "tests/client/test_memory_of_records.py::"
+        "test_a_full_disk_keeps_which_records_of_whom_were_trained_on",
+        "which records the cap keeps of everybody follows from how many one patient has",
+    ),
+    one(
         "resources", "plans-that-wait-take-the-ledgers-room", "fedtune/client/waiting_plans.py",
         "        if not has_room(path.parent, bytes_for(site.site.declared_size) + len(content)):",
         "        if not has_room(path.parent, 0):",

@@ -1,0 +1,52 @@
+"""What a ledger remembers of records where its site's disk is full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.client.site import SiteWorker
+from fedtune.files.room import ROOM, SPARE, bytes_for
+from tests.client.site_kit import begun, make_site, notes
+from tests.disks import disk
+
+
+@pytest.mark.parametrize("space", [False, True])
+def test_a_full_disk_keeps_which_records_of_whom_were_trained_on(
+    tmp_path: Path, tiny_base: Path, space: bool
+) -> None:
+    """By that a later reading chooses under the cap; the rest leaves the ledger's room whole.
+    Twin: with space beside the room all is remembered."""
+    made = begun(tiny_base)
+    with disk(tmp_path / "disk", megabytes=8) as small:
+        notes(small.path)
+        worker = SiteWorker(make_site(small.path, patient="who"))
+        with worker.room_to_answer():
+            state = worker.ledger.folder
+        assert (state / ROOM).stat().st_size == bytes_for(12)
+        with small.with_room_for(2**20 if space else SPARE // 2):
+            with worker.room_to_answer():
+                assert worker.prepare(made.study, made.frozen).admitted
+            dataset = worker._cached["records"][1].dataset
+            known = worker.ledger.member_test("records")
+            assert dataset.trained and all(map(known, dataset.trained))
+            assert all(map(known, dataset.members)) is space
+            assert (state / ROOM).stat().st_size >= bytes_for(12) // 2
+
+
+def test_a_disk_without_room_for_who_takes_part_is_noise_alone(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """It is admitted in any case, and no record trains that the ledger does not know."""
+    made = begun(tiny_base)
+    with disk(tmp_path / "disk", megabytes=8) as small:
+        notes(small.path, 400)
+        worker = SiteWorker(make_site(small.path, patient="who"))
+        assert worker.ledger.folder.is_dir()
+        (worker.ledger.folder / ROOM).touch()
+        worker.ledger.declare("records", (), cohort=worker.site.data.cohort)
+        with small.with_room_for(24_000):
+            assert worker.prepare(made.study, made.frozen).admitted
+        assert worker._prepared and "records" not in worker._cached
+        assert not worker.ledger.charges("records")
