@@ -77,7 +77,10 @@ class FakeSite:
     @property
     def site(self) -> Any:
         policy = SimpleNamespace(admission="standing")
-        return SimpleNamespace(site=SimpleNamespace(name=self.name), policy=policy)
+        table = SimpleNamespace(
+            name=self.name, declared_size=self.size, plan_file=lambda _: self.folder / "plan.json"
+        )
+        return SimpleNamespace(site=table, policy=policy)
 
     def of_run(self, digest: str) -> FakeSite:
         return self
