@@ -72,6 +72,7 @@ class Data:
             trained=module,
             update_parameters=lambda: dict(module.named_parameters()),
             has_row_per_tile=lambda parameter: False,
+            preconditioner={},
         )
         self.dataset = SimpleNamespace(by_unit=[[i] for i in range(B)], examples=[None] * B)
         self.states = torch.randn(B, L, H, generator=torch.Generator().manual_seed(1))
