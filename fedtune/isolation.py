@@ -19,6 +19,7 @@ Source: Linux, Documentation/userspace-api/landlock.rst and seccomp_filter.rst."
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -51,6 +52,10 @@ NOT_WRITTEN = EXECUTE | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11
 OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15  # and truncate, ioctl of a device
 SCOPES = 0b11  # abstract Unix sockets, signals: from version 6 on
 O_PATH = 0o10000000
+# A line of a filter (linux/filter.h, linux/seccomp.h): what it does, and what it gives.
+LOAD, MASK, IF_EQUAL, IF_AT_LEAST, GIVE = 0x20, 0x54, 0x15, 0x35, 0x06
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+CALL, MACHINE, FIRST, SECOND = 0, 4, 16, 24  # where a call's number and first arguments are read
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -113,7 +118,7 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
         return Confinement(missing=("a database over TCP keeps it on the network",))
     spaces = _own_network()
     _close_itself()
-    return spaces & _filtered(families)
+    return spaces & _filter_calls(families)
 
 
 @functools.cache
@@ -142,8 +147,8 @@ def only_files(
     Errors: InfrastructureError as of `no_network`."""
     _check_alone()
     _close_itself()
-    of_files = _landlocked(list(read), list(write), list(names))
-    return of_files & _filtered(NETWORKS)
+    of_files = _restrict_files(list(read), list(write), list(names))
+    return of_files & _filter_calls(NETWORKS)
 
 
 def landlock_version() -> int:
@@ -185,7 +190,7 @@ def _own_network() -> Confinement:
     return Confinement(("namespace",))
 
 
-def _filtered(families: Sequence[int]) -> Confinement:
+def _filter_calls(families: Sequence[int]) -> Confinement:
     """Have Linux refuse sockets of other families than these, and the calls of NEVER."""
     machine = MACHINES.get(platform.machine())
     if machine is None or _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
@@ -202,39 +207,43 @@ def _filtered(families: Sequence[int]) -> Confinement:
 def _program(machine: _Machine, families: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """Write the filter: (code, jump if true, jump if false, constant) a line.
 
-    The data that it reads: the call's number at 0, the machine at 4, arguments from 16 on, 8 bytes
-    each. A pair of datagram sockets can still send to a path, so pairs are of streams."""
-    load, both, equal, at_least, give = 0x20, 0x54, 0x15, 0x35, 0x06
-    allow, refuse, kill = 0x7FFF0000, 0x00050000 | 1, 0x80000000  # EPERM
+    A pair of datagram sockets can still send to a path, so pairs are of streams."""
     checks: list[tuple[int, int, int, int]] = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, machine.audit),
-        (give, 0, 0, kill),
-        (load, 0, 0, 0),
-        (at_least, 0, 1, X32),
-        (give, 0, 0, refuse),
+        (LOAD, 0, 0, MACHINE),
+        (IF_EQUAL, 1, 0, machine.audit),
+        (GIVE, 0, 0, KILL),
+        (LOAD, 0, 0, CALL),
+        (IF_AT_LEAST, 0, 1, X32),
+        (GIVE, 0, 0, REFUSE),
     ]
     for name in NEVER:
-        checks += [(equal, 0, 1, machine.calls[name]), (give, 0, 0, refuse)]
-    kind_of_pair = [(load, 0, 0, 24), (both, 0, 0, 0xF), (equal, 0, 1, socket.SOCK_STREAM)]
-    checks += [(equal, 0, 5, machine.calls["socketpair"]), *kind_of_pair]
-    checks += [(give, 0, 0, allow), (give, 0, 0, refuse)]
-    checks += [(equal, 0, 2 * len(families) + 2, machine.calls["socket"]), (load, 0, 0, 16)]
+        checks += [(IF_EQUAL, 0, 1, machine.calls[name]), (GIVE, 0, 0, REFUSE)]
+    checks += [
+        (IF_EQUAL, 0, 5, machine.calls["socketpair"]),
+        (LOAD, 0, 0, SECOND),
+        (MASK, 0, 0, 0xF),  # the kind, without the flags beside it
+        (IF_EQUAL, 0, 1, socket.SOCK_STREAM),
+        (GIVE, 0, 0, ALLOW),
+        (GIVE, 0, 0, REFUSE),
+        (IF_EQUAL, 0, 2 * len(families) + 2, machine.calls["socket"]),
+        (LOAD, 0, 0, FIRST),
+    ]
     for family in families:
-        checks += [(equal, 0, 1, family), (give, 0, 0, allow)]
-    return [*checks, (give, 0, 0, refuse), (give, 0, 0, allow)]
+        checks += [(IF_EQUAL, 0, 1, family), (GIVE, 0, 0, ALLOW)]
+    return [*checks, (GIVE, 0, 0, REFUSE), (GIVE, 0, 0, ALLOW)]
 
 
-def _landlocked(read: Sequence[Path], write: Sequence[Path], names: Sequence[Path]) -> Confinement:
+def _restrict_files(
+    read: Sequence[Path], write: Sequence[Path], names: Sequence[Path]
+) -> Confinement:
     """Have Linux refuse every file that is not below one of these paths."""
     version = landlock_version()
     if not version:
         return Confinement(missing=("no Landlock",))
-    handled = FILES_BY_VERSION[max(known for known in FILES_BY_VERSION if known <= version)]
+    handled = FILES_BY_VERSION[max(least for least in FILES_BY_VERSION if least <= version)]
     scoped = SCOPES if version >= 6 else 0
-    rules = struct.pack("QQQ", handled, 0, scoped)[
-        : 24 if version >= 6 else 16 if version >= 4 else 8
-    ]
+    fields = 1 + (version >= 4) + (version >= 6)  # files, ports, scopes: what this Linux knows
+    rules = struct.pack("QQQ", handled, 0, scoped)[: 8 * fields]
     libc = _libc()
     ruleset = libc.syscall(
         LANDLOCK_CREATE, ctypes.create_string_buffer(rules, len(rules)), len(rules), 0

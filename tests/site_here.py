@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.client.answers import Place
-from fedtune.client.vault_process import answered
+from fedtune.client.vault_process import answer_and_tell
 from fedtune.config import load_site
 from fedtune.courier.app import client_app
 from fedtune.courier.executor import App, Executor
@@ -35,7 +35,7 @@ class SiteHere:
         self.shown.from_courier(event, facts)
 
     def _ask(self, _: Context, request: Request) -> Answer:
-        return answered(self.place, request, self.shown.from_vault)  # type: ignore[arg-type]
+        return answer_and_tell(self.place, request, self.shown.from_vault)  # type: ignore[arg-type]
 
     def reply(self, message: Message, context: Context) -> Message:
         """Answer one message."""

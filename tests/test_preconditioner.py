@@ -272,6 +272,20 @@ def update_of(network: Network, plan: Study, sizes: list[int], tmp_path: Path) -
     return np.concatenate([a.ravel() for a in sent.values()]) * site.divisor / RATE
 
 
+def check_that_the_last_unit_moves_c(network: Network, tiny_base: Path, tmp_path: Path) -> None:
+    """The update with the last unit and without differ by C, but for the noise."""
+    privacy = {"noise_multiplier": 1e-3, "delta": 1e-5, "unit": "patient"}
+    plan = made(
+        tiny_base, privacy=privacy, clipping={"max_grad_norm": C},
+        training=TRAINING | {"local_steps": 1},
+    )  # fmt: skip
+    noise = np.sqrt(2 * sum(a.size for a in network.trainable().values())) * 1e-3 * C
+    with_it = update_of(network, plan, SIZES, tmp_path)
+    without = update_of(network, plan, SIZES[:-1], tmp_path)
+    moved = float(np.linalg.norm(with_it - without))
+    assert 0.95 * C < moved < 1.05 * np.hypot(C, noise)
+
+
 def test_what_leaves_is_clipped_after_m(network: Network, tiny_base: Path, tmp_path: Path) -> None:
     """One unit less moves what is sent by at most C: M comes before the clip, and not after it. M
     is one that lengthens all that this unit has, by b = 1.3 or so."""
@@ -285,16 +299,7 @@ def test_what_leaves_is_clipped_after_m(network: Network, tiny_base: Path, tmp_p
         crafted[name_for(name)] = (1.1 * others).astype(np.float32)
         assert identity_part(crafted[name_for(name)]) > 1.25
     network.load_frozen(network.frozen_factor() | crafted)
-    privacy = {"noise_multiplier": 1e-3, "delta": 1e-5, "unit": "patient"}
-    plan = made(
-        tiny_base, privacy=privacy, clipping={"max_grad_norm": C},
-        training=TRAINING | {"local_steps": 1},
-    )  # fmt: skip
-    noise = np.sqrt(2 * sum(a.size for a in network.trainable().values())) * 1e-3 * C
-    with_it = update_of(network, plan, SIZES, tmp_path)
-    without = update_of(network, plan, SIZES[:-1], tmp_path)
-    moved = float(np.linalg.norm(with_it - without))
-    assert 0.95 * C < moved < 1.05 * np.hypot(C, noise)
+    check_that_the_last_unit_moves_c(network, tiny_base, tmp_path)
 
 
 def test_what_leaves_is_clipped_after_a_narrow_m(
@@ -308,16 +313,7 @@ def test_what_leaves_is_clipped_after_a_narrow_m(
         crafted[name_for(name, narrow=True)] = directions.astype(np.float32)
     network.load_frozen(network.frozen_factor() | crafted)
     assert min(np.linalg.eigvalsh(m).max() for m in all_written_out(network).values()) > 2
-    privacy = {"noise_multiplier": 1e-3, "delta": 1e-5, "unit": "patient"}
-    plan = made(
-        tiny_base, privacy=privacy, clipping={"max_grad_norm": C},
-        training=TRAINING | {"local_steps": 1},
-    )  # fmt: skip
-    noise = np.sqrt(2 * sum(a.size for a in network.trainable().values())) * 1e-3 * C
-    with_it = update_of(network, plan, SIZES, tmp_path)
-    without = update_of(network, plan, SIZES[:-1], tmp_path)
-    moved = float(np.linalg.norm(with_it - without))
-    assert 0.95 * C < moved < 1.05 * np.hypot(C, noise)
+    check_that_the_last_unit_moves_c(network, tiny_base, tmp_path)
 
 
 def test_m_does_not_follow_from_who_is_there(either: Network) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 from fedtune import isolation
+from fedtune.client.vault_process import families
 from fedtune.config import Site
-from fedtune.config.database import is_over_tcp
 from fedtune.courier.process import open_to_courier
 
 
@@ -23,8 +24,7 @@ def isolation_here(site: Site) -> Here:
     of_vault, of_courier = isolation.available()
     lacks = [*of_vault.missing, *of_courier.missing]
     lacks += [f"{path} lies where the courier reads its code" for path in open_to_courier(site)]
-    urls = [site.data.url, site.evaluation.url if site.evaluation else None]
-    if any(is_over_tcp(url) for url in urls if url):
+    if socket.AF_INET in families(site, processes=1):
         lacks.append("a database over TCP keeps the vault on the network")
     text = f"records are read without a network ({', '.join(of_vault.means)}), and what speaks to "
     text += f"the network reads none ({', '.join(of_courier.means)})"

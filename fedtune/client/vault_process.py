@@ -21,15 +21,9 @@ from fedtune import isolation
 from fedtune.config import Site, load_site
 from fedtune.config.database import is_over_tcp
 from fedtune.errors import InfrastructureError, describe, is_fault
-from fedtune.processes import (
-    STOP_SECONDS,
-    Stopped,
-    alone,
-    end_with_parent,
-    interruptible,
-)
+from fedtune.processes import STOP_SECONDS, Stopped, alone, end_with_parent, interruptible
 from fedtune.progress import listening
-from fedtune.wire.events import Teller, ToTeller
+from fedtune.wire.events import Teller, pass_warnings_on
 from fedtune.wire.requests import FAILED, Answer, Request, RequestError, receive_request, send
 
 if TYPE_CHECKING:
@@ -43,8 +37,8 @@ LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after it
 def families(site: Site, processes: int) -> list[int]:
     """List the families of sockets that a site's vault opens: none, but for a database, or for the
     processes that share its steps."""
-    tables = [site.data, *([site.evaluation] if site.evaluation else [])]
-    urls = [url for table in tables if (url := getattr(table, "url", None))]
+    tables = filter(None, (site.data, site.evaluation))
+    urls = [table.url for table in tables if table.url]
     if any(map(is_over_tcp, urls)):
         return [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX]
     teams = processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -53,10 +47,10 @@ def families(site: Site, processes: int) -> list[int]:
 
 def confine(site: Site, processes: int) -> isolation.Confinement:
     """Cut this process off the network, and try that it is."""
-    return isolation.no_network(families(site, processes)) & _tried()
+    return isolation.no_network(families(site, processes)) & _try_networks()
 
 
-def _tried() -> isolation.Confinement:
+def _try_networks() -> isolation.Confinement:
     """Try to reach a network; what works is missing from the confinement."""
     reached = []
     for family, where in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
@@ -75,7 +69,7 @@ def main(options: list[str]) -> None:
     means = confine(site, int(processes))
     end_with_parent()
     tell = Teller(Connection(int(events)))
-    logging.getLogger().addHandler(ToTeller(tell))
+    pass_warnings_on(tell)
     tell("isolation", means.facts())
     if means.missing and site.policy.isolation == "required":
         return  # who started it says why
@@ -122,13 +116,13 @@ def serve(
                 request = receive_request(courier)
             except RequestError as error:
                 log.warning("%s", error)
-                reply = failed()
+                reply = failure()
             else:
-                reply = answered(place, request, tell)
+                reply = answer_and_tell(place, request, tell)
             send(courier, reply)
 
 
-def answered(place: Place, request: Request, tell: Teller) -> Answer:
+def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
     """Answer a request, and tell the person at the site what became of it."""
     from fedtune.client.answers import answer
     from fedtune.client.reply_facts import answer_facts
@@ -140,7 +134,7 @@ def answered(place: Place, request: Request, tell: Teller) -> Answer:
             raise
         name = type(error).__name__
         tell("failed", {"kind": request.kind, "error": name, "text": f"{request.kind}: {name}"})
-        return failed()
+        return failure()
     try:
         facts = answer_facts(place, request, reply)
     except Exception as error:  # its description fails; the answer does not
@@ -150,6 +144,6 @@ def answered(place: Place, request: Request, tell: Teller) -> Answer:
     return reply
 
 
-def failed() -> Answer:
+def failure() -> Answer:
     """Say that there was a failure, and nothing of it."""
     return Answer("", {"status": "failed", "reason": FAILED})

@@ -6,7 +6,6 @@ the socket that it inherits."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fedtune import boot, isolation
 from fedtune.config import Site, load_site
+from fedtune.config.database import FILES, file_of, kind_of
 from fedtune.errors import FedtuneError
 from fedtune.flower.membership import keys_folder
 from fedtune.processes import Stopped, bypass_proxy, end_with_parent, interruptible
-from fedtune.wire.events import Teller, ToTeller
+from fedtune.wire.events import Teller, pass_warnings_on
 
 if TYPE_CHECKING:
     from flwr.app import Context
@@ -55,10 +55,18 @@ def writable(site: Site) -> list[Path]:
 
 
 def private(site: Site) -> Iterator[Path]:
-    """List what a site's courier must not read: its records, and its state folder."""
+    """List what a site's courier must not read: its state and ledger, and where its records and
+    held-out records are, with the files that stand beside them."""
     yield site.site.state
-    if site.data.path is not None:
-        yield site.data.path
+    if site.site.ledger:
+        yield site.site.ledger
+    for table in filter(None, (site.data, site.evaluation)):
+        if table.url is None:
+            yield table.path
+        elif kind_of(table.url) in FILES:
+            yield file_of(table.url)
+        if table.consent and table.consent.opt_outs:
+            yield table.consent.opt_outs
 
 
 def open_to_courier(site: Site) -> list[Path]:
@@ -73,10 +81,10 @@ def confine(site: Site) -> isolation.Confinement:
     # Python looks for a package in a folder's names: here beside whatever else lies there.
     found = isolation.only_files(readable(site), writable(site), [Path(boot.PACKAGES)])
     shown = [f"{path} lies where the courier reads its code" for path in open_to_courier(site)]
-    return found & isolation.Confinement(missing=tuple(shown)) & _tried(site)
+    return found & isolation.Confinement(missing=tuple(shown)) & _try_to_read(site)
 
 
-def _tried(site: Site) -> isolation.Confinement:
+def _try_to_read(site: Site) -> isolation.Confinement:
     """Try to read the site's private files; what can be read is missing from the confinement."""
     reached = []
     for path in private(site):
@@ -99,7 +107,7 @@ def main(options: list[str]) -> NoReturn:
     means = confine(site)
     end_with_parent()
     tell = Teller(Connection(int(events)))
-    logging.getLogger().addHandler(ToTeller(tell))
+    pass_warnings_on(tell)
     tell("isolation", means.facts())
     if means.missing and site.policy.isolation == "required":
         sys.exit(0)  # who started it says why

