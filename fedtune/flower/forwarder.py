@@ -44,6 +44,7 @@ RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its la
 CHUNK = 65_536
 WATCH_SECONDS = 15.0
 CONNECT_SECONDS = 20.0
+ENDING_SECONDS = 5.0  # how long a poll may take once its connection is cut
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -113,6 +114,7 @@ class Forwarder:
         self._proxy = proxy_of(link)
         self._ready = threading.Event()
         self._relays: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
@@ -129,14 +131,12 @@ class Forwarder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._main.cancel)
+        self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join(10)
 
     def _run(self) -> None:
-        self._main = self._loop.create_task(self._serve())
         try:
-            with contextlib.suppress(asyncio.CancelledError):
-                self._loop.run_until_complete(self._main)
+            self._loop.run_until_complete(self._serve())
             self._loop.run_until_complete(_cut(asyncio.all_tasks(self._loop)))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
@@ -147,18 +147,26 @@ class Forwarder:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._near)
         self.port = int(server.sockets[0].getsockname()[1])
         self._ready.set()
-        try:
-            await self._watch()
-        finally:
-            server.close()
-            for relay in self._relays:
-                relay.cancel()
-            await asyncio.gather(*self._relays, return_exceptions=True)
-            await asyncio.sleep(0.01)  # what was cut closes in the next turn
+        watch = self._loop.create_task(self._watch())
+        ended = self._loop.create_task(self._ended.wait())
+        await asyncio.wait([watch, ended], return_when=asyncio.FIRST_COMPLETED)
+        for relay in self._relays:
+            relay.cancel()
+        await asyncio.gather(*self._relays, return_exceptions=True)
+        # A poll ends with the relay that carried it. It is not cancelled: httpx leaves a
+        # connection open whose handshake is cancelled. The server closes after it: asyncio
+        # leaves one open that is accepted in the turn in which its server closes.
+        await asyncio.wait([watch], timeout=ENDING_SECONDS)
+        server.close()
+        if watch.done():
+            watch.result()
 
     # ------------------------------------------------------------------------- bytes
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._ended.is_set():
+            writer.transport.abort()
+            return
         task = self._loop.create_task(self._relay(reader, writer))
         self._relays.add(task)
         task.add_done_callback(self._relays.discard)
@@ -222,7 +230,7 @@ class Forwarder:
             timeout=CONNECT_SECONDS + 5,
             limits=httpx.Limits(max_keepalive_connections=0),  # each poll with the newest leaf
         ) as client:
-            while True:
+            while not self._ended.is_set():
                 try:
                     await self._poll_status(client)
                 except httpx.HTTPError as error:  # closed without a reply
@@ -230,7 +238,9 @@ class Forwarder:
                 except (FedtuneError, OSError):  # a full disk, a lost key: the present leaf counts
                     pass
                 pause = 1.0 if self._since is not None else self._watch_seconds
-                await asyncio.sleep(min(pause, self._watch_seconds))
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(pause, self._watch_seconds)):
+                        await self._ended.wait()
 
     async def _poll_status(self, client: httpx.AsyncClient) -> None:
         sent = certs.now()
