@@ -229,7 +229,7 @@ def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
     _checked_delta(delta)
     try:
         return _computed(events, delta)
-    except (ValueError, OverflowError, MemoryError) as error:
+    except (ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ConfigError(
             f"no ε can be computed of these steps ({type(error).__name__})",
             "a noise_multiplier and a sampling_rate of usual size",

@@ -113,6 +113,37 @@ def test_domination_by_one_row_would_be_caught() -> None:
         assert rdp([event], 1.5) > rdp([lower], 1.5)
 
 
+LONG = [Steps(40.0, 0.1, 1, 200), Steps(8.0, 0.01, 1, 60), Steps(0.5, 0.9, 1, 3)]
+
+
+@pytest.mark.parametrize("order", [1.5, 8.0, 64.0])
+def test_a_long_integral_is_bounded_from_above(
+    order: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = [rdp([event], order) for event in LONG]
+    monkeypatch.setattr(filter, "_MOST_TERMS", 0)
+    filter._sampled.cache_clear()
+    bounded = [rdp([event], order) for event in LONG]
+    filter._sampled.cache_clear()
+    for event, exact, bound in zip(LONG, computed, bounded, strict=True):
+        assert exact <= bound == pytest.approx(rdp([event._replace(sampling_rate=1.0)], order))
+
+
+def test_no_plan_keeps_the_filter_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows of a unit at a small σ: an integral of 10⁸ terms and more at each of 113 orders."""
+    terms = []
+    counted = filter._log_moment
+
+    def count(sigma: float, rate: float, records: int, power: float) -> float:
+        terms.append(filter._terms(sigma, records, abs(power)))
+        return counted(sigma, rate, records, power)
+
+    monkeypatch.setattr(filter, "_log_moment", count)
+    for sigma in (1e-9, 0.01, 1.0, 20.0):
+        best_order([Steps(sigma, 0.1, 20, 1000)], 8.0, DELTA)
+    assert max(terms, default=0) <= filter._MOST_TERMS and len(terms) <= 2 * len(filter.ORDERS)
+
+
 def test_divergences_add_and_order_does_not_matter() -> None:
     a, b = Steps(2.0, 0.3, 4, 3), Steps(3.0, 1.0, 2, 2)
     assert rdp([a, b], 3.0) == rdp([b, a], 3.0) == pytest.approx(rdp([a], 3.0) + rdp([b], 3.0))

@@ -172,6 +172,12 @@ GUARANTEE_MUTANTS = (
         "the exact filter is used where it is proven for none",
     ),
     _one(
+        "filter", "a-long-integral-is-half-its-bound", "fedtune/dp/filter.py",
+        "return order * (records / sigma) ** 2 / 2", "return order * (records / sigma) ** 2 / 4",
+        "tests/dp/test_filter.py::test_a_long_integral_is_bounded_from_above",
+        "a plan whose integral takes long costs less than it reveals",
+    ),
+    _one(
         "ledger", "a-round-is-trained-again", "fedtune/ledger/ledger.py",
         "        if (sha256 := self._account.sent.get(slot)) is None:", "        if True:",
         SITES + "test_a_round_asked_for_again_is_sent_again_and_not_paid_again",
