@@ -58,23 +58,35 @@ def write_plan(run: Path, study: Study) -> None:
     tables = {name: getattr(study, name) for name in FILED}
     places = {name: str(table.path.absolute()) for name, table in tables.items() if table}
     if places:
-        replace(run / PLACES, json.dumps(places, indent=1).encode())
+        run.mkdir(parents=True, exist_ok=True)
+        noted = {"folder": _identity(run), **places}
+        replace(run / PLACES, json.dumps(noted, indent=1).encode())
     replace(run / "plan.json", (without_places(study).model_dump_json(indent=2) + "\n").encode())
 
 
 def _with_places(study: Study, run: Path) -> Study:
-    """Copy a run's plan with where its files are: as noted beside it, else in the run's own folder,
-    where none is. Of a path in the plan itself the name alone counts: a plan that was handed over
-    names no file of this machine."""
+    """Copy a run's plan with where its files are: as noted beside it, if the note is of this very
+    folder, else in the run's own folder. Of a path in the plan itself the name alone counts, and no
+    link is followed: a run that was handed over names no file of this machine."""
     tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
-    noted = {}
+    noted: dict[str, Any] = {}
     if tables and (run / PLACES).exists():
         noted = reading.json_in(run / PLACES, "where a plan's files are", PRINTED)
-    changes = {
-        name: table.model_copy(update={"path": Path(str(noted.get(name) or run / table.path.name))})
-        for name, table in tables.items()
-    }
+        if noted.get("folder") != _identity(run):
+            noted = {}
+    changes = {}
+    for name, table in tables.items():
+        inside = run / table.path.name
+        if name not in noted and inside.is_symlink():
+            raise InputError(f"{inside}: a link", "the file itself", "put the file there")
+        changes[name] = table.model_copy(update={"path": Path(str(noted.get(name, inside)))})
     return study.model_copy(update=changes)
+
+
+def _identity(folder: Path) -> int:
+    """Return what tells this folder from any copy of it: whoever hands a run over cannot choose the
+    number of the inode that it gets here. (The number of the device changes with a restart.)"""
+    return folder.stat().st_ino
 
 
 def load_plan(run: Path) -> Study:

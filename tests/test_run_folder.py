@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fedtune.config import Study, load_study
 from fedtune.dp.calibration import with_rounds
+from fedtune.errors import InputError
 from fedtune.run_choice import already_done, finished_line, is_finished
 from fedtune.run_folder import FILED, PLACES, SIGNATURE, load_plan, write_plan
 from tests.server.fakes import make_study
@@ -78,10 +80,27 @@ def test_a_plan_that_others_read_names_no_folder_of_this_machine(tmp_path: Path)
     assert str(tmp_path) not in (run / "plan.json").read_text()
     loaded = load_plan(run)
     assert loaded == study and loaded.digest == study.digest
-    (run / PLACES).unlink()  # as in a copy for somebody else: no file of theirs is taken for it
-    elsewhere = load_plan(run)
-    assert elsewhere.digest == study.digest
-    assert elsewhere.public and elsewhere.public.path == run / "public.csv"
+    moved = run.rename(tmp_path / "moved")
+    assert load_plan(moved) == study
+    copy = Path(shutil.copytree(moved, tmp_path / "copy"))  # for somebody else, with the note
+    for left in (copy / PLACES, None):
+        elsewhere = load_plan(copy)  # no file of theirs is taken for it
+        assert elsewhere.digest == study.digest
+        assert elsewhere.public and elsewhere.public.path == copy / "public.csv"
+        if left:
+            left.unlink()
+
+
+def test_a_run_that_was_handed_over_with_a_link_reads_no_file_behind_it(tmp_path: Path) -> None:
+    run = tmp_path / "received"
+    run.mkdir()
+    (tmp_path / "records.csv").write_text("q,a\nMrs Smith,cough\n")
+    (run / "records.csv").symlink_to(tmp_path / "records.csv")
+    table = {"path": "records.csv", "columns": {"prompt": "q", "completion": "a"}, "metric": "loss"}
+    study = make_study().changed(evaluation=table, training={"rounds": 1})
+    (run / "plan.json").write_text(study.model_dump_json())
+    with pytest.raises(InputError, match="a link"):
+        load_plan(run)
 
 
 @pytest.mark.parametrize("named", ["{}/records.csv", "../../records.csv", "records.csv"])

@@ -40,6 +40,12 @@ MUTANTS = (
         "a run that was handed over is measured on a file of whoever reads it",
     ),
     one(
+        "runs", "a-note-that-came-with-a-run-counts", "fedtune/run_folder.py",
+        'if noted.get("folder") != _identity(run):', "if False:",
+        "tests/test_run_folder.py::test_a_plan_that_others_read_names_no_folder_of_this_machine",
+        "a run that was handed over brings a note of which of this machine's files to read",
+    ),
+    one(
         "resources", "one-patients-texts-decide-what-is-remembered-of-all", SITE,
         "        if has_room(folder, MEMBER_BYTES * self._size * of_a_unit):\n",
         "        if has_room(folder, bytes_for(self._size) + MEMBER_BYTES * new):\n",
