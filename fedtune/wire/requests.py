@@ -14,10 +14,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from fedtune.errors import InputError
-from fedtune.wire.arrays import Packed, Record
+
+if TYPE_CHECKING:  # NumPy starts threads, and the vault imports this before it is confined
+    from fedtune.wire.arrays import Packed, Record
 
 Kind = Literal["prepare", "train", "ready", "masked", "evaluate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -103,6 +105,8 @@ def receive_answer(connection: Connection) -> Answer:
 
 def _receive(connection: Connection) -> tuple[dict[str, Any], dict[str, Packed]]:
     """Receive a header and the arrays that it announces."""
+    from fedtune.wire.arrays import Packed
+
     announced = connection.recv_bytes(MOST_WORDS)
     try:
         header = json.loads(announced)

@@ -81,6 +81,23 @@ def test_a_vault_reads_and_writes_what_it_did(tmp_path: Path) -> None:
     assert found["missing"] == [] and "seccomp" in found["means"]
 
 
+@pytest.mark.parametrize("half", ["fedtune.client.vault_process", "fedtune.courier.process"])
+def test_a_half_imports_no_library_that_starts_threads_before_it_is_confined(half: str) -> None:
+    """A thread that runs already would not be confined: such a process refuses to go on."""
+    look = f"import os, sys, {half}; print({{'numpy', 'torch', 'grpc', 'flwr'}} & {{*sys.modules}}"
+    look += ", len(os.listdir('/proc/self/task')))"
+    threads = {"OPENBLAS_NUM_THREADS": "4", "OMP_NUM_THREADS": "4"}
+    done = subprocess.run(
+        [sys.executable, "-c", look],
+        cwd=ROOT,
+        env={**os.environ, **threads},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "set() 1\n"
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [

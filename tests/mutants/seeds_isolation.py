@@ -96,4 +96,10 @@ MUTANTS = (
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
         "a link that a courier left empties the ledger at the next start",
     ),
+    one(
+        "isolation", "a-library-starts-threads-first", "fedtune/wire/requests.py",
+        "if TYPE_CHECKING:  # NumPy", "if True:  # NumPy",
+        T_HALVES + "test_a_half_imports_no_library_that_starts_threads_before_it_is_confined",
+        "no vault starts where the number of threads is left to NumPy",
+    ),
 )  # fmt: skip
