@@ -16,7 +16,8 @@
     │   └── UnknownPatient             who withdraws is in no record here (client/withdraw.py)
     ├── Refused               exit 3   a rule said no, before data was read
     │   ├── PolicyRefused              the site's policy
-    │   │   └── Unsigned               a plan that waits for a person (client/prepared.py)
+    │   │   ├── Unsigned               a plan that waits for a person (client/prepared.py)
+    │   │   └── Held                   an answer that waits for a person (client/prepared.py)
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (training/selftest.py)
     │   ├── Unprepared                 the site does not know the plan (fedtune/client/site.py)

@@ -28,6 +28,7 @@ from fedtune.report.teacher import teacher_line
 
 if TYPE_CHECKING:
     from fedtune.bases.find import Row
+    from fedtune.client.let_go import Waiting
     from fedtune.config import Study
     from fedtune.dp.costs import Plan
     from fedtune.evaluation.compare_bases import Fit
@@ -41,6 +42,35 @@ SIDE_BY_SIDE, OWN_RECORDS = "the base and the adapter, side by side", "on record
 
 def warn_not_private(console: Console) -> None:
     console.print(Panel(BANNER, style="bold white on red", expand=False))
+
+
+def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
+    """Show what waits at a site for a person: plan facts, lengths and costs."""
+    table = Figures(
+        caption=f"ε: of this round alone, at policy.max_delta = {delta:g}. Times are UTC.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for head in ("name", "study", "what"):
+        table.add_column(head, overflow="fold")
+    for head in ("round", "bytes", "ε"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("since", overflow="fold")
+    for one in waiting:
+        paid = "paid" if one.kind == "answer" else "not paid for yet"
+        epsilon = f"{one.epsilon}\n{one.fallback} whatever happens" if one.fallback else one.epsilon
+        table.add_row(
+            one.name,
+            f"{escape(one.study)}\n{one.plan.removeprefix('sha256:')[:8]}",
+            f"{one.kind}\n{paid}",
+            str(one.round),
+            f"{one.size:,}",
+            epsilon,
+            one.since,
+        )
+    return table
 
 
 def closing(console: Console, out: Path, report: dict[str, Any]) -> None:

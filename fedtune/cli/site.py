@@ -36,7 +36,7 @@ PLAN = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for function in (review, ledger, withdraw, purge, audit):
+    for function in (review, let_go, ledger, withdraw, purge, audit):
         command(app, panel=PANEL)(function)
 
 
@@ -148,6 +148,55 @@ def _show_review(outcome: Review, name: str) -> None:
         indented(lines)
     console.print(f"\n[{style}]{escape(outcome.verdict)}[/{style}]", highlight=False)
     indented(outcome.refusals)
+
+
+def let_go(
+    site: SITE,
+    answers: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ANSWER…]",
+            help="Names from the list. Without any: the list.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Whatever waits now.")] = False,
+    refuse: Annotated[
+        bool,
+        typer.Option(
+            "--refuse", help="Refuse them for good instead; what was paid for them stays paid."
+        ),
+    ] = False,
+) -> dict[str, Any]:
+    """List the answers that wait here to be sent, and let them go, or refuse them.
+
+    Of a site with policy.answers = "held". Shows what the plan and the ledger say of each answer,
+    its length and its cost: never what it holds, since a refusal that followed from the records
+    would tell the coordinator of them. A draw of shared noise is let go before it is made and paid
+    for. Both acts are entered, under your login's name, in the audit log and in the ledger."""
+    from fedtune.cli.console import waiting_table
+    from fedtune.client.let_go import decide, waiting
+    from fedtune.config import load_site
+    from fedtune.errors import InputError
+
+    loaded = load_site(site)
+    if every and answers:
+        raise InputError("--all, and names beside it", "either")
+    if not (every or answers):
+        if refuse:
+            raise InputError("--refuse, and nothing to refuse", "names from the list, or --all")
+        found = waiting(loaded)
+        typer.echo("" if found else "nothing waits here to be let go", nl=not found)
+        if found:
+            Console().print(waiting_table(found, loaded.policy.max_delta))
+        return {"waiting": [asdict(one) for one in found]}
+    decided = decide(loaded, answers or [], refuse=refuse, every=every)
+    for one in decided:
+        what = "refused, for good" if refuse else "goes when the coordinator asks for it again"
+        typer.echo(f"{one.name}: {one.study}, round {one.round}: {what}")
+    if not decided:
+        typer.echo("nothing waits here to be let go")
+    return {"refused" if refuse else "let_go": [asdict(one) for one in decided]}
 
 
 def ledger(

@@ -27,6 +27,9 @@ def view(
     parts: list[RenderableType] = [head(snapshot)]
     if site is not None and (line := unsigned_line(snapshot, site)):
         parts.append(Text(line, style="bold yellow"))
+    if site is not None and snapshot.held and not snapshot.over:
+        line = f"an answer waits until a person here lets it go: fedtune let-go {site}"
+        parts.append(Text(line, style="bold yellow"))
     if snapshot.status["sites"]:
         sites = snapshot.status["sites"]
         parts.append(sites_table(sites))

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedtune.client import work
 from fedtune.client.noted import acts
-from fedtune.client.prepared import Admission, Unprepared, Update, Void
+from fedtune.client.prepared import Admission, Held, Unprepared, Update, Void
 from fedtune.client.site import SiteWorker, worker
 from fedtune.client.site_checks import check_watch
 from fedtune.client.waiting_plans import check_plan_length, keep_plan
@@ -18,7 +18,7 @@ from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe, is_fault
 from fedtune.evidence.audit_log import REPEATS
 from fedtune.progress import stage
-from fedtune.registry.reasons import reason_of
+from fedtune.registry.reasons import WAITING, reason_of
 from fedtune.wire.arrays import Packed, bodies, pack_arrays, read_frozen
 from fedtune.wire.protocol import check_peer, version_fields
 from fedtune.wire.requests import FAILED, Answer, Kind, Request, Scalar
@@ -139,8 +139,13 @@ def _sealed(place: Place, request: Request, kind: Order) -> Answer:
         check_order(order, site.coordinator_of(digest))
         rule, nonce = site.site.policy.admission, str(order["nonce"])
         with site.room_to_answer():
-            with stage(f"{fields['name']}, round {number}"):
-                update = kind.work(site, digest, request)
+            try:
+                with stage(f"{fields['name']}, round {number}"):
+                    update = kind.work(site, digest, request)
+            except Held:
+                about: dict[str, Any] = {"plan": digest, "round": number, "kind": kind.arrays}
+                note(site, "wait", "policy.answers", **about)
+                raise
             note(site, "release", rule, plan=digest, round=number, kind=kind.arrays)
             packed = pack_arrays(update.delta)
             complete = fields | {"events": json.dumps(update.events), **update.said}
@@ -202,6 +207,8 @@ def guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None
         return "unprepared", str(error)
     except Void as error:
         return "void", str(error)
+    except Held as error:
+        return WAITING, str(error)
     except Refused as error:
         return "refused", str(error)
     except BaseException as error:

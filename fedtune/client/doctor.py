@@ -15,6 +15,7 @@ from cryptography import x509
 from fedtune.bases.find import Base, find_base
 from fedtune.client.declared import declare
 from fedtune.client.isolation_here import isolation_here
+from fedtune.client.let_go import waiting
 from fedtune.client.policy import base_for
 from fedtune.client.reading import (
     by_reason,
@@ -80,6 +81,8 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
     )
     if site.data.declared:
         yield from findings([("declared data", lambda: _declared(site))])
+    if site.policy.answers == "held":
+        yield from findings([("held answers", lambda: _held(site))])
     if site.policy.data_sheet:
         yield from findings([("data sheet", lambda: _sheet(site))])
     if study is None:
@@ -100,6 +103,13 @@ def _isolation(site: Site) -> str:
             todo='run the client elsewhere, or set policy.isolation = "preferred"',
         )
     return here.text
+
+
+def _held(site: Site) -> str:
+    """Count the answers that wait for a person here."""
+    count = len(waiting(site))
+    told = f"{count} wait: `fedtune let-go`" if count else "none waits"
+    return f"each waits here until a person lets it go (policy.answers); {told}"
 
 
 def _declared(site: Site) -> str:

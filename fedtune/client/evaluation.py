@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.numpy import save
 
+from fedtune.client import airlock
 from fedtune.client.policy import admit, order_of, within_budget
 from fedtune.client.prepared import Prepared, step_summary
 from fedtune.config import Site, SiteEvaluation, Study
@@ -64,7 +65,7 @@ def answered(
     sums = answer(ran, _rows_or_none(study, data), site.log, round_)
     events = step_summary(site.log.steps(plan.study))
     payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
-    site.ledger.release(reserved, payload)
+    site.ledger.release(reserved, payload, held=airlock.holds_answers(site))
     return payload
 
 

@@ -99,6 +99,10 @@ def refusals(
                 yield PolicyRefused("the plan does not pin lora.preconditioner.digest")
         yield from _about_rank(study.lora, site.site.lora_rank)
     yield from privacy_refusals(study, site, plan)
+    if policy.answers == "held" and not study.private:
+        yield PolicyRefused(
+            'policy.answers = "held", and an update without noise is never kept, so it cannot wait'
+        )
     if may_resolve(study, policy):
         yield from _about_teacher(study, policy)
 

@@ -28,6 +28,10 @@ class Unsigned(PolicyRefused):
     """A person at the site has yet to sign the plan; until then nothing of it runs here."""
 
 
+class Held(PolicyRefused):
+    """An answer that waits until a person at the site lets it go (client/airlock.py)."""
+
+
 class Void(Refused):
     """This attempt at a round is over for this site; another is a new draw of noise."""
 

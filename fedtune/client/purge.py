@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fedtune.client.airlock import FOLDER as ASKED
 from fedtune.client.budget_refusal import PLACES
 from fedtune.client.declared import RUNS
 from fedtune.client.studies import FOLDER as STUDIES
@@ -35,6 +36,7 @@ from fedtune.secagg.draw import FOLDER as DRAWS
 KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
     "updates that were released": (f"{OUTBOX}/*.bin",),
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
+    "draws that wait to be let go": (f"{ASKED}/*.json",),
     "notes of studies under way": (f"{STUDIES}/*.json",),
     "plans that waited for a signature": ("plans/*.json",),
     "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log", "vault.log"),
@@ -48,7 +50,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }
-OF_A_STUDY = tuple(KINDS)[:4]
+OF_A_STUDY = tuple(KINDS)[:5]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it

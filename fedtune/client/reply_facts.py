@@ -12,7 +12,7 @@ from fedtune.config import Study, study_from_json
 from fedtune.dp import accountant
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError
-from fedtune.registry.reasons import UNSIGNED
+from fedtune.registry.reasons import HELD, WAITING
 from fedtune.registry.rounding import rounded_up
 from fedtune.wire.requests import Answer, Request
 
@@ -50,11 +50,13 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
             if (planned := _planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{where} ' if where else ''}{_line(facts)}"
+    if status == WAITING and HELD in reason:
+        facts["text"] += f": `fedtune let-go {place.site}`"
     reviewed = place.reviewed
     if study is not None and request.kind == "prepare" and status != "finished":
         joined_with = status == "admitted" and reviewed == study.digest
         facts["signed"] = joined_with or site.home.admitted(study.digest)
-        if not facts["signed"] and status in ("admitted", UNSIGNED):
+        if not facts["signed"] and status in ("admitted", WAITING):
             facts["text"] += f". {_unsigned(study, site, place, facts)}"
     refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])
     if study is not None and refused:
@@ -72,7 +74,7 @@ def _unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any
     for planned in facts.get("planned", {}).values():
         spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
     review = f"`fedtune review {keep_plan(site.site, study)} --site {place.site}`"
-    if facts["status"] == UNSIGNED:
+    if facts["status"] == WAITING:
         return (
             f"Nothing of it runs before a person here signs it; then {spends}. {review} says what "
             "it means, and with --sign admits it"
@@ -128,10 +130,11 @@ def _planned(study: Study, site: SiteWorker) -> float | None:
 
 def _line(facts: dict[str, Any]) -> str:
     status: str = facts["status"]
+    held = HELD in facts["reason"]
     if status == "unprepared":
         return "this process has yet to see it, and asked for it again"
-    if status == UNSIGNED:
-        return "WAITING for a person at this site"
+    if status == WAITING:
+        return "WAITING for a person at this site" + (" to let it go" if held else "")
     if status == "finished":
         return f"finished; the last round here was {facts['round']} of {facts['rounds']}"
     if status not in DONE:

@@ -347,6 +347,7 @@ def _leaves(study: Study, site: Site) -> list[str]:
     lines = [
         f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
         "already names, and the head of this site's ledger (a hash).",
+        *_held(study, site),
         *_queries(study),
         f"Once: {', '.join(facts)}.",
         "On refusal: the rule that said no. On an error: that there was one.",
@@ -354,6 +355,21 @@ def _leaves(study: Study, site: Site) -> list[str]:
         "Never at all: timings, or who was sampled.",
     ]
     return lines
+
+
+def _held(study: Study, site: Site) -> list[str]:
+    """Say what waits for a person here before it leaves."""
+    if site.policy.answers != "held":
+        return []
+    what = "No answer leaves before a person here has let it go"
+    if study.secure_aggregation:
+        what = "Nothing is drawn or paid for before a person here has let it go"
+    return [
+        f"{what}: `fedtune let-go` (policy.answers). The coordinator waits for "
+        f"{study.strategy.round_timeout / 3600:.3g} hours in a round, and then goes on without "
+        "this site as the plan says. That somebody refused, and when, reaches it, and no ε covers "
+        "that."
+    ]
 
 
 def _queries(study: Study) -> list[str]:

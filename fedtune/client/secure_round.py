@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.numpy import load, save
 
+from fedtune.client import airlock
 from fedtune.client.own_loss import kept
 from fedtune.client.prepared import Prepared, Update, Void, metadata_of
 from fedtune.dp.shared_noise import bits_of
@@ -56,7 +57,8 @@ def ready(
 
     asked: signing keys of the sites that are asked, so that a round for which too few of them are
     pinned here costs nothing.
-    Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
+    Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, before
+    anything is paid for, where a person at the site has yet to let the draw go."""
     prepared = _prepared(site, digest, round_, attempt, receipt)
     draw = Draw(digest, round_, attempt, arrays_digest(adapter))
     if (answered := site.ledger.released(digest, round_, draw.label)) is not None:
@@ -64,6 +66,7 @@ def ready(
     waiting = site.draws.find(draw)
     if waiting is None:
         _check_asked(site, prepared, asked)
+        _check_let_go(site, prepared, draw)
         waiting = _drawn(site, prepared, draw, adapter)
     return _stated(waiting.ready.text(), waiting.events)
 
@@ -130,6 +133,22 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
         check_pinned(asked, site.key.public, pinned, least)
     except StatementError as error:
         raise Void(error.happened, error.expected, error.todo) from None
+
+
+def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
+    """Check that a person at the site let a draw go, where its policy asks for one; of a draw that
+    no budget permits nobody is asked. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
+    slot = draw.plan, draw.round, draw.label
+    airlock.check_not_refused(site.ledger, slot)
+    if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
+        return
+    study, plan = prepared.study, prepared.private
+    current = site.permit(study, plan, prepared.coordinator, study.training.local_steps)
+    charge = site.charge_of(study, plan, current, draw.round)
+    numbers = sum(values.numel() for values in prepared.network.update_parameters().values())
+    sizes = [site.site.site.declared_size] * study.strategy.min_sites
+    bits = bits_of(study, plan.noise_multiplier if plan else None, sizes, numbers)
+    airlock.hold_draw(site, slot, charge, numbers * bits // 8)
 
 
 def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:

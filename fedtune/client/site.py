@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors.numpy import load, save
 
-from fedtune.client import evaluation, noted, studies
+from fedtune.client import airlock, evaluation, noted, studies
 from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
 from fedtune.client.own_loss import kept
 from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
@@ -133,7 +133,7 @@ class SiteWorker:
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
             plan = planned(study, self.current(), coordinator)
-            self._permit(study, plan, coordinator)
+            self.permit(study, plan, coordinator)
             prepared = self._prepared.get(study.digest)
             if prepared is None:
                 prepared = self._prepare_model(study, plan, frozen, coordinator)
@@ -170,7 +170,7 @@ class SiteWorker:
         ran = plan or non_private_plan(study, self._size)
         return Prepared(study, network, ran, frozen, coordinator, rank)
 
-    def _permit(
+    def permit(
         self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
     ) -> Site:
         """Check the study against the site file as it is now, and return that site, so that a round
@@ -300,15 +300,18 @@ class SiteWorker:
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Train one local round from this adapter, or return its stored update if it was trained.
 
-        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError."""
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, where it
+        is paid for and waits for a person at the site; Void, where that person refused it."""
         if (prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:
             raise PolicyRefused("the plan opens the sum of all sites alone, never one update")
-        adapter_digest = arrays_digest(adapter)
-        payload = self.ledger.released(digest, round_, adapter_digest)
+        slot = digest, round_, arrays_digest(adapter)
+        airlock.check_not_refused(self.ledger, slot)
+        payload = self.ledger.released(*slot)
         if payload is None:
-            payload = self._trained(prepared, round_, adapter, adapter_digest)
+            payload = self._trained(prepared, round_, adapter, slot[2])
         else:
             check_waiting_update(prepared, round_, payload)
+        airlock.check_let_go(self.ledger, slot)
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
@@ -331,10 +334,10 @@ class SiteWorker:
         Errors: as `train`; nothing is charged then."""
         study, plan = prepared.study, prepared.private
         steps = study.training.local_steps
-        site = self._permit(study, plan, prepared.coordinator, steps)
+        site = self.permit(study, plan, prepared.coordinator, steps)
         prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
         data = self.data_in_study(study, prepared.network, self.site.data)
-        charge = self._charge(study, plan, site, round_)
+        charge = self.charge_of(study, plan, site, round_)
 
         def permit(charges: list[Charge]) -> None:
             within_budget(site, plan, charges, steps)
@@ -358,7 +361,7 @@ class SiteWorker:
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         payload = save(sent, {"events": json.dumps(self.events(prepared))})
         if plan:  # an update without noise is not stored; ordered again, it is trained again
-            self.ledger.release(reserved, payload)
+            self.ledger.release(reserved, payload, held=airlock.holds_answers(self))
         return payload
 
     def events(self, prepared: Prepared) -> list[dict[str, Any]]:
@@ -398,13 +401,16 @@ class SiteWorker:
         prepared = self._require(digest)
         plan = evaluation.plan_of_queries(prepared.study, round_)
         noted.accept(self, receipt, plan.study, prepared.coordinator)
-        adapter_digest = arrays_digest(adapter)
-        payload = self.ledger.released(plan.study, round_, adapter_digest)
+        slot = plan.study, round_, arrays_digest(adapter)
+        airlock.check_not_refused(self.ledger, slot)
+        payload = self.ledger.released(*slot)
         if payload is None:
             payload = evaluation.answered(self, prepared, plan, round_, adapter)
+        airlock.check_let_go(self.ledger, slot)
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
-    def _charge(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
+    def charge_of(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
+        """Return the ledger's charge for one round of a plan."""
         charges = self.ledger.charges(self._dataset)
         return Charge(
             study=study.digest,

@@ -210,6 +210,9 @@ class PolicyTable(Table):
     # Besides noised updates; "sheet": what a person typed in the data sheet, by hand.
     release: tuple[Literal["evaluation", "sheet"], ...] = ()
     data_sheet: tuple[SheetField, ...] = ()  # fields that it must hold, and records as attested
+    # immediate: an answer is sent as soon as it is paid for and noised. held: it waits at the site
+    # until a person lets it go, with `fedtune let-go`.
+    answers: Literal["immediate", "held"] = "immediate"
     # required: `fedtune client` runs only where the process that holds the records has no network,
     # and the one that has it cannot read them; preferred: as far as this machine gives it.
     isolation: Literal["required", "preferred"] = "preferred"

@@ -172,6 +172,7 @@ allow_declared_data = false   # `fedtune client` with [data] declared
 admission = "standing" # "reviewed": a plan waits for a person, who signs it by joining with
                        # the answer that brings it, or by `fedtune review --sign`; "signed": by
                        # the latter
+answers = "immediate"  # "held": each waits here until a person lets it go, by `fedtune let-go`
 min_noise_multiplier = 0.3
 min_units = 10         # of declared_size
 max_grad_norm = 10.0

@@ -50,9 +50,10 @@ START = "0" * 64
 PURPOSE = b"fedtune audit\0"
 EVENTS = frozenset({
     "enroll", "join", "admit", "revoke",  # membership
-    "review", "sign", "wait", "refuse",  # a site: about a plan
+    "review", "sign", "wait", "refuse",  # a site: about a plan, or an answer
     "withdraw", "accept", "restore", "backup", "purge",  # a site
     "release",  # a site: an update; a coordinator: a version or a dossier
+    "let-go",  # a site: an answer that waited; it may also be refused
     "cut",  # a site: a receipt names an entry that this log lacks
     "attest", "approve",  # a site: its data sheet; a dossier
     "isolate",  # a site: how its two halves are confined

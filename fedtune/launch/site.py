@@ -33,7 +33,7 @@ from fedtune.flower.membership import reviewed
 from fedtune.ledger.ledger import Ledger
 from fedtune.processes import Child, Stopped, alone, interruptible, private_folder
 from fedtune.progress import OnEvent, report
-from fedtune.registry.reasons import UNSIGNED
+from fedtune.registry.reasons import WAITING
 from fedtune.wire import events
 
 log = logging.getLogger("fedtune.client")
@@ -276,8 +276,8 @@ class Shown:
 
     def _show(self, facts: dict[str, Any]) -> None:
         unmoved = {name: fact for name, fact in facts.items() if not name.startswith("bytes_")}
-        if facts.get("status") == UNSIGNED and unmoved == self._last:
-            return  # asked again, and still nobody has signed: said once
+        if facts.get("status") == WAITING and unmoved == self._last:
+            return  # asked again, and still nobody has signed or let it go: said once
         self._last = unmoved
         self.notify("answered", facts)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedtune.ledger.chain import Entry
 from fedtune.ledger.cohorts import Arrivals
-from fedtune.ledger.entries import EVERY, Accepted, Charge, Cohort, Spent
+from fedtune.ledger.entries import EVERY, Accepted, Charge, Cohort, Held, Slot, Spent
 
 NOT_PRIVATE = "\0"  # before the name under which a declared dataset's members are stored
 
@@ -24,8 +24,7 @@ class Reservation:
     out: frozenset[int] = frozenset()  # the cohorts that the round leaves out
 
     @property
-    def slot(self) -> tuple[str, int, str]:
-        """(study, round, adapter): at most one update leaves the site for it."""
+    def slot(self) -> Slot:
         return self.charge.study, self.charge.round, self.adapter
 
 
@@ -36,9 +35,14 @@ class Account:
         self.declared: dict[str, dict[str, Any]] = {}
         self.reserved: dict[int, Reservation] = {}
         self.restored: list[tuple[int, Charge, int]] = []
-        self.sent: dict[tuple[str, int, str], str] = {}  # slot -> sha256 of the newest release
-        self.released: dict[tuple[str, int, str], int] = {}  # slot -> entry of that release
+        self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
+        self.released: dict[Slot, int] = {}  # slot -> entry of that release
         self.done: set[int] = set()  # released reservations
+        self.held: dict[int, Held] = {}  # by the entry of the release
+        # What a person at the site let go: a slot, and the sha256 of its bytes, "" of a draw of
+        # shared noise, which is let go before it is made.
+        self.let_go: set[tuple[Slot, str]] = set()
+        self.refused: set[Slot] = set()  # slots that a person refused for good
         self.withdrawn: dict[str, Entry] = {}  # hash of a unit's key -> the entry of its withdrawal
         self.admitted: dict[str, str] = {}
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
@@ -66,6 +70,13 @@ class Account:
             self.done.add(body["reservation"])
             slot = self.reserved[body["reservation"]].slot
             self.sent[slot], self.released[slot] = body["sha256"], entry.seq
+        elif entry.kind == "hold":
+            paid = self.reserved[body["reservation"]]
+            self.held[body["release"]] = Held(paid.charge, paid.adapter, body["bytes"], time)
+        elif entry.kind == "let-go":
+            self.let_go.add((_slot(body), body["sha256"]))
+        elif entry.kind == "refuse":
+            self.refused.add(_slot(body))
         elif entry.kind == "restore":
             self.restored += [(entry.seq, Charge.read(c), time) for c in body["charges"]]
         elif entry.kind == "withdraw":
@@ -137,3 +148,7 @@ class Account:
                 self.apart_since.pop(pair, None)
             elif pair not in self.apart_since:
                 self.apart_since[pair] = 0 if new else seq
+
+
+def _slot(body: Mapping[str, Any]) -> Slot:
+    return body["study"], body["round"], body["adapter"]

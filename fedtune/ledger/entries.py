@@ -16,6 +16,7 @@ EVERY = "*"  # the dataset of a charge that counts against all of them
 # and arrivals, could depend on other patients' records, so the ε of those rounds is not known. 2:
 # they depend on the unit's own records alone.
 RULES = 2
+Slot = tuple[str, int, str]  # (study, round, adapter): at most one update leaves the site for it
 Permit = Callable[[list["Charge"]], None]
 
 
@@ -87,6 +88,21 @@ class Spent:
     adapter: str
     time: int
     released: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """A released answer that waits for a person at the site. charge: what was paid for it; adapter:
+    with the charge's study and round its slot; size: in bytes; since: UTC seconds."""
+
+    charge: Charge
+    adapter: str
+    size: int
+    since: int
+
+    @property
+    def slot(self) -> Slot:
+        return self.charge.study, self.charge.round, self.adapter
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import InfrastructureError, Refused
+from fedtune.errors import InfrastructureError, InputError, Refused
 from fedtune.files.room import has_room
 from fedtune.files.writing import replace
 from fedtune.ledger.account import Account
 from fedtune.ledger.chain import Database, Entry, Transaction, check_members, named
-from fedtune.ledger.entries import EVERY, RULES, Accepted, Charge, Cohort, Permit, Spent
+from fedtune.ledger.entries import (
+    EVERY,
+    RULES,
+    Accepted,
+    Charge,
+    Cohort,
+    Held,
+    Permit,
+    Slot,
+    Spent,
+)
 from fedtune.ledger.files import (
     DATABASE,
     OUTBOX,
@@ -79,7 +89,7 @@ class Ledger:
         self.folder = folder
         self._account = Account()
         self._store = Database(folder, self._account.fold)
-        self._unstored: dict[str, tuple[tuple[str, int, str], bytes]] = {}  # by study, the newest
+        self._unstored: dict[str, tuple[Slot, bytes]] = {}  # by study, the newest
         with self._store.writing() as writer:
             self._check_members(writer)
 
@@ -264,8 +274,9 @@ class Ledger:
             entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
             return writer.append("reserve", {**entry, "out": sorted(out)}), frozenset(out)
 
-    def release(self, reservation: int, update: bytes) -> None:
-        """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
+    def release(self, reservation: int, update: bytes, *, held: bool = False) -> None:
+        """Store an update's bytes, then enter that it may be sent; held: when a person at the site
+        has let it go. Send it only afterwards.
 
         Where its disk has no room for them they are kept by this object alone: whether an update
         is sent must not follow from what else, such as how many records, fills the disk. Whoever
@@ -283,7 +294,69 @@ class Ledger:
                 )
             self._store_bytes(reserved.slot, update)
             digest = hashlib.sha256(update).hexdigest()
-            writer.append("release", {"reservation": reservation, "sha256": digest})
+            entry = writer.append("release", {"reservation": reservation, "sha256": digest})
+            if held:
+                about = {"release": entry, "reservation": reservation, "bytes": len(update)}
+                writer.append("hold", about)
+
+    def is_held(self, slot: Slot) -> bool:
+        """Return whether what was released for a slot waits for a person at the site."""
+        self._read()
+        account = self._account
+        return account.released.get(slot) in account.held and not self._is_let_go(slot)
+
+    def is_let_go(self, slot: Slot) -> bool:
+        """Return whether a person at the site let go what was released for a slot; where nothing
+        was, a draw that is yet to be made for it."""
+        self._read()
+        return self._is_let_go(slot)
+
+    def is_refused(self, slot: Slot) -> bool:
+        """Return whether a person at the site refused a slot's answer for good."""
+        self._read()
+        return slot in self._account.refused
+
+    def held(self) -> list[Held]:
+        """List the answers that wait for a person at the site, oldest first: those whose bytes are
+        here, or may be in the memory of the site's process, as the newest of their study."""
+        self._read()
+        account = self._account
+        newest = {slot[0]: slot for slot in account.released}
+        return [
+            held
+            for entry, held in account.held.items()
+            if account.released[held.slot] == entry
+            and held.slot not in account.refused
+            and not self._is_let_go(held.slot)
+            and (self._path(held.slot).exists() or newest[held.slot[0]] == held.slot)
+        ]
+
+    def let_go(self, slot: Slot, who: str) -> None:
+        """Enter that a person lets a slot's answer go, of these bytes and no others."""
+        with self._store.writing() as writer:
+            if slot in self._account.refused:
+                raise InputError(
+                    f"round {slot[1]}: its answer was refused, for good", todo="leave it out"
+                )
+            if not self._is_let_go(slot):
+                sha256 = self._account.sent.get(slot, "")
+                writer.append("let-go", {**_of_slot(slot), "sha256": sha256, "by": who})
+
+    def refuse(self, slot: Slot, who: str) -> None:
+        """Enter that a person refuses a slot's answer for good, and remove its bytes. What was paid
+        for it stays paid. Errors: InputError where somebody let it go before."""
+        with self._store.writing() as writer:
+            if self._is_let_go(slot):
+                raise InputError(
+                    f"round {slot[1]}: somebody let its answer go, and it may have been sent",
+                    todo="leave it out",
+                )
+            if slot not in self._account.refused:
+                writer.append("refuse", {**_of_slot(slot), "by": who})
+        self._path(slot).unlink(missing_ok=True)
+
+    def _is_let_go(self, slot: Slot) -> bool:
+        return (slot, self._account.sent.get(slot, "")) in self._account.let_go
 
     def released(self, study: str, round_: int, adapter: str) -> bytes | None:
         """The bytes released for this round and adapter, or None.
@@ -396,12 +469,12 @@ class Ledger:
     def _salted(self, member: bytes) -> bytes:
         return hmac.digest(self._store.salt, member, "sha256")
 
-    def _path(self, slot: tuple[str, int, str]) -> Path:
+    def _path(self, slot: Slot) -> Path:
         study, round_, adapter = slot
         name = f"{outbox_prefix(study)}-{round_}-{outbox_prefix(adapter)}.bin"
         return self.folder / OUTBOX / name
 
-    def _store_bytes(self, slot: tuple[str, int, str], update: bytes) -> None:
+    def _store_bytes(self, slot: Slot, update: bytes) -> None:
         """Write an update to the outbox, or keep it in memory, one of each study, where that fails
         for want of room."""
         path, kept = self._path(slot), (slot, update)
@@ -422,7 +495,7 @@ class Ledger:
             self.folder,
         )
 
-    def _released_bytes(self, slot: tuple[str, int, str]) -> bytes | None:
+    def _released_bytes(self, slot: Slot) -> bytes | None:
         if (sha256 := self._account.sent.get(slot)) is None:
             return None
         path, (unstored, content) = self._path(slot), self._unstored.get(slot[0], (None, b""))
@@ -435,3 +508,8 @@ class Ledger:
 
     def _check_members(self, writer: Transaction) -> None:
         check_members(self.folder / DATABASE, writer, self._account.members)
+
+
+def _of_slot(slot: Slot) -> dict[str, Any]:
+    study, round_, adapter = slot
+    return {"study": study, "round": round_, "adapter": adapter}

@@ -28,7 +28,7 @@ from typing import Any
 from fedtune.errors import InputError
 from fedtune.files import reading, writing
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
-from fedtune.registry.reasons import UNSIGNED
+from fedtune.registry.reasons import HELD, WAITING
 
 FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # events kept in the file
@@ -159,7 +159,7 @@ def _link(new: Record, record: Record) -> None:
 def _answer(new: Record, record: Record) -> None:
     """Enter a site's facts about its own answer: to a plan, an order or a query."""
     new["round"] = record.get("round", new["round"])
-    if record.get("status") == UNSIGNED:
+    if record.get("status") == WAITING:
         new["state"] = "waiting"
     if "site" in record:
         name = record["site"]
@@ -236,13 +236,25 @@ class Snapshot:
         if not self.over and (names := self.unsigned):
             who = "a person here" if self.status["role"] == "site" else f"people at {names}"
             return f"waiting for {who} to sign the plan"
+        if not self.over and (names := self.held):
+            who = "a person here" if self.status["role"] == "site" else f"people at {names}"
+            return f"waiting for {who} to let an answer go"
         return self.state
 
     @property
     def unsigned(self) -> str:
         """Name the sites of which a person has yet to sign the plan."""
+        return self._waiting(held=False)
+
+    @property
+    def held(self) -> str:
+        """Name the sites of which a person has yet to let an answer go."""
+        return self._waiting(held=True)
+
+    def _waiting(self, *, held: bool) -> str:
         sites = self.status["sites"].items()
-        return ", ".join(sorted(n for n, site in sites if site.get("status") == UNSIGNED))
+        waiting = {n: str(site.get("reason")) for n, site in sites if site.get("status") == WAITING}
+        return ", ".join(sorted(n for n, why in waiting.items() if (HELD in why) == held))
 
     @property
     def seconds_left(self) -> float:

@@ -224,7 +224,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             rule=records.delta_rule,
             declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
             bases=_bases(records.base),
-            admission=REVIEWED + _isolation(path) if records.role == "site" else "",
+            admission=REVIEWED + HELD + _isolation(path) if records.role == "site" else "",
             columns=columns
             + (f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY),
         )
@@ -271,6 +271,10 @@ def names(records: Records) -> list[str]:
 REVIEWED = """\
 admission = "reviewed"        # joining signs the plan in the coordinator's answer; a further one
                               # waits for `fedtune review --sign`. "standing": the rules decide
+"""
+# Commented: a site that never looks would be left out of every round.
+HELD = """\
+# answers = "held"            # each answer waits here until a person lets it go: `fedtune let-go`
 """
 ISOLATED = """\
 isolation = "required"        # records are read by a process without a network, and the one that

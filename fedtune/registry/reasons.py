@@ -17,7 +17,7 @@ PHRASES = (
     "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rank", "policy.data_sheet", "study.data_sheet", "sheet lacks",
-    "policy.modules", "policy.isolation",
+    "policy.modules", "policy.isolation", "policy.answers", "refused to let this answer go",
     "policy.objectives", "policy.strategies",
     "policy.modalities",
     "does not run with --watch", "the plan has no [schedule]", "the plan's own lifetime",
@@ -54,7 +54,8 @@ PHRASES = (
 )
 # fmt: on
 OTHER = "other"
-UNSIGNED = "waiting"  # a site's status where a person there has yet to sign the plan
+HELD = "policy.answers"  # in the reason of a site whose answer waits for a person there
+WAITING = "waiting"  # a site's status where a person there has yet to sign, or to let an answer go
 
 
 def reason_of(value: Any) -> str:

@@ -19,6 +19,7 @@ from fedtune.flower import replies
 from fedtune.flower.enrol import Member
 from fedtune.flower.packing import size
 from fedtune.flower.records import to_record
+from fedtune.registry.reasons import WAITING
 from fedtune.run_folder import without_places
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean
@@ -160,7 +161,7 @@ class Roster:
         known = self._unsigned.pop(reply.node, None)
         if status == "failed":
             self.absent[name] = reason
-        elif status == "waiting":
+        elif status == WAITING:
             self._unsigned[reply.node] = _Unsigned.after(known, name, reason)
             self._asked.discard(reply.node)
             self.nodes = {other: node for other, node in self.nodes.items() if node != reply.node}
@@ -175,7 +176,7 @@ class Roster:
             self.declared[name] = claim.what
             self.free_query |= {name} if claim.free_query else set()
             self.nodes[name] = reply.node
-        told = known and status == "waiting" and known.reason == reason
+        told = known and status == WAITING and known.reason == reason
         if not told and (reply.node not in earlier_nodes or status != "admitted"):
             self.on_status(name, status, reason)
 
@@ -224,8 +225,12 @@ class _Unsigned(NamedTuple):
         """Return the state after one more such answer."""
         now = time.monotonic()
         since = known.since if known else now
-        wait = min(max((now - since) * ASK_SHARE, ASK_SECONDS[0]), ASK_SECONDS[1])
-        return cls(name, reason, since, now + wait)
+        return cls(name, reason, since, now + before_asking(now - since))
+
+
+def before_asking(waited: float) -> float:
+    """Return the seconds before a site that has waited so long for a person is asked again."""
+    return min(max(waited * ASK_SHARE, ASK_SECONDS[0]), ASK_SECONDS[1])
 
 
 class _Claim(NamedTuple):
@@ -248,7 +253,7 @@ def _parse_admission(reply: Reply) -> _Claim:
         return _Claim("failed", "its answer to the plan is malformed")
     if record.get("admitted") is not True:
         said = record.get("status")
-        status = str(said) if said in ("failed", "waiting") else "refused"
+        status = str(said) if said in ("failed", WAITING) else "refused"
         return _Claim(status, clean(record.get("reason")) or "no reason given")
     try:
         check_peer("the site", record, "this coordinator")
@@ -296,6 +301,13 @@ class Tally:
     def has(self, study: str, name: str) -> bool:
         """Return whether an update of (study, round, site) was counted already."""
         return (study, self.number, name) in self.counted
+
+    def note_missing(self, name: str, result: Outcome) -> bool:
+        """Note why a site delivered nothing; return whether it is one that still waits for a person
+        there, of which was told."""
+        before, why = self.missing.get(name), f"{result.status}: {result.reason}"
+        self.missing[name] = why
+        return result.status == WAITING and why == before
 
     def count(self, study: str, name: str, evidence: dict[str, Any]) -> None:
         self.counted.add((study, self.number, name))
@@ -352,7 +364,7 @@ def outcome(
         return Outcome("failed", "its answer holds more than was asked for")
     status = site.get("status")
     if status != done:
-        reported = status if status in ("refused", "unprepared", "void") else "failed"
+        reported = status if status in ("refused", "unprepared", "void", WAITING) else "failed"
         return Outcome(str(reported), clean(site.get("reason")) or "no reason given")
     try:
         ledger, evidence = _opened(site, arrays, key, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from fedtune.flower import replies
 from fedtune.flower.packing import size
 from fedtune.flower.records import to_record
 from fedtune.progress import stage
-from fedtune.server.admission import Roster
+from fedtune.registry.reasons import WAITING
+from fedtune.server.admission import Roster, before_asking
 from fedtune.server.exchange import Reply, ask
 from fedtune.server.store import Progress
 from fedtune.wire import codec, seal
@@ -62,31 +64,45 @@ def exchange(
     take: Callable[[Answer], str],
 ) -> None:
     """Send `order` and the newest adapter to `names` and hand each reply to `take`, which returns
-    its status. Sites that were "unprepared" get the plan again and are asked once more.
+    its status. A site that was "unprepared" gets the plan again and is asked once more; one whose
+    answer waits for a person there is asked again from time to time, for strategy.round_timeout.
 
     Errors: InfrastructureError where the grid fails."""
     shared = RecordDict(dict(order.said))
     if order.adapter:
         shared["adapter"] = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))
     shared_bytes = size(shared)
-    for last in (False, True):
+    began, wait = time.monotonic(), progress.study.strategy.round_timeout
+    told, held = list[str](), list[str]()  # who got the plan again just now; who waits
+    while True:
         nonce, named = secrets.token_hex(16), {roster.nodes[name]: name for name in names}
         orders = {node: _signed(key, order, name, nonce) for node, name in named.items()}
         contents = {
             node: RecordDict({"order": record, **shared}) for node, record in orders.items()
         }
-        unprepared = []
+        unprepared = list[str]()
         answers = roster.ask(order.kind, contents, order.group, order.arrays)
         for reply in _counted(answers, len(contents)):
             name = named[reply.node]
             sent = shared_bytes + size(RecordDict({"order": orders[reply.node]}))
             expected = _header(progress, key, order.round, name, nonce)
-            if take(Answer(name, reply, expected, sent)) == "unprepared":
+            status = take(Answer(name, reply, expected, sent))
+            if status == "unprepared" and name not in told:
                 unprepared.append(name)
-        if last or not unprepared:
+            elif status == WAITING:
+                held.append(name)
+        if told := unprepared:
+            roster.prepare(roster.nodes[name] for name in unprepared)
+            names = [name for name in unprepared if name in roster.willing()]
+            continue
+        waited = time.monotonic() - began
+        if not held or waited + before_asking(waited) >= wait:
             return
-        roster.prepare(roster.nodes[name] for name in unprepared)
-        names = [name for name in unprepared if name in roster.willing()]
+        time.sleep(before_asking(waited))
+        roster.join()
+        there = roster.willing()
+        names = [name for name in held if name in there]
+        held = [name for name in held if name not in there and name not in roster.refused]
 
 
 def _counted(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:

@@ -334,7 +334,8 @@ class _Run:
             tally.count(self.study.digest, name, result.evidence)
         else:
             tally.failures[name] += result.status != "unprepared"
-            tally.missing[name] = f"{result.status}: {result.reason}"
+            if tally.note_missing(name, result):  # asked again, and still nobody let it go
+                return result.status
             if result.status == "refused":
                 self.roster.refused[name] = result.reason
         self._on_status(name, result.status, result.reason, tally.number)

@@ -264,7 +264,8 @@ class SecureRound:
         name = answer.name
         if result.status not in ("ready", "masked"):
             tally.failures[name] += result.status != "unprepared"
-            tally.missing[name] = f"{result.status}: {result.reason}"
+            if tally.note_missing(name, result):
+                return result.status
             if result.status == "refused":
                 self.roster.refused[name] = result.reason
         self.on_status(name, result.status, result.reason, tally.number)

@@ -30,6 +30,7 @@ BY_HAND = (  # what other processes leave, as it is called there
     "runs/0123456789abcdef/ledger.db", "runs/0123456789abcdef/site.key", "runs.json", "sheet.json",
     "studies/0123456789abcdef.json",
     "draws/0123456789abcdef01234567-1-1-0123456789abcdef01234567.bin",
+    "asked/0123456789abcdef-0123456789ab.json",
     "outbox/0123456789abcdef-1-0123456789abcdef.bin.4194305.new", "ledger.head.4194305.new",
 )  # fmt: skip
 

@@ -20,7 +20,8 @@ from fedtune.observe import StatusFile
 from fedtune.registry.rounding import rounded_up
 from fedtune.report.figures import short
 from fedtune.run_folder import ANSWERS
-from tests.cli_kit import tree
+from tests.cli_kit import SITE, tree
+from tests.cli_kit import run as command
 
 TOKEN = "t"
 SECRET = "Zaphod-Beeblebrox-1979 was seen on ward 4"
@@ -175,6 +176,27 @@ def test_a_site_that_waits_for_a_person_is_named_at_the_coordinator(tmp_path: Pa
     status("site", {"name": "south", "status": "admitted", "reason": "", "round": 1})
     assert "to sign the plan" not in shown(tmp_path / "run")
     status.close()
+
+
+def test_a_site_whose_answer_waits_is_named_at_both_ends(tmp_path: Path) -> None:
+    rule = 'policy.answers = "held" and nobody at the site has let this answer go'
+    status = StatusFile(tmp_path / "run")
+    status("start", {"study": "gait", "done": 0, "rounds": 4, "private": True})
+    status("site", {"name": "south", "status": "waiting", "reason": rule, "round": 1})
+    page = shown(tmp_path / "run")
+    assert "south waits for a person there to let an answer go" in page
+    assert "waiting for people at south to let an answer go" in page
+    status.close()
+    (tmp_path / "site.toml").write_text(SITE.format(name="north", most=8.0, off="false"))
+    told = StatusFile(tmp_path / "state", role="site")
+    answered = {"site": "north", "status": "waiting", "reason": rule, "round": 1, "kind": "train"}
+    told("answered", answered)
+    assert "until a person here lets it go: fedtune let-go" in shown(tmp_path / "site.toml")
+    line = "an answer waits until a person here lets it go: fedtune let-go"
+    assert line in command("status", tmp_path / "site.toml").output.replace("\n", " ")
+    told("answered", {**answered, "status": "trained", "reason": ""})
+    assert "let-go" not in shown(tmp_path / "site.toml")
+    told.close()
 
 
 def test_what_is_the_matter_is_said_first(tmp_path: Path) -> None:

@@ -98,6 +98,17 @@ STORIES = {
         said=("waiting: policy.admission",),
         place=Place(policy='admission = "signed"'),
     ),
+    "an answer that waits": replace(
+        USUAL,
+        said=("admitted", "waiting: policy.answers"),
+        place=Place(policy='answers = "held"'),
+    ),
+    "a draw that waits": Story(
+        Plan(shared=True),
+        ("prepare", "ready"),
+        ("admitted",) * 3 + ("waiting: policy.answers",) * 3,
+        Place(policy='answers = "held"'),
+    ),
     "no file": replace(
         USUAL, steps=("lose_records", "prepare"), said=("lost", "failed")
     ),

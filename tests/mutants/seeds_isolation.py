@@ -9,8 +9,41 @@ VAULT, STARTER = "fedtune/client/vault_process.py", "fedtune/launch/site.py"
 T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_halves.py::"
 T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
 T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
+AIRLOCK, LEDGER = "fedtune/client/airlock.py", "fedtune/ledger/ledger.py"
+T_AIRLOCK, T_DRAW = "tests/client/test_airlock.py::", "tests/secagg/test_held.py::"
 
 MUTANTS = (
+    one(
+        "isolation", "a-held-answer-is-handed-over-early", AIRLOCK,
+        "    if ledger.is_held(slot):\n", "    if False:\n",
+        T_AIRLOCK + "test_an_answer_waits_until_a_person_lets_it_go",
+        "the courier has the update before anybody saw that it waits",
+    ),
+    one(
+        "isolation", "a-refused-answer-is-handed-over", AIRLOCK,
+        "    if ledger.is_refused(slot):\n", "    if False:\n",
+        T_AIRLOCK + "test_a_refused_answer_stays_paid_and_is_never_made_again",
+        "an officer's refusal lasts until the coordinator asks again",
+    ),
+    one(
+        "isolation", "who-let-one-answer-go-let-the-next-go", LEDGER,
+        '        return (slot, self._account.sent.get(slot, "")) in self._account.let_go\n',
+        "        return any(slot == gone for gone, _ in self._account.let_go)\n",
+        T_AIRLOCK + "test_other_bytes_of_the_same_round_wait_anew",
+        "a round that is trained again goes without a person",
+    ),
+    one(
+        "isolation", "a-query-does-not-wait", "fedtune/client/evaluation.py",
+        "held=airlock.holds_answers(site)", "held=False",
+        T_AIRLOCK + "test_an_answer_about_held_out_records_waits_too",
+        "two noised numbers leave a site that holds its answers",
+    ),
+    one(
+        "isolation", "a-draw-is-made-before-it-is-let-go", "fedtune/client/secure_round.py",
+        "        _check_let_go(site, prepared, draw)\n", "",
+        T_DRAW + "test_a_draw_waits_before_it_is_made_and_paid_for",
+        "a draw is paid for, and other sites mask with one that a person refuses",
+    ),
     one(
         "isolation", "the-vault-opens-sockets", ISOLATION,
         "    return spaces & _filter_calls(families)\n", "    return spaces\n", T_VAULT,

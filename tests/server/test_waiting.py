@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.prepared import Admission
+from fedtune.client.prepared import Admission, Held, Unprepared, Void
 from fedtune.config import Study
 from fedtune.errors import Refused
 from fedtune.server import admission
-from tests.server.fakes import FakeSite, make_parts
+from tests.server.fakes import FakeSite, make_parts, make_study
 
 REASON = 'policy.admission = "reviewed" and nobody at the site has signed this plan'
 
@@ -93,3 +93,54 @@ def test_it_is_asked_more_rarely_the_longer_it_waits(trial: Any) -> None:
     late = Unsigned("c", signed=99)
     trial(FakeSite("a"), FakeSite("b"), late).run(parts=make_parts(waits=True, signing=60.0))
     assert late.prepared == 1  # in all four rounds
+
+
+# ----------------------------------------------------------------- answers that wait for a person
+
+HELD = 'policy.answers = "held" and nobody at the site has let this answer go'
+
+
+def answers_waiting(run: Any) -> list[tuple[str, int]]:
+    return [(data["name"], data["round"]) for data in waits(run)]
+
+
+def test_a_site_whose_answer_waits_is_asked_again_within_the_rounds_deadline(
+    trial: Any, at_once: None
+) -> None:
+    late = FakeSite("b", script=dict.fromkeys((1, 2, 3), Held(HELD)))
+    run = trial(FakeSite("a"), late)
+    body = run.run(parts=make_parts())
+    assert [r["participants"] for r in body["rounds"]] == [["a", "b"]] * 4
+    assert late.calls == [1, 1, 1, 1, 2, 3, 4] and run.sites[0].calls == [1, 2, 3, 4]
+    assert answers_waiting(run) == [("b", 1)]  # once, however often it was asked
+    assert body["rounds"][0]["late"] == {"b": f"waiting: {HELD}"}
+
+
+def test_the_round_goes_on_without_it_past_the_deadline(trial: Any, at_once: None) -> None:
+    """Twin: with time left it takes part."""
+    for timeout, expected in ((0.001, ["a", "c"]), (3600.0, ["a", "b", "c"])):
+        script = dict.fromkeys((1, 2), Held(HELD))
+        run = trial(FakeSite("a"), FakeSite("b", script=script), FakeSite("c"), folder=str(timeout))
+        body = run.run(make_study(round_timeout=timeout), parts=make_parts())
+        assert body["rounds"][0]["participants"] == expected
+        assert ("b" in body["rounds"][0]["missing"]) == (timeout < 1)
+
+
+def test_a_site_that_restarts_while_its_answer_waits_gets_the_plan_again(
+    trial: Any, at_once: None
+) -> None:
+    script = {1: Held(HELD), 2: Unprepared("this site does not know the plan"), 3: Held(HELD)}
+    late = FakeSite("b", script=script)
+    body = trial(FakeSite("a"), late).run(parts=make_parts())
+    assert body["rounds"][0]["participants"] == ["a", "b"]
+    assert late.calls[:4] == [1, 1, 1, 1] and late.prepared == 2
+
+
+def test_a_site_that_refuses_to_let_its_answer_go_stays_in_the_study(
+    trial: Any, at_once: None
+) -> None:
+    refused = Void("a person at the site refused to let this answer go")
+    sites = [FakeSite("a"), FakeSite("b", script={1: Held(HELD), 2: refused}), FakeSite("c")]
+    body = trial(*sites).run(parts=make_parts())
+    assert body["rounds"][0]["missing"]["b"].startswith("void: a person at the site refused")
+    assert body["rounds"][1]["participants"] == ["a", "b", "c"]

@@ -17,7 +17,7 @@ from fedtune.observe.log import LOGGABLE
 from fedtune.observe.rounds import Rounds
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, standing
 from fedtune.registry.metrics import metric as known_metric
-from fedtune.registry.reasons import UNSIGNED, reason_of
+from fedtune.registry.reasons import HELD, WAITING, reason_of
 from fedtune.registry.rounding import number, percent
 from fedtune.report.claim import THREE_EPSILONS, best_guess, protects, shared_line
 from fedtune.report.classes import HEAD as CLASSES
@@ -210,10 +210,9 @@ def alarms(
     for site in sites:
         if site["reason"].startswith("policy.max_epsilon"):
             found.append(Notice("bad", f"{site['name']} is out of budget ({site['reason']})"))
-        elif site["standing"].startswith(UNSIGNED):
-            found.append(
-                Notice("warn", f"{site['name']} waits for a person there to sign the plan")
-            )
+        elif site["standing"].startswith(WAITING):
+            does = "let an answer go" if HELD in site["reason"] else "sign the plan"
+            found.append(Notice("warn", f"{site['name']} waits for a person there to {does}"))
         elif "refused" in site["standing"]:
             found.append(Notice("warn", f"{site['name']} refused the plan ({site['reason']})"))
         elif "clock" in site["reason"] or "certificate" in site["reason"]:

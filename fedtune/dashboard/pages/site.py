@@ -56,6 +56,9 @@ class SitePage(Page):
             notices.append(Notice("bad", f"Killed: {GONE}"))
         path = shlex.quote(str(self.path))
         notices += _unsigned(snapshot, site, path)
+        if snapshot and snapshot.held and not snapshot.over:
+            text = "An answer waits until a person here lets it go: fedtune let-go"
+            notices.append(Notice("warn", f"{text} {path}"))
         return {
             "site": site,
             "policy": _policy(site),
@@ -103,6 +106,7 @@ def _policy(site: Site) -> list[tuple[str, str]]:
         ("policy.max_delta", f"{policy.max_delta:g}"),
         ("policy.max_epsilon_per_study", f"{policy.max_epsilon_per_study:g}"),
         ("policy.admission", str(policy.admission)),
+        ("policy.answers", str(policy.answers)),
         ("policy.min_noise_multiplier", f"{policy.min_noise_multiplier:g}"),
         ("policy.max_sampling_rate", f"{policy.max_sampling_rate:g}"),
         ("site.declared_size", f"{site.site.declared_size:,}"),

@@ -1,0 +1,94 @@
+"""Answers that wait at a site until a person there lets them go: policy.answers = "held".
+
+    trained, evaluated   charged → computed → in the ledger's outbox, held → let go → sealed, sent
+    shared noise         held → let go → charged → computed → "ready" → masked → sent
+
+Of shared noise a draw waits before it is made, so that no other site is left with one that nobody
+masks. What is let go is these bytes, or this draw, and no others; what is refused stays refused,
+and paid. The officer's side is let_go.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fedtune.client.prepared import Held, Void
+from fedtune.errors import FedtuneError, describe
+from fedtune.files.room import bytes_for, has_room
+from fedtune.files.writing import replace
+from fedtune.ledger.entries import Charge, Slot
+from fedtune.ledger.files import outbox_prefix
+from fedtune.ledger.ledger import Ledger
+
+if TYPE_CHECKING:
+    from fedtune.client.site import SiteWorker
+
+log = logging.getLogger("fedtune.site")
+FOLDER = "asked"  # beside a ledger: draws that wait, a file each; 0600
+MOST = 32  # of them, at most
+WAITS = 'policy.answers = "held" and nobody at the site has let this answer go'
+LET_GO = "ask the site to run `fedtune let-go`"
+
+
+def holds_answers(site: SiteWorker) -> bool:
+    """Return whether the site's answers wait for a person. Who simulates a study runs its sites
+    too, and nothing leaves the machine: there none waits."""
+    return site.current().policy.answers == "held" and not site.simulated
+
+
+def check_not_refused(ledger: Ledger, slot: Slot) -> None:
+    """Errors: Void where a person at the site refused this answer for good."""
+    if ledger.is_refused(slot):
+        raise Void("a person at the site refused to let this answer go")
+
+
+def check_let_go(ledger: Ledger, slot: Slot) -> None:
+    """Return if what was released for a slot may leave the site. Errors: Held, Void."""
+    check_not_refused(ledger, slot)
+    if ledger.is_held(slot):
+        raise Held(WAITS, todo=LET_GO)
+
+
+def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoReturn:
+    """Note that a draw of shared noise waits for a person, before it is made.
+
+    charge: what it will cost; size: bytes of the masked words. Errors: Held, always."""
+    _keep_asked(site, slot, charge, size)
+    raise Held(WAITS, todo=LET_GO)
+
+
+def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
+    """Note a draw that waits where `fedtune let-go` finds it. At most MOST are kept, and the oldest
+    go: a coordinator may ask for any number, and none is paid for as yet. One for which the disk
+    has no space beside the ledger's room is not kept."""
+    path = asked_path(site.ledger.folder, slot)
+    if path.exists():
+        return
+    facts = {"charge": charge.fields(), "adapter": slot[2], "bytes": size}
+    content = json.dumps(facts | {"since": int(time.time())}, indent=1).encode()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not has_room(path.parent, bytes_for(site.site.site.declared_size) + len(content)):
+            log.warning("%s: not kept: the disk has no space beside the ledger's room", path)
+            return
+        others = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in others[: max(0, len(others) - MOST + 1)]:
+            old.unlink()
+        replace(path, content, private=True)
+    except (OSError, FedtuneError) as error:
+        log.warning("%s: a draw that waits is not kept (%s)", path, describe(error))
+
+
+def asked_path(folder: Path, slot: Slot) -> Path:
+    """Return where a draw that waits is noted, beside the ledger in `folder`."""
+    return folder / FOLDER / f"{outbox_prefix(slot[0])}-{name_of(slot)}.json"
+
+
+def name_of(slot: Slot) -> str:
+    """Name a slot for a person's command: 12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:12]

@@ -1,0 +1,91 @@
+"""A site whose answers wait for a person, asked as its courier asks it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.client.answers import Place, answer
+from fedtune.client.site import SiteWorker, worker
+from fedtune.config import Site, load_site, save
+from fedtune.registry import process_cache
+from fedtune.training.start import Start
+from fedtune.wire.arrays import bodies, pack_arrays
+from fedtune.wire.codec import encode
+from fedtune.wire.keys import SigningKey
+from fedtune.wire.protocol import version_fields
+from fedtune.wire.requests import Answer, Request
+from fedtune.wire.seal import order, sign_plan
+from tests.client.site_kit import begun, make_site, notes
+
+
+@dataclass
+class Asked:
+    """A site, and the coordinator that asks it. `path`: its site file."""
+
+    path: Path
+    made: Start
+    key: SigningKey = field(default_factory=SigningKey)
+    place: Place = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = Place(str(self.path))
+
+    @property
+    def site(self) -> Site:
+        return load_site(self.path)
+
+    @property
+    def worker(self) -> SiteWorker:
+        return worker(self.place.site).of_run(self.made.study.digest)
+
+    def restart(self) -> None:
+        """What the vault's process held in its memory is gone."""
+        process_cache.clear("workers")
+
+    def plan(self) -> Request:
+        study = self.made.study
+        plan = {"study": study.model_dump_json(), "digest": study.digest}
+        plan |= {**sign_plan(self.key, study.digest), **version_fields()}
+        return Request("prepare", {"plan": plan}, pack_arrays(self.made.frozen))
+
+    def prepare(self) -> Answer:
+        return answer(self.place, self.plan())
+
+    def request(self, kind: Any = "train", round_: int = 1, suffix: str = "") -> Request:
+        signed = order(self.key, self.made.study.digest + suffix, round_, "0" * 32, "", 0)
+        arrays = encode(self.made.adapter, self.made.study.wire.adapter)
+        return Request(kind, {"order": signed}, pack_arrays(arrays))
+
+    def train(self, round_: int = 1) -> Answer:
+        return answer(self.place, self.request(round_=round_))
+
+    def paid(self) -> int:
+        return len(self.worker.ledger.charges("records"))
+
+    def events(self) -> list[tuple[str, str]]:
+        lines = (self.site.site.state / "audit.jsonl").read_text().splitlines()
+        return [(entry["event"], entry["rule"]) for entry in map(json.loads, lines)]
+
+    def set_policy(self, answers: str) -> None:
+        other = {"held": "immediate", "immediate": "held"}[answers]
+        text = self.path.read_text()
+        self.path.write_text(text.replace(f'answers = "{other}"', f'answers = "{answers}"'))
+
+
+def a_site(folder: Path, base: Path, answers: str = "held", **changes: Any) -> Asked:
+    """A site that has admitted a plan."""
+    notes(folder)
+    path = folder / "site.toml"
+    save(make_site(folder, {"answers": answers}, patient="who"), path)
+    process_cache.clear("workers")
+    asked = Asked(path, begun(base, **changes))
+    assert asked.prepare().status == "admitted"
+    return asked
+
+
+def contents(answer: Answer) -> bytes:
+    """All that an answer holds of arrays."""
+    return b"".join(bodies(answer.arrays)[name] for name in sorted(answer.arrays))
