@@ -30,19 +30,22 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
-Program = Literal["superlink", "supernode", "gateway", "rank", "sites", "vault", "courier"]
+Program = Literal[
+    "superlink", "supernode", "gateway", "rank", "sites", "checks", "vault", "courier"
+]
 PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; what people call it
     "superlink": ("fedtune.flower.program", "flower-superlink"),
     "supernode": ("fedtune.flower.program", "flower-supernode"),
     "gateway": ("fedtune.flower.gateway", "the gateway"),
     "rank": ("fedtune.client.rank_process", "a process of this site's team"),
     "sites": ("fedtune.launch.process_pool", "a process of the simulation"),
+    "checks": ("fedtune.client.check_process", "the check of this site and its records"),
     "vault": ("fedtune.client.vault_process", "the half of this site that holds its records"),
     "courier": ("fedtune.courier.process", "the half of this site that speaks to the network"),
 }
 # These confine themselves first, which a process with threads cannot; then they call
 # `end_with_parent` themselves.
-CONFINED = ("vault", "courier")
+CONFINED = ("checks", "vault", "courier")
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -135,6 +138,11 @@ class Child:
             f"{self._name} ended by itself (exit status {self._process.poll()})",
             todo=f"read {self.log}",
         )
+
+    def wait(self) -> None:
+        """Wait until the child has ended. Errors: InfrastructureError unless it ended well."""
+        if self._process.wait() != 0:
+            raise self.ended()
 
     def wait_for_port(self, host: str, port: int, seconds: float = 60.0) -> None:
         """Return once the child listens. Errors: InfrastructureError if it ends or stays silent."""

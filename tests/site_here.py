@@ -14,7 +14,8 @@ from fedtune.config import load_site
 from fedtune.courier.app import client_app
 from fedtune.courier.executor import App, Executor
 from fedtune.flower import api
-from fedtune.flower.forwarder import Forwarder, link
+from fedtune.flower.forwarder import Forwarder
+from fedtune.flower.link import link
 from fedtune.launch.site import Shown
 from fedtune.processes import Stopped, alone, bypass_proxy, interruptible
 from fedtune.progress import OnEvent

@@ -38,3 +38,12 @@ def test_what_only_reads_imports_nothing_that_trains(tmp_path: Path) -> None:
         assert not TRAINS & set(modules), command
     first = set(found[0][1])
     assert found[0][0] == ["--help"] and not COMPUTES & first
+
+
+def test_what_stays_as_long_as_a_site_imports_nothing_that_computes() -> None:
+    """The process that starts a site's halves is there for months: it keeps what it imports."""
+    look = "import sys, fedtune.cli.main, fedtune.launch.site; print(*sys.modules)"
+    words = [sys.executable, "-c", look]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    heavy = TRAINS | {"numpy", "scipy", "dp_accounting", "pyarrow", "httpx", "asyncio"}
+    assert not heavy & set(done.stdout.split())

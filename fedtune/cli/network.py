@@ -275,16 +275,17 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     On a terminal, and where this site has not joined this consortium before, the fingerprint is
     asked for; it is not shown. Who gives it signs the plan that came with the answer, unless the
     policy asks for `fedtune review --sign` or refuses it. Errors: ConfigError, Refused."""
-    from fedtune.client.waiting_plans import keep_plan
     from fedtune.errors import ConfigError
-    from fedtune.evidence.audit_log import AuditLog, login
-    from fedtune.flower import membership
-    from fedtune.ledger.ledger import Ledger
 
     if answer is None:
         if fingerprint is not None:
             raise ConfigError("--fingerprint without --answer", todo="name the answer's file too")
-        return
+        return  # nothing that reads a ledger is imported: this process stays as long as the site
+    from fedtune.client.waiting_plans import keep_plan
+    from fedtune.evidence.audit_log import AuditLog, login
+    from fedtune.flower import membership
+    from fedtune.ledger.ledger import Ledger
+
     if site.coordinator and site.coordinator.answer:
         raise ConfigError(
             f"--answer, and {site.coordinator.answer} in site.toml",

@@ -36,15 +36,8 @@ from fedtune.doctor.machine import Finding, findings
 from fedtune.dp.plan import plan_for_site
 from fedtune.errors import FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.flower import certs
-from fedtune.flower.forwarder import (
-    STATUS,
-    Link,
-    dial,
-    far_context,
-    link,
-    newest,
-    proxy_of,
-)
+from fedtune.flower.forwarder import STATUS, dial, far_context, newest, proxy_of
+from fedtune.flower.link import Link, link
 from fedtune.flower.membership import keys_folder
 from fedtune.ledger.files import KEY, SALT, traces
 from fedtune.ledger.ledger import Ledger

@@ -20,7 +20,8 @@ from fedtune.courier.app import ASKED
 from fedtune.errors import InfrastructureError
 from fedtune.files.writing import replace
 from fedtune.flower import api
-from fedtune.flower.forwarder import Forwarder, Link
+from fedtune.flower.forwarder import Forwarder
+from fedtune.flower.link import Link
 from fedtune.flower.packing import pack, size, unpack
 from fedtune.flower.polling import Poll
 from fedtune.processes import Child, free_port

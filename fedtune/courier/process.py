@@ -49,7 +49,7 @@ def readable(site: Site) -> list[Path]:
 
 def writable(site: Site) -> list[Path]:
     """List what a site's courier may write."""
-    from fedtune.flower.forwarder import RENEWED
+    from fedtune.flower.link import RENEWED
 
     return [site.site.state / FOLDER, keys_folder(site) / RENEWED, *map(Path, DEVICES)]
 
@@ -131,7 +131,8 @@ def _run(
 ) -> None:
     from fedtune.courier.app import client_app
     from fedtune.courier.executor import Executor
-    from fedtune.flower.forwarder import Forwarder, link
+    from fedtune.flower.forwarder import Forwarder
+    from fedtune.flower.link import link
 
     def ask(_: Context, request: Request) -> Answer:
         from fedtune.wire.requests import receive_answer, send

@@ -25,69 +25,23 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import httpx
 from cryptography import x509
 
-from fedtune.config import CoordinatorTable, Site
-from fedtune.config.address import address_of, host_and_port
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.files.writing import replace
-from fedtune.flower import certs, enrol, membership
-from fedtune.flower.membership import keys_folder
+from fedtune.flower import certs
+from fedtune.flower.link import Link
 
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py
-RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its last renewal
 CHUNK = 65_536
 WATCH_SECONDS = 15.0
 CONNECT_SECONDS = 20.0
 ENDING_SECONDS = 5.0  # how long a poll may take once its connection is cut
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-
-
-@dataclass(frozen=True)
-class Link:
-    """How a site reaches its coordinator. keys: the folder with node.key and tls.key."""
-
-    name: str
-    host: str
-    port: int
-    answer: enrol.Answer
-    keys: Path
-    proxy: str | None = None
-    proxy_ca: Path | None = None
-
-    @property
-    def address(self) -> str:
-        return address_of(self.host, self.port)
-
-    @property
-    def certificate(self) -> Path:
-        """The newest certificate, in the one folder of the site's keys that a courier may write."""
-        return self.keys / RENEWED / "tls.crt"
-
-
-def link(site: Site, path: Path) -> Link:
-    """Read the link from the answer that site.toml's [coordinator] table names, or that was kept
-    when the site joined. Errors: ConfigError, Refused."""
-    table, keys, name = site.coordinator or CoordinatorTable(), keys_folder(site), site.site.name
-    expected = table.fingerprint or ""
-    if table.answer is not None:
-        answer = membership.read(table.answer, membership.tls_key(keys), name, expected)
-    elif kept := membership.remembered(keys, name, expected):
-        answer = kept
-    else:
-        membership.tls_key(keys)
-        raise ConfigError(
-            f"{path}: this site has no answer from a coordinator yet",
-            "what `fedtune admit` wrote there",
-            "`fedtune client SITE --answer FILE`",
-        )
-    host, port = _address(table.address or answer.address, path)
-    return Link(name, host, port, answer, keys, table.proxy, table.proxy_ca)
 
 
 class Forwarder:
@@ -384,10 +338,3 @@ def _connect(link: Link, proxy: urllib.parse.SplitResult) -> bytes:
         user = urllib.parse.unquote(f"{proxy.username}:{proxy.password or ''}")
         lines.append(f"Proxy-Authorization: Basic {base64.b64encode(user.encode()).decode()}")
     return "\r\n".join([*lines, "", ""]).encode()
-
-
-def _address(text: str, path: Path) -> tuple[str, int]:
-    try:
-        return host_and_port(text)
-    except ValueError:
-        raise ConfigError(f"{path}: coordinator.address: not an address", "host:port") from None

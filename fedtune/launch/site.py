@@ -14,27 +14,27 @@ import logging
 import socket
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.before_joining import check_before_joining
 from fedtune.client.vault_process import HOME
 from fedtune.config import Site, load_site
 from fedtune.courier.process import FOLDER
 from fedtune.errors import FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.evidence.audit_log import REPEATS, AuditLog
 from fedtune.files.writing import remove_drafts
-from fedtune.flower.forwarder import RENEWED, Link
-from fedtune.flower.forwarder import link as forwarder_link
+from fedtune.flower.link import RENEWED, Link
+from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import reviewed
-from fedtune.ledger.ledger import Ledger
+from fedtune.ledger.files import KEY
 from fedtune.processes import Child, Stopped, alone, interruptible, private_folder
 from fedtune.progress import OnEvent, report
 from fedtune.registry.reasons import WAITING
 from fedtune.wire import events
+from fedtune.wire.keys import SigningKey
 
 log = logging.getLogger("fedtune.client")
 LONG = 60.0  # seconds: halves that lasted so long were well started
@@ -66,14 +66,14 @@ def join(
     machine gives; InfrastructureError when the coordinator goes on refusing this site, or its
     halves end again and again; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
-    check_before_joining(site)
-    link = forwarder_link(site, site_path)
     shown = Shown(site, on_event or _ignore)
-    text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
-    shown.notify("waiting", {"address": link.address, "text": text})
     try:
         with interruptible(), alone(site.site.state / FOLDER, "fedtune client"):
             remove_drafts(site.site.state)
+            check(site, site_path.resolve())
+            link = read_link(site, site_path)
+            text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
+            shown.notify("waiting", {"address": link.address, "text": text})
             place = {"coordinator": link.answer.coordinator, "watch": watch}
             place["reviewed"] = reviewed(link.answer)
             again = Again(shown)
@@ -93,6 +93,25 @@ def join(
             raise KeyboardInterrupt from None
         reason = f"stopped by {stop.name}"
         shown.notify("stopped", {"reason": reason, "text": reason})
+
+
+def check(site: Site, path: Path) -> None:
+    """Check what a person at the site should put right first (`check_before_joining`), in a process
+    of its own. Errors: as there; InfrastructureError where that process ends otherwise."""
+    state = site.site.state
+    with ExitStack() as theirs, ExitStack() as ours:
+        of_child, tells = _connection(ours, theirs)
+        options, log_file = [str(path), str(tells)], state / "vault.log"
+        child = Child("checks", options, home=state / HOME, log=log_file, keep=[tells])
+        ours.enter_context(child)
+        theirs.close()  # so that its end is the end of what it tells
+        with suppress(EOFError, OSError):
+            while True:
+                event, facts = events.receive(of_child)
+                if event == "error":
+                    raise events.error_of(facts)
+                _say_again(event, facts)
+        child.wait()
 
 
 @dataclass
@@ -228,11 +247,7 @@ class Shown:
             self._facts.append((time.monotonic(), facts))
         elif event == "isolation":
             self._isolation("vault", facts)
-        elif event == "log":
-            events.log_again(facts)
-        elif event == "step":
-            report(str(facts["text"]), int(facts["done"]), int(facts["total"]))
-        else:
+        elif not _say_again(event, facts):
             self.notify(event, facts)
         return False
 
@@ -307,10 +322,10 @@ class Shown:
     def _enter_isolation(self) -> None:
         """Enter in the site's audit log how both halves are confined. Errors: LedgerError;
         InfrastructureError where the disk refuses."""
-        book = Ledger(self._site.site.state)
+        state = self._site.site.state
         means = {half: ", ".join(of["means"]) for half, of in self._confined.items()}
         still_open = sum(len(of["missing"]) for of in self._confined.values())
-        acts = AuditLog(book.folder, book.key)
+        acts = AuditLog(state, SigningKey.at(state / KEY))  # made when this site enrolled
         acts.add("isolate", "policy.isolation", once=REPEATS, open=still_open, **means)
 
 
@@ -330,6 +345,17 @@ def _connection(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]:
     here, there = socket.socketpair()
     theirs.enter_context(there)
     return ours.enter_context(Connection(here.detach())), there.fileno()
+
+
+def _say_again(event: str, facts: dict[str, Any]) -> bool:
+    """Log or report here what another process of ours logged or reported; False: it is neither."""
+    if event == "log":
+        events.log_again(facts)
+    elif event == "step":
+        report(str(facts["text"]), int(facts["done"]), int(facts["total"]))
+    else:
+        return False
+    return True
 
 
 def _ignore(_name: str, _facts: dict[str, Any]) -> None:

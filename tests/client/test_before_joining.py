@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.client import studies
 from fedtune.client.app import app
+from fedtune.client.before_joining import check_before_joining
 from fedtune.client.purge import listing, purge
 from fedtune.client.sheet import describe_data
 from fedtune.config import load_site
@@ -155,19 +156,16 @@ class World:
         case.set_up(self.path)
 
     def restart(self) -> str:
-        """Start anew as `fedtune client` does, after the records changed; returns what keeps the
-        site from joining."""
+        """Check what `fedtune client` does at its start, after the records changed; returns what
+        keeps the site from joining."""
         others = [row for row in OTHERS if not self.case.then or row[0] in self.case.then]
         self.case.write(self.data, others + (self.case.mine if self.mine else []))
         process_cache.clear("workers")
         try:
-            join(self.path)
-        except ConfigError as error:
-            assert "node.key: no such file" in str(error)  # it looks for its way to a coordinator
-            return JOINS
+            check_before_joining(load_site(self.path))
         except FedtuneError as error:
             return type(error).__name__
-        raise AssertionError("it joined a consortium in which it never enrolled")
+        return JOINS
 
     def ask(self, kind: str, content: RecordDict) -> Message:
         grid = InProcessGrid([self.path], app)
@@ -206,6 +204,19 @@ def test_before_a_study_a_person_has_to_see_to_the_records(
     for name, world in worlds(tmp_path, case, made).items():
         expected = case.refuses.__name__ if name == case.in_world else JOINS
         assert world.restart() == expected, name
+
+
+def test_a_client_ends_with_what_its_check_found(tmp_path: Path, made: Start) -> None:
+    """The check runs in a process of its own; its error arrives whole, as the nearest of errors.py.
+    With records that are right the client goes on, and looks for its way to a coordinator."""
+    worlds_here = worlds(tmp_path, CASES["a CSV cell that is not well-formed"], made)
+    for world in worlds_here.values():
+        world.restart()
+    with pytest.raises(DataError, match="notes.csv") as found:
+        join(worlds_here["with"].path)
+    assert found.value.exit_code == DataError.exit_code and "open quote" not in str(found.value)
+    with pytest.raises(ConfigError, match="node.key: no such file"):
+        join(worlds_here["without"].path)
 
 
 def in_mid_study(folder: Path, case: Case, made: Start) -> None:

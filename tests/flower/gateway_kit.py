@@ -14,7 +14,7 @@ from typing import Any
 
 from fedtune.flower import certs
 from fedtune.flower import gateway as module
-from fedtune.flower.forwarder import Link
+from fedtune.flower.link import Link
 from fedtune.flower.peers import Limits
 from tests.flower import kit
 

@@ -16,8 +16,9 @@ from cryptography import x509
 
 from fedtune.config import load_site
 from fedtune.flower import certs, enrol
-from fedtune.flower.forwarder import Link, link, newest
+from fedtune.flower.forwarder import newest
 from fedtune.flower.gateway import Gateway
+from fedtune.flower.link import Link, link
 from fedtune.flower.peers import Limits
 from fedtune.wire.keys import SigningKey
 

@@ -13,7 +13,7 @@ from fedtune.config import Study, load_site, load_study
 from fedtune.errors import ConfigError, Refused
 from fedtune.evidence import audit_log
 from fedtune.flower import certs, enrol, membership
-from fedtune.flower.forwarder import link
+from fedtune.flower.link import link
 from fedtune.launch import coordinator
 from fedtune.ledger.ledger import Ledger
 from fedtune.server import store

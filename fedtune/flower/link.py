@@ -1,0 +1,63 @@
+"""How a site reaches its coordinator: the address, the answer and the keys, read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.config import CoordinatorTable, Site
+from fedtune.config.address import address_of, host_and_port
+from fedtune.errors import ConfigError
+from fedtune.flower import enrol, membership
+from fedtune.flower.membership import keys_folder
+
+RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its last renewal
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a site reaches its coordinator. keys: the folder with node.key and tls.key."""
+
+    name: str
+    host: str
+    port: int
+    answer: enrol.Answer
+    keys: Path
+    proxy: str | None = None
+    proxy_ca: Path | None = None
+
+    @property
+    def address(self) -> str:
+        return address_of(self.host, self.port)
+
+    @property
+    def certificate(self) -> Path:
+        """The newest certificate, in the one folder of the site's keys that a courier may write."""
+        return self.keys / RENEWED / "tls.crt"
+
+
+def link(site: Site, path: Path) -> Link:
+    """Read the link from the answer that site.toml's [coordinator] table names, or that was kept
+    when the site joined. Errors: ConfigError, Refused."""
+    table, keys, name = site.coordinator or CoordinatorTable(), keys_folder(site), site.site.name
+    expected = table.fingerprint or ""
+    if table.answer is not None:
+        answer = membership.read(table.answer, membership.tls_key(keys), name, expected)
+    elif kept := membership.remembered(keys, name, expected):
+        answer = kept
+    else:
+        membership.tls_key(keys)
+        raise ConfigError(
+            f"{path}: this site has no answer from a coordinator yet",
+            "what `fedtune admit` wrote there",
+            "`fedtune client SITE --answer FILE`",
+        )
+    host, port = _address(table.address or answer.address, path)
+    return Link(name, host, port, answer, keys, table.proxy, table.proxy_ca)
+
+
+def _address(text: str, path: Path) -> tuple[str, int]:
+    try:
+        return host_and_port(text)
+    except ValueError:
+        raise ConfigError(f"{path}: coordinator.address: not an address", "host:port") from None
