@@ -212,10 +212,10 @@ def test_a_client_ends_with_what_its_check_found(tmp_path: Path, made: Start) ->
     worlds_here = worlds(tmp_path, CASES["a CSV cell that is not well-formed"], made)
     for world in worlds_here.values():
         world.restart()
-    with pytest.raises(DataError, match="notes.csv") as found:
+    with pytest.raises(DataError, match=r"notes\.csv") as found:
         join(worlds_here["with"].path)
     assert found.value.exit_code == DataError.exit_code and "open quote" not in str(found.value)
-    with pytest.raises(ConfigError, match="node.key: no such file"):
+    with pytest.raises(ConfigError, match=r"node\.key: no such file"):
         join(worlds_here["without"].path)
 
 
