@@ -1,9 +1,10 @@
 """Confine this process by what Linux gives: no network, or no files but some.
 
-    vault     holds the records: a network of its own, and no socket but what it inherits
-    courier   speaks to the network: reads and writes the files that it is given, and no other
+    vault       holds the records: a network of its own, and no socket but what it inherits
+    courier     speaks to the network: reads and writes the files that it is given, and no other
+    conversion  runs a plug-in on one unit's rows: computes, and can do nothing else
 
-Both are confined before they start a thread or import what is not fedtune's own; what they start
+They are confined before they start a thread or import what is not fedtune's own; what they start
 inherits it. `Confinement` says what is in force; each half then *tries* what must not work.
 
 | no_network() | a network namespace, where one can be made; seccomp: no socket at all, or Unix    |
@@ -11,7 +12,9 @@ inherits it. `Confinement` says what is in force; each half then *tries* what mu
 | only_files() | Landlock: files below these paths, no signals and no abstract sockets to others;  |
 |              | seccomp: no Unix sockets, by which a user bus or a container's daemon would read  |
 |              | what this process may not                                                         |
-| both         | no new privileges, no core dump, no ptrace, process_vm_readv or pidfd_getfd, no   |
+| only_computing() | seccomp: memory, the descriptors that are open already, and its own end; no   |
+|              | file, process or clock, and not its own number                                    |
+| all          | no new privileges, no core dump, no ptrace, process_vm_readv or pidfd_getfd, no   |
 |              | io_uring, whose operations pass by a filter, no system call of another machine    |
 
 Source: Linux, Documentation/userspace-api/landlock.rst and seccomp_filter.rst."""
@@ -22,6 +25,7 @@ import ctypes
 import errno
 import functools
 import json
+import mmap
 import os
 import platform
 import resource
@@ -55,6 +59,7 @@ O_PATH = 0o10000000
 # A line of a filter (linux/filter.h, linux/seccomp.h): what it does, and what it gives.
 LOAD, MASK, IF_EQUAL, IF_AT_LEAST, GIVE = 0x20, 0x54, 0x15, 0x35, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
+ZERO = 0x00050000  # "no error": the call is not made, and gives 0
 CALL, MACHINE, FIRST, SECOND = 0, 4, 16, 24  # where a call's number and first arguments are read
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 
@@ -88,6 +93,19 @@ MACHINES = {
     for calls in ({**NEVER, "socket": (41, 198), "socketpair": (53, 199)},)
 }
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
+# What a process that only computes may ask of Linux, by name: on x86-64 and on 64-bit ARM.
+COMPUTING = {
+    **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62)},
+    **{"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214)},
+    **{"mremap": (25, 216), "madvise": (28, 233), "futex": (202, 98), "getrandom": (318, 278)},
+    **{"rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132)},
+    **{"exit": (60, 93), "exit_group": (231, 94), "restart_syscall": (219, 128)},
+}
+# Answered with 0: a process's number says how many there were before it.
+NAMELESS = {"getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173)}
+PR_SET_TSC, PR_TSC_SIGSEGV = 26, 2
+MAP_FIXED = 0x10
+CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
 
 
 @dataclass(frozen=True)
@@ -151,6 +169,26 @@ def only_files(
     return of_files & _filter_calls(NETWORKS)
 
 
+def only_computing() -> Confinement:
+    """Leave this process its memory, the descriptors that it has open, and its own end.
+
+    It opens no file or socket, starts no process or thread, signals nobody, and learns neither its
+    own number nor the time: what it computes follows from its memory and what it reads. A thread
+    that runs already is not confined. "seccomp" is among the means if it holds."""
+    stopped = _stop_clocks()
+    _close_itself()
+    machine = MACHINES.get(platform.machine())
+    if machine is None:
+        return Confinement(missing=("no seccomp filter",))
+    which = list(MACHINES).index(platform.machine())
+    calls = {numbers[which]: ALLOW for numbers in COMPUTING.values()}
+    calls |= {numbers[which]: ZERO for numbers in NAMELESS.values()}
+    checks = _checks_of_the_machine(machine)
+    for number, given in calls.items():
+        checks += [(IF_EQUAL, 0, 1, number), (GIVE, 0, 0, given)]
+    return stopped & _install([*checks, (GIVE, 0, 0, REFUSE)])
+
+
 def landlock_version() -> int:
     """Return the version of Landlock that this machine gives; 0 for none."""
     version = int(_libc().syscall(LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION))
@@ -193,9 +231,16 @@ def _own_network() -> Confinement:
 def _filter_calls(families: Sequence[int]) -> Confinement:
     """Have Linux refuse sockets of other families than these, and the calls of NEVER."""
     machine = MACHINES.get(platform.machine())
-    if machine is None or _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
+    if machine is None:
         return Confinement(missing=("no seccomp filter",))
-    program = b"".join(struct.pack("HBBI", *line) for line in _program(machine, families))
+    return _install(_program(machine, families))
+
+
+def _install(checks: Sequence[tuple[int, int, int, int]]) -> Confinement:
+    """Install a filter of system calls: (code, jump if true, jump if false, constant) a line."""
+    if _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
+        return Confinement(missing=("no seccomp filter",))
+    program = b"".join(struct.pack("HBBI", *line) for line in checks)
     lines = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a number of 16 bits, then (aligned) a pointer
     fprog = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(lines))
@@ -204,11 +249,10 @@ def _filter_calls(families: Sequence[int]) -> Confinement:
     return Confinement(("seccomp",))
 
 
-def _program(machine: _Machine, families: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """Write the filter: (code, jump if true, jump if false, constant) a line.
-
-    A pair of datagram sockets can still send to a path, so pairs are of streams."""
-    checks: list[tuple[int, int, int, int]] = [
+def _checks_of_the_machine(machine: _Machine) -> list[tuple[int, int, int, int]]:
+    """Write a filter's first lines: calls of another machine are refused, and the call's number is
+    loaded."""
+    return [
         (LOAD, 0, 0, MACHINE),
         (IF_EQUAL, 1, 0, machine.audit),
         (GIVE, 0, 0, KILL),
@@ -216,6 +260,32 @@ def _program(machine: _Machine, families: Sequence[int]) -> list[tuple[int, int,
         (IF_AT_LEAST, 0, 1, X32),
         (GIVE, 0, 0, REFUSE),
     ]
+
+
+def _stop_clocks() -> Confinement:
+    """Take the time out of this process's memory, so that it has to be asked for by a system call;
+    and have the processor refuse to count its cycles."""
+    memory = ctypes.CDLL(None, use_errno=True).mmap
+    memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    memory.restype = ctypes.c_void_p
+    zeros = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
+    missing = []
+    with suppress(OSError), open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
+        pages = [line.split()[0] for line in maps if CLOCK_PAGES in line]
+        for first, last in (page.split("-") for page in pages):
+            start, length = int(first, 16), int(last, 16) - int(first, 16)
+            if memory(start, length, mmap.PROT_READ, zeros, -1, 0) != start:
+                missing.append("the time can be read from memory")
+    if _prctl(PR_SET_TSC, PR_TSC_SIGSEGV) != 0:
+        missing.append("the processor's own counter can be read")
+    return Confinement(missing=tuple(missing))
+
+
+def _program(machine: _Machine, families: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Write the filter of a vault or a courier.
+
+    A pair of datagram sockets can still send to a path, so pairs are of streams."""
+    checks = _checks_of_the_machine(machine)
     for name in NEVER:
         checks += [(IF_EQUAL, 0, 1, machine.calls[name]), (GIVE, 0, 0, REFUSE)]
     checks += [

@@ -18,9 +18,13 @@ import torch
 
 from fedtune.bases.find import find_base
 from fedtune.config import Study
+from fedtune.config.site import ConvertTable
+from fedtune.data.conversion import Conversion, Unconverted
+from fedtune.data.converters import CONVERTERS, Row
 from fedtune.data.files import Rejected, rows
 from fedtune.data.sources import SOURCES, Source
 from fedtune.data.sources._interface import REASONS
+from fedtune.data.typed_rows import given_bytes, given_rows, returned_bytes, returned_rows
 from fedtune.errors import ConfigError, DataError
 from fedtune.modalities import MODALITIES
 from fedtune.models.cache import CachedDataset
@@ -36,7 +40,8 @@ from fedtune.training import selftest
 from fedtune.training.selftest import Result, timed
 
 GROUPS: dict[str, Group[Any]] = {
-    group.name: group for group in (OBJECTIVES, STRATEGIES, MODALITIES, SOURCES, TRACKERS)
+    group.name: group
+    for group in (OBJECTIVES, STRATEGIES, MODALITIES, SOURCES, CONVERTERS, TRACKERS)
 }
 SHAPES = {"layer.B": (3, 2), "head.weight": (5,)}  # of an adapter that strategies are tried on
 CLASSES, DIRECTIONS, HIDDEN = 4, 3, 6  # of class statistics, and of the base's vectors
@@ -56,8 +61,9 @@ def check(
     """Measure a plug-in against each contract of its group, one result after another.
 
     base: whose architecture an objective or a modality is tested on; None: a small random text
-    model. file: what a source reads; less: the same with one record left out, where its rows are
-    not its lines. No record of a site is read, nothing is charged.
+    model. file: what a source reads, or whose rows a converter is given; less: the same with one
+    record left out, where its rows are not its lines. No record of a site is read, nothing is
+    charged.
     Errors: ConfigError where there is no such plug-in, or an option that it does not have."""
     options = options or {}
     plugin = GROUPS[group].build(name, options)
@@ -69,6 +75,10 @@ def check(
         yield from strategy(lambda: STRATEGIES.build(name, options))
     elif group == "trackers":
         yield from tracker(plugin)
+    elif group == "converters":
+        if file is None:
+            raise ConfigError("a converter is checked on a file", "--file, each row of it a unit")
+        yield from converter(name, options, file)
     elif file is None:
         suffixes = ", ".join(plugin.suffixes)
         raise ConfigError("a source is checked on a file", f"--file, of {suffixes}")
@@ -408,6 +418,43 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
         copied = Path(name) / f"copy{file.suffix}"
         yield timed("one row at a time", 0, lambda: _one_less(plugin, file, copied, less))
         yield timed("broken files", 0, lambda: _broken(plugin, copied))
+
+
+def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Result]:
+    """| converts | each row of the file, as a unit of its own, in a process of its own |
+    | repeatable | the same rows again |
+    | one unit at a time | the same rows of all units in one process, where memory would show |
+    """
+    units = [[row] for row in rows(file, {}) if isinstance(row, dict)]
+    table = ConvertTable(name=name, options=dict(options))
+    alone = _converted(table, units)
+    yield timed("converts", 0, lambda: alone.count(None) if units else math.inf)
+    yield timed("repeatable", 0, lambda: _differing(_converted(table, units), alone))
+    together: list[list[Row] | None] = []
+    plugin = CONVERTERS.build(name, options)
+    for unit in units:
+        try:
+            found = plugin.convert(given_rows(given_bytes(unit)))
+            together.append(returned_rows(returned_bytes(found)))
+        except Exception:
+            together.append(None)
+    yield timed("one unit at a time", 0, lambda: _differing(together, alone))
+
+
+def _converted(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | None]:
+    """Convert each unit by itself; None for one that cannot be."""
+    results: list[list[Row] | None] = []
+    with Conversion(table) as conversion:
+        for unit in units:
+            try:
+                results.append(conversion(unit))
+            except Unconverted:
+                results.append(None)
+    return results
+
+
+def _differing(some: list[list[Row] | None], others: list[list[Row] | None]) -> int:
+    return sum(one != other for one, other in zip(some, others, strict=True))
 
 
 def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> float:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from fedtune.cli.exit_codes import Told, command
 
-Groups = Literal["objectives", "strategies", "modalities", "sources", "trackers"]
+Groups = Literal["objectives", "strategies", "modalities", "sources", "converters", "trackers"]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,8 +28,8 @@ CHECK_PLUGIN_GROUP = Annotated[
     Groups,
     typer.Option(
         metavar="GROUP",
-        help="objectives, strategies, modalities, sources or trackers: its entry point's group is "
-        "fedtune.GROUP.",
+        help="objectives, strategies, modalities, converters or trackers: its entry point's group "
+        "is fedtune.GROUP; or sources, of this release.",
     ),
 ]
 CHECK_PLUGIN_OPTION = Annotated[
@@ -53,7 +53,7 @@ CHECK_PLUGIN_FILE = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Generated records that a source reads.",
+        help="Generated records that a source reads, or whose rows a converter is given.",
         show_default=False,
     ),
 ]
@@ -79,7 +79,8 @@ def check_plugin(
 
     objectives and modalities: rows equal a loop of one record, no record moves another's row, a
     removed unit moves the sum by at most C, losses repeat to the last bit. strategies: no update,
-    order of arrival, restart. sources: one row at a time, broken files. trackers: events.
+    order of arrival, restart. sources: one row at a time, broken files. converters:
+    one unit at a time. trackers: events.
     One line for each check, with what was measured and the bound; docs/extending.md shows a plug-in
     of each kind. A check that passes is a measurement, not a proof."""
     from fedtune.audit.contracts import check

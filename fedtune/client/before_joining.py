@@ -9,11 +9,12 @@ from fedtune.client import studies
 from fedtune.client.declared import allow_declared, check_private, sign_declarations
 from fedtune.client.sheet import check_attested_records, check_sheet
 from fedtune.config import Site
-from fedtune.data.records import read_records
+from fedtune.data.records import count_otherwise_alone, read_records
 from fedtune.errors import DataError, describe
 from fedtune.ledger.files import LedgerError
 
 log = logging.getLogger("fedtune.site")
+SAMPLE = 8  # units of which a conversion is repeated
 
 
 def check_before_joining(site: Site) -> None:
@@ -29,7 +30,7 @@ def check_before_joining(site: Site) -> None:
     allow_declared(site)
     sign_declarations(site)
     check_sheet(site)
-    for check in (check_private, check_attested_records, check_records):
+    for check in (check_private, check_attested_records, check_records, check_conversion):
         try:
             check(site)
         except LedgerError:
@@ -56,3 +57,17 @@ def check_records(site: Site) -> None:
             f"at least 2 {unit}s",
             "add records, or check data.columns",
         )
+
+
+def check_conversion(site: Site) -> None:
+    """Check, where a plug-in converts the site's records, that a sample of units is converted alike
+    when each is alone. Errors: DataError."""
+    for data in filter(None, (site.data, site.evaluation)):
+        otherwise = count_otherwise_alone(data, SAMPLE)
+        if otherwise:
+            raise DataError(
+                f"{data.where}: {otherwise} of at most {SAMPLE} units that were tried are "
+                "converted otherwise when they are alone",
+                "a conversion that follows from a unit's own rows",
+                "hold it to its contracts: fedtune check-plugin --group converters",
+            )

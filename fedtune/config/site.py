@@ -102,6 +102,13 @@ class ConsentTable(Table):
         return frozenset(str(value).strip() for value in self.values)
 
 
+class ConvertTable(Table):
+    """A plug-in that converts each unit's rows, by itself (fedtune.converters)."""
+
+    name: Name
+    options: dict[str, bool | Finite | str] = Field(default_factory=dict)
+
+
 class SiteData(DataFile):
     """The site's records, as one dataset with one privacy budget: files at `path`, or a table of
     the database at `url`; beside a url, `path` is the folder of images and recordings."""
@@ -113,9 +120,9 @@ class SiteData(DataFile):
     cohort: Name = "first"  # of arrival: change it when new patients are added
     # What a person declares the records to be, before a study; None: private, paid for life.
     declared: Literal["public", "generated"] | None = None
-    # The reader of the files: of this release, or an entry point fedtune.sources; None: by suffix.
-    source: Name | None = None
+    source: Name | None = None  # what reads the files; None: by suffix
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
+    convert: ConvertTable | None = None  # what each unit's rows become before they are read
     # Which rows take part: those that have, in each of these columns, the value or one of them.
     filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
     consent: ConsentTable | None = None

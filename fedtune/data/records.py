@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -20,15 +21,18 @@ from fedtune.config import (
 from fedtune.config.site import SQL
 from fedtune.data.cells import key_of, string_of, text_of
 from fedtune.data.consent import NO_CONSENT, with_consent
+from fedtune.data.conversion import Conversion
 from fedtune.data.dataset import Failed
 from fedtune.data.files import Place, Rejected, placed_rows
 from fedtune.data.media import Folder, Media
+from fedtune.data.per_unit import per_unit
 from fedtune.data.sources import SOURCES, Collection, Source
 from fedtune.data.sources._interface import Names, Row
 from fedtune.data.sources.csv import guessed
 from fedtune.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
+UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
 CHARACTERS = 16 * 2**20  # of one unit's text: 64 MiB, so that it leaves memory to others'
 Messages = tuple[tuple[str, str], ...]  # (role, content)
 
@@ -146,48 +150,187 @@ def read_file(
     table = table_of(file)
     if unit == "patient" and not file.columns.patient:
         raise no_patients(table)
-    records: list[Record] = []
-    failed: list[Failed] = []
-    copies, held = Counter[bytes](), Counter[str]()
-    names = Names(file.where, keys_of(file))
-    folder = Folder(file.path if file.path.is_dir() else file.path.parent)
+    reading = _Reading(file, unit, labelled)
+    names, keep = Names(file.where, keys_of(file)), kept_of(file)
     count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
-    keep = kept_of(file)
-    for place, row in site_rows(file, names, strict):
-        count += 1
-        try:
+    with converting(file) as convert:
+        waiting: dict[str, list[tuple[Place, Row]]] = {}
+        for place, row in site_rows(file, names, strict):
+            count += 1
             if row is NO_CONSENT:
                 withheld_in[place.file] += 1
-                continue
-            if isinstance(row, str):
-                raise Rejected(row)
-            if not _is_kept(row, keep):
+            elif isinstance(row, str):
+                reading.reject(place, row)
+            elif not _is_kept(row, keep):
                 filtered_in[place.file] += 1
-                continue
-            key = key_of(row.get(file.columns.patient or "")) if unit == "patient" else ""
-            record = _record(row, key, file.columns, labelled)
-            if column := file.columns.media:
-                kind: Literal["image", "audio"] = "image" if file.columns.image else "audio"
-                record = replace(record, media=folder.read(text_of(row.get(column)), kind))
-            if unit == "record":
-                digest = hashlib.sha256(content_of(record))
-                key = f"{digest.hexdigest()} {copies[digest.digest()]}"
-                copies[digest.digest()] += 1
-            held[key] += _characters(record)
-            if held[key] > CHARACTERS:
-                raise Rejected("too long")
-            records.append(replace(record, unit=key, place=place))
-        except Rejected as error:
-            failed.append(Failed(*place, error.reason))
-        except (ConfigError, MemoryError):  # an extra is not installed; not this row's fault
-            raise
-        except Exception:  # a library may raise anything on a bad row: reject that row alone
-            failed.append(Failed(*place, "cannot be read"))
+            elif convert is None:
+                reading.take(place, row)
+            elif key := reading.key_in(place, row):
+                waiting.setdefault(key, []).append((place, row))
+        for key in list(waiting):
+            _take_converted(reading, waiting.pop(key), convert)
     if not count and strict:
         raise DataError(
             f"{file.where}: the file has no records", "at least 2", f"check {table}.path"
         )
-    return Read(records, failed, count, filtered_in, withheld_in, names)
+    return Read(reading.records, reading.failed, count, filtered_in, withheld_in, names)
+
+
+class _Reading:
+    """A data file's records as they are made, each of its own row, and the rows of which there is
+    none."""
+
+    def __init__(self, file: DataFile, unit: Literal["record", "patient"], labelled: bool) -> None:
+        self.records: list[Record] = []
+        self.failed: list[Failed] = []
+        self._columns, self._by_patient = file.columns, unit == "patient"
+        self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
+        self._copies, self._held = Counter[bytes](), Counter[str]()
+        self._rows = 0
+        self._made = per_unit(_RowReader(file.columns, labelled), (Record, str))
+
+    def reject(self, place: Place, reason: str) -> None:
+        """Count a row as one of which there is no record."""
+        self.failed.append(Failed(*place, reason))
+
+    def key_in(self, place: Place, row: Row) -> str:
+        """Return which unit a row is of before it is converted; "" where nobody can tell: it is
+        rejected then. Where the unit is the record, each row is one."""
+        self._rows += 1
+        if not self._by_patient:
+            return str(self._rows)
+        try:
+            return key_of(row.get(self._columns.patient or ""))
+        except Rejected as error:
+            self.reject(place, error.reason)
+            return ""
+
+    def take(self, place: Place, row: Row, key: str = "") -> None:
+        """Add the record of a row, or reject it. key: its patient's; "": by the row's own cell."""
+        try:
+            if self._by_patient and not key:
+                key = key_of(row.get(self._columns.patient or ""))
+            (made,) = self._made([row]) or ["cannot be read"]
+            if isinstance(made, str):
+                raise Rejected(made)
+            self._add(place, row, made, key)
+        except Rejected as error:
+            self.reject(place, error.reason)
+        except (ConfigError, MemoryError):  # an extra is not installed; not this row's fault
+            raise
+        except Exception:  # a library may raise anything on a bad row: reject that row alone
+            self.reject(place, "cannot be read")
+
+    def _add(self, place: Place, row: Row, record: Record, key: str) -> None:
+        if column := self._columns.media:
+            kind: Literal["image", "audio"] = "image" if self._columns.image else "audio"
+            record = replace(record, media=self._folder.read(text_of(row.get(column)), kind))
+        if not self._by_patient:
+            digest = hashlib.sha256(content_of(record))
+            key = f"{digest.hexdigest()} {self._copies[digest.digest()]}"
+            self._copies[digest.digest()] += 1
+        self._held[key] += _characters(record)
+        if self._held[key] > CHARACTERS:
+            raise Rejected("too long")
+        self.records.append(replace(record, unit=key, place=place))
+
+    @property
+    def by_patient(self) -> bool:
+        """Whether a unit is a patient."""
+        return self._by_patient
+
+    def patient_of(self, row: Row) -> str:
+        """Return the key of the patient whose row it is; "" where the unit is the record."""
+        return key_of(row.get(self._columns.patient or "")) if self._by_patient else ""
+
+    def names_media_of(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
+        """Return whether a converted row names an image or recording of these rows, if any."""
+        column = self._columns.media
+        own = {value for row in rows for value in row.values() if isinstance(value, str)}
+
+        def is_own(row: Row) -> bool:
+            named = row.get(column or "")
+            return not isinstance(named, str) or column is None or named in own
+
+        return is_own
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    """Makes the records of some rows, each of its own row alone, without what they have in common:
+    whose they are, and where they stand. A text is the reason why a row is rejected."""
+
+    columns: Columns
+    labelled: bool
+
+    def __call__(self, rows: list[Row]) -> list[Record | str]:
+        return [self._attempt(row) for row in rows]
+
+    def _attempt(self, row: Row) -> Record | str:
+        try:
+            return _record(row, self.columns, self.labelled)
+        except Rejected as error:
+            return error.reason
+
+
+Convert = Callable[[Sequence[Row]], "list[Row] | None"]
+
+
+@contextmanager
+def converting(file: DataFile) -> Iterator[Convert | None]:
+    """Start what converts each unit's rows before they are read; None where a site names nothing.
+
+    Errors: ConfigError, InfrastructureError as of Conversion."""
+    if not isinstance(file, SiteData) or file.convert is None:
+        yield None
+        return
+    with Conversion(file.convert) as conversion:
+        yield per_unit(conversion, dict)
+
+
+def count_otherwise_alone(file: SiteData, sample: int) -> int:
+    """Count those of the first `sample` units that a site's plug-in converts otherwise when each is
+    alone, in a process that converts no other: for a person, before a study. 0 without a plug-in.
+
+    Errors: as of read_records, if not strict."""
+    if file.convert is None:
+        return 0
+    unit: Literal["record", "patient"] = "patient" if file.columns.patient else "record"
+    reading, units = _Reading(file, unit, labelled=False), dict[str, list[Row]]()
+    for place, row in site_rows(file, Names(file.where, keys_of(file)), strict=False):
+        if isinstance(row, dict) and (key := reading.key_in(place, row)):
+            if key not in units and len(units) == sample:
+                break
+            units.setdefault(key, []).append(row)
+    with converting(file) as convert:
+        assert convert is not None
+        together = [convert(rows) for rows in units.values()]
+    otherwise = 0
+    for rows, expected in zip(units.values(), together, strict=True):
+        with converting(file) as convert:
+            assert convert is not None
+            otherwise += convert(rows) != expected
+    return otherwise
+
+
+def _take_converted(
+    reading: _Reading, placed: list[tuple[Place, Row]], convert: Convert | None
+) -> None:
+    """Add the records that come of one unit's rows; where none can, each row is rejected."""
+    assert convert is not None
+    rows = [row for _, row in placed]
+    converted = convert(rows)
+    if converted is None or (len(converted) > 1 and not reading.by_patient):
+        for place, _ in placed:
+            reading.reject(place, UNCONVERTED)
+        return
+    first, key = placed[0][0], reading.patient_of(rows[0])
+    is_own = reading.names_media_of(rows)
+    for row in converted:
+        if is_own(row):
+            reading.take(first, row, key)
+        else:
+            reading.reject(first, "missing media file")
 
 
 def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
@@ -235,6 +378,8 @@ def keys_of(file: DataFile) -> dict[str, str]:
     """Map each configuration key that names a column to the column."""
     table, named = table_of(file), file.columns.model_dump()
     keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
+    if isinstance(file, SiteData) and file.convert:  # the files need not have the others
+        keys = {key: column for key, column in keys.items() if column == file.columns.patient}
     if isinstance(file, SiteData):
         keys |= {f"{table}.filter.{column}": column for column in kept_of(file)}
         if file.consent and file.consent.column:
@@ -262,7 +407,8 @@ def no_patients(table: str) -> DataError:
     )
 
 
-def _record(row: Row, unit: str, columns: Columns, labelled: bool) -> Record:
+def _record(row: Row, columns: Columns, labelled: bool) -> Record:
+    unit = ""  # the row's record is made without it
     if columns.messages:
         return Record(unit, messages=_messages(row.get(columns.messages), labelled))
     if columns.prompt:

@@ -24,8 +24,8 @@ class Group(Generic[T]):
     """All plug-ins of one kind. key: where a configuration names one, as "objective.name"; package:
     with one module for each of this release; kind: what their classes extend.
 
-    A foreign one is an entry point of the group "fedtune.NAME". A name of this release always means
-    the release's own.
+    A foreign one is an entry point of the group "fedtune.NAME", where `foreign` allows one. A name
+    of this release always means the release's own.
     Guarantee: a foreign plug-in is imported by `load` and `build` alone, and then the one asked
     for."""
 
@@ -33,6 +33,7 @@ class Group(Generic[T]):
     key: str
     package: str
     kind: type[T]
+    foreign: bool = True
 
     def release(self) -> list[str]:
         """List the plug-ins of this release without importing them."""
@@ -41,8 +42,10 @@ class Group(Generic[T]):
 
     def installed(self) -> list[str]:
         """List the installed foreign plug-ins without importing them."""
-        release_names, points = self.release(), metadata.entry_points(group=f"fedtune.{self.name}")
-        return sorted({point.name for point in points} - set(release_names))
+        if not self.foreign:
+            return []
+        points = metadata.entry_points(group=f"fedtune.{self.name}")
+        return sorted({point.name for point in points} - set(self.release()))
 
     def load(self, name: str) -> type[T]:
         """Import and return the class of the plug-in `name`.
@@ -51,14 +54,7 @@ class Group(Generic[T]):
         Errors: ConfigError listing the available names, or where it is not of this kind."""
         if name in self.release():
             return self._of_module(f"{self.package}.{name}")
-        points = metadata.entry_points(group=f"fedtune.{self.name}", name=name)
-        if not points:
-            expected = "one of " + ", ".join([*self.release(), *self.installed()])
-            raise ConfigError(f"{self.key} = {name!r} is not known", expected)
-        if len(points) > 1:
-            offers = ", ".join(sorted(point.value for point in points))
-            raise ConfigError(f"{self.key} = {name!r} is installed more than once ({offers})")
-        (point,) = points
+        point = self.find(name)
         try:
             plugin = point.load()
         except Exception as error:  # whatever the other distribution's code does when imported
@@ -66,9 +62,27 @@ class Group(Generic[T]):
                 f"{self.key} = {name!r}: {point.value} cannot be imported "
                 f"({type(error).__name__}: {error})"
             ) from error
+        return self._checked(name, point.value, plugin)
+
+    def find(self, name: str) -> metadata.EntryPoint:
+        """Find the entry point of the foreign plug-in `name`, without importing it.
+
+        Errors: ConfigError as for `load`."""
+        group = f"fedtune.{self.name}"
+        points = tuple(metadata.entry_points(group=group, name=name)) if self.foreign else ()
+        if not points:
+            expected = "one of " + ", ".join([*self.release(), *self.installed()])
+            raise ConfigError(f"{self.key} = {name!r} is not known", expected)
+        if len(points) > 1:
+            offers = ", ".join(sorted(point.value for point in points))
+            raise ConfigError(f"{self.key} = {name!r} is installed more than once ({offers})")
+        (point,) = points
+        return point
+
+    def _checked(self, name: str, value: str, plugin: object) -> type[T]:
         if not (isinstance(plugin, type) and issubclass(plugin, self.kind)):
             raise ConfigError(
-                f"{self.key} = {name!r}: {point.value} is none of the fedtune.{self.name}",
+                f"{self.key} = {name!r}: {value} is none of the fedtune.{self.name}",
                 f"a class that extends {self.kind.__module__}.{self.kind.__qualname__}",
             )
         return plugin
@@ -77,7 +91,14 @@ class Group(Generic[T]):
         """Build the plug-in `name` with its options. kind_fields: fields that `kind` itself has.
 
         Errors: ConfigError as for `load`; or listing the options, or for a value of one."""
-        plugin: Any = self.load(name)
+        return self._made(name, self.load(name), options, **kind_fields)
+
+    def made(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
+        """Build the plug-in `name`, which was found at an entry point of this value, as `build`
+        does."""
+        return self._made(name, self._checked(name, value, found), options)
+
+    def _made(self, name: str, plugin: Any, options: Mapping[str, Any], **kind_fields: Any) -> T:
         option_names = {field.name for field in dataclasses.fields(plugin)}
         option_names -= set(getattr(self.kind, "__dataclass_fields__", ()))
         fields = {f.name: f for f in dataclasses.fields(plugin) if f.name in option_names}

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedtune.config import Columns, SiteData, load_site, load_study
+from fedtune.data.files import rows
 from fedtune.data.records import read_records
-from fedtune.data.sources import SOURCES, by_suffix
+from fedtune.data.sources import SOURCES, Names, Row, Source, by_suffix
 from fedtune.errors import ConfigError, DataError
 from tests.plugins import install
 
 SECRET = "Zaphod-Beeblebrox-1979"
 TEXT = Columns(text="t")
-CODE = f"""
+CODE = """
 from dataclasses import dataclass
 from fedtune.data.sources import Source
 
@@ -27,10 +30,7 @@ class Odd(Source):
 
     def rows(self, path, names):
         names.header(["t"])
-        yield {{"t": "x" * self.times}}
-        yield "the record of {SECRET} is broken"
-        yield ["{SECRET}"]
-        yield {{"t": None}}
+        yield {"t": "x" * self.times}
 """
 
 
@@ -60,25 +60,37 @@ def test_a_csv_file_may_have_another_delimiter(tmp_path: Path) -> None:
             read_records(dataset(path, "csv", **wrong))
 
 
-def test_a_foreign_source_is_read_where_site_toml_names_it(
+def test_what_another_distribution_brings_is_no_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It would see the rows of many units; a converter sees one unit's."""
     points = {"fedtune.sources": {"odd": "odd_source:Odd"}}
     install(tmp_path / "installed", monkeypatch, "odd_source", CODE, points)
     path = tmp_path / "data.odd"
     path.write_text("")
     with pytest.raises(DataError, match=r"unsupported suffix; expected \.arrow, \.csv"):
         read_records(dataset(path, None))
+    with pytest.raises(ConfigError, match=r"one of arrow, csv, fhir, jsonl, parquet, sql$"):
+        read_records(dataset(path, "odd", times=3.0), strict=False)
     assert "odd_source" not in sys.modules
-    records, rejected = read_records(dataset(path, "odd", times=3.0), strict=False)
-    assert [record.completion for record in records] == ["xxx"]
-    # Its own words about a row may quote the row, and are not kept.
-    assert rejected == {"cannot be read": 1, "wrong type": 1, "missing value": 1}
-    (tmp_path / "data.csv").write_text("t\nx\n")
-    with pytest.raises(DataError, match=r"expected \.odd"):
-        read_records(dataset(tmp_path / "data.csv", "odd"))
-    with pytest.raises(ConfigError, match="one of arrow, csv, fhir, jsonl, parquet, sql, odd"):
-        read_records(dataset(path, "even"))
+
+
+def test_a_sources_own_words_about_a_row_are_not_kept(tmp_path: Path) -> None:
+    """They may quote the row."""
+
+    @dataclass(frozen=True)
+    class Odd(Source):
+        suffixes = (".odd",)
+
+        def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+            names.header(["t"])
+            yield {"t": "xxx"}
+            yield f"the record of {SECRET} is broken"
+            yield [SECRET]  # type: ignore[misc]
+
+    (tmp_path / "data.odd").write_text("")
+    found = list(rows(tmp_path / "data.odd", {}, source=Odd()))
+    assert found == [{"t": "xxx"}, "cannot be read", "wrong type"]
 
 
 def test_a_plan_names_no_source_and_options_need_one(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sqlite3
 import sys
 import tomllib
 from pathlib import Path
@@ -64,10 +63,9 @@ SITE = """
 name = "{name}"
 declared_size = 30
 [data]
-path = "{name}.sqlite"
-columns = {{ prompt = "q", completion = "a" }}
-source = "sqlite"
-options = {{ table = "notes" }}
+path = "{name}.jsonl"
+columns = {{ prompt = "prompt", completion = "completion" }}
+convert = {{ name = "letters", options = {{ column = "text" }} }}
 [policy]
 bases = "any"
 allow_privacy_off = true
@@ -96,11 +94,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(path: Path, count: int, seed: int = 0) -> Path:
     draw = random.Random(seed)
-    with sqlite3.connect(path) as database:
-        database.execute("CREATE TABLE notes (q TEXT, a TEXT)")
-        rows = [(f"Day {draw.randint(1, 99)}: ", "Home in a WEEK") for _ in range(count)]
-        database.executemany("INSERT INTO notes VALUES (?, ?)", rows)
-    database.close()
+    rows = [{"text": f"Day {draw.randint(1, 99)}: |Home in a WEEK"} for _ in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -108,7 +103,7 @@ def lay_out(folder: Path, base: Path, policy: str) -> Path:
     for name in ("north", "south"):
         place = folder / "sites" / name
         place.mkdir(parents=True)
-        records(place / f"{name}.sqlite", 30)
+        records(place / f"{name}.jsonl", 30)
         (place / "site.toml").write_text(SITE.format(name=name, policy=policy))
     rows = [{"q": f"Day {day}: ", "a": "Home in a WEEK"} for day in range(10)]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -119,7 +114,7 @@ def lay_out(folder: Path, base: Path, policy: str) -> Path:
 def test_there_is_an_example_of_each_kind_and_none_is_long() -> None:
     assert set(POINTS) == {
         f"fedtune.{kind}"
-        for kind in ("objectives", "strategies", "modalities", "sources", "trackers")
+        for kind in ("objectives", "strategies", "modalities", "converters", "trackers")
     }
     values = [value for points in POINTS.values() for value in points.values()]
     assert sorted(value.partition(":")[0] for value in values) == sorted(modules())
@@ -151,13 +146,37 @@ def test_an_example_passes_the_contracts_of_its_kind(
     assert all(f"ok   {check}: " in said for check in checks)
 
 
-def test_the_source_passes_its_contracts(tmp_path: Path) -> None:
-    whole, less = records(tmp_path / "a.sqlite", 8), records(tmp_path / "b.sqlite", 7)
-    words = ("sqlite", "--group", "sources", "--file", str(whole), "--option", "table=notes")
-    assert "ok   one row at a time: " in checked(*words, "--less", str(less))
-    other = records(tmp_path / "c.sqlite", 7, seed=1)
-    found = CliRunner().invoke(app, ["check-plugin", *words, "--less", str(other)])
-    assert found.exit_code == 2 and "BAD  one row at a time" in found.output
+def test_the_converter_passes_its_contracts(tmp_path: Path) -> None:
+    path = str(records(tmp_path / "a.jsonl", 8))
+    words = ("letters", "--group", "converters", "--file", path, "--option", "column=text")
+    assert "ok   one unit at a time: " in checked(*words)
+    found = CliRunner().invoke(app, ["check-plugin", *words[:-1], "column=absent"])
+    assert found.exit_code == 2 and "BAD  converts: 8, at most 0" in found.output
+
+
+COUNTING = """
+from dataclasses import dataclass
+from fedtune.data.converters import Converter
+SEEN = []
+
+@dataclass(frozen=True)
+class Counting(Converter):
+    def convert(self, rows):
+        SEEN.append(1)
+        return [{**row, "number": len(SEEN)} for row in rows]
+"""
+
+
+def test_a_converter_that_remembers_units_fails_its_contracts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = {"fedtune.converters": {"counting": "counting_of:Counting"}}
+    install(tmp_path / "twin", monkeypatch, "counting_of", COUNTING, points)
+    path = str(records(tmp_path / "a.jsonl", 4))
+    words = ["check-plugin", "counting", "--group", "converters", "--file", path]
+    found = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert found.exit_code == 2 and "BAD  one unit at a time: 3, at most 0" in found.output
+    assert "ok   converts: " in found.output and "ok   repeatable: " in found.output
 
 
 def test_they_train_together_and_a_tracker_is_told(

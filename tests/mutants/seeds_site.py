@@ -130,7 +130,7 @@ MUTANTS = (
     ),
     one(
         31, "a-patients-text-fills-the-memory", RECORDS,
-        "if held[key] > CHARACTERS:", "if _characters(record) > CHARACTERS:",
+        "if self._held[key] > CHARACTERS:", "if _characters(record) > CHARACTERS:",
         "tests/data/test_memory_while_reading.py::test_a_patients_text_is_read_up_to_a_bound",
         "one patient's many long notes leave no memory to read the others'",
     ),
@@ -298,7 +298,8 @@ MUTANTS = (
     ),
     one(
         37, "records-go-by-their-row", RECORDS,
-        'key = f"{digest.hexdigest()} {copies[digest.digest()]}"', "key = str(len(records))",
+        'key = f"{digest.hexdigest()} {self._copies[digest.digest()]}"',
+        "key = str(len(self.records))",
         "tests/data/test_data_units.py::"
         "test_a_record_is_named_by_what_it_says_and_not_by_where_it_stands",
         "one record less renames the others",

@@ -1,7 +1,8 @@
 """Data sources: one module each, a frozen dataclass whose fields are [data.options].
 
-A file's suffix says which one of this release reads it. A site may name one (data.source in its own
-site.toml): of this release, to give it options, or one that another distribution brings."""
+A file's suffix says which one reads it. A site may name one (data.source in its own site.toml), to
+give it options. All are of this release: they see the rows of many units. What another distribution
+brings is a converter, which sees one unit's (data/converters)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from fedtune.registry import Group
 
 __all__ = ["SOURCES", "Collection", "Names", "Row", "Source", "by_suffix"]
 
-SOURCES = Group("sources", "data.source", __name__, Source)  # type: ignore[type-abstract]
+SOURCES = Group("sources", "data.source", __name__, Source, foreign=False)  # type: ignore[type-abstract]
 
 
 def by_suffix() -> dict[str, Source]:

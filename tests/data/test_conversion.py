@@ -1,0 +1,419 @@
+"""What a plug-in's conversion does to one unit changes nothing of another."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fedtune import isolation
+from fedtune.client import studies
+from fedtune.client.before_joining import check_before_joining
+from fedtune.config import Columns, SiteData, load_site
+from fedtune.config.site import ConvertTable
+from fedtune.data import conversion
+from fedtune.data.conversion import Conversion, Unconverted
+from fedtune.data.per_unit import per_unit
+from fedtune.data.records import Read, content_of, read_file
+from fedtune.data.sources import Row
+from fedtune.data.typed_rows import BYTES, given_bytes, given_rows, returned_bytes, returned_rows
+from fedtune.errors import ConfigError, DataError, InfrastructureError
+from tests.data import hostile_conversions as hostile
+from tests.plugins import install
+
+MODULE = "somebodys_conversion"
+POINTS = {"fedtune.converters": {"hostile": f"{MODULE}:Hostile", "plain": f"{MODULE}:Plain"}}
+PLAIN = '''
+
+@dataclass(frozen=True)
+class Plain(Converter):
+    """Capital letters, and a row for each sentence."""
+
+    times: int = 1
+    mark: str = "."
+    image: str = ""
+
+    def __post_init__(self):
+        if self.times < 1:
+            raise ConfigError("data.convert.options.times", "at least 1")
+
+    def convert(self, rows):
+        parts = [part for row in rows for part in row["t"].split(self.mark) if part.strip()]
+        image = self.image or rows[0].get("other")
+        return [{"t": part.upper() * self.times, "image": image} for part in parts]
+'''
+ROWS: list[Row] = [
+    {"who": "z", "t": "the others must not hear of this", "hostile": True},
+    {"who": "a", "t": "cough. fever"},
+    {"who": "b", "t": "rash"},
+    {"who": "z", "t": "nor of this", "hostile": True},
+    {"who": "a", "t": "better"},
+    {"who": "c", "t": "pain"},
+]
+pytestmark = pytest.mark.skipif(
+    os.uname().machine not in isolation.MACHINES, reason="another machine's system calls"
+)
+
+
+@pytest.fixture(autouse=True)
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(hostile.__file__).read_text(encoding="utf-8")
+    text = text.replace(
+        "from fedtune.data.converters import",
+        "from fedtune.errors import ConfigError\nfrom fedtune.data.converters import",
+    )
+    install(tmp_path / "installed", monkeypatch, MODULE, text + PLAIN, POINTS)
+    monkeypatch.setattr(conversion, "CPU_SECONDS", 2)
+
+
+def read(
+    folder: Path,
+    rows: Sequence[Row],
+    name: str = "hostile",
+    unit: str = "patient",
+    columns: Columns | None = None,
+    **options: Any,
+) -> Read:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = SiteData(
+        path=path,
+        columns=columns or Columns(text="t", patient="who" if unit == "patient" else None),
+        convert=ConvertTable(name=name, options=options),
+    )
+    return read_file(data, unit=unit, strict=False)  # type: ignore[arg-type]
+
+
+def of_others(found: Read) -> dict[str, list[bytes]]:
+    """Map each unit but z to what its records say."""
+    said: dict[str, list[bytes]] = {}
+    for record in found.records:
+        if record.unit != "z":
+            said.setdefault(record.unit, []).append(content_of(record))
+    return said
+
+
+def without_z(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["who"] != "z"]
+
+
+class InThisProcess:
+    """The twin: the same conversion, in the process that reads the records, unit after unit."""
+
+    def __init__(self, table: ConvertTable) -> None:
+        self._convert = hostile.Hostile(**table.options).convert  # type: ignore[arg-type]
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        return returned_rows(returned_bytes(self._convert(given_rows(given_bytes(rows)))))
+
+
+# ------------------------------------------------------------------------- what is carried along
+
+
+@pytest.mark.parametrize("how", hostile.CARRY)
+def test_nothing_is_carried_from_one_unit_to_another(tmp_path: Path, how: str) -> None:
+    given = {"how": how, "place": str(tmp_path)}
+    with_it = read(tmp_path, ROWS, **given)
+    without = read(tmp_path, without_z(ROWS), **given)
+    last = read(tmp_path, [*without_z(ROWS), *ROWS[:1]], **given)
+    assert of_others(with_it) == of_others(without) == of_others(last)
+    assert of_others(with_it).keys() == {"a", "b", "c"} and not with_it.failed
+
+
+OF_ONE_PROCESS = {
+    "in_a_processs_number": "one process has one number",
+    "in_a_librarys_time": "whole seconds, of which both may see the same",
+    "in_what_this_process_used": "no page more",
+    "in_a_lock_of_a_file": "a descriptor that is not closed is the next one's number",
+}
+
+
+@pytest.mark.parametrize("how", sorted(set(hostile.CARRY) - set(OF_ONE_PROCESS)))
+def test_in_one_process_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The twin."""
+    monkeypatch.setattr("fedtune.data.records.Conversion", InThisProcess)
+    given = {"how": how, "place": str(tmp_path)}
+    with forgotten():
+        with_it = read(tmp_path, ROWS, **given)
+        assert of_others(with_it) != of_others(read(tmp_path, without_z(ROWS), **given))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("in_a_file", "in_the_time_of_a_file", "in_system_v_memory", "in_the_time"),
+        *("in_a_processs_number", "in_the_time_of_day"),
+    ],
+)
+def test_a_fork_alone_does_not_stop_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The twin: a child for each unit, without the filter of system calls."""
+    (tmp_path / "unconfined.py").write_text(
+        "from fedtune import isolation\n"
+        "from fedtune.data import conversion_process\n"
+        "isolation.only_computing = lambda: isolation.Confinement(('seccomp',))\n"
+        "conversion_process.main()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(conversion, "PROGRAM", "unconfined")
+    given = {"how": how, "place": str(tmp_path)}
+    with forgotten():
+        with_it = read(tmp_path, ROWS, **given)
+        assert of_others(with_it) != of_others(read(tmp_path, without_z(ROWS), **given))
+
+
+@contextmanager
+def forgotten() -> Iterator[None]:
+    """Take away what a twin leaves behind on this machine."""
+    try:
+        yield
+    finally:
+        libc = ctypes.CDLL(None)
+        libc.shmctl(libc.shmget(hostile.SEGMENT, 4096, 0o600), 0, None)
+
+
+# ------------------------------------------------------------------------------ what does harm
+
+WAITING = ("wait_for_ever", "read_every_descriptor")  # ended by the clock, below
+
+
+@pytest.mark.parametrize("how", sorted(set(hostile.HARM) - set(WAITING)))
+def test_harm_is_the_units_own(tmp_path: Path, how: str) -> None:
+    with_it, without = read(tmp_path, ROWS, how=how), read(tmp_path, without_z(ROWS), how=how)
+    assert of_others(with_it) == of_others(without)
+    assert of_others(with_it).keys() == {"a", "b", "c"}
+    kept_its_own = {
+        "patch_the_process_that_forks",
+        "replace_what_writes_its_result",
+        "close_every_descriptor",
+        "kill_its_parents",
+    }
+    if how not in kept_its_own:
+        assert [failed.reason for failed in with_it.failed] == ["cannot be converted"] * 2
+        assert [failed.row for failed in with_it.failed] == [1, 4]
+
+
+def test_in_one_process_harm_is_everybodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: what ends a process, or replaces one of its functions, is not its unit's alone."""
+    monkeypatch.setattr("fedtune.data.records.Conversion", InThisProcess)
+    with pytest.raises(SystemExit):
+        read(tmp_path, ROWS, how="exit_from_python")
+    with pytest.raises(KeyboardInterrupt):
+        read(tmp_path, ROWS, how="raise_what_is_no_exception")
+
+
+@pytest.mark.parametrize("how", WAITING)
+def test_a_conversion_that_waits_is_ended(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    with Conversion(ConvertTable(name="hostile", options={"how": how})) as convert:
+        monkeypatch.setattr(conversion, "SECONDS", 2.0)  # of the process that reads
+        with pytest.raises(Unconverted):
+            convert(ROWS[:1])
+        monkeypatch.setattr(conversion, "SECONDS", 60.0)
+        assert convert(ROWS[1:2]) == [{"t": "cough. fever"}]
+
+
+def test_the_process_that_forks_has_a_clock_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "SECONDS", 2.0)
+    table = ConvertTable(name="hostile", options={"how": "wait_for_ever"})
+    with Conversion(table) as convert:
+        monkeypatch.setattr(conversion, "SECONDS", 20.0)  # of the process that reads
+        with pytest.raises(Unconverted):
+            convert(ROWS[:1])
+        assert convert._process is not None and convert._process.poll() is None
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """What it fills is let go again by the child itself, so that nothing else ends it."""
+    with Conversion(ConvertTable(name="hostile", options={"how": "fill_two_gigabytes"})) as convert:
+        with pytest.raises(Unconverted):
+            convert(ROWS[:1])
+        assert convert(ROWS[1:2]) == [{"t": "cough. fever"}]
+
+
+def test_what_a_child_wrote_before_it_failed_is_not_read(tmp_path: Path) -> None:
+    table = ConvertTable(name="hostile", options={"how": "write_and_fail"})
+    with Conversion(table) as convert, pytest.raises(Unconverted):
+        convert(ROWS[:1])
+
+
+def test_the_process_that_forks_is_started_again(tmp_path: Path) -> None:
+    with Conversion(ConvertTable(name="plain")) as convert:
+        assert convert([{"t": "a. b"}]) == [{"t": "A", "image": None}, {"t": " B", "image": None}]
+        assert convert._process is not None
+        convert._process.kill()
+        convert._process.wait()
+        with pytest.raises(Unconverted):
+            convert([{"t": "lost"}])
+        assert convert([{"t": "c"}]) == [{"t": "C", "image": None}]
+        forking = convert._process
+    assert forking.poll() is not None
+
+
+# -------------------------------------------------------------------------------- what it is for
+
+
+def test_rows_are_converted_a_unit_at_a_time(tmp_path: Path) -> None:
+    found = read(tmp_path, without_z(ROWS), name="plain", times=2)
+    said = [(record.unit, record.completion) for record in found.records]
+    assert said == [
+        ("a", "COUGHCOUGH"),
+        ("a", " FEVER FEVER"),
+        ("a", "BETTERBETTER"),
+        ("b", "RASHRASH"),
+        ("c", "PAINPAIN"),
+    ]
+    assert MODULE not in sys.modules  # nothing of it is imported where records are held
+
+
+def test_of_a_single_record_comes_at_most_one(tmp_path: Path) -> None:
+    found = read(tmp_path, without_z(ROWS), name="plain", unit="record")
+    assert sorted(record.completion for record in found.records) == ["BETTER", "PAIN", "RASH"]
+    assert [failed.reason for failed in found.failed] == ["cannot be converted"]
+
+
+def test_a_conversion_names_no_file_of_others(tmp_path: Path) -> None:
+    columns = Columns(text="t", image="image", patient="who")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    given: list[Row] = [{"who": "a", "t": "x", "other": "a.png"}]
+    of_its_own = read(tmp_path, given, name="plain", columns=columns)
+    assert [bool(record.media) for record in of_its_own.records] == [True]
+    guessed = read(tmp_path, given, name="plain", columns=columns, image="./a.png")
+    assert [failed.reason for failed in guessed.failed] == ["missing media file"]
+    none = read(tmp_path, [{"who": "a", "t": "x", "other": 7}], name="plain", columns=columns)
+    assert [failed.reason for failed in none.failed] == ["wrong type"]
+
+
+def test_what_is_not_installed_or_wrongly_set_is_said_before_a_row_is_read(tmp_path: Path) -> None:
+    for name, options, said in (
+        ("absent", {}, "data.convert.name = 'absent' is not known; expected one of hostile, plain"),
+        ("plain", {"time": 1}, "data.convert.options.time is not known; expected one of times"),
+        ("plain", {"times": 0}, "data.convert.options.times; expected at least 1"),
+        ("plain", {"times": "x"}, "data.convert.options.times = 'x'; expected such as 1"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            read(tmp_path, [], name=name, **options)
+        assert said in str(caught.value)
+
+
+def test_without_a_filter_nothing_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unfiltered.py").write_text(
+        "from fedtune import isolation\n"
+        "from fedtune.data import conversion_process\n"
+        "isolation.only_computing = lambda: isolation.Confinement()\n"
+        "conversion_process.main()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(conversion, "PROGRAM", "unfiltered")
+    with pytest.raises(InfrastructureError, match="cannot be confined here"):
+        read(tmp_path, ROWS, name="plain")
+
+
+def test_columns_that_the_files_have_are_asked_of_them_alone(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"who": "a", "t": "x"}\n' * 2)
+    data = SiteData(
+        path=tmp_path / "data.jsonl",
+        columns=Columns(text="made", patient="patient"),
+        convert=ConvertTable(name="plain"),
+    )
+    with pytest.raises(DataError, match=r"no column 'patient', which data\.columns\.patient"):
+        read_file(data, unit="patient")
+
+
+# -------------------------------------------------------------------------- rows as bounded bytes
+
+
+def test_rows_go_and_come_as_plain_types() -> None:
+    rows: list[Row] = [{"t": "é\ud800", "n": 1.5, "b": b"\x00\xff", "l": [{"x": None}, True]}]
+    assert given_rows(given_bytes(rows)) == rows
+    assert returned_rows(returned_bytes([{"t": "é", "n": [1, 2.5, None]}]))
+    for wrong in (None, "x", [1], [{"t": b"x"}], [{"t": {1, 2}}], [{"t": float("nan")}]):
+        with pytest.raises((TypeError, ValueError)):
+            returned_bytes(wrong)
+    for content in (
+        *(b"", b"{}", b"[1]", b'[{"t": NaN}]', b'[{"t": Infinity}]', b'[{"t": 1e999}]'),
+        *(b"[" * 100_000, b'[{"t":"' + b"x" * BYTES + b'"}]', b"[" + b"{}," * 2**20 + b"{}]"),
+        *(b"\xff", b"\x80\x04K\x01.", b'[{"t": ' + b"9" * 10_000 + b"}]"),
+    ):
+        with pytest.raises(ValueError):
+            returned_rows(content)
+
+
+def test_whatever_goes_wrong_in_our_own_is_the_units_own() -> None:
+    class Panic(BaseException): ...
+
+    Panic.__module__ = "pyo3_runtime"
+
+    def made(error: BaseException | None, found: object = None) -> Callable[[list[int]], Any]:
+        def convert(rows: list[int]) -> Any:
+            if error is not None:
+                raise error
+            return found
+
+        return convert
+
+    for wrong in (made(ValueError()), made(Panic()), made(None, (1,)), made(None, ["x", 1])):
+        assert per_unit(wrong, str)([1]) is None
+    assert per_unit(made(None, ["x"]), str)([1]) == ["x"]
+    for raised in (MemoryError(), ConfigError("an extra"), KeyboardInterrupt()):
+        with pytest.raises(type(raised)):
+            per_unit(made(raised), str)([1])
+
+
+def test_a_vault_converts_without_a_network(tmp_path: Path) -> None:
+    """What a vault is confined by is inherited, and leaves a conversion what it needs."""
+    program = (
+        "import json, sys\n"
+        "from fedtune import isolation\n"
+        "isolation.no_network()\n"
+        "from fedtune.config.site import ConvertTable\n"
+        "from fedtune.data.conversion import Conversion\n"
+        "with Conversion(ConvertTable(name='plain')) as convert:\n"
+        "    print(json.dumps(convert([{'t': 'a. b'}])))\n"
+    )
+    paths = os.pathsep.join(filter(None, (*sys.path, os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [row["t"] for row in json.loads(done.stdout)] == ["A", " B"]
+
+
+def test_a_sample_of_units_is_converted_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its twin: a conversion that remembers, in the process that reads."""
+    site = tmp_path / "site.toml"
+    rows = [{"who": who, "t": "x"} for who in ("a", "b", "c")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    site.write_text(
+        '[site]\nname = "s"\ndeclared_size = 10\n[data]\npath = "data.jsonl"\n'
+        'columns = { text = "t", patient = "who" }\n'
+        'convert = { name = "hostile", options = { how = "in_a_class" } }\n'
+    )
+    loaded = load_site(site)
+    check_before_joining(loaded)
+    monkeypatch.setattr("fedtune.data.records.Conversion", InThisProcess)
+    with pytest.raises(DataError, match="3 of at most 8 units that were tried are converted"):
+        check_before_joining(loaded)
+    monkeypatch.setattr(studies, "under_way", lambda _: {"plan": "a study"})
+    check_before_joining(loaded)  # in mid-study a person is told, and nobody else

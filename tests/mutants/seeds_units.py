@@ -1,0 +1,122 @@
+"""Bugs of what turns a unit's rows into what it trains on: one unit reaches another."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+CONVERSION, FORKS = "fedtune/data/conversion.py", "fedtune/data/conversion_process.py"
+PER_UNIT, RECORDS, TYPED = (
+    "fedtune/data/per_unit.py",
+    "fedtune/data/records.py",
+    "fedtune/data/typed_rows.py",
+)
+ISOLATION = "fedtune/isolation.py"
+T_CONVERSION = "tests/data/test_conversion.py::"
+T_CARRIED = T_CONVERSION + "test_nothing_is_carried_from_one_unit_to_another"
+T_HARM = T_CONVERSION + "test_harm_is_the_units_own"
+T_ROWS = T_CONVERSION + "test_rows_go_and_come_as_plain_types"
+T_OWN = T_CONVERSION + "test_whatever_goes_wrong_in_our_own_is_the_units_own"
+
+MUTANTS = (
+    one(
+        "units", "a-conversion-in-the-process-that-forks", FORKS,
+        "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
+        "    if pid == 0:\n",
+        "    plugin.converted(b'')\n"
+        "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
+        "    if pid == 0:\n",
+        T_CARRIED + "[in_a_shared_page]",
+        "what a plug-in sets up when it is imported is shared by all children",
+    ),
+    one(
+        "units", "a-child-that-may-ask-for-everything", FORKS,
+        'if "seccomp" not in isolation.only_computing().means:', "if False:",
+        T_CARRIED + "[in_a_file]", "a file of one unit's is read by another's conversion",
+    ),
+    one(
+        "units", "a-child-knows-its-number", ISOLATION,
+        "    calls |= {numbers[which]: ZERO for numbers in NAMELESS.values()}\n",
+        "    calls |= {numbers[which]: ALLOW for numbers in NAMELESS.values()}\n",
+        T_CARRIED + "[in_a_processs_number]",
+        "a conversion counts the units before it by the number of its process",
+    ),
+    one(
+        "units", "a-child-reads-the-time-in-its-memory", ISOLATION,
+        "    stopped = _stop_clocks()\n", "    stopped = Confinement()\n",
+        T_CARRIED + "[in_the_time]", "how long other units took decides what comes of this one",
+    ),
+    one(
+        "units", "a-child-without-a-deadline", FORKS,
+        "            os.kill(pid, signal.SIGKILL)\n", "            pass\n",
+        T_CONVERSION + "test_the_process_that_forks_has_a_clock_too",
+        "one unit keeps the site from the round",
+    ),
+    one(
+        "units", "a-child-without-a-bound-of-memory", FORKS,
+        "        (resource.RLIMIT_AS, used + MEMORY),\n", "",
+        T_CONVERSION + "test_memory_is_bounded", "one unit's conversion takes the machine's memory",
+    ),
+    one(
+        "units", "a-process-that-forks-is-gone-for-all", CONVERSION,
+        '            log.warning("the process that converts records ended; it is started again")\n'
+        "            self._stop()\n",
+        '            log.warning("the process that converts records ended; it is started again")\n',
+        T_CONVERSION + "test_the_process_that_forks_is_started_again",
+        "what ends it for one unit leaves all later ones empty",
+    ),
+    one(
+        "units", "a-result-of-a-child-that-was-ended", CONVERSION,
+        'if content is None or ended != b"0":', "if content is None:",
+        T_CONVERSION + "test_what_a_child_wrote_before_it_failed_is_not_read",
+        "half a result is a unit's rows",
+    ),
+    one(
+        "units", "one-broken-unit-breaks-the-file", PER_UNIT,
+        "            return None\n        if not", "            raise\n        if not",
+        T_OWN, "an exception about one unit's rows ends the reading of all",
+    ),
+    one(
+        "units", "any-type-is-an-example", PER_UNIT,
+        "        if not isinstance(found, list) or not all(isinstance(value, kinds) "
+        "for value in found):\n            return None\n",
+        "", T_OWN, "what a conversion returns fails later, where other units are too",
+    ),
+    one(
+        "units", "not-a-number-comes-back", TYPED,
+        "        elif isinstance(value, float) and not math.isfinite(value):\n"
+        '            raise ValueError("not finite")\n',
+        "", T_ROWS, "an infinite value of one unit reaches what all units share",
+    ),
+    one(
+        "units", "as-many-values-as-it-likes", TYPED,
+        "if len(content) > BYTES or sum(map(content.count, SEPARATORS)) > VALUES:",
+        "if len(content) > BYTES:", T_ROWS,
+        "sixteen megabytes of brackets are a gigabyte of lists in the vault",
+    ),
+    one(
+        "units", "one-record-becomes-several", RECORDS,
+        "if converted is None or (len(converted) > 1 and not reading.by_patient):",
+        "if converted is None:",
+        T_CONVERSION + "test_of_a_single_record_comes_at_most_one",
+        "a record that is several units moves the sum by as many times C",
+    ),
+    one(
+        "units", "an-image-of-somebody-else", RECORDS,
+        "            return not isinstance(named, str) or column is None or named in own\n",
+        "            return True\n",
+        T_CONVERSION + "test_a_conversion_names_no_file_of_others",
+        "a conversion names the image of another patient",
+    ),
+    one(
+        "units", "no-sample-before-joining", "fedtune/client/before_joining.py",
+        "check_records, check_conversion):", "check_records):",
+        T_CONVERSION + "test_a_sample_of_units_is_converted_again_alone",
+        "nobody at the site hears of a conversion that couples units",
+    ),
+    one(
+        "units", "a-plug-in-reads-the-whole-file", "fedtune/data/sources/__init__.py",
+        ", foreign=False)", ")",
+        "tests/data/test_sources.py::test_what_another_distribution_brings_is_no_source",
+        "another distribution's code sees the rows of many units, in the vault",
+    ),
+)
