@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.config import DataFile, EvaluationTable, ObjectiveTable, SiteData, Study
 from fedtune.data.dataset import Counts, Dataset, Example, Failed, SoftTargets
 from fedtune.data.files import Rejected
+from fedtune.data.per_unit import per_unit
 from fedtune.data.reader import Reader
 from fedtune.data.records import (
     Read,
@@ -75,16 +76,24 @@ class UnitReader:
         """Read the records of one unit, in the file's order. is_kept: whether this unit trained on
         a record before; the cap prefers these, then those of the smallest sha256."""
         rejected: list[tuple[Record, str]] = []
-        examples = [(record, self._attempt(self._example, record)) for record in records]
-        usable = _passed(examples, rejected)
+        nameless = [replace(record, unit="", place=None) for record in records]
+        made = per_unit(self._examples, (Example, str))(nameless)
+        usable = _passed(_beside(records, made), rejected)
         over_cap = len(usable)
         if self.max_records is not None:
             usable = _capped(usable, self.max_records, is_kept)
         over_cap -= len(usable)
         if self.soft_targets is not None:
-            pairs = [(record, self._attempt(self._add_targets, record, e)) for record, e in usable]
-            usable = _passed(pairs, rejected)
+            pairs = [(replace(record, unit="", place=None), example) for record, example in usable]
+            made = per_unit(self._examples_with_targets, (Example, str))(pairs)
+            usable = _passed(_beside([record for record, _ in usable], made), rejected)
         return Unit([record for record, _ in usable], [e for _, e in usable], rejected, over_cap)
+
+    def _examples(self, records: list[Record]) -> list[Example | str]:
+        return [self._attempt(self._example, record) for record in records]
+
+    def _examples_with_targets(self, pairs: list[tuple[Record, Example]]) -> list[Example | str]:
+        return [self._attempt(self._add_targets, record, example) for record, example in pairs]
 
     def _attempt(self, make: Callable[..., Example], *arguments: Any) -> Example | str:
         """Call `make`; return its example, or the reason why there is none."""
@@ -143,6 +152,13 @@ def _lead(record: Record, placed: Record) -> str:
     else:
         own, text = record.prompt, placed.prompt
     return text.removesuffix(own)
+
+
+def _beside(
+    records: Sequence[Record], made: list[Example | str] | None
+) -> list[tuple[Record, Example | str]]:
+    """Put each record beside what came of it; of an empty unit beside the reason."""
+    return list(zip(records, made or ["cannot be read"] * len(records), strict=True))
 
 
 def _passed(

@@ -227,9 +227,8 @@ MUTANTS = (
     ),
     one(
         33, "a-teachers-refusal-is-everybodys", TOKENS,
-        "            pairs = [(record, self._attempt(self._add_targets, record, e)) "
-        "for record, e in usable]\n",
-        "            pairs = [(record, self._add_targets(record, e)) for record, e in usable]\n",
+        "per_unit(self._examples_with_targets, (Example, str))(pairs)\n",
+        "[self._add_targets(record, example) for record, example in pairs]\n",
         T_ALONE, "the same of a record that is too long for the teacher",
     ),
     one(

@@ -108,6 +108,14 @@ MUTANTS = (
         "a conversion names the image of another patient",
     ),
     one(
+        "units", "an-example-knows-whose-it-is", "fedtune/data/load.py",
+        "        made = per_unit(self._examples, (Example, str))(nameless)\n",
+        "        made = per_unit(self._examples, (Example, str))(records)\n",
+        "tests/data/test_per_unit.py::"
+        "test_what_makes_examples_learns_neither_whose_they_are_nor_where_they_stand",
+        "a unit's key or place decides what is made of its rows",
+    ),
+    one(
         "units", "no-sample-before-joining", "fedtune/client/before_joining.py",
         "check_records, check_conversion):", "check_records):",
         T_CONVERSION + "test_a_sample_of_units_is_converted_again_alone",
