@@ -50,7 +50,7 @@ def keys() -> dict[Key, str]:
     found = {("Columns", key): "–" for key in Columns.model_fields}
     for model in (Study, Site):
         for name, table in _tables(model):
-            if name in ("evaluation.consent", "evaluation.scan"):  # as in [data]
+            if name in ("evaluation.consent", "evaluation.scan", "evaluation.convert"):  # as in [data]
                 continue
             twice = model is Site and name == "evaluation"
             heading = f"[{name}] of a site" if twice else f"[{name}]"
