@@ -29,6 +29,7 @@ from fedtune.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference.md"
+AS_IN_DATA = ("evaluation.consent", "evaluation.scan", "evaluation.convert")
 HEAD = """# Every command, exported name and error
 
 Written by `python -m tests.docs.reference` from the code; not edited by hand. `fedtune COMMAND
@@ -50,7 +51,7 @@ def keys() -> dict[Key, str]:
     found = {("Columns", key): "–" for key in Columns.model_fields}
     for model in (Study, Site):
         for name, table in _tables(model):
-            if name in ("evaluation.consent", "evaluation.scan", "evaluation.convert"):  # as in [data]
+            if name in AS_IN_DATA:
                 continue
             twice = model is Site and name == "evaluation"
             heading = f"[{name}] of a site" if twice else f"[{name}]"
