@@ -127,4 +127,4 @@ MUTANTS = (
         "tests/data/test_sources.py::test_what_another_distribution_brings_is_no_source",
         "another distribution's code sees the rows of many units, in the vault",
     ),
-)
+)  # fmt: skip
