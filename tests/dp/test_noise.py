@@ -74,6 +74,44 @@ def test_neighbouring_coordinates_are_uncorrelated(lag: int | None) -> None:
     assert neighbours_are_apart(z) == (lag is None)
 
 
+FEW = 2**10  # uniforms at the far end of the tail, whose radii are up to a million steps apart
+
+
+def lie_on_circles(z: np.ndarray, scale: float) -> float:
+    """Which share of the pairs of a block is within a step of one of the circles that Box–Muller
+    can reach there; on so few, hardly any does by chance."""
+    pairs = z.reshape(-1, 2, noise._BLOCK).astype(np.float64)
+    radius = np.hypot(pairs[:, 0], pairs[:, 1]).ravel()
+    circles = np.sort(scale * np.sqrt(-2.0 * np.log(np.arange(1, FEW + 1) * 2.0**-53)))
+    at = np.clip(np.searchsorted(circles, radius), 1, FEW - 1)
+    apart = np.minimum(abs(circles[at] - radius), abs(radius - circles[at - 1]))
+    return float(np.mean(apart < 1.0))
+
+
+@pytest.mark.parametrize("summed", [True, False])
+def test_no_pair_of_the_tail_says_that_it_is_noise(
+    summed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The far tail of one radius, on the generator's own stream: two numbers of it lie on one of a
+    thousand circles. Not so in a sum with another; the twin draws one alone."""
+    stream, scale = noise._keystream, 2.0**20
+
+    def far_out(sizes):
+        for bits in stream(sizes):
+            quarter, bits = len(bits) // 4, bits.copy()
+            bits[:quarter] %= np.uint64(FEW << 11)  # the first radius of each pair
+            yield bits
+
+    monkeypatch.setattr(noise, "_keystream", far_out)
+    if summed:
+        drawn = noise.gaussian_on_grid(2 * noise._BLOCK, scale, 1.0).numpy()
+        assert max(lie_on_circles(drawn, size) for size in (scale, scale / math.sqrt(2))) < 0.01
+    else:
+        bits = next(far_out(iter([4 * noise._BLOCK])))
+        alone = np.rint(noise._pairs(bits[: 2 * noise._BLOCK], scale))
+        assert lie_on_circles(alone, scale) == 1.0
+
+
 def _seed_everything() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
@@ -98,7 +136,7 @@ def test_no_parameter_or_global_could_carry_a_seed() -> None:
         for name, value in vars(noise).items()
         if callable(value) and getattr(value, "__module__", "") == noise.__name__
     }
-    assert public == {"gaussian_on_grid", "_keystream"}
+    assert public == {"gaussian_on_grid", "_keystream", "_pairs"}
     source = inspect.getsource(noise)
     for word in ("np.random", "import random", "torch.rand", "Generator(", "environ"):
         assert word not in source

@@ -96,6 +96,12 @@ NOISE_MUTANTS = (
         T_NOISE + "test_zero_signal_variance_is_within_0_3_percent", "1 % too little",
     ),
     _one(
+        "noise", "one-radius-for-two-numbers", NOISE,
+        "np.rint(first + second)", "np.rint(math.sqrt(2.0) * first)",
+        T_NOISE + "test_no_pair_of_the_tail_says_that_it_is_noise",
+        "two numbers of the far tail lie on few circles: one pair says which world it is not",
+    ),
+    _one(
         5, "noise-follows-manual_seed", NOISE, STREAM,
         "import torch\n\n"
         "        yield np.frombuffer(torch.randint(0, 256, (8 * size,), dtype=torch.uint8).numpy()"

@@ -42,13 +42,15 @@ def test_the_noise_is_a_function_of_the_systems_key_alone(monkeypatch: pytest.Mo
     Any other generator, however seeded, gives another."""
     monkeypatch.setattr(os, "urandom", lambda n: bytes(range(n)))
     drawn = noise.gaussian_on_grid(64, 1.0, 2.0**-20)
-    counters = [(int.from_bytes(bytes(range(16))) + block).to_bytes(16) for block in range(32)]
+    counters = [(int.from_bytes(bytes(range(16))) + block).to_bytes(16) for block in range(64)]
     cipher = Cipher(algorithms.AES(bytes(range(32))), modes.ECB()).encryptor()
     bits = np.frombuffer(cipher.update(b"".join(counters)), dtype=np.uint64) >> np.uint64(11)
     uniform = bits.astype(np.float64) * 2.0**-53
-    radius = np.sqrt(-2.0 * np.log(uniform[:32] + 2.0**-53))
-    turns = 2.0 * np.pi * uniform[32:]
-    expected = np.concatenate([radius * np.cos(turns), radius * np.sin(turns)]) * 2.0**20
+    expected = np.zeros(64)
+    for half in np.split(uniform, 2):  # of variance 1/2 each
+        radius = np.sqrt(-np.log(half[:32] + 2.0**-53))
+        turns = 2.0 * np.pi * half[32:]
+        expected += np.concatenate([radius * np.cos(turns), radius * np.sin(turns)]) * 2.0**20
     assert torch.allclose(drawn.double(), torch.from_numpy(expected), atol=1.0)
 
 
