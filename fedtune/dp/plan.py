@@ -190,7 +190,8 @@ class DpPlan:
                 max_grad_norm=self.max_grad_norm,
                 unit=self.unit,
                 records=self.records,
-            )
+            ),
+            of_round=self.local_steps,
         )
         total += noise.gaussian_on_grid(len(total), self.own_noise * bound, grid)
         return total

@@ -1,4 +1,4 @@
-"""Write and read the step log: one line per noised step, append-only, kept at the site."""
+"""Write and read the step log: what noised steps ran, append-only, kept at the site."""
 
 from __future__ import annotations
 
@@ -27,17 +27,28 @@ class Step:
 
 
 class StepLog:
-    """A JSONL file of `Step`. Guarantee: a line is whole and on disk before its noised sum exists
-    anywhere else, so a crash can only over-report what was spent. What a crash or a full disk left
-    of a line after the last newline is no step: none ran, and the next line takes its place.
+    """A JSONL file of `Step`. Guarantee: a line is whole and on disk before a noised sum that it is
+    of exists anywhere else, so a crash can only over-report what was spent. What a crash or a full
+    disk left of a line after the last newline is no step: none ran, and the next line takes its
+    place.
+
+    All steps of a round are one line, written before the first: a disk that is full by then lets no
+    step run, and how much is written in a round does not grow with a plan's figures.
 
     Errors: InfrastructureError when the file cannot be written or a line cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._round: Step | None = None  # the round of the last line,
+        self._ahead = 0  # and how many of its steps have yet to run
 
-    def append(self, step: Step) -> None:
-        line = json.dumps(asdict(step), sort_keys=True)
+    def append(self, step: Step, of_round: int = 1) -> None:
+        """Log one step of a round that has `of_round` equal ones."""
+        if step == self._round and self._ahead:
+            self._ahead -= 1
+            return
+        counted = asdict(step) | ({"steps": of_round} if of_round > 1 else {})
+        line = json.dumps(counted, sort_keys=True)
         try:
             append_line(self.path, line.encode())
         except OSError as error:
@@ -45,22 +56,32 @@ class StepLog:
                 f"{self.path}: the step log cannot be written ({error.strerror})",
                 todo="free the disk or fix the permissions; no step runs without its line",
             ) from None
+        self._round, self._ahead = step, of_round - 1
 
     def steps(self, study: str | None = None) -> list[Step]:
-        """Read all steps, or those of one plan digest, in order."""
+        """Read all steps, or those of one plan digest, in order; of a round that broke off, all
+        that it was to have."""
         if not self.path.exists():
             return []
-        steps = []
+        steps = list[Step]()
         whole = self.path.read_text().rpartition("\n")[0]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                steps.append(Step(**json.loads(line)))
+                logged = json.loads(line)
+                count = _checked_count(logged.pop("steps", 1))
+                steps += [Step(**logged)] * count
             except (ValueError, TypeError):
                 raise InfrastructureError(
                     f"{self.path}: line {number} is not a step",
                     todo="restore the file from a backup; without it no budget can be stated",
                 ) from None
         return [step for step in steps if study in (None, step.study)]
+
+
+def _checked_count(count: object) -> int:
+    if type(count) is not int or count < 1:
+        raise ValueError("not a number of steps")
+    return count
 
 
 def events(steps: list[Step]) -> list[Steps]:

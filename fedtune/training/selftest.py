@@ -69,7 +69,7 @@ class MemoryLog(StepLog):
     def __init__(self) -> None:
         self.lines: list[Step] = []
 
-    def append(self, step: Step) -> None:
+    def append(self, step: Step, of_round: int = 1) -> None:
         self.lines.append(step)
 
     def steps(self, study: str | None = None) -> list[Step]:

@@ -40,6 +40,33 @@ def test_a_full_disk_stops_the_step_and_leaves_no_half_of_it(tmp_path: Path, roo
     assert len(log.path.read_text().splitlines()) == 2
 
 
+def test_a_rounds_steps_are_one_line_that_is_written_before_the_first(tmp_path: Path) -> None:
+    """A disk that fills up in a round stops none of its steps, and how long a round is decides
+    nothing about how much is written."""
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.append(step(1), of_round=9)
+    line = log.path.stat().st_size
+    with files_of_at_most(line):
+        for _ in range(8):
+            log.append(step(1), of_round=9)
+    assert log.path.stat().st_size == line and log.steps() == [step(1)] * 9
+    log.append(step(1), of_round=9)  # the round again, and the next one, which breaks off
+    log.append(step(2), of_round=9)
+    assert len(log.path.read_text().splitlines()) == 3
+    assert StepLog(log.path).steps() == log.steps() == [step(1)] * 18 + [step(2)] * 9
+    StepLog(log.path).append(step(2), of_round=9)  # after a restart
+    assert len(log.steps()) == 36
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "true", "1.5", "null"])
+def test_a_line_of_an_impossible_number_of_steps_is_an_error(tmp_path: Path, count: str) -> None:
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.append(step(1))
+    log.path.write_text(log.path.read_text().replace("{", f'{{"steps": {count}, '))
+    with pytest.raises(InfrastructureError, match="line 1 is not a step"):
+        log.steps()
+
+
 def test_a_line_that_is_no_step_is_an_error(tmp_path: Path) -> None:
     log = StepLog(tmp_path / "steps.jsonl")
     log.append(step(1))

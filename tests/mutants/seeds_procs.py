@@ -26,6 +26,12 @@ MUTANTS = (
         "a noised step runs whose line is not whole, and no later answer can be made",
     ),
     one(
+        "full disk", "each-step-of-a-round-is-a-line", "fedtune/dp/plan.py",
+        "            of_round=self.local_steps,\n", "",
+        "tests/dp/test_plan.py::test_epsilon_of_the_log_is_epsilon_of_the_plan",
+        "a plan's number of steps fills the room that a site's records need: failed, or trained",
+    ),
+    one(
         "full disk", "the-next-line-goes-on-a-torn-one", WRITING,
         "        os.ftruncate(descriptor, whole)\n", "",
         "tests/test_files.py::test_a_line_that_the_disk_cut_short_gives_way_to_the_next",
