@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import DataFile, EvaluationTable, ObjectiveTable, SiteData, Study
+from fedtune.data.chat import check_draws_nothing
 from fedtune.data.dataset import Counts, Dataset, Example, Failed, SoftTargets
 from fedtune.data.files import Rejected
 from fedtune.data.per_unit import per_unit
@@ -324,6 +325,8 @@ def check_columns(
             f"the base has no chat template and {at}.messages is given",
             f"{at}.prompt and {at}.completion, or a chat base",
         )
+    if columns.messages:
+        check_draws_nothing(tokenizer)
     if labelled and record_format != "text":
         judged = record_format == "unpaired_preference" and table == "data"
         needed = ("completion", "label") if judged else _PAIR

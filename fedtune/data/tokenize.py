@@ -11,6 +11,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.config import ObjectiveTable
+from fedtune.data import chat
 from fedtune.data.dataset import NO_TARGET, Passage
 from fedtune.data.files import Rejected
 from fedtune.data.records import Messages, Record
@@ -304,7 +305,7 @@ def _first_exchange(
     ids, hits, ends, _ = _conversation(tuple(first), len(first) * (len(lead) + limit), tokenizer)
     last = max(ends, default=0)
     turns = [{"role": role, "content": text} for role, text in first]
-    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    rendered = str(chat.render(tokenizer, turns, tokenize=False))
     at = rendered.rfind(own, 0, max(rendered.rfind(first[-1][1].strip()), 0))
     if not last or at < 0:
         raise Rejected("too long")
@@ -322,7 +323,8 @@ def _conversation(
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
             limit = 4 * CHARS * max_length  # tokens of so many characters at most
-            encoded: Any = tokenizer.apply_chat_template(
+            encoded: Any = chat.render(
+                tokenizer,
                 messages_,
                 return_assistant_tokens_mask=True,
                 truncation=True,
@@ -348,9 +350,7 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
 
     def render(count: int, header: bool = False) -> str:
         return str(
-            tokenizer.apply_chat_template(
-                turns[:count], tokenize=False, add_generation_prompt=header
-            )
+            chat.render(tokenizer, turns[:count], tokenize=False, add_generation_prompt=header)
         )
 
     full, eos, at = render(len(turns)), tokenizer.eos_token, 0

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedtune.config import DataFile
+from fedtune.data import chat
 from fedtune.data.files import Rejected
 from fedtune.data.records import Record, read_records, table_of
 from fedtune.data.tokenize import passage_of, prompt_ids
@@ -61,7 +62,7 @@ class VerdictJudge:
         tokenizer: Any = self.model.tokenizer
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": question}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = chat.render(tokenizer, turns, tokenize=False, add_generation_prompt=True)
             ids, space = tokenizer.encode(text, add_special_tokens=False), ""
         else:
             ids, space = tokenizer.encode(question + "\nThe better answer is"), " "
@@ -124,7 +125,7 @@ def prompt_template(writer: LoadedModel) -> str | None:
     if not tokenizer.chat_template:
         return None
     turn = [{"role": "user", "content": "{text}"}]
-    text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    text = str(chat.render(tokenizer, turn, tokenize=False, add_generation_prompt=True))
     if tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
         text = text.removeprefix(tokenizer.bos_token)  # it is put in front in any case
     return text if "{text}" in text else None

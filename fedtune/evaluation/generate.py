@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.data.chat import render as render_chat
 from fedtune.data.files import Rejected
 from fedtune.errors import ConfigError, DataError
 from fedtune.models.run import Run
@@ -144,8 +145,8 @@ def _tokens(
     """The prompt's token ids and mask, as a chat where the model has a template for one."""
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        inputs = render_chat(
+            tokenizer, turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
         text = (objective.template or "{text}").replace("{text}", prompt)
