@@ -87,10 +87,18 @@ NEVER = {
     "init_module": (175, 105),
     "finit_module": (313, 273),
 }
+# And to the half that speaks to the network: how full disks and memory are, which follows from what
+# the other half holds. (It may read nothing of /proc and /sys.)
+OF_FULLNESS = {
+    "statfs": (137, 43),
+    "fstatfs": (138, 44),
+    "sysinfo": (99, 179),
+    "quotactl": (179, 60),
+}
 MACHINES = {
     machine: _Machine(audit, {name: numbers[which] for name, numbers in calls.items()})
     for which, machine, audit in ((0, "x86_64", 0xC000003E), (1, "aarch64", 0xC00000B7))
-    for calls in ({**NEVER, "socket": (41, 198), "socketpair": (53, 199)},)
+    for calls in ({**NEVER, **OF_FULLNESS, "socket": (41, 198), "socketpair": (53, 199)},)
 }
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
 # What a process that only computes may ask of Linux, by name: on x86-64 and on 64-bit ARM.
@@ -166,7 +174,7 @@ def only_files(
     _check_alone()
     _close_itself()
     of_files = _restrict_files(list(read), list(write), list(names))
-    return of_files & _filter_calls(NETWORKS)
+    return of_files & _filter_calls(NETWORKS, (*NEVER, *OF_FULLNESS))
 
 
 def only_computing() -> Confinement:
@@ -228,12 +236,12 @@ def _own_network() -> Confinement:
     return Confinement(("namespace",))
 
 
-def _filter_calls(families: Sequence[int]) -> Confinement:
-    """Have Linux refuse sockets of other families than these, and the calls of NEVER."""
+def _filter_calls(families: Sequence[int], refused: Sequence[str] = tuple(NEVER)) -> Confinement:
+    """Have Linux refuse sockets of other families than these, and the calls `refused`."""
     machine = MACHINES.get(platform.machine())
     if machine is None:
         return Confinement(missing=("no seccomp filter",))
-    return _install(_program(machine, families))
+    return _install(_program(machine, families, refused))
 
 
 def _install(checks: Sequence[tuple[int, int, int, int]]) -> Confinement:
@@ -281,12 +289,14 @@ def _stop_clocks() -> Confinement:
     return Confinement(missing=tuple(missing))
 
 
-def _program(machine: _Machine, families: Sequence[int]) -> list[tuple[int, int, int, int]]:
+def _program(
+    machine: _Machine, families: Sequence[int], refused: Sequence[str]
+) -> list[tuple[int, int, int, int]]:
     """Write the filter of a vault or a courier.
 
     A pair of datagram sockets can still send to a path, so pairs are of streams."""
     checks = _checks_of_the_machine(machine)
-    for name in NEVER:
+    for name in refused:
         checks += [(IF_EQUAL, 0, 1, machine.calls[name]), (GIVE, 0, 0, REFUSE)]
     checks += [
         (IF_EQUAL, 0, 5, machine.calls["socketpair"]),

@@ -17,6 +17,7 @@ from fedtune.client.waiting_plans import check_plan_length, keep_plan
 from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe, is_fault
 from fedtune.evidence.audit_log import REPEATS
+from fedtune.files.room import bytes_for, has_room
 from fedtune.progress import stage
 from fedtune.registry.reasons import WAITING, reason_of
 from fedtune.wire.arrays import Packed, bodies, pack_arrays, read_frozen
@@ -25,6 +26,7 @@ from fedtune.wire.requests import FAILED, Answer, Kind, Request, Scalar
 from fedtune.wire.seal import SealError, body_digest, check_order, check_plan
 
 log = logging.getLogger("fedtune.client")
+ENTRY = 4096  # bytes of the audit log's entry, at most, on the disk
 site_errors: dict[
     str, FedtuneError
 ] = {}  # by site file, for this process alone; `simulate` shows it
@@ -160,9 +162,20 @@ def _sealed(place: Place, request: Request, kind: Order) -> Answer:
 
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
-    """Enter an act of the site's process in its audit log. Errors: InfrastructureError, with which
-    what was to be done is not done."""
-    acts(site).add(event, rule, once=REPEATS, **facts)
+    """Enter an act of the site's process in its audit log, if the disk has space for it beside the
+    room that the ledger needs (files.room): a coordinator can ask for acts without end, each at no
+    cost, and takes nothing from a charge or a withdrawal with them. What is not entered is a
+    warning here, and the coordinator's answer is the same.
+
+    Errors: InfrastructureError, with which what was to be done is not done."""
+    if has_room(site.home.folder, bytes_for(site.site.site.declared_size) + ENTRY):
+        acts(site).add(event, rule, once=REPEATS, **facts)
+    else:
+        log.warning(
+            "%s is not in the audit log: the disk has no space beside the ledger's room; to do: "
+            "free space",
+            event,
+        )
 
 
 def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None:

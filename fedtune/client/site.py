@@ -134,12 +134,16 @@ class SiteWorker:
         try:
             plan = planned(study, self.current(), coordinator)
             self.permit(study, plan, coordinator)
+            studies.check_number(self.home.folder, study)
             prepared = self._prepared.get(study.digest)
             if prepared is None:
                 prepared = self._prepare_model(study, plan, frozen, coordinator)
             # Another admitted coordinator may send the same plan: its orders are signed by another
             # key and its receipts are its own, but what was prepared stays valid.
+            self._prepared.pop(study.digest, None)
             self._prepared[study.digest] = replace(prepared, coordinator=coordinator)
+            for oldest in list(self._prepared)[: -studies.MOST]:
+                del self._prepared[oldest]  # its coordinator sends the plan again
         except Unsigned as waits:
             return replace(self._admission(False, str(waits)), waits=True)
         except Refused as refusal:

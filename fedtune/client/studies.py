@@ -13,12 +13,26 @@ import time
 from pathlib import Path
 
 from fedtune.config import Study
-from fedtune.errors import InputError
+from fedtune.errors import InputError, PolicyRefused
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.ledger.files import outbox_prefix
 
 FOLDER = "studies"  # in the state folder
+MOST = 64  # studies under way at once: their files lie in the room that the ledger needs
+
+
+def check_number(state: Path, study: Study) -> None:
+    """Check that there is a place for one more study under way. Errors: PolicyRefused."""
+    others = [
+        path for path in (state / FOLDER).glob("*.json") if path != _path(state, study.digest)
+    ]
+    if len(others) >= MOST:
+        raise PolicyRefused(
+            "too many studies are under way at this site",
+            f"at most {MOST}",
+            "end those that are over; `fedtune purge` at the site forgets one",
+        )
 
 
 def begin(state: Path, study: Study) -> None:

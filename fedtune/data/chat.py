@@ -32,7 +32,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **op
     template = str(tokenizer.get_chat_template())
     if "strftime_now" in template:
         template = _CLOCK + template
-    return tokenizer.apply_chat_template(turns, chat_template=template, **options)  # type: ignore[arg-type]
+    return tokenizer.apply_chat_template(turns, chat_template=template, **options)
 
 
 def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedtune.data.files import rows
-from fedtune.data.sources import _arrow
+from fedtune.data.sources import _arrow, parquet
+from fedtune.data.sources._interface import Names
+from fedtune.data.sources.parquet import Parquet
 from fedtune.errors import DataError
 
 ROWS = 4
@@ -164,3 +166,50 @@ def test_a_type_that_is_not_read_is_refused_before_any_row(column: pa.Array) -> 
         batch = pa.RecordBatch.from_arrays([one], names=["note"])
         with pytest.raises(DataError, match="an Arrow type that is not read"):
             next(_arrow.rows_of(batch, ["note"]))
+
+
+LONG = 3 * 2**20  # characters of one text: a thousand of them are more than 2 GiB
+
+
+@pytest.mark.long
+def test_long_conversations_of_one_patient_are_not_everybodys_file(tmp_path: Path) -> None:
+    """Arrow cannot decode more than 2 GiB of text of a nested column at once; by its dictionary
+    such a file is small. Twin: a reader of whole batches alone loses the others' rows."""
+    kind = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    schema, text = pa.schema([("who", pa.string()), ("turns", kind)]), "a" * LONG
+    of = [("short", str(number)) for number in range(20)] + [(text, "x")] * 800
+    with pq.ParquetWriter(tmp_path / "r.parquet", schema, compression="zstd") as writer:
+        for at in range(0, len(of), 100):
+            part = of[at : at + 100]
+            turns = pa.array([[{"role": "user", "content": said}] for said, _ in part], kind)
+            writer.write_table(
+                pa.table({"who": pa.array([who for _, who in part]), "turns": turns}, schema),
+                row_group_size=800,
+            )
+    path, wanted = tmp_path / "r.parquet", {"columns.messages": "turns", "columns.patient": "who"}
+    assert path.stat().st_size < 2**20
+    rows = Parquet().rows(path, Names(path, wanted))
+    read = [row["who"] for row in rows if isinstance(row, dict)]
+    assert [who for who in read if who != "x"] == [str(number) for number in range(20)]
+
+
+def test_rows_that_cannot_be_decoded_together_are_decoded_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, with a decoder that gives up in the second batch of more than one row."""
+    path, honest = tmp_path / "r.parquet", pq.ParquetFile.iter_batches
+    pq.write_table(pa.table({"who": [str(n) for n in range(9)]}), path, row_group_size=6)
+
+    def together(source: Any, batch_size: int, **options: Any) -> Iterator[Any]:
+        for number, batch in enumerate(honest(source, batch_size=batch_size, **options)):
+            if batch_size > 1 and number:
+                raise pa.ArrowNotImplementedError("Nested data conversions")
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", together)
+    monkeypatch.setattr(parquet, "BATCH", 4)
+    try:
+        read = list(Parquet().rows(path, Names(path, {"columns.patient": "who"})))
+    except DataError as error:
+        pytest.fail(f"a batch is everybody's: {error.happened}")
+    assert read == [{"who": str(number)} for number in range(9)]

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from fedtune.config import ObjectiveTable
+from fedtune.config import Columns, ObjectiveTable, SiteData
 from fedtune.data import chat
+from fedtune.data.load import check_columns
 from fedtune.data.records import Record
 from fedtune.data.tokenize import _tokenise
 from fedtune.errors import ConfigError
+from tests.server.fakes import make_study
 
 TURNS = [{"role": "user", "content": "how are you?"}, {"role": "assistant", "content": "fine"}]
 BODY = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
@@ -82,3 +85,13 @@ def test_a_template_that_draws_is_refused(tokenizer: Any, draw: str) -> None:
         chat.check_draws_nothing(tokenizer)
     tokenizer.chat_template = BODY
     chat.check_draws_nothing(tokenizer)
+
+
+def test_a_study_of_a_template_that_draws_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """Before a record is read; where no conversation is rendered, any template will do."""
+    tokenizer.chat_template = BODY + "{{ lipsum() }}"
+    study = make_study()
+    turns = SiteData(path=tmp_path / "none.jsonl", columns=Columns(messages="turns"))
+    with pytest.raises(ConfigError, match="draws at random"):
+        check_columns(turns, study, tokenizer)
+    check_columns(SiteData(path=turns.path, columns=Columns(text="t")), study, tokenizer)

@@ -14,6 +14,7 @@ from fedtune.data.load import load_dataset
 from fedtune.data.records import read_file, read_records
 from fedtune.data.sources._encoding import encoding_of
 from fedtune.data.sources.csv import Csv, guessed
+from fedtune.data.sources.jsonl import json_lines
 from fedtune.errors import ConfigError, DataError
 from tests.data.data_tokens_kit import LABELLED, SECRET, Jsonl, MakeStudy, Tok
 
@@ -62,6 +63,18 @@ def test_a_byte_that_the_encoding_does_not_have_costs_its_own_row(tmp_path: Path
 def test_an_encoding_in_which_a_row_could_change_another_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="one byte a character"):
         encoding_of(name)
+
+
+@pytest.mark.parametrize("first", ["", '{"t": "x", "note_id": "0"}\n'])
+def test_a_mark_in_any_line_is_taken_off(tmp_path: Path, first: str) -> None:
+    """As where files were joined, each with its own: whether a row is read follows from that row,
+    not from whether somebody's stands before it."""
+    path, mark = tmp_path / "joined.jsonl", "\N{BYTE ORDER MARK}"
+    path.write_text(mark * bool(first) + first + mark + '{"t": "y", "note_id": "1"}\n')
+    found = read_file(DataFile(path=path, columns=Columns(text="t")), strict=False)
+    assert found.records[-1].completion == "y" and not found.rejected
+    bundle = [row for _, row in json_lines(path)]
+    assert bundle[-1] == {"t": "y", "note_id": "1"}
 
 
 def test_utf_8_with_its_mark(tmp_path: Path) -> None:

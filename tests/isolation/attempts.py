@@ -316,6 +316,18 @@ def have_a_child_read_them(given: dict[str, Any]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
 
+@of(COURIER)
+def see_how_full_the_disk_is(given: dict[str, Any]) -> None:
+    """It follows from how much the ledger has to remember, and so from how many records."""
+    os.statvfs("/usr")
+
+
+@of(COURIER)
+def see_how_full_the_memory_is(given: dict[str, Any]) -> None:
+    number = isolation.OF_FULLNESS["sysinfo"][os.uname().machine != "x86_64"]
+    syscall(number, ctypes.create_string_buffer(256))
+
+
 # ------------------------------------------------- from the courier into what the vault would run
 
 

@@ -72,8 +72,13 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-asks-a-daemon", ISOLATION,
-        "& _filter_calls(NETWORKS)", "& _filter_calls((*NETWORKS, socket.AF_UNIX))", T_COURIER,
+        "& _filter_calls(NETWORKS, ", "& _filter_calls((*NETWORKS, socket.AF_UNIX), ", T_COURIER,
         "systemd-run --user cat records",
+    ),
+    one(
+        "isolation", "the-courier-sees-how-full-the-disk-is", ISOLATION,
+        "(*NEVER, *OF_FULLNESS))", "(*NEVER,))", T_COURIER,
+        "the ledger's disk fills with the records that it remembers",
     ),
     one(
         "isolation", "the-courier-ends-the-vault", ISOLATION,

@@ -102,6 +102,33 @@ NOISE_MUTANTS = (
         "two numbers of the far tail lie on few circles: one pair says which world it is not",
     ),
     _one(
+        "clock", "a-template-reads-the-clock", "fedtune/data/chat.py",
+        'if "strftime_now" in template:', "if False:",
+        "tests/data/test_chat.py::test_a_template_that_names_the_date_gets_one_that_stands",
+        "how long one patient's records took decides about others' tokens at midnight",
+    ),
+    _one(
+        "clock", "a-template-draws", "fedtune/data/load.py",
+        "    if columns.messages:\n        check_draws_nothing(tokenizer)\n", "",
+        "tests/data/test_chat.py::test_a_study_of_a_template_that_draws_is_refused",
+        "records share one generator",
+    ),
+    _one(
+        "sources", "a-mark-in-a-later-line-counts", "fedtune/data/sources/jsonl.py",
+        "line = line.removeprefix(BOM)  # of any line: files are joined",
+        "line = line.removeprefix(BOM) if number == 1 else line",
+        "tests/data/test_rows.py::test_a_mark_in_any_line_is_taken_off",
+        "a row is read if nobody's stands before it",
+    ),
+    _one(
+        "sources", "rows-are-decoded-together-or-not-at-all", "fedtune/data/sources/parquet.py",
+        "    except pa.ArrowNotImplementedError:\n        pass\n",
+        "    except pa.ArrowNotImplementedError:\n        raise\n",
+        "tests/data/test_arrow_values.py::"
+        "test_rows_that_cannot_be_decoded_together_are_decoded_alone",
+        "one patient's long conversations make everybody's file unreadable",
+    ),
+    _one(
         5, "noise-follows-manual_seed", NOISE, STREAM,
         "import torch\n\n"
         "        yield np.frombuffer(torch.randint(0, 256, (8 * size,), dtype=torch.uint8).numpy()"
@@ -250,8 +277,8 @@ BUDGET_MUTANTS = (
     Mutant(
         24, "the-line-comes-after-the-noise", PLAN,
         (
-            ("        log.append(\n", "        line = (\n"),
-            ("        total += " + DRAW, "        total += " + DRAW + "\n        log.append(line)"),
+            ("        log.append(\n", "        enter = lambda: log.append(\n"),
+            ("        total += " + DRAW, "        total += " + DRAW + "\n        enter()"),
         ),
         ("tests/traps/test_trap_24_crash.py",),
         "a crash in between is free",

@@ -40,6 +40,20 @@ MUTANTS = (
         "a run that was handed over is measured on a file of whoever reads it",
     ),
     one(
+        "resources", "plans-without-end-take-the-ledgers-room", "fedtune/client/answers.py",
+        "    if has_room(site.home.folder, bytes_for(site.site.site.declared_size) + ENTRY):\n",
+        "    if True:\n",
+        "tests/client/test_admitted_plans.py::"
+        "test_plans_that_are_admitted_take_nothing_of_the_ledgers_room",
+        "how many plans are admitted before one fails tells how many records a ledger remembers",
+    ),
+    one(
+        "resources", "studies-without-end-are-under-way", SITE,
+        "            studies.check_number(self.home.folder, study)\n", "",
+        "tests/client/test_admitted_plans.py::test_so_many_studies_are_under_way_at_most",
+        "each leaves a file in the ledger's room",
+    ),
+    one(
         "runs", "a-note-that-came-with-a-run-counts", "fedtune/run_folder.py",
         'if noted.get("folder") != _identity(run):', "if False:",
         "tests/test_run_folder.py::test_a_plan_that_others_read_names_no_folder_of_this_machine",

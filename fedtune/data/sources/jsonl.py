@@ -34,7 +34,7 @@ class Jsonl(Source):
             for number, line in enumerate(_lines(handle), 1):
                 if number == 1 and line.startswith(UTF_16):
                     names.suspect("the file seems to be UTF-16: iconv -f UTF-16 -t UTF-8 FILE")
-                line = line.removeprefix(BOM) if number == 1 else line
+                line = line.removeprefix(BOM)  # of any line: files are joined
                 if not line.strip():
                     continue
                 names.row = number
@@ -49,7 +49,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
     is none. Errors: OSError."""
     with reading.opened(path) as handle:
         for number, line in enumerate(_lines(handle), 1):
-            line = line.removeprefix(BOM) if number == 1 else line
+            line = line.removeprefix(BOM)
             if line.strip():
                 yield number, _json_object(line, "utf-8") if len(line) <= LINE else "too long"
 
