@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.dp.accountant import Steps, epsilon
 from fedtune.errors import FedtuneError, NotGenuine, Refused
 from fedtune.evidence import sign
 from fedtune.evidence.verify import Verified, verify
@@ -92,6 +93,33 @@ def test_a_report_that_leaves_a_site_out_is_refused(signed, tmp_path: Path) -> N
 
     with pytest.raises(NotGenuine, match="sites is"):
         verify(forged(signed[0], tmp_path, less))
+
+
+def test_what_a_coordinator_left_out_of_a_run_is_counted(signed, tmp_path: Path) -> None:
+    """Signed by its own key, with figures that fit what is there: nobody can tell it from a site
+    that was away, and so the ε of the whole plan stands beside the one that is proven."""
+    folder, whole = signed
+    assert not whole.absent
+    copy = shutil.copytree(folder, tmp_path / "less")
+    content = json.loads((copy / sign.EVIDENCE).read_text())
+    content["updates"] = [e for e in content["updates"] if (e["site"], e["round"]) != ("north", 2)]
+    (copy / sign.EVIDENCE).write_bytes(canonical(content))
+    first = next(e for e in content["updates"] if e["site"] == "north")
+    (log,) = json.loads(first["said"]["events"])
+    report = json.loads((copy / "report.json").read_text())
+    report["rounds"][1]["participants"].remove("north")
+    steps = Steps(log["sigma"], log["q"], log["steps"], log["records"])
+    spent = {"steps": log["steps"], "epsilon": epsilon([steps], 1e-4)}
+    report["privacy"]["sites"]["north"] |= spent
+    write_report(copy, report)
+    sign.sign_files(copy, SigningKey())
+    found = verify(copy)
+    assert found.sites["north"]["epsilon"] == spent["epsilon"] < whole.sites["north"]["epsilon"]
+    assert found.absent == {"north": {"rounds": 1, "epsilon": whole.sites["north"]["epsilon"]}}
+    shown = command("verify", str(copy)).output
+    assert (
+        "not here     north: its updates of 1 of the plan's rounds; with all of them ε = " in shown
+    )
 
 
 def test_a_round_that_nobody_signed_is_refused(signed, tmp_path: Path) -> None:

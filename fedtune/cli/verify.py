@@ -138,6 +138,31 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
     return lines if dossier["approvals"] else [*lines, "approved     by nobody yet"]
 
 
+def _absent_lines(found: Verified) -> list[str]:
+    """Say what of the plan is not in the folder, and what it would cost."""
+    from fedtune.registry.rounding import rounded_up
+
+    lines = []
+    for name, lacks in found.absent.items():
+        parts = []
+        if number := lacks.get("rounds"):
+            parts.append(f"its updates of {number} of the plan's rounds")
+        if number := lacks.get("answers"):
+            parts.append(f"its answers to {number} of the plan's queries")
+        line = f"not here     {name}: {' and '.join(parts)}"
+        if "epsilon" in lacks:
+            line += f"; with all of them ε = {rounded_up(lacks['epsilon'])}"
+        if "answers_epsilon" in lacks:
+            line += f", of the queries {rounded_up(lacks['answers_epsilon'])} more"
+        lines.append(line)
+    if lines:
+        lines.append(
+            f"{'':13}whether a site was away or somebody left them out cannot be seen here:"
+        )
+        lines.append(f"{'':13}`fedtune ledger` at the site says what it spent")
+    return lines
+
+
 def _lines(found: Verified) -> str:
     from fedtune.registry.rounding import rounded_up
     from fedtune.report.declared import declared_line, free_query_line
@@ -170,6 +195,7 @@ def _lines(found: Verified) -> str:
             spent = f"ε = {rounded_up(site['epsilon'])}, {site['steps']} steps"
         keys = site["fingerprint"] or f"key {site['key'][:16]}…, not enrolled"
         lines.append(f"site         {name}: {keys}; {spent}".rstrip("; "))
+    lines += _absent_lines(found)
     if found.dossier:
         lines += _dossier_lines(found.dossier)
     if line := declared_line({"declared": found.declared}):

@@ -193,6 +193,44 @@ def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, A
     return len(updates)
 
 
+def absent(
+    content: dict[str, Any], study: Study, events: dict[str, Events]
+) -> dict[str, dict[str, Any]]:
+    """Count, for each site that lacks any, the plan's rounds without an update of it ("rounds") and
+    the plan's queries without an answer ("answers"), and compute its ε ("epsilon") and that of its
+    answers ("answers_epsilon") had it taken part in all of them, where the plan says how many they
+    are. A site that was not there and one whose updates were left out look alike."""
+    there: dict[str, Counter[str]] = {name: Counter() for name in events["update"]}
+    for kind, entry in {(e["kind"], (e["site"], e["round"])) for e in content["updates"]}:
+        there.setdefault(entry[0], Counter())[kind] += 1
+    last = study.training.rounds
+    rounds = last or max(counted["update"] for counted in there.values())
+    found = dict[str, dict[str, Any]]()
+    for name, counted in sorted(there.items()):
+        lacks = {"rounds": rounds - counted["update"]}
+        lacks["answers"] = len(study.queries) - counted["answer"]
+        if any(lacks.values()):
+            found[name] = {what: number for what, number in lacks.items() if number}
+            if last and isinstance(study.privacy, PrivacyTable):
+                found[name] |= _of_all(study, study.privacy, events["update"][name], last)
+    return found
+
+
+def _of_all(
+    study: Study, privacy: PrivacyTable, log: list[dict[str, Any]], rounds: int
+) -> dict[str, float]:
+    """Compute what all of the plan's rounds, and all of its queries, cost a site with this log."""
+    steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
+    shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
+    costs = dict[str, float]()
+    if _least(whole, privacy, shares) <= MOST_EPSILON:
+        costs["epsilon"] = _steps_epsilon(whole, privacy, shares)
+    if table := study.private_evaluation:
+        asked = Steps(table.noise_multiplier, 1.0, len(study.queries), 1)
+        costs["answers_epsilon"] = epsilon([asked], privacy.delta)
+    return costs
+
+
 def privacy(
     run: Path,
     study: Study,

@@ -22,6 +22,7 @@ from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.figures import (
     MALFORMED,
     TODO,
+    absent,
     fail,
     headline,
     privacy,
@@ -65,7 +66,9 @@ class Verified:
     signed; capped: whether ε is the plan's bound for one patient, at which the sites leave a
     patient out, and not what all steps together would give; released: where the plan lets the
     better of two be released, which it is by the report, "trained" or "start" (what public text
-    alone gives; trained/ has the other one); dossier: of a dossier, when it was
+    alone gives; trained/ has the other one); absent: by site, how many of the plan's rounds and
+    queries have no update or answer of it here, whether it was away or somebody left them out, and
+    its ε with all of them; dossier: of a dossier, when it was
     made, its files, and who approved it."""
 
     study: str
@@ -88,6 +91,7 @@ class Verified:
     exported: bool = False
     capped: bool = False
     released: str = ""
+    absent: dict[str, dict[str, Any]] = field(default_factory=dict)
     dossier: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,6 +135,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         events = seals(run, content, study, signed["coordinator"], bool(signed["ca"]))
         updates = rounds(run, content, study, report)
         claim = privacy(run, study, report, content["sites"], events)
+        lacking = absent(content, study, events)
         chosen = released(run, study, report, signed["files"])
         headline(run, report)
     except MALFORMED:
@@ -149,6 +154,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         free_query=tuple(report.get("free_query") or ()),
         exported=exported is not None,
         released=chosen,
+        absent=lacking,
         **claim,
     )
     _same_sites(run, found, sites or {})

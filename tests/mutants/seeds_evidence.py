@@ -15,6 +15,12 @@ T_RELEASED, T_GAIN = "tests/test_what_is_released.py::", "tests/report/test_gain
 
 MUTANTS = (
     _one(
+        "evidence", "what-was-left-out-is-not-counted", "fedtune/evidence/figures.py",
+        "        if any(lacks.values()):\n", "        if False:\n",
+        "tests/test_verify.py::test_what_a_coordinator_left_out_of_a_run_is_counted",
+        "a run with a site's later rounds left out proves a lower ε, and nothing says so",
+    ),
+    _one(
         "evidence", "worse-is-hidden", "fedtune/report/gain.py",
         "    lines = (_over_start(quality), _over_base(quality), _released(quality))",
         "    lines = (_over_base(quality), _released(quality))",
