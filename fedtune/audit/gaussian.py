@@ -11,7 +11,8 @@ import torch
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
 from fedtune.dp import accountant
 from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import DpPlan, RowGradients
+from fedtune.dp.mechanism import RowGradients
+from fedtune.dp.plan import DpPlan
 from fedtune.training.selftest import HUGE, MemoryLog
 
 # Fixed before anything is measured.

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from fedtune.config import ClippingTable, Study
-from fedtune.dp import clip, sampling, shared_noise
+from fedtune.dp import clip, mechanism, sampling, shared_noise
 from fedtune.dp.calibration import sampling_rate
-from fedtune.dp.plan import RowGradients
+from fedtune.dp.mechanism import Bound, RowGradients
 from fedtune.dp.steplog import StepLog
 
 
@@ -42,14 +42,11 @@ class NonPrivatePlan:
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
     ) -> torch.Tensor:
         """Compute the un-noised clipped sum in multiples of `grid_at`, int64. No guarantee."""
-        c, total = self.clipping, torch.zeros(dimension, dtype=torch.int64)
-        assert c is not None  # Study: secure aggregation needs a bound
+        assert self.clipping is not None  # Study: secure aggregation needs a bound
+        table = self.clipping
+        bound = Bound(table.max_grad_norm, table.mode, table.gamma, self.grid_at(dimension))
         sampled = sampling.poisson(n_rows, self.sampling_rate)
-        for chunk in gradients(sampled) if sampled else ():
-            clip.add_clipped(
-                total, chunk, self.grid_at(dimension), c.max_grad_norm, c.mode, c.gamma
-            )
-        return total
+        return mechanism.clipped_sum(gradients, sampled, dimension, bound)
 
     def grid_at(self, dimension: int) -> float:
         """The unit of a sum without noise, as with a noise of C."""

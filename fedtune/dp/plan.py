@@ -1,4 +1,4 @@
-"""DP-SGD: the one place that combines sampler, clip, noise and accountant.
+"""DP-SGD: the one place that combines sampler, clipped sum, noise and accountant.
 
 The shape follows google-deepmind/jax_privacy's execution plan: a frozen description that both
 computes ε and runs the step."""
@@ -6,15 +6,15 @@ computes ε and runs the step."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from fedtune.config import Study
-from fedtune.dp import accountant, clip, noise, sampling, shared_noise
+from fedtune.dp import accountant, clip, mechanism, sampling, shared_noise
 from fedtune.dp.accountant import Steps
 from fedtune.dp.calibration import resolve
-from fedtune.dp.clip import Chunk
+from fedtune.dp.mechanism import Bound, RowGradients
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.errors import describe
 
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("fedtune.dp")
 RELATION: clip.Relation = "add or remove one unit"
-
-# The gradients of the sampled rows, some at a time, in any order. A row is a unit or, where records
-# are sampled, one record.
-RowGradients = Callable[[list[int]], Iterator[Chunk]]
 
 
 class StepPlan(Protocol):
@@ -159,30 +155,21 @@ class DpPlan:
     def clipped_sum(
         self, sampled: list[int], dimension: int, gradients: RowGradients
     ) -> torch.Tensor:
-        """Sum the clipped rows in multiples of the grid, int64 (dimension,). Not noised.
+        """Sum the clipped rows as `mechanism.clipped_sum` does, on this plan's grid."""
+        return mechanism.clipped_sum(gradients, sampled, dimension, self._bound_at(dimension))
 
-        Errors: RuntimeError as in `step`."""
-        import torch
-
-        total = torch.zeros(dimension, dtype=torch.int64)
-        grid, returned = self.grid_at(dimension), list[int]()
-        for chunk in gradients(sampled) if sampled else ():
-            returned += chunk.rows
-            clip.add_clipped(total, chunk, grid, self.max_grad_norm, self.clipping, self.gamma)
-        if sorted(returned) != sorted(sampled):
-            raise RuntimeError("the gradient engine did not return each sampled row once")
-        return total
+    def _bound_at(self, dimension: int) -> Bound:
+        return Bound(self.max_grad_norm, self.clipping, self.gamma, self.grid_at(dimension))
 
     def _add_noise(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
         noised = self._noised(total, log, round_)
         return (noised.double() * (self.grid_at(len(total)) / self.divisor)).float()
 
     def _noised(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-        """Log the step, then add the noise to the integer sum, in place."""
-        grid = self.grid_at(len(total))
-        bound = clip.sensitivity(self.max_grad_norm, len(total), grid, relation=self.relation)
-        log.append(
-            Step(
+        """Log the step and add the noise as `mechanism.noised_sum` does, in place."""
+
+        def log_step() -> None:
+            line = Step(
                 study=self.study,
                 round=round_,
                 noise_multiplier=self.own_noise,
@@ -190,11 +177,11 @@ class DpPlan:
                 max_grad_norm=self.max_grad_norm,
                 unit=self.unit,
                 records=self.records,
-            ),
-            of_round=self.local_steps,
-        )
-        total += noise.gaussian_on_grid(len(total), self.own_noise * bound, grid)
-        return total
+            )
+            log.append(line, of_round=self.local_steps)
+
+        bound = self._bound_at(len(total))
+        return mechanism.noised_sum(total, bound, self.own_noise, self.relation, log_step)
 
 
 @dataclass(frozen=True)

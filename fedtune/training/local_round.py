@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 
 from fedtune.config import Study
-from fedtune.dp.plan import RowGradients, StepPlan
+from fedtune.dp.mechanism import RowGradients
+from fedtune.dp.plan import StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import ModelError
 from fedtune.models.cache import CachedDataset

@@ -31,10 +31,11 @@ MEAN = "return -likelihood(network, batch).mean"
 GUARD = "            if gradient is None or gradient.shape[0] not in expected_lengths:\n"
 RAISE = 'raise NoRowGradient("a trainable layer gave no per-record gradient")'
 DONE = "        return self._add_noise(total, log, round_)\n"
-DRAW = "noise.gaussian_on_grid(len(total), self.own_noise * bound, grid)"
-BOUND = "total, chunk, grid, self.max_grad_norm, self.clipping, self.gamma"
-TOTAL = "        total = torch.zeros(dimension, dtype=torch.int64)\n"
-SEEN = "            returned += chunk.rows\n"
+MECHANISM = "fedtune/dp/mechanism.py"
+DRAW = "noise.gaussian_on_grid(len(total), noise_multiplier * sensitivity, bound.grid)"
+BOUND = "total, chunk, bound.grid, bound.norm, bound.mode, bound.gamma"
+TOTAL = "    total = torch.zeros(dimension, dtype=torch.int64)\n"
+SEEN = "        returned += chunk.rows\n"
 POISSON = "sampled = sampling.poisson(n_rows, self.sampling_rate)"
 STREAM = "yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)"
 URANDOM = "np.frombuffer(os.urandom(8 * n_units), dtype=np.uint64)"
@@ -42,7 +43,6 @@ CHOSEN = "np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))).tolist
 NORMS = "squares += torch.linalg.vector_norm(block, dim=1).square_()"
 REPORTED = "return float(_composed(events).get_epsilon_for_delta(delta))"
 CALIBRATED = "    return smallest / 1000"
-FIRST_FIELD = "                study=self.study,\n"
 GDP = """if not events:
         return 0.0
     from scipy.optimize import brentq

@@ -13,6 +13,7 @@ from tests.mutants.places import (
     DONE,
     DRAW,
     GDP,
+    MECHANISM,
     NOISE,
     NORMS,
     PLAN,
@@ -68,13 +69,13 @@ CLIP_MUTANTS = (
         "tests/traps/test_trap_30_crafted_adapter.py", "round 0 is taken to be harmless",
     ),
     _one(
-        20, "clip-at-the-median", PLAN, BOUND,
-        BOUND.replace("self.max_grad_norm", "float(chunk.flat().norm(dim=1).median())"),
+        20, "clip-at-the-median", MECHANISM, BOUND,
+        BOUND.replace("bound.norm", "float(chunk.flat().norm(dim=1).median())"),
         T_PLAN + "test_signal_is_the_clipped_mean", "adaptive clipping without paying",
     ),
     _one(
-        "2C", "clip-at-twice-c", PLAN, BOUND,
-        BOUND.replace("self.max_grad_norm", "2 * self.max_grad_norm"),
+        "2C", "clip-at-twice-c", MECHANISM, BOUND,
+        BOUND.replace("bound.norm", "2 * bound.norm"),
         T_PLAN + "test_signal_is_the_clipped_mean", "noise for C",
     ),
     _one(
@@ -158,21 +159,19 @@ NOISE_MUTANTS = (
         "unseeded, but not cryptographic",
     ),
     _one(
-        17, "noise-in-every-chunk", PLAN, SEEN,
-        SEEN + "            total += noise.gaussian_on_grid(\n"
-        "                dimension, self.noise_multiplier * self.max_grad_norm, self.grid\n"
-        "            )\n",
+        17, "noise-in-every-chunk", MECHANISM, SEEN,
+        SEEN + "        total += noise.gaussian_on_grid(dimension, bound.norm, bound.grid)\n",
         T_CHUNKS, "the variance grows with the number of chunks",
     ),
     _one(
-        17, "noise-divided-by-the-batch", PLAN, DRAW,
-        DRAW.replace("bound", "bound / self.divisor"), T_CHUNKS, "noise of the mean, on the sum",
+        17, "noise-divided-by-the-batch", MECHANISM, DRAW,
+        DRAW.replace("sensitivity", "sensitivity / 5.0"), T_CHUNKS, "noise of the mean, on the sum",
     ),
     _one(
-        3, "an-aborted-step-leaves-its-sum", PLAN, TOTAL,
-        "        total = self.__dict__.setdefault(\n"
-        '            "held", torch.zeros(dimension, dtype=torch.int64)\n'
-        "        )\n",
+        3, "an-aborted-step-leaves-its-sum", MECHANISM, TOTAL,
+        "    total = clipped_sum.__dict__.setdefault(\n"
+        '        "held", torch.zeros(dimension, dtype=torch.int64)\n'
+        "    )\n",
         "tests/traps/test_trap_03_aborted_step.py", "the next step holds more units than it drew",
     ),
 )  # fmt: skip
@@ -233,12 +232,12 @@ SAMPLING_MUTANTS = (
         T_POST + "test_nothing_of_who_was_drawn_is_written", "a debugging file",
     ),
     _one(
-        16, "a-missing-row-is-no-error", PLAN,
+        16, "a-missing-row-is-no-error", MECHANISM,
         "if sorted(returned) != sorted(sampled):", "if len(returned) > 10**9:",
         T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "a step over nothing passes",
     ),
     _one(
-        16, "rows-are-only-counted", PLAN,
+        16, "rows-are-only-counted", MECHANISM,
         "if sorted(returned) != sorted(sampled):", "if len(returned) != len(sampled):",
         T_PLAN + "test_a_missing_or_doubled_unit_releases_nothing", "one missed, one doubled",
     ),
@@ -275,10 +274,10 @@ BUDGET_MUTANTS = (
         "tests/report/test_report.py::test_epsilon_is_rounded_up", "what people read",
     ),
     Mutant(
-        24, "the-line-comes-after-the-noise", PLAN,
+        24, "the-line-comes-after-the-noise", MECHANISM,
         (
-            ("        log.append(\n", "        enter = lambda: log.append(\n"),
-            ("        total += " + DRAW, "        total += " + DRAW + "\n        enter()"),
+            ("    log_step()\n", ""),
+            ("    total += " + DRAW, "    total += " + DRAW + "\n    log_step()"),
         ),
         ("tests/traps/test_trap_24_crash.py",),
         "a crash in between is free",

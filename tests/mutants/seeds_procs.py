@@ -27,7 +27,7 @@ MUTANTS = (
     ),
     one(
         "full disk", "each-step-of-a-round-is-a-line", "fedtune/dp/plan.py",
-        "            of_round=self.local_steps,\n", "",
+        "line, of_round=self.local_steps", "line",
         "tests/dp/test_plan.py::test_epsilon_of_the_log_is_epsilon_of_the_plan",
         "a plan's number of steps fills the room that a site's records need: failed, or trained",
     ),

@@ -116,6 +116,14 @@ MUTANTS = (
         "a unit's key or place decides what is made of its rows",
     ),
     one(
+        "units", "a-sum-by-another-way", "fedtune/dp/query.py",
+        "return plan.step(len(rows), 2, drawn_rows, log, round_)",
+        "return plan.clipped_sum(list(range(len(rows))), 2, drawn_rows).float()",
+        "tests/dp/test_one_way_through.py::"
+        "test_gradients_and_sums_are_touched_where_it_is_said",
+        "a sum that was not noised is what leaves",
+    ),
+    one(
         "units", "no-sample-before-joining", "fedtune/client/before_joining.py",
         "check_records, check_conversion):", "check_records):",
         T_CONVERSION + "test_a_sample_of_units_is_converted_again_alone",

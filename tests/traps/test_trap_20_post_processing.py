@@ -14,7 +14,8 @@ import torch
 
 from fedtune.config import Study
 from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import RELATION, RowGradients
+from fedtune.dp.mechanism import RowGradients
+from fedtune.dp.plan import RELATION
 from fedtune.dp.steplog import Step, StepLog
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
