@@ -35,7 +35,7 @@ log = logging.getLogger("fedtune.data")
 PROGRAM = "fedtune.data.conversion_process"
 CPU_SECONDS = 20  # of one child; what others do has no part in it
 SECONDS = 120.0  # from a child's start to its end, for one that waits for nothing
-START_SECONDS = 60.0  # until the process that forks is ready
+START_SECONDS = 600.0  # until the process that forks is ready
 SAID = 300  # characters of what a plug-in says of its options, before a record is read
 MACHINE = "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed"
 
