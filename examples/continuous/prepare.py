@@ -34,7 +34,8 @@ SCHEDULE = """
 [schedule]
 every = "1d"
 start = "2026-01-05T02:00:00Z"
-confidence = 0.9            # how sure of being better before a new adapter is released
+alpha = 0.05                # the chance of a release that is no better, over all
+looks = 16                  # comparisons on the same public records
 """
 
 Desks = dict[str, str]

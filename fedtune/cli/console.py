@@ -200,8 +200,9 @@ def plan_table(study: Study, plan: Plan) -> Table:
 def versions_table(index: Index) -> Table:
     """Every version of a run and what was decided about it; the one in use is marked."""
     table = Figures(
-        caption="against: the version in use then, on the same public records. sure: the share of "
-        "1,000 resamples of them in which this one is better. public: their sha256.",
+        caption="against: the version in use then, on the same public records. p: how likely one "
+        "as good would be by chance; look: which comparison on those records it was. public: their "
+        "sha256.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -209,7 +210,7 @@ def versions_table(index: Index) -> Table:
     )
     for head in ("version", "scheduled, UTC"):
         table.add_column(head, no_wrap=True)
-    for head in ("value", "against", "sure"):
+    for head in ("value", "against", "p", "look"):
         table.add_column(head, justify="right", no_wrap=True)
     for head in ("public", "decision"):
         table.add_column(head, no_wrap=True)
@@ -217,7 +218,8 @@ def versions_table(index: Index) -> Table:
         mark = " ←" if v.number == index.champion else ""
         other = "–" if v.champion is None else f"{short(v.champion_value)} ({v.champion})"
         at = v.at[:16].replace("T", " ") or "–"
-        row = (f"{v.number}{mark}", at, short(v.value), other, short(v.sure), v.public[:8] or "–")
+        test = (short(v.p), "–" if v.look is None else str(v.look))
+        row = (f"{v.number}{mark}", at, short(v.value), other, *test, v.public[:8] or "–")
         table.add_row(*(escape(printable(cell)) for cell in (*row, v.decision)))
     return table
 

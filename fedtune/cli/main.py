@@ -46,6 +46,7 @@ from fedtune.cli.study import (
     TRACKER,
     load,
     say_expected_gain,
+    say_looks,
     say_what_to_expect,
     say_what_was_paid,
     shares_of,
@@ -171,6 +172,7 @@ def plan(
         _console().print(line, highlight=False, markup=False)
     declared = [site.declared_size for site in costs.sites]
     say_what_to_expect(_console(), loaded, declared, every=not sizes)
+    say_looks(_console(), loaded)
     shares = shares_of(share)
     gain = None if quick else say_expected_gain(_console(), loaded, declared, shares)
     return {"private": True, **asdict(costs), "expected": gain}

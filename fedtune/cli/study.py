@@ -119,6 +119,27 @@ def say_what_to_expect(
             console.print(line, style="bold yellow", highlight=False, markup=False)
 
 
+def say_looks(console: Console, study: Study) -> None:
+    """Say of a study without a last round how often versions are compared, and which gain is found
+    on as many public records as there are now. Errors: DataError where they cannot be read."""
+    if study.schedule is None or study.evaluation is None:
+        return
+    from fedtune.data.records import read_records
+    from fedtune.evaluation.metrics import least_gain
+    from fedtune.registry.metrics import METRICS
+
+    table, file = study.schedule, study.evaluation
+    records = len(read_records(file, unit="record", labelled=True)[0])
+    line = f"a version is released at p at most {table.threshold:.2g} on {records:,} public records"
+    line += f", in {table.looks} looks at them; one that is no better in at most one study in "
+    line += f"{1 / table.alpha:.0f}"
+    if METRICS[file.metric].share:
+        gain = least_gain(records, table.threshold)
+        line += f"; a gain of {100 * gain:.0f} points is found four times in five, if the two "
+        line += "versions differ about a fifth of the records"
+    console.print(line, highlight=False, markup=False)
+
+
 def say_expected_gain(
     console: Console, study: Study, sizes: Sequence[int], shares: Mapping[str, float]
 ) -> dict[str, Any] | None:

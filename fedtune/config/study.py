@@ -199,12 +199,14 @@ class PrivateEvaluationTable(Table):
 class ScheduleTable(Table):
     """The times of a study without a last round: start + k · every, k = 0, 1, 2, …
 
-    confidence: share of the paired bootstrap's resamples on [evaluation] in which a new adapter
-    must be better to replace the released one (fedtune/server/versions.py)."""
+    alpha: the chance, at most, that a version which is no better replaces the released one, over
+    all looks at the same [evaluation] records; looks: how often versions are compared on them: each
+    time at alpha/looks (fedtune/server/continuous.py)."""
 
     every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
     start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
-    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9
+    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+    looks: Annotated[int, Field(ge=1, le=500)] = 16
 
     @model_validator(mode="before")
     @classmethod
@@ -213,6 +215,11 @@ class ScheduleTable(Table):
         if keys:
             raise ValueError(f"{keys[0]}: {BY_COUNT}")
         return table
+
+    @property
+    def threshold(self) -> float:
+        """The p at most of one look."""
+        return self.alpha / self.looks
 
     @property
     def start_timestamp(self) -> float:

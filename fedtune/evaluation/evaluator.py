@@ -22,7 +22,7 @@ from fedtune.evaluation.choices import (
     single_tokens,
     with_choice,
 )
-from fedtune.evaluation.metrics import Compared, Scores, _resamples, intervals
+from fedtune.evaluation.metrics import Compared, Scores, chance_of, intervals
 from fedtune.evaluation.pairs import PairScores, pair_facts, round_figures
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -141,16 +141,11 @@ class Evaluator:
         return float(getattr(self._objective, "beta", 1.0))
 
     def compare(self, champion: Arrays, challenger: Arrays) -> Compared:
-        """Compare two adapters by a paired bootstrap over the records (Efron & Tibshirani 1993,
-        chapter 16); a tie is not better. Deterministic: the resamples have a fixed seed."""
+        """Compare two adapters on the same records by a paired randomisation test
+        (metrics.chance_of); a tie is not better."""
         before, after = self.scores(champion), self.scores(challenger)
-        sign = 1 if METRICS[self.metric].higher_is_better else -1
-        better = [
-            sign * (after.value(self.metric, rows) - before.value(self.metric, rows)) > 0
-            for rows in _resamples(len(self))
-        ]
         pair = before.value(self.metric), after.value(self.metric)
-        return Compared(*pair, float(np.mean(better)))
+        return Compared(*pair, chance_of(before, after, str(self.metric)))
 
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
         """records; intervals: of the metric and the loss, the 95 % intervals of base, adapter and

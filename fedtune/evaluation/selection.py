@@ -4,10 +4,19 @@ of."""
 from __future__ import annotations
 
 import itertools
+from hashlib import sha256
 
-from fedtune.config import Study
+from fedtune.config import EvaluationTable, Study
 from fedtune.data.records import content_of, read_records
 from fedtune.errors import DataError
+
+
+def digests_of(table: EvaluationTable) -> frozenset[str]:
+    """Return a digest of each record's content, by which it is known again in another file.
+
+    Errors: DataError."""
+    records, _ = read_records(table, unit="record", labelled=True)
+    return frozenset(sha256(content_of(record)).hexdigest()[:32] for record in records)
 
 
 def check_apart(study: Study) -> None:

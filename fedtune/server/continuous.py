@@ -1,11 +1,16 @@
 """Schedule the rounds of a study without a last one, and decide which adapters to release.
 
 The rule: a new adapter (the challenger) is released in place of the one in use (the champion) where
-it is better on the public [evaluation] records in at least schedule.confidence of 1,000 resamples
-of those records, both measured on the same ones (a paired bootstrap). The champion is measured
-anew each time: where the public file was replaced, drift shows as a lower metric on the new one.
-Training continues from the newest adapter, released or not; a later adapter that is better than the
-champion is released. All of it is post-processing of noised sums, on public records: no ε.
+it is better on the public [evaluation] records at p ≤ schedule.alpha / schedule.looks, by a paired
+test on the same records (evaluation.metrics.chance_of). That is at most schedule.looks times; then
+nothing is compared until the file is replaced by one that shares no record with it (looks.py).
+While no version is better than the champion, the chance that any replaces it is at most alpha for
+each such file, whatever the number of versions (a union bound over its looks).
+
+The champion is measured anew each time: where the public file was replaced, drift shows as a lower
+metric on the new one. Training continues from the newest adapter, released or not; a later adapter
+that is better than the champion is released. All of it is post-processing of noised sums, on public
+records: no ε.
 """
 
 from __future__ import annotations
@@ -16,11 +21,11 @@ from typing import Any
 
 from fedtune.config import format_duration
 from fedtune.errors import DataError
-from fedtune.server import schedule
+from fedtune.server import looks, schedule
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
 from fedtune.server.version_report import figures, in_use
-from fedtune.server.versions import Version, Versions
+from fedtune.server.versions import Decision, Index, Version, Versions
 
 Emit = Callable[..., None]
 
@@ -36,6 +41,7 @@ class Continuous:
         self.slot: int | None = progress.history[-1]["slot"] if progress.history else None
         self._evaluator: Measures | None = None
         self._public = ""
+        self._files = looks.files_of(out)
 
     # ------------------------------------------------------------------------------- the clock
 
@@ -57,6 +63,7 @@ class Continuous:
             try:
                 self._evaluator = self.parts.evaluator(self.progress.study, self.progress.frozen)
                 self._public = public
+                self._files[public] = self.parts.contents(self.evaluation)
             except DataError:
                 if self._evaluator is None:
                     raise
@@ -78,26 +85,41 @@ class Continuous:
         """Compare the newest adapter with the champion, once, and release it if it is better."""
         progress = self.progress
         while (index := self.versions.index()) is not None and index.judged < progress.round:
-            evaluator = self.evaluator
-            in_use = self.parts.load(self.versions.at(index.champion))
-            champion = {name: in_use[name] for name in progress.adapter}
-            comparison = evaluator.compare(champion, progress.adapter)
-            better = comparison.sure >= self.table.confidence
-            version = Version(
-                number=progress.round,
-                at=self._at,
-                decision="released" if better else "kept back",
-                metric=self.evaluation.metric,
-                value=comparison.after,
-                champion=index.champion,
-                champion_value=comparison.before,
-                sure=comparison.sure,
-                public=self._public,
-            )
+            version = self._compared(index)
             if entered := self.versions.add(version, self._save):
                 text = f"version {entered.number}: {entered.decision}"
+                if entered.decision == "not compared":
+                    text += f": all {self.table.looks} looks at these public records were taken"
                 promoted = entered.decision == "released"
                 self.event("version", champion=self.champion, promoted=promoted, text=text)
+
+    def _compared(self, index: Index) -> Version:
+        """Compare the newest adapter with the champion, if the plan has a look left at the public
+        records as they are now."""
+        evaluator, progress = self.evaluator, self.progress
+        taken = looks.used(index, self._files, self._public)
+        if taken >= self.table.looks:
+            decision: Decision = "not compared"
+            return Version(
+                progress.round, self._at, decision, champion=index.champion, public=self._public
+            )
+        looks.note(self.versions.out, self._files)
+        in_use = self.parts.load(self.versions.at(index.champion))
+        champion = {name: in_use[name] for name in progress.adapter}
+        comparison = evaluator.compare(champion, progress.adapter)
+        better = comparison.p <= self.table.threshold
+        return Version(
+            number=progress.round,
+            at=self._at,
+            decision="released" if better else "kept back",
+            metric=self.evaluation.metric,
+            value=comparison.after,
+            champion=index.champion,
+            champion_value=comparison.before,
+            p=comparison.p,
+            look=taken + 1,
+            public=self._public,
+        )
 
     def report(self) -> dict[str, Any]:
         """Return the report's table about the schedule and the versions."""
@@ -106,7 +128,8 @@ class Continuous:
         return {
             "round every": f"{format_duration(self.table.every)}, from {self.table.start}",
             **in_use(index),
-            "released where surer than": self.table.confidence,
+            "released where p is at most": self.table.threshold,
+            "chance of a false release": f"at most {self.table.alpha:g} for each public file",
         }
 
     def quality(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from flwr.serverapp import Grid
 
 from fedtune import progress
-from fedtune.config import Study
+from fedtune.config import EvaluationTable, Study
 from fedtune.flower.enrol import Member
 from fedtune.progress import stage
 from fedtune.server.bound import Mechanism
@@ -54,7 +54,7 @@ class Compared(Protocol):
     @property
     def after(self) -> float: ...
     @property
-    def sure(self) -> float: ...
+    def p(self) -> float: ...
 
 
 class Measures(Protocol):
@@ -163,6 +163,12 @@ def _fingerprint(path: Path) -> str:
     return fingerprint(path)
 
 
+def _contents(table: EvaluationTable) -> frozenset[str]:
+    from fedtune.evaluation.selection import digests_of
+
+    return digests_of(table)
+
+
 def _report(out: Path, report: dict[str, Any]) -> None:
     from fedtune.report import write
 
@@ -221,6 +227,7 @@ class Dependencies:
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
     load: Callable[[Path], Arrays] = _load
     fingerprint: Callable[[Path], str] = _fingerprint
+    contents: Callable[[EvaluationTable], frozenset[str]] = _contents
     report: Callable[[Path, dict[str, Any]], None] = _report
     enrolled: Callable[[Grid], Mapping[int, Member]] | None = None
     expect: Callable[[Grid, Iterable[int], int], None] = lambda grid, nodes, most: None

@@ -26,9 +26,9 @@ from fedtune.errors import InputError
 from fedtune.files import locks, reading, writing
 from fedtune.server.store import CheckpointError
 
-FORMAT = "fedtune-versions-1"
+FORMAT = "fedtune-versions-2"
 FOLDER, INDEX, LINK = "versions", "index.json", "adapter"
-Decision = Literal["first", "released", "kept back", "pinned"]
+Decision = Literal["first", "released", "kept back", "pinned", "not compared"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class Version:
 
     number: the round that made it; at: when that was scheduled (UTC); value: the study's metric on
     the public records; champion, champion_value: the version in use then, on the same records;
-    sure: share of resamples in which this one is better; public: sha256 of those records;
-    decision: pinned: the champion was pinned by a rollback, so nothing is released meanwhile."""
+    p: how likely as good a version would be by chance (evaluation.metrics.chance_of); look: which
+    comparison on those records this was, from 1; public: sha256 of them; decision: pinned: the
+    champion was pinned by a rollback, so nothing is released meanwhile; not compared: the plan has
+    no look at those records left."""
 
     number: int
     at: str
@@ -47,7 +49,8 @@ class Version:
     value: float | None = None
     champion: int | None = None
     champion_value: float | None = None
-    sure: float | None = None
+    p: float | None = None
+    look: int | None = None
     public: str = ""
 
 

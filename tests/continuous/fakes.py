@@ -36,7 +36,7 @@ class Judge(FakeEvaluator):
 
     def compare(self, champion: Any, challenger: Any) -> Any:
         before, after = loss(champion), loss(challenger)
-        return SimpleNamespace(before=before, after=after, sure=1.0 if after < before else 0.0)
+        return SimpleNamespace(before=before, after=after, p=0.0 if after < before else 1.0)
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:
@@ -49,6 +49,7 @@ def parts(upto: int, clock: SimulatedClock | None = None, **changes: Any) -> Dep
         "evaluator": lambda study, frozen: Judge(),
         "load": load,
         "fingerprint": lambda path: "public",
+        "contents": lambda table: frozenset({"record"}),
         "clock": clock or SimulatedClock(START),
         "upto": upto,
         "skip": False,

@@ -54,7 +54,7 @@ class Public(Judge):
             float(np.mean([np.abs(a - World.right).mean() for a in each.values()]))
             for each in (champion, challenger)
         )
-        return SimpleNamespace(before=before, after=after, sure=1.0 if after < before else 0.0)
+        return SimpleNamespace(before=before, after=after, p=0.0 if after < before else 1.0)
 
 
 def play(trial: Any, monkeypatch: pytest.MonkeyPatch, arrive: bool) -> Index:

@@ -86,7 +86,7 @@ REFUSED = [
     ('every = "1h"', "every = 0", "every"),
     ("2026-01-05T00:00:00Z", "2026-01-05T00:00:00", "with an offset"),
     ("2026-01-05T00:00:00Z", "Monday", "with an offset"),
-    ('every = "1h"', 'every = "1h"\nconfidence = 0.4', "confidence"),
+    ('every = "1h"', 'every = "1h"\nalpha = 0.6', "alpha"),
     ("[evaluation]", "[private_evaluation]\nnoise_multiplier = 9.0\n[evaluation]", "not with a"),
 ]
 

@@ -65,7 +65,7 @@ def test_the_twin_that_releases_everything_is_caught(
     class Yes(Judge):
         def compare(self, champion: Any, challenger: Any) -> Any:
             found = super().compare(champion, challenger)
-            found.sure = 1.0
+            found.p = 0.0
             return found
 
     run = trial(*sites())

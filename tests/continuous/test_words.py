@@ -87,11 +87,11 @@ def test_the_public_comparison_is_paired_and_repeatable(world: Path) -> None:
     one = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     other = {name: rng.normal(0, 30, shape).astype(np.float32) for name, shape in shapes.items()}
     same = evaluator.compare(one, one)
-    assert same.sure == 0.0 and same.before == same.after  # a tie is not better
+    assert same.p == 1.0 and same.before == same.after  # a tie is not better
     forth, back = evaluator.compare(other, one), evaluator.compare(one, other)
-    assert forth.sure == evaluator.compare(other, one).sure == pytest.approx(1 - back.sure)
+    assert forth.p == evaluator.compare(other, one).p and max(forth.p, back.p) == 1.0
     assert forth.before == back.after != forth.after == back.before
-    assert (forth.before > forth.after) == (forth.sure > 0.5)  # lower is better
+    assert (forth.before > forth.after) == (back.p == 1.0)  # lower is better
 
 
 def test_the_public_files_digest_follows_content_and_nothing_else(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ CONTINUOUS_MUTANTS = (
     ),
     _one(
         "release", "any-challenger-is-released", CONTINUOUS,
-        "better = comparison.sure >= self.table.confidence", "better = True",
+        "better = comparison.p <= self.table.threshold", "better = True",
         T_VERSIONS + "test_only_what_is_better_is_released", "a worse adapter is promoted",
     ),
     _one(
