@@ -61,6 +61,7 @@ LOAD, MASK, IF_EQUAL, IF_AT_LEAST, GIVE = 0x20, 0x54, 0x15, 0x35, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 ZERO = 0x00050000  # "no error": the call is not made, and gives 0
 CALL, MACHINE, FIRST, SECOND = 0, 4, 16, 24  # where a call's number and first arguments are read
+NO_LANDLOCK = "no Landlock"
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -319,7 +320,7 @@ def _restrict_files(
     """Have Linux refuse every file that is not below one of these paths."""
     version = landlock_version()
     if not version:
-        return Confinement(missing=("no Landlock",))
+        return Confinement(missing=(NO_LANDLOCK,))
     handled = FILES_BY_VERSION[max(least for least in FILES_BY_VERSION if least <= version)]
     scoped = SCOPES if version >= 6 else 0
     fields = 1 + (version >= 4) + (version >= 6)  # files, ports, scopes: what this Linux knows
@@ -329,7 +330,7 @@ def _restrict_files(
         LANDLOCK_CREATE, ctypes.create_string_buffer(rules, len(rules)), len(rules), 0
     )
     if ruleset < 0:
-        return Confinement(missing=("no Landlock",))
+        return Confinement(missing=(NO_LANDLOCK,))
     try:
         for path in read:
             _allow(ruleset, path, (READ | EXECUTE) & handled)
@@ -338,7 +339,7 @@ def _restrict_files(
         for path in names:
             _allow(ruleset, path, READ_DIR)
         if _prctl(PR_SET_NO_NEW_PRIVS, 1) or libc.syscall(LANDLOCK_RESTRICT, ruleset, 0):
-            return Confinement(missing=("no Landlock",))
+            return Confinement(missing=(NO_LANDLOCK,))
     finally:
         os.close(ruleset)
     few = () if scoped else ("a Landlock before version 6 does not bound signals",)

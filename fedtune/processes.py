@@ -126,7 +126,12 @@ class Child:
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return self.status is None
+
+    @property
+    def status(self) -> int | None:
+        """The status with which the child has ended; None while it runs."""
+        return self._process.poll()
 
     def has_logged(self, text: str) -> bool:
         """Return whether the child's output contains `text`."""
@@ -135,7 +140,7 @@ class Child:
     def ended(self) -> InfrastructureError:
         """Build the error that this child ended by itself."""
         return InfrastructureError(
-            f"{self._name} ended by itself (exit status {self._process.poll()})",
+            f"{self._name} ended by itself (exit status {self.status})",
             todo=f"read {self.log}",
         )
 

@@ -22,11 +22,13 @@ from fedtune.config import load_site, load_study
 from tests.deploy_kit import DOCKERFILES, ROOT, Compose, Words, instructions
 
 SITES = ("north", "south", "west")
+COURIERS = {name: f"{name}-courier" for name in SITES}
 WRITABLE = {  # what a service may write to, besides /tmp
     "coordinator": {"/coordinator", "/runs"},
     "models": {"/models"},
     "admit": {"/coordinator", *(f"/post/{name}" for name in SITES)},
-    **{name: {"/site/state"} for name in SITES},
+    **{name: {"/site/state", "/run/fedtune"} for name in SITES},
+    **{name: {"/site/state/keys/renewed"} for name in COURIERS.values()},
     **{f"enrol-{name}": {"/site/post", "/site/state"} for name in SITES},
 }
 
@@ -89,38 +91,45 @@ def closed(name: str, s: Compose) -> Iterator[str]:
 
 
 def alone(compose: Compose, name: str) -> Iterator[str]:
-    """What keeps a site to itself."""
-    site, nets = compose["services"][name], compose["networks"]
-    if site.get("networks") != [name]:
+    """What keeps a site to itself, and its records from the network."""
+    services, nets = compose["services"], compose["networks"]
+    site, courier = services[name], services[COURIERS[name]]
+    if site.get("network_mode") != "none" or "networks" in site:
+        yield "its records are on a network"
+    if courier.get("networks") != [name]:
         yield "is on another network than its own"
     elif (nets[name] or {}).get("internal") is not True:
         yield "its network reaches outside"
-    there = {n for n, s in compose["services"].items() if name in s.get("networks", ())}
-    if there != {name, "coordinator"}:
+    there = {n for n, s in services.items() if name in s.get("networks", ())}
+    if there != {COURIERS[name], "coordinator"}:
         yield "somebody else is on its network"
-    for service in (name, f"enrol-{name}"):
-        sources = [source for source, _, _ in mounts(compose["services"][service])]
+    for service in (name, COURIERS[name], f"enrol-{name}"):
+        sources = [source for source, _, _ in mounts(services[service])]
         if any(source.startswith(".") and owner(source) != name for source in sources):
             yield "mounts what is not its own"
-    if "expose" in site:
+    of_courier = {source.removeprefix(f"./deploy/{name}/") for source, _, _ in mounts(courier)}
+    if of_courier != {"site.toml", "post", "state/keys", "state/keys/renewed", f"{name}-socket"}:
+        yield "its courier sees more, or less, than it needs"
+    meet = {n for n, s in services.items() if f"{name}-socket" in [m[0] for m in mounts(s)]}
+    if meet != {name, COURIERS[name]}:
+        yield "somebody else is at its socket"
+    if "expose" in site or "expose" in courier:
         yield "listens"
 
 
 def kept(compose: Compose) -> Iterator[str]:
     """Secrets, data, health and restarts."""
     services, files = compose["services"], compose["secrets"]
-    for name, wanted in {
-        "coordinator": {"/coordinator/ca.pem", "/coordinator/signing.key"},
-        **{n: {"/site/state/keys/node.key", "/site/state/keys/tls.key"} for n in SITES},
-    }.items():
-        given = {secret["target"]: files[secret["source"]] for secret in services[name]["secrets"]}
-        if set(given) != wanted:
-            yield f"{name}: its private keys are not secrets"
-        mounted = {target: source for source, target, _ in mounts(services[name])}
-        for target, where in given.items():
-            folder = max((t for t in mounted if target.startswith(t + "/")), key=len, default="")
-            if where.get("file") != mounted.get(folder, "") + target.removeprefix(folder):
-                yield f"{name}: the secret {target} is another file than enrolment wrote"
+    secrets = services["coordinator"]["secrets"]
+    given = {secret["target"]: files[secret["source"]] for secret in secrets}
+    if set(given) != {"/coordinator/ca.pem", "/coordinator/signing.key"}:
+        yield "coordinator: its private keys are not secrets"
+    mounted = {target: source for source, target, _ in mounts(services["coordinator"])}
+    for target, where in given.items():
+        folder = max((t for t in mounted if target.startswith(t + "/")), key=len, default="")
+        if where.get("file") != mounted.get(folder, "") + target.removeprefix(folder):
+            yield f"coordinator: the secret {target} is another file than was written"
+    for name in ("coordinator", *SITES, *COURIERS.values()):
         if services[name].get("restart") not in ("unless-stopped", "on-failure"):
             yield f"{name}: stays down after a crash"
         if services[name].get("healthcheck", {}).get("test", [""])[0] != "CMD":
@@ -130,7 +139,7 @@ def kept(compose: Compose) -> Iterator[str]:
             if (whose := owner(source)) and (name, PurePosixPath(source).name) != ("admit", "post"):
                 yield f"{name}: sees what is {whose}'s"
     for name, service in services.items():
-        if name not in ("coordinator", *SITES) and not service.get("profiles"):
+        if name not in ("coordinator", *SITES, *COURIERS.values()) and not service.get("profiles"):
             yield f"{name}: starts with the others"
 
 
@@ -178,6 +187,8 @@ def _add(value: str, *path: str) -> Callable[[Compose], None]:
 
 S = "services"
 DATA = "./deploy/north/data:/data:ro"
+STATE, SOCKET = "./deploy/north/state:/state:ro", "north-socket:/run/north:ro"
+WRITES = ["./deploy/north/state/keys:/site/state/keys"]
 TWINS: list[tuple[str, Callable[[Compose], None]]] = [
     ("coordinator: its root can be written", _drop(S, "coordinator", "read_only")),
     ("north: no bounded /tmp", _put(["/tmp"], S, "north", "tmpfs")),
@@ -192,15 +203,21 @@ TWINS: list[tuple[str, Callable[[Compose], None]]] = [
     ("north: writes where", _add("./deploy/north/data:/site/data", S, "north", "volumes")),
     ("models: holds Docker", _add("/var/run/docker.sock:/d:ro", S, "models", "volumes")),
     ("north: has a secret in", _put({"NODE_KEY": "x"}, S, "north", "environment")),
-    ("north: is on another network", _put(["north", "south"], S, "north", "networks")),
+    ("north: is on another network", _put(["north", "south"], S, "north-courier", "networks")),
+    ("north: its records are on a network", _put(["north"], S, "north", "networks")),
+    ("south: its records are on a network", _drop(S, "south", "network_mode")),
+    ("north: its courier sees more", _add(DATA, S, "north-courier", "volumes")),
+    ("north: its courier sees more", _add(STATE, S, "north-courier", "volumes")),
+    ("north: somebody else is at its socket", _add(SOCKET, S, "south-courier", "volumes")),
+    ("north-courier: writes where", _put(WRITES, S, "north-courier", "volumes")),
     ("north: its network reaches", _put({}, "networks", "north")),
-    ("north: somebody else", _put(["south", "north"], S, "south", "networks")),
+    ("north: somebody else", _put(["south", "north"], S, "south-courier", "networks")),
     ("north: mounts what", _add("./deploy/south/data:/other:ro", S, "north", "volumes")),
     ("north: mounts what", _add("./deploy/south/data:/other:ro", S, "enrol-north", "volumes")),
     ("west: listens", _put(["8080"], S, "west", "expose")),
-    ("north: its private keys are not", _put([], S, "north", "secrets")),
-    ("north: the secret", _put({"file": "./deploy/tls.key"}, "secrets", "north-tls")),
-    ("north: the secret", _put({"environment": "KEY"}, "secrets", "north-tls")),
+    ("coordinator: its private keys are not", _put([], S, "coordinator", "secrets")),
+    ("coordinator: the secret", _put({"file": "./ca.pem"}, "secrets", "coordinator-ca")),
+    ("coordinator: the secret", _put({"environment": "KEY"}, "secrets", "coordinator-ca")),
     ("coordinator: stays down", _drop(S, "coordinator", "restart")),
     ("south: no health check", _put({"disable": True}, S, "south", "healthcheck")),
     ("coordinator: sees what is north's", _add(DATA, S, "coordinator", "volumes")),

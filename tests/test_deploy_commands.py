@@ -54,7 +54,7 @@ def commands(compose: Compose) -> Iterator[tuple[str, Words]]:
 def test_every_command_is_one_that_fedtune_knows_with_these_options(compose: Compose) -> None:
     found = dict.fromkeys((name, tuple(words)) for name, words in commands(compose))
     verbs = {words[1] for _, words in found}
-    assert verbs >= {"server", "client", "enroll", "admit", "status", "models"}
+    assert verbs >= {"server", "client", "vault", "courier", "enroll", "admit", "status", "models"}
     for _, words in found:
         parse(list(words))
 

@@ -7,7 +7,6 @@ output."""
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +29,7 @@ from fedtune.cli import (
     tune,
     use_run,
 )
+from fedtune.cli import halves as cli_halves
 from fedtune.cli import init as cli_init
 from fedtune.cli import log as cli_log
 from fedtune.cli import site as cli_site
@@ -38,7 +38,6 @@ from fedtune.cli import verify as cli_verify
 from fedtune.cli.exit_codes import command, quiet_if_unread
 from fedtune.cli.study import (
     ANYWAY,
-    METRICS,
     RESUME,
     SET,
     SHARE,
@@ -256,60 +255,7 @@ def simulate(
 
 tune.add_to(app, TRY)
 server.add_to(app, RUN)
-
-
-@command(app, panel=RUN)
-def client(
-    site: Annotated[
-        Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
-    ],
-    once: Annotated[
-        bool, typer.Option("--once", help="Leave when the coordinator has finished.")
-    ] = False,
-    processes: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Share each step among N processes on this machine."),
-    ] = 1,
-    watch: Annotated[
-        bool,
-        typer.Option(
-            "--watch",
-            help="Take part in studies with a [schedule] and no last round, and in no others: "
-            "records are read again before each round, and who has spent a budget is left out.",
-        ),
-    ] = False,
-    metrics_port: METRICS = None,
-    answer: network.ANSWER = None,
-    fingerprint: network.HEARD = None,
-) -> None:
-    """Take part as a site: train here, on this site's records, under this site's policy.
-
-    The first time with --answer: what `fedtune admit` wrote. It is kept beside this site's keys.
-
-    Runs until stopped (Ctrl-C), also when a study is finished, and reconnects by itself. Only
-    clipped and noised sums leave.
-
-    Under torchrun, rank 0 is the client and the other ranks share its steps."""
-    from fedtune.cli.watch import Watch
-    from fedtune.config import load_site
-    from fedtune.observe import observer
-
-    loaded, path = load_site(site), site.resolve()
-    if os.environ.get("RANK", "0") != "0":
-        from fedtune.client.rank_process import follow_torchrun
-
-        return follow_torchrun(path)
-    network.join(loaded, answer, fingerprint)
-    with (
-        Watch(_console(), f"site {loaded.site.name}: checking its records") as screen,
-        observer(
-            "site", loaded.site.state, then=screen, site=site, metrics_port=metrics_port
-        ) as events,
-    ):
-        from fedtune.launch.site import join
-
-        join(path, once=once, watch=watch, processes=processes, on_event=events)
-    typer.echo(f"left; `fedtune ledger {site}` shows what was spent")
+cli_halves.add_to(app, RUN)
 
 
 use_run.add_to(app, USE)

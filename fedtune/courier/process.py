@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedtune.wire.requests import Answer, Request
 
 FOLDER = "flower"  # in the state folder: what Flower's processes write
+OWN = {FOLDER, "keys"}  # what there is of a state folder where a courier is in its own container
 # Where Linux keeps programs, their libraries, certificates and the resolver's settings.
 SYSTEM = (
     *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/nix/store", "/gnu/store"),
@@ -49,7 +50,7 @@ def readable(site: Site) -> list[Path]:
 
 def writable(site: Site) -> list[Path]:
     """List what a site's courier may write."""
-    from fedtune.flower.link import RENEWED
+    from fedtune.flower.enrol import RENEWED
 
     return [site.site.state / FOLDER, keys_folder(site) / RENEWED, *map(Path, DEVICES)]
 
@@ -79,7 +80,11 @@ def open_to_courier(site: Site) -> list[Path]:
 def confine(site: Site) -> isolation.Confinement:
     """Confine this process to what a site's courier may read and write."""
     # Python looks for a package in a folder's names: here beside whatever else lies there.
+    is_elsewhere = not _try_to_read(site).missing
     found = isolation.only_files(readable(site), writable(site), [Path(boot.PACKAGES)])
+    if is_elsewhere:  # in a container of its own there is nothing that Landlock would have to keep
+        left = tuple(each for each in found.missing if each != isolation.NO_LANDLOCK)
+        found = isolation.Confinement((*found.means, "records elsewhere"), left)
     shown = [f"{path} lies where the courier reads its code" for path in open_to_courier(site)]
     return found & isolation.Confinement(missing=tuple(shown)) & _try_to_read(site)
 
@@ -89,7 +94,10 @@ def _try_to_read(site: Site) -> isolation.Confinement:
     reached = []
     for path in private(site):
         with suppress(OSError):
-            if path.is_dir():
+            if path == site.site.state:
+                if not {*os.listdir(path)} - OWN:
+                    continue
+            elif path.is_dir():
                 os.listdir(path)
             else:
                 os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))

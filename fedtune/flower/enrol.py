@@ -54,6 +54,7 @@ FORMAT = 1  # of nodes/*.json; raised when an older release could misread a reco
 MAX_BYTES = 65_536  # of a request or a record
 MAX_PLAN = 500_000  # characters of a plan in an answer
 PLAN = "plan.json"  # in the coordinator's home: the plan as it is sent
+RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its last renewal
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
 REQUEST = FIELDS | SIGNATURES
@@ -114,9 +115,12 @@ class Answer:
 
 
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
-    """Make the keys that `keys` lacks (node.key, tls.key), write a request to `out`.
+    """Make the keys that `keys` lacks (node.key, tls.key), and the folder of a renewed certificate,
+    which a courier in a container of its own finds there; write a request to `out`.
 
     Returns the fingerprint to read out."""
+    for folder in (keys, keys / RENEWED):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     node, tls = certs.node_key(keys / "node.key"), certs.tls_key(keys / "tls.key")
     fields: dict[str, Any] = {
         "name": name,

@@ -9,9 +9,8 @@ from fedtune.config import CoordinatorTable, Site
 from fedtune.config.address import address_of, host_and_port
 from fedtune.errors import ConfigError
 from fedtune.flower import enrol, membership
+from fedtune.flower.enrol import RENEWED
 from fedtune.flower.membership import keys_folder
-
-RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its last renewal
 
 
 @dataclass(frozen=True)

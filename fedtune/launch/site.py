@@ -26,9 +26,11 @@ from fedtune.courier.process import FOLDER
 from fedtune.errors import FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.evidence.audit_log import REPEATS, AuditLog
 from fedtune.files.writing import remove_drafts
-from fedtune.flower.link import RENEWED, Link
+from fedtune.flower.enrol import RENEWED
+from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import reviewed
+from fedtune.launch.apart import CourierLeft, Door, Guest
 from fedtune.ledger.files import KEY
 from fedtune.processes import Child, Stopped, alone, interruptible, private_folder
 from fedtune.progress import OnEvent, report
@@ -50,16 +52,19 @@ def join(
     processes: int = 1,
     on_event: OnEvent | None = None,
     patience: float = 90.0,
+    door: Path | None = None,
 ) -> None:
     """Take part in the coordinator's studies until a signal comes; reconnect as often as needed.
 
     once: return when a coordinator that gave this site work has gone. watch: take part in studies
     without a last round, and in no others. processes: share each step among so many. patience:
     seconds to go on being refused; after a crash Flower refuses a site for about 60 s, until the
-    old session has expired. Events: "isolation" {means, missing}, "joined", "answered" {kind, and
-    client.reply_facts'}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done:
-    of one that is finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason};
-    each has a text for people.
+    old session has expired. door: a socket at which a courier that somebody else starts meets the
+    vault (launch/apart.py); None: it is started here.
+    Events: "isolation" {means, missing}, "joined", "answered" {kind, and client.reply_facts'},
+    "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done: of one that is
+    finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason}; each has a text
+    for people.
     Before it connects, site file, data sheet and records are checked (`check_before_joining`),
     and data that the site declares public or generated is signed for.
     Errors: those of that check; PolicyRefused where policy.isolation asks for more than this
@@ -68,12 +73,17 @@ def join(
     site = load_site(site_path)
     shown = Shown(site, on_event or _ignore)
     try:
-        with interruptible(), alone(site.site.state / FOLDER, "fedtune client"):
+        with (
+            interruptible(),
+            alone(site.site.state / FOLDER, "fedtune client"),
+            ExitStack() as theirs,
+        ):
             remove_drafts(site.site.state)
             check(site, site_path.resolve())
             link = read_link(site, site_path)
             text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
             shown.notify("waiting", {"address": link.address, "text": text})
+            opened = theirs.enter_context(Door(door)) if door else None
             place = {"coordinator": link.answer.coordinator, "watch": watch}
             place["reviewed"] = reviewed(link.answer)
             again = Again(shown)
@@ -86,6 +96,7 @@ def join(
                     processes=processes,
                     once=once,
                     patience=patience,
+                    door=opened,
                 ) as halves:
                     again.wanted = again.after(halves.watch(shown))
     except Stopped as stop:
@@ -119,7 +130,7 @@ class Halves:
     """The vault and the courier of a site, as processes; a context manager that ends both.
 
     path: the site file; place: of client.answers.Place, what the vault is told beside it; once,
-    patience: as of `join`."""
+    patience: as of `join`; door: where a courier that was started elsewhere is waited for."""
 
     site: Site
     path: Path
@@ -128,12 +139,14 @@ class Halves:
     processes: int
     once: bool
     patience: float
+    door: Door | None = None
     _open: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Halves:
         state = self.site.site.state
         private_folder(self.link.keys / RENEWED)
         with ExitStack() as theirs, self._open as ours:
+            guest = ours.enter_context(self.door.wait()) if self.door else None
             asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
             self.of_vault, tells_vault = _connection(ours, theirs)
             self.of_courier, tells_courier = _connection(ours, theirs)
@@ -143,12 +156,18 @@ class Halves:
             log_file = state / "vault.log"
             vault = Child("vault", options, home=state / HOME, log=log_file, keep=keep)
             self.vault = ours.enter_context(vault)
-            options = [str(self.path), str(asks.fileno()), str(tells_courier)]
-            options += ["once" if self.once else "", str(self.patience)]
-            keep = [asks.fileno(), tells_courier]
-            home = state / FOLDER
-            courier = Child("courier", options, home=home, log=home / "courier.log", keep=keep)
-            self.courier = ours.enter_context(courier)
+            self.courier: Child | Guest
+            if guest is None:
+                options = [str(self.path), str(asks.fileno()), str(tells_courier)]
+                options += ["once" if self.once else "", str(self.patience)]
+                keep = [asks.fileno(), tells_courier]
+                home = state / FOLDER
+                courier = Child("courier", options, home=home, log=home / "courier.log", keep=keep)
+                self.courier = ours.enter_context(courier)
+            else:
+                self.courier = guest.hand_over(
+                    asks=asks.fileno(), tells=tells_courier, once=self.once, patience=self.patience
+                )
             self._open = ours.pop_all()
         return self
 
@@ -160,8 +179,11 @@ class Halves:
         itself: return how.
 
         Errors: the courier's; PolicyRefused where their confinement does not suffice."""
+        listeners = [self.door.listener] if self.door else []
         while True:
-            ready = wait([self.of_vault, self.of_courier], 0.5)
+            ready = wait([self.of_vault, self.of_courier, *listeners], 0.5)
+            if self.door and self.door.listener in ready:
+                self.door.turn_away()
             self._take(self.of_vault, shown.from_vault)  # first: it told before it answered
             if self.of_courier in ready and self._take(self.of_courier, shown.from_courier):
                 return None
@@ -217,7 +239,7 @@ class Again:
         not last."""
         if ended is None:
             return False
-        lasted = time.monotonic() - self._began > LONG
+        lasted = time.monotonic() - self._began > LONG or isinstance(ended, CourierLeft)
         self._short = 0 if lasted else self._short + 1
         if self._short > FEW:
             raise ended
@@ -265,9 +287,11 @@ class Shown:
             events.log_again(told)
         elif event == "error":
             raise events.error_of(told)
-        elif event in ("ended", "stopped"):
+        elif event == "ended":
             self.flush(0)
             return True
+        elif event == "stopped":  # by somebody else than this process: it is started again
+            self.flush(0)
         elif event == "waiting" and told.pop("gone", False):
             self.notify("waiting", told | self._describe_finish())
         else:

@@ -26,6 +26,7 @@ from tests.containers.machine import Machine
 from tests.network.kit import records
 
 SITES = ("north", "south", "west")
+COURIERS = tuple(f"{name}-courier" for name in SITES)
 OWNER = 10001
 ROUNDS = 16  # rounds go on while a running coordinator is looked at, and while others restart
 OUTSIDE, LINK, FAR, TABLE = "10.253.0.2", "fedtune-out", "fedtune-far", "fedtune_watch"
@@ -41,6 +42,25 @@ try:
     print("reached")
 except OSError as error:
     print(error.errno)
+"""
+# What of a site's is found below any folder: files by name, and whatever holds one of these texts.
+FIND = """
+import os, sys
+names, texts = {"site.key", "salt", "ledger.db", "ledger.head", "audit.jsonl", "data.jsonl"}, sys.argv[1:]
+for folder, below, files in os.walk("/"):
+    below[:] = [b for b in below if os.path.join(folder, b) not in ("/proc", "/sys", "/dev", "/opt", "/usr")]
+    for name in files:
+        path = os.path.join(folder, name)
+        try:
+            content = open(path, "rb").read() if os.path.isfile(path) else b""
+        except OSError:
+            content = b""
+        if name in names or any(bytes.fromhex(text) in content for text in texts):
+            print(path)
+"""
+ROUTES = """
+import os
+print(sorted(os.listdir("/sys/class/net")), len(open("/proc/net/route").read().splitlines()) - 1)
 """
 CONFINED = {"Uid": f"{OWNER}", "CapEff": "0" * 16, "CapBnd": "0" * 16, "NoNewPrivs": "1"}
 
@@ -63,6 +83,7 @@ def checks(machine: Machine) -> Iterator[str]:
             assert escaped() == NONE_LEFT, f"left the internal networks: {escaped()}"
             yield f"{ROUNDS} rounds; the coordinator ended and stayed down; nothing got out"
         yield twin_of_the_watch(machine)
+        yield charged(machine)
         found = load_file(machine.tree / "deploy/runs/study" / ADAPTER)
         assert set(found) == set(calm)
         off = max(float(np.abs(found[n] - calm[n]).max()) for n in calm)
@@ -153,15 +174,39 @@ def confined(machine: Machine) -> Iterator[str]:
     """What a program in a running container can do: nothing but its work."""
     _confined(machine, "coordinator", "/coordinator/signing.key", (OUTSIDE, ASKED))
     with paused(machine, "coordinator"):  # no rounds go by meanwhile
-        for service in SITES:
-            places = (OUTSIDE, ASKED) if service == "north" else ()
+        for site, service in zip(SITES, COURIERS, strict=True):
+            places = (OUTSIDE, ASKED) if site == "north" else ()
+            _confined(machine, site, "/site/site.toml", places)
             _confined(machine, service, "/site/state/keys/node.key", places)
-        told = knock(machine, container(machine, "north"), address(machine, "south"), 8443)
+        vault, courier = (container(machine, name) for name in ("north", "north-courier"))
+        told = knock(machine, courier, address(machine, "south-courier"), 8443)
         assert told != "reached", "north reached south"
-        assert knock(machine, container(machine, "north"), "coordinator", 8443) == "reached"
-    yield "uid 10001, no capability, no new privilege, a read-only root; health checks pass"
-    yield "secrets are there, and cannot be replaced from inside"
-    yield "a site reaches the coordinator's port, no other site, and nothing outside"
+        assert knock(machine, courier, "coordinator", 8443) == "reached"
+        assert knock(machine, vault, "coordinator", 8443) != "reached"
+        assert machine.podman("exec", vault, "python", "-c", ROUTES).strip() == "['lo'] 0"
+        assert machine.podman("exec", courier, "python", "-c", ROUTES).strip() != "['lo'] 0"
+        yield "uid 10001, no capability, no new privilege, a read-only root; health checks pass"
+        yield "private keys are there, and cannot be replaced from inside"
+        yield "a vault has no route and no name; a courier reaches the coordinator's port alone"
+        yield _found(machine, vault, courier)
+
+
+def _found(machine: Machine, vault: str, courier: str) -> str:
+    """Look for the site's records, ledger and signing key in both of its containers."""
+    site = machine.tree / "deploy/north"
+    record = (site / "data/data.jsonl").read_text().splitlines()[0]
+    texts = [record.encode().hex(), (site / "state/site.key").read_bytes().hex()]
+    for_all = [
+        machine.podman("exec", each, "python", "-c", FIND, *texts) for each in (vault, courier)
+    ]
+    of_vault, of_courier = (set(told.split()) for told in for_all)
+    assert of_courier == set(), of_courier
+    twin = {"/site/data/data.jsonl", "/site/state/site.key", "/site/state/ledger.db"}
+    assert twin <= of_vault, of_vault
+    said = machine.podman("logs", vault)
+    assert "NOT CONFINED" not in said and "OPEN" not in said, said
+    (confined,) = {line for line in said.splitlines() if "without a network" in line}
+    return f"the courier finds no record, no ledger, no key; the vault finds {len(of_vault)}: {confined}"
 
 
 def _confined(machine: Machine, service: str, key: str, places: Sequence[str]) -> None:
@@ -180,6 +225,19 @@ def _confined(machine: Machine, service: str, key: str, places: Sequence[str]) -
         assert knock(machine, name, place, 443) != "reached", f"{service} reached {place}"
 
 
+def charged(machine: Machine) -> str:
+    """Every round of every site is in its ledger."""
+    from fedtune.ledger.ledger import Ledger
+
+    for name in SITES:
+        copy = machine.folder / "ledger"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(machine.tree / "deploy" / name / "state", copy)
+        rounds_paid = {charge.round for charge in Ledger(copy).spending("records")}
+        assert rounds_paid == set(range(1, ROUNDS + 1)), (name, rounds_paid)
+    return f"each of {ROUNDS} rounds is charged at each site"
+
+
 @contextmanager
 def paused(machine: Machine, service: str) -> Iterator[None]:
     """Hold a container still."""
@@ -192,7 +250,7 @@ def paused(machine: Machine, service: str) -> Iterator[None]:
 
 def killed(machine: Machine) -> Iterator[str]:
     """SIGKILL to the first process of a container: its restart policy brings it back."""
-    for service in ("north", "coordinator"):
+    for service in ("north", "north-courier", "coordinator"):
         yield f"{service} was killed after round {_killed(machine, service)}, and went on"
 
 
@@ -222,7 +280,7 @@ def upgraded(machine: Machine) -> Iterator[str]:
             machine.build(image, dockerfile, what=f"build {image}, next release")
     machine.timed("compose up, next release", "podman-compose", "up", "-d", "--no-build",
                   "--force-recreate")  # fmt: skip
-    for service in ("coordinator", "north"):
+    for service in ("coordinator", "north", "north-courier"):
         said = machine.podman("exec", container(machine, service), "fedtune", "--version")
         assert said.strip() == f"fedtune {NEXT}", said
     yield f"all went on from the images of release {NEXT} after round {at}"
@@ -357,6 +415,6 @@ def until(true: Callable[[], Any], seconds: float, machine: Machine) -> None:
     while not true():
         if time.monotonic() > deadline:
             logs = [machine.podman("logs", "--tail", "15", container(machine, s))
-                    for s in ("coordinator", *SITES)]  # fmt: skip
+                    for s in ("coordinator", *SITES, *COURIERS)]  # fmt: skip
             raise AssertionError("it did not happen in time\n" + "\n---\n".join(logs))
         time.sleep(0.5)

@@ -257,6 +257,14 @@ class Consortium:
     def client(self, name: str, *more: str) -> subprocess.Popen[bytes]:
         return self._started(name, self.root / name, "client", "site.toml", *more)
 
+    def halves(self, name: str, *more: str) -> tuple[subprocess.Popen[bytes], ...]:
+        """The vault and the courier of a site, each started by a command of its own."""
+        return self.half(name, "vault", *more), self.half(name, "courier")
+
+    def half(self, name: str, command: str, *more: str) -> subprocess.Popen[bytes]:
+        words = (command, "site.toml", "--socket", "vault.socket", *more)
+        return self._started(name, self.root / name, *words)
+
     def _started(self, name: str, folder: Path, *words: object) -> subprocess.Popen[bytes]:
         how: dict[str, Any] = {"prefix": self.where.get(name, ())}
         broken = self.broken.get(name, "")

@@ -1,0 +1,136 @@
+"""Commands that run a site: both its halves, or each by itself, as in two containers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli import network
+from fedtune.cli.exit_codes import command
+from fedtune.cli.study import METRICS
+
+SITE = Annotated[
+    Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+]
+ONCE = Annotated[bool, typer.Option("--once", help="Leave when the coordinator has finished.")]
+PROCESSES = Annotated[
+    int,
+    typer.Option(min=1, metavar="N", help="Share each step among N processes on this machine."),
+]
+WATCH = Annotated[
+    bool,
+    typer.Option(
+        "--watch",
+        help="Take part in studies with a [schedule] and no last round, and in no others: "
+        "records are read again before each round, and who has spent a budget is left out.",
+    ),
+]
+SOCKET = Annotated[
+    Path,
+    typer.Option(
+        "--socket",
+        metavar="PATH",
+        help="The Unix socket at which the vault and the courier meet; the vault makes it.",
+        show_default=False,
+    ),
+]
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands on `app`."""
+    for function in (client, vault, courier):
+        command(app, panel=panel)(function)
+
+
+def client(
+    site: SITE,
+    once: ONCE = False,
+    processes: PROCESSES = 1,
+    watch: WATCH = False,
+    metrics_port: METRICS = None,
+    answer: network.ANSWER = None,
+    fingerprint: network.HEARD = None,
+) -> None:
+    """Take part as a site: train here, on this site's records, under this site's policy.
+
+    The first time with --answer: what `fedtune admit` wrote. It is kept beside this site's keys.
+
+    Runs until stopped (Ctrl-C), also when a study is finished, and reconnects by itself. Only
+    clipped and noised sums leave.
+
+    Under torchrun, rank 0 is the client and the other ranks share its steps."""
+    if os.environ.get("RANK", "0") != "0":
+        from fedtune.client.rank_process import follow_torchrun
+
+        return follow_torchrun(site.resolve())
+    _take_part(site, once, processes, watch, metrics_port, answer, fingerprint, None)
+
+
+def vault(
+    site: SITE,
+    socket: SOCKET,
+    once: ONCE = False,
+    processes: PROCESSES = 1,
+    watch: WATCH = False,
+    metrics_port: METRICS = None,
+    answer: network.ANSWER = None,
+    fingerprint: network.HEARD = None,
+) -> None:
+    """Take part as a site whose courier runs elsewhere, as in a container of its own: all of
+    `fedtune client` that holds records, ledger and keys, and that needs no network.
+
+    It checks the site, then waits at --socket for one `fedtune courier` of the same user, as often
+    as needed. The rest is as of `fedtune client`."""
+    _take_part(site, once, processes, watch, metrics_port, answer, fingerprint, socket)
+
+
+def courier(site: SITE, socket: SOCKET) -> None:
+    """Carry what passes between a `fedtune vault` and the coordinator: Flower and TLS, where no
+    record is.
+
+    It reads site.toml, the coordinator's answer and the keys of this site's network, writes the
+    folder `flower` in the state folder and a renewed certificate, and waits for the vault as often
+    as needed. It runs until stopped, or until a vault with --once has finished."""
+    from rich.console import Console
+
+    from fedtune.cli.watch import Watch
+    from fedtune.config import load_site
+    from fedtune.courier.process import FOLDER
+    from fedtune.observe import observer
+
+    loaded = load_site(site)
+    screen = Watch(Console(), f"site {loaded.site.name}: its courier")
+    with screen, observer("site", loaded.site.state / FOLDER, then=screen) as events:
+        from fedtune.launch.apart import carry
+
+        carry(site, socket, on_event=events)
+
+
+def _take_part(
+    site: Path,
+    once: bool,
+    processes: int,
+    watch: bool,
+    metrics_port: int | None,
+    answer: Path | None,
+    fingerprint: str | None,
+    socket: Path | None,
+) -> None:
+    from rich.console import Console
+
+    from fedtune.cli.watch import Watch
+    from fedtune.config import load_site
+    from fedtune.observe import observer
+
+    loaded, path = load_site(site), site.resolve()
+    network.join(loaded, answer, fingerprint)
+    screen = Watch(Console(), f"site {loaded.site.name}: checking its records")
+    seen = observer("site", loaded.site.state, then=screen, site=site, metrics_port=metrics_port)
+    with screen, seen as events:
+        from fedtune.launch.site import join
+
+        join(path, once=once, watch=watch, processes=processes, on_event=events, door=socket)
+    typer.echo(f"left; `fedtune ledger {site}` shows what was spent")

@@ -1,0 +1,258 @@
+"""A site whose halves are started apart, as two containers: `fedtune vault` and `fedtune courier`.
+
+    fedtune vault ── listens at PATH ──────────── its own child: the vault
+        │  hands over, by descriptor: one end of requests, one of events
+        ▼
+    fedtune courier ── connects to PATH ───────── its own child: the courier
+
+Once the two have met, what passes between the vault and the courier passes over the same sockets
+as between the children of one `fedtune client`. Each meeting has sockets of its own: a half that
+was started again never reads the rest of what an earlier one was sent.
+
+| a peer that is another user          | not spoken to, at either end                         |
+| a second courier while one is there  | turned away; it tries again                          |
+| either half ends, killed or not      | so does the other's child; it waits, and begins anew |
+
+Guarantee: the vault reads no byte and takes no descriptor from this connection; a courier sends
+requests and events alone, which are bounded and typed (wire/requests.py, wire/events.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import stat
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune import __version__
+from fedtune.config import load_site
+from fedtune.courier.process import FOLDER
+from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.flower.enrol import RENEWED
+from fedtune.flower.link import link as read_link
+from fedtune.processes import Child, Stopped, alone, interruptible, private_folder
+from fedtune.progress import OnEvent
+
+OWN = 0o177  # of a new socket's rights: none but this user's to read and write
+MOST = 4096  # bytes of the words with which a courier is received
+PAUSE = 1.0  # seconds between two attempts of a courier
+PEER = struct.Struct("3i")  # process, user, group: Linux's struct ucred
+
+
+class CourierLeft(InfrastructureError):
+    """The courier of this site, which somebody else starts, has ended its connection."""
+
+
+class Door:
+    """The socket at which a vault is met by its courier; a context manager that removes it.
+
+    Errors: ConfigError where PATH cannot be listened on, or another vault listens there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Door:
+        self.listener = socket.socket(socket.AF_UNIX)
+        try:
+            self._remove_stale()
+            before = os.umask(OWN)
+            try:
+                self.listener.bind(str(self.path))
+            finally:
+                os.umask(before)
+            self.listener.listen(4)
+        except OSError as error:
+            self.listener.close()
+            raise ConfigError(
+                f"--socket {self.path}: cannot be listened on ({error.strerror or error})",
+                "a path of at most 100 characters, in a folder that this user may write",
+            ) from None
+        except BaseException:
+            self.listener.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+        with suppress(OSError):
+            self.path.unlink()
+
+    def wait(self) -> Guest:
+        """Wait for a courier of this user."""
+        while True:
+            connection, _ = self.listener.accept()
+            if is_same_user(connection):
+                return Guest(connection)
+            connection.close()
+
+    def turn_away(self) -> None:
+        """Refuse whoever waits at the door while a courier is there already."""
+        connection, _ = self.listener.accept()
+        with connection, suppress(OSError):
+            if is_same_user(connection):
+                connection.sendall(json.dumps({"refused": "another courier is there"}).encode())
+
+    def _remove_stale(self) -> None:
+        """Remove a socket that a vault which was killed has left. Errors: ConfigError."""
+        try:
+            is_socket = stat.S_ISSOCK(self.path.lstat().st_mode)
+        except FileNotFoundError:
+            return
+        if not is_socket:
+            raise ConfigError(f"--socket {self.path}: is there, and no socket", "a free name")
+        with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionError):
+            probe.connect(str(self.path))
+            raise ConfigError(f"--socket {self.path}: another vault listens there", "one at a time")
+        self.path.unlink()
+
+
+class Guest:
+    """A courier that came to the door; a context manager that ends the connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> Guest:
+        """Give the courier its ends: of the requests that it sends, and of the events."""
+        words = {"release": __version__, "once": once, "patience": patience}
+        with suppress(OSError):  # it has left: `alive` says so
+            socket.send_fds(self._connection, [json.dumps(words).encode()], [asks, tells])
+        return self
+
+    @property
+    def alive(self) -> bool:
+        return not has_ended(self._connection)
+
+    def ended(self) -> InfrastructureError:
+        """Build the error that the courier has left."""
+        return CourierLeft("the courier of this site has left")
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+
+def is_same_user(connection: socket.socket) -> bool:
+    """Return whether the process at the other end of a Unix socket is of this user, by Linux."""
+    told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
+    _, user, _ = PEER.unpack(told)
+    return bool(user == os.getuid())
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Return whether the other end of a connection is closed. Nothing is read."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+# --------------------------------------------------------------------------------- the courier
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a courier is received with. asks, tells: descriptors; once, patience: as of `join`."""
+
+    asks: int
+    tells: int
+    once: bool
+    patience: float
+
+
+def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
+    """Run the courier of a site whose vault listens at `door`, until a signal comes; wait for the
+    vault as often as needed.
+
+    It reads site.toml, the coordinator's answer and the keys of the site's network, writes its own
+    folder and a renewed certificate, and needs no record, ledger or signing key where it runs.
+    Events: "waiting", "connected", "reconnecting", "stopped". Errors: ConfigError, Refused of the
+    answer and the keys; KeyboardInterrupt at Ctrl-C."""
+    site = load_site(site_path)
+    link, home = read_link(site, site_path), site.site.state / FOLDER
+    private_folder(link.keys / RENEWED)
+    try:
+        with interruptible(), alone(home / "courier", "fedtune courier"):
+            while True:
+                on_event("waiting", {"text": f"waiting for the vault at {door}"})
+                with _connected(door, on_event) as (vault, given):
+                    options = [str(site_path.resolve()), str(given.asks), str(given.tells)]
+                    options += ["once" if given.once else "", str(given.patience)]
+                    keep = [given.asks, given.tells]
+                    log_file = home / "courier.log"
+                    with Child("courier", options, home=home, log=log_file, keep=keep) as courier:
+                        for end in keep:
+                            os.close(end)
+                        text = f"the vault is there; the coordinator is at {link.address}"
+                        on_event("connected", {"text": text})
+                        while courier.alive and not has_ended(vault):
+                            select.select([vault], [], [], 0.5)
+                        if given.once and courier.status == 0:
+                            return
+                text = "the courier or the vault has ended; both begin anew"
+                on_event("reconnecting", {"seconds": PAUSE, "text": text})
+                time.sleep(PAUSE)
+    except Stopped as stop:
+        if stop.name == "SIGINT":  # as every command takes it
+            raise KeyboardInterrupt from None
+        on_event(
+            "stopped", {"reason": f"stopped by {stop.name}", "text": f"stopped by {stop.name}"}
+        )
+
+
+@contextmanager
+def _connected(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
+    """Connect to the vault, however long that takes, until it receives this courier."""
+    said = ""
+    while True:
+        with socket.socket(socket.AF_UNIX) as vault:
+            try:
+                vault.connect(str(door))
+                given = _receive(vault)
+            except OSError as error:
+                why = f"{error.strerror or error}"
+            except Turned as error:
+                why = str(error)
+            else:
+                yield vault, given
+                return
+        if why != said:
+            said = why
+            on_event("waiting", {"text": f"waiting for the vault at {door}: {why}"})
+        time.sleep(PAUSE)
+
+
+class Turned(Exception):
+    """The vault, or who listens in its place, does not receive this courier."""
+
+
+def _receive(vault: socket.socket) -> Received:
+    """Take the ends that the vault hands over. Errors: OSError; Turned."""
+    if not is_same_user(vault):
+        raise Turned("another user listens there")
+    told, ends, _, _ = socket.recv_fds(vault, MOST, 2)
+    try:
+        words: dict[str, Any] = json.loads(told or b'{"refused": "it has ended"}')
+        if "refused" in words:
+            raise Turned(str(words["refused"]))
+        if words["release"] != __version__:
+            raise Turned(f"it is of release {words['release']}, and this of {__version__}")
+        asks, tells = ends
+        return Received(asks, tells, words["once"] is True, float(words["patience"]))
+    except BaseException as error:
+        for end in ends:
+            os.close(end)
+        if isinstance(error, ValueError | KeyError | TypeError):
+            raise Turned("what listens there is no vault") from None
+        raise
