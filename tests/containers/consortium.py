@@ -46,16 +46,17 @@ except OSError as error:
 # What of a site's is found below any folder: files by name, and whatever holds one of these texts.
 FIND = """
 import os, sys
-names, texts = {"site.key", "salt", "ledger.db", "ledger.head", "audit.jsonl", "data.jsonl"}, sys.argv[1:]
+names = {"site.key", "salt", "ledger.db", "ledger.head", "audit.jsonl", "data.jsonl"}
+elsewhere = {"/proc", "/sys", "/dev", "/opt", "/usr"}
 for folder, below, files in os.walk("/"):
-    below[:] = [b for b in below if os.path.join(folder, b) not in ("/proc", "/sys", "/dev", "/opt", "/usr")]
+    below[:] = [each for each in below if os.path.join(folder, each) not in elsewhere]
     for name in files:
         path = os.path.join(folder, name)
         try:
             content = open(path, "rb").read() if os.path.isfile(path) else b""
         except OSError:
             content = b""
-        if name in names or any(bytes.fromhex(text) in content for text in texts):
+        if name in names or any(bytes.fromhex(text) in content for text in sys.argv[1:]):
             print(path)
 """
 ROUTES = """
@@ -206,7 +207,7 @@ def _found(machine: Machine, vault: str, courier: str) -> str:
     said = machine.podman("logs", vault)
     assert "NOT CONFINED" not in said and "OPEN" not in said, said
     (confined,) = {line for line in said.splitlines() if "without a network" in line}
-    return f"the courier finds no record, no ledger, no key; the vault finds {len(of_vault)}: {confined}"
+    return f"a courier finds no record, ledger or key, the vault {len(of_vault)}; {confined}"
 
 
 def _confined(machine: Machine, service: str, key: str, places: Sequence[str]) -> None:
