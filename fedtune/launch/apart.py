@@ -42,6 +42,8 @@ from fedtune.progress import OnEvent
 
 OWN = 0o177  # of a new socket's rights: none but this user's to read and write
 MOST = 4096  # bytes of the words with which a courier is received
+DONE = b"done"  # the last word to a courier that need not come again
+LAST_WORD = 5.0  # seconds in which it comes
 PAUSE = 1.0  # seconds between two attempts of a courier
 PEER = struct.Struct("3i")  # process, user, group: Linux's struct ucred
 
@@ -126,6 +128,11 @@ class Guest:
             socket.send_fds(self._connection, [json.dumps(words).encode()], [asks, tells])
         return self
 
+    def dismiss(self) -> None:
+        """Tell the courier that it need not come again."""
+        with suppress(OSError):
+            self._connection.sendall(DONE)
+
     @property
     def alive(self) -> bool:
         return not has_ended(self._connection)
@@ -196,9 +203,10 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
                             os.close(end)
                         text = f"the vault is there; the coordinator is at {link.address}"
                         on_event("connected", {"text": text})
-                        while courier.alive and not has_ended(vault):
-                            select.select([vault], [], [], 0.5)
-                        if given.once and courier.status == 0:
+                        while courier.alive and not _is_readable(vault, 0.5):
+                            pass
+                        # A courier whose work is done ends, and the vault says so after it.
+                        if _is_dismissed(vault, LAST_WORD if courier.status == 0 else 0.0):
                             return
                 text = "the courier or the vault has ended; both begin anew"
                 on_event("reconnecting", {"seconds": PAUSE, "text": text})
@@ -235,6 +243,18 @@ def _connected(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, R
 
 class Turned(Exception):
     """The vault, or who listens in its place, does not receive this courier."""
+
+
+def _is_readable(vault: socket.socket, seconds: float) -> bool:
+    """Wait for a word of the vault's, or for the end of its connection."""
+    return bool(select.select([vault], [], [], seconds)[0])
+
+
+def _is_dismissed(vault: socket.socket, seconds: float) -> bool:
+    """Return whether the vault's last word, waited for so long, is that all is done."""
+    with suppress(OSError):
+        return _is_readable(vault, seconds) and vault.recv(len(DONE)) == DONE
+    return False
 
 
 def _receive(vault: socket.socket) -> Received:

@@ -98,7 +98,10 @@ def join(
                     patience=patience,
                     door=opened,
                 ) as halves:
-                    again.wanted = again.after(halves.watch(shown))
+                    ended = halves.watch(shown)
+                    if ended is None and isinstance(halves.courier, Guest):
+                        halves.courier.dismiss()
+                    again.wanted = again.after(ended)
     except Stopped as stop:
         if stop.name == "SIGINT":  # as every command takes it
             raise KeyboardInterrupt from None
@@ -239,8 +242,10 @@ class Again:
         not last."""
         if ended is None:
             return False
-        lasted = time.monotonic() - self._began > LONG or isinstance(ended, CourierLeft)
+        lasted = time.monotonic() - self._began > LONG
         self._short = 0 if lasted else self._short + 1
+        if isinstance(ended, CourierLeft):  # somebody else starts it again
+            self._short = min(self._short, FEW)
         if self._short > FEW:
             raise ended
         self._shown.flush(0)
