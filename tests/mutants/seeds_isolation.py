@@ -6,6 +6,7 @@ from tests.mutants.mutant import one
 
 ISOLATION, COURIER = "fedtune/isolation.py", "fedtune/courier/process.py"
 VAULT, STARTER = "fedtune/client/vault_process.py", "fedtune/launch/site.py"
+APART, T_APART = "fedtune/launch/apart.py", "tests/isolation/test_apart.py::"
 T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_halves.py::"
 T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
 T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
@@ -139,5 +140,30 @@ MUTANTS = (
         "if TYPE_CHECKING:  # NumPy", "if True:  # NumPy",
         T_HALVES + "test_a_half_imports_no_library_that_starts_threads_before_it_is_confined",
         "no vault starts where the number of threads is left to NumPy",
+    ),
+    one(
+        "isolation", "anybody-is-a-courier", APART,
+        "return bool(user == os.getuid())", "return True",
+        T_APART + "test_another_user_is_not_spoken_to",
+        "another user of the machine is handed the requests and the events of a site",
+    ),
+    one(
+        "isolation", "the-socket-is-for-all", APART,
+        "OWN = 0o177", "OWN = 0o000",
+        T_APART + "test_the_socket_is_of_its_user_alone_and_goes_with_the_vault",
+        "one of the two things that keep other users from a vault is not there",
+    ),
+    one(
+        "isolation", "a-second-courier-is-let-in", APART,
+        'connection.sendall(json.dumps({"refused": "another courier is there"}).encode())',
+        "Guest(connection).hand_over(asks=0, tells=0, once=False, patience=1.0)",
+        T_APART + "test_a_courier_gets_its_two_ends_and_the_second_none",
+        "two couriers speak for one site at once",
+    ),
+    one(
+        "isolation", "no-landlock-is-no-matter", COURIER,
+        "is_elsewhere = not _try_to_read(site).missing", "is_elsewhere = True",
+        T_APART + "test_without_landlock_a_courier_counts_as_confined_only_where_no_record_is",
+        "a courier beside the records, without Landlock, is shown as one that cannot read them",
     ),
 )  # fmt: skip
