@@ -145,6 +145,8 @@ def run_all(room: Room, world: Path) -> set[str]:
     who = ("--name", "A. Reader", "--role", "board", "--reason", "read", "--key", "reader.key")
     fedtune("verify", "run", "--trust", heard)
     fedtune("approve", "dossier", "--trust", heard, *who)
+    for half in ("vault", "courier"):  # both need a site that stays up: tests/isolation
+        fedtune(half, "none.toml", "--socket", "door", code=2, says="none.toml: no such file")
     extra = "pip install 'fedtune[{}]'"
     made = ("improve", "run", "--reward", "liked", *PROMPTS, "--out", "better")
     fedtune(*made, code=2, says=extra.format("rl"))

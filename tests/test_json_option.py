@@ -23,6 +23,8 @@ from tests.test_cli import run
 WITHOUT = {
     "dashboard": "shows pages until it is stopped; the commands that it names have --json",
     "client": "runs until it is stopped; `ledger` and `status` have what it did",
+    "vault": "as client",
+    "courier": "as client",
 }
 
 

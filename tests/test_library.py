@@ -47,12 +47,14 @@ BETWEEN_MACHINES = {
     "admit",
     "backup",
     "client",
+    "courier",
     "dashboard",
     "doctor",
     "enroll",
     "restore",
     "revoke",
     "server",
+    "vault",
 }
 
 

@@ -21,6 +21,8 @@ USUAL: dict[str, tuple[str, ...]] = {
     "tune": (PLAN, "--sites", "none.toml", "--out", "new"),
     "server": ("none.toml", *SERVE[2:]),
     "client": ("none.toml", "--once"),
+    "vault": ("none.toml", "--socket", "door"),
+    "courier": ("none.toml", "--socket", "door"),
     "evaluate": (RUN, "--data", "none.jsonl"),
     "predict": (RUN, "--data", "none.jsonl"),
     "versions": ("versions",),
