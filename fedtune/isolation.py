@@ -88,18 +88,46 @@ NEVER = {
     "init_module": (175, 105),
     "finit_module": (313, 273),
 }
-# And to the half that speaks to the network: how full disks and memory are, which follows from what
-# the other half holds. (It may read nothing of /proc and /sys.)
+# And to the half that speaks to the network; 64-bit ARM has not all of them. How full disks and
+# memory are follows from what the other half holds. (It may read nothing of /proc and /sys.)
 OF_FULLNESS = {
     "statfs": (137, 43),
     "fstatfs": (138, 44),
     "sysinfo": (99, 179),
     "quotactl": (179, 60),
 }
+# Landlock does not rule who may read a file, whose it is and what else stands beside its content:
+# the user's own files would be opened to every account of the machine.
+OF_OTHERS_FILES = {
+    **{"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},
+    **{"chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54)},
+    **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7)},
+    **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)},
+    **{"utime": (132, None), "utimes": (235, None), "futimesat": (261, None)},
+    **{"utimensat": (280, 88), "link": (86, None), "linkat": (265, 37)},
+    **{"open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430)},
+    **{"fsconfig": (431, 431), "fsmount": (432, 432), "mount_setattr": (442, 442)},
+}
+# The other half's share of the machine, and what else is asked about a process by its number.
+OF_PROCESSES = {
+    **{"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119)},
+    **{"sched_setparam": (142, 118), "sched_setattr": (314, 274), "setpriority": (141, 140)},
+    **{"ioprio_set": (251, 30), "process_madvise": (440, 440), "kcmp": (312, 272)},
+    **{"pidfd_open": (434, 434), "move_pages": (279, 239), "migrate_pages": (256, 238)},
+    **{"userfaultfd": (323, 282), "kexec_load": (246, 104), "reboot": (169, 142)},
+}
+OF_COURIER = (*NEVER, *OF_FULLNESS, *OF_OTHERS_FILES, *OF_PROCESSES)
+ASKED = {"socket": (41, 198), "socketpair": (53, 199), "prlimit64": (302, 261)}
 MACHINES = {
-    machine: _Machine(audit, {name: numbers[which] for name, numbers in calls.items()})
+    machine: _Machine(
+        audit, {name: call for name, of in calls.items() if (call := of[which]) is not None}
+    )
     for which, machine, audit in ((0, "x86_64", 0xC000003E), (1, "aarch64", 0xC00000B7))
-    for calls in ({**NEVER, **OF_FULLNESS, "socket": (41, 198), "socketpair": (53, 199)},)
+    for calls in (
+        dict[str, tuple[int | None, int | None]](
+            {**NEVER, **OF_FULLNESS, **OF_OTHERS_FILES, **OF_PROCESSES, **ASKED}
+        ),
+    )
 }
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
 # What a process that only computes may ask of Linux, by name: on x86-64 and on 64-bit ARM.
@@ -175,7 +203,7 @@ def only_files(
     _check_alone()
     _close_itself()
     of_files = _restrict_files(list(read), list(write), list(names))
-    return of_files & _filter_calls(NETWORKS, (*NEVER, *OF_FULLNESS))
+    return of_files & _filter_calls(NETWORKS, OF_COURIER)
 
 
 def only_computing() -> Confinement:
@@ -298,7 +326,11 @@ def _program(
     A pair of datagram sockets can still send to a path, so pairs are of streams."""
     checks = _checks_of_the_machine(machine)
     for name in refused:
-        checks += [(IF_EQUAL, 0, 1, machine.calls[name]), (GIVE, 0, 0, REFUSE)]
+        if name in machine.calls:
+            checks += [(IF_EQUAL, 0, 1, machine.calls[name]), (GIVE, 0, 0, REFUSE)]
+    # Limits of this process alone: 0 is itself.
+    checks += [(IF_EQUAL, 0, 4, machine.calls["prlimit64"]), (LOAD, 0, 0, FIRST)]
+    checks += [(IF_EQUAL, 0, 1, 0), (GIVE, 0, 0, ALLOW), (GIVE, 0, 0, REFUSE)]
     checks += [
         (IF_EQUAL, 0, 5, machine.calls["socketpair"]),
         (LOAD, 0, 0, SECOND),

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save
 
 from fedtune.client import airlock
-from fedtune.client.policy import admit, order_of, within_budget
+from fedtune.client.policy import admit, check_attempts, order_of, within_budget
 from fedtune.client.prepared import Prepared, step_summary
 from fedtune.config import Site, SiteEvaluation, Study
 from fedtune.dp import accountant
@@ -56,6 +56,7 @@ def answered(
     charge = charge_of(study, plan, current, round_, charges)
 
     def permit(charges: list[Charge]) -> None:
+        check_attempts(charges, plan.study, round_)
         check_budget(current, study, training, plan, charges)
 
     prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing

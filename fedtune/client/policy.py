@@ -31,6 +31,8 @@ from fedtune.objectives import OBJECTIVES, resolve
 from fedtune.registry import Group
 from fedtune.strategies import STRATEGIES
 
+MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
+
 
 def base_for(study: Study, site: Site) -> Base:
     """Find this site's copy of the base that a plan names by digest; see `base_of_plan`.
@@ -323,6 +325,21 @@ def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
         "a dataset whose every charge is of the study's own unit, by this release's rules",
         f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
     )
+
+
+def check_attempts(charges: Sequence[Charge], study: str, round_: int) -> None:
+    """Check that a round of a plan may be paid for once more. It is paid for again where it was
+    interrupted, and where the coordinator orders it from another adapter: without a bound a plan
+    that a person signed for its own ε would spend up to the site's ceilings.
+
+    study: the plan's digest, as charges have it. Errors: BudgetExceeded."""
+    paid = sum(charge.study == study and charge.round == round_ for charge in charges)
+    if paid >= MOST_ATTEMPTS:
+        raise BudgetExceeded(
+            f"round {round_} of this plan was paid for {MOST_ATTEMPTS} times",
+            f"at most {MOST_ATTEMPTS}, interrupted attempts included",
+            "the coordinator continues from its newest checkpoint, or plans another study",
+        )
 
 
 def within_budget(

@@ -17,7 +17,15 @@ from safetensors.numpy import load, save
 from fedtune.client import airlock, evaluation, noted, studies
 from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
 from fedtune.client.own_loss import kept
-from fedtune.client.policy import accounted, admit, base_for, order_of, planned, within_budget
+from fedtune.client.policy import (
+    accounted,
+    admit,
+    base_for,
+    check_attempts,
+    order_of,
+    planned,
+    within_budget,
+)
 from fedtune.client.prepared import (
     Admission,
     Prepared,
@@ -344,6 +352,8 @@ class SiteWorker:
         charge = self.charge_of(study, plan, site, round_)
 
         def permit(charges: list[Charge]) -> None:
+            if plan:
+                check_attempts(charges, study.digest, round_)
             within_budget(site, plan, charges, steps)
 
         if study.continuous:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.client.policy import MOST_ATTEMPTS
 from fedtune.client.prepared import Unprepared
 from fedtune.client.review import read_plan, review
 from fedtune.client.site import SiteWorker
@@ -26,6 +27,7 @@ from fedtune.dp.plan import plan_for_site
 from fedtune.errors import BudgetExceeded, ModelError, PolicyRefused
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
+from fedtune.models.lora import Arrays
 from fedtune.models.lora import digest as arrays_digest
 from fedtune.models.prefix_store import PREFIX_STORE
 from fedtune.registry import process_cache
@@ -115,6 +117,27 @@ def test_a_receipt_of_a_later_round_ends_the_keeping_of_earlier_updates(
     assert len(worker.ledger.charges("records")) == len(worker.log.steps()) == 3
     worker.train(given[0], 1, given[1])  # gone: paid again
     assert len(worker.ledger.charges("records")) == len(worker.log.steps()) == 4
+
+
+def test_a_plan_is_not_trained_from_as_many_adapters_as_a_coordinator_sends(
+    worker: SiteWorker, tiny_base: Path
+) -> None:
+    """Each is another release, and paid for; a person read the plan's own ε, not the site's
+    ceiling."""
+    privacy = {"noise_multiplier": 60.0, "delta": 1e-4, "unit": "patient"}
+    made = begun(tiny_base, privacy=privacy)
+    worker.prepare(made.study, made.frozen)
+
+    def adapter(number: int) -> Arrays:
+        return {name: values + np.float32(number) / 100 for name, values in made.adapter.items()}
+
+    for number in range(MOST_ATTEMPTS):
+        worker.train(made.study.digest, 1, adapter(number))
+    with pytest.raises(BudgetExceeded, match=f"was paid for {MOST_ATTEMPTS} times"):
+        worker.train(made.study.digest, 1, adapter(MOST_ATTEMPTS))
+    worker.train(made.study.digest, 1, adapter(0))  # sent again, for nothing
+    assert len(worker.ledger.charges("records")) == MOST_ATTEMPTS
+    worker.train(made.study.digest, 2, adapter(0))
 
 
 def test_a_study_whose_budget_is_spent_is_still_sent_again(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -326,6 +327,32 @@ def see_how_full_the_disk_is(given: dict[str, Any]) -> None:
 def see_how_full_the_memory_is(given: dict[str, Any]) -> None:
     number = isolation.OF_FULLNESS["sysinfo"][os.uname().machine != "x86_64"]
     syscall(number, ctypes.create_string_buffer(256))
+
+
+@of(COURIER)
+def open_the_records_to_every_account(given: dict[str, Any]) -> None:
+    path = Path(given["records"])
+    path.chmod(path.stat().st_mode)
+
+
+@of(COURIER)
+def give_the_key_to_another_account(given: dict[str, Any]) -> None:
+    os.chown(given["key"], os.getuid(), os.getgid())
+
+
+@of(COURIER)
+def date_the_records_back(given: dict[str, Any]) -> None:
+    os.utime(given["records"])
+
+
+@of(COURIER)
+def limit_the_vaults_memory(given: dict[str, Any]) -> None:
+    resource.prlimit(given["vault"], resource.RLIMIT_CORE, (0, 0))
+
+
+@of(COURIER)
+def choose_the_vaults_processors(given: dict[str, Any]) -> None:
+    os.sched_setaffinity(given["vault"], os.sched_getaffinity(given["vault"]))
 
 
 # ------------------------------------------------- from the courier into what the vault would run

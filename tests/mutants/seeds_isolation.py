@@ -77,8 +77,19 @@ MUTANTS = (
         "systemd-run --user cat records",
     ),
     one(
+        "isolation", "the-courier-limits-the-vaults-memory", ISOLATION,
+        "checks += [(IF_EQUAL, 0, 1, 0), (GIVE", "checks += [(IF_EQUAL, 0, 0, 0), (GIVE",
+        T_COURIER, "memory that runs out where the half on the network wants it to",
+    ),
+    one(
+        "isolation", "the-courier-opens-the-records-to-every-account", ISOLATION,
+        "OF_COURIER = (*NEVER, *OF_FULLNESS, *OF_OTHERS_FILES, *OF_PROCESSES)",
+        "OF_COURIER = (*NEVER, *OF_FULLNESS, *OF_PROCESSES)", T_COURIER,
+        "it changes who may read the records and the signing key",
+    ),
+    one(
         "isolation", "the-courier-sees-how-full-the-disk-is", ISOLATION,
-        "(*NEVER, *OF_FULLNESS))", "(*NEVER,))", T_COURIER,
+        "_filter_calls(NETWORKS, OF_COURIER)", "_filter_calls(NETWORKS, tuple(NEVER))", T_COURIER,
         "the ledger's disk fills with the records that it remembers",
     ),
     one(

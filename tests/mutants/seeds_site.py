@@ -54,6 +54,13 @@ MUTANTS = (
         "each leaves a file in the ledger's room",
     ),
     one(
+        "budget", "a-round-is-paid-for-without-end", SITE,
+        "                check_attempts(charges, study.digest, round_)\n",
+        "                pass\n",
+        T_SITE + "test_a_plan_is_not_trained_from_as_many_adapters_as_a_coordinator_sends",
+        "a plan that a person signed for its own ε spends up to the site's ceiling",
+    ),
+    one(
         "runs", "a-note-that-came-with-a-run-counts", "fedtune/run_folder.py",
         'if noted.get("folder") != _identity(run):', "if False:",
         "tests/test_run_folder.py::test_a_plan_that_others_read_names_no_folder_of_this_machine",
