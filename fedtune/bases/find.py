@@ -317,8 +317,13 @@ def _absent(model: str) -> ModelError:
     )
 
 
+# What configurations of transformers call the number of a layer's experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
 def _kind(folder: Path) -> Kind:
-    listed = read_json(folder / "config.json").get("architectures")
+    config = read_json(folder / "config.json")
+    listed = config.get("architectures")
     if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
         raise ModelError(
             f"{folder.name}: config.json names no architecture",
@@ -326,6 +331,13 @@ def _kind(folder: Path) -> Kind:
             "save the model again with save_pretrained",
         )
     name = listed[0]
+    if experts := [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]:
+        raise ModelError(
+            f"{folder.name}: a mixture of experts ({experts[0]} in config.json)",
+            "a dense model",
+            "choose another base: an expert multiplies the tokens of all records that were sent to "
+            "it together, so that a record's gradient would depend on the others",
+        )
     if name in MEDIA:
         return MEDIA[name]
     if name.endswith("ForConditionalGeneration"):

@@ -39,6 +39,7 @@ from fedtune.wire import events
 from fedtune.wire.keys import SigningKey
 
 log = logging.getLogger("fedtune.client")
+EVENTS_AT_ONCE = 100  # of one half
 LONG = 60.0  # seconds: halves that lasted so long were well started
 FEW = 3  # times in a row that halves which did not are started again
 LATE = 5.0  # seconds after which what the vault tells is shown without what the courier adds
@@ -201,7 +202,9 @@ class Halves:
     def _take(self, connection: Connection, show: Any) -> bool:
         """Show what has arrived; True: that was the last of it."""
         try:
-            while connection.poll(0):
+            for _ in range(EVENTS_AT_ONCE):  # the other half's wait otherwise
+                if not connection.poll(0):
+                    break
                 event, facts = events.receive(connection)
                 if event == "fetch" and connection is self.of_vault:
                     connection.send_bytes(json.dumps(self._fetch(str(facts["base"]))).encode())

@@ -283,7 +283,7 @@ def test_a_courier_shows_only_what_it_may(tmp_path: Path) -> None:
     shown = Shown(load_site(a_site(tmp_path)), lambda *told: seen.append(told))
     shown.from_courier("round", {"text": "forged"})
     shown.from_courier("refused", {"text": "\x1b[2J", "kind": 3, "epsilon": {"north": 0.1}})
-    shown.from_courier("answered", {"text": "t" * 10_000, "bytes_up": -1, "bytes_down": 10**30})
+    shown.from_courier("answered", {"text": "t" * 10_000, "bytes_up": -1, "bytes_down": 10**400})
     assert [event for event, _ in seen] == ["refused", "answered"]
     assert seen[0][1] == {"text": "?[2J"}
     assert set(seen[1][1]) == {"kind", "text"} and len(seen[1][1]["text"]) == events.LONGEST

@@ -107,6 +107,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "a mixture of experts": (
+        lambda f: edit(f / "config.json", lambda c: c.update(num_local_experts=8)),
+        "a mixture of experts",
+    ),
     "no architecture": (
         lambda f: edit(f / "config.json", lambda c: c.pop("architectures")),
         "names no architecture",
