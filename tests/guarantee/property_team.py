@@ -85,7 +85,7 @@ def joins(site: Path, watch: bool) -> bool:
         raise Joined
 
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedtune.launch.site, "forwarder_link", connect)
+        patch.setattr(fedtune.launch.site, "read_link", connect)
         try:
             fedtune.cli.main.client(site, once=True, watch=watch)
         except Joined:
