@@ -215,6 +215,7 @@ AFTER: tuple[tuple[str, ...], ...] = (  # one after another: they change what th
     ("ledger", "north.toml"),
     ("log", "north.toml"),
     ("withdraw", "north.toml", "--file", "keys.txt"),
+    ("let-go", "north.toml"),
     ("revoke", "north"),
     ("purge", "north.toml", "--yes"),
 )

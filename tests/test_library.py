@@ -51,6 +51,7 @@ BETWEEN_MACHINES = {
     "dashboard",
     "doctor",
     "enroll",
+    "let-go",
     "restore",
     "revoke",
     "server",

@@ -40,6 +40,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "review": (PLAN, "--site", SITE),
     "ledger": (SITE,),
     "withdraw": (SITE, "--file", "keys.txt"),
+    "let-go": (SITE,),
     "purge": (SITE,),
     "audit": ("none.toml", "--out", "new"),
     "label": ("none.jsonl", "--generator", "./none", "--out", "new.jsonl"),
