@@ -60,7 +60,9 @@ class Site:
     def __init__(self, name: str, update: dict[str, np.ndarray]) -> None:
         self.name, self.update, self.key = name, update, SigningKey()
         policy = SimpleNamespace(admission="standing")
-        self.site = SimpleNamespace(site=SimpleNamespace(name=name), policy=policy)
+        self.site = SimpleNamespace(
+            site=SimpleNamespace(name=name, declared_size=SIZE), policy=policy
+        )
         self.home = SimpleNamespace(
             folder=ACTS, admitted=lambda digest: False
         )  # one audit log for all: a site has its own

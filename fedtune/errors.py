@@ -27,6 +27,7 @@
     │   ├── LedgerError                the privacy ledger (ledger/files.py)
     │   │   ├── NewerLedger            written by a newer release (ledger/files.py)
     │   │   └── NoRoom                 the disk has no room for an entry (ledger/files.py)
+    │   ├── CourierLeft                a site's other container has left (launch/apart.py)
     │   ├── Unavailable                states that the store lacks (models/prefix_store.py)
     │   │   └── Altered                states that were changed on the disk (models/prefix_store.py)
     │   └── TooFew                     strategy.min_sites are not there (fedtune/server/rounds.py)

@@ -98,7 +98,10 @@ def from_the_log(path: Path, delta: float) -> float:
     """ε of a step log, by dp-accounting alone: none of fedtune's code."""
     steps = [json.loads(line) for line in path.read_text().splitlines()]
     keys = ("noise_multiplier", "sampling_rate", "records")
-    return by_the_library(tuple(Counter(tuple(s[k] for k in keys) for s in steps).items()), delta)
+    counts = Counter[tuple[float, float, int]]()
+    for line in steps:  # all steps of a round are one
+        counts[line[keys[0]], line[keys[1]], line[keys[2]]] += line.get("steps", 1)
+    return by_the_library(tuple(counts.items()), delta)
 
 
 @cache

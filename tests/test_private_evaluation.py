@@ -14,6 +14,7 @@ from flwr.app import ConfigRecord, RecordDict
 from matplotlib.image import imread
 
 import fedtune.client.app
+from fedtune.client import policy
 from fedtune.client.site import SiteWorker
 from fedtune.config import EvaluationTable, Study, load_site, load_study
 from fedtune.data.records import unit_member
@@ -161,7 +162,10 @@ def test_the_same_question_again_gets_the_same_bytes_for_nothing(
         worker.evaluate(made.study.digest, 1, made.adapter)
 
 
-def test_questions_stop_at_the_ceiling(tmp_path: Path, tiny_base: Path) -> None:
+def test_questions_stop_at_the_ceiling(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "MOST_ATTEMPTS", 1000)  # which stops them sooner
     study = world(tmp_path, tiny_base, 3.0, policy=WILLING + "max_epsilon = 5.5\n")
     made = start(load_study(study))
     worker = worker_of(study)

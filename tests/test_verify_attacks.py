@@ -141,7 +141,7 @@ def test_a_study_with_a_schedule_and_a_rollback(tmp_path: Path, tiny_base: Path)
     the key in the coordinator's home beside the runs, over a run that verified before."""
     text = lay_out(tmp_path, tiny_base, PRIVACY).read_text().replace("rounds = 3\n", "")
     study = tmp_path / "study.toml"
-    study.write_text(text + '[schedule]\nevery = "1h"\nconfidence = 0.501\n')
+    study.write_text(text + '[schedule]\nevery = "1h"\nalpha = 0.5\nlooks = 2\n')
     run, home = tmp_path / "runs" / "daily", tmp_path / "coordinator"
     sites = sorted(tmp_path.glob("site-*.toml"))
     key = SigningKey.at(home / "signing.key")

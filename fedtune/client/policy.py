@@ -336,8 +336,8 @@ def check_attempts(charges: Sequence[Charge], study: str, round_: int) -> None:
     paid = sum(charge.study == study and charge.round == round_ for charge in charges)
     if paid >= MOST_ATTEMPTS:
         raise BudgetExceeded(
-            f"round {round_} of this plan was paid for {MOST_ATTEMPTS} times",
-            f"at most {MOST_ATTEMPTS}, interrupted attempts included",
+            f"round {round_} was paid for {MOST_ATTEMPTS} times, interrupted attempts included",
+            f"at most {MOST_ATTEMPTS} times a round of a plan",
             "the coordinator continues from its newest checkpoint, or plans another study",
         )
 

@@ -196,6 +196,9 @@ class PrivateEvaluationTable(Table):
     every: Count = 1  # rounds; the last one is always queried
 
 
+ALPHA, LOOKS = 0.05, 16  # of a schedule: what a plan need not say
+
+
 class ScheduleTable(Table):
     """The times of a study without a last round: start + k · every, k = 0, 1, 2, …
 
@@ -205,8 +208,12 @@ class ScheduleTable(Table):
 
     every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
     start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
-    alpha: Annotated[float, Field(gt=0, le=0.5)] = 0.05
-    looks: Annotated[int, Field(ge=1, le=500)] = 16
+    alpha: Annotated[float, Field(gt=0, le=0.5, exclude_if=lambda alpha: alpha == ALPHA)] = ALPHA
+    looks: Annotated[int, Field(ge=1, le=500, exclude_if=lambda looks: looks == LOOKS)] = LOOKS
+    # Of plans before there were looks, whose digests hold it; a new one names alpha and looks.
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+        default=None, exclude_if=lambda confidence: confidence is None
+    )
 
     @model_validator(mode="before")
     @classmethod

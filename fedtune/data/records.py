@@ -191,7 +191,7 @@ class _Reading:
 
     def reject(self, place: Place, reason: str) -> None:
         """Count a row as one of which there is no record."""
-        self.failed.append(Failed(*place, reason))
+        self.failed.append(Failed(*place, str(reason)))  # without a row's cells
 
     def key_in(self, place: Place, row: Row) -> str:
         """Return which unit a row is of before it is converted; "" where nobody can tell: it is

@@ -32,6 +32,7 @@ PHRASES = (
     "the plan is not signed by the coordinator this site enrolled with",
     "does not have the plan's base", "pays for more than", "no noise_multiplier up to",
     "no ε can be computed",
+    "too many studies are under way", "interrupted attempts included",
     "no answer in time", "the site is not connected", "the site could not load its app",
     "the site's app raised an error", "the site's app crashed", "the site's app failed",
     "the message was lost on the way", "the reply was lost on the way",

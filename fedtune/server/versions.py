@@ -26,7 +26,7 @@ from fedtune.errors import InputError
 from fedtune.files import locks, reading, writing
 from fedtune.server.store import CheckpointError
 
-FORMAT = "fedtune-versions-2"
+FORMAT = "fedtune-versions-1"
 FOLDER, INDEX, LINK = "versions", "index.json", "adapter"
 Decision = Literal["first", "released", "kept back", "pinned", "not compared"]
 
@@ -49,6 +49,7 @@ class Version:
     value: float | None = None
     champion: int | None = None
     champion_value: float | None = None
+    sure: float | None = None  # of a release before there were looks
     p: float | None = None
     look: int | None = None
     public: str = ""

@@ -109,7 +109,7 @@ def test_a_disk_without_room_for_members_or_an_update(
     if not whole:
         monkeypatch.setattr(SiteWorker, "_remember", remembers_at_any_price)
         monkeypatch.setattr(SiteWorker, "room_to_answer", lambda _: contextlib.nullcontext())
-    with contextlib.nullcontext() if whole else pytest.raises(AssertionError, match="on the wire"):
+    with contextlib.nullcontext() if whole else pytest.raises(AssertionError, match="is seen"):
         for size in range(5_000, 13_000, 2_000):
             compare(pins.MEMBERS, bases, size)
 
