@@ -162,6 +162,21 @@ def test_the_same_question_again_gets_the_same_bytes_for_nothing(
         worker.evaluate(made.study.digest, 1, made.adapter)
 
 
+def test_one_question_is_not_asked_about_as_many_adapters_as_a_coordinator_sends(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    study = world(tmp_path, tiny_base, 60.0)
+    made = start(load_study(study))
+    worker = worker_of(study)
+    assert worker.prepare(made.study, made.frozen).admitted
+    for number in range(policy.MOST_ATTEMPTS):
+        other = {name: array + number for name, array in made.adapter.items()}
+        worker.evaluate(made.study.digest, 2, other)
+    with pytest.raises(BudgetExceeded, match=f"was paid for {policy.MOST_ATTEMPTS} times"):
+        worker.evaluate(made.study.digest, 2, {n: -1 - a for n, a in made.adapter.items()})
+    assert len(worker.ledger.charges("held-out")) == policy.MOST_ATTEMPTS
+
+
 def test_questions_stop_at_the_ceiling(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

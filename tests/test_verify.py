@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.dp.accountant import Steps, epsilon
 from fedtune.errors import FedtuneError, NotGenuine, Refused
-from fedtune.evidence import sign
+from fedtune.evidence import figures, sign
 from fedtune.evidence.verify import Verified, verify
 from fedtune.registry.rounding import rounded_up
 from fedtune.run_folder import load_plan
@@ -120,6 +120,17 @@ def test_what_a_coordinator_left_out_of_a_run_is_counted(signed, tmp_path: Path)
     assert (
         "not here     north: its updates of 1 of the plan's rounds; with all of them ε = " in shown
     )
+
+
+def test_of_a_strangers_plan_no_epsilon_is_computed_that_takes_long(signed) -> None:
+    """Of 10⁸ sampled steps, which the folder says are not in it."""
+    folder, _ = signed
+    study = load_plan(folder).changed(training={"rounds": 10**6, "local_steps": 100})
+    content = json.loads((folder / sign.EVIDENCE).read_text())
+    log = json.loads(content["updates"][0]["said"]["events"])
+    events = {"update": {"north": log, "south": log}, "answer": {}}
+    found = figures.count_absent(content, study, events)
+    assert found["north"] == {"rounds": 10**6 - 2}
 
 
 def test_a_round_that_nobody_signed_is_refused(signed, tmp_path: Path) -> None:

@@ -218,9 +218,10 @@ def versions_table(index: Index) -> Table:
         mark = " ←" if v.number == index.champion else ""
         other = "–" if v.champion is None else f"{short(v.champion_value)} ({v.champion})"
         at = v.at[:16].replace("T", " ") or "–"
-        test = (short(v.p), "–" if v.look is None else str(v.look))
-        row = (f"{v.number}{mark}", at, short(v.value), other, *test, v.public[:8] or "–")
-        table.add_row(*(escape(printable(cell)) for cell in (*row, v.decision)))
+        look = "–" if v.look is None else str(v.look)
+        row = [f"{v.number}{mark}", at, short(v.value), other, short(v.p), look]
+        row += [v.public[:8] or "–", v.decision]
+        table.add_row(*(escape(printable(cell)) for cell in row))
     return table
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.errors import ConfigError, InputError
+from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.run_choice import stopped_line
 
 if TYPE_CHECKING:
@@ -121,19 +121,20 @@ def say_what_to_expect(
 
 def say_looks(console: Console, study: Study) -> None:
     """Say of a study without a last round how often versions are compared, and which gain is found
-    on as many public records as there are now. Errors: DataError where they cannot be read."""
+    on as many public records as there are now; nothing of them where they cannot be read here."""
     if study.schedule is None or study.evaluation is None:
         return
     from fedtune.data.records import read_records
     from fedtune.evaluation.metrics import least_gain
     from fedtune.registry.metrics import METRICS
 
-    table, file = study.schedule, study.evaluation
-    records = len(read_records(file, unit="record", labelled=True)[0])
-    line = f"a version is released at p at most {table.threshold:.2g} on {records:,} public records"
-    line += f", in {table.looks} looks at them; one that is no better in at most one study in "
-    line += f"{1 / table.alpha:.0f}"
-    if METRICS[file.metric].share:
+    table, file, records = study.schedule, study.evaluation, 0
+    with suppress(DataError):
+        records = len(read_records(file, unit="record", labelled=True)[0])
+    line = f"a version is released at p at most {table.threshold:.2g}, in {table.looks} looks at "
+    line += f"the {records:,} public records" if records else "a public file"
+    line += f"; one that is no better in at most one study in {1 / table.alpha:.0f}"
+    if records and METRICS[file.metric].share:
         gain = least_gain(records, table.threshold)
         line += f"; a gain of {100 * gain:.0f} points is found four times in five, if the two "
         line += "versions differ about a fifth of the records"

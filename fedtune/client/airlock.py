@@ -10,11 +10,9 @@ and paid. The officer's side is let_go.py.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fedtune.client.prepared import Held, Void
@@ -22,14 +20,13 @@ from fedtune.errors import FedtuneError, describe
 from fedtune.files.room import bytes_for, has_room
 from fedtune.files.writing import replace
 from fedtune.ledger.entries import Charge, Slot
-from fedtune.ledger.files import outbox_prefix
+from fedtune.ledger.files import asked_path
 from fedtune.ledger.ledger import Ledger
 
 if TYPE_CHECKING:
     from fedtune.client.site import SiteWorker
 
 log = logging.getLogger("fedtune.site")
-FOLDER = "asked"  # beside a ledger: draws that wait, a file each; 0600
 MOST = 32  # of them, at most
 WAITS = 'policy.answers = "held" and nobody at the site has let this answer go'
 LET_GO = "ask the site to run `fedtune let-go`"
@@ -82,13 +79,3 @@ def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None
         replace(path, content, private=True)
     except (OSError, FedtuneError) as error:
         log.warning("%s: a draw that waits is not kept (%s)", path, describe(error))
-
-
-def asked_path(folder: Path, slot: Slot) -> Path:
-    """Return where a draw that waits is noted, beside the ledger in `folder`."""
-    return folder / FOLDER / f"{outbox_prefix(slot[0])}-{name_of(slot)}.json"
-
-
-def name_of(slot: Slot) -> str:
-    """Name a slot for a person's command: 12 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:12]

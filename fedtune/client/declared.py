@@ -9,10 +9,8 @@ from fedtune.config import Site
 from fedtune.data.identity import identities
 from fedtune.errors import PolicyRefused
 from fedtune.ledger import declared as ledger_entries
-from fedtune.ledger.files import DATABASE, outbox_prefix
+from fedtune.ledger.files import DATABASE, RUNS, outbox_prefix
 from fedtune.ledger.ledger import Ledger
-
-RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 
 
 def declare(site: Site, sign: bool = True) -> None:

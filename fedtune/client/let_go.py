@@ -12,15 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.client.airlock import FOLDER, asked_path, name_of
-from fedtune.client.declared import RUNS
 from fedtune.config import Site
-from fedtune.dp import accountant
 from fedtune.errors import FedtuneError, InputError
 from fedtune.evidence.audit_log import AuditLog, login
 from fedtune.files import reading
 from fedtune.ledger.entries import Charge, Slot
-from fedtune.ledger.files import DATABASE
+from fedtune.ledger.files import ASKED, DATABASE, RUNS, asked_path, name_of
 from fedtune.ledger.ledger import Ledger
 from fedtune.registry.rounding import rounded_up
 
@@ -58,7 +55,7 @@ class _Found:
 def waiting(site: Site) -> list[Waiting]:
     """List what waits at a site, oldest first. Nothing is begun where there is no ledger. Errors:
     LedgerError."""
-    return [found.waiting for found in _found(site)]
+    return [found.waiting for found in _find(site)]
 
 
 def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -> list[Waiting]:
@@ -67,7 +64,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
 
     Errors: InputError where nothing waits under a name, or another person was faster; LedgerError;
     InfrastructureError."""
-    found = _found(site)
+    found = _find(site)
     chosen = [one for one in found if every or one.waiting.name in names]
     if unknown := set(names) - {one.waiting.name for one in found}:
         raise InputError(
@@ -75,6 +72,8 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
             "names as `fedtune let-go SITE` lists them",
             "list them again: what was let go or refused waits no more",
         )
+    if not chosen:
+        return []
     home = Ledger(site.site.state)
     acts, event = AuditLog(home.folder, home.key), "refuse" if refuse else "let-go"
     for one in chosen:
@@ -89,35 +88,37 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
     return [one.waiting for one in chosen]
 
 
-def _found(site: Site) -> list[_Found]:
+def _find(site: Site) -> list[_Found]:
     folders = [site.site.ledger or site.site.state, *sorted((site.site.state / RUNS).glob("*"))]
     found = list[tuple[int, _Found]]()
     for folder in folders:
         if (folder / DATABASE).exists():
             ledger = Ledger(folder)
-            found += _answers(site, ledger)
-            found += _asked(site, ledger)
+            found += _find_answers(site, ledger)
+            found += _find_draws(site, ledger)
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]
 
 
-def _answers(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
-    for held in ledger.held():
-        shown = _shown(site, held.slot, held.charge, ANSWER, held.size, held.since)
+def _find_answers(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
+    for held in ledger.list_held():
+        shown = _describe(site, held.slot, held.charge, ANSWER, held.size, held.since)
         yield held.since, _Found(shown, held.slot, ledger)
 
 
-def _asked(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
-    for path in (ledger.folder / FOLDER).glob("*.json"):
+def _find_draws(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
+    for path in (ledger.folder / ASKED).glob("*.json"):
         with suppress(FedtuneError, KeyError, TypeError, ValueError):
             facts: dict[str, Any] = reading.json_in(path, "a draw that waits")
             charge, since = Charge.read(facts["charge"]), int(facts["since"])
             slot = charge.study, charge.round, str(facts["adapter"])
             if not (ledger.is_let_go(slot) or ledger.is_refused(slot)):
-                shown = _shown(site, slot, charge, DRAW, int(facts["bytes"]), since)
+                shown = _describe(site, slot, charge, DRAW, int(facts["bytes"]), since)
                 yield since, _Found(shown, slot, ledger)
 
 
-def _shown(site: Site, slot: Slot, charge: Charge, kind: str, size: int, since: int) -> Waiting:
+def _describe(site: Site, slot: Slot, charge: Charge, kind: str, size: int, since: int) -> Waiting:
+    from fedtune.dp import accountant  # it takes a second to import, and most often nothing waits
+
     delta = site.policy.max_delta
     fallback = charge.fallback if charge.sites > 1 else None
     return Waiting(

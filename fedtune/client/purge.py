@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fedtune.client.airlock import FOLDER as ASKED
 from fedtune.client.budget_refusal import PLACES
-from fedtune.client.declared import RUNS
 from fedtune.client.studies import FOLDER as STUDIES
 from fedtune.client.studies import under_way
 from fedtune.client.withdraw import RECEIPTS
@@ -27,7 +25,7 @@ from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, Input
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.room import ROOM
 from fedtune.files.writing import DRAFT, is_abandoned, sync_folder
-from fedtune.ledger.files import DATABASE, OUTBOX, outbox_prefix, traces
+from fedtune.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix, traces
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import LOCK
 from fedtune.processes import alone

@@ -73,11 +73,11 @@ class Conversion:
         Errors: Unconverted where the plug-in raises, hangs, ends, needs more memory, or returns
         what is no list of rows of plain finite values, or more than typed_rows.BYTES of them."""
         try:
-            return returned_rows(self._converted(given_bytes(rows)))
+            return returned_rows(self._convert(given_bytes(rows)))
         except (ValueError, RecursionError):  # too long, or not of these types
             raise Unconverted from None
 
-    def _converted(self, given: bytes) -> bytes:
+    def _convert(self, given: bytes) -> bytes:
         """Return what a child made of these bytes. Errors: Unconverted if it did not end well."""
         if self._control is None:  # the process that forks was killed, for want of memory
             try:
@@ -130,7 +130,7 @@ class Conversion:
         except (OSError, ValueError):
             told = {"kind": "machine", "text": "it did not start"}
         if told["kind"] == "ready":
-            told = self._tried()
+            told = self._try()
         if told["kind"] == "ready":
             return
         self._stop()
@@ -143,10 +143,10 @@ class Conversion:
             )
         raise ConfigError(text)
 
-    def _tried(self) -> dict[str, str]:
+    def _try(self) -> dict[str, str]:
         """Have a child import the plug-in and take its options, before there is a row."""
         try:
-            (found,) = returned_rows(self._converted(b""))
+            (found,) = returned_rows(self._convert(b""))
             return {"kind": str(found["kind"]), "text": str(found.get("text", ""))}
         except (Unconverted, ValueError, KeyError):
             name = self._table.name

@@ -226,7 +226,7 @@ class _PlugIn:
                 "modules of the plug-in, of what it requires, and of the standard library's for "
                 "text, numbers and dates",
             ) from None
-        return CONVERTERS.made(self._name, self._value, found, self._options)
+        return CONVERTERS.build_found(self._name, self._value, found, self._options)
 
 
 class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):

@@ -68,7 +68,7 @@ class StepLog:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 logged = json.loads(line)
-                count = _checked_count(logged.pop("steps", 1))
+                count = _check_count(logged.pop("steps", 1))
                 steps += [Step(**logged)] * count
             except (ValueError, TypeError):
                 raise InfrastructureError(
@@ -78,7 +78,7 @@ class StepLog:
         return [step for step in steps if study in (None, step.study)]
 
 
-def _checked_count(count: object) -> int:
+def _check_count(count: object) -> int:
     if type(count) is not int or count < 1:
         raise ValueError("not a number of steps")
     return count

@@ -144,8 +144,11 @@ class Evaluator:
         """Compare two adapters on the same records by a paired randomisation test
         (metrics.chance_of); a tie is not better."""
         before, after = self.scores(champion), self.scores(challenger)
-        pair = before.value(self.metric), after.value(self.metric)
-        return Compared(*pair, chance_of(before, after, str(self.metric)))
+        return Compared(
+            before=before.value(self.metric),
+            after=after.value(self.metric),
+            p=chance_of(before, after, str(self.metric)),
+        )
 
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
         """records; intervals: of the metric and the loss, the 95 % intervals of base, adapter and

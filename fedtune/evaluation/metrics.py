@@ -35,12 +35,16 @@ class Scores:
     margin: np.ndarray
     pairs: PairScores | None = None
 
-    def exchanged(self, other: Scores, rows: np.ndarray) -> Scores:
+    def with_rows_of(self, other: Scores, rows: np.ndarray) -> Scores:
         """Return these scores with those of `other` at `rows` (n,), bool; without pairs."""
-
-        names = ("loss", "tokens", "exact", "chosen", "gold", "margin")
-        mixed = [np.where(rows, getattr(other, name), getattr(self, name)) for name in names]
-        return Scores(*mixed)
+        return Scores(
+            loss=np.where(rows, other.loss, self.loss),
+            tokens=np.where(rows, other.tokens, self.tokens),
+            exact=np.where(rows, other.exact, self.exact),
+            chosen=np.where(rows, other.chosen, self.chosen),
+            gold=np.where(rows, other.gold, self.gold),
+            margin=np.where(rows, other.margin, self.margin),
+        )
 
     def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
         """One figure over all records, or over `rows` (a bootstrap sample)."""
@@ -126,11 +130,12 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
     least = 1 - 1e-9  # equal but for rounding is as good
     if (parts := _parts(metric, before, after)) is not None:
         total = parts.sum()
-        as_good = sum(int((found >= least * total).sum()) for found in _signed_sums(parts))
+        as_good = sum(int((sums >= least * total).sum()) for sums in _signed_sums(parts))
     else:
         as_good = 0
         for swapped in _swaps(len(before.loss)):
-            one, other = before.exchanged(after, swapped), after.exchanged(before, swapped)
+            one = before.with_rows_of(after, swapped)
+            other = after.with_rows_of(before, swapped)
             as_good += sign * (other.value(metric) - one.value(metric)) >= least * found
     return (1 + as_good) / (1 + SWAPS)
 

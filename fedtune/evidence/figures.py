@@ -193,7 +193,7 @@ def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, A
     return len(updates)
 
 
-def absent(
+def count_absent(
     content: dict[str, Any], study: Study, events: dict[str, Events]
 ) -> dict[str, dict[str, Any]]:
     """Count, for each site that lacks any, the plan's rounds without an update of it ("rounds") and
@@ -223,7 +223,7 @@ def _of_all(
     steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
     shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
     costs = dict[str, float]()
-    if _least(whole, privacy, shares) <= MOST_EPSILON:
+    if steps <= MOST_STEPS and _least(whole, privacy, shares) <= MOST_EPSILON:
         costs["epsilon"] = _steps_epsilon(whole, privacy, shares)
     if table := study.private_evaluation:
         asked = Steps(table.noise_multiplier, 1.0, len(study.queries), 1)

@@ -22,7 +22,7 @@ from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.figures import (
     MALFORMED,
     TODO,
-    absent,
+    count_absent,
     fail,
     headline,
     privacy,
@@ -135,7 +135,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         events = seals(run, content, study, signed["coordinator"], bool(signed["ca"]))
         updates = rounds(run, content, study, report)
         claim = privacy(run, study, report, content["sites"], events)
-        lacking = absent(content, study, events)
+        lacking = count_absent(content, study, events)
         chosen = released(run, study, report, signed["files"])
         headline(run, report)
     except MALFORMED:

@@ -193,7 +193,7 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
         with interruptible(), alone(home / "courier", "fedtune courier"):
             while True:
                 on_event("waiting", {"text": f"waiting for the vault at {door}"})
-                with _connected(door, on_event) as (vault, given):
+                with _connect(door, on_event) as (vault, given):
                     options = [str(site_path.resolve()), str(given.asks), str(given.tells)]
                     options += ["once" if given.once else "", str(given.patience)]
                     keep = [given.asks, given.tells]
@@ -220,7 +220,7 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
 
 
 @contextmanager
-def _connected(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
+def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
     """Connect to the vault, however long that takes, until it receives this courier."""
     said = ""
     while True:

@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -21,8 +21,13 @@ from fedtune.files import reading
 from fedtune.files.writing import create, replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
+if TYPE_CHECKING:
+    from fedtune.ledger.entries import Slot
+
 DATABASE, HEAD, RECEIPT, NEW = "ledger.db", "ledger.head", "ledger.receipt", "ledger.new"
 KEY, SALT, OUTBOX, STEPS = "site.key", "salt", "outbox", "steps.jsonl"
+ASKED = "asked"  # beside a ledger: draws that wait for a person, a file each; 0600
+RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = "`fedtune ledger --restore` (it charges what cannot be read as spent)"
 
 
@@ -195,3 +200,13 @@ def outbox_prefix(digest: str) -> str:
     tail = digest.rpartition(":")[2][:16]
     good = len(tail) == 16 and all(c in "0123456789abcdef" for c in tail)
     return tail if good else hashlib.sha256(digest.encode()).hexdigest()[:16]
+
+
+def asked_path(folder: Path, slot: Slot) -> Path:
+    """Return where a draw that waits for a person is noted, beside the ledger in `folder`."""
+    return folder / ASKED / f"{outbox_prefix(slot[0])}-{name_of(slot)}.json"
+
+
+def name_of(slot: Slot) -> str:
+    """Name a slot for a person's command: 12 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:12]

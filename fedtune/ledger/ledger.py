@@ -316,7 +316,7 @@ class Ledger:
         self._read()
         return slot in self._account.refused
 
-    def held(self) -> list[Held]:
+    def list_held(self) -> list[Held]:
         """List the answers that wait for a person at the site, oldest first: those whose bytes are
         here, or may be in the memory of the site's process, as the newest of their study."""
         self._read()

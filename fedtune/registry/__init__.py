@@ -62,7 +62,7 @@ class Group(Generic[T]):
                 f"{self.key} = {name!r}: {point.value} cannot be imported "
                 f"({type(error).__name__}: {error})"
             ) from error
-        return self._checked(name, point.value, plugin)
+        return self._check_kind(name, point.value, plugin)
 
     def find(self, name: str) -> metadata.EntryPoint:
         """Find the entry point of the foreign plug-in `name`, without importing it.
@@ -79,7 +79,7 @@ class Group(Generic[T]):
         (point,) = points
         return point
 
-    def _checked(self, name: str, value: str, plugin: object) -> type[T]:
+    def _check_kind(self, name: str, value: str, plugin: object) -> type[T]:
         if not (isinstance(plugin, type) and issubclass(plugin, self.kind)):
             raise ConfigError(
                 f"{self.key} = {name!r}: {value} is none of the fedtune.{self.name}",
@@ -91,14 +91,16 @@ class Group(Generic[T]):
         """Build the plug-in `name` with its options. kind_fields: fields that `kind` itself has.
 
         Errors: ConfigError as for `load`; or listing the options, or for a value of one."""
-        return self._made(name, self.load(name), options, **kind_fields)
+        return self._instantiate(name, self.load(name), options, **kind_fields)
 
-    def made(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
+    def build_found(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
         """Build the plug-in `name`, which was found at an entry point of this value, as `build`
         does."""
-        return self._made(name, self._checked(name, value, found), options)
+        return self._instantiate(name, self._check_kind(name, value, found), options)
 
-    def _made(self, name: str, plugin: Any, options: Mapping[str, Any], **kind_fields: Any) -> T:
+    def _instantiate(
+        self, name: str, plugin: Any, options: Mapping[str, Any], **kind_fields: Any
+    ) -> T:
         option_names = {field.name for field in dataclasses.fields(plugin)}
         option_names -= set(getattr(self.kind, "__dataclass_fields__", ()))
         fields = {f.name: f for f in dataclasses.fields(plugin) if f.name in option_names}

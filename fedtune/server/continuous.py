@@ -85,7 +85,7 @@ class Continuous:
         """Compare the newest adapter with the champion, once, and release it if it is better."""
         progress = self.progress
         while (index := self.versions.index()) is not None and index.judged < progress.round:
-            version = self._compared(index)
+            version = self._compare(index)
             if entered := self.versions.add(version, self._save):
                 text = f"version {entered.number}: {entered.decision}"
                 if entered.decision == "not compared":
@@ -93,11 +93,11 @@ class Continuous:
                 promoted = entered.decision == "released"
                 self.event("version", champion=self.champion, promoted=promoted, text=text)
 
-    def _compared(self, index: Index) -> Version:
+    def _compare(self, index: Index) -> Version:
         """Compare the newest adapter with the champion, if the plan has a look left at the public
         records as they are now."""
         evaluator, progress = self.evaluator, self.progress
-        taken = looks.used(index, self._files, self._public)
+        taken = looks.count_looks(index, self._files, self._public)
         if taken >= self.table.looks:
             decision: Decision = "not compared"
             return Version(

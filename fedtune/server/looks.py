@@ -38,10 +38,11 @@ def note(out: Path, files: Files) -> None:
     writing.replace(out / FOLDER / FILE, json.dumps(document).encode())
 
 
-def used(index: Index, files: Files, public: str) -> int:
-    """Count the comparisons on the file `public` and on all that share records with it.
+def count_looks(index: Index, files: Files, public: str) -> int:
+    """Count the comparisons on the file `public` and on all that share records with it, those of a
+    release before there were looks among them.
 
-    >>> used(Index(1, False, ()), {"a": frozenset("xy")}, "a")
+    >>> count_looks(Index(1, False, ()), {"a": frozenset("xy")}, "a")
     0
     """
     family, rest = {public}, set(files) - {public}
@@ -49,4 +50,5 @@ def used(index: Index, files: Files, public: str) -> int:
     while shared := {other for other in rest if files[other] & records}:
         family, rest = family | shared, rest - shared
         records = records.union(*(files[other] for other in shared))
-    return sum(version.p is not None and version.public in family for version in index.versions)
+    compared = [v for v in index.versions if v.p is not None or v.sure is not None]
+    return sum(version.public in family for version in compared)

@@ -9,23 +9,13 @@ from pathlib import Path
 import pytest
 
 from fedtune.client import studies
-from fedtune.client.answers import Place
 from fedtune.client.site import _workers
-from fedtune.config import Site, save
+from fedtune.config import Site
 from fedtune.evidence import audit_log
 from fedtune.files.room import ROOM, SPARE, bytes_for
-from fedtune.registry import process_cache
-from tests.client.site_kit import begun, make_site, notes
-from tests.client.test_waiting_plans import asked
+from tests.client.site_kit import begun
+from tests.client.test_waiting_plans import a_site, asked
 from tests.disks import disk
-
-
-def a_site(folder: Path) -> tuple[Site, Place]:
-    notes(folder)
-    site, path = make_site(folder, {"admission": "standing"}, patient="who"), folder / "site.toml"
-    save(site, path)
-    process_cache.clear("workers")
-    return site, Place(str(path))
 
 
 def entries(site: Site) -> int:
@@ -37,7 +27,7 @@ def test_so_many_studies_are_under_way_at_most(
 ) -> None:
     """By a count of plans, which is public; one that is under way already is admitted again."""
     monkeypatch.setattr(studies, "MOST", 2)
-    site, place = a_site(tmp_path)
+    site, place = a_site(tmp_path, "standing")
     plans = [begun(tiny_base).study.changed(study={"name": f"s{n}"}) for n in range(3)]
     assert [asked(place, plan)[0] for plan in plans[:2]] == ["admitted"] * 2
     status, reason = asked(place, plans[2])
@@ -56,7 +46,7 @@ def test_plans_that_are_admitted_take_nothing_of_the_ledgers_room(
     and is answered alike. Twin: with space it is entered."""
     study = begun(tiny_base).study
     with disk(tmp_path / "disk", megabytes=8) as made:
-        site, place = a_site(made.path)
+        site, place = a_site(made.path, "standing")
         first, before = asked(place, study), entries(site)
         room = (site.site.state / ROOM).stat().st_size
         assert first[0] == "admitted" and room == bytes_for(12)

@@ -23,9 +23,9 @@ from tests.disks import disk
 KEY = SigningKey()
 
 
-def a_site(folder: Path) -> tuple[Site, Place]:
+def a_site(folder: Path, admission: str = "reviewed") -> tuple[Site, Place]:
     notes(folder)
-    site, path = make_site(folder, {"admission": "reviewed"}, patient="who"), folder / "site.toml"
+    site, path = make_site(folder, {"admission": admission}, patient="who"), folder / "site.toml"
     save(site, path)
     process_cache.clear("workers")
     return site, Place(str(path))

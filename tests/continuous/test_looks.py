@@ -159,12 +159,14 @@ def test_looks_are_counted_over_files_that_share_records() -> None:
     def of(public: str, p: float | None) -> Version:
         return Version(1, "", "kept back", p=p, public=public)
 
-    index = Index(1, False, (of("a", 0.2), of("b", 0.3), of("c", None), of("d", 0.5)))
+    before = Version(1, "", "released", sure=0.97, public="e")  # by a release without looks
+    index = Index(1, False, (of("a", 0.2), of("b", 0.3), of("c", None), of("d", 0.5), before))
     files = {name: frozenset(text) for name, text in {"a": "12", "b": "23", "d": "9"}.items()}
-    assert looks.used(index, files, "a") == looks.used(index, files, "b") == 2
-    assert looks.used(index, files | {"c": frozenset("3")}, "c") == 2
-    assert looks.used(index, files, "d") == 1
-    assert looks.used(index, files, "unseen") == 0
+    assert looks.count_looks(index, files, "a") == looks.count_looks(index, files, "b") == 2
+    assert looks.count_looks(index, files | {"c": frozenset("3")}, "c") == 2
+    assert looks.count_looks(index, files, "d") == 1
+    assert looks.count_looks(index, files, "unseen") == 0
+    assert looks.count_looks(index, files, "e") == 1
 
 
 METRICS = ["loss", "perplexity", "exact_match", "preference", "accuracy"]

@@ -61,6 +61,13 @@ MUTANTS = (
         "a plan that a person signed for its own ε spends up to the site's ceiling",
     ),
     one(
+        "budget", "a-question-is-paid-for-without-end", "fedtune/client/evaluation.py",
+        "        check_attempts(charges, plan.study, round_)\n", "",
+        "tests/test_private_evaluation.py::"
+        "test_one_question_is_not_asked_about_as_many_adapters_as_a_coordinator_sends",
+        "a plan that a person signed asks held-out patients up to the site's ceiling",
+    ),
+    one(
         "runs", "a-note-that-came-with-a-run-counts", "fedtune/run_folder.py",
         'if noted.get("folder") != _identity(run):', "if False:",
         "tests/test_run_folder.py::test_a_plan_that_others_read_names_no_folder_of_this_machine",
