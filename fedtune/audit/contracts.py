@@ -427,9 +427,9 @@ def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Res
     """
     units = [[row] for row in rows(file, {}) if isinstance(row, dict)]
     table = ConvertTable(name=name, options=dict(options))
-    alone = _converted(table, units)
+    alone = _convert_all(table, units)
     yield timed("converts", 0, lambda: alone.count(None) if units else math.inf)
-    yield timed("repeatable", 0, lambda: _differing(_converted(table, units), alone))
+    yield timed("repeatable", 0, lambda: _count_differing(_convert_all(table, units), alone))
     together: list[list[Row] | None] = []
     plugin = CONVERTERS.build(name, options)
     for unit in units:
@@ -438,10 +438,10 @@ def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Res
             together.append(returned_rows(returned_bytes(found)))
         except Exception:
             together.append(None)
-    yield timed("one unit at a time", 0, lambda: _differing(together, alone))
+    yield timed("one unit at a time", 0, lambda: _count_differing(together, alone))
 
 
-def _converted(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | None]:
+def _convert_all(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | None]:
     """Convert each unit by itself; None for one that cannot be."""
     results: list[list[Row] | None] = []
     with Conversion(table) as conversion:
@@ -453,7 +453,7 @@ def _converted(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | 
     return results
 
 
-def _differing(some: list[list[Row] | None], others: list[list[Row] | None]) -> int:
+def _count_differing(some: list[list[Row] | None], others: list[list[Row] | None]) -> int:
     return sum(one != other for one, other in zip(some, others, strict=True))
 
 

@@ -85,7 +85,7 @@ def main() -> None:
         if not asked:
             return
         if len(descriptors) == 2:
-            ended = _forked(control, plugin, descriptors[0], descriptors[1], limits)
+            ended = _fork_and_wait(control, plugin, descriptors[0], descriptors[1], limits)
             control.sendall(b"0" if ended else b"1")
 
 
@@ -111,7 +111,7 @@ class _Limits:
     cpu_seconds: int
 
 
-def _forked(
+def _fork_and_wait(
     control: socket.socket, plugin: _PlugIn, reading: int, writing: int, limits: _Limits
 ) -> bool:
     """Run a child on these pipes to its end, and return whether it ended well.
@@ -156,7 +156,7 @@ def _child(plugin: _PlugIn, reading: int, writing: int, cpu_seconds: int) -> Non
             os.write(writing, returned_bytes(told))
             code = 0
         else:
-            content = plugin.converted(_read(reading))
+            content = plugin.convert(_read(reading))
             while content:
                 content = content[os.write(writing, content) :]
             code = 0
@@ -202,18 +202,18 @@ class _PlugIn:
         self._name, self._value, self._options = name, value, options
         self._modules = modules
 
-    def converted(self, given: bytes) -> bytes:
+    def convert(self, given: bytes) -> bytes:
         """Return the rows that come of these; of no bytes, whether it takes its options."""
         sys.meta_path = [BuiltinImporter, FrozenImporter, self._modules]
         if given:
-            return returned_bytes(self._built().convert(given_rows(given)))
+            return returned_bytes(self._build().convert(given_rows(given)))
         try:
-            self._built()
+            self._build()
         except ConfigError as error:
             return returned_bytes([{"kind": "plug-in", "text": str(error)}])
         return returned_bytes([{"kind": "ready"}])
 
-    def _built(self) -> Converter:
+    def _build(self) -> Converter:
         module, _, attribute = self._value.partition(":")
         try:
             found: Any = importlib.import_module(module)
@@ -237,7 +237,7 @@ class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
         self._texts, self._packages = dict[str, bytes](), set[str]()
         self._codes = dict[str, CodeType]()
         self._length = 0
-        required = _required(point)
+        required = _list_required(point)
         for name in TRUSTED:
             if name in required:
                 importlib.import_module(name)
@@ -290,7 +290,7 @@ class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
             self._packages.add(name)
 
 
-def _required(point: metadata.EntryPoint) -> set[str]:
+def _list_required(point: metadata.EntryPoint) -> set[str]:
     """Return the distributions that a plug-in's own requires, however far; fedtune is here."""
     waiting, found = _requirements(point.dist), set[str]()
     while waiting:

@@ -22,7 +22,7 @@ MUTANTS = (
         "units", "a-conversion-in-the-process-that-forks", FORKS,
         "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
         "    if pid == 0:\n",
-        "    plugin.converted(b'')\n"
+        "    plugin.convert(b'')\n"
         "    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)\n"
         "    if pid == 0:\n",
         T_CARRIED + "[in_a_shared_page]",
