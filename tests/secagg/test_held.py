@@ -16,6 +16,7 @@ from fedtune.client.answers import Place, answer
 from fedtune.client.let_go import DRAW, decide, waiting
 from fedtune.client.site import worker
 from fedtune.config import Site, load_site
+from fedtune.ledger.files import ASKED
 from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
 from fedtune.secagg.statement import parse, set_text
@@ -141,7 +142,7 @@ def test_draws_that_nobody_pays_for_take_no_more_than_their_room(
     for attempt in range(1, 7):
         round_.attempt = attempt
         assert round_.ready(north).status == "waiting"
-        for age, path in enumerate(sorted((at(north).site.state / airlock.FOLDER).iterdir())):
+        for age, path in enumerate(sorted((at(north).site.state / ASKED).iterdir())):
             assert path.stat().st_mode & 0o777 == 0o600
             os.utime(path, (age, age))
     assert len(waiting(at(north))) == 3
