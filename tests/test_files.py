@@ -164,7 +164,7 @@ def test_a_line_that_the_disk_cut_short_gives_way_to_the_next(tmp_path, room):
 
 def test_a_short_write_that_counts_as_whole_is_caught(tmp_path, monkeypatch):
     """The twin: what follows is on the torn line."""
-    monkeypatch.setattr(writing, "_write_all", os.write)
+    monkeypatch.setattr(writing, "write_all", os.write)
     path = tmp_path / "lines"
     with files_of_at_most(2):
         writing.append_line(path, b"four")  # nobody is told

@@ -119,7 +119,7 @@ def append_line(path: Path, line: bytes) -> None:
         while whole and os.pread(descriptor, 1, whole - 1) != b"\n":
             whole -= 1
         os.ftruncate(descriptor, whole)
-        _write_all(descriptor, line + b"\n")
+        write_all(descriptor, line + b"\n")
     finally:
         os.close(descriptor)
     if made:
@@ -146,12 +146,12 @@ def _folder(path: Path, mode: int) -> None:
 def _write(path: Path, content: bytes, mode: int) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
-        _write_all(descriptor, content)
+        write_all(descriptor, content)
     finally:
         os.close(descriptor)
 
 
-def _write_all(descriptor: int, content: bytes) -> None:
+def write_all(descriptor: int, content: bytes) -> None:
     """Write all of `content`, and have it on disk. Errors: OSError."""
     view = memoryview(content)
     while view:

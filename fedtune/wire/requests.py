@@ -4,8 +4,9 @@
                          <── Answer ──
 
 A request is what a coordinator's message holds: tables of plain values, and arrays whose bytes
-nobody has parsed. An answer is one table, and arrays. Both cross a socket as JSON and raw bytes
-(`send`, `receive_request`, `receive_answer`); in a simulation they are handed over as they are.
+nobody has parsed. An answer is one table, and arrays. Both cross a socket, or lie in a file of a
+spool (spool.py), as JSON and raw bytes (`send`, `receive_request`, `receive_answer`); in a
+simulation they are handed over as they are.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from fedtune.errors import InputError
 
@@ -32,6 +32,14 @@ FAILED = "the site's own log says why"
 MOST_WORDS = 64 << 20  # bytes of a request's tables: a plan, or the statements of many sites
 MOST_ARRAYS = 10_001  # in a message
 MOST_BYTES = 4 << 30  # of its arrays, all together
+
+
+class Way(Protocol):
+    """Where requests and answers pass: a multiprocessing.Connection, or a file in memory."""
+
+    def send_bytes(self, sent: bytes, /) -> None: ...
+
+    def recv_bytes(self, most: int, /) -> bytes: ...
 
 
 class RequestError(InputError):
@@ -63,7 +71,7 @@ class Answer:
         return str(self.fields["status"])
 
 
-def send(connection: Connection, sent: Request | Answer) -> None:
+def send(connection: Way, sent: Request | Answer) -> None:
     """Send a request or an answer: a header, then each array's bytes as they are.
 
     Errors: OSError where the other half has ended."""
@@ -82,7 +90,7 @@ def send(connection: Connection, sent: Request | Answer) -> None:
         connection.send_bytes(array.data)
 
 
-def receive_request(connection: Connection) -> Request:
+def receive_request(connection: Way) -> Request:
     """Receive a request. Errors: EOFError, OSError where the courier has ended or sends more than a
     request can hold; RequestError where it is not of the agreed form, after all of it was read."""
     header, arrays = _receive(connection)
@@ -92,7 +100,7 @@ def receive_request(connection: Connection) -> Request:
     return Request(kind, tables, arrays)
 
 
-def receive_answer(connection: Connection) -> Answer:
+def receive_answer(connection: Way) -> Answer:
     """Receive an answer. Errors: as of `receive_request`."""
     header, arrays = _receive(connection)
     table, fields, name = header.get("table"), header.get("fields"), header.get("arrays_name")
@@ -103,7 +111,7 @@ def receive_answer(connection: Connection) -> Answer:
     return Answer(table, fields, name, arrays)
 
 
-def _receive(connection: Connection) -> tuple[dict[str, Any], dict[str, Packed]]:
+def _receive(connection: Way) -> tuple[dict[str, Any], dict[str, Packed]]:
     """Receive a header and the arrays that it announces."""
     from fedtune.wire.arrays import Packed
 
@@ -145,6 +153,7 @@ __all__ = [
     "Kind",
     "Request",
     "RequestError",
+    "Way",
     "receive_answer",
     "receive_request",
     "send",

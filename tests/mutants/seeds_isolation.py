@@ -10,6 +10,7 @@ APART, T_APART = "fedtune/launch/apart.py", "tests/isolation/test_apart.py::"
 T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_halves.py::"
 T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
 T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
+SPOOL, T_SPOOL = "fedtune/wire/spool.py", "tests/wire/test_spool.py::"
 AIRLOCK, LEDGER = "fedtune/client/airlock.py", "fedtune/ledger/ledger.py"
 T_AIRLOCK, T_DRAW = "tests/client/test_airlock.py::", "tests/secagg/test_held.py::"
 
@@ -176,5 +177,61 @@ MUTANTS = (
         "is_elsewhere = not _try_to_read(site).missing", "is_elsewhere = True",
         T_APART + "test_without_landlock_a_courier_counts_as_confined_only_where_no_record_is",
         "a courier beside the records, without Landlock, is shown as one that cannot read them",
+    ),
+    one(
+        "isolation", "a-spools-file-is-read-through-a-link", SPOOL,
+        "    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK |",
+        "    flags = os.O_RDONLY | os.O_NONBLOCK |",
+        T_SPOOL + "test_what_is_no_file_of_the_couriers_is_not_read",
+        "a courier has the vault open whatever file it names",
+    ),
+    one(
+        "isolation", "a-spools-file-has-a-second-name", SPOOL,
+        " or status.st_nlink != 1:", ":",
+        T_SPOOL + "test_what_is_no_file_of_the_couriers_is_not_read",
+        "a courier has the vault read a file of another folder",
+    ),
+    one(
+        "isolation", "a-spools-folder-is-a-link", SPOOL,
+        "os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC",
+        "os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC",
+        T_SPOOL + "test_a_folder_that_became_a_link_is_not_used",
+        "the vault removes files of a folder that a courier chose",
+    ),
+    one(
+        "isolation", "a-request-is-answered-by-its-name-alone", SPOOL,
+        "if content is not None and hashlib.sha256(content).hexdigest() != name:", "if False:",
+        T_SPOOL + "test_a_file_that_is_rewritten_while_it_is_read_is_judged_by_what_was_read",
+        "half a request is answered, and the answer stands for the whole one",
+    ),
+    one(
+        "isolation", "a-flood-is-worked-through", SPOOL,
+        "            if len(listed) > MOST:\n", "            if False:\n",
+        T_SPOOL + "test_a_flood_of_files_is_refused_and_passes",
+        "every look at the folder takes as long as a courier wants it to",
+    ),
+    one(
+        "isolation", "an-answer-is-written-in-its-place", SPOOL,
+        '    draft = f"{name}.{secrets.token_hex(4)}.{os.getpid()}.new"\n', "    draft = name\n",
+        T_SPOOL + "test_what_a_killed_half_left_is_no_request_and_no_answer",
+        "half an answer is taken for a whole one",
+    ),
+    one(
+        "isolation", "a-request-has-the-name-of-an-earlier-one", SPOOL,
+        "secrets.token_hex(16)", '"0" * 32',
+        T_SPOOL + "test_the_same_request_again_has_another_name",
+        "an answer that was left is taken for one to a plan that the site would refuse now",
+    ),
+    one(
+        "isolation", "any-answer-is-this-requests", SPOOL,
+        '        if head.get("request") != name:\n', "        if False:\n",
+        T_SPOOL + "test_an_answer_to_another_request_is_not_taken",
+        "an answer under another name is sent to the coordinator",
+    ),
+    one(
+        "isolation", "an-answers-file-is-dated", SPOOL,
+        "dated=False)", "dated=True)",
+        T_SPOOL + "test_an_answers_file_says_nothing_beside_its_content",
+        "when it was computed stands beside it, for whoever reads the folder later",
     ),
 )  # fmt: skip
