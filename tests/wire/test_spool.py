@@ -102,7 +102,8 @@ def test_an_answers_file_says_nothing_beside_its_content(spool: Spool) -> None:
         (status.st_mode, status.st_mtime_ns, status.st_size, status.st_nlink)
         for status in ((spool.answers / name).stat() for name in names)
     }
-    ((mode, written, _, links),) = seen
+    assert len(seen) == 1
+    mode, written, _, links = seen.pop()
     assert (stat.S_IMODE(mode), written, links) == (0o600, 0, 1)
 
 
