@@ -46,6 +46,17 @@ PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; w
 # These confine themselves first, which a process with threads cannot; then they call
 # `end_with_parent` themselves.
 CONFINED = ("checks", "vault", "courier")
+# What of the environment the half on the network gets: nothing that holds a password, such as of
+# the records' database, whatever the variable is called.
+TO_COURIER = {
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
+    *("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE"),
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+    *("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "RES_OPTIONS", "LOCALDOMAIN"),
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+    *("HF_HUB_OFFLINE", "USE_HUB_KERNELS", "FEDTUNE_OFFLINE", "FEDTUNE_STRICT", "FEDTUNE_DEBUG"),
+    *("GRPC_VERBOSITY", "PGPASSFILE", "PGSERVICEFILE", "PGSSLKEY"),  # the last three are paths
+}
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -87,8 +98,8 @@ class Child:
     """One running program, Flower's or our own; a context manager that stops it.
 
     Its output goes to `log`, which is private to this user. Nothing else is inherited but `home`,
-    its own FLWR_HOME, the descriptors `keep`, and the environment with Flower's network chatter
-    switched off."""
+    its own FLWR_HOME, the descriptors `keep`, and the environment (of which a courier gets
+    TO_COURIER alone) with Flower's network chatter switched off."""
 
     def __init__(
         self,
@@ -103,8 +114,11 @@ class Child:
         self._name = PROGRAMS[program][1]
         private_folder(home)
         private_folder(log.parent)
+        inherited = boot.environment()
+        if program == "courier":
+            inherited = {name: inherited[name] for name in inherited.keys() & TO_COURIER}
         environment = {
-            **boot.environment(),
+            **inherited,
             **QUIET,
             "FLWR_HOME": str(home),
             "PYTHONUNBUFFERED": "1",

@@ -17,7 +17,6 @@ needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C co
 LIBRARY = r"""
 #define _GNU_SOURCE
 #include <fcntl.h>
-#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
@@ -27,8 +26,7 @@ LIBRARY = r"""
 static const volatile long long *ahead;  /* seconds, in a file that a test writes */
 
 __attribute__((constructor)) static void begin(void) {
-    const char *path = getenv("CLOCK_AHEAD");
-    int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    int file = open(CLOCK_AHEAD, O_RDONLY | O_CLOEXEC);
     void *seen = file < 0 ? MAP_FAILED : mmap(0, 8, PROT_READ, MAP_SHARED, file, 0);
     if (file >= 0) close(file);
     ahead = seen == MAP_FAILED ? 0 : seen;
@@ -64,10 +62,11 @@ class Clock:
     def __init__(self, folder: Path) -> None:
         source, library = folder / "clock.c", folder / "clock.so"
         source.write_text(LIBRARY)
-        subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", library, source], check=True)
         self._ahead = folder / "clock.ahead"
         self._ahead.write_bytes(bytes(8))
-        self.environment = {"LD_PRELOAD": str(library), "CLOCK_AHEAD": str(self._ahead)}
+        words = ["cc", "-shared", "-fPIC", "-O2", f'-DCLOCK_AHEAD="{self._ahead}"']
+        subprocess.run([*words, "-o", library, source], check=True)
+        self.environment = {"LD_PRELOAD": str(library)}
 
     def set(self, hours: int) -> None:
         """Set it, so many hours before the true time."""

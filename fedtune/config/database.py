@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -12,6 +14,12 @@ from pydantic import AfterValidator
 FILES = ("sqlite", "duckdb")  # databases that are one file
 KINDS = (*FILES, "postgresql")
 SECRETS = re.compile("password|secret|token")
+# A url's parameter, the environment's variable, and the file where neither names one.
+LIBPQ = (
+    ("passfile", "PGPASSFILE", "~/.pgpass"),
+    ("servicefile", "PGSERVICEFILE", "~/.pg_service.conf"),
+    ("sslkey", "PGSSLKEY", "~/.postgresql/postgresql.key"),
+)
 USER = re.compile(r"[\w.~%-]*")
 
 
@@ -69,6 +77,19 @@ def is_over_tcp(url: str) -> bool:
     hosts = [unquote(parts.hostname or ""), *asked.get("host", []), *asked.get("hostaddr", [])]
     named = [host for several in hosts for host in several.split(",") if host]
     return any(not host.startswith("/") for host in named)
+
+
+def secrets_of(url: str) -> Iterator[Path]:
+    """List the files in which libpq looks for a password or a key for a checked url, if they are
+    there: those that the url or the environment names, else those of this user's home."""
+    if kind_of(url) in FILES:
+        return
+    asked = parse_qs(urlsplit(url).query)
+    for key, variable, usual in LIBPQ:
+        named = [*asked.get(key, []), os.environ.get(variable, "")]
+        path = Path(next(filter(None, named), usual)).expanduser()
+        if path.exists():
+            yield path
 
 
 def file_of(url: str) -> Path:

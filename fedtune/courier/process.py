@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fedtune import boot, isolation
 from fedtune.config import Site, load_site
-from fedtune.config.database import FILES, file_of, kind_of
+from fedtune.config.database import FILES, file_of, kind_of, secrets_of
+from fedtune.config.site import PASSWORD_FILE
 from fedtune.errors import FedtuneError
 from fedtune.flower.membership import keys_folder
 from fedtune.processes import Stopped, bypass_proxy, end_with_parent, interruptible
@@ -56,8 +57,8 @@ def writable(site: Site) -> list[Path]:
 
 
 def private(site: Site) -> Iterator[Path]:
-    """List what a site's courier must not read: its state and ledger, and where its records and
-    held-out records are, with the files that stand beside them."""
+    """List what a site's courier must not read: its state and ledger, where its records and
+    held-out records are, what opens their databases, and the files that stand beside them."""
     yield site.site.state
     if site.site.ledger:
         yield site.site.ledger
@@ -66,8 +67,12 @@ def private(site: Site) -> Iterator[Path]:
             yield table.path
         elif kind_of(table.url) in FILES:
             yield file_of(table.url)
-        if table.consent and table.consent.opt_outs:
-            yield table.consent.opt_outs
+        if table.url:
+            yield from secrets_of(table.url)
+        if password := table.options.get(PASSWORD_FILE):
+            yield Path(str(password))
+        if table.consent:
+            yield from filter(None, (table.consent.opt_outs, table.consent.salt_file))
 
 
 def open_to_courier(site: Site) -> list[Path]:

@@ -20,12 +20,13 @@ from fedtune import isolation
 from fedtune.bases import find
 from fedtune.config import ConsentTable, SiteEvaluation, load_site
 from fedtune.config.known_bases import KNOWN
+from fedtune.courier import process
 from fedtune.courier.process import open_to_courier, private
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Halves, Shown
 from fedtune.presets._sites import _isolation
-from fedtune.processes import Child
+from fedtune.processes import Child, Program
 from fedtune.wire import events, requests
 from fedtune.wire.arrays import pack_arrays
 from fedtune.wire.requests import Answer, Request, RequestError
@@ -246,16 +247,68 @@ def test_a_librarys_words_stay_in_the_vaults_own_log() -> None:
 
 
 def test_a_courier_is_kept_from_all_that_is_private(tmp_path: Path) -> None:
-    """Held-out records, a database's file, a run's ledger and who opted out, too."""
+    """Held-out records, a database's file, a run's ledger, who opted out and the salt, too."""
     site = load_site(a_site(tmp_path))
     held_out = SiteEvaluation(path=tmp_path / "held.jsonl", columns=site.data.columns)
-    consent = ConsentTable(opt_outs=tmp_path / "out.txt")
+    consent = ConsentTable(
+        opt_outs=tmp_path / "out.txt", hashing="salted-sha256", salt_file=tmp_path / "salt.txt"
+    )
     url = f"sqlite:///{tmp_path}/clinic.db"
     data = site.data.model_copy(update={"url": url, "consent": consent})
     table = site.site.model_copy(update={"ledger": tmp_path / "book"})
     site = site.model_copy(update={"data": data, "site": table, "evaluation": held_out})
     names = {path.name for path in private(site)}
-    assert names == {"state", "book", "clinic.db", "out.txt", "held.jsonl"}
+    assert names == {"state", "book", "clinic.db", "out.txt", "salt.txt", "held.jsonl"}
+
+
+SECRET = "a-password-of-the-records"
+
+
+def test_a_courier_does_not_get_the_databases_password_with_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: the vault, which reads the database, has it."""
+    for name in ("CLINIC_PASSWORD", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("NO_PROXY", "hub.example")
+    site, found = str(a_site(tmp_path)), dict[str, bytes]()
+    halves: tuple[Program, ...] = ("courier", "vault")
+    for half in halves:
+        with Child(half, [site], home=tmp_path / half, log=tmp_path / f"{half}.log") as child:
+            environment = Path(f"/proc/{child.pid}/environ")
+            while not (inherited := environment.read_bytes()) and child.alive:
+                pass  # for a moment a new program has none yet
+            found[half] = inherited
+    assert SECRET.encode() not in found["courier"]
+    assert b"NO_PROXY=hub.example" in found["courier"]
+    assert found["vault"].count(SECRET.encode()) == 3
+
+
+@pytest.mark.parametrize("by", ["option", "url", "environment", "home"])
+def test_a_password_where_a_courier_reads_is_said_to_be_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Such as below /etc; here below what stands for it. Twin: a password elsewhere is not."""
+    shared, elsewhere = tmp_path / "etc", tmp_path / "elsewhere"
+    monkeypatch.setattr(process, "SYSTEM", (str(shared),))
+    monkeypatch.delenv("PGPASSFILE", raising=False)
+    for folder in (shared, elsewhere):
+        folder.mkdir()
+        (folder / ".pgpass").write_text(SECRET)
+        url, options = "postgresql:///clinic", 'table = "notes"'
+        if by == "option":
+            options += f', password_file = "{folder}/.pgpass"'
+        elif by == "url":
+            url += f"?passfile={folder}/.pgpass"
+        elif by == "environment":
+            monkeypatch.setenv("PGPASSFILE", f"{folder}/.pgpass")
+        else:
+            monkeypatch.setenv("HOME", str(folder))
+        text = f'url = "{url}"\noptions = {{ {options} }}'
+        (tmp_path / folder.name / "site").mkdir()
+        site = load_site(a_site(tmp_path / folder.name / "site", text))
+        said = [path for path in open_to_courier(site) if path.name == ".pgpass"]
+        assert said == ([shared / ".pgpass"] if folder is shared else [])
 
 
 def test_halves_that_last_are_started_again_and_those_that_do_not_are_given_up(

@@ -142,6 +142,18 @@ MUTANTS = (
         "a second dataset lies where the courier reads its code, and nobody is told",
     ),
     one(
+        "isolation", "the-courier-inherits-the-databases-password", "fedtune/processes.py",
+        '        if program == "courier":\n', "        if False:\n",
+        T_HALVES + "test_a_courier_does_not_get_the_databases_password_with_its_environment",
+        "what speaks to the network logs in to the records' database",
+    ),
+    one(
+        "isolation", "a-databases-password-lies-where-the-courier-reads", COURIER,
+        "        if table.url:\n            yield from secrets_of(table.url)\n", "",
+        T_HALVES + "test_a_password_where_a_courier_reads_is_said_to_be_open",
+        "a password below /etc opens the database to it, and nobody is told",
+    ),
+    one(
         "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
         "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
