@@ -1,13 +1,15 @@
 """Prometheus metrics, on this machine's loopback alone: `--metrics-port N`.
 
     coordinator   rounds done and planned, participants, missing by reason, bytes, seconds, ε
-    site          connected, rounds sent, ε spent and remaining on the dataset, ledger entries
+    site          connected, rounds sent, ε spent and remaining on the dataset
 
 Guarantee: nothing here depends on a record except through the noise or through what a person
-entered: a site's ε follows from plans and the ledger. Not exported, at either role: counts of
-records (rejected, too long, sampled), losses at a site, gradient norms, seconds per batch. Each of
-them tells whether some patient's record is there; a metrics store keeps them for years, and whoever
-may read a dashboard is seldom whoever may read the records. A person at the site sees the rejected
+entered: a site's ε follows from its charges alone. The port asks for no token, so every account of
+the machine reads it, and so does the half of a site on the network. Not exported, at either role:
+how many entries a ledger has (it grows when data changes or a patient withdraws), counts of records
+(rejected, too long, sampled), losses at a site, gradient norms, seconds per batch. Each of them
+tells whether some patient's record is there; a metrics store keeps them for years, and whoever may
+read a dashboard is seldom whoever may read the records. A person at the site sees the rejected
 counts with `fedtune doctor`.
 Labels are site names, the phrases of log.py and fixed words, so a site cannot grow the series at
 will. Errors: ConfigError without prometheus-client, or for an address other than loopback;
@@ -183,15 +185,13 @@ class LedgerFigures:
         from fedtune.config import load_site
 
         site = load_site(self._path)
-        most, entries, spent = site.policy.max_epsilon, 0, _Spent("", 0.0, 0.0, 0)
+        most, spent = site.policy.max_epsilon, _Spent("", 0.0, 0.0, 0)
         if (book := self._open(site.site.state)) is not None:
-            entries = book.head.seq + 1
             spent = self._spent(book, site.data.name, site.policy.max_delta)
         return {
             "epsilon_spent": ("Of everything released from the dataset", spent.epsilon),
             "epsilon_remaining": ("Of policy.max_epsilon", max(0.0, most - spent.epsilon)),
             "rounds_released": ("Rounds whose update may have left the site", spent.rounds),
-            "ledger_entries": ("Signed entries in the ledger", entries),
         }
 
     def _open(self, folder: Path) -> Ledger | None:
@@ -206,11 +206,12 @@ class LedgerFigures:
 
         head = book.head.hash
         if self._cached is None or (self._cached.head, self._cached.delta) != (head, delta):
-            charges, epsilon = book.spending(dataset), 0.0
-            for cohort in book.cohorts(dataset):  # the cohort that spent most
-                order = cohort.charges[0].order if cohort.charges else 2.0
-                events = [charge.event for charge in cohort.charges]
-                epsilon = max(epsilon, total_epsilon(events, order, delta).epsilon)
+            charges = book.spending(dataset)
+            # Of a unit that was there from the first, whether or not one is: when units arrived
+            # follows from records.
+            order = charges[0].charge.order if charges else 2.0
+            events = [spent.charge.event for spent in charges]
+            epsilon = total_epsilon(events, order, delta).epsilon
             rounds = sum(c.released for c in charges if c.kind == "reserve")
             self._cached = _Spent(head, delta, epsilon, rounds)
         return self._cached

@@ -154,6 +154,15 @@ MUTANTS = (
         "a password below /etc opens the database to it, and nobody is told",
     ),
     one(
+        "isolation", "the-metrics-port-counts-the-ledgers-entries", "fedtune/observe/metrics.py",
+        '            "rounds_released": (',
+        '            "entries": ("", book.head.seq if book else 0),\n'
+        '            "rounds_released": (',
+        "tests/observe/test_metrics.py"
+        "::test_the_port_says_nothing_of_what_the_ledger_enters_of_records",
+        "the half on the network sees that a patient withdrew",
+    ),
+    one(
         "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
         "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",

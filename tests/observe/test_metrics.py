@@ -99,10 +99,26 @@ def test_a_sites_budget_is_the_ledgers(site: Path) -> None:
     assert seen["fedtune_epsilon_spent"] == pytest.approx(epsilon)
     assert seen["fedtune_epsilon_remaining"] == pytest.approx(8 - epsilon)
     assert seen["fedtune_rounds_released"] == 1
-    assert seen["fedtune_ledger_entries"] == ledger.head.seq + 1
     assert (seen["fedtune_connected"], after["fedtune_connected"]) == (1, 0)
     assert seen["fedtune_tasks_refused_total"] == 1
     assert not any("Ackroyd" in name for name in seen)
+
+
+def test_the_port_says_nothing_of_what_the_ledger_enters_of_records(site: Path) -> None:
+    """Twin: a charge, which a plan and a person decide, is seen."""
+    ledger, found = Ledger(site.parent / "state"), Metrics("site", port=0, site=site)
+    try:
+        ledger.declare("records", [], "sha256:0", [b"ann", b"bob"])
+        before, entries = read(found), ledger.head.seq
+        ledger.declare("records", [], "sha256:1", [b"ann", b"bob", b"eve"])
+        ledger.withdraw(b"bob")
+        assert ledger.head.seq == entries + 2
+        assert read(found) == before
+        charge = Charge("s", "n", 1, 1.1, 0.1, 3, 1, 1.0, "record", "first", 8.0)
+        ledger.reserve("records", charge, "1", lambda charges: None)
+        assert read(found) != before
+    finally:
+        found.close()
 
 
 def test_a_ledger_that_cannot_be_believed_gives_no_figure(site: Path) -> None:
