@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedtune.audit.contracts import check as check_plugin
     from fedtune.bases.find import Base, find_base
     from fedtune.bases.find import list_known as list_bases
+    from fedtune.client.acceptance.accept import Acceptance, accept
     from fedtune.client.attack import SiteAttack, attack_site
     from fedtune.client.data_report import DataReport, data_report
     from fedtune.client.data_scan import DataScan, data_scan
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fedtune.client.sheet import Described, describe_data
     from fedtune.client.withdraw import withdraw
     from fedtune.config import (
+        AcceptanceTable,
         BaseTable,
         ClippingTable,
         Columns,
@@ -112,6 +114,7 @@ _MODULES = {
     "fedtune.audit.attack": "Attack attack_run attack_study",
     "fedtune.audit.contracts": "check_plugin=check",
     "fedtune.bases.find": "Base find_base list_bases=list_known",
+    "fedtune.client.acceptance.accept": "Acceptance accept",
     "fedtune.client.attack": "SiteAttack attack_site",
     "fedtune.client.data_report": "DataReport data_report",
     "fedtune.client.data_scan": "DataScan data_scan",
@@ -120,8 +123,8 @@ _MODULES = {
     "fedtune.client.sheet": "Described describe_data",
     "fedtune.client.withdraw": "withdraw",
     "fedtune.config": (
-        "BaseTable ClippingTable Columns ConsentTable CoordinatorTable DataFile EvaluationTable "
-        "LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
+        "AcceptanceTable BaseTable ClippingTable Columns ConsentTable CoordinatorTable DataFile "
+        "EvaluationTable LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
         "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable "
         "SelectionTable Site SiteData SiteEvaluation SiteTable StartTable StrategyTable Study "
         "StudyTable TrainingTable WireTable load_site load_sites load_study save"
@@ -166,6 +169,8 @@ _ORIGINS = {
 }
 
 __all__ = [
+    "Acceptance",
+    "AcceptanceTable",
     "Attack",
     "Base",
     "BaseTable",
@@ -225,6 +230,7 @@ __all__ = [
     "Versions",
     "WireTable",
     "__version__",
+    "accept",
     "answers",
     "approve",
     "attack_run",

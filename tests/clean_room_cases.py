@@ -84,6 +84,13 @@ max_epsilon_per_study = 50.0
 max_delta = 1e-3
 {4}
 """
+ACCEPTANCE = """
+[acceptance]
+path = "held.jsonl"
+columns = { prompt = "q", completion = "a", patient = "who" }
+groups = ["b"]
+thresholds = { accuracy = 0.9 }
+"""
 ASKED = 'prompt = "q", completion = "a", patient = "who"'
 LIKED = 'prompt = "q", chosen = "a", rejected = "b", patient = "who"'
 PROMPTS = ("--prompts", "prompts.jsonl", "--licence", "CC0-1.0")
@@ -101,6 +108,8 @@ def lay_out(world: Path) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     for name in ("north", "south", "open", "pairs", "evaluation", "selection"):
         (world / f"{name}.jsonl").write_text(text)
+    others = text.replace('"p', '"other-').replace("fever", "cough")
+    (world / "held.jsonl").write_text(others)
     (world / "prompts.jsonl").write_text(text.replace('"q"', '"prompt"'))
     (world / "keys.txt").write_text("p1\n")
     for name, plan in (("study", STUDY), ("tried", DECLARED), ("liked", PREFERENCES)):
@@ -120,6 +129,8 @@ def lay_out(world: Path) -> None:
                 'path = "open.jsonl"', 'path = "open.jsonl"\ndeclared = "generated"'
             )
         (world / f"{name}.toml").write_text(text)
+    accepting = SITE.format("north", "north", ASKED, "", "") + ACCEPTANCE
+    (world / "accepting.toml").write_text(accepting)
 
 
 def run_all(room: Room, world: Path) -> set[str]:
@@ -199,6 +210,7 @@ OF_A_RUN: tuple[tuple[str, ...], ...] = (  # likewise
     ("status", "run", "--once"),
     ("doctor", "study.toml"),
     ("evaluate", "run", "--data", "evaluation.jsonl"),
+    ("accept", "run", "--site", "accepting.toml"),
     ("predict", "run", "--data", "evaluation.jsonl", "--choice", "y", "--choice", "n"),
     ("generate", "run", "--prompt", "fever"),
     ("answers", "run", "--count", "2"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fedtune.cli import (
+    accept,
     attack,
     backup,
     dashboard,
@@ -259,6 +260,7 @@ cli_halves.add_to(app, RUN)
 
 
 use_run.add_to(app, USE)
+accept.add_to(app, cli_site.PANEL)
 cli_verify.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)

@@ -20,7 +20,7 @@ from fedtune.client.studies import under_way
 from fedtune.client.withdraw import RECEIPTS
 from fedtune.config import Site, study_from_json
 from fedtune.config.records import RECORDS
-from fedtune.config.state_files import LOSSES
+from fedtune.config.state_files import ACCEPTANCE, FIGURES, LOSSES, PAGE, RECORD
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.evidence.audit_log import AuditLog
 from fedtune.files.room import ROOM
@@ -42,6 +42,10 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "counts of records": ("counts.json",),
     "training losses by round": (LOSSES,),
     "what the data sheet attested": ("sheet.json",),
+    "pages and figures of acceptances": (
+        f"{ACCEPTANCE}/*/{FIGURES}",
+        f"{ACCEPTANCE}/*/{PAGE}",
+    ),
     "where runs on this machine lie": (PLACES,),
     "ledgers of runs of declared data": (f"{RUNS}/*",),
     "room for the ledger": (ROOM,),
@@ -53,6 +57,7 @@ NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
     f"{RECEIPTS}/*",  # what patients were told of their withdrawals
+    f"{ACCEPTANCE}/*/{RECORD}",  # what was decided about a model: signed, and without a row
     *("keys/*", "keys.old-*"),  # the site's way into its consortium
     *("audit*.jsonl", "audit.lock"),
     *(LOCK, "flower/lock", "ranks/lock"),

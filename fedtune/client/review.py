@@ -353,8 +353,20 @@ def _leaves(study: Study, site: Site) -> list[str]:
         "On refusal: the rule that said no. On an error: that there was one.",
         "Never without noise: records, counts, losses, gradients.",
         "Never at all: timings, or who was sampled.",
+        *_accepted(site),
     ]
     return lines
+
+
+def _accepted(site: Site) -> list[str]:
+    """Say what becomes of the site's exact decisions about finished models."""
+    if site.acceptance is None:
+        return []
+    return [
+        "By a person alone: what `fedtune accept` decides here of a finished model. It is an exact "
+        "fact about held-out patients, outside this ε; nothing sends it, and no training or "
+        "release of a coordinator may follow from it."
+    ]
 
 
 def _held(study: Study, site: Site) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -43,6 +45,9 @@ MODULES = (
 # "release", alone or among names: every plug-in of this release. An entry point of another
 # distribution is imported only where it is named.
 Plugins = tuple[str, ...] | Literal["release"]
+# What a model may be judged by at a site: a MetricName, or "ece", how far a class's probability is
+# from how often it is right.
+AcceptedMetric = Literal["accuracy", "f1", "ece", "loss", "perplexity", "exact_match", "preference"]
 RELEASE: Literal["release"] = "release"
 SQL, PASSWORD_FILE = "sql", "password_file"  # the source of a database, and its option
 A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as a path has it: of two slashes one
@@ -184,6 +189,44 @@ class SiteEvaluation(SiteData):
     name: Name = "held-out"
 
 
+class AcceptanceTable(SiteData):
+    """By what a person at this site judges a finished model on records of its own, written before
+    anybody looks: which records, which figures at which bounds, and of whom apart.
+
+    thresholds: of a metric that is better when higher at least so much, of any other at most;
+    recall: of a class, at least; groups: columns whose values are looked at apart; bands: lower
+    edges that make groups of a column of numbers, such as an age; least_group: of patients, or of
+    records without a patient column: a figure of fewer decides nothing; differences: by how much a
+    group may be worse than all others; alone: the run of a model that this site trained alone.
+    Guarantee: `fedtune accept` alone reads this table and its records."""
+
+    name: Name = "acceptance"
+    thresholds: dict[AcceptedMetric, Finite] = Field(default_factory=dict)
+    recall: dict[str, Fraction] = Field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    bands: dict[str, tuple[Finite, ...]] = Field(default_factory=dict)
+    least_group: Annotated[int, Field(ge=10, le=10**6)] = 20
+    differences: dict[AcceptedMetric, NotNegative] = Field(default_factory=dict)
+    alone: Place | None = None
+
+    @model_validator(mode="after")
+    def _check_acceptance(self) -> AcceptanceTable:
+        if not (self.thresholds or self.recall):
+            raise ValueError("thresholds: name at least one, or the recall of a class")
+        if unknown := set(self.bands) - set(self.groups):
+            raise ValueError(f"bands.{min(unknown)}: is no column of groups")
+        for column, edges in self.bands.items():
+            if not edges or list(edges) != sorted(set(edges)):
+                raise ValueError(f"bands.{column}: must rise, as in [18, 65, 80]")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """A digest of everything in this table, which stands in the record of a decision."""
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+
+
 class PolicyTable(Table):
     """Which plans this site admits. Deny by default: what is not allowed here is refused."""
 
@@ -252,6 +295,7 @@ class Site(Table):
     site: SiteTable
     data: SiteData
     evaluation: SiteEvaluation | None = None
+    acceptance: AcceptanceTable | None = None
     policy: PolicyTable = PolicyTable()
     coordinator: CoordinatorTable | None = None
     _file: Path | None = PrivateAttr(default=None)

@@ -154,6 +154,15 @@ completion = "completion"
 # audio = "audio"      # for Whisper, with text (what is said) or label. Both need fedtune[media]
 # patient = "patient_id"  # add it where records belong to patients
 
+# [acceptance]         # by what `fedtune accept RUN` judges a finished model on this site's own
+# path = "accept.jsonl"   # held-out patients; exact, and nothing of it leaves. Written before
+# groups = ["sex", "age"]   # anybody looks. Columns whose values are looked at apart
+# bands = { age = [18, 65, 80] }
+# thresholds = { loss = 1.0 }   # loss, perplexity, ece: at most; accuracy, f1 …: at least
+# [acceptance.columns]   # as in [data.columns]
+# prompt = "prompt"
+# completion = "completion"
+
 # [evaluation]         # held-out records, for a plan's noised, paid queries; see policy.release
 # path = "held-out.jsonl"
 # name = "held-out"    # a budget of its own
@@ -194,6 +203,23 @@ release = []           # what may leave besides noised updates: "evaluation", no
 # proxy = "http://proxy.example.org:3128"    # without it, the environment's HTTPS_PROXY
 # proxy_ca = "proxy.crt"   # of an https:// proxy, if its CA is not one of the system's
 """
+
+
+def acceptance(columns: str) -> str:
+    """Compose a commented [acceptance] for a site's file, with the columns of its [data]."""
+    label = "label =" in columns
+    thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
+    lines = [
+        "",
+        "[acceptance]                  # by what `fedtune accept RUN` judges a finished model here",
+        'path = "accept.jsonl"         # held-out patients; exact, and nothing of it leaves',
+        'groups = ["sex", "age"]       # columns whose values are looked at apart',
+        "bands = { age = [18, 65, 80] }",
+        f"thresholds = {thresholds}   # ece, loss: at most; written before anybody looks",
+        "[acceptance.columns]",
+        *columns.splitlines(),
+    ]
+    return "".join(f"# {line}".rstrip() + "\n" if line else "\n" for line in lines)
 
 
 def init(

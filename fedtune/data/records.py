@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedtune.config import (
+    AcceptanceTable,
     Columns,
     DataFile,
     EvaluationTable,
@@ -114,8 +115,8 @@ def record_member(record: Record) -> bytes:
 
 def table_of(file: DataFile) -> str:
     """Name the table of study.toml or site.toml that describes the file, for error messages."""
-    public = {PublicTable: "public", SelectionTable: "selection", EvaluationTable: "evaluation"}
-    return public.get(type(file), "data")
+    named = {PublicTable: "public", SelectionTable: "selection", EvaluationTable: "evaluation"}
+    return {**named, AcceptanceTable: "acceptance"}.get(type(file), "data")
 
 
 def read_records(

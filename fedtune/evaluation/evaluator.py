@@ -66,10 +66,17 @@ def check_evaluation(study: Study) -> None:
 class Evaluator:
     """Evaluates adapters on the study's [evaluation] records, as often as needed.
 
-    The frozen layers below the adapters are computed once, here. Errors: ConfigError where the
-    metric does not fit the objective, DataError for the file."""
+    The frozen layers below the adapters are computed once, here. read: what reads the records, once
+    the network that is to score them is there, in place of the table's file; nothing of them is
+    then kept beyond this object. Errors: ConfigError where the metric does not fit the objective,
+    DataError for the file."""
 
-    def __init__(self, study: Study, frozen: Arrays | None = None) -> None:
+    def __init__(
+        self,
+        study: Study,
+        frozen: Arrays | None = None,
+        read: Callable[[Network], Dataset] | None = None,
+    ) -> None:
         table = study.evaluation
         if table is None:
             raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
@@ -85,7 +92,10 @@ class Evaluator:
         objective = study.objective.model_copy(update={"basis_digest": None})
         plain = study.model_copy(update={"lora": lora, "objective": objective})
         self._factor = self.network.adopt(plain, frozen or {})
-        data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
+        if read:
+            data = read(self.network)
+        else:
+            data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
         self.rejected, self.n_cut = data.rejected, data.n_cut
         self._records = CachedDataset(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
@@ -97,10 +107,11 @@ class Evaluator:
             self._read_choices(data, table.choices, study.objective.max_length)
         assess = self._pairs if self.paired else self._classes if self.classify else self._tokens
         self._assess: Callable[[Batch, Scores], None] = assess
-        read = [cached for cached in (self._records, self._with_choices) if cached is not None]
-        for cached in read:
-            cached.warm()
-        _keep(str(table.where), [state for cached in read for state in cached.states])
+        cached = [data for data in (self._records, self._with_choices) if data is not None]
+        for records in cached:
+            records.warm()
+        if not read:
+            _keep(str(table.where), [state for records in cached for state in records.states])
 
     def __len__(self) -> int:
         return len(self._gold)
@@ -200,13 +211,15 @@ class Evaluator:
             exact, chosen = np.zeros(n, bool), np.full(n, -1)
             scores = Scores(np.zeros(n), np.ones(n), exact, chosen, self._gold, np.zeros(n))
             scores.pairs = PairScores.empty(n) if self.paired else None
-            measuring = reporter("measuring on public records")
+            classes = self.classify or self._single is not None
+            scores.confidence = np.zeros(n) if classes else None
+            measuring = reporter("measuring on the records")
             for batch in self._records.batches(range(n), on_work=measuring):
                 self._assess(batch, scores)
                 if scores.pairs is not None:
                     scores.pairs.add(self.network, batch, with_kl=with_kl)
             if self._with_choices is not None:
-                scores.chosen = self._most_likely(self._with_choices)
+                scores.chosen, scores.confidence = self._most_likely(self._with_choices)
             return scores
 
     # ------------------------------------------------------------------------------ one batch
@@ -217,8 +230,15 @@ class Evaluator:
         index = batch.index.numpy()
         loss = functional.cross_entropy(logits, batch.label, reduction="none")
         scores.loss[index] = loss.double().cpu().numpy()
-        scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
+        self._choose(logits, index, scores)
         scores.exact[index] = scores.chosen[index] == scores.gold[index]
+
+    def _choose(self, logits: torch.Tensor, index: np.ndarray, scores: Scores) -> None:
+        """Enter the likeliest class by these logits (B, K), and its probability."""
+        scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
+        if scores.confidence is not None:
+            shares = torch.softmax(logits.double(), dim=1)
+            scores.confidence[index] = shares.amax(dim=1).cpu().numpy()
 
     def _pairs(self, batch: Batch, scores: Scores) -> None:
         """A completion is preferred where its score (a trained head) or its likelihood per token
@@ -244,18 +264,19 @@ class Evaluator:
         scores.loss[index], scores.tokens[index] = total / count, count
         scores.exact[index] = right == count
         if self._single is not None:
-            logits = first_logits(self.network, hidden, batch, self._single)
-            scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
+            self._choose(first_logits(self.network, hidden, batch, self._single), index, scores)
 
-    def _most_likely(self, with_choices: CachedDataset) -> np.ndarray:
-        """The choice of highest log-likelihood, summed over its tokens, (n,)."""
+    def _most_likely(self, with_choices: CachedDataset) -> tuple[np.ndarray, np.ndarray]:
+        """The choice of highest log-likelihood, summed over its tokens, and its share among the
+        choices' likelihoods, (n,) each."""
         likelihood = np.zeros(len(self) * self._choices)
-        comparing = reporter("comparing the choices on public records")
+        comparing = reporter("comparing the choices on the records")
         for batch in with_choices.batches(range(len(likelihood)), on_work=comparing):
             hidden = self.network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
             likelihood[batch.index.numpy()] = -by_record(self.network, hidden, batch)[0]
-        best: np.ndarray = likelihood.reshape(-1, self._choices).argmax(axis=1)
-        return best
+        by_choice = likelihood.reshape(-1, self._choices)
+        above = by_choice - by_choice.max(axis=1, keepdims=True)
+        return by_choice.argmax(axis=1), 1 / np.exp(above).sum(axis=1)
 
     # -------------------------------------------------------------------------------- choices
 

@@ -25,7 +25,8 @@ class Scores:
     """Per record: loss (n,) nats, mean over its targets (of a pair or a judged completion, the
     objective's loss); tokens (n,) targets; exact (n,) greedy decoding gives the completion; chosen
     (n,) and gold (n,) class indices, -1 without classes; margin (n,) by which the better completion
-    of a pair is preferred; pairs: what else is known of pairs, None of other records."""
+    of a pair is preferred; pairs: what else is known of pairs, None of other records; confidence
+    (n,): the probability of the chosen class, None without classes."""
 
     loss: np.ndarray
     tokens: np.ndarray
@@ -34,9 +35,11 @@ class Scores:
     gold: np.ndarray
     margin: np.ndarray
     pairs: PairScores | None = None
+    confidence: np.ndarray | None = None
 
     def with_rows_of(self, other: Scores, rows: np.ndarray) -> Scores:
-        """Return these scores with those of `other` at `rows` (n,), bool; without pairs."""
+        """Return these scores with those of `other` at `rows` (n,), bool; without pairs and
+        confidence."""
         return Scores(
             loss=np.where(rows, other.loss, self.loss),
             tokens=np.where(rows, other.tokens, self.tokens),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import DataFile, EvaluationTable, Study
+from fedtune.data.dataset import Dataset
 from fedtune.errors import ConfigError
 from fedtune.evaluation.evaluator import Evaluator, check_evaluation
 from fedtune.evaluation.metrics import intervals
 from fedtune.models.adapter_files import picked
+from fedtune.models.lora import Arrays
+from fedtune.models.network import Network
 from fedtune.models.run import Run
 from fedtune.report.claim import verdict
 from fedtune.report.gain import headline
@@ -47,15 +50,8 @@ def evaluate(
             "choices": tuple(choices) or (configured.choices if configured else ()),
         }
     )
-    saved = run.adapter()
-    changes: dict[str, Any] = {"evaluation": table}
-    if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained
-        changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
-    frozen = {name: value for name, value in saved.items() if "lora_A" in name}
-    study = study.model_copy(update=changes)
-    check_evaluation(study)
-    evaluator = Evaluator(study, frozen)
-    trained = picked(saved, evaluator.network.parameters(), run.folder / "adapter")
+    check_evaluation(study.model_copy(update={"evaluation": table}))
+    evaluator, trained = evaluator_of(run, table)
     after, before = evaluator.scores(trained, with_kl=True), evaluator.untouched
     names = tuple(dict.fromkeys((table.metric, "loss")))
     interval, pairs = intervals(before, after, table.metric), evaluator.pairs_of(before, after)
@@ -74,6 +70,20 @@ def evaluate(
         "alarms": alarms(quality),
         "of the run": _of_the_run(run),
     }
+
+
+def evaluator_of(
+    run: Run, table: EvaluationTable, read: Callable[[Network], Dataset] | None = None
+) -> tuple[Evaluator, Arrays]:
+    """Return what scores records as a finished run's study does, and the run's trained arrays.
+    table, read: the records, as of Evaluator. Errors: as of Evaluator; ModelError."""
+    saved, study = run.adapter(), run.study
+    changes: dict[str, Any] = {"evaluation": table}
+    if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained
+        changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
+    frozen = {name: value for name, value in saved.items() if "lora_A" in name}
+    evaluator = Evaluator(study.model_copy(update=changes), frozen, read)
+    return evaluator, picked(saved, evaluator.network.parameters(), run.folder / "adapter")
 
 
 def _of_the_run(run: Run) -> list[str]:

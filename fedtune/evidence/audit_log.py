@@ -56,6 +56,7 @@ EVENTS = frozenset({
     "let-go",  # a site: an answer that waited; it may also be refused
     "cut",  # a site: a receipt names an entry that this log lacks
     "attest", "approve",  # a site: its data sheet; a dossier
+    "assess",  # a site: a model, by its own records
     "isolate",  # a site: how its two halves are confined
     "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip
@@ -112,7 +113,7 @@ class AuditLog:
         Errors: NotAuditable; InfrastructureError where the disk refuses: what was to be logged
         should then not be done."""
         said = {"event": event, "facts": _checked(event, rule, facts), "rule": rule}
-        said |= {"login": login(), "person": _person()}
+        said |= {"login": login(), "person": person()}
         try:
             with _locked(self.folder):
                 newest = _newest(self.folder)
@@ -282,7 +283,7 @@ def _name(path: Path) -> str:
     return "".join(c if TEXT.fullmatch(c) else "?" for c in path.name)[:200]
 
 
-def _person() -> str:
+def person() -> str:
     """Return whom $FEDTUNE_PERSON names. Errors: InputError."""
     name = os.environ.get(PERSON, "").strip()
     if not TEXT.fullmatch(name):

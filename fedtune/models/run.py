@@ -13,10 +13,13 @@ from fedtune.errors import ConfigError
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.models.adapter_files import load_adapter
-from fedtune.models.lora import Arrays
+from fedtune.models.lora import Arrays, digest
 from fedtune.report.gain import is_start_released, over_start
 from fedtune.report.preference import alarms
 from fedtune.run_folder import PRINTED, load_plan, read_report
+
+CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # where the coordinator keeps a run's start
+ORIGIN = "origin/"  # before the names of the start's arrays in it
 
 
 class Run:
@@ -58,6 +61,23 @@ class Run:
     def adapter(self) -> Arrays:
         """Read the arrays by name: adapter, frozen factor, a head if any. Errors: ModelError."""
         return load_adapter(self.folder / "adapter")
+
+    def start(self) -> Arrays | None:
+        """Read the arrays that the rounds began from, which public text alone gives; None where the
+        study has no [start], or this folder does not hold them: they are in no run's signed files,
+        but in the checkpoint that the coordinator keeps. Known again by the plan's digest."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        table, path = self.study.start, self.folder / CHECKPOINT
+        if table is None or table.digest is None or path.is_symlink() or not path.is_file():
+            return None
+        try:
+            saved = load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+        own = {name.removeprefix(ORIGIN): a for name, a in saved.items() if name.startswith(ORIGIN)}
+        return own if own and digest(own) == table.digest else None
 
     @property
     def metrics(self) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from fedtune import isolation
 from fedtune.bases.find import find_base
 from fedtune.config.database import anchored, is_over_tcp, shown
 from fedtune.config.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
-from fedtune.config.templates import NAME, ledger_beside, quoted
+from fedtune.config.templates import NAME, acceptance, ledger_beside, quoted
 from fedtune.data.cells import key_of
 from fedtune.data.files import Rejected, placed_rows
 from fedtune.data.sources import SOURCES, Source
@@ -214,6 +214,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
     else:
         places = {f"sites/{name}/site.toml": name for name in names(records)}
     paths = records.data or (None,) * len(places)
+    patient = f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY
     return {
         place: SITE.format(
             name=name,
@@ -225,8 +226,8 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
             bases=_bases(records.base),
             admission=REVIEWED + HELD + _isolation(path) if records.role == "site" else "",
-            columns=columns
-            + (f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY),
+            columns=columns + patient,
+            acceptance=acceptance(columns + patient.replace("\n# ", "\n")),
         )
         for (place, name), path, size in zip(
             places.items(), paths, records.declared_sizes, strict=True
@@ -295,4 +296,4 @@ declared_size = {size}               # units, as a person states it in public; n
 [policy]
 max_epsilon = 8.0
 max_delta = {delta:<17} # {rule}
-{admission}{bases}"""
+{admission}{bases}{acceptance}"""

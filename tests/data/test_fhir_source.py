@@ -255,3 +255,34 @@ def test_a_real_bulk_export_is_read_end_to_end() -> None:
     every = read(folder, filter={"status": ("current", "superseded")})
     assert len(every.records) == every.rows == 1215 and len({r.unit for r in every.records}) == 13
     assert all(record.prompt.strip() for record in every.records)
+
+
+def test_gender_and_age_are_those_of_the_documents_own_patient(tmp_path: Path) -> None:
+    def person(number: str, **more: Any) -> dict[str, Any]:
+        return {"resourceType": "Patient", "id": number, **more}
+
+    folder = exported(
+        tmp_path / "bulk",
+        DocumentReference=[
+            document("d1", "1", "cough", date="2020-05-01T08:00:00Z"),
+            document("d2", "1", "fever", date="2020-05-02T08:00:00Z"),
+            document("d3", "2", "rash", date="2020"),
+            document("d4", "3", "pain", date="2020-05-02"),
+            document("d5", "4", "itch", date="2020-05-02"),
+        ],
+        Patient=[
+            person("1", gender="female", birthDate="1950-05-02"),
+            person("2", gender="male", birthDate="1950-05-02"),
+            person("3", gender=7, birthDate="1950"),
+        ],
+    )
+    columns = COLUMNS.model_copy(update={"label": "gender"})
+    found = read(folder, columns=columns)
+    assert [(r.unit, r.label) for r in found.records] == [
+        ("1", "female"),
+        ("2", "male"),
+        ("1", "female"),
+    ]
+    assert found.rejected == {"missing value": 2}
+    ages = read(folder, columns=COLUMNS.model_copy(update={"label": "age"}))
+    assert sorted((r.unit, r.label) for r in ages.records) == [("1", "69"), ("1", "70")]

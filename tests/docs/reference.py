@@ -29,7 +29,11 @@ from fedtune.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference.md"
-AS_IN_DATA = ("evaluation.consent", "evaluation.scan", "evaluation.convert")
+AS_IN_DATA = tuple(
+    f"{table}.{name}"
+    for table in ("evaluation", "acceptance")
+    for name in ("consent", "scan", "convert")
+)
 HEAD = """# Every command, exported name and error
 
 Written by `python -m tests.docs.reference` from the code; not edited by hand. `fedtune COMMAND
@@ -43,6 +47,7 @@ IN_WORDS = {  # defaults too long for a table
     ("[policy]", "bases"): "the digests that this release pins",
     ("[data]", "path"): "required without `url`",
     ("[evaluation] of a site", "path"): "required without `url`",
+    ("[acceptance]", "path"): "required without `url`",
 }
 
 

@@ -25,6 +25,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "courier": ("none.toml", "--socket", "door"),
     "evaluate": (RUN, "--data", "none.jsonl"),
     "predict": (RUN, "--data", "none.jsonl"),
+    "accept": (RUN, "--site", SITE),
     "versions": ("versions",),
     "generate": (RUN, "--max-new-tokens", "1"),
     "answers": ("none",),

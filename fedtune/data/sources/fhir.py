@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from fedtune.errors import ConfigError, DataError
 RESOURCES = ("DocumentReference", "Condition")
 COLUMNS = (
     *("patient", "text", "id", "status", "doc_status", "replaced", "type", "category", "date"),
-    *("site", "site_name", "custodian", "encounter", "conditions"),
+    *("site", "site_name", "custodian", "encounter", "conditions", "gender", "age"),
     *("code", "clinical_status", "verification_status"),
 )
 SUFFIX = ".ndjson"
+DAY = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
 ODD = (TypeError, ValueError, AttributeError, KeyError, RecursionError)  # of a resource's form
 Key = tuple[str, str]  # a patient, and the id of a resource that is that patient's
 
@@ -52,7 +54,7 @@ class Fhir(Collection):
         files = _files(where, self.resource)
         names.header(list(COLUMNS))
         is_document = self.resource == "DocumentReference"
-        encounters = _encounters(where)
+        encounters, people = _encounters(where), _people(where)
         conditions = _conditions(where) if is_document else {}
         replaced = _replaced(files) if is_document else set()
         for path in files:
@@ -62,13 +64,13 @@ class Fhir(Collection):
                     if isinstance(line, str):
                         cells = line.cells if isinstance(line, BadCell) else {}
                         if cells.get("resourceType") == self.resource and _patient(cells):
-                            row = self._row(cells, encounters, conditions, replaced)
+                            row = self._row(cells, encounters, conditions, replaced, people)
                             read = row.cells if isinstance(row, BadCell) else row
                             yield path.name, BadCell(line, read)
                         else:
                             yield path.name, str(line)
                     elif line.get("resourceType") == self.resource:
-                        yield path.name, self._row(line, encounters, conditions, replaced)
+                        yield path.name, self._row(line, encounters, conditions, replaced, people)
             except OSError:  # one file is nothing to the others
                 names.row = 0
                 yield path.name, "cannot be read"
@@ -79,14 +81,16 @@ class Fhir(Collection):
         encounters: dict[Key, dict[str, str]],
         conditions: dict[Key, list[str]],
         replaced: set[Key],
+        people: dict[str, dict[str, str]],
     ) -> Row | BadCell:
         """Return a resource as a row, or why it cannot be used."""
+        given = encounters, conditions, replaced, people
         try:
-            return self._cells(line, encounters, conditions, replaced)
+            return self._cells(line, *given)
         except ODD:
             pass
         try:
-            rest = self._cells({**line, "content": None}, encounters, conditions, replaced)
+            rest = self._cells({**line, "content": None}, *given)
         except ODD:
             rest = {"patient": _patient(line) or None}
         return BadCell("wrong type", rest)
@@ -97,6 +101,7 @@ class Fhir(Collection):
         encounters: dict[Key, dict[str, str]],
         conditions: dict[Key, list[str]],
         replaced: set[Key],
+        people: dict[str, dict[str, str]],
     ) -> Row:
         patient, context = _patient(line), _table(line.get("context"))
         visit = line.get("encounter") or next(iter(_tables(context.get("encounter"))), None)
@@ -108,7 +113,9 @@ class Fhir(Collection):
             "encounter": key[1] or None,
             "site": known.get("site"),
             "site_name": known.get("site_name"),
+            "gender": people.get(patient, {}).get("gender"),
         }
+        born = people.get(patient, {}).get("born", "")
         if self.resource == "Condition":
             code = _table(line.get("code"))
             return row | {
@@ -116,7 +123,8 @@ class Fhir(Collection):
                 "code": _codes(code) or None,
                 "clinical_status": _codes(_table(line.get("clinicalStatus"))) or None,
                 "verification_status": _codes(_table(line.get("verificationStatus"))) or None,
-                "date": line.get("recordedDate") or line.get("onsetDateTime"),
+                "date": (date := line.get("recordedDate") or line.get("onsetDateTime")),
+                "age": _age(born, date),
                 "status": _condition_status(line),
                 "replaced": "no",
             }
@@ -129,6 +137,7 @@ class Fhir(Collection):
             "type": _said(_table(line.get("type"))) or None,
             "category": next(map(_said, _tables(line.get("category"))), "") or None,
             "date": line.get("date"),
+            "age": _age(born, line.get("date")),
             "custodian": _reference(custodian, "Organization") or None,
             "site": known.get("site") or _reference(custodian, "Organization") or None,
             "site_name": known.get("site_name") or custodian.get("display"),
@@ -200,6 +209,32 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
         if key[0] and (key not in found or sorted(site.items()) < sorted(found[key].items())):
             found[key] = site
     return found
+
+
+def _people(where: Path) -> dict[str, dict[str, str]]:
+    """Map each patient's id to gender and date of birth, as far as they are said; of several
+    resources with one id, the first by what they say."""
+    found: dict[str, dict[str, str]] = {}
+    for line in _resources(where, "Patient"):
+        told = {"gender": line.get("gender"), "born": line.get("birthDate")}
+        person = {name: value for name, value in told.items() if isinstance(value, str)}
+        key = line.get("id")
+        if isinstance(key, str) and (
+            key not in found or sorted(person.items()) < sorted(found[key].items())
+        ):
+            found[key] = person
+    return found
+
+
+def _age(born: str, date: Any) -> int | None:
+    """Return a patient's age at a date, in whole years; None where one of them is not said to the
+    day."""
+    days = [DAY.match(value) if isinstance(value, str) else None for value in (born, date)]
+    if not all(days):
+        return None
+    birth, then = ([int(part) for part in day.groups()] for day in days if day)
+    years = then[0] - birth[0] - (then[1:] < birth[1:])
+    return years if years >= 0 else None
 
 
 def _conditions(where: Path) -> dict[Key, list[str]]:

@@ -1,0 +1,59 @@
+"""The command that judges a finished model at a site."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedtune.cli.exit_codes import command
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(accept)
+
+
+def accept(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|DOSSIER", help="A finished run, or its dossier."),
+    ],
+    site: Annotated[
+        Path, typer.Option("--site", metavar="SITE", help="The site.toml with [acceptance].")
+    ] = Path("site.toml"),
+) -> dict[str, Any]:
+    """Judge a finished model at this site, on its own held-out patients: accepted, refused, or not
+    resolved, by what [acceptance] in site.toml says.
+
+    Writes a page, all figures and a signed record to the site's state folder. Exact figures,
+    without noise: they stay here. Nothing of them leaves with the ledger, a dossier or the status;
+    telling the decision is a person's act, outside any ε."""
+    from fedtune.cli.watch import Watch
+    from fedtune.client.acceptance.accept import accept as judge
+    from fedtune.config import load_site
+    from fedtune.config.state_files import PAGE
+
+    with Watch(Console(stderr=True), "judging"):
+        made = judge(run, load_site(site))
+    figures = made.figures
+    unit = f"{figures['unit']}s"
+    typer.echo(f"{made.decision}, of {figures['patients']} held-out {unit}")
+    for one in figures["judged"]:
+        low, high = one["interval"]
+        of = f" of {one['of']}" if one["of"] else ""
+        why = f": {one['why']}" if one["why"] else ""
+        figure = (
+            "none" if one["figure"] is None else f"{one['figure']:.3f} ({low:.3f} to {high:.3f})"
+        )
+        worse = " worse by" if one["of"] else ""
+        typer.echo(f"  {one['measure']}{of}:{worse} {figure}, {one['decision']}{why}")
+    for group in figures["different"]:
+        typer.echo(f"  differs from all others: {group}")
+    for why, number in figures["left_out"].items():
+        typer.echo(f"  left out: {number} {why}")
+    typer.echo(f"read {made.folder / PAGE}")
+    typer.echo("private to this site: it follows from its records, and no ε covers it")
+    return {"folder": str(made.folder), **figures}

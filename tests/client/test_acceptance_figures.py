@@ -1,0 +1,183 @@
+"""What an acceptance computes: measures, intervals, groups, and when nothing follows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest  # type: ignore[import-untyped]
+
+from benchmarks.acceptance import found, judged, planted, unresolved
+from fedtune.client.acceptance.intervals import Sample, clopper_pearson
+from fedtune.client.acceptance.judgement import ALARMS, Judgement, judge
+from fedtune.client.acceptance.measures import BINS, measures_of
+from fedtune.config import AcceptanceTable, Site
+from fedtune.errors import ConfigError
+from fedtune.evaluation.metrics import Scores
+
+LESIONS = ("malignant", "no lesion", "benign")
+
+
+def scores_of(gold: Any, chosen: Any, confidence: float = 0.9) -> Scores:
+    gold, chosen = np.asarray(gold), np.asarray(chosen)
+    n = len(gold)
+    loss = np.where(gold == chosen, 0.1, 2.0)
+    held = np.full(n, confidence)
+    return Scores(loss, np.ones(n), gold == chosen, chosen, gold, np.zeros(n), confidence=held)
+
+
+def table(**settings: Any) -> AcceptanceTable:
+    given = {"path": "none.csv", "columns": {"text": "t", "label": "l", "patient": "p"}}
+    return AcceptanceTable.model_validate(given | settings, strict=False)
+
+
+def decided(of: Scores, labels: tuple[str, ...] = LESIONS, **settings: Any) -> Judgement:
+    return judge(table(**settings), of, np.arange(len(of.loss)), {}, labels)
+
+
+# ---------------------------------------------------------------------------------- measures
+
+
+def test_measures_are_those_of_an_evaluation() -> None:
+    scores, units, _ = planted(3, records=2)
+    known, sample = measures_of(scores, tuple("abcde")), Sample(scores, units)
+    for name in ("accuracy", "f1", "loss"):
+        assert sample.of_measure(known[name]).figure == pytest.approx(scores.value(name))
+    for index, label in enumerate("abcde"):
+        own = scores.gold == index
+        share = (scores.chosen[own] == index).mean()
+        assert sample.of_measure(known[f"recall: {label}"]).figure == pytest.approx(share)
+
+
+def test_the_calibration_error_is_that_of_its_definition() -> None:
+    scores, units, _ = planted(4)
+    assert scores.confidence is not None
+    right, expected = scores.chosen == scores.gold, 0.0
+    edges = np.linspace(0, 1, BINS + 1)
+    for low, high in pairwise(edges):
+        own = (scores.confidence >= low) & (scores.confidence < high)
+        if own.any():
+            gap = abs(scores.confidence[own].mean() - right[own].mean())
+            expected += own.mean() * gap
+    known = measures_of(scores, tuple("abcde"))
+    assert Sample(scores, units).of_measure(known["ece"]).figure == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 9), (7, 10), (40, 40)])
+def test_a_share_of_patients_has_the_exact_interval(right: int, n: int) -> None:
+    exact = binomtest(right, n).proportion_ci(0.95, method="exact")
+    assert clopper_pearson(right / n, n, 0.95) == pytest.approx((exact.low, exact.high))
+
+
+def test_many_records_of_a_patient_are_no_more_patients() -> None:
+    """A patient's records all alike: as one of each, whatever their number."""
+    gold = np.zeros(30, int)
+    chosen = np.where(np.arange(30) < 24, 0, 1)
+    once = scores_of(gold, chosen)
+    often = scores_of(np.repeat(gold, 50), np.repeat(chosen, 50))
+    accuracy = measures_of(once, LESIONS)["accuracy"]
+    alone = Sample(once, np.arange(30)).of_measure(accuracy)
+    together = Sample(often, np.repeat(np.arange(30), 50)).of_measure(accuracy)
+    assert together.interval == pytest.approx(alone.interval) and together.records == 1500
+
+
+# ---------------------------------------------------------------------------------- decisions
+
+
+def test_accepted_refused_and_not_resolved_follow_from_the_interval() -> None:
+    gold = np.zeros(200, int)
+    scores = scores_of(gold, np.where(np.arange(200) < 160, 0, 1))  # 0.8: 0.738 to 0.853
+    for bound, decision in ((0.73, "accepted"), (0.74, "not resolved"), (0.86, "refused")):
+        assert decided(scores, thresholds={"accuracy": bound}).decision == decision
+    loss = {"accuracy": 0.73, "loss": 0.1}  # the mean is 0.48: better when lower
+    assert decided(scores, thresholds=loss).decision == "refused"
+
+
+def test_ten_right_of_ten_prove_little() -> None:
+    """Resamples of patients of whom none is wrong would know no error: the interval has to."""
+    scores = scores_of([0, 1] * 15, [0, 1] * 15, confidence=0.99)
+    told = decided(scores, LESIONS[:2], thresholds={"f1": 0.95, "ece": 0.05}, least_group=10)
+    assert told.decision == "not resolved"
+    assert told.overall["f1"].interval.low < 0.9 and told.overall["ece"].interval.high > 0.1
+    few = scores_of([0, 1] * 5, [0, 1] * 5)
+    assert decided(few, LESIONS[:2], thresholds={"accuracy": 0.1}).decision == "not resolved"
+
+
+@pytest.mark.parametrize("benign", [0, 1, 2, 2, 12])
+def test_a_macro_figure_of_a_scarce_class_resolves_nothing(benign: int) -> None:
+    """MediSwarm #533: five test splits held 0, 1, 2, 2 and 12 benign cases, a macro figure gave
+    each of them a third of the weight, and ranked the hospitals by it."""
+    gold = np.array([0] * 120 + [1] * 130 + [2] * benign)
+    wrong = np.where(np.arange(len(gold)) % 10 == 0, 1, gold)  # a tenth, and every benign case
+    for chosen in (gold, np.where(gold == 2, 0, wrong)):
+        told = decided(scores_of(gold, chosen), thresholds={"f1": 0.6}, recall={"benign": 0.5})
+        assert told.decision == "not resolved"
+        assert {one.decision for one in told.judged} == {"not resolved"}
+        assert all("of at least 20" in one.why or "benign" in one.why for one in told.judged)
+    assert decided(scores_of(gold, gold), thresholds={"accuracy": 0.9}).decision == "accepted"
+
+
+def test_a_bound_on_differences_is_judged_too() -> None:
+    scores, units, groups = planted(5)
+    settings: dict[str, Any] = {"thresholds": {"accuracy": 0.2}, "groups": ["ward", "sex"]}
+    labels = tuple("abcde")
+    assert judge(table(**settings), scores, units, groups, labels).decision == "accepted"
+    settings["differences"] = {"accuracy": 0.1}
+    told = judge(table(**settings), scores, units, groups, labels)
+    assert told.decision == "refused"
+    assert [one.of for one in told.judged if one.decision == "refused"] == ["ward = west"]
+
+
+# -------------------------------------------------------------------------------------- groups
+
+
+def test_a_group_whose_labels_are_shuffled_is_found_and_one_of_eight_is_not_resolved() -> None:
+    told = [judged(planted(seed), "accuracy", "loss") for seed in range(50)]
+    assert sum(map(found, told)) >= 40
+    assert all(map(unresolved, told))
+
+
+def test_without_a_difference_few_pages_find_one() -> None:
+    """At most 5 % of them, all groups and measures together; drawn from seeds."""
+    seeds = range(20_000, 20_100)
+    alarms = [
+        bool(judged(planted(seed, shuffled=False), "accuracy", "loss").different) for seed in seeds
+    ]
+    most = next(n for n in range(101) if binomtest(n, 100, ALARMS, "greater").pvalue < 1e-3)
+    assert sum(alarms) < most
+
+
+def test_each_further_comparison_widens_them_all() -> None:
+    one = judged(planted(0), "accuracy")
+    both = judged(planted(0), "accuracy", "loss")
+    resolved = [c for c in one.compared if c.found is not None]
+    assert one.level == 1 - ALARMS / len(resolved) < both.level
+
+
+# ------------------------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "name at least one"),
+        ({"thresholds": {"accuracy": 0.5}, "bands": {"age": [3]}}, "no column of groups"),
+        (
+            {"thresholds": {"accuracy": 0.5}, "groups": ["age"], "bands": {"age": [9, 3]}},
+            "must rise",
+        ),
+        ({"thresholds": {"accuracy": 0.5}, "least_group": 3}, "least_group"),
+        ({"thresholds": {"auroc": 0.5}}, "thresholds"),
+    ],
+)
+def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"path": "x.csv", "columns": {"text": "t", "label": "l"}}
+    tables = {
+        "site": {"name": "north", "declared_size": 30},
+        "data": given,
+        "acceptance": given | settings,
+    }
+    with pytest.raises((ConfigError, ValueError), match=message):
+        Site.model_validate(tables, strict=False)

@@ -1,0 +1,135 @@
+"""Seeded bugs of an acceptance: who is judged on, what is kept of it, and what follows from few."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+RECORDS, ACCEPT, JUDGEMENT, INTERVALS = (
+    f"fedtune/client/acceptance/{name}.py"
+    for name in ("records", "accept", "judgement", "intervals")
+)
+T_SITE = "tests/client/test_acceptance.py::"
+T_FIGURES = "tests/client/test_acceptance_figures.py::"
+
+MUTANTS = (
+    one(
+        "acceptance",
+        "who-is-in-the-training-file-is-judged-on",
+        RECORDS,
+        "m in trained or any(",
+        "any(",
+        T_SITE + "test_whoever_was_trained_on_is_left_out_with_all_records",
+        "a model is judged by patients whom it knows",
+    ),
+    one(
+        "acceptance",
+        "who-was-ever-a-member-is-judged-on",
+        RECORDS,
+        "m in trained or any(test(m) for test in tests)",
+        "m in trained",
+        T_SITE + "test_whoever_was_trained_on_is_left_out_with_all_records",
+        "a patient of an earlier study is judged on",
+    ),
+    one(
+        "acceptance",
+        "who-withdrew-is-judged-on",
+        RECORDS,
+        "in withdrawn:\n            reasons[record.unit] = WITHDREW",
+        "in withdrawn:\n            pass",
+        T_SITE + "test_whoever_withdrew_is_left_out",
+        "records of a patient who withdrew consent are read again",
+    ),
+    one(
+        "acceptance",
+        "records-are-named-without-the-salt",
+        RECORDS,
+        'return ledger.hashed(b"acceptance\\0" + hashlib.sha256(b"".join(each)).digest())',
+        'return hashlib.sha256(b"".join(each)).hexdigest()',
+        T_SITE + "test_records_are_named_only_under_the_sites_salt",
+        "whoever guesses the records knows them by the record of a decision",
+    ),
+    one(
+        "acceptance",
+        "the-decision-is-in-the-audit-log",
+        ACCEPT,
+        '        "assess",\n',
+        '        "assess",\n        figures["decision"],\n',
+        T_SITE + "test_the_audit_log_has_the_act_and_no_figure",
+        "a log that is handed to auditors tells an exact bit of held-out patients",
+    ),
+    one(
+        "acceptance",
+        "others-may-read-the-figures",
+        ACCEPT,
+        '(text + "\\n").encode(), private=True)',
+        '(text + "\\n").encode())',
+        T_SITE + "test_the_record_is_signed_private_and_says_what_was_judged",
+        "exact figures of patients are readable by every account of the machine",
+    ),
+    one(
+        "acceptance",
+        "the-decision-goes-with-the-run",
+        ACCEPT,
+        "    replace(folder / PAGE, page(figures, record).encode(), private=True)\n",
+        "    replace(folder / PAGE, page(figures, record).encode(), private=True)\n"
+        "    replace(run.folder / RECORD, content)\n",
+        T_SITE + "test_the_record_is_signed_private_and_says_what_was_judged",
+        "a run that is handed on tells an exact bit of held-out patients",
+    ),
+    one(
+        "acceptance",
+        "the-decision-is-in-the-ledger",
+        ACCEPT,
+        "    replace(folder / PAGE, page(figures, record).encode(), private=True)\n",
+        "    replace(folder / PAGE, page(figures, record).encode(), private=True)\n"
+        '    ledger.accept(site.data.name, login(), figures["decision"])\n',
+        T_SITE + "test_nothing_of_it_is_in_what_a_site_shows_or_sends",
+        "the head that goes with each update follows from what was decided",
+    ),
+    one(
+        "acceptance",
+        "a-scarce-class-decides",
+        JUDGEMENT,
+        "    if measure.macro:\n",
+        "    if False:\n",
+        T_FIGURES + "test_a_macro_figure_of_a_scarce_class_resolves_nothing",
+        "a macro figure tells how a test set was split, and ranks hospitals by it",
+    ),
+    one(
+        "acceptance",
+        "few-patients-decide",
+        JUDGEMENT,
+        "    if patients < table.least_group:\n",
+        "    if False:\n",
+        T_FIGURES
+        + "test_a_group_whose_labels_are_shuffled_is_found_and_one_of_eight_is_not_resolved",
+        "eight patients are called a group",
+    ),
+    one(
+        "acceptance",
+        "comparisons-are-not-counted",
+        JUDGEMENT,
+        "level = 1 - ALARMS / max(1, len(tested))",
+        "level = 1 - ALARMS",
+        T_FIGURES + "test_without_a_difference_few_pages_find_one",
+        "of many groups one is called different where none is",
+    ),
+    one(
+        "acceptance",
+        "records-count-as-patients",
+        INTERVALS,
+        "weight = float(counted.sum() ** 2 / max((counted**2).sum(), 1e-300))",
+        "weight = float(counted.sum())",
+        T_FIGURES + "test_many_records_of_a_patient_are_no_more_patients",
+        "fifty records of a patient make the interval as narrow as fifty patients",
+    ),
+    one(
+        "acceptance",
+        "what-was-not-seen-cannot-be",
+        INTERVALS,
+        "        if not measure.errs or 0 < right.mean() < 1:\n",
+        "        if True:\n",
+        T_FIGURES + "test_ten_right_of_ten_prove_little",
+        "thirty patients without an error prove a model perfect",
+    ),
+)
