@@ -65,7 +65,7 @@ class World:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Disk]:
-    with disk(tmp_path / "disk") as made:
+    with disk(tmp_path / "disk", megabytes=1024) as made:
         yield made
 
 

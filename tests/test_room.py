@@ -1,4 +1,4 @@
-"""Room that is kept on a disk gives way while something is written, and comes back."""
+"""A ledger and the room beside it take a public number of bytes together, whatever is in it."""
 
 from __future__ import annotations
 
@@ -8,69 +8,121 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.files.room import LEAST, ROOM, bytes_for, room_to_write
+from fedtune.errors import InfrastructureError
+from fedtune.files.room import LEDGER, ROOM, Room
+from tests.disks import disk
 
-SIZE = 2**20
 
-
-def a_disk_of(size: int, patch: pytest.MonkeyPatch) -> None:
-    """Let no file be allocated that is larger."""
+def a_quota_of(size: int, patch: pytest.MonkeyPatch) -> None:
+    """Let no file be allocated that is larger, of which `statvfs` says nothing."""
     honest = os.posix_fallocate
 
     def allocate(descriptor: int, at: int, length: int) -> None:
         if at + length > size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         honest(descriptor, at, length)
 
     patch.setattr(os, "posix_fallocate", allocate)
 
 
-def kept(folder: Path) -> int:
-    return (folder / ROOM).stat().st_size
+def kept(room: Room) -> int:
+    return (room.folder / ROOM).stat().st_size
 
 
-def test_it_is_there_but_while_the_block_runs(tmp_path: Path) -> None:
+@pytest.fixture
+def room(tmp_path: Path) -> Room:
+    return Room(tmp_path / "state", 10)
+
+
+def test_it_gives_way_while_the_block_runs(room: Room) -> None:
     for _ in range(2):
-        with room_to_write(tmp_path / "state", SIZE):
-            assert kept(tmp_path / "state") == 0
-        found = (tmp_path / "state" / ROOM).stat()
-        assert found.st_size == SIZE and found.st_blocks * 512 >= SIZE, "a hole keeps nothing"
+        with room.given_up():
+            assert kept(room) == room.size - room.of_an_answer
+        found = (room.folder / ROOM).stat()
+        assert found.st_size == room.size and found.st_blocks * 512 >= room.size, "no hole"
         assert found.st_mode & 0o777 == 0o600
-
-
-def test_it_comes_back_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), room_to_write(tmp_path, SIZE):
+    with pytest.raises(ZeroDivisionError), room.given_up():
         raise ZeroDivisionError
-    assert kept(tmp_path) == SIZE
+    assert kept(room) == room.size
 
 
-def test_what_there_is_is_kept_and_a_person_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_it_is_shorter_by_as_much_as_the_ledger_is_long(room: Room) -> None:
+    """Up to the length that is made up for; an answer's part stays whole beyond it."""
+    with room.given_up():
+        (room.folder / LEDGER).write_bytes(bytes(40_960))
+    assert kept(room) == room.size - 40_960
+    with room.given_up():
+        assert kept(room) == room.size - 40_960 - room.of_an_answer
+        (room.folder / LEDGER).write_bytes(bytes(room.of_the_ledger + 4096))
+    assert kept(room) == room.of_an_answer
+
+
+@pytest.mark.parametrize("made_up_for", [True, False])
+def test_what_the_disk_has_space_for_does_not_follow_from_the_ledger(
+    tmp_path: Path, made_up_for: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a_disk_of(SIZE // 3, monkeypatch)
-    with room_to_write(tmp_path, SIZE):
-        assert kept(tmp_path) == 0
-    assert kept(tmp_path) == SIZE // 4 and "to spare" in caplog.text
-    a_disk_of(LEAST - 1, monkeypatch)
-    with room_to_write(tmp_path, SIZE):
-        pass
-    assert kept(tmp_path) == 0
+    """At every number of free bytes around the room's. Twin: a room that has one length."""
+    if not made_up_for:
+        monkeypatch.setattr(Room, "_ledger", 0)
+    said: dict[int, list[tuple[bool, ...]]] = {}
+    for length in (4096, 40_960):
+        with disk(tmp_path / str(length), megabytes=16) as small:
+            room = Room(small.path / "state", 10)
+            room.folder.mkdir()
+            for free in range(room.size - 8 * 4096, room.size + 16 * 4096, 4096):
+                with small.with_room_for(free):
+                    (room.folder / LEDGER).write_bytes(bytes(length))
+                    answers = [answered(room), room.has_space(), room.has_space(4 * 4096)]
+                    answers += [answered(room)]  # also where it has been there before
+                (room.folder / LEDGER).unlink()
+                (room.folder / ROOM).unlink(missing_ok=True)
+                said.setdefault(length, []).append(tuple(answers))
+    one, other = said.values()
+    assert (one == other) is made_up_for
+    if made_up_for:
+        assert one[0] == (False,) * 4 and one[-1] == (True,) * 4
 
 
-def test_a_link_or_a_folder_in_its_place_is_left_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def answered(room: Room) -> bool:
+    try:
+        with room.given_up():
+            return True
+    except InfrastructureError:
+        return False
+
+
+def test_nothing_is_answered_on_a_disk_that_has_it_not(
+    room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "precious").write_bytes(b"ledger")
-    (tmp_path / ROOM).symlink_to(tmp_path / "precious")
-    with room_to_write(tmp_path, SIZE):
+    """Also where it is a quota, of which nothing is said before a file is made longer."""
+    with monkeypatch.context() as patch:
+        a_quota_of(room.size - 1, patch)
+        with pytest.raises(InfrastructureError, match="free space"), room.given_up():
+            raise AssertionError
+    with room.given_up():
         pass
-    assert (tmp_path / "precious").read_bytes() == b"ledger"
-    (tmp_path / ROOM).unlink()
-    (tmp_path / ROOM).mkdir()
-    with room_to_write(tmp_path, SIZE):
-        pass
-    assert "no room can be kept" in caplog.text
+    assert kept(room) == room.size
+
+
+def test_a_person_is_told_where_it_cannot_be_taken_back(
+    room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with room.given_up():
+        a_quota_of(room.size - 1, monkeypatch)
+    assert "no order is answered until" in caplog.text
+
+
+def test_a_link_or_a_folder_in_its_place_is_left_alone(room: Room) -> None:
+    room.folder.mkdir()
+    (room.folder / "precious").write_bytes(b"ledger")
+    (room.folder / ROOM).symlink_to(room.folder / "precious")
+    assert not answered(room)
+    assert (room.folder / "precious").read_bytes() == b"ledger"
+    (room.folder / ROOM).unlink()
+    (room.folder / ROOM).mkdir()
+    assert not answered(room)
 
 
 def test_its_size_follows_from_what_is_declared_alone() -> None:
-    assert bytes_for(0) == 2**20 and bytes_for(1000) == 2**20 + 1000 * 8192
+    assert Room(Path(), 0).size == 9 * 2**20
+    assert Room(Path(), 1000).size == 9 * 2**20 + 2 * 1000 * 8192

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fedtune.client.prepared import Held, Void
 from fedtune.errors import FedtuneError, describe
-from fedtune.files.room import bytes_for, has_room
 from fedtune.files.writing import replace
 from fedtune.ledger.entries import Charge, Slot
 from fedtune.ledger.files import asked_path
@@ -70,7 +69,7 @@ def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None
     content = json.dumps(facts | {"since": int(time.time())}, indent=1).encode()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not has_room(path.parent, bytes_for(site.site.site.declared_size) + len(content)):
+        if not site.room.has_space(len(content)):
             log.warning("%s: not kept: the disk has no space beside the ledger's room", path)
             return
         others = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)

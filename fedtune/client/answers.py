@@ -17,7 +17,6 @@ from fedtune.client.waiting_plans import check_plan_length, keep_plan
 from fedtune.config import Study, study_from_json
 from fedtune.errors import ConfigError, FedtuneError, PolicyRefused, Refused, describe, is_fault
 from fedtune.evidence.audit_log import REPEATS
-from fedtune.files.room import bytes_for, has_room
 from fedtune.progress import stage
 from fedtune.registry.reasons import WAITING, reason_of
 from fedtune.wire.arrays import Packed, bodies, pack_arrays, read_frozen
@@ -168,7 +167,7 @@ def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
     warning here, and the coordinator's answer is the same.
 
     Errors: InfrastructureError, with which what was to be done is not done."""
-    if has_room(site.home.folder, bytes_for(site.site.site.declared_size) + ENTRY):
+    if site.room.has_space(ENTRY):
         acts(site).add(event, rule, once=REPEATS, **facts)
     else:
         log.warning(

@@ -45,7 +45,7 @@ from fedtune.dp.non_private import non_private_plan
 from fedtune.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.dp.steplog import StepLog
 from fedtune.errors import DataError, PolicyRefused, Refused, describe, is_fault
-from fedtune.files.room import bytes_for, has_room, room_to_write
+from fedtune.files.room import Room
 from fedtune.ledger.entries import Charge
 from fedtune.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom
 from fedtune.models.build import build
@@ -104,12 +104,13 @@ class SiteWorker:
     @cached_property
     def home(self) -> Ledger:
         """The site's ledger for life: its key, receipts, declarations, signatures, withdrawals."""
-        return Ledger(self.site.site.state)
+        return Ledger(self.site.site.state, self.room)
 
     @cached_property
     def ledger(self) -> Ledger:
         """The ledger that pays: of the site's life, or of one run of declared data."""
-        ledger = Ledger(self.site.site.ledger) if self.site.site.ledger else self.home
+        of_run = self.site.site.ledger
+        ledger = Ledger(of_run, self.room) if of_run else self.home
         remove_stored(ledger.folder)
         return ledger
 
@@ -117,10 +118,16 @@ class SiteWorker:
     def key(self) -> SigningKey:
         return self.home.key
 
+    @property
+    def room(self) -> Room:
+        """The room beside the site's ledger, by which it is decided what its disk has space for."""
+        return Room(self.site.site.state, self._size)
+
     def room_to_answer(self) -> AbstractContextManager[None]:
         """Have room on the state folder's disk for what an order writes there, whatever else fills
-        it, and however many records the ledger remembers."""
-        return room_to_write(self.site.site.state, bytes_for(self._size))
+        it, and however many records the ledger remembers. Errors: InfrastructureError, without
+        which nothing is read, charged or sent."""
+        return self.room.given_up()
 
     def of_run(self, digest: str) -> SiteWorker:
         """Return the worker that pays for a plan: this one, unless its data is declared and it has
@@ -252,9 +259,11 @@ class SiteWorker:
         of_a_unit = 1 + (study.max_records_per_unit or 1)
         new = sum(not known(member) for member in dataset.members)
         members = frozenset(dataset.keys)
-        if has_room(folder, MEMBER_BYTES * self._size * of_a_unit):
+        room = self.room
+        beside = MEMBER_BYTES * self._size * of_a_unit - room.of_an_answer
+        if beside <= 0 or room.has_space(beside):
             members = dataset.trained
-            if not new or has_room(folder, bytes_for(self._size) + MEMBER_BYTES * new):
+            if not new or room.has_space(MEMBER_BYTES * new):
                 members = dataset.members
         if len(members) < len(dataset.members):
             log.warning(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedtune.config import Site, Study
 from fedtune.errors import InfrastructureError, PolicyRefused
-from fedtune.files.room import bytes_for, has_room
+from fedtune.files.room import Room
 from fedtune.files.writing import replace
 
 log = logging.getLogger("fedtune.site")
@@ -36,7 +36,7 @@ def keep_plan(site: Site, study: Study) -> Path:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = (study.model_dump_json(indent=2) + "\n").encode()
-        if not has_room(path.parent, bytes_for(site.site.declared_size) + len(content)):
+        if not Room(site.site.state, site.site.declared_size).has_space(len(content)):
             log.warning(
                 "%s: the plan is not kept for review: the disk has no space beside the ledger's "
                 "room; to do: free space",

@@ -1,97 +1,128 @@
-"""Room that a folder keeps free on its disk, so that what must be written there can be.
+"""Room that a site keeps on its disk, so that what must be written there can be.
 
-A site's ledger grows with its records by a few bytes for each. On a disk that is full but for those
-bytes, whether a round can be charged would follow from how many records there are. So the state
-folder holds a file of a public size which gives way while an order is answered."""
+A site's ledger grows with its records, by a few bytes for each. On a disk that is nearly full it
+would follow from how many records there are whether a round can be charged, or which records are
+remembered. So beside the ledger lies a file that is as much shorter as the ledger is longer: both
+together take a number of bytes that is public. Whether the disk has that number, and how much is
+left beside it, follows from what else is on the disk alone. Where it has not, no order is
+answered."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+from fedtune.errors import InfrastructureError
 
 log = logging.getLogger("fedtune.site")
 ROOM = "room"
-LEAST = 64 * 2**10  # bytes: less is not worth a file
-SPARE = 256 * 2**10  # bytes that are left to a ledger's entries by what can do without a disk
+LEDGER = "ledger.db"
 
 
-def bytes_for(declared_size: int) -> int:
-    """Return how many bytes a site keeps free: 1 MiB for entries and updates, and for each unit
-    that it declares 8 KiB, in which a ledger remembers some twenty records.
+@dataclass(frozen=True)
+class Room:
+    """The room in `folder`, beside a ledger, of a site that declares `declared_size` units.
 
-    >>> bytes_for(100)
-    1867776
+    >>> room = Room(Path("state"), 100)
+    >>> room.of_an_answer, room.size
+    (1867776, 11075584)
     """
-    return 2**20 + 8 * 2**10 * declared_size
+
+    folder: Path
+    declared_size: int
+
+    @property
+    def of_an_answer(self) -> int:
+        """Bytes that give way while an order is answered: 1 MiB for entries and updates, and for
+        each unit 8 KiB, in which a ledger remembers some forty records."""
+        return 2**20 + 8 * 2**10 * self.declared_size
+
+    @property
+    def of_the_ledger(self) -> int:
+        """Bytes up to which a ledger's length is made up for: 8 MiB for some thousands of rounds,
+        and again 8 KiB for each unit."""
+        return 8 * 2**20 + 8 * 2**10 * self.declared_size
+
+    @property
+    def size(self) -> int:
+        """Bytes that the ledger and the file take together."""
+        return self.of_an_answer + self.of_the_ledger
+
+    def has_space(self, beside: int = 0) -> bool:
+        """Return whether the disk has the room whole and `beside` bytes more; True where it does
+        not say, and a write will."""
+        try:
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            disk = os.fstatvfs(descriptor)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        free = disk.f_bavail * disk.f_frsize
+        return free + _length(self.folder / ROOM) + self._ledger >= self.size + beside
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Give up the room of an answer while the block writes there, and take it back.
+
+        Errors: InfrastructureError, before the block, where the disk has not the whole room."""
+        path, kept = self.folder / ROOM, self.size - self._ledger
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _allocate(path, kept)
+            _allocate(path, kept - self.of_an_answer)
+        except OSError as error:
+            raise InfrastructureError(
+                f"{self.folder}: no room for the ledger on its disk ({error.strerror})",
+                f"{self.size} bytes for the ledger and the file {ROOM!r} beside it",
+                "free space; orders are answered from then on",
+            ) from error
+        try:
+            yield
+        finally:
+            try:
+                _allocate(path, self.size - self._ledger)
+            except OSError as error:
+                log.warning(
+                    "%s: the ledger's room cannot be taken back (%s); no order is answered until "
+                    "it can; to do: free space",
+                    self.folder,
+                    error.strerror,
+                )
+
+    @property
+    def _ledger(self) -> int:
+        """Bytes of the ledger that the room makes up for."""
+        return min(_length(self.folder / LEDGER), self.of_the_ledger)
 
 
-@contextmanager
-def room_to_write(folder: Path, size: int) -> Iterator[None]:
-    """Give up the room that `folder` keeps while the block writes there, and set it aside again.
+def _length(path: Path) -> int:
+    """Return a file's bytes; 0 where there is none."""
+    with suppress(OSError):
+        return path.stat(follow_symlinks=False).st_size
+    return 0
 
-    Raises nothing of its own: a disk without room for it is a warning in this machine's own log,
-    and what there is is kept."""
-    path = folder / ROOM
+
+def _allocate(path: Path, size: int) -> None:
+    """Make the file `size` bytes long, which are its own on the disk. Errors: OSError, also where
+    something else is in its place; the file has then the length that it had."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o600)
     try:
-        if not path.exists() and not _allocate(path, size):
-            log.warning(
-                "%s: the disk has no %d bytes to spare; a round that cannot be charged is not "
-                "trained; to do: free space",
-                folder,
-                size,
-            )
-        _give_up(path)
-    except OSError as error:
-        log.warning("%s: no room can be kept there (%s)", folder, error.strerror)
-    try:
-        yield
-    finally:
-        while size >= LEAST and not _allocate(path, size):
-            size //= 2
-
-
-def has_room(folder: Path, size: int) -> bool:
-    """Return whether `folder`'s disk has `size` bytes beside those that are left to a ledger's
-    entries; True where the disk does not say, and a write will."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return True
-    try:
-        disk = os.fstatvfs(descriptor)
-    except OSError:
-        return True
+        before = os.fstat(descriptor).st_size
+        try:
+            if size > before:
+                os.posix_fallocate(descriptor, 0, size)
+            os.ftruncate(descriptor, size)
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
     finally:
         os.close(descriptor)
-    return disk.f_bavail * disk.f_frsize >= size + SPARE
-
-
-def _give_up(path: Path) -> None:
-    """Truncate the file. Errors: OSError, also where something else is in its place."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        os.ftruncate(descriptor, 0)
-    finally:
-        os.close(descriptor)
-
-
-def _allocate(path: Path, size: int) -> bool:
-    """Grow the file to `size` bytes that are its own on the disk; False, and empty, where they are
-    not to be had."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(path, flags, 0o600)
-    except OSError:
-        return False
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError:
-        os.ftruncate(descriptor, 0)
-        return False
-    finally:
-        os.close(descriptor)
-    return True

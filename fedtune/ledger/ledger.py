@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import InfrastructureError, InputError, Refused
-from fedtune.files.room import has_room
+from fedtune.files.room import Room
 from fedtune.files.writing import replace
 from fedtune.ledger.account import Account
 from fedtune.ledger.chain import Database, Entry, Transaction, check_members, named
@@ -83,10 +83,11 @@ MEMBER_BYTES = 200  # at most, of one member in the database
 
 class Ledger:
     """The ledger in `folder`, begun on first use. One object may serve several threads, and several
-    processes may open one folder."""
+    processes may open one folder. room: beside it, by which it is decided whether an update is
+    stored; without one it is tried."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, room: Room | None = None) -> None:
+        self.folder, self._room = folder, room
         self._account = Account()
         self._store = Database(folder, self._account.fold)
         self._unstored: dict[str, tuple[Slot, bytes]] = {}  # by study, the newest
@@ -478,7 +479,7 @@ class Ledger:
         """Write an update to the outbox, or keep it in memory, one of each study, where that fails
         for want of room."""
         path, kept = self._path(slot), (slot, update)
-        if has_room(self.folder, len(update)):
+        if self._room is None or self._room.has_space(len(update)):
             try:
                 replace(path, update, private=True)
                 self._unstored.pop(slot[0], None)

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedtune.client.site import SiteWorker
 from fedtune.config import Site
+from fedtune.files.room import LEDGER, Room
 from fedtune.training.start import Start, start
 from tests.dp.conftest import study
 
@@ -37,6 +38,12 @@ def make_site(folder: Path, policy: dict[str, object] | None = None, **columns: 
         },
         strict=False,
     )
+
+
+def room_of(site: Site) -> int:
+    """Return the length that the file beside a site's ledger has to have now."""
+    room = Room(site.site.state, site.site.declared_size)
+    return room.size - (site.site.state / LEDGER).stat().st_size
 
 
 def begun(base: Path, **changes: object) -> Start:

@@ -12,8 +12,8 @@ from fedtune.client import studies
 from fedtune.client.site import _workers
 from fedtune.config import Site
 from fedtune.evidence import audit_log
-from fedtune.files.room import ROOM, SPARE, bytes_for
-from tests.client.site_kit import begun
+from fedtune.files.room import ROOM
+from tests.client.site_kit import begun, room_of
 from tests.client.test_waiting_plans import a_site, asked
 from tests.disks import disk
 
@@ -45,14 +45,14 @@ def test_plans_that_are_admitted_take_nothing_of_the_ledgers_room(
     """An act for which the disk has no space beside the room is not in the audit log, is said here
     and is answered alike. Twin: with space it is entered."""
     study = begun(tiny_base).study
-    with disk(tmp_path / "disk", megabytes=8) as made:
+    with disk(tmp_path / "disk", megabytes=24) as made:
         site, place = a_site(made.path, "standing")
         first, before = asked(place, study), entries(site)
         room = (site.site.state / ROOM).stat().st_size
-        assert first[0] == "admitted" and room == bytes_for(12)
-        with made.with_room_for(SPARE // 2), caplog.at_level(logging.WARNING):
+        assert first[0] == "admitted" and room == room_of(site)
+        with made.with_room_for(6000), caplog.at_level(logging.WARNING):
             assert asked(place, study.changed(study={"name": "another"})) == first
         assert entries(site) == before and "admit is not in the audit log" in caplog.text
-        assert (site.site.state / ROOM).stat().st_size == room
+        assert (site.site.state / ROOM).stat().st_size == room_of(site)
         assert asked(place, study.changed(study={"name": "third"})) == first
         assert entries(site) == before + 1

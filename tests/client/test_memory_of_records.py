@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedtune.client.site import SiteWorker
-from fedtune.files.room import ROOM, SPARE, bytes_for
-from tests.client.site_kit import begun, make_site, notes
+from fedtune.files.room import ROOM
+from tests.client.site_kit import begun, make_site, notes, room_of
 from tests.disks import disk
 
 
@@ -19,20 +19,20 @@ def test_a_full_disk_keeps_which_records_of_whom_were_trained_on(
     """By that a later reading chooses under the cap; the rest leaves the ledger's room whole.
     Twin: with space beside the room all is remembered."""
     made = begun(tiny_base)
-    with disk(tmp_path / "disk", megabytes=8) as small:
+    with disk(tmp_path / "disk", megabytes=24) as small:
         notes(small.path)
         worker = SiteWorker(make_site(small.path, patient="who"))
         with worker.room_to_answer():
             state = worker.ledger.folder
-        assert (state / ROOM).stat().st_size == bytes_for(12)
-        with small.with_room_for(2**20 if space else SPARE // 2):
+        assert (state / ROOM).stat().st_size == room_of(worker.site)
+        with small.with_room_for(2**20 if space else 8192):
             with worker.room_to_answer():
                 assert worker.prepare(made.study, made.frozen).admitted
             dataset = worker._cached["records"][1].dataset
             known = worker.ledger.member_test("records")
             assert dataset.trained and all(map(known, dataset.trained))
             assert all(map(known, dataset.members)) is space
-            assert (state / ROOM).stat().st_size >= bytes_for(12) // 2
+            assert (state / ROOM).stat().st_size == room_of(worker.site)
 
 
 def test_a_disk_without_room_for_who_takes_part_is_noise_alone(
@@ -40,7 +40,7 @@ def test_a_disk_without_room_for_who_takes_part_is_noise_alone(
 ) -> None:
     """It is admitted in any case, and no record trains that the ledger does not know."""
     made = begun(tiny_base)
-    with disk(tmp_path / "disk", megabytes=8) as small:
+    with disk(tmp_path / "disk", megabytes=24) as small:
         notes(small.path, 400)
         worker = SiteWorker(make_site(small.path, patient="who"))
         assert worker.ledger.folder.is_dir()

@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ import pytest
 from fedtune.dp.accountant import Steps
 from fedtune.errors import BudgetExceeded
 from fedtune.ledger import chain
-from fedtune.ledger import ledger as ledger_module
 from fedtune.ledger.entries import RULES, Charge
 from fedtune.ledger.ledger import Ledger, LedgerError
 from tests.dp.ledger_kit import CHAOS, STUDY, charge, run_round, yes
@@ -67,7 +67,7 @@ def test_an_update_without_room_is_kept_in_memory_and_sent(
     again, as one whose bytes are missing."""
     with monkeypatch.context() as patch:
         if full:
-            patch.setattr(ledger_module, "has_room", lambda *_: False)
+            patch.setattr(ledger, "_room", SimpleNamespace(has_space=lambda _: False))
         else:
             (folder / "outbox").write_bytes(b"no folder")
         body = run_round(ledger, 1)

@@ -25,6 +25,7 @@ from fedtune.data.dataset import Dataset
 from fedtune.dp import clip
 from fedtune.dp.plan import DpPlan, SitePlan
 from fedtune.errors import InfrastructureError
+from fedtune.files.room import Room
 from fedtune.ledger.ledger import Ledger
 from fedtune.models import lora, prefix_store
 from fedtune.models.prefix_store import PrefixStore
@@ -36,7 +37,7 @@ from fedtune.training.round_loss import RoundLoss
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases, pairs
 from tests.guarantee.property_files import bases_of
-from tests.guarantee.property_plans import Case
+from tests.guarantee.property_plans import SIZE, Case
 from tests.guarantee.property_scan import SCANNED
 from tests.guarantee.property_world import check, compare
 from tests.secagg.test_twins import Stored
@@ -100,17 +101,22 @@ def gives_the_rows_up(_: Any, rows: list[int], dimension: int, clipped_sum: Any)
         return torch.zeros(dimension, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("broken", ["", "no room", "of one length"])
 def test_a_disk_without_room_for_members_or_an_update(
-    whole: bool, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    broken: str, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From one on which no round can be charged to one that takes both rounds. Twin: a ledger that
-    remembers records at any price, and keeps no room for its charges."""
-    if not whole:
+    """From one on which no round can be charged to one that takes both rounds. Twins: a ledger that
+    remembers records at any price and keeps no room for its charges; a room that is as long beside
+    a long ledger as beside a short one."""
+    least = Room(Path(), SIZE).size
+    sizes = [*range(5_000, 13_000, 2_000), *range(least - 1_024, least + 12_288, 2_048)]
+    if broken == "no room":
         monkeypatch.setattr(SiteWorker, "_remember", remembers_at_any_price)
         monkeypatch.setattr(SiteWorker, "room_to_answer", lambda _: contextlib.nullcontext())
-    with contextlib.nullcontext() if whole else pytest.raises(AssertionError, match="is seen"):
-        for size in range(5_000, 13_000, 2_000):
+    elif broken:
+        monkeypatch.setattr(Room, "_ledger", 0)
+    with contextlib.nullcontext() if not broken else pytest.raises(AssertionError, match="is seen"):
+        for size in sizes:
             compare(pins.MEMBERS, bases, size)
 
 

@@ -41,7 +41,7 @@ MUTANTS = (
     ),
     one(
         "resources", "plans-without-end-take-the-ledgers-room", "fedtune/client/answers.py",
-        "    if has_room(site.home.folder, bytes_for(site.site.site.declared_size) + ENTRY):\n",
+        "    if site.room.has_space(ENTRY):\n",
         "    if True:\n",
         "tests/client/test_admitted_plans.py::"
         "test_plans_that_are_admitted_take_nothing_of_the_ledgers_room",
@@ -75,16 +75,29 @@ MUTANTS = (
     ),
     one(
         "resources", "one-patients-texts-decide-what-is-remembered-of-all", SITE,
-        "        if has_room(folder, MEMBER_BYTES * self._size * of_a_unit):\n",
-        "        if has_room(folder, bytes_for(self._size) + MEMBER_BYTES * new):\n",
+        "        if beside <= 0 or room.has_space(beside):\n",
+        "        if room.has_space(MEMBER_BYTES * new):\n",
         "tests/client/test_memory_of_records.py::"
         "test_a_full_disk_keeps_which_records_of_whom_were_trained_on",
         "which records the cap keeps of everybody follows from how many one patient has",
     ),
     one(
+        "resources", "a-room-of-one-length", "fedtune/files/room.py",
+        "return min(_length(self.folder / LEDGER), self.of_the_ledger)\n", "return 0\n",
+        "tests/test_room.py::"
+        "test_what_the_disk_has_space_for_does_not_follow_from_the_ledger[True]",
+        "on a full disk the ledger's own growth decides what is remembered of whom",
+    ),
+    one(
+        "resources", "an-order-is-answered-without-room", "fedtune/files/room.py",
+        "            _allocate(path, kept)\n", "",
+        "tests/test_room.py::test_nothing_is_answered_on_a_disk_that_has_it_not",
+        "what a ledger can enter follows from how long it is",
+    ),
+    one(
         "resources", "plans-that-wait-take-the-ledgers-room", "fedtune/client/waiting_plans.py",
-        "        if not has_room(path.parent, bytes_for(site.site.declared_size) + len(content)):",
-        "        if not has_room(path.parent, 0):",
+        "        if not Room(site.site.state, site.site.declared_size).has_space(len(content)):",
+        "        if False:",
         T_WAITING + "test_plans_that_wait_take_nothing_of_the_ledgers_room",
         "plans that nobody signed fill the disk until one withdrawal decides what is answered",
     ),
