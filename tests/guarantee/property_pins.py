@@ -395,6 +395,22 @@ MEMBERS = replace(
     disk=Disk("state"),
 )
 
+# Who was read takes part, and pays, until the site reads its file again: after a restart not.
+LEAVING = replace(
+    ORDINARY,
+    files={"records": (*own("bcdef"), row("a", X, until=1))},
+    ops=(
+        ("prepare", 0),
+        *rounds(0, 1, 1),
+        ("files", 1),
+        *rounds(0, 2, 2),
+        ("restart",),
+        ("prepare", 0),
+        *rounds(0, 3, 3),
+    ),
+    unit="a",
+)
+
 # What two other patients took away counted those who withdrew between them.
 RECEIPTS = replace(
     ORDINARY,
@@ -486,6 +502,7 @@ PINNED = {
     "a-folder-put-back-at-work": PUT_BACK_AT_WORK,
     "a-restart-after-a-new-row": ATTESTED,
     "a-restart-with-two-patients": TWO_PATIENTS,
+    "a-unit-whose-rows-leave-the-file": LEAVING,
 }
 
 

@@ -132,6 +132,7 @@ class World:
         self.coupling = Coupling()
         self.disk = LimitedDisk(folder / "state", case.disk, limit)
         self.version, self.place = 0, 0
+        self._read = {0}  # versions of the files that this process may have read and keeps
         self._team = contextlib.ExitStack()
         self._admitted = False  # whether any plan was: before it, a person reads what is refused
         self._is_there, self._is_put_back = True, False
@@ -207,11 +208,13 @@ class World:
         kind, *rest = op
         if kind == "files":
             self.version = rest[0]
+            self._read.add(self.version)
             self._write()
         elif kind == "withdraw":
             return self._withdraw(rest[0])
         elif kind in ("restart", "start", "place"):
             self._end_process()
+            self._read = {self.version}
             self.place = rest[0] if kind == "place" else self.place
             if kind == "start" and self._admitted:
                 watch = any(plan.life is not None for plan in self.case.plans)
@@ -360,7 +363,8 @@ class World:
         """Whether the newest round, whatever it was of, is one that the unit is charged for."""
         case, unit = self.case, unit_member(self.case.unit)
         place = case.places[self.place]
-        if not case.here(self.version):
+        anew = bool(place.consent) or any(plan.life for plan in case.plans)
+        if not any(map(case.here, {self.version} if anew else self._read)):
             return False
         if place.consent and case.has_opted_out(case.unit, self.version):
             return False
