@@ -221,6 +221,36 @@ def test_where_the_files_may_share_patients_each_pays_for_both(
     assert [charge.study for charge in ledger.charges("held-out")] == both
 
 
+def test_a_study_keeps_below_its_ceiling_in_whatever_order_it_asks(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """A coordinator may ask all questions first, then have each round trained again and again.
+
+    Twin: of held-out records that are declared apart, training's charges alone count."""
+    ceilings = "max_epsilon = 50.0\nmax_epsilon_per_study = 16.0\n"
+    for table, least in ((HELD_OUT, 0.0), (HELD_OUT + APART, 16.0)):
+        folder = tmp_path / str(least)
+        folder.mkdir()
+        study = world(folder, tiny_base, 1.2, policy=WILLING + ceilings, table=table)
+        made = start(load_study(study))
+        worker = worker_of(study)
+        assert worker.prepare(made.study, made.frozen).admitted
+        for round_ in made.study.queries:
+            worker.evaluate(made.study.digest, round_, made.adapter)
+        with pytest.raises(BudgetExceeded, match="max_epsilon_per_study"):
+            for number in range(30):
+                other = {name: array + number for name, array in made.adapter.items()}
+                worker.train(made.study.digest, 1 + number % 3, other)
+        charges = {
+            (charge.study, charge.round, seq): charge.event
+            for name in ("records", "held-out")
+            for seq, charge in enumerate(worker.ledger.charges(name))
+        }
+        assert len(charges) > 2
+        spent = epsilon(charges.values(), 1e-3)
+        assert least <= spent and (spent <= 16.0) is (table == HELD_OUT)
+
+
 def test_who_withdraws_is_left_out_of_later_answers(tmp_path: Path, tiny_base: Path) -> None:
     ceilings = "max_epsilon = 1e9\nmax_epsilon_per_study = 1e9\nmin_noise_multiplier = 0.0\n"
     study = world(tmp_path, tiny_base, 1e-3, policy=WILLING + ceilings)

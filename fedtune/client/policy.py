@@ -19,6 +19,7 @@ from fedtune.config import (
     noise_shares,
 )
 from fedtune.config.sheet import lacking, load_sheet
+from fedtune.config.study import QUERIES
 from fedtune.dp import accountant
 from fedtune.dp.calibration import sampling_rate
 from fedtune.dp.filter import Total, best_order, total_epsilon
@@ -350,6 +351,8 @@ def within_budget(
     at_least: steps about to run, which count even where the plan's are all spent: a round trained
     again is paid for again, one sent again is not.
 
+    Of the study are its queries too, where their charges count against the same people: a
+    coordinator may ask them first.
     Where the plan has no last round, `charges` are a cohort's, only what is about to run is ahead,
     and the plan's own lifetime is a ceiling too.
     Where privacy is off no ceiling applies: the policy allowed it.
@@ -364,6 +367,8 @@ def within_budget(
     alone = accountant.epsilon([*mine, *plan.events(ahead)], plan.delta)
     if plan.lifetime is not None and alone > plan.lifetime:
         raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")
+    if asked := [c.event for c in charges if c.study == plan.study + QUERIES]:
+        alone = accountant.epsilon([*mine, *asked, *plan.events(ahead)], plan.delta)
     if alone > policy.max_epsilon_per_study:
         raise BudgetExceeded(
             "the study would go past policy.max_epsilon_per_study",

@@ -40,6 +40,8 @@ from fedtune.config.types import (
 )
 from fedtune.registry.metrics import MetricName
 
+QUERIES = ":evaluation"  # behind a plan's digest: its queries, in orders, ledgers and step logs
+
 
 class StudyTable(Table):
     """The name of a study, and its public seed."""
@@ -322,7 +324,7 @@ class Study(Table):
     @property
     def queries_digest(self) -> str:
         """The queries' digest in orders, ledgers and step logs, distinct from the training's."""
-        return self.digest + ":evaluation"
+        return self.digest + QUERIES
 
     @model_validator(mode="after")
     def _check_combination(self) -> Study:

@@ -163,6 +163,13 @@ MUTANTS = (
         "the half on the network sees that a patient withdrew",
     ),
     one(
+        "costs", "a-round-after-queries-forgets-them", "fedtune/client/policy.py",
+        "if c.study == plan.study + QUERIES]", "if c.study is plan]",
+        "tests/test_private_evaluation.py"
+        "::test_a_study_keeps_below_its_ceiling_in_whatever_order_it_asks",
+        "queries first, then rounds again: past the site's ceiling for a study",
+    ),
+    one(
         "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
         "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
