@@ -5,9 +5,9 @@ before midnight than after it, and when a record is read follows from how long e
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from jinja2 import TemplateError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.errors import ConfigError
@@ -21,7 +21,7 @@ _CODES = {
 }  # fmt: skip
 _REPLACED = "".join(f"|replace({code!r}, {text!r})" for code, text in _CODES.items())
 _CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}"
-_DRAWS = re.compile(r"\|\s*random\b|\blipsum\b")
+_OTHERWISE = "choose a base with another template, or columns.prompt and columns.completion"
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> Any:
@@ -36,11 +36,45 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **op
 
 
 def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template that draws at random: the generator is the whole process' own, so that what
-    one record takes from it another does not get. Errors: ConfigError."""
-    if _DRAWS.search(str(tokenizer.chat_template)):
+    """Refuse a template that draws at random, or that may write where an object lies in memory: the
+    generator and the memory are the whole process' own, so that what one record takes from them
+    another does not get. Errors: ConfigError."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = str(tokenizer.get_chat_template())
+    try:
+        parsed = _compile_jinja_template("").environment.parse(template)
+    except (TemplateError, RecursionError) as error:
+        raise ConfigError(
+            f"the base's chat template cannot be read ({type(error).__name__})",
+            "a template of Jinja",
+            _OTHERWISE,
+        ) from None
+    draws = any(map(_may_draw, parsed.find_all(nodes.Filter)))
+    if draws or _used(parsed) & {"lipsum"}:
         raise ConfigError(
             "the base's chat template draws at random",
-            "a template without `random` and `lipsum`",
-            "choose a base with another template, or columns.prompt and columns.completion",
+            "a template without `random` and `lipsum`, whose `map` names a filter",
+            _OTHERWISE,
         )
+    if _used(parsed) & {"cycler", "joiner"}:
+        raise ConfigError(
+            "the base's chat template uses objects whose text is an address in memory",
+            "a template without `cycler` and `joiner`",
+            _OTHERWISE,
+        )
+
+
+def _may_draw(used: nodes.Filter) -> bool:
+    """Return whether a filter is `random`, or `map` by a filter that may be."""
+    if used.name != "map":
+        return bool(used.name == "random")
+    if used.dyn_args is not None:
+        return True
+    named = used.args[0] if used.args else None  # without one it takes an attribute
+    mapped = named.value if isinstance(named, nodes.Const) else named
+    return mapped is not None and (not isinstance(mapped, str) or mapped in ("random", "map"))
+
+
+def _used(parsed: nodes.Template) -> set[str]:
+    return {name.name for name in parsed.find_all(nodes.Name)}

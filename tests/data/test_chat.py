@@ -4,6 +4,7 @@ not follow from when it is read."""
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,38 @@ def test_a_template_without_a_clock_is_the_librarys_own(tokenizer: Any) -> None:
         )
 
 
-@pytest.mark.parametrize("draw", ["{{ [1, 2] | random }}", "{{[1,2]|random}}", "{{ lipsum() }}"])
+@pytest.mark.parametrize(
+    "draw",
+    [
+        *("{{ [1, 2] | random }}", "{{[1,2]|random}}", "{{ lipsum() }}"),
+        *("{{ [range(9)]|map('random')|first }}", "{% filter random %}abc{% endfilter %}"),
+        *("{{ [range(9)]|map('ran' ~ 'dom')|first }}", "{{ [[[1]]]|map('map', 'random')|list }}"),
+        *("{{ [range(9)]|map(*['random'])|first }}", "{% set f = lipsum %}{{ f() }}"),
+    ],
+)
 def test_a_template_that_draws_is_refused(tokenizer: Any, draw: str) -> None:
     tokenizer.chat_template = BODY + draw
     with pytest.raises(ConfigError, match="draws at random"):
         chat.check_draws_nothing(tokenizer)
-    tokenizer.chat_template = BODY
-    chat.check_draws_nothing(tokenizer)
+    usual = "{{ messages|map(attribute='role')|map('upper')|join }}{{ 'random' if randomly }}"
+    for body in (BODY, BODY + usual, "{% generation %}{{ 1 }}{% endgeneration %}"):
+        tokenizer.chat_template = body
+        chat.check_draws_nothing(tokenizer)
+
+
+@pytest.mark.parametrize("shows", ["{{ cycler('a') }}", "{{ (joiner()|string)[-6:] }}"])
+def test_a_template_that_writes_where_an_object_lies_is_refused(tokenizer: Any, shows: str) -> None:
+    """Which follows from what earlier records left in memory. Twin: the library writes it."""
+    tokenizer.chat_template = shows
+    assert re.search("[0-9a-f]{5}>", chat.render(tokenizer, TURNS, tokenize=False))
+    with pytest.raises(ConfigError, match="an address in memory"):
+        chat.check_draws_nothing(tokenizer)
+
+
+def test_a_template_that_is_none_is_refused_by_name(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if %}"
+    with pytest.raises(ConfigError, match="TemplateSyntaxError"):
+        chat.check_draws_nothing(tokenizer)
 
 
 def test_a_study_of_a_template_that_draws_is_refused(tokenizer: Any, tmp_path: Path) -> None:

@@ -115,6 +115,19 @@ NOISE_MUTANTS = (
         "records share one generator",
     ),
     _one(
+        "clock", "a-template-draws-by-map", "fedtune/data/chat.py",
+        '    if used.name != "map":\n', "    if True:\n",
+        "tests/data/test_chat.py::test_a_template_that_draws_is_refused",
+        "a filter that another filter calls by its name",
+    ),
+    _one(
+        "clock", "a-template-writes-addresses", "fedtune/data/chat.py",
+        '_used(parsed) & {"cycler", "joiner"}', "set[str]()",
+        "tests/data/test_chat.py"
+        "::test_a_template_that_writes_where_an_object_lies_is_refused",
+        "what earlier records left in memory decides about a record's tokens",
+    ),
+    _one(
         "sources", "a-mark-in-a-later-line-counts", "fedtune/data/sources/jsonl.py",
         "line = line.removeprefix(BOM)  # of any line: files are joined",
         "line = line.removeprefix(BOM) if number == 1 else line",
