@@ -205,14 +205,17 @@ release = []           # what may leave besides noised updates: "evaluation", no
 """
 
 
-def acceptance(columns: str) -> str:
-    """Compose a commented [acceptance] for a site's file, with the columns of its [data]."""
+def acceptance(where: str, columns: str) -> str:
+    """Compose a commented [acceptance] for a site's file, read as its [data] is. where, columns:
+    the lines of [data] and [data.columns]."""
+    read_by = [line for line in where.splitlines() if not line.startswith("path")]
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
     lines = [
         "",
         "[acceptance]                  # by what `fedtune accept RUN` judges a finished model here",
         'path = "accept.jsonl"         # held-out patients; exact, and nothing of it leaves',
+        *read_by,
         'groups = ["sex", "age"]       # columns whose values are looked at apart',
         "bands = { age = [18, 65, 80] }",
         f"thresholds = {thresholds}   # ece, loss: at most; written before anybody looks",

@@ -214,11 +214,15 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
     else:
         places = {f"sites/{name}/site.toml": name for name in names(records)}
     paths = records.data or (None,) * len(places)
+    read = [
+        lines_of(path) + _written.lines(path, asked) if path else 'path = "data.jsonl"'
+        for path in paths
+    ]
     patient = f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY
     return {
         place: SITE.format(
             name=name,
-            where=lines_of(path) + _written.lines(path, asked) if path else 'path = "data.jsonl"',
+            where=where,
             state=_state(path),
             size=size,
             delta=f"{records.delta:g}",
@@ -227,10 +231,10 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             bases=_bases(records.base),
             admission=REVIEWED + HELD + _isolation(path) if records.role == "site" else "",
             columns=columns + patient,
-            acceptance=acceptance(columns + patient.replace("\n# ", "\n")),
+            acceptance=acceptance(where, columns + patient),
         )
-        for (place, name), path, size in zip(
-            places.items(), paths, records.declared_sizes, strict=True
+        for (place, name), path, where, size in zip(
+            places.items(), paths, read, records.declared_sizes, strict=True
         )
     }
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
 import fedtune
 from fedtune.client.acceptance.accept import Acceptance, accept, read_record
 from fedtune.client.acceptance.records import TRAINED, WITHDREW
 from fedtune.client.purge import listing, purge
 from fedtune.config import load_site
+from fedtune.config.templates import SITE as SITE_TEMPLATE
+from fedtune.config.templates import acceptance
 from fedtune.data.records import unit_member
 from fedtune.errors import ConfigError, DataError, InputError
 from fedtune.evidence.audit_log import AuditLog, verify
 from fedtune.ledger.ledger import Ledger
+from fedtune.models.lora import digest
+from fedtune.models.run import ORIGIN
 from tests.cli_kit import run as command
 from tests.guarantee.search import Finder, forms
-from tests.heads_kit import CLASSIFY, LABELS, made_run
+from tests.heads_kit import CAUSAL_LORA, CLASSIFY, LABELS, made_run
 
 SITE = """
 [site]
@@ -267,3 +273,125 @@ def test_only_the_command_reads_the_table_and_what_was_decided() -> None:
     }
     named = {name for name in named if not name.startswith("client/acceptance/")}
     assert named <= own | {"config/site.py", "data/records.py", "client/review.py"}
+
+
+# -------------------------------------------------------------------- other models, other records
+
+TEXT = SITE.replace('text = "note", label = "class"', 'prompt = "note", completion = "class"')
+PAIRS = SITE.replace(
+    'text = "note", label = "class"', 'prompt = "note", chosen = "a", rejected = "b"'
+)
+YES_NO = {"name": "causal_lm", "max_length": 64}
+
+
+def a_run(base: Path, objective: dict[str, Any], **tables: Any) -> None:
+    shutil.rmtree("run")
+    made_run(Path("run"), base, objective, lora=CAUSAL_LORA, **tables)
+
+
+def as_text(site: str, thresholds: str) -> None:
+    before = 'thresholds = { accuracy = 0.1, ece = 0.9 }\nrecall = { "no finding" = 0.5 }'
+    assert before in site
+    Path("site.toml").write_text(site.replace(before, f"thresholds = {thresholds}"))
+
+
+def test_a_model_that_writes_is_judged_by_loss(world: Path, tiny_base: Path) -> None:
+    a_run(tiny_base, YES_NO)
+    as_text(TEXT, "{ loss = 90.0, perplexity = 2.0, exact_match = 0.5 }")
+    made = judged()
+    by_name = {one["measure"]: one["decision"] for one in made.figures["judged"]}
+    assert by_name == {"loss": "accepted", "perplexity": "refused", "exact_match": "refused"}
+    assert "reliability" not in made.figures and len(made.figures["worst"]) == 20
+    assert set(made.figures["models"]) == {"this model", "base alone"}
+
+
+@pytest.mark.parametrize("first", ["y", "yes of course"], ids=["a token each", "longer"])
+def test_declared_choices_are_classes(world: Path, tiny_base: Path, first: str) -> None:
+    choices = [f" {first}", " n"]
+    rows = [row(f"h{n}", n, sex="f", age=30) | {"class": choices[n % 2]} for n in range(60)]
+    write("held.jsonl", rows)
+    table = {
+        "path": str(world / "held.jsonl"),
+        "columns": {"prompt": "note", "completion": "class"},
+        "metric": "accuracy",
+        "choices": choices,
+    }
+    a_run(tiny_base, YES_NO, evaluation=table)
+    as_text(TEXT, "{ accuracy = 0.99, ece = 0.9 }")
+    made = judged()
+    assert made.decision == "refused" and made.figures["reliability"]
+    shares = [one["probability"] for one in made.figures["reliability"]]
+    assert all(0.5 <= share <= 1 for share in shares), "of the likelier of two"
+    recalls = {name for name in made.figures["models"]["this model"] if name.startswith("recall")}
+    assert recalls == {f"recall: {first}", "recall: n"}
+
+
+def test_pairs_are_judged_by_their_order(world: Path, tiny_base: Path) -> None:
+    rows = [row(f"h{n}", n, sex="f", age=30) | {"a": "yes", "b": "no"} for n in range(60)]
+    write("held.jsonl", rows)
+    write("data.jsonl", [row("t1", 1000) | {"a": "yes", "b": "no"}] * 3)
+    a_run(tiny_base, {"name": "dpo", "max_length": 64})
+    as_text(PAIRS, "{ preference = 0.5 }")
+    made = judged()
+    assert {one["measure"] for one in made.figures["judged"]} == {"preference"}
+    assert set(made.figures["models"]["this model"]) == {"preference", "loss"}
+
+
+def test_a_sites_own_model_is_measured_beside(world: Path, tiny_encoder: Path) -> None:
+    shutil.copytree("run", "own")
+    Path("site.toml").write_text(
+        SITE.replace('groups = ["sex", "age"]', 'alone = "own"', 1).replace(
+            "bands = { age = [40] }\n", ""
+        )
+    )
+    models = judged().figures["models"]
+    assert list(models) == ["this model", "site alone", "base alone"]
+    own = models["site alone"]["accuracy"]
+    assert own["change"] == 0 and own["change_interval"] == [0, 0]
+    assert own["figure"] == models["this model"]["accuracy"]["figure"]
+    shutil.rmtree("own")
+    made_run(Path("own"), tiny_encoder, {**CLASSIFY, "labels": ["a", "b", "c"]})
+    with pytest.raises(ConfigError, match="its classes are other ones"):
+        judged()
+
+
+def test_the_public_start_is_measured_where_the_folder_has_it(world: Path) -> None:
+    run = fedtune.Run("run")
+    arrays = {name: array / 2 for name, array in run.adapter().items()}
+    checkpoint = {f"{ORIGIN}{name}": array for name, array in arrays.items()}
+    plan = json.loads(Path("run/plan.json").read_text())
+    plan["start"] = {"steps": 1, "learning_rate": 0.1, "digest": digest(arrays)}
+    plan["public"] = {"path": "p.jsonl", "columns": {"text": "note", "label": "class"}}
+    plan["public"]["licence"] = "CC0-1.0"
+    Path("run/plan.json").write_text(json.dumps(plan))
+    figures = judged().figures
+    assert "public start" not in figures["models"]
+    assert "only the coordinator's own run folder" in figures["not_scored"]["public start"]
+    Path("run/checkpoint").mkdir(exist_ok=True)
+    save_file(checkpoint, "run/checkpoint/frozen.safetensors")
+    models = judged().figures["models"]
+    assert list(models) == ["this model", "public start", "base alone"]
+    other = {name: array + 1 for name, array in checkpoint.items()}
+    save_file(other, "run/checkpoint/frozen.safetensors")
+    assert "public start" not in judged().figures["models"], "not what the plan pins"
+
+
+# ---------------------------------------------------------------------------------- the template
+
+
+def uncommented(text: str) -> str:
+    return "".join(
+        line.removeprefix("# ") + "\n" for line in text.splitlines() if line.startswith("# ")
+    )
+
+
+@pytest.mark.parametrize("columns", ['text = "note"\nlabel = "class"', 'text = "q"'])
+def test_what_a_sites_file_has_as_a_comment_is_a_table(world: Path, columns: str) -> None:
+    said = uncommented(acceptance('path = "data.jsonl"\nsource = "csv"', columns))
+    Path("site.toml").write_text(SITE.split("[acceptance]")[0] + said)
+    table = load_site("site.toml").acceptance
+    assert table is not None and table.source == "csv" and table.path == world / "accept.jsonl"
+    assert set(table.thresholds) == ({"accuracy", "ece"} if table.columns.label else {"loss"})
+    commented = SITE_TEMPLATE[SITE_TEMPLATE.index("# [acceptance]") :].split("\n\n")[0] + "\n"
+    Path("site.toml").write_text(SITE.split("[acceptance]")[0] + uncommented(commented))
+    assert load_site("site.toml").acceptance is not None
