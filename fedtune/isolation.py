@@ -22,24 +22,29 @@ Source: Linux, Documentation/userspace-api/landlock.rst and seccomp_filter.rst."
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import json
 import mmap
 import os
-import platform
 import resource
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune import boot
 from fedtune.errors import InfrastructureError
+from fedtune.system_calls import (
+    Lines,
+    filter_of_computing,
+    filter_of_courier,
+    filter_of_vault,
+    is_known,
+)
 
 # ------------------------------------------------------------------------------- Linux's numbers
 
@@ -56,90 +61,10 @@ NOT_WRITTEN = EXECUTE | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11
 OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15  # and truncate, ioctl of a device
 SCOPES = 0b11  # abstract Unix sockets, signals: from version 6 on
 O_PATH = 0o10000000
-# A line of a filter (linux/filter.h, linux/seccomp.h): what it does, and what it gives.
-LOAD, MASK, IF_EQUAL, IF_AT_LEAST, GIVE = 0x20, 0x54, 0x15, 0x35, 0x06
-ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
-ZERO = 0x00050000  # "no error": the call is not made, and gives 0
-CALL, MACHINE, FIRST, SECOND = 0, 4, 16, 24  # where a call's number and first arguments are read
 NO_LANDLOCK = "no Landlock"
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """audit: Linux's number of the machine's system calls; calls: their numbers by name."""
-
-    audit: int
-    calls: dict[str, int]
-
-
-# By name: the call's number on x86-64 and on 64-bit ARM, and why it is refused to both halves.
-NEVER = {
-    "ptrace": (101, 117),  # another process's memory, and its descriptors
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "pidfd_getfd": (438, 438),
-    "io_uring_setup": (425, 425),  # its operations pass by this filter
-    "setns": (308, 268),  # back into the network that was left
-    "unshare": (272, 97),
-    "mount": (165, 40),  # other files under a path that is allowed
-    "bpf": (321, 280),  # code in the kernel
-    "perf_event_open": (298, 241),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-}
-# And to the half that speaks to the network; 64-bit ARM has not all of them. How full disks and
-# memory are follows from what the other half holds. (It may read nothing of /proc and /sys.)
-OF_FULLNESS = {
-    "statfs": (137, 43),
-    "fstatfs": (138, 44),
-    "sysinfo": (99, 179),
-    "quotactl": (179, 60),
-}
-# Landlock does not rule who may read a file, whose it is and what else stands beside its content:
-# the user's own files would be opened to every account of the machine.
-OF_OTHERS_FILES = {
-    **{"chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452)},
-    **{"chown": (92, None), "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54)},
-    **{"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7)},
-    **{"removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16)},
-    **{"utime": (132, None), "utimes": (235, None), "futimesat": (261, None)},
-    **{"utimensat": (280, 88), "link": (86, None), "linkat": (265, 37)},
-    **{"open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430)},
-    **{"fsconfig": (431, 431), "fsmount": (432, 432), "mount_setattr": (442, 442)},
-}
-# The other half's share of the machine, and what else is asked about a process by its number.
-OF_PROCESSES = {
-    **{"sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119)},
-    **{"sched_setparam": (142, 118), "sched_setattr": (314, 274), "setpriority": (141, 140)},
-    **{"ioprio_set": (251, 30), "process_madvise": (440, 440), "kcmp": (312, 272)},
-    **{"pidfd_open": (434, 434), "move_pages": (279, 239), "migrate_pages": (256, 238)},
-    **{"userfaultfd": (323, 282), "kexec_load": (246, 104), "reboot": (169, 142)},
-}
-OF_COURIER = (*NEVER, *OF_FULLNESS, *OF_OTHERS_FILES, *OF_PROCESSES)
-ASKED = {"socket": (41, 198), "socketpair": (53, 199), "prlimit64": (302, 261)}
-MACHINES = {
-    machine: _Machine(
-        audit, {name: call for name, of in calls.items() if (call := of[which]) is not None}
-    )
-    for which, machine, audit in ((0, "x86_64", 0xC000003E), (1, "aarch64", 0xC00000B7))
-    for calls in (
-        dict[str, tuple[int | None, int | None]](
-            {**NEVER, **OF_FULLNESS, **OF_OTHERS_FILES, **OF_PROCESSES, **ASKED}
-        ),
-    )
-}
-X32 = 0x40000000  # system calls of x86-64's other kind have this bit
-# What a process that only computes may ask of Linux, by name: on x86-64 and on 64-bit ARM.
-COMPUTING = {
-    **{"read": (0, 63), "write": (1, 64), "close": (3, 57), "fstat": (5, 80), "lseek": (8, 62)},
-    **{"mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214)},
-    **{"mremap": (25, 216), "madvise": (28, 233), "futex": (202, 98), "getrandom": (318, 278)},
-    **{"rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "sigaltstack": (131, 132)},
-    **{"exit": (60, 93), "exit_group": (231, 94), "restart_syscall": (219, 128)},
-}
-# Answered with 0: a process's number says how many there were before it.
-NAMELESS = {"getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173)}
 PR_SET_TSC, PR_TSC_SIGSEGV = 26, 2
 MAP_FIXED = 0x10
 CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
@@ -173,7 +98,7 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
         return Confinement(missing=("a database over TCP keeps it on the network",))
     spaces = _own_network()
     _close_itself()
-    return spaces & _filter_calls(families)
+    return spaces & _install(filter_of_vault, families)
 
 
 @functools.cache
@@ -203,7 +128,7 @@ def only_files(
     _check_alone()
     _close_itself()
     of_files = _restrict_files(list(read), list(write), list(names))
-    return of_files & _filter_calls(NETWORKS, OF_COURIER)
+    return of_files & _install(filter_of_courier, NETWORKS)
 
 
 def only_computing() -> Confinement:
@@ -214,16 +139,7 @@ def only_computing() -> Confinement:
     that runs already is not confined. "seccomp" is among the means if it holds."""
     stopped = _stop_clocks()
     _close_itself()
-    machine = MACHINES.get(platform.machine())
-    if machine is None:
-        return Confinement(missing=("no seccomp filter",))
-    which = list(MACHINES).index(platform.machine())
-    calls = {numbers[which]: ALLOW for numbers in COMPUTING.values()}
-    calls |= {numbers[which]: ZERO for numbers in NAMELESS.values()}
-    checks = _checks_of_the_machine(machine)
-    for number, given in calls.items():
-        checks += [(IF_EQUAL, 0, 1, number), (GIVE, 0, 0, given)]
-    return stopped & _install([*checks, (GIVE, 0, 0, REFUSE)])
+    return stopped & _install(filter_of_computing)
 
 
 def landlock_version() -> int:
@@ -265,38 +181,17 @@ def _own_network() -> Confinement:
     return Confinement(("namespace",))
 
 
-def _filter_calls(families: Sequence[int], refused: Sequence[str] = tuple(NEVER)) -> Confinement:
-    """Have Linux refuse sockets of other families than these, and the calls `refused`."""
-    machine = MACHINES.get(platform.machine())
-    if machine is None:
+def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement:
+    """Install a filter of system calls."""
+    if not is_known() or _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
         return Confinement(missing=("no seccomp filter",))
-    return _install(_program(machine, families, refused))
-
-
-def _install(checks: Sequence[tuple[int, int, int, int]]) -> Confinement:
-    """Install a filter of system calls: (code, jump if true, jump if false, constant) a line."""
-    if _prctl(PR_SET_NO_NEW_PRIVS, 1) != 0:
-        return Confinement(missing=("no seccomp filter",))
-    program = b"".join(struct.pack("HBBI", *line) for line in checks)
+    program = b"".join(struct.pack("HBBI", *line) for line in filter_of(*arguments))
     lines = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: a number of 16 bits, then (aligned) a pointer
     fprog = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(lines))
     if _prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.create_string_buffer(fprog)) != 0:
         return Confinement(missing=("no seccomp filter",))
     return Confinement(("seccomp",))
-
-
-def _checks_of_the_machine(machine: _Machine) -> list[tuple[int, int, int, int]]:
-    """Write a filter's first lines: calls of another machine are refused, and the call's number is
-    loaded."""
-    return [
-        (LOAD, 0, 0, MACHINE),
-        (IF_EQUAL, 1, 0, machine.audit),
-        (GIVE, 0, 0, KILL),
-        (LOAD, 0, 0, CALL),
-        (IF_AT_LEAST, 0, 1, X32),
-        (GIVE, 0, 0, REFUSE),
-    ]
 
 
 def _stop_clocks() -> Confinement:
@@ -316,34 +211,6 @@ def _stop_clocks() -> Confinement:
     if _prctl(PR_SET_TSC, PR_TSC_SIGSEGV) != 0:
         missing.append("the processor's own counter can be read")
     return Confinement(missing=tuple(missing))
-
-
-def _program(
-    machine: _Machine, families: Sequence[int], refused: Sequence[str]
-) -> list[tuple[int, int, int, int]]:
-    """Write the filter of a vault or a courier.
-
-    A pair of datagram sockets can still send to a path, so pairs are of streams."""
-    checks = _checks_of_the_machine(machine)
-    for name in refused:
-        if name in machine.calls:
-            checks += [(IF_EQUAL, 0, 1, machine.calls[name]), (GIVE, 0, 0, REFUSE)]
-    # Limits of this process alone: 0 is itself.
-    checks += [(IF_EQUAL, 0, 4, machine.calls["prlimit64"]), (LOAD, 0, 0, FIRST)]
-    checks += [(IF_EQUAL, 0, 1, 0), (GIVE, 0, 0, ALLOW), (GIVE, 0, 0, REFUSE)]
-    checks += [
-        (IF_EQUAL, 0, 5, machine.calls["socketpair"]),
-        (LOAD, 0, 0, SECOND),
-        (MASK, 0, 0, 0xF),  # the kind, without the flags beside it
-        (IF_EQUAL, 0, 1, socket.SOCK_STREAM),
-        (GIVE, 0, 0, ALLOW),
-        (GIVE, 0, 0, REFUSE),
-        (IF_EQUAL, 0, 2 * len(families) + 2, machine.calls["socket"]),
-        (LOAD, 0, 0, FIRST),
-    ]
-    for family in families:
-        checks += [(IF_EQUAL, 0, 1, family), (GIVE, 0, 0, ALLOW)]
-    return [*checks, (GIVE, 0, 0, REFUSE), (GIVE, 0, 0, ALLOW)]
 
 
 def _restrict_files(

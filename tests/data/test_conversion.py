@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fedtune import isolation
+from fedtune import system_calls
 from fedtune.client import studies
 from fedtune.client.before_joining import check_before_joining
 from fedtune.config import Columns, SiteData, load_site
@@ -60,7 +60,7 @@ ROWS: list[Row] = [
     {"who": "c", "t": "pain"},
 ]
 pytestmark = pytest.mark.skipif(
-    os.uname().machine not in isolation.MACHINES, reason="another machine's system calls"
+    os.uname().machine not in system_calls.MACHINES, reason="another machine's system calls"
 )
 
 
@@ -136,6 +136,7 @@ def test_nothing_is_carried_from_one_unit_to_another(tmp_path: Path, how: str) -
 
 OF_ONE_PROCESS = {
     "in_a_processs_number": "one process has one number",
+    "in_the_pipe_that_it_is_given": "one process is given none",
     "in_a_librarys_time": "whole seconds, of which both may see the same",
     "in_what_this_process_used": "no page more",
     "in_a_lock_of_a_file": "a descriptor that is not closed is the next one's number",
@@ -156,7 +157,7 @@ def test_in_one_process_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
     "how",
     [
         *("in_a_file", "in_the_time_of_a_file", "in_system_v_memory", "in_the_time"),
-        *("in_a_processs_number", "in_the_time_of_day"),
+        *("in_a_processs_number", "in_the_time_of_day", "in_the_pipe_that_it_is_given"),
     ],
 )
 def test_a_fork_alone_does_not_stop_it(
@@ -175,6 +176,42 @@ def test_a_fork_alone_does_not_stop_it(
     with forgotten():
         with_it = read(tmp_path, ROWS, **given)
         assert of_others(with_it) != of_others(read(tmp_path, without_z(ROWS), **given))
+
+
+WAITS = """
+import ctypes, errno, json, struct, sys, time
+from fedtune import isolation
+libc = ctypes.CDLL(None, use_errno=True)
+FUTEX, MADVISE = (202, 28) if sys.argv[1] == "x86_64" else (98, 233)
+word, soon = ctypes.c_uint32(0), ctypes.create_string_buffer(struct.pack("qq", 0, 10_000_000))
+page = ctypes.c_long(-4096)
+if sys.argv[2] == "confined":
+    isolation.only_computing()
+def errno_of(number, *arguments):
+    ctypes.set_errno(0)
+    libc.syscall(ctypes.c_long(number), *arguments)
+    return errno.errorcode.get(ctypes.get_errno(), "")
+wait, wait_until, wake = 0 | 128, 9 | 128 | 256, 1 | 128
+print(json.dumps([
+    errno_of(FUTEX, ctypes.byref(word), wait, 0, soon, 0, 0),
+    errno_of(FUTEX, ctypes.byref(word), wait_until, 0, soon, 0, ctypes.c_uint32(2**32 - 1)),
+    errno_of(FUTEX, ctypes.byref(word), wake, 1, 0, 0, 0),
+    errno_of(MADVISE, page, ctypes.c_long(4096), 102),
+]))
+"""
+
+
+def test_a_child_waits_for_no_time_and_marks_no_memory_as_broken() -> None:
+    """A child that waits until a time that was chosen beforehand ends before its deadline or not:
+    what it makes of its unit's rows would follow from how long the earlier units took. Advice above
+    100 is of pages that others share. Twin: unconfined."""
+    found = {}
+    for how in ("confined", "open"):
+        command = [sys.executable, "-c", WAITS, os.uname().machine, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[how] = json.loads(done.stdout)
+    assert found["confined"] == ["EPERM", "EPERM", "", "EPERM"]
+    assert found["open"][:3] == ["ETIMEDOUT", "ETIMEDOUT", ""] and found["open"][3] != "EPERM"
 
 
 @contextmanager

@@ -67,7 +67,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "Configuration, whole files on disk, processes and their confinement, errors, plug-ins.",
         (
             *("", "config", "files", "registry", "errors", "boot", "progress", "run_folder"),
-            *("isolation", "processes"),
+            *("isolation", "system_calls", "processes"),
         ),
     ),
 )

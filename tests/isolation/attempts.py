@@ -8,6 +8,8 @@ GIVEN: JSON with what lies in wait outside: ports, sockets, files, the parent's 
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -15,12 +17,14 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune import isolation
+from fedtune import isolation, system_calls
 
+X86 = os.uname().machine == "x86_64"
 Attempt = Callable[[dict[str, Any]], None]
 VAULT: dict[str, Attempt] = {}
 COURIER: dict[str, Attempt] = {}
@@ -173,7 +177,7 @@ def a_shell(given: dict[str, Any]) -> None:
 
 @of(VAULT)
 def the_call_itself(given: dict[str, Any]) -> None:
-    number = isolation.MACHINES[os.uname().machine].calls["socket"]
+    number = system_calls.SOCKET[not X86]
     os.close(syscall(number, socket.AF_INET, socket.SOCK_STREAM, 0))
 
 
@@ -208,7 +212,7 @@ def anothers_descriptor(given: dict[str, Any]) -> None:
 @of(VAULT)
 def the_network_that_it_left(given: dict[str, Any]) -> None:
     there = os.open(f"/proc/{given['parent']}/ns/net", os.O_RDONLY)
-    syscall(isolation.NEVER["setns"][os.uname().machine != "x86_64"], there, 0)
+    syscall(system_calls.NEVER["setns"][os.uname().machine != "x86_64"], there, 0)
     socket.create_connection(("127.0.0.1", given["tcp"]), 5).close()
 
 
@@ -274,7 +278,7 @@ def read_the_vaults_memory_by_a_call(given: dict[str, Any]) -> None:
     into = ctypes.create_string_buffer(6)
     here = ctypes.create_string_buffer(struct.pack("PN", ctypes.addressof(into), 6))
     there = ctypes.create_string_buffer(struct.pack("PN", given["address"], 6))
-    number = isolation.NEVER["process_vm_readv"][os.uname().machine != "x86_64"]
+    number = system_calls.NEVER["process_vm_readv"][os.uname().machine != "x86_64"]
     syscall(number, given["vault"], here, 1, there, 1, 0)
     assert into.raw == b"secret"
 
@@ -287,7 +291,7 @@ def open_the_vaults_files(given: dict[str, Any]) -> None:
 
 @of(COURIER)
 def trace_the_vault(given: dict[str, Any]) -> None:
-    number = isolation.NEVER["ptrace"][os.uname().machine != "x86_64"]
+    number = system_calls.NEVER["ptrace"][os.uname().machine != "x86_64"]
     syscall(number, 0x4206, given["vault"], 0, 0)  # PTRACE_SEIZE; it ends with this process
 
 
@@ -325,8 +329,85 @@ def see_how_full_the_disk_is(given: dict[str, Any]) -> None:
 
 @of(COURIER)
 def see_how_full_the_memory_is(given: dict[str, Any]) -> None:
-    number = isolation.OF_FULLNESS["sysinfo"][os.uname().machine != "x86_64"]
-    syscall(number, ctypes.create_string_buffer(256))
+    syscall(99 if X86 else 179, ctypes.create_string_buffer(256))  # sysinfo
+
+
+@of(COURIER)
+def see_how_full_the_disk_is_by_an_old_call(given: dict[str, Any]) -> None:
+    disk = os.stat(given["own"]).st_dev
+    if not X86:
+        raise OSError("64-bit ARM has no ustat")
+    syscall(136, os.major(disk) << 8 | os.minor(disk), ctypes.create_string_buffer(64))
+
+
+@of(COURIER)
+def ask_for_what_a_user_may_fill(given: dict[str, Any]) -> None:
+    folder = os.open(given["own"], os.O_RDONLY)
+    try:  # Q_GETFMT of users: the kind of the quotas, if there are any
+        syscall(443, folder, 0x800004 << 8, 0, ctypes.create_string_buffer(64))
+    except OSError as error:
+        if error.errno != errno.ESRCH:  # there are none, and the call was made
+            raise
+    finally:
+        os.close(folder)
+
+
+@of(COURIER)
+def list_what_the_disk_holds_where(given: dict[str, Any]) -> None:
+    """FS_IOC_GETFSMAP, of all files and of what is free: refused by the filter, or not known to
+    this file system, or done."""
+    asked = struct.pack("=4xI16x" + "I20xQQQ8x" * 2, 0, 0, 0, 0, 0, 2**32 - 1, *[2**64 - 1] * 3)
+    folder = os.open(given["own"], os.O_RDONLY)
+    try:
+        fcntl.ioctl(folder, 0xC0C0583B, bytearray(asked.ljust(192, b"\0")))
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.ENOSYS):
+            raise
+    finally:
+        os.close(folder)
+
+
+@of(COURIER)
+def read_what_others_send(given: dict[str, Any]) -> None:
+    """Every packet of this machine, such as a database's on 127.0.0.1."""
+    socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP).close()
+
+
+@of(COURIER)
+def watch_the_records(given: dict[str, Any]) -> None:
+    """The name of each file that the other half opens, when it does."""
+    watch = syscall(294 if X86 else 26, 0)  # inotify_init1
+    try:
+        path = str(Path(given["records"]).parent).encode()
+        syscall(254 if X86 else 27, watch, path, 0xFFF)
+    finally:
+        os.close(watch)
+
+
+@of(COURIER)
+def watch_the_whole_disk(given: dict[str, Any]) -> None:
+    os.close(syscall(300 if X86 else 262, 0x200, 0))  # fanotify_init, by a file's name
+
+
+@of(COURIER)
+def time_the_vault(given: dict[str, Any]) -> None:
+    """The clock of another process: its processor's time so far."""
+    clock = (~given["vault"] << 3) | 2
+    time.clock_gettime(clock)
+
+
+@of(COURIER)
+def have_the_system_keep_accounts(given: dict[str, Any]) -> None:
+    """Of each process that ends, one conversion of a unit: its time and memory, in a file."""
+    path = Path(given["own"], "accounts")
+    path.touch()
+    syscall(163 if X86 else 89, str(path).encode())  # acct
+    syscall(163 if X86 else 89, 0)
+
+
+@of(COURIER)
+def read_the_users_keyring(given: dict[str, Any]) -> None:
+    syscall(250 if X86 else 219, 0, -4, 0)  # keyctl: KEYCTL_GET_KEYRING_ID of the user's
 
 
 @of(COURIER)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import isolation
+from fedtune import isolation, system_calls
 from fedtune.bases import find
 from fedtune.config import ConsentTable, SiteEvaluation, load_site
 from fedtune.config.known_bases import KNOWN
@@ -33,7 +33,7 @@ from fedtune.wire.requests import Answer, Request, RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFINES = pytest.mark.skipif(
-    not isolation.landlock_version() or os.uname().machine not in isolation.MACHINES,
+    not isolation.landlock_version() or os.uname().machine not in system_calls.MACHINES,
     reason="this Linux has no Landlock, or another machine's system calls",
 )
 

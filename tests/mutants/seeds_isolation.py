@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
+CALLS = "fedtune/system_calls.py"
 ISOLATION, COURIER = "fedtune/isolation.py", "fedtune/courier/process.py"
 VAULT, STARTER = "fedtune/client/vault_process.py", "fedtune/launch/site.py"
 APART, T_APART = "fedtune/launch/apart.py", "tests/isolation/test_apart.py::"
@@ -48,7 +49,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-vault-opens-sockets", ISOLATION,
-        "    return spaces & _filter_calls(families)\n", "    return spaces\n", T_VAULT,
+        "    return spaces & _install(filter_of_vault, families)\n", "    return spaces\n", T_VAULT,
         "a daemon of this user's answers by its socket's path, whatever the network namespace",
     ),
     one(
@@ -57,13 +58,13 @@ MUTANTS = (
         "one of its two walls is not there, and nobody is told",
     ),
     one(
-        "isolation", "a-pair-of-datagram-sockets-sends-to-a-path", ISOLATION,
-        "(IF_EQUAL, 0, 1, socket.SOCK_STREAM)", "(IF_EQUAL, 0, 0, socket.SOCK_STREAM)", T_VAULT,
+        "isolation", "a-pair-of-datagram-sockets-sends-to-a-path", CALLS,
+        "(socket.SOCK_STREAM,)", "(socket.SOCK_STREAM, socket.SOCK_DGRAM)", T_VAULT,
         "sockets that need no connection reach a daemon without `socket`",
     ),
     one(
-        "isolation", "the-other-table-of-calls-is-open", ISOLATION,
-        "        (GIVE, 0, 0, REFUSE),\n    ]\n", "        (GIVE, 0, 0, ALLOW),\n    ]\n", T_VAULT,
+        "isolation", "the-other-table-of-calls-is-open", CALLS,
+        "X32),\n        (GIVE, 0, 0, REFUSE),\n", "X32),\n        (GIVE, 0, 0, ALLOW),\n", T_VAULT,
         "x86-64 has a second number for each call",
     ),
     one(
@@ -74,24 +75,46 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-asks-a-daemon", ISOLATION,
-        "& _filter_calls(NETWORKS, ", "& _filter_calls((*NETWORKS, socket.AF_UNIX), ", T_COURIER,
+        "(filter_of_courier, NETWORKS)", "(filter_of_courier, (*NETWORKS, socket.AF_UNIX))",
+        T_COURIER,
         "systemd-run --user cat records",
     ),
     one(
-        "isolation", "the-courier-limits-the-vaults-memory", ISOLATION,
-        "checks += [(IF_EQUAL, 0, 1, 0), (GIVE", "checks += [(IF_EQUAL, 0, 0, 0), (GIVE",
+        "isolation", "the-courier-limits-the-vaults-memory", CALLS,
+        '"prlimit64": ((302, 261), FIRST, (0,)),',
+        '"prlimit64": ((302, 261), SECOND, range(16)),',
         T_COURIER, "memory that runs out where the half on the network wants it to",
     ),
     one(
-        "isolation", "the-courier-opens-the-records-to-every-account", ISOLATION,
-        "OF_COURIER = (*NEVER, *OF_FULLNESS, *OF_OTHERS_FILES, *OF_PROCESSES)",
-        "OF_COURIER = (*NEVER, *OF_FULLNESS, *OF_PROCESSES)", T_COURIER,
+        "isolation", "the-courier-opens-the-records-to-every-account", CALLS,
+        'OF_COURIER: dict[str, Numbers] = {\n',
+        'OF_COURIER: dict[str, Numbers] = {\n    **{"chmod": (90, None), "fchmodat": (268, 53)},\n',
+        T_COURIER,
         "it changes who may read the records and the signing key",
     ),
     one(
         "isolation", "the-courier-sees-how-full-the-disk-is", ISOLATION,
-        "_filter_calls(NETWORKS, OF_COURIER)", "_filter_calls(NETWORKS, tuple(NEVER))", T_COURIER,
+        "(filter_of_courier, NETWORKS)", "(filter_of_vault, NETWORKS)", T_COURIER,
         "the ledger's disk fills with the records that it remembers",
+    ),
+    one(
+        "isolation", "the-courier-watches-files", CALLS,
+        'OF_COURIER: dict[str, Numbers] = {\n',
+        'OF_COURIER: dict[str, Numbers] = {\n    **{"inotify_init1": (294, 26), '
+        '"inotify_add_watch": (254, 27)},\n',
+        T_COURIER, "Landlock does not rule who watches a folder: the names of all patients' files",
+    ),
+    one(
+        "isolation", "root-listens-to-every-packet", CALLS,
+        "        (IF_EQUAL, 1, 0, socket.SOCK_DGRAM),\n        (GIVE, 0, 0, REFUSE),\n",
+        "        (IF_EQUAL, 1, 0, socket.SOCK_DGRAM),\n", T_COURIER,
+        "what the other half and a database of this machine say to each other",
+    ),
+    one(
+        "isolation", "the-courier-maps-the-disk", CALLS,
+        '"ioctl": ((16, 29), SECOND, (*TERMINALS, *DESCRIPTORS)),',
+        '"ioctl": ((16, 29), SECOND, (*TERMINALS, *DESCRIPTORS, 0xC0C0583B)),',
+        T_COURIER, "every extent of the disk that the ledger is on, used and free",
     ),
     one(
         "isolation", "the-courier-ends-the-vault", ISOLATION,

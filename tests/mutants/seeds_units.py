@@ -10,6 +10,7 @@ PER_UNIT, RECORDS, TYPED = (
     "fedtune/data/records.py",
     "fedtune/data/typed_rows.py",
 )
+CALLS = "fedtune/system_calls.py"
 ISOLATION = "fedtune/isolation.py"
 T_CONVERSION = "tests/data/test_conversion.py::"
 T_CARRIED = T_CONVERSION + "test_nothing_is_carried_from_one_unit_to_another"
@@ -34,9 +35,23 @@ MUTANTS = (
         T_CARRIED + "[in_a_file]", "a file of one unit's is read by another's conversion",
     ),
     one(
-        "units", "a-child-knows-its-number", ISOLATION,
-        "    calls |= {numbers[which]: ZERO for numbers in NAMELESS.values()}\n",
-        "    calls |= {numbers[which]: ALLOW for numbers in NAMELESS.values()}\n",
+        "units", "a-child-asks-when-its-pipe-was-made", CALLS,
+        'COMPUTING: dict[str, Numbers] = {\n',
+        'COMPUTING: dict[str, Numbers] = {\n    "fstat": (5, 80),\n',
+        T_CARRIED + "[in_the_pipe_that_it_is_given]",
+        "a pipe has a time and a number that is counted up: how long the earlier units took",
+    ),
+    one(
+        "units", "a-child-waits-until-a-time", CALLS,
+        '"futex": ((202, 98), SECOND, (1, 129)),',
+        '"futex": ((202, 98), SECOND, (1, 128, 129, 393)),',
+        "tests/data/test_conversion.py::"
+        "test_a_child_waits_for_no_time_and_marks_no_memory_as_broken",
+        "a clock that decides: whether a time has come is seen in whether the unit is empty",
+    ),
+    one(
+        "units", "a-child-knows-its-number", CALLS,
+        "(GIVE, 0, 0, ZERO)", "(GIVE, 0, 0, ALLOW)",
         T_CARRIED + "[in_a_processs_number]",
         "a conversion counts the units before it by the number of its process",
     ),
