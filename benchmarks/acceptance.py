@@ -43,7 +43,7 @@ def planted(seed: int, skill: float = 1.8, records: int = 1, *, shuffled: bool =
     logits = random.normal(size=(n, len(CLASSES)))
     logits[np.arange(n), gold] += skill + (0.5 * random.normal(size=patients))[units]
     wards = random.permutation(np.repeat(list(WARDS), list(WARDS.values())))[units]
-    sexes = random.choice(["f", "m"], patients)[units]
+    sexes = random.permutation(np.repeat(["f", "m"], patients // 2))[units]
     if shuffled:
         own = np.flatnonzero(wards == SHUFFLED)
         gold[own] = random.permutation(gold[own])

@@ -253,6 +253,24 @@ def test_nothing_of_it_is_in_what_a_site_shows_or_sends(world: Path) -> None:
     }
 
 
+def test_a_review_says_what_telling_a_decision_is(study: Path) -> None:
+    site = Path("north/site.toml")
+    before = command("review", study, "--site", site).output
+    assert "fedtune accept" not in before
+    records = 'path = "held.jsonl"\ncolumns = { prompt = "prompt", completion = "completion" }\n'
+    site.write_text(f"{site.read_text()}\n[acceptance]\n{records}thresholds = {{ loss = 1.0 }}\n")
+    shown = " ".join(command("review", study, "--site", site).output.split())
+    assert "an exact fact about held-out patients, outside this ε" in shown
+    assert "no training or release of a coordinator may follow from it" in shown
+
+
+def test_a_dossier_is_judged_by_the_run_in_it(world: Path) -> None:
+    Path("dossier").mkdir()
+    shutil.move("run", "dossier/run")
+    made = accept("dossier", load_site("site.toml"))
+    assert read_record(made.folder / "record.json", Ledger(Path("state")).key.public)
+
+
 def test_only_the_command_reads_the_table_and_what_was_decided() -> None:
     """No module but those of an acceptance, and what deletes its pages, names either."""
     root = Path(fedtune.__file__).parent

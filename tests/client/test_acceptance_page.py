@@ -67,7 +67,7 @@ def test_the_page_says_all_that_there_is_to_say(written: Path) -> None:
         "Private to the site north",
         "Refused.",
         "ward = west (accuracy, worse",
-        "8 patients, of at least 20",
+        "8 of at least 20 patients",
         "public start: it is not in the folder",
         "left out, trained on here",
         "looked at 2 times before",

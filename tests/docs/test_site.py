@@ -93,6 +93,7 @@ SOUGHT = {
     "life signs, logs": ("docs/observability.md", "", "fedtune status"),
     "trackers": ("docs/observability.md", "trackers", "mlflow"),
     "a page in a browser": ("docs/dashboard.md", "", "fedtune dashboard"),
+    "is it good enough for our patients": ("docs/acceptance.md", "", "fedtune accept"),
     "an officer's file": ("docs/release.md", "", "fedtune approve"),
     "a data sheet": ("docs/data-sheets.md", "", "fedtune data describe"),
     "retention": ("docs/retention.md", "", "fedtune purge"),

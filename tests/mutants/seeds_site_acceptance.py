@@ -109,7 +109,7 @@ MUTANTS = (
         "acceptance",
         "comparisons-are-not-counted",
         JUDGEMENT,
-        "level = 1 - ALARMS / max(1, len(tested))",
+        "level = 1 - ALARMS / max(1, sum(len(resolved) for _, _, resolved in tested))",
         "level = 1 - ALARMS",
         T_FIGURES + "test_without_a_difference_few_pages_find_one",
         "of many groups one is called different where none is",

@@ -25,12 +25,12 @@ from fedtune.config import AcceptanceTable, Site
 from fedtune.config.state_files import ACCEPTANCE, FIGURES, PAGE, RECORD
 from fedtune.errors import ConfigError, InputError
 from fedtune.evidence.audit_log import AuditLog, login, person
-from fedtune.evidence.sign import covered, sha256
+from fedtune.evidence.sign import sha256
 from fedtune.files import reading
 from fedtune.files.writing import replace
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.run import Run
-from fedtune.run_folder import SIGNATURE
+from fedtune.run_folder import ADAPTER, SIGNATURE
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 FORMAT = "fedtune-acceptance-1"
@@ -118,8 +118,9 @@ def _signed(
 
 def _model(run: Run) -> dict[str, str]:
     """Name the model that was judged, so that nobody takes another one for it: its plan, its base,
-    and the files of its adapter, as a run's signature names them."""
-    files = {n: sha256(run.folder / n) for n in covered(run.folder) if n.startswith("adapter/")}
+    and the files of its adapter."""
+    adapter = run.folder / ADAPTER
+    files = {p.name: sha256(p) for p in sorted(adapter.iterdir()) if p.is_file()}
     signature = run.folder / SIGNATURE
     return {
         "plan": run.study.digest,

@@ -4,24 +4,27 @@ A patient with several records is one draw: resamples are of patients. A share o
 resamples: its interval is Clopper and Pearson's (1934), exact where each patient has one record;
 where some have several, of so many patients as would weigh alike, (Σm)² / Σm² of their records m
 (Kish 1965), which takes a patient's records to be as one. Two groups' shares are compared by
-Newcombe's (1998) combination of the two intervals; any other measure by Student's interval of the
-resamples' deviation, with the degrees of freedom of the smaller group."""
+Newcombe's (1998) combination of the two intervals. Of any other measure the difference is compared
+with those that random exchanges of patients between the two groups give (Noreen 1989, chapter 2;
+Phipson & Smyth 2010), so that without a difference it is called one with the stated chance at most,
+whatever the measure's distribution; its interval reaches as far to both sides as they do."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import beta, t  # type: ignore[import-untyped]
+from scipy.stats import beta  # type: ignore[import-untyped]
 
 from fedtune.client.acceptance.measures import Array, Measure
 from fedtune.evaluation.metrics import Scores
 
 RESAMPLES, SEED = 2000, 0
 BLOCK = 2**20  # numbers of resampled weights that are held at once
+EXCEED = 10  # random exchanges, on average, whose difference lies outside an interval
 SMALL = 1024  # patients, up to which all of them are
 
 
@@ -31,15 +34,13 @@ class Interval(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A measure on some patients' records. weight: patients that weigh alike; spread: the standard
-    deviation of resamples, 0 of a share, which has none."""
+    """A measure on some patients' records. weight: patients that weigh alike."""
 
     figure: float
     interval: Interval
     patients: int
     records: int
     weight: float
-    spread: float = 0.0
 
 
 class Sample:
@@ -83,7 +84,6 @@ class Sample:
             patients, records = int((counted > 0).sum()), round(counted.sum())
             return Measured(figure, interval, patients, records, weight)
         drawn = resamples(sums, measure)
-        spread = float(np.nanstd(drawn))
         if measure.name == "ece":  # any sample's lies above the true one, a resample's once more
             drawn = drawn - (np.nanmean(drawn) - figure)
         half = (1 - level) / 2
@@ -92,8 +92,7 @@ class Sample:
         low, high = min(low, figure) - unseen, max(high, figure) + unseen
         if measure.errs:
             low, high = max(low, 0.0), min(high, 1.0)
-        interval = Interval(low, high)
-        return Measured(figure, interval, self.patients, self.records, self.patients, spread)
+        return Measured(figure, Interval(low, high), self.patients, self.records, self.patients)
 
     def unseen(self, measure: Measure, level: float) -> float:
         """Bound the share of records that are otherwise than all of these, where all of these are
@@ -148,16 +147,66 @@ class Difference(NamedTuple):
     interval: Interval
 
 
-def difference(measure: Measure, group: Sample, others: Sample, level: float) -> Difference:
-    """Compare a measure of two groups of patients, at this confidence."""
+def differences(
+    measures: Sequence[Measure], group: Sample, others: Sample, level: float
+) -> list[Difference]:
+    """Compare measures of two groups of patients, each at this confidence."""
+    halves = iter(_exchanged([m for m in measures if not m.share], group, others, level))
+    found = []
+    for measure in measures:
+        one, other = (measure.figure(s.sums(measure).sum(axis=0)) for s in (group, others))
+        difference = float(one - other)
+        if measure.share:
+            found.append(_of_shares(measure, group, others, level))
+            continue
+        half = next(halves) + group.unseen(measure, level) + others.unseen(measure, level)
+        found.append(Difference(difference, Interval(difference - half, difference + half)))
+    return found
+
+
+def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) -> Difference:
     one, other = group.of_measure(measure, level), others.of_measure(measure, level)
     found = one.figure - other.figure
-    if measure.share:
-        below = math.hypot(one.figure - one.interval.low, other.interval.high - other.figure)
-        above = math.hypot(one.interval.high - one.figure, other.figure - other.interval.low)
-        return Difference(found, Interval(max(found - below, -1.0), min(found + above, 1.0)))
-    spread = math.hypot(one.spread, other.spread)
-    freedom = max(1, min(group.patients, others.patients) - 1)
-    half = float(t.ppf((1 + level) / 2, freedom)) * spread
-    half += group.unseen(measure, level) + others.unseen(measure, level)
-    return Difference(found, Interval(found - half, found + half))
+    below = math.hypot(one.figure - one.interval.low, other.interval.high - other.figure)
+    above = math.hypot(one.interval.high - one.figure, other.figure - other.interval.low)
+    return Difference(found, Interval(max(found - below, -1.0), min(found + above, 1.0)))
+
+
+def _exchanged(
+    measures: Sequence[Measure], group: Sample, others: Sample, level: float
+) -> list[float]:
+    """Return for each measure how large a difference is, at this confidence, between as many
+    patients drawn at random from both groups and the rest."""
+    if not measures:
+        return []
+    sums = [np.concatenate([group.sums(m), others.sums(m)]) for m in measures]
+    stacked, total = np.concatenate(sums, axis=1), np.concatenate([s.sum(axis=0) for s in sums])
+    edges = np.cumsum([s.shape[1] for s in sums])[:-1]
+    draws, drawn = max(RESAMPLES, math.ceil(EXCEED / (1 - level))), list[Array]()
+    for chosen in _choices(len(stacked), group.patients, draws):
+        one = chosen @ stacked
+        pairs = zip(np.split(one, edges, 1), np.split(total - one, edges, 1), strict=True)
+        told = zip(measures, pairs, strict=True)
+        drawn.append(np.stack([np.abs(m.figure(a) - m.figure(b)) for m, (a, b) in told]))
+    ordered = np.sort(np.concatenate(drawn, axis=1), axis=1)
+    return [float(row[math.ceil((draws + 1) * level) - 1]) for row in ordered]
+
+
+def _choices(n: int, size: int, draws: int) -> Iterable[Array]:
+    """Draw so often which `size` of n patients are a group: ones and zeros, block by block."""
+    few = n * draws <= 4 * BLOCK
+    return [_kept_choice(n, size, draws)] if few else _choice(n, size, draws)
+
+
+def _choice(n: int, size: int, draws: int) -> Iterator[Array]:
+    random, block = np.random.default_rng(SEED), max(1, BLOCK // n)
+    for start in range(0, draws, block):
+        keys = random.random((min(block, draws - start), n), dtype=np.float32)
+        chosen = np.zeros(keys.shape)
+        np.put_along_axis(chosen, keys.argpartition(size, axis=1)[:, :size], 1, axis=1)
+        yield chosen
+
+
+@lru_cache(maxsize=4)  # of groups of one size
+def _kept_choice(n: int, size: int, draws: int) -> Array:
+    return np.concatenate([*_choice(n, size, draws)])

@@ -13,7 +13,7 @@ split, not what the model is worth."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from fedtune.client.acceptance.intervals import (
     Interval,
     Measured,
     Sample,
-    difference,
+    differences,
 )
 from fedtune.client.acceptance.measures import GAP, RECALL, Measure, measures_of
 from fedtune.config import AcceptanceTable
@@ -133,7 +133,7 @@ def _few(
         patients = sample.patients
     who = "patients" if table.columns.patient else "records"
     if patients < table.least_group:
-        return f"{patients} {who}, of at least {table.least_group}"
+        return f"{patients} of at least {table.least_group} {who}"
     if measure.macro:
         counts = {
             name.removeprefix(RECALL): int((sample.sums(one)[:, 1] > 0).sum())
@@ -176,29 +176,33 @@ def _compared(
     also = [str(name) for name in table.differences if name not in named]
     measures = [known[GAP if name == "ece" else name] for name in [*named, *also]]
     rows: list[Compared] = []
-    tested: list[tuple[int, Measure, Sample, Sample]] = []
+    tested: list[tuple[Sample, Sample, dict[int, Measure]]] = []
     for column, values in groups.items():
         cells = np.asarray(values)
         for value in sorted(set(values)):
             group, others = (Sample(scores, units, at) for at in (cells == value, cells != value))
+            resolved: dict[int, Measure] = {}
             for measure in measures:
                 few = _few(measure, group, known, table)
                 if not few and (few := _few(measure, others, known, table)):
                     few = f"of all others {few}"
                 if not few:
-                    tested.append((len(rows), measure, group, others))
+                    resolved[len(rows)] = measure
                 rows.append(Compared(column, value, measure.name, None, None, None, why=few))
-    level = 1 - ALARMS / max(1, len(tested))
-    for index, measure, group, others in tested:
-        told = difference(measure, group, others, level)
-        low, high = told.interval
-        found = low > 0 or high < 0
-        sign = 1 if measure.higher_is_better else -1
-        row = rows[index]
-        rows[index] = Compared(
-            row.column, row.value, row.measure, group.of_measure(measure), told, found,
-            found and sign * told.figure < 0,
-        )  # fmt: skip
+            tested.append((group, others, resolved))
+    level = 1 - ALARMS / max(1, sum(len(resolved) for _, _, resolved in tested))
+    for group, others, resolved in tested:
+        told = differences([*resolved.values()], group, others, level)
+        for (index, measure), difference in zip(resolved.items(), told, strict=True):
+            low, high = difference.interval
+            sign = 1 if measure.higher_is_better else -1
+            rows[index] = replace(
+                rows[index],
+                group=group.of_measure(measure),
+                difference=difference,
+                found=low > 0 or high < 0,
+                worse=sign * (high if sign > 0 else low) < 0,
+            )
     return rows, level
 
 

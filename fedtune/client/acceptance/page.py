@@ -34,6 +34,7 @@ VERDICT = """
 figure { display: inline-block; max-width: 100%; margin-right: 1rem; vertical-align: top; }
 figure img { width: auto; max-width: 100%; min-width: 0; } figcaption { max-width: 27rem; }
 td, th { font-variant-numeric: tabular-nums; } tbody th { font-weight: 500; }
+caption { break-after: avoid; }
 @media screen { .wide table { min-width: 36rem; } }
 """
 PRIVATE = (
@@ -330,7 +331,7 @@ def _pictures(figures: Mapping[str, Any]) -> str:
         parts.append(_figure(
             reliability(figures["reliability"]), alt,
             "How often the model is right, by the probability that it gives its answer; on the "
-            "dashes it would mean what it says. Beside a square: how many records it stands for.",
+            "dashes it would mean what it says. Beside a point: how many records it stands for.",
         ))  # fmt: skip
     shown = [one for one in figures["compared"] if one["difference"] and one["measure"] != GAP]
     if shown:
