@@ -14,15 +14,18 @@ import pytest
 
 from fedtune.client.review import would_refuse
 from fedtune.config import Study, load_site, load_study
+from fedtune.dp.accountant import epsilon
 from fedtune.errors import FedtuneError, NotGenuine
 from fedtune.evidence import figures, sign
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
 from fedtune.launch import simulate as launch
+from fedtune.ledger.ledger import Ledger
 from fedtune.models.loaded import load
 from fedtune.models.teacher import find_teacher
 from fedtune.models.teacher_admission import register_teacher
 from fedtune.objectives import resolve
+from fedtune.registry.rounding import rounded_up
 from fedtune.run_folder import load_plan
 from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
@@ -119,14 +122,24 @@ def test_what_is_printed_of_a_folder_cannot_pose_as_a_line(signed, tmp_path: Pat
 
 
 def test_a_run_whose_sites_answered_a_private_evaluation(tmp_path: Path, tiny_base: Path) -> None:
-    """Their logs are checked too, and an answer left out is missed."""
+    """Their logs are checked too, what they cost beside the updates is said, and an answer left out
+    is missed."""
     from tests.private_evaluation_kit import world
 
     (tmp_path / "queried").mkdir()
     study = world(tmp_path / "queried", tiny_base, 3.0)
     run = tmp_path / "run"
     simulate(study, sorted(study.parent.glob("site-*.toml")), run)
-    verify(run)
+    found = verify(run)
+    books = [Ledger(study.parent / "state-north").charges(name) for name in ("records", "held-out")]
+    spent = [charge.event for charges in books for charge in charges]
+    assert found.epsilon is not None and found.with_queries is not None
+    assert found.with_queries == pytest.approx(epsilon(spent, 1e-3)) and len(spent) == 5
+    assert found.with_queries > found.epsilon + 0.1
+    said = (
+        f"with the answers to private queries ε = {rounded_up(found.with_queries)}, for a patient"
+    )
+    assert said in " ".join(command("verify", run).output.split())
     copy = shutil.copytree(run, tmp_path / "less")
 
     def silent(content: dict[str, Any]) -> None:

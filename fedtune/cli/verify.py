@@ -173,6 +173,11 @@ def _lines(found: Verified) -> str:
         claim += f"from the step logs that {len(found.sites)} sites signed"
         if found.capped:
             claim += "; at most the plan's for one patient, whom the sites then leave out"
+        if found.with_queries is not None:
+            more.append(
+                f"with the answers to private queries ε = {rounded_up(found.with_queries)}, "
+                f"for a {found.unit} in both files of a site"
+            )
         if found.fallback is not None:
             more.append(
                 f"if {found.assumption}; whatever happens, ε = {rounded_up(found.fallback)}"

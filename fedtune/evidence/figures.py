@@ -275,8 +275,9 @@ def privacy(
     _agree(path, "epsilon", said.get("epsilon"), largest)
     worst = events["update"][max(spent, key=lambda name: spent[name])]
     _fallback(path, "the run", said.get("secure_aggregation"), study, privacy, worst)
-    _queries(path, said.get("evaluation"), events, privacy)
+    queried = _queries(path, said.get("evaluation"), events, privacy)
     claim: dict[str, Any] = {"epsilon": largest, "delta": privacy.delta, "unit": privacy.unit}
+    claim["with_queries"] = queried
     if table := study.secure_aggregation:
         claim["assumption"] = assumption(study.strategy.min_sites, table.colluding)
         logs = events["update"].values()
@@ -362,8 +363,11 @@ def _fallback(
     _agree(path, f"{name}'s fallback ε", said.get("fallback_epsilon"), fallback)
 
 
-def _queries(path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable) -> None:
-    """Check what the report says of private evaluation against what sites signed of it."""
+def _queries(
+    path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable
+) -> float | None:
+    """Check what the report says of private evaluation against what sites signed of it. Returns the
+    largest ε of training and answers together, None without answers."""
     answered, sites = events["answer"], (said or {}).get("sites", {})
     _equal(path, "evaluation's sites", sorted(sites), sorted(answered))
     both = dict.fromkeys(answered, 0.0)
@@ -372,10 +376,12 @@ def _queries(path: Path, said: Any, events: dict[str, Events], privacy: PrivacyT
         own = _steps_epsilon(log, privacy)
         _agree(path, f"{name}'s evaluation", sites[name].get("epsilon"), own)
         _agree(path, f"{name}'s with_training", sites[name].get("with_training"), both[name])
-    if answered:
-        most = max(_steps_epsilon(log, privacy) for log in answered.values())
-        _agree(path, "evaluation", said.get("epsilon"), most)
-        _agree(path, "with_training", said.get("with_training"), max(both.values()))
+    if not answered:
+        return None
+    most = max(_steps_epsilon(log, privacy) for log in answered.values())
+    _agree(path, "evaluation", said.get("epsilon"), most)
+    _agree(path, "with_training", said.get("with_training"), max(both.values()))
+    return max(both.values())
 
 
 def _cap(study: Study, privacy: PrivacyTable) -> float:

@@ -58,7 +58,9 @@ class Verified:
     consortium's and the one that was asked for, which proves something where that was heard
     elsewhere than from this folder; simulated: whether no consortium's CA stands behind it, so that
     nobody can be trusted with it; sites: each one's fingerprint ("" where it never enrolled), steps
-    and ε; epsilon: the largest of them, None without privacy; fallback, assumption: with secure
+    and ε; epsilon: the largest of them, of the updates alone, None without privacy; with_queries:
+    the largest with a site's answers to private queries too, which a patient spent who is also in
+    its held-out records, None where none was asked; fallback, assumption: with secure
     aggregation, the ε of each site's own noise alone, and on what the other rests; not_signed: what
     else lies in the folder; declared: sites whose data the report calls public or generated;
     free_query: sites of which it says that a query or a view selects the records, which ε does not
@@ -78,6 +80,7 @@ class Verified:
     trusted: bool
     simulated: bool
     epsilon: float | None = None
+    with_queries: float | None = None
     fallback: float | None = None
     assumption: str = ""
     delta: float | None = None

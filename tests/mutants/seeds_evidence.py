@@ -21,6 +21,12 @@ MUTANTS = (
         "a run with a site's later rounds left out proves a lower ε, and nothing says so",
     ),
     _one(
+        "evidence", "private-queries-cost-nothing", FIGURES,
+        '    claim["with_queries"] = queried\n', "",
+        ATTACKS + "test_a_run_whose_sites_answered_a_private_evaluation",
+        "who is in the held-out records too reads the ε of the updates alone",
+    ),
+    _one(
         "evidence", "worse-is-hidden", "fedtune/report/gain.py",
         "    lines = (_over_start(quality), _over_base(quality), _released(quality))",
         "    lines = (_over_base(quality), _released(quality))",
