@@ -53,7 +53,8 @@ def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for head in ("name", "study", "what"):
+    table.add_column("name", no_wrap=True)
+    for head in ("study", "what"):
         table.add_column(head, overflow="fold")
     for head in ("round", "bytes", "ε"):
         table.add_column(head, justify="right", no_wrap=True)

@@ -16,7 +16,7 @@ from fedtune.config import Study
 from fedtune.errors import InputError, PolicyRefused
 from fedtune.files import reading
 from fedtune.files.writing import replace
-from fedtune.ledger.files import outbox_prefix
+from fedtune.ledger.files import newer_name, outbox_name, outbox_prefix
 
 FOLDER = "studies"  # in the state folder
 MOST = 64  # studies under way at once: their files lie in the room that the ledger needs
@@ -63,4 +63,6 @@ def under_way(state: Path) -> dict[str, str]:
 
 
 def _path(state: Path, plan_digest: str) -> Path:
-    return state / FOLDER / f"{outbox_prefix(plan_digest)}.json"
+    folder = state / FOLDER
+    old = folder / f"{outbox_prefix(plan_digest)}.json"
+    return newer_name(folder / f"{outbox_name(plan_digest)}.json", old)

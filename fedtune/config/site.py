@@ -73,8 +73,9 @@ class SiteTable(Table):
         return None if self.cache_memory is None else int(self.cache_memory * 2**30)
 
     def plan_file(self, digest: str) -> Path:
-        """Return where the site keeps a plan that it was sent, for `fedtune review`."""
-        return self.state / "plans" / f"{digest.removeprefix('sha256:')[:16]}.json"
+        """Return where the site keeps a plan that it was sent, for `fedtune review`. The name is
+        the whole digest, so that no other plan takes the file's place while somebody reads it."""
+        return self.state / "plans" / f"{digest.removeprefix('sha256:')}.json"
 
 
 class ConsentTable(Table):

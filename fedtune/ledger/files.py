@@ -195,18 +195,31 @@ def salt_at(path: Path) -> bytes:
     return salt
 
 
+def outbox_name(digest: str) -> str:
+    """The hexadecimal digits of a digest for a file name; of another string, of its sha256. All of
+    them: a coordinator who chooses what is hashed finds two digests with the same 16."""
+    tail = digest.rpartition(":")[2]
+    good = 16 <= len(tail) <= 64 and all(c in "0123456789abcdef" for c in tail)
+    return tail if good else hashlib.sha256(digest.encode()).hexdigest()
+
+
 def outbox_prefix(digest: str) -> str:
-    """16 hexadecimal digits of a digest for a file name; of another string, of its sha256."""
-    tail = digest.rpartition(":")[2][:16]
-    good = len(tail) == 16 and all(c in "0123456789abcdef" for c in tail)
-    return tail if good else hashlib.sha256(digest.encode()).hexdigest()[:16]
+    """The first 16 of those digits, by which files of a study are found."""
+    return outbox_name(digest)[:16]
+
+
+def newer_name(new: Path, old: Path) -> Path:
+    """Return `new`, or `old`, as an earlier release named that file, where it is there alone."""
+    return old if old.exists() and not new.exists() else new
 
 
 def asked_path(folder: Path, slot: Slot) -> Path:
     """Return where a draw that waits for a person is noted, beside the ledger in `folder`."""
-    return folder / ASKED / f"{outbox_prefix(slot[0])}-{name_of(slot)}.json"
+    start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
+    return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))
 
 
 def name_of(slot: Slot) -> str:
-    """Name a slot for a person's command: 12 hexadecimal digits."""
-    return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:12]
+    """Name a slot for a person's command: 32 hexadecimal digits, so that nobody who chooses what is
+    asked finds two of one name."""
+    return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:32]

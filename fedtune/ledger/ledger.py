@@ -58,7 +58,9 @@ from fedtune.ledger.files import (
     NoRoom,
     Receipt,
     head_in,
+    newer_name,
     opened_token,
+    outbox_name,
     outbox_prefix,
     sealed_token,
 )
@@ -472,8 +474,10 @@ class Ledger:
 
     def _path(self, slot: Slot) -> Path:
         study, round_, adapter = slot
-        name = f"{outbox_prefix(study)}-{round_}-{outbox_prefix(adapter)}.bin"
-        return self.folder / OUTBOX / name
+        outbox = self.folder / OUTBOX
+        new = outbox / f"{outbox_name(study)}-{round_}-{outbox_name(adapter)}.bin"
+        old = outbox / f"{outbox_prefix(study)}-{round_}-{outbox_prefix(adapter)}.bin"
+        return newer_name(new, old)
 
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
         """Write an update to the outbox, or keep it in memory, one of each study, where that fails

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.ledger import chain
+from fedtune.client import studies
+from fedtune.config import SiteTable
+from fedtune.ledger import chain, files
 from fedtune.ledger.files import Head, Receipt, ReceiptLog, sealed_token
 from fedtune.ledger.ledger import Ledger, LedgerError
 from fedtune.wire.keys import SigningKey, canonical
@@ -356,3 +359,34 @@ def test_an_interrupted_first_opening_is_finished(folder: Path) -> None:
         shutil.copytree(folder, trial)
         assert Ledger(trial).head.seq == 0
         assert not (trial / "ledger.new").exists()
+
+
+# Two adapters whose slots have the same first 12 digits of a sha256, found by 26 million tries.
+ALIKE = [f"sha256:{hashlib.sha256(b'adapter %d' % n).hexdigest()}" for n in (12425849, 17971068)]
+
+
+def test_what_a_coordinator_chose_to_be_called_alike_has_two_names(tmp_path: Path) -> None:
+    """Of slots, in the outbox, among plans and studies. Twin: by fewer digits they have one."""
+    plan = "sha256:" + "1" * 64
+    one, other = ((plan, 1, adapter) for adapter in ALIKE)
+    assert files.name_of(one) != files.name_of(other)
+    assert files.name_of(one)[:12] == files.name_of(other)[:12]
+    ledger = Ledger(tmp_path)
+    pair = [f"sha256:{'ab' * 8}{n * 48}" for n in "cd"]
+    assert files.outbox_prefix(pair[0]) == files.outbox_prefix(pair[1])
+    assert ledger._path((plan, 1, pair[0])) != ledger._path((plan, 1, pair[1]))
+    assert ledger._path((pair[0], 1, plan)) != ledger._path((pair[1], 1, plan))
+    table = SiteTable(name="a", declared_size=200, state=tmp_path)
+    assert table.plan_file(pair[0]) != table.plan_file(pair[1])
+    assert studies._path(tmp_path, pair[0]) != studies._path(tmp_path, pair[1])
+
+
+def test_a_file_of_an_earlier_release_keeps_its_name(tmp_path: Path) -> None:
+    ledger, slot = Ledger(tmp_path), ("sha256:" + "1" * 64, 3, ALIKE[0])
+    new = ledger._path(slot)
+    old = new.with_name(f"{'1' * 16}-3-{ALIKE[0].removeprefix('sha256:')[:16]}.bin")
+    old.parent.mkdir(exist_ok=True)
+    old.write_bytes(b"update")
+    assert ledger._path(slot) == old
+    new.write_bytes(b"update")
+    assert ledger._path(slot) == new

@@ -193,6 +193,20 @@ MUTANTS = (
         "queries first, then rounds again: past the site's ceiling for a study",
     ),
     one(
+        "isolation", "one-word-lets-two-answers-go", "fedtune/ledger/files.py",
+        "hexdigest()[:32]", "hexdigest()[:12]",
+        "tests/dp/test_ledger_files.py"
+        "::test_what_a_coordinator_chose_to_be_called_alike_has_two_names",
+        "an officer lets go what a coordinator made to have the name of something else",
+    ),
+    one(
+        "isolation", "two-plans-of-one-file", "fedtune/config/site.py",
+        "removeprefix('sha256:')}.json", "removeprefix('sha256:')[:16]}.json",
+        "tests/dp/test_ledger_files.py"
+        "::test_what_a_coordinator_chose_to_be_called_alike_has_two_names",
+        "a person signs another plan than was read",
+    ),
+    one(
         "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
         "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
