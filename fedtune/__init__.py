@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         Study,
         StudyTable,
         TrainingTable,
+        VaultTable,
         WireTable,
         load_site,
         load_sites,
@@ -127,7 +128,7 @@ _MODULES = {
         "EvaluationTable LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
         "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable "
         "SelectionTable Site SiteData SiteEvaluation SiteTable StartTable StrategyTable Study "
-        "StudyTable TrainingTable WireTable load_site load_sites load_study save"
+        "StudyTable TrainingTable VaultTable WireTable load_site load_sites load_study save"
     ),
     "fedtune.config.sheet": "Sheet",
     "fedtune.config.templates": "init",
@@ -226,6 +227,7 @@ __all__ = [
     "StudyTable",
     "TrainingTable",
     "Trial",
+    "VaultTable",
     "Verified",
     "Versions",
     "WireTable",

@@ -24,6 +24,7 @@ from typing import Literal
 from fedtune import boot
 from fedtune.errors import InfrastructureError
 from fedtune.files import locks
+from fedtune.progress import OnEvent
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -92,6 +93,20 @@ def interruptible() -> Iterator[None]:
         stopping = True
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+@contextmanager
+def until_stopped(notify: OnEvent) -> Iterator[None]:
+    """Run a command's block until a signal comes: SIGTERM is told as "stopped" and ends it without
+    an error; SIGINT is KeyboardInterrupt, as every command takes it."""
+    try:
+        with interruptible():
+            yield
+    except Stopped as stop:
+        if stop.name == "SIGINT":
+            raise KeyboardInterrupt from None
+        reason = f"stopped by {stop.name}"
+        notify("stopped", {"reason": reason, "text": reason})
 
 
 class Child:

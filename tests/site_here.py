@@ -35,7 +35,7 @@ class SiteHere:
     def _tell(self, event: str, facts: dict[str, Any]) -> None:
         self.shown.from_courier(event, facts)
 
-    def _ask(self, _: Context, request: Request) -> Answer:
+    def _ask(self, _: Context, request: Request, seconds: float) -> Answer:
         return answer_and_tell(self.place, request, self.shown.from_vault)  # type: ignore[arg-type]
 
     def reply(self, message: Message, context: Context) -> Message:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fedtune.cli import network
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import METRICS
+from fedtune.errors import InputError
 
 SITE = Annotated[
     Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
@@ -29,11 +30,21 @@ WATCH = Annotated[
     ),
 ]
 SOCKET = Annotated[
-    Path,
+    Path | None,
     typer.Option(
         "--socket",
         metavar="PATH",
         help="The Unix socket at which the vault and the courier meet; the vault makes it.",
+        show_default=False,
+    ),
+]
+SPOOL = Annotated[
+    Path | None,
+    typer.Option(
+        "--spool",
+        metavar="DIR",
+        help="In place of a socket: the folder in which the courier writes requests and the vault "
+        "answers. Nobody else may write there.",
         show_default=False,
     ),
 ]
@@ -66,12 +77,22 @@ def client(
         from fedtune.client.rank_process import follow_torchrun
 
         return follow_torchrun(site.resolve())
-    _take_part(site, once, processes, watch, metrics_port, answer, fingerprint, None)
+    _take_part(site, once, processes, watch, metrics_port, answer, fingerprint)
 
 
 def vault(
     site: SITE,
-    socket: SOCKET,
+    socket: SOCKET = None,
+    spool: SPOOL = None,
+    request: Annotated[
+        str | None,
+        typer.Option(
+            "--request",
+            metavar="NAME",
+            help="Answer this request of the spool alone, and end: what vault.run starts.",
+            show_default=False,
+        ),
+    ] = None,
     once: ONCE = False,
     processes: PROCESSES = 1,
     watch: WATCH = False,
@@ -83,17 +104,27 @@ def vault(
     `fedtune client` that holds records, ledger and keys, and that needs no network.
 
     It checks the site, then waits at --socket for one `fedtune courier` of the same user, as often
-    as needed. The rest is as of `fedtune client`."""
-    _take_part(site, once, processes, watch, metrics_port, answer, fingerprint, socket)
+    as needed, or answers the requests in --spool. The rest is as of `fedtune client`."""
+    _check_where(socket, spool)
+    if request and not spool:
+        raise InputError("--request without --spool", "the folder in which the request is")
+    if once and spool:
+        raise InputError("--once and --spool", "--once at the courier, which sees the coordinator")
+    given = socket, spool, request
+    _take_part(site, once, processes, watch, metrics_port, answer, fingerprint, *given)
 
 
-def courier(site: SITE, socket: SOCKET) -> None:
+def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE = False) -> None:
     """Carry what passes between a `fedtune vault` and the coordinator: Flower and TLS, where no
     record is.
 
     It reads site.toml, the coordinator's answer and the keys of this site's network, writes the
     folder `flower` in the state folder and a renewed certificate, and waits for the vault as often
-    as needed. It runs until stopped, or until a vault with --once has finished."""
+    as needed. It runs until stopped, or until a vault with --once has finished; with --spool it
+    reads answers and writes requests there, and --once is its own."""
+    _check_where(socket, spool)
+    if once and socket:
+        raise InputError("--once and --socket", "--once at the vault, which tells the courier")
     from rich.console import Console
 
     from fedtune.cli.watch import Watch
@@ -104,9 +135,23 @@ def courier(site: SITE, socket: SOCKET) -> None:
     loaded = load_site(site)
     screen = Watch(Console(), f"site {loaded.site.name}: its courier")
     with screen, observer("site", loaded.site.state / FOLDER, then=screen) as events:
-        from fedtune.launch.apart import carry
+        if spool:
+            from fedtune.launch.spooled import carry as carry_files
 
-        carry(site, socket, on_event=events)
+            carry_files(site, spool, once=once, on_event=events)
+        elif socket:
+            from fedtune.launch.apart import carry
+
+            carry(site, socket, on_event=events)
+
+
+def _check_where(socket: Path | None, spool: Path | None) -> None:
+    """Check that one place is named where the halves meet. Errors: InputError."""
+    if (socket is None) == (spool is None):
+        raise InputError(
+            "where vault and courier meet is " + ("not named" if socket is None else "named twice"),
+            "--socket PATH or --spool DIR",
+        )
 
 
 def _take_part(
@@ -117,7 +162,9 @@ def _take_part(
     metrics_port: int | None,
     answer: Path | None,
     fingerprint: str | None,
-    socket: Path | None,
+    socket: Path | None = None,
+    spool: Path | None = None,
+    request: str | None = None,
 ) -> None:
     from rich.console import Console
 
@@ -130,7 +177,16 @@ def _take_part(
     screen = Watch(Console(), f"site {loaded.site.name}: checking its records")
     seen = observer("site", loaded.site.state, then=screen, site=site, metrics_port=metrics_port)
     with screen, seen as events:
-        from fedtune.launch.site import join
+        if spool:
+            from fedtune.launch import spooled
 
-        join(path, once=once, watch=watch, processes=processes, on_event=events, door=socket)
+            how: dict[str, Any] = {"watch": watch, "processes": processes, "on_event": events}
+            if request:
+                spooled.answer_request(path, spool, request, **how)
+            else:
+                spooled.answer_requests(path, spool, **how)
+        else:
+            from fedtune.launch.site import join
+
+            join(path, once=once, watch=watch, processes=processes, on_event=events, door=socket)
     typer.echo(f"left; `fedtune ledger {site}` shows what was spent")

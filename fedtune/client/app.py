@@ -28,7 +28,7 @@ def place_of(context: Context) -> Place:
     )
 
 
-def _answered_here(context: Context, request: Request) -> Answer:
+def _answered_here(context: Context, request: Request, _: float) -> Answer:
     return answer(place_of(context), request)
 
 

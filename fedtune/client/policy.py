@@ -83,6 +83,7 @@ def refusals(
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
     yield from _about_peers(study, policy)
+    yield from _about_run(study, site)
     if policy.bases != "any" and not (outline and study.base.digest is None):
         listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
     if policy.coordinators:
@@ -177,6 +178,17 @@ def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
             f"the signing keys of at least {least - 1} other sites",
             "`fedtune review` shows each peer's fingerprint: compare it with that hospital, then "
             "list its key",
+        )
+
+
+def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
+    """Refuse to share noise where a vault lives for one request: a draw's key is in memory alone,
+    and would be gone before the draw is masked."""
+    if study.secure_aggregation and site.vault:
+        yield PolicyRefused(
+            "vault.run starts this site's vault for one request at a time, and a plan that shares "
+            "one dose of noise needs one that lives from a draw to its mask",
+            "a plan without [secure_aggregation], or a vault that stays",
         )
 
 

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fedtune.client.budget_refusal import PLACES
+from fedtune.client.kept_plans import FOLDER as KEPT_PLANS
 from fedtune.client.studies import FOLDER as STUDIES
 from fedtune.client.studies import under_way
 from fedtune.client.withdraw import RECEIPTS
@@ -36,8 +37,9 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
     "draws that wait to be let go": (f"{ASKED}/*.json",),
     "notes of studies under way": (f"{STUDIES}/*.json",),
+    "plans as they were asked": (f"{KEPT_PLANS}/*.request",),
     "plans that waited for a signature": ("plans/*.json",),
-    "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log", "vault.log"),
+    "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log", "vault.log", "vault-run.log"),
     "status": ("status.json",),
     "counts of records": ("counts.json",),
     "training losses by round": (LOSSES,),
@@ -52,7 +54,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }
-OF_A_STUDY = tuple(KINDS)[:5]
+OF_A_STUDY = tuple(KINDS)[:6]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it

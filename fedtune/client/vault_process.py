@@ -1,8 +1,9 @@
 """The process of a site that holds its records; `fedtune client` starts it.
 
-It has no network: it answers the courier over the socket that it inherits, and opens no other
-(policy.isolation and `isolation.no_network` say how, and where a database over TCP keeps it on the
-network). It reads records, keeps the ledger and the keys, and draws its own progress."""
+It has no network: it answers the courier over the socket that it inherits, or by the files of a
+spool, and opens no other (policy.isolation and `isolation.no_network` say how, and where a database
+over TCP keeps it on the network). It reads records, keeps the ledger and the keys, and draws its
+own progress."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,12 +27,14 @@ from fedtune.processes import STOP_SECONDS, Stopped, alone, end_with_parent, int
 from fedtune.progress import listening
 from fedtune.wire.events import Teller, pass_warnings_on
 from fedtune.wire.requests import FAILED, Answer, Request, RequestError, receive_request, send
+from fedtune.wire.spool import Spool, decode_request
 
 if TYPE_CHECKING:
     from fedtune.client.answers import Place
 
 log = logging.getLogger("fedtune.client")
 HOME = "ranks"  # in the state folder: the lock of the vault, and what its team leaves
+LOOK = 0.2  # seconds between two looks into a spool
 LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after its client
 
 
@@ -63,8 +67,9 @@ def _try_networks() -> isolation.Confinement:
 def main(options: list[str]) -> None:
     """Answer requests until the courier has ended, or a signal comes.
 
-    options: SITE REQUESTS EVENTS PROCESSES PLACE, the last as JSON."""
-    path, requests, events, processes, given = options
+    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. REQUESTS: a descriptor, or the folder of a
+    spool; PLACE: as JSON; NAME: of a spool's request, the only one that is answered."""
+    path, requests, events, processes, given, *name = options
     site = load_site(Path(path))
     means = confine(site, int(processes))
     end_with_parent()
@@ -82,7 +87,13 @@ def main(options: list[str]) -> None:
         listening(tell.step),
         fetching_elsewhere(tell.fetch),
     ):
-        serve(Path(path), Connection(int(requests)), tell, int(processes), json.loads(given))
+        rest = tell, int(processes), json.loads(given)
+        if requests.isdigit():
+            serve(Path(path), Connection(int(requests)), *rest)
+        elif name:
+            serve_request(Path(path), Spool(Path(requests)), *rest, name[0])
+        else:
+            serve_spool(Path(path), Spool(Path(requests)), *rest)
 
 
 @contextmanager
@@ -112,14 +123,70 @@ def serve(
     place = Place(site=str(path), **given)  # type: ignore[arg-type]
     with team(path, processes), suppress(EOFError, OSError):
         while True:
+            send(courier, _reply(partial(receive_request, courier), place, tell))
+
+
+def serve_spool(
+    path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object]
+) -> None:
+    """Answer the requests of a spool, the oldest first, until a signal comes. One whose answer
+    cannot be written is answered again later: from the ledger, with the same bytes."""
+    from fedtune.client.answers import Place
+    from fedtune.client.rank_process import team
+
+    place, said = Place(site=str(path), **given), ""  # type: ignore[arg-type]
+    spool.remove_drafts()
+    with team(path, processes):
+        while True:
             try:
-                request = receive_request(courier)
-            except RequestError as error:
-                log.warning("%s", error)
-                reply = failure()
-            else:
-                reply = answer_and_tell(place, request, tell)
-            send(courier, reply)
+                for name in spool.waiting():
+                    if (content := spool.take(name)) is not None:
+                        spool.put(name, _reply(partial(decode_request, content), place, tell))
+                spool.remove_answered()
+                said = ""
+            except InfrastructureError as error:
+                if str(error) != said:
+                    log.warning("%s", said := str(error))
+            time.sleep(LOOK)
+
+
+def serve_request(
+    path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object], name: str
+) -> None:
+    """Answer one request of a spool; the plan of an order is taken in again before it.
+
+    Errors: InfrastructureError where it is not there, or its answer cannot be written."""
+    from fedtune.client.answers import Place, answer
+    from fedtune.client.kept_plans import find_asked, keep_asked
+    from fedtune.client.rank_process import team
+
+    place, site = Place(site=str(path), **given), load_site(path)  # type: ignore[arg-type]
+    spool.remove_drafts()
+    content = spool.take(name)
+    if content is None:
+        raise InfrastructureError(f"{spool.requests}: no request {name} that can be answered")
+    with team(path, processes):
+        try:
+            request = decode_request(content)
+        except RequestError as error:
+            log.warning("%s", error)
+            reply = failure()
+        else:
+            if asked := find_asked(site, request):
+                answer(place, asked)
+            reply = answer_and_tell(place, request, tell)
+            keep_asked(site, request, content, reply)
+        spool.put(name, reply)
+
+
+def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer:
+    """Answer the request that is received now; what is none is a failure."""
+    try:
+        request = receive()
+    except RequestError as error:
+        log.warning("%s", error)
+        return failure()
+    return answer_and_tell(place, request, tell)
 
 
 def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:

@@ -19,6 +19,7 @@ from fedtune.config.site import (
     SiteData,
     SiteEvaluation,
     SiteTable,
+    VaultTable,
 )
 from fedtune.config.sites import load_sites
 from fedtune.config.start import PreconditionerTable, SelectionTable, StartTable
@@ -76,6 +77,7 @@ __all__ = [
     "StudyTable",
     "Table",
     "TrainingTable",
+    "VaultTable",
     "WireTable",
     "checked",
     "format_duration",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -269,6 +270,28 @@ class PolicyTable(Table):
     isolation: Literal["required", "preferred"] = "preferred"
 
 
+class VaultTable(Table):
+    """How the half of a site that holds its records is started, where requests lie in a spool."""
+
+    # A command that ends with fedtune, as it is called where the records are: for each request it
+    # is started with the words of `fedtune vault` after it. No shell reads it.
+    run: str
+
+    @model_validator(mode="after")
+    def _check_run(self) -> VaultTable:
+        try:
+            if self.command:
+                return self
+        except ValueError:
+            raise ValueError("run: a quotation that does not end") from None
+        raise ValueError("run: name a command")
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the command."""
+        return shlex.split(self.run)
+
+
 class CoordinatorTable(Table):
     """How a site reaches its coordinator, and how it authenticates it."""
 
@@ -299,6 +322,7 @@ class Site(Table):
     acceptance: AcceptanceTable | None = None
     policy: PolicyTable = PolicyTable()
     coordinator: CoordinatorTable | None = None
+    vault: VaultTable | None = None
     _file: Path | None = PrivateAttr(default=None)
 
     @classmethod

@@ -202,6 +202,9 @@ release = []           # what may leave besides noised updates: "evaluation", no
 # address = "coordinator.example.org:8443"   # without it, as in the answer
 # proxy = "http://proxy.example.org:3128"    # without it, the environment's HTTPS_PROXY
 # proxy_ca = "proxy.crt"   # of an https:// proxy, if its CA is not one of the system's
+
+# [vault]              # only of `fedtune vault --spool`: what starts it for each request, as on a
+# run = "srun fedtune" # cluster. It ends with fedtune, as it is called there
 """
 
 

@@ -11,7 +11,7 @@ from fedtune.flower import api
 from fedtune.flower.records import as_record
 from fedtune.wire.requests import FAILED, Answer, Kind, Request
 
-Ask = Callable[[Context, Request], Answer]
+Ask = Callable[[Context, Request, float], Answer]  # seconds: for which it is worth waiting
 # By the type of Flower's message: the kind of request, and the name of the arrays that it brings.
 ASKED: Mapping[str, tuple[Kind, str]] = {
     "query.prepare": ("prepare", "frozen"),
@@ -27,7 +27,8 @@ def client_app(ask: Ask) -> ClientApp:
     app = ClientApp()
 
     def pass_on(message: Message, context: Context) -> Message:
-        return as_message(ask(context, as_request(message)), message)
+        seconds = message.metadata.ttl
+        return as_message(ask(context, as_request(message), seconds), message)
 
     app.query("prepare")(pass_on)
     app.train()(pass_on)

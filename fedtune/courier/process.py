@@ -2,12 +2,14 @@
 
 It is confined before it imports Flower: it reads code, the site file and the keys of its network,
 writes what Flower leaves and a renewed certificate, and opens no other file. It asks the vault over
-the socket that it inherits."""
+the socket that it inherits, or by the files of a spool: there it writes requests and reads answers.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -18,14 +20,16 @@ from fedtune import boot, isolation
 from fedtune.config import Site, load_site
 from fedtune.config.database import FILES, file_of, kind_of, secrets_of
 from fedtune.config.site import PASSWORD_FILE
-from fedtune.errors import FedtuneError
+from fedtune.errors import FedtuneError, InfrastructureError
 from fedtune.flower.membership import keys_folder
 from fedtune.processes import Stopped, bypass_proxy, end_with_parent, interruptible
 from fedtune.wire.events import Teller, pass_warnings_on
+from fedtune.wire.spool import Spool
 
 if TYPE_CHECKING:
     from flwr.app import Context
 
+    from fedtune.courier.app import Ask
     from fedtune.wire.requests import Answer, Request
 
 FOLDER = "flower"  # in the state folder: what Flower's processes write
@@ -35,25 +39,29 @@ SYSTEM = (
     *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/nix/store", "/gnu/store"),
     *("/run/systemd/resolve", "/var/lib/ca-certificates"),
 )
+ANSWER_SECONDS = (0.05, 0.5)  # between two looks for an answer's file
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
-def readable(site: Site) -> list[Path]:
-    """List what a site's courier may read: programs, fedtune, its settings, its network's keys."""
+def readable(site: Site, spool: Spool | None = None) -> list[Path]:
+    """List what a site's courier may read: programs, fedtune, its settings, its network's keys, and
+    the answers of a spool."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
     code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]
     named = [site.file] if site.file else []
     if table := site.coordinator:
         named += [path for path in (table.answer, table.proxy_ca) if path]
-    return [*map(Path, SYSTEM), *code, *named, keys_folder(site)]
+    answers = [spool.answers] if spool else []
+    return [*map(Path, SYSTEM), *code, *named, keys_folder(site), *answers]
 
 
-def writable(site: Site) -> list[Path]:
+def writable(site: Site, spool: Spool | None = None) -> list[Path]:
     """List what a site's courier may write."""
     from fedtune.flower.enrol import RENEWED
 
-    return [site.site.state / FOLDER, keys_folder(site) / RENEWED, *map(Path, DEVICES)]
+    requests = [spool.requests] if spool else []
+    return [site.site.state / FOLDER, keys_folder(site) / RENEWED, *requests, *map(Path, DEVICES)]
 
 
 def private(site: Site) -> Iterator[Path]:
@@ -75,22 +83,26 @@ def private(site: Site) -> Iterator[Path]:
             yield from filter(None, (table.consent.opt_outs, table.consent.salt_file))
 
 
-def open_to_courier(site: Site) -> list[Path]:
+def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
     """Return what of the site's private files lies below a folder that its courier must read."""
-    shared = [path.resolve() for path in readable(site) if path != keys_folder(site)]
+    shared = [path.resolve() for path in readable(site, spool) if path != keys_folder(site)]
     own = [path.resolve() for path in private(site)]
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
-def confine(site: Site) -> isolation.Confinement:
+def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
     """Confine this process to what a site's courier may read and write."""
     # Python looks for a package in a folder's names: here beside whatever else lies there.
     is_elsewhere = not _try_to_read(site).missing
-    found = isolation.only_files(readable(site), writable(site), [Path(boot.PACKAGES)])
+    found = isolation.only_files(
+        readable(site, spool), writable(site, spool), [Path(boot.PACKAGES)]
+    )
     if is_elsewhere:  # in a container of its own there is nothing that Landlock would have to keep
         left = tuple(each for each in found.missing if each != isolation.NO_LANDLOCK)
         found = isolation.Confinement((*found.means, "records elsewhere"), left)
-    shown = [f"{path} lies where the courier reads its code" for path in open_to_courier(site)]
+    shown = [
+        f"{path} lies where the courier reads its code" for path in open_to_courier(site, spool)
+    ]
     return found & isolation.Confinement(missing=tuple(shown)) & _try_to_read(site)
 
 
@@ -113,11 +125,13 @@ def _try_to_read(site: Site) -> isolation.Confinement:
 def main(options: list[str]) -> NoReturn:
     """Run a site's courier until a signal comes, or `once` is fulfilled.
 
-    options: SITE REQUESTS EVENTS ONCE PATIENCE."""
+    options: SITE REQUESTS EVENTS ONCE PATIENCE. REQUESTS: a descriptor, or the folder of a spool.
+    """
     path, requests, events, once, patience = options
     site = load_site(Path(path))
     os.environ["TMPDIR"] = str(site.site.state / FOLDER)
-    means = confine(site)
+    spool = None if requests.isdigit() else Spool(Path(requests))
+    means = confine(site, spool)
     end_with_parent()
     tell = Teller(Connection(int(events)))
     pass_warnings_on(tell)
@@ -128,7 +142,8 @@ def main(options: list[str]) -> NoReturn:
     code = 0
     try:
         with interruptible():
-            _run(site, Path(path), Connection(int(requests)), tell, once == "once", float(patience))
+            ask = by_file(spool) if spool else by_socket(Connection(int(requests)))
+            _run(site, Path(path), ask, tell, once == "once", float(patience))
     except Stopped as stop:
         tell("stopped", {"reason": f"stopped by {stop.name}", "text": f"stopped by {stop.name}"})
     except FedtuneError as error:
@@ -139,19 +154,47 @@ def main(options: list[str]) -> NoReturn:
     sys.exit(code)
 
 
-def _run(
-    site: Site, path: Path, vault: Connection, tell: Teller, once: bool, patience: float
-) -> None:
-    from fedtune.courier.app import client_app
-    from fedtune.courier.executor import Executor
-    from fedtune.flower.forwarder import Forwarder
-    from fedtune.flower.link import link
+def by_socket(vault: Connection) -> Ask:
+    """Ask a vault at the other end of a socket."""
 
-    def ask(_: Context, request: Request) -> Answer:
+    def ask(_: Context, request: Request, seconds: float) -> Answer:
         from fedtune.wire.requests import receive_answer, send
 
         send(vault, request)
         return receive_answer(vault)
+
+    return ask
+
+
+def by_file(spool: Spool) -> Ask:
+    """Ask a vault by the files of a spool. What an earlier courier asked there is withdrawn: nobody
+    waits for it any more."""
+    from fedtune.flower.polling import Poll
+
+    spool.withdraw_all()
+
+    def ask(_: Context, request: Request, seconds: float) -> Answer:
+        """Errors: InfrastructureError where the coordinator waits no longer; the request is then
+        withdrawn too."""
+        ends, poll = time.monotonic() + seconds, Poll(*ANSWER_SECONDS)
+        name = spool.ask(request)
+        try:
+            while (answer := spool.answer_to(name)) is None:
+                if time.monotonic() > ends:
+                    raise InfrastructureError("the vault has not answered in time")
+                poll.pause()
+            return answer
+        finally:
+            spool.withdraw(name)
+
+    return ask
+
+
+def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: float) -> None:
+    from fedtune.courier.app import client_app
+    from fedtune.courier.executor import Executor
+    from fedtune.flower.forwarder import Forwarder
+    from fedtune.flower.link import link
 
     state = site.site.state / FOLDER
     with Forwarder(link(site, path), state) as forwarder:

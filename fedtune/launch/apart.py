@@ -37,7 +37,7 @@ from fedtune.courier.process import FOLDER
 from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
-from fedtune.processes import Child, Stopped, alone, interruptible, private_folder
+from fedtune.processes import Child, alone, private_folder, until_stopped
 from fedtune.progress import OnEvent
 
 OWN = 0o177  # of a new socket's rights: none but this user's to read and write
@@ -189,34 +189,27 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
     site = load_site(site_path)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     private_folder(link.keys / RENEWED)
-    try:
-        with interruptible(), alone(home / "courier", "fedtune courier"):
-            while True:
-                on_event("waiting", {"text": f"waiting for the vault at {door}"})
-                with _connect(door, on_event) as (vault, given):
-                    options = [str(site_path.resolve()), str(given.asks), str(given.tells)]
-                    options += ["once" if given.once else "", str(given.patience)]
-                    keep = [given.asks, given.tells]
-                    log_file = home / "courier.log"
-                    with Child("courier", options, home=home, log=log_file, keep=keep) as courier:
-                        for end in keep:
-                            os.close(end)
-                        text = f"the vault is there; the coordinator is at {link.address}"
-                        on_event("connected", {"text": text})
-                        while courier.alive and not _is_readable(vault, 0.5):
-                            pass
-                        # A courier whose work is done ends, and the vault says so after it.
-                        if _is_dismissed(vault, LAST_WORD if courier.status == 0 else 0.0):
-                            return
-                text = "the courier or the vault has ended; both begin anew"
-                on_event("reconnecting", {"seconds": PAUSE, "text": text})
-                time.sleep(PAUSE)
-    except Stopped as stop:
-        if stop.name == "SIGINT":  # as every command takes it
-            raise KeyboardInterrupt from None
-        on_event(
-            "stopped", {"reason": f"stopped by {stop.name}", "text": f"stopped by {stop.name}"}
-        )
+    with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
+        while True:
+            on_event("waiting", {"text": f"waiting for the vault at {door}"})
+            with _connect(door, on_event) as (vault, given):
+                options = [str(site_path.resolve()), str(given.asks), str(given.tells)]
+                options += ["once" if given.once else "", str(given.patience)]
+                keep = [given.asks, given.tells]
+                log_file = home / "courier.log"
+                with Child("courier", options, home=home, log=log_file, keep=keep) as courier:
+                    for end in keep:
+                        os.close(end)
+                    text = f"the vault is there; the coordinator is at {link.address}"
+                    on_event("connected", {"text": text})
+                    while courier.alive and not _is_readable(vault, 0.5):
+                        pass
+                    # A courier whose work is done ends, and the vault says so after it.
+                    if _is_dismissed(vault, LAST_WORD if courier.status == 0 else 0.0):
+                        return
+            text = "the courier or the vault has ended; both begin anew"
+            on_event("reconnecting", {"seconds": PAUSE, "text": text})
+            time.sleep(PAUSE)
 
 
 @contextmanager

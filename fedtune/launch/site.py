@@ -14,6 +14,7 @@ import logging
 import socket
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -32,7 +33,7 @@ from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import reviewed
 from fedtune.launch.apart import CourierLeft, Door, Guest
 from fedtune.ledger.files import KEY
-from fedtune.processes import Child, Stopped, alone, interruptible, private_folder
+from fedtune.processes import Child, alone, private_folder, until_stopped
 from fedtune.progress import OnEvent, report
 from fedtune.registry.reasons import WAITING
 from fedtune.wire import events
@@ -42,6 +43,10 @@ log = logging.getLogger("fedtune.client")
 EVENTS_AT_ONCE = 100  # of one half
 LONG = 60.0  # seconds: halves that lasted so long were well started
 FEW = 3  # times in a row that halves which did not are started again
+SAYS = {
+    "vault": "records are read without a network",
+    "courier": "what speaks to the network reads no record",
+}
 LATE = 5.0  # seconds after which what the vault tells is shown without what the courier adds
 
 
@@ -72,42 +77,40 @@ def join(
     machine gives; InfrastructureError when the coordinator goes on refusing this site, or its
     halves end again and again; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
-    shown = Shown(site, on_event or _ignore)
-    try:
-        with (
-            interruptible(),
-            alone(site.site.state / FOLDER, "fedtune client"),
-            ExitStack() as theirs,
-        ):
-            remove_drafts(site.site.state)
-            check(site, site_path.resolve())
-            link = read_link(site, site_path)
-            text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
-            shown.notify("waiting", {"address": link.address, "text": text})
-            opened = theirs.enter_context(Door(door)) if door else None
-            place = {"coordinator": link.answer.coordinator, "watch": watch}
-            place["reviewed"] = reviewed(link.answer)
-            again = Again(shown)
-            while again.wanted:
-                with Halves(
-                    site=site,
-                    path=site_path.resolve(),
-                    place=place,
-                    link=link,
-                    processes=processes,
-                    once=once,
-                    patience=patience,
-                    door=opened,
-                ) as halves:
-                    ended = halves.watch(shown)
-                    if ended is None and isinstance(halves.courier, Guest):
-                        halves.courier.dismiss()
-                    again.wanted = again.after(ended)
-    except Stopped as stop:
-        if stop.name == "SIGINT":  # as every command takes it
-            raise KeyboardInterrupt from None
-        reason = f"stopped by {stop.name}"
-        shown.notify("stopped", {"reason": reason, "text": reason})
+    shown = Shown(site, on_event or ignore)
+    with (
+        until_stopped(shown.notify),
+        alone(site.site.state / FOLDER, "fedtune client"),
+        ExitStack() as theirs,
+    ):
+        remove_drafts(site.site.state)
+        check(site, site_path.resolve())
+        link = read_link(site, site_path)
+        text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
+        shown.notify("waiting", {"address": link.address, "text": text})
+        opened = theirs.enter_context(Door(door)) if door else None
+        again = Again(shown)
+        while again.wanted:
+            with Halves(
+                site=site,
+                path=site_path.resolve(),
+                place=place_of(link, watch),
+                link=link,
+                processes=processes,
+                once=once,
+                patience=patience,
+                door=opened,
+            ) as halves:
+                ended = halves.watch(shown)
+                if ended is None and isinstance(halves.courier, Guest):
+                    halves.courier.dismiss()
+                again.wanted = again.after(ended)
+
+
+def place_of(link: Link, watch: bool) -> dict[str, Any]:
+    """Return what a vault is told beside its site file (client.answers.Place)."""
+    reviewed_plan = reviewed(link.answer)
+    return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 
 
 def check(site: Site, path: Path) -> None:
@@ -115,7 +118,7 @@ def check(site: Site, path: Path) -> None:
     of its own. Errors: as there; InfrastructureError where that process ends otherwise."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
-        of_child, tells = _connection(ours, theirs)
+        of_child, tells = connection_for(ours, theirs)
         options, log_file = [str(path), str(tells)], state / "vault.log"
         child = Child("checks", options, home=state / HOME, log=log_file, keep=[tells])
         ours.enter_context(child)
@@ -152,8 +155,8 @@ class Halves:
         with ExitStack() as theirs, self._open as ours:
             guest = ours.enter_context(self.door.wait()) if self.door else None
             asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
-            self.of_vault, tells_vault = _connection(ours, theirs)
-            self.of_courier, tells_courier = _connection(ours, theirs)
+            self.of_vault, tells_vault = connection_for(ours, theirs)
+            self.of_courier, tells_courier = connection_for(ours, theirs)
             options = [str(self.path), str(answers.fileno()), str(tells_vault)]
             options += [str(self.processes), json.dumps(self.place)]
             keep = [answers.fileno(), tells_vault]
@@ -188,48 +191,52 @@ class Halves:
             ready = wait([self.of_vault, self.of_courier, *listeners], 0.5)
             if self.door and self.door.listener in ready:
                 self.door.turn_away()
-            self._take(self.of_vault, shown.from_vault)  # first: it told before it answered
-            if self.of_courier in ready and self._take(self.of_courier, shown.from_courier):
+            # The vault first: it told before it answered.
+            take_events(self.of_vault, shown.from_vault, self.path)
+            if self.of_courier in ready and take_events(self.of_courier, shown.from_courier):
                 return None
             shown.flush(LATE)
             for half in (self.vault, self.courier):
                 if not half.alive:
-                    self._take(self.of_vault, shown.from_vault)
-                    if self._take(self.of_courier, shown.from_courier):
+                    take_events(self.of_vault, shown.from_vault, self.path)
+                    if take_events(self.of_courier, shown.from_courier):
                         return None
                     return half.ended()
 
-    def _take(self, connection: Connection, show: Any) -> bool:
-        """Show what has arrived; True: that was the last of it."""
-        try:
-            for _ in range(EVENTS_AT_ONCE):  # the other half's wait otherwise
-                if not connection.poll(0):
-                    break
-                event, facts = events.receive(connection)
-                if event == "fetch" and connection is self.of_vault:
-                    connection.send_bytes(json.dumps(self._fetch(str(facts["base"]))).encode())
-                elif show(event, facts):
-                    return True
-        except (EOFError, OSError):  # its process has ended, or is about to: noticed by the caller
-            time.sleep(0.05)
-        except ValueError:
-            log.warning("an event that is none was left out")
-        return False
 
-    def _fetch(self, base: str) -> dict[str, str]:
-        """Fetch a base that the vault asks for, if the site names or lists it; return what went
-        wrong."""
-        from fedtune.bases.find import find_base, known_digest
+def take_events(connection: Connection, show: Any, fetching: Path | None = None) -> bool:
+    """Show what has arrived of one half; True: that was the last of it. fetching: of a vault, the
+    site file for which a base is fetched."""
+    try:
+        for _ in range(EVENTS_AT_ONCE):  # the other half's wait otherwise
+            if not connection.poll(0):
+                break
+            event, facts = events.receive(connection)
+            if event == "fetch" and fetching:
+                connection.send_bytes(json.dumps(_fetch(fetching, str(facts["base"]))).encode())
+            elif show(event, facts):
+                return True
+    except (EOFError, OSError):  # its process has ended, or is about to: noticed by the caller
+        time.sleep(0.05)
+    except ValueError:
+        log.warning("an event that is none was left out")
+    return False
 
-        try:
-            site, digest = load_site(self.path), known_digest(base)
-            listed = site.policy.bases == "any" or digest in site.policy.bases
-            if base != site.site.base and not (digest and listed):
-                raise PolicyRefused(f"{base} is neither site.base nor in policy.bases")
-            find_base(base, digest)
-        except FedtuneError as error:
-            return events.facts_of(error)
-        return {}
+
+def _fetch(path: Path, base: str) -> dict[str, str]:
+    """Fetch a base that the vault asks for, if the site names or lists it; return what went
+    wrong."""
+    from fedtune.bases.find import find_base, known_digest
+
+    try:
+        site, digest = load_site(path), known_digest(base)
+        listed = site.policy.bases == "any" or digest in site.policy.bases
+        if base != site.site.base and not (digest and listed):
+            raise PolicyRefused(f"{base} is neither site.base nor in policy.bases")
+        find_base(base, digest)
+    except FedtuneError as error:
+        return events.facts_of(error)
+    return {}
 
 
 class Again:
@@ -263,10 +270,12 @@ class Shown:
     """Shows the person at the site what its halves tell.
 
     Of each answer the vault tells the facts, and then the courier what it weighed; they are shown
-    as one event."""
+    as one event. halves: those that tell it here; with a spool each is by itself."""
 
-    def __init__(self, site: Site, notify: OnEvent) -> None:
-        self._site, self.notify = site, notify
+    def __init__(
+        self, site: Site, notify: OnEvent, halves: Sequence[str] = ("vault", "courier")
+    ) -> None:
+        self._site, self.notify, self._halves = site, notify, halves
         self._facts: deque[tuple[float, dict[str, Any]]] = deque()  # that wait for the courier
         self._last: dict[str, Any] = {}  # the facts of the newest answer
         self._confined: dict[str, dict[str, Any]] = {}
@@ -275,6 +284,8 @@ class Shown:
         """Show an event of the vault's. Errors: PolicyRefused, as `Halves.watch` says."""
         if event == "answered":
             self._facts.append((time.monotonic(), facts))
+            if "courier" not in self._halves:
+                self.flush(0)
         elif event == "isolation":
             self._isolation("vault", facts)
         elif not _say_again(event, facts):
@@ -303,7 +314,7 @@ class Shown:
         elif event == "waiting" and told.pop("gone", False):
             self.notify("waiting", told | self._describe_finish())
         else:
-            if event == "joined":
+            if event == "joined" and "vault" in self._halves:
                 self._enter_isolation()
             self.notify(event, told)
         return False
@@ -348,8 +359,10 @@ class Shown:
                 'run it elsewhere, or set policy.isolation = "preferred" and know what stays open',
             )
         self._confined[half] = facts
-        if len(self._confined) == 2:
+        if len(self._confined) == len(self._halves):
             self.notify("isolation", {"text": isolation_text(self._confined)})
+            if "courier" not in self._halves:
+                self._enter_isolation()
 
     def _enter_isolation(self) -> None:
         """Enter in the site's audit log how both halves are confined. Errors: LedgerError;
@@ -362,17 +375,16 @@ class Shown:
 
 
 def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
-    """Say how both halves are confined, and what stays open."""
-    of_vault, of_courier = (", ".join(confined[half]["means"]) for half in ("vault", "courier"))
-    text = f"records are read without a network ({of_vault or 'NOT CONFINED'}); what speaks to the "
-    text += f"network reads no record ({of_courier or 'NOT CONFINED'})"
-    missing = [
-        f"{half}: {each}" for half in ("vault", "courier") for each in confined[half]["missing"]
-    ]
-    return text + (f". OPEN: {'; '.join(missing)}" if missing else "")
+    """Say how the halves are confined, and what stays open."""
+    said, missing = [], []
+    for half, text in SAYS.items():
+        if half in confined:
+            said.append(f"{text} ({', '.join(confined[half]['means']) or 'NOT CONFINED'})")
+            missing += [f"{half}: {each}" for each in confined[half]["missing"]]
+    return "; ".join(said) + (f". OPEN: {'; '.join(missing)}" if missing else "")
 
 
-def _connection(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]:
+def connection_for(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]:
     """Open a connection for a child's events: our end, and the descriptor that it inherits."""
     here, there = socket.socketpair()
     theirs.enter_context(there)
@@ -390,5 +402,5 @@ def _say_again(event: str, facts: dict[str, Any]) -> bool:
     return True
 
 
-def _ignore(_name: str, _facts: dict[str, Any]) -> None:
+def ignore(_name: str, _facts: dict[str, Any]) -> None:
     pass

@@ -331,6 +331,8 @@ def _read(folder: int, name: str) -> bytes | None:
             raise _NotTaken("too long")
         with open(number, "rb", closefd=False) as file:
             content = file.read(status.st_size + 1)
+    except MemoryError:
+        raise _NotTaken("larger than this machine's memory") from None
     finally:
         os.close(number)
     if len(content) != status.st_size:

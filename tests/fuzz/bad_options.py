@@ -22,7 +22,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "server": ("none.toml", *SERVE[2:]),
     "client": ("none.toml", "--once"),
     "vault": ("none.toml", "--socket", "door"),
-    "courier": ("none.toml", "--socket", "door"),
+    "courier": ("none.toml", "--spool", "new"),
     "evaluate": (RUN, "--data", "none.jsonl"),
     "predict": (RUN, "--data", "none.jsonl"),
     "accept": (RUN, "--site", SITE),

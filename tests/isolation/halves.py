@@ -1,6 +1,6 @@
 """Confine this process as a site's half does, and say what it then reaches, as JSON.
 
-python halves.py vault|courier SITE"""
+python halves.py vault|courier SITE [SPOOL]"""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from pathlib import Path
 from fedtune.client import vault_process
 from fedtune.config import load_site
 from fedtune.courier import process as courier
+from fedtune.wire.spool import Spool
 
 
 def main() -> None:
-    half, path = sys.argv[1:]
-    site = load_site(Path(path))
-    means = vault_process.confine(site, 1) if half == "vault" else courier.confine(site)
+    half, path, *folder = sys.argv[1:]
+    site, spool = load_site(Path(path)), Spool(Path(folder[0])) if folder else None
+    means = vault_process.confine(site, 1) if half == "vault" else courier.confine(site, spool)
     state, reached = site.site.state, []
-    for file in (site.data.path, state / "site.key", state / "keys" / "node.key", Path(path)):
+    files = [site.data.path, state / "site.key", state / "keys" / "node.key", Path(path)]
+    folders = [state, state / "keys", state / "keys" / "renewed", state / "flower"]
+    if spool:
+        files.append(spool.answers / ("0" * 64))
+        folders += [spool.path, spool.answers, spool.requests]
+    for file in files:
         try:
             os.close(os.open(file, os.O_RDONLY))
             reached.append(file.name)
         except OSError:
             pass
-    for folder in (state, state / "keys", state / "keys" / "renewed", state / "flower"):
+    for each in folders:
         try:
-            (folder / "new").touch()
-            (folder / "new").unlink()
-            reached.append(f"writes {folder.name}")
+            (each / "new").touch()
+            (each / "new").unlink()
+            reached.append(f"writes {each.name}")
         except OSError:
             pass
     print(json.dumps({"reached": reached, **means.facts()}))

@@ -24,7 +24,7 @@ from fedtune.courier import process
 from fedtune.courier.process import open_to_courier, private
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.launch import site as launch_site
-from fedtune.launch.site import Again, Halves, Shown
+from fedtune.launch.site import Again, Shown
 from fedtune.presets._sites import _isolation
 from fedtune.processes import Child, Program
 from fedtune.wire import events, requests
@@ -53,9 +53,9 @@ def a_site(folder: Path, data: str = 'path = "data.jsonl"', policy: str = "") ->
     return path
 
 
-def confined(half: str, site: Path) -> dict[str, Any]:
+def confined(half: str, site: Path, *spool: Path) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.isolation.halves", half, str(site)],
+        [sys.executable, "-m", "tests.isolation.halves", half, str(site), *map(str, spool)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -405,15 +405,13 @@ def test_only_what_the_site_names_or_lists_is_fetched(
     fetched: list[str] = []
     monkeypatch.setattr(find, "find_base", lambda model, digest=None: fetched.append(model))
     path = a_site(tmp_path, policy="bases = []")
-    halves = Halves.__new__(Halves)
-    halves.path = path
     listed = next(iter(KNOWN))
     for base in ("org/model", f"pypi:{listed}", "pypi:nothing", "/etc"):
-        assert halves._fetch(base)["error"] == "PolicyRefused"
+        assert launch_site._fetch(path, base)["error"] == "PolicyRefused"
     path.write_text(path.read_text().replace("[data]", 'base = "org/model"\n[data]', 1))
-    assert halves._fetch("org/model") == {}
+    assert launch_site._fetch(path, "org/model") == {}
     path.write_text(path.read_text().replace("bases = []", 'bases = "any"'))
-    assert halves._fetch(f"pypi:{listed}") == {}
+    assert launch_site._fetch(path, f"pypi:{listed}") == {}
     assert fetched == ["org/model", f"pypi:{listed}"]
 
 

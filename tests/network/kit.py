@@ -262,8 +262,14 @@ class Consortium:
         return self.half(name, "vault", *more), self.half(name, "courier")
 
     def half(self, name: str, command: str, *more: str) -> subprocess.Popen[bytes]:
-        words = (command, "site.toml", "--socket", "vault.socket", *more)
-        return self._started(name, self.root / name, *words)
+        return self._half(name, command, "--socket", "vault.socket", *more)
+
+    def spooled(self, name: str, command: str, *more: str) -> subprocess.Popen[bytes]:
+        """One half of a site whose halves share a folder."""
+        return self._half(name, command, "--spool", "spool", *more)
+
+    def _half(self, name: str, command: str, *more: str) -> subprocess.Popen[bytes]:
+        return self._started(name, self.root / name, command, "site.toml", *more)
 
     def _started(self, name: str, folder: Path, *words: object) -> subprocess.Popen[bytes]:
         how: dict[str, Any] = {"prefix": self.where.get(name, ())}

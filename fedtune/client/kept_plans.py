@@ -1,0 +1,63 @@
+"""Plans that this site was admitted to, as they were asked: STATE/kept-plans/PLAN.request; 0600.
+
+A vault that is started for one request has prepared no study. It answers the request that brought
+the plan once more, as a vault does that was started again: every rule is asked again, and what that
+answer says goes nowhere. Then it does its order. A plan is kept as long as its study is under way;
+it follows from messages alone, never from a record."""
+
+from __future__ import annotations
+
+import logging
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from fedtune.client.studies import under_way
+from fedtune.config import Site
+from fedtune.errors import FedtuneError, InputError, describe
+from fedtune.files import reading
+from fedtune.files.room import bytes_for, has_room
+from fedtune.files.writing import replace
+from fedtune.ledger.files import outbox_prefix
+from fedtune.wire.requests import Answer, Request
+from fedtune.wire.spool import MOST_FILE, decode_request
+
+log = logging.getLogger("fedtune.site")
+FOLDER = "kept-plans"  # in the state folder
+PLAN = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
+    """Keep a plan that was admitted, and forget those whose studies have ended. One for which the
+    disk has no space beside the ledger's room is not kept, which is a warning here: its orders are
+    answered as of a plan that this site does not know."""
+    folder = site.site.state / FOLDER
+    try:
+        if request.kind == "prepare" and answer.status == "admitted":
+            path = _path(folder, str(request.tables["plan"]["digest"]))
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if has_room(folder, bytes_for(site.site.declared_size) + len(content)):
+                replace(path, content, private=True)
+            else:
+                log.warning("%s: not kept: the disk has no space beside the ledger's room", path)
+        known = {_path(folder, digest) for digest in under_way(site.site.state)}
+        for path in set(folder.glob("*.request")) - known:
+            path.unlink(missing_ok=True)
+    except (OSError, FedtuneError) as error:
+        log.warning("%s: a plan is not kept (%s)", folder, describe(error))
+
+
+def find_asked(site: Site, request: Request) -> Request | None:
+    """Return the request that brought an order's plan; None where there is none, or an earlier
+    release has kept it: the coordinator is then asked for it."""
+    named = PLAN.match(str(request.tables.get("order", {}).get("plan", "")))
+    path = named and _path(site.site.state / FOLDER, named[0])
+    if not (path and path.is_file()):
+        return None
+    with suppress(InputError):
+        return decode_request(reading.content(path, "a plan that is kept", most=MOST_FILE))
+    return None
+
+
+def _path(folder: Path, digest: str) -> Path:
+    return folder / f"{outbox_prefix(digest)}.request"

@@ -1,0 +1,224 @@
+"""A site whose halves share a folder and no socket: `fedtune vault` and `fedtune courier --spool`.
+
+    fedtune vault SITE --spool DIR ──── its own child: the vault; or, with vault.run, for each
+        │                               request a command that starts one, as by a scheduler
+        │  DIR/requests, DIR/answers (wire/spool.py)
+        │
+    fedtune courier SITE --spool DIR ── its own child: the courier
+
+| the courier ends, killed or not | the next one withdraws its requests; answers to them go        |
+| the vault ends, killed or not   | the next one answers what has no answer: where it was charged, |
+|                                 | from the ledger                                                |
+| nobody answers                  | the courier waits as long as the coordinator does, and goes on |
+
+Guarantee: what the courier can write starts nothing but the vault of this site, with the name of a
+request, of 64 hexadecimal digits; it never is a word of a command otherwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Literal
+
+from fedtune.client.vault_process import HOME
+from fedtune.config import Site, load_site
+from fedtune.courier.process import FOLDER
+from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.files.writing import open_own, remove_drafts
+from fedtune.flower.enrol import RENEWED
+from fedtune.flower.link import link as read_link
+from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
+from fedtune.processes import STOP_SECONDS, Child, alone, private_folder, until_stopped
+from fedtune.progress import OnEvent
+from fedtune.wire.spool import Spool
+
+RUN_LOG = "vault-run.log"  # in the state folder: what the last command said
+LOOK = 0.5  # seconds between two looks for a request that a command is to be started for
+PATIENCE = 90.0  # seconds for which a courier goes on being refused, as of `launch.site.join`
+AGAIN_SECONDS = (2.0, 10.0, 60.0, 300.0)  # after a command that brought no answer
+
+
+def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> None:
+    """Run the courier of a site whose vault answers in the spool `folder`, until a signal comes, or
+    `once`: until a coordinator that gave this site work has gone.
+
+    It reads site.toml, the coordinator's answer, the keys of the site's network and the answers,
+    and writes its own folder, a renewed certificate and the requests. Events: as of
+    `launch.site.join`. Errors: ConfigError, Refused of the answer and the keys; PolicyRefused where
+    policy.isolation asks for more than this machine gives; InfrastructureError when the coordinator
+    goes on refusing this site, or the courier ends again and again; KeyboardInterrupt at Ctrl-C."""
+    site, spool = load_site(site_path), Spool.at(folder)
+    link, home = read_link(site, site_path), site.site.state / FOLDER
+    private_folder(link.keys / RENEWED)
+    shown = Shown(site, on_event, halves=("courier",))
+    with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
+        text = f"site {site.site.name}: connecting to the coordinator at {link.address}"
+        on_event("waiting", {"address": link.address, "text": text})
+        again = Again(shown)
+        while again.wanted:
+            rest = ["once" if once else "", str(PATIENCE)]
+            with _child("courier", site_path, spool, rest, home, home / "courier.log") as half:
+                again.wanted = again.after(half.watch(shown.from_courier))
+
+
+def answer_requests(
+    site_path: Path, folder: Path, *, watch: bool = False, processes: int = 1, on_event: OnEvent
+) -> None:
+    """Answer the requests in the spool `folder` until a signal comes. watch, processes, and what is
+    checked first: as of `launch.site.join`.
+
+    Events: as there, of the vault. Errors: of the check; ConfigError where the folder cannot be
+    used, or vault.run names no program; PolicyRefused where policy.isolation asks for more than
+    this machine gives; InfrastructureError where the vault ends again and again; KeyboardInterrupt
+    at Ctrl-C."""
+    site, spool = load_site(site_path), Spool.at(folder)
+    shown = Shown(site, on_event, halves=("vault",))
+    with until_stopped(on_event), alone(site.site.state / FOLDER, "fedtune client"):
+        remove_drafts(site.site.state)
+        check(site, site_path.resolve())
+        read_link(site, site_path)  # before somebody asks
+        on_event("waiting", {"text": f"waiting for requests in {spool.path}"})
+        if site.vault:
+            _start_for_each(site, site_path.resolve(), spool, watch, processes, on_event)
+        again = Again(shown)
+        while again.wanted:
+            with _vault(site, site_path, spool, watch, processes) as half:
+                again.wanted = again.after(half.watch(shown.from_vault))
+
+
+def answer_request(
+    site_path: Path,
+    folder: Path,
+    name: str,
+    *,
+    watch: bool = False,
+    processes: int = 1,
+    on_event: OnEvent,
+) -> None:
+    """Answer one request in the spool `folder` and return: what vault.run starts. The site was
+    checked by who starts it.
+
+    Errors: InfrastructureError where there is no such request, or no answer could be written; else
+    as of `answer_requests`."""
+    site, spool = load_site(site_path), Spool.at(folder)
+    shown = Shown(site, on_event, halves=("vault",))
+    with (
+        until_stopped(on_event),
+        _vault(site, site_path, spool, watch, processes, name) as half,
+    ):
+        ended = half.watch(shown.from_vault)
+        if ended and half.child.status != 0:
+            raise ended
+
+
+@dataclass(frozen=True)
+class _Half:
+    """A half of a site as a process. told: what it tells; fetching: of a vault, its site file."""
+
+    child: Child
+    told: Connection
+    fetching: Path | None
+
+    def watch(self, show: Any) -> InfrastructureError | None:
+        """Show what it tells until it has done its work (None), or ends by itself: return how."""
+        while True:
+            wait([self.told], 0.5)
+            ended = not self.child.alive
+            if take_events(self.told, show, self.fetching):
+                return None
+            if ended:
+                return self.child.ended()
+
+
+def _vault(
+    site: Site, path: Path, spool: Spool, watch: bool, processes: int, name: str = ""
+) -> Any:
+    """Start a vault that answers in a spool; name: of the only request that it answers."""
+    state, place = site.site.state, place_of(read_link(site, path), watch)
+    rest = [str(processes), json.dumps(place), *filter(None, [name])]
+    return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
+
+
+@contextmanager
+def _child(
+    program: Literal["vault", "courier"],
+    path: Path,
+    spool: Spool,
+    rest: Sequence[str],
+    home: Path,
+    log: Path,
+) -> Iterator[_Half]:
+    with ExitStack() as theirs, ExitStack() as ours:
+        told, tells = connection_for(ours, theirs)
+        options = [str(path.resolve()), str(spool.path), str(tells), *rest]
+        child = ours.enter_context(Child(program, options, home=home, log=log, keep=[tells]))
+        theirs.close()  # so that its end is the end of what it tells
+        yield _Half(child, told, path.resolve() if program == "vault" else None)
+
+
+def _start_for_each(
+    site: Site, path: Path, spool: Spool, watch: bool, processes: int, notify: OnEvent
+) -> None:
+    """Start vault.run for one request after another. One for which no answer came is tried again
+    later, after the others; it is waited for as long as its courier does.
+
+    Errors: ConfigError where vault.run names no program."""
+    assert site.vault
+    command = site.vault.command
+    if shutil.which(command[0]) is None and not (path.parent / command[0]).is_file():
+        raise ConfigError(f"vault.run: {command[0]}: no such program", "one that can be started")
+    words = ["vault", str(path), "--spool", str(spool.path), *(["--watch"] if watch else [])]
+    words += ["--processes", str(processes), "--request"]
+    tried, later = Counter[str](), dict[str, float]()
+    while True:
+        waiting = spool.waiting()
+        for name in [each for each in waiting if later.get(each, 0.0) <= time.monotonic()]:
+            notify("connected", {"text": f"a request: `{command[0]}` starts the vault for it"})
+            how = _run([*command, *words, name], path.parent, site.site.state / RUN_LOG)
+            if name not in spool.waiting():
+                continue
+            seconds = AGAIN_SECONDS[min(tried[name], len(AGAIN_SECONDS) - 1)]
+            tried[name] += 1
+            later[name] = time.monotonic() + seconds
+            text = f"`{command[0]}` {how} and brought no answer; again in {seconds:.0f} s; it said"
+            notify("reconnecting", {"seconds": seconds, "text": f"{text} why in {RUN_LOG}"})
+        for gone in set(later) - set(waiting):
+            del later[gone], tried[gone]
+        spool.remove_answered()
+        time.sleep(LOOK)
+
+
+def _run(command: list[str], folder: Path, log: Path) -> str:
+    """Run a command to its end; say how it ended. It is stopped where this process is."""
+    sink = open_own(log, os.O_WRONLY | os.O_TRUNC)
+    try:
+        started = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        return f"could not be started ({error.strerror})"
+    finally:
+        os.close(sink)
+    try:
+        return f"ended with exit status {started.wait()}"
+    finally:
+        if started.poll() is None:
+            started.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                started.wait(STOP_SECONDS)
+            started.kill()
+            started.wait()

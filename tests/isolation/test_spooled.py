@@ -1,0 +1,358 @@
+"""A vault and a courier that share a folder: whole studies, kills at any moment, a scheduler."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune import boot
+from fedtune.client import kept_plans, site
+from fedtune.client.answers import answer
+from fedtune.client.policy import refusals
+from fedtune.client.vault_process import HOME
+from fedtune.config import VaultTable
+from fedtune.processes import Child, free_port
+from fedtune.wire.requests import Answer, Request
+from fedtune.wire.spool import Spool
+from tests.client.airlock_kit import Asked, a_site, contents
+from tests.isolation.test_halves import CONFINES, confined
+from tests.isolation.test_halves import a_site as a_place
+from tests.network.kit import (
+    FEDTUNE,
+    PRIVATE,
+    SITES,
+    Consortium,
+    children,
+    consortium,
+    end,
+    until,
+)
+from tests.slurm import slurm
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a vault is confined by Linux")
+
+
+def without_network() -> list[str]:
+    """What comes before a command to run it in a network of its own, with nothing in it."""
+    found = subprocess.run(["unshare", "-rn", "true"], capture_output=True)
+    return [] if found.returncode else ["unshare", "-rn"]
+
+
+def begun(
+    made: Consortium, base: Path, rounds: int, seconds: float = 60
+) -> subprocess.Popen[bytes]:
+    """Start a study with every site enrolled, and the clients of all but north."""
+    made.lay_out(base, PRIVATE, rounds, round_timeout=seconds)
+    server = made.server()
+    until(made.listens, 120, made.told)
+    for name in SITES:
+        made.join(name)
+    for name in ("east", "south"):
+        made.client(name, "--once")
+    return server
+
+
+def check_all_trained(made: Consortium, rounds: int) -> None:
+    """North took part in each round, and paid for each; nothing is left in its spool."""
+    trained = [entry["participants"] for entry in made.report()["rounds"]]
+    assert len(trained) == rounds and all("north" in each for each in trained), made.told()
+    spent = made.spending("north")
+    charged = Counter(each.charge.round for each in spent)
+    assert {each.charge.round for each in spent if each.released} == set(range(1, rounds + 1))
+    noised = made.noised("north")
+    assert all(noised[number] <= charged[number] for number in noised)
+
+
+def left(made: Consortium) -> list[Path]:
+    return [*(made.root / "north" / "spool").glob("*/*")]
+
+
+def test_a_site_takes_part_by_files_alone(tmp_path: Path, tiny_base: Path) -> None:
+    """Its vault is where no network is at all; each round is charged once."""
+    rounds = 3
+    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+        server = begun(made, tiny_base, rounds)
+        courier = made.spooled("north", "courier", "--once")
+        made.where["north"] = without_network()
+        vault = made.spooled("north", "vault")
+        assert server.wait(400) == 0, made.told()
+        assert courier.wait(60) == 0, made.told()
+        until(lambda: not left(made), 20, made.told)
+        assert end(vault) == 0
+        check_all_trained(made, rounds)
+        charged = Counter(each.charge.round for each in made.spending("north"))
+        assert {*charged.values()} == {1}
+        assert made.log("north").read_text().count("OPEN") == 0
+
+
+def test_every_process_of_a_spooled_site_may_be_killed(tmp_path: Path, tiny_base: Path) -> None:
+    """Each half, and what each half started, after a round of its own: the study goes to its end,
+    and north is in each round."""
+    rounds = 5
+    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+        server = begun(made, tiny_base, rounds)
+        halves = {"vault": made.spooled("north", "vault")}
+        halves["courier"] = made.spooled("north", "courier", "--once")
+        until(lambda: made.rounds() >= 1, 300, made.told)
+        for name in ("vault", "courier"):
+            at = made.rounds()
+            os.kill(children(halves[name].pid)[name], signal.SIGKILL)  # started again by itself
+            until(partial(goes_on, made, server, at), 300, made.told)
+            at = made.rounds()
+            halves[name].kill()
+            halves[name].wait()
+            halves[name] = made.spooled("north", name, *(["--once"] * (name == "courier")))
+            until(partial(goes_on, made, server, at), 300, made.told)
+        assert server.wait(600) == 0, made.told()
+        assert halves["courier"].wait(60) == 0, made.told()
+        until(lambda: not left(made), 20, made.told)
+        assert end(halves["vault"]) == 0
+        check_all_trained(made, rounds)
+
+
+def goes_on(made: Consortium, server: subprocess.Popen[bytes], at: int) -> bool:
+    """Whether a further round was kept, or the study is over."""
+    return made.rounds() > at or server.poll() is not None
+
+
+# ------------------------------------------------------------------- a vault for each request
+
+
+def set_run(made: Consortium, *command: str) -> None:
+    """Have north's vault started by a command for each request."""
+    with (made.root / "north" / "site.toml").open("a") as file:
+        file.write(f"\n[vault]\nrun = {json.dumps(shlex.join([*command, *FEDTUNE]))}\n")
+
+
+def check_started_for_each(made: Consortium, base: Path, *command: str) -> None:
+    """A study in which each of north's requests has a vault of its own."""
+    rounds = 2
+    server = begun(made, base, rounds, seconds=300)
+    set_run(made, *command)
+    courier = made.spooled("north", "courier", "--once")
+    vault = made.spooled("north", "vault")
+    assert server.wait(500) == 0, made.told()
+    assert courier.wait(60) == 0, made.told()
+    until(lambda: not left(made), 20, made.told)
+    assert "vault" not in children(vault.pid)
+    assert end(vault) == 0
+    check_all_trained(made, rounds)
+    assert {*Counter(each.charge.round for each in made.spending("north")).values()} == {1}
+    assert [*(made.root / "north" / "state" / kept_plans.FOLDER).iterdir()] == []
+
+
+def test_a_command_without_a_network_starts_the_vault_for_each_request(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+        check_started_for_each(made, tiny_base, *without_network())
+
+
+def test_slurm_starts_the_vault_for_each_request(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with slurm(tmp_path / "slurm") as found:
+        monkeypatch.setenv("SLURM_CONF", found["SLURM_CONF"])
+        with consortium(tmp_path / "made", "127.0.0.1", free_port()) as made:
+            check_started_for_each(made, tiny_base, "srun", "--ntasks=1")
+        log = (tmp_path / "slurm" / "slurmctld.log").read_text()
+        assert log.count("WEXITSTATUS 0") >= 3, log  # the plan, and two rounds
+
+
+# ------------------------------------------------------------------------- a vault by itself
+
+
+# Before a vault answers; its self-test is of no matter here, and runs in the studies above.
+IN_THE_VAULT = """
+import os, runpy, signal, sys
+import fedtune.client.vault_process as vault
+def killed(*given, **named):
+    os.kill(os.getpid(), signal.SIGKILL)
+def prepared(run):
+    def broken(*given):
+        import fedtune.client.site as site
+        from fedtune.wire import spool
+        site.self_test = lambda *_: None
+        {statements}
+        return run(*given)
+    return broken
+vault.serve_request, vault.serve_spool = map(prepared, (vault.serve_request, vault.serve_spool))
+sys.argv = {words}
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@contextmanager
+def a_vault(asked: Asked, spool: Spool, *name: str, broken: str = "pass") -> Iterator[Child]:
+    """Run the site's vault; name: of the only request that it answers; broken: a statement that it
+    runs before."""
+
+    def command(*words: str) -> list[str]:
+        code = IN_THE_VAULT.format(statements=broken, words=[*words])
+        return [sys.executable, "-P", "-c", code]
+
+    tells, told = socket.socketpair()
+    with tells, told, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boot, "command", command)
+        state = asked.site.site.state
+        options = [str(asked.path), str(spool.path), str(told.fileno()), "1", "{}", *name]
+        log = state / "vault.log"
+        with Child("vault", options, home=state / HOME, log=log, keep=[told.fileno()]) as vault:
+            yield vault
+
+
+def answered(asked: Asked, spool: Spool, request: Request) -> Answer:
+    """What a vault that is started for this request alone answers."""
+    name = spool.ask(request)
+    answer_pending(asked, spool, name)
+    return taken(spool, name)
+
+
+def answer_pending(asked: Asked, spool: Spool, name: str) -> None:
+    with a_vault(asked, spool, name) as vault:
+        vault.wait()
+
+
+def taken(spool: Spool, name: str) -> Answer:
+    found = spool.answer_to(name)
+    assert found is not None
+    spool.withdraw(name)
+    spool.remove_answered()
+    return found
+
+
+@pytest.fixture
+def asked(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    monkeypatch.setattr(site, "self_test", lambda *_: None)
+    return a_site(tmp_path, tiny_base, "immediate")
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool.at(tmp_path / "spool")
+
+
+POINTS = {
+    "before it is read": "spool.Spool.take = killed",
+    "once it is answered": "spool.Spool.put = killed",
+    "before it is written": "spool.write_all = killed",
+    "before it has its name": "rename = os.rename; "
+    "os.rename = lambda *g, **n: killed() if n else rename(*g, **n)",
+    "once it has its name": "rename = os.rename; "
+    "os.rename = lambda *g, **n: (rename(*g, **n), n and killed())",
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_vault_that_is_killed_charges_once_and_answers_the_same(
+    point: str, asked: Asked, spool: Spool
+) -> None:
+    assert answered(asked, spool, asked.plan()).status == "admitted"
+    order = asked.request()
+    name = spool.ask(order)
+    with a_vault(asked, spool, name, broken=POINTS[point]) as vault:
+        vault._process.wait()
+        assert vault.status == -signal.SIGKILL
+    assert (spool.answer_to(name) is not None) == (point == "once it has its name")
+    if name in spool.waiting():
+        answer_pending(asked, spool, name)
+    first = taken(spool, name)
+    assert first.status == "trained" and asked.paid() == 1
+    again = answered(asked, spool, order)
+    asked.restart()
+    asked.prepare()
+    for other in (again, answer(asked.place, order)):  # by another file, and by a socket's vault
+        assert contents(other) == contents(first) and other.fields == first.fields
+    assert asked.paid() == 1
+    assert [*spool.path.glob("*/*")] == []
+
+
+def test_a_vault_that_stays_answers_after_a_kill_and_asks_for_the_plan_again(
+    asked: Asked, spool: Spool
+) -> None:
+    with a_vault(asked, spool):
+        name = spool.ask(asked.plan())
+        until(lambda: spool.answer_to(name), 60)
+        assert taken(spool, name).status == "admitted"
+    name = spool.ask(asked.request())
+    with a_vault(asked, spool) as vault:
+        until(lambda: spool.answer_to(name), 60)
+        assert taken(spool, name).status == "unprepared" and asked.paid() == 0
+        for request, status in ((asked.plan(), "admitted"), (asked.request(), "trained")):
+            name = spool.ask(request)
+            until(partial(spool.answer_to, name), 60)
+            assert taken(spool, name).status == status
+        assert vault.alive and asked.paid() == 1
+
+
+def test_what_is_no_request_is_answered_as_a_failure(asked: Asked, spool: Spool) -> None:
+    """As over a socket; and an order whose plan the site does not know as such."""
+    content = b"not a request"
+    name = hashlib.sha256(content).hexdigest()
+    (spool.requests / name).write_bytes(content)
+    answer_pending(asked, spool, name)
+    assert taken(spool, name).status == "failed"
+    forged = asked.request()
+    forged.tables["order"]["plan"] = "../../../etc/passwd"  # type: ignore[index]
+    for request, status in ((asked.request(), "unprepared"), (forged, "unprepared")):
+        assert answered(asked, spool, request).status in (status, "refused")
+    assert asked.paid() == 0
+
+
+# ---------------------------------------------------------------------- what a site may ask of it
+
+
+def test_a_plan_with_shared_noise_is_refused_where_a_vault_lives_for_one_request(
+    asked: Asked,
+) -> None:
+    """Twin: where it stays, that rule says nothing."""
+    shared = asked.made.study.changed(secure_aggregation={"colluding": 1})
+    stays, once = asked.site, asked.site.changed(vault={"run": "srun fedtune"})
+
+    def about_run(of: Any) -> list[str]:
+        return [str(each) for each in refusals(shared, of, None) if "vault.run" in str(each)]
+
+    assert about_run(stays) == [] and len(about_run(once)) == 1
+    assert not [e for e in refusals(asked.made.study, once, None) if "vault.run" in str(e)]
+
+
+@pytest.mark.parametrize("run", ["", "  ", "srun 'fedtune"])
+def test_a_command_has_words(run: str) -> None:
+    with pytest.raises(ValueError, match="run: "):
+        VaultTable(run=run)
+
+
+@CONFINES
+def test_a_courier_writes_requests_and_reads_answers_and_no_more(tmp_path: Path) -> None:
+    place = a_place(tmp_path)
+    spool = Spool.at(tmp_path / "spool")
+    (spool.answers / ("0" * 64)).touch()
+    found = confined("courier", place, spool.path)
+    assert found["reached"] == [
+        *("node.key", "site.toml", "0" * 64, "writes renewed", "writes flower", "writes requests")
+    ]
+    assert found["missing"] == []
+
+
+def test_a_command_that_is_not_there_is_said_at_once(tmp_path: Path, tiny_base: Path) -> None:
+    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+        server = begun(made, tiny_base, 1)
+        with (made.root / "north" / "site.toml").open("a") as file:
+            file.write('\n[vault]\nrun = "no-such-scheduler fedtune"\n')
+        assert made.spooled("north", "vault").wait(120) == 2
+        assert "vault.run: no-such-scheduler" in made.log("north").read_text()
+        end(server)
