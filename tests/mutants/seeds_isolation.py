@@ -12,6 +12,7 @@ T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_
 T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
 T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
 SPOOL, T_SPOOL = "fedtune/wire/spool.py", "tests/wire/test_spool.py::"
+T_SPOOLED = "tests/isolation/test_spooled.py::"
 AIRLOCK, LEDGER = "fedtune/client/airlock.py", "fedtune/ledger/ledger.py"
 T_AIRLOCK, T_DRAW = "tests/client/test_airlock.py::", "tests/secagg/test_held.py::"
 
@@ -298,5 +299,24 @@ MUTANTS = (
         "dated=False)", "dated=True)",
         T_SPOOL + "test_an_answers_file_says_nothing_beside_its_content",
         "when it was computed stands beside it, for whoever reads the folder later",
+    ),
+    one(
+        "isolation", "a-draw-is-made-by-a-vault-for-one-request", "fedtune/client/policy.py",
+        "    if study.secure_aggregation and site.vault:\n", "    if False:\n",
+        T_SPOOLED + "test_a_plan_with_shared_noise_is_refused_where_a_vault_lives_for_one_request",
+        "a draw is paid for whose key is gone before it is masked",
+    ),
+    one(
+        "isolation", "the-courier-writes-answers", COURIER,
+        "requests = [spool.requests] if spool", "requests = [spool.path] if spool",
+        T_SPOOLED + "test_a_courier_writes_requests_and_reads_answers_and_no_more",
+        "it removes the folder in which the vault looks, and puts another there",
+    ),
+    one(
+        "isolation", "what-nobody-waits-for-is-asked-again", COURIER,
+        "    spool.withdraw_all()\n", "",
+        T_SPOOLED
+        + "test_a_courier_withdraws_what_was_asked_before_it_and_what_nobody_waits_for",
+        "a round of which nobody takes the answer is paid for",
     ),
 )  # fmt: skip
