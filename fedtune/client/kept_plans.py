@@ -16,7 +16,6 @@ from fedtune.client.studies import under_way
 from fedtune.config import Site
 from fedtune.errors import FedtuneError, InputError, describe
 from fedtune.files import reading
-from fedtune.files.room import bytes_for, has_room
 from fedtune.files.writing import replace
 from fedtune.ledger.files import outbox_prefix
 from fedtune.wire.requests import Answer, Request
@@ -28,18 +27,16 @@ PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
-    """Keep a plan that was admitted, and forget those whose studies have ended. One for which the
-    disk has no space beside the ledger's room is not kept, which is a warning here: its orders are
-    answered as of a plan that this site does not know."""
+    """Keep a plan that was admitted, and forget those whose studies have ended. Called where the
+    ledger's room is its own (files.room), which it cannot be written into. One for which the disk
+    has no space is not kept, which is a warning here: its orders are answered as of a plan that
+    this site does not know."""
     folder = site.site.state / FOLDER
     try:
         if request.kind == "prepare" and answer.status == "admitted":
             path = _path(folder, str(request.tables["plan"]["digest"]))
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if has_room(folder, bytes_for(site.site.declared_size) + len(content)):
-                replace(path, content, private=True)
-            else:
-                log.warning("%s: not kept: the disk has no space beside the ledger's room", path)
+            replace(path, content, private=True)
         known = {_path(folder, digest) for digest in under_way(site.site.state)}
         for path in set(folder.glob("*.request")) - known:
             path.unlink(missing_ok=True)
