@@ -46,7 +46,7 @@ MUTANTS = (
     ),
     one(
         "drafts", "a-client-leaves-drafts", "fedtune/launch/site.py",
-        "            remove_drafts(site.site.state)\n", "",
+        "        remove_drafts(site.site.state)\n", "",
         "tests/flower/test_alone.py::"
         "test_a_start_removes_what_a_killed_process_left_half_written",
         "copies of updates and keys stay in the state folder after kill -9",
