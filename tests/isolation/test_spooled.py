@@ -30,7 +30,7 @@ from fedtune.courier.process import by_file
 from fedtune.errors import InfrastructureError
 from fedtune.processes import Child, free_port
 from fedtune.wire.requests import Answer, Request
-from fedtune.wire.spool import Spool
+from fedtune.wire.spool import Spool, _encode, decode_request
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.isolation.test_halves import CONFINES, confined
 from tests.isolation.test_halves import a_site as a_place
@@ -155,7 +155,6 @@ def check_started_for_each(made: Consortium, base: Path, *command: str) -> None:
     assert end(vault) == 0
     check_all_trained(made, rounds)
     assert {*Counter(each.charge.round for each in made.spending("north")).values()} == {1}
-    assert [*(made.root / "north" / "state" / kept_plans.FOLDER).iterdir()] == []
 
 
 def test_a_command_without_a_network_starts_the_vault_for_each_request(
@@ -332,6 +331,22 @@ def test_a_vault_that_stays_answers_after_a_kill_and_asks_for_the_plan_again(
             until(partial(spool.answer_to, name), 60)
             assert taken(spool, name).status == status
         assert vault.alive and asked.paid() == 1
+
+
+def test_a_plan_is_kept_as_long_as_its_study_is_under_way(asked: Asked) -> None:
+    """And a plan of which another release kept the request is not known."""
+    admitted, folder = asked.prepare(), asked.site.site.state / kept_plans.FOLDER
+    content = _encode(asked.plan(), {"number": ""})
+    kept_plans.keep_asked(asked.site, asked.plan(), content, admitted)
+    (kept,) = folder.iterdir()
+    found = kept_plans.find_asked(asked.site, asked.request())
+    assert found is not None and found.tables == decode_request(content).tables
+    assert kept_plans.find_asked(asked.site, asked.plan()) is None  # no order
+    kept.write_bytes(content[:-1])
+    assert kept_plans.find_asked(asked.site, asked.request()) is None
+    asked.worker.finish(asked.made.study.digest)
+    kept_plans.keep_asked(asked.site, asked.request(), b"", admitted)
+    assert [*folder.iterdir()] == []
 
 
 def test_what_is_no_request_is_answered_as_a_failure(asked: Asked, spool: Spool) -> None:
