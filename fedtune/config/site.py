@@ -215,6 +215,11 @@ class AcceptanceTable(SiteData):
     def _check_acceptance(self) -> AcceptanceTable:
         if not (self.thresholds or self.recall):
             raise ValueError("thresholds: name at least one, or the recall of a class")
+        for name, bound in (*self.thresholds.items(), *self.differences.items()):
+            if name not in ("loss", "perplexity") and not 0 <= bound <= 1:
+                raise ValueError(f"{name} = {bound:g}: must be between 0 and 1")
+        if "ece" in self.differences:  # the fewer records, the larger
+            raise ValueError("differences.ece: groups are not compared by it; bound another figure")
         if unknown := set(self.bands) - set(self.groups):
             raise ValueError(f"bands.{min(unknown)}: is no column of groups")
         for column, edges in self.bands.items():

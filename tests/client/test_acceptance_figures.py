@@ -170,6 +170,8 @@ def test_each_further_comparison_widens_them_all() -> None:
         ),
         ({"thresholds": {"accuracy": 0.5}, "least_group": 3}, "least_group"),
         ({"thresholds": {"auroc": 0.5}}, "thresholds"),
+        ({"thresholds": {"accuracy": 70}}, "between 0 and 1"),
+        ({"thresholds": {"loss": 3}, "differences": {"ece": 0.1}}, "bound another figure"),
     ],
 )
 def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
