@@ -194,6 +194,8 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
             f"{base.name}: transformers cannot load it ({type(error).__name__})",
             "an architecture that this transformers version has built in",
         ) from error
+    if experts := experts_in(model.config.to_dict()):  # also those that config.json leaves out
+        raise mixture(base.name, experts)
     # transformers fills a missing tensor with random numbers; an unused pooler is harmless
     missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
     if missing:
@@ -321,6 +323,22 @@ def _absent(model: str) -> ModelError:
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
+def experts_in(config: dict[str, Any]) -> str:
+    """Return the key by which a configuration, or one within it, names several experts, else ""."""
+    found = [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]
+    found += [experts_in(part) for part in config.values() if isinstance(part, dict)]
+    return next(filter(None, found), "")
+
+
+def mixture(name: str, key: str) -> ModelError:
+    return ModelError(
+        f"{name}: a mixture of experts ({key} in its configuration)",
+        "a dense model",
+        "choose another base: an expert multiplies the tokens of all records that were sent to "
+        "it together, so that a record's gradient would depend on the others",
+    )
+
+
 def _kind(folder: Path) -> Kind:
     config = read_json(folder / "config.json")
     listed = config.get("architectures")
@@ -331,13 +349,8 @@ def _kind(folder: Path) -> Kind:
             "save the model again with save_pretrained",
         )
     name = listed[0]
-    if experts := [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]:
-        raise ModelError(
-            f"{folder.name}: a mixture of experts ({experts[0]} in config.json)",
-            "a dense model",
-            "choose another base: an expert multiplies the tokens of all records that were sent to "
-            "it together, so that a record's gradient would depend on the others",
-        )
+    if experts := experts_in(config):
+        raise mixture(folder.name, experts)
     if name in MEDIA:
         return MEDIA[name]
     if name.endswith("ForConditionalGeneration"):

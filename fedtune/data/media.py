@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import wave
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +80,19 @@ class Folder:
         return path
 
 
+def import_decoders(kind: Kind) -> None:
+    """Import all that decodes files of a kind, before the first is read: which modules a process
+    imports is seen from the files that are read from disk, and must not follow from a record."""
+    with suppress(ImportError, OSError):  # where one is not installed, its files are rejected
+        if kind == "image":
+            from PIL import Image, ImageOps  # noqa: F401
+
+            Image.init()
+            return
+        import scipy.signal  # type: ignore[import-untyped]  # noqa: F401
+        import soundfile  # noqa: F401
+
+
 def load(path: Path, kind: Kind) -> Media:
     """Read the file at `path`, and decode it once to check that this is possible. Errors: as
     Folder.read."""
@@ -143,7 +157,7 @@ def sound(media: Media, rate: int | None = None) -> Samples:
         raise Rejected("audio too long")
     if rate is None or rate == file_rate:
         return samples
-    from scipy.signal import resample_poly  # type: ignore[import-untyped]
+    from scipy.signal import resample_poly
 
     common = int(np.gcd(rate, file_rate))
     return np.asarray(resample_poly(samples, rate // common, file_rate // common), dtype=np.float32)

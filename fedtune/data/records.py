@@ -25,7 +25,7 @@ from fedtune.data.consent import NO_CONSENT, with_consent
 from fedtune.data.conversion import Conversion
 from fedtune.data.dataset import Failed
 from fedtune.data.files import Place, Rejected, placed_rows
-from fedtune.data.media import Folder, Media
+from fedtune.data.media import Folder, Kind, Media, import_decoders
 from fedtune.data.per_unit import per_unit
 from fedtune.data.sources import SOURCES, Collection, Source
 from fedtune.data.sources._interface import Names, Row
@@ -186,6 +186,10 @@ class _Reading:
         self.failed: list[Failed] = []
         self._columns, self._by_patient = file.columns, unit == "patient"
         self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
+        kinds: tuple[Kind, ...] = ("image", "audio")
+        for kind in kinds:
+            if getattr(file.columns, kind):
+                import_decoders(kind)
         self._copies, self._held = Counter[bytes](), Counter[str]()
         self._rows = 0
         self._made = per_unit(_RowReader(file.columns, labelled), (Record, str))

@@ -19,7 +19,10 @@ Relation = Literal["add or remove one unit", "replace one unit"]
 # Room for the rounding of the fp64 norm itself, so that ≤ C holds strictly: a pairwise fp64 sum
 # over d ≤ 10⁹ squares errs by less than 10⁻¹⁴ relative.
 _SLACK = 1.0 - 1e-12
-_BLOCK = 2**18  # numbers in work at once, in fp64: they stay in the processor's cache
+# Columns in work at once, in fp64, by kind of device. Not by the number of rows: a row's norm is
+# the sum over its blocks, and would round otherwise beside others than alone.
+_COLUMNS = {"cpu": 2**12}  # of 64 rows, what stays in the processor's cache
+_MORE = 2**16  # GPUs want more at once
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,8 +147,7 @@ def _blocks(parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, int, 
     start = 0
     for part in parts:
         flat = part.flatten(1)
-        block = _BLOCK if flat.device.type == "cpu" else 64 * _BLOCK  # GPUs want more at once
-        step = max(1, block // max(1, len(flat)))
+        step = _COLUMNS.get(flat.device.type, _MORE)
         for first in range(0, flat.shape[1], step):
             columns = flat[:, first : first + step].to(torch.float64, copy=True)
             yield columns, start + first, start + first + columns.shape[1]

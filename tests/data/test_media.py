@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
 import sys
 import wave
 from pathlib import Path
@@ -196,3 +197,48 @@ def test_links_are_followed_before_the_path_is_judged(
 def test_columns_that_make_no_record(given: dict[str, str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Columns(**given)
+
+
+@pytest.mark.parametrize(("kind", "usual"), [("image", "PNG"), ("audio", "WAV")])
+def test_no_record_decides_which_modules_are_imported(
+    tmp_path: Path, kind: str, usual: str
+) -> None:
+    """Whoever shares the machine sees which files of a library are read from disk. Twin: reading
+    one such file by itself imports more."""
+    looks = f"""if True:
+        import json, pathlib, sys
+        import numpy, PIL.Image
+        from fedtune.config import Columns, DataFile
+        from fedtune.data import media, records
+        if sys.argv[1] == "alone":
+            media.import_decoders = records.import_decoders = lambda kind: None
+        folder = pathlib.Path({str(tmp_path)!r})
+        def read(*names):
+            rows = [dict(f=name, label="x") for name in names]
+            path = folder / "rows.jsonl"
+            path.write_text("".join(json.dumps(row) + chr(10) for row in rows))
+            columns = Columns({kind}="f", label="label")
+            found, failed = records.read_records(DataFile(path=path, columns=columns))
+            assert len(found) == len(names), failed
+        read("usual")
+        before = {{*sys.modules}}
+        read("usual", *sys.argv[2:])
+        print(*{{*sys.modules}} - before)"""
+    if kind == "image":
+        Image.new("RGB", (8, 8)).save(tmp_path / "usual", usual)
+        others = ["TIFF", "WEBP", "JPEG", "BMP"]
+        for name in others:
+            Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / name, name)
+    else:
+        soundfile = pytest.importorskip("soundfile")
+        others = ["FLAC"]
+        for name, form in (("usual", usual), ("FLAC", "FLAC")):
+            soundfile.write(tmp_path / name, np.zeros(8000), 8000, format=form)
+
+    def imported(how: str) -> str:
+        words = [sys.executable, "-c", looks, how, *others]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert imported("first") == ""
+    assert imported("alone") != ""

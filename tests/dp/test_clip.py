@@ -87,3 +87,17 @@ def test_sensitivity_covers_the_rounding() -> None:
     c = float(x.norm())
     moved = float((on_grid(x, grid).double() * grid).norm())
     assert c < moved <= clip.sensitivity(c, d, grid)
+
+
+def test_a_rows_scale_is_the_same_to_the_last_bit_beside_any_others() -> None:
+    """Twin: of fp64 sums over other blocks some differ."""
+    row = torch.randn(100_000, generator=torch.Generator().manual_seed(3))
+    alone = clip.scales([row[None]], 0.5)
+    for beside in (1, 2, 30, 63):
+        rows = torch.cat([torch.randn(beside, len(row)), row[None]])
+        assert clip.scales([rows], 0.5)[-1] == alone[0]
+    norms = set()
+    for step in range(1000, 65_000, 1000):
+        blocks = row.double().split(step)
+        norms.add(float(sum(torch.linalg.vector_norm(block) ** 2 for block in blocks)))
+    assert len(norms) > 1

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from fedtune.bases.find import (
     cache_dir,
@@ -111,6 +111,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "config.json", lambda c: c.update(num_local_experts=8)),
         "a mixture of experts",
     ),
+    "a mixture of experts within": (
+        lambda f: edit(f / "config.json", lambda c: c.update(ffn_config={"moe_num_experts": 4})),
+        "a mixture of experts",
+    ),
     "no architecture": (
         lambda f: edit(f / "config.json", lambda c: c.pop("architectures")),
         "names no architecture",
@@ -137,6 +141,18 @@ def test_a_missing_tensor_is_not_filled_with_noise(copy: Path) -> None:
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match="1 tensors are missing"):
         load_backbone(find_base(str(copy)), torch.float32)
+
+
+def test_experts_that_the_configuration_leaves_out_are_found(copy: Path) -> None:
+    """transformers takes the class' own number of them, 8."""
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(num_hidden_layers=1, **sizes, **heads)
+    MixtralForCausalLM(config).save_pretrained(copy)
+    edit(copy / "config.json", lambda c: c.pop("num_local_experts"))
+    base = find_base(str(copy))
+    with pytest.raises(ModelError, match="a mixture of experts"):
+        load_backbone(base, torch.float32)
 
 
 def test_no_such_folder_and_no_such_wheel() -> None:

@@ -115,6 +115,24 @@ NOISE_MUTANTS = (
         "records share one generator",
     ),
     _one(
+        "imports", "a-record-decides-what-is-imported", "fedtune/data/records.py",
+        "            if getattr(file.columns, kind):\n", "            if False:\n",
+        "tests/data/test_media.py::test_no_record_decides_which_modules_are_imported",
+        "one TIFF among PNG files is seen in the page cache",
+    ),
+    _one(
+        "grid", "a-rows-norm-goes-by-its-neighbours", "fedtune/dp/clip.py",
+        "step = _COLUMNS.get(flat.device.type, _MORE)", "step = max(1, 2**18 // len(flat))",
+        "tests/dp/test_clip.py::test_a_rows_scale_is_the_same_to_the_last_bit_beside_any_others",
+        "the sum without a row is not the sum less what that row added",
+    ),
+    _one(
+        "experts", "experts-that-are-left-out-pass", "fedtune/bases/find.py",
+        "experts_in(model.config.to_dict())", "experts_in({})",
+        "tests/models/test_base.py::test_experts_that_the_configuration_leaves_out_are_found",
+        "an expert multiplies the tokens of all records together",
+    ),
+    _one(
         "clock", "a-template-draws-by-map", "fedtune/data/chat.py",
         '    if used.name != "map":\n', "    if True:\n",
         "tests/data/test_chat.py::test_a_template_that_draws_is_refused",
