@@ -319,4 +319,10 @@ MUTANTS = (
         + "test_a_courier_withdraws_what_was_asked_before_it_and_what_nobody_waits_for",
         "a round of which nobody takes the answer is paid for",
     ),
+    one(
+        "isolation", "a-kept-plan-outlives-its-study", "fedtune/client/kept_plans.py",
+        'set(folder.glob("*.request")) - known', "[]",
+        T_SPOOLED + "test_a_plan_is_kept_as_long_as_its_study_is_under_way",
+        "plans pile up on the ledger's disk",
+    ),
 )  # fmt: skip
