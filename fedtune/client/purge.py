@@ -107,17 +107,22 @@ def listing(site: Site, study: str | None = None) -> Listing:
 
 
 def purge(contents: Listing) -> None:
-    """Delete the listed files and the folders that become empty.
+    """Delete the listed files and the folders that become empty. Neither the lock that the half of
+    a client on the network can take away, nor a link that it puts in a folder's place, is relied
+    on.
 
     Errors: InfrastructureError where a client runs on this state, or the disk refuses; LedgerError,
     before anything is deleted."""
-    with alone(contents.state / "flower", "fedtune client"):
+    with (
+        alone(contents.state / "flower", "fedtune client"),
+        alone(contents.state / "ranks", "the vault of a client"),
+    ):
         if traces(contents.state):
             key = Ledger(contents.state).key  # not with a damaged ledger: a restore may need these
             AuditLog(contents.state, key).add("purge", files=len(contents.files))
         try:
             for path in contents.files:
-                path.unlink(missing_ok=True)
+                _unlink(path, contents.state)
             for folder in sorted({path.parent for path in contents.files}, reverse=True):
                 _remove_empty(folder, contents.state)
             sync_folder(contents.state)
@@ -155,6 +160,21 @@ def _walk(state: Path) -> Iterator[Path]:
             continue
         links = [name for name in folders if (folder / name).is_symlink()]
         yield from (folder / name for name in sorted([*files, *links]))
+
+
+def _unlink(path: Path, top: Path) -> None:
+    """Delete a file below `top` through folders alone, if it is there. Errors: OSError."""
+    folder = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in path.relative_to(top).parent.parts:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        os.unlink(path.name, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(folder)
 
 
 def _remove_empty(folder: Path, top: Path) -> None:

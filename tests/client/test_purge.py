@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from fedtune.client import purge as purger
 from fedtune.client.purge import KINDS, NEVER_DELETED, listing, purge
 from fedtune.client.site import SiteWorker
-from fedtune.config import load_site, load_study
+from fedtune.config import Columns, Site, SiteData, SiteTable, load_site, load_study
+from fedtune.errors import InfrastructureError
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe import observer
 from fedtune.processes import alone
@@ -189,3 +191,29 @@ def test_kept_is_never_a_kind() -> None:
     for name in (*state, "site.key", "salt", "steps.jsonl", "keys/tls.key", "keys.old-1/node.key"):
         assert purger._kind(name) == "", name
     assert NEVER_DELETED and purger._kind("anything") is None
+
+
+def test_a_link_in_a_folders_place_deletes_nothing_elsewhere(tmp_path: Path) -> None:
+    """Which the half of a client on the network may put there meanwhile. Twin: a folder's files are
+    deleted."""
+    state = tmp_path / "state"
+    inside = state / "flower" / "d"
+    inside.mkdir(parents=True)
+    Ledger(state)
+    (inside / "site.key").touch()
+    columns = Columns(text="t")
+    site = Site(
+        site=SiteTable(name="a", declared_size=20, state=state),
+        data=SiteData(path=tmp_path / "x.jsonl", columns=columns),
+    )
+    known = listing(site)
+    assert inside / "site.key" in known.files
+    inside.rename(state / "flower" / "e")
+    inside.symlink_to("..")
+    with suppress(InfrastructureError):
+        purge(known)
+    assert (state / "site.key").exists()
+    inside.unlink()
+    (state / "flower" / "e").rename(inside)
+    purge(known)
+    assert not inside.exists() and (state / "site.key").exists()

@@ -208,6 +208,13 @@ MUTANTS = (
         "a person signs another plan than was read",
     ),
     one(
+        "isolation", "purge-follows-a-link", "fedtune/client/purge.py",
+        "os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd", "os.O_DIRECTORY, dir_fd",
+        "tests/client/test_purge.py"
+        "::test_a_link_in_a_folders_place_deletes_nothing_elsewhere",
+        "the half on the network has the signing key and the receipts deleted",
+    ),
+    one(
         "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
         "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
