@@ -29,8 +29,14 @@ PURGE_MUTANTS = (
     ),
     _one(
         "retention", "purge-while-a-client-runs", PURGE,
-        'with alone(contents.state / "flower", "fedtune client"):', "if contents.state:",
+        '        alone(contents.state / "flower", "fedtune client"),\n', "",
         T_PURGE + "test_not_while_a_client_runs", "files go from under a running client",
+    ),
+    _one(
+        "retention", "purge-beside-a-vault", PURGE,
+        '        alone(contents.state / "ranks", "the vault of a client"),\n', "",
+        T_PURGE + "test_not_while_a_client_runs",
+        "the half on the network takes the client's lock away, and files go from under the other",
     ),
 )  # fmt: skip
 DECIDING_MUTANTS = (
