@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.report.plot import png
 from fedtune.server import store
 from fedtune.training.start import start
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import VALUES, encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.requests import FAILED
-from fedtune.wire.seal import order
+from fedtune.wire.seal import digest_beside, order
 from tests import chance
 from tests.guarantee.world import NAMES, Recorder, run
 from tests.private_evaluation_kit import APART, HELD_OUT, WILLING, log, world
@@ -311,8 +313,10 @@ def test_an_order_to_train_is_no_order_to_answer(trial: Callable[..., Trial]) ->
     site, key = FakeSite("a"), SigningKey()
     trial(site)
     site.prepare(make_study(), {}, key.public)
-    assert asks(order(key, "sha256:0:evaluation", 2, "", ""))["status"] == "answered"
-    assert asks(order(key, "sha256:0", 2, "", ""))["reason"] == FAILED
-    renamed = order(key, "sha256:0", 2, "", "") | {"plan": "sha256:0:evaluation"}
+    beside = digest_beside(bodies(to_record(encode(zeros(), "float32"))))
+    asked = partial(order, key, round_=2, nonce="", receipt="", beside=beside)
+    assert asks(asked("sha256:0:evaluation"))["status"] == "answered"
+    assert asks(asked("sha256:0"))["reason"] == FAILED
+    renamed = asked("sha256:0") | {"plan": "sha256:0:evaluation"}
     assert asks(renamed)["reason"] == FAILED
     assert site.asked == [2]

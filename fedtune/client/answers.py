@@ -137,7 +137,8 @@ def _sealed(place: Place, request: Request, kind: Order) -> Answer:
         order = request.tables["order"]
         digest, number = _plan_of(order["plan"], kind.suffix), int(str(order["round"]))
         site = site.of_run(digest)
-        check_order(order, site.coordinator_of(digest))
+        beside, table = bodies(request.arrays), request.tables.get("set")
+        check_order(order, site.coordinator_of(digest), beside, table)
         rule, nonce = site.site.policy.admission, str(order["nonce"])
         with site.room_to_answer():
             try:

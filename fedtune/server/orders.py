@@ -23,6 +23,7 @@ from fedtune.server.admission import Roster, before_asking
 from fedtune.server.exchange import Reply, ask
 from fedtune.server.store import Progress
 from fedtune.wire import codec, seal
+from fedtune.wire.arrays import bodies
 from fedtune.wire.keys import SigningKey
 
 TOLD_SECONDS = 10.0  # to hear that sites know that the study has ended
@@ -71,12 +72,12 @@ def exchange(
     shared = RecordDict(dict(order.said))
     if order.adapter:
         shared["adapter"] = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))
-    shared_bytes = size(shared)
+    shared_bytes, beside = size(shared), _digest_beside(shared)
     began, wait = time.monotonic(), progress.study.strategy.round_timeout
     told, held = list[str](), list[str]()  # who got the plan again just now; who waits
     while True:
         nonce, named = secrets.token_hex(16), {roster.nodes[name]: name for name in names}
-        orders = {node: _signed(key, order, name, nonce) for node, name in named.items()}
+        orders = {node: _signed(key, order, name, nonce, beside) for node, name in named.items()}
         contents = {
             node: RecordDict({"order": record, **shared}) for node, record in orders.items()
         }
@@ -126,10 +127,17 @@ def tell_finished(roster: Roster) -> None:
             pass
 
 
-def _signed(key: SigningKey, order: Order, name: str, nonce: str) -> ConfigRecord:
+def _digest_beside(shared: RecordDict) -> str:
+    """Digest what goes with an order, as a site reads it."""
+    adapter = shared.array_records.get("adapter")
+    return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))
+
+
+def _signed(key: SigningKey, order: Order, name: str, nonce: str, beside: str) -> ConfigRecord:
     receipt = order.receipt(name)
     text = json.dumps(receipt) if receipt else ""
-    return ConfigRecord(seal.order(key, order.plan, order.round, nonce, text, order.attempt))
+    signed = seal.order(key, order.plan, order.round, nonce, text, order.attempt, beside=beside)
+    return ConfigRecord(signed)
 
 
 def _header(progress: Progress, key: SigningKey, round_: int, name: str, nonce: str) -> seal.Header:

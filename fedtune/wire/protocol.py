@@ -22,7 +22,7 @@ from typing import Any
 from fedtune import __version__
 from fedtune.errors import Refused
 
-PROTOCOL = 4
+PROTOCOL = 5
 _RELEASE = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,31}")
 
 

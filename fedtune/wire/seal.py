@@ -114,22 +114,47 @@ def opened(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str
     return ledger
 
 
+def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
+    """sha256 over what goes with an order: an adapter's arrays, and a table of texts if there is
+    one."""
+    content = {"arrays": arrays_digest(arrays), "table": dict(table or {})}
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
 def order(
-    key: SigningKey, plan: str, round_: int, nonce: str, receipt: str, attempt: int = 0
+    key: SigningKey,
+    plan: str,
+    round_: int,
+    nonce: str,
+    receipt: str,
+    attempt: int = 0,
+    *,
+    beside: str,
 ) -> dict[str, Any]:
-    """Sign the coordinator's request for one round; attempt: at it, where there may be several."""
-    fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt}
+    """Sign the coordinator's request for one round; attempt: at it, where there may be several;
+    beside: the digest_beside of what goes with it."""
+    fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt, "beside": beside}
     fields |= {"attempt": attempt} if attempt else {}
     return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
 
 
-def check_order(message: Mapping[str, Any], public: str) -> None:
-    """Verify an order. Errors: SealError where it is not by the coordinator that sent the plan."""
-    fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt")}
+def check_order(
+    message: Mapping[str, Any],
+    public: str,
+    arrays: Mapping[str, bytes],
+    table: Mapping[str, Any] | None = None,
+) -> None:
+    """Verify an order, and then the arrays and the table that came with it.
+
+    Errors: SealError where it, or what came with it, is not the coordinator's that sent the
+    plan."""
+    fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt", "beside")}
     fields |= {"attempt": message["attempt"]} if "attempt" in message else {}
     signed = b"fedtune order\0" + canonical(fields)
     if not verifies(public, signed, str(message.get("signature"))):
         raise SealError("the order is not signed by the coordinator that sent the plan")
+    if fields["beside"] != digest_beside(arrays, table):
+        raise SealError("what came with the order is not what its coordinator signed")
 
 
 def sign_plan(key: SigningKey, digest: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import version_fields
 from fedtune.wire.requests import Answer, Request
-from fedtune.wire.seal import order, sign_plan
+from fedtune.wire.seal import digest_beside, order, sign_plan
 from tests.client.site_kit import begun, make_site, notes
 
 
@@ -55,9 +55,10 @@ class Asked:
         return answer(self.place, self.plan())
 
     def request(self, kind: Any = "train", round_: int = 1, suffix: str = "") -> Request:
-        signed = order(self.key, self.made.study.digest + suffix, round_, "0" * 32, "", 0)
-        arrays = encode(self.made.adapter, self.made.study.wire.adapter)
-        return Request(kind, {"order": signed}, pack_arrays(arrays))
+        arrays = pack_arrays(encode(self.made.adapter, self.made.study.wire.adapter))
+        about = self.made.study.digest + suffix, round_, "0" * 32, ""
+        signed = order(self.key, *about, beside=digest_beside(bodies(arrays)))
+        return Request(kind, {"order": signed}, arrays)
 
     def train(self, round_: int = 1) -> Answer:
         return answer(self.place, self.request(round_=round_))

@@ -32,9 +32,10 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
 from fedtune.server.admission import plan_message
 from fedtune.training.start import Start
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
-from fedtune.wire.seal import order
+from fedtune.wire.seal import digest_beside, order
 from tests.client.site_kit import begun
 
 SITE = """
@@ -181,8 +182,9 @@ class World:
         return f"{said['status']} {said['reason']}".strip()
 
     def train(self, round_: int) -> dict[str, Any]:
-        signed = ConfigRecord(order(COORDINATOR, self.made.study.digest, round_, "0" * 32, ""))
         adapter = to_record(encode(self.made.adapter, self.made.study.wire.adapter))
+        about, beside = self.made.study.digest, digest_beside(bodies(adapter))
+        signed = ConfigRecord(order(COORDINATOR, about, round_, "0" * 32, "", beside=beside))
         reply = self.ask("train", RecordDict({"order": signed, "adapter": adapter}))
         said = reply.content["site"]
         return {"status": said["status"], "events": said["events"], "reason": said["reason"]}

@@ -26,11 +26,11 @@ from fedtune.config import Site, load_site, study_from_json
 from fedtune.ledger.files import DATABASE
 from fedtune.registry import process_cache
 from fedtune.secagg.statement import parse, set_text
-from fedtune.wire.arrays import pack_arrays
+from fedtune.wire.arrays import bodies, pack_arrays
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.requests import Answer, Kind, Request, receive_answer, send
-from fedtune.wire.seal import order
+from fedtune.wire.seal import digest_beside, order
 
 SUFFIX: dict[Kind, str] = {"ready": ":ready", "masked": ":masked", "evaluate": ":evaluation"}
 
@@ -58,12 +58,13 @@ class Study:
         """Have every site do its work of round 1."""
         digest = self.study.digest + SUFFIX.get(kind, "")
         attempt = 1 if table else 0
-        tables: dict[str, Mapping[str, Any]] = {
-            "order": order(self._key, digest, 1, "0" * 32, "", attempt)
-        }
+        encoded = {} if kind == "masked" else encode(self.adapter, self.study.wire.adapter)
+        arrays = pack_arrays(encoded)
+        beside = digest_beside(bodies(arrays), table)
+        signed = order(self._key, digest, 1, "0" * 32, "", attempt, beside=beside)
+        tables: dict[str, Mapping[str, Any]] = {"order": signed}
         tables |= {"set": table} if table else {}
-        arrays = {} if kind == "masked" else encode(self.adapter, self.study.wire.adapter)
-        return self._ask(Request(kind, tables, pack_arrays(arrays)))
+        return self._ask(Request(kind, tables, arrays))
 
     def prepare(self) -> Iterator[str]:
         for answer in self._ask(Request("prepare", {"plan": self.plan}, pack_arrays(self.frozen))):

@@ -15,6 +15,7 @@ from fedtune.launch import ray
 from fedtune.launch.simulate import simulate
 from fedtune.server.admission import plan_message
 from fedtune.wire import seal
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from tests.secagg.world import lay_out
@@ -42,10 +43,10 @@ def test_a_worker_that_does_not_know_the_plan_gets_it_from_the_sites_context(tri
     key = SigningKey()
     assert ask("query.prepare", plan_message(study, {}, key))["admission"]["name"] == "b"
     run.sites[1].known = False  # another Ray worker
-    order = ConfigRecord(seal.order(key, study.digest, 1, "nonce", ""))
-    reply = ask(
-        "train", RecordDict({"order": order, "adapter": to_record(encode(zeros(), "float32"))})
-    )
+    adapter = to_record(encode(zeros(), "float32"))
+    beside = seal.digest_beside(bodies(adapter))
+    order = ConfigRecord(seal.order(key, study.digest, 1, "nonce", "", beside=beside))
+    reply = ask("train", RecordDict({"order": order, "adapter": adapter}))
     assert reply["site"]["status"] == "trained"
     assert run.sites[1].prepared == 2 and run.sites[0].prepared == 0
 

@@ -24,7 +24,7 @@ from fedtune.server.admission import Outcome, Roster, outcome, plan_message
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import UNREADABLE, Reply
 from fedtune.wire import seal
-from fedtune.wire.arrays import WireError, unpack_arrays
+from fedtune.wire.arrays import WireError, bodies, unpack_arrays
 from fedtune.wire.codec import GROWTH, decode, encode
 from fedtune.wire.keys import SigningKey
 from tests.fuzz.messages import Forge
@@ -149,8 +149,9 @@ def at_a_site(
     forge, grid = Forge(WANTED, seed, encoding), InProcessGrid([Path("a")], fedtune.client.app.app)
     context = Context(1, 2, {"site": "a"}, RecordDict(), {})
     plan = plan_message(STUDY, {}, COORDINATOR)
-    order = seal.order(COORDINATOR, STUDY.digest, 1, "nonce", "")
     adapter = to_record(encode(zeros(), encoding))
+    beside = seal.digest_beside(bodies(adapter))
+    order = seal.order(COORDINATOR, STUDY.digest, 1, "nonce", "", beside=beside)
     started = time.monotonic()
     for number in range(count):
         kind = forge.random.choice(["query.prepare", "train", "query.evaluate"])

@@ -57,8 +57,9 @@ from fedtune.secagg.draw import FOLDER as DRAWS
 from fedtune.secagg.statement import Ready, parse, set_text
 from fedtune.server.admission import plan_message
 from fedtune.training.start import Start
+from fedtune.wire.arrays import bodies
 from fedtune.wire.codec import encode
-from fedtune.wire.seal import order, receipt
+from fedtune.wire.seal import digest_beside, order, receipt
 from tests.guarantee.property_coupling import Coupling, Sum
 from tests.guarantee.property_disk import LimitedDisk
 from tests.guarantee.property_files import PREFIX, WRITERS, agreeing, write_opt_outs
@@ -281,18 +282,17 @@ class World:
             self._admitted = self._admitted or bool(admission.get("admitted"))
             return reply, size
         digest = made.study.digest + (":evaluation" if kind == "query" else "")
-        content = RecordDict(
-            {
-                "order": ConfigRecord(self._order(digest, round_)),
-                "adapter": to_record(encode(crafted(made, adapter), made.study.wire.adapter)),
-            }
-        )
+        arrays = to_record(encode(crafted(made, adapter), made.study.wire.adapter))
+        content = self._ordered(digest, round_, adapter=arrays)
         return self._sent("train" if kind == "train" else "query.evaluate", content)
 
-    def _order(self, digest: str, round_: int, attempt: int = 0) -> dict[str, Any]:
-        """An order as the coordinator signs it, with its receipt of the newest answer."""
+    def _ordered(self, digest: str, round_: int, attempt: int = 0, **beside: Any) -> RecordDict:
+        """An order as the coordinator signs it, with its receipt of the newest answer, and what
+        goes with it."""
         receipt = json.dumps(self._receipt) if self._receipt else ""
-        return order(COORDINATOR, digest, round_, "0" * 32, receipt, attempt)
+        signed = digest_beside(bodies(beside.get("adapter", {})), beside.get("set"))
+        about = order(COORDINATOR, digest, round_, "0" * 32, receipt, attempt, beside=signed)
+        return RecordDict({"order": ConfigRecord(about), **beside})
 
     def _ready(
         self, plan: int, round_: int, adapter: int | Crafted, attempt: int = 1
@@ -300,12 +300,11 @@ class World:
         """The site's first answer in a round whose sum alone is opened."""
         made = self.begun[plan]
         keys = [self._key, *(peer.public for peer in PEERS)]
-        records = {
-            "order": ConfigRecord(self._order(f"{made.study.digest}:ready", round_, attempt)),
-            "set": ConfigRecord({"asked": json.dumps(keys)}),
-            "adapter": to_record(encode(crafted(made, adapter), made.study.wire.adapter)),
-        }
-        reply, size = self._sent("train.ready", RecordDict(records))
+        arrays = to_record(encode(crafted(made, adapter), made.study.wire.adapter))
+        asked = ConfigRecord({"asked": json.dumps(keys)})
+        digest = f"{made.study.digest}:ready"
+        content = self._ordered(digest, round_, attempt, set=asked, adapter=arrays)
+        reply, size = self._sent("train.ready", content)
         self._stated.pop((plan, round_), None)
         if not reply.has_error() and reply.content["site"]["status"] == "ready":
             self._stated[plan, round_] = parse(reply.content["site"]["ready"])
@@ -321,11 +320,9 @@ class World:
             return None
         peers = set_with(mine, other)
         digest = f"{self.begun[plan].study.digest}:masked"
-        records = {
-            "order": ConfigRecord(self._order(digest, round_, mine.draw.attempt)),
-            "set": ConfigRecord({"statements": set_text([mine, *peers])}),
-        }
-        reply, size = self._sent("train.masked", RecordDict(records))
+        stated = ConfigRecord({"statements": set_text([mine, *peers])})
+        content = self._ordered(digest, round_, mine.draw.attempt, set=stated)
+        reply, size = self._sent("train.masked", content)
         if not reply.has_error() and reply.content["site"]["status"] == "masked":
             total = np.sort(opened(reply, mine, peers))
             whole = any(np.array_equal(total, noised) for noised in self.coupling.noised)

@@ -48,6 +48,12 @@ MUTANTS = (
         "how many plans are admitted before one fails tells how many records a ledger remembers",
     ),
     one(
+        "orders", "an-order-holds-for-any-adapter", "fedtune/wire/seal.py",
+        '    if fields["beside"] != digest_beside(arrays, table):\n', "    if False:\n",
+        "tests/server/test_apps.py::test_an_order_holds_for_what_its_coordinator_sent_with_it",
+        "the half on the network has rounds trained from adapters of its own",
+    ),
+    one(
         "resources", "studies-without-end-are-under-way", SITE,
         "            studies.check_number(self.home.folder, study)\n", "",
         "tests/client/test_admitted_plans.py::test_so_many_studies_are_under_way_at_most",

@@ -42,6 +42,7 @@ from fedtune.secagg.statement import Ready, StatementError, parse, parse_set, se
 from fedtune.server import exchange, rounds, store
 from fedtune.server.admission import plan_message
 from fedtune.wire import codec, seal
+from fedtune.wire.arrays import bodies
 from fedtune.wire.keys import SigningKey
 from tests.secagg.network import Killed, Network
 from tests.secagg.unit_sites import (
@@ -190,7 +191,8 @@ class World:
 
     def order(self, kind: str, round_: int, attempt: int, **records: Any) -> dict[str, Any]:
         plan = f"{self.study.digest}:{kind}"
-        signed = seal.order(self.key, plan, round_, "nonce", "", attempt)
+        beside = seal.digest_beside(bodies(records.get("adapter", {})), records.get("set"))
+        signed = seal.order(self.key, plan, round_, "nonce", "", attempt, beside=beside)
         return {"order": ConfigRecord(signed), **records}
 
     def ask_words(

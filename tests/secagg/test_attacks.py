@@ -262,10 +262,13 @@ def test_no_update_of_one_site_is_sent_in_such_a_study(world: World) -> None:
 
     from fedtune.flower.records import to_record
     from fedtune.wire import seal
+    from fedtune.wire.arrays import bodies
     from fedtune.wire.codec import encode
 
     adapter = to_record(encode({"u": np.zeros(8, np.float32)}, "float32"))
-    signed_order = ConfigRecord(seal.order(world.key, world.study.digest, 1, "nonce", ""))
+    beside = seal.digest_beside(bodies(adapter))
+    signed = seal.order(world.key, world.study.digest, 1, "nonce", "", beside=beside)
+    signed_order = ConfigRecord(signed)
     with world.at_work():
         got = world.network.tell("a", "train", {"order": signed_order, "adapter": adapter})
     assert got == "refused"

@@ -21,12 +21,12 @@ from fedtune.ledger.ledger import Ledger
 from fedtune.registry import process_cache
 from fedtune.secagg.statement import parse, set_text
 from fedtune.training.start import Start, start
-from fedtune.wire.arrays import pack_arrays
+from fedtune.wire.arrays import bodies, pack_arrays
 from fedtune.wire.codec import encode
 from fedtune.wire.keys import SigningKey
 from fedtune.wire.protocol import version_fields
 from fedtune.wire.requests import Answer, Request
-from fedtune.wire.seal import order, sign_plan
+from fedtune.wire.seal import digest_beside, order, sign_plan
 from tests.secagg.world import lay_out
 
 
@@ -57,7 +57,8 @@ class Round:
 
     def _ask(self, kind: Any, path: Path, table: dict[str, str], arrays: Any) -> Answer:
         plan = f"{self.made.study.digest}:{kind}"
-        signed = order(self.key, plan, 1, "0" * 32, "", self.attempt)
+        beside = digest_beside(bodies(arrays), table)
+        signed = order(self.key, plan, 1, "0" * 32, "", self.attempt, beside=beside)
         return answer(Place(str(path)), Request(kind, {"order": signed, "set": table}, arrays))
 
 

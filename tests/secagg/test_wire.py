@@ -38,7 +38,7 @@ ORDERS = {
     "query.prepare": {"plan", "frozen"},
 }
 SAID = {"train.ready": {"asked"}, "train.masked": {"statements"}}
-ORDER = {"plan", "round", "nonce", "receipt", "attempt", "signature"}
+ORDER = {"plan", "round", "nonce", "receipt", "beside", "attempt", "signature"}
 
 
 class Recorder(InProcessGrid):

@@ -19,6 +19,7 @@ import fedtune.client.answers
 import fedtune.client.app
 from fedtune.client.prepared import Admission, Unprepared, Update
 from fedtune.config import Encoding, Study
+from fedtune.files.room import Room
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
@@ -84,6 +85,10 @@ class FakeSite:
 
     def of_run(self, digest: str) -> FakeSite:
         return self
+
+    @property
+    def room(self) -> Room:
+        return Room(self.folder, self.size)
 
     def room_to_answer(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -47,8 +47,10 @@ SAID = {"status": "trained", "events": "[]"}
 
 
 def order(round_: int = 1, key: SigningKey = KEY) -> RecordDict:
-    record = ConfigRecord(seal.order(key, STUDY.digest, round_, "n", ""))
-    return RecordDict({"order": record, "adapter": to_record(encode(zeros(), "float32"))})
+    adapter = to_record(encode(zeros(), "float32"))
+    beside = seal.digest_beside(bodies(adapter))
+    record = ConfigRecord(seal.order(key, STUDY.digest, round_, "n", "", beside=beside))
+    return RecordDict({"order": record, "adapter": adapter})
 
 
 def known(**options: Any) -> FakeSite:
@@ -76,6 +78,18 @@ def test_train_gives_update_status_and_step_log_and_nothing_else(trial):
     fields = {"name", "status", "reason", "events", "header", "signature"}
     assert set(reply["site"]) == fields
     assert json.loads(reply["site"]["events"])[0]["steps"] == 1
+
+
+def test_an_order_holds_for_what_its_coordinator_sent_with_it(trial):
+    """Whoever holds the half on the network has no round trained from an adapter of its own, nor
+    with another table. Twin: what the coordinator sent."""
+    trial(known())
+    sent = order()
+    other = to_record(encode({name: a + 1 for name, a in zeros().items()}, "float32"))
+    for beside in ({"adapter": other}, {"set": ConfigRecord({"asked": "[]"})}):
+        reply = query("train", RecordDict({**sent, **beside}))
+        assert (reply["site"]["status"], reply["site"]["reason"]) == ("failed", FAILED)
+    assert query("train", sent)["site"]["status"] == "trained"
 
 
 @pytest.mark.parametrize(
