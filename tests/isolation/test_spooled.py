@@ -102,6 +102,7 @@ def test_a_site_takes_part_by_files_alone(tmp_path: Path, tiny_base: Path) -> No
         assert made.log("north").read_text().count("OPEN") == 0
 
 
+@pytest.mark.long
 def test_every_process_of_a_spooled_site_may_be_killed(tmp_path: Path, tiny_base: Path) -> None:
     """Each half, and what each half started, after a round of its own: the study goes to its end,
     and north is in each round."""
@@ -164,6 +165,7 @@ def test_a_command_without_a_network_starts_the_vault_for_each_request(
         check_started_for_each(made, tiny_base, *without_network())
 
 
+@pytest.mark.long
 def test_slurm_starts_the_vault_for_each_request(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +287,12 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+QUICK = ("once it is answered", "before it has its name")  # the others with `make chaos`
+
+
+@pytest.mark.parametrize(
+    "point", [p if p in QUICK else pytest.param(p, marks=pytest.mark.long) for p in POINTS]
+)
 def test_a_vault_that_is_killed_charges_once_and_answers_the_same(
     point: str, asked: Asked, spool: Spool
 ) -> None:
