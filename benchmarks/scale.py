@@ -34,6 +34,7 @@ from fedtune.client import secure_round
 from fedtune.client.prepared import Admission, Update
 from fedtune.config import Study
 from fedtune.dp.shared_noise import bits_of, joint_sigma, own_sigma
+from fedtune.files.room import Room
 from fedtune.flower.grid import InProcessGrid
 from fedtune.secagg import masks
 from fedtune.secagg.statement import Draw, Ready, parse_set, set_digest
@@ -66,6 +67,7 @@ class Site:
         self.home = SimpleNamespace(
             folder=ACTS, admitted=lambda digest: False
         )  # one audit log for all: a site has its own
+        self.room = Room(ACTS, SIZE)
         self.coordinator = ""
 
     def prepare(self, study: Study, frozen: Any, coordinator: str) -> Admission:
