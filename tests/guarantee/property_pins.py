@@ -411,6 +411,14 @@ LEAVING = replace(
     unit="a",
 )
 
+# Nobody could attest to an empty file; who attested to an earlier one is there, and stays.
+ATTESTED_BEFORE = replace(
+    LEAVING,
+    files={"records": (row("a", X), *own("bcdef", since=1))},
+    ops=(("prepare", 0), *rounds(0, 1, 1), ("files", 1), ("start",), *rounds(0, 2, 2)),
+    places=(replace(ORDINARY.places[0], sheet=True),),
+)
+
 # What two other patients took away counted those who withdrew between them.
 RECEIPTS = replace(
     ORDINARY,
@@ -503,6 +511,7 @@ PINNED = {
     "a-restart-after-a-new-row": ATTESTED,
     "a-restart-with-two-patients": TWO_PATIENTS,
     "a-unit-whose-rows-leave-the-file": LEAVING,
+    "a-file-that-nobody-could-attest-to": ATTESTED_BEFORE,
 }
 
 

@@ -40,7 +40,7 @@ from PIL import Image
 
 from fedtune.audit.bounds import gaussian_epsilon
 from fedtune.client.rank_process import team
-from fedtune.client.sheet import describe_data
+from fedtune.client.sheet import ATTESTED, _typed_hash, describe_data, load_sheet
 from fedtune.client.site import worker
 from fedtune.client.withdraw import withdraw
 from fedtune.config import load_site
@@ -171,14 +171,21 @@ class World:
             return self.ledger.key.public
 
     def _attest(self) -> None:
-        """Type a data sheet and attest the records as they are at first, where they can be read."""
+        """Type a data sheet and attest the records as they are at first, or where they cannot be
+        read, as they were before: nobody whose records were never attested joins a study."""
         for number, place in enumerate(self.case.places):
             if place.sheet:
                 path = self.folder / f"site-{number}.toml"
                 site = load_site(path)
                 sheet_path(site).write_text(f'{SHEET} = "Notes of a ward"\n')
-                with contextlib.suppress(FedtuneError):
+                try:
                     describe_data(site)
+                except FedtuneError:
+                    typed = load_sheet(site)
+                    assert typed is not None
+                    before = {"records": "", "sheet": _typed_hash(typed)}
+                    (site.site.state / ATTESTED).parent.mkdir(parents=True, exist_ok=True)
+                    (site.site.state / ATTESTED).write_text(json.dumps(before))
 
     def live(self) -> list[Seen]:
         with self.coupling.at_work(), self.disk.in_use(), contextlib.ExitStack() as stack:
