@@ -55,7 +55,8 @@ def test_sites_that_are_told_different_sets_open_nothing(world: World) -> None:
     assert all(world.ask_words(n, said[1:]) == "masked" for n in ("b", "c", "d"))
     exact = sum(world.draws[r.masking].waiting.total for r in said)
     mixed = centred(sum(words_of(world, r) for r in said))
-    assert np.abs(mixed - exact).min() > 2**16, "a's words open in no sum"
+    # Eight words of 32 bits: one is as near by chance in 8 of a million runs; opened, all are 0.
+    assert np.abs(mixed - exact).min() > 2**11, "a's words open in no sum"
     three = centred(sum(words_of(world, r) for r in said[1:]))
     assert (three == exact - world.draws[said[0].masking].waiting.total).all()
 
