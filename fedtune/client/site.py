@@ -365,7 +365,9 @@ class SiteWorker:
                 check_attempts(charges, study.digest, round_)
             within_budget(site, plan, charges, steps)
 
-        if study.continuous:
+        if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
+            if plan:
+                check_attempts(self.ledger.charges(self._dataset), study.digest, round_)
             reserved, spent = self.ledger.reserve_for(self._dataset, charge, slot, permit)
             data = self._with_budget_left(data, spent)
         else:

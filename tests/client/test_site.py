@@ -140,6 +140,34 @@ def test_a_plan_is_not_trained_from_as_many_adapters_as_a_coordinator_sends(
     worker.train(made.study.digest, 2, adapter(0))
 
 
+def test_a_round_of_a_study_with_a_schedule_is_not_ordered_without_end(
+    worker: SiteWorker, tiny_base: Path
+) -> None:
+    """Also where the budget of everybody there is used up: each order is an entry of the ledger.
+    Twin: another round."""
+    privacy = {"epsilon": 8.0, "noise_multiplier": 9.0, "delta": 1e-4, "unit": "patient"}
+    columns = {"prompt": "q", "completion": "a"}
+    made = begun(
+        tiny_base,
+        privacy=privacy,
+        schedule={"every": "1h"},
+        training={"learning_rate": 0.1, "local_steps": 1, "sampling_rate": 1.0},
+        evaluation={"path": "public.jsonl", "columns": columns},
+    )
+    worker.prepare(made.study, made.frozen)
+
+    def train(round_: int, number: int) -> None:
+        changed = {name: value + np.float32(number) for name, value in made.adapter.items()}
+        worker.train(made.study.digest, round_, changed)
+
+    for number in range(MOST_ATTEMPTS):
+        train(1, number)
+    with pytest.raises(BudgetExceeded, match=f"was paid for {MOST_ATTEMPTS} times"):
+        train(1, MOST_ATTEMPTS)
+    assert len(worker.ledger.charges("records")) == MOST_ATTEMPTS
+    train(2, 0)
+
+
 def test_a_study_whose_budget_is_spent_is_still_sent_again(
     worker: SiteWorker, tiny_base: Path
 ) -> None:

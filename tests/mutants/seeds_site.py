@@ -48,6 +48,12 @@ MUTANTS = (
         "how many plans are admitted before one fails tells how many records a ledger remembers",
     ),
     one(
+        "orders", "a-schedules-round-is-ordered-without-end", SITE,
+        "check_attempts(self.ledger.charges(self._dataset), study.digest, round_)", "pass",
+        T_SITE + "test_a_round_of_a_study_with_a_schedule_is_not_ordered_without_end",
+        "orders at no cost to anybody fill the ledger's room",
+    ),
+    one(
         "orders", "an-order-holds-for-any-adapter", "fedtune/wire/seal.py",
         '    if fields["beside"] != digest_beside(arrays, table):\n', "    if False:\n",
         "tests/server/test_apps.py::test_an_order_holds_for_what_its_coordinator_sent_with_it",
