@@ -344,7 +344,7 @@ def test_what_is_killed_leaves_no_process_and_starts_again(tmp_path: Path, tiny_
 DIES = """
 import os, signal
 from pathlib import Path
-from server import rounds
+from fedtune.server import rounds
 keep, take, choose = (getattr(rounds._Run, name) for name in ("_keep", "_take", "_choose"))
 def dies(run, tally):
     if tally.number == 2 and not Path("died").exists():
@@ -354,19 +354,19 @@ def dies(run, tally):
 rounds._Run._keep = dies
 """  # kill -9 once, when all have delivered round 2 and it is not kept yet
 COUNTS_TWICE = """
-def twice(run, name, reply, tally, nonce):
+def twice(run, tally, start, answer):
     once = run.strategy.add
-    if name == "east" and tally.number == 2 and Path("died").exists():
+    if answer.name == "east" and tally.number == 2 and Path("died").exists():
         run.strategy.add = lambda *update: [once(*update), once(*update)]
     try:
-        return take(run, name, reply, tally, nonce)
+        return take(run, tally, start, answer)
     finally:
         run.strategy.add = once
 rounds._Run._take = twice
 """  # an aggregator that counts an update once more where it is asked for again
 IS_CONTENT = """
 def least(run, tally):
-    run.asks = run.asks.model_copy(update={"min_sites": 2})
+    run.table = run.table.model_copy(update={"min_sites": 2})
     return [name for name in choose(run, tally) if name != "south" or tally.number != 3]
 rounds._Run._choose = least
 """  # a coordinator that goes on without a site
