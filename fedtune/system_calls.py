@@ -30,6 +30,10 @@ FIRST, SECOND, THIRD = 16, 24, 32  # and its arguments
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # Linux's numbers of the two
 
+# What is allowed by an argument.
+SOCKET: Numbers = (41, 198)
+SOCKETPAIR: Numbers = (53, 199)
+PRLIMIT: Numbers = (302, 261)
 # Refused to the vault, with the reason.
 NEVER: dict[str, Numbers] = {
     "ptrace": (101, 117),  # another process's memory, and its descriptors
@@ -47,7 +51,8 @@ NEVER: dict[str, Numbers] = {
 }
 # All that a process on the network needs, and that tells it nothing of others and changes nothing
 # of theirs. Not here, among others: how full disks and memory are (statfs, ustat, sysinfo, quotas),
-# who watches files (inotify, fanotify), whose files are and who may read them (chmod, chown, link,
+# who watches files (inotify, fanotify), which of them are in memory
+# (fadvise64, mincore, cachestat), whose files are and who may read them (chmod, chown, link,
 # utime, attributes), mounts, shares of the machine (affinity, scheduling, accounting), keyrings.
 OF_COURIER: dict[str, Numbers] = {
     # files, which Landlock bounds
@@ -59,7 +64,7 @@ OF_COURIER: dict[str, Numbers] = {
     **{"ftruncate": (77, 46), "getdents": (78, None), "getcwd": (79, 17), "chdir": (80, 49)},
     **{"fchdir": (81, 50), "rename": (82, None), "mkdir": (83, None), "rmdir": (84, None)},
     **{"creat": (85, None), "unlink": (87, None), "readlink": (89, None), "umask": (95, 166)},
-    **{"getdents64": (217, 61), "fadvise64": (221, 223), "openat": (257, 56)},
+    **{"getdents64": (217, 61), "openat": (257, 56)},
     **{"mkdirat": (258, 34), "newfstatat": (262, 79), "unlinkat": (263, 35)},
     **{"renameat": (264, 38), "readlinkat": (267, 78), "faccessat": (269, 48)},
     **{"fallocate": (285, 47), "dup3": (292, 24), "pipe2": (293, 59), "preadv": (295, 69)},
@@ -119,7 +124,7 @@ OF_COURIER_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
     "clock_getres": ((229, 114), FIRST, OWN_CLOCKS),
     "clock_nanosleep": ((230, 115), FIRST, OWN_CLOCKS),
     # Of this process alone: 0 is itself.
-    "prlimit64": ((302, 261), FIRST, (0,)),
+    "prlimit64": (PRLIMIT, FIRST, (0,)),
     "sched_getaffinity": ((204, 123), FIRST, (0,)),
     "sched_getparam": ((143, 121), FIRST, (0,)),
     "sched_getscheduler": ((145, 120), FIRST, (0,)),
@@ -142,7 +147,6 @@ COMPUTING_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
 }
 # Answered with 0: a process's number says how many there were before it.
 NAMELESS: dict[str, Numbers] = {"getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173)}
-SOCKET, SOCKETPAIR, PRLIMIT = (41, 198), (53, 199), (302, 261)
 KIND = 0xF  # of a socket, without the flags beside it
 
 
@@ -169,7 +173,7 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
 
 def filter_of_computing() -> Lines:
     """Write the filter of a process that makes no call that is not in COMPUTING."""
-    nameless = _start()[:0]
+    nameless: Lines = []
     for numbers in NAMELESS.values():
         nameless += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
     return _only(COMPUTING, COMPUTING_IF, nameless, REFUSE)

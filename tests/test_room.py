@@ -36,22 +36,22 @@ def room(tmp_path: Path) -> Room:
 
 def test_it_gives_way_while_the_block_runs(room: Room) -> None:
     for _ in range(2):
-        with room.given_up():
+        with room.give_up():
             assert kept(room) == room.size - room.of_an_answer
         found = (room.folder / ROOM).stat()
         assert found.st_size == room.size and found.st_blocks * 512 >= room.size, "no hole"
         assert found.st_mode & 0o777 == 0o600
-    with pytest.raises(ZeroDivisionError), room.given_up():
+    with pytest.raises(ZeroDivisionError), room.give_up():
         raise ZeroDivisionError
     assert kept(room) == room.size
 
 
 def test_it_is_shorter_by_as_much_as_the_ledger_is_long(room: Room) -> None:
     """Up to the length that is made up for; an answer's part stays whole beyond it."""
-    with room.given_up():
+    with room.give_up():
         (room.folder / LEDGER).write_bytes(bytes(40_960))
     assert kept(room) == room.size - 40_960
-    with room.given_up():
+    with room.give_up():
         assert kept(room) == room.size - 40_960 - room.of_an_answer
         (room.folder / LEDGER).write_bytes(bytes(room.of_the_ledger + 4096))
     assert kept(room) == room.of_an_answer
@@ -85,7 +85,7 @@ def test_what_the_disk_has_space_for_does_not_follow_from_the_ledger(
 
 def answered(room: Room) -> bool:
     try:
-        with room.given_up():
+        with room.give_up():
             return True
     except InfrastructureError:
         return False
@@ -97,9 +97,9 @@ def test_nothing_is_answered_on_a_disk_that_has_it_not(
     """Also where it is a quota, of which nothing is said before a file is made longer."""
     with monkeypatch.context() as patch:
         a_quota_of(room.size - 1, patch)
-        with pytest.raises(InfrastructureError, match="free space"), room.given_up():
+        with pytest.raises(InfrastructureError, match="free space"), room.give_up():
             raise AssertionError
-    with room.given_up():
+    with room.give_up():
         pass
     assert kept(room) == room.size
 
@@ -107,7 +107,7 @@ def test_nothing_is_answered_on_a_disk_that_has_it_not(
 def test_a_person_is_told_where_it_cannot_be_taken_back(
     room: Room, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with room.given_up():
+    with room.give_up():
         a_quota_of(room.size - 1, monkeypatch)
     assert "no order is answered until" in caplog.text
 

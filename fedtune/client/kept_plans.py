@@ -17,7 +17,7 @@ from fedtune.config import Site
 from fedtune.errors import FedtuneError, InputError, describe
 from fedtune.files import reading
 from fedtune.files.writing import replace
-from fedtune.ledger.files import outbox_prefix
+from fedtune.ledger.files import outbox_name
 from fedtune.wire.requests import Answer, Request
 from fedtune.wire.spool import MOST_FILE, decode_request
 
@@ -57,4 +57,4 @@ def find_asked(site: Site, request: Request) -> Request | None:
 
 
 def _path(folder: Path, digest: str) -> Path:
-    return folder / f"{outbox_prefix(digest)}.request"
+    return folder / f"{outbox_name(digest)}.request"

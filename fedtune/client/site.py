@@ -127,7 +127,7 @@ class SiteWorker:
         """Have room on the state folder's disk for what an order writes there, whatever else fills
         it, and however many records the ledger remembers. Errors: InfrastructureError, without
         which nothing is read, charged or sent."""
-        return self.room.given_up()
+        return self.room.give_up()
 
     def of_run(self, digest: str) -> SiteWorker:
         """Return the worker that pays for a plan: this one, unless its data is declared and it has

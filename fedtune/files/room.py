@@ -69,7 +69,7 @@ class Room:
         return free + _length(self.folder / ROOM) + self._ledger >= self.size + beside
 
     @contextmanager
-    def given_up(self) -> Iterator[None]:
+    def give_up(self) -> Iterator[None]:
         """Give up the room of an answer while the block writes there, and take it back.
 
         Errors: InfrastructureError, before the block, where the disk has not the whole room."""

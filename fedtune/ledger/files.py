@@ -18,13 +18,15 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from fedtune.errors import InfrastructureError
 from fedtune.files import reading
+from fedtune.files.room import LEDGER
 from fedtune.files.writing import create, replace
 from fedtune.wire.keys import SigningKey, canonical, verifies
 
 if TYPE_CHECKING:
     from fedtune.ledger.entries import Slot
 
-DATABASE, HEAD, RECEIPT, NEW = "ledger.db", "ledger.head", "ledger.receipt", "ledger.new"
+DATABASE = LEDGER  # the room beside it makes up for its length
+HEAD, RECEIPT, NEW = "ledger.head", "ledger.receipt", "ledger.new"
 KEY, SALT, OUTBOX, STEPS = "site.key", "salt", "outbox", "steps.jsonl"
 ASKED = "asked"  # beside a ledger: draws that wait for a person, a file each; 0600
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium

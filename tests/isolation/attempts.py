@@ -385,6 +385,13 @@ def watch_the_records(given: dict[str, Any]) -> None:
 
 
 @of(COURIER)
+def take_a_file_out_of_memory(given: dict[str, Any]) -> None:
+    """So that how long a later reading takes tells whether the other half has read it since."""
+    with Path(given["own"], "read").open("w+b") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@of(COURIER)
 def watch_the_whole_disk(given: dict[str, Any]) -> None:
     os.close(syscall(300 if X86 else 262, 0x200, 0))  # fanotify_init, by a file's name
 

@@ -82,8 +82,8 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-limits-the-vaults-memory", CALLS,
-        '"prlimit64": ((302, 261), FIRST, (0,)),',
-        '"prlimit64": ((302, 261), SECOND, range(16)),',
+        '"prlimit64": (PRLIMIT, FIRST, (0,)),',
+        '"prlimit64": (PRLIMIT, SECOND, range(16)),',
         T_COURIER, "memory that runs out where the half on the network wants it to",
     ),
     one(

@@ -84,7 +84,7 @@ MUTANTS = (
         "resources", "members-come-before-charges", "fedtune/client/site.py",
         (
             (
-                "return self.room.given_up()",
+                "return self.room.give_up()",
                 "return __import__('contextlib').nullcontext()",
             ),
             (

@@ -19,7 +19,7 @@ from typing import Any
 
 from fedtune.client.acceptance.figures import figures_of
 from fedtune.client.acceptance.judgement import Decision
-from fedtune.client.acceptance.models import opened, score_models
+from fedtune.client.acceptance.models import open_run, score_models
 from fedtune.client.acceptance.page import page
 from fedtune.config import AcceptanceTable, Site
 from fedtune.config.state_files import ACCEPTANCE, FIGURES, PAGE, RECORD
@@ -67,7 +67,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
 
     Errors: ConfigError (no [acceptance], or a threshold that does not fit the run), DataError,
     ModelError, LedgerError, InfrastructureError."""
-    run = run if isinstance(run, Run) else opened(run)
+    run = run if isinstance(run, Run) else open_run(run)
     if (table := site.acceptance) is None:
         raise ConfigError(
             "this site has not written down by what it judges a model",
@@ -79,7 +79,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     figures: dict[str, Any] = {"study": run.study.study.name, "site": site.site.name}
     figures |= figures_of(table, scored)
     figures["looks"] = looks(site.site.state, ledger.key.public, scored.held_out.keyed)
-    record = _signed(run, table, scored.held_out.keyed, figures, ledger.key)
+    record = _sign_record(run, table, scored.held_out.keyed, figures, ledger.key)
     content = canonical(record)
     folder = site.site.state / ACCEPTANCE / _name(record)
     AuditLog(ledger.folder, ledger.key).add(
@@ -95,7 +95,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     return Acceptance(figures["decision"], folder, figures)
 
 
-def _signed(
+def _sign_record(
     run: Run, table: AcceptanceTable, keyed: str, figures: dict[str, Any], key: SigningKey
 ) -> dict[str, Any]:
     """Compose the record of a decision, and sign it."""

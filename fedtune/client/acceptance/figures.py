@@ -73,7 +73,7 @@ def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
                 rows[measure.name] = judgement.overall[measure.name]._asdict() | higher
                 continue
             told = sample.of_measure(measure)
-            change = ours.resampled(measure) - sample.resampled(measure)
+            change = ours.resample(measure) - sample.resample(measure)
             if np.isnan(change).all():
                 bounds = [math.nan, math.nan]
             else:

@@ -69,7 +69,7 @@ class Sample:
         np.add.at(sums, self._unit, parts)
         return sums
 
-    def resampled(self, measure: Measure) -> Array:
+    def resample(self, measure: Measure) -> Array:
         """Compute the measure on RESAMPLES draws of as many patients, with replacement."""
         return resamples(self.sums(measure), measure)
 
@@ -151,7 +151,7 @@ def differences(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[Difference]:
     """Compare measures of two groups of patients, each at this confidence."""
-    halves = iter(_exchanged([m for m in measures if not m.share], group, others, level))
+    halves = iter(_exchange([m for m in measures if not m.share], group, others, level))
     found = []
     for measure in measures:
         one, other = (measure.figure(s.sums(measure).sum(axis=0)) for s in (group, others))
@@ -172,7 +172,7 @@ def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) ->
     return Difference(found, Interval(max(found - below, -1.0), min(found + above, 1.0)))
 
 
-def _exchanged(
+def _exchange(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[float]:
     """Return for each measure how large a difference is, at this confidence, between as many
@@ -195,7 +195,7 @@ def _exchanged(
 def _choices(n: int, size: int, draws: int) -> Iterable[Array]:
     """Draw so often which `size` of n patients are a group: ones and zeros, block by block."""
     few = n * draws <= 4 * BLOCK
-    return [_kept_choice(n, size, draws)] if few else _choice(n, size, draws)
+    return [_cached_choice(n, size, draws)] if few else _choice(n, size, draws)
 
 
 def _choice(n: int, size: int, draws: int) -> Iterator[Array]:
@@ -208,5 +208,5 @@ def _choice(n: int, size: int, draws: int) -> Iterator[Array]:
 
 
 @lru_cache(maxsize=4)  # of groups of one size
-def _kept_choice(n: int, size: int, draws: int) -> Array:
+def _cached_choice(n: int, size: int, draws: int) -> Array:
     return np.concatenate([*_choice(n, size, draws)])

@@ -91,19 +91,21 @@ def judge(
     units: of each record, which patient it is of, (n,); groups: by column, each record's value;
     labels: the classes. Errors: ConfigError (a threshold of what these records do not have)."""
     known = measures_of(scores, labels)
-    named = _named(table, known)
+    named = _list_bounds(table, known)
     everybody = Sample(scores, units)
     overall = {name: everybody.of_measure(measure) for name, measure in known.items()}
     judged = [
-        _judged(known[name], bound, overall[name], _few(known[name], everybody, known, table))
+        _judge_one(
+            known[name], bound, overall[name], _too_few(known[name], everybody, known, table)
+        )
         for name, bound in named.items()
     ]
-    compared, level = _compared(table, scores, units, groups, known, named)
-    judged += _bounded(table, known, compared)
-    return Judgement(_together(judged), judged, compared, level, overall)
+    compared, level = _compare_groups(table, scores, units, groups, known, named)
+    judged += _judge_groups(table, known, compared)
+    return Judgement(_combine(judged), judged, compared, level, overall)
 
 
-def _named(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[str, float]:
+def _list_bounds(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[str, float]:
     """Return the bounds by measure. Errors: ConfigError."""
     named: dict[str, float] = {str(name): bound for name, bound in table.thresholds.items()}
     named |= {RECALL + name: bound for name, bound in table.recall.items()}
@@ -116,14 +118,14 @@ def _named(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[str, fl
     return named
 
 
-def _together(judged: Sequence[Judged]) -> Decision:
+def _combine(judged: Sequence[Judged]) -> Decision:
     decisions = {one.decision for one in judged}
     if "refused" in decisions:
         return "refused"
     return "accepted" if decisions == {"accepted"} else "not resolved"
 
 
-def _few(
+def _too_few(
     measure: Measure, sample: Sample, known: Mapping[str, Measure], table: AcceptanceTable
 ) -> str:
     """Say why nothing follows from a measure of these records; "" where something may."""
@@ -148,7 +150,7 @@ def _few(
     return ""
 
 
-def _judged(measure: Measure, bound: float, found: Measured, few: str) -> Judged:
+def _judge_one(measure: Measure, bound: float, found: Measured, few: str) -> Judged:
     low, high = found.interval
     sign = 1 if measure.higher_is_better else -1
     decision: Decision = "not resolved"
@@ -162,7 +164,7 @@ def _judged(measure: Measure, bound: float, found: Measured, few: str) -> Judged
     return Judged(measure.name, "", bound, found.figure, found.interval, decision, why)
 
 
-def _compared(
+def _compare_groups(
     table: AcceptanceTable,
     scores: Scores,
     units: np.ndarray,
@@ -183,8 +185,8 @@ def _compared(
             group, others = (Sample(scores, units, at) for at in (cells == value, cells != value))
             resolved: dict[int, Measure] = {}
             for measure in measures:
-                few = _few(measure, group, known, table)
-                if not few and (few := _few(measure, others, known, table)):
+                few = _too_few(measure, group, known, table)
+                if not few and (few := _too_few(measure, others, known, table)):
                     few = f"of all others {few}"
                 if not few:
                     resolved[len(rows)] = measure
@@ -206,7 +208,7 @@ def _compared(
     return rows, level
 
 
-def _bounded(
+def _judge_groups(
     table: AcceptanceTable, known: Mapping[str, Measure], compared: Sequence[Compared]
 ) -> list[Judged]:
     """Judge how much worse each resolved group is, where the site bounds it."""

@@ -34,7 +34,7 @@ class Scored:
     not_scored: dict[str, str] = field(default_factory=dict)
 
 
-def opened(folder: Path | str) -> Run:
+def open_run(folder: Path | str) -> Run:
     """Open a run, or the run in a dossier. Errors: InputError, ConfigError."""
     inside = Path(folder) / RUN
     return Run(inside if (inside / "plan.json").is_file() else folder)
@@ -50,7 +50,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
         read.append(read_held_out(table, site, run.study, network, ledger))
         return read[0].dataset
 
-    asked = _asked(table, run.study)
+    asked = _describe_records(table, run.study)
     evaluator, trained = evaluator_of(run, asked, held_out)
     scores = {MODEL: evaluator.scores(trained)}
     labels = _labels(run.study, asked)
@@ -62,8 +62,8 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
     else:
         found.not_scored[START] = _no_start(run)
     if table.alone is not None:
-        own = opened(table.alone)
-        if (of_own := _labels(own.study, _asked(table, own.study))) != labels:
+        own = open_run(table.alone)
+        if (of_own := _labels(own.study, _describe_records(table, own.study))) != labels:
             raise ConfigError(
                 f"{table.alone}: its classes are other ones than this model's",
                 f"{len(labels)} of the same names and order, and it has {len(of_own)}",
@@ -71,7 +71,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
             )
         reader, adapter = evaluator_of(
             own,
-            _asked(table, own.study),
+            _describe_records(table, own.study),
             lambda network: read_held_out(table, site, own.study, network, ledger).dataset,
         )
         scores[ALONE] = reader.scores(adapter)
@@ -85,7 +85,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
     return found
 
 
-def _asked(table: AcceptanceTable, study: Study) -> EvaluationTable:
+def _describe_records(table: AcceptanceTable, study: Study) -> EvaluationTable:
     """Describe the records as an evaluation of this study's kind does."""
     record_format = resolve(study.objective).record_format
     choices = study.evaluation.choices if study.evaluation else ()

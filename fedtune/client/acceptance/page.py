@@ -189,7 +189,7 @@ def _groups(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         found = ("differs, worse" if one["worse"] else "differs") if one["found"] else "not found"
         of = f"{_told(group)}, of {group['patients']}"
-        less = f"{_signed(told['figure'])} {_interval(told['interval'], signed=True)}"
+        less = f"{_with_sign(told['figure'])} {_interval(told['interval'], signed=True)}"
         rows.append([of_group, one["measure"], of, less, found])
     head = ["Group", "Figure", "In the group (95 %)", "Less all others", "A difference"]
     blocks = [_table("Each group beside all others", head, rows)]
@@ -305,19 +305,19 @@ def _told(found: Mapping[str, Any]) -> str:
 
 
 def _changed(found: Mapping[str, Any]) -> str:
-    return f"{_signed(found['change'])} {_interval(found['change_interval'], signed=True)}"
+    return f"{_with_sign(found['change'])} {_interval(found['change_interval'], signed=True)}"
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _signed(value: float | None) -> str:
+def _with_sign(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"
 
 
 def _interval(bounds: Sequence[float | None], *, signed: bool = False) -> str:
-    low, high = ((_signed if signed else _number)(bound) for bound in bounds)
+    low, high = ((_with_sign if signed else _number)(bound) for bound in bounds)
     return f"({low} to {high})"
 
 
@@ -338,7 +338,7 @@ def _pictures(figures: Mapping[str, Any]) -> str:
         first = next(iter(dict.fromkeys(one["measure"] for one in shown)))
         rows = [one for one in shown if one["measure"] == first]
         alt = "; ".join(
-            f"{one['column']} = {one['value']}: {_signed(one['difference']['figure'])} "
+            f"{one['column']} = {one['value']}: {_with_sign(one['difference']['figure'])} "
             f"{_interval(one['difference']['interval'], signed=True)}"
             for one in rows
         )
