@@ -76,6 +76,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         )
     key = unit_member(patient.strip())
     tables = [table for table in (site.data, site.evaluation) if table]
+    if (judged := site.acceptance) and judged.columns.patient:
+        tables += [judged] if judged.url or judged.path.exists() else []
     datasets = {table.name for table in tables if ledger.holds(table.name, key)}
     in_file: int | None = None
     try:

@@ -65,12 +65,15 @@ def writable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def private(site: Site) -> Iterator[Path]:
-    """List what a site's courier must not read: its state and ledger, where its records and
-    held-out records are, what opens their databases, and the files that stand beside them."""
+    """List what a site's courier must not read: its state and ledger, where its records and both
+    kinds of held-out records are, what opens their databases, the files that stand beside them, and
+    a model that the site trained alone, which no ε covers."""
     yield site.site.state
     if site.site.ledger:
         yield site.site.ledger
-    for table in filter(None, (site.data, site.evaluation)):
+    if site.acceptance and site.acceptance.alone:
+        yield site.acceptance.alone
+    for table in filter(None, (site.data, site.evaluation, site.acceptance)):
         if table.url is None:
             yield table.path
         elif kind_of(table.url) in FILES:

@@ -68,6 +68,25 @@ def test_a_receipt_names_entry_and_releases_and_no_patient(world: Path) -> None:
     assert checked.exit_code == 0 and "stands" in checked.output
 
 
+ACCEPTANCE = """
+[acceptance]
+path = "judged.jsonl"
+columns = { text = "q", patient = "who" }
+thresholds = { loss = 1.0 }
+"""
+
+
+def test_who_is_only_judged_on_may_withdraw(world: Path) -> None:
+    """Twins: somebody who is nowhere; a file of them that is not there stops nobody else."""
+    (world / "site.toml").write_text(SITE + ACCEPTANCE)
+    assert withdraw(keys="b\n").exit_code == 0
+    (world / "judged.jsonl").write_text(json.dumps({"who": "judged", "q": "cough"}) + "\n")
+    assert withdraw(keys="judged\n").exit_code == 0
+    assert withdraw(keys="nobody\n").exit_code == 2
+    ledger = Ledger(world / "state")
+    assert set(ledger.withdrawn()) == {ledger.hashed(unit_member(who)) for who in ("b", "judged")}
+
+
 TELLS_APART = ("time", "unit", "signature")
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from fedtune import isolation, system_calls
 from fedtune.bases import find
-from fedtune.config import ConsentTable, SiteEvaluation, load_site
+from fedtune.config import AcceptanceTable, ConsentTable, SiteEvaluation, load_site
 from fedtune.config.known_bases import KNOWN
 from fedtune.courier import process
 from fedtune.courier.process import open_to_courier, private
@@ -247,18 +247,26 @@ def test_a_librarys_words_stay_in_the_vaults_own_log() -> None:
 
 
 def test_a_courier_is_kept_from_all_that_is_private(tmp_path: Path) -> None:
-    """Held-out records, a database's file, a run's ledger, who opted out and the salt, too."""
+    """Held-out records, a model of the site's alone, a database's file, a run's ledger, who opted
+    out and the salt, too."""
     site = load_site(a_site(tmp_path))
     held_out = SiteEvaluation(path=tmp_path / "held.jsonl", columns=site.data.columns)
+    accepted = AcceptanceTable(
+        path=tmp_path / "judged.jsonl",
+        columns=site.data.columns,
+        thresholds={"loss": 1.0},
+        alone=tmp_path / "own-run",
+    )
     consent = ConsentTable(
         opt_outs=tmp_path / "out.txt", hashing="salted-sha256", salt_file=tmp_path / "salt.txt"
     )
     url = f"sqlite:///{tmp_path}/clinic.db"
     data = site.data.model_copy(update={"url": url, "consent": consent})
     table = site.site.model_copy(update={"ledger": tmp_path / "book"})
-    site = site.model_copy(update={"data": data, "site": table, "evaluation": held_out})
-    names = {path.name for path in private(site)}
-    assert names == {"state", "book", "clinic.db", "out.txt", "salt.txt", "held.jsonl"}
+    tables = {"data": data, "site": table, "evaluation": held_out, "acceptance": accepted}
+    names = {path.name for path in private(site.model_copy(update=tables))}
+    kept_from = {"state", "book", "clinic.db", "out.txt", "salt.txt", "held.jsonl"}
+    assert names == kept_from | {"judged.jsonl", "own-run"}
 
 
 SECRET = "a-password-of-the-records"

@@ -161,9 +161,15 @@ MUTANTS = (
     ),
     one(
         "isolation", "held-out-records-are-forgotten", COURIER,
-        "filter(None, (site.data, site.evaluation))", "filter(None, (site.data,))",
+        "(site.data, site.evaluation, site.acceptance)", "(site.data, site.acceptance)",
         T_HALVES + "test_a_courier_is_kept_from_all_that_is_private",
         "a second dataset lies where the courier reads its code, and nobody is told",
+    ),
+    one(
+        "isolation", "records-of-an-acceptance-are-forgotten", COURIER,
+        "(site.data, site.evaluation, site.acceptance)", "(site.data, site.evaluation)",
+        T_HALVES + "test_a_courier_is_kept_from_all_that_is_private",
+        "held-out patients lie where the courier reads its code, and nobody is told",
     ),
     one(
         "isolation", "the-courier-inherits-the-databases-password", "fedtune/processes.py",
