@@ -134,6 +134,12 @@ class SiteData(DataFile):
     filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
     consent: ConsentTable | None = None
     scan: ScanTable | None = None  # for identifiers; None: no record is scanned
+    _declared_size: int = PrivateAttr(default=0)  # of the site whose records these are; 0: of none
+
+    @property
+    def declared_size(self) -> int:
+        """The site's declared number of units, which is public; 0 where no site has this table."""
+        return self._declared_size
 
     @model_validator(mode="after")
     def _check_source(self) -> SiteData:
@@ -403,4 +409,6 @@ class Site(Table):
             )
         if self.site.ledger and not self.data.declared:
             raise ValueError("site.ledger: private data is paid from the ledger in site.state")
+        for table in filter(None, (self.data, self.evaluation, self.acceptance)):
+            table._declared_size = self.site.declared_size
         return self

@@ -9,7 +9,8 @@ of them, and ends. It is confined before the plug-in is imported (isolation.only
 Guarantee: what comes of a unit's rows follows from those rows and public settings. Neither memory
 nor a file, a process, a clock or a count passes from the conversion of one unit to that of another.
 Whatever goes wrong in a child, that unit is empty, and no other (docs/guarantee.md says what is not
-covered)."""
+covered). How many children a reading has follows from how many units its site declares, where
+there are at most a quarter more (`count_children`)."""
 
 from __future__ import annotations
 
@@ -47,11 +48,14 @@ class Unconverted(Exception):
 class Conversion:
     """The conversions of one plug-in, for a `with` block in which a site's rows are read.
 
+    declared_size: units of the site whose whole dataset is read; when the block ends, children
+    without rows make up for units that are not there.
     Errors: ConfigError where the plug-in is not installed or does not take its options;
     InfrastructureError where this machine cannot confine it. Both before a row is passed."""
 
-    def __init__(self, table: ConvertTable) -> None:
-        self._table = table
+    def __init__(self, table: ConvertTable, declared_size: int = 0) -> None:
+        self._table, self._declared_size = table, declared_size
+        self._units = 0  # for which a child was forked
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -65,6 +69,8 @@ class Conversion:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is None:
+            self._make_up()
         self._stop()
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
@@ -77,6 +83,17 @@ class Conversion:
         except (ValueError, RecursionError):  # too long, or not of these types
             raise Unconverted from None
 
+    def _make_up(self) -> None:
+        """Run children without rows, until as many ran in all as `count_children` says."""
+        if self._units > count_children(0, self._declared_size) > 0:
+            log.warning(
+                "the records hold more units than site.declared_size allows for, so that how many "
+                "processes convert them tells of it; to do: declare a larger round figure"
+            )
+        for _ in range(count_children(self._units, self._declared_size) - self._units):
+            with suppress(Unconverted):
+                self._convert(b"")
+
     def _convert(self, given: bytes) -> bytes:
         """Return what a child made of these bytes. Errors: Unconverted if it did not end well."""
         if self._control is None:  # the process that forks was killed, for want of memory
@@ -88,6 +105,7 @@ class Conversion:
         assert self._control is not None
         rows, results = _Pipe(), _Pipe()
         self._control.settimeout(SECONDS)
+        self._units += bool(given)
         try:
             socket.send_fds(self._control, [b"?"], [rows.reading, results.writing])
             rows.close_reading()
@@ -162,6 +180,20 @@ class Conversion:
                 self._process.kill()
                 self._process.wait()
         self._control, self._process = None, None
+
+
+def count_children(units: int, declared_size: int) -> int:
+    """Count the children of a reading of so many units, at a site that declares `declared_size`: a
+    quarter more than that, and twice or four times as many where there are more units.
+
+    >>> count_children(0, 200), count_children(250, 200), count_children(251, 200)
+    (250, 250, 500)
+
+    0 declared, since these are not all records of a site: one for each unit."""
+    children = declared_size + declared_size // 4
+    while 0 < children < units:
+        children *= 2
+    return children or units
 
 
 class _Pipe:

@@ -154,7 +154,8 @@ def read_file(
     reading = _Reading(file, unit, labelled)
     names, keep = Names(file.where, keys_of(file)), kept_of(file)
     count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
-    with converting(file) as convert:
+    declared_size = file.declared_size if isinstance(file, SiteData) else 0
+    with converting(file, declared_size) as convert:
         waiting: dict[str, list[tuple[Place, Row]]] = {}
         for place, row in site_rows(file, names, strict):
             count += 1
@@ -282,14 +283,15 @@ Convert = Callable[[Sequence[Row]], "list[Row] | None"]
 
 
 @contextmanager
-def converting(file: DataFile) -> Iterator[Convert | None]:
+def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | None]:
     """Start what converts each unit's rows before they are read; None where a site names nothing.
+    declared_size: as of Conversion.
 
     Errors: ConfigError, InfrastructureError as of Conversion."""
     if not isinstance(file, SiteData) or file.convert is None:
         yield None
         return
-    with Conversion(file.convert) as conversion:
+    with Conversion(file.convert, declared_size) as conversion:
         yield per_unit(conversion, dict)
 
 
@@ -307,11 +309,13 @@ def count_otherwise_alone(file: SiteData, sample: int) -> int:
             if key not in units and len(units) == sample:
                 break
             units.setdefault(key, []).append(row)
+    # Where there are fewer units, as many processes are started all the same.
+    tried = [*units.values(), *([] for _ in range(sample - len(units)))]
     with converting(file) as convert:
         assert convert is not None
-        together = [convert(rows) for rows in units.values()]
+        together = [convert(rows) for rows in tried]
     otherwise = 0
-    for rows, expected in zip(units.values(), together, strict=True):
+    for rows, expected in zip(tried, together, strict=True):
         with converting(file) as convert:
             assert convert is not None
             otherwise += convert(rows) != expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,12 @@ from PIL import Image
 from fedtune import system_calls
 from fedtune.client import studies
 from fedtune.client.before_joining import check_before_joining
-from fedtune.config import Columns, SiteData, load_site
+from fedtune.config import Columns, Site, SiteData, load_site
 from fedtune.config.site import ConvertTable
 from fedtune.data import conversion
 from fedtune.data.conversion import Conversion, Unconverted
 from fedtune.data.per_unit import per_unit
-from fedtune.data.records import Read, content_of, read_file
+from fedtune.data.records import Read, content_of, count_otherwise_alone, read_file
 from fedtune.data.sources import Row
 from fedtune.data.typed_rows import BYTES, given_bytes, given_rows, returned_bytes, returned_rows
 from fedtune.errors import ConfigError, DataError, InfrastructureError
@@ -109,7 +110,7 @@ def without_z(rows: Sequence[Row]) -> list[Row]:
 class InThisProcess:
     """The twin: the same conversion, in the process that reads the records, unit after unit."""
 
-    def __init__(self, table: ConvertTable) -> None:
+    def __init__(self, table: ConvertTable, declared_size: int = 0) -> None:
         self._convert = hostile.Hostile(**table.options).convert  # type: ignore[arg-type]
 
     def __enter__(self) -> InThisProcess:
@@ -299,6 +300,75 @@ def test_the_process_that_forks_is_started_again(tmp_path: Path) -> None:
         assert convert([{"t": "c"}]) == [{"t": "C", "image": None}]
         forking = convert._process
     assert forking.poll() is not None
+
+
+# ------------------------------------------------------------------- how many children there are
+
+
+def count_forked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, declared_size: int, rows: Sequence[Row]
+) -> int:
+    """Count the children of a reading at a site, each of which is told of by one message."""
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {"path": str(folder / "data.jsonl"), "columns": {"text": "t", "patient": "who"}}
+    site = Site.model_validate(
+        {
+            "site": {"name": "a", "declared_size": declared_size, "state": str(folder)},
+            "data": {**table, "convert": {"name": "plain"}},
+        },
+        strict=False,
+    )
+    told: list[object] = []
+    with monkeypatch.context() as patched:
+        send = socket.send_fds
+        patched.setattr(
+            conversion.socket, "send_fds", lambda *given: told.append(given) or send(*given)
+        )
+        read_file(site.data, unit="patient", strict=False)
+    return len(told)
+
+
+TOO_LONG: Row = {"who": "d", "t": "x" * (BYTES + 1)}
+
+
+@pytest.mark.parametrize("rows", [[], ROWS[1:2], ROWS, [*ROWS, TOO_LONG], [*ROWS, *ROWS]])
+def test_how_many_children_there_are_is_a_public_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Row]
+) -> None:
+    """Each takes a number of the machine's, by which every account of it can count them. One more
+    has the plug-in take its options."""
+    assert count_forked(tmp_path, monkeypatch, 4, rows) == 1 + 5
+
+
+def test_without_making_up_they_are_as_many_as_the_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin."""
+    monkeypatch.setattr(Conversion, "_make_up", lambda self: None)
+    assert count_forked(tmp_path, monkeypatch, 4, ROWS[1:2]) == 1 + 1
+    assert count_forked(tmp_path, monkeypatch, 4, ROWS) == 1 + 4
+
+
+def test_who_declares_too_few_units_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert count_forked(tmp_path, monkeypatch, 2, ROWS[:3]) == 1 + 4
+    assert "declare a larger round figure" in caplog.text
+
+
+def test_a_sample_is_of_as_many_processes_whoever_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+    start = Conversion._start
+    monkeypatch.setattr(Conversion, "_start", lambda self: started.append(self) or start(self))
+    for rows in (ROWS[1:2], ROWS):
+        (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        columns, table = Columns(text="t", patient="who"), ConvertTable(name="plain")
+        data = SiteData(path=tmp_path / "data.jsonl", columns=columns, convert=table)
+        started.clear()
+        assert count_otherwise_alone(data, 4) == 0
+        assert len(started) == 1 + 4
 
 
 # -------------------------------------------------------------------------------- what it is for

@@ -42,6 +42,12 @@ MUTANTS = (
         "a pipe has a time and a number that is counted up: how long the earlier units took",
     ),
     one(
+        "units", "as-many-children-as-units", CONVERSION,
+        "            self._make_up()\n", "            pass\n",
+        T_CONVERSION + "test_how_many_children_there_are_is_a_public_number",
+        "every account of the machine counts a site's units by the numbers of its processes",
+    ),
+    one(
         "units", "a-child-waits-until-a-time", CALLS,
         '"futex": ((202, 98), SECOND, (1, 129)),',
         '"futex": ((202, 98), SECOND, (1, 128, 129, 393)),',
