@@ -17,7 +17,7 @@ import numpy as np
 
 from fedtune.client.acceptance.judgement import Judgement, judge
 from fedtune.config import AcceptanceTable
-from fedtune.evaluation.metrics import Scores
+from fedtune.registry.scores import Scores
 
 CLASSES = ("a", "b", "c", "d", "e")
 WARDS = {"north": 200, "south": 152, "west": 40, "east": 8}

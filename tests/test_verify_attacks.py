@@ -160,9 +160,17 @@ def test_a_study_with_a_schedule_and_a_rollback(tmp_path: Path, tiny_base: Path)
     key = SigningKey.at(home / "signing.key")
     launch.simulate(load_study(study), [load_site(path) for path in sites], run, rounds=3, key=key)
     found = verify(run)
-    assert found.sites and found.not_signed
+    assert found.sites and found.not_signed and sum(found.verdicts.values()) == 3
     sign.carry(run, tmp_path / "model")
     assert verify(tmp_path / "model").exported
+    assert verify(tmp_path / "model").verdicts == found.verdicts
+    index = run / "versions" / "index.json"
+    decided = index.read_text()
+    index.write_text(decided.replace('"better"', '"not better"', 1))
+    assert index.read_text() != decided
+    with pytest.raises(NotGenuine, match="says otherwise than the signed report"):
+        verify(run)
+    index.write_text(decided)
     assert release(run, tmp_path / "dossier").epsilon == found.epsilon
     link = tmp_path / "dossier" / "run" / "adapter"
     link.unlink()

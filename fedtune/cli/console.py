@@ -213,15 +213,15 @@ def versions_table(index: Index) -> Table:
         table.add_column(head, no_wrap=True)
     for head in ("value", "against", "p", "look"):
         table.add_column(head, justify="right", no_wrap=True)
-    for head in ("public", "decision"):
-        table.add_column(head, no_wrap=True)
+    table.add_column("public", no_wrap=True)
+    table.add_column("decision", overflow="fold")
     for v in index.versions:
         mark = " ←" if v.number == index.champion else ""
         other = "–" if v.champion is None else f"{short(v.champion_value)} ({v.champion})"
         at = v.at[:16].replace("T", " ") or "–"
         look = "–" if v.look is None else str(v.look)
         row = [f"{v.number}{mark}", at, short(v.value), other, short(v.p), look]
-        row += [v.public[:8] or "–", v.decision]
+        row += [v.public[:8] or "–", f"{v.decision}: {v.why}" if v.why else v.decision]
         table.add_row(*(escape(printable(cell)) for cell in row))
     return table
 

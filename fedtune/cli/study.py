@@ -4,6 +4,7 @@ those that run it say."""
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -124,20 +125,33 @@ def say_looks(console: Console, study: Study) -> None:
     on as many public records as there are now; nothing of them where they cannot be read here."""
     if study.schedule is None or study.evaluation is None:
         return
-    from fedtune.data.records import read_records
-    from fedtune.evaluation.metrics import least_gain
+    from fedtune.data.groups import groups_of_file
     from fedtune.registry.metrics import METRICS
+    from fedtune.report.paired import CHANGED, LEAST_GROUP, least_gain
 
     table, file, records = study.schedule, study.evaluation, 0
+    groups = dict[str, Counter[str]]()
     with suppress(DataError):
-        records = len(read_records(file, unit="record", labelled=True)[0])
+        records, groups = groups_of_file(file, tuple(table.groups))
     line = f"a version is released at p at most {table.threshold:.2g}, in {table.looks} looks at "
     line += f"the {records:,} public records" if records else "a public file"
     line += f"; one that is no better in at most one study in {1 / table.alpha:.0f}"
+    line += f", for each of at most {table.files} such files"
+    sizes = [
+        (number, margin)
+        for column, margin in table.groups.items()
+        for number in groups.get(column, {}).values()
+    ]
+    judged = [(number, margin) for number, margin in sizes if number >= LEAST_GROUP]
     if records and METRICS[file.metric].share:
-        gain = least_gain(records, table.threshold)
-        line += f"; a gain of {100 * gain:.0f} points is found four times in five, if the two "
-        line += "versions differ about a fifth of the records"
+        gain = least_gain(records, table.threshold, table.margin, judged)
+        found = f"a gain of {100 * gain:.0f} points is" if gain <= 1 else "no gain is"
+        line += f"; {found} found four times in five, if the two versions differ about "
+        line += f"{CHANGED:.0%} of the records"
+        if judged and gain > least_gain(records, table.threshold, table.margin):
+            line += ", since groups must be shown not to be worse: on fewer records that needs more"
+    if few := len(sizes) - len(judged):
+        line += f"; {few} groups of fewer than {LEAST_GROUP} records decide nothing"
     console.print(line, highlight=False, markup=False)
 
 

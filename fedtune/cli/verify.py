@@ -194,6 +194,9 @@ def _lines(found: Verified) -> str:
         lines.append("             sites' records made of it, and was worse by the report")
     elif found.released:
         lines.append("released     the trained model, by the plan's rule")
+    if found.verdicts:
+        told = ", ".join(f"{number} {verdict}" for verdict, number in found.verdicts.items())
+        lines.append(f"versions     {told}: each verdict follows from what its comparison saw")
     for name, site in found.sites.items():
         spent = ""
         if "steps" in site:

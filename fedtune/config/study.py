@@ -38,7 +38,7 @@ from fedtune.config.types import (
     Table,
     Text,
 )
-from fedtune.registry.metrics import MetricName
+from fedtune.registry.metrics import METRICS, MetricName
 
 QUERIES = ":evaluation"  # behind a plan's digest: its queries, in orders, ledgers and step logs
 
@@ -198,20 +198,28 @@ class PrivateEvaluationTable(Table):
     every: Count = 1  # rounds; the last one is always queried
 
 
-ALPHA, LOOKS = 0.05, 16  # of a schedule: what a plan need not say
+ALPHA, LOOKS, FILES = 0.05, 16, 5  # of a schedule: what a plan need not say
 
 
 class ScheduleTable(Table):
-    """The times of a study without a last round: start + k · every, k = 0, 1, 2, …
+    """The times of a study without a last round: start + k · every, k = 0, 1, 2, …; and its change
+    plan, by which a version replaces the released one (fedtune/report/change_plan.py).
 
-    alpha: the chance, at most, that a version which is no better replaces the released one, over
-    all looks at the same [evaluation] records; looks: how often versions are compared on them: each
-    time at alpha/looks (fedtune/server/continuous.py)."""
+    alpha: the chance, at most, that one does which should not, over all looks at the same
+    [evaluation] records; looks: how often versions are compared on them: each time at alpha/looks;
+    files: how many such files that share no record there are, before versions are compared no more;
+    margin: of a metric that is a share of records, by more than which a version must be better;
+    groups: of a column, by how much the share may be worse at most in the records of any value."""
 
     every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
     start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
     alpha: Annotated[float, Field(gt=0, le=0.5, exclude_if=lambda alpha: alpha == ALPHA)] = ALPHA
     looks: Annotated[int, Field(ge=1, le=500, exclude_if=lambda looks: looks == LOOKS)] = LOOKS
+    files: Annotated[int, Field(ge=1, le=500, exclude_if=lambda files: files == FILES)] = FILES
+    margin: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda margin: not margin)] = 0.0
+    groups: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=dict, max_length=MOST_NAMES, exclude_if=lambda groups: not groups
+    )
     # Of plans before there were looks, whose digests hold it; a new one names alpha and looks.
     confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
         default=None, exclude_if=lambda confidence: confidence is None
@@ -414,6 +422,13 @@ class Study(Table):
             raise ValueError(
                 "schedule: needs an [evaluation] table; a new adapter is released only where it "
                 "is better on those public records"
+            )
+        schedule, metric = self.schedule, self.evaluation.metric
+        if schedule and (schedule.margin or schedule.groups) and not METRICS[metric].share:
+            shares = ", ".join(name for name, one in METRICS.items() if one.share)
+            raise ValueError(
+                f"schedule.margin, schedule.groups: not of {metric}; of a share of records alone "
+                f"a margin is tested at any number of them: evaluation.metric = {shares}"
             )
         if self.selection is not None:
             raise ValueError("selection: not with a [schedule], which keeps the better adapter")

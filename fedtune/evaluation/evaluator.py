@@ -13,6 +13,7 @@ from fedtune import modalities
 from fedtune.bases.find import find_base, load_tokenizer
 from fedtune.config import EvaluationTable, Study
 from fedtune.data.dataset import NO_TARGET, Dataset
+from fedtune.data.groups import groups_of
 from fedtune.data.load import load_dataset
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.choices import (
@@ -22,7 +23,7 @@ from fedtune.evaluation.choices import (
     single_tokens,
     with_choice,
 )
-from fedtune.evaluation.metrics import Compared, Scores, chance_of, intervals
+from fedtune.evaluation.metrics import intervals
 from fedtune.evaluation.pairs import PairScores, pair_facts, round_figures
 from fedtune.models.build import build
 from fedtune.models.cache import CachedDataset
@@ -35,6 +36,8 @@ from fedtune.objectives._tokens import likelihood
 from fedtune.progress import reporter
 from fedtune.registry import process_cache
 from fedtune.registry.metrics import METRICS
+from fedtune.registry.scores import Scores
+from fedtune.report.change_plan import Look
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,6 +100,8 @@ class Evaluator:
         else:
             data = load_dataset(table, study, self.network.tokenizer, reader=self.network.reader)
         self.rejected, self.n_cut = data.rejected, data.n_cut
+        columns = tuple(study.schedule.groups) if study.schedule and not read else ()
+        self.groups = groups_of(table, columns, data) if columns else {}
         self._records = CachedDataset(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
         self._untouched: Scores | None = None
@@ -151,15 +156,10 @@ class Evaluator:
         """The objective's β, by which log-ratios become rewards; 1 where it has none."""
         return float(getattr(self._objective, "beta", 1.0))
 
-    def compare(self, champion: Arrays, challenger: Arrays) -> Compared:
-        """Compare two adapters on the same records by a paired randomisation test
-        (metrics.chance_of); a tie is not better."""
+    def look(self, champion: Arrays, challenger: Arrays) -> Look:
+        """Score two adapters on the same records, with each record's groups by the study's plan."""
         before, after = self.scores(champion), self.scores(challenger)
-        return Compared(
-            before=before.value(self.metric),
-            after=after.value(self.metric),
-            p=chance_of(before, after, str(self.metric)),
-        )
+        return Look.at(str(self.metric), before, after, self.groups)
 
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
         """records; intervals: of the metric and the loss, the 95 % intervals of base, adapter and

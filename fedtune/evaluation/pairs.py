@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fedtune.evaluation.metrics import Scores, mean_interval, wilson
+from fedtune.evaluation.metrics import mean_interval, wilson
 from fedtune.objectives._shapes import even
 from fedtune.objectives._tokens import labelled, likelihood
+from fedtune.registry.scores import Scores
 
 if TYPE_CHECKING:
     from fedtune.objectives._interface import Batch, Network

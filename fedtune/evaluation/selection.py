@@ -6,12 +6,12 @@ from __future__ import annotations
 import itertools
 from hashlib import sha256
 
-from fedtune.config import EvaluationTable, Study
+from fedtune.config import EvaluationTable, PublicTable, Study
 from fedtune.data.records import content_of, read_records
 from fedtune.errors import DataError
 
 
-def digests_of(table: EvaluationTable) -> frozenset[str]:
+def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
     """Return a digest of each record's content, by which it is known again in another file.
 
     Errors: DataError."""
@@ -19,14 +19,19 @@ def digests_of(table: EvaluationTable) -> frozenset[str]:
     return frozenset(sha256(content_of(record)).hexdigest()[:32] for record in records)
 
 
+def taught_by(study: Study) -> PublicTable | None:
+    """Return the public records whose answers the model learns before its first round, if any."""
+    taught = study.start and (study.start.steps or study.start.head == "public")
+    return study.public if taught else None
+
+
 def check_apart(study: Study) -> None:
     """Check that no two of [public], as far as it is learnt from with its answers ([start]),
     [selection] and [evaluation] share a record.
 
     Errors: DataError where they do, or where a file cannot be read."""
-    taught = study.start and (study.start.steps or study.start.head == "public")
     files = {
-        "public": study.public if taught else None,
+        "public": taught_by(study),
         "selection": study.selection,
         "evaluation": study.evaluation,
     }

@@ -26,8 +26,9 @@ PURPOSE = b"fedtune run\0"
 FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)
 VERSIONS = "versions"  # in a study with a [schedule], where ADAPTER is a link to one of them
 RUN = "run"  # in an exported model: the folder of what it was made of
+INDEX = "index.json"  # says what the signed report says too
 # A person may choose another version later, and a process may be about to.
-UNSIGNED = {f"{VERSIONS}/index.json", f"{VERSIONS}/lock"}
+UNSIGNED = {f"{VERSIONS}/{INDEX}", f"{VERSIONS}/lock"}
 
 
 def sign(

@@ -41,6 +41,7 @@ from fedtune.evidence.sign import (
     covered,
     sha256,
 )
+from fedtune.evidence.versions import check_versions
 from fedtune.files import reading
 from fedtune.run_folder import ADAPTER, SIGNATURE, load_plan, read_report
 from fedtune.wire import fingerprints
@@ -68,9 +69,10 @@ class Verified:
     signed; capped: whether ε is the plan's bound for one patient, at which the sites leave a
     patient out, and not what all steps together would give; released: where the plan lets the
     better of two be released, which it is by the report, "trained" or "start" (what public text
-    alone gives; trained/ has the other one); absent: by site, how many of the plan's rounds and
-    queries have no update or answer of it here, whether it was away or somebody left them out, and
-    its ε with all of them; dossier: of a dossier, when it was
+    alone gives; trained/ has the other one); verdicts: of a study without a last round, how many
+    versions have each, computed again from what their looks saw; absent: by site, how many of the
+    plan's rounds and queries have no update or answer of it here, whether it was away or somebody
+    left them out, and its ε with all of them; dossier: of a dossier, when it was
     made, its files, and who approved it."""
 
     study: str
@@ -94,6 +96,7 @@ class Verified:
     exported: bool = False
     capped: bool = False
     released: str = ""
+    verdicts: dict[str, int] = field(default_factory=dict)
     absent: dict[str, dict[str, Any]] = field(default_factory=dict)
     dossier: dict[str, Any] = field(default_factory=dict)
 
@@ -140,6 +143,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         claim = privacy(run, study, report, content["sites"], events)
         lacking = count_absent(content, study, events)
         chosen = released(run, study, report, signed["files"])
+        verdicts = check_versions(run, study, report, signed["files"])
         headline(run, report)
     except MALFORMED:
         fail(run, "its report or its evidence is not what a coordinator writes")
@@ -157,6 +161,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         free_query=tuple(report.get("free_query") or ()),
         exported=exported is not None,
         released=chosen,
+        verdicts=verdicts,
         absent=lacking,
         **claim,
     )

@@ -33,13 +33,13 @@ from fedtune.config.address import host_and_port
 from fedtune.doctor import tls
 from fedtune.errors import InfrastructureError, InputError
 from fedtune.evidence.audit_log import TEXT
+from fedtune.evidence.sign import INDEX, VERSIONS
 from fedtune.files import reading
 from fedtune.files.writing import drafted, replace
 from fedtune.flower import certs
 from fedtune.processes import private_folder
 from fedtune.server.store import DATABASE, FOLDER, sqlite_errors
-from fedtune.server.versions import FOLDER as VERSIONS
-from fedtune.server.versions import INDEX, LINK
+from fedtune.server.versions import LINK
 
 FORMAT = "fedtune-backup-1"
 MANIFEST, PLAN, HOME, RESTORED = "manifest.json", "study.toml", "coordinator", "restored.json"

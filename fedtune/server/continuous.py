@@ -1,11 +1,9 @@
 """Schedule the rounds of a study without a last one, and decide which adapters to release.
 
 The rule: a new adapter (the challenger) is released in place of the one in use (the champion) where
-it is better on the public [evaluation] records at p ≤ schedule.alpha / schedule.looks, by a paired
-test on the same records (evaluation.metrics.chance_of). That is at most schedule.looks times; then
-nothing is compared until the file is replaced by one that shares no record with it (looks.py).
-While no version is better than the champion, the chance that any replaces it is at most alpha for
-each such file, whatever the number of versions (a union bound over its looks).
+it is better on the public [evaluation] records by the plan in [schedule] (report.change_plan). That
+is at most schedule.looks times; then nothing is compared until the file is replaced by one that
+shares no record with it, at most schedule.files times. What each comparison saw is kept (looks.py).
 
 The champion is measured anew each time: where the public file was replaced, drift shows as a lower
 metric on the new one. Training continues from the newest adapter, released or not; a later adapter
@@ -16,16 +14,20 @@ records: no ε.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedtune.config import format_duration
 from fedtune.errors import DataError
-from fedtune.server import looks, schedule
+from fedtune.evaluation.selection import taught_by
+from fedtune.report.change_plan import judge, look_left
+from fedtune.server import schedule
+from fedtune.server.looks import Looked
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.store import Progress
 from fedtune.server.version_report import figures, in_use
-from fedtune.server.versions import Decision, Index, Version, Versions
+from fedtune.server.versions import Index, Version, Versions
 
 Emit = Callable[..., None]
 
@@ -41,7 +43,7 @@ class Continuous:
         self.slot: int | None = progress.history[-1]["slot"] if progress.history else None
         self._evaluator: Measures | None = None
         self._public = ""
-        self._files = looks.files_of(out)
+        self._looked = Looked(out)
 
     # ------------------------------------------------------------------------------- the clock
 
@@ -63,7 +65,8 @@ class Continuous:
             try:
                 self._evaluator = self.parts.evaluator(self.progress.study, self.progress.frozen)
                 self._public = public
-                self._files[public] = self.parts.contents(self.evaluation)
+                contents = self.parts.contents(self.evaluation)
+                self._looked.files[public] = self._looked.keyed(contents)
             except DataError:
                 if self._evaluator is None:
                     raise
@@ -88,8 +91,7 @@ class Continuous:
             version = self._compare(index)
             if entered := self.versions.add(version, self._save):
                 text = f"version {entered.number}: {entered.decision}"
-                if entered.decision == "not compared":
-                    text += f": all {self.table.looks} looks at these public records were taken"
+                text += f": {entered.why}" if entered.why else ""
                 promoted = entered.decision == "released"
                 self.event("version", champion=self.champion, promoted=promoted, text=text)
 
@@ -97,29 +99,47 @@ class Continuous:
         """Compare the newest adapter with the champion, if the plan has a look left at the public
         records as they are now."""
         evaluator, progress = self.evaluator, self.progress
-        taken = looks.count_looks(index, self._files, self._public)
-        if taken >= self.table.looks:
-            decision: Decision = "not compared"
-            return Version(
-                progress.round, self._at, decision, champion=index.champion, public=self._public
-            )
-        looks.note(self.versions.out, self._files)
+        self._note()
+        version = Version(
+            progress.round, self._at, "not compared", champion=index.champion, public=self._public
+        )
+        seen = {v.public for v in index.versions if v.public} | {self._public}
+        taken, why = look_left(
+            [v.public for v in index.versions if v.p is not None or v.sure is not None],
+            {public: self._looked.files.get(public, frozenset()) for public in seen},
+            self._looked.apart or (),
+            self._public,
+            self.table,
+        )
+        if why:
+            return replace(version, verdict="outside the plan", why=why)
         in_use = self.parts.load(self.versions.at(index.champion))
         champion = {name: in_use[name] for name in progress.adapter}
-        comparison = evaluator.compare(champion, progress.adapter)
-        better = comparison.p <= self.table.threshold
-        return Version(
-            number=progress.round,
-            at=self._at,
-            decision="released" if better else "kept back",
-            metric=self.evaluation.metric,
-            value=comparison.after,
-            champion=index.champion,
-            champion_value=comparison.before,
-            p=comparison.p,
+        look = evaluator.look(champion, progress.adapter)
+        about = {"plan": progress.study.digest, "version": version.number, "look": taken + 1}
+        about |= {"champion": index.champion, "public": self._public}
+        self._looked.keep(version.number, look, about)
+        judged = judge(look, self.table)
+        return replace(
+            version,
+            decision="released" if judged.verdict == "better" else "kept back",
+            metric=look.metric,
+            value=judged.after,
+            champion_value=judged.before,
+            p=judged.p,
             look=taken + 1,
-            public=self._public,
+            verdict=judged.verdict,
+            why=judged.why,
+            groups=judged.groups,
         )
+
+    def _note(self) -> None:
+        """Write which records versions are compared on, and which taught the model."""
+        if self._looked.apart is None:
+            public = taught_by(self.progress.study)
+            taught = self.parts.contents(public) if public else ()
+            self._looked.apart = self._looked.keyed(taught)
+        self._looked.note()
 
     def report(self) -> dict[str, Any]:
         """Return the report's table about the schedule and the versions."""
@@ -129,7 +149,8 @@ class Continuous:
             "round every": f"{format_duration(self.table.every)}, from {self.table.start}",
             **in_use(index),
             "released where p is at most": self.table.threshold,
-            "chance of a false release": f"at most {self.table.alpha:g} for each public file",
+            "chance of a false release": f"at most {self.table.alpha:g} for each public file, of "
+            f"which there are at most {self.table.files}",
         }
 
     def quality(self) -> dict[str, Any]:

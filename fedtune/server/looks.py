@@ -1,54 +1,66 @@
-"""Count how often a continuous study's versions were compared on the same public records.
+"""Keep what a continuous study's versions were compared on, so that each verdict can be computed
+again and no record serves twice as a fresh one.
 
-    out/versions/looked.json    for each public file that versions were compared on: its records
-
-Each comparison on the same records is another chance of a false release, so the plan says how many
-there are, and they start anew only with a file that shares no record with an earlier one. Files
-that do share one, or are linked by others that do, count as one."""
+    out/looks.key                  the key of the digests; handed over with nothing
+    out/versions/looked.json       of each public file that versions were or were to be compared on,
+                                   and of the records that taught the model: its records' digests
+    out/versions/look-N.json       what the comparison of version N saw, record by record
+"""
 
 from __future__ import annotations
 
+import hmac
 import json
-from collections.abc import Mapping
+import secrets
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from fedtune.errors import InfrastructureError
+from fedtune.evidence.sign import VERSIONS
+from fedtune.evidence.versions import FORMAT, LOOKED, look_file
 from fedtune.files import reading, writing
+from fedtune.report.change_plan import Look
 from fedtune.server.store import CheckpointError
-from fedtune.server.versions import FOLDER, Index
+from fedtune.wire.keys import canonical
 
-FILE = "looked.json"
-Files = Mapping[str, frozenset[str]]  # by a file's sha256: digests of its records
-
-
-def files_of(out: Path) -> dict[str, frozenset[str]]:
-    """Read which public files versions were compared on. Errors: CheckpointError."""
-    path = out / FOLDER / FILE
-    if not path.exists():
-        return {}
-    expected, todo = "the file as it was written", "restore it from a copy"
-    found = reading.json_in(path, expected, todo, CheckpointError)
-    if not all(isinstance(records, list) for records in found.values()):
-        raise CheckpointError(f"{path}: damaged", expected, todo)
-    return {public: frozenset(map(str, records)) for public, records in found.items()}
+KEY = "looks.key"
 
 
-def note(out: Path, files: Files) -> None:
-    """Write which public files versions are compared on. Errors: InfrastructureError."""
-    document = {public: sorted(records) for public, records in files.items()}
-    writing.replace(out / FOLDER / FILE, json.dumps(document).encode())
+class Looked:
+    """The records that the versions of the run in `out` were compared on, by keyed digest.
 
+    files: by a public file's sha256; apart: of what taught the model, None until it is known."""
 
-def count_looks(index: Index, files: Files, public: str) -> int:
-    """Count the comparisons on the file `public` and on all that share records with it, those of a
-    release before there were looks among them.
+    def __init__(self, out: Path) -> None:
+        """Read what was kept. Errors: CheckpointError (damaged, or its key is gone)."""
+        self._out = out
+        self.files: dict[str, frozenset[str]] = {}
+        self.apart: frozenset[str] | None = None
+        path, key = out / VERSIONS / LOOKED, out / KEY
+        if path.exists():
+            expected, todo = "the file as it was written", "restore it from a copy"
+            found = reading.json_in(path, expected, todo, CheckpointError)
+            if found.get("format") != FORMAT or not key.exists():
+                raise CheckpointError(f"{path}: damaged, or {KEY} is missing", expected, todo)
+            self.files = {name: frozenset(each) for name, each in found["files"].items()}
+            self.apart = frozenset(found["apart"])
 
-    >>> count_looks(Index(1, False, ()), {"a": frozenset("xy")}, "a")
-    0
-    """
-    family, rest = {public}, set(files) - {public}
-    records = files.get(public, frozenset())
-    while shared := {other for other in rest if files[other] & records}:
-        family, rest = family | shared, rest - shared
-        records = records.union(*(files[other] for other in shared))
-    compared = [v for v in index.versions if v.p is not None or v.sure is not None]
-    return sum(version.public in family for version in compared)
+    def keyed(self, digests: Collection[str]) -> frozenset[str]:
+        """Return records' digests under this run's key. Errors: InfrastructureError."""
+        path = self._out / KEY
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writing.replace(path, secrets.token_bytes(32), private=True)
+        key = reading.content(path, "the key as it was written", "restore it", InfrastructureError)
+        return frozenset(hmac.digest(key, one.encode(), "sha256").hex()[:32] for one in digests)
+
+    def note(self) -> None:
+        """Write what versions are compared on. Errors: InfrastructureError."""
+        files = {public: sorted(records) for public, records in self.files.items()}
+        document = {"format": FORMAT, "files": files, "apart": sorted(self.apart or ())}
+        writing.replace(self._out / VERSIONS / LOOKED, json.dumps(document).encode())
+
+    def keep(self, version: int, look: Look, about: Mapping[str, object]) -> None:
+        """Write what a comparison saw. Errors: InfrastructureError."""
+        content = {"format": FORMAT, **about, **look.as_dict()}
+        writing.replace(self._out / look_file(version), canonical(content))

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from flwr.serverapp import Grid
 
 from fedtune import progress
-from fedtune.config import EvaluationTable, Study
+from fedtune.config import EvaluationTable, PublicTable, Study
 from fedtune.flower.enrol import Member
 from fedtune.progress import stage
+from fedtune.report.change_plan import Look
 from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, SystemClock
 from fedtune.strategies import State
@@ -46,23 +47,12 @@ class Expected(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
-class Compared(Protocol):
-    """fedtune.evaluation.metrics.Compared."""
-
-    @property
-    def before(self) -> float: ...
-    @property
-    def after(self) -> float: ...
-    @property
-    def p(self) -> float: ...
-
-
 class Measures(Protocol):
     """fedtune.evaluation.evaluator.Evaluator."""
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
     def follow(self, adapter: Arrays | None) -> dict[str, float]: ...
-    def compare(self, champion: Arrays, challenger: Arrays) -> Compared: ...
+    def look(self, champion: Arrays, challenger: Arrays) -> Look: ...
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]: ...
     def by_class(self, adapter: Arrays) -> list[dict[str, Any]]: ...
     @property
@@ -163,7 +153,7 @@ def _fingerprint(path: Path) -> str:
     return fingerprint(path)
 
 
-def _contents(table: EvaluationTable) -> frozenset[str]:
+def _contents(table: EvaluationTable | PublicTable) -> frozenset[str]:
     from fedtune.evaluation.selection import digests_of
 
     return digests_of(table)
@@ -227,7 +217,7 @@ class Dependencies:
     save: Callable[[Study, Arrays, Arrays, Path], None] = _save
     load: Callable[[Path], Arrays] = _load
     fingerprint: Callable[[Path], str] = _fingerprint
-    contents: Callable[[EvaluationTable], frozenset[str]] = _contents
+    contents: Callable[[EvaluationTable | PublicTable], frozenset[str]] = _contents
     report: Callable[[Path, dict[str, Any]], None] = _report
     enrolled: Callable[[Grid], Mapping[int, Member]] | None = None
     expect: Callable[[Grid, Iterable[int], int], None] = lambda grid, nodes, most: None

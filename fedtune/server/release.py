@@ -41,9 +41,11 @@ def decide(
         why = f"the selection records cannot see what is learnt of {names}, of which they have none"
         return {"model": TRAINED, "why": why, "lacking": list(selector.lacking)}
     with stage("choosing what is released"):
-        compared = selector.compare(progress.origin, progress.adapter)
-    sign = 1 if METRICS[_metric(study)].higher_is_better else -1
-    gain = sign * (compared.after - compared.before)
+        before, after = (
+            selector.measure(adapter)[_metric(study)]
+            for adapter in (progress.origin, progress.adapter)
+        )
+    gain = (after - before) if METRICS[_metric(study)].higher_is_better else (before - after)
     model = better(gain, unseen)
     verdict = "better" if gain > 0 else "no worse" if gain == 0 else "worse"
     why = f"on the selection records the trained model is {verdict} than its public start"
@@ -55,8 +57,8 @@ def decide(
         "why": why,
         "metric": _metric(study),
         "records": len(selector),
-        START: compared.before,
-        TRAINED: compared.after,
+        START: before,
+        TRAINED: after,
     }
     if selector.lacking:
         decision |= {"lacking": list(selector.lacking), "unseen": unseen}

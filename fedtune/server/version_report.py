@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def in_use(index: Index) -> dict[str, Any]:
         "chosen by a person": index.pinned,
         "versions released": released,
         "versions kept back": index.judged - len(released),
+        "record": json.loads(json.dumps(asdict(index))),
     }
 
 

@@ -23,11 +23,13 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from fedtune.errors import InputError
+from fedtune.evidence.sign import INDEX, VERSIONS
 from fedtune.files import locks, reading, writing
+from fedtune.report.change_plan import Group, Verdict
 from fedtune.server.store import CheckpointError
 
 FORMAT = "fedtune-versions-1"
-FOLDER, INDEX, LINK = "versions", "index.json", "adapter"
+LINK = "adapter"
 Decision = Literal["first", "released", "kept back", "pinned", "not compared"]
 
 
@@ -37,10 +39,10 @@ class Version:
 
     number: the round that made it; at: when that was scheduled (UTC); value: the study's metric on
     the public records; champion, champion_value: the version in use then, on the same records;
-    p: how likely as good a version would be by chance (evaluation.metrics.chance_of); look: which
-    comparison on those records this was, from 1; public: sha256 of them; decision: pinned: the
-    champion was pinned by a rollback, so nothing is released meanwhile; not compared: the plan has
-    no look at those records left."""
+    p: how likely as good a version would be by chance; verdict, why, groups: what follows by the
+    plan (report.change_plan); look: which comparison on those records this was, from 1; public:
+    sha256 of them; decision: pinned: the champion was pinned by a rollback, so nothing is released
+    meanwhile; not compared: the plan has no such look."""
 
     number: int
     at: str
@@ -53,6 +55,18 @@ class Version:
     p: float | None = None
     look: int | None = None
     public: str = ""
+    verdict: Verdict | None = None
+    why: str = ""
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a person chose after version `after` was judged: the version in use from then on, or
+    None: better ones are released again."""
+
+    after: int
+    version: int | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,7 @@ class Index:
     champion: int
     pinned: bool
     versions: tuple[Version, ...]
+    choices: tuple[Choice, ...] = ()
 
     @property
     def judged(self) -> int:
@@ -81,7 +96,7 @@ class Versions:
     """The versions of the run in `out`. Several processes may open one; each change is one step."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.folder = out, out / FOLDER
+        self.out, self.folder = out, out / VERSIONS
 
     def index(self) -> Index | None:
         """Read the index; None where nothing was ever released. Errors: CheckpointError."""
@@ -140,7 +155,8 @@ class Versions:
             if number not in index.rollback_targets:
                 targets = ", ".join(map(str, index.rollback_targets))
                 raise InputError(f"version {number} was never released", f"one of {targets}")
-            index = replace(index, champion=number, pinned=True)
+            choices = (*index.choices, Choice(index.judged, number))
+            index = replace(index, champion=number, pinned=True, choices=choices)
             self._write(index)
             self._settle(index)
             return index
@@ -148,7 +164,9 @@ class Versions:
     def unpin(self) -> Index:
         """Let new versions be released again. Errors: InputError."""
         with self._alone():
-            index = replace(self._require_index(), pinned=False)
+            index = self._require_index()
+            choices = (*index.choices, Choice(index.judged, None))
+            index = replace(index, pinned=False, choices=choices)
             self._write(index)
             return index
 
@@ -187,7 +205,7 @@ class Versions:
 
     def _settle(self, index: Index) -> None:
         """Point the link at the champion."""
-        link, target = self.out / LINK, Path(FOLDER, str(index.champion))
+        link, target = self.out / LINK, Path(VERSIONS, str(index.champion))
         if link.is_symlink() and Path(os.readlink(link)) == target:
             return
         draft = self.out / f"{LINK}.new"

@@ -15,7 +15,7 @@ from fedtune.client.acceptance.judgement import ALARMS, Judgement, judge
 from fedtune.client.acceptance.measures import BINS, measures_of
 from fedtune.config import AcceptanceTable, Site
 from fedtune.errors import ConfigError
-from fedtune.evaluation.metrics import Scores
+from fedtune.registry.scores import Scores
 
 LESIONS = ("malignant", "no lesion", "benign")
 

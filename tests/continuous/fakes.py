@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from fedtune.config import Study
+from fedtune.report.change_plan import Look
 from fedtune.server.parts import Dependencies
 from fedtune.server.schedule import SimulatedClock
 from tests.server.fakes import FakeEvaluator, FakeSite, Trial, make_parts, make_study
@@ -31,12 +31,17 @@ def loss(adapter: dict[str, np.ndarray]) -> float:
     return float(sum(float(array.sum()) for array in adapter.values()))
 
 
+def alike(before: float, after: float) -> Look:
+    """What is seen where each of 40 records has the same loss."""
+    columns = ({"loss": [value] * 40} for value in (before, after))
+    return Look("loss", *columns, groups={})
+
+
 class Judge(FakeEvaluator):
     """Sure of whichever has the lower sum."""
 
-    def compare(self, champion: Any, challenger: Any) -> Any:
-        before, after = loss(champion), loss(challenger)
-        return SimpleNamespace(before=before, after=after, p=0.0 if after < before else 1.0)
+    def look(self, champion: Any, challenger: Any) -> Look:
+        return alike(loss(champion), loss(challenger))
 
 
 def load(folder: Path) -> dict[str, np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from examples.continuous import prepare
 from fedtune.client.prepared import Update
 from fedtune.config import load_site, load_study
 from fedtune.dp.plan import plan_for_site
+from fedtune.report.change_plan import Look
 from fedtune.server.versions import Index, Versions
 from fedtune.wire.codec import encode
-from tests.continuous.fakes import Judge, continuous, parts
+from tests.continuous.fakes import Judge, alike, continuous, parts
 from tests.server.fakes import FakeSite
 
 CHANGE, END = 5, 12
@@ -49,12 +49,12 @@ class Learner(FakeSite):
 class Public(Judge):
     """Loss: how far from right, on average."""
 
-    def compare(self, champion: Any, challenger: Any) -> Any:
+    def look(self, champion: Any, challenger: Any) -> Look:
         before, after = (
             float(np.mean([np.abs(a - World.right).mean() for a in each.values()]))
             for each in (champion, challenger)
         )
-        return SimpleNamespace(before=before, after=after, p=0.0 if after < before else 1.0)
+        return alike(before, after)
 
 
 def play(trial: Any, monkeypatch: pytest.MonkeyPatch, arrive: bool) -> Index:

@@ -1,25 +1,28 @@
-"""How often a version that is no better replaces the one in use: at most alpha for each public
-file, over all looks at it."""
+"""How often a version that should not replace the one in use does: at most alpha for each public
+file, over all looks at it; and that what a plan calls resolvable is found."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fedtune.evaluation import metrics
-from fedtune.evaluation.metrics import Scores, chance_of, least_gain
-from fedtune.server import looks
+from fedtune.config import ScheduleTable
+from fedtune.registry.scores import Scores
+from fedtune.report import paired
+from fedtune.report.change_plan import Look, judge, look_left
+from fedtune.report.paired import chance_above, chance_of, least_gain
 from fedtune.server.continuous import Continuous
-from fedtune.server.versions import Index, Version, Versions
+from fedtune.server.versions import Version, Versions
 from tests.continuous.fakes import continuous, parts
 
 RECORDS, LOOKS = 300, 16
+DIFFER = RECORDS * 2 // 5  # records about which versions may differ; a fifth of all do
 
 
 def scores(right: np.ndarray) -> Scores:
@@ -30,26 +33,31 @@ def scores(right: np.ndarray) -> Scores:
 
 class Drawn:
     """An evaluator to which a version is a draw of which records it gets right. gains: how much
-    surer each version is of the records about which versions differ."""
+    surer each version is of the records about which versions differ; of two wards, of which the
+    smaller has a third of the records."""
 
-    def __init__(self, seed: int, gains: Callable[[int], float] = lambda _: 0.0) -> None:
+    WARDS: ClassVar = {"ward": np.where(np.arange(RECORDS) % 3, "surgery", "icu").tolist()}
+
+    def __init__(
+        self,
+        seed: int,
+        gains: Callable[[int], float | np.ndarray] = lambda _: 0.0,
+        groups: bool = False,
+    ) -> None:
         self.random, self.gains = np.random.default_rng(seed), gains
+        self.groups = self.WARDS if groups else {}
         self.drawn: dict[int, Scores] = {}
 
     def of(self, adapter: dict[str, np.ndarray]) -> Scores:
         number = int(adapter["number"])
         if number not in self.drawn:
-            sure = np.repeat([0.5, 1.0], [RECORDS * 2 // 5, RECORDS - RECORDS * 2 // 5])
-            sure[: RECORDS * 2 // 5] += self.gains(number)
+            sure = np.repeat([0.5, 1.0], [DIFFER, RECORDS - DIFFER])
+            sure[:DIFFER] += self.gains(number)
             self.drawn[number] = scores(self.random.random(RECORDS) < sure)
         return self.drawn[number]
 
-    def compare(self, champion: Any, challenger: Any) -> Any:
-        before, after = self.of(champion), self.of(challenger)
-        pair = before.value("accuracy"), after.value("accuracy")
-        return SimpleNamespace(
-            before=pair[0], after=pair[1], p=chance_of(before, after, "accuracy")
-        )
+    def look(self, champion: Any, challenger: Any) -> Look:
+        return Look.at("accuracy", self.of(champion), self.of(challenger), self.groups)
 
 
 class Life:
@@ -57,7 +65,7 @@ class Life:
 
     def __init__(self, out: Path, evaluator: Any, **schedule: Any) -> None:
         out.mkdir(parents=True)
-        study = continuous().changed(schedule=schedule)
+        study = continuous().changed(schedule=schedule, evaluation={"metric": "accuracy"})
         self.public, self.records = "first", frozenset({"a"})
         self.progress: Any = SimpleNamespace(
             study=study, adapter={}, frozen={}, history=[], round=0
@@ -88,12 +96,16 @@ class Life:
         return list(index.versions[-versions:])
 
 
-def share_that_releases(folder: Path, studies: int, gains: Callable[[int], float]) -> int:
+def count_releasing(
+    folder: Path, studies: int, gains: Callable[[int], float | np.ndarray], **plan: Any
+) -> int:
     """How many of so many studies release a version in sixteen looks."""
     return sum(
         any(
             version.decision == "released"
-            for version in Life(folder / str(seed), Drawn(seed, gains), looks=LOOKS).go_on(LOOKS)
+            for version in Life(
+                folder / str(seed), Drawn(seed, gains, "groups" in plan), looks=LOOKS, **plan
+            ).go_on(LOOKS)
         )
         for seed in range(studies)
     )
@@ -101,17 +113,46 @@ def share_that_releases(folder: Path, studies: int, gains: Callable[[int], float
 
 @pytest.fixture(autouse=True)
 def fewer_swaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "SWAPS", 2_000)
+    monkeypatch.setattr(paired, "SWAPS", 2_000)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # of thousands of studies
 
 
-@pytest.mark.parametrize("studies", [60, pytest.param(2_000, marks=pytest.mark.long)])
+PLANS: list[dict[str, Any]] = [{}, {"groups": {"ward": 0.2}}, {"margin": 0.02}]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["alone", "groups", "margin"])
+@pytest.mark.parametrize("studies", [30, pytest.param(2_000, marks=pytest.mark.long)])
 def test_without_a_true_gain_hardly_any_study_releases_a_version(
-    tmp_path: Path, studies: int
+    tmp_path: Path, studies: int, plan: dict[str, Any]
 ) -> None:
     """At most one in twenty does; more than this bound is seen once in 10⁵ runs. The twin below
     would be seen always."""
     most = int(binom.isf(1e-5, studies, 0.05))
-    assert share_that_releases(tmp_path, studies, lambda _: 0.0) <= most
+    # Of a margin the gain is the margin itself: no more than it.
+    shift = plan.get("margin", 0.0) * RECORDS / DIFFER
+    found = count_releasing(tmp_path, studies, lambda n: shift * (n > 0), **plan)
+    print(f"released in {found} of {studies} studies: {plan}")
+    assert found <= most
+
+
+def worse_in_one_ward(number: int) -> np.ndarray:
+    """Each version is much better than the first but worse by 0.2 in the smaller ward, of which
+    two records in five may differ."""
+    icu = np.array(Drawn.WARDS["ward"][:DIFFER]) == "icu"
+    return np.where(icu, -0.2 * 5 / 2, 0.5) * (number > 0)
+
+
+@pytest.mark.parametrize("studies", [30, pytest.param(2_000, marks=pytest.mark.long)])
+def test_a_version_that_is_worse_in_one_group_is_held_back(tmp_path: Path, studies: int) -> None:
+    """At the margin itself, with a gain over all: at most one study in twenty releases one."""
+    found = count_releasing(tmp_path, studies, worse_in_one_ward, groups={"ward": 0.2})
+    print(f"released in {found} of {studies} studies")
+    assert found <= int(binom.isf(1e-5, studies, 0.05))
+
+
+def test_without_its_margin_most_studies_release_what_is_worse_there(tmp_path: Path) -> None:
+    """The twin, by a plan without groups."""
+    assert count_releasing(tmp_path, 12, worse_in_one_ward) > binom.isf(1e-5, 12, 0.05)
 
 
 def test_the_rule_of_before_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,24 +160,87 @@ def test_the_rule_of_before_is_caught(tmp_path: Path, monkeypatch: pytest.Monkey
     release a version that is no better."""
     monkeypatch.setattr("fedtune.config.study.ScheduleTable.threshold", 0.1)
     studies = 60
-    assert share_that_releases(tmp_path, studies, lambda _: 0.0) > binom.isf(1e-5, studies, 0.05)
+    assert count_releasing(tmp_path, studies, lambda _: 0.0) > binom.isf(1e-5, studies, 0.05)
 
 
+@pytest.mark.parametrize("plan", [*PLANS[:2], {"margin": 0.02, "groups": {"ward": 0.12}}])
 @pytest.mark.parametrize("studies", [60, pytest.param(1_000, marks=pytest.mark.long)])
 def test_the_gain_that_is_called_resolvable_is_found_four_times_in_five(
-    tmp_path: Path, studies: int
+    tmp_path: Path, studies: int, plan: dict[str, Any]
 ) -> None:
     """By the first look. Versions differ about a fifth of the records, as the estimate has it."""
-    gain = least_gain(RECORDS, 0.05 / LOOKS)
+    wards = (RECORDS // 3, RECORDS * 2 // 3)
+    groups = [(n, margin) for margin in plan.get("groups", {}).values() for n in wards]
+    gain = least_gain(RECORDS, 0.05 / LOOKS, plan.get("margin", 0.0), groups)
     shift = gain / 0.4  # of the two fifths of the records about which versions may differ
     found = sum(
-        Life(tmp_path / str(seed), Drawn(seed, lambda n: shift * (n > 0)), looks=LOOKS)
+        Life(
+            tmp_path / str(seed),
+            Drawn(seed, lambda n: shift * (n > 0), bool(groups)),
+            looks=LOOKS,
+            **plan,
+        )
         .go_on(1)[0]
         .decision
         == "released"
         for seed in range(studies)
     )
+    print(f"a gain of {gain:.3f} was found in {found} of {studies}: {plan}")
     assert found >= binom.ppf(1e-5, studies, 0.8)
+
+
+LEVEL = 0.05 / LOOKS
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("n", [20, 60, 150])
+def test_a_group_passes_at_its_margin_no_oftener_than_its_level(n: int, rate: float) -> None:
+    """Exactly: over all outcomes of n records, of which a share `rate` changes, and 0.1 more for
+    the worse."""
+    up, passing = (rate - 0.1) / 2, 0.0
+    for changed in range(n + 1):
+        weight = binom.pmf(changed, n, rate)
+        if weight < 1e-9:
+            continue
+        for better in range(changed + 1):
+            chance = weight * binom.pmf(better, changed, up / rate)
+            if chance > 1e-9 and 2 * better - changed > -0.1 * n:
+                parts = np.repeat([1.0, -1.0, 0.0], [better, changed - better, n - changed])
+                passing += chance * (chance_above(parts, -0.1, LEVEL) <= LEVEL)
+    assert passing <= LEVEL + 1e-6
+
+
+def test_no_change_at_all_in_few_records_shows_nothing() -> None:
+    """Of 20 records none got worse: 0.9²⁰ is 0.12, at a margin of 0.1."""
+    assert chance_above(np.zeros(20), -0.1, LEVEL) > 0.12
+    assert chance_above(np.zeros(200), -0.1, LEVEL) < LEVEL
+    assert chance_above(np.full(200, -0.5), -0.4, LEVEL) == 1.0  # a broken tie counts as a whole
+
+
+def test_a_group_of_few_records_decides_nothing() -> None:
+    right = np.repeat([True, False], [200, 100])
+    better = right.copy()
+    better[200:260], better[:19] = True, False
+    ward = ["small"] * 19 + ["large"] * 281
+    table = ScheduleTable(every=60, groups={"ward": 0.1})
+    look = Look.at("accuracy", scores(right), scores(better), {"ward": ward})
+    found = judge(look, table)
+    assert found.verdict == "better"
+    assert {g.name: (g.records, g.p is None) for g in found.groups} == {
+        "ward=large": (281, False),
+        "ward=small": (19, True),
+    }
+    ward = ["small"] * 20 + ["large"] * 280
+    held = judge(Look("accuracy", look.before, look.after, {"ward": ward}), table)
+    assert held.verdict == "not better" and held.why.startswith("ward=small may be worse")
+
+
+def test_what_taught_the_model_judges_no_version_and_files_are_as_many_as_planned() -> None:
+    table = ScheduleTable(every=60, looks=2, files=2)
+    files = {name: frozenset(name) for name in "abc"}
+    assert look_left([], files, {"a"}, "a", table)[1].startswith("1 of these public records taught")
+    assert look_left(["a", "b"], files, (), "a", table) == (1, "")
+    assert "2 public files" in look_left(["a", "b"], files, (), "c", table)[1]
 
 
 def test_a_look_that_the_plan_does_not_have_is_not_taken(tmp_path: Path) -> None:
@@ -152,21 +256,32 @@ def test_a_look_that_the_plan_does_not_have_is_not_taken(tmp_path: Path) -> None
     versions = life.go_on(4)
     assert [version.look for version in versions] == [1, 2, 3, None]
     again = Continuous(life.versions.out, life.progress, life.judging.parts, lambda *_, **__: None)
-    assert again._files == life.judging._files  # a restart remembers
+    assert again._looked.files == life.judging._looked.files  # a restart remembers
+    kept = (life.versions.out / "versions" / "looked.json").read_text()
+    assert '"a"' not in kept and '"c"' not in kept  # by keyed digest alone
 
 
 def test_looks_are_counted_over_files_that_share_records() -> None:
-    def of(public: str, p: float | None) -> Version:
-        return Version(1, "", "kept back", p=p, public=public)
-
-    before = Version(1, "", "released", sure=0.97, public="e")  # by a release without looks
-    index = Index(1, False, (of("a", 0.2), of("b", 0.3), of("c", None), of("d", 0.5), before))
+    looked, table = ["a", "b", "d", "e"], ScheduleTable(every=60)
     files = {name: frozenset(text) for name, text in {"a": "12", "b": "23", "d": "9"}.items()}
-    assert looks.count_looks(index, files, "a") == looks.count_looks(index, files, "b") == 2
-    assert looks.count_looks(index, files | {"c": frozenset("3")}, "c") == 2
-    assert looks.count_looks(index, files, "d") == 1
-    assert looks.count_looks(index, files, "unseen") == 0
-    assert looks.count_looks(index, files, "e") == 1
+
+    def count(public: str) -> int:
+        return look_left(looked, files, (), public, table)[0]
+
+    assert count("a") == count("b") == 2 and count("d") == count("e") == 1 and count("f") == 0
+    files["c"] = frozenset("3")
+    assert count("c") == 2
+
+
+def test_scores_are_read_again_as_they_were_kept() -> None:
+    random = np.random.default_rng(2)
+    one = scores(random.random(50) < 0.5)
+    one.loss, one.tokens = random.gamma(2, 1, 50), random.integers(1, 9, 50)
+    for metric in ("loss", "perplexity", "exact_match", "preference", "accuracy", "f1"):
+        again = Scores.of_columns(one.columns(metric))
+        assert again.value(metric) == one.value(metric)
+    with pytest.raises(ValueError, match="different lengths"):
+        Scores.of_columns({"loss": [1.0, 2.0], "tokens": [1.0]})
 
 
 METRICS = ["loss", "perplexity", "exact_match", "preference", "accuracy"]
@@ -177,7 +292,7 @@ def test_sums_over_records_are_the_exchanges_themselves(
     metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast way of metrics that are sums gives what exchanging scores gives, within chance."""
-    monkeypatch.setattr(metrics, "SWAPS", 4_000)
+    monkeypatch.setattr(paired, "SWAPS", 4_000)
     random = np.random.default_rng(3)
     one, other = (
         Scores(
@@ -191,7 +306,7 @@ def test_sums_over_records_are_the_exchanges_themselves(
         for better in (0.0, 0.15)
     )
     fast = chance_of(one, other, metric)
-    monkeypatch.setattr(metrics, "_parts", lambda *_: None)
+    monkeypatch.setattr(paired, "_parts", lambda *_: None)
     assert chance_of(one, other, metric) == pytest.approx(fast, abs=0.05)
 
 

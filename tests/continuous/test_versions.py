@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 from fedtune.cli.main import app
 from fedtune.errors import DataError, InputError
 from fedtune.files import writing
+from fedtune.report.change_plan import Look
 from fedtune.server import store, versions
 from fedtune.server.continuous import Continuous
+from fedtune.server.looks import Looked
 from fedtune.server.schedule import SimulatedClock
 from fedtune.server.versions import Version, Versions
-from tests.continuous.fakes import START, Judge, go, load, loss, parts, sites
+from tests.continuous.fakes import START, Judge, alike, go, load, loss, parts, sites
 from tests.server.test_resume import Killed, fail_at
 
 ROUNDS = 6
@@ -63,10 +65,8 @@ def test_the_twin_that_releases_everything_is_caught(
     trial: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Yes(Judge):
-        def compare(self, champion: Any, challenger: Any) -> Any:
-            found = super().compare(champion, challenger)
-            found.p = 0.0
-            return found
+        def look(self, champion: Any, challenger: Any) -> Look:
+            return alike(loss(challenger) + 1, loss(challenger))
 
     run = trial(*sites())
     go(run, ROUNDS, evaluator=lambda study, frozen: Yes())
@@ -79,7 +79,8 @@ def test_the_twin_that_releases_everything_is_caught(
 KILLS = [
     ("a round kept", store, "save", 4),
     ("before it is judged", Continuous, "judge", 3),
-    ("compared", Judge, "compare", 3),
+    ("compared", Judge, "look", 3),
+    ("what it saw", Looked, "keep", 3),
     ("entered", Versions, "add", 3),
     ("its files", Versions, "_put", 2),
     ("its files on disk", versions, "_sync", 2),
@@ -164,12 +165,12 @@ def test_a_rollback_while_a_version_is_measured_is_not_undone(trial: Any) -> Non
     out = run.folder / "out"
 
     class Slow(Judge):
-        def compare(self, champion: Any, challenger: Any) -> Any:
+        def look(self, champion: Any, challenger: Any) -> Look:
             seen.append(loss(champion))
             index = Versions(out).index()
             if index and index.judged == ROUNDS and not index.pinned:
                 Versions(out).roll_back(0)
-            return super().compare(champion, challenger)
+            return super().look(champion, challenger)
 
     go(run, ROUNDS)
     last = Versions(out).index()

@@ -22,6 +22,7 @@ from fedtune.files.reading import fingerprint
 from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import read_status
 from fedtune.registry.rounding import rounded_up
+from fedtune.report.change_plan import judge
 from fedtune.report.markdown import markdown
 from fedtune.server.store import load
 from tests.continuous.fakes import START, go, sites
@@ -86,10 +87,12 @@ def test_the_public_comparison_is_paired_and_repeatable(world: Path) -> None:
     shapes = {name: array.shape for name, array in kept.adapter.items()}
     one = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     other = {name: rng.normal(0, 30, shape).astype(np.float32) for name, shape in shapes.items()}
-    same = evaluator.compare(one, one)
+    assert kept.study.schedule is not None
+    compare = lambda a, b: judge(evaluator.look(a, b), kept.study.schedule)  # noqa: E731
+    same = compare(one, one)
     assert same.p == 1.0 and same.before == same.after  # a tie is not better
-    forth, back = evaluator.compare(other, one), evaluator.compare(one, other)
-    assert forth.p == evaluator.compare(other, one).p and max(forth.p, back.p) == 1.0
+    forth, back = compare(other, one), compare(one, other)
+    assert forth.p == compare(other, one).p and max(forth.p, back.p) == 1.0
     assert forth.before == back.after != forth.after == back.before
     assert (forth.before > forth.after) == (back.p == 1.0)  # lower is better
 

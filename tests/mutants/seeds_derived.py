@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import one as _one
 from tests.mutants.places import (
     BUDGETS,
+    CHANGE_PLAN,
     CONTINUOUS,
     LABEL,
     LORA,
@@ -13,8 +14,11 @@ from tests.mutants.places import (
     T_ARRIVALS,
     T_BUDGETS,
     T_COHORTS,
+    T_LOOKS,
     T_MERGE,
+    T_VERDICTS,
     T_VERSIONS,
+    VERDICTS,
 )
 
 MADE_MUTANTS = (
@@ -204,7 +208,8 @@ CONTINUOUS_MUTANTS = (
     ),
     _one(
         "release", "any-challenger-is-released", CONTINUOUS,
-        "better = comparison.p <= self.table.threshold", "better = True",
+        'decision="released" if judged.verdict == "better" else "kept back",',
+        'decision="released",',
         T_VERSIONS + "test_only_what_is_better_is_released", "a worse adapter is promoted",
     ),
     _one(
@@ -219,6 +224,76 @@ CONTINUOUS_MUTANTS = (
         "self._settle(index)\n            self._write(index)\n            return version\n",
         T_VERSIONS + "test_a_kill_loses_nothing_and_releases_nothing_else[the-index-before]",
         "killed in between, what is released is on no list",
+    ),
+    _one(
+        "release", "each-look-has-all-of-alpha", "fedtune/config/study.py",
+        "return self.alpha / self.looks", "return self.alpha",
+        T_LOOKS + "test_without_a_true_gain_hardly_any_study_releases_a_version[30-alone]",
+        "of sixteen looks one finds a gain that is none",
+    ),
+    _one(
+        "release", "a-group-that-got-worse-holds-nothing-back", CHANGE_PLAN,
+        "worse = [group.name for group in groups if group.p is not None and group.p > level]",
+        "worse = list[str]()",
+        T_LOOKS + "test_a_version_that_is_worse_in_one_group_is_held_back[30]",
+        "a ward pays for the gain of all others",
+    ),
+    _one(
+        "release", "a-group-is-taken-by-its-figure", PAIRED,
+        "    if not n or net <= least * n or least >= 1:\n        return 1.0\n",
+        "    if not n or net <= least * n or least >= 1:\n        return 1.0\n    if net > least * n:\n"
+        "        return 0.0\n",
+        T_LOOKS + "test_a_group_passes_at_its_margin_no_oftener_than_its_level[60-0.2]",
+        "a figure above the margin passes, with whatever interval",
+    ),
+    _one(
+        "release", "what-did-not-change-was-shown", PAIRED,
+        "float(beta.ppf(1 - beyond, changed + 1, n - changed))", "max(changed / n, 1e-6)",
+        T_LOOKS + "test_no_change_at_all_in_few_records_shows_nothing",
+        "twenty records of which none got worse show that none would",
+    ),
+    _one(
+        "release", "looks-start-anew-with-a-record-more", CHANGE_PLAN,
+        "    family = _family(public, files)\n", "    family = {public}\n",
+        T_LOOKS + "test_a_look_that_the_plan_does_not_have_is_not_taken",
+        "a file that grows by a line is a fresh one every time",
+    ),
+    _one(
+        "release", "files-without-end", CHANGE_PLAN,
+        "if not taken and len(others) >= table.files:", "if len(others) > 10**6:",
+        T_LOOKS + "test_what_taught_the_model_judges_no_version_and_files_are_as_many_as_planned",
+        "each new file has an α of its own",
+    ),
+    _one(
+        "release", "what-taught-the-model-judges-it", CHANGE_PLAN,
+        "len(files.get(public, frozenset()) & {*apart})", "0",
+        T_LOOKS + "test_what_taught_the_model_judges_no_version_and_files_are_as_many_as_planned",
+        "records that were learnt decide what is released",
+    ),
+    _one(
+        "release", "public-records-by-a-digest-of-anybodys", "fedtune/server/looks.py",
+        'frozenset(hmac.digest(key, one.encode(), "sha256").hex()[:32] for one in digests)',
+        "frozenset(digests)",
+        T_LOOKS + "test_a_look_that_the_plan_does_not_have_is_not_taken",
+        "whoever has the folder can try which records were in the file",
+    ),
+    _one(
+        "evidence", "a-verdict-is-believed", VERDICTS,
+        "            if not _same(version[name], value):\n", "            if value is version:\n",
+        T_VERDICTS + "test_a_verdict_that_was_changed_is_caught_whoever_signs_it[edit_p]",
+        "a verdict that was edited passes",
+    ),
+    _one(
+        "evidence", "the-list-of-versions-may-say-otherwise", VERDICTS,
+        'if name != "format"} != record:', 'if name != "format"} == {}:',
+        T_VERDICTS + "test_the_running_studys_list_may_not_say_otherwise",
+        "the list that is read is not the one that was signed",
+    ),
+    _one(
+        "evidence", "a-choice-is-made-up", VERDICTS,
+        'if choice["version"] not in self._released:', "if False:",
+        T_VERDICTS + "test_a_verdict_that_was_changed_is_caught_whoever_signs_it[other_choice]",
+        "a version that was never released is in use by somebody's choice",
     ),
 )  # fmt: skip
 

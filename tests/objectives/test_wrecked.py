@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.evaluation.evaluator import Evaluator
-from fedtune.evaluation.metrics import Scores
 from fedtune.evaluation.pairs import PairScores, pair_facts
 from fedtune.evaluation.run import evaluate
 from fedtune.models.adapter_files import picked
 from fedtune.models.loaded import adapted
 from fedtune.models.run import Run
+from fedtune.registry.scores import Scores
 from fedtune.report.claim import verdict
 from fedtune.report.preference import FALLEN, alarms
 from tests.cli_kit import run as command

@@ -20,7 +20,7 @@ from fedtune.client.acceptance.measures import BINS, bins_of, measures_of
 from fedtune.client.acceptance.models import MODEL, Scored
 from fedtune.client.acceptance.records import HeldOut
 from fedtune.config import AcceptanceTable
-from fedtune.evaluation.metrics import Scores
+from fedtune.registry.scores import Scores
 
 WORST = 20  # errors that are listed
 

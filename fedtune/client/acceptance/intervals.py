@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import beta  # type: ignore[import-untyped]
 
 from fedtune.client.acceptance.measures import Array, Measure
-from fedtune.evaluation.metrics import Scores
+from fedtune.registry.scores import Scores
 
 RESAMPLES, SEED = 2000, 0
 BLOCK = 2**20  # numbers of resampled weights that are held at once

@@ -28,7 +28,7 @@ from fedtune.client.acceptance.intervals import (
 from fedtune.client.acceptance.measures import GAP, RECALL, Measure, measures_of
 from fedtune.config import AcceptanceTable
 from fedtune.errors import ConfigError
-from fedtune.evaluation.metrics import Scores
+from fedtune.registry.scores import Scores
 
 Decision = Literal["accepted", "refused", "not resolved"]
 ALARMS = 0.05  # the chance that any group is called different where none is

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.evaluation.metrics import Scores
 from fedtune.registry.metrics import METRICS
+from fedtune.registry.scores import Scores
 
 Array = npt.NDArray[np.float64]
 BINS = 10

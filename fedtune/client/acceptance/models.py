@@ -10,13 +10,13 @@ from fedtune.config import AcceptanceTable, EvaluationTable, Site, Study
 from fedtune.data.dataset import Dataset
 from fedtune.errors import ConfigError, DataError
 from fedtune.evaluation.evaluator import PREFERENCES
-from fedtune.evaluation.metrics import Scores
 from fedtune.evaluation.run import evaluator_of
 from fedtune.evidence.sign import RUN
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.network import Network
 from fedtune.models.run import Run
 from fedtune.objectives import resolve
+from fedtune.registry.scores import Scores
 from fedtune.report.gain import is_start_released
 
 MODEL, START, ALONE, BASE = "this model", "public start", "site alone", "base alone"

@@ -14,29 +14,25 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.config import AcceptanceTable, Site, Study
-from fedtune.data.cells import key_of
 from fedtune.data.dataset import Dataset, Example
-from fedtune.data.files import Place, Rejected
+from fedtune.data.files import Place
+from fedtune.data.groups import MISSING, group_of, groups_at
 from fedtune.data.identity import identities, identity_of
 from fedtune.data.load import LONG, UnitReader, check_columns
 from fedtune.data.records import (
     Record,
     content_of,
-    keys_of,
     read_file,
     record_member,
-    site_rows,
     unit_member,
 )
 from fedtune.data.scan import record_scan
-from fedtune.data.sources._interface import BadCell, Names
-from fedtune.errors import ConfigError, DataError
+from fedtune.errors import DataError
 from fedtune.ledger.ledger import Ledger
 from fedtune.models.network import Network
 from fedtune.objectives import resolve
 
-MISSING, NO_NUMBER = "(missing)", "(no number)"
-MOST_GROUPS = 50  # of one column
+NO_NUMBER = "(no number)"
 TRAINED = "trained on here"
 WITHDREW = "withdrew"
 
@@ -168,33 +164,20 @@ def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, lis
     there), ConfigError (too many values)."""
     if not table.groups:
         return {}
-    keys = keys_of(table) | {f"acceptance.groups.{column}": column for column in table.groups}
-    cells: dict[Place, dict[str, str]] = {}
-    for place, row in site_rows(table, Names(table.where, keys), strict=True):
-        given = row.cells if isinstance(row, BadCell) else row
-        if isinstance(given, dict):
-            cells[place] = {name: _value(table, name, given.get(name)) for name in table.groups}
-    nothing = dict.fromkeys(table.groups, MISSING)
-    found = [cells.get(place, nothing) if place else nothing for place in places]
-    groups = {name: [row[name] for row in found] for name in table.groups}
-    for name, values in groups.items():
-        if (n := len(set(values))) > MOST_GROUPS:
-            raise ConfigError(
-                f"acceptance.groups: the column {name!r} has {n} values",
-                f"at most {MOST_GROUPS}",
-                f"make groups of numbers by acceptance.bands.{name}, or name another column",
-            )
-    return groups
+    return groups_at(
+        table,
+        table.groups,
+        places,
+        lambda column, cell: _value(table, column, cell),
+        "acceptance.groups.{column}",
+        "make groups of numbers by acceptance.bands.{column}, or name another column",
+    )
 
 
 def _value(table: AcceptanceTable, column: str, cell: object) -> str:
     """Name a row's group in one column: its value, or the band that its number is in."""
-    try:
-        text = key_of(cell)[:80]
-    except Rejected:
-        return MISSING
-    edges = table.bands.get(column)
-    return band_of(text, edges) if edges else text
+    text, edges = group_of(cell), table.bands.get(column)
+    return band_of(text, edges) if edges and text != MISSING else text
 
 
 def band_of(text: str, edges: tuple[float, ...]) -> str:

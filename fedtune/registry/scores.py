@@ -1,0 +1,91 @@
+"""Scores of a model on records, and the metrics' figures that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fedtune.evaluation.pairs import PairScores
+
+# What a metric's figure follows from.
+FIELDS = {
+    "loss": ("loss",),
+    "perplexity": ("loss", "tokens"),
+    "exact_match": ("exact",),
+    "preference": ("margin",),
+    "accuracy": ("chosen", "gold"),
+    "f1": ("chosen", "gold"),
+}
+Columns = Mapping[str, Sequence[float]]
+
+
+@dataclass
+class Scores:
+    """Per record: loss (n,) nats, mean over its targets (of a pair or a judged completion, the
+    objective's loss); tokens (n,) targets; exact (n,) greedy decoding gives the completion; chosen
+    (n,) and gold (n,) class indices, -1 without classes; margin (n,) by which the better completion
+    of a pair is preferred; pairs: what else is known of pairs, None of other records; confidence
+    (n,): the probability of the chosen class, None without classes."""
+
+    loss: np.ndarray
+    tokens: np.ndarray
+    exact: np.ndarray
+    chosen: np.ndarray
+    gold: np.ndarray
+    margin: np.ndarray
+    pairs: PairScores | None = None
+    confidence: np.ndarray | None = None
+
+    def with_rows_of(self, other: Scores, rows: np.ndarray) -> Scores:
+        """Return these scores with those of `other` at `rows` (n,), bool; without pairs and
+        confidence."""
+        return Scores(
+            loss=np.where(rows, other.loss, self.loss),
+            tokens=np.where(rows, other.tokens, self.tokens),
+            exact=np.where(rows, other.exact, self.exact),
+            chosen=np.where(rows, other.chosen, self.chosen),
+            gold=np.where(rows, other.gold, self.gold),
+            margin=np.where(rows, other.margin, self.margin),
+        )
+
+    def columns(self, metric: str) -> dict[str, list[float]]:
+        """Return the arrays that a metric's figure follows from, by name."""
+        return {name: np.asarray(getattr(self, name), float).tolist() for name in FIELDS[metric]}
+
+    @classmethod
+    def of_columns(cls, columns: Columns) -> Scores:
+        """Make scores of some arrays, (n,) each; what is not given is nought."""
+        given = {name: np.array(column, float) for name, column in columns.items()}
+        n = len(next(iter(given.values())))
+        if any(array.shape != (n,) or not np.isfinite(array).all() for array in given.values()):
+            raise ValueError("columns of different lengths, or no finite numbers")
+        none = dict.fromkeys(("loss", "tokens", "exact", "chosen", "gold", "margin"), np.zeros(n))
+        return cls(**(none | given))
+
+    def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
+        """One figure over all records, or over `rows` (a bootstrap sample)."""
+        loss, tokens = self.loss[rows], self.tokens[rows]
+        if metric == "loss":
+            return float(loss.mean())
+        if metric == "perplexity":  # over tokens, not over records
+            return float(np.exp(min((loss * tokens).sum() / tokens.sum(), 700.0)))
+        if metric == "exact_match":
+            return float(self.exact[rows].mean())
+        if metric == "preference":  # a tie is half of one
+            margin = self.margin[rows]
+            return float((margin > 0).mean() + (margin == 0).mean() / 2)
+        chosen, gold = self.chosen[rows], self.gold[rows]
+        return float((chosen == gold).mean()) if metric == "accuracy" else _f1(chosen, gold)
+
+
+def _f1(chosen: np.ndarray, gold: np.ndarray) -> float:
+    """Macro F1 over the classes that occur in `gold` or `chosen`."""
+    per_class = [
+        2 * ((chosen == k) & (gold == k)).sum() / ((chosen == k).sum() + (gold == k).sum())
+        for k in np.union1d(chosen, gold)
+    ]
+    return float(np.mean(per_class))
