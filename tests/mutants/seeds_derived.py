@@ -10,6 +10,7 @@ from tests.mutants.places import (
     LABEL,
     LORA,
     MERGE,
+    PAIRED,
     SITE,
     T_ARRIVALS,
     T_BUDGETS,
@@ -240,9 +241,7 @@ CONTINUOUS_MUTANTS = (
     ),
     _one(
         "release", "a-group-is-taken-by-its-figure", PAIRED,
-        "    if not n or net <= least * n or least >= 1:\n        return 1.0\n",
-        "    if not n or net <= least * n or least >= 1:\n        return 1.0\n    if net > least * n:\n"
-        "        return 0.0\n",
+        "    beyond = BEYOND * level\n", "    return 0.0\n    beyond = BEYOND * level\n",
         T_LOOKS + "test_a_group_passes_at_its_margin_no_oftener_than_its_level[60-0.2]",
         "a figure above the margin passes, with whatever interval",
     ),
