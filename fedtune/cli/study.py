@@ -4,7 +4,6 @@ those that run it say."""
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -122,36 +121,36 @@ def say_what_to_expect(
 
 def say_looks(console: Console, study: Study) -> None:
     """Say of a study without a last round how often versions are compared, and which gain is found
-    on as many public records as there are now; nothing of them where they cannot be read here."""
+    on as many public records as there are now; nothing of them where they cannot be read here.
+
+    Errors: DataError (public records without the plan's columns of groups)."""
     if study.schedule is None or study.evaluation is None:
         return
-    from fedtune.data.groups import groups_of_file
+    from fedtune.data.groups import count_groups
+    from fedtune.data.records import read_records
     from fedtune.registry.metrics import METRICS
     from fedtune.report.paired import CHANGED, LEAST_GROUP, least_gain
 
     table, file, records = study.schedule, study.evaluation, 0
-    groups = dict[str, Counter[str]]()
     with suppress(DataError):
-        records, groups = groups_of_file(file, tuple(table.groups))
+        records = len(read_records(file, unit="record", labelled=True)[0])
+    sizes = list[tuple[int, float]]()
+    for column, counted in count_groups(file, tuple(table.groups)).items() if records else ():
+        sizes += [(number, table.groups[column]) for number in counted.values()]
+    judged = [(number, margin) for number, margin in sizes if number >= LEAST_GROUP]
     line = f"a version is released at p at most {table.threshold:.2g}, in {table.looks} looks at "
     line += f"the {records:,} public records" if records else "a public file"
-    line += f"; one that is no better in at most one study in {1 / table.alpha:.0f}"
-    line += f", for each of at most {table.files} such files"
-    sizes = [
-        (number, margin)
-        for column, margin in table.groups.items()
-        for number in groups.get(column, {}).values()
-    ]
-    judged = [(number, margin) for number, margin in sizes if number >= LEAST_GROUP]
+    line += f"; one that should not be in at most one study in {1 / table.alpha:.0f} for each file"
+    line += f", of which there are at most {table.files}"
     if records and METRICS[file.metric].share:
+        alone = least_gain(records, table.threshold, table.margin)
         gain = least_gain(records, table.threshold, table.margin, judged)
         found = f"a gain of {100 * gain:.0f} points is" if gain <= 1 else "no gain is"
-        line += f"; {found} found four times in five, if the two versions differ about "
-        line += f"{CHANGED:.0%} of the records"
-        if judged and gain > least_gain(records, table.threshold, table.margin):
-            line += ", since groups must be shown not to be worse: on fewer records that needs more"
+        line += f"; {found} found four times in five, if the two "
+        line += f"versions differ about {CHANGED:.0%} of the records"
+        line += f" (without groups {100 * alone:.0f} points)" if gain > alone else ""
     if few := len(sizes) - len(judged):
-        line += f"; {few} groups of fewer than {LEAST_GROUP} records decide nothing"
+        line += f"; groups of fewer than {LEAST_GROUP} records decide nothing, here {few}"
     console.print(line, highlight=False, markup=False)
 
 

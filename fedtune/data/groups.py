@@ -39,14 +39,13 @@ def groups_of(
     return groups_at(table, columns, usable, lambda column, cell: group_of(cell), KEY)
 
 
-def groups_of_file(
-    table: EvaluationTable, columns: Sequence[str]
-) -> tuple[int, dict[str, Counter[str]]]:
-    """Count a public file's records, and by column those of each group. Errors: as groups_at."""
+def count_groups(table: EvaluationTable, columns: Sequence[str]) -> dict[str, Counter[str]]:
+    """Count, by column, a public file's records of each group. Errors: as groups_at."""
+    if not columns:
+        return {}
     places = [record.place for record in read_file(table).records]
-    name = lambda column, cell: group_of(cell)  # noqa: E731
-    groups = groups_at(table, columns, places, name, KEY) if columns else {}
-    return len(places), {column: Counter(values) for column, values in groups.items()}
+    groups = groups_at(table, columns, places, lambda column, cell: group_of(cell), KEY)
+    return {column: Counter(values) for column, values in groups.items()}
 
 
 def groups_at(

@@ -50,8 +50,8 @@ _MOST = 2  # files: the one that chooses each step, and the one that judges
 
 
 def check_evaluation(study: Study) -> None:
-    """Check that the study's [evaluation], if it has one, can be measured: its metric, columns and
-    choices, from the file and the base's tokenizer alone.
+    """Check that the study's [evaluation], if it has one, can be measured: its metric, columns,
+    choices and groups, from the file and the base's tokenizer alone.
 
     Errors: ConfigError, DataError, as Evaluator's."""
     table, objective = study.evaluation, resolve(study.objective)
@@ -62,6 +62,8 @@ def check_evaluation(study: Study) -> None:
     tokenizer = load_tokenizer(base)
     reader = modalities.reader(base, tokenizer, study.base.modality)
     data = load_dataset(table, study, tokenizer, reader=reader)
+    if study.schedule and study.schedule.groups:
+        groups_of(table, tuple(study.schedule.groups), data)
     if METRICS[table.metric].by_class and objective.record_format != "label":
         _choice_tokens(tokenizer, data, table.choices, study.objective.max_length)
 
