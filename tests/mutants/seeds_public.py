@@ -153,7 +153,7 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         "start", "what-is-learnt-judges-too", "fedtune/evaluation/selection.py",
-        '"public": study.public if taught else None,', '"public": None,',
+        '"public": taught_by(study),', '"public": None,',
         S + "test_records_that_teach_neither_choose_nor_judge",
         "a head that was fitted to the evaluation records is judged by them",
     ),
