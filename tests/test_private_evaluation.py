@@ -179,6 +179,30 @@ def test_one_question_is_not_asked_about_as_many_adapters_as_a_coordinator_sends
     assert len(worker.ledger.charges("held-out")) == policy.MOST_ATTEMPTS
 
 
+def test_a_question_that_is_refused_reads_no_record(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whichever count: of the ledger's rounds, or of this question's attempts."""
+    read: list[str] = []
+    honest = SiteWorker.data_in_study
+    monkeypatch.setattr(
+        SiteWorker, "data_in_study", lambda *given: read.append("records") or honest(*given)
+    )
+    study = world(tmp_path, tiny_base, 60.0, policy=WILLING + "max_rounds = 5\n")
+    made = start(load_study(study))
+    for attempts, match in ((8, r"policy\.max_rounds"), (3, "was paid for 3 times")):
+        monkeypatch.setattr(policy, "MOST_ATTEMPTS", attempts)
+        worker = worker_of(study, "north" if attempts == 8 else "south")
+        assert worker.prepare(made.study, made.frozen).admitted
+        with pytest.raises(BudgetExceeded, match=match):
+            for number in range(6):
+                other = {name: array + number for name, array in made.adapter.items()}
+                worker.evaluate(made.study.digest, 2, other)
+        paid = len(worker.ledger.charges("held-out"))
+        assert paid == len(read) == min(5, attempts)
+        read.clear()
+
+
 def test_questions_stop_at_the_ceiling(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save
 
 from fedtune.client import airlock
-from fedtune.client.policy import admit, check_attempts, order_of, within_budget
+from fedtune.client.policy import admit, check_attempts, check_rounds, order_of, within_budget
 from fedtune.client.prepared import Prepared, step_summary
 from fedtune.config import Site, SiteEvaluation, Study
 from fedtune.dp import accountant
@@ -50,8 +50,8 @@ def answered(
     assert training is not None  # a study with queries is private
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
+    check_rounds(len(site.ledger.spending()), current.policy)
     site.declare(held_out, study)
-    data = site.data_in_study(study, prepared.network, held_out)
     charges = site.ledger.charges(held_out.name)
     charge = charge_of(study, plan, current, round_, charges)
 
@@ -60,6 +60,8 @@ def answered(
         check_budget(current, study, training, plan, charges)
 
     prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
+    site.ledger.ask(held_out.name, permit)
+    data = site.data_in_study(study, prepared.network, held_out)
     reserved = site.ledger.reserve(held_out.name, charge, digest(adapter), permit)
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)

@@ -32,6 +32,7 @@ from fedtune.objectives import OBJECTIVES, resolve
 from fedtune.registry import Group
 from fedtune.strategies import STRATEGIES
 
+LAST_ROUND = 10**9  # of a plan without a last round: a number that an entry has space for
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
 
 
@@ -338,6 +339,18 @@ def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
         "a dataset whose every charge is of the study's own unit, by this release's rules",
         f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
     )
+
+
+def check_rounds(paid: int, policy: PolicyTable) -> None:
+    """Check that the ledger may pay for one more round, whichever study's: it has room for so many
+    (files.room). A coordinator numbers the rounds of a schedule, and orders them at no cost once
+    everybody's budget is used up. paid: all charges of the ledger. Errors: BudgetExceeded."""
+    if paid >= policy.max_rounds:
+        raise BudgetExceeded(
+            "this site's ledger paid for policy.max_rounds rounds, those of all studies together",
+            f"at most {policy.max_rounds}",
+            "the site may raise policy.max_rounds: 4 KiB more on its disk for each round",
+        )
 
 
 def check_attempts(charges: Sequence[Charge], study: str, round_: int) -> None:

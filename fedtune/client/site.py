@@ -18,10 +18,12 @@ from fedtune.client import airlock, evaluation, noted, studies
 from fedtune.client.declared import as_stated, paid_by_run, permit_declared, run_ledger
 from fedtune.client.own_loss import kept
 from fedtune.client.policy import (
+    LAST_ROUND,
     accounted,
     admit,
     base_for,
     check_attempts,
+    check_rounds,
     order_of,
     planned,
     within_budget,
@@ -121,7 +123,7 @@ class SiteWorker:
     @property
     def room(self) -> Room:
         """The room beside the site's ledger, by which it is decided what its disk has space for."""
-        return Room(self.site.site.state, self._size)
+        return Room(self.site.site.state, self._size, self.site.policy.max_rounds)
 
     def room_to_answer(self) -> AbstractContextManager[None]:
         """Have room on the state folder's disk for what an order writes there, whatever else fills
@@ -142,8 +144,8 @@ class SiteWorker:
         return self._of_runs[digest]
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
-        """Admit or refuse `study`; on admission, read the data, build the model, and note that the
-        study is under way here.
+        """Admit or refuse `study`; on admission, build the model, and note that the study is under
+        way here. No record is read: a round that is paid for reads them.
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
@@ -152,6 +154,7 @@ class SiteWorker:
             studies.check_number(self.home.folder, study)
             prepared = self._prepared.get(study.digest)
             if prepared is None:
+                self._cached.clear()  # an earlier study's records take no memory from this one
                 prepared = self._prepare_model(study, plan, frozen, coordinator)
             # Another admitted coordinator may send the same plan: its orders are signed by another
             # key and its receipts are its own, but what was prepared stays valid.
@@ -185,7 +188,6 @@ class SiteWorker:
         frozen = network.adopt(study, frozen)
         check_learns(study, network, rank)
         self._check_source(study, network, self.site.data)
-        self.data_in_study(study, network, self.site.data)  # not stored: somebody may withdraw
         ran = plan or non_private_plan(study, self._size)
         return Prepared(study, network, ran, frozen, coordinator, rank)
 
@@ -198,6 +200,7 @@ class SiteWorker:
         permit_declared(site, self.site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
+        check_rounds(len(self.ledger.spending()), site.policy)
         self.declare(self.site.data, study)
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # a unit that arrives now must have budget to take part
@@ -341,7 +344,8 @@ class SiteWorker:
         Errors: Unprepared, PolicyRefused, LedgerError."""
         prepared = self._require(digest)
         study = prepared.study
-        if round_ < 1 or not (study.continuous or round_ <= (study.training.rounds or 0)):
+        last = LAST_ROUND if study.continuous else study.training.rounds or 0
+        if not 1 <= round_ <= last:
             raise PolicyRefused(f"round {round_} is not in the plan")
         noted.accept(self, receipt, digest, prepared.coordinator)
         return prepared
@@ -357,7 +361,6 @@ class SiteWorker:
         steps = study.training.local_steps
         site = self.permit(study, plan, prepared.coordinator, steps)
         prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
-        data = self.data_in_study(study, prepared.network, self.site.data)
         charge = self.charge_of(study, plan, site, round_)
 
         def permit(charges: list[Charge]) -> None:
@@ -365,9 +368,13 @@ class SiteWorker:
                 check_attempts(charges, study.digest, round_)
             within_budget(site, plan, charges, steps)
 
+        # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
+        # is asked of cohorts, their own charges are not all attempts.
+        if plan and study.continuous:
+            check_attempts(self.ledger.charges(self._dataset), study.digest, round_)
+        self.ledger.ask(self._dataset, permit, of_newcomers=study.continuous)
+        data = self.data_in_study(study, prepared.network, self.site.data)
         if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
-            if plan:
-                check_attempts(self.ledger.charges(self._dataset), study.digest, round_)
             reserved, spent = self.ledger.reserve_for(self._dataset, charge, slot, permit)
             data = self._with_budget_left(data, spent)
         else:

@@ -26,6 +26,7 @@ from fedtune.config.types import (
     Fraction,
     Name,
     NotNegative,
+    Number,
     Place,
     Positive,
     PublicKey,
@@ -34,6 +35,7 @@ from fedtune.config.types import (
     Source,
     Table,
 )
+from fedtune.files.room import ROUNDS
 
 BASES = tuple(wheel.digest for wheel in KNOWN.values())
 MODULES = (
@@ -259,6 +261,7 @@ class PolicyTable(Table):
     max_grad_norm: Positive = 10.0  # C
     max_sampling_rate: Fraction = 1.0  # q
     max_steps: Count = 10_000  # of one study
+    max_rounds: Number = ROUNDS  # that the ledger pays for, of all studies; each has its room
     max_rank: Rank = 64
     modules: tuple[str, ...] = MODULES  # that an adapter may sit on
     objectives: Plugins = RELEASE

@@ -21,11 +21,14 @@ from fedtune.errors import InfrastructureError
 log = logging.getLogger("fedtune.site")
 ROOM = "room"
 LEDGER = "ledger.db"
+ROUNDS = 2048  # that a ledger pays for in its life, where its site does not say otherwise
+OF_A_ROUND = 4 * 2**10  # bytes of all entries that one round makes, at most
 
 
 @dataclass(frozen=True)
 class Room:
-    """The room in `folder`, beside a ledger, of a site that declares `declared_size` units.
+    """The room in `folder`, beside a ledger that pays for at most `rounds` rounds, of a site that
+    declares `declared_size` units.
 
     >>> room = Room(Path("state"), 100)
     >>> room.of_an_answer, room.size
@@ -34,6 +37,7 @@ class Room:
 
     folder: Path
     declared_size: int
+    rounds: int = ROUNDS
 
     @property
     def of_an_answer(self) -> int:
@@ -43,9 +47,9 @@ class Room:
 
     @property
     def of_the_ledger(self) -> int:
-        """Bytes up to which a ledger's length is made up for: 8 MiB for some thousands of rounds,
-        and again 8 KiB for each unit."""
-        return 8 * 2**20 + 8 * 2**10 * self.declared_size
+        """Bytes up to which a ledger's length is made up for: 4 KiB for each round that it may ever
+        pay for, and again 8 KiB for each unit."""
+        return OF_A_ROUND * self.rounds + 8 * 2**10 * self.declared_size
 
     @property
     def size(self) -> int:

@@ -142,7 +142,8 @@ class Ledger:
                 "cohort": previous.get("cohort", cohort) if content_hash is None else cohort,
                 "members": writer.members(dataset),
             }
-            if declaration != previous:
+            # The content's hash alone is no reason: it follows from the plan that it was read for.
+            if declaration != {**previous, "content": declaration["content"]}:
                 writer.append("declare", declaration)
             if arrival:
                 writer.append("arrive", {**arrival, "cohort": cohort})
@@ -229,6 +230,29 @@ class Ledger:
         self._read()
         return sorted(self._account.declared)
 
+    def ask(self, dataset: str, permit: Permit, *, of_newcomers: bool = False) -> None:
+        """Ask `permit` what `reserve` asks it, or `reserve_for` of newcomers, and charge nothing:
+        before records are read, each reading of which may be an entry.
+
+        Errors: what `permit` raises; LedgerError."""
+        with self._store.writing():
+            self._ask(dataset, permit, of_newcomers)
+
+    def _ask(self, dataset: str, permit: Permit, of_newcomers: bool = False) -> None:
+        if dataset not in self._account.declared:
+            raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
+        asked: list[list[int]] = []
+        if of_newcomers:
+            permit(self._account.newcomer(dataset))
+        for other in sorted(self._account.declared, key=lambda name: (name != dataset, name)):
+            if self._account.disjoint(dataset, other) or (of_newcomers and other == dataset):
+                continue
+            spent = self._account.against(other)
+            entries = [s.seq for s in spent]
+            if entries not in asked:
+                asked.append(entries)
+                permit([s.charge for s in spent])
+
     def reserve(self, dataset: str, charge: Charge, adapter: str, permit: Permit) -> int:
         """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
 
@@ -237,17 +261,7 @@ class Ledger:
         against, under the write lock; it must not call this ledger. Returns the entry's number.
         Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
-            if dataset not in self._account.declared:
-                raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
-            asked: list[list[int]] = []
-            for other in sorted(self._account.declared, key=lambda name: (name != dataset, name)):
-                if self._account.disjoint(dataset, other):
-                    continue
-                spent = self._account.against(other)
-                entries = [s.seq for s in spent]
-                if entries not in asked:
-                    asked.append(entries)
-                    permit([s.charge for s in spent])
+            self._ask(dataset, permit)
             entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
             return writer.append("reserve", entry)
 
@@ -262,12 +276,7 @@ class Ledger:
         never from a record; and the charge is made even where no cohort remains.
         Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
         with self._store.writing() as writer:
-            if dataset not in self._account.declared:
-                raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
-            permit(self._account.newcomer(dataset))
-            for other in sorted(set(self._account.declared) - {dataset}):
-                if not self._account.disjoint(dataset, other):
-                    permit([spent.charge for spent in self._account.against(other)])
+            self._ask(dataset, permit, of_newcomers=True)
             out = set()
             for cohort in self._account.cohorts(dataset):
                 try:

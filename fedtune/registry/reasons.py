@@ -16,6 +16,7 @@ PHRASES = (
     "what it declares of its data", "has no such declaration", "data.declared was changed",
     "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
+    "policy.max_rounds",
     "policy.max_rank", "policy.data_sheet", "study.data_sheet", "sheet lacks",
     "policy.modules", "policy.isolation", "policy.answers", "refused to let this answer go",
     "policy.objectives", "policy.strategies",

@@ -28,7 +28,8 @@ def test_a_full_disk_keeps_which_records_of_whom_were_trained_on(
         with small.with_room_for(2**20 if space else 8192):
             with worker.room_to_answer():
                 assert worker.prepare(made.study, made.frozen).admitted
-            dataset = worker._cached["records"][1].dataset
+                network = worker._prepared[made.study.digest].network
+                dataset = worker.data_in_study(made.study, network, worker.site.data).dataset
             known = worker.ledger.member_test("records")
             assert dataset.trained and all(map(known, dataset.trained))
             assert all(map(known, dataset.members)) is space
@@ -48,5 +49,7 @@ def test_a_disk_without_room_for_who_takes_part_is_noise_alone(
         worker.ledger.declare("records", (), cohort=worker.site.data.cohort)
         with small.with_room_for(24_000):
             assert worker.prepare(made.study, made.frozen).admitted
-        assert worker._prepared and "records" not in worker._cached
+            network = worker._prepared[made.study.digest].network
+            read = worker.data_in_study(made.study, network, worker.site.data)
+        assert read.dataset.n_units == 0 and "records" not in worker._cached
         assert not worker.ledger.charges("records")

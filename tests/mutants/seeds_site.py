@@ -25,6 +25,7 @@ T_ALONE = (
 )
 
 T_UNSIGNED = T_SITE + "test_a_plan_that_nobody_signed_waits_and_a_signature_is_for_one_plan"
+T_ROUNDS = "tests/client/test_room_for_rounds.py::"
 T_WAITING = "tests/client/test_waiting_plans.py::"
 T_JOINING = (
     "tests/flower/test_membership.py::"
@@ -52,6 +53,56 @@ MUTANTS = (
         "check_attempts(self.ledger.charges(self._dataset), study.digest, round_)", "pass",
         T_SITE + "test_a_round_of_a_study_with_a_schedule_is_not_ordered_without_end",
         "orders at no cost to anybody fill the ledger's room",
+    ),
+    one(
+        "orders", "a-ledger-pays-for-rounds-without-end", SITE,
+        "        check_rounds(len(self.ledger.spending()), site.policy)\n", "",
+        T_ROUNDS + "test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered",
+        "a coordinator numbers rounds as it likes, and orders fill the ledger's room at no cost",
+    ),
+    one(
+        "orders", "questions-without-end-fill-the-ledgers-room", "fedtune/client/evaluation.py",
+        "    check_rounds(len(site.ledger.spending()), current.policy)\n", "",
+        "tests/test_private_evaluation.py::test_a_question_that_is_refused_reads_no_record",
+        "queries are entries of the ledger like rounds",
+    ),
+    one(
+        "orders", "an-order-that-is-refused-reads-the-records", SITE,
+        "        self.ledger.ask(self._dataset, permit, of_newcomers=study.continuous)\n", "",
+        T_ROUNDS + "test_what_is_refused_reads_no_record",
+        "each reading may be an entry, and what is refused costs nothing",
+    ),
+    one(
+        "orders", "a-question-that-is-refused-reads-the-records", "fedtune/client/evaluation.py",
+        "    site.ledger.ask(held_out.name, permit)\n", "",
+        "tests/test_private_evaluation.py::test_a_question_that_is_refused_reads_no_record",
+        "each reading may be an entry, and what is refused costs nothing",
+    ),
+    one(
+        "orders", "an-admission-reads-the-records", SITE,
+        "        self._check_source(study, network, self.site.data)\n        ran = ",
+        "        self.data_in_study(study, network, self.site.data)\n        ran = ",
+        T_ROUNDS + "test_what_is_refused_reads_no_record",
+        "plans without end, at no cost, are entries without end",
+    ),
+    one(
+        "orders", "a-plan-that-reads-otherwise-is-an-entry", LEDGER,
+        'if declaration != {**previous, "content": declaration["content"]}:',
+        "if declaration != previous:",
+        T_ROUNDS + "test_the_hash_of_what_was_read_is_no_entry_of_its_own",
+        "two plans in turn fill the ledger's room",
+    ),
+    one(
+        "orders", "a-rounds-number-of-any-length", SITE,
+        "LAST_ROUND if study.continuous", "10**1000 if study.continuous",
+        T_ROUNDS + "test_a_rounds_number_has_space_in_an_entry",
+        "one order is as long an entry as a coordinator likes",
+    ),
+    one(
+        "resources", "an-earlier-studys-records-stay-in-memory", SITE,
+        "                self._cached.clear()", "                pass",
+        T_ROUNDS + "test_an_earlier_studys_records_are_let_go_before_a_plan_is_prepared",
+        "where memory is at its limit, whether a study is admitted follows from an earlier one's",
     ),
     one(
         "orders", "an-order-holds-for-any-adapter", "fedtune/wire/seal.py",
