@@ -93,6 +93,19 @@ def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
+def shown_to_courier(site: Site, spool: Spool | None = None) -> list[str]:
+    """Say which of the site's private files its courier reads, or reads the names of, by where they
+    lie: images may be called after a patient."""
+    read = open_to_courier(site, spool)
+    below = Path(boot.PACKAGES)  # of which Python reads the names, to find a package there
+    own = [path.resolve() for path in private(site)]
+    named = [path for path in own if path.is_relative_to(below) and path not in read]
+    said = [f"{path} lies where the courier reads its code" for path in read]
+    return said + [
+        f"{path} lies below {below}, where the courier reads the names of files" for path in named
+    ]
+
+
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
     """Confine this process to what a site's courier may read and write."""
     # Python looks for a package in a folder's names: here beside whatever else lies there.
@@ -103,10 +116,8 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
     if is_elsewhere:  # in a container of its own there is nothing that Landlock would have to keep
         left = tuple(each for each in found.missing if each != isolation.NO_LANDLOCK)
         found = isolation.Confinement((*found.means, "records elsewhere"), left)
-    shown = [
-        f"{path} lies where the courier reads its code" for path in open_to_courier(site, spool)
-    ]
-    return found & isolation.Confinement(missing=tuple(shown)) & _try_to_read(site)
+    shown = isolation.Confinement(missing=tuple(shown_to_courier(site, spool)))
+    return found & shown & _try_to_read(site)
 
 
 def _try_to_read(site: Site) -> isolation.Confinement:

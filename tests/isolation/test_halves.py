@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import isolation, system_calls
+from fedtune import boot, isolation, system_calls
 from fedtune.bases import find
+from fedtune.client.isolation_here import isolation_here
 from fedtune.config import AcceptanceTable, ConsentTable, SiteEvaluation, load_site
 from fedtune.config.known_bases import KNOWN
 from fedtune.courier import process
-from fedtune.courier.process import open_to_courier, private
+from fedtune.courier.process import open_to_courier, private, shown_to_courier
 from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Shown
@@ -126,6 +127,55 @@ def test_records_where_a_courier_reads_its_code_are_said_to_be_open(tmp_path: Pa
     assert open_to_courier(site) == []
     inside = Path(isolation.__file__).parent / "records.jsonl"
     assert open_to_courier(site.changed(data={"path": inside})) == [inside]
+    (said,) = shown_to_courier(site.changed(data={"path": inside}))
+    assert said == f"{inside} lies where the courier reads its code"
+
+
+def test_names_of_files_below_the_folder_of_fedtunes_own_are_said_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a site in a checkout: an image may be called after a patient. Under "required" what
+    is said here ends the client. Twin: another folder of the same name's beginning."""
+    site = load_site(a_site(tmp_path))
+    for folder, shown in ((tmp_path, True), (Path(f"{tmp_path}-2"), False)):
+        monkeypatch.setattr(boot, "PACKAGES", str(folder))
+        said = [text for text in shown_to_courier(site) if "reads the names of files" in text]
+        assert bool(said) is shown
+        assert any(str(site.data.path) in text for text in said) is shown
+        lacks = isolation_here(site).lacks
+        assert [text for text in lacks if "reads the names of files" in text] == said
+
+
+NAMED = """
+import json, os, sys
+from pathlib import Path
+from fedtune import boot
+from fedtune.config import load_site
+from fedtune.courier.process import confine
+boot.PACKAGES = sys.argv[2]
+missing = confine(load_site(Path(sys.argv[1]))).missing
+try:
+    names = os.listdir(sys.argv[3])
+except OSError:
+    names = []
+print(json.dumps({"missing": missing, "names": names}))
+"""
+
+
+@CONFINES
+def test_a_courier_that_reads_such_names_says_so(tmp_path: Path) -> None:
+    """As confined as it gets: what it can list, it lacks. Twin: a folder elsewhere."""
+    images = tmp_path / "site" / "images"
+    images.mkdir(parents=True)
+    (images / "ann.png").touch()
+    site = a_site(tmp_path / "site", 'path = "images"')
+    for packages in (tmp_path, tmp_path / "other"):
+        packages.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", NAMED, str(site), str(packages), str(images)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        said = [text for text in found["missing"] if "reads the names of files" in text]
+        assert bool(said) is bool(found["names"]) is (packages == tmp_path)
 
 
 # ------------------------------------------------------------------------------ what is required

@@ -160,6 +160,12 @@ MUTANTS = (
         "a tokenizer's warning may count or quote a record",
     ),
     one(
+        "isolation", "names-of-files-below-fedtunes-own-folder", COURIER,
+        "if path.is_relative_to(below) and path not in read]", "if False]",
+        T_HALVES + "test_names_of_files_below_the_folder_of_fedtunes_own_are_said_to_be_read",
+        "images that are called after patients are listed by the half on the network, unsaid",
+    ),
+    one(
         "isolation", "held-out-records-are-forgotten", COURIER,
         "(site.data, site.evaluation, site.acceptance)", "(site.data, site.acceptance)",
         T_HALVES + "test_a_courier_is_kept_from_all_that_is_private",
