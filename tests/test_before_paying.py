@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from fedtune.strategies._posterior import (
     held_out_hits,
     public,
 )
+from fedtune.training.start import start
 from tests.simulated import simulate
 from tests.strategies.test_posterior import CLASSES, DIRECTIONS, MISSING, release, right
 from tests.strategies.test_posterior import World as Truth
+from tests.test_cli import run
 from tests.test_prototypes import PRIVATE, lay_out
 
 
@@ -179,6 +182,25 @@ def test_what_is_not_worth_its_price_is_refused_unless_somebody_insists(
         before_paying(load_study(path), [12], {"fevers": 0.1})
     with pytest.raises(ConfigError, match="more than 0"):
         before_paying(load_study(path), [12], {"rash": 1.5})
+
+
+def test_a_review_says_it_or_who_does(tmp_path: Path, tiny_encoder: Path) -> None:
+    """Of a study.toml, whose public files are at hand, where they are to be read anyway; of a plan
+    as it was sent who foretells it, since the paths in it are not this machine's."""
+    path = lay_out(tmp_path, tiny_encoder, PRIVATE.replace("8.0", "95.0"))
+    at_hand = run("review", path, "--site", tmp_path / "a.toml", "--digest", "--json")
+    told, _ = before_paying(load_study(path), [12])
+    assert told and json.loads(at_hand.stdout)["expected"] == json.loads(json.dumps(told.as_dict()))
+    (tmp_path / "plan.json").write_text(start(load_study(path)).study.model_dump_json())
+    for plan in (path, tmp_path / "plan.json"):
+        said = run("review", plan, "--site", tmp_path / "a.toml")
+        assert "ask for what `fedtune plan` says" in " ".join(said.output.split())
+    other = (
+        path.read_text().replace('"discriminant"', '"fedavg"').replace('"prototypes"', '"classify"')
+    )
+    path.write_text("\n".join(line for line in other.splitlines() if "options" not in line))
+    said = run("review", path, "--site", tmp_path / "a.toml")
+    assert "trains by gradients" in " ".join(said.output.split())
 
 
 def test_what_cannot_be_foretold_says_so(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -393,9 +393,13 @@ def _of_site(folder: Path) -> str:
 
 
 def _next(folder: Path, records: Records, task: Task) -> str:
+    plan = f"fedtune plan {folder}/study.toml"
+    told = "what it costs, and what the sites' records may add to public ones"
     if records.role == "coordinator":
+        sizes = "".join(f" --size {size}" for size in records.declared_sizes)
         return (
-            f"\nnext   fedtune server {folder}/study.toml --host 0.0.0.0 --name NAME   wait for "
+            f"\nnext   {plan}{sizes}   {told}\n"
+            f"       fedtune server {folder}/study.toml --host 0.0.0.0 --name NAME   wait for "
             "sites, and train;\n       NAME: what sites call this machine by"
         )
     if records.role == "site":
@@ -416,4 +420,4 @@ def _next(folder: Path, records: Records, task: Task) -> str:
         Task.SPEECH: f"{predict}recordings, where what is said is one of a few",
     }.get(task, f"{generate}{export}transformers, Ollama, vLLM")
     simulate = f"fedtune simulate {folder}/study.toml{sites}"
-    return f"\nnext   {put}{simulate}   the whole study, here\n{use}"
+    return f"\nnext   {put}{plan}{sites}   {told}\n       {simulate}   the whole study, here\n{use}"

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from fedtune.cli.exit_codes import Told, command
-from fedtune.cli.study import SET, load
+from fedtune.cli.study import SET, load, say_expected_gain
 from fedtune.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -68,8 +68,9 @@ def review(
 ) -> dict[str, Any]:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
-    Reads no public text of a study.toml: price and rules follow without; of the records it counts,
-    for this screen alone, those of a class that the plan has not. A site whose policy.admission is
+    Reads no public text of a study.toml: price and rules follow without, and --digest has its gain
+    foretold too; of the records it counts, for this screen alone, those of a class that the plan
+    has not. A site whose policy.admission is
     "reviewed" or "signed" keeps each plan that it was sent in its state folder, under plans/;
     --sign admits it."""
     from fedtune.cli.watch import Watch
@@ -90,6 +91,7 @@ def review(
     acts = AuditLog(book.folder, book.key)
     outcome = review_plan(plan, loaded, book, outline=is_outline(study, plan))
     _show_review(outcome, plan.study.name)
+    expected = _say_gain(plan, loaded, at_hand=whole and study.suffix == ".toml")
     left_out = _left_out(plan, loaded)
     facts: dict[str, Any] = {"plan": outcome.digest} if outcome.digest else {}
     facts["study"] = plan.study.name
@@ -113,8 +115,29 @@ def review(
         "refusals": outcome.refusals,
         "verdict": outcome.verdict,
         "left_out": left_out,
+        "expected": expected,
         "signed": sign,
     }
+
+
+def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | None:
+    """Say what a private plan may gain over public records, or who says it; at_hand: whether its
+    base and its public files are this machine's own. Returns the forecast, if one was made."""
+    from fedtune.client.policy import permit_plugins
+    from fedtune.errors import PolicyRefused
+    from fedtune.evaluation.before_paying import who_foretells
+
+    try:
+        permit_plugins(plan, site)  # before one is imported
+    except PolicyRefused:
+        return None
+    if not plan.private:
+        return None
+    typer.echo()
+    if at_hand:
+        return say_expected_gain(Console(), plan, [site.site.declared_size], {})
+    Console().print(who_foretells(plan), highlight=False, markup=False)
+    return None
 
 
 def _left_out(plan: Study, site: Site) -> str:

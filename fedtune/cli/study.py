@@ -168,7 +168,7 @@ def say_expected_gain(
     if gain and len(sizes) == 1:
         sites = "1 site" if study.strategy.min_sites == 1 else f"{study.strategy.min_sites} sites"
         console.print(
-            f"for {sites} of {sizes[0]:,}; --size once for each site tells of all of them",
+            f"for {sites} of {sizes[0]:,}; `fedtune plan` with --size once for each tells of all",
             highlight=False,
             markup=False,
         )

@@ -73,6 +73,16 @@ def cannot(study: Study) -> str:
     return f"{HEADING}: cannot be foretold; {why}"
 
 
+def who_foretells(study: Study) -> str:
+    """Say who foretells a study's gain where its public files are not at hand, or why none can."""
+    if not can_foretell(study):
+        return cannot(study)
+    return (
+        f"{HEADING}: the coordinator has it foretold from public records, for all sites' declared "
+        "sizes, before anything is paid: ask for what `fedtune plan` says there"
+    )
+
+
 def _records(study: Study) -> int:
     """Count the [evaluation] records, 0 without any. Errors: DataError."""
     table = study.evaluation
