@@ -292,7 +292,7 @@ MUTANTS = (
     one(
         "paid", "an-adapter-is-refused-after-it-is-paid", SITE,
         "        prepared.network.load_trainable(adapter)  # before the charge: a refused one "
-        "costs nothing\n        data = ", "        data = ",
+        "costs nothing\n        charge = ", "        charge = ",
         "tests/client/test_site_refusals.py::test_an_adapter_that_is_refused_costs_nothing",
         "an adapter that diverged spends a budget on nothing",
     ),
