@@ -22,11 +22,11 @@ from fedtune import Study
 from fedtune.audit import attack
 from fedtune.audit.attack import attack_study
 from fedtune.audit.secret import most_exposed
-from fedtune.dp.non_private import non_private_plan
-from fedtune.dp.plan import StepPlan, plan_for_site
-from fedtune.models.build import build
-from fedtune.training.selftest import MemoryLog
-from fedtune.training.start import start
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.plan import StepPlan, plan_for_site
+from fedtune.core.models.build import build
+from fedtune.core.training.selftest import MemoryLog
+from fedtune.public.start import start
 
 TABLES: dict[str, Any] = {  # frozen MiniLM and a head, as `fedtune init --task classify` makes it
     "study": {"name": "attacked"},

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import measure, texts
 from benchmarks.measure import Bound, Table
 from benchmarks.variants import Ours, PlainPeft, Setting, World
-from fedtune.data.dataset import Dataset
+from fedtune.core.data.dataset import Dataset
 
 ALL, SAME, OURS = "plain PEFT, all blocks", "plain PEFT, last 2 blocks", "ours, cached"
 LAST = 2

@@ -19,10 +19,10 @@ from statistics import mean
 
 from benchmarks import measure
 from fedtune import Site, find_base, load_sites, load_study, simulate, verify_model
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.steplog import StepLog, events
 from fedtune.demo.generate import NINE, write
 from fedtune.derive.pruned_base import write_pruned_base
-from fedtune.dp.accountant import epsilon
-from fedtune.dp.steplog import StepLog, events
 
 DELTA = 1e-4  # the demo's
 ARMS = {

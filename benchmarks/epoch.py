@@ -24,10 +24,10 @@ import torch
 from benchmarks import measure, texts
 from benchmarks.measure import Bound, Table
 from benchmarks.variants import MODULES, RATE, Setting, World, step_log
-from fedtune.data.dataset import NO_TARGET, Dataset
-from fedtune.dp.plan import DpPlan
-from fedtune.models.cache import CachedDataset
-from fedtune.training.local_round import local_round
+from fedtune.core.data.dataset import NO_TARGET, Dataset
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.training.local_round import local_round
 
 SFT, SFT_AGAIN, SFT_DEFAULT = (
     "SFTTrainer",

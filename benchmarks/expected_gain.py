@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import prototypes
 from benchmarks.prototypes import EPSILONS, SETS, SILENT, Division, Records
-from fedtune.dp.accountant import calibrate
+from fedtune.core.dp.accountant import calibrate
 from fedtune.evaluation.expected_gain import DRAWS, LEAST, Sites, World, interval
 from fedtune.report.delta import delta_for
 from fedtune.strategies import _posterior as posterior

@@ -27,15 +27,15 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import fedtune.client.site
+import fedtune.core.vault.worker
 from benchmarks import measure
 from benchmarks.measure import Bound, Table
 from benchmarks.variants import MODULES
 from examples.write import Table as Toml
 from examples.write import jsonl, merged, read_jsonl, toml
 from fedtune import load_site, load_study, simulate
+from fedtune.core.models.build import build
 from fedtune.demo.generate import write
-from fedtune.models.build import build
 from fedtune.strategies.fedavg import FedAvg
 
 ROUNDS = 4
@@ -91,7 +91,7 @@ def simulation(sites: int, records: int, lora: str, rounds_: int) -> dict[str, A
     """In a fresh process: MiB of the base, seconds until the rounds begin, and for each round its
     seconds, those of them in local_round, and the peak in MiB."""
     training = 0.0
-    inner = fedtune.client.site.local_round
+    inner = fedtune.core.vault.worker.local_round
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
         nonlocal training
@@ -104,7 +104,7 @@ def simulation(sites: int, records: int, lora: str, rounds_: int) -> dict[str, A
     rounds: list[dict[str, float]] = []
     with (
         tempfile.TemporaryDirectory() as name,
-        patch.object(fedtune.client.site, "local_round", timed),
+        patch.object(fedtune.core.vault.worker, "local_round", timed),
     ):
         file, files = prepare(Path(name), sites, records, lora)
         study = load_study(file).changed(training={"rounds": rounds_})

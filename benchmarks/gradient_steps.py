@@ -25,7 +25,7 @@ from scipy.special import logsumexp  # type: ignore[import-untyped]
 
 from benchmarks import prototypes
 from benchmarks.prototypes import EPSILONS, SETS, SILENT, SITES, Array, Division, Labels, Records
-from fedtune.dp.accountant import calibrate
+from fedtune.core.dp.accountant import calibrate
 from fedtune.report.delta import delta_for
 from fedtune.server import step
 from fedtune.strategies.fedavg import FedAvg

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from benchmarks.variants import plan, step_log
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.data.dataset import Dataset, Example
-from fedtune.dp import clip, noise
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.dp import clip, noise
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 TOKENS = 128
 

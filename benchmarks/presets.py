@@ -29,13 +29,13 @@ import pandas as pd
 from examples.preference import formulary
 from examples.write import Table, jsonl, read_jsonl
 from fedtune import load_sites, load_study, simulate
-from fedtune.config import Study
+from fedtune.core.config import Study
+from fedtune.core.registry import process_cache
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.presets import Records, write
-from fedtune.registry import process_cache
+from fedtune.public import training as public_start
+from fedtune.public.start import start
 from fedtune.server.step import selecting
-from fedtune.training import public as public_start
-from fedtune.training.start import start
 
 SITES = 3
 ARMS = ("preset", "off", "pooled")

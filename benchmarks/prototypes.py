@@ -35,13 +35,13 @@ from examples.fsdd.base import write as two_seconds
 from examples.mts_dialog.prepare import DESCRIPTIONS
 from examples.write import Table, jsonl, read_jsonl, toml
 from fedtune import load_study
-from fedtune.data.load import load_dataset
-from fedtune.dp.accountant import calibrate
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
+from fedtune.core.data.load import load_dataset
+from fedtune.core.dp.accountant import calibrate
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.public.training import PENALTY
 from fedtune.report.delta import delta_for
 from fedtune.strategies import _posterior as posterior
-from fedtune.training.public import PENALTY
 
 SITES, EPSILONS, SEEDS = 3, (1.0, 3.0, 6.0), range(6)
 TEST = 400  # units at most

@@ -20,16 +20,16 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import demo, measure
-from fedtune.config import Study
+from fedtune.core.config import Study
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.random_records import random_records
+from fedtune.core.models.rank_slice import rank_slice
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.selftest import MemoryLog
+from fedtune.core.wire import codec
 from fedtune.demo.generate import NINE, write
-from fedtune.dp.plan import plan_for_site
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.random_records import random_records
-from fedtune.models.rank_slice import rank_slice
-from fedtune.training.local_round import local_round
-from fedtune.training.selftest import MemoryLog
-from fedtune.wire import codec
 
 HOSPITALS = ("harbour", "lakeside", "northgate")
 ARMS = {"8-8-8": (8, 8, 8), "8-4-2": (8, 4, 2), "2-2-2": (2, 2, 2)}

@@ -28,22 +28,22 @@ from unittest.mock import patch
 import numpy as np
 from flwr.app import Message
 
-import fedtune.client.answers
-import fedtune.client.app
-from fedtune.client import secure_round
-from fedtune.client.prepared import Admission, Update
-from fedtune.config import Study
-from fedtune.dp.shared_noise import bits_of, joint_sigma, own_sigma
-from fedtune.files.room import Room
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
+from fedtune.core.config import Study
+from fedtune.core.dp.shared_noise import bits_of, joint_sigma, own_sigma
+from fedtune.core.files.room import Room
+from fedtune.core.secagg import masks
+from fedtune.core.secagg.statement import Draw, Ready, parse_set, set_digest
+from fedtune.core.vault import secure_round
+from fedtune.core.vault.prepared import Admission, Update
+from fedtune.core.wire import codec
+from fedtune.core.wire.codec import VALUES, Shapes, encode, shapes
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import Header, seal
 from fedtune.flower.grid import InProcessGrid
-from fedtune.secagg import masks
-from fedtune.secagg.statement import Draw, Ready, parse_set, set_digest
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
-from fedtune.wire import codec
-from fedtune.wire.codec import VALUES, Shapes, encode, shapes
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.seal import Header, seal
 
 MARKS = (0, 1, 10, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 MEMORY = Path("/dev/shm")
@@ -119,7 +119,7 @@ class SharedGrid(InProcessGrid):
     """Keeps the one adapter of all waiting orders once, as the SuperLink's database does."""
 
     def __init__(self, sites: list[Path]) -> None:
-        super().__init__(sites, fedtune.client.app.app, str)
+        super().__init__(sites, fedtune.launch.in_one_process.app, str)
         self._orders: dict[str, Message] = {}
         self._next = itertools.count(1)
 
@@ -193,7 +193,7 @@ def measure(sites: int, megabytes: float, secure: bool = False) -> dict[int, flo
     grid = SharedGrid([Path(name) for name in by_name])
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(fedtune.client.answers, "worker", by_name.__getitem__),
+        patch.object(fedtune.core.vault.answers, "worker", by_name.__getitem__),
         patch.object(secure_round, "ready", Site.ready),
         patch.object(secure_round, "masked", Site.masked),
     ):

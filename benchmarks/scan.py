@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedtune.data.scan import Finding, Scanner
+from fedtune.core.data.scan import Finding, Scanner
 
 Truth = tuple[int, int, str]  # start, end, kind
 GIVEN = "Ana Ben Chloe Dev Ewa Femi Grace Hiro Ines Jamal Kavya Liam Mei Nora Omar Priya"

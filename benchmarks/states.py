@@ -19,14 +19,14 @@ from statistics import median
 import torch
 
 from benchmarks.padding import BASE, SETS, read
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.data.dataset import Dataset
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.prefix_store import PREFIX_STORE
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import PREFIX_STORE
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 STORAGES = {"in memory": 2**50, "in the file": 0, "not kept": None}
 

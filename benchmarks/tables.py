@@ -24,14 +24,14 @@ from benchmarks.measure import at_least, mean_sd
 from benchmarks.sets import FSDD, MTS, PREFERENCE, QUAD, QUAD_128, VQA, DataSet
 from examples.write import Table, merged, toml
 from fedtune import Site, Study, load_site, load_study, simulate
-from fedtune.config import noise_shares
-from fedtune.dp.accountant import epsilon
-from fedtune.dp.shared_noise import joint_sigma
-from fedtune.dp.steplog import StepLog, events
+from fedtune.core.config import noise_shares
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.shared_noise import joint_sigma
+from fedtune.core.dp.steplog import StepLog, events
+from fedtune.core.models import lora
+from fedtune.core.models.adapter_files import load_adapter
+from fedtune.core.registry import process_cache
 from fedtune.evaluation.evaluator import Evaluator
-from fedtune.models import lora
-from fedtune.models.adapter_files import load_adapter
-from fedtune.registry import process_cache
 
 SETS = {each.name: each for each in (QUAD, QUAD_128, MTS, VQA, FSDD, *PREFERENCE)}
 TWIN, LOCAL = "non-private", "local"

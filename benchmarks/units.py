@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import prototypes
 from benchmarks.prototypes import EPSILONS, SEEDS, SETS, SILENT, Division, Records
-from fedtune.dp.accountant import calibrate
+from fedtune.core.dp.accountant import calibrate
 from fedtune.report.delta import delta_for
 from fedtune.report.plot import COST, FAINT, GOOD, INK
 

@@ -36,18 +36,18 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedtune.bases.find import Base, find_base, load_backbone
-from fedtune.config import LoraTable
-from fedtune.data.dataset import NO_TARGET, Dataset, Example
-from fedtune.dp.plan import DpPlan
-from fedtune.dp.steplog import StepLog
-from fedtune.models import network as network_module
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.engines import one_pass as one_pass_module
-from fedtune.training.engines.one_pass import OnePass
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import Base, find_base, load_backbone
+from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.models import network as network_module
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.engines import one_pass as one_pass_module
+from fedtune.core.training.engines.one_pass import OnePass
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES: dict[str, dict[str, Any]] = {  # random weights: what they are costs nothing

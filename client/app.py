@@ -1,5 +1,5 @@
 """The ClientApp that Flower starts at a site, by its name in pyproject.toml."""
 
-from fedtune.client.app import app
+from fedtune.launch.in_one_process import app
 
 __all__ = ["app"]

@@ -6,24 +6,16 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fedtune.boot import cut_off, limit_spinning
+from fedtune.core.boot import cut_off, limit_spinning
 
 if TYPE_CHECKING:
+    from fedtune.accounting.costs import Plan, SitePlan, plan
     from fedtune.audit import audit_study
     from fedtune.audit.attack import Attack, attack_run, attack_study
     from fedtune.audit.contracts import check as check_plugin
-    from fedtune.bases.find import Base, find_base
-    from fedtune.bases.find import list_known as list_bases
-    from fedtune.client.acceptance.accept import Acceptance, accept
-    from fedtune.client.attack import SiteAttack, attack_site
-    from fedtune.client.data_report import DataReport, data_report
-    from fedtune.client.data_scan import DataScan, data_scan
-    from fedtune.client.purge import listing as purgeable
-    from fedtune.client.purge import purge
-    from fedtune.client.review import review
-    from fedtune.client.sheet import Described, describe_data
-    from fedtune.client.withdraw import withdraw
-    from fedtune.config import (
+    from fedtune.core.bases.find import Base, find_base
+    from fedtune.core.bases.find import list_known as list_bases
+    from fedtune.core.config import (
         AcceptanceTable,
         BaseTable,
         ClippingTable,
@@ -58,18 +50,8 @@ if TYPE_CHECKING:
         load_study,
         save,
     )
-    from fedtune.config.sheet import Sheet
-    from fedtune.config.templates import init
-    from fedtune.demo import run_demo
-    from fedtune.derive.distill import distill
-    from fedtune.derive.export import export
-    from fedtune.derive.improve import improve
-    from fedtune.derive.label import label
-    from fedtune.derive.merge import merge_runs as merge
-    from fedtune.derive.merge_exported import merge_models
-    from fedtune.derive.settings import DistillSettings, LabelSettings, RlooSettings
-    from fedtune.dp.costs import Plan, SitePlan, plan
-    from fedtune.errors import (
+    from fedtune.core.config.sheet import Sheet
+    from fedtune.core.errors import (
         BudgetExceeded,
         ConfigError,
         DataError,
@@ -81,23 +63,41 @@ if TYPE_CHECKING:
         PolicyRefused,
         Refused,
     )
+    from fedtune.core.ledger.audit_log import verify as verify_log
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.progress import OnEvent
+    from fedtune.demo import run_demo
+    from fedtune.derive.distill import distill
+    from fedtune.derive.export import export
+    from fedtune.derive.improve import improve
+    from fedtune.derive.label import label
+    from fedtune.derive.merge import merge_runs as merge
+    from fedtune.derive.merge_exported import merge_models
+    from fedtune.derive.settings import DistillSettings, LabelSettings, RlooSettings
     from fedtune.evaluation.answers import answers
     from fedtune.evaluation.compare_bases import Fit, choose_base
     from fedtune.evaluation.generate import generate
     from fedtune.evaluation.predict import predict
     from fedtune.evaluation.predictions import Predictions
     from fedtune.evaluation.run import evaluate
-    from fedtune.evidence.audit_log import verify as verify_log
     from fedtune.evidence.dossier.release import approve, release
     from fedtune.evidence.verify import Verified
     from fedtune.evidence.verify import verify as verify_run
     from fedtune.launch.simulate import simulate
     from fedtune.launch.tune import Search, Trial, tune
-    from fedtune.ledger.ledger import Ledger
-    from fedtune.models.run import Run
-    from fedtune.models.verify import verify as verify_model
     from fedtune.observe.status import read_status as status
-    from fedtune.progress import OnEvent
+    from fedtune.officer.acceptance.accept import Acceptance, accept
+    from fedtune.officer.attack import SiteAttack, attack_site
+    from fedtune.officer.data_report import DataReport, data_report
+    from fedtune.officer.data_scan import DataScan, data_scan
+    from fedtune.officer.purge import listing as purgeable
+    from fedtune.officer.purge import purge
+    from fedtune.officer.review import review
+    from fedtune.officer.sheet import Described, describe_data
+    from fedtune.officer.withdraw import withdraw
+    from fedtune.presets.templates import init
+    from fedtune.runs.run import Run
+    from fedtune.runs.verify_model import verify as verify_model
     from fedtune.server.versions import Versions
 
 __version__ = "0.1.0"
@@ -114,24 +114,24 @@ _MODULES = {
     "fedtune.audit": "audit_study",
     "fedtune.audit.attack": "Attack attack_run attack_study",
     "fedtune.audit.contracts": "check_plugin=check",
-    "fedtune.bases.find": "Base find_base list_bases=list_known",
-    "fedtune.client.acceptance.accept": "Acceptance accept",
-    "fedtune.client.attack": "SiteAttack attack_site",
-    "fedtune.client.data_report": "DataReport data_report",
-    "fedtune.client.data_scan": "DataScan data_scan",
-    "fedtune.client.purge": "purgeable=listing purge",
-    "fedtune.client.review": "review",
-    "fedtune.client.sheet": "Described describe_data",
-    "fedtune.client.withdraw": "withdraw",
-    "fedtune.config": (
+    "fedtune.core.bases.find": "Base find_base list_bases=list_known",
+    "fedtune.officer.acceptance.accept": "Acceptance accept",
+    "fedtune.officer.attack": "SiteAttack attack_site",
+    "fedtune.officer.data_report": "DataReport data_report",
+    "fedtune.officer.data_scan": "DataScan data_scan",
+    "fedtune.officer.purge": "purgeable=listing purge",
+    "fedtune.officer.review": "review",
+    "fedtune.officer.sheet": "Described describe_data",
+    "fedtune.officer.withdraw": "withdraw",
+    "fedtune.core.config": (
         "AcceptanceTable BaseTable ClippingTable Columns ConsentTable CoordinatorTable DataFile "
         "EvaluationTable LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
         "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable "
         "SelectionTable Site SiteData SiteEvaluation SiteTable StartTable StrategyTable Study "
         "StudyTable TrainingTable VaultTable WireTable load_site load_sites load_study save"
     ),
-    "fedtune.config.sheet": "Sheet",
-    "fedtune.config.templates": "init",
+    "fedtune.core.config.sheet": "Sheet",
+    "fedtune.presets.templates": "init",
     "fedtune.demo": "run_demo",
     "fedtune.derive.distill": "distill",
     "fedtune.derive.export": "export",
@@ -140,8 +140,8 @@ _MODULES = {
     "fedtune.derive.merge": "merge=merge_runs",
     "fedtune.derive.merge_exported": "merge_models",
     "fedtune.derive.settings": "DistillSettings LabelSettings RlooSettings",
-    "fedtune.dp.costs": "Plan SitePlan plan",
-    "fedtune.errors": (
+    "fedtune.accounting.costs": "Plan SitePlan plan",
+    "fedtune.core.errors": (
         "BudgetExceeded ConfigError DataError FedtuneError InfrastructureError InputError "
         "ModelError NotGenuine PolicyRefused Refused"
     ),
@@ -152,15 +152,15 @@ _MODULES = {
     "fedtune.evaluation.predictions": "Predictions",
     "fedtune.evaluation.run": "evaluate",
     "fedtune.evidence.dossier.release": "approve release",
-    "fedtune.evidence.audit_log": "verify_log=verify",
+    "fedtune.core.ledger.audit_log": "verify_log=verify",
     "fedtune.evidence.verify": "Verified verify_run=verify",
     "fedtune.launch.simulate": "simulate",
     "fedtune.launch.tune": "Search Trial tune",
-    "fedtune.ledger.ledger": "Ledger",
-    "fedtune.models.verify": "verify_model=verify",
+    "fedtune.core.ledger.ledger": "Ledger",
+    "fedtune.runs.verify_model": "verify_model=verify",
     "fedtune.observe.status": "status=read_status",
-    "fedtune.progress": "OnEvent",
-    "fedtune.models.run": "Run",
+    "fedtune.core.progress": "OnEvent",
+    "fedtune.runs.run": "Run",
     "fedtune.server.versions": "Versions",
 }
 _ORIGINS = {

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedtune.registry import process_cache
+from fedtune.core.registry import process_cache
 
 TEXT = (
     "The patient was seen in the clinic with fever and a cough. Blood pressure 120 over 80.",
@@ -149,7 +149,7 @@ def tiny_bert(folder: Path) -> Path:
 def together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several records to a block, however long: a bug that couples them has some to couple."""
 
-    from fedtune.models.cache import CachedDataset
+    from fedtune.core.models.cache import CachedDataset
 
     def blocks(
         self: CachedDataset, indices: list[int], most: Any = None, on_work: Any = None

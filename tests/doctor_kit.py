@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.processes import free_port
 from fedtune.doctor import machine
 from fedtune.flower import certs
 from fedtune.launch.coordinator import prepare
-from fedtune.ledger.ledger import Ledger
-from fedtune.processes import free_port
 from fedtune.server.doctor import Place, examine
 from tests.flower import kit
 from tests.network.kit import PRIVATE, STUDY

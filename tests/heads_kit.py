@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config import Study
-from fedtune.models.build import build
-from fedtune.models.run import Run
-from fedtune.run_folder import write_plan
+from fedtune.core.config import Study
+from fedtune.core.models.build import build
+from fedtune.core.run_folder import write_plan
+from fedtune.runs.run import Run
 
 LABELS = ("fever", "cough", "no finding")
 TEXTS = (

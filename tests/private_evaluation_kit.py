@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.client.prepared import Update
-from fedtune.dp.steplog import StepLog
-from fedtune.wire.codec import VALUES
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.vault.prepared import Update
+from fedtune.core.wire.codec import VALUES
 from tests.guarantee.world import NAMES, lay_out, patients
 from tests.server.fakes import Trial
 

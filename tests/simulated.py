@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.config import load_site, load_study
-from fedtune.dp import noise
+from fedtune.core.config import load_site, load_study
+from fedtune.core.dp import noise
 from fedtune.launch import simulate as launch
 
 

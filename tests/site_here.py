@@ -8,18 +8,18 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 
-from fedtune.client.answers import Place
-from fedtune.client.vault_process import answer_and_tell
-from fedtune.config import load_site
+from fedtune.core.config import load_site
+from fedtune.core.processes import Stopped, alone, bypass_proxy, interruptible
+from fedtune.core.progress import OnEvent
+from fedtune.core.vault.answers import Place
+from fedtune.core.vault.process import answer_and_tell
+from fedtune.core.wire.requests import Answer, Request
 from fedtune.courier.app import client_app
 from fedtune.courier.executor import App, Executor
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder
 from fedtune.flower.link import link
 from fedtune.launch.site import Shown
-from fedtune.processes import Stopped, alone, bypass_proxy, interruptible
-from fedtune.progress import OnEvent
-from fedtune.wire.requests import Answer, Request
 
 
 class SiteHere:

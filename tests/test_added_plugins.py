@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # A copy of a neighbour, under a name that sorts between two others.
-ADDED = {"objectives": ("orpo", "nearby"), "strategies": ("fedprox", "fedmiddle")}
+ADDED = {"core/objectives": ("orpo", "nearby"), "strategies": ("fedprox", "fedmiddle")}
 STRATEGIES, OPTIONS = "tests/strategies/test_strategies.py", "tests/objectives/test_options.py"
 CONTRACT = "tests/objectives/test_contract.py"
 # Whatever names them, and one contract of each: all of them take minutes.
@@ -19,7 +19,7 @@ RUN = "unknown or wrong_option or (fedmiddle and contract) or (nearby and (secre
 
 def test_a_file_that_is_added_is_tested_without_an_edit(tmp_path: Path) -> None:
     for package, (neighbour, name) in ADDED.items():
-        (tmp_path / package).mkdir()
+        (tmp_path / package).mkdir(parents=True)
         text = (ROOT / "fedtune" / package / f"{neighbour}.py").read_text(encoding="utf-8")
         (tmp_path / package / f"{name}.py").write_text(text, encoding="utf-8")
     words = ["-p", "tests.added", "-p", "no:cacheprovider", "-v", "-k", RUN]

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import fedtune
-from fedtune.config import Columns, DataFile
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import Columns, DataFile
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.models.build import build
+from fedtune.core.run_folder import ANSWERS
 from fedtune.evaluation.answers import answers, chosen
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.predict import predict
-from fedtune.models.build import build
-from fedtune.run_folder import ANSWERS
 from tests.cli_kit import run as command
 from tests.cli_kit import write_study
 from tests.heads_kit import CAUSAL_LORA, LABELS, evaluation, made_run

@@ -17,15 +17,15 @@ from fedtune.audit import membership as module
 from fedtune.audit.attack import Attack, Secrets, attack_run, attack_study, ratios
 from fedtune.audit.membership import auc, auc_bound, found, membership, roc, tpr_bound
 from fedtune.audit.secret import Exposure, most_exposed, most_extracted
-from fedtune.client.attack import _held_out, attack_site
-from fedtune.config import Site, Study, load_site, load_study
-from fedtune.data.records import read_records
-from fedtune.errors import ConfigError, DataError
-from fedtune.models import preconditioner
-from fedtune.models.build import build
-from fedtune.models.lora import Arrays
-from fedtune.models.run import Run
-from fedtune.training.start import start
+from fedtune.core.config import Site, Study, load_site, load_study
+from fedtune.core.data.records import read_records
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.models import preconditioner
+from fedtune.core.models.build import build
+from fedtune.core.models.lora import Arrays
+from fedtune.officer.attack import _held_out, attack_site
+from fedtune.public.start import start
+from fedtune.runs.run import Run
 from tests import chance
 from tests.cli_kit import run as command
 from tests.simulated import noise_from, simulate
@@ -203,7 +203,7 @@ def test_a_loop_that_forgets_its_noise_is_caught(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: noise is logged and not added."""
-    from fedtune.dp import noise
+    from fedtune.core.dp import noise
 
     monkeypatch.setattr(
         noise, "gaussian_on_grid", lambda size, *_: torch.zeros(size, dtype=torch.int64)

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.withdraw import RECEIPTS
-from fedtune.config.sites import sites_in
-from fedtune.errors import FedtuneError, InfrastructureError, InputError, NotGenuine
-from fedtune.evidence import audit_log
-from fedtune.evidence.audit_log import FILE, AuditLog, NotAuditable, verify
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import FedtuneError, InfrastructureError, InputError, NotGenuine
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.audit_log import FILE, AuditLog, NotAuditable, verify
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.reasons import OTHER, PHRASES
+from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import coordinator_log
 from fedtune.launch.coordinator import audited
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry.reasons import OTHER, PHRASES
-from fedtune.wire.keys import SigningKey, canonical
+from fedtune.officer.withdraw import RECEIPTS
 from tests.cli_kit import run
 from tests.guarantee.world import lay_out, patients
 from tests.simulated import simulate

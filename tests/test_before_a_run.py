@@ -14,11 +14,11 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.config import load_site, load_study
-from fedtune.errors import Refused
+from fedtune.core.config import load_site, load_study
+from fedtune.core.errors import Refused
+from fedtune.core.registry import process_cache
 from fedtune.launch import simulate
-from fedtune.registry import process_cache
-from fedtune.training import start as start_module
+from fedtune.public import start as start_module
 from tests.cli_kit import SITE, run
 
 Started = list[str]

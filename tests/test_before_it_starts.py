@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedtune.accounting.costs import plan
 from fedtune.cli.tables import Figures
-from fedtune.config import Study, load_study
-from fedtune.dp.costs import plan
+from fedtune.core.config import Study, load_study
 from fedtune.presets import Records, duration, write
 from fedtune.presets.duration import forecast, processors
 from fedtune.presets.rate import rate_note, weight_noise

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fedtune import load_study
-from fedtune.config.sites import sites_in
-from fedtune.errors import ConfigError
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import ConfigError
 from fedtune.evaluation.before_paying import before_paying, sites_of
 from fedtune.evaluation.expected_gain import (
     DRAWS,
@@ -25,6 +25,7 @@ from fedtune.evaluation.expected_gain import (
     interval,
     worth_from,
 )
+from fedtune.public.start import start
 from fedtune.strategies._posterior import (
     WEIGHT,
     Noised,
@@ -34,7 +35,6 @@ from fedtune.strategies._posterior import (
     held_out_hits,
     public,
 )
-from fedtune.training.start import start
 from tests.simulated import simulate
 from tests.strategies.test_posterior import CLASSES, DIRECTIONS, MISSING, release, right
 from tests.strategies.test_posterior import World as Truth

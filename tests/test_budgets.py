@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.dp.composed_epsilon import APART, DESCRIPTIONS, SAME, STATED, UNKNOWN, composed
+from fedtune.accounting.composed_epsilon import APART, DESCRIPTIONS, SAME, STATED, UNKNOWN, composed
 from tests.test_end_to_end import by_the_library
 
 Event = tuple[float, float, int]  # σ, q, steps

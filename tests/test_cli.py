@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune import __version__
-from fedtune.errors import (
+from fedtune.core.errors import (
     BudgetExceeded,
     ConfigError,
     DataError,
@@ -19,7 +19,7 @@ from fedtune.errors import (
     PolicyRefused,
 )
 from fedtune.launch import simulate
-from fedtune.run_choice import folder_for
+from fedtune.runs.choice import folder_for
 from tests.cli_kit import run
 
 

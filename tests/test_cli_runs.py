@@ -11,17 +11,15 @@ from typing import Any
 
 import pytest
 
-from fedtune import progress
 from fedtune.cli import watch as watch_module
 from fedtune.cli.watch import Watch
-from fedtune.config import load_study
+from fedtune.core import progress
+from fedtune.core.config import load_study
+from fedtune.core.errors import ConfigError
+from fedtune.core.registry import process_cache
 from fedtune.demo import run as demo
-from fedtune.errors import (
-    ConfigError,
-)
 from fedtune.launch import simulate
-from fedtune.registry import process_cache
-from fedtune.run_choice import beginning
+from fedtune.runs.choice import beginning
 from tests.cli_kit import SITE, STUDY, run
 
 

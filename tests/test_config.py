@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.policy import order_of, within_budget
-from fedtune.config import PrivacyTable, Study, load_site, load_study, study_from_json, templates
+from fedtune.core.config import PrivacyTable, Study, load_site, load_study, study_from_json
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import ConfigError
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.vault.policy import order_of, within_budget
 from fedtune.demo.generate import public_notes
-from fedtune.dp.plan import plan_for_site
-from fedtune.errors import ConfigError
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger
+from fedtune.presets import templates
 
 STUDY = """
 [study]

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client import declared
-from fedtune.client.declared import declare
-from fedtune.client.site import SiteWorker
-from fedtune.config import Site, load_site, load_study
-from fedtune.data.records import record_member
-from fedtune.errors import ConfigError, FedtuneError, PolicyRefused
+from fedtune.core.config import Site, load_site, load_study
+from fedtune.core.data.records import record_member
+from fedtune.core.errors import ConfigError, FedtuneError, PolicyRefused
+from fedtune.core.ledger import declared as declared_entries
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.vault import declared
+from fedtune.core.vault.declared import declare
+from fedtune.core.vault.worker import SiteWorker
 from fedtune.launch.simulate import simulate
 from fedtune.launch.site import join
-from fedtune.ledger import declared as declared_entries
-from fedtune.ledger.ledger import Ledger, LedgerError
 from tests.client.site_kit import begun, make_site, notes, trains
 
 NOTES = "the patient was seen with fever and a cough, for day"
@@ -120,8 +120,8 @@ def test_without_the_hashes_a_relabelled_record_would_pass(
 
 
 def test_hashes_of_a_withdrawn_patient_and_after_purge_still_refuse(site: Site) -> None:
-    from fedtune.client.purge import listing, purge
-    from fedtune.data.records import unit_member
+    from fedtune.core.data.records import unit_member
+    from fedtune.officer.purge import listing, purge
 
     row = private_rows(site)[5]
     Ledger(site.site.state).withdraw(unit_member(row["who"]))
@@ -187,7 +187,7 @@ def test_the_hashes_of_what_was_declared_are_signed_for(tried: Site) -> None:
 
 
 def test_the_hash_is_of_the_whole_record(site: Site) -> None:
-    from fedtune.data.records import read_records
+    from fedtune.core.data.records import read_records
 
     records, _ = read_records(site.data, unit="patient")
     ledger = Ledger(site.site.state)
@@ -195,8 +195,8 @@ def test_the_hash_is_of_the_whole_record(site: Site) -> None:
 
 
 def test_doctor_and_review_say_so_and_sign_nothing(site: Site) -> None:
-    from fedtune.client.doctor import examine
-    from fedtune.config import save
+    from fedtune.core.config import save
+    from fedtune.officer.doctor import examine
 
     before = Ledger(site.site.state).head
     good = save(relabelled(site, public(12)), site.data.path.with_name("good.toml"))
@@ -242,7 +242,7 @@ def test_a_declared_run_can_be_rehearsed_as_often_as_one_likes(study: Path) -> N
 
 def test_private_studies_are_refused_where_declared_ones_are_not(study: Path) -> None:
     """The twin: the same three times on private data."""
-    from fedtune.errors import Refused
+    from fedtune.core.errors import Refused
 
     sites = [load_site(f"{name}/site.toml") for name in ("north", "south")]
     simulate(load_study(study), sites, "runs/0")
@@ -302,7 +302,7 @@ def test_a_site_cannot_turn_public_in_the_middle_of_a_study(study: Path) -> None
 
 def test_a_client_refuses_declared_data_unless_its_policy_allows_it(tmp_path: Path) -> None:
     notes(tmp_path)
-    from fedtune.config import save
+    from fedtune.core.config import save
 
     site = make_site(tmp_path, patient="who")
     site = site.changed(data={"declared": "public"})
@@ -317,7 +317,7 @@ def test_a_client_refuses_declared_data_unless_its_policy_allows_it(tmp_path: Pa
 def test_a_site_of_a_consortium_pays_each_plan_from_a_ledger_of_its_own(
     tmp_path: Path, tiny_base: Path
 ) -> None:
-    from fedtune.config import save
+    from fedtune.core.config import save
 
     notes(tmp_path)
     site = make_site(tmp_path, {"allow_declared_data": True}, patient="who")

@@ -18,7 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from fedtune.config import load_site, load_study
+from fedtune.core.config import load_site, load_study
 from tests.deploy_kit import DOCKERFILES, ROOT, Compose, Words, instructions
 
 SITES = ("north", "south", "west")

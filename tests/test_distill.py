@@ -16,22 +16,22 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.bases.find import find_base
-from fedtune.config import Columns, LoraTable, PublicTable
-from fedtune.data.records import Record
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import Columns, LoraTable, PublicTable
+from fedtune.core.data.records import Record
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.models.loaded import load
+from fedtune.core.models.network import Network
+from fedtune.core.models.teacher import soft_targets_of
+from fedtune.core.objectives._interface import Teacher
+from fedtune.core.run_folder import load_plan
+from fedtune.core.wire.keys import SigningKey
 from fedtune.derive.distill import _student_lora, distill
 from fedtune.derive.pruned_base import write_pruned_base
 from fedtune.derive.settings import DistillSettings
-from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
 from fedtune.evidence.sign import sign_files
-from fedtune.models.loaded import load
-from fedtune.models.network import Network
-from fedtune.models.run import Run
-from fedtune.models.teacher import soft_targets_of
-from fedtune.objectives._interface import Teacher
-from fedtune.run_folder import load_plan
-from fedtune.wire.keys import SigningKey
+from fedtune.runs.run import Run
 from tests.dp.conftest import study
 from tests.simulated import simulate
 from tests.test_cli import run
@@ -118,7 +118,7 @@ def test_several_teachers_are_heard_as_their_mean(tmp_path: Path, teacher: Path)
     base = load(str(one.base.path))
     assert one.study is not None
     ids = np.array(one.tokenizer.encode("fever day 3"), np.int32)
-    from fedtune.data.dataset import Example
+    from fedtune.core.data.dataset import Example
 
     targets = np.full(len(ids), -100, np.int32)
     targets[-1] = 5

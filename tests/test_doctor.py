@@ -17,14 +17,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 import fedtune.flower.gateway as gateway_module
-from fedtune.client.doctor import examine as examine_site
-from fedtune.config import load_site
+from fedtune.core.config import load_site
+from fedtune.core.errors import FedtuneError
+from fedtune.core.wire.protocol import PROTOCOL
 from fedtune.doctor import machine
 from fedtune.doctor import tls as look
-from fedtune.errors import FedtuneError
 from fedtune.flower import api, certs, enrol
+from fedtune.officer.doctor import examine as examine_site
 from fedtune.server.doctor import Place, examine
-from fedtune.wire.protocol import PROTOCOL
 from tests.doctor_kit import DAY, HUB, Hub, by_name
 from tests.flower import kit
 

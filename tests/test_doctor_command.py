@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedtune import progress
 from fedtune.cli import doctor as cli_doctor
-from fedtune.config import load_study
+from fedtune.core import progress
+from fedtune.core.config import load_study
+from fedtune.core.models.build import build
+from fedtune.core.training import selftest
 from fedtune.doctor import machine
-from fedtune.models.build import build
-from fedtune.training import selftest
 from tests.doctor_kit import Hub
 from tests.test_cli import run
 
@@ -98,7 +98,7 @@ def test_a_check_that_takes_long_is_named_while_it_runs(
     console = Console(file=said, width=200)
     monkeypatch.setattr(cli_doctor, "Console", lambda: console)
     monkeypatch.setattr(cli_doctor, "SLOW_SECONDS", 0.5)
-    monkeypatch.setattr("fedtune.client.doctor._records", slow)
+    monkeypatch.setattr("fedtune.officer.doctor._records", slow)
     monkeypatch.setattr(machine, "versions", lambda: "these")
     run("doctor", hub.site)
     lines = said.getvalue().splitlines()

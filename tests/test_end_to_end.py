@@ -23,9 +23,9 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
-from fedtune.config.sites import sites_in
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import InputError
 from fedtune.demo.generate import NINE, write
-from fedtune.errors import InputError
 from tests.simulated import simulate
 from tests.test_cli import run
 
@@ -264,9 +264,9 @@ with torch.no_grad():
 def same_logits_by_plain_peft(run: Path) -> None:
     import torch
 
-    from fedtune.config import study_from_json
-    from fedtune.models.adapter_files import load_adapter
-    from fedtune.models.build import build
+    from fedtune.core.config import study_from_json
+    from fedtune.core.models.adapter_files import load_adapter
+    from fedtune.core.models.build import build
 
     network = build(study_from_json((run / "plan.json").read_text()))
     saved = load_adapter(run / "adapter")

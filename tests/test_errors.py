@@ -1,4 +1,4 @@
-"""The tree in fedtune/errors.py names every error that a person may meet, under its parent."""
+"""The tree in fedtune/core/errors.py names every error that a person may meet, under its parent."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 
 import client
 import fedtune
-import fedtune.errors
+import fedtune.core.errors
 import server
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
 
 
 def classes() -> dict[str, type[FedtuneError]]:
@@ -37,17 +37,17 @@ def tree(text: str) -> dict[str, str]:
 
 
 def test_every_error_has_its_place_and_its_exit_code() -> None:
-    drawn, every = tree(fedtune.errors.__doc__ or ""), classes()
+    drawn, every = tree(fedtune.core.errors.__doc__ or ""), classes()
     assert set(every) == set(drawn) | {"FedtuneError"}
     for name, parent in drawn.items():
         assert not parent or every[parent] in every[name].__bases__
         branch = name
         while drawn[branch] not in ("FedtuneError", ""):
             branch = drawn[branch]
-        said = re.search(rf"{branch} +exit (\d)", fedtune.errors.__doc__ or "")
+        said = re.search(rf"{branch} +exit (\d)", fedtune.core.errors.__doc__ or "")
         assert branch == "FedtuneError" or (said and every[name].exit_code == int(said[1]))
 
 
 def test_a_tree_that_lacks_an_error_is_seen() -> None:
-    text = (fedtune.errors.__doc__ or "").replace("TooFew", "Toomany")
+    text = (fedtune.core.errors.__doc__ or "").replace("TooFew", "Toomany")
     assert set(classes()) != set(tree(text)) | {"FedtuneError"}

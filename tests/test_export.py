@@ -21,11 +21,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedtune.core.errors import ConfigError, InputError
 from fedtune.derive import gguf as gguf_file
 from fedtune.derive.export import export
 from fedtune.derive.gguf import write_gguf
-from fedtune.errors import ConfigError, InputError
-from fedtune.models.run import Run
+from fedtune.runs.run import Run
 from tests.conftest import TEXT
 from tests.test_cli import run as command
 from tests.test_merging import study

@@ -20,12 +20,12 @@ from transformers import (
     pipeline,
 )
 
+from fedtune.core.errors import ConfigError, ModelError
 from fedtune.derive import classifier, export_head
 from fedtune.derive.export import export
 from fedtune.derive.merge_exported import merge_models
-from fedtune.errors import ConfigError, ModelError
 from fedtune.evaluation.predict import predict
-from fedtune.models.run import Run
+from fedtune.runs.run import Run
 from tests.cli_kit import run as command
 from tests.docs.pages import read as page
 from tests.heads_kit import CAUSAL_LORA, CLASSIFY, ENCODER_LORA, LABELS, TEXTS, made_run

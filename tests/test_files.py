@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import InfrastructureError, InputError
-from fedtune.files import writing
+from fedtune.core.errors import InfrastructureError, InputError
+from fedtune.core.files import writing
 
 CALLS = ("open", "write", "fsync", "close", "replace")
 

@@ -17,8 +17,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from fedtune.cli.console import fit_table
-from fedtune.config import Study, load_study
-from fedtune.errors import ConfigError
+from fedtune.core.config import Study, load_study
+from fedtune.core.errors import ConfigError
 from fedtune.evaluation import compare_bases as fit_module
 from fedtune.evaluation.compare_bases import Fit, Row, choose_base, measure
 from tests.test_cli import run

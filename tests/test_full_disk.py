@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune.dp.steplog import StepLog
-from fedtune.errors import InfrastructureError
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.run_folder import SIGNATURE
 from fedtune.evidence.verify import verify
-from fedtune.ledger.ledger import Ledger
-from fedtune.run_folder import SIGNATURE
 from tests.disks import Disk, disk
 from tests.network.kit import OFF, PRIVATE, SITE, STUDY, records
 from tests.simulated import simulate

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedtune.data import scan_engine
+from fedtune.core.data import scan_engine
 from tests.cli_kit import run
 from tests.data.test_fhir_source import DATA, at, document, exported, visit
 

@@ -15,8 +15,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.bases.find import find_base
-from fedtune.config import Columns, PublicTable
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import Columns, PublicTable
+from fedtune.core.errors import ConfigError, Refused
+from fedtune.core.models.loaded import load
+from fedtune.core.models.network import Network
+from fedtune.core.run_folder import load_plan
 from fedtune.derive.improve import (
     PolicyEvaluation,
     PolicyEvaluator,
@@ -25,11 +29,7 @@ from fedtune.derive.improve import (
     improve,
 )
 from fedtune.derive.settings import RlooSettings
-from fedtune.errors import ConfigError, Refused
-from fedtune.models.loaded import load
-from fedtune.models.network import Network
-from fedtune.models.run import Run
-from fedtune.run_folder import load_plan
+from fedtune.runs.run import Run
 from tests.dp.conftest import study
 from tests.simulated import noise_from, simulate
 from tests.test_cli import run
@@ -144,7 +144,7 @@ def test_nobody_is_told_that_a_machine_trains(
     monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: None)
     monkeypatch.setattr(_telemetry._TELEMETRY_QUEUE, "put", sent.append)
     if told:
-        monkeypatch.setattr("fedtune.bases.wheel.quiet", lambda: None)
+        monkeypatch.setattr("fedtune.core.bases.wheel.quiet", lambda: None)
     once = RlooSettings(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
     with contextlib.suppress(Refused):
         improve(Run(policy), Run(reward), prompts, tmp_path / "out", eval_every=1, settings=once)

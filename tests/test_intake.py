@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune.client.review import review
-from fedtune.client.sheet import records_hash
-from fedtune.client.site import SiteWorker
-from fedtune.config import load_site, load_study
-from fedtune.dp import noise
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
-from fedtune.training import selftest
-from fedtune.training.start import start
+from fedtune.core.config import load_site, load_study
+from fedtune.core.dp import noise
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.training import selftest
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer.review import review
+from fedtune.officer.sheet import records_hash
+from fedtune.public.start import start
 from tests import databases
 from tests.data.test_fhir_source import document, exported, replacing
 from tests.databases import Made

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import load_site
-from fedtune.data.records import read_file
+from fedtune.core.config import load_site
+from fedtune.core.data.records import read_file
 from tests import databases
 from tests.data.test_arrow_source import note, saved
 from tests.data.test_fhir_source import document, exported

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.main import app
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.observe import observer
 from tests.flower import kit
 from tests.test_cli import run

@@ -13,8 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 from tokenizers.processors import TemplateProcessing
 
-from fedtune.config import Columns, DataFile
-from fedtune.data.tokenize import prompt_ids
+from fedtune.core.config import Columns, DataFile
+from fedtune.core.data.tokenize import prompt_ids
+from fedtune.core.errors import ConfigError, DataError, Refused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.loaded import LoadedModel
 from fedtune.derive.preferences import (
     VerdictJudge,
     load_generator,
@@ -23,9 +26,6 @@ from fedtune.derive.preferences import (
     write_preferences,
 )
 from fedtune.derive.settings import LabelSettings
-from fedtune.errors import ConfigError, DataError, Refused
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.loaded import LoadedModel
 from tests.simulated import simulate
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.ledger_view import ledger_view
-from fedtune.config import PolicyTable
-from fedtune.dp import accountant
-from fedtune.ledger.entries import RULES, Charge
-from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import budget, study_lines
+from fedtune.core.config import PolicyTable
+from fedtune.core.dp import accountant
+from fedtune.core.ledger.entries import RULES, Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import budget, study_lines
 
 STUDY = "sha256:" + "5d" * 32
 
@@ -88,7 +88,7 @@ def test_a_study_without_privacy_leaves_nothing(ledger: Ledger) -> None:
 
 
 def test_two_kinds_of_steps_are_held_by_the_filter(ledger: Ledger) -> None:
-    pytest.importorskip("fedtune.dp.filter")
+    pytest.importorskip("fedtune.core.dp.filter")
     reserve(ledger, charge(1))
     assert "planned at once" not in printed(ledger, PolicyTable())  # one ε, where there is one
     reserve(ledger, charge(1, "sha256:" + "ab" * 32, sigma=2.0))

@@ -19,9 +19,9 @@ import pytest
 import typer
 
 import fedtune
-from fedtune.client.site import worker
-from fedtune.errors import ConfigError, DataError, InputError
-from fedtune.registry import process_cache
+from fedtune.core.errors import ConfigError, DataError, InputError
+from fedtune.core.registry import process_cache
+from fedtune.core.vault.worker import worker
 from tests.test_end_to_end import lay_out
 
 PRIVATE = '{ noise_multiplier = 2.0, delta = 1e-3, unit = "patient" }'

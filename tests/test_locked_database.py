@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.errors import InfrastructureError
-from fedtune.ledger import chain
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.ledger import chain
 from fedtune.server import store
 from tests.network.kit import OFF, PRIVATE
 from tests.simulated import simulate

@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import load_site, load_study
-from fedtune.errors import FedtuneError, InfrastructureError
-from fedtune.evidence.audit_log import AuditLog, signer_at, verify
-from fedtune.files import locks
+from fedtune.core.config import load_site, load_study
+from fedtune.core.errors import FedtuneError, InfrastructureError
+from fedtune.core.files import locks
+from fedtune.core.ledger.audit_log import AuditLog, signer_at, verify
+from fedtune.core.wire.keys import SigningKey
 from fedtune.launch import coordinator
 from fedtune.launch import simulate as launch
 from fedtune.observe import StatusFile
 from fedtune.observe.log import JsonLog
 from fedtune.observe.status import read_status
-from fedtune.run_choice import LOCK, hold_run
+from fedtune.runs.choice import LOCK, hold_run
 from fedtune.server.versions import Version, Versions
-from fedtune.wire.keys import SigningKey
 from tests.cli_kit import run as command
 from tests.cli_kit import write_study
 from tests.limits import wall_limit
@@ -33,7 +33,7 @@ from tests.limits import wall_limit
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fedtune.files import locks
+from fedtune.core.files import locks
 path = Path(sys.argv[1])
 with locks.hold_alone(path, "run", path.parent):
     os.kill(os.getpid(), signal.SIGKILL)

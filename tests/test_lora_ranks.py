@@ -12,21 +12,21 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import fedtune.client.site
-import fedtune.training.local_round
-from fedtune.config import load_study
-from fedtune.config.sites import sites_in
-from fedtune.dp import clip
-from fedtune.dp.non_private import non_private_plan
-from fedtune.dp.steplog import StepLog
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.rank_slice import ALL
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training import selftest, unit_gradients
-from fedtune.training.local_round import local_round
-from fedtune.training.unit_gradients import UnitGradientEngine
+import fedtune.core.training.local_round
+import fedtune.core.vault.worker
+from fedtune.core.config import load_study
+from fedtune.core.config.sites import sites_in
+from fedtune.core.dp import clip
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.rank_slice import ALL
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training import selftest, unit_gradients
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests import chance
 from tests.dp.conftest import make_plan, records, study
 from tests.lora_ranks_kit import LORA, RANKS, lay_out
@@ -54,7 +54,7 @@ def test_the_released_change_is_the_weighted_mean_of_the_sites_own(
         sent.append((local_round(*arguments), arguments[7]))  # the columns
         return sent[-1][0]
 
-    monkeypatch.setattr(fedtune.client.site, "local_round", kept)
+    monkeypatch.setattr(fedtune.core.vault.worker, "local_round", kept)
     simulate(plan, sites_in(tmp_path), tmp_path / "run")
     lora = load_study(plan).lora
     assert lora is not None and lora.scaling == 1.5

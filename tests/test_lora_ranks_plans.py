@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.policy import refusals
-from fedtune.client.review import review
-from fedtune.client.site import SiteWorker
-from fedtune.config import LoraTable, Study, load_site, load_study
-from fedtune.dp.plan import plan_for_site
-from fedtune.errors import ConfigError, PolicyRefused
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.rank_slice import ALL, rank_slice, slice_update, trained_slice
-from fedtune.strategies import build as strategy_of
-from fedtune.training.start import start
-from fedtune.wire.codec import layout, shapes
+from fedtune.core.config import LoraTable, Study, load_site, load_study
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.rank_slice import ALL, rank_slice, slice_update, trained_slice
+from fedtune.core.strategy import build_strategy as strategy_of
+from fedtune.core.vault.policy import refusals
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.codec import layout, shapes
+from fedtune.officer.review import review
+from fedtune.public.start import start
 from tests.client.test_site import make_site, notes
 from tests.dp.conftest import study
 from tests.lora_ranks_kit import LORA, lay_out

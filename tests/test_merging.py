@@ -11,14 +11,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedtune.config import DataFile
-from fedtune.config.sites import sites_in
+from fedtune.core.config import DataFile
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.run_folder import load_plan
 from fedtune.derive.merge import merge_runs
-from fedtune.errors import ConfigError, InputError
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
-from fedtune.models.run import Run
-from fedtune.run_folder import load_plan
+from fedtune.runs.run import Run
 from tests.simulated import simulate
 from tests.test_cli import run
 from tests.test_end_to_end import by_the_library, lay_out

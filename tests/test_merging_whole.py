@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.core.errors import ConfigError
 from fedtune.derive.export import export
 from fedtune.derive.merge import merge_runs
 from fedtune.derive.merge_exported import merge_models
 from fedtune.derive.merge_methods import Method
-from fedtune.errors import ConfigError
-from fedtune.models.run import Run
+from fedtune.runs.run import Run
 from tests.test_merging import parents  # noqa: F401  (a fixture)
 
 pytest.importorskip("mergekit", reason="pip install 'fedtune[merge]'")

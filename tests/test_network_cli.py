@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import load_study
-from fedtune.errors import ConfigError
+from fedtune.core.config import load_study
+from fedtune.core.errors import ConfigError
+from fedtune.core.processes import alone
+from fedtune.evidence import fingerprints
 from fedtune.flower import enrol
 from fedtune.launch import coordinator
-from fedtune.processes import alone
-from fedtune.wire import fingerprints
 from tests.flower import kit
 from tests.flower.test_tls import STUDY
 from tests.test_cli import run

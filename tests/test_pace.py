@@ -11,10 +11,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from fedtune import progress
 from fedtune.cli import watch
 from fedtune.cli.pace import SOONEST, RoundsPace, StepPace
-from fedtune.progress import Step
+from fedtune.core import progress
+from fedtune.core.progress import Step
 from fedtune.report.figures import duration
 
 FACTOR = 1.5

@@ -12,20 +12,19 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
-from fedtune.client.policy import refusals
-from fedtune.config import Columns, LoraTable, PolicyTable, Site, SiteData, SiteTable, Study
-from fedtune.dp import clip
-from fedtune.dp.non_private import non_private_plan
-from fedtune.dp.plan import plan_for_site
-from fedtune.dp.steplog import StepLog
-from fedtune.errors import ModelError
-from fedtune.models import lora as lora_module
-from fedtune.models import preconditioner
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
-from fedtune.models.preconditioner import (
+from fedtune.core.config import Columns, LoraTable, PolicyTable, Site, SiteData, SiteTable, Study
+from fedtune.core.dp import clip
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import ModelError
+from fedtune.core.models import lora as lora_module
+from fedtune.core.models import preconditioner
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.models.preconditioner import (
     LEAST,
     factor_of,
     factor_of_columns,
@@ -34,11 +33,12 @@ from fedtune.models.preconditioner import (
     narrowed,
     stepped,
 )
-from fedtune.models.rank_slice import pad_update
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training import selftest, unit_gradients
-from fedtune.training.local_round import check_trains, local_round
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.models.rank_slice import pad_update
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training import selftest, unit_gradients
+from fedtune.core.training.local_round import check_trains, local_round
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.core.vault.policy import refusals
 from tests.dp.conftest import records, study
 from tests.models.test_network import logits
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import fedtune
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.models.loaded import load
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.predict import predict
 from fedtune.evaluation.predictions import Predictions
 from fedtune.evaluation.run import evaluate
-from fedtune.models.loaded import load
 from tests.cli_kit import run as command
 from tests.heads_kit import (
     CAUSAL_LORA,
@@ -160,7 +160,7 @@ def test_a_chat_is_completed_with_each_choice(tmp_path: Path, tiny_base: Path) -
 
 
 def test_the_network_is_left_as_it_was(run: fedtune.Run) -> None:
-    from fedtune.models.build import build
+    from fedtune.core.models.build import build
 
     before = build(run.study).trainable()
     predict(run, ["fever"])

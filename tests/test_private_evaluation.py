@@ -14,26 +14,26 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 from matplotlib.image import imread
 
-import fedtune.client.app
-from fedtune.client import policy
-from fedtune.client.site import SiteWorker
-from fedtune.config import EvaluationTable, Study, load_site, load_study
-from fedtune.data.records import unit_member
-from fedtune.dp.accountant import epsilon
-from fedtune.dp.steplog import events
-from fedtune.errors import BudgetExceeded, PolicyRefused
+import fedtune.launch.in_one_process
+from fedtune.core.config import EvaluationTable, Study, load_site, load_study
+from fedtune.core.data.records import unit_member
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.steplog import events
+from fedtune.core.errors import BudgetExceeded, PolicyRefused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.vault import policy
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import VALUES, encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.requests import FAILED
+from fedtune.core.wire.seal import digest_beside, order
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
-from fedtune.ledger.ledger import Ledger
+from fedtune.public.start import start
 from fedtune.report.plot import png
 from fedtune.server import store
-from fedtune.training.start import start
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import VALUES, encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.requests import FAILED
-from fedtune.wire.seal import digest_beside, order
 from tests import chance
 from tests.guarantee.world import NAMES, Recorder, run
 from tests.private_evaluation_kit import APART, HELD_OUT, WILLING, log, world
@@ -327,7 +327,7 @@ def asks(sent: dict[str, Any]) -> dict[str, Any]:
     content = RecordDict(
         {"order": ConfigRecord(sent), "adapter": to_record(encode(zeros(), "float32"))}
     )
-    grid = InProcessGrid([Path("a")], fedtune.client.app.app)
+    grid = InProcessGrid([Path("a")], fedtune.launch.in_one_process.app)
     (reply,) = grid.send_and_receive([grid.create_message(content, "query.evaluate", 2, "1")])
     return dict(reply.content.config_records["site"])
 

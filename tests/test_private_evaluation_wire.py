@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-import fedtune.client.answers
-import fedtune.client.app
-from fedtune.client.prepared import Unprepared, Update
-from fedtune.client.site import SiteWorker
-from fedtune.config import Study, load_site, load_study, templates
-from fedtune.dp import noise, query
-from fedtune.dp.accountant import epsilon
-from fedtune.dp.plan import DpPlan
-from fedtune.dp.steplog import StepLog
-from fedtune.errors import ConfigError, PolicyRefused
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
+from fedtune.core.config import Study, load_site, load_study
+from fedtune.core.dp import noise, query
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.vault.prepared import Unprepared, Update
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.presets import templates
 from fedtune.server import queries
 from fedtune.server.admission import Outcome
 from tests import chance
@@ -218,7 +219,7 @@ def test_a_resumed_run_asks_nobody_twice_for_what_is_known(
     with pytest.raises(Killed):
         run.run(STUDY)
     monkeypatch.undo()
-    monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: {"a": a, "b": b}[path])
+    monkeypatch.setattr(fedtune.core.vault.answers, "worker", lambda path: {"a": a, "b": b}[path])
     before = list(a.asked)
     assert before == ([2, 4] if crash == "before the answers are kept" else [2])
     for _ in range(2):  # once to finish, once more over a finished run

@@ -12,33 +12,33 @@ import pytest
 import torch
 
 from fedtune import load_study
-from fedtune.client.review import _leaves
-from fedtune.client.site import SiteWorker
-from fedtune.config import Site, Study, load_site
-from fedtune.config.load import checked
-from fedtune.config.sites import sites_in
-from fedtune.data.load import load_dataset
-from fedtune.dp.non_private import non_private_plan
-from fedtune.errors import ConfigError, ModelError
+from fedtune.core.config import Site, Study, load_site
+from fedtune.core.config.load import checked
+from fedtune.core.config.sites import sites_in
+from fedtune.core.data.load import load_dataset
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.models import lora
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.class_statistics import ClassStatistics
+from fedtune.core.models.lora import Arrays
+from fedtune.core.objectives import resolve
+from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN, CLASS_SUMS
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.selftest import MemoryLog
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.arrays import WireError, read_frozen
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.predict import predict
 from fedtune.flower.records import to_record
-from fedtune.models import lora
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.class_statistics import ClassStatistics
-from fedtune.models.lora import Arrays
-from fedtune.models.run import Run
-from fedtune.objectives import resolve
-from fedtune.registry.arrays import CLASS_BASIS, CLASS_MEAN, CLASS_SUMS
+from fedtune.officer.review import _leaves
+from fedtune.public.start import start
+from fedtune.public.training import vectors_of
+from fedtune.runs.run import Run
 from fedtune.server import store
 from fedtune.strategies import discriminant
-from fedtune.training.local_round import local_round
-from fedtune.training.public import vectors_of
-from fedtune.training.selftest import MemoryLog
-from fedtune.training.start import start
-from fedtune.training.unit_gradients import UnitGradientEngine
-from fedtune.wire.arrays import WireError, read_frozen
 from tests.simulated import noise_from, simulate
 
 LABELS = ["fever", "cough", "rash"]

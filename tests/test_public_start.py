@@ -12,22 +12,22 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune.config import Study, load_study
-from fedtune.config.sites import sites_in
-from fedtune.dp.plan import plan_for_site
-from fedtune.errors import ConfigError
+from fedtune.core.config import Study, load_study
+from fedtune.core.config.sites import sites_in
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.build import build
+from fedtune.core.models.lora import digest
+from fedtune.core.models.preconditioner import divided, identity_part
+from fedtune.core.registry import process_cache
+from fedtune.core.run_folder import load_plan
 from fedtune.evaluation.evaluator import Evaluator
-from fedtune.models.build import build
-from fedtune.models.lora import digest
-from fedtune.models.preconditioner import divided, identity_part
-from fedtune.registry import process_cache
+from fedtune.public import start as start_module
+from fedtune.public import start_cache
+from fedtune.public import training as public_module
+from fedtune.public.start import start
 from fedtune.report.claim import compared
-from fedtune.run_folder import load_plan
 from fedtune.server import store
-from fedtune.training import public as public_module
-from fedtune.training import start as start_module
-from fedtune.training import start_cache
-from fedtune.training.start import start
 from tests.dp.conftest import study
 from tests.simulated import simulate
 from tests.test_end_to_end import PRIVATE, lay_out

@@ -17,17 +17,17 @@ from peft import PeftModel
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.config import Columns, DataFile, Study
-from fedtune.data.dataset import NO_TARGET, Dataset, Example
-from fedtune.errors import ConfigError, DataError, InputError, ModelError
+from fedtune.core.config import Columns, DataFile, Study
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example
+from fedtune.core.errors import ConfigError, DataError, InputError, ModelError
+from fedtune.core.models.build import build
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
 from fedtune.evaluation.evaluator import Evaluator, _choice_tokens, check_evaluation
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.metrics import intervals, wilson
 from fedtune.evaluation.run import evaluate
-from fedtune.models.build import build
-from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
-from fedtune.models.run import Run
+from fedtune.runs.run import Run
 from fedtune.server.parts import Dependencies
 
 PROMPTS = ("The patient was seen with", "Blood pressure", "Question: does aspirin", "No acute")
@@ -306,7 +306,7 @@ def test_intervals() -> None:
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
     low, high = wilson(0.0, 20)
     assert abs(low) < 1e-12 and high == pytest.approx(0.1611, abs=1e-4)
-    from fedtune.registry.scores import Scores
+    from fedtune.core.registry.scores import Scores
 
     def scores(chosen: list[int]) -> Scores:
         n = len(chosen)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import load_site, load_study
-from fedtune.config.address import address_of, host_and_port, is_host
+from fedtune.core.config import load_site, load_study
+from fedtune.core.config.address import address_of, host_and_port, is_host
+from fedtune.core.errors import ConfigError, InputError, ModelError
+from fedtune.core.files import reading
 from fedtune.derive.derived_run import derived_study
-from fedtune.errors import ConfigError, InputError, ModelError
-from fedtune.files import reading
 from fedtune.flower import certs
 from tests.limits import cpu_limit
 from tests.server.fakes import make_study
@@ -182,7 +182,7 @@ def test_a_derived_run_has_a_name_that_opens_again(folder: str, name: str) -> No
 
 
 def test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read(tmp_path: Path) -> None:
-    from fedtune.config.templates import STUDY
+    from fedtune.presets.templates import STUDY
 
     path = tmp_path / "study.toml"
     path.write_text(STUDY)
@@ -199,7 +199,7 @@ def test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read(tmp_path
 
 
 def test_a_path_or_an_address_that_cannot_be_is_said_when_the_site_is_read(tmp_path: Path) -> None:
-    from fedtune.config.templates import SITE
+    from fedtune.presets.templates import SITE
 
     path = tmp_path / "site.toml"
     for key, old, value in (

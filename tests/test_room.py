@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.errors import InfrastructureError
-from fedtune.files.room import LEDGER, ROOM, Room
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.room import LEDGER, ROOM, Room
 from tests.disks import disk
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config import Study, load_study
-from fedtune.dp.calibration import with_rounds
-from fedtune.errors import InputError
-from fedtune.run_choice import already_done, finished_line, is_finished
-from fedtune.run_folder import FILED, PLACES, SIGNATURE, load_plan, write_plan
+from fedtune.core.config import Study, load_study
+from fedtune.core.dp.calibration import with_rounds
+from fedtune.core.errors import InputError
+from fedtune.core.run_folder import FILED, PLACES, SIGNATURE, load_plan, write_plan
+from fedtune.runs.choice import already_done, finished_line, is_finished
 from tests.server.fakes import make_study
 
 DIGEST = "sha256:" + "5d" * 32

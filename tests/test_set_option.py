@@ -10,9 +10,9 @@ import click
 import pytest
 
 from fedtune.cli.main import app
-from fedtune.config import load_study
-from fedtune.config.overrides import overridden
-from fedtune.errors import ConfigError
+from fedtune.core.config import load_study
+from fedtune.core.config.overrides import overridden
+from fedtune.core.errors import ConfigError
 from tests.cli_kit import run, tree
 
 

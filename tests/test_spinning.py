@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fedtune import boot
+from fedtune.core import boot
 
 
 def spins(first: str, second: str, **given: str) -> str:

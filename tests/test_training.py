@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.config import Study
-from fedtune.dp.non_private import non_private_plan
-from fedtune.dp.steplog import StepLog
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives import resolve
-from fedtune.training.local_round import local_round
+from fedtune.core.config import Study
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import resolve
+from fedtune.core.training.local_round import local_round
 from tests.dp.conftest import records, study
 
 TRAINING = {"rounds": 1, "local_steps": 12, "sampling_rate": 1.0, "learning_rate": 0.5}

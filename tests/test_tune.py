@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.tune import trials_table
-from fedtune.config import Site, load_site
-from fedtune.errors import ConfigError, PolicyRefused
+from fedtune.core.config import Site, load_site
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
 from fedtune.launch import tune as module
 from fedtune.launch.tune import Search, Trial, ranked, tune
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
 from tests.cli_kit import run
 
 

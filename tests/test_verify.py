@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.errors import FedtuneError, NotGenuine, Refused
-from fedtune.evidence import figures, sign
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.errors import FedtuneError, NotGenuine, Refused
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import load_plan
+from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.evidence import figures, fingerprints, sign
 from fedtune.evidence.verify import Verified, verify
-from fedtune.registry.rounding import rounded_up
-from fedtune.run_folder import load_plan
-from fedtune.wire import fingerprints
-from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.verify_kit import forged, lower, write_report
 

@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.review import would_refuse
-from fedtune.config import Study, load_site, load_study
-from fedtune.dp.accountant import epsilon
-from fedtune.errors import FedtuneError, NotGenuine
+from fedtune.core.config import Study, load_site, load_study
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.errors import FedtuneError, NotGenuine
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.loaded import load
+from fedtune.core.models.teacher import find_teacher
+from fedtune.core.objectives import resolve
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import load_plan
+from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence import figures, sign
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
 from fedtune.launch import simulate as launch
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.loaded import load
-from fedtune.models.teacher import find_teacher
-from fedtune.models.teacher_admission import register_teacher
-from fedtune.objectives import resolve
-from fedtune.registry.rounding import rounded_up
-from fedtune.run_folder import load_plan
-from fedtune.wire.keys import SigningKey, canonical
+from fedtune.officer.review import would_refuse
+from fedtune.runs.teacher_admission import register_teacher
 from tests.cli_kit import run as command
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 
 from fedtune import load_study
 from fedtune import report as reports
-from fedtune.config.sites import sites_in
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import NotGenuine
+from fedtune.core.wire.keys import SigningKey
 from fedtune.derive.export import export
-from fedtune.errors import NotGenuine
 from fedtune.evaluation.run import evaluate
 from fedtune.evidence import sign
 from fedtune.evidence.dossier.content import build
@@ -26,12 +27,11 @@ from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
-from fedtune.models.run import Run
 from fedtune.report.gain import better
+from fedtune.runs.run import Run
 from fedtune.server import store, summary
 from fedtune.server.release import decide
 from fedtune.strategies._posterior import ClassFigures
-from fedtune.wire.keys import SigningKey
 from tests.cli_kit import run as command
 from tests.report.test_gain import on_dashboard, on_screen
 from tests.simulated import noise_from, simulate

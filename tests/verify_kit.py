@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.run_folder import load_plan, write_plan
+from fedtune.core.wire import seal
+from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence import sign
 from fedtune.evidence.verify import Verified, verify
-from fedtune.run_folder import load_plan, write_plan
-from fedtune.wire import seal
-from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import write_study
 from tests.simulated import simulate
 

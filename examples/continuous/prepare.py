@@ -22,9 +22,9 @@ import random
 from pathlib import Path
 
 from examples.write import jsonl
+from fedtune.core.dp.accountant import calibrate
 from fedtune.demo import generate
 from fedtune.demo.generate import DESKS, HOSPITALS, NINE, OWN_SHARE, Hospital
-from fedtune.dp.accountant import calibrate
 
 LIFE = 8  # rounds that a patient's budget pays for
 EPSILON, DELTA = 8.0, 1e-4

@@ -17,8 +17,8 @@ from typing import Any
 
 from examples.continuous.prepare import LIFE, write
 from fedtune import Ledger, Site, Versions, load_sites, load_study, simulate
-from fedtune.ledger.spending import heaviest
-from fedtune.registry import process_cache
+from fedtune.core.ledger.spending import heaviest
+from fedtune.core.registry import process_cache
 from fedtune.server.versions import Version
 
 

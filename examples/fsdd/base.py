@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from fedtune.bases.find import find_base
+from fedtune.core.bases.find import find_base
 
 WHOLE = "pypi:whisper-tiny-en"
 FRAMES = 50  # encoder positions a second

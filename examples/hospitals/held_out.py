@@ -17,9 +17,9 @@ from typing import Any
 
 from examples.write import Table, jsonl, read_jsonl
 from fedtune import load_sites, load_study, simulate
-from fedtune.config import DataFile
+from fedtune.core.config import DataFile
 from fedtune.demo import write
-from fedtune.models.run import Run
+from fedtune.runs.run import Run
 
 
 def hold_back(folder: Path, patients: int, sigma: float) -> Path:
@@ -46,9 +46,9 @@ def hold_back(folder: Path, patients: int, sigma: float) -> Path:
 def without_noise(run: Run, folder: Path) -> float:
     """Compute what the sites would have answered without noise: the mean over patients of the mean
     likelihood of their notes' answers."""
-    from fedtune.config import EvaluationTable
+    from fedtune.core.config import EvaluationTable
+    from fedtune.core.models.adapter_files import picked
     from fedtune.evaluation.evaluator import Evaluator
-    from fedtune.models.adapter_files import picked
 
     saved, means = run.adapter(), []
     frozen = {name: value for name, value in saved.items() if "lora_A" in name}

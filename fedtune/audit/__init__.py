@@ -15,16 +15,16 @@ from fedtune.audit import coins
 from fedtune.audit.coins import OneRun, one_run
 from fedtune.audit.gaussian import OneStep, one_step
 from fedtune.audit.secret import Exposure, exposure
-from fedtune.bases.find import find_base
-from fedtune.config import Study
-from fedtune.dp.plan import DpPlan, plan_for_site
-from fedtune.errors import ConfigError, InputError
-from fedtune.files.writing import replace as write_file
-from fedtune.models.adapter_files import picked
-from fedtune.models.build import build
-from fedtune.models.run import Run
-from fedtune.models.tiny import tiny_network
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import Study
+from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.files.writing import replace as write_file
+from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.build import build
+from fedtune.core.models.tiny import tiny_network
 from fedtune.report.claim import assumption
+from fedtune.runs.run import Run
 
 TRIALS = 10_000
 AUDIT = "audit.md"  # in the folder of a run that was audited

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from fedtune import progress, strategies
 from fedtune.audit.membership import Membership, Scores, membership
 from fedtune.audit.secret import (
     CONFIDENCE,
@@ -27,24 +26,26 @@ from fedtune.audit.secret import (
     planted,
     record_losses,
 )
-from fedtune.config import Study
-from fedtune.data.dataset import Dataset, Example
-from fedtune.dp import accountant
-from fedtune.dp.non_private import non_private_plan
-from fedtune.dp.plan import DpPlan, StepPlan, plan_for_site
-from fedtune.dp.steplog import events
-from fedtune.errors import ConfigError, DataError
-from fedtune.files.writing import replace as write_file
-from fedtune.models import preconditioner
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.run import Run
-from fedtune.models.tiny import generated
-from fedtune.objectives import resolve
-from fedtune.training.local_round import local_round
-from fedtune.training.selftest import MemoryLog
-from fedtune.training.start import Start, start
+from fedtune.core import progress
+from fedtune.core.config import Study
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.dp import accountant
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.plan import DpPlan, StepPlan, plan_for_site
+from fedtune.core.dp.steplog import events
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files.writing import replace as write_file
+from fedtune.core.models import preconditioner
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.tiny import generated
+from fedtune.core.objectives import resolve
+from fedtune.core.strategy import build_strategy
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.selftest import MemoryLog
+from fedtune.public.start import Start, start
+from fedtune.runs.run import Run
 
 CANARIES, MODELS = 64, 16  # guesses: their product, half of them about members
 LEAST = 8  # models: with fewer there are not three references with a canary and three without
@@ -126,7 +127,7 @@ def attack_study(
     >>> fedtune.attack_study(fedtune.load_study("no/study.toml"))
     Traceback (most recent call last):
       ...
-    fedtune.errors.ConfigError: ...
+    fedtune.core.errors.ConfigError: ...
 
     Errors: ConfigError (no privacy to attack; too few models or units; the study's public text is
     not here), ModelError, InfrastructureError."""
@@ -170,7 +171,7 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
     >>> fedtune.attack_run(fedtune.Run("runs/none"))
     Traceback (most recent call last):
       ...
-    fedtune.errors.InputError: ...
+    fedtune.core.errors.InputError: ...
 
     Errors: as of `attack_study`, and InputError where the run is not finished."""
     if not run.private:
@@ -283,7 +284,7 @@ class _World:
         for number, row in enumerate(self.coins, 1):
             there = np.concatenate([row, np.ones(units - canaries, dtype=bool)])
             data = CachedDataset(network, _only(self.everybody, there))
-            adapter, server = self.begun.adapter, strategies.build(study)
+            adapter, server = self.begun.adapter, build_strategy(study)
             with network.loaded(trainable=adapter):
                 for round_ in range(1, self.rounds + 1):
                     server.add(local_round(study, data, plan, log, round_, adapter), 1.0)

@@ -11,20 +11,20 @@ import torch
 
 from fedtune.audit.bounds import one_run_epsilon
 from fedtune.audit.gaussian import CEILING, CONFIDENCE
-from fedtune.bases.find import find_base
-from fedtune.config import Study
-from fedtune.data.dataset import Dataset
-from fedtune.dp import accountant, clip
-from fedtune.dp.plan import DpPlan, plan_for_site
-from fedtune.dp.steplog import events
-from fedtune.models.cache import CachedDataset
-from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
-from fedtune.models.tiny import generated, tiny_network
-from fedtune.objectives import resolve
-from fedtune.training.local_round import local_round
-from fedtune.training.selftest import MemoryLog
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.dp import accountant, clip
+from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.dp.steplog import events
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.models.tiny import generated, tiny_network
+from fedtune.core.objectives import resolve
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.selftest import MemoryLog
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 # Fixed before anything is measured.
 CANARIES = 1024

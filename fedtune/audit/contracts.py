@@ -16,28 +16,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import Study
-from fedtune.config.site import ConvertTable
-from fedtune.data.conversion import Conversion, Unconverted
-from fedtune.data.converters import CONVERTERS, Row
-from fedtune.data.files import Rejected, rows
-from fedtune.data.sources import SOURCES, Source
-from fedtune.data.sources._interface import REASONS
-from fedtune.data.typed_rows import given_bytes, given_rows, returned_bytes, returned_rows
-from fedtune.errors import ConfigError, DataError
-from fedtune.modalities import MODALITIES
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.random_records import generate_file
-from fedtune.models.tiny import generated, random_base, tiny_network
-from fedtune.objectives import OBJECTIVES, resolve
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import Study
+from fedtune.core.config.site import ConvertTable
+from fedtune.core.data.conversion import Conversion, Unconverted
+from fedtune.core.data.converters import CONVERTERS, Row
+from fedtune.core.data.files import Rejected, rows
+from fedtune.core.data.sources import SOURCES, Source
+from fedtune.core.data.sources._interface import REASONS
+from fedtune.core.data.typed_rows import given_bytes, given_rows, returned_bytes, returned_rows
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.modalities import MODALITIES
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.random_records import generate_file
+from fedtune.core.models.tiny import generated, random_base, tiny_network
+from fedtune.core.objectives import OBJECTIVES, resolve
+from fedtune.core.registry import Group
+from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_SUMS
+from fedtune.core.strategy import STRATEGIES, Arrays, Strategy
+from fedtune.core.training import selftest
+from fedtune.core.training.selftest import Result, timed
 from fedtune.observe.trackers import TRACKERS, Tracker
-from fedtune.registry import Group
-from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
-from fedtune.strategies import STRATEGIES, Arrays, Strategy, _posterior, discriminant
-from fedtune.training import selftest
-from fedtune.training.selftest import Result, timed
+from fedtune.strategies import _posterior, discriminant
 
 GROUPS: dict[str, Group[Any]] = {
     group.name: group

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
-from fedtune.dp import accountant
-from fedtune.dp.clip import Chunk
-from fedtune.dp.mechanism import RowGradients
-from fedtune.dp.plan import DpPlan
-from fedtune.training.selftest import HUGE, MemoryLog
+from fedtune.core.dp import accountant
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.mechanism import RowGradients
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.training.selftest import HUGE, MemoryLog
 
 # Fixed before anything is measured.
 CONFIDENCE = 0.95  # of the bound that is reported

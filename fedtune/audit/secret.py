@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from scipy.special import gammaincinv  # type: ignore[import-untyped]
 
-from fedtune.config import Columns, EvaluationTable, Study
-from fedtune.data.dataset import Dataset
-from fedtune.data.load import load_dataset
-from fedtune.errors import DataError
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives import resolve
-from fedtune.objectives._tokens import labelled, likelihood
+from fedtune.core.config import Columns, EvaluationTable, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import load_dataset
+from fedtune.core.errors import DataError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives._tokens import labelled, likelihood
 
 # Fixed before anything is measured.
 SECRETS, POOL = 8, 128  # secrets; each is ranked among so many, itself included: at most 7 bits

@@ -32,9 +32,9 @@ def accept(
     without noise: they stay here. Nothing of them leaves with the ledger, a dossier or the status;
     telling the decision is a person's act, outside any ε."""
     from fedtune.cli.watch import Watch
-    from fedtune.client.acceptance.accept import accept as judge
-    from fedtune.config import load_site
-    from fedtune.config.state_files import PAGE
+    from fedtune.core.config import load_site
+    from fedtune.core.config.state_files import PAGE
+    from fedtune.officer.acceptance.accept import accept as judge
 
     with Watch(Console(stderr=True), "judging"):
         made = judge(run, load_site(site))

@@ -15,7 +15,7 @@ from fedtune.cli.exit_codes import Told, command
 if TYPE_CHECKING:
     from fedtune.audit.attack import Attack, Secrets
     from fedtune.audit.membership import Membership
-    from fedtune.client.attack import SiteAttack
+    from fedtune.officer.attack import SiteAttack
 
 RUN = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
@@ -87,8 +87,8 @@ def attack(
 
     A result beyond what ε allows means that something is broken: exit 3."""
     from fedtune.cli.watch import Watch
-    from fedtune.errors import ConfigError, Refused
-    from fedtune.models.run import Run
+    from fedtune.core.errors import ConfigError, Refused
+    from fedtune.runs.run import Run
 
     if site is None and (held_out or references):
         raise ConfigError("--held-out and --reference are for a site", "--site SITE with them")
@@ -96,8 +96,8 @@ def attack(
     result: SiteAttack | Attack
     with Watch(Console(), "attacking"):
         if site is not None:
-            from fedtune.client.attack import attack_site
-            from fedtune.config import load_site
+            from fedtune.core.config import load_site
+            from fedtune.officer.attack import attack_site
 
             others = [Run(folder) for folder in references or ()]
             result = attack_site(loaded, load_site(site), held_out, references=others, out=out)

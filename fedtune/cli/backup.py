@@ -34,12 +34,12 @@ def backup(
 
     The file holds the consortium's private keys: only its owner can read it. Each round deserves
     a new one: what came after a backup is done again, and sites are charged for it again."""
-    from fedtune.config import load_study
-    from fedtune.evidence.audit_log import AuditLog
-    from fedtune.run_choice import folder_for
+    from fedtune.core.config import load_study
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.wire.keys import SigningKey
+    from fedtune.runs.choice import folder_for
     from fedtune.server.backup import backup as write
     from fedtune.server.backup import home_with_ca
-    from fedtune.wire.keys import SigningKey
 
     loaded, home = load_study(study), home_with_ca(home or study.parent / "coordinator")
     run = out or folder_for(loaded.study.name, resume=True, runs=study.parent / "runs")
@@ -60,10 +60,10 @@ def restore(
 
     Never run the old one beside it: at its start the server asks at the old address whether a
     coordinator of this consortium still answers there, and refuses if one does."""
-    from fedtune.evidence.audit_log import AuditLog
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.wire.keys import SigningKey
     from fedtune.server.backup import HOME
     from fedtune.server.backup import restore as lay_out
-    from fedtune.wire.keys import SigningKey
 
     manifest = lay_out(file, to)
     home = to / HOME

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedtune.config import PublicTable
+    from fedtune.core.config import PublicTable
 
 
 if TYPE_CHECKING:
-    from fedtune.config import DataFile
+    from fedtune.core.config import DataFile
 
 
 def named_columns(data: Path, pairs: list[str]) -> DataFile:
@@ -23,7 +23,7 @@ def named_columns(data: Path, pairs: list[str]) -> DataFile:
     Errors: ConfigError."""
     from pydantic import ValidationError
 
-    from fedtune.config import Columns, DataFile
+    from fedtune.core.config import Columns, DataFile
 
     by_part = dict(pair.partition("=")[::2] for pair in pairs or ["prompt=prompt"])
     if unknown := set(by_part) - set(Columns.model_fields):
@@ -48,6 +48,6 @@ COLUMNS = Annotated[
 
 
 def public_prompts(path: Path, licence: str, pairs: list[str]) -> PublicTable:
-    from fedtune.config import PublicTable
+    from fedtune.core.config import PublicTable
 
     return PublicTable(path=path, columns=named_columns(path, pairs).columns, licence=licence)

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.tables import Figures
-from fedtune.errors import printable
-from fedtune.registry.rounding import percent, rounded_up
+from fedtune.core.errors import printable
+from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.report.claim import shared_line, verdict
 from fedtune.report.classes import class_lines
 from fedtune.report.declared import INVENTED, site_lines
@@ -27,12 +27,12 @@ from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
 
 if TYPE_CHECKING:
-    from fedtune.bases.find import Row
-    from fedtune.client.let_go import Waiting
-    from fedtune.config import Study
-    from fedtune.dp.costs import Plan
+    from fedtune.accounting.costs import Plan
+    from fedtune.core.bases.find import Row
+    from fedtune.core.config import Study
     from fedtune.evaluation.compare_bases import Fit
     from fedtune.evaluation.predictions import Predictions
+    from fedtune.officer.let_go import Waiting
     from fedtune.server.versions import Index
 
 BANNER = "NOT PRIVATE: no noise is added; the adapter may reveal the records it is trained on"
@@ -134,7 +134,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
 
 def uses_of(out: Path) -> list[tuple[str, str]]:
     """List the commands that this run's model can be used with, and what each is for."""
-    from fedtune.run_folder import has_head, load_plan
+    from fedtune.core.run_folder import has_head, load_plan
 
     plan, headed = load_plan(out), has_head(out)
     told = next((table.columns for table in (plan.evaluation, plan.public) if table), None)

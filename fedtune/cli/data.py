@@ -16,11 +16,11 @@ from fedtune.cli.exit_codes import command
 from fedtune.cli.site import PANEL, SITE
 from fedtune.cli.study import SET
 from fedtune.cli.tables import Figures
-from fedtune.errors import printable
+from fedtune.core.errors import printable
 
 if TYPE_CHECKING:
-    from fedtune.client.data_report import DataReport
-    from fedtune.config import Site, Study
+    from fedtune.core.config import Site, Study
+    from fedtune.officer.data_report import DataReport
 
 data_app = typer.Typer(no_args_is_help=True, help="A site's own files: what they hold, in counts.")
 PLAN = Annotated[
@@ -75,10 +75,10 @@ def report(
 
     Counts of private records, without noise, and no record's content: for the site alone. Nothing
     leaves this machine."""
-    from fedtune.client.data_report import data_report
-    from fedtune.config import load_site
-    from fedtune.errors import ConfigError
-    from fedtune.files.writing import check_replaceable
+    from fedtune.core.config import load_site
+    from fedtune.core.errors import ConfigError
+    from fedtune.core.files.writing import check_replaceable
+    from fedtune.officer.data_report import data_report
 
     if settings and study is None:
         raise ConfigError("--set is given, and no study.toml is read", "--study STUDY with it")
@@ -114,9 +114,9 @@ def describe(
     What only people know is in sheet.toml beside site.toml: where there is none, it is written, to
     be filled. Where policy.data_sheet asks for fields, `fedtune client` joins only with them, and
     only while sheet and records are as they were attested."""
-    from fedtune.client.sheet import describe_data
-    from fedtune.config import load_site
-    from fedtune.config.sheet import FIELDS
+    from fedtune.core.config import load_site
+    from fedtune.core.config.sheet import FIELDS
+    from fedtune.officer.sheet import describe_data
 
     made = describe_data(load_site(site), public)
     if made.template:
@@ -132,9 +132,9 @@ def describe(
 
 def _plan(path: Path, site: Site, settings: list[str]) -> Study:
     """Load a study.toml as it is, or a plan; neither starts it: the adapter is not needed."""
-    from fedtune.client.policy import permit_plugins
-    from fedtune.client.review import read_plan
-    from fedtune.config import load_study
+    from fedtune.core.config import load_study
+    from fedtune.core.vault.policy import permit_plugins
+    from fedtune.officer.review import read_plan
 
     if path.suffix == ".json":
         return read_plan(path, site, settings)
@@ -169,8 +169,8 @@ def scan(site: SITE, rows: ROWS = False) -> dict[str, Any]:
     machine. What becomes of such records in training is said in [data.scan] of site.toml: warn,
     redact or leave_out. It is a scan: what it misses stays. Needs fedtune[scan]; English."""
     from fedtune.cli.watch import Watch
-    from fedtune.client.data_scan import data_scan
-    from fedtune.config import load_site
+    from fedtune.core.config import load_site
+    from fedtune.officer.data_scan import data_scan
 
     console = Console()
     with Watch(console, "loading the scan's model"):

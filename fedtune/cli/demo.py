@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.exit_codes import command
-from fedtune.run_choice import folder_for
+from fedtune.runs.choice import folder_for
 
 
 def add_to(app: typer.Typer, panel: str) -> None:

@@ -110,7 +110,7 @@ def distill(
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.derive.distill import distill as teach
-    from fedtune.models.run import Run
+    from fedtune.runs.run import Run
 
     file = public_prompts(prompts, licence, columns or [])
     settings = DistillSettings(
@@ -198,11 +198,11 @@ def merge(
     from rich.markdown import Markdown
 
     from fedtune.cli.console import closing
+    from fedtune.core.run_folder import read_report
     from fedtune.derive.merge import merge_runs
     from fedtune.derive.merge_exported import is_exported, merge_models
-    from fedtune.models.run import Run
     from fedtune.report.merged import section
-    from fedtune.run_folder import read_report
+    from fedtune.runs.run import Run
 
     console, shares = Console(), numbers(weights)
     common: dict[str, Any] = {"method": method, "weights": shares, "seed": seed}
@@ -221,7 +221,7 @@ def merge(
 
 def numbers(text: str | None) -> list[float]:
     """ "0.5, 1" as numbers. Errors: ConfigError."""
-    from fedtune.errors import ConfigError
+    from fedtune.core.errors import ConfigError
 
     try:
         return [float(part) for part in text.split(",")] if text else []
@@ -258,7 +258,7 @@ def export(
     from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.dossier.seal import RELEASE
     from fedtune.evidence.sign import RUN
-    from fedtune.models.run import Run
+    from fedtune.runs.run import Run
 
     with Console().status("merging base and adapter"):
         made = write(Run(run / RUN if (run / RELEASE).is_file() else run), out, to, dtype)
@@ -304,8 +304,8 @@ def choose_base(
     a prediction from one pass: it tells hopeless from learnable, and little more."""
     from fedtune.cli.console import fit_table
     from fedtune.cli.watch import Watch
+    from fedtune.core.files.writing import check_replaceable, replace
     from fedtune.evaluation.compare_bases import choose_base as measure
-    from fedtune.files.writing import check_replaceable, replace
 
     console, loaded = Console(), load(study, settings)
     if json_file:

@@ -14,8 +14,8 @@ from rich.markup import escape
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.pace import StepPace
 from fedtune.cli.study import SET
-from fedtune.errors import ConfigError, printable
-from fedtune.progress import Step, listening, report
+from fedtune.core.errors import ConfigError, printable
+from fedtune.core.progress import Step, listening, report
 from fedtune.report.figures import duration
 
 SLOW_SECONDS = 5.0  # without a finding, before a pipe is told which check runs
@@ -108,9 +108,9 @@ def doctor(
             )
             findings = examine_coordinator(file, place, settings or ())
         else:
-            from fedtune.client.doctor import examine
-            from fedtune.client.review import is_outline, read_plan
-            from fedtune.config import load_site
+            from fedtune.core.config import load_site
+            from fedtune.officer.doctor import examine
+            from fedtune.officer.review import is_outline, read_plan
 
             plan = read_plan(study, load_site(file), settings or ()) if study else None
             outline = bool(study and plan and is_outline(study, plan))
@@ -183,7 +183,7 @@ class Checking:
 
 def _kind(file: Path) -> str:
     """ "site" or "study", by the file's tables. Errors: ConfigError."""
-    from fedtune.files import reading
+    from fedtune.core.files import reading
 
     expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"
     tables = reading.toml_in(file, expected, todo, ConfigError)

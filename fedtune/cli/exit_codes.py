@@ -20,8 +20,8 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import click
 import typer
 
-from fedtune.errors import ConfigError, FedtuneError, printable
-from fedtune.files import reading
+from fedtune.core.errors import ConfigError, FedtuneError, printable
+from fedtune.core.files import reading
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -104,7 +104,7 @@ def label(
     patient's preferences are that patient's own: name the same patient column in the DPO study.
     Withdrawn patients are left out. A run that was trained without privacy is refused."""
     from fedtune.cli.watch import Watch
-    from fedtune.config import load_site
+    from fedtune.core.config import load_site
     from fedtune.derive.label import label as make
 
     source_data = (
@@ -145,7 +145,7 @@ def label(
 
 
 def _public_text(path: Path) -> str:
-    from fedtune.files import reading
+    from fedtune.core.files import reading
 
     return reading.text(path, "public text: what the judge should look at").strip()
 
@@ -220,7 +220,7 @@ def improve(
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.derive.improve import improve as learn
-    from fedtune.models.run import Run
+    from fedtune.runs.run import Run
 
     file = public_prompts(prompts, licence, columns or [])
     how = RlooSettings(

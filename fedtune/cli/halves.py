@@ -11,7 +11,7 @@ import typer
 from fedtune.cli import network
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import METRICS
-from fedtune.errors import InputError
+from fedtune.core.errors import InputError
 
 SITE = Annotated[
     Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
@@ -74,7 +74,7 @@ def client(
 
     Under torchrun, rank 0 is the client and the other ranks share its steps."""
     if os.environ.get("RANK", "0") != "0":
-        from fedtune.client.rank_process import follow_torchrun
+        from fedtune.core.vault.rank_process import follow_torchrun
 
         return follow_torchrun(site.resolve())
     _take_part(site, once, processes, watch, metrics_port, answer, fingerprint)
@@ -128,7 +128,7 @@ def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE =
     from rich.console import Console
 
     from fedtune.cli.watch import Watch
-    from fedtune.config import load_site
+    from fedtune.core.config import load_site
     from fedtune.courier.process import FOLDER
     from fedtune.observe import observer
 
@@ -169,7 +169,7 @@ def _take_part(
     from rich.console import Console
 
     from fedtune.cli.watch import Watch
-    from fedtune.config import load_site
+    from fedtune.core.config import load_site
     from fedtune.observe import observer
 
     loaded, path = load_site(site), site.resolve()

@@ -230,7 +230,7 @@ def init(
     line. Each role gets its own files alone."""
     from fedtune import presets
     from fedtune.cli import server
-    from fedtune.config.places import place_of
+    from fedtune.presets.places import place_of
 
     _check(role, enroll, name, serve, task is not None)
     address = server.address(serve) if serve is not None else None
@@ -270,7 +270,7 @@ def init(
 
 def _time(folder: Path, records: Records) -> list[str]:
     """Say how long the study that was written will take here; nothing for a site alone."""
-    from fedtune.config import load_study
+    from fedtune.core.config import load_study
     from fedtune.presets.duration import forecast
 
     if records.role == "site":
@@ -280,7 +280,7 @@ def _time(folder: Path, records: Records) -> list[str]:
 
 
 def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe: bool) -> None:
-    from fedtune.errors import ConfigError
+    from fedtune.core.errors import ConfigError
 
     for option, given in (("--enroll", enroll), ("--name", name is not None)):
         if given and role is not Role.SITE:
@@ -297,8 +297,8 @@ def _templates(
     Errors: ConfigError for an option of a recipe, DataError for a column or a file that is not
     there."""
     from fedtune import presets
-    from fedtune.config import templates
-    from fedtune.errors import ConfigError
+    from fedtune.core.errors import ConfigError
+    from fedtune.presets import templates
 
     own = {**presets.OPTIONS, "evaluation": "--evaluation", "public": "--public"}
     own |= {
@@ -345,7 +345,7 @@ def _complete(records: Records, task: Task) -> Records:
     role needs."""
     if not sys.stdin.isatty():
         return records
-    from fedtune.config.places import place_of
+    from fedtune.presets.places import place_of
 
     changes: dict[str, Any] = {}
     if records.role != "site" and not (records.evaluation or records.labels):

@@ -15,12 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedtune.cli.tables import Figures
-from fedtune.config import PolicyTable
-from fedtune.ledger.declared import declared
-from fedtune.ledger.entries import EVERY, RULES, Cohort, Spent
-from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import DatasetBudget, StudyLine, budget, heaviest, study_lines
-from fedtune.registry.rounding import rounded_down, rounded_up
+from fedtune.core.config import PolicyTable
+from fedtune.core.ledger.declared import declared
+from fedtune.core.ledger.entries import EVERY, RULES, Cohort, Spent
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import DatasetBudget, StudyLine, budget, heaviest, study_lines
+from fedtune.core.registry.rounding import rounded_down, rounded_up
 from fedtune.report.claim import THREE_EPSILONS
 
 INFINITE = "∞ (not private)"

@@ -72,8 +72,8 @@ def log(
     from rich.console import Console
 
     from fedtune.cli.console import acts_table
-    from fedtune.errors import ConfigError, InputError
-    from fedtune.evidence import audit_log
+    from fedtune.core.errors import ConfigError, InputError
+    from fedtune.core.ledger import audit_log
 
     if run is not None and head:
         raise ConfigError("--head and --run", "one of the two")
@@ -83,7 +83,7 @@ def log(
         )
     folder = _folder(path)
     if run is not None:
-        from fedtune.client.noted_in_run import noted_in
+        from fedtune.officer.noted_in_run import noted_in
 
         head = noted_in(run, folder)
     checked = audit_log.verify(folder, signer or audit_log.signer_at(folder), head)
@@ -105,6 +105,6 @@ def _folder(path: Path) -> Path:
     """Return a site's state folder, or the folder itself. Errors: ConfigError."""
     if path.is_dir():
         return path
-    from fedtune.config import load_site
+    from fedtune.core.config import load_site
 
     return load_site(path).site.state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedtune.errors import printable
+from fedtune.core.errors import printable
 
 
 class _Stderr(logging.Handler):

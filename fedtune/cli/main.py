@@ -52,14 +52,14 @@ from fedtune.cli.study import (
     shares_of,
     stopping,
 )
-from fedtune.errors import ConfigError
-from fedtune.run_choice import already_done, beginning, check_vacant, finished_line, new_run
-from fedtune.run_folder import read_report
+from fedtune.core.errors import ConfigError
+from fedtune.core.run_folder import read_report
+from fedtune.runs.choice import already_done, beginning, check_vacant, finished_line, new_run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedtune.config import Site
+    from fedtune.core.config import Site
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,8 +162,8 @@ def plan(
             if not (sites or more):
                 error.add_note("Without any: --size N, a site's patients or records, prices it.")
             raise
-    from fedtune.dp.costs import plan as compute_costs
-    from fedtune.dp.costs import query_lines, shared_lines
+    from fedtune.accounting.costs import plan as compute_costs
+    from fedtune.accounting.costs import query_lines, shared_lines
 
     costs = compute_costs(loaded, asked)
     _console().print(plan_table(loaded, costs))
@@ -282,6 +282,6 @@ def _console() -> Console:
 
 
 def _sites(study: Path, *groups: list[Path] | None) -> list[Site]:
-    from fedtune.config import load_sites
+    from fedtune.core.config import load_sites
 
     return load_sites([path for paths in groups for path in paths or ()] or study.parent)

@@ -23,8 +23,8 @@ def add_to(app: typer.Typer, panel: str) -> None:
 
 def list_models() -> list[dict[str, Any]]:
     """List the bases that need no model hub."""
-    from fedtune.bases.find import list_known
     from fedtune.cli.console import models_lines
+    from fedtune.core.bases.find import list_known
 
     known = list_known()
     typer.echo(models_lines(known))
@@ -38,8 +38,8 @@ def fetch(
 ) -> dict[str, Any]:
     """Fetch a base, verify it, and print its digest."""
     with Console().status(escape(f"fetching {model}")):
-        from fedtune.bases.find import find_base
-        from fedtune.config.known_bases import upstream_of
+        from fedtune.core.bases.find import find_base
+        from fedtune.core.config.known_bases import upstream_of
 
         base = find_base(model)
     typer.echo(f"{base.name}: {base.kind}, licence {base.licence}\n{base.digest}\n{base.path}")
@@ -57,7 +57,7 @@ def verify(
     """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
     study.toml."""
     with Console().status(escape(f"verifying {model}")):
-        from fedtune.models.verify import verify as check
+        from fedtune.runs.verify_model import verify as check
 
         name, digest = check(model)
     typer.echo(f"whole: {name}\n{digest}")

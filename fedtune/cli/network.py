@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.cli.exit_codes import command
-from fedtune.errors import printable
+from fedtune.core.errors import printable
 
 if TYPE_CHECKING:
-    from fedtune.config import Site, Study
-    from fedtune.evidence.audit_log import AuditLog
+    from fedtune.core.config import Site, Study
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.ledger.ledger import Ledger
     from fedtune.flower.enrol import Answer, Request
-    from fedtune.ledger.ledger import Ledger
 
 PANEL = "Between machines"
 PLAN_SECONDS = 0.5  # between two looks for the plan that a server is making
@@ -73,12 +73,12 @@ def enroll(
 
 def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[str, Any]:
     """Make the keys that a site lacks and write its request, as `enroll` does."""
-    from fedtune.config import load_site
-    from fedtune.evidence.audit_log import AuditLog
+    from fedtune.core.config import load_site
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.evidence import fingerprints
     from fedtune.flower import enrol
     from fedtune.flower.membership import keys_folder
-    from fedtune.ledger.ledger import Ledger
-    from fedtune.wire import fingerprints
 
     loaded = load_site(site)
     keys = keys_folder(loaded)
@@ -112,7 +112,7 @@ def _home(told: Path | None) -> Path:
     one is never made by being in another folder. Errors: ConfigError."""
     home = told or Path("coordinator")
     if told is None and not home.is_dir() and not Path("study.toml").exists():
-        from fedtune.errors import ConfigError
+        from fedtune.core.errors import ConfigError
 
         raise ConfigError(
             f"{Path.cwd()}: no coordinator's home here",
@@ -123,8 +123,8 @@ def _home(told: Path | None) -> Path:
 
 
 def _log(home: Path) -> AuditLog:
-    from fedtune.evidence.audit_log import AuditLog
-    from fedtune.wire.keys import SigningKey
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.wire.keys import SigningKey
 
     return AuditLog(home, SigningKey.at(home / "signing.key"))
 
@@ -166,8 +166,8 @@ def admit(
     Each request's fingerprint is compared before any site is admitted. Where the server runs, this
     waits for its plan, which the answers bring for review; a site can then connect at once. A name
     that is admitted already is refused with other keys: `fedtune revoke` it first."""
-    from fedtune.errors import ConfigError
-    from fedtune.files.writing import replace
+    from fedtune.core.errors import ConfigError
+    from fedtune.core.files.writing import replace
     from fedtune.flower import enrol
 
     if out and len(requests) > 1:
@@ -223,9 +223,9 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
     """Compare every request's fingerprint with what the sites read out, before any is admitted.
 
     Errors: ConfigError where nobody did; Refused where one differs."""
-    from fedtune.errors import ConfigError, Refused
+    from fedtune.core.errors import ConfigError, Refused
+    from fedtune.evidence import fingerprints
     from fedtune.flower import enrol
-    from fedtune.wire import fingerprints
 
     if heard:
         if len(heard) != len(asked):
@@ -259,8 +259,8 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
 
 def _address_in(home: Path) -> str:
     """Read where sites connect from the coordinator's home. Errors: ConfigError."""
-    from fedtune.errors import ConfigError
-    from fedtune.files import reading
+    from fedtune.core.errors import ConfigError
+    from fedtune.core.files import reading
 
     file = home / "address"
     if not file.exists():
@@ -275,16 +275,16 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     On a terminal, and where this site has not joined this consortium before, the fingerprint is
     asked for; it is not shown. Who gives it signs the plan that came with the answer, unless the
     policy asks for `fedtune review --sign` or refuses it. Errors: ConfigError, Refused."""
-    from fedtune.errors import ConfigError
+    from fedtune.core.errors import ConfigError
 
     if answer is None:
         if fingerprint is not None:
             raise ConfigError("--fingerprint without --answer", todo="name the answer's file too")
         return  # nothing that reads a ledger is imported: this process stays as long as the site
-    from fedtune.client.waiting_plans import keep_plan
-    from fedtune.evidence.audit_log import AuditLog, login
+    from fedtune.core.ledger.audit_log import AuditLog, login
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.vault.waiting_plans import keep_plan
     from fedtune.flower import membership
-    from fedtune.ledger.ledger import Ledger
 
     if site.coordinator and site.coordinator.answer:
         raise ConfigError(
@@ -315,9 +315,9 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
 def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Study | None:
     """Print what the plan in an answer would cost, and what joining does about it. Return the plan
     where joining may sign it: it is one, and this site's rules allow it."""
-    from fedtune.client.review import review
-    from fedtune.errors import FedtuneError
+    from fedtune.core.errors import FedtuneError
     from fedtune.flower import membership
+    from fedtune.officer.review import review
 
     if not received.plan:
         typer.echo("plan   none came with the answer; what the coordinator sends is shown then")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedtune.progress import Step
+from fedtune.core.progress import Step
 
 SOONEST = 10.0  # seconds of a step before its pace is known
 

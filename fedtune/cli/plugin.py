@@ -84,7 +84,7 @@ def check_plugin(
     One line for each check, with what was measured and the bound; docs/extending.md shows a plug-in
     of each kind. A check that passes is a measurement, not a proof."""
     from fedtune.audit.contracts import check
-    from fedtune.errors import InputError, printable
+    from fedtune.core.errors import InputError, printable
 
     console, bad, results = Console(), 0, list[dict[str, Any]]()
     for result in check(group, name, _options(option or []), base, file, less):
@@ -102,7 +102,7 @@ def check_plugin(
 
 def _options(options: list[str]) -> dict[str, Any]:
     """{"beta": 0.1} of beta=0.1; a text stays one. Errors: ConfigError."""
-    from fedtune.errors import ConfigError
+    from fedtune.core.errors import ConfigError
 
     values: dict[str, Any] = {}
     for option in options:

@@ -13,8 +13,8 @@ from fedtune.cli.exit_codes import command
 from fedtune.cli.use_run import RUN_FOLDER
 
 if TYPE_CHECKING:
-    from fedtune.evidence.audit_log import AuditLog
-    from fedtune.wire.keys import SigningKey
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.wire.keys import SigningKey
 
 NAMED = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.", show_default=False)]
 
@@ -51,10 +51,10 @@ def release(
 
     A run that does not verify is refused. What only people can say is marked as a blank, unless
     --details says it. `fedtune versions` chooses the version first, in a study with a schedule."""
+    from fedtune.core.files.writing import create
     from fedtune.evidence.dossier import release as dossier
     from fedtune.evidence.dossier import seal
     from fedtune.evidence.dossier.content import blanks
-    from fedtune.files.writing import create
 
     if details and not os.path.lexists(details):
         create(details, dossier.details_template().encode())
@@ -121,11 +121,11 @@ def approve(
 
 def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, AuditLog | None]:
     """Find the key that approves; of a site, also its audit log."""
-    from fedtune.config import load_site
-    from fedtune.errors import ConfigError
-    from fedtune.evidence.audit_log import AuditLog
-    from fedtune.ledger.files import traces
-    from fedtune.ledger.ledger import Ledger
+    from fedtune.core.config import load_site
+    from fedtune.core.errors import ConfigError
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.ledger.files import traces
+    from fedtune.core.ledger.ledger import Ledger
 
     if (path is None) == (site is None):
         raise ConfigError("--key or --site", "one of the two")

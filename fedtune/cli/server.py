@@ -21,9 +21,9 @@ from fedtune.cli.study import (
     shares_of,
     stopping,
 )
-from fedtune.errors import ConfigError
-from fedtune.run_choice import already_done, beginning, finished_line, new_run
-from fedtune.run_folder import read_report
+from fedtune.core.errors import ConfigError
+from fedtune.core.run_folder import read_report
+from fedtune.runs.choice import already_done, beginning, finished_line, new_run
 
 HOME = Annotated[
     Path | None,
@@ -92,7 +92,7 @@ def server(
 
     from fedtune.cli.console import closing, warn_not_private
     from fedtune.cli.watch import Watch
-    from fedtune.config.address import address_of
+    from fedtune.core.config.address import address_of
 
     console = Console()
     loaded, home = load(study, settings), home or study.parent / "coordinator"

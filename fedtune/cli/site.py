@@ -17,12 +17,12 @@ from rich.padding import Padding
 
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET, load, say_expected_gain
-from fedtune.errors import ConfigError, printable
+from fedtune.core.errors import ConfigError, printable
 
 if TYPE_CHECKING:
-    from fedtune.client.review import Review
-    from fedtune.client.withdraw import Withdrawal
-    from fedtune.config import Site, Study
+    from fedtune.core.config import Site, Study
+    from fedtune.officer.review import Review
+    from fedtune.officer.withdraw import Withdrawal
 
 PANEL = "Answer for a site's data"
 SITE = Annotated[
@@ -74,13 +74,13 @@ def review(
     "reviewed" or "signed" keeps each plan that it was sent in its state folder, under plans/;
     --sign admits it."""
     from fedtune.cli.watch import Watch
-    from fedtune.client.review import is_outline, read_plan
-    from fedtune.client.review import review as review_plan
-    from fedtune.client.waiting_plans import keep_plan
-    from fedtune.config import load_site
-    from fedtune.errors import PolicyRefused
-    from fedtune.evidence.audit_log import AuditLog, login
-    from fedtune.ledger.ledger import Ledger
+    from fedtune.core.config import load_site
+    from fedtune.core.errors import PolicyRefused
+    from fedtune.core.ledger.audit_log import AuditLog, login
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.vault.waiting_plans import keep_plan
+    from fedtune.officer.review import is_outline, read_plan
+    from fedtune.officer.review import review as review_plan
 
     loaded = load_site(site)
     whole = whole or sign
@@ -123,8 +123,8 @@ def review(
 def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | None:
     """Say what a private plan may gain over public records, or who says it; at_hand: whether its
     base and its public files are this machine's own. Returns the forecast, if one was made."""
-    from fedtune.client.policy import permit_plugins
-    from fedtune.errors import PolicyRefused
+    from fedtune.core.errors import PolicyRefused
+    from fedtune.core.vault.policy import permit_plugins
     from fedtune.evaluation.before_paying import who_foretells
 
     try:
@@ -143,8 +143,8 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
 def _left_out(plan: Study, site: Site) -> str:
     """Print how many of the site's records the plan leaves out for their class, as far as they can
     be read here."""
-    from fedtune.client.unknown_classes import unknown_classes
-    from fedtune.errors import FedtuneError
+    from fedtune.core.errors import FedtuneError
+    from fedtune.officer.unknown_classes import unknown_classes
 
     try:
         told = unknown_classes(plan, site)
@@ -198,9 +198,9 @@ def let_go(
     would tell the coordinator of them. A draw of shared noise is let go before it is made and paid
     for. Both acts are entered, under your login's name, in the audit log and in the ledger."""
     from fedtune.cli.console import waiting_table
-    from fedtune.client.let_go import decide, waiting
-    from fedtune.config import load_site
-    from fedtune.errors import InputError
+    from fedtune.core.config import load_site
+    from fedtune.core.errors import InputError
+    from fedtune.officer.let_go import decide, waiting
 
     loaded = load_site(site)
     if every and answers:
@@ -255,11 +255,11 @@ def ledger(
     Reads the whole ledger and checks every signature first. Rounds of an earlier release or another
     unit are shown as not known; nothing runs on top of them until --accept."""
     from fedtune.cli.ledger_view import ledger_view
-    from fedtune.config import load_site
-    from fedtune.evidence.audit_log import AuditLog, login
-    from fedtune.ledger.declared import check_acceptable
-    from fedtune.ledger.ledger import Ledger
-    from fedtune.ledger.spending import facts
+    from fedtune.core.config import load_site
+    from fedtune.core.ledger.audit_log import AuditLog, login
+    from fedtune.core.ledger.declared import check_acceptable
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.ledger.spending import facts
 
     loaded = load_site(site)
     folder = loaded.site.ledger or loaded.site.state
@@ -307,11 +307,11 @@ def withdraw(
     enters no command history. Says which released adapters were trained with the patient, and
     writes a signed receipt for each. A key that no record and no study here has is not entered,
     and ends with exit code 2."""
-    from fedtune.client.withdraw import UnknownPatient, check_receipt
-    from fedtune.client.withdraw import withdraw as leave_out
-    from fedtune.config import load_site
-    from fedtune.errors import InputError
-    from fedtune.ledger.ledger import Ledger
+    from fedtune.core.config import load_site
+    from fedtune.core.errors import InputError
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.officer.withdraw import UnknownPatient, check_receipt
+    from fedtune.officer.withdraw import withdraw as leave_out
 
     loaded = load_site(site)
     if check:
@@ -343,7 +343,7 @@ def withdraw(
 
 def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     """Say what a withdrawal could not undo, and where its receipt lies."""
-    from fedtune.registry.rounding import rounded_up
+    from fedtune.core.registry.rounding import rounded_up
 
     if withdrawal.in_file is None:
         typer.echo(f"  {path} cannot be read, so it may still hold records")
@@ -365,8 +365,8 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
 
 def _keys(file: Path | None) -> list[str]:
     """Patient keys from a file, a terminal or a pipe. Errors: InputError where there is none."""
-    from fedtune.errors import InputError
-    from fedtune.files import reading
+    from fedtune.core.errors import InputError
+    from fedtune.core.files import reading
 
     if file:
         lines = reading.text(file, "patient keys, one a line").splitlines()
@@ -402,9 +402,9 @@ def purge(
     stay. A round whose update is gone is trained, and paid for, again if it is asked for again, so
     do it after a study."""
     from fedtune.cli.console import files_table
-    from fedtune.client import purge as purger
-    from fedtune.config import load_site
-    from fedtune.errors import InputError
+    from fedtune.core.config import load_site
+    from fedtune.core.errors import InputError
+    from fedtune.officer import purge as purger
 
     listing = purger.listing(load_site(site), study)
     Console().print(files_table(listing.state, listing.deletable))
@@ -448,12 +448,12 @@ def audit(
     No site's records are read. A bound above the claim means that something is broken: exit 3."""
     from rich.markdown import Markdown
 
-    from fedtune.errors import Refused
+    from fedtune.core.errors import Refused
 
     with Console().status("attacking"):
         from fedtune.audit import AUDIT, audit_study
-        from fedtune.models.run import Run
         from fedtune.report.audit import section
+        from fedtune.runs.run import Run
 
         result = audit_study(
             load(study, settings), out, trials=trials, run=Run(run) if run else None

@@ -45,10 +45,10 @@ def status(
     ] = None,
 ) -> dict[str, Any]:
     """Show how a run or a site is doing, live, until it ends. Reads files; asks nobody."""
-    from fedtune.errors import InfrastructureError
+    from fedtune.core.errors import InfrastructureError
 
     if metrics:
-        from fedtune.models.run import Run
+        from fedtune.runs.run import Run
 
         typer.echo(f"wrote {Run(path).write_metrics(metrics)}")
         once = True

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.observe.status import BY, GONE, Snapshot, standing
-from fedtune.registry.rounding import rounded_up
 from fedtune.report.claim import THREE_EPSILONS
 from fedtune.report.figures import duration, short, size_text
 
@@ -78,7 +78,7 @@ def head(snapshot: Snapshot) -> Text:
 def unsigned_line(snapshot: Snapshot, path: Path) -> str:
     """Say that nobody at a site has signed the plan that its client was sent, and how to read it;
     "" where somebody has, or no client runs."""
-    from fedtune.config import load_site
+    from fedtune.core.config import load_site
 
     status = snapshot.status
     if snapshot.over or status.get("signed") is not False or not status.get("plan_digest"):
@@ -140,9 +140,9 @@ class BudgetView:
 
     def __call__(self) -> RenderableType:
         from fedtune.cli.ledger_view import budget_table
-        from fedtune.config import load_site
-        from fedtune.ledger.ledger import Ledger
-        from fedtune.ledger.spending import heaviest
+        from fedtune.core.config import load_site
+        from fedtune.core.ledger.ledger import Ledger
+        from fedtune.core.ledger.spending import heaviest
 
         site = load_site(self._site)
         database = site.site.state / "ledger.db"

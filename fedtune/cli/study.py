@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.errors import ConfigError, DataError, InputError
-from fedtune.run_choice import stopped_line
+from fedtune.core.errors import ConfigError, DataError, InputError
+from fedtune.runs.choice import stopped_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedtune.client.budget_check import Paid
-    from fedtune.config import Study
+    from fedtune.core.config import Study
+    from fedtune.officer.budget_check import Paid
 
 STUDY = Annotated[
     Path, typer.Argument(metavar="STUDY", help="The public plan, study.toml.", show_default=False)
@@ -92,7 +92,7 @@ def shares_of(given: list[str] | None) -> dict[str, float]:
 
 def load(study: Path, settings: list[str] | None) -> Study:
     """Read the study with the values of --set. Errors: ConfigError."""
-    from fedtune.config import load_study
+    from fedtune.core.config import load_study
 
     return load_study(study, settings=settings or ())
 
@@ -126,9 +126,9 @@ def say_looks(console: Console, study: Study) -> None:
     Errors: DataError (public records without the plan's columns of groups)."""
     if study.schedule is None or study.evaluation is None:
         return
-    from fedtune.data.groups import count_groups
-    from fedtune.data.records import read_records
-    from fedtune.registry.metrics import METRICS
+    from fedtune.core.data.groups import count_groups
+    from fedtune.core.data.records import read_records
+    from fedtune.core.registry.metrics import METRICS
     from fedtune.report.paired import CHANGED, LEAST_GROUP, least_gain
 
     table, file, records = study.schedule, study.evaluation, 0

@@ -17,7 +17,7 @@ from rich.table import Table
 from fedtune.cli.exit_codes import command
 from fedtune.cli.study import STUDY
 from fedtune.cli.tables import Figures
-from fedtune.registry.rounding import rounded_up
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.report.figures import short
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ def tune(
     """Search settings on public or generated data, where a trial costs no hospital its budget.
 
     Each trial is a run like any other, in DIR/trial-NN; finished ones are read, not run again."""
-    from fedtune.config import load_sites, load_study
+    from fedtune.core.config import load_sites, load_study
     from fedtune.launch.tune import _values
     from fedtune.launch.tune import tune as search
-    from fedtune.run_choice import RUNS
+    from fedtune.runs.choice import RUNS
 
     began = time.monotonic()
     fixed = [setting for setting in settings or () if len(_values(setting)) < 2]

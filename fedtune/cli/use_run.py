@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fedtune.cli.columns import named_columns
 from fedtune.cli.exit_codes import command
-from fedtune.registry.metrics import MetricName
+from fedtune.core.registry.metrics import MetricName
 
 RUN_FOLDER = Annotated[
     Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)
@@ -56,7 +56,7 @@ def evaluate(
 
     with Console().status("measuring base and adapter"):
         from fedtune.evaluation.run import evaluate as measure
-        from fedtune.models.run import Run
+        from fedtune.runs.run import Run
 
         file = named_columns(data, columns) if columns else data
         result = measure(Run(run), file, metric, choices or [])
@@ -126,14 +126,14 @@ def predict(
     One row for each record of the file, in its order: its number, the columns named by --id, the
     label, the probability of each label, and the reason where a record cannot be used."""
     from fedtune.cli.console import predictions_table
-    from fedtune.errors import ConfigError
+    from fedtune.core.errors import ConfigError
     from fedtune.evaluation.predictions import check_out
 
     if out and check_out(out).resolve() == data.resolve():
         raise ConfigError(f"{out}: holds the records", "another file", "choose another --out")
     with Console(stderr=as_json).status("predicting"):
         from fedtune.evaluation.predict import predict as compute
-        from fedtune.models.run import Run
+        from fedtune.runs.run import Run
 
         file = named_columns(data, columns) if columns else data
         made = compute(Run(run), file, choices or [], ids=ids or [])
@@ -169,11 +169,11 @@ def versions(
     RUN/adapter is always the released one, and the report is of it: after a choice it is measured
     on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
-    from fedtune.errors import ConfigError, InputError
+    from fedtune.core.errors import ConfigError, InputError
+    from fedtune.core.run_folder import read_report
     from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.verify import key_of
     from fedtune.report.declared import site_lines
-    from fedtune.run_folder import read_report
     from fedtune.server.versions import Versions
 
     if rollback is not None and unpin:
@@ -234,7 +234,7 @@ def generate(
 
     with Console().status("writing"):
         from fedtune.evaluation.generate import generate as write
-        from fedtune.models.run import Run
+        from fedtune.runs.run import Run
 
         before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
     Console().print(side_by_side(before, after))
@@ -256,7 +256,7 @@ def answers(
 
     with Console().status("answering"):
         from fedtune.evaluation.answers import answers as answer
-        from fedtune.models.run import Run
+        from fedtune.runs.run import Run
 
         found = answer(Run(run), count, max_new_tokens=max_new_tokens)
     Console().print(answers_table(found))

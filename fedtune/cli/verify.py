@@ -11,7 +11,7 @@ import typer
 
 from fedtune.cli import release
 from fedtune.cli.exit_codes import command
-from fedtune.errors import printable
+from fedtune.core.errors import printable
 
 if TYPE_CHECKING:
     from fedtune.evidence.verify import Verified
@@ -79,7 +79,7 @@ def verify(
     Offline, from the folder alone. Anything that was changed is named: exit 2. A folder carries its
     own keys, so it only proves something to who knows whose they are: without --trust, or signed by
     somebody else, exit 3. A simulation's key is nobody's: exit 3, whatever --trust says."""
-    from fedtune.errors import ConfigError, Refused
+    from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence.verify import verify as check
 
     pairs = dict(text.partition("=")[::2] for text in sites or ())
@@ -113,8 +113,8 @@ def _signer_lines(found: Verified) -> list[str]:
 
 
 def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
-    from fedtune.errors import Refused
-    from fedtune.wire.fingerprints import equal
+    from fedtune.core.errors import Refused
+    from fedtune.evidence.fingerprints import equal
 
     have = [one["fingerprint"] for one in found.dossier.get("approvals", ())]
     for fingerprint in wanted:
@@ -140,7 +140,7 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
 
 def _absent_lines(found: Verified) -> list[str]:
     """Say what of the plan is not in the folder, and what it would cost."""
-    from fedtune.registry.rounding import rounded_up
+    from fedtune.core.registry.rounding import rounded_up
 
     lines = []
     for name, lacks in found.absent.items():
@@ -164,7 +164,7 @@ def _absent_lines(found: Verified) -> list[str]:
 
 
 def _lines(found: Verified) -> str:
-    from fedtune.registry.rounding import rounded_up
+    from fedtune.core.registry.rounding import rounded_up
     from fedtune.report.declared import declared_line, free_query_line
 
     claim, more = "NOT PRIVATE", list[str]()

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Column
 
 from fedtune.cli.pace import RoundsPace, StepPace
-from fedtune.progress import Step, listening
-from fedtune.registry.rounding import rounded_up
+from fedtune.core.progress import Step, listening
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.report.figures import duration, short, size_text
 
 LINE_SECONDS = 30.0  # between two plain lines of one step

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedtune.core.wire.requests import FAILED, Answer, Kind, Request
 from fedtune.flower import api
 from fedtune.flower.records import as_record
-from fedtune.wire.requests import FAILED, Answer, Kind, Request
 
 Ask = Callable[[Context, Request, float], Answer]  # seconds: for which it is worth waiting
 # By the type of Flower's message: the kind of request, and the name of the arrays that it brings.

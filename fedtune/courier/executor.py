@@ -16,17 +16,17 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.writing import replace
+from fedtune.core.processes import Child, free_port
+from fedtune.core.progress import OnEvent
+from fedtune.core.wire.requests import FAILED
 from fedtune.courier.app import ASKED
-from fedtune.errors import InfrastructureError
-from fedtune.files.writing import replace
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder
 from fedtune.flower.link import Link
 from fedtune.flower.packing import pack, size, unpack
 from fedtune.flower.polling import Poll
-from fedtune.processes import Child, free_port
-from fedtune.progress import OnEvent
-from fedtune.wire.requests import FAILED
 
 App = Callable[[Message, Context], Message]
 REFUSAL = f"this site answers {', '.join(ASKED)}, no more"

@@ -16,21 +16,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fedtune import boot, isolation
-from fedtune.config import Site, load_site
-from fedtune.config.database import FILES, file_of, kind_of, secrets_of
-from fedtune.config.site import PASSWORD_FILE
-from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.core import boot, isolation
+from fedtune.core.config import Site, load_site
+from fedtune.core.config.database import FILES, file_of, kind_of, secrets_of
+from fedtune.core.config.site import PASSWORD_FILE
+from fedtune.core.errors import FedtuneError, InfrastructureError
+from fedtune.core.processes import Stopped, bypass_proxy, end_with_parent, interruptible
+from fedtune.core.wire.events import Teller, pass_warnings_on
+from fedtune.core.wire.spool import Spool
 from fedtune.flower.membership import keys_folder
-from fedtune.processes import Stopped, bypass_proxy, end_with_parent, interruptible
-from fedtune.wire.events import Teller, pass_warnings_on
-from fedtune.wire.spool import Spool
 
 if TYPE_CHECKING:
     from flwr.app import Context
 
+    from fedtune.core.wire.requests import Answer, Request
     from fedtune.courier.app import Ask
-    from fedtune.wire.requests import Answer, Request
 
 FOLDER = "flower"  # in the state folder: what Flower's processes write
 OWN = {FOLDER, "keys"}  # what there is of a state folder where a courier is in its own container
@@ -172,7 +172,7 @@ def by_socket(vault: Connection) -> Ask:
     """Ask a vault at the other end of a socket."""
 
     def ask(_: Context, request: Request, seconds: float) -> Answer:
-        from fedtune.wire.requests import receive_answer, send
+        from fedtune.core.wire.requests import receive_answer, send
 
         send(vault, request)
         return receive_answer(vault)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fedtune.core.errors import InputError
+from fedtune.core.files import reading
 from fedtune.dashboard.pages import Page
 from fedtune.dashboard.pages.coordinator import CoordinatorPage
 from fedtune.dashboard.pages.release import ReleasePage
 from fedtune.dashboard.pages.run import RunPage
 from fedtune.dashboard.pages.runs import HOME, RUN, RunsPage, runs_in
 from fedtune.dashboard.pages.site import SitePage
-from fedtune.errors import InputError
-from fedtune.files import reading
 
 EXPECTED = "a run, a folder of runs, a coordinator's home, a site.toml or its folder, a dossier"
 

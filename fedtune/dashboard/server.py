@@ -38,13 +38,14 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedtune import __version__, boot
+from fedtune import __version__
+from fedtune.core import boot
+from fedtune.core.errors import FedtuneError, InfrastructureError
+from fedtune.core.registry.reasons import reason_of
+from fedtune.core.registry.rounding import rounded_down, rounded_up
 from fedtune.dashboard import work
 from fedtune.dashboard.connections import Prompt
 from fedtune.dashboard.pages import Page
-from fedtune.errors import FedtuneError, InfrastructureError
-from fedtune.registry.reasons import reason_of
-from fedtune.registry.rounding import rounded_down, rounded_up
 from fedtune.report.figures import duration, short, size_text
 
 HERE = Path(__file__).parent

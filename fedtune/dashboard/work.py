@@ -14,16 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
 
 LATEST = 60  # acts of an audit log that a page shows
 
 
 def budget(site_path: Path, _: str) -> dict[str, Any]:
     """What `fedtune ledger` shows: studies, the total, what remains."""
-    from fedtune.config import load_site
-    from fedtune.ledger.ledger import Ledger
-    from fedtune.ledger.spending import facts
+    from fedtune.core.config import load_site
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.ledger.spending import facts
 
     site = load_site(site_path)
     folder = site.site.ledger or site.site.state
@@ -35,9 +35,9 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:
     """What `fedtune review` shows of each plan that waits for a signature here."""
-    from fedtune.client.review import read_plan, review, unsigned
-    from fedtune.config import load_site
-    from fedtune.ledger.ledger import Ledger
+    from fedtune.core.config import load_site
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.officer.review import read_plan, review, unsigned
 
     site = load_site(site_path)
     if not (site.site.state / "ledger.db").exists():
@@ -53,8 +53,8 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 
 def acts(path: Path, _: str) -> dict[str, Any]:
     """What `fedtune log` shows: the newest entries, once all are verified."""
-    from fedtune.config import load_site
-    from fedtune.evidence import audit_log
+    from fedtune.core.config import load_site
+    from fedtune.core.ledger import audit_log
 
     folder = path if path.is_dir() else load_site(path).site.state
     if not (folder / audit_log.FILE).exists():
@@ -73,8 +73,8 @@ def acts(path: Path, _: str) -> dict[str, Any]:
 
 def verified(path: Path, trust: str) -> dict[str, Any]:
     """What `fedtune verify` shows."""
+    from fedtune.core.run_folder import SIGNATURE
     from fedtune.evidence.verify import verify
-    from fedtune.run_folder import SIGNATURE
 
     if not any((path / name).exists() for name in (SIGNATURE, "release.json")):
         return {"unsigned": True}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedtune.models.loaded import LoadedModel
+from fedtune.core.models.loaded import LoadedModel
 
 State = dict[str, torch.Tensor]
 # Powers of two, so that scaling by them does not round. LOUD drowns a residual in fp32; SMALL is

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.bases.architecture import with_parts
-from fedtune.config import LoraTable
-from fedtune.models.split import cut
-from fedtune.progress import report
+from fedtune.core.bases.architecture import with_parts
+from fedtune.core.config import LoraTable
+from fedtune.core.models.split import cut
+from fedtune.core.progress import report
 
 POSITIONS = 8192  # of public text, to fit to
 RIDGE = 0.1  # of the mean square of what is regressed on; less follows the public text too closely

@@ -9,8 +9,8 @@ from typing import Any
 
 import fedtune
 from fedtune import report
-from fedtune.config import LoraTable, Study
-from fedtune.run_folder import write_plan
+from fedtune.core.config import LoraTable, Study
+from fedtune.core.run_folder import write_plan
 
 
 def derived_name(out: Path, otherwise: str) -> str:

@@ -12,30 +12,30 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.bases.find import Base, find_base
-from fedtune.config import BaseTable, LoraTable, ObjectiveTable, PublicTable, Study
-from fedtune.data.dataset import Dataset
-from fedtune.data.load import dataset_of
-from fedtune.data.records import Record
-from fedtune.data.tokenize import prompt_ids
+from fedtune.core.bases.find import Base, find_base
+from fedtune.core.config import BaseTable, LoraTable, ObjectiveTable, PublicTable, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import dataset_of
+from fedtune.core.data.records import Record
+from fedtune.core.data.tokenize import prompt_ids
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.loaded import LoadedModel, load
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.models.teacher import soft_targets_of
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives._interface import Teacher
+from fedtune.core.progress import OnEvent, report, told
+from fedtune.core.run_folder import BASE, new_folder
 from fedtune.derive import derived_run
 from fedtune.derive.lineage import combined_lineage, parent
 from fedtune.derive.prompts import Prompts, complete_prompts, read
 from fedtune.derive.pruned_base import write_pruned_base
 from fedtune.derive.settings import DistillSettings
-from fedtune.errors import ConfigError
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.loaded import LoadedModel, load
-from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
-from fedtune.models.public_factor import public_factor
-from fedtune.models.run import Run
-from fedtune.models.teacher import soft_targets_of
-from fedtune.objectives import resolve
-from fedtune.objectives._interface import Teacher
-from fedtune.progress import OnEvent, report, told
-from fedtune.run_folder import BASE, new_folder
+from fedtune.public.factor import public_factor
+from fedtune.runs.run import Run
 
 _LAYER = re.compile(r"(\.layers?\.)(\d+)\.")
 RANK = 16
@@ -112,7 +112,7 @@ def _first_study(teachers: Sequence[Run]) -> Study:
 
 def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
     """Require one tokenizer for teachers and student. Errors: ConfigError where they differ."""
-    from fedtune.bases.find import load_tokenizer
+    from fedtune.core.bases.find import load_tokenizer
 
     if all(model.head is not None for model in models):
         return
@@ -219,7 +219,7 @@ def _train_student(
 ) -> dict[str, Any]:
     """Minimise the divergence from the teachers by AdamW, from `start`; the epoch with the lowest
     divergence on held-out prompts is kept. Returns the report's "quality"."""
-    from fedtune.objectives.distill import divergence
+    from fedtune.core.objectives.distill import divergence
 
     cached = CachedDataset(network, data)
     draw = np.random.default_rng(settings.seed)

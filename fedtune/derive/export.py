@@ -7,17 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.bases.find import Base
+from fedtune.core.bases.find import Base
+from fedtune.core.errors import ConfigError
+from fedtune.core.files.writing import drafted
+from fedtune.core.models.adapter_files import ADAPTER
+from fedtune.core.run_folder import has_head
 from fedtune.derive.gguf import Stored
 from fedtune.derive.model_card import DOSSIER, gguf_metadata, write_card
-from fedtune.errors import ConfigError
 from fedtune.evidence.dossier.seal import around
 from fedtune.evidence.sign import carry
 from fedtune.evidence.verify import check_signed, is_signed
-from fedtune.files.writing import drafted
-from fedtune.models.adapter_files import ADAPTER
-from fedtune.models.run import Run
-from fedtune.run_folder import has_head
+from fedtune.runs.run import Run
 
 Kind = Literal["hf", "gguf"]
 # Copied from the base as they are, so that text becomes the same tokens.
@@ -102,7 +102,7 @@ def _write_merged(run: Run, into: Path, stored: str) -> Base:
     """The merged model with the base's own tokenizer files; merged in fp32, then stored."""
     import torch
 
-    from fedtune.models.loaded import load
+    from fedtune.core.models.loaded import load
 
     loaded = load(run.folder, dtype=torch.float32)
     if loaded.base.kind != "causal":

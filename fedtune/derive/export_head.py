@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.bases.find import Base
+from fedtune.core.bases.find import Base
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.models.adapter_files import AGAIN
+from fedtune.core.models.loaded import LoadedModel, load
+from fedtune.core.run_folder import HEAD
 from fedtune.derive.classifier import classifier_of
-from fedtune.errors import ConfigError, ModelError
-from fedtune.models.adapter_files import AGAIN
-from fedtune.models.loaded import LoadedModel, load
-from fedtune.models.run import Run
-from fedtune.run_folder import HEAD
+from fedtune.runs.run import Run
 
 # What a classifier is measured on before it is kept.
 TEXTS = ("No.", "The patient was seen with a cough for two weeks.", "1, 2, 3: what is it? " * 3)

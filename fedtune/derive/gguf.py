@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fedtune.bases.digest import read_json
-from fedtune.errors import ConfigError
+from fedtune.core.bases.digest import read_json
+from fedtune.core.errors import ConfigError
 
 Stored = Literal["float32", "float16", "bfloat16", "q8_0"]
 # llama.cpp's names of pre-tokenizers: their regular expressions are built into it.
@@ -135,7 +135,7 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.
     """Every tensor, one at a time. Rotary halves are interleaved, as llama.cpp has them."""
     from safetensors import safe_open
 
-    from fedtune.bases.digest import weights
+    from fedtune.core.bases.digest import weights
 
     heads = int(config["num_attention_heads"])
     shared = int(config.get("num_key_value_heads") or heads)

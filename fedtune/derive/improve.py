@@ -14,10 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune.config import PublicTable, Study
-from fedtune.data.files import Rejected
-from fedtune.data.records import Record
-from fedtune.data.tokenize import prompt_ids
+from fedtune.core.config import PublicTable, Study
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import Record
+from fedtune.core.data.tokenize import prompt_ids
+from fedtune.core.errors import ConfigError, DataError, Refused
+from fedtune.core.models.build import dtype_of
+from fedtune.core.models.loaded import LoadedModel, load
+from fedtune.core.objectives import resolve
+from fedtune.core.progress import OnEvent, report, told
+from fedtune.core.run_folder import new_folder
 from fedtune.derive import derived_run
 from fedtune.derive.lineage import combined_lineage, parent
 from fedtune.derive.preferences import RewardJudge
@@ -25,13 +31,7 @@ from fedtune.derive.prompts import Prompts, read
 from fedtune.derive.rloo import train_rloo
 from fedtune.derive.settings import RlooSettings
 from fedtune.derive.writing import write_all
-from fedtune.errors import ConfigError, DataError, Refused
-from fedtune.models.build import dtype_of
-from fedtune.models.loaded import LoadedModel, load
-from fedtune.models.run import Run
-from fedtune.objectives import resolve
-from fedtune.progress import OnEvent, report, told
-from fedtune.run_folder import new_folder
+from fedtune.runs.run import Run
 
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
 MAX_EVALUATED = 48  # prompts of either kind that are measured on

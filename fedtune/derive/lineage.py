@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fedtune.dp import composed_epsilon
-from fedtune.errors import Refused
+from fedtune.accounting import composed_epsilon
+from fedtune.core.errors import Refused
+from fedtune.core.models.loaded import LoadedModel
 from fedtune.evidence.verify import check_signed
-from fedtune.models.loaded import LoadedModel
-from fedtune.models.run import Run
 from fedtune.report.declared import declared_in
+from fedtune.runs.run import Run
 
 
 def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ()) -> None:

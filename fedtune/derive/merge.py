@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.config import LoraTable, Study
+from fedtune.accounting import composed_epsilon
+from fedtune.core.config import LoraTable, Study
+from fedtune.core.errors import ConfigError
+from fedtune.core.models import lora
+from fedtune.core.models.adapter_files import picked, save_adapter
+from fedtune.core.models.lora import Arrays
+from fedtune.core.run_folder import check_new, new_folder, read_report
 from fedtune.derive import derived_run
 from fedtune.derive.merge_methods import Adapter, Method, Moments, densities_of, merge
-from fedtune.dp import composed_epsilon
-from fedtune.errors import ConfigError
 from fedtune.evidence.verify import check_signed
-from fedtune.models import lora
-from fedtune.models.adapter_files import picked, save_adapter
-from fedtune.models.lora import Arrays
-from fedtune.models.run import Run
 from fedtune.report.declared import declared_in
-from fedtune.run_folder import check_new, new_folder, read_report
+from fedtune.runs.run import Run
 
 if TYPE_CHECKING:
     from fedtune.evaluation.evaluator import Evaluator
@@ -237,9 +237,9 @@ def _moments(parent: Parent) -> Moments:
     """Second moments of the parent's layer inputs on its own public text, with its adapter loaded.
     Free of ε: the text is public, the adapter was released. Errors: ConfigError without the text.
     """
-    from fedtune.data.load import load_dataset
-    from fedtune.models.build import build
-    from fedtune.models.public_factor import moments
+    from fedtune.core.data.load import load_dataset
+    from fedtune.core.models.build import build
+    from fedtune.public.factor import moments
 
     study = parent.study
     if study.public is None or not study.public.path.exists():

@@ -11,17 +11,17 @@ from typing import Any
 
 import fedtune
 from fedtune import report
-from fedtune.bases.digest import digest, read_json
-from fedtune.bases.find import find_base
+from fedtune.accounting import composed_epsilon
+from fedtune.core.bases.digest import digest, read_json
+from fedtune.core.bases.find import find_base
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.files.writing import drafted
+from fedtune.core.models.loaded import PLAN
+from fedtune.core.run_folder import HEAD, check_new, read_report
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method, densities_of
-from fedtune.dp import composed_epsilon
-from fedtune.errors import ConfigError, ModelError
-from fedtune.files.writing import drafted
-from fedtune.models.loaded import PLAN
 from fedtune.report.declared import declared_in
-from fedtune.run_folder import HEAD, check_new, read_report
 
 
 def is_exported(folder: Path) -> bool:

@@ -14,8 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from fedtune.errors import ConfigError
-from fedtune.models.lora import Arrays
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.lora import Arrays
 
 Method = Literal["linear", "svd", "ties", "dare", "slerp", "regmean"]
 # PEFT's names. Its "linear" adds up A and B apart, which is the sum of no updates; "cat" is exact.
@@ -36,7 +36,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """arrays: as fedtune.models.adapter_files.load_adapter gives them; scaling: alpha / rank."""
+    """arrays: as core.models.adapter_files.load_adapter gives them; scaling: alpha / rank."""
 
     arrays: Arrays
     scaling: float

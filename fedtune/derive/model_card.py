@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.bases.find import Base
-from fedtune.config import Study
-from fedtune.config.known_bases import upstream_of
+from fedtune.core.bases.find import Base
+from fedtune.core.config import Study
+from fedtune.core.config.known_bases import upstream_of
+from fedtune.core.files import reading
+from fedtune.core.models.adapter_files import AGAIN
+from fedtune.core.objectives import resolve
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import pipeline_tag
 from fedtune.evidence.dossier.seal import around
 from fedtune.evidence.verify import is_signed
-from fedtune.files import reading
-from fedtune.models.adapter_files import AGAIN
-from fedtune.models.run import Run
-from fedtune.objectives import resolve
-from fedtune.registry.rounding import rounded_up
 from fedtune.report.claim import shared_line
 from fedtune.report.declared import site_lines
-from fedtune.run_folder import pipeline_tag
+from fedtune.runs.run import Run
 
 DOSSIER = "dossier"  # in an exported model: the dossier that its run lay in
 

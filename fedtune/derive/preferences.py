@@ -20,19 +20,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.config import DataFile
-from fedtune.data import chat
-from fedtune.data.files import Rejected
-from fedtune.data.records import Record, read_records, table_of
-from fedtune.data.tokenize import passage_of, prompt_ids
+from fedtune.core.config import DataFile
+from fedtune.core.data import chat
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import Record, read_records, table_of
+from fedtune.core.data.tokenize import passage_of, prompt_ids
+from fedtune.core.errors import ConfigError, DataError, InputError
+from fedtune.core.files.writing import check_replaceable, replace
+from fedtune.core.models.loaded import LoadedModel, load
+from fedtune.core.objectives import resolve
+from fedtune.core.progress import report
 from fedtune.derive.lineage import require_private
 from fedtune.derive.settings import RUBRIC, LabelSettings
 from fedtune.derive.writing import write
-from fedtune.errors import ConfigError, DataError, InputError
-from fedtune.files.writing import check_replaceable, replace
-from fedtune.models.loaded import LoadedModel, load
-from fedtune.objectives import resolve
-from fedtune.progress import report
 
 ABOUT = ".about.json"
 

@@ -7,14 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedtune.config import ObjectiveTable, PublicTable
-from fedtune.data.files import Rejected
-from fedtune.data.records import Record, read_records
-from fedtune.data.tokenize import prompt_ids
+from fedtune.core.config import ObjectiveTable, PublicTable
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import Record, read_records
+from fedtune.core.data.tokenize import prompt_ids
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.models.loaded import LoadedModel
+from fedtune.core.progress import report
 from fedtune.derive.writing import write
-from fedtune.errors import ConfigError, DataError
-from fedtune.models.loaded import LoadedModel
-from fedtune.progress import report
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.bases.digest import weights
-from fedtune.bases.find import Base, load_backbone, load_tokenizer
-from fedtune.bases.shared_memory import stored_as
+from fedtune.core.bases.digest import weights
+from fedtune.core.bases.find import Base, load_backbone, load_tokenizer
+from fedtune.core.bases.shared_memory import stored_as
+from fedtune.core.errors import ConfigError, ModelError
 from fedtune.derive.depth_pruning import choose_pruned_layers, pruned_config, supports_refit
-from fedtune.errors import ConfigError, ModelError
 
 COPIED_FILES = ("README.md", "LICENSE")
 

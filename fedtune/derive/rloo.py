@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from fedtune.bases import wheel
+from fedtune.core.bases import wheel
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.loaded import LoadedModel
 from fedtune.derive.settings import RlooSettings
-from fedtune.errors import ConfigError
-from fedtune.models.loaded import LoadedModel
 
 Reward = Callable[[Sequence[str], Sequence[str]], list[float]]  # prompts, answers -> rewards
 OnStep = Callable[[int], bool]  # steps done -> whether to continue

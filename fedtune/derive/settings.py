@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fedtune.config import ObjectiveTable
+    from fedtune.core.config import ObjectiveTable
 
 RUBRIC = "Which answer is more accurate, complete and clearly written?"
 
@@ -32,7 +32,7 @@ class LabelSettings:
 
     @property
     def objective(self) -> ObjectiveTable:
-        from fedtune.config import ObjectiveTable
+        from fedtune.core.config import ObjectiveTable
 
         return ObjectiveTable(
             name="causal_lm", max_length=self.max_length, template=self.template, append_eos=True

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fedtune.errors import ModelError
-from fedtune.models.loaded import LoadedModel
+from fedtune.core.errors import ModelError
+from fedtune.core.models.loaded import LoadedModel
 
 
 def write(

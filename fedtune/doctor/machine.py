@@ -20,12 +20,12 @@ from packaging.requirements import Requirement
 from safetensors import safe_open
 
 from fedtune import __version__
-from fedtune.bases.digest import weights
-from fedtune.bases.find import verify
-from fedtune.config import Study
-from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, ModelError
-from fedtune.progress import report
-from fedtune.wire.protocol import PROTOCOL
+from fedtune.core.bases.digest import weights
+from fedtune.core.bases.find import verify
+from fedtune.core.config import Study
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, ModelError
+from fedtune.core.progress import report
+from fedtune.core.wire.protocol import PROTOCOL
 
 SHOWN = ("flwr", "torch", "transformers", "peft", "opacus")
 OPEN = 0o077  # the mode bits that let other users in

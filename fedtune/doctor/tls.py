@@ -15,7 +15,7 @@ import h11
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.flower import api, certs
 
 SECONDS = 20.0  # for an answer

@@ -15,20 +15,20 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from fedtune.config import Columns, DataFile
-from fedtune.data.cells import key_of, text_of
-from fedtune.data.files import Rejected, rows
-from fedtune.data.records import _messages
-from fedtune.data.sources._interface import Row
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import Columns, DataFile
+from fedtune.core.data.cells import key_of, text_of
+from fedtune.core.data.files import Rejected, rows
+from fedtune.core.data.records import _messages
+from fedtune.core.data.sources._interface import Row
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files.writing import replace
+from fedtune.core.objectives import resolve
+from fedtune.core.progress import report
+from fedtune.core.run_folder import ANSWERS
 from fedtune.evaluation.generate import Writer
 from fedtune.evaluation.predict import predict
 from fedtune.evaluation.predictions import Predictions
-from fedtune.files.writing import replace
-from fedtune.models.run import Run
-from fedtune.objectives import resolve
-from fedtune.progress import report
-from fedtune.run_folder import ANSWERS
+from fedtune.runs.run import Run
 
 Pair = tuple[dict[str, Any], dict[str, Any]]  # the answers of base and adapter
 COUNT, NEW_TOKENS = 4, 64
@@ -55,7 +55,7 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
     >>> fedtune.answers(fedtune.Run("runs/none"))
     Traceback (most recent call last):
       ...
-    fedtune.errors.InputError: ...
+    fedtune.core.errors.InputError: ...
 
     Errors: ConfigError (no [evaluation] records, or none with a prompt in words), DataError,
     ModelError, InfrastructureError (disk)."""

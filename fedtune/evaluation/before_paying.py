@@ -7,15 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from fedtune import strategies
-from fedtune.config import Study, noise_shares
-from fedtune.data.files import rows
-from fedtune.dp.calibration import resolve
-from fedtune.dp.shared_noise import own_sigma
-from fedtune.errors import ConfigError, DataError, ModelError
+from fedtune.core.config import Study, noise_shares
+from fedtune.core.data.files import rows
+from fedtune.core.dp.calibration import resolve
+from fedtune.core.dp.shared_noise import own_sigma
+from fedtune.core.errors import ConfigError, DataError, ModelError
+from fedtune.core.objectives import resolve as resolve_objective
+from fedtune.core.strategy import State, build_strategy
 from fedtune.evaluation.expected_gain import HEADING, ExpectedGain, Sites, World, expected_gain
-from fedtune.objectives import resolve as resolve_objective
-from fedtune.strategies import State
 from fedtune.strategies._posterior import FOLDS
 from fedtune.strategies.discriminant import HELD_OUT, basis_in, public_in
 
@@ -52,7 +51,7 @@ def before_paying(
     Errors: ConfigError for shares."""
     if not can_foretell(study):
         return None, [cannot(study)] if study.private else []
-    from fedtune.training.start import start
+    from fedtune.public.start import start
 
     try:
         records = _records(study)
@@ -66,7 +65,7 @@ def cannot(study: Study) -> str:
     """Say why a study's gain cannot be foretold."""
     if study.continuous:
         why = "a study without a last round learns from records that are not there yet"
-    elif not strategies.build(study).of_statistics:
+    elif not build_strategy(study).of_statistics:
         why = "that holds for every plan that trains by gradients"
     else:
         why = f"fewer than {FOLDS} public records have a class"
@@ -94,7 +93,7 @@ def _records(study: Study) -> int:
 def can_foretell(study: Study) -> bool:
     """Return whether this study's gain can be foretold: it is private, has an end, and its
     coordinator makes a head of class statistics."""
-    return study.private and not study.continuous and strategies.build(study).of_statistics
+    return study.private and not study.continuous and build_strategy(study).of_statistics
 
 
 def sites_of(study: Study, sizes: Sequence[int]) -> Sites:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedtune.data.dataset import NO_TARGET, Example
-from fedtune.errors import ConfigError
-from fedtune.models.network import Network
-from fedtune.objectives._interface import Batch
+from fedtune.core.data.dataset import NO_TARGET, Example
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

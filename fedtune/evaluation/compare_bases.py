@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedtune import boot
-from fedtune.config import PrivacyTable, Study, study_from_json
-from fedtune.config.known_bases import KNOWN, PREFIX
-from fedtune.data.dataset import NO_TARGET, Dataset, Example
-from fedtune.errors import ConfigError, FedtuneError
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives import Objective, resolve
-from fedtune.progress import OnEvent, report, told
-from fedtune.registry.metrics import METRICS
+from fedtune.core import boot
+from fedtune.core.config import PrivacyTable, Study, study_from_json
+from fedtune.core.config.known_bases import KNOWN, PREFIX
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example
+from fedtune.core.errors import ConfigError, FedtuneError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import Objective, resolve
+from fedtune.core.progress import OnEvent, report, told
+from fedtune.core.registry.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def known_bases(study: Study) -> list[str]:
 
 
 def _study_epsilons(study: Study) -> list[float]:
-    from fedtune.dp.plan import plan_for_site
+    from fedtune.core.dp.plan import plan_for_site
 
     if not study.private:
         return []
@@ -172,10 +172,10 @@ def _measure_apart(
 
 def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> Row:
     """Measure one candidate in this process. Errors: ModelError, ConfigError, DataError."""
-    from fedtune.data.load import load_dataset
+    from fedtune.core.data.load import load_dataset
+    from fedtune.core.wire.codec import layout, shapes
     from fedtune.evaluation.evaluator import Evaluator
-    from fedtune.training.start import start
-    from fedtune.wire.codec import layout, shapes
+    from fedtune.public.start import start
 
     initial = start(study)
     study, objective = initial.study, resolve(study.objective)
@@ -217,7 +217,7 @@ def _weight_count(parameter: torch.nn.Parameter) -> int:
 
 
 def _network(study: Study, frozen: Any) -> Network:
-    from fedtune.models.build import build
+    from fedtune.core.models.build import build
 
     network = build(study)
     network.adopt(study, frozen)
@@ -239,7 +239,7 @@ def _predicted(
     class whose gradient has the largest inner product with v; averaged over both halves. A rough
     guide: it separated hopeless from learnable settings, and predicted 0.49 where a run reached
     0.77."""
-    from fedtune.training.unit_gradients import UnitGradientEngine
+    from fedtune.core.training.unit_gradients import UnitGradientEngine
 
     objective, table = resolve(study.objective), study.evaluation
     engine = UnitGradientEngine(data, objective)
@@ -278,7 +278,7 @@ def _predicted(
 
 def _clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
     """Sum the clipped gradients of the records in `half`, (d,)."""
-    from fedtune.dp.clip import scales
+    from fedtune.core.dp.clip import scales
 
     total = torch.zeros(engine.dimension)
     for chunk in engine(torch.nonzero(half)[:, 0].tolist()):
@@ -292,7 +292,7 @@ def _clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
 
 def _noise(study: Study, size: int, epsilon: float) -> float:
     """σ/(q√T): a site's noise over the whole study as if in one pass, in units of C, at this ε."""
-    from fedtune.dp.plan import plan_for_site
+    from fedtune.core.dp.plan import plan_for_site
 
     assert isinstance(study.privacy, PrivacyTable)
     changes = {"epsilon": epsilon, "noise_multiplier": None}

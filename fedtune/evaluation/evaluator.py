@@ -9,13 +9,25 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedtune import modalities
-from fedtune.bases.find import find_base, load_tokenizer
-from fedtune.config import EvaluationTable, Study
-from fedtune.data.dataset import NO_TARGET, Dataset
-from fedtune.data.groups import groups_of
-from fedtune.data.load import load_dataset
-from fedtune.errors import ConfigError, DataError
+from fedtune.core import modalities
+from fedtune.core.bases.find import find_base, load_tokenizer
+from fedtune.core.config import EvaluationTable, Study
+from fedtune.core.data.dataset import NO_TARGET, Dataset
+from fedtune.core.data.groups import groups_of
+from fedtune.core.data.load import load_dataset
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import HiddenStates
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives._interface import Batch, RecordFormat
+from fedtune.core.objectives._tokens import likelihood
+from fedtune.core.progress import reporter
+from fedtune.core.registry import process_cache
+from fedtune.core.registry.metrics import METRICS
+from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.choices import (
     by_record,
     choice_ids,
@@ -25,18 +37,6 @@ from fedtune.evaluation.choices import (
 )
 from fedtune.evaluation.metrics import intervals
 from fedtune.evaluation.pairs import PairScores, pair_facts, round_figures
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
-from fedtune.models.prefix_store import HiddenStates
-from fedtune.objectives import resolve
-from fedtune.objectives._interface import Batch, RecordFormat
-from fedtune.objectives._tokens import likelihood
-from fedtune.progress import reporter
-from fedtune.registry import process_cache
-from fedtune.registry.metrics import METRICS
-from fedtune.registry.scores import Scores
 from fedtune.report.change_plan import Look
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.progress import report
+from fedtune.core.progress import report
 from fedtune.strategies import _posterior as posterior
 from fedtune.strategies._posterior import SILENT, Basis, Noised, Public
 

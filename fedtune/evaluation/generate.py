@@ -6,17 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.data.chat import render as render_chat
-from fedtune.data.files import Rejected
-from fedtune.errors import ConfigError, DataError
-from fedtune.models.run import Run
-from fedtune.objectives import resolve
+from fedtune.core.data.chat import render as render_chat
+from fedtune.core.data.files import Rejected
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.objectives import resolve
+from fedtune.runs.run import Run
 
 if TYPE_CHECKING:
     import torch
 
-    from fedtune.config import ObjectiveTable
-    from fedtune.data.reader import Reader
+    from fedtune.core.config import ObjectiveTable
+    from fedtune.core.data.reader import Reader
 
 
 def generate(
@@ -47,8 +47,8 @@ class Writer:
     Errors, of the constructor and of a call: as `generate`'s."""
 
     def __init__(self, run: Run) -> None:
-        from fedtune import modalities
-        from fedtune.bases.find import find_base, load_tokenizer
+        from fedtune.core import modalities
+        from fedtune.core.bases.find import find_base, load_tokenizer
 
         self._run, study = run, run.study
         self._base = base = find_base(study.base.model, study.base.digest)
@@ -68,8 +68,8 @@ class Writer:
         """Return the texts of base and adapter; the arguments are `generate`'s."""
         import torch
 
-        from fedtune.bases.architecture import inputs as media_inputs
-        from fedtune.models.loaded import room
+        from fedtune.core.bases.architecture import inputs as media_inputs
+        from fedtune.core.models.loaded import room
 
         study = self._run.study
         media, prompt = _media_and_prompt(self._reader, file, prompt, study.objective)
@@ -95,13 +95,13 @@ class Writer:
         """Load the base, and the base with the adapter."""
         import torch
 
-        from fedtune.bases.find import load_backbone
-        from fedtune.models.loaded import adapted
+        from fedtune.core.bases.find import load_backbone
+        from fedtune.core.models.loaded import adapted
 
         stored = self._run.study.base
         backbone: Any = load_backbone(self._base, torch.float32)
         if stored.quantisation:
-            from fedtune.bases.quantise import rounded
+            from fedtune.core.bases.quantise import rounded
 
             rounded(backbone, stored.quantisation, getattr(torch, stored.dtype))
         return backbone, adapted(backbone, self._run.folder / "adapter")
@@ -158,8 +158,8 @@ def _media_and_prompt(
     reader: Reader, file: Path | None, prompt: str, objective: ObjectiveTable
 ) -> tuple[torch.Tensor | None, str]:
     """The media tensor of `file` for the base's encoder, and the prompt with place-holders."""
-    from fedtune.data.media import load
-    from fedtune.data.records import Record
+    from fedtune.core.data.media import load
+    from fedtune.core.data.records import Record
 
     if reader.column is None:
         if file is not None:

@@ -7,8 +7,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from fedtune.registry.metrics import METRICS
-from fedtune.registry.scores import Scores
+from fedtune.core.registry.metrics import METRICS
+from fedtune.core.registry.scores import Scores
 
 RESAMPLES = 1000
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fedtune.core.objectives._shapes import even
+from fedtune.core.objectives._tokens import labelled, likelihood
+from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.metrics import mean_interval, wilson
-from fedtune.objectives._shapes import even
-from fedtune.objectives._tokens import labelled, likelihood
-from fedtune.registry.scores import Scores
 
 if TYPE_CHECKING:
-    from fedtune.objectives._interface import Batch, Network
+    from fedtune.core.objectives._interface import Batch, Network
 
 ROWS = 256  # positions whose logits over the vocabulary are held at once, of two models
 

@@ -12,16 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedtune.config import Columns, DataFile, Study
-from fedtune.data.cells import text_of
-from fedtune.data.dataset import Dataset, Example
-from fedtune.data.files import Rejected, rows
-from fedtune.data.load import UnitReader
-from fedtune.data.media import Folder
-from fedtune.data.records import Record, _messages
-from fedtune.data.sources import csv
-from fedtune.data.sources._interface import BadCell, Names, Row, unclean
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import Columns, DataFile, Study
+from fedtune.core.data.cells import text_of
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.data.files import Rejected, rows
+from fedtune.core.data.load import UnitReader
+from fedtune.core.data.media import Folder
+from fedtune.core.data.records import Record, _messages
+from fedtune.core.data.sources import csv
+from fedtune.core.data.sources._interface import BadCell, Names, Row, unclean
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files import reading
+from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import resolve
+from fedtune.core.progress import report
 from fedtune.evaluation.choices import (
     by_record,
     choice_ids,
@@ -30,16 +37,9 @@ from fedtune.evaluation.choices import (
     with_choice,
 )
 from fedtune.evaluation.predictions import Carried, Predictions, check_ids
-from fedtune.files import reading
-from fedtune.models.adapter_files import picked
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.run import Run
-from fedtune.objectives import resolve
-from fedtune.progress import report
+from fedtune.runs.run import Run
 
-log = logging.getLogger("fedtune.data")
+log = logging.getLogger("fedtune.core.data")
 
 Records = DataFile | Path | str | Iterable[Mapping[str, Any] | str]
 LINES = ".txt"  # one text a line, for a run with a head
@@ -73,7 +73,7 @@ def predict(
     >>> fedtune.predict(fedtune.Run("runs/none"), ["Does it hurt?"])
     Traceback (most recent call last):
       ...
-    fedtune.errors.InputError: ...
+    fedtune.core.errors.InputError: ...
 
     Errors: ConfigError (nothing to choose from, ids that the result has already), DataError,
     ModelError."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.errors import ConfigError
-from fedtune.files.writing import replace
+from fedtune.core.errors import ConfigError
+from fedtune.core.files.writing import replace
 
 Rows = list[dict[str, Any]]
 Carried = str | int | float | None  # a cell of the records that goes with its prediction

@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import DataFile, EvaluationTable, Study
-from fedtune.data.dataset import Dataset
-from fedtune.errors import ConfigError
+from fedtune.core.config import DataFile, EvaluationTable, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
 from fedtune.evaluation.evaluator import Evaluator, check_evaluation
 from fedtune.evaluation.metrics import intervals
-from fedtune.models.adapter_files import picked
-from fedtune.models.lora import Arrays
-from fedtune.models.network import Network
-from fedtune.models.run import Run
 from fedtune.report.claim import verdict
 from fedtune.report.gain import headline
 from fedtune.report.preference import alarms
+from fedtune.runs.run import Run
 
 
 def evaluate(

@@ -6,9 +6,9 @@ from __future__ import annotations
 import itertools
 from hashlib import sha256
 
-from fedtune.config import EvaluationTable, PublicTable, Study
-from fedtune.data.records import content_of, read_records
-from fedtune.errors import DataError
+from fedtune.core.config import EvaluationTable, PublicTable, Study
+from fedtune.core.data.records import content_of, read_records
+from fedtune.core.errors import DataError
 
 
 def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:

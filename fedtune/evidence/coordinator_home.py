@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedtune.evidence.audit_log import AuditLog
-from fedtune.wire.keys import SigningKey
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.wire.keys import SigningKey
 
 HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
 

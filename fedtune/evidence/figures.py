@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fedtune
-from fedtune.config import PrivacyTable, Study, noise_shares
-from fedtune.dp.accountant import Steps, at_least, epsilon
-from fedtune.dp.shared_noise import joint_sigma, own_sigma
-from fedtune.errors import NotGenuine
+from fedtune.core.config import PrivacyTable, Study, noise_shares
+from fedtune.core.dp.accountant import Steps, at_least, epsilon
+from fedtune.core.dp.shared_noise import joint_sigma, own_sigma
+from fedtune.core.errors import NotGenuine
+from fedtune.core.files import reading
+from fedtune.core.registry.metrics import METRICS
+from fedtune.core.run_folder import TRAINED as TRAINED_FOLDER
+from fedtune.core.wire import seal
+from fedtune.core.wire.keys import canonical
+from fedtune.evidence import fingerprints, step_summary
 from fedtune.evidence.sign import EVIDENCE
-from fedtune.files import reading
-from fedtune.registry.metrics import METRICS
+from fedtune.evidence.step_summary import Agreed
 from fedtune.report import gain
 from fedtune.report.claim import assumption
 from fedtune.report.gain import START, TRAINED
 from fedtune.report.quality import headline_lines
-from fedtune.run_folder import TRAINED as TRAINED_FOLDER
-from fedtune.wire import fingerprints, seal, step_summary
-from fedtune.wire.keys import canonical
-from fedtune.wire.step_summary import Agreed
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
 SAME = 1e-9  # relative: two computations of one ε

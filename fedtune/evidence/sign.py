@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Study
-from fedtune.files.writing import replace
-from fedtune.run_folder import ADAPTER, SIGNATURE, TRAINED
-from fedtune.wire.keys import SigningKey, canonical
+from fedtune.core.config import Study
+from fedtune.core.files.writing import replace
+from fedtune.core.run_folder import ADAPTER, SIGNATURE, TRAINED
+from fedtune.core.wire.keys import SigningKey, canonical
 
 EVIDENCE = "evidence.json"
 FORMAT = "fedtune-evidence-1"

@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import FedtuneError, NotGenuine, Refused
+from fedtune.core.errors import FedtuneError, NotGenuine, Refused
+from fedtune.core.files import reading
+from fedtune.core.run_folder import ADAPTER, SIGNATURE, load_plan, read_report
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.evidence import fingerprints
 from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.figures import (
     MALFORMED,
@@ -42,10 +46,6 @@ from fedtune.evidence.sign import (
     sha256,
 )
 from fedtune.evidence.versions import check_versions
-from fedtune.files import reading
-from fedtune.run_folder import ADAPTER, SIGNATURE, load_plan, read_report
-from fedtune.wire import fingerprints
-from fedtune.wire.keys import SigningKey, canonical, verifies
 
 DOSSIER = ("release.json", "dossier.json", "dossier.html", "dossier.md", "dossier.pdf")
 LARGE = 1 << 28  # bytes of evidence.json
@@ -112,7 +112,7 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
     >>> fedtune.verify_run("runs/none")
     Traceback (most recent call last):
       ...
-    fedtune.errors.NotGenuine: ...
+    fedtune.core.errors.NotGenuine: ...
 
     Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (another signer
     than `trust`, or another site than `sites`), InputError, ConfigError (no run)."""

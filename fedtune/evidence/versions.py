@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import ScheduleTable, Study
-from fedtune.errors import NotGenuine
+from fedtune.core.config import ScheduleTable, Study
+from fedtune.core.errors import NotGenuine
+from fedtune.core.files import reading
 from fedtune.evidence.figures import fail, signed_json
 from fedtune.evidence.sign import INDEX, VERSIONS
-from fedtune.files import reading
 from fedtune.report.change_plan import Look, judge, look_left
 
 FORMAT = "fedtune-looks-1"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedtune.files.writing import replace
+from fedtune.core.files.writing import replace
 
 REPEATS, SLACK = 3, 64 << 20
 Asked = Mapping[str, tuple[int, int]]

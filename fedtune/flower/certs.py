@@ -27,10 +27,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedtune.config.address import is_host
-from fedtune.errors import ConfigError
-from fedtune.files import reading
-from fedtune.files.writing import create, replace
+from fedtune.core.config.address import is_host
+from fedtune.core.errors import ConfigError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import create, replace
 
 CA_DAYS, LEAF_DAYS = 3650, 30
 SKEW = timedelta(minutes=5)  # a clock may be a little behind

@@ -41,13 +41,13 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.config.address import host_and_port
-from fedtune.errors import ConfigError, InfrastructureError, Refused
-from fedtune.files import reading, writing
+from fedtune.core.config.address import host_and_port
+from fedtune.core.errors import ConfigError, InfrastructureError, Refused
+from fedtune.core.files import reading, writing
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.evidence import fingerprints
+from fedtune.evidence.fingerprints import PURPOSE
 from fedtune.flower import certs
-from fedtune.wire import fingerprints
-from fedtune.wire.fingerprints import PURPOSE
-from fedtune.wire.keys import SigningKey, canonical, verifies
 
 EC = ec.EllipticCurvePublicKey
 FORMAT = 1  # of nodes/*.json; raised when an older release could misread a record

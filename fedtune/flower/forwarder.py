@@ -31,8 +31,8 @@ from pathlib import Path
 import httpx
 from cryptography import x509
 
-from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
-from fedtune.files.writing import replace
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.core.files.writing import replace
 from fedtune.flower import certs
 from fedtune.flower.link import Link
 

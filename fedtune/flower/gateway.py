@@ -39,7 +39,8 @@ from typing import Any
 import h11
 import httpx
 
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
+from fedtune.core.wire.protocol import version_fields
 from fedtune.flower import allowance, certs, enrol
 from fedtune.flower.peers import (
     HEAD,
@@ -52,7 +53,6 @@ from fedtune.flower.peers import (
     peer_of,
     tls_reason,
 )
-from fedtune.wire.protocol import version_fields
 
 FLEET = frozenset(
     "/v1/fleet/" + call

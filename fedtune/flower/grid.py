@@ -13,8 +13,8 @@ from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.config import load_site
-from fedtune.errors import FedtuneError
+from fedtune.core.config import load_site
+from fedtune.core.errors import FedtuneError
 from fedtune.flower import api
 from fedtune.flower.enrol import Member
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.config import CoordinatorTable, Site
-from fedtune.config.address import address_of, host_and_port
-from fedtune.errors import ConfigError
+from fedtune.core.config import CoordinatorTable, Site
+from fedtune.core.config.address import address_of, host_and_port
+from fedtune.core.errors import ConfigError
 from fedtune.flower import enrol, membership
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.membership import keys_folder

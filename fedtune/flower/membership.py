@@ -26,14 +26,14 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
-from fedtune.config import Site, Study, study_from_json
-from fedtune.config.address import host_and_port
-from fedtune.errors import ConfigError, FedtuneError, Refused
-from fedtune.files import writing
+from fedtune.core.config import Site, Study, study_from_json
+from fedtune.core.config.address import host_and_port
+from fedtune.core.errors import ConfigError, FedtuneError, Refused
+from fedtune.core.files import writing
+from fedtune.core.wire.seal import check_plan
+from fedtune.evidence import fingerprints
 from fedtune.flower import certs, enrol
 from fedtune.flower.enrol import EC, Answer
-from fedtune.wire import fingerprints
-from fedtune.wire.seal import check_plan
 
 MAX_BYTES = 2**20  # of an answer
 KEPT = "answer.json"  # in the folder of the site's keys

@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 
-from fedtune.wire.arrays import Record, pack_arrays
+from fedtune.core.wire.arrays import Record, pack_arrays
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:

@@ -14,7 +14,7 @@ was started again never reads the rest of what an earlier one was sent.
 | either half ends, killed or not      | so does the other's child; it waits, and begins anew |
 
 Guarantee: the vault reads no byte and takes no descriptor from this connection; a courier sends
-requests and events alone, which are bounded and typed (wire/requests.py, wire/events.py)."""
+requests and events alone, bounded and typed (core/wire/requests.py, core/wire/events.py)."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
-from fedtune.config import load_site
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.processes import Child, alone, private_folder, until_stopped
+from fedtune.core.progress import OnEvent
 from fedtune.courier.process import FOLDER
-from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
-from fedtune.processes import Child, alone, private_folder, until_stopped
-from fedtune.progress import OnEvent
 
 OWN = 0o177  # of a new socket's rights: none but this user's to read and write
 MOST = 4096  # bytes of the words with which a courier is received

@@ -42,13 +42,12 @@ from typing import Any
 import httpx
 from flwr.serverapp import Grid
 
-from fedtune.config import Study
-from fedtune.config.address import address_of
-from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.evidence.audit_log import AuditLog
-from fedtune.files.writing import remove_drafts, replace
-from fedtune.flower import allowance, api, certs, enrol
-from fedtune.processes import (
+from fedtune.core.config import Study
+from fedtune.core.config.address import address_of
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.files.writing import remove_drafts, replace
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.processes import (
     EVERYWHERE,
     STOP_SECONDS,
     Child,
@@ -60,12 +59,13 @@ from fedtune.processes import (
     own_name,
     reachable,
 )
-from fedtune.progress import OnEvent
-from fedtune.registry.reasons import reason_of
-from fedtune.run_choice import hold_run
+from fedtune.core.progress import OnEvent
+from fedtune.core.registry.reasons import reason_of
+from fedtune.core.wire.keys import SigningKey
+from fedtune.evidence import fingerprints
+from fedtune.flower import allowance, api, certs, enrol
+from fedtune.runs.choice import hold_run
 from fedtune.server.backup import refuse_second
-from fedtune.wire import fingerprints
-from fedtune.wire.keys import SigningKey
 
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
 CLAIM_SECONDS = 30.0
@@ -299,7 +299,7 @@ def bundle() -> bytes:
         '[project]\nname = "fedtune"\nversion = "1.0.0"\n'
         '[tool.flwr.app]\npublisher = "fedtune"\n'
         "[tool.flwr.app.components]\n"
-        'serverapp = "fedtune.server.app:app"\nclientapp = "fedtune.client.app:app"\n'
+        'serverapp = "fedtune.server.app:app"\nclientapp = "fedtune.launch.in_one_process:app"\n'
         "[tool.flwr.app.config]\n"
     )
     buffer = io.BytesIO()

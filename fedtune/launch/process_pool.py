@@ -22,12 +22,12 @@ from typing import Any
 
 from flwr.app import Error, Message
 
-from fedtune import errors
-from fedtune.client.app import app, site_errors
-from fedtune.errors import FedtuneError
+from fedtune.core import errors
+from fedtune.core.errors import FedtuneError
+from fedtune.core.processes import Child
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid, answer, contexts_of, decode
-from fedtune.processes import Child
+from fedtune.launch.in_one_process import app, site_errors
 
 Sites = dict[int, str]  # node number -> site file
 PAUSE = 0.05  # seconds to wait for a reply
@@ -172,7 +172,7 @@ def main(options: list[str]) -> None:
     connection = Connection(descriptor)
     listed, peers = json.loads(connection.recv_bytes())
     sites = {int(node): Path(path) for node, path in listed.items()}
-    from fedtune.training.data_parallel import share_machine
+    from fedtune.core.training.data_parallel import share_machine
 
     share_machine(number, processes)
     contexts = contexts_of(sites, peers)

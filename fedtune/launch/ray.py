@@ -12,8 +12,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.config import Study
-from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.core.config import Study
+from fedtune.core.errors import FedtuneError, InfrastructureError
 from fedtune.flower.grid import PEERS, SIMULATED
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies
@@ -101,9 +101,9 @@ def _prepared(message: Message, context: Context, sites: list[str], peers: str) 
     reply = _answer(message, context, sites, peers)
     status = reply.content.config_records["site"]["status"]
     if status == "unprepared" and "plan" in context.state:
-        from fedtune.client.answers import answer
-        from fedtune.client.app import place_of
-        from fedtune.wire.requests import Request
+        from fedtune.core.vault.answers import answer
+        from fedtune.core.wire.requests import Request
+        from fedtune.launch.in_one_process import place_of
 
         plan = context.state
         frozen = plan.array_records["frozen"]
@@ -113,7 +113,7 @@ def _prepared(message: Message, context: Context, sites: list[str], peers: str) 
 
 
 def _answer(message: Message, context: Context, sites: list[str], peers: str) -> Message:
-    from fedtune.client.app import app as installed
+    from fedtune.launch.in_one_process import app as installed
 
     context.node_config["site"] = sites[int(context.node_config["partition-id"])]
     context.node_config |= {SIMULATED: True, PEERS: peers}

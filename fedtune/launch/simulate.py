@@ -9,26 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedtune.config import Site, Study, checked, load_site, save
-from fedtune.errors import (
-    ConfigError,
-    FedtuneError,
-    InfrastructureError,
-    InputError,
-    Refused,
-)
-from fedtune.files.writing import remove_drafts
-from fedtune.progress import OnEvent
-from fedtune.run_choice import check_vacant, hold_run, new_run
-from fedtune.run_folder import LEDGERS
-from fedtune.wire.keys import SigningKey
+from fedtune.core.config import Site, Study, checked, load_site, save
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError, Refused
+from fedtune.core.files.writing import remove_drafts
+from fedtune.core.progress import OnEvent
+from fedtune.core.run_folder import LEDGERS
+from fedtune.core.wire.keys import SigningKey
+from fedtune.runs.choice import check_vacant, hold_run, new_run
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-    from fedtune.client.budget_check import Paid
-    from fedtune.data.dataset import Dataset
-    from fedtune.models.run import Run
+    from fedtune.core.data.dataset import Dataset
+    from fedtune.officer.budget_check import Paid
+    from fedtune.runs.run import Run
     from fedtune.server.parts import Settings
 
 
@@ -67,7 +61,7 @@ def simulate(
     do not suit it, PolicyRefused where declared data was ever charged as private, and what a run
     may raise: Refused, at once where the sites' budgets do not reach; ModelError,
     InfrastructureError."""
-    from fedtune.client.budget_refusal import explained, remember
+    from fedtune.core.vault.budget_refusal import explained, remember
 
     study = checked(study)
     check(study, sites)
@@ -79,10 +73,10 @@ def simulate(
     check_budgets(study, sites, out)
     step = _steps(on_event)
     step("loading the libraries")
-    from fedtune.client.declared import declare
-    from fedtune.client.site_checks import check_data
-    from fedtune.models.run import Run
-    from fedtune.models.teacher_admission import register_teacher
+    from fedtune.core.vault.declared import declare
+    from fedtune.core.vault.site_checks import check_data
+    from fedtune.runs.run import Run
+    from fedtune.runs.teacher_admission import register_teacher
     from fedtune.server.parts import Settings
     from fedtune.server.schedule import SimulatedClock
 
@@ -158,8 +152,8 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
 
     out: the run's folder. Errors: Refused where too few sites are left, with what their budgets
     were spent on."""
-    from fedtune.client.budget_check import check_budget
-    from fedtune.client.budget_refusal import explained
+    from fedtune.core.vault.budget_refusal import explained
+    from fedtune.officer.budget_check import check_budget
     from fedtune.server.too_few import too_few
 
     paid: list[Paid] = []
@@ -189,7 +183,7 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
     this machine. A site whose policy.peers names keys goes by these alone."""
     if study.secure_aggregation is None:
         return ""
-    from fedtune.ledger.ledger import Ledger
+    from fedtune.core.ledger.ledger import Ledger
 
     return " ".join(Ledger(site.site.state).key.public for site in sites)
 
@@ -198,7 +192,7 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
 def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
     """Provide the sites, those of declared data by a copy that pays from this run's ledger; a run
     that never began leaves none. Errors: InfrastructureError."""
-    from fedtune.client.declared import paid_by_run
+    from fedtune.core.vault.declared import paid_by_run
 
     paying, new = list[Site](), not (out / "plan.json").exists()
     try:
@@ -220,7 +214,7 @@ def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
     """Send what becomes of a site's rows as "records", an event for this screen alone."""
-    from fedtune.client.reading import describe, shown
+    from fedtune.core.vault.reading import describe, shown
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
     shown.add(line)
@@ -229,7 +223,7 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
     """Send how much of a private evaluation's answer will be noise, for this screen alone."""
-    from fedtune.dp.costs import query_lines
+    from fedtune.accounting.costs import query_lines
 
     if on_event:
         for line in query_lines(study, sites):
@@ -282,7 +276,7 @@ def _grid(
     files: list[Path], processes: int, out: Path, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
     """Provide the sites' grid and its table of their errors by site file."""
-    from fedtune.client.site import drop_if_changed
+    from fedtune.core.vault.worker import drop_if_changed
 
     for path in files:
         drop_if_changed(path)
@@ -298,8 +292,8 @@ def _grid(
                 shutil.rmtree(logs, ignore_errors=True)
             raise
     else:
-        from fedtune.client.app import app, site_errors
         from fedtune.flower.grid import InProcessGrid
+        from fedtune.launch.in_one_process import app, site_errors
 
         site_errors.clear()
         yield InProcessGrid(files, app, peers=peers), site_errors

@@ -21,25 +21,25 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.vault_process import HOME
-from fedtune.config import Site, load_site
+from fedtune.core.config import Site, load_site
+from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.files.writing import remove_drafts
+from fedtune.core.ledger.audit_log import REPEATS, AuditLog
+from fedtune.core.ledger.files import KEY
+from fedtune.core.processes import Child, alone, private_folder, until_stopped
+from fedtune.core.progress import OnEvent, report
+from fedtune.core.registry.reasons import WAITING
+from fedtune.core.vault.process import HOME
+from fedtune.core.wire import events
+from fedtune.core.wire.keys import SigningKey
 from fedtune.courier.process import FOLDER
-from fedtune.errors import FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.evidence.audit_log import REPEATS, AuditLog
-from fedtune.files.writing import remove_drafts
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import reviewed
 from fedtune.launch.apart import CourierLeft, Door, Guest
-from fedtune.ledger.files import KEY
-from fedtune.processes import Child, alone, private_folder, until_stopped
-from fedtune.progress import OnEvent, report
-from fedtune.registry.reasons import WAITING
-from fedtune.wire import events
-from fedtune.wire.keys import SigningKey
 
-log = logging.getLogger("fedtune.client")
+log = logging.getLogger("fedtune.officer")
 EVENTS_AT_ONCE = 100  # of one half
 LONG = 60.0  # seconds: halves that lasted so long were well started
 FEW = 3  # times in a row that halves which did not are started again
@@ -226,7 +226,7 @@ def take_events(connection: Connection, show: Any, fetching: Path | None = None)
 def _fetch(path: Path, base: str) -> dict[str, str]:
     """Fetch a base that the vault asks for, if the site names or lists it; return what went
     wrong."""
-    from fedtune.bases.find import find_base, known_digest
+    from fedtune.core.bases.find import find_base, known_digest
 
     try:
         site, digest = load_site(path), known_digest(base)

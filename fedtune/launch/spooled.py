@@ -2,7 +2,7 @@
 
     fedtune vault SITE --spool DIR ──── its own child: the vault; or, with vault.run, for each
         │                               request a command that starts one, as by a scheduler
-        │  DIR/requests, DIR/answers (wire/spool.py)
+        │  DIR/requests, DIR/answers (core/wire/spool.py)
         │
     fedtune courier SITE --spool DIR ── its own child: the courier
 
@@ -29,17 +29,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.client.vault_process import HOME
-from fedtune.config import Site, load_site
+from fedtune.core.config import Site, load_site
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.files.writing import open_own, remove_drafts
+from fedtune.core.processes import STOP_SECONDS, Child, alone, private_folder, until_stopped
+from fedtune.core.progress import OnEvent
+from fedtune.core.vault.process import HOME
+from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import FOLDER
-from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.files.writing import open_own, remove_drafts
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
 from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
-from fedtune.processes import STOP_SECONDS, Child, alone, private_folder, until_stopped
-from fedtune.progress import OnEvent
-from fedtune.wire.spool import Spool
 
 RUN_LOG = "vault-run.log"  # in the state folder: what the last command said
 LOOK = 0.5  # seconds between two looks for a request that a command is to be started for

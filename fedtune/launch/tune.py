@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Site, Study, load_study
-from fedtune.errors import ConfigError, FedtuneError, PolicyRefused
-from fedtune.files import reading
-from fedtune.files.writing import replace
-from fedtune.models.run import Run
-from fedtune.registry.metrics import metric as known_metric
+from fedtune.core.config import Site, Study, load_study
+from fedtune.core.errors import ConfigError, FedtuneError, PolicyRefused
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.registry.metrics import metric as known_metric
 from fedtune.report.preference import alarms
+from fedtune.runs.run import Run
 
 INDEX = "tune.json"  # in the folder of a search: which trial has which settings
 RATE = "training.learning_rate"
@@ -83,7 +83,7 @@ def tune(
     A trial that fails is listed with its error. Errors: PolicyRefused where a site's data is
     private, or was ever charged as private; ConfigError where nothing can choose, `out` holds
     something else, or a setting is no setting."""
-    from fedtune.client.declared import declare
+    from fedtune.core.vault.declared import declare
 
     loaded, out = (
         load_study(study, settings=[s for s in settings if len(_values(s)) < 2]),
@@ -210,8 +210,8 @@ def _trial(
     metric: str,
 ) -> Trial:
     """Run one trial, or read it where it is finished."""
+    from fedtune.core.registry import process_cache
     from fedtune.launch.simulate import simulate
-    from fedtune.registry import process_cache
 
     trial = Trial(combination, folder.name)
     try:

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedtune.errors import InfrastructureError, InputError, Refused
+from fedtune.core.errors import InfrastructureError, InputError, Refused
+from fedtune.core.progress import OnEvent
+from fedtune.core.registry.reasons import OTHER, reason_of
 from fedtune.observe.log import (
     SCREEN,
     JsonLog,
@@ -27,8 +29,6 @@ from fedtune.observe.log import (
 )
 from fedtune.observe.status import FILE, LOCK, StatusFile
 from fedtune.observe.trackers import Tracker
-from fedtune.progress import OnEvent
-from fedtune.registry.reasons import OTHER, reason_of
 
 __all__ = ["JsonLog", "NotLoggable", "Observer", "OnEvent", "StatusFile", "observer"]
 

@@ -28,9 +28,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.files import writing
-from fedtune.registry.metrics import METRICS
-from fedtune.registry.reasons import OTHER, reason_of
+from fedtune.core.files import writing
+from fedtune.core.registry.metrics import METRICS
+from fedtune.core.registry.reasons import OTHER, reason_of
 
 Role = Literal["coordinator", "site"]
 Record = dict[str, Any]

@@ -25,15 +25,15 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.core.registry.reasons import OTHER
 from fedtune.observe.log import Record, Role, cleaned, strict_here
-from fedtune.registry.reasons import OTHER
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import GaugeMetricFamily
 
-    from fedtune.ledger.ledger import Ledger
+    from fedtune.core.ledger.ledger import Ledger
 
 HOST = "127.0.0.1"
 SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper ends of the round times' buckets
@@ -182,7 +182,7 @@ class LedgerFigures:
             yield GaugeMetricFamily(f"fedtune_{name}", text, value=value)
 
     def _figures(self) -> dict[str, tuple[str, float]]:
-        from fedtune.config import load_site
+        from fedtune.core.config import load_site
 
         site = load_site(self._path)
         most, spent = site.policy.max_epsilon, _Spent("", 0.0, 0.0, 0)
@@ -195,14 +195,14 @@ class LedgerFigures:
         }
 
     def _open(self, folder: Path) -> Ledger | None:
-        from fedtune.ledger.ledger import Ledger
+        from fedtune.core.ledger.ledger import Ledger
 
         if self._ledger is None and (folder / "ledger.db").exists():  # a scrape begins none
             self._ledger = Ledger(folder)
         return self._ledger
 
     def _spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
-        from fedtune.dp.filter import total_epsilon
+        from fedtune.core.dp.filter import total_epsilon
 
         head = book.head.hash
         if self._cached is None or (self._cached.head, self._cached.delta) != (head, delta):

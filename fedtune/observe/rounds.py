@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import FedtuneError
-from fedtune.files import reading
+from fedtune.core.errors import FedtuneError
+from fedtune.core.files import reading
 from fedtune.observe.log import FIELDS, LOGGABLE, Record
 
 FILE = "metrics.jsonl"

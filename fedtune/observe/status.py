@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import InputError
-from fedtune.files import reading, writing
+from fedtune.core.errors import InputError
+from fedtune.core.files import reading, writing
+from fedtune.core.registry.reasons import HELD, WAITING
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
-from fedtune.registry.reasons import HELD, WAITING
 
 FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # events kept in the file
@@ -284,7 +284,7 @@ def folder_of(path: Path) -> Path:
     if path.is_dir():
         return path
     if path.suffix == ".toml":
-        from fedtune.config import load_site
+        from fedtune.core.config import load_site
 
         return load_site(path).site.state
     raise InputError(

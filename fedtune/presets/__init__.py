@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedtune.config.places import WherePath
-from fedtune.config.templates import quoted
-from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.files.writing import replace
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.files.writing import replace
 from fedtune.presets import (
     _public,
     _sites,
@@ -32,6 +30,8 @@ from fedtune.presets import (
     speech,
     vision,
 )
+from fedtune.presets.places import WherePath
+from fedtune.presets.templates import quoted
 from fedtune.report.delta import chance, delta_for
 
 TASKS: dict[str, Any] = {

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedtune import presets
-from fedtune.config.templates import quoted
-from fedtune.dp.accountant import calibrate
-from fedtune.errors import ConfigError
+from fedtune.core.dp.accountant import calibrate
+from fedtune.core.errors import ConfigError
 from fedtune.presets import _public
+from fedtune.presets.templates import quoted
 
 if TYPE_CHECKING:
     from fedtune.presets import Records

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.config.templates import quoted
-from fedtune.data.files import rows
-from fedtune.errors import DataError, printable
+from fedtune.core.data.files import rows
+from fedtune.core.errors import DataError, printable
 from fedtune.presets import _written
+from fedtune.presets.templates import quoted
 
 if TYPE_CHECKING:
     from fedtune.presets import Records

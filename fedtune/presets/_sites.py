@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune import isolation
-from fedtune.bases.find import find_base
-from fedtune.config.database import anchored, is_over_tcp, shown
-from fedtune.config.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
-from fedtune.config.templates import NAME, acceptance, ledger_beside, quoted
-from fedtune.data.cells import key_of
-from fedtune.data.files import Rejected, placed_rows
-from fedtune.data.sources import SOURCES, Source
-from fedtune.data.sources._interface import Names
-from fedtune.errors import ConfigError, DataError, printable
+from fedtune.core import isolation
+from fedtune.core.bases.find import find_base
+from fedtune.core.config.database import anchored, is_over_tcp, shown
+from fedtune.core.data.cells import key_of
+from fedtune.core.data.files import Rejected, placed_rows
+from fedtune.core.data.sources import SOURCES, Source
+from fedtune.core.data.sources._interface import Names
+from fedtune.core.errors import ConfigError, DataError, printable
 from fedtune.presets import _written
 from fedtune.presets._public import MOST_CHOICES
+from fedtune.presets.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
+from fedtune.presets.templates import NAME, acceptance, ledger_beside, quoted
 
 if TYPE_CHECKING:
     from fedtune.presets import Records

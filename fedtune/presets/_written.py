@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedtune.config.places import WherePath, file_at
-from fedtune.config.templates import quoted
-from fedtune.data.sources._interface import DELIMITERS
-from fedtune.data.sources.csv import Csv, guessed
+from fedtune.core.data.sources._interface import DELIMITERS
+from fedtune.core.data.sources.csv import Csv, guessed
+from fedtune.presets.places import WherePath, file_at
+from fedtune.presets.templates import quoted
 
 Asked = Mapping[str, str]  # option -> the column that it names
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fedtune import presets
-from fedtune.config.templates import quoted
-from fedtune.dp.accountant import calibrate
-from fedtune.errors import ConfigError
+from fedtune.core.dp.accountant import calibrate
+from fedtune.core.errors import ConfigError
 from fedtune.presets import _public
+from fedtune.presets.templates import quoted
 from fedtune.strategies._posterior import WEIGHT, directions_for
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedtune.config import DataFile, PublicTable, Study
-from fedtune.config.known_bases import PREFIX
-from fedtune.data.files import rows
-from fedtune.errors import FedtuneError
+from fedtune.core.config import DataFile, PublicTable, Study
+from fedtune.core.config.known_bases import PREFIX
+from fedtune.core.data.files import rows
+from fedtune.core.errors import FedtuneError
 from fedtune.report.figures import duration
 
 LONG = 20 * 60.0  # seconds from which it is said how to shorten a study

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedtune.config import Study
-from fedtune.dp.plan import plan_for_site
+from fedtune.core.config import Study
+from fedtune.core.dp.plan import plan_for_site
 from fedtune.presets import _adapter, classify
 
 OFF = 1.25  # a factor by which the noise in a weight may differ from the recipe's without a word

@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fedtune.files.writing import replace
+from fedtune.core.files.writing import replace
 from fedtune.report.gain import headline
 from fedtune.report.markdown import markdown
 from fedtune.report.plot import png

@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedtune.config import ScheduleTable
-from fedtune.registry.scores import Columns, Scores
+from fedtune.core.config import ScheduleTable
+from fedtune.core.registry.scores import Columns, Scores
 from fedtune.report.paired import LEAST_GROUP, chance_above, chance_of, changes
 
 Verdict = Literal["better", "not better", "outside the plan"]

@@ -6,8 +6,8 @@ import math
 from statistics import NormalDist
 from typing import Any
 
-from fedtune.registry.metrics import metric as known_metric
-from fedtune.registry.rounding import number, rounded_up
+from fedtune.core.registry.metrics import metric as known_metric
+from fedtune.core.registry.rounding import number, rounded_up
 
 # Wherever two of the three stand, this sentence does.
 THREE_EPSILONS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.registry.rounding import number
+from fedtune.core.registry.rounding import number
 from fedtune.report.text import cell, figure, table
 
 HEAD = ("class", "units at the sites, noised (± 2 sd)", "learnt", "test records", "recognised")

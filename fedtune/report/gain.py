@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedtune.registry.rounding import number
+from fedtune.core.registry.rounding import number
 from fedtune.report.claim import compared, verdict
 from fedtune.report.preference import alarms
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.registry.rounding import rounded_up
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.report.text import cell, figure, table
 
 

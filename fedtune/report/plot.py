@@ -6,8 +6,8 @@ import io
 import textwrap
 from typing import Any
 
-from fedtune.registry.metrics import metric as known_metric
-from fedtune.registry.rounding import number, rounded_up
+from fedtune.core.registry.metrics import metric as known_metric
+from fedtune.core.registry.rounding import number, rounded_up
 from fedtune.report.claim import fallback
 from fedtune.report.gain import headline
 from fedtune.report.quality import intervals

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.registry.rounding import number
+from fedtune.core.registry.rounding import number
 from fedtune.report.text import figure, table
 
 FALLEN = 0.5  # nats per token that the better answers may lose: perplexity times 1.65

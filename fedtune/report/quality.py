@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.registry.metrics import metric as known_metric
-from fedtune.registry.rounding import number
+from fedtune.core.registry.metrics import metric as known_metric
+from fedtune.core.registry.rounding import number
 from fedtune.report.classes import section as classes
 from fedtune.report.gain import TRAINED, advice, headline, is_start_released
 from fedtune.report.text import cell, figure, table

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from fedtune.registry.rounding import number
+from fedtune.core.registry.rounding import number
 
 
 def cell(value: Any, most: int = 200) -> str:

@@ -13,22 +13,23 @@ from typing import Any, NamedTuple
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.config import Encoding, LoraTable, Study
-from fedtune.errors import FedtuneError, Refused
+from fedtune.core.config import Encoding, LoraTable, Study
+from fedtune.core.errors import FedtuneError, Refused
+from fedtune.core.registry.reasons import WAITING
+from fedtune.core.run_folder import without_places
+from fedtune.core.wire import codec, seal
+from fedtune.core.wire.arrays import Arrays, WireError, bodies, check_agreed, unpack_arrays
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.protocol import OtherProtocol, check_peer, version_fields
+from fedtune.core.wire.seal import Header, SealError, sign_plan
+from fedtune.evidence import step_summary
 from fedtune.flower import replies
 from fedtune.flower.enrol import Member
 from fedtune.flower.packing import size
 from fedtune.flower.records import to_record
-from fedtune.registry.reasons import WAITING
-from fedtune.run_folder import without_places
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply, ask, clean
 from fedtune.server.too_few import too_few
-from fedtune.wire import codec, seal, step_summary
-from fedtune.wire.arrays import Arrays, WireError, bodies, check_agreed, unpack_arrays
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import OtherProtocol, check_peer, version_fields
-from fedtune.wire.seal import Header, SealError, sign_plan
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"

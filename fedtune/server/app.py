@@ -7,8 +7,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.config import load_study
-from fedtune.errors import ConfigError
+from fedtune.core.config import load_study
+from fedtune.core.errors import ConfigError
 from fedtune.server import rounds
 
 app = ServerApp()

@@ -28,16 +28,16 @@ from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 
-from fedtune.config import Study
-from fedtune.config.address import host_and_port
+from fedtune.core.config import Study
+from fedtune.core.config.address import host_and_port
+from fedtune.core.errors import InfrastructureError, InputError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import drafted, replace
+from fedtune.core.ledger.audit_log import TEXT
+from fedtune.core.processes import private_folder
 from fedtune.doctor import tls
-from fedtune.errors import InfrastructureError, InputError
-from fedtune.evidence.audit_log import TEXT
 from fedtune.evidence.sign import INDEX, VERSIONS
-from fedtune.files import reading
-from fedtune.files.writing import drafted, replace
 from fedtune.flower import certs
-from fedtune.processes import private_folder
 from fedtune.server.store import DATABASE, FOLDER, sqlite_errors
 from fedtune.server.versions import LINK
 

@@ -39,9 +39,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fedtune.config import Study, noise_shares
-from fedtune.dp.shared_noise import own_sigma
-from fedtune.wire.step_summary import Agreed
+from fedtune.core.config import Study, noise_shares
+from fedtune.core.dp.shared_noise import own_sigma
+from fedtune.evidence.step_summary import Agreed
 
 FAILURE = 1e-12
 ROWS = 2  # times the declared size; beyond it `fedtune doctor` asks for another declaration
@@ -50,7 +50,7 @@ GRID = 2.0**-20  # the noise's grid is at most so many σC
 
 
 class Mechanism(Protocol):
-    """fedtune.dp.calibration.Calibration."""
+    """fedtune.core.dp.calibration.Calibration."""
 
     @property
     def sampling_rate(self) -> float: ...

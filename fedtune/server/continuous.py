@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import format_duration
-from fedtune.errors import DataError
+from fedtune.core.config import format_duration
+from fedtune.core.errors import DataError
 from fedtune.evaluation.selection import taught_by
 from fedtune.report.change_plan import judge, look_left
 from fedtune.server import schedule

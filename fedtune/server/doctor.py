@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 from cryptography import x509
 
-from fedtune.config import Study, load_study
-from fedtune.config.address import address_of
+from fedtune.core.config import Study, load_study
+from fedtune.core.config.address import address_of
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.dp.calibration import resolve, with_rounds
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.core.files import reading
+from fedtune.core.processes import own_name, reachable
 from fedtune.doctor import machine, tls
 from fedtune.doctor.machine import Check, Finding, findings
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.calibration import resolve, with_rounds
-from fedtune.errors import ConfigError, FedtuneError, InfrastructureError
-from fedtune.files import reading
 from fedtune.flower import certs, enrol
-from fedtune.processes import own_name, reachable
 
 ROUNDS_KEPT = 4  # adapters on disk per site: sent and received, while Flower keeps both
 RESTORE = "restore it from a backup: sites trust no other"

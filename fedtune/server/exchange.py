@@ -12,7 +12,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from fedtune.errors import FedtuneError, InfrastructureError
+from fedtune.core.errors import FedtuneError, InfrastructureError
 from fedtune.flower import api, replies
 from fedtune.flower.packing import pack, size
 from fedtune.flower.polling import Poll

@@ -15,13 +15,13 @@ import secrets
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from fedtune.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import reading, writing
+from fedtune.core.wire.keys import canonical
 from fedtune.evidence.sign import VERSIONS
 from fedtune.evidence.versions import FORMAT, LOOKED, look_file
-from fedtune.files import reading, writing
 from fedtune.report.change_plan import Look
 from fedtune.server.store import CheckpointError
-from fedtune.wire.keys import canonical
 
 KEY = "looks.key"
 

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
+from fedtune.core.progress import stage
+from fedtune.core.registry.reasons import WAITING
+from fedtune.core.wire import codec, seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import replies
 from fedtune.flower.packing import size
 from fedtune.flower.records import to_record
-from fedtune.progress import stage
-from fedtune.registry.reasons import WAITING
 from fedtune.server.admission import Roster, before_asking
 from fedtune.server.exchange import Reply, ask
 from fedtune.server.store import Progress
-from fedtune.wire import codec, seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.keys import SigningKey
 
 TOLD_SECONDS = 10.0  # to hear that sites know that the study has ended
 

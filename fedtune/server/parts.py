@@ -9,22 +9,22 @@ from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 
-from fedtune import progress
-from fedtune.config import EvaluationTable, PublicTable, Study
+from fedtune.core import progress
+from fedtune.core.config import EvaluationTable, PublicTable, Study
+from fedtune.core.progress import stage
+from fedtune.core.strategy import State
+from fedtune.core.wire.arrays import Arrays
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower.enrol import Member
-from fedtune.progress import stage
 from fedtune.report.change_plan import Look
 from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, SystemClock
-from fedtune.strategies import State
-from fedtune.wire.arrays import Arrays
-from fedtune.wire.keys import SigningKey
 
 Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
 
 
 class Started(Protocol):
-    """fedtune.training.start.Start."""
+    """fedtune.public.start.Start."""
 
     @property
     def study(self) -> Study: ...
@@ -63,8 +63,8 @@ class Measures(Protocol):
 def _start(study: Study) -> Started:
     from fedtune.evaluation.evaluator import check_evaluation
     from fedtune.evaluation.selection import check_apart
+    from fedtune.public.start import start
     from fedtune.server.step import selecting
-    from fedtune.training.start import start
 
     check_evaluation(study)  # in seconds; A from public text takes minutes
     check_apart(study)
@@ -90,26 +90,26 @@ def _expected(
 
 
 def _epsilon(events: Events, delta: float) -> float:
-    from fedtune.dp.accountant import Steps, cross_check
+    from fedtune.core.dp.accountant import Steps, cross_check
 
     return cross_check([Steps(*event) for event in events], delta)
 
 
 def _budget(study: Study, declared: int) -> Mechanism:
-    from fedtune.dp.calibration import resolve
+    from fedtune.core.dp.calibration import resolve
 
     return resolve(study, declared)
 
 
 def _accountant() -> str:
-    from fedtune.dp.accountant import ACCOUNTANT
+    from fedtune.core.dp.accountant import ACCOUNTANT
 
     return ACCOUNTANT
 
 
 def _engine(study: Study) -> str:
-    from fedtune.models.build import build
-    from fedtune.training.engines import choose
+    from fedtune.core.models.build import build
+    from fedtune.core.training.engines import choose
 
     network = build(study)
     trained = list(network.update_parameters().values())
@@ -117,23 +117,23 @@ def _engine(study: Study) -> str:
 
 
 def _licence(study: Study) -> str:
-    from fedtune.bases.find import find_base
+    from fedtune.core.bases.find import find_base
 
     return find_base(study.base.model, study.base.digest).licence
 
 
 def _teacher(study: Study) -> dict[str, Any] | None:
-    from fedtune.objectives import resolve
+    from fedtune.core.objectives import resolve
 
     if resolve(study.objective).teacher_spec is None:  # the usual case, without an import
         return None
-    from fedtune.models.teacher_admission import describe_teacher
+    from fedtune.runs.teacher_admission import describe_teacher
 
     return describe_teacher(study)
 
 
 def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
-    from fedtune.models.build import build
+    from fedtune.core.models.build import build
 
     network = build(study)
     network.adopt(study, frozen)
@@ -142,13 +142,13 @@ def _save(study: Study, adapter: Arrays, frozen: Arrays, folder: Path) -> None:
 
 
 def _load(folder: Path) -> Arrays:
-    from fedtune.models.adapter_files import load_adapter
+    from fedtune.core.models.adapter_files import load_adapter
 
     return load_adapter(folder)
 
 
 def _fingerprint(path: Path) -> str:
-    from fedtune.files.reading import fingerprint
+    from fedtune.core.files.reading import fingerprint
 
     return fingerprint(path)
 

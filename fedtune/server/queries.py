@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.dp.query_noise import answer_sd
+from fedtune.accounting.query_noise import answer_sd
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import Arrays
+from fedtune.core.wire.keys import SigningKey
 from fedtune.server.admission import Outcome, Roster, outcome
 from fedtune.server.bound import Terms
 from fedtune.server.orders import Answer, Order, exchange
 from fedtune.server.store import Phase, Progress
-from fedtune.wire import seal
-from fedtune.wire.arrays import Arrays
-from fedtune.wire.keys import SigningKey
 
 LIKE: Arrays = {"sums": np.zeros(2, np.float32)}
 

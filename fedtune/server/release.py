@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.config import Study
-from fedtune.progress import stage
-from fedtune.registry.metrics import METRICS
+from fedtune.core.config import Study
+from fedtune.core.progress import stage
+from fedtune.core.registry.metrics import METRICS
 from fedtune.report.gain import START, TRAINED, better
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress

@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedtune import strategies
-from fedtune.config import Study
-from fedtune.errors import ConfigError, InfrastructureError, Refused
+from fedtune.core.config import Study
+from fedtune.core.errors import ConfigError, InfrastructureError, Refused
+from fedtune.core.models import preconditioner
+from fedtune.core.models.rank_slice import pad_update, rank_slice, slice_update
+from fedtune.core.progress import OnEvent
+from fedtune.core.run_folder import ADAPTER, TRAINED, write_plan
+from fedtune.core.strategy import Strategy, build_strategy
+from fedtune.core.wire import codec, seal
+from fedtune.core.wire.arrays import Arrays
 from fedtune.evidence.sign import sign
-from fedtune.models import preconditioner
-from fedtune.models.rank_slice import pad_update, rank_slice, slice_update
-from fedtune.progress import OnEvent
 from fedtune.report.gain import is_start_released
-from fedtune.run_folder import ADAPTER, TRAINED, write_plan
 from fedtune.server import provenance, release, secure_round, step, store, summary
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome, plan_message
 from fedtune.server.bound import Limits
@@ -36,8 +38,6 @@ from fedtune.server.orders import Answer, Order, exchange, tell_finished
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.queries import Queries
 from fedtune.server.store import Phase, Progress
-from fedtune.wire import codec, seal
-from fedtune.wire.arrays import Arrays
 
 RETRIES = 3  # of a round that too few sites delivered
 LARGEST = 4  # times the median declared size: what a larger one counts for
@@ -58,7 +58,7 @@ def run(
     Errors: ConfigError, CheckpointError (exit 2); Refused, where the sites said no (exit 3);
     InfrastructureError, where they did not answer (exit 4)."""
     parts, on_event = parts or Dependencies(), on_event or (lambda kind, data: None)
-    strategy = strategies.build(study)
+    strategy = build_strategy(study)
     progress = store.open_folder(out, study, resume=resume)
     fresh = progress is None
     try:
@@ -87,7 +87,7 @@ class _Run:
         out: Path,
         parts: Dependencies,
         on_event: OnEvent,
-        strategy: strategies.Strategy,
+        strategy: Strategy,
         progress: Progress,
     ) -> None:
         self.grid, self.out, self.parts, self.on_event = grid, out, parts, on_event
@@ -205,7 +205,7 @@ class _Run:
         except TooFew as error:
             if not self.settings.skip:
                 raise
-            self.strategy = strategies.build(self.study)  # less what some delivered
+            self.strategy = build_strategy(self.study)  # less what some delivered
             self.strategy.load_state(self.progress.strategy)
             self.strategy.prepare(self.study, self.progress.frozen)
             self._event("step", text=str(error))

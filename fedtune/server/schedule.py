@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from typing import Protocol
 
-from fedtune.config import ScheduleTable
+from fedtune.core.config import ScheduleTable
 
 LONGEST = 30.0  # seconds slept at a stretch: the time of day may be set meanwhile
 

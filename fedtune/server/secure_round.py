@@ -21,21 +21,21 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord
 
-from fedtune.config import Study, noise_shares
-from fedtune.dp.shared_noise import bits_of, grid_of, own_sigma
-from fedtune.errors import InfrastructureError
-from fedtune.secagg.masks import dtype_of
-from fedtune.secagg.opened import MaskedSum
-from fedtune.secagg.statement import Draw, StatementError, parse, set_digest, set_text
+from fedtune.core.config import Study, noise_shares
+from fedtune.core.dp.shared_noise import bits_of, grid_of, own_sigma
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.secagg.masks import dtype_of
+from fedtune.core.secagg.statement import Draw, StatementError, parse, set_digest, set_text
+from fedtune.core.strategy import Strategy
+from fedtune.core.wire import codec, seal
+from fedtune.core.wire.arrays import Arrays, check_agreed, unpack_arrays
+from fedtune.core.wire.codec import VALUES, Form
 from fedtune.server.admission import NOT_ENROLLED, Outcome, Roster, Tally, outcome
 from fedtune.server.bound import Limits, Terms, norm_bound
+from fedtune.server.masked_sum import MaskedSum
 from fedtune.server.orders import Answer, Order, exchange
 from fedtune.server.parts import Settings
 from fedtune.server.store import Progress
-from fedtune.strategies import Strategy
-from fedtune.wire import codec, seal
-from fedtune.wire.arrays import Arrays, check_agreed, unpack_arrays
-from fedtune.wire.codec import VALUES, Form
 
 REPEATS = 3  # times that the sites of a set are asked again before their attempt is void
 ROUNDING = 1.01  # of the norm bound: rows and noise are rounded to the grid of the sum

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config import EvaluationTable, Study
-from fedtune.errors import ModelError
-from fedtune.progress import stage
+from fedtune.core.config import EvaluationTable, Study
+from fedtune.core.errors import ModelError
+from fedtune.core.progress import stage
+from fedtune.core.wire.arrays import Arrays
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
-from fedtune.wire.arrays import Arrays
 
 MOST = 40  # halvings and doublings from where the search starts
 SHRINK, LEAST = 2**-0.5, 0.01  # what is kept of the past is tried by these steps, down to this

@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_bytes
 from safetensors.numpy import save as to_bytes
 
-from fedtune.config import Study, study_from_json
-from fedtune.errors import InfrastructureError, InputError
-from fedtune.files.writing import replace
-from fedtune.run_choice import check_vacant
-from fedtune.run_folder import PLACES
-from fedtune.strategies import State
-from fedtune.wire.codec import Arrays
+from fedtune.core.config import Study, study_from_json
+from fedtune.core.errors import InfrastructureError, InputError
+from fedtune.core.files.writing import replace
+from fedtune.core.run_folder import PLACES
+from fedtune.core.strategy import State
+from fedtune.core.wire.codec import Arrays
+from fedtune.runs.choice import check_vacant
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FORMAT = "fedtune-run-3"
 BUSY = 60.0  # seconds to wait for another process, as for a ledger
 FOLDER, DATABASE, FROZEN = "checkpoint", "run.db", "frozen.safetensors"
-PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in ledger/chain.py
+PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in core/ledger/chain.py
 PER_SITE = ("sizes", "keys", "receipts", "events", "queries", "admission")
 SCHEMA = (
     "CREATE TABLE run (format TEXT, phase TEXT, round INTEGER, asked TEXT, study TEXT, "

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 import fedtune
-from fedtune.config import PrivacyTable, noise_shares
-from fedtune.dp.shared_noise import joint_sigma
-from fedtune.errors import ConfigError
-from fedtune.models.rank_slice import rank_slice
-from fedtune.progress import stage
+from fedtune.core.config import PrivacyTable, noise_shares
+from fedtune.core.dp.shared_noise import joint_sigma
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.rank_slice import rank_slice
+from fedtune.core.progress import stage
+from fedtune.core.strategy import STRATEGIES
+from fedtune.core.wire.arrays import Arrays
 from fedtune.report.gain import TRAINED
 from fedtune.server.admission import Roster
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.provenance import made
 from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
-from fedtune.strategies import STRATEGIES
 from fedtune.strategies._posterior import ClassFigures
-from fedtune.wire.arrays import Arrays
 
 RELATION = "add or remove one unit"
 WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was added'

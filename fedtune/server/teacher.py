@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.dp.composed_epsilon import composed
-from fedtune.errors import InputError
+from fedtune.accounting.composed_epsilon import composed
+from fedtune.core.errors import InputError
 
 UNKNOWN = "not known on this machine"
 PUBLIC = "a base, which was trained on no record of the sites"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
 
 E = TypeVar("E", bound=FedtuneError)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import report as reports
-from fedtune.errors import FedtuneError
+from fedtune.core.errors import FedtuneError
+from fedtune.core.run_folder import load_plan, read_report
+from fedtune.core.wire.keys import SigningKey
 from fedtune.evidence.sign import sign_files
-from fedtune.run_folder import load_plan, read_report
 from fedtune.server.versions import Index
-from fedtune.wire.keys import SigningKey
 
 NOT_MEASURED = "the public records; the version in use could not be measured on them"
 
@@ -65,9 +65,9 @@ def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = 
 
 
 def _measured(run: Path, champion: int) -> dict[str, Any]:
+    from fedtune.core.files.reading import fingerprint
     from fedtune.evaluation.run import evaluate
-    from fedtune.files.reading import fingerprint
-    from fedtune.models.run import Run
+    from fedtune.runs.run import Run
 
     study = load_plan(run)
     assert study.evaluation is not None  # a study with a [schedule] has one

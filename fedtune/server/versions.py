@@ -22,9 +22,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from fedtune.errors import InputError
+from fedtune.core.errors import InputError
+from fedtune.core.files import locks, reading, writing
 from fedtune.evidence.sign import INDEX, VERSIONS
-from fedtune.files import locks, reading, writing
 from fedtune.report.change_plan import Group, Verdict
 from fedtune.server.store import CheckpointError
 

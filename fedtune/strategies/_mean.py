@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.strategies._base import Arrays, State
+from fedtune.core.strategy import Arrays, State
 
 _BUFFER = 64 * 2**20  # bytes of updates that are added up in one pass over the sum
 _BLOCK = 2**17  # numbers in work at once, in fp64: long enough for two threads, and in the cache

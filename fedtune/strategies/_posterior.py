@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from fedtune.errors import ConfigError
-from fedtune.registry.arrays import CLASS_BASIS, CLASS_SUMS
-from fedtune.strategies._base import Arrays, State, Strategy
+from fedtune.core.errors import ConfigError
+from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_SUMS
+from fedtune.core.strategy import Arrays, State, Strategy
 from fedtune.strategies._mean import RunningMean
 from fedtune.strategies._posterior import SILENT, Basis, ClassFigures, Head, Noised, Public, head
 from fedtune.strategies._posterior import WEIGHT as COUNT_WEIGHT
 
 if TYPE_CHECKING:
-    from fedtune.config import Study
+    from fedtune.core.config import Study
 
 WEIGHT, BIAS = "head.weight", "head.bias"
 LARGEST = 1e3  # no entry of an adapter is larger anywhere

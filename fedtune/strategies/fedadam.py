@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.strategies._base import Arrays, State, Strategy, moved, require, unflatten
+from fedtune.core.strategy import Arrays, State, Strategy, moved, require, unflatten
 from fedtune.strategies._mean import RunningMean
 
 

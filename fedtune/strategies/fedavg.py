@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.strategies._base import Arrays, State, Strategy, moved, require
+from fedtune.core.strategy import Arrays, State, Strategy, moved, require
 from fedtune.strategies._mean import RunningMean
 
 

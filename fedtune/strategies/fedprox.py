@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.strategies.fedavg import FedAvg
 
 if TYPE_CHECKING:
-    from fedtune.config import Study
+    from fedtune.core.config import Study
 
 
 @dataclass

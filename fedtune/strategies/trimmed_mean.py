@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedtune.errors import ConfigError
-from fedtune.strategies._base import Arrays, State, Strategy, moved, require
+from fedtune.core.errors import ConfigError
+from fedtune.core.strategy import Arrays, State, Strategy, moved, require
 
 if TYPE_CHECKING:
-    from fedtune.config import Study
+    from fedtune.core.config import Study
 
 
 @dataclass

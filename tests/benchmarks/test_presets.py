@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.presets import SITES, STRANGERS, divided, prepared, table, without_noise
-from fedtune.config import load_sites, load_study
+from fedtune.core.config import load_sites, load_study
 
 ROWS = [{"unit": f"u{n // 3}", "site": "abc"[n % 9 // 3], "text": n} for n in range(90)]
 

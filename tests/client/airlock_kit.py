@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.answers import Place, answer
-from fedtune.client.site import SiteWorker, worker
-from fedtune.config import Site, load_site, save
-from fedtune.registry import process_cache
-from fedtune.training.start import Start
-from fedtune.wire.arrays import bodies, pack_arrays
-from fedtune.wire.codec import encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import version_fields
-from fedtune.wire.requests import Answer, Request
-from fedtune.wire.seal import digest_beside, order, sign_plan
+from fedtune.core.config import Site, load_site, save
+from fedtune.core.registry import process_cache
+from fedtune.core.vault.answers import Place, answer
+from fedtune.core.vault.worker import SiteWorker, worker
+from fedtune.core.wire.arrays import bodies, pack_arrays
+from fedtune.core.wire.codec import encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.protocol import version_fields
+from fedtune.core.wire.requests import Answer, Request
+from fedtune.core.wire.seal import digest_beside, order, sign_plan
+from fedtune.public.start import Start
 from tests.client.site_kit import begun, make_site, notes
 
 

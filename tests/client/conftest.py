@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.site import SiteWorker
+from fedtune.core.vault.worker import SiteWorker
 from tests.client.site_kit import make_site, notes
 
 

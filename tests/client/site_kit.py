@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.client.site import SiteWorker
-from fedtune.config import Site
-from fedtune.files.room import LEDGER, Room
-from fedtune.training.start import Start, start
+from fedtune.core.config import Site
+from fedtune.core.files.room import LEDGER, Room
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.public.start import Start, start
 from tests.dp.conftest import study
 
 

@@ -11,18 +11,18 @@ import pytest
 from safetensors.numpy import save_file
 
 import fedtune
-from fedtune.client.acceptance.accept import Acceptance, accept, read_record
-from fedtune.client.acceptance.records import TRAINED, WITHDREW
-from fedtune.client.purge import listing, purge
-from fedtune.config import load_site
-from fedtune.config.templates import SITE as SITE_TEMPLATE
-from fedtune.config.templates import acceptance
-from fedtune.data.records import unit_member
-from fedtune.errors import ConfigError, DataError, InputError
-from fedtune.evidence.audit_log import AuditLog, verify
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.lora import digest
-from fedtune.models.run import ORIGIN
+from fedtune.core.config import load_site
+from fedtune.core.data.records import unit_member
+from fedtune.core.errors import ConfigError, DataError, InputError
+from fedtune.core.ledger.audit_log import AuditLog, verify
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.lora import digest
+from fedtune.officer.acceptance.accept import Acceptance, accept, read_record
+from fedtune.officer.acceptance.records import TRAINED, WITHDREW
+from fedtune.officer.purge import listing, purge
+from fedtune.presets.templates import SITE as SITE_TEMPLATE
+from fedtune.presets.templates import acceptance
+from fedtune.runs.run import ORIGIN
 from tests.cli_kit import run as command
 from tests.guarantee.search import Finder, forms
 from tests.heads_kit import CAUSAL_LORA, CLASSIFY, LABELS, made_run
@@ -283,13 +283,13 @@ def test_only_the_command_reads_the_table_and_what_was_decided() -> None:
         "__init__.py",
         "cli/accept.py",
         "cli/main.py",
-        "client/purge.py",
-        "client/review.py",
-        "client/withdraw.py",
-        "config/site.py",
-        "config/state_files.py",
+        "officer/purge.py",
+        "officer/review.py",
+        "officer/withdraw.py",
+        "core/config/site.py",
+        "core/config/state_files.py",
         "courier/process.py",
-        "data/records.py",
+        "core/data/records.py",
     }
     named = {
         path.relative_to(root).as_posix()
@@ -299,7 +299,7 @@ def test_only_the_command_reads_the_table_and_what_was_decided() -> None:
             for word in (".acceptance", "ACCEPTANCE", "acceptance import", 'acceptance"')
         )
     }
-    named = {name for name in named if not name.startswith("client/acceptance/")}
+    named = {name for name in named if not name.startswith("officer/acceptance/")}
     assert named <= allowed
 
 

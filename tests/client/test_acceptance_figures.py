@@ -10,12 +10,12 @@ import pytest
 from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from benchmarks.acceptance import found, judged, planted, unresolved
-from fedtune.client.acceptance.intervals import Sample, clopper_pearson
-from fedtune.client.acceptance.judgement import ALARMS, Judgement, judge
-from fedtune.client.acceptance.measures import BINS, measures_of
-from fedtune.config import AcceptanceTable, Site
-from fedtune.errors import ConfigError
-from fedtune.registry.scores import Scores
+from fedtune.core.config import AcceptanceTable, Site
+from fedtune.core.errors import ConfigError
+from fedtune.core.registry.scores import Scores
+from fedtune.officer.acceptance.intervals import Sample, clopper_pearson
+from fedtune.officer.acceptance.judgement import ALARMS, Judgement, judge
+from fedtune.officer.acceptance.measures import BINS, measures_of
 
 LESIONS = ("malignant", "no lesion", "benign")
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from benchmarks.acceptance import CLASSES, planted
-from fedtune.client.acceptance.figures import figures_of
-from fedtune.client.acceptance.models import BASE, MODEL, START, Scored
-from fedtune.client.acceptance.page import page
-from fedtune.client.acceptance.records import TRAINED, HeldOut
-from fedtune.config import AcceptanceTable
-from fedtune.data.dataset import Dataset
-from fedtune.data.files import Place
+from fedtune.core.config import AcceptanceTable
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.files import Place
+from fedtune.officer.acceptance.figures import figures_of
+from fedtune.officer.acceptance.models import BASE, MODEL, START, Scored
+from fedtune.officer.acceptance.page import page
+from fedtune.officer.acceptance.records import TRAINED, HeldOut
 from tests.browser import AXE, RULES, Visit, browser, needs_axe
 
 __all__ = ["browser"]  # a fixture

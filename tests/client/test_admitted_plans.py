@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client import studies
-from fedtune.client.site import _workers
-from fedtune.config import Site
-from fedtune.evidence import audit_log
-from fedtune.files.room import ROOM
+from fedtune.core.config import Site
+from fedtune.core.files.room import ROOM
+from fedtune.core.ledger import audit_log
+from fedtune.core.vault import studies
+from fedtune.core.vault.worker import _workers
 from tests.client.site_kit import begun, room_of
 from tests.client.test_waiting_plans import a_site, asked
 from tests.disks import disk

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.let_go import ANSWER, decide, waiting
-from fedtune.client.policy import refusals
-from fedtune.client.prepared import Held
-from fedtune.client.review import review
-from fedtune.client.site import SiteWorker, worker
-from fedtune.client.waiting_plans import keep_plan
-from fedtune.config import load_site, load_study
-from fedtune.errors import InputError
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
-from fedtune.training.start import start
+from fedtune.core.config import load_site, load_study
+from fedtune.core.errors import InputError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.vault.policy import refusals
+from fedtune.core.vault.prepared import Held
+from fedtune.core.vault.waiting_plans import keep_plan
+from fedtune.core.vault.worker import SiteWorker, worker
+from fedtune.officer.let_go import ANSWER, decide, waiting
+from fedtune.officer.review import review
+from fedtune.public.start import start
 from tests.cli_kit import run as command
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.client.site_kit import begun, make_site, notes
@@ -201,7 +201,7 @@ def test_both_acts_are_entered_in_the_audit_log_and_in_the_ledger(
         raise OSError(28, "No space left on device")
 
     asked.train(3)
-    monkeypatch.setattr("fedtune.evidence.audit_log._append", full)
+    monkeypatch.setattr("fedtune.core.ledger.audit_log._append", full)
     with pytest.raises(Exception, match="cannot be written"):  # and so it is not done
         decide(asked.site, [], refuse=False, every=True)
     monkeypatch.undo()
@@ -281,8 +281,8 @@ def test_review_and_doctor_say_that_answers_wait(tmp_path: Path, tiny_base: Path
 KILLED = """
 import os, pickle, sys
 from pathlib import Path
-from fedtune.client.site import SiteWorker
-from fedtune.ledger.chain import Transaction
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.ledger.chain import Transaction
 from tests.client.airlock_kit import Asked
 where, path, made = sys.argv[1:]
 asked = Asked(Path(path), pickle.loads(Path(made).read_bytes()))
@@ -299,7 +299,7 @@ elif where == "held":  # in the transaction that enters the release
         return append(self, kind, body, seq)
     Transaction.append = enter
 elif where == "told":  # it is held, and the courier was told nothing
-    from fedtune.client import airlock
+    from fedtune.core.vault import airlock
     airlock.check_let_go = die
 elif where == "sealed":  # it was let go, and the courier has nothing
     SiteWorker.sealed = die

@@ -15,27 +15,27 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedtune.client import studies
-from fedtune.client.app import app
-from fedtune.client.before_joining import check_before_joining
-from fedtune.client.purge import listing, purge
-from fedtune.client.sheet import describe_data
-from fedtune.config import load_site
-from fedtune.data.identity import identities
-from fedtune.data.sources._interface import NotWellFormed
-from fedtune.errors import ConfigError, DataError, FedtuneError, PolicyRefused
+from fedtune.core.config import load_site
+from fedtune.core.data.identity import identities
+from fedtune.core.data.sources._interface import NotWellFormed
+from fedtune.core.errors import ConfigError, DataError, FedtuneError, PolicyRefused
+from fedtune.core.ledger import declared
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.vault import studies
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import digest_beside, order
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
+from fedtune.launch.in_one_process import app
 from fedtune.launch.site import join
-from fedtune.ledger import declared
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
+from fedtune.officer.before_joining import check_before_joining
+from fedtune.officer.purge import listing, purge
+from fedtune.officer.sheet import describe_data
+from fedtune.public.start import Start
 from fedtune.server.admission import plan_message
-from fedtune.training.start import Start
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.seal import digest_beside, order
 from tests.client.site_kit import begun
 
 SITE = """

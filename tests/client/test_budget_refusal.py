@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.budget_refusal import PLACES, _within, explain, fits
-from fedtune.config import Site, load_site, load_study
-from fedtune.errors import Refused
+from fedtune.core.config import Site, load_site, load_study
+from fedtune.core.errors import Refused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.vault.budget_refusal import PLACES, _within, explain, fits
 from fedtune.launch.simulate import simulate
-from fedtune.ledger.ledger import Ledger
 from tests.cli_kit import run
 
 

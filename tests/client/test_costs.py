@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.policy import planned
-from fedtune.client.site import SiteWorker
-from fedtune.config import Study, study_from_json
-from fedtune.dp import accountant
-from fedtune.dp.accountant import Steps, affordable_steps, at_least, calibrate, epsilon
-from fedtune.errors import ConfigError, PolicyRefused
+from fedtune.core.config import Study, study_from_json
+from fedtune.core.dp import accountant
+from fedtune.core.dp.accountant import Steps, affordable_steps, at_least, calibrate, epsilon
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.vault.policy import planned
+from fedtune.core.vault.worker import SiteWorker
 from tests.client.test_site import begun, make_site, notes
 
 DELTA = {"delta": 1e-4, "unit": "patient"}

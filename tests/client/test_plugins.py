@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client import policy, review
-from fedtune.client.review import read_plan
-from fedtune.client.site import SiteWorker
-from fedtune.config import Study, load_study
-from fedtune.errors import ConfigError, FedtuneError, PolicyRefused
-from fedtune.objectives import OBJECTIVES
-from fedtune.strategies import STRATEGIES
+from fedtune.core.config import Study, load_study
+from fedtune.core.errors import ConfigError, FedtuneError, PolicyRefused
+from fedtune.core.objectives import OBJECTIVES
+from fedtune.core.strategy import STRATEGIES
+from fedtune.core.vault import policy
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer import review
+from fedtune.officer.review import read_plan
 from tests.client.test_site import begun, make_site, notes
 from tests.plugins import install
 
 MODULE = "somebody_elses"
 CODE = """
 from dataclasses import dataclass
-from fedtune.objectives.causal_lm import CausalLM
+from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.strategies.fedavg import FedAvg
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def test_foreign_strategies_and_modalities_are_refused_by_name(
 
 
 def test_a_name_of_the_release_is_always_the_releases_own() -> None:
-    assert OBJECTIVES.load("kto").__module__ == "fedtune.objectives.kto"
+    assert OBJECTIVES.load("kto").__module__ == "fedtune.core.objectives.kto"
     assert OBJECTIVES.installed() == ["half"] and not imported()
     assert OBJECTIVES.build("half", {"factor": 0.25}).factor == 0.25  # type: ignore[attr-defined]
 

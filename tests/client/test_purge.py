@@ -9,16 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client import purge as purger
-from fedtune.client.purge import KINDS, NEVER_DELETED, listing, purge
-from fedtune.client.site import SiteWorker
-from fedtune.config import Columns, Site, SiteData, SiteTable, load_site, load_study
-from fedtune.errors import InfrastructureError
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.config import Columns, Site, SiteData, SiteTable, load_site, load_study
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.processes import alone
+from fedtune.core.registry import process_cache
+from fedtune.core.vault.worker import SiteWorker
 from fedtune.observe import observer
-from fedtune.processes import alone
-from fedtune.registry import process_cache
-from fedtune.training.start import start
+from fedtune.officer import purge as purger
+from fedtune.officer.purge import KINDS, NEVER_DELETED, listing, purge
+from fedtune.public.start import start
 from tests.client.test_site import begun, make_site, notes, trains
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import lay_out, patients

@@ -18,19 +18,19 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune.client.rank_process import Workers, team
-from fedtune.client.site import SiteWorker
-from fedtune.client.site import worker as worker_of
-from fedtune.client.withdraw import withdraw
-from fedtune.config import load_site
-from fedtune.config.sites import sites_in
-from fedtune.data.dataset import Dataset, Example, Passage, SoftTargets
-from fedtune.data.media import Media
-from fedtune.dp import noise, sampling
-from fedtune.processes import free_port
-from fedtune.training.shared_records import fingerprint, pack_records, unpack_records
-from fedtune.training.start import Start
-from fedtune.wire.codec import VALUES
+from fedtune.core.config import load_site
+from fedtune.core.config.sites import sites_in
+from fedtune.core.data.dataset import Dataset, Example, Passage, SoftTargets
+from fedtune.core.data.media import Media
+from fedtune.core.dp import noise, sampling
+from fedtune.core.processes import free_port
+from fedtune.core.training.shared_records import fingerprint, pack_records, unpack_records
+from fedtune.core.vault.rank_process import Workers, team
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.vault.worker import worker as worker_of
+from fedtune.core.wire.codec import VALUES
+from fedtune.officer.withdraw import withdraw
+from fedtune.public.start import Start
 from tests.client.test_site import begun, notes
 from tests.server.test_simulate import world as world_of_two
 from tests.simulated import simulate

@@ -18,26 +18,26 @@ from flwr.app import Context, Message
 from rich.console import Console
 
 from fedtune.cli.watch import Watch
-from fedtune.client.declared import declare
-from fedtune.client.site import worker
-from fedtune.config import load_site, load_study, study_from_json
+from fedtune.core.config import load_site, load_study, study_from_json
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import FedtuneError
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.vault.declared import declare
+from fedtune.core.vault.worker import worker
+from fedtune.core.wire.keys import SigningKey
 from fedtune.dashboard.pages.site import SitePage
-from fedtune.dp.accountant import epsilon
-from fedtune.dp.plan import plan_for_site
-from fedtune.errors import FedtuneError
-from fedtune.evidence import audit_log
 from fedtune.flower.grid import InProcessGrid
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.run import Run
 from fedtune.observe import observer
 from fedtune.observe.status import read_status
-from fedtune.registry import process_cache
-from fedtune.registry.rounding import rounded_up
+from fedtune.runs.run import Run
 from fedtune.server import admission, rounds
 from fedtune.server.admission import plan_message
 from fedtune.server.orders import tell_finished
 from fedtune.server.parts import Dependencies, Settings
-from fedtune.wire.keys import SigningKey
 from tests.cli_kit import run
 from tests.guarantee.world import NAMES, lay_out, patients
 from tests.site_here import SiteHere

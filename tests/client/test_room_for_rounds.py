@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.client import policy
-from fedtune.client import site as site_module
-from fedtune.client.site import SiteWorker
-from fedtune.errors import BudgetExceeded, PolicyRefused
-from fedtune.files.room import OF_A_ROUND, Room
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import MEMBER_BYTES, Ledger
-from fedtune.training.start import Start
+from fedtune.core.errors import BudgetExceeded, PolicyRefused
+from fedtune.core.files.room import OF_A_ROUND, Room
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger
+from fedtune.core.vault import policy
+from fedtune.core.vault import worker as site_module
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.public.start import Start
 from tests.client.site_kit import begun, make_site, notes, trains
 
 

@@ -10,9 +10,16 @@ from typing import Any
 
 import pytest
 
-from fedtune.client import sheet as sheets
-from fedtune.client.policy import planned, sheet_refusals
-from fedtune.client.sheet import (
+from fedtune.core.config import Site, Study, load_site, load_study
+from fedtune.core.config.sheet import FIELDS, Sheet, load_sheet, template
+from fedtune.core.errors import ConfigError, DataError, PolicyRefused
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.vault.policy import planned, sheet_refusals
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.launch.site import join
+from fedtune.officer import sheet as sheets
+from fedtune.officer.sheet import (
     ATTESTED,
     CROISSANT,
     check_attested,
@@ -20,13 +27,6 @@ from fedtune.client.sheet import (
     private_sheet,
     public_sheet,
 )
-from fedtune.client.site import SiteWorker
-from fedtune.config import Site, Study, load_site, load_study
-from fedtune.config.sheet import FIELDS, Sheet, load_sheet, template
-from fedtune.errors import ConfigError, DataError, PolicyRefused
-from fedtune.evidence import audit_log
-from fedtune.launch.site import join
-from fedtune.ledger.ledger import Ledger
 from tests.cli_kit import run as command
 from tests.cli_kit import write_study
 from tests.client.site_kit import begun, make_site, notes, trains

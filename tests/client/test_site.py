@@ -12,30 +12,30 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.client.policy import MOST_ATTEMPTS
-from fedtune.client.prepared import Unprepared
-from fedtune.client.review import read_plan, review
-from fedtune.client.site import SiteWorker
-from fedtune.client.waiting_plans import keep_plan
-from fedtune.client.withdraw import UnknownPatient, withdraw
-from fedtune.config import Study
-from fedtune.config.site import ConsentTable
-from fedtune.dp import noise
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.filter import best_order
-from fedtune.dp.plan import plan_for_site
-from fedtune.errors import BudgetExceeded, ModelError, PolicyRefused
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.lora import Arrays
-from fedtune.models.lora import digest as arrays_digest
-from fedtune.models.prefix_store import PREFIX_STORE
-from fedtune.registry import process_cache
-from fedtune.training.local_round import local_round
-from fedtune.training.shared_records import fingerprint
-from fedtune.wire.codec import layout, shapes
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.seal import receipt
+from fedtune.core.config import Study
+from fedtune.core.config.site import ConsentTable
+from fedtune.core.dp import noise
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.dp.filter import best_order
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import BudgetExceeded, ModelError, PolicyRefused
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.lora import digest as arrays_digest
+from fedtune.core.models.prefix_store import PREFIX_STORE
+from fedtune.core.registry import process_cache
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.shared_records import fingerprint
+from fedtune.core.vault.policy import MOST_ATTEMPTS
+from fedtune.core.vault.prepared import Unprepared
+from fedtune.core.vault.waiting_plans import keep_plan
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.codec import layout, shapes
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import receipt
+from fedtune.officer.review import read_plan, review
+from fedtune.officer.withdraw import UnknownPatient, withdraw
 from tests.client.site_kit import begun, make_site, notes, trains
 
 
@@ -227,7 +227,7 @@ def test_a_crash_between_reservation_and_release_is_charged(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("fedtune.client.site.local_round", crash)
+        patch.setattr("fedtune.core.vault.worker.local_round", crash)
         trains(worker, made, 1)
     trains(worker, made, 1)
     charges = worker.ledger.charges("records")
@@ -281,7 +281,7 @@ def test_a_withdrawn_patient_is_in_no_later_round(
         seen.append(weakref.ref(data))
         return local_round(study, data, *rest)
 
-    monkeypatch.setattr("fedtune.client.site.local_round", spy)
+    monkeypatch.setattr("fedtune.core.vault.worker.local_round", spy)
     made = begun(tiny_base)
     worker.prepare(made.study, made.frozen)
     trains(worker, made, 1)
@@ -327,7 +327,7 @@ def test_a_withdrawal_lets_nobody_elses_new_rows_in(
             read[name] = fingerprint(data.dataset)
             return local_round(study, data, *rest)
 
-        monkeypatch.setattr("fedtune.client.site.local_round", spy)
+        monkeypatch.setattr("fedtune.core.vault.worker.local_round", spy)
         trains(worker, made, 2)
         monkeypatch.undo()
     assert read["withdraws"] == read["never there"]
@@ -370,7 +370,7 @@ def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
         if study.training.learning_rate != 0.1:
             raise ModelError("a step did not lower the loss")
 
-    monkeypatch.setattr("fedtune.client.site_checks.check_trains", check)
+    monkeypatch.setattr("fedtune.core.vault.site_checks.check_trains", check)
     good = begun(tiny_base)
     training = {"rounds": 2, "sampling_rate": 1.0, "learning_rate": 0.2}
     bad = begun(tiny_base, training=training)

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.policy import refusals
-from fedtune.client.prepared import Unprepared
-from fedtune.client.site import SiteWorker
-from fedtune.client.site import worker as site_worker
-from fedtune.config import Site, Study
-from fedtune.data.records import unit_member
-from fedtune.errors import BudgetExceeded, ConfigError, DataError, ModelError
-from fedtune.ledger.entries import RULES, Charge
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.training.local_round import local_round
+from fedtune.core.config import Site, Study
+from fedtune.core.data.records import unit_member
+from fedtune.core.errors import BudgetExceeded, ConfigError, DataError, ModelError
+from fedtune.core.ledger.entries import RULES, Charge
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.training.local_round import local_round
+from fedtune.core.vault.policy import refusals
+from fedtune.core.vault.prepared import Unprepared
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.vault.worker import worker as site_worker
 from tests.client.site_kit import begun, make_site, notes, trains
 
 
@@ -217,7 +217,7 @@ def test_nothing_runs_on_top_of_what_an_earlier_release_charged_until_the_site_s
     made = begun(tiny_base)
     worker.prepare(made.study, made.frozen)
     with monkeypatch.context() as patch:
-        patch.setattr("fedtune.client.site.Charge", partial(Charge, rules=RULES - 1))
+        patch.setattr("fedtune.core.vault.worker.Charge", partial(Charge, rules=RULES - 1))
         trains(worker, made, 1)
     with pytest.raises(BudgetExceeded, match="an earlier release charged them"):
         trains(worker, made, 2)
@@ -238,7 +238,7 @@ def test_a_patient_in_two_disjoint_datasets_is_left_out_of_the_later_and_nothing
         units.append(data.dataset.n_units)
         return local_round(study, data, *rest)
 
-    monkeypatch.setattr("fedtune.client.site.local_round", spy)
+    monkeypatch.setattr("fedtune.core.vault.worker.local_round", spy)
     made = begun(tiny_base, privacy={"epsilon": 7.9, "delta": 1e-4, "unit": "patient"})
     notes(tmp_path)
     first = SiteWorker(make_site(tmp_path, patient="who"))

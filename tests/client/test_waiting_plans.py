@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.answers import Place, answer
-from fedtune.client.site import SiteWorker
-from fedtune.client.waiting_plans import MOST, MOST_BYTES, keep_plan
-from fedtune.config import Site, Study, save
-from fedtune.files.room import ROOM, Room
-from fedtune.registry import process_cache
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import version_fields
-from fedtune.wire.requests import Request
-from fedtune.wire.seal import sign_plan
+from fedtune.core.config import Site, Study, save
+from fedtune.core.files.room import ROOM, Room
+from fedtune.core.registry import process_cache
+from fedtune.core.vault.answers import Place, answer
+from fedtune.core.vault.waiting_plans import MOST, MOST_BYTES, keep_plan
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.protocol import version_fields
+from fedtune.core.wire.requests import Request
+from fedtune.core.wire.seal import sign_plan
 from tests.client.site_kit import begun, make_site, notes, room_of
 from tests.disks import disk
 

@@ -15,12 +15,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.client import withdraw as withdrawals
-from fedtune.config import load_site
-from fedtune.data.records import unit_member
-from fedtune.errors import InputError
-from fedtune.ledger.ledger import Ledger
-from fedtune.wire.keys import canonical
+from fedtune.core.config import load_site
+from fedtune.core.data.records import unit_member
+from fedtune.core.errors import InputError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import canonical
+from fedtune.officer import withdraw as withdrawals
 from tests.guarantee.search import Finder, forms
 
 SITE = """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors.numpy import save_file
 
-from fedtune.client.rank_process import follow_torchrun, team
-from fedtune.client.site import worker
+from fedtune.core.vault.rank_process import follow_torchrun, team
+from fedtune.core.vault.worker import worker
 from tests.client.test_ranks import two_steps
 
 

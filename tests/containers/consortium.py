@@ -164,7 +164,7 @@ def enrol(machine: Machine) -> None:
 
 
 def _consortium(machine: Machine) -> str:
-    from fedtune.wire import fingerprints
+    from fedtune.evidence import fingerprints
 
     answers = (machine.tree / "deploy").glob("*/post/answer")
     answer = json.loads(next(answers).read_text())
@@ -228,7 +228,7 @@ def _confined(machine: Machine, service: str, key: str, places: Sequence[str]) -
 
 def charged(machine: Machine) -> str:
     """Every round of every site is in its ledger."""
-    from fedtune.ledger.ledger import Ledger
+    from fedtune.core.ledger.ledger import Ledger
 
     for name in SITES:
         copy = machine.folder / "ledger"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config import Study
+from fedtune.core.config import Study
 from fedtune.report.change_plan import Look
 from fedtune.server.parts import Dependencies
 from fedtune.server.schedule import SimulatedClock

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-import fedtune.client.site
-from fedtune.config import load_site
-from fedtune.data.dataset import Dataset
-from fedtune.data.records import unit_member
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.errors import Refused
-from fedtune.ledger.account import Account
-from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import heaviest
+import fedtune.core.vault.worker
+from fedtune.core.config import load_site
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.records import unit_member
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.errors import Refused
+from fedtune.core.ledger.account import Account
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import heaviest
 from fedtune.server.store import load
 from tests.continuous.world import DELTA, LIFE, SIGMA, lay_out, run, write
 from tests.guarantee.test_wire_inventory import outside, shape
@@ -41,7 +41,7 @@ class Seen:
 
 @contextmanager
 def watched(folder: Path) -> Iterator[Seen]:
-    seen, honest = Seen(), fedtune.client.site.local_round
+    seen, honest = Seen(), fedtune.core.vault.worker.local_round
 
     def local_round(study: Any, data: Any, plan: Any, log: Any, *rest: Any) -> Any:
         if log.path.parent == folder / "state-north":
@@ -50,7 +50,7 @@ def watched(folder: Path) -> Iterator[Seen]:
         return honest(study, data, plan, log, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fedtune.client.site, "local_round", local_round)
+        patch.setattr(fedtune.core.vault.worker, "local_round", local_round)
         yield seen
 
 
@@ -222,6 +222,6 @@ def test_it_goes_on_after_a_restart_and_a_round_that_was_sent_is_not_paid_again(
 
 
 def _study(path: Path) -> Any:
-    from fedtune.config import load_study
+    from fedtune.core.config import load_study
 
     return load_study(path)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from examples.continuous import prepare
-from fedtune.client.prepared import Update
-from fedtune.config import load_site, load_study
-from fedtune.dp.plan import plan_for_site
+from fedtune.core.config import load_site, load_study
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.vault.prepared import Update
+from fedtune.core.wire.codec import encode
 from fedtune.report.change_plan import Look
 from fedtune.server.versions import Index, Versions
-from fedtune.wire.codec import encode
 from tests.continuous.fakes import Judge, alike, continuous, parts
 from tests.server.fakes import FakeSite
 

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.config import load_study
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import load_study
+from fedtune.core.errors import ConfigError, DataError
 from fedtune.evaluation.evaluator import Evaluator, check_evaluation
 from tests.continuous.world import SCHEDULE, lay_out, patients, write
 

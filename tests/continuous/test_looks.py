@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from fedtune.config import ScheduleTable
-from fedtune.registry.scores import Scores
+from fedtune.core.config import ScheduleTable
+from fedtune.core.registry.scores import Scores
 from fedtune.report import paired
 from fedtune.report.change_plan import Look, judge, look_left
 from fedtune.report.paired import chance_above, chance_of, least_gain
@@ -158,7 +158,7 @@ def test_without_its_margin_most_studies_release_what_is_worse_there(tmp_path: P
 def test_the_rule_of_before_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Better in 90 % of resamples, at each look: about p ≤ 0.1. More than half of the studies
     release a version that is no better."""
-    monkeypatch.setattr("fedtune.config.study.ScheduleTable.threshold", 0.1)
+    monkeypatch.setattr("fedtune.core.config.study.ScheduleTable.threshold", 0.1)
     studies = 60
     assert count_releasing(tmp_path, studies, lambda _: 0.0) > binom.isf(1e-5, studies, 0.05)
 

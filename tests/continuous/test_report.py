@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.evaluation.run import evaluate
-from fedtune.models.run import Run
+from fedtune.runs.run import Run
 from fedtune.server import version_report
 from fedtune.server.versions import Versions
 from tests.cli_kit import run as command

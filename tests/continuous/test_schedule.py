@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.site_checks import check_watch
-from fedtune.config import ScheduleTable, Study, format_duration, load_study
-from fedtune.errors import ConfigError, InfrastructureError, PolicyRefused
+from fedtune.core.config import ScheduleTable, Study, format_duration, load_study
+from fedtune.core.errors import ConfigError, InfrastructureError, PolicyRefused
+from fedtune.core.vault.site_checks import check_watch
 from fedtune.launch.simulate import check_rounds
 from fedtune.server.schedule import SimulatedClock, format_utc, next_slot, slot_start, wait
 from tests.continuous.fakes import START, continuous, go, parts, sites

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import NotGenuine
+from fedtune.core.errors import NotGenuine
 from fedtune.evidence.sign import covered
 from fedtune.evidence.versions import check_versions
 from fedtune.report import paired

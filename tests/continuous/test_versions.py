@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.errors import DataError, InputError
-from fedtune.files import writing
+from fedtune.core.errors import DataError, InputError
+from fedtune.core.files import writing
 from fedtune.report.change_plan import Look
 from fedtune.server import store, versions
 from fedtune.server.continuous import Continuous

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from fedtune.cli.ledger_view import ledger_view
 from fedtune.cli.main import app
 from fedtune.cli.status_view import view
-from fedtune.client.review import read_plan, review
-from fedtune.config import load_site, load_study
-from fedtune.dp.accountant import Steps, epsilon
+from fedtune.core.config import load_site, load_study
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.files.reading import fingerprint
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.evaluation.evaluator import Evaluator
-from fedtune.files.reading import fingerprint
-from fedtune.ledger.ledger import Ledger
 from fedtune.observe.status import read_status
-from fedtune.registry.rounding import rounded_up
+from fedtune.officer.review import read_plan, review
 from fedtune.report.change_plan import judge
 from fedtune.report.markdown import markdown
 from fedtune.server.store import load

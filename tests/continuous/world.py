@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import load_study
-from fedtune.registry import process_cache
+from fedtune.core.config import load_study
+from fedtune.core.registry import process_cache
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
 from fedtune.server.schedule import SimulatedClock

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from fedtune.core.registry.rounding import rounded_up
 from fedtune.observe import StatusFile
-from fedtune.registry.rounding import rounded_up
 from fedtune.report.figures import short
 from tests.browser import AXE, RULES, Visit, needs_axe
 from tests.dashboard.conftest import Serve

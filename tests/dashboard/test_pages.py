@@ -13,13 +13,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from fedtune.cli.main import app
+from fedtune.core.errors import InputError
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import ANSWERS
 from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import app_of
-from fedtune.errors import InputError
 from fedtune.observe import StatusFile
-from fedtune.registry.rounding import rounded_up
 from fedtune.report.figures import short
-from fedtune.run_folder import ANSWERS
 from tests.cli_kit import SITE, tree
 from tests.cli_kit import run as command
 

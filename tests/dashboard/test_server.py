@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
+from fedtune.core.errors import InfrastructureError
 from fedtune.dashboard import connections, server
 from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import HERE, POLICY, app_of, serve
-from fedtune.errors import InfrastructureError
 from fedtune.observe import StatusFile
 from fedtune.observe.status import read_status
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fedtune.config import Study
+from fedtune.core.config import Study
 
 SPECIAL = ["<bos>", "<eos>", "<|user|>", "<|assistant|>", "<|system|>"]
 CHAT = (

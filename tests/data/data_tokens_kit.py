@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.config import Columns, DataFile, EvaluationTable, Study
-from fedtune.data.dataset import Dataset, Example
-from fedtune.data.load import load_dataset
-from fedtune.errors import DataError
+from fedtune.core.config import Columns, DataFile, EvaluationTable, Study
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.data.load import load_dataset
+from fedtune.core.errors import DataError
 
 Jsonl = Callable[..., Path]
 MakeStudy = Callable[..., Study]

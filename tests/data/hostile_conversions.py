@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.data.converters import Converter, Row
+from fedtune.core.data.converters import Converter, Row
 
 MEMORY: list[int] = []
 PAGE = mmap.mmap(-1, 4096)  # shared with what is forked later

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fedtune.config import Columns, SiteData
-from fedtune.data.records import read_records
-from fedtune.data.sources._arrow import rows_of
-from fedtune.errors import DataError
+from fedtune.core.config import Columns, SiteData
+from fedtune.core.data.records import read_records
+from fedtune.core.data.sources._arrow import rows_of
+from fedtune.core.errors import DataError
 
 COLUMNS = Columns(text="note", label="desk", patient="who")
 SECRET = "Zaphod-Beeblebrox-1979"

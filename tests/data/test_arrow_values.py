@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedtune.data.files import rows
-from fedtune.data.sources import _arrow, parquet
-from fedtune.data.sources._interface import Names
-from fedtune.data.sources.parquet import Parquet
-from fedtune.errors import DataError
+from fedtune.core.data.files import rows
+from fedtune.core.data.sources import _arrow, parquet
+from fedtune.core.data.sources._interface import Names
+from fedtune.core.data.sources.parquet import Parquet
+from fedtune.core.errors import DataError
 
 ROWS = 4
 MIDNIGHT = 86_400 * 10**6  # 24:00:00 in microseconds, which a database's time type has

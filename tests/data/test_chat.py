@@ -13,12 +13,12 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from fedtune.config import Columns, ObjectiveTable, SiteData
-from fedtune.data import chat
-from fedtune.data.load import check_columns
-from fedtune.data.records import Record
-from fedtune.data.tokenize import _tokenise
-from fedtune.errors import ConfigError
+from fedtune.core.config import Columns, ObjectiveTable, SiteData
+from fedtune.core.data import chat
+from fedtune.core.data.load import check_columns
+from fedtune.core.data.records import Record
+from fedtune.core.data.tokenize import _tokenise
+from fedtune.core.errors import ConfigError
 from tests.server.fakes import make_study
 
 TURNS = [{"role": "user", "content": "how are you?"}, {"role": "assistant", "content": "fine"}]

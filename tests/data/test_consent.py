@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedtune.config import Columns, ConsentTable, SiteData
-from fedtune.data.records import Read, read_file
-from fedtune.errors import DataError
+from fedtune.core.config import Columns, ConsentTable, SiteData
+from fedtune.core.data.records import Read, read_file
+from fedtune.core.errors import DataError
 
 COLUMNS = Columns(text="note", patient="who")
 COLUMN = {"column": "agreed"}

@@ -16,18 +16,24 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fedtune import system_calls
-from fedtune.client import studies
-from fedtune.client.before_joining import check_before_joining
-from fedtune.config import Columns, Site, SiteData, load_site
-from fedtune.config.site import ConvertTable
-from fedtune.data import conversion
-from fedtune.data.conversion import Conversion, Unconverted
-from fedtune.data.per_unit import per_unit
-from fedtune.data.records import Read, content_of, count_otherwise_alone, read_file
-from fedtune.data.sources import Row
-from fedtune.data.typed_rows import BYTES, given_bytes, given_rows, returned_bytes, returned_rows
-from fedtune.errors import ConfigError, DataError, InfrastructureError
+from fedtune.core import system_calls
+from fedtune.core.config import Columns, Site, SiteData, load_site
+from fedtune.core.config.site import ConvertTable
+from fedtune.core.data import conversion
+from fedtune.core.data.conversion import Conversion, Unconverted
+from fedtune.core.data.per_unit import per_unit
+from fedtune.core.data.records import Read, content_of, count_otherwise_alone, read_file
+from fedtune.core.data.sources import Row
+from fedtune.core.data.typed_rows import (
+    BYTES,
+    given_bytes,
+    given_rows,
+    returned_bytes,
+    returned_rows,
+)
+from fedtune.core.errors import ConfigError, DataError, InfrastructureError
+from fedtune.core.vault import studies
+from fedtune.officer.before_joining import check_before_joining
 from tests.data import hostile_conversions as hostile
 from tests.plugins import install
 
@@ -69,8 +75,8 @@ pytestmark = pytest.mark.skipif(
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path(hostile.__file__).read_text(encoding="utf-8")
     text = text.replace(
-        "from fedtune.data.converters import",
-        "from fedtune.errors import ConfigError\nfrom fedtune.data.converters import",
+        "from fedtune.core.data.converters import",
+        "from fedtune.core.errors import ConfigError\nfrom fedtune.core.data.converters import",
     )
     install(tmp_path / "installed", monkeypatch, MODULE, text + PLAIN, POINTS)
     monkeypatch.setattr(conversion, "CPU_SECONDS", 2)
@@ -147,7 +153,7 @@ OF_ONE_PROCESS = {
 @pytest.mark.parametrize("how", sorted(set(hostile.CARRY) - set(OF_ONE_PROCESS)))
 def test_in_one_process_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """The twin."""
-    monkeypatch.setattr("fedtune.data.records.Conversion", InThisProcess)
+    monkeypatch.setattr("fedtune.core.data.records.Conversion", InThisProcess)
     given = {"how": how, "place": str(tmp_path)}
     with forgotten():
         with_it = read(tmp_path, ROWS, **given)
@@ -166,8 +172,8 @@ def test_a_fork_alone_does_not_stop_it(
 ) -> None:
     """The twin: a child for each unit, without the filter of system calls."""
     (tmp_path / "unconfined.py").write_text(
-        "from fedtune import isolation\n"
-        "from fedtune.data import conversion_process\n"
+        "from fedtune.core import isolation\n"
+        "from fedtune.core.data import conversion_process\n"
         "isolation.only_computing = lambda: isolation.Confinement(('seccomp',))\n"
         "conversion_process.main()\n"
     )
@@ -181,7 +187,7 @@ def test_a_fork_alone_does_not_stop_it(
 
 WAITS = """
 import ctypes, errno, json, struct, sys, time
-from fedtune import isolation
+from fedtune.core import isolation
 libc = ctypes.CDLL(None, use_errno=True)
 FUTEX, MADVISE = (202, 28) if sys.argv[1] == "x86_64" else (98, 233)
 word, soon = ctypes.c_uint32(0), ctypes.create_string_buffer(struct.pack("qq", 0, 10_000_000))
@@ -248,7 +254,7 @@ def test_harm_is_the_units_own(tmp_path: Path, how: str) -> None:
 
 def test_in_one_process_harm_is_everybodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: what ends a process, or replaces one of its functions, is not its unit's alone."""
-    monkeypatch.setattr("fedtune.data.records.Conversion", InThisProcess)
+    monkeypatch.setattr("fedtune.core.data.records.Conversion", InThisProcess)
     with pytest.raises(SystemExit):
         read(tmp_path, ROWS, how="exit_from_python")
     with pytest.raises(KeyboardInterrupt):
@@ -421,8 +427,8 @@ def test_without_a_filter_nothing_is_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "unfiltered.py").write_text(
-        "from fedtune import isolation\n"
-        "from fedtune.data import conversion_process\n"
+        "from fedtune.core import isolation\n"
+        "from fedtune.core.data import conversion_process\n"
         "isolation.only_computing = lambda: isolation.Confinement()\n"
         "conversion_process.main()\n"
     )
@@ -490,10 +496,10 @@ def test_a_vault_converts_without_a_network(tmp_path: Path) -> None:
     """What a vault is confined by is inherited, and leaves a conversion what it needs."""
     program = (
         "import json, sys\n"
-        "from fedtune import isolation\n"
+        "from fedtune.core import isolation\n"
         "isolation.no_network()\n"
-        "from fedtune.config.site import ConvertTable\n"
-        "from fedtune.data.conversion import Conversion\n"
+        "from fedtune.core.config.site import ConvertTable\n"
+        "from fedtune.core.data.conversion import Conversion\n"
         "with Conversion(ConvertTable(name='plain')) as convert:\n"
         "    print(json.dumps(convert([{'t': 'a. b'}])))\n"
     )
@@ -522,7 +528,7 @@ def test_a_sample_of_units_is_converted_again_alone(
     )
     loaded = load_site(site)
     check_before_joining(loaded)
-    monkeypatch.setattr("fedtune.data.records.Conversion", InThisProcess)
+    monkeypatch.setattr("fedtune.core.data.records.Conversion", InThisProcess)
     with pytest.raises(DataError, match="3 of at most 8 units that were tried are converted"):
         check_before_joining(loaded)
     monkeypatch.setattr(studies, "under_way", lambda _: {"plan": "a study"})

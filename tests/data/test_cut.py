@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fedtune.config import Columns, EvaluationTable
-from fedtune.data import tokenize
-from fedtune.data.dataset import Example
-from fedtune.data.load import load_dataset
-from fedtune.data.tokenize import passage_of
+from fedtune.core.config import Columns, EvaluationTable
+from fedtune.core.data import tokenize
+from fedtune.core.data.dataset import Example
+from fedtune.core.data.load import load_dataset
+from fedtune.core.data.tokenize import passage_of
 from tests.data.data_tokens_kit import (
     LABELLED,
     MESSAGES,

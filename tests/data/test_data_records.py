@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedtune.config import Columns, DataFile, EvaluationTable
-from fedtune.data.records import Record, read_records
-from fedtune.data.sources import jsonl as jsonl_module
-from fedtune.data.sources._interface import Names
-from fedtune.data.sources.jsonl import Jsonl
-from fedtune.errors import DataError
+from fedtune.core.config import Columns, DataFile, EvaluationTable
+from fedtune.core.data.records import Record, read_records
+from fedtune.core.data.sources import jsonl as jsonl_module
+from fedtune.core.data.sources._interface import Names
+from fedtune.core.data.sources.jsonl import Jsonl
+from fedtune.core.errors import DataError
 
 Lines = Callable[..., Path]
 

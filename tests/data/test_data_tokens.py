@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from fedtune.config import Columns, PublicTable
-from fedtune.data.dataset import Example
-from fedtune.data.load import load_dataset
+from fedtune.core.config import Columns, PublicTable
+from fedtune.core.data.dataset import Example
+from fedtune.core.data.load import load_dataset
 from tests.data.data_tokens_kit import (
     LABELLED,
     MESSAGES,

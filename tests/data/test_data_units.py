@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedtune.config import Columns, Study
-from fedtune.data import load as tokens
-from fedtune.data.dataset import Example, SoftTargets
-from fedtune.data.files import Rejected
-from fedtune.data.records import Record, unit_member
+from fedtune.core.config import Columns, Study
+from fedtune.core.data import load as tokens
+from fedtune.core.data.dataset import Example, SoftTargets
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import Record, unit_member
 from tests.data.data_tokens_kit import (
     LABELLED,
     MESSAGES,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import Columns, SiteData
-from fedtune.data.records import Read, read_file
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import Columns, SiteData
+from fedtune.core.data.records import Read, read_file
+from fedtune.core.errors import ConfigError, DataError
 
 DATA = Path(os.environ.get("FEDTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data")
 COLUMNS = Columns(text="text", label="type", patient="patient")

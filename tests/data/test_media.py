@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedtune.config import Columns, DataFile
-from fedtune.data import media
-from fedtune.data.files import Rejected
-from fedtune.data.records import read_records
-from fedtune.errors import ConfigError
+from fedtune.core.config import Columns, DataFile
+from fedtune.core.data import media
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import read_records
+from fedtune.core.errors import ConfigError
 from tests.media import image, recording
 
 ASK = Columns(image="image", prompt="q", completion="a")
@@ -208,8 +208,8 @@ def test_no_record_decides_which_modules_are_imported(
     looks = f"""if True:
         import json, pathlib, sys
         import numpy, PIL.Image
-        from fedtune.config import Columns, DataFile
-        from fedtune.data import media, records
+        from fedtune.core.config import Columns, DataFile
+        from fedtune.core.data import media, records
         if sys.argv[1] == "alone":
             media.import_decoders = records.import_decoders = lambda kind: None
         folder = pathlib.Path({str(tmp_path)!r})

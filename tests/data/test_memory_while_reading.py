@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedtune.config import Columns, DataFile, SiteData
-from fedtune.data import records
-from fedtune.data.records import read_records
-from fedtune.data.sources import _arrow, fhir, jsonl
-from fedtune.data.sources._interface import Names
-from fedtune.data.sources.jsonl import Jsonl
+from fedtune.core.config import Columns, DataFile, SiteData
+from fedtune.core.data import records
+from fedtune.core.data.records import read_records
+from fedtune.core.data.sources import _arrow, fhir, jsonl
+from fedtune.core.data.sources._interface import Names
+from fedtune.core.data.sources.jsonl import Jsonl
 
 COLUMNS = Columns(text="note", patient="who")
 ROWS = [{"who": f"p{number}", "note": f"note {number}"} for number in range(3)]

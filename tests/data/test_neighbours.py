@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedtune.client import sheet
-from fedtune.config import Columns, ConsentTable, SiteData, load_site
-from fedtune.data import media
-from fedtune.data.files import Rejected
-from fedtune.data.records import Read, read_file
+from fedtune.core.config import Columns, ConsentTable, SiteData, load_site
+from fedtune.core.data import media
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import Read, read_file
+from fedtune.officer import sheet
 from tests import databases
 from tests.data.test_fhir_source import document
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config import Columns, DataFile
-from fedtune.data import load as loading
-from fedtune.data.dataset import Dataset, Example, SoftTargets
-from fedtune.data.load import load_dataset
-from fedtune.data.records import Record
+from fedtune.core.config import Columns, DataFile
+from fedtune.core.data import load as loading
+from fedtune.core.data.dataset import Dataset, Example, SoftTargets
+from fedtune.core.data.load import load_dataset
+from fedtune.core.data.records import Record
 from tests.data.data_tokens_kit import Jsonl, MakeStudy, MakeTok
 
 Rows = list[dict[str, Any]]

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedtune.config import Columns, DataFile, SiteData, load_site
-from fedtune.data.load import load_dataset
-from fedtune.data.records import read_file, read_records
-from fedtune.data.sources._encoding import encoding_of
-from fedtune.data.sources.csv import Csv, guessed
-from fedtune.data.sources.jsonl import json_lines
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import Columns, DataFile, SiteData, load_site
+from fedtune.core.data.load import load_dataset
+from fedtune.core.data.records import read_file, read_records
+from fedtune.core.data.sources._encoding import encoding_of
+from fedtune.core.data.sources.csv import Csv, guessed
+from fedtune.core.data.sources.jsonl import json_lines
+from fedtune.core.errors import ConfigError, DataError
 from tests.data.data_tokens_kit import LABELLED, SECRET, Jsonl, MakeStudy, Tok
 
 TEXT = Columns(text="t")

@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fedtune.bases import wheel
-from fedtune.client import data_scan
-from fedtune.config import Columns, SiteData, Study
-from fedtune.config.scan import KINDS, ScanTable
-from fedtune.data import scan, scan_engine
-from fedtune.data.dataset import Dataset
-from fedtune.data.load import load_dataset
-from fedtune.data.scan import FOUND, Finding, Scanner
-from fedtune.errors import ModelError
-from fedtune.registry import process_cache
+from fedtune.core.bases import wheel
+from fedtune.core.config import Columns, SiteData, Study
+from fedtune.core.config.scan import KINDS, ScanTable
+from fedtune.core.data import scan, scan_engine
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import load_dataset
+from fedtune.core.data.scan import FOUND, Finding, Scanner
+from fedtune.core.errors import ModelError
+from fedtune.core.registry import process_cache
+from fedtune.officer import data_scan
 from tests.cli_kit import run
 
 installed = pytest.mark.skipif(

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import Columns, SiteData, load_site, load_study
-from fedtune.data.files import rows
-from fedtune.data.records import read_records
-from fedtune.data.sources import SOURCES, Names, Row, Source, by_suffix
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import Columns, SiteData, load_site, load_study
+from fedtune.core.data.files import rows
+from fedtune.core.data.records import read_records
+from fedtune.core.data.sources import SOURCES, Names, Row, Source, by_suffix
+from fedtune.core.errors import ConfigError, DataError
 from tests.plugins import install
 
 SECRET = "Zaphod-Beeblebrox-1979"
 TEXT = Columns(text="t")
 CODE = """
 from dataclasses import dataclass
-from fedtune.data.sources import Source
+from fedtune.core.data.sources import Source
 
 @dataclass(frozen=True)
 class Odd(Source):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedtune.config import Columns, SiteData, load_site, save
-from fedtune.data.records import Read, read_file
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import Columns, SiteData, load_site, save
+from fedtune.core.data.records import Read, read_file
+from fedtune.core.errors import ConfigError, DataError
 from tests import databases
 from tests.databases import Made
 
@@ -179,7 +179,7 @@ def test_a_file_that_is_no_database_is_an_error(tmp_path: Path, kind: str) -> No
 
 
 def test_nothing_can_be_written(made: Made) -> None:
-    from fedtune.data.sources._databases import connected
+    from fedtune.core.data.sources._databases import connected
 
     made.table("note", NOTE, ROWS)
     with (
@@ -283,7 +283,7 @@ def test_no_message_has_what_may_be_a_secret(tmp_path: Path) -> None:
 
 
 def test_a_query_writes_nothing_though_it_ends_the_transaction(server: str, tmp_path: Path) -> None:
-    from fedtune.data.sources._databases import connected
+    from fedtune.core.data.sources._databases import connected
 
     made = databases.made("postgresql", tmp_path, server)
     made.table("note", NOTE, ROWS)

@@ -1,9 +1,11 @@
-"""What must be right for ε: the modules that a site's vault can load, by import graph.
+"""What must be right for ε: the modules of fedtune/core, with what each is for.
 
     python -m tests.docs.boundary     # writes docs/what-must-be-right.md
 
-Imports inside functions count; those for types alone do not. A plug-in of this release is imported
-by its name, so each is named here as a beginning, and so is each package that holds a module."""
+A contract in pyproject.toml keeps fedtune.core from importing anything of fedtune outside it. What
+a vault can load is followed here through the graph of imports, so that nothing else lives there:
+imports inside functions count, those for types alone do not. A plug-in of this release is imported
+by its name, so each is named as a beginning, and so is each package that holds a module."""
 
 from __future__ import annotations
 
@@ -16,13 +18,15 @@ from pathlib import Path
 
 import grimp
 
-from fedtune.data.sources import SOURCES
-from fedtune.modalities import MODALITIES
-from fedtune.objectives import OBJECTIVES
+from fedtune.core.data.sources import SOURCES
+from fedtune.core.modalities import MODALITIES
+from fedtune.core.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "what-must-be-right.md"
-VAULT = ("fedtune.client.vault_process",)
+CORE = "fedtune.core"
+# The vault itself, and the program of a process that converts one unit's rows for it.
+PROGRAMS = ("fedtune.core.vault.process", "fedtune.core.data.conversion_process")
 BY_NAME = (OBJECTIVES, MODALITIES, SOURCES)  # what a plan or a site file names a class of
 SMALL = 2  # lines of a package's __init__ that holds a docstring alone
 
@@ -31,25 +35,25 @@ PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "The vault",
         "The process and the order of things: plan, policy, records, charge, noised steps, seal.",
-        ("client",),
+        ("vault",),
     ),
     (
         "The gate",
         "What a plan may ask for, and what it costs: the policy, the accountants, the filter.",
         (
-            *("client.policy", "client.declared", "client.waiting_plans", "client.studies"),
-            *("config.sheet", "dp.accountant", "dp.calibration", "dp.filter", "strategies"),
+            *("vault.policy", "vault.declared", "vault.waiting_plans", "vault.studies"),
+            *("config.sheet", "dp.accountant", "dp.calibration", "dp.filter", "strategy"),
         ),
     ),
     (
         "The ledger",
         "What was spent, by whom, signed and chained; the log of what the site's process did.",
-        ("ledger", "evidence", "client.noted"),
+        ("ledger", "vault.noted"),
     ),
     (
         "The units",
         "Rows of files and tables become units, and units become examples, one at a time.",
-        ("data", "modalities", "client.reading"),
+        ("data", "modalities", "vault.reading"),
     ),
     (
         "The mechanism",
@@ -65,10 +69,7 @@ PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "The ground",
         "Configuration, whole files on disk, processes and their confinement, errors, plug-ins.",
-        (
-            *("", "config", "files", "registry", "errors", "boot", "progress", "run_folder"),
-            *("isolation", "system_calls", "processes"),
-        ),
+        ("",),
     ),
 )
 # Import name -> the distribution, and what ε needs of it.
@@ -98,11 +99,13 @@ OTHERS = {
 }
 HEAD = """# What must be right
 
-ε holds at a site if this code is right: all of fedtune that the vault, the process that holds the
-records and has no network, can load to admit a plan, charge it, read the records, train, and
-answer. Written by `python -m tests.docs.boundary` from the imports, with the first sentence of each
-file; not edited by hand. A test has vaults train, answer queries, share noise and refuse in a
-process of their own, and finds no other module of fedtune in it, and no Flower.
+ε holds at a site if this code is right: the package `fedtune/core`. It is all of fedtune that the
+vault, the process that holds the records and has no network, can load to admit a plan, charge it,
+read the records, train, and answer. It imports nothing of fedtune outside itself; a contract in
+`pyproject.toml` holds it to that. A test has vaults train, answer queries, share noise and refuse
+in a process of their own, and finds no other module of fedtune there, and no Flower; another finds
+nothing in the package that a vault cannot load. Written by `python -m tests.docs.boundary`, with
+the first sentence of each file; not edited by hand.
 
 What a person does at a site (withdraw, accept, sign, restore) enters the ledger by *the ledger*
 below, in a process of its own. In a simulation all is one process.
@@ -120,12 +123,12 @@ class Module:
     @property
     def part(self) -> str:
         """Return the title of the part that it belongs to."""
-        own = self.name.removeprefix("fedtune").lstrip(".")
+        own = _short(self.name)
         fitting = {
             prefix: title
             for title, _, prefixes in PARTS
             for prefix in prefixes
-            if own == prefix or (prefix and own.startswith(f"{prefix}."))
+            if own == prefix or not prefix or own.startswith(f"{prefix}.")
         }
         return fitting[max(fitting, key=len)]
 
@@ -154,23 +157,25 @@ def reached(beginnings: Iterable[str]) -> set[str]:
 
 
 def beginnings() -> tuple[str, ...]:
-    """Name the vault's module, and each plug-in of this release that a plan or a site names."""
+    """Name the vault's programs, and each plug-in of this release that a plan or a site names."""
     named = [f"{group.package}.{name}" for group in BY_NAME for name in group.release()]
-    return (*VAULT, *named)
+    return (*PROGRAMS, *named)
 
 
 def modules() -> list[Module]:
-    """List the modules of fedtune that a site's vault can load, by name."""
-    return [_module(name) for name in sorted(reached(beginnings())) if _is_ours(name)]
+    """List fedtune.core's modules by name, after that of fedtune, which Python imports first."""
+    core = {CORE, *graph().find_descendants(CORE)}
+    return [_module(name) for name in ("fedtune", *sorted(core))]
 
 
 def others() -> list[str]:
     """List the import names of other distributions that the vault's modules import."""
-    found = {name for name in reached(beginnings()) if not _is_ours(name)}
+    found = {name for name in reached(beginnings()) if not is_ours(name)}
     return sorted(found - sys.stdlib_module_names)
 
 
-def _is_ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
+    """Tell a module of fedtune from another distribution's."""
     return name.partition(".")[0] == "fedtune"
 
 
@@ -214,7 +219,7 @@ def _parts(listed: list[Module]) -> Iterator[str]:
 
 
 def _short(name: str) -> str:
-    return name.removeprefix("fedtune.")
+    return name.removeprefix(CORE).lstrip(".")
 
 
 def _others() -> Iterator[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from fedtune.config import Site, Study, load_site, load_study
+from fedtune.core.config import Site, Study, load_site, load_study
 from tests.test_deploy_commands import parse
 
 ROOT = Path(__file__).parents[2]

@@ -19,13 +19,13 @@ import typer
 
 import fedtune
 from fedtune.cli.main import app
-from fedtune.config import Columns, Site, Study
-from fedtune.config.types import Table
-from fedtune.data.sources import SOURCES
-from fedtune.errors import FedtuneError
-from fedtune.objectives import OBJECTIVES
-from fedtune.progress import OnEvent
-from fedtune.strategies import STRATEGIES
+from fedtune.core.config import Columns, Site, Study
+from fedtune.core.config.types import Table
+from fedtune.core.data.sources import SOURCES
+from fedtune.core.errors import FedtuneError
+from fedtune.core.objectives import OBJECTIVES
+from fedtune.core.progress import OnEvent
+from fedtune.core.strategy import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference.md"

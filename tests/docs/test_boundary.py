@@ -1,4 +1,4 @@
-"""The page of what must be right names every module that a site's vault loads."""
+"""fedtune/core is what a site's vault loads, and the page of what must be right names each file."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey
 from fedtune.server.admission import plan_message
-from fedtune.wire.keys import SigningKey
 from tests.docs import boundary
 from tests.guarantee.property_files import WRITERS, bases_of
 from tests.guarantee.property_plans import (
@@ -203,9 +203,21 @@ def test_a_vault_loads_nothing_that_the_page_does_not_name(
     assert not {"flwr", "grpc"} & set(found["others"])  # nor any network's library
 
 
-@pytest.mark.parametrize("module", ["fedtune.report.claim", "fedtune.client.review"])
+@pytest.mark.parametrize("module", ["fedtune.report.claim", "fedtune.officer.review"])
 def test_twin_a_module_that_is_loaded_beside_a_vault_is_found(tmp_path: Path, module: str) -> None:
     assert module in not_on_the_page(alone(tmp_path, module)["loaded"])
+
+
+def test_the_core_holds_nothing_that_a_vault_cannot_load() -> None:
+    loaded = {name for name in boundary.reached(boundary.beginnings()) if boundary.is_ours(name)}
+    assert {module.name for module in boundary.modules()} == loaded
+
+
+def test_twin_a_program_of_another_part_reaches_what_is_not_in_the_core() -> None:
+    loaded = {
+        name for name in boundary.reached(["fedtune.courier.process"]) if boundary.is_ours(name)
+    }
+    assert loaded - {module.name for module in boundary.modules()}
 
 
 def test_the_page_is_what_the_imports_say() -> None:

@@ -40,7 +40,7 @@ def test_files_that_are_named_are_there(path: Path) -> None:
 
 def test_twin_a_file_that_is_not_there_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("`dp/clip.py`, `fedtune/dp/clip.py`, `dp/no_such.py`, `Step`\n")
+    page.write_text("`core/dp/clip.py`, `fedtune/core/dp/clip.py`, `dp/no_such.py`, `Step`\n")
     assert list(missing_files(page)) == ["dp/no_such.py"]
 
 

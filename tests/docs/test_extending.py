@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.config.sites import sites_in
-from fedtune.errors import Refused
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import Refused
 from fedtune.observe import observer
 from fedtune.observe.trackers import TRACKERS
 from tests.docs.pages import ROOT, Block, read
@@ -156,7 +156,7 @@ def test_the_converter_passes_its_contracts(tmp_path: Path) -> None:
 
 COUNTING = """
 from dataclasses import dataclass
-from fedtune.data.converters import Converter
+from fedtune.core.data.converters import Converter
 SEEN = []
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def test_a_site_that_names_none_of_them_takes_no_part(
 
 BATCH_MEAN = """
 from dataclasses import dataclass
-from fedtune.objectives import Objective, likelihood
+from fedtune.core.objectives import Objective, likelihood
 
 @dataclass(frozen=True)
 class BatchMean(Objective):

@@ -9,9 +9,9 @@ import click
 import pytest
 
 import fedtune
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.metrics import METRICS
 from fedtune.observe.metrics import Metrics
-from fedtune.registry.metrics import METRICS
 from tests.docs import man, reference
 from tests.observe.test_metrics import SITE
 

@@ -21,16 +21,16 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from fedtune.client.vault_process import serve
-from fedtune.config import Site, load_site, study_from_json
-from fedtune.ledger.files import DATABASE
-from fedtune.registry import process_cache
-from fedtune.secagg.statement import parse, set_text
-from fedtune.wire.arrays import bodies, pack_arrays
-from fedtune.wire.codec import encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.requests import Answer, Kind, Request, receive_answer, send
-from fedtune.wire.seal import digest_beside, order
+from fedtune.core.config import Site, load_site, study_from_json
+from fedtune.core.ledger.files import DATABASE
+from fedtune.core.registry import process_cache
+from fedtune.core.secagg.statement import parse, set_text
+from fedtune.core.vault.process import serve
+from fedtune.core.wire.arrays import bodies, pack_arrays
+from fedtune.core.wire.codec import encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.requests import Answer, Kind, Request, receive_answer, send
+from fedtune.core.wire.seal import digest_beside, order
 
 SUFFIX: dict[Kind, str] = {"ready": ":ready", "masked": ":masked", "evaluate": ":evaluation"}
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.config import load_site
-from fedtune.errors import ConfigError, InputError, NotGenuine, Refused
-from fedtune.evidence import audit_log
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, InputError, NotGenuine, Refused
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.dossier import seal
 from fedtune.evidence.dossier.release import approve
 from fedtune.evidence.verify import verify
-from fedtune.ledger.ledger import Ledger
-from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 
 WHO = {"name": "Dr Ada Lund", "role": "data protection officer", "reason": "read on 3 May"}

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import objectives
-from fedtune.bases.find import find_base
+from fedtune.core import objectives
+from fedtune.core.bases.find import find_base
+from fedtune.core.objectives import resolve
 from fedtune.derive.model_card import write_card
 from fedtune.evidence.dossier.card import SECTIONS, card
-from fedtune.models.run import Run
-from fedtune.objectives import resolve
+from fedtune.runs.run import Run
 from tests.heads_kit import CAUSAL_LORA, LABELS, REPORT, made_run
 from tests.objectives.test_contract import every, plain
 from tests.plugins import install
@@ -24,7 +24,7 @@ CLASSES, SCORE, TEXT = "text-classification", "text-classification", "text-gener
 EXPECTED = {"classify": CLASSES, "reward": SCORE, "causal_lm": TEXT, "dpo": TEXT, "plugged": SCORE}
 PLUGGED = """
 from dataclasses import dataclass
-from fedtune.objectives.reward import Reward
+from fedtune.core.objectives.reward import Reward
 
 @dataclass(frozen=True)
 class Plugged(Reward):

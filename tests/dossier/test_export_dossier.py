@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
 from tests.cli_kit import run as command

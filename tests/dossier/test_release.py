@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import ConfigError, InputError, NotGenuine, Refused
-from fedtune.evidence import sign
+from fedtune.core.errors import ConfigError, InputError, NotGenuine, Refused
+from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.evidence import fingerprints, sign
 from fedtune.evidence.dossier import content as dossier_content
 from fedtune.evidence.dossier import openssf, pictures, seal
 from fedtune.evidence.dossier.curve import curve
@@ -25,8 +26,6 @@ from fedtune.evidence.dossier.page import page
 from fedtune.evidence.dossier.release import details_template, read_details, release
 from fedtune.evidence.dossier.sbom import INSTALLED, RECORDED
 from fedtune.evidence.verify import verify
-from fedtune.wire import fingerprints
-from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.dossier.conftest import CONTACT
 from tests.verify_kit import forged, lower, write_report

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import FedtuneError, NotGenuine, Refused
+from fedtune.core.errors import FedtuneError, NotGenuine, Refused
+from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.dossier import seal
 from fedtune.evidence.dossier.content import dumped
 from fedtune.evidence.dossier.facts import documents, facts_in, numbers, resolve, show
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.verify import verify
-from fedtune.wire.keys import SigningKey, canonical
 from tests.cli_kit import run as command
 from tests.verify_kit import forged, lower
 

@@ -16,9 +16,9 @@ import signal
 import sys
 from pathlib import Path
 
-from fedtune.errors import BudgetExceeded
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger, LedgerError
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger, LedgerError
 
 STUDY = "sha256:" + "5d" * 32
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable, Study
-from fedtune.data.dataset import Dataset, Example
-from fedtune.dp.plan import DpPlan
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable, Study
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.ledger_kit import run_round
 
 

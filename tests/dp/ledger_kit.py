@@ -6,9 +6,9 @@ import math
 import os
 from pathlib import Path
 
-from fedtune.dp.steplog import Step, StepLog
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
 
 STUDY = "sha256:" + "5d" * 32
 CHAOS = Path(__file__).with_name("chaos.py")

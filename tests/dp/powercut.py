@@ -19,9 +19,9 @@ from typing import Any
 import apsw
 import pytest
 
-from fedtune.files import writing
-from fedtune.ledger import chain
-from fedtune.ledger import files as ledger_files
+from fedtune.core.files import writing
+from fedtune.core.ledger import chain
+from fedtune.core.ledger import files as ledger_files
 
 SECTOR = 512
 Op = tuple[Any, ...]  # (what, path relative to the folder, …), or a mark of the test's own

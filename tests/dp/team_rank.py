@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from fedtune.dp import noise
-from fedtune.dp.clip import Chunk
-from fedtune.errors import InfrastructureError
-from fedtune.training.data_parallel import Group, sum_over_workers
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.dp import noise
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.training.data_parallel import Group, sum_over_workers
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan
 
 SIZES = [1, 3, 2, 1, 4, 2, 1]  # records of each patient of the real engine
@@ -44,11 +44,11 @@ def zeros(dimension: int) -> Any:
 def engine(base: str, each_alone: bool) -> UnitGradientEngine:
     """The shipped engine over generated patients; each_alone: a micro-batch is one record, so that
     no row's rounding depends on who is beside it."""
-    from fedtune.bases.find import find_base
-    from fedtune.config import LoraTable
-    from fedtune.models.cache import CachedDataset
-    from fedtune.models.network import Network
-    from fedtune.objectives.causal_lm import CausalLM
+    from fedtune.core.bases.find import find_base
+    from fedtune.core.config import LoraTable
+    from fedtune.core.models.cache import CachedDataset
+    from fedtune.core.models.network import Network
+    from fedtune.core.objectives.causal_lm import CausalLM
     from tests.dp.conftest import records
 
     lora = LoraTable(rank=4, alpha=8.0, modules=("q_proj", "gate_proj"), last_layers=2)

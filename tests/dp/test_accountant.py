@@ -8,8 +8,8 @@ from dp_accounting.pld import PLDAccountant
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-from fedtune.dp import accountant
-from fedtune.dp.accountant import (
+from fedtune.core.dp import accountant
+from fedtune.core.dp.accountant import (
     AccountantsDisagree,
     Steps,
     affordable_steps,

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune.errors import BudgetExceeded
-from fedtune.ledger.cohorts import Arrivals
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger.cohorts import Arrivals
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 MOST = 3  # rounds that a life pays for
@@ -158,8 +158,8 @@ def test_what_a_restore_charges_for_counts_against_all(tmp_path: Path, book: Led
 
 
 def test_an_arrival_that_was_edited_is_noticed(book: Ledger) -> None:
-    from fedtune.ledger.chain import connect
-    from fedtune.ledger.ledger import LedgerError
+    from fedtune.core.ledger.chain import connect
+    from fedtune.core.ledger.ledger import LedgerError
 
     declare(book, unit("a"))
     book.reserve_for("records", charge(1), "a", permit)

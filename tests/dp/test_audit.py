@@ -14,13 +14,13 @@ import torch
 from scipy.stats import binom, norm
 
 from fedtune.audit import bounds, coins, gaussian, secret
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable, Study
-from fedtune.dp import clip, noise
-from fedtune.dp.plan import DpPlan
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.causal_lm import CausalLM
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable, Study
+from fedtune.core.dp import clip, noise
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.causal_lm import CausalLM
 from tests import chance
 from tests.dp.conftest import make_plan, study
 
@@ -234,8 +234,8 @@ def test_secrets_that_were_not_trained_on_have_exposure_by_chance(
 
 def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_path: Path) -> None:
     """Trained on the planted rows without clipping or noise, the adapter gives them away."""
-    from fedtune.config import Columns, EvaluationTable
-    from fedtune.data.load import load_dataset
+    from fedtune.core.config import Columns, EvaluationTable
+    from fedtune.core.data.load import load_dataset
 
     made = of(tiny_base)
     rows = secret.planted(made, secrets=3)

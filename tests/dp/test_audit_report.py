@@ -11,10 +11,10 @@ import pytest
 
 from fedtune import audit
 from fedtune.audit import coins, gaussian
-from fedtune.config import load_study
-from fedtune.errors import ConfigError, InputError
-from fedtune.models.run import Run
+from fedtune.core.config import load_study
+from fedtune.core.errors import ConfigError, InputError
 from fedtune.report.audit import section
+from fedtune.runs.run import Run
 
 STUDY = """
 [study]
@@ -60,7 +60,7 @@ def test_audit_of_a_study(study_file: Path, tmp_path: Path) -> None:
 def test_audit_of_a_run_stands_beside_its_claim(
     study_file: Path, tmp_path: Path, tiny_base: Path
 ) -> None:
-    from fedtune.models.build import build
+    from fedtune.core.models.build import build
     from fedtune.report import write
 
     made, run = load_study(study_file), tmp_path / "run"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.filter import best_order, filtered_epsilon, total_epsilon
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.dp.filter import best_order, filtered_epsilon, total_epsilon
 
 DELTA = 1e-4
 ONE, OTHER = Steps(2.0, 0.5, 20), Steps(4.0, 1.0, 5)

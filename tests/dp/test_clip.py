@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.dp import clip
+from fedtune.core.dp import clip
 
 
 @pytest.mark.parametrize("mode", ["flat", "normalised"])

@@ -14,24 +14,32 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from fedtune.bases.find import find_base
-from fedtune.client.policy import refusals
-from fedtune.client.review import review
-from fedtune.config import Columns, DataFile, PolicyTable, SiteData, Study, load_site, load_study
-from fedtune.data.dataset import Dataset
-from fedtune.data.load import load_dataset
-from fedtune.dp import clip
-from fedtune.errors import ConfigError, PolicyRefused
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.cache import CachedDataset
-from fedtune.models.loaded import load
-from fedtune.models.network import Network
-from fedtune.models.teacher import TeacherFunction, soft_targets_of, teacher_for
-from fedtune.objectives import resolve
-from fedtune.objectives.distill import Distill, divergence
-from fedtune.registry import process_cache
-from fedtune.training import selftest
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import (
+    Columns,
+    DataFile,
+    PolicyTable,
+    SiteData,
+    Study,
+    load_site,
+    load_study,
+)
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import load_dataset
+from fedtune.core.dp import clip
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.loaded import load
+from fedtune.core.models.network import Network
+from fedtune.core.models.teacher import TeacherFunction, soft_targets_of, teacher_for
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives.distill import Distill, divergence
+from fedtune.core.registry import process_cache
+from fedtune.core.training import selftest
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.core.vault.policy import refusals
+from fedtune.officer.review import review
 from tests.dp.conftest import study
 from tests.simulated import simulate
 from tests.test_end_to_end import lay_out

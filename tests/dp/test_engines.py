@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
-from fedtune.dp import clip
-from fedtune.training import engines
-from fedtune.training.engines import EngineName
-from fedtune.training.engines.one_pass import OnePass
+from fedtune.core.dp import clip
+from fedtune.core.training import engines
+from fedtune.core.training.engines import EngineName
+from fedtune.core.training.engines.one_pass import OnePass
 
 B, L, V, H = 5, 11, 50, 32
 COMMON = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

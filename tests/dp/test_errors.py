@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.client.evaluation import unit_rows
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives._interface import Batch
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.engines import EngineName
-from fedtune.training.unit_gradients import NoRowGradient, UnitGradientEngine
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.engines import EngineName
+from fedtune.core.training.unit_gradients import NoRowGradient, UnitGradientEngine
+from fedtune.core.vault.evaluation import unit_rows
 from tests.dp.conftest import records, study
 
 SIZES, BAD = [1, 3, 1, 1, 2, 1], 2  # records of each unit; of which one record is bad
@@ -92,7 +92,7 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
     plan = study()
     usual = unit_rows(plan, data)
     monkeypatch.setattr(
-        "fedtune.client.evaluation.resolve",
+        "fedtune.core.vault.evaluation.resolve",
         lambda table: SimpleNamespace(losses=Raises(first(data, BAD)).losses),
     )
     try:

@@ -12,9 +12,9 @@ from dp_accounting.rdp import RdpAccountant
 from scipy.integrate import quad
 from scipy.stats import binom, norm
 
-from fedtune.dp import filter
-from fedtune.dp.accountant import Steps, epsilon
-from fedtune.dp.filter import best_order, budget, epsilon_of, filtered_epsilon, rdp
+from fedtune.core.dp import filter
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.dp.filter import best_order, budget, epsilon_of, filtered_epsilon, rdp
 
 DELTA = 1e-5
 

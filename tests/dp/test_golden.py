@@ -15,7 +15,7 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
-from fedtune.dp.accountant import Steps, epsilon
+from fedtune.core.dp.accountant import Steps, epsilon
 
 
 class Point(NamedTuple):

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.dp import clip
-from fedtune.errors import ModelError
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives._interface import Batch
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.dp import clip
+from fedtune.core.errors import ModelError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.dp.accountant import Steps
-from fedtune.errors import BudgetExceeded
-from fedtune.ledger import chain
-from fedtune.ledger.entries import RULES, Charge
-from fedtune.ledger.ledger import Ledger, LedgerError
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger import chain
+from fedtune.core.ledger.entries import RULES, Charge
+from fedtune.core.ledger.ledger import Ledger, LedgerError
 from tests.dp.ledger_kit import CHAOS, STUDY, charge, run_round, yes
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
-from fedtune.ledger import chain
-from fedtune.ledger.ledger import Ledger, LedgerError
-from fedtune.wire.keys import SigningKey, canonical
-from fedtune.wire.seal import receipt
+from fedtune.core.ledger import chain
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.core.wire.seal import receipt
 from tests.dp.chaos import STUDY, charge, yes
 from tests.dp.powercut import Disk, Op, images, put
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client import studies
-from fedtune.config import SiteTable
-from fedtune.ledger import chain, files
-from fedtune.ledger.files import Head, Receipt, ReceiptLog, sealed_token
-from fedtune.ledger.ledger import Ledger, LedgerError
-from fedtune.wire.keys import SigningKey, canonical
-from fedtune.wire.seal import receipt
+from fedtune.core.config import SiteTable
+from fedtune.core.ledger import chain, files
+from fedtune.core.ledger.files import Head, Receipt, ReceiptLog, sealed_token
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.vault import studies
+from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.core.wire.seal import receipt
 from tests.dp.ledger_kit import STUDY, charge, covers, run_round, total, yes
 
 

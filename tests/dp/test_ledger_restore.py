@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.ledger.files import salt_at
-from fedtune.ledger.ledger import Ledger, LedgerError
-from fedtune.wire.keys import SigningKey
+from fedtune.core.ledger.files import salt_at
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.wire.keys import SigningKey
 from tests.dp.ledger_kit import CHAOS, charge, covers, run_round, total, yes
 
 

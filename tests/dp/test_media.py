@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable, ObjectiveTable
-from fedtune.data.dataset import NO_TARGET, Dataset, Example
-from fedtune.errors import ModelError
-from fedtune.models import cache
-from fedtune.models import network as network_module
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.random_records import generate_file
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training import selftest
-from fedtune.training.local_round import check_trains
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable, ObjectiveTable
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example
+from fedtune.core.errors import ModelError
+from fedtune.core.models import cache
+from fedtune.core.models import network as network_module
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.random_records import generate_file
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training import selftest
+from fedtune.core.training.local_round import check_trains
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import study
 from tests.dp.test_gradients import all_rows, one_by_one
 from tests.media import idefics3, llava, qwen2_vl, whisper

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from fedtune.dp import noise
+from fedtune.core.dp import noise
 from tests import chance
 
 PERCENT = chance.spread_within(0.003, 0.99, 1.01, figures=2)

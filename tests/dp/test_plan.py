@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.dp import accountant, clip, noise
-from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import DpPlan, SitePlan, plan_for_site
-from fedtune.dp.steplog import StepLog, events
-from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.core.dp import accountant, clip, noise
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.plan import DpPlan, SitePlan, plan_for_site
+from fedtune.core.dp.steplog import StepLog, events
+from fedtune.core.errors import ConfigError, InfrastructureError
 from tests import chance
 from tests.dp.conftest import make_plan, study
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.config import load_study
-from fedtune.config.templates import init
-from fedtune.dp.costs import query_lines
-from fedtune.dp.query_noise import HELD_OUT, TOO_NOISY, answer_sd, forecast
+from fedtune.accounting.costs import query_lines
+from fedtune.accounting.query_noise import HELD_OUT, TOO_NOISY, answer_sd, forecast
+from fedtune.core.config import load_study
+from fedtune.presets.templates import init
 from tests.cli_kit import run
 
 

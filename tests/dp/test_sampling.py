@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.dp import sampling
-from fedtune.dp.clip import Chunk
-from fedtune.dp.sampling import poisson
-from fedtune.training.selftest import MemoryLog
+from fedtune.core.dp import sampling
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.sampling import poisson
+from fedtune.core.training.selftest import MemoryLog
 from tests import chance
 from tests.dp.conftest import make_plan
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import Study
-from fedtune.dp import clip, noise
-from fedtune.dp.plan import DpPlan
-from fedtune.errors import Refused
-from fedtune.models.network import Network
-from fedtune.models.tiny import tiny_network
-from fedtune.objectives._interface import Batch
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training import selftest
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import Study
+from fedtune.core.dp import clip, noise
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.errors import Refused
+from fedtune.core.models.network import Network
+from fedtune.core.models.tiny import tiny_network
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training import selftest
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests import chance
 from tests.dp.conftest import study
 

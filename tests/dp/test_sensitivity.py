@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.dp import clip, noise
-from fedtune.dp.plan import DpPlan
-from fedtune.training.selftest import MemoryLog
+from fedtune.core.dp import clip, noise
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.training.selftest import MemoryLog
 from tests.dp.conftest import make_plan
 
 Mode = Literal["flat", "normalised"]

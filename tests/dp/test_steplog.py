@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.dp.steplog import Step, StepLog
-from fedtune.errors import InfrastructureError
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.errors import InfrastructureError
 from tests.test_files import files_of_at_most
 
 

@@ -20,14 +20,14 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from fedtune.dp import sampling
-from fedtune.dp.clip import sensitivity
-from fedtune.dp.plan import ClippedSum, DpPlan
-from fedtune.dp.steplog import StepLog
-from fedtune.errors import InfrastructureError
-from fedtune.training import data_parallel as team_module
-from fedtune.training import selftest
-from fedtune.training.data_parallel import Group, sum_over_workers
+from fedtune.core.dp import sampling
+from fedtune.core.dp.clip import sensitivity
+from fedtune.core.dp.plan import ClippedSum, DpPlan
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.training import data_parallel as team_module
+from fedtune.core.training import selftest
+from fedtune.core.training.data_parallel import Group, sum_over_workers
 from tests import chance
 from tests.dp.conftest import make_plan, study
 from tests.dp.team_rank import SIZES, engine, synthetic, zeros

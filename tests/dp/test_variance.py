@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.dp import noise
-from fedtune.dp.clip import Chunk, sensitivity
-from fedtune.dp.plan import DpPlan
-from fedtune.dp.steplog import StepLog
+from fedtune.core.dp import noise
+from fedtune.core.dp.clip import Chunk, sensitivity
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.dp.steplog import StepLog
 from tests import chance
 from tests.dp.conftest import make_plan
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.padding import QUESTION, SETS, padding, poisson, read
-from fedtune.config import Columns
-from fedtune.models import cache
+from fedtune.core.config import Columns
+from fedtune.core.models import cache
 from tests.examples.test_real_data import DATA, data
 
 MOST = 1.10  # padded over real positions

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.sets import PREFERENCE
 from examples.preference import formulary, prepare
 from examples.write import read_jsonl
-from fedtune.config import load_site, load_study
+from fedtune.core.config import load_site, load_study
 from tests.examples.test_real_data import DATA, data
 
 FOLDERS = {"medec": "medec_preference", "mts": "mts_preference", "medmcqa": "medmcqa_dev"}

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from examples.rlhf.prepare import SITES, write
-from fedtune.config import load_site, load_study
+from fedtune.core.config import load_site, load_study
 
 
 def test_it_writes_the_same_and_shares_no_phrase(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fedtune.config import load_site
+from fedtune.core.config import load_site
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import certs, enrol
 from fedtune.flower.forwarder import newest
 from fedtune.flower.gateway import Gateway
 from fedtune.flower.link import Link, link
 from fedtune.flower.peers import Limits
-from fedtune.wire.keys import SigningKey
 
 SITE = """[site]
 name = "{name}"

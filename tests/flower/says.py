@@ -5,7 +5,7 @@ import sys
 import sysconfig
 
 import fedtune
-from fedtune import boot
+from fedtune.core import boot
 
 print(secrets.__file__)
 print(fedtune.__file__)

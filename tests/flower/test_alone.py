@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import boot
-from fedtune.errors import InfrastructureError
+from fedtune.core import boot
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.processes import alone, free_port
 from fedtune.launch.coordinator import serve
 from fedtune.launch.site import join
-from fedtune.processes import alone, free_port
 from tests.flower import kit
 
 HOLDS = """
 import sys
 from pathlib import Path
-from fedtune.processes import alone, free_port
+from fedtune.core.processes import alone, free_port
 with alone(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
@@ -139,7 +139,7 @@ def test_a_start_removes_what_a_killed_process_left_half_written(
 PARENT = """
 import sys, time
 from pathlib import Path
-from fedtune.processes import Child
+from fedtune.core.processes import Child
 site, root = sys.argv[1], Path(sys.argv[2])
 options = [site, "1", "2", str(root / "nobody-listens")]
 print(Child("rank", options, home=root / "home", log=root / "log").pid, flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import boot
+from fedtune.core import boot
 
 ROOT = Path(__file__).parents[2]
 # What a person runs in a folder of files from elsewhere: the parent finds its own modules there
@@ -18,7 +18,7 @@ PARENT = """
 import os, subprocess, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from fedtune.processes import Child
+from fedtune.core.processes import Child
 with Child("rank", ["x"], home=Path({home!r}), log=Path({home!r}, "log")) as child:
     child._process.wait(60)
 """
@@ -28,7 +28,12 @@ with Child("rank", ["x"], home=Path({home!r}), log=Path({home!r}, "log")) as chi
 def folder(tmp_path: Path) -> Path:
     """A folder with files from elsewhere: each tells where it ran, if it did."""
     place = tmp_path / "study"
-    for name in ("secrets.py", "queue.py", "fedtune/__init__.py", "fedtune/client/rank_process.py"):
+    for name in (
+        "secrets.py",
+        "queue.py",
+        "fedtune/__init__.py",
+        "fedtune/core/vault/rank_process.py",
+    ):
         file = place / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r} + ' ')\n")
@@ -50,7 +55,7 @@ def test_a_child_runs_nothing_of_the_current_folder(
     code = (
         f"import sys; sys.path = [p for p in sys.path if p not in ('', {str(folder)!r})];"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import json, subprocess\nfrom fedtune import boot\n"
+        "import json, subprocess\nfrom fedtune.core import boot\n"
         "done = subprocess.run(boot.command('tests.flower.says'), env=boot.environment(),"
         " capture_output=True, text=True)\n"
         "print(done.stdout or done.stderr)"
@@ -72,7 +77,7 @@ def test_every_child_is_started_that_way(folder: Path, tmp_path: Path) -> None:
     python(folder, [sys.executable, "-P", "-c", code], None)
     log = (home / "log").read_text()
     assert (
-        "fedtune/client/rank_process.py" in log and str(ROOT) in log
+        "fedtune/core/vault/rank_process.py" in log and str(ROOT) in log
     )  # ours ran, and did not like its options
     assert not (tmp_path / "ran").exists()
 
@@ -100,4 +105,4 @@ def test_no_child_is_started_in_another_way() -> None:
         for file in (ROOT / package).rglob("*.py")
         if "sys.executable" in file.read_text(encoding="utf-8")
     }
-    assert starts == {"fedtune/boot.py", "fedtune/bases/wheel.py"}
+    assert starts == {"fedtune/core/boot.py", "fedtune/core/bases/wheel.py"}

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
+from fedtune.core.processes import free_port
 from fedtune.flower import allowance, enrol, replies
 from fedtune.launch import coordinator
-from fedtune.processes import free_port
 from fedtune.server.exchange import Reply, ask
 from tests.flower import kit, upload_roles
 from tests.flower.test_tls import STUDY, until

@@ -13,12 +13,12 @@ import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.config import load_site
-from fedtune.errors import ConfigError, Refused
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, Refused
+from fedtune.core.processes import free_port
+from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.flower import certs, enrol
 from fedtune.launch.coordinator import prepare
-from fedtune.processes import free_port
-from fedtune.wire.keys import SigningKey, canonical
 from tests.flower import kit
 
 

@@ -17,15 +17,15 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.config import load_site
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, Refused
+from fedtune.core.processes import Child, free_port, reachable
 from fedtune.courier.executor import Executor, _refusal
-from fedtune.errors import ConfigError, Refused
 from fedtune.flower import certs, enrol, gateway
 from fedtune.flower.forwarder import Forwarder
 from fedtune.flower.link import Link, link
 from fedtune.launch import coordinator
 from fedtune.observe.log import ADDRESS
-from fedtune.processes import Child, free_port, reachable
 from tests.flower import kit
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import Refused
+from fedtune.core.errors import Refused
 from fedtune.flower import allowance, certs, enrol
 from fedtune.flower import gateway as module
 from fedtune.flower.peers import Limits

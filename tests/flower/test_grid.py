@@ -10,11 +10,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.errors import DataError
+from fedtune.core.errors import DataError
+from fedtune.core.wire.arrays import WireError, unpack_arrays
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
-from fedtune.wire.arrays import WireError, unpack_arrays
 
 PATHS = [Path("/sites/a.toml"), Path("/sites/b.toml")]
 

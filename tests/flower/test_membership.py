@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.review import read_plan
-from fedtune.config import Study, load_site, load_study
-from fedtune.errors import ConfigError, Refused
-from fedtune.evidence import audit_log
+from fedtune.core.config import Study, load_site, load_study
+from fedtune.core.errors import ConfigError, Refused
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import certs, enrol, membership
 from fedtune.flower.link import link
 from fedtune.launch import coordinator
-from fedtune.ledger.ledger import Ledger
+from fedtune.officer.review import read_plan
 from fedtune.server import store
 from fedtune.server.admission import plan_message
-from fedtune.wire.keys import SigningKey
 from tests.flower import kit
 from tests.flower.test_tls import STUDY
 from tests.test_cli import run
@@ -202,7 +202,7 @@ def test_joining_with_the_fingerprint_signs_the_plan_in_the_answer_and_no_other(
     """Twins: where the policy asks for --sign, or refuses the plan; where nobody gave the
     fingerprint, since a kept one is used again with another answer."""
     monkeypatch.setattr("fedtune.launch.site.join", lambda *_, **__: None)
-    monkeypatch.setattr("fedtune.client.before_joining.check_records", lambda *_: None)
+    monkeypatch.setattr("fedtune.officer.before_joining.check_records", lambda *_: None)
     own, ledger = met.site.read_text(), Ledger(met.site.parent / "state")
     asked = ("client", met.site, "--answer", met.file, "--fingerprint", met.answer.fingerprint)
 

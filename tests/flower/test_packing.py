@@ -9,14 +9,14 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.seal import body_digest
 from fedtune.courier.executor import Executor
-from fedtune.errors import InfrastructureError
 from fedtune.flower import api, replies
 from fedtune.flower.packing import MOST, NEVER, PACKED, pack, unpack
 from fedtune.flower.records import to_record
 from fedtune.server.exchange import UNREADABLE, ask
-from fedtune.wire.arrays import bodies
-from fedtune.wire.seal import body_digest
 
 ADAPTER = {"values": np.arange(4000, dtype=np.int8), "scales": np.ones(16, np.float32)}
 

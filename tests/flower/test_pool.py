@@ -11,8 +11,8 @@ import pytest
 from flwr.app import Message, RecordDict
 from safetensors.numpy import load_file
 
-from fedtune.config.sites import sites_in
-from fedtune.errors import DataError
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import DataError
 from fedtune.flower import api
 from fedtune.launch.process_pool import ProcessGrid
 from tests.server.test_simulate import SITE, STUDY

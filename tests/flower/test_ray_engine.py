@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import encode
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
 from fedtune.launch import ray
 from fedtune.launch.simulate import simulate
 from fedtune.server.admission import plan_message
-from fedtune.wire import seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import encode
-from fedtune.wire.keys import SigningKey
 from tests.secagg.world import lay_out
 from tests.server.fakes import FakeSite, make_study, trial, zeros
 

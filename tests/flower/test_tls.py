@@ -23,15 +23,15 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedtune import processes
-from fedtune.config import load_study
+from fedtune.core import processes
+from fedtune.core.config import load_study
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.processes import free_port, reachable
+from fedtune.core.wire.requests import FAILED
 from fedtune.courier import executor as site_executor
-from fedtune.errors import ConfigError, InfrastructureError
 from fedtune.flower import api, certs, enrol
 from fedtune.flower.grid import InProcessGrid
 from fedtune.launch import coordinator
-from fedtune.processes import free_port, reachable
-from fedtune.wire.requests import FAILED
 from tests.clocks import Clock, needs_compiler
 from tests.flower import kit, tls_roles
 from tests.site_here import join_with
@@ -89,9 +89,9 @@ def hostile_bundle(path: Path, marker: Path) -> Path:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("pyproject.toml", project + 'site = "/etc/passwd"\n')
-        for package in ("fedtune", "fedtune/client", "fedtune/server", "client", "server"):
+        for package in ("fedtune", "fedtune/launch", "fedtune/server", "client", "server"):
             archive.writestr(f"{package}/__init__.py", code)
-        for name in ("fedtune/client/app.py", "fedtune/server/app.py", "client/app.py"):
+        for name in ("fedtune/launch/in_one_process.py", "fedtune/server/app.py", "client/app.py"):
             archive.writestr(name, code)
     path.write_bytes(buffer.getvalue())
     return path

@@ -20,10 +20,10 @@ from flwr.app import ConfigRecord
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.retry import make_simple_http_retry_invoker
 
+from fedtune.core.processes import free_port, reachable
+from fedtune.core.wire.arrays import unpack_arrays
 from fedtune.flower import api
 from fedtune.launch import coordinator
-from fedtune.processes import free_port, reachable
-from fedtune.wire.arrays import unpack_arrays
 from tests.flower import kit, tls_roles, upload_roles
 from tests.flower.test_tls import STUDY, until
 from tests.flower.upload_roles import PART, SIZE

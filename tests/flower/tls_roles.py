@@ -20,13 +20,13 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.config import Study, load_site
-from fedtune.errors import FedtuneError
+from fedtune.core.config import Study, load_site
+from fedtune.core.errors import FedtuneError
+from fedtune.core.wire.arrays import unpack_arrays
 from fedtune.flower import api
 from fedtune.flower.packing import unpack
 from fedtune.flower.records import to_record
 from fedtune.launch import coordinator
-from fedtune.wire.arrays import unpack_arrays
 from tests.site_here import join_with
 
 ROUNDS = 2

@@ -8,13 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import load_site, load_study
-from fedtune.dp.steplog import StepLog
-from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import budget
-from fedtune.models.verify import verify
+from fedtune.core.config import load_site, load_study
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import budget
+from fedtune.core.run_folder import load_plan, read_report
 from fedtune.observe.status import read_status
-from fedtune.run_folder import load_plan, read_report
+from fedtune.runs.verify_model import verify
 from fedtune.server.store import load
 from fedtune.server.versions import Versions
 

@@ -16,13 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedtune import report
-from fedtune.config import load_site
-from fedtune.ledger.files import LedgerError
-from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import budget
-from fedtune.models.loaded import load
-from fedtune.registry.rounding import rounded_up
-from fedtune.run_folder import read_report
+from fedtune.core.config import load_site
+from fedtune.core.ledger.files import LedgerError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import budget
+from fedtune.core.models.loaded import load
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import read_report
 from fedtune.server.store import CheckpointError
 from tests.formats import read_back
 from tests.test_cli import run

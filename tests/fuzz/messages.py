@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedtune.client.app import app
-from fedtune.config import Encoding
+from fedtune.core.config import Encoding
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import SCALES, VALUES, encode
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
-from fedtune.wire import seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import SCALES, VALUES, encode
-from fedtune.wire.keys import SigningKey
+from fedtune.launch.in_one_process import app
 from tests.server.fakes import EVENT, zeros
 
 Pick = random.Random

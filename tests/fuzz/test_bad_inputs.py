@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 from fedtune.cli.exit_codes import command
 from fedtune.cli.main import app
-from fedtune.config import load_study
-from fedtune.config.sheet import template
-from fedtune.errors import ConfigError
+from fedtune.core.config import load_study
+from fedtune.core.config.sheet import template
+from fedtune.core.errors import ConfigError
 from fedtune.evidence.dossier.release import details_template, release
 from fedtune.flower import enrol
 from fedtune.launch import coordinator

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-import fedtune.client.answers
-import fedtune.client.app
-from fedtune.config import Encoding
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
+from fedtune.core.config import Encoding
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import WireError, bodies, unpack_arrays
+from fedtune.core.wire.codec import GROWTH, decode, encode
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
 from fedtune.server.admission import Outcome, Roster, outcome, plan_message
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import UNREADABLE, Reply
-from fedtune.wire import seal
-from fedtune.wire.arrays import WireError, bodies, unpack_arrays
-from fedtune.wire.codec import GROWTH, decode, encode
-from fedtune.wire.keys import SigningKey
 from tests.fuzz.messages import Forge
 from tests.server.fakes import EVENT, SHAPES, FakeSite, make_study, zeros
 
@@ -49,7 +49,12 @@ class Coordinator:
     def fresh(self) -> Roster:
         plan = RecordDict()
         return Roster(
-            InProcessGrid([], fedtune.client.app.app), STUDY, plan, {}, {}, lambda *_: None
+            InProcessGrid([], fedtune.launch.in_one_process.app),
+            STUDY,
+            plan,
+            {},
+            {},
+            lambda *_: None,
         )
 
     def hear(self, content: RecordDict | None) -> None:
@@ -145,8 +150,11 @@ def at_a_site(
 ) -> float:
     """Orders and plans, honest and not, to the ClientApp of a site."""
     site = CarefulSite("a")
-    monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: site)
-    forge, grid = Forge(WANTED, seed, encoding), InProcessGrid([Path("a")], fedtune.client.app.app)
+    monkeypatch.setattr(fedtune.core.vault.answers, "worker", lambda path: site)
+    forge, grid = (
+        Forge(WANTED, seed, encoding),
+        InProcessGrid([Path("a")], fedtune.launch.in_one_process.app),
+    )
     context = Context(1, 2, {"site": "a"}, RecordDict(), {})
     plan = plan_message(STUDY, {}, COORDINATOR)
     adapter = to_record(encode(zeros(), encoding))
@@ -161,7 +169,7 @@ def at_a_site(
         content = _spoilt(content, forge)
         message = grid.create_message(content, kind, 2, "1")
         try:
-            reply: Message = fedtune.client.app.app(message, context)
+            reply: Message = fedtune.launch.in_one_process.app(message, context)
             assert not reply.has_error()
             (said,) = (r for n, r in reply.content.items() if n in ("admission", "site"))
             assert said["status"] in OUTCOMES | {"admitted", "answered"}

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.config import noise_shares
-from fedtune.dp.shared_noise import own_sigma
-from fedtune.secagg import masks
-from fedtune.secagg.statement import Draw, Ready, StatementError, parse, parse_set, set_text
+from fedtune.core.config import noise_shares
+from fedtune.core.dp.shared_noise import own_sigma
+from fedtune.core.secagg import masks
+from fedtune.core.secagg.statement import Draw, Ready, StatementError, parse, parse_set, set_text
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import VALUES
+from fedtune.core.wire.keys import SigningKey
 from fedtune.server.admission import Tally
 from fedtune.server.exchange import Reply
 from fedtune.server.orders import Answer
 from fedtune.server.secure_round import SecureRound
 from fedtune.strategies.fedavg import FedAvg
-from fedtune.wire import seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import VALUES
-from fedtune.wire.keys import SigningKey
 from tests.fuzz.messages import TEXTS, Forge
 from tests.secagg.unit_sites import DIMENSION, study
 
@@ -91,7 +91,7 @@ def coordinator(forge: Forge) -> tuple[SecureRound, Any, Any]:
     """The coordinator in the middle of a round, and its two readers."""
     from collections import Counter
 
-    from fedtune.secagg.opened import MaskedSum
+    from fedtune.server.masked_sum import MaskedSum
 
     made = study()
     adapter = {"u": np.zeros(DIMENSION, np.float32)}

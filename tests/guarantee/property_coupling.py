@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.dp import noise, sampling
-from fedtune.dp.plan import DpPlan
-from fedtune.training.selftest import MemoryLog
+from fedtune.core.dp import noise, sampling
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.training.selftest import MemoryLog
 
 
 @dataclass(frozen=True, repr=False, eq=False)

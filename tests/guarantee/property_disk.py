@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from fedtune.ledger import chain
-from fedtune.models.prefix_store import PREFIX_STORE
+from fedtune.core.ledger import chain
+from fedtune.core.models.prefix_store import PREFIX_STORE
 from tests.guarantee.property_plans import Disk
 
 PAGE = 512  # bytes of a ledger's page, the least there is: a few members more are seen in its size

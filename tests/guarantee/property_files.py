@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fedtune.models.build import build
-from fedtune.training.start import start
+from fedtune.core.models.build import build
+from fedtune.public.start import start
 from tests.conftest import tiny_bert, tiny_llama
 from tests.guarantee.property_plans import (
     CLASSIFIES,

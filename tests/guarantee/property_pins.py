@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedtune.client.site import worker
-from fedtune.models.build import build
+from fedtune.core.models.build import build
+from fedtune.core.vault.worker import worker
 from tests.guarantee.property_plans import (
     CLASSIFIES,
     COLUMNS,

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config import Study
-from fedtune.training.start import Start, start
-from fedtune.wire.keys import SigningKey
+from fedtune.core.config import Study
+from fedtune.core.wire.keys import SigningKey
+from fedtune.public.start import Start, start
 
 COORDINATOR = SigningKey()
 PEERS = (SigningKey(), SigningKey())  # with which noise is shared, where a plan says so
@@ -126,7 +126,7 @@ class Plan:
 
 @lru_cache
 def digest_of(base: str) -> str:
-    from fedtune.models.loaded import load
+    from fedtune.core.models.loaded import load
 
     return load(base).digest
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedtune.data import scan_engine
+from fedtune.core.data import scan_engine
 from tests.guarantee.property_pins import CLASSES, HEAD, X, own, rounds, row
 from tests.guarantee.property_plans import Plan
 from tests.guarantee.property_world import Case

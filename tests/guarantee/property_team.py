@@ -15,14 +15,14 @@ import torch
 
 import fedtune.cli.halves
 import fedtune.launch.site
-from fedtune.client import rank_process
-from fedtune.client.before_joining import check_before_joining
-from fedtune.errors import FedtuneError, InfrastructureError
-from fedtune.registry import process_cache
+from fedtune.core.errors import FedtuneError, InfrastructureError
+from fedtune.core.registry import process_cache
+from fedtune.core.vault import rank_process
+from fedtune.officer.before_joining import check_before_joining
 
 
 class ForkedRank:
-    """Stands in for `fedtune.processes.Child`: the same program in a fork of this process,
+    """Stands in for `fedtune.core.processes.Child`: the same program in a fork of this process,
     which has every library loaded already. It ends when rank 0 closes its connection."""
 
     def __init__(

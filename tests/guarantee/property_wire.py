@@ -14,11 +14,11 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
-from fedtune.client.withdraw import Withdrawal
-from fedtune.secagg.masks import mask, public_of
-from fedtune.secagg.opened import MaskedSum
-from fedtune.secagg.statement import Ready, parse
-from fedtune.wire.arrays import bodies
+from fedtune.core.secagg.masks import mask, public_of
+from fedtune.core.secagg.statement import Ready, parse
+from fedtune.core.wire.arrays import bodies
+from fedtune.officer.withdraw import Withdrawal
+from fedtune.server.masked_sum import MaskedSum
 from tests import chance
 from tests.guarantee.property_plans import PEERS, SIZE
 

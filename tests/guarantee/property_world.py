@@ -39,27 +39,27 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from PIL import Image
 
 from fedtune.audit.bounds import gaussian_epsilon
-from fedtune.client.rank_process import team
-from fedtune.client.sheet import ATTESTED, _typed_hash, describe_data, load_sheet
-from fedtune.client.site import worker
-from fedtune.client.withdraw import withdraw
-from fedtune.config import load_site
-from fedtune.config.sheet import sheet_path
-from fedtune.data.records import unit_member
-from fedtune.dp.filter import total_epsilon
-from fedtune.errors import FedtuneError
+from fedtune.core.config import load_site
+from fedtune.core.config.sheet import sheet_path
+from fedtune.core.data.records import unit_member
+from fedtune.core.dp.filter import total_epsilon
+from fedtune.core.errors import FedtuneError
+from fedtune.core.ledger import chain
+from fedtune.core.ledger.files import OUTBOX, LedgerError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.secagg.draw import FOLDER as DRAWS
+from fedtune.core.secagg.statement import Ready, parse, set_text
+from fedtune.core.vault.rank_process import team
+from fedtune.core.vault.worker import worker
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import encode
+from fedtune.core.wire.seal import digest_beside, order, receipt
 from fedtune.flower.records import to_record
-from fedtune.ledger import chain
-from fedtune.ledger.files import OUTBOX, LedgerError
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
-from fedtune.secagg.draw import FOLDER as DRAWS
-from fedtune.secagg.statement import Ready, parse, set_text
+from fedtune.officer.sheet import ATTESTED, _typed_hash, describe_data, load_sheet
+from fedtune.officer.withdraw import withdraw
+from fedtune.public.start import Start
 from fedtune.server.admission import plan_message
-from fedtune.training.start import Start
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import encode
-from fedtune.wire.seal import digest_beside, order, receipt
 from tests.guarantee.property_coupling import Coupling, Sum
 from tests.guarantee.property_disk import LimitedDisk
 from tests.guarantee.property_files import PREFIX, WRITERS, agreeing, write_opt_outs

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from fedtune.models import prefix_store
-from fedtune.models.prefix_store import PREFIX_STORE, HiddenStates
+from fedtune.core.models import prefix_store
+from fedtune.core.models.prefix_store import PREFIX_STORE, HiddenStates
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import ANSWERS, NAMES, Row, lay_out, run
 from tests.models.test_states import InTheClear

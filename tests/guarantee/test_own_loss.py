@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-import fedtune.client.prepared
-import fedtune.client.site
-from fedtune.client import own_loss
-from fedtune.client.purge import listing, purge
-from fedtune.config import Study, load_site, load_study
-from fedtune.config.state_files import LOSSES
-from fedtune.errors import InfrastructureError
-from fedtune.models.cache import CachedDataset
-from fedtune.objectives import resolve
-from fedtune.objectives.causal_lm import CausalLM
+import fedtune.core.vault.prepared
+import fedtune.core.vault.worker
+from fedtune.core.config import Study, load_site, load_study
+from fedtune.core.config.state_files import LOSSES
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.run_folder import load_plan
+from fedtune.core.training.round_loss import RoundLoss
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.core.vault import own_loss
 from fedtune.observe.metrics import LedgerFigures, Metrics
-from fedtune.run_folder import load_plan
-from fedtune.training.round_loss import RoundLoss
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.officer.purge import listing, purge
 from tests.guarantee.search import Finder
 from tests.guarantee.test_wire_inventory import shape
 from tests.guarantee.world import NAMES, lay_out, patients, run
@@ -60,7 +60,7 @@ def test_it_is_the_mean_of_the_losses_that_gradients_are_of(
     tmp_path: Path, tiny_base: Path, means: Means, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Computed again, without gradients, from the adapter that the round began with."""
-    expected, honest = list[float](), fedtune.client.site.local_round
+    expected, honest = list[float](), fedtune.core.vault.worker.local_round
 
     @torch.no_grad()
     def again(study: Study, data: CachedDataset, plan: Any, log: Any, round_: int, adapter: Any,
@@ -72,7 +72,7 @@ def test_it_is_the_mean_of_the_losses_that_gradients_are_of(
         with torch.enable_grad():
             return honest(study, data, plan, log, round_, adapter, *rest)
 
-    monkeypatch.setattr(fedtune.client.site, "local_round", again)
+    monkeypatch.setattr(fedtune.core.vault.worker, "local_round", again)
     study = lay_out(tmp_path, tiny_base, patients(12))
     study.write_text(study.read_text().replace("sampling_rate = 0.5", "sampling_rate = 1.0"))
     run(study)
@@ -87,8 +87,8 @@ def test_it_is_the_mean_of_the_losses_that_gradients_are_of(
 
 
 def test_no_gradient_follows_from_whether_it_is_kept(tiny_base: Path, tmp_path: Path) -> None:
-    from fedtune.models.build import build
-    from fedtune.models.random_records import random_records
+    from fedtune.core.models.build import build
+    from fedtune.core.models.random_records import random_records
 
     study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
     network = build(study)
@@ -104,9 +104,11 @@ def test_no_gradient_follows_from_whether_it_is_kept(tiny_base: Path, tmp_path: 
 
 
 def says_it_on_the_wire(patch: pytest.MonkeyPatch, means: Means) -> None:
-    honest = fedtune.client.prepared.step_summary
+    honest = fedtune.core.vault.prepared.step_summary
     patch.setattr(
-        fedtune.client.site, "step_summary", lambda s: [e | {"loss": means[-1]} for e in honest(s)]
+        fedtune.core.vault.worker,
+        "step_summary",
+        lambda s: [e | {"loss": means[-1]} for e in honest(s)],
     )
     patch.setattr("fedtune.server.admission._events", json.loads)  # and a server that takes it
 
@@ -188,7 +190,7 @@ def test_whatever_becomes_of_the_file_the_wire_is_the_same(
     elif trouble == "NaN":
         honest = CausalLM().losses
         monkeypatch.setattr(CausalLM, "losses", staticmethod(lambda n, b: honest(n, b) * torch.nan))
-        monkeypatch.setattr(fedtune.client.site, "check_learns", lambda *_: None)
+        monkeypatch.setattr(fedtune.core.vault.worker, "check_learns", lambda *_: None)
     try:
         seen = shape(run(study))
     except InfrastructureError as error:

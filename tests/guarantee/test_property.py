@@ -16,24 +16,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 
-import fedtune.client.prepared
-import fedtune.client.site
-from fedtune.client import rank_process, secure_round, studies, withdraw
-from fedtune.client.site import SiteWorker
-from fedtune.config import Site, Study
-from fedtune.data.dataset import Dataset
-from fedtune.dp import clip
-from fedtune.dp.plan import DpPlan, SitePlan
-from fedtune.errors import InfrastructureError
-from fedtune.files.room import Room
-from fedtune.ledger.ledger import Ledger
-from fedtune.models import lora, prefix_store
-from fedtune.models.prefix_store import PrefixStore
-from fedtune.secagg import masks
-from fedtune.secagg.draw import Draws
-from fedtune.secagg.statement import Ready
-from fedtune.training import selftest
-from fedtune.training.round_loss import RoundLoss
+import fedtune.core.vault.prepared
+import fedtune.core.vault.worker
+from fedtune.core.config import Site, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.dp import clip
+from fedtune.core.dp.plan import DpPlan, SitePlan
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.room import Room
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models import lora, prefix_store
+from fedtune.core.models.prefix_store import PrefixStore
+from fedtune.core.secagg import masks
+from fedtune.core.secagg.draw import Draws
+from fedtune.core.secagg.statement import Ready
+from fedtune.core.training import selftest
+from fedtune.core.training.round_loss import RoundLoss
+from fedtune.core.vault import rank_process, secure_round, studies
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer import withdraw
 from tests.guarantee import property_pins as pins
 from tests.guarantee.property_cases import STORIES, cases, pairs
 from tests.guarantee.property_files import bases_of
@@ -192,7 +193,7 @@ def by_the_true_count(patch: pytest.MonkeyPatch) -> None:
 
 def says_how_many(patch: pytest.MonkeyPatch) -> None:
     """Names a count among what it ran."""
-    honest, seen = fedtune.client.prepared.step_summary, list[int]()
+    honest, seen = fedtune.core.vault.prepared.step_summary, list[int]()
 
     def read(self: SiteWorker, study: Study, *rest: Any) -> Dataset:
         dataset: Dataset = honest_read(self, study, *rest)
@@ -202,18 +203,22 @@ def says_how_many(patch: pytest.MonkeyPatch) -> None:
     honest_read = SiteWorker._read
     patch.setattr(SiteWorker, "_read", read)
     patch.setattr(
-        fedtune.client.site, "step_summary", lambda s: [e | {"units": seen[-1]} for e in honest(s)]
+        fedtune.core.vault.worker,
+        "step_summary",
+        lambda s: [e | {"units": seen[-1]} for e in honest(s)],
     )
 
 
 def says_its_loss(patch: pytest.MonkeyPatch) -> None:
     """Names the loss that it keeps for itself among what it ran."""
-    honest, kept = fedtune.client.prepared.step_summary, list[Any]()
+    honest, kept = fedtune.core.vault.prepared.step_summary, list[Any]()
     mean = RoundLoss.mean.fget
     assert mean
     patch.setattr(RoundLoss, "mean", property(lambda self: kept.append(mean(self)) or kept[-1]))
     patch.setattr(
-        fedtune.client.site, "step_summary", lambda s: [e | {"loss": kept[-1]} for e in honest(s)]
+        fedtune.core.vault.worker,
+        "step_summary",
+        lambda s: [e | {"loss": kept[-1]} for e in honest(s)],
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.dp import noise
+from fedtune.core.dp import noise
 from tests import chance
 from tests.guarantee.property_files import bases_of
 from tests.guarantee.wire_audits import DELTA, EPSILON, MODES, ROUNDS, Found, audit, unhurried
@@ -63,7 +63,9 @@ def test_less_noise_is_caught_at_the_wire(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, broken: Callable[..., torch.Tensor]
 ) -> None:
     monkeypatch.setattr(noise, "gaussian_on_grid", broken)
-    monkeypatch.setattr("fedtune.training.selftest.require", lambda *_: None)  # it sees that too
+    monkeypatch.setattr(
+        "fedtune.core.training.selftest.require", lambda *_: None
+    )  # it sees that too
     with pytest.raises(AssertionError):
         held(audit("classify, head", bases, FEW))
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-import fedtune.client.prepared
-import fedtune.client.reading
-import fedtune.client.site
-from fedtune.client.declared import declare
-from fedtune.config import load_site
-from fedtune.data.records import unit_member
+import fedtune.core.vault.prepared
+import fedtune.core.vault.reading
+import fedtune.core.vault.worker
+from fedtune.core.config import load_site
+from fedtune.core.data.records import unit_member
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.vault.declared import declare
+from fedtune.core.wire.codec import layout
 from fedtune.flower import api
-from fedtune.ledger.ledger import Ledger
-from fedtune.models.network import Network
-from fedtune.objectives._interface import Batch
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.wire.codec import layout
 from tests.guarantee.property_plans import CONSENT, OPT_OUTS
 from tests.guarantee.world import Recorder, lay_out, leaves, patients, run
 
@@ -167,9 +167,9 @@ def test_an_added_field_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that also sends its number of units."""
-    honest = fedtune.client.prepared.step_summary
+    honest = fedtune.core.vault.prepared.step_summary
     monkeypatch.setattr(
-        fedtune.client.site,
+        fedtune.core.vault.worker,
         "step_summary",
         lambda steps: [{**event, "units": 12} for event in honest(steps)],
     )
@@ -227,7 +227,7 @@ def test_the_wire_looks_the_same_whatever_the_pairs(
 def test_a_record_that_makes_the_loss_nan_is_not_seen(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, whole = CausalLM().losses, fedtune.client.site.local_round
+    honest, whole = CausalLM().losses, fedtune.core.vault.worker.local_round
 
     def losses(network: Network, batch: Batch) -> torch.Tensor:
         return honest(network, batch) * torch.where(batch.index == 3, torch.nan, 1.0)
@@ -237,7 +237,7 @@ def test_a_record_that_makes_the_loss_nan_is_not_seen(
             patch.setattr(CausalLM, "losses", staticmethod(losses))
             return whole(*arguments)
 
-    monkeypatch.setattr(fedtune.client.site, "local_round", with_nan)
+    monkeypatch.setattr(fedtune.core.vault.worker, "local_round", with_nan)
     grid = run(lay_out(tmp_path, tiny_base, patients(12)))
     assert shape(grid) == shape(usual)
     for reply in grid.replies:
@@ -323,13 +323,13 @@ def test_a_site_that_fails_for_a_record_is_caught(
     usual: Recorder, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: a site that gives up where it has no records."""
-    honest = fedtune.client.reading.load_dataset
+    honest = fedtune.core.vault.reading.load_dataset
     monkeypatch.setattr(
-        fedtune.client.reading,
+        fedtune.core.vault.reading,
         "load_dataset",
         lambda *a, strict, **k: honest(*a, strict=True, **k),
     )
-    monkeypatch.setattr(fedtune.client.site, "Dataset", None)  # what it falls back on
+    monkeypatch.setattr(fedtune.core.vault.worker, "Dataset", None)  # what it falls back on
     study = lay_out(tmp_path, tiny_base, [])
     with pytest.raises(Exception, match="failed"):
         run(study)

@@ -24,15 +24,15 @@ import pytest
 from flwr.app import Message
 from scipy.stats import norm
 
-import fedtune.client.evaluation
-import fedtune.client.site
+import fedtune.core.vault.evaluation
+import fedtune.core.vault.worker
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu, rate_upper
-from fedtune.dp import accountant, clip
-from fedtune.dp.plan import DpPlan
-from fedtune.registry import process_cache
-from fedtune.registry.arrays import CLASS_SUMS
-from fedtune.wire.arrays import unpack_arrays
-from fedtune.wire.codec import decode
+from fedtune.core.dp import accountant, clip
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.registry import process_cache
+from fedtune.core.registry.arrays import CLASS_SUMS
+from fedtune.core.wire.arrays import unpack_arrays
+from fedtune.core.wire.codec import decode
 from tests import chance
 from tests.guarantee.property_coupling import Sum
 from tests.guarantee.property_files import made_bases
@@ -300,8 +300,8 @@ def unhurried() -> Iterator[None]:
     logging.disable(logging.ERROR)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fedtune.client.site, "within_budget", nothing)
-            patch.setattr(fedtune.client.evaluation, "check_budget", nothing)
+            patch.setattr(fedtune.core.vault.worker, "within_budget", nothing)
+            patch.setattr(fedtune.core.vault.evaluation, "check_budget", nothing)
             yield
     finally:
         logging.disable(logging.NOTSET)

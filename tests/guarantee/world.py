@@ -10,11 +10,11 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedtune.client.app import app
-from fedtune.config import load_study
+from fedtune.core.config import load_study
+from fedtune.core.registry import process_cache
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
-from fedtune.registry import process_cache
+from fedtune.launch.in_one_process import app
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
 

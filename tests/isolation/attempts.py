@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune import isolation, system_calls
+from fedtune.core import isolation, system_calls
 
 X86 = os.uname().machine == "x86_64"
 Attempt = Callable[[dict[str, Any]], None]

@@ -9,10 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-from fedtune.client import vault_process
-from fedtune.config import load_site
+from fedtune.core.config import load_site
+from fedtune.core.vault import process as vault_process
+from fedtune.core.wire.spool import Spool
 from fedtune.courier import process as courier
-from fedtune.wire.spool import Spool
 
 
 def main() -> None:

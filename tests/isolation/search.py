@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fedtune.config import load_site
+from fedtune.core.config import load_site
 from fedtune.courier import process as courier
 
 
@@ -36,7 +36,7 @@ def files(folder: Path) -> Iterator[Path]:
 def main() -> None:
     how, path, descriptor, folder = sys.argv[1:]
     missing = courier.confine(load_site(Path(path))).missing if how == "courier" else ()
-    from fedtune.wire.requests import send  # as a courier does: confined before
+    from fedtune.core.wire.requests import send  # as a courier does: confined before
 
     requests, pieces = pickle.load(sys.stdin.buffer)
     connection, statuses, said = Connection(int(descriptor)), list[str](), b""

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 
 from fedtune import __version__
-from fedtune.config import load_site
-from fedtune.errors import ConfigError, InfrastructureError
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.processes import free_port
 from fedtune.launch import apart
 from fedtune.launch.apart import CourierLeft, Door, Turned
 from fedtune.launch.site import Again, Shown
-from fedtune.processes import free_port
 from tests.isolation.test_halves import CONFINES, ROOT, a_site
 from tests.network.kit import PRIVATE, SITES, Consortium, children, consortium, until
 
@@ -186,9 +186,10 @@ def test_without_landlock_a_courier_counts_as_confined_only_where_no_record_is(
     site = a_site(tmp_path)
     for private in ("state/site.key", "data.jsonl", ""):
         look = (
-            "import json, sys; from pathlib import Path; from fedtune import isolation\n"
+            "import json, sys; from pathlib import Path; from fedtune.core import isolation\n"
             "isolation.landlock_version = lambda: 0\n"
-            "from fedtune.config import load_site; from fedtune.courier.process import confine\n"
+            "from fedtune.core.config import load_site\n"
+            "from fedtune.courier.process import confine\n"
             "print(json.dumps(confine(load_site(Path(sys.argv[1]))).facts()))"
         )
         done = subprocess.run(

@@ -16,21 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune import boot, isolation, system_calls
-from fedtune.bases import find
-from fedtune.client.isolation_here import isolation_here
-from fedtune.config import AcceptanceTable, ConsentTable, SiteEvaluation, load_site
-from fedtune.config.known_bases import KNOWN
+from fedtune.core import boot, isolation, system_calls
+from fedtune.core.bases import find
+from fedtune.core.config import AcceptanceTable, ConsentTable, SiteEvaluation, load_site
+from fedtune.core.config.known_bases import KNOWN
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.processes import Child, Program
+from fedtune.core.wire import events, requests
+from fedtune.core.wire.arrays import pack_arrays
+from fedtune.core.wire.requests import Answer, Request, RequestError
 from fedtune.courier import process
 from fedtune.courier.process import open_to_courier, private, shown_to_courier
-from fedtune.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Shown
+from fedtune.officer.isolation_here import isolation_here
 from fedtune.presets._sites import _isolation
-from fedtune.processes import Child, Program
-from fedtune.wire import events, requests
-from fedtune.wire.arrays import pack_arrays
-from fedtune.wire.requests import Answer, Request, RequestError
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFINES = pytest.mark.skipif(
@@ -83,7 +83,7 @@ def test_a_vault_reads_and_writes_what_it_did(tmp_path: Path) -> None:
     assert found["missing"] == [] and "seccomp" in found["means"]
 
 
-@pytest.mark.parametrize("half", ["fedtune.client.vault_process", "fedtune.courier.process"])
+@pytest.mark.parametrize("half", ["fedtune.core.vault.process", "fedtune.courier.process"])
 def test_a_half_imports_no_library_that_starts_threads_before_it_is_confined(half: str) -> None:
     """A thread that runs already would not be confined: such a process refuses to go on."""
     look = f"import os, sys, {half}; print({{'numpy', 'torch', 'grpc', 'flwr'}} & {{*sys.modules}}"
@@ -150,7 +150,7 @@ NAMED = """
 import json, os, sys
 from pathlib import Path
 from fedtune import boot
-from fedtune.config import load_site
+from fedtune.core.config import load_site
 from fedtune.courier.process import confine
 boot.PACKAGES = sys.argv[2]
 missing = confine(load_site(Path(sys.argv[1]))).missing

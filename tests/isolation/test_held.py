@@ -15,10 +15,10 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from fedtune.client.let_go import decide
-from fedtune.client.vault_process import HOME
-from fedtune.processes import Child
-from fedtune.wire.requests import Request
+from fedtune.core.processes import Child
+from fedtune.core.vault.process import HOME
+from fedtune.core.wire.requests import Request
+from fedtune.officer.let_go import decide
 from tests.client.airlock_kit import Asked, a_site
 from tests.isolation.test_halves import CONFINES, ROOT
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 
-from fedtune import isolation, system_calls
-from fedtune.errors import InfrastructureError
+from fedtune.core import isolation, system_calls
+from fedtune.core.errors import InfrastructureError
 from tests.isolation import attempts
 
 ROOT = Path(__file__).resolve().parents[2]

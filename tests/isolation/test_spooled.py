@@ -20,17 +20,18 @@ from typing import Any
 
 import pytest
 
-from fedtune import boot
-from fedtune.client import kept_plans, site
-from fedtune.client.answers import answer
-from fedtune.client.policy import refusals
-from fedtune.client.vault_process import HOME
-from fedtune.config import VaultTable
+from fedtune.core import boot
+from fedtune.core.config import VaultTable
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.processes import Child, free_port
+from fedtune.core.vault import kept_plans
+from fedtune.core.vault import worker as site
+from fedtune.core.vault.answers import answer
+from fedtune.core.vault.policy import refusals
+from fedtune.core.vault.process import HOME
+from fedtune.core.wire.requests import Answer, Request
+from fedtune.core.wire.spool import Spool, _encode, decode_request
 from fedtune.courier.process import by_file
-from fedtune.errors import InfrastructureError
-from fedtune.processes import Child, free_port
-from fedtune.wire.requests import Answer, Request
-from fedtune.wire.spool import Spool, _encode, decode_request
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.isolation.test_halves import CONFINES, confined
 from tests.isolation.test_halves import a_site as a_place
@@ -209,13 +210,13 @@ def test_a_courier_withdraws_what_was_asked_before_it_and_what_nobody_waits_for(
 # Before a vault answers; its self-test is of no matter here, and runs in the studies above.
 IN_THE_VAULT = """
 import os, runpy, signal, sys
-import fedtune.client.vault_process as vault
+import fedtune.core.vault.process as vault
 def killed(*given, **named):
     os.kill(os.getpid(), signal.SIGKILL)
 def prepared(run):
     def broken(*given):
-        import fedtune.client.site as site
-        from fedtune.wire import spool
+        import fedtune.core.vault.worker as site
+        from fedtune.core.wire import spool
         site.self_test = lambda *_: None
         {statements}
         return run(*given)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.models import prefix_store
-from fedtune.models.network import Network
-from fedtune.models.prefix_store import PREFIX_STORE
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.models import prefix_store
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import PREFIX_STORE
 from tests.models.test_network import MODULES, randomise
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedtune.data.dataset import Dataset
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.causal_lm import CausalLM
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.causal_lm import CausalLM
 
 NOTHING, EVERYTHING = 0, 2**40  # bytes in memory
 

@@ -13,14 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from fedtune.bases.find import (
-    cache_dir,
-    find_base,
-    list_known,
-    load_backbone,
-    load_tokenizer,
-)
-from fedtune.errors import ModelError
+from fedtune.core.bases.find import cache_dir, find_base, list_known, load_backbone, load_tokenizer
+from fedtune.core.errors import ModelError
 from tests.models.base_kit import _one_weight, edit
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig
 
-from fedtune.bases import digest as digest_module
-from fedtune.bases import wheel
-from fedtune.bases.find import (
+from fedtune.cli.console import models_lines
+from fedtune.core.bases import digest as digest_module
+from fedtune.core.bases import wheel
+from fedtune.core.bases.find import (
     Base,
     find_base,
     list_known,
@@ -24,12 +25,11 @@ from fedtune.bases.find import (
     load_tokenizer,
     verify,
 )
-from fedtune.cli.console import models_lines
-from fedtune.config.known_bases import KNOWN, Upstream, Wheel, upstream_of
+from fedtune.core.config.known_bases import KNOWN, Upstream, Wheel, upstream_of
+from fedtune.core.errors import ModelError
+from fedtune.core.models.adapter_files import save_adapter
+from fedtune.core.models.loaded import load
 from fedtune.derive.export import export
-from fedtune.errors import ModelError
-from fedtune.models.adapter_files import save_adapter
-from fedtune.models.loaded import load
 from tests.heads_kit import CAUSAL_LORA, made_run
 from tests.models.base_kit import _one_weight, edit
 

@@ -19,7 +19,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fedtune.bases.find import find_base
+from fedtune.core.bases.find import find_base
 from fedtune.derive import depth_pruning
 from fedtune.derive.pruned_base import write_pruned_base
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedtune.models import loss
-from fedtune.models.loss import head_loss
+from fedtune.core.models import loss
+from fedtune.core.models.loss import head_loss
 
 N, H, V = 37, 16, 301
 

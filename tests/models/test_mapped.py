@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedtune.bases import find, shared_memory
-from fedtune.bases.find import cache_dir, find_base, load_backbone
+from fedtune.core.bases import find, shared_memory
+from fedtune.core.bases.find import cache_dir, find_base, load_backbone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

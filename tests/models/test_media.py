@@ -14,19 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from fedtune import modalities
-from fedtune.bases import architecture
-from fedtune.bases.find import find_base, load_tokenizer
-from fedtune.config import Columns, DataFile, LoraTable
-from fedtune.data.dataset import Dataset
-from fedtune.data.files import Rejected
-from fedtune.data.load import load_dataset
-from fedtune.data.media import load
-from fedtune.errors import ConfigError, DataError, ModelError
-from fedtune.models import network as network_module
-from fedtune.models import tiny
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
+from fedtune.core import modalities
+from fedtune.core.bases import architecture
+from fedtune.core.bases.find import find_base, load_tokenizer
+from fedtune.core.config import Columns, DataFile, LoraTable
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.load import load_dataset
+from fedtune.core.data.media import load
+from fedtune.core.errors import ConfigError, DataError, ModelError
+from fedtune.core.models import network as network_module
+from fedtune.core.models import tiny
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
 from tests.dp.conftest import study
 from tests.media import BASES, idefics3, image, llava, qwen2_vl, recording, whisper
 
@@ -190,7 +190,7 @@ def test_states_without_the_file_in_their_name_are_caught(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: states that go by the text alone."""
-    from fedtune.models import cache
+    from fedtune.core.models import cache
 
     honest = cache._name
     monkeypatch.setattr(cache, "_name", lambda passage, kept, media=b"": honest(passage, kept))

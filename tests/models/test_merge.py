@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.lora import Arrays
 from fedtune.derive.merge_methods import RIDGE, Adapter, Method, merge
-from fedtune.errors import ConfigError
-from fedtune.models.lora import Arrays
 
 LAYERS = {"down_proj": (48, 24), "q_proj": (24, 24)}  # inputs, outputs
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fedtune.audit import contracts
-from fedtune.data.media import Media
-from fedtune.modalities import MODALITIES
-from fedtune.modalities.audio_text import Speech
-from fedtune.modalities.image_text import Images, Tiled
+from fedtune.core.data.media import Media
+from fedtune.core.modalities import MODALITIES
+from fedtune.core.modalities.audio_text import Speech
+from fedtune.core.modalities.image_text import Images, Tiled
 from tests.media import idefics3, llava, qwen2_vl, whisper
 
 BASES: dict[str, tuple[str, Callable[[Path], Path]]] = {

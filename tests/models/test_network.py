@@ -10,22 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable, Study
-from fedtune.errors import ConfigError, ModelError
-from fedtune.models import build as build_module
-from fedtune.models import lora as lora_module
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.public_factor import public_factor
-from fedtune.models.split import cut
-from fedtune.objectives._shapes import padded_length
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.registry import process_cache
-from fedtune.training.local_round import check_trains
-from fedtune.training.start import start
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable, Study
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.models import build as build_module
+from fedtune.core.models import lora as lora_module
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.split import cut
+from fedtune.core.objectives._shapes import padded_length
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.registry import process_cache
+from fedtune.core.training.local_round import check_trains
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.public.factor import public_factor
+from fedtune.public.start import start
 from tests.dp.conftest import records, study
 
 MODULES = ("q_proj", "gate_proj", "down_proj")
@@ -63,7 +63,7 @@ def test_cut_and_cached_equals_the_whole_model(tiny_base: Path, last_layers: int
 
 
 def test_an_architecture_that_cannot_be_cut_is_not(tiny_encoder: Path) -> None:
-    from fedtune.bases.find import load_backbone
+    from fedtune.core.bases.find import load_backbone
 
     table = LoraTable(modules=("query",), last_layers=1)
     assert cut(load_backbone(find_base(str(tiny_encoder)), torch.float32), table) is None
@@ -276,7 +276,7 @@ def test_the_check_catches_an_adapter_that_is_not_connected(
 def test_the_check_catches_a_gradient_of_the_wrong_sign(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune.training.unit_gradients import UnitGradientEngine
+    from fedtune.core.training.unit_gradients import UnitGradientEngine
 
     right = UnitGradientEngine._per_record
     monkeypatch.setattr(

@@ -15,24 +15,24 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from fedtune.bases import quantise as quantise_module
-from fedtune.bases.find import find_base
-from fedtune.bases.quantise import rounded
-from fedtune.client.review import _runs
-from fedtune.config import LoraTable, QuantisationTable, Study
-from fedtune.data.dataset import NO_TARGET
+from fedtune.core.bases import quantise as quantise_module
+from fedtune.core.bases.find import find_base
+from fedtune.core.bases.quantise import rounded
+from fedtune.core.config import LoraTable, QuantisationTable, Study
+from fedtune.core.data.dataset import NO_TARGET
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.tiny import generated
+from fedtune.core.objectives import resolve
+from fedtune.core.training import selftest
+from fedtune.core.training.local_round import check_trains
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.derive.export import export
-from fedtune.errors import ConfigError
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.public_factor import public_factor
-from fedtune.models.run import Run
-from fedtune.models.tiny import generated
-from fedtune.objectives import resolve
-from fedtune.training import selftest
-from fedtune.training.local_round import check_trains
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.officer.review import _runs
+from fedtune.public.factor import public_factor
+from fedtune.runs.run import Run
 from tests.client.test_site import make_site
 from tests.test_merging import study as finished_study
 
@@ -181,7 +181,7 @@ def test_a_finished_run_is_exported_with_the_weights_it_was_trained_on(
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     study = Study.model_validate_json((run / "plan.json").read_text())
     network = build(study)
-    from fedtune.models.adapter_files import load_adapter
+    from fedtune.core.models.adapter_files import load_adapter
 
     saved = load_adapter(run / "adapter")
     network.load_frozen({n: saved[n] for n in network.frozen_factor()})

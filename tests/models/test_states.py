@@ -14,14 +14,14 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fedtune.data.dataset import Dataset
-from fedtune.models import prefix_store
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.prefix_store import PREFIX_STORE, Altered, PrefixStore
-from fedtune.objectives._interface import Batch
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.models import prefix_store
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import PREFIX_STORE, Altered, PrefixStore
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 from tests.models.states_kit import EVERYTHING, NOTHING, gradients, without_a_cache
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.data.dataset import Dataset, Example
-from fedtune.dp import noise, sampling
-from fedtune.dp.steplog import StepLog
-from fedtune.models import cache
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.prefix_store import PREFIX_STORE
-from fedtune.objectives._shapes import padded_length
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.dp import noise, sampling
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.models import cache
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import PREFIX_STORE
+from fedtune.core.objectives._shapes import padded_length
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records
 from tests.models.states_kit import EVERYTHING, NOTHING, gradients, without_a_cache
 from tests.models.test_network import MODULES, randomise

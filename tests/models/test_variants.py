@@ -11,10 +11,10 @@ import pytest
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
-from fedtune.config import LoraTable
-from fedtune.models import lora as lora_module
-from fedtune.models.build import build
-from fedtune.training import selftest
+from fedtune.core.config import LoraTable
+from fedtune.core.models import lora as lora_module
+from fedtune.core.models.build import build
+from fedtune.core.training import selftest
 from tests.models.test_quantise import study_of
 
 TABLE = {"rank": 4, "alpha": 8.0, "modules": ["q_proj", "down_proj"], "last_layers": 2}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.bases import wheel
-from fedtune.errors import ModelError
+from fedtune.core.bases import wheel
+from fedtune.core.errors import ModelError
 
 MIB = 1 << 20
 

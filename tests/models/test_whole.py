@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.errors import ModelError
-from fedtune.models.loaded import LoadedModel, load
-from fedtune.models.network import Network
+from fedtune.core.bases.find import find_base
+from fedtune.core.errors import ModelError
+from fedtune.core.models.loaded import LoadedModel, load
+from fedtune.core.models.network import Network
 from tests.dp.conftest import study
 
 PASSAGES = [np.array(ids, np.int32) for ids in ([5, 6, 7, 8, 9], [7], [9, 5, 5])]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedtune import progress
 from fedtune.cli.pace import SOONEST, StepPace
-from fedtune.data.dataset import Dataset, Example
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core import progress
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 FIRST, FACTOR = 0.1, 1.5  # from which share of a step on, and by how much, an estimate may err
 SECONDS = 600.0  # of each step, on a clock that goes by products

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-CLIP, NOISE, SAMPLING = "fedtune/dp/clip.py", "fedtune/dp/noise.py", "fedtune/dp/sampling.py"
-PLAN, GRADIENTS = "fedtune/dp/plan.py", "fedtune/training/unit_gradients.py"
-OPACUS, ONE_PASS = "fedtune/training/engines/opacus.py", "fedtune/training/engines/one_pass.py"
-ACCOUNTANT, STEPLOG = "fedtune/dp/accountant.py", "fedtune/dp/steplog.py"
-TOKENS, CACHE, LORA = "fedtune/data/load.py", "fedtune/models/cache.py", "fedtune/models/lora.py"
-NETWORK, TRAINING = "fedtune/models/network.py", "fedtune/training/local_round.py"
-STATES = "fedtune/models/prefix_store.py"
-CAUSAL, CLASSIFY = "fedtune/objectives/causal_lm.py", "fedtune/objectives/classify.py"
+CLIP = "fedtune/core/dp/clip.py"
+NOISE = "fedtune/core/dp/noise.py"
+SAMPLING = "fedtune/core/dp/sampling.py"
+PLAN, GRADIENTS = "fedtune/core/dp/plan.py", "fedtune/core/training/unit_gradients.py"
+OPACUS = "fedtune/core/training/engines/opacus.py"
+ONE_PASS = "fedtune/core/training/engines/one_pass.py"
+ACCOUNTANT, STEPLOG = "fedtune/core/dp/accountant.py", "fedtune/core/dp/steplog.py"
+TOKENS = "fedtune/core/data/load.py"
+CACHE = "fedtune/core/models/cache.py"
+LORA = "fedtune/core/models/lora.py"
+NETWORK, TRAINING = "fedtune/core/models/network.py", "fedtune/core/training/local_round.py"
+STATES = "fedtune/core/models/prefix_store.py"
+CAUSAL, CLASSIFY = "fedtune/core/objectives/causal_lm.py", "fedtune/core/objectives/classify.py"
 SITE, POLICY, ANSWERS = (
-    "fedtune/client/site.py",
-    "fedtune/client/policy.py",
-    "fedtune/client/answers.py",
+    "fedtune/core/vault/worker.py",
+    "fedtune/core/vault/policy.py",
+    "fedtune/core/vault/answers.py",
 )
 ROUNDS, SUMMARY = "fedtune/server/rounds.py", "fedtune/server/summary.py"
 T_CLIP, T_NOISE, T_SAMPLING = (f"tests/dp/test_{x}.py::" for x in ("clip", "noise", "sampling"))
@@ -31,7 +36,7 @@ MEAN = "return -likelihood(network, batch).mean"
 GUARD = "            if gradient is None or gradient.shape[0] not in expected_lengths:\n"
 RAISE = 'raise NoRowGradient("a trainable layer gave no per-record gradient")'
 DONE = "        return self._add_noise(total, log, round_)\n"
-MECHANISM = "fedtune/dp/mechanism.py"
+MECHANISM = "fedtune/core/dp/mechanism.py"
 DRAW = "noise.gaussian_on_grid(len(total), noise_multiplier * sensitivity, bound.grid)"
 BOUND = "total, chunk, bound.grid, bound.norm, bound.mode, bound.gamma"
 TOTAL = "    total = torch.zeros(dimension, dtype=torch.int64)\n"
@@ -59,20 +64,20 @@ T_CONTRACT = "tests/objectives/test_contract.py::"
 T_REFERENCE = "tests/objectives/test_reference.py::"
 T_ORACLES = T_CONTRACT + "test_the_four_oracles_pass"
 SITES = "tests/client/test_site.py::"
-CODEC = "fedtune/wire/codec.py"
+CODEC = "fedtune/core/wire/codec.py"
 T_CODEC, T_LIES = "tests/wire/test_codec.py::", "tests/wire/test_hostile.py::"
 SEALS = "tests/server/test_apps.py::"
-TEAM = "fedtune/training/data_parallel.py"
+TEAM = "fedtune/core/training/data_parallel.py"
 PART = "        counted_sum[:dimension] = partial\n"
 LABEL = "fedtune/derive/preferences.py"
-BUDGETS, MERGE = "fedtune/dp/composed_epsilon.py", "fedtune/derive/merge_methods.py"
+BUDGETS, MERGE = "fedtune/accounting/composed_epsilon.py", "fedtune/derive/merge_methods.py"
 T_BUDGETS, T_MERGE = "tests/test_budgets.py::", "tests/models/test_merge.py::"
-ARRIVALS, CONTINUOUS = "fedtune/ledger/cohorts.py", "fedtune/server/continuous.py"
+ARRIVALS, CONTINUOUS = "fedtune/core/ledger/cohorts.py", "fedtune/server/continuous.py"
 T_ARRIVALS, T_COHORTS = "tests/dp/test_arrivals.py::", "tests/continuous/test_cohorts.py::"
 T_VERSIONS = "tests/continuous/test_versions.py::"
 CHANGE_PLAN, PAIRED = "fedtune/report/change_plan.py", "fedtune/report/paired.py"
 VERDICTS = "fedtune/evidence/versions.py"
 T_LOOKS, T_VERDICTS = "tests/continuous/test_looks.py::", "tests/continuous/test_verdicts.py::"
-MEDIA, PARTS = "fedtune/data/media.py", "fedtune/bases/architecture.py"
+MEDIA, PARTS = "fedtune/core/data/media.py", "fedtune/core/bases/architecture.py"
 T_SEEN, T_TILES = "tests/models/test_media.py::", "tests/dp/test_media.py::"
 T_RANKS, T_NARROW = "tests/test_lora_ranks.py::", "tests/server/test_narrow_updates.py::"

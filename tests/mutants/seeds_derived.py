@@ -33,7 +33,7 @@ MADE_MUTANTS = (
         "a few-shot taken from another patient",
     ),
     _one(
-        26, "the-teacher-is-centred-over-the-batch", "fedtune/objectives/distill.py",
+        26, "the-teacher-is-centred-over-the-batch", "fedtune/core/objectives/distill.py",
         "    tokens, teacher_logp = batch.soft\n",
         "    tokens, teacher_logp = batch.soft\n"
         "    teacher_logp = torch.log_softmax(\n"
@@ -42,7 +42,7 @@ MADE_MUTANTS = (
         "every target depends on whoever is in the batch",
     ),
     _one(
-        26, "a-teacher-without-privacy-is-heard", "fedtune/client/policy.py",
+        26, "a-teacher-without-privacy-is-heard", "fedtune/core/vault/policy.py",
         "if teacher.study is not None and not teacher.study.private:", "if False:",
         "tests/dp/test_distill.py::"
         "test_a_teacher_without_privacy_is_refused_unless_declared_public",
@@ -149,13 +149,13 @@ MERGE_MUTANTS = (
         "cross terms between one run's A and another's B",
     ),
     _one(
-        18, "outliers-of-the-whole-batch", "fedtune/bases/quantise.py",
+        18, "outliers-of-the-whole-batch", "fedtune/core/bases/quantise.py",
         "OUTLIERS = 0.0", "OUTLIERS = 6.0",
         "tests/models/test_quantise.py::test_no_record_decides_how_anothers_numbers_are_rounded",
         "LLM.int8()'s own setting: one record decides how another is rounded",
     ),
     _one(
-        "quantise", "the-plans-bits-are-forgotten", "fedtune/models/build.py",
+        "quantise", "the-plans-bits-are-forgotten", "fedtune/core/models/build.py",
         "dtype_of(study.base.dtype), study.base.quantisation", "dtype_of(study.base.dtype), None",
         "tests/models/test_quantise.py::test_weights_are_held_in_few_bits_and_the_head_is_not",
         "a plan that names 4 bits trains on another base",
@@ -183,14 +183,14 @@ MERGE_MUTANTS = (
 
 CONTINUOUS_MUTANTS = (
     _one(
-        "late", "who-arrives-late-pays-nothing", "fedtune/ledger/account.py",
+        "late", "who-arrives-late-pays-nothing", "fedtune/core/ledger/account.py",
         "return spent.seq > arrival and arrival not in self.reserved[spent.seq].out",
         "return arrival < 3 and arrival not in self.reserved[spent.seq].out",
         T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
         "only the first cohort is charged",
     ),
     _one(
-        "late", "who-is-out-pays-all-the-same-and-never-ends", "fedtune/ledger/ledger.py",
+        "late", "who-is-out-pays-all-the-same-and-never-ends", "fedtune/core/ledger/ledger.py",
         "                    out.add(cohort.arrival)\n", "                    continue\n",
         T_ARRIVALS + "test_each_unit_bears_the_rounds_it_was_in",
         "a cohort that the filter refuses is not left out",
@@ -202,7 +202,7 @@ CONTINUOUS_MUTANTS = (
         "the ledger leaves a cohort out and its records train on",
     ),
     _one(
-        29, "rounds-begin-by-a-count", "fedtune/config/types.py",
+        29, "rounds-begin-by-a-count", "fedtune/core/config/types.py",
         "if COUNTS.search(value):", "if False:",
         "tests/continuous/test_schedule.py::test_a_round_that_a_count_begins_is_refused",
         "every so many records",
@@ -227,7 +227,7 @@ CONTINUOUS_MUTANTS = (
         "killed in between, what is released is on no list",
     ),
     _one(
-        "release", "each-look-has-all-of-alpha", "fedtune/config/study.py",
+        "release", "each-look-has-all-of-alpha", "fedtune/core/config/study.py",
         "return self.alpha / self.looks", "return self.alpha",
         T_LOOKS + "test_without_a_true_gain_hardly_any_study_releases_a_version[30-alone]",
         "of sixteen looks one finds a gain that is none",

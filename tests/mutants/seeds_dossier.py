@@ -54,7 +54,7 @@ MUTANTS = (
         "a yes to another folder counts for this one",
     ),
     _one(
-        "evidence", "a-count-in-the-public-sheet", "fedtune/client/sheet.py",
+        "evidence", "a-count-in-the-public-sheet", "fedtune/officer/sheet.py",
         "        replace(public, _json(public_sheet(typed, site.site.name)))\n",
         "        replace(public, _json(content))\n",
         "tests/client/test_sheet.py::"
@@ -62,19 +62,19 @@ MUTANTS = (
         "how many patients a site has leaves it",
     ),
     _one(
-        "evidence", "a-changed-file-joins", "fedtune/client/sheet.py",
+        "evidence", "a-changed-file-joins", "fedtune/officer/sheet.py",
         "    if attested.get(what) != now:", "    if attested.get(what) is None:",
         "tests/client/test_sheet.py::test_records_that_changed_since_keep_a_site_from_joining",
         "records that nobody attested to are trained on",
     ),
     _one(
-        "evidence", "a-sheet-without-the-fields-joins", "fedtune/client/policy.py",
+        "evidence", "a-sheet-without-the-fields-joins", "fedtune/core/vault/policy.py",
         "    for refusal in sheet_refusals(study, site):\n", "    for refusal in ():\n",
         "tests/client/test_sheet.py::test_a_site_without_the_fields_does_not_join",
         "records without a licence or a legal basis",
     ),
     _one(
-        "evidence", "a-model-with-a-head-writes-text", "fedtune/run_folder.py",
+        "evidence", "a-model-with-a-head-writes-text", "fedtune/core/run_folder.py",
         "    return (run / ADAPTER / HEAD).is_file()\n",
         "    return bool(load_plan(run).objective.labels)\n",
         "tests/dossier/test_card.py::test_both_cards_say_whether_the_model_writes_text",

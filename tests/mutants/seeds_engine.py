@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant, one
 
 T = "tests/traps/test_trap_34_neighbours.py::"
-CACHE, TOKENS = "fedtune/models/cache.py", "fedtune/objectives/_tokens.py"
+CACHE, TOKENS = "fedtune/core/models/cache.py", "fedtune/core/objectives/_tokens.py"
 
 MUTANTS: list[Mutant] = [
     one(
@@ -15,7 +15,7 @@ MUTANTS: list[Mutant] = [
         "a product's rows depend on how many there are",
     ),
     one(
-        34, "no-bound-on-the-adapters-values", "fedtune/models/lora.py",
+        34, "no-bound-on-the-adapters-values", "fedtune/core/models/lora.py",
         "max(initial=0.0) > LARGEST", "max(initial=0.0) > np.inf",
         T + "test_an_adapter_that_could_tell_last_digits_is_refused",
         "weights that amplify last digits are loaded",

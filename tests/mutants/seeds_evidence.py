@@ -7,7 +7,7 @@ from tests.mutants.mutant import one as _one
 VERIFY, FIGURES = "fedtune/evidence/verify.py", "fedtune/evidence/figures.py"
 T, ATTACKS = "tests/test_verify.py::", "tests/test_verify_attacks.py::"
 FORGED = "a forged report passes"
-AUDIT, T_AUDIT = "fedtune/evidence/audit_log.py", "tests/test_audit_log.py::"
+AUDIT, T_AUDIT = "fedtune/core/ledger/audit_log.py", "tests/test_audit_log.py::"
 T_CUT = "tests/test_audit_log_cut.py::"
 T_ATTACK = "tests/test_attack.py::"
 
@@ -146,12 +146,12 @@ MUTANTS = (
         ATTACKS + "test_a_log_keeps_every_step_that_it_had", "first steps are hidden",
     ),
     _one(
-        "evidence", "a-forged-run-is-whole", "fedtune/models/verify.py",
+        "evidence", "a-forged-run-is-whole", "fedtune/runs/verify_model.py",
         "    check_signed(run)\n", "",
         ATTACKS + "test_nothing_is_made_of_a_forged_run", "models verify calls a forged run whole",
     ),
     _one(
-        "evidence", "a-forged-teacher-is-reviewed", "fedtune/client/review.py",
+        "evidence", "a-forged-teacher-is-reviewed", "fedtune/officer/review.py",
         "        check_teacher(study)\n", "        pass\n",
         ATTACKS + "test_a_teacher_that_is_not_as_it_was_signed_is_refused_where_a_person_reads",
         "a person signs a plan whose teacher says what nobody signed",
@@ -179,12 +179,12 @@ MUTANTS = (
         T_AUDIT + "test_what_a_study_decides_is_entered", "what a site said is kept for years",
     ),
     _one(
-        "audit log", "an-update-leaves-unentered", "fedtune/client/answers.py",
+        "audit log", "an-update-leaves-unentered", "fedtune/core/vault/answers.py",
         '        note(site, "release",', '        note(site, "refuse",',
         T_AUDIT + "test_every_act_at_a_site_is_entered", "nobody can say what left",
     ),
     _one(
-        "audit log", "a-token-without-the-log", "fedtune/client/site.py",
+        "audit log", "a-token-without-the-log", "fedtune/core/vault/worker.py",
         "self.home.head_statement(noted.acts(self).head)", "self.home.head_statement()",
         T_CUT + "test_entries_that_were_cut_off_are_found_by_any_run_that_the_site_took_part_in",
         "what was cut off the log is missed by nobody",
@@ -223,7 +223,7 @@ MUTANTS = (
         "a model is compared with itself, and guessing looks like an attack",
     ),
     _one(
-        "attack", "a-sites-result-for-everybody", "fedtune/client/attack.py",
+        "attack", "a-sites-result-for-everybody", "fedtune/officer/attack.py",
         "(text + \"\\n\").encode(), private=True)", "(text + \"\\n\").encode())",
         T_ATTACK + "test_a_site_tells_its_own_from_others_where_nothing_protects_them",
         "exact counts of private records can be read by other users",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tests.mutants.mutant import one as _one
 
 PURGE, REVIEW, WITHDRAW = (
-    "fedtune/client/purge.py",
-    "fedtune/client/review.py",
-    "fedtune/client/withdraw.py",
+    "fedtune/officer/purge.py",
+    "fedtune/officer/review.py",
+    "fedtune/officer/withdraw.py",
 )
 T_PURGE, T_CLI = "tests/client/test_purge.py::", "tests/test_cli_site.py::"
 LEFT = T_PURGE + "test_nothing_is_left_of_a_study_but_what_the_guarantee_needs"
@@ -61,7 +61,7 @@ DECIDING_MUTANTS = (
         "a plan that the ceiling refuses is found good",
     ),
     _one(
-        "refusal", "a-refusal-reads-as-done", "fedtune/client/reply_facts.py",
+        "refusal", "a-refusal-reads-as-done", "fedtune/core/vault/reply_facts.py",
         'if status not in DONE:', 'if status == "failed":',
         "tests/client/test_reply_facts.py::test_a_refused_site_is_told_why",
         "the site's own screen says nothing of why it is out",
@@ -98,7 +98,7 @@ JOINING_MUTANTS = (
         "a site that nobody heard is admitted with those that were",
     ),
     _one(
-        "joining", "another-plan-than-the-reviewed-one", "fedtune/client/reply_facts.py",
+        "joining", "another-plan-than-the-reviewed-one", "fedtune/core/vault/reply_facts.py",
         'reviewed not in ("", facts["plan_digest"])', 'reviewed not in ("", reviewed)',
         "tests/client/test_reply_facts.py::"
         "test_a_plan_other_than_the_reviewed_one_is_shown_as_another",

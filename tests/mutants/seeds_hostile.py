@@ -20,7 +20,7 @@ MUTANTS = (
         HOURS, "verify computes ε of whatever a stranger signed",
     ),
     _one(
-        "hostile", "any-number-of-kinds-of-steps", "fedtune/wire/step_summary.py",
+        "hostile", "any-number-of-kinds-of-steps", "fedtune/evidence/step_summary.py",
         'len({(event["sigma"], event["q"]) for event in log}) > KINDS', "not log",
         HOURS, "a thousand distributions to compose, each for seconds",
     ),
@@ -66,13 +66,13 @@ MUTANTS = (
         "a connection is held open by who may not read",
     ),
     _one(
-        "hostile", "a-word-is-read-from-each-letter", "fedtune/files/reading.py",
+        "hostile", "a-word-is-read-from-each-letter", "fedtune/core/files/reading.py",
         "(?:[\\w-]++|", "(?:[\\w-]+|",
         T_READING + "test_no_pattern_takes_a_time_that_explodes",
         "a plan with one long word keeps review and server busy for minutes",
     ),
     _one(
-        "hostile", "a-key-of-any-length", "fedtune/files/reading.py",
+        "hostile", "a-key-of-any-length", "fedtune/core/files/reading.py",
         "    if any(key[1] for key in _KEY.finditer(source)):\n", "    if not source:\n",
         T_READING + "test_a_key_of_very_many_parts_costs_no_time",
         "tomllib takes a time that is quadratic in a key's parts",
@@ -84,7 +84,7 @@ MUTANTS = (
         "forty digits and a letter take hours to compare",
     ),
     _one(
-        "hostile", "a-device-is-replaced", "fedtune/files/writing.py",
+        "hostile", "a-device-is-replaced", "fedtune/core/files/writing.py",
         "if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):", "if stat.S_ISSOCK(mode):",
         "tests/test_files.py::test_what_is_no_file_is_not_replaced",
         "an administrator who writes to /dev/null has none any more",
@@ -97,7 +97,7 @@ MUTANTS = (
         "a mistyped --out takes the ledger's key",
     ),
     _one(
-        "hostile", "two-train-into-one-run", "fedtune/run_choice.py",
+        "hostile", "two-train-into-one-run", "fedtune/runs/choice.py",
         "        with locks.hold_alone(run / LOCK, \"run\", run):\n", "        if True:\n",
         T_LOCKS + "test_two_processes_do_not_train_into_one_run",
         "two processes write one checkpoint",
@@ -109,7 +109,7 @@ MUTANTS = (
         "a command that was refused says that the running one has stopped",
     ),
     _one(
-        "hostile", "a-pipe-as-a-lock-is-waited-for", "fedtune/files/locks.py",
+        "hostile", "a-pipe-as-a-lock-is-waited-for", "fedtune/core/files/locks.py",
         "            descriptor = reading.descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)\n",
         "            descriptor = os.open(path, os.O_RDONLY)\n",
         T_LOCKS + "test_log_with_a_pipe_as_its_lock_says_so", "`fedtune log` never ends",
@@ -141,27 +141,27 @@ MUTANTS = (
         "restore lays out a folder, then ends with an error of its own",
     ),
     _one(
-        "hostile", "a-setting-of-any-number-of-digits", "fedtune/config/overrides.py",
+        "hostile", "a-setting-of-any-number-of-digits", "fedtune/core/config/overrides.py",
         "except (ValueError, RecursionError):", "except (UnicodeError, RecursionError):",
         "tests/test_set_option.py::test_what_is_no_setting_is_refused",
         "an internal error where a sentence is promised",
     ),
     _one(
-        "hostile", "a-list-of-any-length-in-a-plan", "fedtune/config/types.py",
+        "hostile", "a-list-of-any-length-in-a-plan", "fedtune/core/config/types.py",
         "Names = Annotated[tuple[Text, ...], Field(max_length=MOST_NAMES)]",
         "Names = Annotated[tuple[Text, ...], Field()]",
         "tests/test_config.py::test_no_list_of_a_plan_is_longer_than_anybody_needs",
         "a plan of 300,000 classes keeps a site busy for minutes",
     ),
     _one(
-        "hostile", "a-text-of-any-length-in-a-plan", "fedtune/config/types.py",
+        "hostile", "a-text-of-any-length-in-a-plan", "fedtune/core/config/types.py",
         "Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]",
         "Text = Annotated[str, Field()]",
         "tests/test_config.py::test_no_text_of_a_plan_is_longer_than_any_record",
         "a template of a gigabyte goes round every record of every site",
     ),
     _one(
-        "hostile", "a-key-of-few-records-is-a-column", "fedtune/data/sources/_interface.py",
+        "hostile", "a-key-of-few-records-is-a-column", "fedtune/core/data/sources/_interface.py",
         "self.objects < FEW and not is_header(common, self.keys)", "self.objects < 1",
         "tests/data/test_data_records.py::test_a_key_that_is_a_patients_is_in_no_message",
         "a patient's name stands in an error of doctor",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one as _one
 
-READING, STATUS = "fedtune/files/reading.py", "fedtune/observe/status.py"
+READING, STATUS = "fedtune/core/files/reading.py", "fedtune/observe/status.py"
 T_READING, T_CLI = "tests/test_reading.py::", "tests/test_cli.py::"
 WAITS = T_READING + "test_whatever_waits_or_never_ends_is_refused_at_once"
 T_NAME = T_READING + "test_a_derived_run_has_a_name_that_opens_again"
@@ -35,7 +35,7 @@ MUTANTS = (
         "a path that no file has ends as a fault of the system",
     ),
     _one(
-        "inputs", "an-error-moves-the-terminal", "fedtune/errors.py",
+        "inputs", "an-error-moves-the-terminal", "fedtune/core/errors.py",
         'c if c.isprintable() else "?" for c in text', "c for c in text",
         "tests/test_cli_runs.py::"
         "test_no_error_moves_the_terminal", "a file's name or key is obeyed by a terminal",
@@ -47,10 +47,11 @@ MUTANTS = (
         "markup and control characters of a file reach the terminal",
     ),
     _one(
-        "inputs", "a-strategy-is-looked-up-later", "fedtune/config/load.py",
-        "strategy, objective = strategies.build(study), objectives.resolve(study.objective)",
+        "inputs", "a-strategy-is-looked-up-later", "fedtune/core/config/load.py",
+        "strategy, objective = build_strategy(study), objectives.resolve(study.objective)",
         "objective = objectives.resolve(study.objective)\n"
-        "        strategy = strategies.STRATEGIES.load(\"fedavg\")()",
+        "        from fedtune.core.strategy import STRATEGIES\n"
+        "        strategy = STRATEGIES.load(\"fedavg\")()",
         T_READING + "test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read",
         "a study is planned, signed and started with a strategy that is not there",
     ),
@@ -84,24 +85,24 @@ MUTANTS = (
         "tests/test_cli_help.py::test_no_help_has_a_hole", "[schedule] and [rl] are lost",
     ),
     _one(
-        "scan", "a-text-trains-as-it-is", "fedtune/data/load.py",
+        "scan", "a-text-trains-as-it-is", "fedtune/core/data/load.py",
         "record = self.scan(record) if self.scan else record\n        placed",
         "placed",
         T_SCAN + "test_what_trains", "names that a site asked to take out are trained on",
     ),
     _one(
-        "scan", "without-the-package-unscanned", "fedtune/data/scan.py",
+        "scan", "without-the-package-unscanned", "fedtune/core/data/scan.py",
         "    engine()  # a missing", "    # a missing",
         T_SCAN + "test_without_the_package_nothing_trains_unscanned",
         "every record is rejected, one by one, and the site sends noise alone",
     ),
     _one(
-        "scan", "half-of-an-overlap-stays", "fedtune/data/scan.py",
+        "scan", "half-of-an-overlap-stays", "fedtune/core/data/scan.py",
         "(spans[-1][0], max(spans[-1][1], finding.end))", "spans[-1]",
         T_SCAN + "test_overlapping_findings_go_as_a_whole", "the end of an address stays",
     ),
     _one(
-        "scan", "another-model-is-loaded", "fedtune/data/scan_engine.py",
+        "scan", "another-model-is-loaded", "fedtune/core/data/scan_engine.py",
         "                verify(fetched, SHA256)\n", "",
         T_SCAN + "test_another_model_is_not_loaded", "weights from whoever runs the mirror",
     ),

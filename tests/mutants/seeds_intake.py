@@ -5,12 +5,12 @@ from __future__ import annotations
 from tests.mutants.mutant import one
 
 CONSENT, RECORDS, SITE = (
-    "fedtune/data/consent.py",
-    "fedtune/data/records.py",
-    "fedtune/client/site.py",
+    "fedtune/core/data/consent.py",
+    "fedtune/core/data/records.py",
+    "fedtune/core/vault/worker.py",
 )
-SQL, DATABASES = "fedtune/data/sources/sql.py", "fedtune/data/sources/_databases.py"
-FHIR, T_FHIR = "fedtune/data/sources/fhir.py", "tests/data/test_fhir_source.py::"
+SQL, DATABASES = "fedtune/core/data/sources/sql.py", "fedtune/core/data/sources/_databases.py"
+FHIR, T_FHIR = "fedtune/core/data/sources/fhir.py", "tests/data/test_fhir_source.py::"
 T_SQL = "tests/data/test_sql_source.py::"
 T_NEAR = "tests/data/test_neighbours.py::"
 T_CONSENT, T_PROPERTY = "tests/data/test_consent.py::", "tests/guarantee/test_property.py::"
@@ -48,7 +48,7 @@ MUTANTS = (
         T_PINNED + "list]", "others' rows hang on whether somebody before them opted out",
     ),
     one(
-        "consent", "a-list-for-everybody", "fedtune/files/reading.py",
+        "consent", "a-list-for-everybody", "fedtune/core/files/reading.py",
         "if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):", "if path.stat().st_size < 0:",
         T_CONSENT + "test_a_list_that_others_may_read_is_refused",
         "whoever may read the list guesses who opted out",
@@ -67,32 +67,32 @@ MUTANTS = (
         "a patient's no is not heard where a cell beside it is bad",
     ),
     one(
-        "intake", "a-link-fails-the-site", "fedtune/data/files.py",
+        "intake", "a-link-fails-the-site", "fedtune/core/data/files.py",
         "and os.path.isfile(p)", "and p.is_file()",
         T_NEAR + "test_a_link_that_cannot_be_followed_is_one_file",
         "one patient's file fails the site",
     ),
     one(
-        "intake", "a-pipe-is-waited-for", "fedtune/files/reading.py",
+        "intake", "a-pipe-is-waited-for", "fedtune/core/files/reading.py",
         "flags | os.O_NONBLOCK | os.O_CLOEXEC", "flags | os.O_CLOEXEC",
         T_NEAR + "test_a_pipe_that_takes_a_pictures_place_is_not_waited_for",
         "a pipe in a file's place holds the site's round for ever",
     ),
     one(
-        "intake", "a-password-in-a-message", "fedtune/config/types.py",
+        "intake", "a-password-in-a-message", "fedtune/core/config/types.py",
         "        hide_input_in_errors=True,", "        hide_input_in_errors=False,",
         T_SQL + "test_a_url_with_a_secret_is_refused_and_not_repeated",
         "a notebook shows the password of a hospital's database",
     ),
     one(
-        "consent", "a-receipt-for-anybody", "fedtune/client/withdraw.py",
+        "consent", "a-receipt-for-anybody", "fedtune/officer/withdraw.py",
         "genuine = verifies(ledger.key.public, _signed(receipt), signature)",
         "genuine = bool(_signed(receipt))",
         "tests/client/test_withdraw.py::test_a_changed_receipt_is_none",
         "a receipt that somebody wrote passes for the site's",
     ),
     one(
-        "consent", "a-receipt-counts-withdrawals", "fedtune/client/withdraw.py",
+        "consent", "a-receipt-counts-withdrawals", "fedtune/officer/withdraw.py",
         '        "unit": entry.body["unit"],\n',
         '        "unit": entry.body["unit"],\n        "entry": entry.seq,\n',
         "tests/client/test_withdraw.py::"
@@ -100,20 +100,20 @@ MUTANTS = (
         "two patients who compare their receipts count the others'",
     ),
     one(
-        "intake", "a-query-without-the-policys-leave", "fedtune/client/policy.py",
+        "intake", "a-query-without-the-policys-leave", "fedtune/core/vault/policy.py",
         "    if site.free_query and not site.policy.allow_free_query:\n", "    if False:\n",
         "tests/test_intake.py::test_a_query_needs_the_policys_leave_and_review_and_report_say_so",
         "one patient decides which records of others train, and nobody was asked",
     ),
     one(
-        "intake", "a-query-that-nobody-hears-of", "fedtune/client/prepared.py",
+        "intake", "a-query-that-nobody-hears-of", "fedtune/core/vault/prepared.py",
         '({"free_query": True} if self.free_query else {})', "{}",
         "tests/test_free_query.py"
         "::test_a_site_with_a_query_says_so_in_one_word_and_every_output_of_the_run_does",
         "a report claims an ε that does not hold for what the query couples",
     ),
     one(
-        "intake", "a-query-in-mid-study", "fedtune/client/declared.py",
+        "intake", "a-query-in-mid-study", "fedtune/core/vault/declared.py",
         "    if current.free_query and not loaded.free_query:\n", "    if False:\n",
         "tests/test_free_query.py::test_a_query_that_comes_in_mid_study_waits_for_a_restart",
         "the coordinator was told of a table, and a query selects what is held out",

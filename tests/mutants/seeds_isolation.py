@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
-CALLS = "fedtune/system_calls.py"
-ISOLATION, COURIER = "fedtune/isolation.py", "fedtune/courier/process.py"
-VAULT, STARTER = "fedtune/client/vault_process.py", "fedtune/launch/site.py"
+CALLS = "fedtune/core/system_calls.py"
+ISOLATION, COURIER = "fedtune/core/isolation.py", "fedtune/courier/process.py"
+VAULT, STARTER = "fedtune/core/vault/process.py", "fedtune/launch/site.py"
 APART, T_APART = "fedtune/launch/apart.py", "tests/isolation/test_apart.py::"
 T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_halves.py::"
 T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
 T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
-SPOOL, T_SPOOL = "fedtune/wire/spool.py", "tests/wire/test_spool.py::"
+SPOOL, T_SPOOL = "fedtune/core/wire/spool.py", "tests/wire/test_spool.py::"
 T_SPOOLED = "tests/isolation/test_spooled.py::"
-AIRLOCK, LEDGER = "fedtune/client/airlock.py", "fedtune/ledger/ledger.py"
+AIRLOCK, LEDGER = "fedtune/core/vault/airlock.py", "fedtune/core/ledger/ledger.py"
 T_AIRLOCK, T_DRAW = "tests/client/test_airlock.py::", "tests/secagg/test_held.py::"
 
 MUTANTS = (
@@ -37,13 +37,13 @@ MUTANTS = (
         "a round that is trained again goes without a person",
     ),
     one(
-        "isolation", "a-query-does-not-wait", "fedtune/client/evaluation.py",
+        "isolation", "a-query-does-not-wait", "fedtune/core/vault/evaluation.py",
         "held=airlock.holds_answers(site)", "held=False",
         T_AIRLOCK + "test_an_answer_about_held_out_records_waits_too",
         "two noised numbers leave a site that holds its answers",
     ),
     one(
-        "isolation", "a-draw-is-made-before-it-is-let-go", "fedtune/client/secure_round.py",
+        "isolation", "a-draw-is-made-before-it-is-let-go", "fedtune/core/vault/secure_round.py",
         "        _check_let_go(site, prepared, draw)\n", "",
         T_DRAW + "test_a_draw_waits_before_it_is_made_and_paid_for",
         "a draw is paid for, and other sites mask with one that a person refuses",
@@ -148,13 +148,13 @@ MUTANTS = (
         "a security officer's rule does nothing",
     ),
     one(
-        "isolation", "a-courier-tells-anything", "fedtune/wire/events.py",
+        "isolation", "a-courier-tells-anything", "fedtune/core/wire/events.py",
         "    if event not in FROM_COURIER:\n        return None\n", "",
         T_HALVES + "test_a_courier_shows_only_what_it_may",
         "it forges what the person at the site reads",
     ),
     one(
-        "isolation", "a-librarys-words-reach-the-screen", "fedtune/wire/events.py",
+        "isolation", "a-librarys-words-reach-the-screen", "fedtune/core/wire/events.py",
         'logging.getLogger("fedtune").addHandler', "logging.getLogger().addHandler",
         T_HALVES + "test_a_librarys_words_stay_in_the_vaults_own_log",
         "a tokenizer's warning may count or quote a record",
@@ -178,7 +178,7 @@ MUTANTS = (
         "held-out patients lie where the courier reads its code, and nobody is told",
     ),
     one(
-        "isolation", "the-courier-inherits-the-databases-password", "fedtune/processes.py",
+        "isolation", "the-courier-inherits-the-databases-password", "fedtune/core/processes.py",
         '        if program == "courier":\n', "        if False:\n",
         T_HALVES + "test_a_courier_does_not_get_the_databases_password_with_its_environment",
         "what speaks to the network logs in to the records' database",
@@ -199,41 +199,41 @@ MUTANTS = (
         "the half on the network sees that a patient withdrew",
     ),
     one(
-        "costs", "a-round-after-queries-forgets-them", "fedtune/client/policy.py",
+        "costs", "a-round-after-queries-forgets-them", "fedtune/core/vault/policy.py",
         "if c.study == plan.study + QUERIES]", "if c.study is plan]",
         "tests/test_private_evaluation.py"
         "::test_a_study_keeps_below_its_ceiling_in_whatever_order_it_asks",
         "queries first, then rounds again: past the site's ceiling for a study",
     ),
     one(
-        "isolation", "one-word-lets-two-answers-go", "fedtune/ledger/files.py",
+        "isolation", "one-word-lets-two-answers-go", "fedtune/core/ledger/files.py",
         "hexdigest()[:32]", "hexdigest()[:12]",
         "tests/dp/test_ledger_files.py"
         "::test_what_a_coordinator_chose_to_be_called_alike_has_two_names",
         "an officer lets go what a coordinator made to have the name of something else",
     ),
     one(
-        "isolation", "two-plans-of-one-file", "fedtune/config/site.py",
+        "isolation", "two-plans-of-one-file", "fedtune/core/config/site.py",
         "removeprefix('sha256:')}.json", "removeprefix('sha256:')[:16]}.json",
         "tests/dp/test_ledger_files.py"
         "::test_what_a_coordinator_chose_to_be_called_alike_has_two_names",
         "a person signs another plan than was read",
     ),
     one(
-        "isolation", "purge-follows-a-link", "fedtune/client/purge.py",
+        "isolation", "purge-follows-a-link", "fedtune/officer/purge.py",
         "os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd", "os.O_DIRECTORY, dir_fd",
         "tests/client/test_purge.py"
         "::test_a_link_in_a_folders_place_deletes_nothing_elsewhere",
         "the half on the network has the signing key and the receipts deleted",
     ),
     one(
-        "isolation", "a-log-is-written-through-a-link", "fedtune/processes.py",
+        "isolation", "a-log-is-written-through-a-link", "fedtune/core/processes.py",
         "flags | os.O_NOFOLLOW, 0o600", "flags, 0o600",
         T_HALVES + "test_a_childs_log_is_not_written_through_a_link",
         "a link that a courier left empties the ledger at the next start",
     ),
     one(
-        "isolation", "a-library-starts-threads-first", "fedtune/wire/requests.py",
+        "isolation", "a-library-starts-threads-first", "fedtune/core/wire/requests.py",
         "if TYPE_CHECKING:  # NumPy", "if True:  # NumPy",
         T_HALVES + "test_a_half_imports_no_library_that_starts_threads_before_it_is_confined",
         "no vault starts where the number of threads is left to NumPy",
@@ -320,7 +320,7 @@ MUTANTS = (
         "when it was computed stands beside it, for whoever reads the folder later",
     ),
     one(
-        "isolation", "a-draw-is-made-by-a-vault-for-one-request", "fedtune/client/policy.py",
+        "isolation", "a-draw-is-made-by-a-vault-for-one-request", "fedtune/core/vault/policy.py",
         "    if study.secure_aggregation and site.vault:\n", "    if False:\n",
         T_SPOOLED + "test_a_plan_with_shared_noise_is_refused_where_a_vault_lives_for_one_request",
         "a draw is paid for whose key is gone before it is masked",
@@ -339,7 +339,7 @@ MUTANTS = (
         "a round of which nobody takes the answer is paid for",
     ),
     one(
-        "isolation", "a-kept-plan-outlives-its-study", "fedtune/client/kept_plans.py",
+        "isolation", "a-kept-plan-outlives-its-study", "fedtune/core/vault/kept_plans.py",
         'set(folder.glob("*.request")) - known', "[]",
         T_SPOOLED + "test_a_plan_is_kept_as_long_as_its_study_is_under_way",
         "plans pile up on the ledger's disk",

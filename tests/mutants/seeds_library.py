@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
-SIMULATE, SITE = "fedtune/launch/simulate.py", "fedtune/client/site.py"
+SIMULATE, SITE = "fedtune/launch/simulate.py", "fedtune/core/vault/worker.py"
 TEST = "tests/test_library.py::"
 
 MUTANTS = (
@@ -29,7 +29,7 @@ MUTANTS = (
     one(
         "library",
         "records-for-everybody-here",
-        "fedtune/config/records.py",
+        "fedtune/core/config/records.py",
         "replace(path, text.encode(), private=True)",
         "replace(path, text.encode())",
         TEST + "test_a_study_of_data_frames_from_memory_to_a_run",
@@ -38,7 +38,7 @@ MUTANTS = (
     one(
         "library",
         "a-changed-copy-is-not-checked",
-        "fedtune/config/load.py",
+        "fedtune/core/config/load.py",
         "valid = Study.model_validate_json(study.model_dump_json())",
         "valid = study",
         TEST + "test_a_changed_copy_is_checked",

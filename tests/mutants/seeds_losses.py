@@ -28,7 +28,7 @@ from tests.mutants.places import (
 )
 
 T_STATISTICS = "tests/test_prototypes.py::"
-STATISTICS = "fedtune/models/class_statistics.py"
+STATISTICS = "fedtune/core/models/class_statistics.py"
 
 LOSS_MUTANTS = (
     _one(
@@ -51,7 +51,7 @@ LOSS_MUTANTS = (
         "a basis that is not finite makes every record's statistics zero, paid for",
     ),
     _one(
-        "statistics", "any-basis-is-the-plans", "fedtune/models/network.py",
+        "statistics", "any-basis-is-the-plans", "fedtune/core/models/network.py",
         "if expected not in (None, lora_module.digest(received)):", "if False:",
         T_STATISTICS + "test_a_hostile_basis_is_refused_before_a_record_is_read",
         "a site trains in another basis than the plan that its people signed",
@@ -63,7 +63,7 @@ LOSS_MUTANTS = (
         f"{T_PARITY} {T_ISOLATION}", "the built-in loss of a language model",
     ),
     _one(
-        18, "batch-norm-on-hidden-states", "fedtune/objectives/_tokens.py",
+        18, "batch-norm-on-hidden-states", "fedtune/core/objectives/_tokens.py",
         "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)",
         "hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)\n"
         "    hidden = hidden - hidden.mean(dim=0, keepdim=True)",
@@ -100,25 +100,25 @@ LOSS_MUTANTS = (
 
 PREFERENCE_MUTANTS = (
     _one(
-        27, "reference-point-from-the-batch", "fedtune/objectives/kto.py",
+        27, "reference-point-from-the-batch", "fedtune/core/objectives/kto.py",
         "gain = self.beta * (ratio - self.reference_point)",
         "gain = self.beta * (ratio - ratio.detach().mean().clamp(min=0))",
         T_ORACLES + "[kto-auto-patient]", "KTO as it is usually run",
     ),
     _one(
-        27, "rewards-of-pairs-centred-over-the-batch", "fedtune/objectives/reward.py",
+        27, "rewards-of-pairs-centred-over-the-batch", "fedtune/core/objectives/reward.py",
         "self.centring * (better + worse) ** 2", "0.1 * (better + worse).mean() ** 2",
         T_CONTRACT + "test_a_loss_is_the_same_in_any_company_and_at_any_time",
         "one mean for every pair",
     ),
     _one(
-        26, "the-reference-has-the-adapter-on", "fedtune/objectives/_tokens.py",
+        26, "the-reference-has-the-adapter-on", "fedtune/core/objectives/_tokens.py",
         "with torch.no_grad(), network.base_only():", "with torch.no_grad():",
         T_REFERENCE + "test_the_reference_is_the_policy_at_the_start",
         "the reference is a model that saw the records",
     ),
     _one(
-        26, "a-reference-kept-by-place-in-the-batch", "fedtune/objectives/_tokens.py",
+        26, "a-reference-kept-by-place-in-the-batch", "fedtune/core/objectives/_tokens.py",
         "batch.reference_logps[batch.index] = logps",
         "batch.reference_logps[: len(batch.index)] = logps",
         T_REFERENCE + "test_the_reference_is_computed_once_and_stays_each_records_own",
@@ -138,13 +138,13 @@ PREFERENCE_MUTANTS = (
         T_ORACLES + "[dpo-auto-patient]", "a pair moves the sum by two bounds",
     ),
     _one(
-        18, "a-score-leaves-out-the-last-token", "fedtune/data/tokenize.py",
+        18, "a-score-leaves-out-the-last-token", "fedtune/core/data/tokenize.py",
         "if scored or not hits.any():", "if not hits.any():",
         "tests/objectives/test_runs.py::test_a_score_is_read_off_the_last_token",
         "a reward model that does not read what it scores to the end",
     ),
     _one(
-        27, "a-tiny-base-too-small-to-tell", "fedtune/models/tiny.py",
+        27, "a-tiny-base-too-small-to-tell", "fedtune/core/models/tiny.py",
         '"initializer_range": HIDDEN**-0.5,', '"initializer_range": 0.02,',
         T_CONTRACT + "test_a_loss_that_couples_records_is_caught[kto]",
         "the self-test passes a loss that couples records",

@@ -34,7 +34,7 @@ MODEL_MUTANTS = (
         "a record trains on the states of another one's targets",
     ),
     _one(
-        "media", "an-image-in-one-line", "fedtune/bases/architecture.py",
+        "media", "an-image-in-one-line", "fedtune/core/bases/architecture.py",
         "torch.stack([time, time + within // side, time + within % side])",
         "torch.stack([time, time, time])",
         "tests/models/test_media.py::test_positions_round_an_image_are_transformers_own",
@@ -87,7 +87,7 @@ MODEL_MUTANTS = (
         "who withdrew stays in memory and file",
     ),
     _one(
-        "states", "an-adapter-below-the-cut", "fedtune/models/split.py",
+        "states", "an-adapter-below-the-cut", "fedtune/core/models/split.py",
         "first_adapted = len(layers) - lora.last_layers",
         "first_adapted = len(layers) - lora.last_layers + 1",
         "tests/models/test_states_shared.py::"
@@ -103,7 +103,7 @@ MODEL_MUTANTS = (
         "embed_tokens has no per-record gradient",
     ),
     _one(
-        12, "a-start-read-off-the-data", "fedtune/config/study.py",
+        12, "a-start-read-off-the-data", "fedtune/core/config/study.py",
         'a_init: Literal["seed", "public"]', 'a_init: Literal["seed", "public", "eva", "pissa"]',
         "tests/traps/test_trap_12_peft_options.py::"
         "test_an_option_outside_the_allow_list_is_unknown",
@@ -196,7 +196,7 @@ MEDIA_MUTANTS = (
         "the same image under other words passes for a new one",
     ),
     _one(
-        "media", "more-places-than-the-image-has", "fedtune/modalities/image_text.py",
+        "media", "more-places-than-the-image-has", "fedtune/core/modalities/image_text.py",
         "        if actual != expected:\n", "        if actual < expected:\n",
         T_SEEN + "test_place_holders_are_counted", "a text that writes image tokens of its own",
     ),
@@ -205,7 +205,7 @@ MEDIA_MUTANTS = (
 
 RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     _one(
-        "ranks", "the-first-columns-alone-are-trained", "fedtune/models/rank_slice.py",
+        "ranks", "the-first-columns-alone-are-trained", "fedtune/core/models/rank_slice.py",
         "start = min((round_ - 1) % blocks * rank,", "start = min(0 * blocks,",
         T_RANKS + "test_the_released_change_is_the_weighted_mean_of_the_sites_own",
         "a site of few ranks never trains the others",

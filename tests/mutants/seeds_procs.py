@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import one
 from tests.mutants.places import GRADIENTS, PLAN, SITE, SITES, STATES, T_PLAN, T_STATES
 
-RANKS, T_RANKS = "fedtune/client/rank_process.py", "tests/client/test_ranks.py::"
+RANKS, T_RANKS = "fedtune/core/vault/rank_process.py", "tests/client/test_ranks.py::"
 T_COSTS = "tests/client/test_costs.py::"
 COSTLY = T_COSTS + "test_a_costly_plan_is_refused_before_anything_is_computed"
 
@@ -13,7 +13,7 @@ T_ELSEWHERE = "tests/client/test_from_elsewhere.py::"
 T_PLUGINS = "tests/client/test_plugins.py::"
 T_BOOT = "tests/flower/test_boot.py::"
 
-WRITING = "fedtune/files/writing.py"
+WRITING = "fedtune/core/files/writing.py"
 
 # fmt: off
 MUTANTS = (
@@ -26,7 +26,7 @@ MUTANTS = (
         "a noised step runs whose line is not whole, and no later answer can be made",
     ),
     one(
-        "full disk", "each-step-of-a-round-is-a-line", "fedtune/dp/plan.py",
+        "full disk", "each-step-of-a-round-is-a-line", "fedtune/core/dp/plan.py",
         "line, of_round=self.local_steps", "line",
         "tests/dp/test_plan.py::test_epsilon_of_the_log_is_epsilon_of_the_plan",
         "a plan's number of steps fills the room that a site's records need: failed, or trained",
@@ -102,90 +102,90 @@ MUTANTS = (
         "in mid-study the site answers a state of its files",
     ),
     one(
-        "costs", "a-plan-is-computed-before-the-rules", "fedtune/client/policy.py",
+        "costs", "a-plan-is-computed-before-the-rules", "fedtune/core/vault/policy.py",
         "    admit(study, site, None, coordinator)\n    if not study.private:\n",
         "    if not study.private:\n", COSTLY,
         "the rules say no after minutes and gigabytes",
     ),
     one(
-        "costs", "an-epsilon-out-of-the-question-is-computed", "fedtune/client/policy.py",
+        "costs", "an-epsilon-out-of-the-question-is-computed", "fedtune/core/vault/policy.py",
         "least = accountant.at_least(steps, stated.delta)", "least = 0.0", COSTLY,
         "ten thousand steps without noise worth the name take 3.4 GB to account",
     ),
     one(
-        "costs", "steps-are-counted-past-the-policy", "fedtune/client/policy.py",
+        "costs", "steps-are-counted-past-the-policy", "fedtune/core/vault/policy.py",
         "site.site.declared_size, site.policy.max_steps)",
         "site.site.declared_size, 10 * site.policy.max_steps)",
         T_COSTS + "test_a_study_without_end_counts_no_more_steps_than_the_policy_has",
         "a lifetime's steps are counted as far as they go",
     ),
     one(
-        "costs", "the-quick-figure-forgets-the-spread", "fedtune/dp/accountant.py",
+        "costs", "the-quick-figure-forgets-the-spread", "fedtune/core/dp/accountant.py",
         "(mean - 4 * spread)", "(mean + 4 * spread)",
         T_COSTS + "test_the_quick_figure_is_never_above_epsilon",
         "an admissible plan is refused",
     ),
     one(
-        "elsewhere", "a-plan-imports-what-it-names", "fedtune/client/policy.py",
+        "elsewhere", "a-plan-imports-what-it-names", "fedtune/core/vault/policy.py",
         "    return study.objective.name in OBJECTIVES.release() or not any(",
         "    return True or any(",
         T_PLUGINS + "test_a_foreign_name_is_refused_and_nothing_of_it_is_imported",
         "code of a distribution that the site's policy does not name runs because a plan names it",
     ),
     one(
-        "elsewhere", "a-study-imports-before-the-policy", "fedtune/config/load.py",
+        "elsewhere", "a-study-imports-before-the-policy", "fedtune/core/config/load.py",
         "    permit(study)\n", "",
         T_PLUGINS + "test_a_study_toml_is_refused_before_it_is_resolved",
         "the same of a study.toml that somebody at the site looks at",
     ),
     one(
-        "elsewhere", "a-plan-names-the-base", "fedtune/client/policy.py",
+        "elsewhere", "a-plan-names-the-base", "fedtune/core/vault/policy.py",
         "return base_of_plan(study.base.digest, site.site.base, listed)",
         "return base_of_plan(study.base.digest, site.site.base or study.base.model, listed)",
         T_ELSEWHERE + "test_a_plan_cannot_make_a_site_fetch_or_read_a_base",
         "a site fetches from a hub, or opens the folder, that a coordinator names",
     ),
     one(
-        "elsewhere", "any-pinned-wheel-is-fetched", "fedtune/bases/find.py",
+        "elsewhere", "any-pinned-wheel-is-fetched", "fedtune/core/bases/find.py",
         "if pinned and (digest in listed or wheel", "if pinned and (True or wheel",
         T_ELSEWHERE + "test_only_a_pinned_wheel_that_the_site_lists_is_fetched",
         "a site fetches what its policy does not list",
     ),
     one(
-        "elsewhere", "what-lies-there-now-is-not-hashed", "fedtune/bases/find.py",
+        "elsewhere", "what-lies-there-now-is-not-hashed", "fedtune/core/bases/find.py",
         "if noted and noted[1].is_dir() and digest_of(noted[1]) == digest:",
         "if noted and noted[1].is_dir():",
         T_ELSEWHERE + "test_a_base_that_has_changed_since_it_was_named_is_not_here",
         "another model than the plan's is trained",
     ),
     one(
-        "elsewhere", "a-teachers-run-names-its-base", "fedtune/models/teacher.py",
+        "elsewhere", "a-teachers-run-names-its-base", "fedtune/core/models/teacher.py",
         "return load(path, spec.digest, sent=True)", "return load(path, spec.digest)",
         T_ELSEWHERE + "test_a_teachers_run_that_was_sent_names_no_base_either",
         "a run's folder that came by mail makes the site fetch",
     ),
     one(
-        "elsewhere", "code-of-a-hub-is-loaded", "fedtune/boot.py",
+        "elsewhere", "code-of-a-hub-is-loaded", "fedtune/core/boot.py",
         'sys.modules.setdefault("kernels", None)', 'sys.modules.get("kernels", None)',
         T_ELSEWHERE + "test_no_code_of_a_hub_is_loaded",
         "bitsandbytes loads compiled code from a hub at its import",
     ),
     one(
-        "processes", "an-empty-entry-on-the-path", "fedtune/boot.py",
+        "processes", "an-empty-entry-on-the-path", "fedtune/core/boot.py",
         "[path for path in paths if os.path.isabs(path) and os.path.realpath(path) != current]",
         "paths",
         T_BOOT + "test_a_child_runs_nothing_of_the_current_folder",
         "secrets.py beside study.toml runs in the process that holds the CA's key",
     ),
     one(
-        "processes", "packages-before-the-standard-library", "fedtune/boot.py",
+        "processes", "packages-before-the-standard-library", "fedtune/core/boot.py",
         "sys.path = [*sys.path[:behind], PACKAGES, *sys.path[behind:]]",
         "sys.path = [PACKAGES, *sys.path]",
         T_BOOT + "test_a_child_runs_nothing_of_the_current_folder",
         "any distribution's module of a standard name runs in its place",
     ),
     one(
-        "processes", "a-second-server-on-the-home", "fedtune/files/locks.py",
+        "processes", "a-second-server-on-the-home", "fedtune/core/files/locks.py",
         "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "tests/flower/test_alone.py::test_a_second_server_on_a_home_says_so_and_touches_nothing",
         "the second server deletes the state of the first, which dies",
@@ -224,14 +224,14 @@ MUTANTS = (
         "it waits for sites whose certificates it refuses, and nobody hears why",
     ),
     one(
-        "processes", "a-child-outlives-its-parent", "fedtune/processes.py",
+        "processes", "a-child-outlives-its-parent", "fedtune/core/processes.py",
         "        end_with_parent()\n    import_module(PROGRAMS",
         "        pass\n    import_module(PROGRAMS",
         "tests/flower/test_alone.py::test_a_child_ends_with_its_parent_whatever_ends_that",
         "after kill -9 of the server its SuperLink and gateway go on",
     ),
     one(
-        "processes", "another-users-process-joins", "fedtune/training/data_parallel.py",
+        "processes", "another-users-process-joins", "fedtune/core/training/data_parallel.py",
         "        if _peer_user(peer) == os.getuid():\n", "        if True:\n",
         "tests/dp/test_team.py::test_another_users_process_is_turned_away",
         "who reaches the socket reads and writes what is not noised",

@@ -36,11 +36,11 @@ MUTANTS = (
         for bug in seeds_engine.MUTANTS if bug.name == "a-block-is-not-filled"
     ),
     Mutant(
-        "ranks", "a-rank-reads-for-itself", "fedtune/client/rank_process.py",
+        "ranks", "a-rank-reads-for-itself", "fedtune/core/vault/rank_process.py",
         (
             (
-                "from fedtune.client.site import worker",
-                "from fedtune.client.site import SiteWorker, worker",
+                "from fedtune.core.vault.worker import worker",
+                "from fedtune.core.vault.worker import SiteWorker, worker",
             ),
             (
                 'prepared.take(unpack_records(header["records"], tensors))',
@@ -52,7 +52,7 @@ MUTANTS = (
         "a row is another record in another process, by one that came meanwhile",
     ),
     Mutant(
-        38, "a-draw-waits-in-the-folder", "fedtune/client/secure_round.py",
+        38, "a-draw-waits-in-the-folder", "fedtune/core/vault/secure_round.py",
         (
             (
                 "    site.draws.keep(waiting)\n",
@@ -81,7 +81,7 @@ MUTANTS = (
         "a folder put back to before its draw was masked masks it for another set",
     ),
     Mutant(
-        "resources", "members-come-before-charges", "fedtune/client/site.py",
+        "resources", "members-come-before-charges", "fedtune/core/vault/worker.py",
         (
             (
                 "return self.room.give_up()",
@@ -101,7 +101,7 @@ MUTANTS = (
         "whether a round can be charged follows from how many records there are",
     ),
     one(
-        "resources", "an-update-without-room-fails-the-round", "fedtune/ledger/ledger.py",
+        "resources", "an-update-without-room-fails-the-round", "fedtune/core/ledger/ledger.py",
         "        if self._room is None or self._room.has_space(len(update)):\n            try:\n"
         "                replace(path, update, private=True)\n"
         "                self._unstored.pop(slot[0], None)\n                return\n"
@@ -112,14 +112,14 @@ MUTANTS = (
         "an answer is there or not by what fills the disk",
     ),
     one(
-        31, "arrival-by-the-first-note", "fedtune/data/load.py",
+        31, "arrival-by-the-first-note", "fedtune/core/data/load.py",
         "keys = tuple(map(member, units))",
         'keys = tuple(b"record\\0" + content_of(units[key].records[0]) for key in units)',
         f"{ONCE}[a-newcomer-was-there-before]",
         "a newcomer with a note that somebody had is there from the first",
     ),
     one(
-        32, "a-file-without-a-column-is-everybodys", "fedtune/data/files.py",
+        32, "a-file-without-a-column-is-everybodys", "fedtune/core/data/files.py",
         "    if strict:\n        names.require()\n",
         "        own = Names(where, keys)\n"
         "        list(readers[path.suffix.lower()].rows(path, own))\n"
@@ -128,7 +128,7 @@ MUTANTS = (
         "one patient's file switches the site to noise",
     ),
     Mutant(
-        36, "a-text-decides-what-is-composed", "fedtune/ledger/ledger.py",
+        36, "a-text-decides-what-is-composed", "fedtune/core/ledger/ledger.py",
         (
             (
                 "            if arrival:\n                writer.append(",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant, one
 
-GRADIENTS = "fedtune/training/unit_gradients.py"
-MODULE, LORA = "fedtune/models/preconditioner.py", "fedtune/models/lora.py"
+GRADIENTS = "fedtune/core/training/unit_gradients.py"
+MODULE, LORA = "fedtune/core/models/preconditioner.py", "fedtune/core/models/lora.py"
 T = "tests/test_preconditioner.py::"
 S = "tests/server/test_step.py::"
 PUBLIC, RECIPE, ANSWER = (
@@ -50,7 +50,7 @@ MUTANTS: list[Mutant] = [
         "a coordinator makes a site compute with an M of any scale",
     ),
     one(
-        "preconditioner", "narrow-before-the-round-too", "fedtune/training/start.py",
+        "preconditioner", "narrow-before-the-round-too", "fedtune/public/start.py",
         "network.loaded(frozen=network.frozen_factor() | outputs):",
         "network.loaded():",
         "tests/test_public_start.py::"
@@ -77,30 +77,30 @@ MUTANTS: list[Mutant] = [
         "the second step of a round starts elsewhere than the coordinator thinks",
     ),
     one(
-        "preconditioner", "not-loaded-beside-a-drawn-a", "fedtune/models/network.py",
+        "preconditioner", "not-loaded-beside-a-drawn-a", "fedtune/core/models/network.py",
         "whole = factor | outputs ", "factor |= outputs; whole = factor ",
         T + "test_the_digest_binds_it", "a site trains without the M that its plan names",
     ),
     one(
-        "preconditioner", "left-open-by-the-plan", "fedtune/client/policy.py",
+        "preconditioner", "left-open-by-the-plan", "fedtune/core/vault/policy.py",
         "if table.digest is None and not outline:", "if False:",
         T + "test_a_site_takes_no_plan_that_leaves_it_open",
         "a site signs a plan that does not say with which M it trains",
     ),
     one(
-        "plans", "a-sent-one-may-be-open-too", "fedtune/client/review.py",
+        "plans", "a-sent-one-may-be-open-too", "fedtune/officer/review.py",
         "    if path.suffix in SENT:\n        return False", "    if False:\n        return False",
         "tests/test_before_a_run.py::test_a_plan_that_was_sent_without_its_digests_is_refused",
         "review says that a plan would run which the site refuses when it comes",
     ),
     one(
-        "preconditioner", "of-any-rank", "fedtune/client/policy.py",
+        "preconditioner", "of-any-rank", "fedtune/core/vault/policy.py",
         '_at_most("lora.preconditioner.rank", table.rank, "max_rank", policy)', "()",
         T + "test_a_site_takes_no_plan_that_leaves_it_open",
         "a coordinator decides how long a site's check takes",
     ),
     one(
-        "start", "not-in-the-plan", "fedtune/training/start.py",
+        "start", "not-in-the-plan", "fedtune/public/start.py",
         'pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})',
         'pinned = study.start.model_copy(update={"digest": None})',
         "tests/test_public_start.py::test_it_costs_no_epsilon_and_is_bound_by_the_digest",
@@ -143,7 +143,7 @@ MUTANTS: list[Mutant] = [
         "the same public records choose the adapter and judge it",
     ),
     one(
-        "csv", "a-site-guesses-how-its-file-is-written", "fedtune/data/records.py",
+        "csv", "a-site-guesses-how-its-file-is-written", "fedtune/core/data/records.py",
         "    if not isinstance(file, SiteData):\n"
         "        return guessed(file.path, keys_of(file).values())",
         "    if not getattr(file, 'source', '') and not getattr(file, 'url', ''):\n"
@@ -158,7 +158,7 @@ MUTANTS: list[Mutant] = [
         "a head that was fitted to the evaluation records is judged by them",
     ),
     one(
-        "start", "the-head-forgets-the-public-records", "fedtune/training/start.py",
+        "start", "the-head-forgets-the-public-records", "fedtune/public/start.py",
         'if study.start.head == "public":', "if False:",
         "tests/test_public_start.py"
         "::test_a_head_starts_at_the_optimum_of_a_regression_on_public_records",

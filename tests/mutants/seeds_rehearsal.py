@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
-DECLARED, LOAD = "fedtune/ledger/declared.py", "fedtune/data/load.py"
+DECLARED, LOAD = "fedtune/core/ledger/declared.py", "fedtune/core/data/load.py"
 TESTS = "tests/test_declared.py::"
 OTHER_NAME = TESTS + "test_records_once_charged_are_refused_under_another_name"
 
@@ -32,7 +32,7 @@ MUTANTS = (
         "a relabelled short record is not known again",
     ),
     one(
-        "declared", "a-client-with-declared-data", "fedtune/client/declared.py",
+        "declared", "a-client-with-declared-data", "fedtune/core/vault/declared.py",
         "if site.data.declared and not site.policy.allow_declared_data:",
         "if site.data.declared is None and not site.policy.allow_declared_data:",
         TESTS + "test_a_client_refuses_declared_data_unless_its_policy_allows_it",

@@ -6,9 +6,9 @@ from tests.mutants.mutant import Mutant
 from tests.mutants.mutant import one as _one
 from tests.mutants.places import PLAN, POLICY, SITE
 
-STATEMENT, MASKS = "fedtune/secagg/statement.py", "fedtune/secagg/masks.py"
-DRAWS, AT_SITE = "fedtune/secagg/draw.py", "fedtune/client/secure_round.py"
-AT_COORDINATOR, ENTRIES = "fedtune/server/secure_round.py", "fedtune/ledger/entries.py"
+STATEMENT, MASKS = "fedtune/core/secagg/statement.py", "fedtune/core/secagg/masks.py"
+DRAWS, AT_SITE = "fedtune/core/secagg/draw.py", "fedtune/core/vault/secure_round.py"
+AT_COORDINATOR, ENTRIES = "fedtune/server/secure_round.py", "fedtune/core/ledger/entries.py"
 T_ATTACKS, T_MASKS = "tests/secagg/test_attacks.py::", "tests/secagg/test_masks.py::"
 EARLIER = T_ATTACKS + "test_a_statement_of_an_earlier_attempt_is_of_another_draw"
 SYBILS = T_ATTACKS + "test_sybils_of_the_coordinator_count_for_nothing"
@@ -87,7 +87,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "each attempt is void, and paid",
     ),
     _one(
-        AREA, "a-void-attempt-costs-nothing", "fedtune/dp/costs.py",
+        AREA, "a-void-attempt-costs-nothing", "fedtune/accounting/costs.py",
         "steps = of_site.steps + more * of_site.local_steps", "steps = of_site.steps",
         "tests/secagg/test_both_epsilons.py::"
         "test_a_plan_says_what_attempts_that_come_to_nothing_cost",

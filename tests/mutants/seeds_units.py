@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
-CONVERSION, FORKS = "fedtune/data/conversion.py", "fedtune/data/conversion_process.py"
+CONVERSION, FORKS = "fedtune/core/data/conversion.py", "fedtune/core/data/conversion_process.py"
 PER_UNIT, RECORDS, TYPED = (
-    "fedtune/data/per_unit.py",
-    "fedtune/data/records.py",
-    "fedtune/data/typed_rows.py",
+    "fedtune/core/data/per_unit.py",
+    "fedtune/core/data/records.py",
+    "fedtune/core/data/typed_rows.py",
 )
-CALLS = "fedtune/system_calls.py"
-ISOLATION = "fedtune/isolation.py"
+CALLS = "fedtune/core/system_calls.py"
+ISOLATION = "fedtune/core/isolation.py"
 T_CONVERSION = "tests/data/test_conversion.py::"
 T_CARRIED = T_CONVERSION + "test_nothing_is_carried_from_one_unit_to_another"
 T_HARM = T_CONVERSION + "test_harm_is_the_units_own"
@@ -129,7 +129,7 @@ MUTANTS = (
         "a conversion names the image of another patient",
     ),
     one(
-        "units", "an-example-knows-whose-it-is", "fedtune/data/load.py",
+        "units", "an-example-knows-whose-it-is", "fedtune/core/data/load.py",
         "        made = per_unit(self._examples, (Example, str))(nameless)\n",
         "        made = per_unit(self._examples, (Example, str))(records)\n",
         "tests/data/test_per_unit.py::"
@@ -137,7 +137,7 @@ MUTANTS = (
         "a unit's key or place decides what is made of its rows",
     ),
     one(
-        "units", "a-sum-by-another-way", "fedtune/dp/query.py",
+        "units", "a-sum-by-another-way", "fedtune/core/dp/query.py",
         "return plan.step(len(rows), 2, drawn_rows, log, round_)",
         "return plan.clipped_sum(list(range(len(rows))), 2, drawn_rows).float()",
         "tests/dp/test_one_way_through.py::"
@@ -145,13 +145,13 @@ MUTANTS = (
         "a sum that was not noised is what leaves",
     ),
     one(
-        "units", "no-sample-before-joining", "fedtune/client/before_joining.py",
+        "units", "no-sample-before-joining", "fedtune/officer/before_joining.py",
         "check_records, check_conversion):", "check_records):",
         T_CONVERSION + "test_a_sample_of_units_is_converted_again_alone",
         "nobody at the site hears of a conversion that couples units",
     ),
     one(
-        "units", "a-plug-in-reads-the-whole-file", "fedtune/data/sources/__init__.py",
+        "units", "a-plug-in-reads-the-whole-file", "fedtune/core/data/sources/__init__.py",
         ", foreign=False)", ")",
         "tests/data/test_sources.py::test_what_another_distribution_brings_is_no_source",
         "another distribution's code sees the rows of many units, in the vault",

@@ -159,46 +159,46 @@ GUARANTEE_MUTANTS = (
         "the filter's order is chosen after results were seen",
     ),
     _one(
-        "filter", "several-kinds-as-if-planned-at-once", "fedtune/dp/filter.py",
+        "filter", "several-kinds-as-if-planned-at-once", "fedtune/core/dp/filter.py",
         "if len({event._replace(steps=0) for event in events}) <= 1:", "if events:",
         "tests/dp/test_ceiling.py::"
         "test_two_kinds_are_filtered_at_the_order_given_and_cost_no_less_than_pld",
         "studies chosen after results are added up as if all had been planned",
     ),
     _one(
-        "filter", "sampled-steps-as-gaussians", "fedtune/dp/filter.py",
+        "filter", "sampled-steps-as-gaussians", "fedtune/core/dp/filter.py",
         "if all(event.sampling_rate == 1 for", "if any(event.sampling_rate == 1 for",
         "tests/dp/test_ceiling.py::test_several_kinds_that_take_every_unit_are_one_gaussian",
         "the exact filter is used where it is proven for none",
     ),
     _one(
-        "filter", "a-long-integral-is-half-its-bound", "fedtune/dp/filter.py",
+        "filter", "a-long-integral-is-half-its-bound", "fedtune/core/dp/filter.py",
         "return order * (records / sigma) ** 2 / 2", "return order * (records / sigma) ** 2 / 4",
         "tests/dp/test_filter.py::test_a_long_integral_is_bounded_from_above",
         "a plan whose integral takes long costs less than it reveals",
     ),
     _one(
-        "ledger", "a-round-is-trained-again", "fedtune/ledger/ledger.py",
+        "ledger", "a-round-is-trained-again", "fedtune/core/ledger/ledger.py",
         "        if (sha256 := self._account.sent.get(slot)) is None:", "        if True:",
         SITES + "test_a_round_asked_for_again_is_sent_again_and_not_paid_again",
         "a retry trains again",
     ),
     _one(
-        "seal", "any-signature-will-do", "fedtune/wire/seal.py",
+        "seal", "any-signature-will-do", "fedtune/core/wire/seal.py",
         "if not verifies(public, signed, signature):",
         "if not verifies(public, signed, signature) and not signature:",
         SEALS + "test_an_update_signed_by_another_or_altered_is_dropped",
         "an update that somebody else signed is counted",
     ),
     _one(
-        "query", "the-count-is-not-clipped", "fedtune/dp/query.py", "NORM = math.sqrt(2)",
+        "query", "the-count-is-not-clipped", "fedtune/core/dp/query.py", "NORM = math.sqrt(2)",
         "NORM = 1.0",
         "tests/test_private_evaluation.py::"
         "test_epsilon_of_the_queries_is_the_accountants_of_the_step_log",
         "a query's sensitivity is another than the ledger pays for",
     ),
     _one(
-        "query", "whoever-asks-is-answered", "fedtune/client/evaluation.py",
+        "query", "whoever-asks-is-answered", "fedtune/core/vault/evaluation.py",
         'if "evaluation" not in site.policy.release:', "if False:",
         "tests/test_private_evaluation.py::"
         "test_a_site_that_does_not_release_refuses_by_name_of_the_rule",
@@ -210,7 +210,7 @@ GUARANTEE_MUTANTS = (
 TEAM_MUTANTS = (
     _one(
         17, "noise-on-every-rank", TEAM, PART,
-        PART + "        from fedtune.dp import noise\n\n"
+        PART + "        from fedtune.core.dp import noise\n\n"
         "        counted_sum[:dimension] += noise.gaussian_on_grid(dimension, 1.7, 2.0**-20)\n",
         "tests/dp/test_team.py::test_noise_is_added_once_whatever_the_number_of_ranks",
         "the variance grows with the number of processes",

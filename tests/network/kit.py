@@ -19,10 +19,10 @@ from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.dp.steplog import StepLog
-from fedtune.ledger.files import KEY
-from fedtune.ledger.ledger import Ledger
-from fedtune.wire.keys import SigningKey
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.ledger.files import KEY
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey
 from tests.test_cli import run as in_process
 
 MAIN = "from fedtune.cli.main import main; main()"
@@ -138,7 +138,7 @@ def end(process: subprocess.Popen[bytes], seconds: float = 20.0) -> int:
 # Statements that run before a client, so that its vault runs others once it is confined.
 IN_ITS_VAULT = """
 import sys
-from fedtune import boot
+from fedtune.core import boot
 plain = boot.command
 def command(module, *options):
     if "vault" not in options:
@@ -153,7 +153,7 @@ boot.command = command
 def in_its_vault(statements: str) -> str:
     """Return statements to run before a client, after which its vault runs these."""
     code = f"""
-import fedtune.client.vault_process as vault
+import fedtune.core.vault.process as vault
 serve = vault.serve
 def broken(*given):
     exec({statements!r}, {{}})
@@ -173,8 +173,8 @@ def children(parent: int) -> dict[str, int]:
         with suppress(OSError):
             if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
                 words = (folder / "cmdline").read_bytes().decode().split("\0")
-                if "fedtune.processes" in words:
-                    program = words[words.index("fedtune.processes") + 1]
+                if "fedtune.core.processes" in words:
+                    program = words[words.index("fedtune.core.processes") + 1]
                     found[program] = int(folder.name)
                     found |= children(int(folder.name))
     return found

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.client.noted_in_run import noted_in
-from fedtune.evidence import audit_log
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.ledger import Ledger
 from fedtune.evidence.sign import EVIDENCE
-from fedtune.ledger.ledger import Ledger
+from fedtune.officer.noted_in_run import noted_in
 from tests.network.kit import SITES, Consortium, done
 
 LINGER = 60.0  # seconds in which a process whose parent was killed ends by itself

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.core.processes import free_port
 from fedtune.courier.process import FOLDER
-from fedtune.processes import free_port
 from tests.clocks import Clock, needs_compiler
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium
 from tests.network.test_kills import Campaign

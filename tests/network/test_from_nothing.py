@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedtune.client.purge import listing
-from fedtune.config import load_site
-from fedtune.processes import free_port
+from fedtune.core.config import load_site
+from fedtune.core.processes import free_port
+from fedtune.officer.purge import listing
 from tests.network.kit import SITES, consortium, done, records, until
 
 ROUNDS = 3

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.processes import free_port
+from fedtune.core.processes import free_port
 from tests.network.kit import OFF, SITES, consortium, until
 
 AS_NORTH = """
-import fedtune.client.site
-says = fedtune.client.prepared.Admission(False, "policy.max_epsilon", "north", 7)
-fedtune.client.site.SiteWorker.prepare = lambda self, *_: says
+import fedtune.core.vault.worker
+says = fedtune.core.vault.prepared.Admission(False, "policy.max_epsilon", "north", 7)
+fedtune.core.vault.worker.SiteWorker.prepare = lambda self, *_: says
 """
 
 

@@ -30,13 +30,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune.dp.steplog import StepLog
-from fedtune.errors import FedtuneError
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import FedtuneError
+from fedtune.core.ledger.files import DATABASE
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.processes import free_port
+from fedtune.core.wire.keys import canonical
 from fedtune.evidence.sign import EVIDENCE
-from fedtune.ledger.files import DATABASE
-from fedtune.ledger.ledger import Ledger
-from fedtune.processes import free_port
-from fedtune.wire.keys import canonical
 from tests.network import remains
 from tests.network.kit import (
     OFF,
@@ -371,7 +371,7 @@ def least(run, tally):
 rounds._Run._choose = least
 """  # a coordinator that goes on without a site
 FORGETS = """
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger
 reserve, release, paid, sent = Ledger.reserve, Ledger.release, {}, set()
 def free(book, dataset, charge, adapter, permit):
     if charge.round not in paid:
@@ -384,7 +384,7 @@ def once(book, number, *update):
 Ledger.reserve, Ledger.release, Ledger.released = free, once, lambda *_: None
 """  # a site that forgets its outbox, and trains again without a charge
 PAYS_TWICE = """
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger
 reserve = Ledger.reserve
 Ledger.reserve = lambda *order: [reserve(*order), reserve(*order)][1]
 """  # a site that reserves each round twice, though nobody killed it

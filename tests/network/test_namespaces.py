@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium, end, until
 
 MACHINES = ("hub", *SITES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.processes import free_port
+from fedtune.core.processes import free_port
 from tests.network import remains
 from tests.network.kit import PRIVATE, SECURE, SITES, Consortium, consortium, end, until
 
@@ -20,7 +20,7 @@ REPLAYS = """
 import dataclasses, hashlib, json
 from pathlib import Path
 from flwr.app import ConfigRecord
-from fedtune.secagg.statement import parse_set, set_text
+from fedtune.core.secagg.statement import parse_set, set_text
 from fedtune.server import secure_round
 honest, sent = secure_round.exchange, {}
 

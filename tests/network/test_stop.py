@@ -7,7 +7,7 @@ import json
 import signal
 from pathlib import Path
 
-from fedtune.processes import free_port, reachable
+from fedtune.core.processes import free_port, reachable
 from tests.network.kit import OFF, Consortium, consortium, done, until
 
 

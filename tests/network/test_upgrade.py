@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import fedtune
-from fedtune.errors import Refused
-from fedtune.ledger.ledger import Ledger
-from fedtune.processes import free_port
-from fedtune.wire.protocol import PROTOCOL
+from fedtune.core.errors import Refused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.processes import free_port
+from fedtune.core.wire.protocol import PROTOCOL
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium, done, end, until
 
 OTHER = "9.9.9"
@@ -37,7 +37,7 @@ def release(folder: Path, protocol: int = PROTOCOL) -> Path:
     """The packages as release OTHER would install them."""
     edits = {
         "fedtune/__init__.py": {f'"{fedtune.__version__}"': f'"{OTHER}"'},
-        "fedtune/wire/protocol.py": {f"PROTOCOL = {PROTOCOL}\n": f"PROTOCOL = {protocol}\n"},
+        "fedtune/core/wire/protocol.py": {f"PROTOCOL = {PROTOCOL}\n": f"PROTOCOL = {protocol}\n"},
     }
     copied(folder, edits)
     assert done(folder, "--version", packages=folder).strip() == f"fedtune {OTHER}"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.data.records import unit_member
-from fedtune.ledger.ledger import Ledger
-from fedtune.processes import free_port
+from fedtune.core.data.records import unit_member
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.processes import free_port
 from fedtune.server.versions import Versions
 from tests.continuous.world import study_text, write
 from tests.guarantee.world import patients

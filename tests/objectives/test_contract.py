@@ -13,22 +13,22 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedtune import objectives
 from fedtune.audit import contracts
-from fedtune.bases.find import find_base
-from fedtune.config import ObjectiveTable, Study
-from fedtune.data.dataset import Dataset
-from fedtune.dp import clip
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.models.tiny import generated, tiny_network
-from fedtune.objectives import _tokens
-from fedtune.objectives._interface import Batch, Objective, RecordFormat
-from fedtune.objectives.distill import divergence
-from fedtune.objectives.reward import rewards
-from fedtune.training import selftest
-from fedtune.training.engines import EngineName
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core import objectives
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import ObjectiveTable, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.dp import clip
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.tiny import generated, tiny_network
+from fedtune.core.objectives import _tokens
+from fedtune.core.objectives._interface import Batch, Objective, RecordFormat
+from fedtune.core.objectives.distill import divergence
+from fedtune.core.objectives.reward import rewards
+from fedtune.core.training import selftest
+from fedtune.core.training.engines import EngineName
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests import chance
 from tests.dp.conftest import make_plan, study
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedtune import objectives
-from fedtune.bases.find import find_base, load_tokenizer
-from fedtune.client.policy import _about_plugins, may_resolve
-from fedtune.config import Columns, DataFile, ObjectiveTable, PolicyTable
-from fedtune.data.load import check_columns
-from fedtune.errors import ConfigError, DataError
+from fedtune.core import objectives
+from fedtune.core.bases.find import find_base, load_tokenizer
+from fedtune.core.config import Columns, DataFile, ObjectiveTable, PolicyTable
+from fedtune.core.data.load import check_columns
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.vault.policy import _about_plugins, may_resolve
 from tests.dp.conftest import study
 from tests.objectives.test_contract import every, plain
 
@@ -105,7 +105,7 @@ def test_what_an_objective_does_and_reads_is_said_in_words() -> None:
 @pytest.mark.parametrize("name", objectives.names())
 def test_a_planted_secret_can_be_ranked_whatever_the_objective(tiny_base: Path, name: str) -> None:
     from fedtune.audit.secret import exposure, planted
-    from fedtune.models.build import build
+    from fedtune.core.models.build import build
 
     asked = study(
         base={"model": str(tiny_base), "dtype": "float32"},

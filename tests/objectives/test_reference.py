@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives import _tokens
-from fedtune.objectives._interface import Batch
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import _tokens
+from fedtune.core.objectives._interface import Batch
 from tests.objectives.test_contract import case_of
 
 

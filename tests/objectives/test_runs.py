@@ -13,19 +13,19 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.config import load_study
-from fedtune.config.sites import sites_in
-from fedtune.data.dataset import NO_TARGET
-from fedtune.data.load import load_dataset
-from fedtune.errors import ConfigError
+from fedtune.core.config import load_study
+from fedtune.core.config.sites import sites_in
+from fedtune.core.data.dataset import NO_TARGET
+from fedtune.core.data.load import load_dataset
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.adapter_files import load_adapter
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.objectives.reward import rewards
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
-from fedtune.models.adapter_files import load_adapter
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.run import Run
-from fedtune.objectives.reward import rewards
+from fedtune.runs.run import Run
 from tests.simulated import noise_from, simulate
 
 STUDY = """

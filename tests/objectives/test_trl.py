@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.data.dataset import Dataset, Example
-from fedtune.data.tokenize import _passage
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives._interface import Objective
-from fedtune.objectives.dpo import DPO
-from fedtune.objectives.kto import KTO
-from fedtune.objectives.orpo import ORPO
-from fedtune.objectives.reward import Reward, rewards
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.data.tokenize import _passage
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Objective
+from fedtune.core.objectives.dpo import DPO
+from fedtune.core.objectives.kto import KTO
+from fedtune.core.objectives.orpo import ORPO
+from fedtune.core.objectives.reward import Reward, rewards
 
 pytest.importorskip("trl", reason="trl is in the extra `bench`")
 pytestmark = pytest.mark.filterwarnings("ignore")  # other projects' words to each other

@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.loaded import adapted
+from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.pairs import PairScores, pair_facts
 from fedtune.evaluation.run import evaluate
-from fedtune.models.adapter_files import picked
-from fedtune.models.loaded import adapted
-from fedtune.models.run import Run
-from fedtune.registry.scores import Scores
 from fedtune.report.claim import verdict
 from fedtune.report.preference import FALLEN, alarms
+from fedtune.runs.run import Run
 from tests.cli_kit import run as command
 from tests.objectives.test_runs import lay_out, row, run
 from tests.simulated import noise_from

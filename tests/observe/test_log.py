@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune import server
-from fedtune.config import PolicyTable
-from fedtune.errors import BudgetExceeded
+from fedtune.core.config import PolicyTable
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.registry import reasons as phrases
+from fedtune.core.registry.reasons import OTHER, PHRASES, reason_of
 from fedtune.observe import JsonLog, NotLoggable
 from fedtune.observe import log as log_module
 from fedtune.observe.log import FIELDS, STRICT, cleaned
-from fedtune.registry import reasons as phrases
-from fedtune.registry.reasons import OTHER, PHRASES, reason_of
 from fedtune.server.exchange import ERROR_TEXT
 
 NOTE = "Mrs Ackroyd, 71, seen with fever; HIV positive"  # what must never be in a log
@@ -155,7 +155,7 @@ def test_a_reason_that_the_code_gives_has_a_phrase_in_the_log() -> None:
     reasons = [*own_reasons(), *(("ERROR_TEXT", text) for text in ERROR_TEXT.values())]
     assert len(reasons) > 20
     unknown = [where for where in reasons if reason_of(where[1]) == OTHER]
-    assert not unknown, f"give it a phrase in fedtune/registry/reasons.py: {unknown}"
+    assert not unknown, f"give it a phrase in fedtune/core/registry/reasons.py: {unknown}"
 
 
 def test_twin_a_reason_that_lost_its_phrase_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

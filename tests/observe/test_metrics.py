@@ -10,11 +10,11 @@ from typing import Any
 import prometheus_client
 import pytest
 
-from fedtune.dp import accountant
-from fedtune.dp.accountant import Steps
-from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.dp import accountant
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
 from fedtune.observe import metrics
 from fedtune.observe.metrics import Metrics, serve
 from tests.observe.test_log import NOTE, ROUND

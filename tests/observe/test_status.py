@@ -19,8 +19,8 @@ import typer
 from typer.testing import CliRunner
 
 from fedtune.cli.status import add_to
-from fedtune.config.sites import sites_in
-from fedtune.errors import InfrastructureError, InputError, PolicyRefused
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import InfrastructureError, InputError, PolicyRefused
 from fedtune.observe import StatusFile, observer
 from fedtune.observe import status as status_module
 from fedtune.observe.log import STRICT

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import fedtune
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.observe import observer
 from fedtune.observe.log import NotLoggable
 from fedtune.observe.trackers import TRACKERS, Tracker, build

@@ -23,8 +23,8 @@ from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.facts import contradicted, documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.page import page
-from fedtune.models.run import Run
 from fedtune.report import gain, plot
+from fedtune.runs.run import Run
 
 WORDS = {
     "better than": [0.25, 0.5],

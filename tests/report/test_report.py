@@ -14,9 +14,9 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from matplotlib.image import imread
 
 from fedtune import report
-from fedtune.errors import InfrastructureError
-from fedtune.files import writing
-from fedtune.registry.rounding import percent, rounded_up
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import writing
+from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.report.claim import STRENGTHS, best_guess, strength
 from tests.docs.pages import ROOT
 

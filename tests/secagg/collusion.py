@@ -17,14 +17,14 @@ import torch
 
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu
 from fedtune.audit.gaussian import CEILING, CONFIDENCE
-from fedtune.dp import accountant
-from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import DpPlan
-from fedtune.secagg import masks
-from fedtune.secagg.opened import MaskedSum
-from fedtune.secagg.statement import Draw, Ready
-from fedtune.training.selftest import HUGE, MemoryLog
-from fedtune.wire.keys import SigningKey
+from fedtune.core.dp import accountant
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.secagg import masks
+from fedtune.core.secagg.statement import Draw, Ready
+from fedtune.core.training.selftest import HUGE, MemoryLog
+from fedtune.core.wire.keys import SigningKey
+from fedtune.server.masked_sum import MaskedSum
 from tests.dp.conftest import make_plan
 
 DIMENSION, TRIALS = 8, 10_000

@@ -25,25 +25,25 @@ import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message
 
-import fedtune.client.answers
-import fedtune.client.app
-from fedtune.client import policy, secure_round
-from fedtune.client.prepared import Update
-from fedtune.config import Study, load_site
-from fedtune.dp.shared_noise import grid_of
-from fedtune.errors import FedtuneError
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
+from fedtune.core.config import Study, load_site
+from fedtune.core.dp.shared_noise import grid_of
+from fedtune.core.errors import FedtuneError
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.secagg.draw import Draws, Waiting
+from fedtune.core.secagg.statement import Ready, StatementError, parse, parse_set, set_digest
+from fedtune.core.vault import policy, secure_round
+from fedtune.core.vault.prepared import Update
+from fedtune.core.wire import codec, seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import polling
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
-from fedtune.ledger.ledger import Ledger, LedgerError
-from fedtune.secagg.draw import Draws, Waiting
-from fedtune.secagg.opened import MaskedSum
-from fedtune.secagg.statement import Ready, StatementError, parse, parse_set, set_digest
 from fedtune.server import exchange, rounds, store
 from fedtune.server.admission import plan_message
-from fedtune.wire import codec, seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.keys import SigningKey
+from fedtune.server.masked_sum import MaskedSum
 from tests.secagg.network import Killed, Network
 from tests.secagg.unit_sites import (
     COLLUDING,
@@ -356,7 +356,7 @@ class World:
 
         clock = SimpleNamespace(monotonic=lambda: self.clock, sleep=slept, time=time.time)
         for where, name, what in (
-            (fedtune.client.answers, "worker", self.sites.__getitem__),
+            (fedtune.core.vault.answers, "worker", self.sites.__getitem__),
             (secure_round, "local_sum", self.local_sum),
             (Draws, "keep", kept),
             (Draws, "destroy", destroyed),

@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-import fedtune.client.app
+import fedtune.launch.in_one_process
 from fedtune.flower import grid as grid_module
 from fedtune.flower.grid import InProcessGrid
 from tests.secagg.unit_sites import NAMES
@@ -26,7 +26,7 @@ class Network(InProcessGrid):
     one. away: not connected."""
 
     def __init__(self, saw: Callable[[str, Message, Message], None]) -> None:
-        super().__init__([Path(name) for name in NAMES], fedtune.client.app.app, str)
+        super().__init__([Path(name) for name in NAMES], fedtune.launch.in_one_process.app, str)
         self.saw = saw
         self.faults: dict[tuple[int, str], str] = {}
         self.away: set[int] = set()

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.dp.plan import plan_for_site
-from fedtune.secagg import draw, masks
-from fedtune.secagg.masks import centred
-from fedtune.secagg.statement import Ready, set_digest
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.secagg import draw, masks
+from fedtune.core.secagg.masks import centred
+from fedtune.core.secagg.statement import Ready, set_digest
+from fedtune.core.wire.keys import SigningKey
 from fedtune.server.admission import plan_message
 from fedtune.server.orders import tell_finished
-from fedtune.wire.keys import SigningKey
 from tests.secagg.model import World
 from tests.secagg.unit_sites import DRAW_LIES, LEAST, NAMES, PINNED, SIGMA, SIZES, study
 
@@ -261,10 +261,10 @@ def test_too_few_pinned_sites_are_refused_before_anything_is_charged(world: Worl
 def test_no_update_of_one_site_is_sent_in_such_a_study(world: World) -> None:
     from flwr.app import ConfigRecord
 
+    from fedtune.core.wire import seal
+    from fedtune.core.wire.arrays import bodies
+    from fedtune.core.wire.codec import encode
     from fedtune.flower.records import to_record
-    from fedtune.wire import seal
-    from fedtune.wire.arrays import bodies
-    from fedtune.wire.codec import encode
 
     adapter = to_record(encode({"u": np.zeros(8, np.float32)}, "float32"))
     beside = seal.digest_beside(bodies(adapter))

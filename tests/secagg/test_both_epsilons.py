@@ -13,35 +13,36 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedtune.accounting import costs
+from fedtune.accounting.composed_epsilon import composed
 from fedtune.audit import _alone
 from fedtune.audit.gaussian import one_step
 from fedtune.cli.console import closing
 from fedtune.cli.ledger_view import ledger_view
 from fedtune.cli.verify import _lines
-from fedtune.client.budget_refusal import explain
-from fedtune.client.policy import total_of, within_budget
-from fedtune.client.review import review
-from fedtune.config import Study
-from fedtune.config.site import PolicyTable
+from fedtune.core.config import Study
+from fedtune.core.config.site import PolicyTable
+from fedtune.core.dp import accountant
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.dp.shared_noise import bits_of, most_numbers
+from fedtune.core.errors import BudgetExceeded, NotGenuine
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import budget, facts, study_lines
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import load_plan
+from fedtune.core.vault.budget_refusal import explain
+from fedtune.core.vault.policy import total_of, within_budget
 from fedtune.derive.model_card import privacy_line
-from fedtune.dp import accountant, costs
-from fedtune.dp.accountant import Steps
-from fedtune.dp.composed_epsilon import composed
-from fedtune.dp.plan import plan_for_site
-from fedtune.dp.shared_noise import bits_of, most_numbers
-from fedtune.errors import BudgetExceeded, NotGenuine
+from fedtune.evidence import fingerprints
 from fedtune.evidence.dossier.content import build
 from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.figures import privacy, seals
 from fedtune.evidence.verify import verify
 from fedtune.launch.simulate import simulate
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger
-from fedtune.ledger.spending import budget, facts, study_lines
-from fedtune.registry.rounding import rounded_up
+from fedtune.officer.review import review
 from fedtune.report.claim import fallback, shared_line
-from fedtune.run_folder import load_plan
-from fedtune.wire import fingerprints
 from tests import chance
 from tests.secagg.world import lay_out
 
@@ -241,7 +242,7 @@ def test_a_budget_for_the_worst_refuses_and_says_what_fits(
     assert "what fits: privacy.epsilon up to" in said
     assert refused(tmp_path / "wide", tiny_base, 5.0) == ""
     # Twin: whoever takes the assumption's total for the worst one refuses nothing.
-    monkeypatch.setattr("fedtune.client.policy.fallback_of", total_of)
+    monkeypatch.setattr("fedtune.core.vault.policy.fallback_of", total_of)
     assert refused(tmp_path / "twin", tiny_base, 4.0) == ""
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from fedtune.audit.bounds import gaussian_epsilon
 from fedtune.audit.gaussian import CEILING
-from fedtune.dp import plan as plan_module
-from fedtune.dp import shared_noise
+from fedtune.core.dp import plan as plan_module
+from fedtune.core.dp import shared_noise
 from tests import chance
 from tests.secagg.collusion import Audit, audits, plan_of
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fedtune
-from fedtune.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger
 from tests.secagg.world import NAMES, adapter_of, lay_out
 from tests.test_cli import run
 from tests.test_end_to_end import command

@@ -11,22 +11,22 @@ from typing import Any
 
 import pytest
 
-from fedtune.client import airlock
-from fedtune.client.answers import Place, answer
-from fedtune.client.let_go import DRAW, decide, waiting
-from fedtune.client.site import worker
-from fedtune.config import Site, load_site
-from fedtune.ledger.files import ASKED
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
-from fedtune.secagg.statement import parse, set_text
-from fedtune.training.start import Start, start
-from fedtune.wire.arrays import bodies, pack_arrays
-from fedtune.wire.codec import encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import version_fields
-from fedtune.wire.requests import Answer, Request
-from fedtune.wire.seal import digest_beside, order, sign_plan
+from fedtune.core.config import Site, load_site
+from fedtune.core.ledger.files import ASKED
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.secagg.statement import parse, set_text
+from fedtune.core.vault import airlock
+from fedtune.core.vault.answers import Place, answer
+from fedtune.core.vault.worker import worker
+from fedtune.core.wire.arrays import bodies, pack_arrays
+from fedtune.core.wire.codec import encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.protocol import version_fields
+from fedtune.core.wire.requests import Answer, Request
+from fedtune.core.wire.seal import digest_beside, order, sign_plan
+from fedtune.officer.let_go import DRAW, decide, waiting
+from fedtune.public.start import Start, start
 from tests.secagg.world import lay_out
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtr  # type: ignore[import-untyped]
 
-from fedtune.dp.shared_noise import FINEST
+from fedtune.core.dp.shared_noise import FINEST
 
 SMALL = (0.2, 0.3, 0.5)
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy.stats import chi2
 
-from fedtune.secagg import masks
-from fedtune.secagg.masks import centred
-from fedtune.secagg.opened import MaskedSum
-from fedtune.secagg.statement import Draw, Ready
-from fedtune.wire.keys import SigningKey
+from fedtune.core.secagg import masks
+from fedtune.core.secagg.masks import centred
+from fedtune.core.secagg.statement import Draw, Ready
+from fedtune.core.wire.keys import SigningKey
+from fedtune.server.masked_sum import MaskedSum
 from tests import chance
 
 DIGEST = "sha256:" + "0" * 64

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import fedtune
-from fedtune.client import secure_round
-from fedtune.client.site import SiteWorker
-from fedtune.dp.shared_noise import grid_of
-from fedtune.errors import FedtuneError, PolicyRefused, Refused
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
+from fedtune.core.dp.shared_noise import grid_of
+from fedtune.core.errors import FedtuneError, PolicyRefused, Refused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.vault import secure_round
+from fedtune.core.vault.worker import SiteWorker
 from tests.secagg.world import adapter_of, lay_out
 
 BYTES = 64 * 1024  # of a site and round, beside its words
@@ -69,9 +69,9 @@ def test_a_private_run_says_both_epsilons_and_verifies(tmp_path: Path, tiny_base
 def test_a_report_that_understates_what_a_broken_aggregation_leaves_is_caught(
     tmp_path: Path, tiny_base: Path, field: str
 ) -> None:
-    from fedtune.errors import NotGenuine
+    from fedtune.core.errors import NotGenuine
+    from fedtune.core.wire.keys import SigningKey
     from fedtune.evidence.sign import sign_files
-    from fedtune.wire.keys import SigningKey
 
     run = fedtune.simulate(*lay_out(tmp_path, tiny_base, epsilon=3.0, rounds=1), tmp_path / "run")
     path = run.folder / "report.json"
@@ -152,7 +152,7 @@ def test_one_update_is_never_trained_for_a_plan_that_opens_sums(
 ) -> None:
     study, sites = lay_out(tmp_path, tiny_base, epsilon=3.0, rounds=1)
     fedtune.simulate(study, sites, tmp_path / "run")
-    from fedtune.client.site import worker
+    from fedtune.core.vault.worker import worker
 
     site = worker(str(tmp_path / "north.toml"))
     digest = next(iter(site._prepared))

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from fedtune.client import secure_round
-from fedtune.dp.accountant import Steps
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger
-from fedtune.secagg import masks, statement
-from fedtune.secagg.draw import Draws, Waiting
-from fedtune.secagg.statement import Draw
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.secagg import masks, statement
+from fedtune.core.secagg.draw import Draws, Waiting
+from fedtune.core.secagg.statement import Draw
+from fedtune.core.vault import secure_round
 from tests.secagg.model import World
 from tests.secagg.test_attacks import (
     test_a_folder_put_back_masks_no_draw_a_second_time as put_back,

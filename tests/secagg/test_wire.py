@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from fedtune.client import secure_round
-from fedtune.client.app import app
-from fedtune.client.prepared import Update
-from fedtune.config import Site
+from fedtune.core.config import Site
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry import process_cache
+from fedtune.core.secagg.statement import Ready, parse
+from fedtune.core.vault import secure_round
+from fedtune.core.vault.prepared import Update
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid, decode
-from fedtune.ledger.ledger import Ledger
-from fedtune.registry import process_cache
-from fedtune.secagg.statement import Ready, parse
+from fedtune.launch.in_one_process import app
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
 from tests.guarantee.test_wire_inventory import ALLOWED, FROM_THE_PLAN, HEADER

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from fedtune.client.prepared import Prepared, Update
-from fedtune.client.site import SiteWorker
-from fedtune.config import Study
-from fedtune.secagg.statement import parse
+from fedtune.core.config import Study
+from fedtune.core.secagg.statement import parse
+from fedtune.core.vault.prepared import Prepared, Update
+from fedtune.core.vault.worker import SiteWorker
 
 NAMES = ("a", "b", "c", "d", "s")
 PINNED = NAMES[:4]  # pin each other; s is enrolled by the coordinator and pinned by nobody

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import fedtune
-from fedtune.config import Site, Study, load_site, load_study
+from fedtune.core.config import Site, Study, load_site, load_study
 
 STUDY = """
 privacy = {privacy}

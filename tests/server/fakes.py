@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fedtune.client.answers
-import fedtune.client.app
-from fedtune.client.prepared import Admission, Unprepared, Update
-from fedtune.config import Encoding, Study
-from fedtune.files.room import Room
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
+from fedtune.core.config import Encoding, Study
+from fedtune.core.files.room import Room
+from fedtune.core.vault.prepared import Admission, Unprepared, Update
+from fedtune.core.wire.codec import Shapes, decode, encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import Header, seal
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds
 from fedtune.server.parts import Dependencies, Settings
-from fedtune.wire.codec import Shapes, decode, encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.seal import Header, seal
 
 SHAPES = {"layer.B": (3, 2), "layer.C": (4,)}
 EVENT = {"sigma": 1.5, "q": 0.25, "max_grad_norm": 1.0, "records": 1}
@@ -237,7 +237,7 @@ def make_parts(**changes: Any) -> Dependencies:
 
 def grid_of(names: Iterable[str], kind: type[InProcessGrid] = InProcessGrid) -> InProcessGrid:
     """Nodes whose site files are names alone."""
-    return kind([Path(name) for name in names], fedtune.client.app.app, str)
+    return kind([Path(name) for name in names], fedtune.launch.in_one_process.app, str)
 
 
 @dataclass
@@ -265,11 +265,11 @@ class Trial:
 
 @pytest.fixture
 def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial]:
-    """trial(FakeSite(...), ...): the sites that fedtune.client.app then finds by name."""
+    """trial(FakeSite(...), ...): the sites that launch.in_one_process then finds by name."""
 
     def make(*sites: FakeSite, folder: str = "trial") -> Trial:
         by_name = {site.name: site for site in sites}
-        monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: by_name[path])
+        monkeypatch.setattr(fedtune.core.vault.answers, "worker", lambda path: by_name[path])
         home = tmp_path / folder
         home.mkdir()
         return Trial(home, list(sites))

@@ -21,20 +21,20 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from safetensors.numpy import load, save
 
-import fedtune.client.answers
-import fedtune.client.app
-from fedtune.client.prepared import Update
-from fedtune.config import Study
-from fedtune.errors import FedtuneError, PolicyRefused
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
+from fedtune.core.config import Study
+from fedtune.core.errors import FedtuneError, PolicyRefused
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.models.lora import digest as arrays_digest
+from fedtune.core.vault.prepared import Update
+from fedtune.core.wire.codec import Shapes, encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import Header, seal
 from fedtune.flower import grid as grid_module
 from fedtune.flower.grid import InProcessGrid
-from fedtune.ledger.entries import Charge
-from fedtune.ledger.ledger import Ledger, LedgerError
-from fedtune.models.lora import digest as arrays_digest
 from fedtune.server import rounds, store
-from fedtune.wire.codec import Shapes, encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.seal import Header, seal
 from tests.server.fakes import EVENT, FakeSite, make_parts, make_study
 
 NAMES = ("a", "b", "c", "d")
@@ -126,7 +126,7 @@ class Network(InProcessGrid):
     away: nodes that are not connected."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        super().__init__([Path(name) for name in names], fedtune.client.app.app, str)
+        super().__init__([Path(name) for name in names], fedtune.launch.in_one_process.app, str)
         self.faults: dict[int, str] = {}
         self.away: set[int] = set()
         self.old: dict[int, RecordDict] = {}  # node -> its first answer
@@ -322,7 +322,7 @@ class World:
             return 1.7e9 + self.clock
 
         find: Callable[[str], UnitSite] = self.sites.__getitem__
-        stack.enter_context(patch.object(fedtune.client.answers, "worker", find))
+        stack.enter_context(patch.object(fedtune.core.vault.answers, "worker", find))
         stack.enter_context(patch.object(os, "replace", replace))
         stack.enter_context(patch.object(grid_module, "time", SimpleNamespace(time=now)))
         return stack

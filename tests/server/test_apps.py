@@ -13,30 +13,30 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-import fedtune.client.answers
-import fedtune.client.app
-from fedtune.client.app import place_of
-from fedtune.client.prepared import Unprepared
-from fedtune.errors import BudgetExceeded, ConfigError, ModelError, Refused
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
+from fedtune.core.errors import BudgetExceeded, ConfigError, ModelError, Refused
+from fedtune.core.vault.prepared import Unprepared
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import VALUES, encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.protocol import version_fields
+from fedtune.core.wire.requests import FAILED
 from fedtune.flower.enrol import Member
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
+from fedtune.launch.in_one_process import place_of
 from fedtune.server import app as server_app
 from fedtune.server.admission import Roster, outcome, plan_message
 from fedtune.server.exchange import Reply
-from fedtune.wire import seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import VALUES, encode
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import version_fields
-from fedtune.wire.requests import FAILED
 from tests.server.fakes import FakeSite, make_parts, make_study, zeros
 
 STUDY = make_study()
 
 
 def query(kind: str, content: RecordDict) -> RecordDict:
-    grid = InProcessGrid([Path("a")], fedtune.client.app.app)
+    grid = InProcessGrid([Path("a")], fedtune.launch.in_one_process.app)
     (reply,) = grid.send_and_receive([grid.create_message(content, kind, 2, "1")])
     return reply.content
 
@@ -137,7 +137,9 @@ def context(node: dict[str, Any], run: dict[str, Any]) -> Context:
 
 
 def test_flowers_own_simulation_finds_the_site_by_partition(tmp_path, monkeypatch):
-    monkeypatch.setattr(fedtune.client.answers, "worker", lambda path: SimpleNamespace(path=path))
+    monkeypatch.setattr(
+        fedtune.core.vault.answers, "worker", lambda path: SimpleNamespace(path=path)
+    )
     for name in ("b", "a"):
         (tmp_path / f"{name}.toml").write_text("[site]\n")
     (tmp_path / "study.toml").write_text("[study]\n")
@@ -165,7 +167,7 @@ def test_the_server_app_reads_its_config_and_runs(monkeypatch, tmp_path):
         server_app.app("grid", context({}, {"study": "s.toml"}))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("module", [fedtune.client.app, server_app])
+@pytest.mark.parametrize("module", [fedtune.launch.in_one_process, server_app])
 def test_the_apps_stay_thin(module):
     assert len(Path(module.__file__).read_text().splitlines()) < 100
 
@@ -219,7 +221,7 @@ def test_a_site_that_enrolled_with_one_coordinator_prepares_no_other_ones_plan(t
     trial(site)
     message = plan_message(STUDY, {}, KEY)
     for expected, status in ((SigningKey().public, "refused"), (KEY.public, "admitted")):
-        grid = InProcessGrid([Path("a")], fedtune.client.app.app)
+        grid = InProcessGrid([Path("a")], fedtune.launch.in_one_process.app)
         grid._contexts[2].node_config["coordinator"] = expected
         (reply,) = grid.send_and_receive([grid.create_message(message, "query.prepare", 2, "1")])
         assert reply.content["admission"]["status"] == status

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config import load_study
-from fedtune.errors import InfrastructureError, InputError
+from fedtune.core.config import load_study
+from fedtune.core.errors import InfrastructureError, InputError
 from fedtune.flower import certs
 from fedtune.launch import coordinator
 from fedtune.server import backup as module

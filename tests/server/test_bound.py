@@ -11,18 +11,18 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.dp.calibration import resolve
-from fedtune.dp.clip import Chunk
-from fedtune.dp.plan import plan_for_site
-from fedtune.dp.steplog import StepLog
+from fedtune.core.dp.calibration import resolve
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import encode
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower.records import to_record
 from fedtune.server.admission import Outcome, outcome
 from fedtune.server.bound import ROWS, norm_bound, terms
 from fedtune.server.exchange import Reply
-from fedtune.wire import seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import encode
-from fedtune.wire.keys import SigningKey
 from tests.server.fakes import make_study
 
 # name -> (d, declared size, q, C, training options, ratio of the bound to an honest median)
@@ -96,7 +96,7 @@ def test_a_site_twice_its_declared_size_still_passes():
 
 
 def test_the_real_plan_keeps_to_it(tmp_path):
-    """The divisor, the rate and the noise of fedtune.dp.plan, not of this file."""
+    """The divisor, the rate and the noise of fedtune.core.dp.plan, not of this file."""
     study = study_of(0.25, 1.0, {"local_steps": 3})
     d, n = 4_000, 100
     plan, log = plan_for_site(study, n), StepLog(tmp_path / "steps.jsonl")

@@ -18,7 +18,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedtune.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError
 from fedtune.flower import api, replies
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record

@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fedtune.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.wire.seal import opened
 from fedtune.server.admission import Tally
-from fedtune.wire.seal import opened
 from tests.server.model import AT_LEAST, NAMES, ROUNDS, World
 
 names = st.sampled_from(NAMES)
@@ -247,7 +247,7 @@ def test_the_twin_that_takes_any_round_and_nonce_is_caught(
         return opened(site, key, replace(wanted, nonce=said["nonce"], round=said["round"]))
 
     world.advance(1)
-    monkeypatch.setattr("fedtune.wire.seal.opened", lax)
+    monkeypatch.setattr("fedtune.core.wire.seal.opened", lax)
     world.network.faults[world.nodes["a"]] = "replay"
     world.advance(1)
     world.check()  # the step log shows no new step: a second line of defence

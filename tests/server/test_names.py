@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.client.prepared import Admission
-from fedtune.config import Study
-from fedtune.errors import FedtuneError, Refused
+from fedtune.core.config import Study
+from fedtune.core.errors import FedtuneError, Refused
+from fedtune.core.vault.prepared import Admission
 from fedtune.flower.enrol import Member
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import store

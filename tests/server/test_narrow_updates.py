@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.prepared import Admission, Update
-from fedtune.config import LoraTable, Study
-from fedtune.errors import Refused
-from fedtune.models.rank_slice import ALL, pad_update, rank_slice, slice_update
+from fedtune.core.config import LoraTable, Study
+from fedtune.core.errors import Refused
+from fedtune.core.models.rank_slice import ALL, pad_update, rank_slice, slice_update
+from fedtune.core.vault.prepared import Admission, Update
+from fedtune.core.wire.codec import Shapes, decode, encode
 from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
 from fedtune.server.bound import norm_bound, terms
-from fedtune.wire.codec import Shapes, decode, encode
 from tests.plugins import install
 from tests.server.fakes import FakeSite, make_parts, make_study
 
@@ -178,7 +178,7 @@ def test_the_report_says_who_trained_what_and_how_noisy_it_is(trial):
 
 MEAN = """
 from dataclasses import dataclass
-from fedtune.strategies import Strategy
+from fedtune.core.strategy import Strategy
 from fedtune.strategies.fedavg import FedAvg
 
 @dataclass

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.objectives import resolve
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.objectives import resolve
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.server.parts import Dependencies
-from fedtune.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records, study
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.server import rounds, store, summary
 from fedtune.server.store import CheckpointError, Phase
 from fedtune.strategies.fedadam import FedAdam

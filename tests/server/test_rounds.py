@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.prepared import Update
-from fedtune.errors import (
-    DataError,
-    InfrastructureError,
-)
+from fedtune.core.errors import DataError, InfrastructureError
+from fedtune.core.vault.prepared import Update
+from fedtune.core.wire.keys import SigningKey
 from fedtune.report.markdown import markdown
 from fedtune.server.admission import plan_message
 from fedtune.server.exchange import size
-from fedtune.wire.keys import SigningKey
 from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study, update_of
 from tests.server.rounds_kit import metrics, one_round, three
 
@@ -138,11 +135,11 @@ def test_two_nodes_cannot_share_a_name(trial):
     sites = run.sites
     sites.append(FakeSite("c"))
     sites[2].prepare = sites[0].prepare  # says that it is called a
-    import fedtune.client.answers
-    import fedtune.client.app
+    import fedtune.core.vault.answers
+    import fedtune.launch.in_one_process
 
     by_path = {s.name: s for s in sites}
-    fedtune.client.answers.worker = lambda path: by_path[path]
+    fedtune.core.vault.answers.worker = lambda path: by_path[path]
     run.run()
     assert metrics(run)[0]["missing"] == {"c": "refused: a is another node's name"}
 

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.prepared import Update
-from fedtune.errors import (
+from fedtune.core.errors import (
     BudgetExceeded,
     ConfigError,
     InfrastructureError,
     PolicyRefused,
     Refused,
 )
+from fedtune.core.vault.prepared import Update
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import summary
 from fedtune.server.store import CheckpointError
-from fedtune.wire.keys import SigningKey
 from tests.server.fakes import SHAPES, FakeSite, grid_of, make_parts, make_study
 from tests.server.rounds_kit import metrics, one_round, three
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config import (
+from fedtune.core.config import (
     Columns,
     EvaluationTable,
     PublicTable,
@@ -19,7 +19,7 @@ from fedtune.config import (
     StartTable,
     Study,
 )
-from fedtune.errors import DataError, ModelError
+from fedtune.core.errors import DataError, ModelError
 from fedtune.evaluation.selection import check_apart
 from fedtune.flower.grid import InProcessGrid
 from fedtune.report.claim import verdict

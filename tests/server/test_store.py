@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.errors import InfrastructureError
-from fedtune.files import writing
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import writing
 from fedtune.server import store
 from fedtune.server.store import DATABASE, FOLDER, FROZEN, CheckpointError, Phase, Progress
 from tests.dp.powercut import Disk, Recorder, images, put

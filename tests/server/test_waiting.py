@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.prepared import Admission, Held, Unprepared, Void
-from fedtune.config import Study
-from fedtune.errors import Refused
+from fedtune.core.config import Study
+from fedtune.core.errors import Refused
+from fedtune.core.vault.prepared import Admission, Held, Unprepared, Void
 from fedtune.server import admission
 from tests.server.fakes import FakeSite, make_parts, make_study
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.client.prepared import Update
-from fedtune.config import Encoding, PublicTable, Study
-from fedtune.models.lora import digest
+from fedtune.core.config import Encoding, PublicTable, Study
+from fedtune.core.models.lora import digest
+from fedtune.core.vault.prepared import Update
+from fedtune.core.wire import codec
 from fedtune.server import bound, store, summary
-from fedtune.wire import codec
 from tests.server.fakes import SHAPES, FakeSite, make_parts, make_study
 
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")

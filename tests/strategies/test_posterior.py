@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.strategies._posterior import (
     WEIGHT,
     Basis,

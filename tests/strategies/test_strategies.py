@@ -9,19 +9,19 @@ import weakref
 import numpy as np
 import pytest
 
-from fedtune import strategies
 from fedtune.audit import contracts
-from fedtune.config import Study
-from fedtune.errors import ConfigError
-from fedtune.strategies import STRATEGIES, Strategy, _mean, names
+from fedtune.core.config import Study
+from fedtune.core.errors import ConfigError
+from fedtune.core.strategy import STRATEGIES, Strategy, build_strategy
+from fedtune.strategies import _mean
 from fedtune.strategies._mean import RunningMean
 from fedtune.strategies.fedadam import FedAdam
 from fedtune.strategies.fedavg import FedAvg
 from fedtune.strategies.trimmed_mean import TrimmedMean
 
-EVERY = pytest.mark.parametrize("name", names())
+EVERY = pytest.mark.parametrize("name", STRATEGIES.release())
 OF_CHANGES = pytest.mark.parametrize(
-    "name", [name for name in names() if not STRATEGIES.load(name).of_statistics]
+    "name", [name for name in STRATEGIES.release() if not STRATEGIES.load(name).of_statistics]
 )
 SHAPES = {"a.B": (3, 2), "b.B": (5,)}
 
@@ -132,7 +132,7 @@ def test_an_unknown_option_is_an_error_that_lists_the_known(name):
 
 
 def test_an_unknown_strategy_is_an_error_that_lists_the_known():
-    with pytest.raises(ConfigError, match=", ".join(names())):
+    with pytest.raises(ConfigError, match=", ".join(STRATEGIES.release())):
         STRATEGIES.load("fedmagic")
     for sly in ("_base", "__init__", "os", "fedavg.FedAvg", ""):
         with pytest.raises(ConfigError):
@@ -256,9 +256,9 @@ def test_a_running_mean_holds_few_updates_however_many_come(monkeypatch):
 def test_fedprox_needs_a_pull_towards_the_start():
     table = {"name": "fedprox"}
     with pytest.raises(ConfigError, match="proximal_mu"):
-        strategies.build(study(strategy=table))
+        build_strategy(study(strategy=table))
     training = {"learning_rate": 1.0, "rounds": 1, "sampling_rate": 1.0, "proximal_mu": 0.1}
-    strategies.build(study(strategy=table, training=training))
+    build_strategy(study(strategy=table, training=training))
 
 
 @pytest.mark.parametrize("n, dropped", [(1, 0), (2, 0), (3, 1), (9, 1), (10, 1), (11, 2), (30, 3)])
@@ -281,7 +281,7 @@ def test_trimmed_mean_is_not_moved_by_one_wild_site():
 def test_trimmed_mean_refuses_weights():
     table = {"name": "trimmed_mean", "weights": "declared"}
     with pytest.raises(ConfigError, match="declared"):
-        strategies.build(study(strategy=table))
+        build_strategy(study(strategy=table))
 
 
 def test_options_come_through_toml_and_json_alike():
@@ -289,5 +289,5 @@ def test_options_come_through_toml_and_json_alike():
     again = Study.model_validate_json(
         json.dumps(json.loads(study(strategy=table).model_dump_json()))
     )
-    built = strategies.build(again)
+    built = build_strategy(again)
     assert isinstance(built, FedAvg) and built.momentum == 0.5

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedtune.models.tiny import generated
+from fedtune.core.models.tiny import generated
 from tests.objectives.test_contract import ADAPTERS, HEADED, NAMES, case_of
 
 SIZES = [1] * 28 + [2, 3] * 6

@@ -11,11 +11,11 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from fedtune.dp import noise, sampling
+from fedtune.core.dp import noise, sampling
 
 FORKED = """
 import os, sys
-from fedtune.dp import noise, sampling
+from fedtune.core.dp import noise, sampling
 noise.gaussian_on_grid(4, 1.0, 2.0**-20), sampling.poisson(64, 0.5)
 for _ in range(3):
     child = os.fork()

@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from fedtune.dp.accountant import Steps, epsilon
+from fedtune.core.dp.accountant import Steps, epsilon
 
 
 def exact(sigma: float, q: float, delta: float) -> float:

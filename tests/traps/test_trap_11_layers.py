@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fedtune.errors import ModelError
-from fedtune.objectives._interface import Batch
-from fedtune.training.engines import EngineName
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.errors import ModelError
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.training.engines import EngineName
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 B, L, H = 4, 3, 5
 ENGINES: tuple[EngineName, ...] = ("auto", "opacus")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fedtune.client.policy import admit
-from fedtune.config import LoraTable, Site
-from fedtune.dp.plan import plan_for_site
-from fedtune.errors import PolicyRefused
+from fedtune.core.config import LoraTable, Site
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import PolicyRefused
+from fedtune.core.vault.policy import admit
 from tests.dp.conftest import study
 
 

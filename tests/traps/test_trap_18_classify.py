@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.data.dataset import Dataset
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.classify import Classify
-from fedtune.training.engines import EngineName
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.classify import Classify
+from fedtune.core.training.engines import EngineName
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.config import Study
-from fedtune.dp.clip import Chunk
-from fedtune.dp.mechanism import RowGradients
-from fedtune.dp.plan import RELATION
-from fedtune.dp.steplog import Step, StepLog
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.training.local_round import local_round
+from fedtune.core.config import Study
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.mechanism import RowGradients
+from fedtune.core.dp.plan import RELATION
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.training.local_round import local_round
 from tests import chance
 from tests.dp.conftest import make_plan, records, study
 

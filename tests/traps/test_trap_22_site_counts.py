@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.client.site import SiteWorker
-from fedtune.errors import DataError
+from fedtune.core.errors import DataError
+from fedtune.core.vault.worker import SiteWorker
 from tests.client.test_site import begun, make_site, notes
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtune.dp.clip import Chunk
-from fedtune.dp.steplog import StepLog
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.steplog import StepLog
 from tests.dp.conftest import make_plan
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.dp.steplog import StepLog
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.models.network import Network
-from fedtune.objectives.causal_lm import CausalLM
-from fedtune.training.local_round import local_round
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan, records, study
 
 

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.bases.find import find_base
-from fedtune.config import LoraTable
-from fedtune.data.dataset import Dataset, Example
-from fedtune.dp.clip import Chunk
-from fedtune.dp.steplog import StepLog
-from fedtune.errors import ModelError
-from fedtune.models.cache import CachedDataset
-from fedtune.models.lora import LARGEST
-from fedtune.models.network import Network
-from fedtune.objectives._interface import Batch
-from fedtune.objectives.classify import Classify
-from fedtune.progress import OnWork
-from fedtune.training.unit_gradients import UnitGradientEngine
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import LoraTable
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import ModelError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import LARGEST
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives.classify import Classify
+from fedtune.core.progress import OnWork
+from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import make_plan
 from tests.traps import neighbour_rows
 

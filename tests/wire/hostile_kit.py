@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.config import Encoding
+from fedtune.core.config import Encoding
+from fedtune.core.wire import seal
+from fedtune.core.wire.arrays import bodies
+from fedtune.core.wire.codec import SCALES, VALUES, encode
+from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import api
 from fedtune.flower.records import to_record
 from fedtune.server.admission import Outcome, outcome
 from fedtune.server.bound import Terms
 from fedtune.server.exchange import Reply
-from fedtune.wire import seal
-from fedtune.wire.arrays import bodies
-from fedtune.wire.codec import SCALES, VALUES, encode
-from fedtune.wire.keys import SigningKey
 from tests.server.fakes import EVENT, make_study, zeros
 
 STUDY = make_study()

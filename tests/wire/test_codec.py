@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedtune.config import Encoding
+from fedtune.core.config import Encoding
+from fedtune.core.wire import codec
+from fedtune.core.wire.arrays import unpack_arrays
+from fedtune.core.wire.codec import BLOCK, GROWTH, SCALES, VALUES, WireError, decode, encode, layout
 from fedtune.flower.records import to_record
-from fedtune.wire import codec
-from fedtune.wire.arrays import unpack_arrays
-from fedtune.wire.codec import BLOCK, GROWTH, SCALES, VALUES, WireError, decode, encode, layout
 
 ENCODINGS: tuple[Encoding, ...] = ("float32", "float16", "int8")
 SMALL: tuple[Encoding, ...] = ("float16", "int8")

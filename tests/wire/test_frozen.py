@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord
 
-from fedtune.config import LoraTable, PreconditionerTable
+from fedtune.core.config import LoraTable, PreconditionerTable
+from fedtune.core.wire import arrays as module
+from fedtune.core.wire.arrays import WireError, read_agreed, read_frozen
+from fedtune.core.wire.codec import encode, layout
 from fedtune.flower.records import to_record
-from fedtune.wire import arrays as module
-from fedtune.wire.arrays import WireError, read_agreed, read_frozen
-from fedtune.wire.codec import encode, layout
 from tests.server.fakes import SHAPES, zeros
 
 RANK = 4

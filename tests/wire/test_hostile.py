@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, RecordDict
 
-from fedtune.wire.codec import SCALES
-from fedtune.wire.keys import verifies
+from fedtune.core.wire.codec import SCALES
+from fedtune.core.wire.keys import verifies
 from tests.server.fakes import zeros
 from tests.wire.hostile_kit import (
     EVENTS,

@@ -12,10 +12,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from fedtune.core.wire.arrays import WireError, unpack_arrays
+from fedtune.core.wire.codec import VALUES
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid
-from fedtune.wire.arrays import WireError, unpack_arrays
-from fedtune.wire.codec import VALUES
 from tests.server.fakes import SHAPES, FakeSite, grid_of, make_parts, make_study, zeros
 from tests.wire.hostile_kit import (
     LIES,

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-import fedtune.client.answers
-import fedtune.client.app
+import fedtune.core.vault.answers
+import fedtune.launch.in_one_process
 import fedtune.server.admission
-from fedtune.errors import Refused
+from fedtune.core.errors import Refused
+from fedtune.core.registry import process_cache
+from fedtune.core.wire import protocol
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.protocol import PROTOCOL, OtherProtocol, check_peer, version_fields
+from fedtune.core.wire.requests import FAILED
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
-from fedtune.registry import process_cache
+from fedtune.public.start import start
 from fedtune.server.admission import plan_message
-from fedtune.training.start import start
-from fedtune.wire import protocol
-from fedtune.wire.keys import SigningKey
-from fedtune.wire.protocol import PROTOCOL, OtherProtocol, check_peer, version_fields
-from fedtune.wire.requests import FAILED
 from tests.dp.conftest import study
 from tests.server.fakes import FakeSite, make_study, trial
 
@@ -64,7 +64,7 @@ def asked(folder: Path, base: Path, **said: Any) -> ConfigRecord:
     begun = start(study(base=base_table, privacy=privacy))
     content = plan_message(begun.study, begun.frozen, SigningKey())
     plan = {key: value for key, value in content["plan"].items() if key not in version_fields()}
-    grid = InProcessGrid([folder / "site.toml"], fedtune.client.app.app)
+    grid = InProcessGrid([folder / "site.toml"], fedtune.launch.in_one_process.app)
     sent = RecordDict({"plan": ConfigRecord(plan | said), "frozen": to_record(begun.frozen)})
     (node,) = grid.get_node_ids()
     (reply,) = grid.send_and_receive([grid.create_message(sent, "query.prepare", node, "1")])
@@ -94,7 +94,7 @@ def test_without_the_check_the_site_looks_for_its_records(
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL, release="9.9")
     assert (answer["status"], answer["reason"]) == ("failed", FAILED)
     process_cache.clear("workers")
-    monkeypatch.setattr(fedtune.client.answers, "check_peer", lambda *_: None)
+    monkeypatch.setattr(fedtune.core.vault.answers, "check_peer", lambda *_: None)
     answer = asked(tmp_path, tiny_base, protocol=PROTOCOL + 1, release="9.9")
     assert answer["status"] != "refused" and not untouched(tmp_path)
 
@@ -102,7 +102,7 @@ def test_without_the_check_the_site_looks_for_its_records(
 def newer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A site of the next protocol, which would take this one's plans."""
     said = {"protocol": PROTOCOL + 1, "release": "9.9"}
-    monkeypatch.setattr(fedtune.client.answers, "version_fields", lambda: said)
+    monkeypatch.setattr(fedtune.core.vault.answers, "version_fields", lambda: said)
 
 
 def test_a_coordinator_sends_no_order_to_a_site_of_another_protocol(

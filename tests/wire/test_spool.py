@@ -22,11 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.errors import ConfigError, InfrastructureError
-from fedtune.wire import spool as module
-from fedtune.wire.arrays import pack_arrays
-from fedtune.wire.requests import Answer, Request, RequestError
-from fedtune.wire.spool import MOST, MOST_FILE, Spool, decode_request
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.wire import spool as module
+from fedtune.core.wire.arrays import pack_arrays
+from fedtune.core.wire.requests import Answer, Request, RequestError
+from fedtune.core.wire.spool import MOST, MOST_FILE, Spool, decode_request
 from tests.disks import disk
 
 ANSWER = Answer("site", {"status": "trained", "reason": ""}, "update", {})
@@ -342,7 +342,7 @@ def test_on_a_full_disk_there_is_no_answer_and_later_a_whole_one(tmp_path: Path)
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fedtune.wire import spool
+from fedtune.core.wire import spool
 from tests.wire.test_spool import ANSWER, request
 def killed(*given, **named):
     os.kill(os.getpid(), signal.SIGKILL)

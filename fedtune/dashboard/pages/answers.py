@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import FedtuneError
-from fedtune.files import reading
+from fedtune.core.errors import FedtuneError
+from fedtune.core.files import reading
+from fedtune.core.registry.rounding import number
+from fedtune.core.run_folder import ANSWERS
 from fedtune.observe.log import MOMENT
-from fedtune.registry.rounding import number
-from fedtune.run_folder import ANSWERS
 
 MOST, LONGEST = 20, 1500  # prompts, and characters of a text
 

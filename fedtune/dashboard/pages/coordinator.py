@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.errors import FedtuneError
 from fedtune.dashboard.pages import Notice, Page
 from fedtune.dashboard.pages.run import NOTHING, RunPage, alarms, ask, sites_of
 from fedtune.dashboard.pages.runs import runs_in
-from fedtune.errors import FedtuneError
 from fedtune.flower import certs, enrol
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
-from fedtune.run_choice import RUNS
+from fedtune.runs.choice import RUNS
 
 SOON_DAYS = 7  # a certificate that has no more is an alarm; they renew at two thirds of 30 days
 

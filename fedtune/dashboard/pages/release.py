@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.errors import FedtuneError
+from fedtune.core.files import reading
 from fedtune.dashboard.pages import Notice, Page
-from fedtune.errors import FedtuneError
 from fedtune.evidence.dossier.page import sections
-from fedtune.files import reading
 
 CONTENT = "dossier.json"
 

@@ -10,22 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedtune.core.errors import FedtuneError, InputError
+from fedtune.core.registry.metrics import metric as known_metric
+from fedtune.core.registry.reasons import HELD, WAITING, reason_of
+from fedtune.core.registry.rounding import number, percent
+from fedtune.core.run_folder import ANSWERS, load_plan, read_report
 from fedtune.dashboard.pages import Notice, Page
 from fedtune.dashboard.pages.answers import answers_in
-from fedtune.errors import FedtuneError, InputError
 from fedtune.observe.log import LOGGABLE
 from fedtune.observe.rounds import Rounds
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, standing
-from fedtune.registry.metrics import metric as known_metric
-from fedtune.registry.reasons import HELD, WAITING, reason_of
-from fedtune.registry.rounding import number, percent
 from fedtune.report.claim import THREE_EPSILONS, best_guess, protects, shared_line
 from fedtune.report.classes import HEAD as CLASSES
 from fedtune.report.classes import class_lines, class_rows
 from fedtune.report.gain import advice, headline, is_start_released, over_start
 from fedtune.report.preference import alarms as preference_alarms
 from fedtune.report.quality import intervals
-from fedtune.run_folder import ANSWERS, load_plan, read_report
 
 NOTHING: dict[str, Any] = {}
 

@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.config import Site, load_site
-from fedtune.config.state_files import COUNTS, LOSSES
+from fedtune.core.config import Site, load_site
+from fedtune.core.config.state_files import COUNTS, LOSSES
+from fedtune.core.data.sources._interface import REASONS
+from fedtune.core.errors import FedtuneError
+from fedtune.core.files import reading
+from fedtune.core.registry.rounding import number
 from fedtune.dashboard.pages import Notice, Page
-from fedtune.data.sources._interface import REASONS
-from fedtune.errors import FedtuneError
-from fedtune.files import reading
 from fedtune.observe.log import MOMENT, NAME
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
-from fedtune.registry.rounding import number
 
 STUDIES = 4  # of whose losses there are curves
 PLAN = re.compile(r"sha256:[0-9a-f]{64}")

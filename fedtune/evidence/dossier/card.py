@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.known_bases import upstream_of
+from fedtune.core.config.known_bases import upstream_of
+from fedtune.core.registry.rounding import number
+from fedtune.core.run_folder import pipeline_tag
 from fedtune.evidence.dossier.markdown import body
-from fedtune.registry.rounding import number
 from fedtune.report.text import cell
-from fedtune.run_folder import pipeline_tag
 
 SECTIONS = ("summary", "model", "privacy")
 USE = """\

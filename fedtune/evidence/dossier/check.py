@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
-from fedtune.errors import NotGenuine, Refused
+from fedtune.core.errors import NotGenuine, Refused
+from fedtune.core.files import reading
+from fedtune.evidence import fingerprints
 from fedtune.evidence.dossier import pictures
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import FORMAT, build, dumped
@@ -27,8 +29,6 @@ from fedtune.evidence.dossier.seal import (
 from fedtune.evidence.figures import MALFORMED, TODO, fail
 from fedtune.evidence.sign import RUN
 from fedtune.evidence.verify import Verified, verify_run
-from fedtune.files import reading
-from fedtune.wire import fingerprints
 
 
 def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:

@@ -24,8 +24,8 @@ from importlib import resources
 from math import isfinite
 from typing import Any
 
+from fedtune.core.registry.metrics import METRICS
 from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
-from fedtune.registry.metrics import METRICS
 from fedtune.report.claim import fallback, limits
 from fedtune.report.gain import headline, is_start_released
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+from fedtune.core.registry.metrics import metric as known_metric
 from fedtune.evidence.dossier.drawing import Picture
-from fedtune.registry.metrics import metric as known_metric
 
 WIDTH, HEIGHT = 920, 330
 LEFT, RIGHT, TOP, BOTTOM = 90.0, 800.0, 52.0, 274.0

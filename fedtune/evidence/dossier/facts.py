@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.known_bases import upstream_of
-from fedtune.files import reading
-from fedtune.registry.rounding import percent, rounded_up
+from fedtune.core.config.known_bases import upstream_of
+from fedtune.core.files import reading
+from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.report.claim import assumptions, best_guess, fallback, protects, strength
 from fedtune.report.declared import declared_line
 from fedtune.report.gain import headline

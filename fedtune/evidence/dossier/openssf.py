@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from fedtune.files import reading
-from fedtune.files.writing import create, replace
+from fedtune.core.files import reading
+from fedtune.core.files.writing import create, replace
 
 KEY = "model-signing.key"  # in the coordinator's home
 SIGNATURE, PUBLIC = "model.sig", "model.pub"

@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import ConfigError, InputError, Refused
-from fedtune.evidence.audit_log import AuditLog
+from fedtune.core.errors import ConfigError, InputError, Refused
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.run_folder import ADAPTER, new_folder, read_report
+from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.dossier import openssf, pictures
 from fedtune.evidence.dossier.card import card
@@ -34,10 +38,6 @@ from fedtune.evidence.dossier.seal import (
 )
 from fedtune.evidence.sign import RUN, carry
 from fedtune.evidence.verify import Verified, certificate_of, is_signed, verify, verify_run
-from fedtune.files import reading
-from fedtune.files.writing import replace
-from fedtune.run_folder import ADAPTER, new_folder, read_report
-from fedtune.wire.keys import SigningKey, canonical
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
 
@@ -61,7 +61,7 @@ def release(
     >>> fedtune.release("runs/none", "dossiers/none")
     Traceback (most recent call last):
       ...
-    fedtune.errors.NotGenuine: ...
+    fedtune.core.errors.NotGenuine: ...
 
     Guarantee: `out` is whole or not there, it verifies, and every figure in it is the run's.
 
@@ -196,7 +196,7 @@ def approve(
     >>> fedtune.approve("dossiers/none", "ada.key", "0123 4567 89ab cdef 0123", **who)
     Traceback (most recent call last):
       ...
-    fedtune.errors.NotGenuine: ...
+    fedtune.core.errors.NotGenuine: ...
 
     Errors: NotGenuine, Refused (another signer), InputError (this key approved it already),
     ConfigError (nothing was said)."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from fedtune.config.known_bases import upstream_of
+from fedtune.core.config.known_bases import upstream_of
 from fedtune.evidence.dossier.facts import base_name
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"

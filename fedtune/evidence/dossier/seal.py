@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import __version__
-from fedtune.errors import NotGenuine
+from fedtune.core.errors import NotGenuine
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.run_folder import ADAPTER
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.dossier import pictures
 from fedtune.evidence.figures import TODO, fail, signed_json
 from fedtune.evidence.sign import RUN, sha256
-from fedtune.files import reading
-from fedtune.files.writing import replace
-from fedtune.run_folder import ADAPTER
-from fedtune.wire.keys import SigningKey, canonical, verifies
 
 RELEASE, APPROVALS = "release.json", "approvals"
 CONTENT, AUDIT, PDF = "dossier.json", "audit.md", "dossier.pdf"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
+from fedtune.core.registry import Group
 from fedtune.observe.trackers._interface import Tracker
-from fedtune.registry import Group
 
 __all__ = ["TRACKERS", "Tracker", "build"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.observe.trackers._interface import Tracker
 from fedtune.observe.trackers._names import about, figures
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.observe.trackers._interface import Tracker
 from fedtune.observe.trackers._names import figures
-from fedtune.run_choice import folder_for
+from fedtune.runs.choice import folder_for
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import ConfigError
+from fedtune.core.errors import ConfigError
 from fedtune.observe.trackers._interface import Tracker
 from fedtune.observe.trackers._names import about, figures
 

@@ -1,0 +1,172 @@
+"""Compose the privacy cost of an adapter that was derived from several finished runs.
+
+Deriving it is post-processing and costs no ε of its own, but it depends on every parent: a person
+whose records trained several parents is charged the composition of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from fedtune.core.dp.accountant import ACCOUNTANT, Steps, cross_check, merged
+from fedtune.core.errors import InputError
+
+SAME, APART, UNKNOWN, STATED = "same", "apart", "unknown", "stated"
+DESCRIPTIONS = {
+    SAME: "the same site took part in both (by name or signing key): composed",
+    APART: "sites of other names and other signing keys: the larger",
+    UNKNOWN: "sites of other names, keys not known: composed, to be cautious",
+    STATED: "stated to share no person by whoever made this: the larger",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """One site's part in one parent. key: the site's public signing key, "" where the report has
+    none; events: what ran there; fallback: the same by the site's own noise alone, where sites
+    shared theirs; assumptions: (n, t) of each run that the first rests on."""
+
+    parent: int
+    site: str
+    key: str
+    events: tuple[Steps, ...]
+    fallback: tuple[Steps, ...]
+    assumptions: frozenset[tuple[int, int]] = frozenset()
+
+
+def shares(report: dict[str, Any], parent: int) -> list[Share]:
+    """List the sites of a parent's report.json; one of an unknown name where it names none.
+
+    Errors: InputError where the report does not say what ran."""
+    privacy = report["privacy"]
+    try:
+        sites = privacy.get("sites") or {"": privacy}
+        site_shares = [
+            Share(
+                parent,
+                name,
+                str(site.get("key") or ""),
+                merged(_events(site)),
+                merged(_fallback(site)),
+                _assumptions(site),
+            )
+            for name, site in sorted(sites.items())
+        ]
+        if not 0 < float(privacy["delta"]) < 1:
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(
+            f"parent {parent + 1}: its report.json does not say what its privacy cost",
+            "the report of a finished run, as it was written",
+            "copy the run's folder again",
+        ) from None
+    return site_shares
+
+
+def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
+    """What a site ran; of an adapter that was itself derived, all that its own parents ran."""
+    if "events" in site:
+        return tuple(Steps(*event) for event in site["events"])
+    if not site.get("steps"):
+        return ()
+    sigma, rate = float(site["noise_multiplier"]), float(site["sampling_rate"])
+    return (Steps(sigma, rate, int(site["steps"]), int(site.get("records_per_unit") or 1)),)
+
+
+def _fallback(site: dict[str, Any]) -> tuple[Steps, ...]:
+    """What a site ran, if nothing but its own noise holds."""
+    table = site.get("secure_aggregation")
+    if not table:
+        return _events(site)
+    if "fallback_events" in table:
+        return tuple(Steps(*event) for event in table["fallback_events"])
+    own = float(table["own_noise_multiplier"])
+    return tuple(event._replace(noise_multiplier=own) for event in _events(site))
+
+
+def _assumptions(site: dict[str, Any]) -> frozenset[tuple[int, int]]:
+    table = site.get("secure_aggregation")
+    if not table:
+        return frozenset()
+    pairs = table.get("assumptions") or [[table["sites"], table["colluding"]]]
+    return frozenset((int(sites), int(colluding)) for sites, colluding in pairs)
+
+
+def relation(first: Share, second: Share, disjoint: bool = False) -> str:
+    """Classify whether two sites of two parents may have trained on the same people."""
+    if disjoint:
+        return STATED
+    if (first.site and first.site == second.site) or (first.key and first.key == second.key):
+        return SAME
+    return APART if first.key and second.key and first.site and second.site else UNKNOWN
+
+
+def composed(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
+    """Compose a report's "privacy" from those of its parents, all of them private.
+
+    Each site is charged what it ran in its own parent and, of every other parent, what the same
+    site ran there, or else the worst of the sites that may share people with it. ε by PLD at the
+    smallest of the parents' δ; the weakest of their units. disjoint: the caller states that no
+    person is in two parents. Where sites of a parent shared noise, a second ε is composed of what
+    holds by each site's own noise alone.
+    Guarantee: at least the ε of everything that any one person, at any one site, took part in."""
+    by_parent = [shares(report, number) for number, report in enumerate(reports)]
+    privacy = [report["privacy"] for report in reports]
+    delta = min(float(p["delta"]) for p in privacy)
+    common = {
+        "delta": delta,
+        "unit": "patient" if all(p.get("unit") == "patient" for p in privacy) else "record",
+        "relation": privacy[0].get("relation"),
+        "accountant": ACCOUNTANT,
+        "clipping": " or ".join(sorted({str(p.get("clipping")) for p in privacy})),
+    }
+    sites: dict[str, dict[str, Any]] = {}
+    decided: set[tuple[int, int, str]] = set()
+    for share in chain.from_iterable(by_parent):
+        events, alone = list(share.events), list(share.fallback)
+        for other in by_parent:
+            if other[0].parent != share.parent:
+                more, more_alone, why = _events_in_parent(share, other, delta, disjoint)
+                events += more
+                alone += more_alone
+                first, second = sorted((share.parent, other[0].parent))
+                decided.add((first, second, why))
+        site = common | {
+            "epsilon": cross_check(events, delta),
+            "steps": sum(event.steps for event in events),
+            "events": [list(event) for event in events],
+            "key": share.key or None,
+        }
+        if assumed := sorted(frozenset().union(*(s.assumptions for p in by_parent for s in p))):
+            site["secure_aggregation"] = {
+                "assumptions": [list(pair) for pair in assumed],
+                "fallback_epsilon": cross_check(alone, delta),
+                "fallback_events": [list(event) for event in alone],
+            }
+        name = share.site or f"parent {share.parent + 1}"
+        if site["epsilon"] >= sites.get(name, {"epsilon": -1.0})["epsilon"]:
+            sites[name] = site
+    worst = max(sites.values(), key=lambda row: float(row["epsilon"]))
+    how = [{"parents": [a + 1, b + 1], "how": DESCRIPTIONS[why]} for a, b, why in sorted(decided)]
+    total = {key: value for key, value in worst.items() if key not in ("events", "key")}
+    if table := total.get("secure_aggregation"):
+        total["secure_aggregation"] = {k: v for k, v in table.items() if k != "fallback_events"}
+    return {**total, "sites": sites, "decided": how}
+
+
+def _events_in_parent(
+    site: Share, other: Sequence[Share], delta: float, disjoint: bool
+) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
+    """What another parent may have run on the people of `site`, the same by own noise alone, and
+    how that was decided."""
+
+    def worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
+        return max(runs, key=lambda events: cross_check(events, delta))
+
+    by_relation = [(relation(site, share, disjoint), share) for share in other]
+    for why in (SAME, UNKNOWN):  # a site takes part in a study under one name
+        if matching := [share for kind, share in by_relation if kind == why]:
+            return worst([s.events for s in matching]), worst([s.fallback for s in matching]), why
+    return (), (), STATED if disjoint else APART

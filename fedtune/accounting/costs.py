@@ -1,0 +1,218 @@
+"""Compute what a study costs before it runs: `fedtune plan`, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedtune.accounting.query_noise import forecast
+from fedtune.core.config import Site, Study, checked
+from fedtune.core.dp import accountant
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.dp.calibration import with_rounds
+from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.dp.query import query_plan
+from fedtune.core.dp.shared_noise import FINEST, WORDS, most_numbers
+from fedtune.core.errors import ConfigError
+from fedtune.core.objectives import describe
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.report.claim import assumption, best_guess
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One site's rounds, steps and noise, and their ε.
+
+    sampling_rate: q; batch: the expected batch, q · declared size; noise_multiplier: σ; risk: the
+    highest accuracy with which an attacker who knows all other records guesses a unit's presence;
+    with [secure_aggregation], fallback_epsilon: what holds by own_noise_multiplier, the σ that this
+    site adds itself, alone. It is also the ε of a study without it that learns as well.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> (north,) = fedtune.plan(fedtune.load_study(study_file), [200]).sites
+    >>> north.declared_size, north.epsilon < 8.0
+    (200, True)
+    """
+
+    site: str
+    declared_size: int
+    rounds: int
+    steps: int
+    sampling_rate: float
+    batch: float
+    noise_multiplier: float
+    epsilon: float
+    delta: float
+    risk: float
+    own_noise_multiplier: float | None = None
+    fallback_epsilon: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's cost at each of some sites. unit: whom ε protects; objective: in words.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> fedtune.plan(fedtune.load_study(study_file), [200, 400]).columns()["declared_size"]
+    [200, 400]
+    """
+
+    study: str
+    unit: str
+    objective: str
+    sites: tuple[SitePlan, ...]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Return the sites as columns of equal length, as a DataFrame takes them."""
+        rows = [asdict(site) for site in self.sites]
+        return {name: [row[name] for row in rows] for name in SitePlan.__dataclass_fields__}
+
+
+def query_lines(study: Study, sites: int) -> list[str]:
+    """Say, a line each, what a plan's private evaluation costs and how much of its answer is noise
+    with so many sites, from public numbers; [] without one.
+
+    Errors: ConfigError where the study is not private."""
+    table = study.private_evaluation
+    if table is None:
+        return []
+    study = with_rounds(study)
+    rounds = ", ".join(map(str, study.queries))
+    at = f"at each of {sites} sites" if sites > 1 else "at one site"
+    by_size = [
+        f"{units}: {'no answer, lost in the noise' if spread is None else f'± {spread:.2g}'}"
+        for units, spread in forecast(table.noise_multiplier, sites).items()
+    ]
+    return [
+        f"private evaluation after round {rounds}: ε = {rounded_up(query_plan(study).epsilon)} on "
+        f"the held-out {study.unit}s. The answer is a probability; its noise is at most (2 sd), "
+        f"by held-out {study.unit}s {at}: {'; '.join(by_size)}."
+    ]
+
+
+def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
+    """Compute what a study costs before it runs: σ, ε and rounds for sites of given sizes.
+
+    Args:
+        sites: sites, or declared sizes alone. No record is read.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> costs = fedtune.plan(fedtune.load_study(study_file), [fedtune.load_site(site_file)])
+    >>> costs.sites[0].site
+    'my-hospital'
+
+    Errors: ConfigError where the study is not private, or nothing fits its budget."""
+    study = checked(study)
+    named = [
+        ("any", site) if isinstance(site, int) else (site.site.name, site.site.declared_size)
+        for site in sites
+    ]
+    costs = tuple(_of_site(plan_for_site(study, size), name, size) for name, size in named)
+    return Plan(study.study.name, study.unit, describe(study.objective), costs)
+
+
+def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
+    facts: dict[str, Any] = {
+        "epsilon": site_plan.epsilon,
+        "delta": site_plan.delta,
+        "sampling_rate": site_plan.sampling_rate,
+        "noise_multiplier": site_plan.noise_multiplier,
+        "steps": site_plan.steps,
+    }
+    risk = best_guess(facts)
+    if site_plan.sites > 1:
+        facts |= {
+            "own_noise_multiplier": site_plan.own_noise,
+            "fallback_epsilon": site_plan.fallback_epsilon,
+        }
+    return SitePlan(
+        name, size, rounds=site_plan.rounds, batch=site_plan.divisor, risk=risk, **facts
+    )
+
+
+def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
+    """Say, a line each, on what ε rests in a study with [secure_aggregation], what holds without
+    it, what is gained, and how wide its words are for sites of these declared sizes; [] without.
+
+    Errors: ConfigError where nothing fits its budget."""
+    if study.secure_aggregation is None or not study.private:
+        return []
+    of_site = plan_for_site(study, max(sizes))
+    n, t = of_site.sites, of_site.colluding
+    claimed, whatever = rounded_up(of_site.epsilon), rounded_up(of_site.fallback_epsilon)
+    return [
+        f"secure aggregation: ε = {claimed} holds if {assumption(n, t)}: what anybody opens then "
+        f"has the noise of {n - t} honest sites.",
+        f"Whatever happens, ε = {whatever} holds: by the noise that each site adds itself, "
+        f"σ = {of_site.own_noise:.4g}.",
+        _attempts(of_site),
+        f"It learns as if ε = {whatever} without secure aggregation, where each of {n} equal sites "
+        "adds all the noise of its ε.",
+        *_at_one(study, of_site, max(sizes)),
+        f"A patient of two of the sites has ε = {rounded_up(_of_two(of_site, shared=True))} (each "
+        "site's own noise at this σ: "
+        f"{rounded_up(_of_two(of_site, shared=False))}): both records move one sum, against one "
+        "dose of noise.",
+        _words(study, of_site, sizes),
+    ]
+
+
+def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
+    """Offer ε = 1 where more is planned; nothing where no σ gives it."""
+    if of_site.epsilon <= 1 or study.training.rounds is None:
+        return []
+    try:
+        first = plan_for_site(
+            study.changed(privacy={"epsilon": 1.0, "noise_multiplier": None}), size
+        )
+    except (ConfigError, ValueError):
+        return []
+    whatever = rounded_up(first.fallback_epsilon)
+    return [
+        f"Try ε = 1 first (--set privacy.epsilon=1): shared by {first.sites} it learns as if "
+        f"ε = {whatever}, and {whatever} is all that is at stake whatever happens."
+    ]
+
+
+def _attempts(of_site: DpPlan) -> str:
+    """Say what an attempt at a round costs that comes to nothing, and two of them, in both ε."""
+    costs = []
+    for more in (1, 2):
+        steps = of_site.steps + more * of_site.local_steps
+        claimed = accountant.epsilon(of_site.events(steps), of_site.delta)
+        whatever = accountant.epsilon(of_site.fallback_events(steps), of_site.delta)
+        costs.append(f"ε = {rounded_up(claimed)} and {rounded_up(whatever)} whatever happens")
+    return (
+        "An attempt at a round comes to nothing where a site restarts between its two messages, "
+        "leaves, or is not heard; the next one is drawn and paid anew. "
+        f"With one such attempt {costs[0]}; with two {costs[1]}."
+    )
+
+
+def _of_two(of_site: DpPlan, *, shared: bool) -> float:
+    """Compute ε of a unit with records at two sites: twice the rows in one sum, each drawn by
+    itself, or the same mechanism twice."""
+    (steps,) = of_site.events(of_site.steps)
+    twice: Steps = (
+        steps._replace(records=2 * steps.records)
+        if shared
+        else steps._replace(steps=2 * steps.steps)
+    )
+    return accountant.epsilon([twice], of_site.delta)
+
+
+def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
+    listed = [*sizes, *[max(sizes)] * (of_site.sites - len(sizes))]
+    most = most_numbers(study, of_site.noise_multiplier, listed)
+    narrow, wide = WORDS
+    words = f"words of {wide} bits"
+    if most:
+        words = f"words of {narrow} bits for an adapter of up to {most:,} numbers, else of {wide}"
+    return (
+        f"A site sends {words} (sites of {', '.join(f'{size:,}' for size in listed[:6])}"
+        f"{', …' if len(listed) > 6 else ''}), on a grid of at most 2^-{FINEST} of its own noise."
+    )

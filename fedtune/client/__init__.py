@@ -1,1 +1,0 @@
-"""A site: what it admits, trains, answers and keeps."""

@@ -1,0 +1,194 @@
+"""Locate text model, head, tower and projector in each supported architecture, by its names."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.core.config.known_bases import Kind
+
+PROJECTOR = "projector"  # in lora.modules: the linear layers between tower and language model
+SIDE = 448  # pixels, the most that a base which takes any size is shown
+
+
+@dataclass(frozen=True)
+class Components:
+    """The parts of a loaded model.
+
+    text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
+    tensors to (n, P, W), frozen. projector: (n, P, W) to (n, P', H), or None where the text attends
+    to the tower's states themselves (crossed). place: the token id that a projected state fills.
+    frames: P, or more. plane: the text's positions have an image's height and width (M-RoPE)."""
+
+    text: nn.Module
+    lm_head: nn.Module | None = None
+    tower: Callable[[torch.Tensor], torch.Tensor] | None = None
+    projector: nn.Module | None = None
+    place: int = -1
+    crossed: bool = False
+    frames: int = 0
+    plane: bool = False
+
+
+def parts_of(model: Any, kind: Kind) -> Components:
+    """Find text model, head, tower and projector in a loaded model of this kind."""
+    if kind == "encoder":
+        return Components(model)
+    if kind == "causal":
+        return Components(model.model, model.lm_head)
+    inner = model.model
+    if kind == "speech":
+
+        def encode_audio(mel: torch.Tensor) -> torch.Tensor:
+            states: torch.Tensor = inner.encoder(mel).last_hidden_state
+            return states
+
+        frames = int(model.config.max_source_positions)
+        return Components(inner.decoder, model.proj_out, encode_audio, crossed=True, frames=frames)
+    place, vision = int(model.config.image_token_id), model.config.vision_config
+    if hasattr(inner, "visual"):
+        merger, unmerged = inner.visual.merger, with_parts(inner.visual, merger=nn.Identity())
+
+        def encode_patches(patches: torch.Tensor) -> torch.Tensor:
+            grid = _grid(patches).to(patches.device)
+            states: torch.Tensor = unmerged(patches.flatten(0, 1), grid_thw=grid).last_hidden_state
+            return states.view(*patches.shape[:2], -1)
+
+        frames = (SIDE // int(vision.patch_size)) ** 2
+        return Components(
+            text=inner.language_model,
+            lm_head=model.lm_head,
+            tower=encode_patches,
+            projector=_Merger(merger),
+            place=place,
+            frames=frames,
+            plane=True,
+        )
+    frames = (int(vision.image_size) // int(vision.patch_size)) ** 2
+    if hasattr(inner, "connector"):
+        patch = int(vision.patch_size)
+
+        def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
+            mask = pixels[:, 3].unfold(1, patch, patch).unfold(2, patch, patch)
+            states: torch.Tensor = inner.vision_model(
+                pixel_values=pixels[:, :3], patch_attention_mask=(mask > 0).any(-1).any(-1)
+            ).last_hidden_state
+            return states
+
+        return Components(
+            inner.text_model, model.lm_head, encode_pixels, inner.connector, place, frames=frames
+        )
+
+    def feature_layers(pixels: torch.Tensor) -> torch.Tensor:
+        layers = model.config.vision_feature_layer
+        hidden = inner.vision_tower(pixels[:, :3], output_hidden_states=True).hidden_states
+        chosen = [hidden[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        first = int(model.config.vision_feature_select_strategy == "default")
+        return torch.cat([states[:, first:] for states in chosen], dim=-1)
+
+    text, projector = inner.language_model, inner.multi_modal_projector
+    return Components(text, model.lm_head, feature_layers, projector, place, frames=frames)
+
+
+class _Merger(nn.Module):
+    """Qwen2-VL's projector with an image to a row: (n, P, W) to (n, P/4, H)."""
+
+    def __init__(self, merger: Any) -> None:
+        super().__init__()
+        self.merger = merger
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        merger: Any = self.merger
+        neighbours = merger.ln_q(states).reshape(len(states), -1, merger.hidden_size)
+        return merger.mlp(neighbours)  # type: ignore[no-any-return]
+
+
+def _grid(patches: torch.Tensor) -> torch.Tensor:
+    """Compute (time, height, width) in patches, (n, 3), of square images given as (n, P, …)."""
+    side = math.isqrt(patches.shape[1])
+    return torch.tensor([[1, side, side]] * len(patches))
+
+
+def plane_positions(holes: torch.Tensor) -> torch.Tensor:
+    """Compute Qwen2-VL's positions, (3, B, L): time, height and width of each token, where a row's
+    `holes` (B, L) are one run that stands for a square image. Text after the image continues from
+    the image's longest side. Reference: Wang et al. 2024, section 2.1 (M-RoPE)."""
+    number = holes.sum(dim=1, keepdim=True)
+    side = number.sqrt().round().long().clamp_min(1)
+    nth = holes.cumsum(dim=1) - 1
+    index = torch.arange(holes.shape[1], device=holes.device).expand_as(nth)
+    after = ~holes & (nth == number - 1) & (number > 0)
+    time = torch.where(holes, index - nth, torch.where(after, index - number + side, index))
+    within = torch.where(holes, nth, 0)
+    return torch.stack([time, time + within // side, time + within % side])
+
+
+def inputs(
+    model: Any, kind: Kind, tensor: torch.Tensor, ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Name a modality's tensor of one file as the arguments of the transformers model.
+    ids: the tokens of the record's text, (1, L)."""
+    if kind == "speech":
+        return {"input_features": tensor}
+    if hasattr(model.config, "vision_start_token_id"):
+        return {
+            "pixel_values": tensor.flatten(0, 1),
+            "image_grid_thw": _grid(tensor),
+            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        }
+    if hasattr(model.config, "scale_factor"):
+        return {"pixel_values": tensor[None, :, :3], "pixel_attention_mask": tensor[None, :, 3] > 0}
+    return {"pixel_values": tensor[:, :3]}
+
+
+def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Fill row r's NaN positions of `states` (R, L, H), in order, with row r's `features`
+    (R, K, H).
+
+    Guarantee: a row's result depends on that row alone.
+    Errors: RuntimeError where a row has another number of place-holders than features."""
+    holes = states[..., 0].isnan()
+    if bool((holes.sum(dim=1) != features.shape[1]).any()):
+        raise RuntimeError("a record has other place-holders than its image has tokens")
+    order = (holes.cumsum(dim=1) - 1).clamp_min(0)
+    ordered = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
+    return torch.where(holes[:, :, None], ordered.to(states.dtype), states)
+
+
+def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
+    """Copy `model` shallowly with some children replaced; the others are shared, not copied."""
+    twin = copy.copy(model)
+    object.__setattr__(twin, "_modules", {**model._modules, **modules})
+    return twin
+
+
+POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  # in a config
+
+
+def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
+    """Pool hidden states to one vector per record, (B, H) fp32: the last token's, or of an encoder
+    the mean over tokens."""
+    if kind != "encoder":
+        last = mask.sum(dim=1) - 1
+        return hidden[torch.arange(len(hidden), device=last.device), last].float()
+    weights = mask.float()[:, :, None]
+    mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
+    # Length √H: what a layer norm gives, so that one learning rate serves every base.
+    return nn.functional.normalize(mean, dim=1) * math.sqrt(hidden.shape[2])
+
+
+def positions_of(model: Any) -> int | None:
+    """Count the positions that a text model has; None where its config does not say."""
+    sizes = (getattr(model.config, name, None) for name in POSITIONS)
+    positions = [size for size in sizes if isinstance(size, int) and size > 0]
+    if not positions:
+        return None
+    # RoBERTa counts positions from padding_idx + 1.
+    padding = getattr(getattr(model, "embeddings", None), "padding_idx", None)
+    return min(positions) - (0 if padding is None else padding + 1)

@@ -1,0 +1,180 @@
+"""Digest of what a base folder computes; and refusal of unsafe folders before any file is read.
+
+The digest does not depend on how files are laid out (shards, key order, file names), only on what a
+site would compute with them:
+
+    tensors     name, dtype, shape and sha256 of the bytes, sorted by name
+    config      canonical JSON without keys that say who wrote it and when
+    processor   of a base that reads images or sound: canonical JSON of what prepares them
+    tokenizer   canonical JSON of tokenizer.json without its last call's padding and truncation,
+                the chat template, and the bos, eos and pad tokens
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import ModelError
+from fedtune.core.files import reading
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' own order
+VOLATILE = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
+EXPECTED = "a folder with config.json, safetensors weights and tokenizer.json"
+SAVE = "save model and tokenizer into one folder with save_pretrained"
+OPENED = (".json", ".jinja", ".safetensors", ".txt", ".model")
+AGAIN = "fetch or copy the file again"
+SETTLED = 2  # seconds: far longer than a file system's clock takes to tick
+_read: dict[Path, tuple[list[tuple[str, int, int, int, int]], str]] = {}
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# Files where auto_map can ask for remote code.
+CODE = ("config.json", "tokenizer_config.json", *PROCESSORS)
+
+
+def digest(folder: Path) -> str:
+    """Hash what `folder` computes, as "sha256:<64 hex>"; 1 to 4 s per GB.
+
+    Read once per process, and again when the system says that any file was changed or replaced
+    since (its change time cannot be set back); what changed in the last seconds is always read.
+    Errors: ModelError where the folder is refused (see `check`) or a file cannot be read."""
+    files = _stamps(folder) if folder.is_dir() else []
+    cached_stamps, value = _read.get(folder, (None, ""))
+    if cached_stamps != files:
+        check(folder)
+        value = _digest(folder)
+        settled = all(changed < time.time_ns() - SETTLED * 10**9 for *_, changed in files)
+        if settled and files == _stamps(folder):
+            _read[folder] = files, value
+    return value
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
+    """Return name, device, number, size and change time (ns) of each file. Errors: ModelError where
+    one that transformers may open is no regular file: a pipe would block for ever."""
+    entries = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.suffix in OPENED:
+            reading.regular(path, EXPECTED, AGAIN, ModelError)
+        entries.append((path.name, path.stat()))
+    return [(n, s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns) for n, s in entries]
+
+
+def _digest(folder: Path) -> str:
+    manifest = {
+        "tensors": _tensors(folder),
+        "config": {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE},
+        "tokenizer": _tokenizer(folder),
+    }
+    processors = {name: read_json(folder / name) for name in PROCESSORS if _has_file(folder, name)}
+    if processors:
+        manifest["processor"] = processors
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _has_file(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def check(folder: Path) -> None:
+    """Refuse what is not a plain base. Guarantee: no pickle and no remote code is ever opened.
+
+    Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
+    the folder (transformers would apply it silently), or a missing file."""
+    for name in CODE:
+        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
+            raise ModelError(
+                f"{folder.name}: {name} asks for remote code (auto_map)",
+                "an architecture that transformers has built in",
+                "choose another base; fedtune never runs a model's own code",
+            )
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder.name}: is an adapter, or holds one beside the base",
+            "a base model alone",
+            "merge the adapter into its base and save that, or name the base",
+        )
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise ModelError(f"{folder.name}: is quantised", "float weights", "name the original model")
+    weights(folder)
+    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
+        raise ModelError(f"{folder.name}: tokenizer.json holds no tokenizer", EXPECTED, SAVE)
+
+
+def weights(folder: Path) -> list[Path]:
+    """Return the safetensors files that transformers loads from `folder`: the single one, else the
+    shards that the index names. Errors: ModelError."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        pickled = sorted(p.name for s in ("*.bin", "*.pt", "*.pth") for p in folder.glob(s))
+        problem = f"only pickled weights ({pickled[0]})" if pickled else "no weights"
+        raise ModelError(
+            f"{folder.name}: {problem}",
+            f"{SINGLE}, or shards with {INDEX}",
+            "load the model where you trust it and save_pretrained(…) it as safetensors",
+        )
+    listed = read_json(folder / INDEX).get("weight_map")
+    shards: set[Any] = set()
+    if isinstance(listed, dict) and all(isinstance(name, str) for name in listed.values()):
+        shards = set(listed.values())
+    if not shards:
+        raise ModelError(f"{folder / INDEX}: its weight_map names no shards", EXPECTED, AGAIN)
+    for name in shards:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(
+                f"{folder.name}: {INDEX} names a shard that is not in the folder", EXPECTED, AGAIN
+            )
+    return [folder / name for name in sorted(shards)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object in `path`. Errors: ModelError naming the file."""
+    if not os.path.lexists(path):
+        raise ModelError(f"{path.parent.name}: has no {path.name}", EXPECTED, SAVE)
+    return reading.json_in(path, EXPECTED, AGAIN, ModelError, reading.LARGE)
+
+
+def _tensors(folder: Path) -> dict[str, list[Any]]:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, list[Any]] = {}
+    for path in weights(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a mapping)
+                    if name in tensors:
+                        raise ModelError(f"{folder.name}: two shards hold {name}")
+                    tensor = file.get_tensor(name)
+                    raw = tensor.reshape(-1).view(torch.uint8).numpy()
+                    sha = hashlib.sha256(memoryview(raw)).hexdigest()
+                    tensors[name] = [str(tensor.dtype), list(tensor.shape), sha]
+        except (SafetensorError, OSError, MemoryError) as error:
+            raise ModelError(
+                f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
+            ) from None
+    return tensors
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    tokenizer = read_json(folder / "tokenizer.json")
+    for key in ("padding", "truncation"):  # left over from the last call, set again at each call
+        tokenizer.pop(key, None)
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            config |= read_json(folder / name)
+    jinja = folder / "chat_template.jinja"
+    template = config.get("chat_template")
+    if os.path.lexists(jinja):
+        template = reading.text(jinja, "a chat template", AGAIN, ModelError)
+    special = {
+        key: token.get("content") if isinstance(token := config.get(key), dict) else token
+        for key in ("bos_token", "eos_token", "pad_token")
+    }
+    return {"json": tokenizer, "chat_template": template, "special": special}

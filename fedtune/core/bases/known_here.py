@@ -1,0 +1,43 @@
+"""Folders on this machine of bases and runs, by digest.
+
+Noted in the cache whenever a user names one: by a command, a study.toml or a site.toml. So a
+plan from elsewhere finds by digest what this machine's own people chose, and names nothing."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.writing import replace
+from fedtune.core.registry import process_cache
+
+_noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("places of bases", {})
+
+
+def note(cache: Path, digest: str, name: str, folder: Path) -> None:
+    """Record the folder of `digest`; the last one counts. If the cache is not writable, for this
+    process alone."""
+    location = name, folder.resolve()
+    if _noted.get((cache, digest)) == location:
+        return
+    _noted[cache, digest] = location
+    with suppress(OSError, InfrastructureError):
+        file = _file(cache, digest)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace(file, json.dumps({"name": name, "folder": str(location[1])}).encode())
+
+
+def noted(cache: Path, digest: str) -> tuple[str, Path] | None:
+    """Return name and folder as noted; its present content is not checked. Where the folder noted
+    last is gone, the one that this process noted."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        entry = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
+        if (folder := Path(entry["folder"])).is_dir():
+            return str(entry["name"]), folder
+    return _noted.get((cache, digest))
+
+
+def _file(cache: Path, digest: str) -> Path:
+    return cache / "here" / f"{digest.removeprefix('sha256:')}.json"

@@ -1,0 +1,101 @@
+"""Share one copy of a base's weights among all processes of this machine.
+
+Where a base is used in the type in which it is stored, the loader maps its files, and processes
+share the pages. Where it is converted, each process would hold a copy of its own; so the converted
+weights are written once, beside the cache of bases, and mapped from there."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import locks
+
+log = logging.getLogger("fedtune.core.models")
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
+    """Return whether every tensor of `files` is of `dtype`, so that nothing is converted."""
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        if kinds != {_NAMES.get(dtype)}:
+            return False
+    return True
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Run the block in one process of this machine at a time, so that not all hold a copy while
+    they convert; without a lock where nothing can be written beside `path`."""
+    with ExitStack() as held:
+        with suppress(OSError, InfrastructureError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locks.hold(path.with_suffix(".lock")))
+        yield
+
+
+def share(model: nn.Module, path: Path) -> None:
+    """Replace the parameters of `model` with memory maps of the same values in `path`.
+
+    Guarantee: not one bit of the model changes; a file that holds anything else (altered, cut off,
+    of another version) is written anew. Where it cannot be written the model keeps its copy."""
+    parameters = dict(model.named_parameters())
+    if _taken(parameters, path) or (_written(parameters, path) and _taken(parameters, path)):
+        _give_back()
+
+
+def _written(parameters: dict[str, nn.Parameter], path: Path) -> bool:
+    draft = path.with_suffix(".new")
+    try:
+        save_file({n: p.detach().contiguous() for n, p in parameters.items()}, draft)
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            draft.unlink()
+        log.warning(
+            "the converted base cannot be kept (%s); it is not shared", type(error).__name__
+        )
+        return False
+    return True
+
+
+def _taken(parameters: dict[str, nn.Parameter], path: Path) -> bool:
+    """Map each parameter that `path` holds bit for bit; return whether it holds all of them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(parameters):
+                return False
+            for name, parameter in parameters.items():
+                mapped: torch.Tensor = file.get_tensor(name)
+                if not _same(mapped, parameter.detach()):
+                    return False
+                parameter.data = mapped
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    )
+
+
+def _give_back() -> None:
+    """Return freed memory to the system: glibc keeps what it freed among smaller blocks."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

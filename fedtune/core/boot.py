@@ -1,0 +1,84 @@
+"""Start a fedtune process: only installed code runs, and no model hub is contacted.
+
+`python -P boot.py MODULE OPTIONS` runs a module of this copy of fedtune in a process of its own.
+The packages beside this file are found behind the standard library, and nothing is imported from
+the current folder: a module beside a user's study.toml is never run, whatever its name.
+
+transformers and bitsandbytes fetch compiled kernels from a hub at import where the package
+`kernels` is installed, and loaders ask the hub whether a cached file has changed. `cut_off` runs
+before any of them is imported, here and in every child; the hub is contacted only to fetch a base
+that a person named (core/bases/find.py)."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PACKAGES = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+STANDARD = os.path.dirname(os.__file__)
+
+
+def command(module: str, *options: str) -> list[str]:
+    """The command line that runs `module` as __main__, under `environment`."""
+    return [sys.executable, "-P", __file__, module, *options]
+
+
+def environment() -> dict[str, str]:
+    """This process' environment, without import paths that reach the current folder."""
+    current = os.path.realpath(os.curdir)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    allowed = [path for path in paths if os.path.isabs(path) and os.path.realpath(path) != current]
+    safe = {"PYTHONPATH": os.pathsep.join(allowed), "PYTHONSAFEPATH": "1"}
+    return {**os.environ, **safe}
+
+
+def main() -> None:
+    standard = (STANDARD, os.path.join(STANDARD, "lib-dynload"))
+    behind = max(n for n, folder in enumerate(sys.path, 1) if folder in standard)
+    sys.path = [*sys.path[:behind], PACKAGES, *sys.path[behind:]]
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+SPINS = "10000"  # half a millisecond or so
+
+
+def limit_spinning() -> None:
+    """Let a thread that waits for others in a product of matrices spin for a moment, then sleep.
+
+    GNU OpenMP lets it spin for some 15 ms, which beside other work costs several times the product
+    itself. Whoever sets OMP_WAIT_POLICY or GOMP_SPINCOUNT has chosen. No effect where PyTorch was
+    imported before fedtune."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+OURS = "FEDTUNE_OFFLINE"  # set where fedtune switched the hub off, not the user
+
+
+def cut_off() -> None:
+    """Switch model hubs and their code off, in this process and its children."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
+        os.environ[OURS] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # no such module, to all
+
+
+@contextmanager
+def online() -> Iterator[None]:
+    """Allow the hub in the block, unless the user set HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before and os.environ.get(OURS) != "1"
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+if __name__ == "__main__":
+    main()

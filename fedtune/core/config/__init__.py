@@ -1,0 +1,90 @@
+"""Study (the public plan) and Site (local, never sent), read from TOML. An unknown key is an error.
+
+A study says what everybody may know. A site file says where the data lies and what the site allows;
+nothing in it leaves the machine except `site.name`, `site.declared_size` and, where the plan lets
+sites choose, `site.lora_rank`, which a person typed.
+"""
+
+from fedtune.core.config.load import checked, load_site, load_study, study_from_json
+from fedtune.core.config.secure import SecureAggregationTable, noise_shares
+from fedtune.core.config.site import (
+    BASES,
+    MODULES,
+    RELEASE,
+    AcceptanceTable,
+    ConsentTable,
+    CoordinatorTable,
+    PolicyTable,
+    Site,
+    SiteData,
+    SiteEvaluation,
+    SiteTable,
+    VaultTable,
+)
+from fedtune.core.config.sites import load_sites
+from fedtune.core.config.start import PreconditionerTable, SelectionTable, StartTable
+from fedtune.core.config.study import (
+    BaseTable,
+    ClippingTable,
+    EvaluationTable,
+    LoraTable,
+    ObjectiveTable,
+    PrivacyTable,
+    PrivateEvaluationTable,
+    PublicTable,
+    QuantisationTable,
+    ScheduleTable,
+    StrategyTable,
+    Study,
+    StudyTable,
+    WireTable,
+)
+from fedtune.core.config.training import TrainingTable
+from fedtune.core.config.types import Columns, DataFile, Encoding, Table, format_duration
+from fedtune.core.config.write import save
+
+__all__ = [
+    "BASES",
+    "MODULES",
+    "RELEASE",
+    "AcceptanceTable",
+    "BaseTable",
+    "ClippingTable",
+    "Columns",
+    "ConsentTable",
+    "CoordinatorTable",
+    "DataFile",
+    "Encoding",
+    "EvaluationTable",
+    "LoraTable",
+    "ObjectiveTable",
+    "PolicyTable",
+    "PreconditionerTable",
+    "PrivacyTable",
+    "PrivateEvaluationTable",
+    "PublicTable",
+    "QuantisationTable",
+    "ScheduleTable",
+    "SecureAggregationTable",
+    "SelectionTable",
+    "Site",
+    "SiteData",
+    "SiteEvaluation",
+    "SiteTable",
+    "StartTable",
+    "StrategyTable",
+    "Study",
+    "StudyTable",
+    "Table",
+    "TrainingTable",
+    "VaultTable",
+    "WireTable",
+    "checked",
+    "format_duration",
+    "load_site",
+    "load_sites",
+    "load_study",
+    "noise_shares",
+    "save",
+    "study_from_json",
+]

@@ -1,0 +1,43 @@
+"""[data.scan] of site.toml: what becomes of records in which the scan finds an identifier."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedtune.core.config.types import Fraction, Table
+
+Kind = Literal[
+    "name", "place", "address", "postcode", "date", "age", "phone", "email", "us_ssn", "mrn",
+    "nhs_number", "health_plan", "account", "licence", "vehicle", "device", "url", "ip", "uuid",
+]  # fmt: skip
+# What the scan looks for -> the paragraph of 45 CFR 164.514(b)(2)(i), HIPAA's Safe Harbor list.
+# Not looked for: (P) biometric identifiers and (Q) photographs, which are no text.
+KINDS: dict[Kind, str] = {
+    "name": "A",
+    "place": "B",
+    "address": "B",
+    "postcode": "B",
+    "date": "C",
+    "age": "C",
+    "phone": "D",  # and (E), fax
+    "email": "F",
+    "us_ssn": "G",
+    "mrn": "H",
+    "nhs_number": "H",
+    "health_plan": "I",
+    "account": "J",
+    "licence": "K",
+    "vehicle": "L",
+    "device": "M",
+    "url": "N",
+    "ip": "O",
+    "uuid": "R",
+}
+
+
+class ScanTable(Table):
+    """What becomes of a record in which an identifier is found; fedtune[scan]."""
+
+    action: Literal["warn", "redact", "leave_out"]  # warn: it trains as it is; reports count it
+    kinds: tuple[Kind, ...] = tuple(KINDS)
+    threshold: Fraction = 0.35  # the least score that counts

@@ -1,0 +1,60 @@
+"""Table [secure_aggregation] of study.toml: only the sum of the sites' updates can be opened."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedtune.core.config.types import Number, Table
+
+if TYPE_CHECKING:
+    from fedtune.core.config.study import Study
+
+
+class SecureAggregationTable(Table):
+    """Sites mask what they send, so that nobody opens more than a round's sum, and share the noise
+    of one site: of n = strategy.min_sites each adds σ/√(n - t).
+
+    colluding: t, the sites whose knowledge the coordinator may have. At least one: every site knows
+    the noise that it added itself, and the released adapter."""
+
+    colluding: Number = 1
+
+
+def check_secure(study: Study) -> None:
+    """Check that a study's sum can be opened alone. Errors: ValueError with the reason."""
+    table, t, n = study.secure_aggregation, study.training, study.strategy.min_sites
+    if table is None:
+        return
+    if n - table.colluding < 2:
+        raise ValueError(
+            f"secure_aggregation.colluding = {table.colluding}: needs strategy.min_sites of at "
+            f"least {table.colluding + 2}, not {n}; the noise is shared by all sites but these"
+        )
+    reasons = {
+        "training.local_steps: must be 1: several steps at a site need its own noised "
+        "gradient, which nobody opens": t.local_steps != 1,
+        "training.expected_batch: give sampling_rate; sites of other sizes would sample, and add "
+        "noise, differently": t.sampling_rate is None,
+        'strategy.weights: must be "declared": in a sum every unit weighs the same': (
+            study.strategy.weights != "declared"
+        ),
+        "lora.min_rank: sites of other ranks cannot add up to one masked sum": bool(
+            study.lora and study.lora.min_rank is not None
+        ),
+        "training.proximal_mu: must be 0: it has no effect on a single step": t.proximal_mu != 0,
+        "schedule: not with secure_aggregation: a patient's budget for life could not tell a "
+        "round that is void from one that was opened": study.schedule is not None,
+        "clipping: the sum needs a bound on each row": study.clipping is None,
+    }
+    for reason, broken in reasons.items():
+        if broken:
+            raise ValueError(f"{reason} (the study has [secure_aggregation])")
+
+
+def noise_shares(study: Study) -> int:
+    """Return over how many sites the noise of one is spread: n - t, 1 without [secure_aggregation].
+
+    Guarantee: of n sites at least so many are honest where at most t collude, so that their noise
+    alone is that of one site."""
+    table = study.secure_aggregation
+    return study.strategy.min_sites - table.colluding if table else 1

@@ -1,0 +1,417 @@
+"""The tables of site.toml."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from fedtune.core.config.database import Url, anchored, shown
+from fedtune.core.config.known_bases import KNOWN
+from fedtune.core.config.scan import ScanTable
+from fedtune.core.config.types import (
+    Address,
+    Columns,
+    Count,
+    DataFile,
+    Delta,
+    Digest,
+    Finite,
+    Fraction,
+    Name,
+    NotNegative,
+    Number,
+    Place,
+    Positive,
+    PublicKey,
+    Rank,
+    SheetField,
+    Source,
+    Table,
+)
+from fedtune.core.files.room import ROUNDS
+
+BASES = tuple(wheel.digest for wheel in KNOWN.values())
+MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("query", "key", "value", "dense"),
+    *("out_proj", "fc1", "fc2", "projector"),
+)
+
+
+# "release", alone or among names: every plug-in of this release. An entry point of another
+# distribution is imported only where it is named.
+Plugins = tuple[str, ...] | Literal["release"]
+# What a model may be judged by at a site: a MetricName, or "ece", how far a class's probability is
+# from how often it is right.
+AcceptedMetric = Literal["accuracy", "f1", "ece", "loss", "perplexity", "exact_match", "preference"]
+RELEASE: Literal["release"] = "release"
+SQL, PASSWORD_FILE = "sql", "password_file"  # the source of a database, and its option
+A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as a path has it: of two slashes one
+Value = str | int  # that a cell may be equal to
+
+
+class SiteTable(Table):
+    """A site's name, its declared size, and where it keeps its ledger."""
+
+    name: Name
+    declared_size: Count  # units, as a person declares it; public; no code derives it from the data
+    state: Place = Path("state")  # step log, received plans and frozen factors
+    base: Source | None = None  # where this site has the base, if elsewhere; its digest must match
+    gradient_checkpointing: bool = False  # less memory for activations, a third more time
+    cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
+    # The most ranks of an adapter that this site trains in a round, where a plan has more; public.
+    lora_rank: Rank | None = None
+    # The ledger of one run of declared data; `fedtune simulate` writes it into the run's own copy.
+    ledger: Place | None = None
+
+    @property
+    def cache_bytes(self) -> int | None:
+        return None if self.cache_memory is None else int(self.cache_memory * 2**30)
+
+    def plan_file(self, digest: str) -> Path:
+        """Return where the site keeps a plan that it was sent, for `fedtune review`. The name is
+        the whole digest, so that no other plan takes the file's place while somebody reads it."""
+        return self.state / "plans" / f"{digest.removeprefix('sha256:')}.json"
+
+
+class ConsentTable(Table):
+    """Who agreed to the use of their records. A patient of whom one row does not say yes in
+    `column`, or whose key is on the list `opt_outs`, is left out before anything is computed, and
+    again before each round. Guarantee: nobody outside the site can tell who, or how many.
+
+    opt_outs: a file of hashed keys, a line each, for this user alone (0600); hashing: how, of the
+    key as text: its sha256, sha256 of the salt before the key, or HMAC-SHA256 keyed by the salt."""
+
+    column: str | None = None
+    values: tuple[Value, ...] = ("yes",)  # that mean yes; white space around them does not count
+    opt_outs: Place | None = None
+    hashing: Literal["sha256", "salted-sha256", "hmac-sha256"] = "sha256"
+    salt_file: Place | None = None  # for this user alone (0600); white space at its ends is cut
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> ConsentTable:
+        if not (self.column or self.opt_outs):
+            raise ValueError("name a column, or a file of opt_outs")
+        if not self.values:
+            raise ValueError("values: without one nobody agrees")
+        if bool(self.salt_file) != (self.hashing != "sha256"):
+            raise ValueError("salt_file: belongs to a salted hashing, which needs it")
+        return self
+
+    @property
+    def yes(self) -> frozenset[str]:
+        """The values that mean yes, in the form in which keys are compared."""
+        return frozenset(str(value).strip() for value in self.values)
+
+
+class ConvertTable(Table):
+    """A plug-in that converts each unit's rows, by itself (fedtune.converters)."""
+
+    name: Name
+    options: dict[str, bool | Finite | str] = Field(default_factory=dict)
+
+
+class SiteData(DataFile):
+    """The site's records, as one dataset with one privacy budget: files at `path`, or a table of
+    the database at `url`; beside a url, `path` is the folder of images and recordings."""
+
+    path: Place = Path()
+    url: Url | None = None  # sqlite:///, duckdb:/// or postgresql://, without a password
+    name: Name = "records"  # the budget's name; a dataset that grows keeps it
+    disjoint_from: tuple[Name, ...] = ()  # datasets of this site that share no patient with it
+    cohort: Name = "first"  # of arrival: change it when new patients are added
+    # What a person declares the records to be, before a study; None: private, paid for life.
+    declared: Literal["public", "generated"] | None = None
+    source: Name | None = None  # what reads the files; None: by suffix
+    options: dict[str, bool | Finite | str] = Field(default_factory=dict)  # of the source
+    convert: ConvertTable | None = None  # what each unit's rows become before they are read
+    # Which rows take part: those that have, in each of these columns, the value or one of them.
+    filter: dict[str, Value | tuple[Value, ...]] = Field(default_factory=dict)
+    consent: ConsentTable | None = None
+    scan: ScanTable | None = None  # for identifiers; None: no record is scanned
+    _declared_size: int = PrivateAttr(default=0)  # of the site whose records these are; 0: of none
+
+    @property
+    def declared_size(self) -> int:
+        """The site's declared number of units, which is public; 0 where no site has this table."""
+        return self._declared_size
+
+    @model_validator(mode="after")
+    def _check_source(self) -> SiteData:
+        if self.url is None and "path" not in self.model_fields_set:
+            raise ValueError("path: key is missing")
+        if A_URL.match(str(self.path)):  # which is not repeated: it may hold a password
+            raise ValueError("path: is a url; name it as url, without a password")
+        if self.url and self.source not in (None, SQL):
+            raise ValueError(f'url: is read by source = "{SQL}"')
+        if self.options and self.source is None and not self.url:
+            raise ValueError('options: belong to a source; name it, as in source = "csv"')
+        if any(value == () for value in self.filter.values()):
+            raise ValueError("filter: a column without a value leaves nothing")
+        if self.consent and self.consent.opt_outs and not self.columns.patient:
+            raise ValueError("consent.opt_outs: lists patients; name columns.patient")
+        return self
+
+    @property
+    def where(self) -> Path | str:
+        """Where the records are, for messages at the site."""
+        return shown(self.url) if self.url else self.path
+
+    @property
+    def free_query(self) -> bool:
+        """Whether a person selects the records by what may depend on several patients."""
+        return bool(self.options.get("query") or self.options.get("view"))
+
+    def anchored(self, folder: Path) -> Self:
+        """Make every path in the table absolute, that of a database and of its password too."""
+        table, options = super().anchored(folder), dict(self.options)
+        if (secret := options.get(PASSWORD_FILE)) and isinstance(secret, str):
+            options[PASSWORD_FILE] = str(folder / secret)
+        url = anchored(self.url, folder) if self.url else None
+        return table.model_copy(update={"url": url, "options": options})
+
+    @property
+    def kept_values(self) -> dict[str, tuple[str, ...]]:
+        """The filter's values by column, in the form in which keys are compared: "7" for 7."""
+        listed = {
+            column: value if isinstance(value, tuple) else (value,)
+            for column, value in self.filter.items()
+        }
+        return {
+            column: tuple(str(value).strip() for value in values)
+            for column, values in listed.items()
+        }
+
+
+class SiteEvaluation(SiteData):
+    """The site's held-out records, for noised and paid queries; a dataset with its own budget.
+
+    Unless one of the two names the other in disjoint_from, what is spent on either counts against
+    both, as between any two datasets of a site."""
+
+    name: Name = "held-out"
+
+
+class AcceptanceTable(SiteData):
+    """By what a person at this site judges a finished model on records of its own, written before
+    anybody looks: which records, which figures at which bounds, and of whom apart.
+
+    thresholds: of a metric that is better when higher at least so much, of any other at most;
+    recall: of a class, at least; groups: columns whose values are looked at apart; bands: lower
+    edges that make groups of a column of numbers, such as an age; least_group: of patients, or of
+    records without a patient column: a figure of fewer decides nothing; differences: by how much a
+    group may be worse than all others; alone: the run of a model that this site trained alone.
+    Guarantee: `fedtune accept` alone reads this table and its records."""
+
+    name: Name = "acceptance"
+    thresholds: dict[AcceptedMetric, Finite] = Field(default_factory=dict)
+    recall: dict[str, Fraction] = Field(default_factory=dict)
+    groups: tuple[str, ...] = ()
+    bands: dict[str, tuple[Finite, ...]] = Field(default_factory=dict)
+    least_group: Annotated[int, Field(ge=10, le=10**6)] = 20
+    differences: dict[AcceptedMetric, NotNegative] = Field(default_factory=dict)
+    alone: Place | None = None
+
+    @model_validator(mode="after")
+    def _check_acceptance(self) -> AcceptanceTable:
+        if not (self.thresholds or self.recall):
+            raise ValueError("thresholds: name at least one, or the recall of a class")
+        for name, bound in (*self.thresholds.items(), *self.differences.items()):
+            if name not in ("loss", "perplexity") and not 0 <= bound <= 1:
+                raise ValueError(f"{name} = {bound:g}: must be between 0 and 1")
+        if "ece" in self.differences:  # the fewer records, the larger
+            raise ValueError("differences.ece: groups are not compared by it; bound another figure")
+        if unknown := set(self.bands) - set(self.groups):
+            raise ValueError(f"bands.{min(unknown)}: is no column of groups")
+        for column, edges in self.bands.items():
+            if not edges or list(edges) != sorted(set(edges)):
+                raise ValueError(f"bands.{column}: must rise, as in [18, 65, 80]")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """A digest of everything in this table, which stands in the record of a decision."""
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+
+
+class PolicyTable(Table):
+    """Which plans this site admits. Deny by default: what is not allowed here is refused."""
+
+    max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
+    max_epsilon_per_study: Positive = 8.0  # at the study's own δ
+    max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
+    max_delta: Delta = 1e-3
+    allow_privacy_off: bool = False
+    allow_free_query: bool = False  # records selected by a query or a view: outside the guarantee
+    allow_declared_data: bool = False  # `fedtune client` with data that [data] declares
+    # standing: what the rules here allow runs. reviewed, signed: nothing runs before a person
+    # signed the plan, with `fedtune review --sign`; under reviewed, joining with an answer and the
+    # fingerprint that was read out signs the plan in that answer.
+    admission: Literal["standing", "reviewed", "signed"] = "standing"
+    min_noise_multiplier: NotNegative = 0.3  # σ
+    min_units: Count = 10  # of site.declared_size
+    max_grad_norm: Positive = 10.0  # C
+    max_sampling_rate: Fraction = 1.0  # q
+    max_steps: Count = 10_000  # of one study
+    max_rounds: Number = ROUNDS  # that the ledger pays for, of all studies; each has its room
+    max_rank: Rank = 64
+    modules: tuple[str, ...] = MODULES  # that an adapter may sit on
+    objectives: Plugins = RELEASE
+    strategies: Plugins = RELEASE
+    modalities: Plugins = RELEASE
+    bases: tuple[Digest, ...] | Literal["any"] = BASES  # "any": every base whose digest verifies
+    teachers: tuple[Digest, ...] = ()  # digests that this site declares to be public
+    coordinators: tuple[str, ...] = ()  # public signing keys; empty: any that passes TLS
+    # Public signing keys of the sites that share one dose of noise with this one, each compared by
+    # its fingerprint with the hospital that holds it; empty: no plan with [secure_aggregation].
+    peers: tuple[PublicKey, ...] = ()
+    # Besides noised updates; "sheet": what a person typed in the data sheet, by hand.
+    release: tuple[Literal["evaluation", "sheet"], ...] = ()
+    data_sheet: tuple[SheetField, ...] = ()  # fields that it must hold, and records as attested
+    # immediate: an answer is sent as soon as it is paid for and noised. held: it waits at the site
+    # until a person lets it go, with `fedtune let-go`.
+    answers: Literal["immediate", "held"] = "immediate"
+    # required: `fedtune client` runs only where the process that holds the records has no network,
+    # and the one that has it cannot read them; preferred: as far as this machine gives it.
+    isolation: Literal["required", "preferred"] = "preferred"
+
+
+class VaultTable(Table):
+    """How the half of a site that holds its records is started, where requests lie in a spool."""
+
+    # A command that ends with fedtune, as it is called where the records are: for each request it
+    # is started with the words of `fedtune vault` after it. No shell reads it.
+    run: str
+
+    @model_validator(mode="after")
+    def _check_run(self) -> VaultTable:
+        try:
+            if self.command:
+                return self
+        except ValueError:
+            raise ValueError("run: a quotation that does not end") from None
+        raise ValueError("run: name a command")
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the command."""
+        return shlex.split(self.run)
+
+
+class CoordinatorTable(Table):
+    """How a site reaches its coordinator, and how it authenticates it."""
+
+    answer: Place | None = None  # its answer to `fedtune enroll`; without it, as --answer kept it
+    address: Address | None = None  # host:port; without it, the answer's
+    fingerprint: str | None = None  # of the consortium, as the coordinator read it out
+    proxy: str | None = None  # http(s)://host:port; without it, the environment's HTTPS_PROXY
+    proxy_ca: Place | None = None  # what an https:// proxy's certificate must chain to
+
+
+class Site(Table):
+    """One site's settings: where its records are, and what it allows. Guarantee: never sent.
+
+    Two sites are equal when their tables are, whatever file they were loaded from.
+
+    >>> import fedtune
+    >>> site = fedtune.Site(
+    ...     site=fedtune.SiteTable(name="north", declared_size=200, state="north"),
+    ...     data=fedtune.SiteData(path="north.jsonl", columns=fedtune.Columns(text="note")),
+    ... )
+    >>> site.policy.max_epsilon
+    8.0
+    """
+
+    site: SiteTable
+    data: SiteData
+    evaluation: SiteEvaluation | None = None
+    acceptance: AcceptanceTable | None = None
+    policy: PolicyTable = PolicyTable()
+    coordinator: CoordinatorTable | None = None
+    vault: VaultTable | None = None
+    _file: Path | None = PrivateAttr(default=None)
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[str, Any]] | Any,
+        *,
+        site: SiteTable,
+        columns: Columns,
+        **tables: Any,
+    ) -> Site:
+        """Make a site of records in memory: a pandas DataFrame, or dicts by column name.
+
+        They are written to records.jsonl in the site's state folder, for this user alone (0600),
+        and are read from there as any other site's. tables: policy, evaluation, coordinator.
+
+        >>> import fedtune
+        >>> site = fedtune.Site.from_records(
+        ...     [{"note": "fever and a cough", "patient": "7"}],
+        ...     site=fedtune.SiteTable(name="north", declared_size=200, state="north"),
+        ...     columns=fedtune.Columns(text="note", patient="patient"),
+        ... )
+        >>> site.data.path.name
+        'records.jsonl'
+
+        Errors: DataError where a row is not a record, InfrastructureError where it cannot be
+        written."""
+        from fedtune.core.config.records import RECORDS, write_records
+
+        data = SiteData(path=site.state.absolute() / RECORDS, columns=columns)
+        made = cls(site=site, data=data, **tables)
+        write_records(data.path, records)
+        return made
+
+    @property
+    def free_query(self) -> bool:
+        """Whether a query or a view selects the records, trained on or held out: then one patient
+        may decide what becomes of another's, which no ε covers."""
+        return any(table.free_query for table in (self.data, self.evaluation) if table)
+
+    @property
+    def file(self) -> Path | None:
+        """The site.toml that it was loaded from, which may have changed since."""
+        return self._file
+
+    def with_peers(self, keys: tuple[str, ...]) -> Self:
+        """Return a copy whose policy pins these signing keys of peers."""
+        policy = self.policy.model_copy(update={"peers": keys})
+        return self.model_copy(update={"policy": policy})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Site) and self.__dict__ == other.__dict__
+
+    __hash__ = Table.__hash__
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Site:
+        if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # in total: core/dp/filter.py
+            raise ValueError(
+                f"policy.max_delta = {self.policy.max_delta}: twice it, where max_epsilon holds, "
+                "must be below 1 / site.declared_size: a larger one lets a whole record out"
+            )
+        if self.evaluation and self.evaluation.name == self.data.name:
+            raise ValueError("evaluation.name: must not be data.name; each has its own budget")
+        if self.evaluation and bool(self.evaluation.declared) != bool(self.data.declared):
+            raise ValueError(
+                "evaluation.declared: the two datasets of a site are both declared, or both "
+                "private: a run pays from one ledger"
+            )
+        if self.evaluation and bool(self.evaluation.consent) != bool(self.data.consent):
+            raise ValueError(
+                "evaluation.consent: who is asked for consent in one dataset is asked in the other"
+            )
+        if self.site.ledger and not self.data.declared:
+            raise ValueError("site.ledger: private data is paid from the ledger in site.state")
+        for table in filter(None, (self.data, self.evaluation, self.acceptance)):
+            table._declared_size = self.site.declared_size
+        return self

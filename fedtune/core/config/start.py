@@ -1,0 +1,56 @@
+"""Tables of study.toml for what the coordinator does with public records: for no ε."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedtune.core.config.types import (
+    MOST_NAMES,
+    Count,
+    DataFile,
+    Digest,
+    Positive,
+    Rank,
+    Table,
+    Text,
+)
+
+
+class PreconditionerTable(Table):
+    """The public output preconditioner of an adapter, built from [public] with its answers."""
+
+    rank: Rank = 64  # directions of each layer's output that are kept; all others count as one
+    damping: Positive = 1.0  # in multiples of the mean curvature: the larger, the closer to none
+    # Whether rounds train nothing but these directions; steps before the first round train all.
+    narrow: bool = Field(default=False, exclude_if=lambda narrow: not narrow)
+    digest: Digest | None = None  # filled in when the study starts
+
+
+class StartTable(Table):
+    """What is trained before the first round, from public things alone: for no ε."""
+
+    # Steps on all of [public] with its answers, each as a site without noise would take it.
+    steps: Annotated[int, Field(ge=0, le=10_000)] = 0
+    learning_rate: Positive = 1.0  # of these steps; as training.learning_rate
+    # A head starts at zero, at what the base makes of the classes' names (or descriptions), or at
+    # the logistic regression on [public], which is drawn there.
+    head: Literal["zero", "labels", "public"] = "zero"
+    scale: Positive = 2.0  # length of each class's vector in the head
+    # class -> words in its name's place
+    descriptions: dict[Text, Text] = Field(default_factory=dict, max_length=MOST_NAMES)
+    digest: Digest | None = None  # filled in when the study starts
+
+
+class SelectionTable(DataFile):
+    """Public records by which the coordinator chooses how far each round moves the adapter, and
+    what is released. None of them may be in [evaluation], whose figures would then be of records
+    that chose the adapter."""
+
+    patience: Count = 3  # rounds in a row of which no step lowers the loss; then the study ends
+    # "better": of the trained adapter and its public start ([start]) the one with the better metric
+    # on these records; of two alike the trained one.
+    release: Literal["better", "trained"] = Field(
+        default="better", exclude_if=lambda rule: rule == "better"
+    )

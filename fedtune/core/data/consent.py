@@ -1,0 +1,106 @@
+"""Who agreed to the use of their records, decided before anything is computed from them.
+
+Guarantee: whether a patient is left out follows from that patient's own rows and the list of
+opt-outs alone, and changes nothing of any other patient's records."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from fedtune.core.config import ConsentTable, SiteData
+from fedtune.core.data.cells import key_of
+from fedtune.core.data.files import Place, Rejected
+from fedtune.core.data.sources._interface import BadCell, Row
+from fedtune.core.errors import DataError
+from fedtune.core.files import reading
+
+NO_CONSENT = "no consent"  # in place of a row; none of a source's own reasons
+DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+LARGEST = 2**30  # bytes of a list: 16 million opt-outs
+
+
+def with_consent(
+    rows: Iterable[tuple[Place, Row | str]], data: SiteData
+) -> Iterator[tuple[Place, Row | str]]:
+    """Yield the rows in order, with NO_CONSENT in place of each whose patient did not agree.
+
+    | one row of a patient does not say yes        | all of that patient's rows are left out   |
+    | a missing value, or one that is none         | is no yes                                 |
+    | a row that cannot be used for a bad cell     | speaks with its other cells               |
+    | no patient column                            | each row speaks for itself                |
+    | a list of opt-outs, and a row without a key  | left out: nobody can tell whose it is     |
+    Errors: DataError where the list or its salt cannot be read, or others may read it."""
+    table = data.consent
+    if table is None:
+        yield from rows
+        return
+    has_opted_out = opted_out(table)
+    placed = list(rows)  # a later row may take back what an earlier one gave
+    cells = [_cells_of(row) for _, row in placed]
+    said = [row is None or _agrees(row, table) for row in cells]
+    keys = [_key_in(row, data.columns.patient) for row in cells]
+    refused = {key for key, yes in zip(keys, said, strict=True) if key and not yes}
+    for (place, row), key, yes in zip(placed, keys, said, strict=True):
+        withheld = not yes or key in refused
+        if isinstance(row, dict) and has_opted_out is not None:
+            withheld = withheld or not key or has_opted_out(key)
+        yield place, NO_CONSENT if withheld else row
+
+
+def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
+    """Read the list of opt-outs; returns whether a patient's key is on it. None: there is no list.
+
+    Errors: DataError, without a line of the list."""
+    if table.opt_outs is None:
+        return None
+    listed = frozenset(_digests(table.opt_outs))
+    salt = reading.secret(table.salt_file, "a salt", DataError) if table.salt_file else b""
+    salt = salt.removesuffix(b"\n").removesuffix(b"\r")  # an editor's; all else may be the salt's
+
+    def digest(key: str) -> bytes:
+        if table.hashing == "hmac-sha256":
+            return hmac.digest(salt, key.encode(), "sha256")
+        return hashlib.sha256(salt + key.encode()).digest()
+
+    return lambda key: digest(key) in listed
+
+
+def _digests(path: Path) -> Iterator[bytes]:
+    lines = reading.secret(path, "a list of opt-outs", DataError, LARGEST).splitlines()
+    for number, line in enumerate(lines, 1):
+        text = line.decode("ascii", "replace").strip()
+        if not text or text.startswith("#"):
+            continue
+        if not DIGEST.fullmatch(text):
+            raise DataError(
+                f"{path} line {number}: no sha256 of a key",
+                "64 hexadecimal digits on each line",
+                "hash the keys as data.consent.hashing says; nobody trains meanwhile",
+            )
+        yield bytes.fromhex(text)
+
+
+def _agrees(row: Row, table: ConsentTable) -> bool:
+    if table.column is None:
+        return True
+    try:
+        return key_of(row.get(table.column)) in table.yes
+    except Rejected:
+        return False
+
+
+def _cells_of(row: Row | str) -> Row | None:
+    """Return the cells of a row that can be read; None where it has none, not even whose it is."""
+    return row.cells if isinstance(row, BadCell) else row if isinstance(row, dict) else None
+
+
+def _key_in(row: Row | None, column: str | None) -> str:
+    """Return whose row it is, "" where nobody can tell."""
+    try:
+        return key_of(row.get(column)) if row and column else ""
+    except Rejected:
+        return ""

@@ -1,0 +1,266 @@
+"""Run a plug-in's conversion on one unit's rows at a time, each in a process that ends with it.
+
+    this process ── two pipes for each unit ──> conversion_process ── forks ──> a child for the unit
+
+The process that forks is started anew, without this one's memory; it never reads a row, nor runs
+a line of the plug-in. A child imports the plug-in, reads its unit's rows, writes the rows that come
+of them, and ends. It is confined before the plug-in is imported (isolation.only_computing).
+
+Guarantee: what comes of a unit's rows follows from those rows and public settings. Neither memory
+nor a file, a process, a clock or a count passes from the conversion of one unit to that of another.
+Whatever goes wrong in a child, that unit is empty, and no other (docs/guarantee.md says what is not
+covered). How many children a reading has follows from how many units its site declares, where
+there are at most a quarter more (`count_children`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+
+from fedtune.core import boot
+from fedtune.core.config.site import ConvertTable
+from fedtune.core.data.sources._interface import Row
+from fedtune.core.data.typed_rows import BYTES, given_bytes, returned_rows
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, describe, printable
+
+log = logging.getLogger("fedtune.core.data")
+PROGRAM = "fedtune.core.data.conversion_process"
+CPU_SECONDS = 20  # of one child; what others do has no part in it
+SECONDS = 120.0  # from a child's start to its end, for one that waits for nothing
+START_SECONDS = 600.0  # until the process that forks is ready
+SAID = 300  # characters of what a plug-in says of its options, before a record is read
+MACHINE = "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installed"
+
+
+class Unconverted(Exception):
+    """Error of one unit whose conversion did not end well; it says nothing of the rows."""
+
+
+class Conversion:
+    """The conversions of one plug-in, for a `with` block in which a site's rows are read.
+
+    declared_size: units of the site whose whole dataset is read; when the block ends, children
+    without rows make up for units that are not there.
+    Errors: ConfigError where the plug-in is not installed or does not take its options;
+    InfrastructureError where this machine cannot confine it. Both before a row is passed."""
+
+    def __init__(self, table: ConvertTable, declared_size: int = 0) -> None:
+        self._table, self._declared_size = table, declared_size
+        self._units = 0  # for which a child was forked
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Conversion:
+        self._start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._make_up()
+        self._stop()
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """Convert one unit's rows.
+
+        Errors: Unconverted where the plug-in raises, hangs, ends, needs more memory, or returns
+        what is no list of rows of plain finite values, or more than typed_rows.BYTES of them."""
+        try:
+            return returned_rows(self._convert(given_bytes(rows)))
+        except (ValueError, RecursionError):  # too long, or not of these types
+            raise Unconverted from None
+
+    def _make_up(self) -> None:
+        """Run children without rows, until as many ran in all as `count_children` says."""
+        if self._units > count_children(0, self._declared_size) > 0:
+            log.warning(
+                "the records hold more units than site.declared_size allows for, so that how many "
+                "processes convert them tells of it; to do: declare a larger round figure"
+            )
+        for _ in range(count_children(self._units, self._declared_size) - self._units):
+            with suppress(Unconverted):
+                self._convert(b"")
+
+    def _convert(self, given: bytes) -> bytes:
+        """Return what a child made of these bytes. Errors: Unconverted if it did not end well."""
+        if self._control is None:  # the process that forks was killed, for want of memory
+            try:
+                self._start()
+            except FedtuneError as error:
+                log.error("%s", describe(error))
+                raise Unconverted from None
+        assert self._control is not None
+        rows, results = _Pipe(), _Pipe()
+        self._control.settimeout(SECONDS)
+        self._units += bool(given)
+        try:
+            socket.send_fds(self._control, [b"?"], [rows.reading, results.writing])
+            rows.close_reading()
+            results.close_writing()
+            content = _exchange(rows.writing, results.reading, given)
+            rows.close()
+            results.close()
+            self._control.sendall(b".")  # a child that goes on is ended
+            ended = self._control.recv(1)
+            if not ended:
+                raise OSError
+        except OSError:
+            log.warning("the process that converts records ended; it is started again")
+            self._stop()
+            raise Unconverted from None
+        finally:
+            rows.close()
+            results.close()
+        if content is None or ended != b"0":
+            raise Unconverted
+        return content
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        limits = {"seconds": SECONDS, "cpu_seconds": CPU_SECONDS}
+        table = json.dumps({**self._table.model_dump(mode="json"), **limits})
+        with theirs:
+            self._process = subprocess.Popen(
+                boot.command(PROGRAM, str(theirs.fileno()), table),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+            )
+        self._control = ours
+        ours.settimeout(START_SECONDS)
+        try:
+            told = json.loads(_line(ours))
+        except (OSError, ValueError):
+            told = {"kind": "machine", "text": "it did not start"}
+        if told["kind"] == "ready":
+            told = self._try()
+        if told["kind"] == "ready":
+            return
+        self._stop()
+        text = printable(str(told["text"]))[:SAID]
+        if told["kind"] == "machine":
+            raise InfrastructureError(
+                f"data.convert.name = {self._table.name!r} cannot be confined here ({text})",
+                MACHINE,
+                "convert the files by hand, and leave data.convert out",
+            )
+        raise ConfigError(text)
+
+    def _try(self) -> dict[str, str]:
+        """Have a child import the plug-in and take its options, before there is a row."""
+        try:
+            (found,) = returned_rows(self._convert(b""))
+            return {"kind": str(found["kind"]), "text": str(found.get("text", ""))}
+        except (Unconverted, ValueError, KeyError):
+            name = self._table.name
+            return {"kind": "plug-in", "text": f"data.convert.name = {name!r} cannot be imported"}
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._control, self._process = None, None
+
+
+def count_children(units: int, declared_size: int) -> int:
+    """Count the children of a reading of so many units, at a site that declares `declared_size`: a
+    quarter more than that, and twice or four times as many where there are more units.
+
+    >>> count_children(0, 200), count_children(250, 200), count_children(251, 200)
+    (250, 250, 500)
+
+    0 declared, since these are not all records of a site: one for each unit."""
+    children = declared_size + declared_size // 4
+    while 0 < children < units:
+        children *= 2
+    return children or units
+
+
+class _Pipe:
+    """A pipe whose ends are closed once."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe()
+
+    def close_reading(self) -> None:
+        if self.reading >= 0:
+            os.close(self.reading)
+            self.reading = -1
+
+    def close_writing(self) -> None:
+        if self.writing >= 0:
+            os.close(self.writing)
+            self.writing = -1
+
+    def close(self) -> None:
+        self.close_reading()
+        self.close_writing()
+
+
+def _exchange(writing: int, reading: int, given: bytes) -> bytes | None:
+    """Write the rows and read the result; None where it is too long or late. `writing` is closed
+    by the caller, so the rows' length goes before them."""
+    os.set_blocking(writing, False)
+    rest = memoryview(len(given).to_bytes(8, "big") + given)
+    content, deadline = bytearray(), time.monotonic() + SECONDS
+    poll = select.poll()
+    poll.register(reading, select.POLLIN)
+    poll.register(writing, select.POLLOUT)
+    while (left := deadline - time.monotonic()) > 0:
+        for descriptor, event in poll.poll(1000 * left):
+            if descriptor == writing:
+                with suppress(BlockingIOError, BrokenPipeError):
+                    rest = rest[os.write(writing, rest[:65536]) :]
+                if not rest or event & (select.POLLERR | select.POLLHUP):
+                    poll.unregister(writing)
+                continue
+            part = os.read(reading, 65536)
+            if not part:
+                return bytes(content)
+            content += part
+            if len(content) > BYTES:
+                return None
+    return None
+
+
+def _line(control: socket.socket) -> bytes:
+    """Read one line, byte by byte: what follows it belongs to the next message."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := control.recv(1)):
+        line += byte
+    return bytes(line)
+
+
+def _environment() -> Mapping[str, str]:
+    """The environment of the process that forks: the same on every machine, but for where Python's
+    packages are. PYTHONHASHSEED: sets have one order, so that a unit is converted alike again."""
+    paths = dict.fromkeys(path for path in sys.path if os.path.isabs(path))
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONHASHSEED": "0",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }

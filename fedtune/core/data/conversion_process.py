@@ -1,0 +1,325 @@
+"""The process that forks a child for each unit's conversion; `core/data/conversion.py` starts it.
+
+It has no network, reads no row, and runs nothing of a plug-in: it finds the plug-in's modules and
+keeps their text, since a child may open no file. It forks a child when it is told to, ends it when
+it is told to or after its time, and says whether the child ended well."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import platform
+import re
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from fedtune.core import isolation
+from fedtune.core.data.converters import CONVERTERS, Converter
+from fedtune.core.data.typed_rows import given_rows, returned_bytes
+from fedtune.core.errors import ConfigError
+
+MEMORY = 2**30  # bytes of address space that a child may add
+TEXT = 64 * 2**20  # bytes of the plug-in's modules and what they need
+CLONE = {"x86_64": 56, "aarch64": 220}  # the system call that forks
+PR_SET_PDEATHSIG = 1
+TRUSTED = ("numpy",)  # whose code is trusted here anyway: imported where a plug-in requires it
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# fmt: off
+# Of the standard library: what a conversion may import.
+PREPARED = (
+    "abc", "array", "ast", "base64", "binascii", "bisect", "bz2", "calendar", "codecs",
+    "collections", "collections.abc", "configparser", "contextlib", "copy", "csv", "ctypes",
+    "dataclasses", "datetime", "decimal", "difflib", "email", "email.message", "email.parser",
+    "email.policy", "encodings", "enum", "fnmatch", "fractions", "functools", "gzip", "hashlib",
+    "heapq", "hmac", "html", "html.entities", "html.parser", "io", "ipaddress", "itertools",
+    "json", "keyword", "locale", "logging", "lzma", "math", "numbers", "operator", "os.path",
+    "pathlib", "pprint", "quopri", "random", "re", "reprlib", "secrets", "shlex", "statistics",
+    "string", "stringprep", "struct", "textwrap", "threading", "time", "traceback", "types",
+    "typing", "unicodedata", "urllib.parse", "uuid", "warnings", "weakref", "xml.dom.minidom",
+    "xml.etree.ElementTree", "xml.sax", "zlib", "_strptime", "__future__",
+)
+# fmt: on
+
+
+def main() -> None:
+    """Serve over a descriptor: sys.argv has its number and the table, as JSON."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    table = json.loads(sys.argv[2])
+    limits = _Limits(table["seconds"], table["cpu_seconds"])
+    with suppress(OSError):  # where memory runs out, Linux ends a child before it ends the vault
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    isolation.no_network()
+    for name in (*PREPARED, *_encodings()):
+        with suppress(ImportError):
+            importlib.import_module(name)
+    try:
+        point = CONVERTERS.find(table["name"])
+        plugin = _PlugIn(table["name"], point.value, table["options"], _Modules(point))
+    except ConfigError as error:
+        _say(control, {"kind": "plug-in", "text": str(error)})
+        return
+    if platform.machine() not in CLONE:
+        _say(control, {"kind": "machine", "text": platform.machine()})
+        return
+    gc.freeze()  # so that a child does not copy what it never changes
+    _say(control, {"kind": "ready"})
+    while True:
+        asked, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+        if not asked:
+            return
+        if len(descriptors) == 2:
+            ended = _fork_and_wait(control, plugin, descriptors[0], descriptors[1], limits)
+            control.sendall(b"0" if ended else b"1")
+
+
+def _say(control: socket.socket, told: Mapping[str, str]) -> None:
+    control.sendall(json.dumps(told).encode() + b"\n")
+
+
+def _encodings() -> Iterator[str]:
+    import encodings
+    import pkgutil
+
+    return (f"encodings.{module.name}" for module in pkgutil.iter_modules(encodings.__path__))
+
+
+# --------------------------------------------------------------------------------- the processes
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Of one child: seconds from its start to its end, and of a processor's time."""
+
+    seconds: float
+    cpu_seconds: int
+
+
+def _fork_and_wait(
+    control: socket.socket, plugin: _PlugIn, reading: int, writing: int, limits: _Limits
+) -> bool:
+    """Run a child on these pipes to its end, and return whether it ended well.
+
+    Forked by the system call itself: a library's fork keeps the child's number in its memory."""
+    clone = ctypes.PyDLL(None).syscall
+    pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)
+    if pid == 0:
+        _child(plugin, reading, writing, limits.cpu_seconds)
+    os.close(reading)
+    os.close(writing)
+    if pid < 0:
+        control.recv(1)
+        return False
+    child = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(child, select.POLLIN)
+        poll.register(control, select.POLLIN)
+        deadline, told = time.monotonic() + limits.seconds, False
+        while not told and (left := deadline - time.monotonic()) > 0:
+            ready = dict(poll.poll(1000 * left))
+            if child in ready:
+                break
+            told = control.fileno() in ready
+        else:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        os.close(child)
+    _, status = os.waitpid(pid, 0)
+    control.recv(1)  # the vault has closed its ends
+    return status == 0
+
+
+def _child(plugin: _PlugIn, reading: int, writing: int, cpu_seconds: int) -> None:
+    """Be the child of one unit; does not return."""
+    code = 1
+    try:
+        _limit(reading, writing, cpu_seconds)
+        if "seccomp" not in isolation.only_computing().means:
+            told: Any = [{"kind": "machine", "text": "no seccomp filter"}]
+            os.write(writing, returned_bytes(told))
+            code = 0
+        else:
+            content = plugin.convert(_read(reading))
+            while content:
+                content = content[os.write(writing, content) :]
+            code = 0
+    finally:
+        os._exit(code)
+
+
+def _limit(reading: int, writing: int, cpu_seconds: int) -> None:
+    """Close everything but the two pipes, and bound what this process may use."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    first, second = sorted((reading, writing))
+    os.closerange(3, first)
+    os.closerange(first + 1, second)
+    os.closerange(second + 1, max(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    with open("/proc/self/statm", encoding="ascii") as pages:
+        used = int(pages.read().split()[0]) * resource.getpagesize()
+    for what, most in (
+        (resource.RLIMIT_AS, used + MEMORY),
+        (resource.RLIMIT_CPU, cpu_seconds),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(what, (most, most))
+
+
+def _read(reading: int) -> bytes:
+    length = int.from_bytes(os.read(reading, 8), "big")
+    content = bytearray()
+    while len(content) < length and (part := os.read(reading, 2**20)):
+        content += part
+    return bytes(content)
+
+
+# ------------------------------------------------------------------------------------ the plug-in
+
+
+class _PlugIn:
+    """A plug-in by its entry point, which a child alone imports."""
+
+    def __init__(
+        self, name: str, value: str, options: Mapping[str, Any], modules: _Modules
+    ) -> None:
+        self._name, self._value, self._options = name, value, options
+        self._modules = modules
+
+    def convert(self, given: bytes) -> bytes:
+        """Return the rows that come of these; of no bytes, whether it takes its options."""
+        sys.meta_path = [BuiltinImporter, FrozenImporter, self._modules]
+        if given:
+            return returned_bytes(self._build().convert(given_rows(given)))
+        try:
+            self._build()
+        except ConfigError as error:
+            return returned_bytes([{"kind": "plug-in", "text": str(error)}])
+        return returned_bytes([{"kind": "ready"}])
+
+    def _build(self) -> Converter:
+        module, _, attribute = self._value.partition(":")
+        try:
+            found: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except Exception as error:
+            raise ConfigError(
+                f"data.convert.name = {self._name!r}: {self._value} cannot be imported "
+                f"({type(error).__name__}: {error})",
+                "modules of the plug-in, of what it requires, and of the standard library's for "
+                "text, numbers and dates",
+            ) from None
+        return CONVERTERS.build_found(self._name, self._value, found, self._options)
+
+
+class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
+    """A distribution's modules, and those that it requires: found, read and compiled here, and run
+    by a child."""
+
+    def __init__(self, point: metadata.EntryPoint) -> None:
+        self._texts, self._packages = dict[str, bytes](), set[str]()
+        self._codes = dict[str, CodeType]()
+        self._length = 0
+        required = _list_required(point)
+        for name in TRUSTED:
+            if name in required:
+                importlib.import_module(name)
+        for top in (point.value.partition(":")[0].partition(".")[0], *_top_levels(required)):
+            if top not in sys.modules:
+                self._add(top)
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname not in self._codes:
+            return None
+        package = fullname in self._packages
+        return importlib.util.spec_from_loader(fullname, self, is_package=package)
+
+    def is_package(self, fullname: str) -> bool:
+        return fullname in self._packages
+
+    def get_source(self, fullname: str) -> str:
+        return importlib.util.decode_source(self._texts[fullname])
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        return self._codes.get(fullname)
+
+    def _add(self, top: str) -> None:
+        spec = importlib.util.find_spec(top)  # of a name without a dot: nothing is imported
+        if spec is None:
+            return
+        if not spec.submodule_search_locations:
+            if spec.origin and spec.origin.endswith(".py"):
+                self._read(top, Path(spec.origin), is_package=False)
+            return
+        for folder in map(Path, spec.submodule_search_locations):
+            for path in sorted(folder.rglob("*.py")):
+                parts = (top, *path.relative_to(folder).with_suffix("").parts)
+                is_package = parts[-1] == "__init__"
+                name = ".".join(parts[:-1] if is_package else parts)
+                self._read(name, path, is_package)
+
+    def _read(self, name: str, path: Path, is_package: bool) -> None:
+        text = path.read_bytes()
+        self._length += len(text)
+        if self._length > TEXT:
+            raise ConfigError(
+                f"the plug-in that data.convert names, with what it requires, has more than "
+                f"{TEXT >> 20} MiB of modules"
+            )
+        with suppress(SyntaxError, ValueError):  # a template of code; a child says so if it matters
+            self._codes.setdefault(name, compile(text, str(path), "exec", dont_inherit=True))
+        self._texts.setdefault(name, text)
+        if is_package:
+            self._packages.add(name)
+
+
+def _list_required(point: metadata.EntryPoint) -> set[str]:
+    """Return the distributions that a plug-in's own requires, however far; fedtune is here."""
+    waiting, found = _requirements(point.dist), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name != "fedtune":
+            found.add(name)
+            with suppress(metadata.PackageNotFoundError):
+                waiting += _requirements(metadata.distribution(name))
+    return found
+
+
+def _requirements(distribution: metadata.Distribution | None) -> list[str]:
+    lines = (distribution.requires if distribution else None) or []
+    matches = (_NAME.match(line) for line in lines if "extra ==" not in line)
+    return [_normal(match[0]) for match in matches if match]
+
+
+def _top_levels(required: set[str]) -> list[str]:
+    """List the modules and packages of distributions."""
+    if not required:
+        return []
+    named = metadata.packages_distributions().items()
+    return [top for top, owners in named if required & {_normal(owner) for owner in owners}]
+
+
+def _normal(name: str) -> str:
+    """Return a distribution's name in the form in which names are compared."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Rows of files, of a folder of them, or of a database (data/sources).
+
+A bad row is a reason from a fixed list, never an exception. A bad file is a DataError for a person
+who can still correct it, and a reason like any other once a site takes part: no row, and no file of
+a folder, decides whether the others are read. Neither holds content, and no library's error is
+chained, since its message may quote a row.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from fedtune.core.data.sources import Collection, Source, by_suffix
+from fedtune.core.data.sources._interface import REASONS, BadCell, Keys, Names, NotWellFormed, Row
+from fedtune.core.errors import DataError
+
+log = logging.getLogger("fedtune.core.data")
+SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
+SPREADSHEET = (
+    'open it and save it under another name as "CSV UTF-8 (comma delimited)", in LibreOffice as '
+    '"Text CSV" with the character set UTF-8; one table of it, whose first row names the columns'
+)
+
+
+class Rejected(Exception):
+    """Error of one unusable record; the only argument is the reason, a fixed string."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+
+class Place(NamedTuple):
+    """Where a row stands. file: its name alone; row: as dataset.Failed counts; 0: the whole
+    file."""
+
+    file: str
+    row: int
+
+
+def rows(
+    where: Path, keys: Keys, *, strict: bool = True, source: Source | None = None
+) -> Iterator[Row | str]:
+    """Yield each row as a dict, or the reason why it is rejected, as placed_rows does."""
+    for _, row in placed_rows(where, keys, strict=strict, source=source):
+        yield row
+
+
+def placed_rows(
+    where: Path,
+    keys: Keys,
+    *,
+    strict: bool = True,
+    source: Source | None = None,
+    names: Names | None = None,
+) -> Iterator[tuple[Place, Row | str]]:
+    """Yield where each row stands, and the row as a dict or the reason why it is rejected, in the
+    order of the sorted files.
+
+    strict: for a person who can correct the files before they are used. source: what reads them;
+    None: by each file's suffix. names: filled with the columns that were met.
+    Errors: DataError for a path that is missing or of another kind; if strict also for a single
+    file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
+    no file has. Only `where` is named: a file inside a folder may bear a patient's name.
+    Guarantee: if not strict, what is said of a row follows from that row alone, in CSV from a
+    well-formed file's; a file that cannot be read is one rejected row. MemoryError is no row's and
+    no file's fault, since what is held of others decides when it comes: it ends the reading.
+    """
+    names = names or Names(where, keys)
+    if isinstance(source, Collection):
+        yield from _collected(where, source, names, strict)
+        return
+    readers = by_suffix() if source is None else dict.fromkeys(source.suffixes, source)
+    for path in _paths(where, readers):
+        names.begin()
+        try:
+            if not os.path.isfile(path):  # a pipe, which would be waited for
+                raise OSError
+            for number, row in enumerate(readers[path.suffix.lower()].rows(path, names), 1):
+                yield Place(path.name, names.row or number), _checked(row)
+        except NotWellFormed:
+            if strict:
+                raise
+            yield Place(path.name, 0), "not well-formed CSV"
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever one file makes a library do is that file's matter
+            if strict and os.path.isfile(where):
+                data_error = error if isinstance(error, DataError) else _unreadable(where, error)
+                raise data_error from None
+            yield Place(path.name, 0), "unreadable file"
+    if strict:
+        names.require()
+
+
+def _collected(
+    where: Path, source: Collection, names: Names, strict: bool
+) -> Iterator[tuple[Place, Row | str]]:
+    """Yield the rows of a place that is read as a whole, as placed_rows does."""
+    file = ""
+    try:
+        for number, (file, row) in enumerate(source.collect(where, names), 1):
+            yield Place(file, names.row or number), _checked(row)
+    except MemoryError:
+        raise
+    except Exception as error:
+        if strict:
+            data_error = error if isinstance(error, DataError) else _unreadable(names.where, error)
+            raise data_error from None
+        if isinstance(error, DataError):  # which holds no content
+            log.warning("%s", error)
+        yield Place(file or str(names.where), 0), "unreadable file"
+    if not strict:
+        return
+    names.require()
+
+
+def _checked(row: object) -> Row | str:
+    """Return a source's row or its reason; a fixed reason in place of anything else."""
+    if isinstance(row, str):
+        if row in REASONS:
+            return row
+        return (
+            BadCell("cannot be read", row.cells) if isinstance(row, BadCell) else "cannot be read"
+        )
+    return row if isinstance(row, dict) else "wrong type"
+
+
+def _unreadable(where: Path | str, error: Exception) -> DataError:
+    return DataError(f"{where}: cannot be read ({type(error).__name__})")
+
+
+def _paths(where: Path, readers: Mapping[str, Source]) -> list[Path]:
+    suffixes = sorted(readers)
+    kinds = ", ".join(suffixes)
+    if os.path.isfile(where):
+        if where.suffix.lower() not in suffixes:
+            todo = SPREADSHEET if where.suffix.lower() in SPREADSHEETS else "convert the file"
+            raise DataError(f"{where}: unsupported suffix", kinds, todo)
+        return [where]
+    if not os.path.isdir(where):
+        raise DataError(f"{where}: no such file", f"a file or a folder of {kinds}")
+    for reader in dict.fromkeys(readers.values()):
+        if (listed := reader.files(where)) is not None:
+            return listed
+    try:
+        entries = sorted(where.iterdir())
+    except OSError as error:
+        raise _unreadable(where, error) from None
+    files = [  # os.path.isfile: Path.is_file raises for some links, and the others are read
+        p
+        for p in entries
+        if p.suffix.lower() in suffixes and p.name[0] != "." and os.path.isfile(p)
+    ]
+    if not files:
+        raise DataError(f"{where}: the folder has no data file", f"files of one of {kinds}")
+    return files

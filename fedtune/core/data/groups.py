@@ -1,0 +1,80 @@
+"""Read of each record which group it is in: its value in a column that is no part of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from fedtune.core.config import DataFile, EvaluationTable
+from fedtune.core.data.cells import key_of
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.files import Place, Rejected
+from fedtune.core.data.records import keys_of, read_file, site_rows
+from fedtune.core.data.sources._interface import BadCell, Names
+from fedtune.core.errors import ConfigError
+
+MISSING = "(missing)"
+MOST_GROUPS = 50  # of one column
+KEY = "schedule.groups.{column}"
+
+
+def group_of(cell: object) -> str:
+    """Name a row's group by its value, MISSING where it has none."""
+    try:
+        return key_of(cell)[:80]
+    except Rejected:
+        return MISSING
+
+
+def groups_of(
+    table: EvaluationTable, columns: Sequence[str], read: Dataset
+) -> dict[str, list[str]]:
+    """Read, by column, the group of each public record that was `read` of the table's file.
+
+    Errors: DataError (a column that is not there), ConfigError (too many values)."""
+    failed = {(f.file, f.row) for f in read.counts.failed}
+    places = [record.place for record in read_file(table).records]
+    usable = [place for place in places if place and (place.file, place.row) not in failed]
+    assert len(usable) == len(read.examples)  # each of its own row, in the file's order
+    return groups_at(table, columns, usable, lambda column, cell: group_of(cell), KEY)
+
+
+def count_groups(table: EvaluationTable, columns: Sequence[str]) -> dict[str, Counter[str]]:
+    """Count, by column, a public file's records of each group. Errors: as groups_at."""
+    if not columns:
+        return {}
+    places = [record.place for record in read_file(table).records]
+    groups = groups_at(table, columns, places, lambda column, cell: group_of(cell), KEY)
+    return {column: Counter(values) for column, values in groups.items()}
+
+
+def groups_at(
+    file: DataFile,
+    columns: Sequence[str],
+    places: Sequence[Place | None],
+    name: Callable[[str, object], str],
+    key: str,
+    todo: str = "name another column",
+) -> dict[str, list[str]]:
+    """Read, by column, the group of the record at each place.
+
+    name: of a column's cell, which group it is; key: the configuration's, of a {column}.
+
+    Errors: DataError (a column that is not there), ConfigError (too many values)."""
+    keys = keys_of(file) | {key.format(column=column): column for column in columns}
+    cells: dict[Place, dict[str, str]] = {}
+    for place, row in site_rows(file, Names(file.where, keys), strict=True):
+        given = row.cells if isinstance(row, BadCell) else row
+        if isinstance(given, dict):
+            cells[place] = {column: name(column, given.get(column)) for column in columns}
+    nothing = dict.fromkeys(columns, MISSING)
+    found = [cells.get(place, nothing) if place else nothing for place in places]
+    groups = {column: [row[column] for row in found] for column in columns}
+    for column, values in groups.items():
+        if (n := len(set(values))) > MOST_GROUPS:
+            raise ConfigError(
+                f"{key.partition('.{')[0]}: the column {column!r} has {n} values",
+                f"at most {MOST_GROUPS}",
+                todo.format(column=column),
+            )
+    return groups

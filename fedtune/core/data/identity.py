@@ -1,0 +1,34 @@
+"""By what a site's ledger knows a record again, whatever file, dataset or format it stands in."""
+
+from __future__ import annotations
+
+from fedtune.core.config import SiteData
+from fedtune.core.data.load import LONG
+from fedtune.core.data.records import Record, read_file, record_member, unit_member
+from fedtune.core.data.tokenize import _texts
+
+
+def identity_of(record: Record, by_patient: bool) -> set[bytes]:
+    """Return the members that identify a record: all that it says; its image or recording; its
+    longest text, if that is long enough to be its own; and, by_patient, whose it is.
+
+    Only the longest: a question or an instruction that many records share identifies none."""
+    members = {record_member(record)}
+    if record.media:
+        members.add(b"media\0" + record.media.digest)
+    longest = max(_texts(record), key=len)
+    if len(longest) >= LONG:
+        members.add(b"text\0" + longest.encode())
+    if by_patient:
+        members.add(unit_member(record.unit))
+    return members
+
+
+def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
+    """Read a site's dataset and return what identifies each usable record. patients: whose it is,
+    too.
+
+    Errors: DataError, ConfigError, as `read_records` has them."""
+    by_patient = data.columns.patient is not None
+    read = read_file(data, unit="patient" if by_patient else "record")
+    return [identity_of(record, by_patient and patients) for record in read.records]

@@ -1,0 +1,391 @@
+"""Turn records into tokens and targets, and cap the contribution of each unit."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.config import DataFile, EvaluationTable, ObjectiveTable, SiteData, Study
+from fedtune.core.data.chat import check_draws_nothing
+from fedtune.core.data.dataset import Counts, Dataset, Example, Failed, SoftTargets
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.per_unit import per_unit
+from fedtune.core.data.reader import Reader
+from fedtune.core.data.records import (
+    Read,
+    Record,
+    content_of,
+    no_patients,
+    read_file,
+    record_member,
+    table_of,
+    unit_member,
+)
+from fedtune.core.data.scan import record_scan
+from fedtune.core.data.tokenize import _passage, _texts, _tokenise
+from fedtune.core.data.unusable import nothing_left, one_unit
+from fedtune.core.errors import DataError, is_fault
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives._interface import RecordFormat
+
+log = logging.getLogger("fedtune.core.data")
+
+LONG = 40  # characters from which a text is taken to be its record's own
+_PAIR = ("chosen", "rejected")
+
+
+class Unit(NamedTuple):
+    """One unit's records that train and their examples, numbered later; the others with the reasons
+    why they were rejected; and how many are over the cap."""
+
+    records: list[Record]
+    examples: list[Example]
+    rejected: list[tuple[Record, str]]
+    over_cap: int
+
+
+@dataclass(frozen=True, repr=False)
+class UnitReader:
+    """Turns one unit's records into examples: tokenised, capped, with soft targets.
+
+    It reads one unit at a time and holds public values alone. scored: a head reads the text to its
+    end; max_records: of one unit; None: all; choices: answers that a prompt leaves room for; scan:
+    what a site's [data.scan] makes of a record.
+    Guarantee: which of a unit's records train, and as what, depends on that unit's records and
+    their history alone; a record on which a library fails is rejected, and no other one is."""
+
+    objective: ObjectiveTable
+    tokenizer: PreTrainedTokenizerBase
+    record_format: RecordFormat
+    scored: bool
+    labelled: bool = True
+    reader: Reader | None = None
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None
+    max_records: int | None = None
+    choices: tuple[str, ...] = ()
+    scan: Callable[[Record], Record] | None = None
+
+    def __call__(
+        self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
+    ) -> Unit:
+        """Read the records of one unit, in the file's order. is_kept: whether this unit trained on
+        a record before; the cap prefers these, then those of the smallest sha256."""
+        rejected: list[tuple[Record, str]] = []
+        nameless = [replace(record, unit="", place=None) for record in records]
+        made = per_unit(self._examples, (Example, str))(nameless)
+        usable = _passed(_beside(records, made), rejected)
+        over_cap = len(usable)
+        if self.max_records is not None:
+            usable = _capped(usable, self.max_records, is_kept)
+        over_cap -= len(usable)
+        if self.soft_targets is not None:
+            pairs = [(replace(record, unit="", place=None), example) for record, example in usable]
+            made = per_unit(self._examples_with_targets, (Example, str))(pairs)
+            usable = _passed(_beside([record for record, _ in usable], made), rejected)
+        return Unit([record for record, _ in usable], [e for _, e in usable], rejected, over_cap)
+
+    def _examples(self, records: list[Record]) -> list[Example | str]:
+        return [self._attempt(self._example, record) for record in records]
+
+    def _examples_with_targets(self, pairs: list[tuple[Record, Example]]) -> list[Example | str]:
+        return [self._attempt(self._add_targets, record, example) for record, example in pairs]
+
+    def _attempt(self, make: Callable[..., Example], *arguments: Any) -> Example | str:
+        """Call `make`; return its example, or the reason why there is none."""
+        try:
+            return make(*arguments)
+        except Rejected as error:
+            return error.reason
+        except BaseException as error:  # of a library; it may quote the record
+            if not is_fault(error):
+                raise
+            log.warning("a record cannot be read (%s)", type(error).__name__)
+            return "cannot be read"
+
+    def _example(self, record: Record) -> Example:
+        record = self.scan(record) if self.scan else record
+        placed, tiles, starts = record, 1, False
+        if self.reader:
+            placed, tiles = self.reader.place(record, self.objective)
+            starts = self.reader.starts
+        tokenised = _tokenise(
+            placed,
+            self.objective,
+            self.tokenizer,
+            self.record_format,
+            self.labelled,
+            starts,
+            _lead(record, placed),
+            self.choices,
+        )
+        if self.reader:
+            for ids, _ in tokenised.passages:
+                self.reader.check(ids, tiles)
+        passages = [_passage(ids, targets, self.scored) for ids, targets in tokenised.passages]
+        return Example(
+            input_ids=passages[0].input_ids,
+            target_ids=passages[0].target_ids,
+            label=tokenised.label,
+            unit=0,
+            rejected=passages[1] if len(passages) > 1 else None,
+            media=record.media,
+            tiles=tiles,
+            cut=tokenised.cut,
+        )
+
+    def _add_targets(self, record: Record, example: Example) -> Example:
+        assert self.soft_targets is not None
+        record = self.scan(record) if self.scan else record
+        return replace(example, soft=self.soft_targets(record, example))
+
+
+def _lead(record: Record, placed: Record) -> str:
+    """Return what a base puts in front of the record's own text."""
+    if record.messages:
+        texts = zip(record.messages, placed.messages, strict=True)
+        own, text = next((own, text) for (role, own), (_, text) in texts if role == "user")
+    else:
+        own, text = record.prompt, placed.prompt
+    return text.removesuffix(own)
+
+
+def _beside(
+    records: Sequence[Record], made: list[Example | str] | None
+) -> list[tuple[Record, Example | str]]:
+    """Put each record beside what came of it; of an empty unit beside the reason."""
+    return list(zip(records, made or ["cannot be read"] * len(records), strict=True))
+
+
+def _passed(
+    outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
+) -> list[tuple[Record, Example]]:
+    """Select the usable examples; the others are appended to `rejected` with their reasons."""
+    rejected += [(record, example) for record, example in outcomes if isinstance(example, str)]
+    return [(record, example) for record, example in outcomes if not isinstance(example, str)]
+
+
+def _capped(
+    usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
+) -> list[tuple[Record, Example]]:
+    """Select at most `limit` of one unit's records, in order: those kept before, then those of
+    the smallest sha256."""
+    order = sorted(
+        (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
+        for index, (record, _) in enumerate(usable)
+    )
+    return [usable[index] for index in sorted(index for _, _, index in order[:limit])]
+
+
+def load_dataset(
+    file: DataFile,
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labelled: bool = True,
+    exclude_unit: Callable[[str], bool] = lambda unit: False,
+    is_known_member: Callable[[bytes], bool] = lambda member: False,
+    strict: bool = True,
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
+    reader: Reader | None = None,
+) -> Dataset:
+    """Read, tokenise and cap. reader: how the base reads records, where it reads more than text
+    (modalities). labelled=False admits records that have nothing to predict.
+
+    exclude_unit: patients to leave out; is_known_member: of earlier loads of the same dataset;
+    strict: for a person who can correct the files; soft_targets: a teacher's, of one record.
+    [public] and [evaluation] files hold no private records: their unit is the record.
+    Errors: DataError for a path or a shape that cannot be used; if strict, as `rows` has it, and
+    where fewer than two units are left.
+    Guarantee: if not strict, what a unit trains on, and whether, depends on its own rows and its
+    own history alone (UnitReader): adding or removing a unit changes nothing of the others."""
+    table = table_of(file)
+    record_format = check_columns(file, study, tokenizer, labelled, reader)
+    unit = study.unit if table == "data" else "record"
+    read = read_file(file, unit=unit, labelled=labelled, strict=strict)
+    by_unit: dict[str, list[Record]] = {}
+    for record in read.records:
+        by_unit.setdefault(record.unit, []).append(record)
+    cap = study.max_records_per_unit if unit == "patient" else None
+    scored = resolve(study.objective).outputs > 0
+    choices = file.choices if isinstance(file, EvaluationTable) else ()
+    unit_reader = UnitReader(
+        study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap,
+        choices, record_scan(file.scan if isinstance(file, SiteData) else None),
+    )  # fmt: skip
+    read_units = {
+        key: unit_reader(unit_records, lambda record: is_known_member(_trained_member(record)))
+        for key, unit_records in by_unit.items()
+        if not (unit == "patient" and exclude_unit(key))
+    }
+    units = {key: unit_result for key, unit_result in read_units.items() if unit_result.records}
+    counts = _counts(read, list(read_units.values()))
+    rejected = Counter(failed.reason for failed in counts.failed)
+    if strict and not units:
+        raise nothing_left(file.where, rejected, study.objective, read)
+    if strict and labelled and table == "data" and len(units) < 2:
+        raise one_unit(file.where, unit)
+    examples = [
+        replace(example, unit=number)
+        for number, unit_result in enumerate(units.values())
+        for example in unit_result.examples
+    ]
+    if table != "data":
+        return Dataset(examples, len(units), rejected, counts=counts)
+    member = unit_member if unit == "patient" else _row_member
+    keys = tuple(map(member, units))
+    training = [record for unit_result in units.values() for record in unit_result.records]
+    trained = frozenset(map(_trained_member, training))
+    trained |= frozenset(keys) if unit == "patient" else frozenset()
+    members = trained | _members(training)
+    return Dataset(examples, len(units), rejected, members, keys, counts, trained)
+
+
+def _counts(read: Read, units: Sequence[Unit]) -> Counts:
+    """Count what became of the rows of a file; `units`: those that were not left out."""
+    rejected = [(record.place, reason) for unit in units for record, reason in unit.rejected]
+    over_cap = sum(unit.over_cap for unit in units)
+    here = sum(len(unit.records) for unit in units) + len(rejected) + over_cap
+    return Counts(
+        rows=read.rows,
+        filtered=read.filtered,
+        withheld=read.withheld,
+        duplicates=count_duplicates(read.records),
+        over_cap=over_cap,
+        excluded=len(read.records) - here,
+        failed=(*read.failed, *(Failed(*place, why) for place, why in rejected if place)),
+    )
+
+
+def count_duplicates(records: Sequence[Record]) -> int:
+    """Count the records that say what an earlier one says, whoever's they are."""
+    return len(records) - len({hashlib.sha256(content_of(record)).digest() for record in records})
+
+
+def dataset_of(
+    records: list[Record],
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
+) -> Dataset:
+    """Build a dataset of public records, each a unit; labels are optional. Errors: DataError."""
+    objective = resolve(study.objective)
+    labelled, scored = objective.record_format != "label", objective.outputs > 0
+    unit_reader = UnitReader(
+        study.objective,
+        tokenizer,
+        objective.record_format,
+        scored,
+        labelled,
+        soft_targets=soft_targets,
+    )
+    units = [unit_reader([record]) for record in records]
+    rejected = Counter(reason for unit in units for _, reason in unit.rejected)
+    usable = [example for unit in units for example in unit.examples]
+    examples = [replace(example, unit=number) for number, example in enumerate(usable)]
+    if not examples:
+        raise DataError(f"none of {len(records)} public records can be used ({dict(rejected)})")
+    return Dataset(examples, len(examples), rejected)
+
+
+def check_columns(
+    file: DataFile,
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    labelled: bool = True,
+    reader: Reader | None = None,
+) -> RecordFormat:
+    """Check that the file's columns suit the study, and return their format; reads no file.
+
+    Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
+    table = table_of(file)
+    columns, objective = file.columns, study.objective
+    at = f"{table}.columns"
+    record_format = resolve(objective).record_format
+    if table == "data" and study.unit == "patient" and not columns.patient:
+        raise no_patients(table)
+    _check_media(file, objective, reader)
+    if record_format == "label":
+        if columns.messages or (labelled and not columns.label):
+            raise DataError(
+                "objective classify cannot use these columns", f"{at}.text and {at}.label"
+            )
+        if labelled and not objective.labels:
+            raise DataError("objective.labels is empty", "the public list of classes")
+        return record_format
+    if objective.template is not None and "{text}" not in objective.template:
+        raise DataError("objective.template has no place for the prompt", "{text} in it")
+    if columns.messages and not tokenizer.chat_template:
+        raise DataError(
+            f"the base has no chat template and {at}.messages is given",
+            f"{at}.prompt and {at}.completion, or a chat base",
+        )
+    if columns.messages:
+        check_draws_nothing(tokenizer)
+    if labelled and record_format != "text":
+        judged = record_format == "unpaired_preference" and table == "data"
+        needed = ("completion", "label") if judged else _PAIR
+        if not all(getattr(columns, name) for name in needed):
+            expected = ", ".join(f"{at}.{name}" for name in ("prompt", *needed))
+            raise DataError(f"objective {objective.name} cannot use these columns", expected)
+        return "unpaired_preference" if judged else "preference"
+    if labelled and columns.prompt and not columns.completion:
+        raise DataError(f"{at}.prompt is given without {at}.completion", "both")
+    return "text"
+
+
+def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | None) -> None:
+    """Check that the base reads the kind of file that the columns name. Errors: DataError."""
+    at, required = f"{table_of(file)}.columns", reader.column if reader else None
+    for kind in ("image", "audio"):
+        if getattr(file.columns, kind) and kind != required:
+            raise DataError(
+                f"{at}.{kind} is given, and the base reads no {kind}",
+                f"{at}.{required}" if required else "text alone",
+                "name a base that reads it, or leave the column out",
+            )
+        if kind == required and not getattr(file.columns, kind):
+            raise DataError(
+                f"the base reads {kind} and text, and no {kind} column is named", f"{at}.{kind}"
+            )
+    if required == "audio":
+        unsupported = [key for key in ("prompt", "messages") if getattr(file.columns, key)]
+        unsupported += ["text"] if file.columns.text and file.columns.label else []
+        if unsupported or objective.template is not None:
+            raise DataError(
+                f"a speech base reads no prompt ({', '.join(unsupported) or 'objective.template'})",
+                f"{at}.audio with {at}.text (what is said) or {at}.label (classify)",
+            )
+
+
+def _row_member(key: str) -> bytes:
+    return b"row\0" + key.encode()
+
+
+def _trained_member(record: Record) -> bytes:
+    """Return the member "this unit trains on this record"; it differs between units."""
+    unit_hash = hashlib.sha256(unit_member(record.unit)).digest()
+    return b"kept\0" + unit_hash + content_of(record)
+
+
+def _members(records: list[Record]) -> frozenset[bytes]:
+    """Return each record's members whatever its unit: the record, its file and its longer texts, by
+    which `fedtune doctor` compares datasets even where a text or file stands in another column or
+    format."""
+    members = set()
+    for record in records:
+        members.add(record_member(record))
+        if record.media:
+            members.add(b"media\0" + record.media.digest)
+        members |= text_members(record)
+    return frozenset(members)
+
+
+def text_members(record: Record) -> set[bytes]:
+    """Return the record's longer texts, as members that the ledger hashes."""
+    return {b"text\0" + text.encode() for text in _texts(record) if len(text) >= LONG}

@@ -1,0 +1,207 @@
+"""Image and audio files that records name: read once, checked, known by their digest.
+
+A path is relative to the data file's folder and must lie inside it once every link is followed. A
+file that cannot be used is a reason from a fixed list, as for a row; neither its name nor its
+content is shown."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import wave
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.data.files import Rejected
+from fedtune.core.errors import ConfigError
+from fedtune.core.files import reading
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Kind = Literal["image", "audio"]
+Samples = npt.NDArray[np.float32]
+
+BYTES = 64 * 2**20  # of one file
+PIXELS = 40_000_000  # of one image, from its header, before any is decoded
+# The longer side by the shorter: an image processor that scales the shorter side to a fixed length
+# would turn a line of pixels into an image of any size.
+ASPECT = 20
+SECONDS = 30.0  # of one recording
+RATES = (4_000, 192_000)  # samples a second
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+EXTRA = "pip install 'fedtune[media]'"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Media:
+    """An image or audio file. body: the file as it lies on disk; it decodes. digest: sha256 of
+    body."""
+
+    kind: Kind
+    body: bytes
+    digest: bytes
+
+
+class Folder:
+    """The files under one folder. Each is read and decoded once, however many records name it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._cache = root.resolve(), dict[tuple[Path, str], Media | str]()
+
+    def read(self, name: str, kind: Kind) -> Media:
+        """Read and check one file. Errors: Rejected; ConfigError where the extra that decodes it is
+        not installed."""
+        path = self._inside(name)
+        if (path, kind) not in self._cache:
+            try:
+                self._cache[path, kind] = load(path, kind)
+            except Rejected as error:
+                self._cache[path, kind] = error.reason
+        media = self._cache[path, kind]
+        if isinstance(media, str):
+            raise Rejected(media)
+        return media
+
+    def _inside(self, name: str) -> Path:
+        try:
+            path = (self._root / name).resolve()
+            if Path(name).is_absolute() or not path.is_relative_to(self._root):
+                raise Rejected("media file outside the folder")
+            if not path.is_file():
+                raise Rejected("missing media file")
+        except (OSError, RuntimeError):  # too long a name; a loop of links
+            raise Rejected("missing media file") from None
+        return path
+
+
+def import_decoders(kind: Kind) -> None:
+    """Import all that decodes files of a kind, before the first is read: which modules a process
+    imports is seen from the files that are read from disk, and must not follow from a record."""
+    with suppress(ImportError, OSError):  # where one is not installed, its files are rejected
+        if kind == "image":
+            from PIL import Image, ImageOps  # noqa: F401
+
+            Image.init()
+            return
+        import scipy.signal  # type: ignore[import-untyped]  # noqa: F401
+        import soundfile  # noqa: F401
+
+
+def load(path: Path, kind: Kind) -> Media:
+    """Read the file at `path`, and decode it once to check that this is possible. Errors: as
+    Folder.read."""
+    try:
+        with reading.opened(path) as file:
+            content = file.read(BYTES + 1)
+    except OSError:
+        raise Rejected(f"unreadable {kind}") from None
+    if len(content) > BYTES:
+        raise Rejected(f"{kind} too large")
+    media = Media(kind, content, hashlib.sha256(content).digest())
+    if kind == "image":
+        picture(media)
+    else:
+        sound(media)
+    return media
+
+
+def picture(media: Media) -> Image:
+    """Decode the image, RGB. Errors: Rejected; ConfigError without Pillow."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ConfigError("image columns need Pillow, which is not installed", EXTRA) from None
+    try:
+        with Image.open(io.BytesIO(media.body), formats=FORMATS) as image:
+            if image.width * image.height > PIXELS:
+                raise Rejected("image too large")
+            if max(image.size) > ASPECT * max(min(image.size), 1):
+                raise Rejected("image too narrow")
+            oriented = ImageOps.exif_transpose(image)
+            if oriented.mode.startswith("I") or oriented.mode == "F":  # 16 bits and more: X-rays
+                oriented = _eight_bits(oriented)
+            return oriented.convert("RGB")
+    except Rejected:
+        raise
+    except Exception as error:  # Pillow may raise anything on a broken file
+        large = isinstance(error, MemoryError) or "DecompressionBomb" in type(error).__name__
+        raise Rejected("image too large" if large else "unreadable image") from None
+
+
+def _eight_bits(image: Any) -> Image:
+    """Scale to 8 bits, from the image's own darkest to its own brightest pixel."""
+    from PIL import Image
+
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise Rejected("unreadable image")
+    low, high = float(values.min()), float(values.max())
+    return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
+
+
+def sound(media: Media, rate: int | None = None) -> Samples:
+    """Decode the recording to one channel in ±1, (samples,), at `rate` a second if given, else its
+    own.
+
+    Errors: Rejected."""
+    samples, file_rate = _waveform(media.body)
+    if not RATES[0] <= file_rate <= RATES[1] or not len(samples) or not np.isfinite(samples).all():
+        raise Rejected("unreadable audio")
+    if len(samples) > SECONDS * file_rate:
+        raise Rejected("audio too long")
+    if rate is None or rate == file_rate:
+        return samples
+    from scipy.signal import resample_poly
+
+    common = int(np.gcd(rate, file_rate))
+    return np.asarray(resample_poly(samples, rate // common, file_rate // common), dtype=np.float32)
+
+
+def _waveform(body: bytes) -> tuple[Samples, int]:
+    """Decode PCM WAV by the standard library; all else by soundfile, where it is installed."""
+    try:
+        with wave.open(io.BytesIO(body)) as file:
+            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            if file.getnframes() > SECONDS * max(rate, 1):
+                raise Rejected("audio too long")
+            raw = file.readframes(file.getnframes())
+        return _pcm(raw, width, channels), rate
+    except Rejected:
+        raise
+    except Exception:  # no PCM WAV; the header of a broken file can raise anything
+        pass
+    try:
+        import soundfile
+    except (ImportError, OSError):
+        raise Rejected("no PCM WAV, and fedtune[media] is not installed") from None
+    try:
+        with soundfile.SoundFile(io.BytesIO(body)) as file:
+            if file.frames > SECONDS * max(file.samplerate, 1):
+                raise Rejected("audio too long")
+            found = file.read(dtype="float32", always_2d=True)
+            return np.asarray(found.mean(axis=1), dtype=np.float32), int(file.samplerate)
+    except Rejected:
+        raise
+    except Exception:
+        raise Rejected("unreadable audio") from None
+
+
+def _pcm(raw: bytes, width: int, channels: int) -> Samples:
+    """Decode whole frames of little-endian PCM, averaged over channels."""
+    raw = raw[: len(raw) - len(raw) % (width * channels)]
+    if width == 1:
+        values = np.frombuffer(raw, np.uint8).astype(np.float32) - np.float32(128)
+    elif width == 3:
+        wide = np.zeros((len(raw) // 3, 4), np.uint8)
+        wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        values = wide.view("<i4")[:, 0].astype(np.float32) / np.float32(256)
+    else:
+        values = np.frombuffer(raw, f"<i{width}").astype(np.float32)
+    mean = values.reshape(-1, channels).mean(axis=1) / float(2 ** (8 * width - 1))
+    return np.asarray(mean, dtype=np.float32)

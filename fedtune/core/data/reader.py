@@ -1,0 +1,42 @@
+"""Interface by which a base reads a record with an image or audio file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from fedtune.core.config import ObjectiveTable
+    from fedtune.core.data.media import Media
+    from fedtune.core.data.records import Record
+
+
+class Reader(Protocol):
+    """One base's way of reading records.
+
+    column: what [data].columns must name besides the text; starts: the place-holders are the
+    text's own beginning, so the tokenizer adds none; avoid: token ids that no other text may hold.
+    """
+
+    starts: bool
+    avoid: frozenset[int]
+
+    @property
+    def column(self) -> Literal["image", "audio"] | None: ...
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        """Return the record with place-holders in its text, and its number of tiles (1 where a base
+        has none). Errors: Rejected."""
+
+    def check(self, ids: list[int], tiles: int) -> None:
+        """Check token ids. Errors: Rejected unless `ids` hold the place-holders of so many tiles,
+        and no others."""
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """Compute the tower's input, fp32, (tiles, ...), of this file alone."""
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        """Generate a file of noise, for checks that must not read a real one; with as many tiles as
+        `like`. None where no file is read."""

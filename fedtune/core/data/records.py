@@ -1,0 +1,482 @@
+"""Records: validated rows of a data file. An unusable record is counted, never shown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedtune.core.config import (
+    AcceptanceTable,
+    Columns,
+    DataFile,
+    EvaluationTable,
+    PublicTable,
+    SelectionTable,
+    SiteData,
+)
+from fedtune.core.config.site import SQL
+from fedtune.core.data.cells import key_of, string_of, text_of
+from fedtune.core.data.consent import NO_CONSENT, with_consent
+from fedtune.core.data.conversion import Conversion
+from fedtune.core.data.dataset import Failed
+from fedtune.core.data.files import Place, Rejected, placed_rows
+from fedtune.core.data.media import Folder, Kind, Media, import_decoders
+from fedtune.core.data.per_unit import per_unit
+from fedtune.core.data.sources import SOURCES, Collection, Source
+from fedtune.core.data.sources._interface import Names, Row
+from fedtune.core.data.sources.csv import guessed
+from fedtune.core.errors import ConfigError, DataError
+
+TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
+UNCONVERTED = "cannot be converted"  # the reason of each row of a unit whose conversion failed
+CHARACTERS = 16 * 2**20  # of one unit's text: 64 MiB, so that it leaves memory to others'
+Messages = tuple[tuple[str, str], ...]  # (role, content)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Record:
+    """One record; "" or () where the file has no such field.
+
+    | columns          | fields                 |
+    |------------------|------------------------|
+    | messages         | messages               |
+    | prompt           | prompt                 |
+    | prompt + completion | prompt, completion  |
+    | text             | completion             |
+    | text + label     | prompt, label          |
+    | prompt + chosen + rejected | prompt, completion, rejected |
+    | prompt + completion + label | prompt, completion, label |
+    | label alone, beside image or audio | label |
+
+    media: the file that image or audio names; place: where it stands, for the site's own screen.
+    Guarantee: repr shows neither content nor the unit's key."""
+
+    unit: str
+    prompt: str = ""
+    completion: str = ""
+    rejected: str = ""
+    label: str = ""
+    messages: Messages = ()
+    media: Media | None = None
+    place: Place | None = None
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Read:
+    """What a data file holds: its usable records in order, the rejected rows in order, how many
+    rows there are in all, how many of each file data.filter left out and how many data.consent,
+    and what its columns are called."""
+
+    records: list[Record]
+    failed: list[Failed]
+    rows: int
+    filtered_in: Counter[str]
+    withheld_in: Counter[str]
+    names: Names
+
+    @property
+    def filtered(self) -> int:
+        """Count the rows that data.filter left out."""
+        return self.filtered_in.total()
+
+    @property
+    def withheld(self) -> int:
+        """Count the rows whose patients did not agree to their use."""
+        return self.withheld_in.total()
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Count the rejected rows by reason."""
+        return Counter(failed.reason for failed in self.failed)
+
+
+def unit_member(unit: str) -> bytes:
+    """Return a patient's key in the form that the site's ledger hashes."""
+    return b"unit\0" + unit.encode()
+
+
+def content_of(record: Record) -> bytes:
+    """Return the record's content without its patient."""
+    more = [record.rejected] if record.rejected else []
+    more += [record.media.digest.hex()] if record.media else []
+    said = [record.prompt, record.completion, record.label, record.messages, *more]
+    return json.dumps(said).encode()
+
+
+def record_member(record: Record) -> bytes:
+    """Return what a record says, whoever's it is, in the form that the site's ledger hashes."""
+    return b"record\0" + content_of(record)
+
+
+def table_of(file: DataFile) -> str:
+    """Name the table of study.toml or site.toml that describes the file, for error messages."""
+    named = {PublicTable: "public", SelectionTable: "selection", EvaluationTable: "evaluation"}
+    return {**named, AcceptanceTable: "acceptance"}.get(type(file), "data")
+
+
+def read_records(
+    file: DataFile,
+    *,
+    unit: Literal["record", "patient"] = "record",
+    labelled: bool = True,
+    strict: bool = True,
+) -> tuple[list[Record], Counter[str]]:
+    """Read the usable records in file order, and count the rejected ones by reason.
+
+    labelled=False admits records without completion, label or assistant turn (public text). Where
+    the unit is the record, it goes by what it says and, of several that say the same, by which of
+    them it is: a row number would change when another row is added or taken out.
+    Errors: DataError as `rows` has it, and if strict where the file holds no record; ConfigError
+    where a site names a source that is not installed, or options that it does not have.
+    Guarantee: if not strict, a record is made of its own row alone, whatever the others are."""
+    read = read_file(file, unit=unit, labelled=labelled, strict=strict)
+    return read.records, read.rejected
+
+
+def read_file(
+    file: DataFile,
+    *,
+    unit: Literal["record", "patient"] = "record",
+    labelled: bool = True,
+    strict: bool = True,
+) -> Read:
+    """Read a data file as read_records does, and keep where each row stands.
+
+    Errors, Guarantee: those of read_records."""
+    table = table_of(file)
+    if unit == "patient" and not file.columns.patient:
+        raise no_patients(table)
+    reading = _Reading(file, unit, labelled)
+    names, keep = Names(file.where, keys_of(file)), kept_of(file)
+    count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
+    declared_size = file.declared_size if isinstance(file, SiteData) else 0
+    with converting(file, declared_size) as convert:
+        waiting: dict[str, list[tuple[Place, Row]]] = {}
+        for place, row in site_rows(file, names, strict):
+            count += 1
+            if row is NO_CONSENT:
+                withheld_in[place.file] += 1
+            elif isinstance(row, str):
+                reading.reject(place, row)
+            elif not _is_kept(row, keep):
+                filtered_in[place.file] += 1
+            elif convert is None:
+                reading.take(place, row)
+            elif key := reading.key_in(place, row):
+                waiting.setdefault(key, []).append((place, row))
+        for key in list(waiting):
+            _take_converted(reading, waiting.pop(key), convert)
+    if not count and strict:
+        raise DataError(
+            f"{file.where}: the file has no records", "at least 2", f"check {table}.path"
+        )
+    return Read(reading.records, reading.failed, count, filtered_in, withheld_in, names)
+
+
+class _Reading:
+    """A data file's records as they are made, each of its own row, and the rows of which there is
+    none."""
+
+    def __init__(self, file: DataFile, unit: Literal["record", "patient"], labelled: bool) -> None:
+        self.records: list[Record] = []
+        self.failed: list[Failed] = []
+        self._columns, self._by_patient = file.columns, unit == "patient"
+        self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
+        kinds: tuple[Kind, ...] = ("image", "audio")
+        for kind in kinds:
+            if getattr(file.columns, kind):
+                import_decoders(kind)
+        self._copies, self._held = Counter[bytes](), Counter[str]()
+        self._rows = 0
+        self._made = per_unit(_RowReader(file.columns, labelled), (Record, str))
+
+    def reject(self, place: Place, reason: str) -> None:
+        """Count a row as one of which there is no record."""
+        self.failed.append(Failed(*place, str(reason)))  # without a row's cells
+
+    def key_in(self, place: Place, row: Row) -> str:
+        """Return which unit a row is of before it is converted; "" where nobody can tell: it is
+        rejected then. Where the unit is the record, each row is one."""
+        self._rows += 1
+        if not self._by_patient:
+            return str(self._rows)
+        try:
+            return key_of(row.get(self._columns.patient or ""))
+        except Rejected as error:
+            self.reject(place, error.reason)
+            return ""
+
+    def take(self, place: Place, row: Row, key: str = "") -> None:
+        """Add the record of a row, or reject it. key: its patient's; "": by the row's own cell."""
+        try:
+            if self._by_patient and not key:
+                key = key_of(row.get(self._columns.patient or ""))
+            (made,) = self._made([row]) or ["cannot be read"]
+            if isinstance(made, str):
+                raise Rejected(made)
+            self._add(place, row, made, key)
+        except Rejected as error:
+            self.reject(place, error.reason)
+        except (ConfigError, MemoryError):  # an extra is not installed; not this row's fault
+            raise
+        except Exception:  # a library may raise anything on a bad row: reject that row alone
+            self.reject(place, "cannot be read")
+
+    def _add(self, place: Place, row: Row, record: Record, key: str) -> None:
+        if column := self._columns.media:
+            kind: Literal["image", "audio"] = "image" if self._columns.image else "audio"
+            record = replace(record, media=self._folder.read(text_of(row.get(column)), kind))
+        if not self._by_patient:
+            digest = hashlib.sha256(content_of(record))
+            key = f"{digest.hexdigest()} {self._copies[digest.digest()]}"
+            self._copies[digest.digest()] += 1
+        self._held[key] += _characters(record)
+        if self._held[key] > CHARACTERS:
+            raise Rejected("too long")
+        self.records.append(replace(record, unit=key, place=place))
+
+    @property
+    def by_patient(self) -> bool:
+        """Whether a unit is a patient."""
+        return self._by_patient
+
+    def patient_of(self, row: Row) -> str:
+        """Return the key of the patient whose row it is; "" where the unit is the record."""
+        return key_of(row.get(self._columns.patient or "")) if self._by_patient else ""
+
+    def names_media_of(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
+        """Return whether a converted row names an image or recording of these rows, if any."""
+        column = self._columns.media
+        own = {value for row in rows for value in row.values() if isinstance(value, str)}
+
+        def is_own(row: Row) -> bool:
+            named = row.get(column or "")
+            return not isinstance(named, str) or column is None or named in own
+
+        return is_own
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    """Makes the records of some rows, each of its own row alone, without what they have in common:
+    whose they are, and where they stand. A text is the reason why a row is rejected."""
+
+    columns: Columns
+    labelled: bool
+
+    def __call__(self, rows: list[Row]) -> list[Record | str]:
+        return [self._attempt(row) for row in rows]
+
+    def _attempt(self, row: Row) -> Record | str:
+        try:
+            return _record(row, self.columns, self.labelled)
+        except Rejected as error:
+            return error.reason
+
+
+Convert = Callable[[Sequence[Row]], "list[Row] | None"]
+
+
+@contextmanager
+def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | None]:
+    """Start what converts each unit's rows before they are read; None where a site names nothing.
+    declared_size: as of Conversion.
+
+    Errors: ConfigError, InfrastructureError as of Conversion."""
+    if not isinstance(file, SiteData) or file.convert is None:
+        yield None
+        return
+    with Conversion(file.convert, declared_size) as conversion:
+        yield per_unit(conversion, dict)
+
+
+def count_otherwise_alone(file: SiteData, sample: int) -> int:
+    """Count those of the first `sample` units that a site's plug-in converts otherwise when each is
+    alone, in a process that converts no other: for a person, before a study. 0 without a plug-in.
+
+    Errors: as of read_records, if not strict."""
+    if file.convert is None:
+        return 0
+    unit: Literal["record", "patient"] = "patient" if file.columns.patient else "record"
+    reading, units = _Reading(file, unit, labelled=False), dict[str, list[Row]]()
+    for place, row in site_rows(file, Names(file.where, keys_of(file)), strict=False):
+        if isinstance(row, dict) and (key := reading.key_in(place, row)):
+            if key not in units and len(units) == sample:
+                break
+            units.setdefault(key, []).append(row)
+    # Where there are fewer units, as many processes are started all the same.
+    tried = [*units.values(), *([] for _ in range(sample - len(units)))]
+    with converting(file) as convert:
+        assert convert is not None
+        together = [convert(rows) for rows in tried]
+    otherwise = 0
+    for rows, expected in zip(tried, together, strict=True):
+        with converting(file) as convert:
+            assert convert is not None
+            otherwise += convert(rows) != expected
+    return otherwise
+
+
+def _take_converted(
+    reading: _Reading, placed: list[tuple[Place, Row]], convert: Convert | None
+) -> None:
+    """Add the records that come of one unit's rows; where none can, each row is rejected."""
+    assert convert is not None
+    rows = [row for _, row in placed]
+    converted = convert(rows)
+    if converted is None or (len(converted) > 1 and not reading.by_patient):
+        for place, _ in placed:
+            reading.reject(place, UNCONVERTED)
+        return
+    first, key = placed[0][0], reading.patient_of(rows[0])
+    is_own = reading.names_media_of(rows)
+    for row in converted:
+        if is_own(row):
+            reading.take(first, row, key)
+        else:
+            reading.reject(first, "missing media file")
+
+
+def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
+    """Return which values of which columns data.filter asks for, with what the source asks for
+    where it does not say."""
+    if not isinstance(file, SiteData):
+        return {}
+    source = source_of(file)
+    kept = source.kept if isinstance(source, Collection) else {}
+    return {**kept, **file.kept_values}
+
+
+def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Place, Row | str]]:
+    """Yield a file's rows as placed_rows does, with NO_CONSENT in place of those of a site whose
+    patients did not agree to their use.
+
+    Errors: as read_records."""
+    rows = placed_rows(file.path, names.keys, strict=strict, source=source_of(file), names=names)
+    return with_consent(rows, file) if isinstance(file, SiteData) else rows
+
+
+def source_of(file: DataFile) -> Source | None:
+    """Build the source that site.toml names for a file; None: it goes by the suffix. How a public
+    CSV is written is guessed; a site's never, where one row would have a say in how others are
+    read.
+
+    Errors: ConfigError where it is not installed, does not have the options, or knows patients and
+    data.columns.patient does not name their column."""
+    if not isinstance(file, SiteData):
+        return guessed(file.path, keys_of(file).values())
+    if file.url:
+        return SOURCES.build(SQL, {**file.options, "url": file.url})
+    source = SOURCES.build(file.source, file.options) if file.source else None
+    if isinstance(source, Collection) and source.patient not in ("", file.columns.patient):
+        table = table_of(file)
+        raise ConfigError(
+            f"{table}.source = {file.source!r} tells patients apart, and nobody's records would be "
+            "protected together",
+            f'{table}.columns.patient = "{source.patient}"',
+        )
+    return source
+
+
+def keys_of(file: DataFile) -> dict[str, str]:
+    """Map each configuration key that names a column to the column."""
+    table, named = table_of(file), file.columns.model_dump()
+    keys = {f"{table}.columns.{key}": column for key, column in named.items() if column}
+    if isinstance(file, SiteData) and file.convert:  # the files need not have the others
+        keys = {key: column for key, column in keys.items() if column == file.columns.patient}
+    if isinstance(file, SiteData):
+        keys |= {f"{table}.filter.{column}": column for column in kept_of(file)}
+        if file.consent and file.consent.column:
+            keys[f"{table}.consent.column"] = file.consent.column
+    return keys
+
+
+def _is_kept(row: Row, keep: Mapping[str, Sequence[str]]) -> bool:
+    """Return whether the row has one of the values that data.filter asks for, in each of its
+    columns."""
+    for column, values in keep.items():
+        try:
+            if key_of(row.get(column)) not in values:
+                return False
+        except Rejected:  # no value, or none that can be compared
+            return False
+    return True
+
+
+def no_patients(table: str) -> DataError:
+    return DataError(
+        'the study protects patients (privacy.unit = "patient") and no patient column is named',
+        f"{table}.columns.patient",
+        "name the column that tells one patient from another",
+    )
+
+
+def _record(row: Row, columns: Columns, labelled: bool) -> Record:
+    unit = ""  # the row's record is made without it
+    if columns.messages:
+        return Record(unit, messages=_messages(row.get(columns.messages), labelled))
+    if columns.prompt:
+        prompt = text_of(row.get(columns.prompt))
+        answer = row.get(columns.completion or columns.chosen or "")
+        absent = answer is None or (isinstance(answer, str) and not answer.strip())
+        completion = "" if absent and not labelled else text_of(answer)
+        if columns.chosen and labelled:
+            return Record(unit, prompt, completion, text_of(row.get(columns.rejected or "")))
+        desirable = _truth(row.get(columns.label)) if columns.label and labelled else ""
+        return Record(unit, prompt, completion, label=desirable)
+    text = text_of(row.get(columns.text)) if columns.text else ""
+    if not columns.label:
+        return Record(unit, completion=text)
+    label = row.get(columns.label)
+    return Record(unit, text, label="" if label is None and not labelled else key_of(label))
+
+
+def _characters(record: Record) -> int:
+    turns = sum(len(role) + len(content) for role, content in record.messages)
+    texts = (record.prompt, record.completion, record.rejected, record.label)
+    return turns + sum(map(len, texts))
+
+
+def _truth(value: object) -> str:
+    """Return whether a completion is desirable, "1" or "0"."""
+    value_text = str(value).lower() if isinstance(value, bool) else key_of(value).lower()
+    if value_text not in TRUTH:
+        raise Rejected("unknown label")
+    return "1" if TRUTH.index(value_text) % 2 == 0 else "0"
+
+
+def _messages(value: object, labelled: bool) -> Messages:
+    """Read chat messages. Roles: an optional system message, then user first; an assistant turn
+    where labelled."""
+    if isinstance(value, str):  # a CSV cell, or a Parquet string column
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Rejected("not JSON") from None
+    if value is None:
+        raise Rejected("missing value")
+    if not isinstance(value, list):
+        raise Rejected("wrong type")
+    if not value:
+        raise Rejected("empty text")
+    messages = tuple(_message(item) for item in value)
+    roles = [role for role, _ in messages]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken[:1] != ["user"] or not set(spoken) <= {"user", "assistant"}:
+        raise Rejected("bad message roles")
+    if labelled and "assistant" not in spoken:
+        raise Rejected("bad message roles")
+    return messages
+
+
+def _message(item: object) -> tuple[str, str]:
+    if not isinstance(item, dict):
+        raise Rejected("wrong type")
+    role, content = string_of(item.get("role")), item.get("content")
+    # An empty system message is the usual way to keep out a template's own.
+    return role, string_of(content) if role == "system" else text_of(content)

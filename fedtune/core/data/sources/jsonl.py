@@ -1,0 +1,90 @@
+"""JSON Lines data source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fedtune.core.data.sources._encoding import encoding_of
+from fedtune.core.data.sources._interface import UTF_16, BadCell, Names, Row, Source
+from fedtune.core.files import reading
+
+BOM = b"\xef\xbb\xbf"
+LINE = 64 * 2**20  # bytes of one line
+
+
+@dataclass(frozen=True)
+class Jsonl(Source):
+    """One JSON object a line. UTF-8, unless `encoding` is another of those that encoding_of
+    allows."""
+
+    suffixes = (".jsonl",)
+
+    encoding: str = "utf-8"
+
+    def __post_init__(self) -> None:
+        encoding_of(self.encoding)
+
+    def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+        encoding = encoding_of(self.encoding)
+        with reading.opened(path) as handle:
+            for number, line in enumerate(_lines(handle), 1):
+                if number == 1 and line.startswith(UTF_16):
+                    names.suspect("the file seems to be UTF-16: iconv -f UTF-16 -t UTF-8 FILE")
+                line = line.removeprefix(BOM)  # of any line: files are joined
+                if not line.strip():
+                    continue
+                names.row = number
+                row = _json_object(line, encoding) if len(line) <= LINE else "too long"
+                if isinstance(row, dict):
+                    names.object(row)
+                yield row
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield the number of each line of a file that is not empty, from 1, and its object, or why it
+    is none. Errors: OSError."""
+    with reading.opened(path) as handle:
+        for number, line in enumerate(_lines(handle), 1):
+            line = line.removeprefix(BOM)
+            if line.strip():
+                yield number, _json_object(line, "utf-8") if len(line) <= LINE else "too long"
+
+
+def _lines(handle: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines; of one above LINE bytes only a beginning that is above it too."""
+    while line := handle.readline(LINE + 1):
+        tail = line
+        while len(tail) > LINE and not tail.endswith(b"\n"):
+            tail = handle.readline(LINE + 1)
+        yield line
+
+
+def _json_object(line: bytes, encoding: str) -> Row | str:
+    if b"\0" in line:
+        return _bad_cell("NUL byte", line, encoding)
+    try:
+        value = json.loads(line.decode(encoding))
+    except UnicodeDecodeError:
+        reason = "not UTF-8" if encoding == "utf-8" else "not in the encoding"
+        return _bad_cell(reason, line, encoding)
+    except MemoryError:  # not the line's fault
+        raise
+    except Exception:  # no JSON, too deep, too large: an unusable line
+        return "not JSON"
+    return value if isinstance(value, dict) else "wrong type"
+
+
+def _bad_cell(reason: str, line: bytes, encoding: str) -> str:
+    """Return why a line cannot be used, with its cells, where it is an object but for bytes in some
+    of them."""
+    try:
+        value = json.loads(line.decode(encoding, "surrogateescape"), strict=False)
+    except MemoryError:
+        raise
+    except Exception:
+        return reason
+    return BadCell(reason, value) if isinstance(value, dict) else reason

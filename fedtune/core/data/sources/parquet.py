@@ -1,0 +1,64 @@
+"""Parquet data source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.core.data.sources._arrow import asked, rows_of
+from fedtune.core.data.sources._interface import Names, Row, Source
+from fedtune.core.errors import DataError
+from fedtune.core.files import reading
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
+BATCH = 1024  # rows that are decoded at once
+
+
+@dataclass(frozen=True)
+class Parquet(Source):
+    """Apache Parquet; only the named columns are read."""
+
+    suffixes = (".parquet",)
+
+    def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with reading.opened(path) as file, pq.ParquetFile(file) as source:
+                columns = asked(source.schema_arrow.names, names)
+                for group in range(source.num_row_groups):
+                    yield from _rows_of_group(source, group, columns)
+        except MemoryError:  # also of Arrow: not the file's fault
+            raise
+        except (pa.ArrowException, OSError) as error:
+            kind = type(error).__name__
+            raise DataError(
+                f"{names.where}: not a readable Parquet file ({kind})",
+                "a whole Parquet file",
+                "write it again",
+            ) from None
+
+
+def _rows_of_group(source: ParquetFile, group: int, columns: list[str]) -> Iterator[Row | str]:
+    """Yield the rows of a row group. Where rows cannot be decoded together, as Arrow cannot where
+    the texts of a nested column are more than 2 GiB in one batch, they are decoded one by one: of
+    others nothing is lost, unless one row alone is that long. Errors: pyarrow.ArrowException."""
+    import pyarrow as pa
+
+    done = 0
+    try:
+        for batch in source.iter_batches(batch_size=BATCH, row_groups=[group], columns=columns):
+            yield from rows_of(batch, batch.schema.names)
+            done += batch.num_rows
+        return
+    except pa.ArrowNotImplementedError:
+        pass
+    batches = source.iter_batches(batch_size=1, row_groups=[group], columns=columns)
+    for number, batch in enumerate(batches):
+        if number >= done:
+            yield from rows_of(batch, batch.schema.names)

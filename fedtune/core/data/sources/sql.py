@@ -1,0 +1,213 @@
+"""SQL data source: a table of a SQLite, DuckDB or PostgreSQL database."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.core.config.database import KINDS, kind_of
+from fedtune.core.data.sources._databases import (
+    Cell,
+    Database,
+    Unusable,
+    connected,
+    installed,
+    number_text,
+    quoted,
+)
+from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row, unclean
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files import reading
+
+# Columns by which a table tells patients apart: with one of them, records alone are no unit.
+PATIENTS = frozenset(
+    {
+        *("patient", "patient_id", "patientid", "pat_id", "person", "person_id", "personid"),
+        *("subject", "subject_id", "subjectid", "mrn", "nhs_number", "patient_key", "person_key"),
+    }
+)
+
+
+Cells = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Sql(Collection):
+    """The rows of one table, read in one transaction that can write nothing. Of another table,
+    `join`, columns may be added, by the column `on` of both, and of the same patient's rows alone.
+
+    view: `table` is a view; query: a query in place of a table. Either may make one patient's rows
+    depend on another's, so both are outside the guarantee (policy.allow_free_query).
+    password_file, password_env: where PostgreSQL's password is, if not in ~/.pgpass. All rows are
+    sorted by what they hold: no order of the database's is left in them."""
+
+    url: str = ""
+    table: str = ""
+    join: str = ""
+    on: str = ""
+    query: str = ""
+    view: bool = False
+    password_file: str = ""
+    password_env: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.table) == bool(self.query):
+            raise ConfigError("data.options of a database", "table, or query", "name one of them")
+        if bool(self.join) != bool(self.on) or (self.query and self.join):
+            raise ConfigError(
+                "data.options.join of a database", "table, join and on, the column of both tables"
+            )
+        if ";" in self.query:
+            raise ConfigError("data.options.query has a semicolon", "one SELECT, without one")
+        if self.password_file and self.password_env:
+            raise ConfigError("data.options has two passwords", "password_file or password_env")
+        if kind_of(self.url) not in KINDS:
+            raise ConfigError(f'source = "sql" needs data.url, of {", ".join(KINDS)}')
+        installed(kind_of(self.url))
+
+    def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
+        with connected(self.url, self._password(), names.where) as database:
+            columns, rows = self._read(database, names)
+            found = list(enumerate(rows, 1))
+        # By what it holds: rows that are alike may change places.
+        for number, cells in sorted(found, key=lambda row: _order(row[1])):
+            names.row = number
+            yield self.table or "query", _row(columns, cells)
+
+    def _read(self, database: Database, names: Names) -> tuple[list[str], list[Cells]]:
+        """Read the columns that are asked for; returns them, and the rows. Errors: DataError."""
+        asked = sorted(set(names.keys.values()))
+        if self.query:
+            own, other = database.columns_of_query(self.query), []
+            source = f"({self.query}) AS t"
+        else:
+            own = self._described(database, self.table, names)
+            other = self._described(database, self.join, names) if self.join else []
+            source = _source(self.table)
+        present = list(dict.fromkeys([*own, *other]))
+        names.header(present)
+        _require_patient(present, names)
+        by = self._by(own, other, names) if self.join else []
+        columns = [column for column in asked if column in own]
+        more = [column for column in asked if column in other and column not in own]
+        if not columns + more:
+            return [], []
+        rows = list(_texts(database, source, [*by, *columns]))
+        if self.join:
+            beside = _texts(database, _source(self.join), [*by, *more])
+            rows = list(_joined(rows, beside, len(by), len(more)))
+        return columns + more, rows
+
+    def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
+        """List the columns by which another table's rows are joined, the patient's among them:
+        whose row it is may else decide what becomes of another's. Errors: DataError."""
+        patient = _patient(names)
+        if not (self.on in own and self.on in other):
+            raise DataError(f"{names.where}: data.options.on is no column of both tables")
+        if patient != self.on and not (patient in own and patient in other):
+            raise DataError(
+                f"{names.where}: data.options.join would bring one patient's row to another's",
+                "tables that both have the column which data.columns.patient names",
+                "join by that column, or leave the other table out",
+            )
+        by = dict.fromkeys((self.on, patient))
+        return list(by)
+
+    def _described(self, database: Database, table: str, names: Names) -> list[str]:
+        columns, is_table = database.describe(table)
+        if not columns:
+            raise DataError(f"{names.where}: has no table that data.options names", "its name")
+        if not (is_table or self.view):
+            raise DataError(
+                f"{names.where}: what data.options names is no ordinary table, and a view may make "
+                "one patient's rows depend on another's",
+                "a table",
+                "name the table, with data.filter; or set data.options.view, which "
+                "policy.allow_free_query must allow",
+            )
+        return columns
+
+    def _password(self) -> str | None:
+        if self.password_env:
+            password = os.environ.get(self.password_env)
+            if not password:
+                raise DataError(
+                    "data.options.password_env: names nothing that is in the environment",
+                    "the name of a variable, not the password",
+                )
+            return password
+        if not self.password_file:
+            return None
+        secret = reading.secret(Path(self.password_file), "a database's password", DataError)
+        try:
+            return secret.decode().strip()
+        except UnicodeDecodeError:
+            raise DataError(f"{self.password_file}: is not UTF-8") from None
+
+
+def _source(table: str) -> str:
+    return f"{quoted(*table.split('.'))} AS t"
+
+
+def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
+    """Yield the cells of some columns as text; equal numbers of a column are equal texts."""
+    cells = [f"t.{quoted(column)}" for column in columns]
+    kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
+    text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
+    for row in database.read(text, len(columns)):
+        yield tuple(number_text(cell, kind) for cell, kind in zip(row, kinds, strict=True))
+
+
+def _joined(rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int) -> Iterator[Cells]:
+    """Yield each row with the cells of those that have the same first `by` cells; one alone with
+    none. Not by the database's own =, to which "AB" and "ab" may be one patient."""
+
+    def key(row: Cells) -> tuple[str, ...] | None:
+        usable = [cell.strip() for cell in row[:by] if isinstance(cell, str) and not unclean(cell)]
+        return tuple(usable) if len(usable) == by and all(usable) else None
+
+    keys = [key(row) for row in rows]
+    wanted = set(keys) - {None}
+    found: dict[tuple[str, ...] | None, list[Cells]] = {}
+    for row in beside:
+        if (one := key(row)) in wanted:
+            found.setdefault(one, []).append(row[by:])
+    alone: list[Cells] = [(None,) * more]
+    for row, one in zip(rows, keys, strict=True):
+        for cells in found.get(one, alone):
+            yield (*row[by:], *cells)
+
+
+def _patient(names: Names) -> str:
+    """Return the column that tells patients apart, "" where none is named."""
+    named = (".columns.patient", "--patient")  # in a file, or on the command line
+    return next((c for key, c in names.keys.items() if key.endswith(named)), "")
+
+
+def _require_patient(present: Sequence[str], names: Names) -> None:
+    """Errors: DataError where a table tells patients apart and site.toml does not say so."""
+    telling = [column for column in present if column.lower() in PATIENTS]
+    if telling and not _patient(names):
+        raise DataError(
+            f"{names.where}: has a column {telling[0]!r}, and data.columns.patient names none",
+            "the column that tells one patient from another",
+            f'columns = {{ …, patient = "{telling[0]}" }}',
+        )
+
+
+def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
+    """Return a row as a dict, or why one of its cells cannot be used."""
+    by_column = dict(zip(columns, cells, strict=True))
+    row: Row = {name: c for name, c in by_column.items() if not isinstance(c, Unusable)}
+    reason = next((cell.reason for cell in cells if isinstance(cell, Unusable)), "")
+    return BadCell(reason, row) if reason else row
+
+
+def _order(cells: Sequence[Cell]) -> list[tuple[int, str]]:
+    """Order rows by what they hold: cells without a value first, those that are unusable last."""
+    return [
+        (2, cell.reason) if isinstance(cell, Unusable) else (int(cell is not None), cell or "")
+        for cell in cells
+    ]

@@ -1,0 +1,415 @@
+"""Tokenisation: from a record's text to tokens and targets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.config import ObjectiveTable
+from fedtune.core.data import chat
+from fedtune.core.data.dataset import NO_TARGET, Passage
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.records import Messages, Record
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives._interface import RecordFormat
+
+Segment = tuple[str, bool]  # text, whether its tokens are targets
+Tokens = tuple[list[int], list[bool]]  # token ids, whether each is a target
+USUAL = 4  # characters of a token, of text that is not tokenised
+CHARS = 40  # characters per token of max_length beyond which a text is not even tokenised
+
+
+class Tokenised(NamedTuple):
+    """A record's tokens: of a pair the worse ones too, after the same prompt. label: its index in
+    objective.labels, 1 or 0 of a judgement, or NO_TARGET; cut: how many tokens were left out, of
+    characters that were not tokenised estimated."""
+
+    passages: list[Tokens]
+    label: int
+    cut: int
+
+
+def prompt_ids(
+    prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Tokenise `prompt` as in training: the tokens before its completion."""
+    text = _in_template(prompt, objective)[: CHARS * objective.max_length]
+    return [*_start(tokenizer), *_encode(text, tokenizer)]
+
+
+def passage_of(
+    prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
+) -> Passage:
+    """Tokenise a prompt and its completion as in training; where a head is trained, all of it, and
+    of a text to classify the prompt alone. Errors: Rejected."""
+    kind = resolve(objective)
+    if kind.record_format == "label":
+        record, labelled = Record("", prompt), False
+    else:
+        record, labelled = Record("", prompt, completion), True
+    form: RecordFormat = "label" if kind.record_format == "label" else "text"
+    (tokens,) = _tokenise(record, objective, tokenizer, form, labelled).passages
+    return _passage(*tokens, kind.outputs > 0)
+
+
+def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
+    """Make a passage. scored: a head reads the whole text with its last token, and predicts no
+    token."""
+    ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
+    if scored or not hits.any():
+        return Passage(ids, np.full_like(ids, NO_TARGET))
+    return Passage(ids[:-1], np.where(hits[1:], ids[1:], NO_TARGET).astype(np.int32))
+
+
+def _tokenise(
+    record: Record,
+    objective: ObjectiveTable,
+    tokenizer: PreTrainedTokenizerBase,
+    record_format: RecordFormat,
+    labelled: bool,
+    starts: bool = False,
+    lead: str = "",
+    choices: Sequence[str] = (),
+) -> Tokenised:
+    """Return at most max_length token ids with their targets.
+
+    lead: what a base puts in front of the record's own text, which is never cut; choices: other
+    answers that the prompt must leave room for.
+    Guarantee: it follows from this record and from public values alone.
+    | too long, overflow = "reject"   | Rejected                                               |
+    | a prompt and its answer         | the start of the record's own text is left out         |
+    | a conversation                  | as many exchanges as fit; of the first one the start of |
+    |                                 | the user's text is left out                            |
+    | plain text, a text to classify  | the end is left out                                    |
+    | an answer that does not fit     | Rejected                                               |
+    | overflow = "truncate_answer"    | the end is left out, of whatever it is                 |
+    Errors: Rejected."""
+    if record_format == "label":
+        return _classify(record, objective, tokenizer, labelled, starts)
+    huge = sum(map(len, _texts(record))) > CHARS * objective.max_length
+    if huge and objective.overflow == "reject":
+        raise Rejected("too long")
+    if record.messages:
+        tokens, cut = _chat(record.messages, objective, tokenizer, lead)
+        passages = [tokens]
+    elif record.prompt == lead and not record.label:
+        tokens, cut = _plain(record, objective, tokenizer, huge)
+        passages = [tokens]
+    else:
+        passages, cut = _answered(
+            record, objective, tokenizer, record_format == "preference", lead, choices
+        )
+    for ids, hits in passages:
+        if not ids:
+            raise Rejected("empty text")
+        hits[0] = False  # nothing precedes the first token, so nothing predicts it
+        if labelled and not any(hits):
+            raise Rejected("no target within max_length")
+    label = int(record.label) if record_format == "unpaired_preference" else NO_TARGET
+    return Tokenised(passages, label, cut)
+
+
+def _answered(
+    record: Record,
+    objective: ObjectiveTable,
+    tokenizer: PreTrainedTokenizerBase,
+    paired: bool,
+    lead: str,
+    choices: Sequence[str],
+) -> tuple[list[Tokens], int]:
+    """Tokenise a prompt and its answers separately, so that the boundary is as in generation. An
+    answer and its eos are targets; all answers follow the same prompt."""
+    most, truncate = objective.max_length, objective.overflow == "truncate"
+    texts = [record.completion or record.label, *([record.rejected] if paired else [])]
+    if objective.overflow == "truncate_answer":
+        prompt = lead + record.prompt[len(lead) :][: CHARS * most]
+        return _beginnings(prompt, texts, objective, tokenizer)
+    if any(len(text) > CHARS * most for text in texts):
+        raise Rejected("answer too long" if truncate else "too long")
+    answers = [_answer(text, objective, tokenizer) for text in texts]
+    own = record.prompt[len(lead) :]
+    shown = own[-CHARS * most :]
+    ids = [*_start(tokenizer), *_encode(_in_template(lead + shown, objective), tokenizer)]
+    room = [*answers, *(_answer(choice, objective, tokenizer) for choice in choices if truncate)]
+    excess = len(ids) + max(map(len, room)) - most
+    if excess > 0:
+        if not truncate:
+            raise Rejected("too long")
+        before = (objective.template or "").partition("{text}")[0]
+        head = len(_start(tokenizer)) + len(_encode(before + lead, tokenizer))
+        ids = _without(ids, head, len(_encode(shown, tokenizer)), excess)
+    hits = [False] * len(ids)
+    passages = [([*ids, *answer], [*hits, *[True] * len(answer)]) for answer in answers]
+    return passages, max(excess, 0) + _estimate(len(own) - len(shown))
+
+
+def _estimate(characters: int) -> int:
+    """Estimate the tokens of text that is left out before it is tokenised; 0 of none."""
+    return -(-characters // USUAL)
+
+
+def _left_out(texts: Sequence[str], kept: int) -> int:
+    """Estimate the tokens that are left out of texts of which `kept` tokens stay, at least one."""
+    return max(1, _estimate(sum(map(len, texts))) - kept)
+
+
+def _beginnings(
+    prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Tokens], int]:
+    """Tokenise a prompt and as much of each answer as fits after it: how long answers begin."""
+    most, limit = objective.max_length, CHARS * objective.max_length
+    ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
+    passages, cut = list[Tokens](), 0
+    for text in texts:
+        huge = len(text) > limit
+        answer = _encode(text[:limit], tokenizer) if huge else _answer(text, objective, tokenizer)
+        hits = [False] * len(ids) + [True] * len(answer)
+        passages.append(([*ids, *answer][:most], hits[:most]))
+        cut = max(cut, max(len(hits) - most, 0) + _estimate(max(len(text) - limit, 0)))
+    return passages, cut
+
+
+def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
+    """Leave out the first `excess` of the `own` tokens after `head`. Errors: Rejected unless one of
+    them stays: an answer to nothing teaches nothing."""
+    if excess >= own:
+        raise Rejected("answer too long")
+    return [*ids[:head], *ids[head + excess :]]
+
+
+def _answer(text: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    eos = tokenizer.eos_token_id
+    ends = [eos] if text and objective.append_eos and eos is not None else []
+    return [*_encode(text, tokenizer), *ends]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
+
+
+def _in_template(prompt: str, objective: ObjectiveTable) -> str:
+    if prompt and objective.template is not None:
+        return objective.template.replace("{text}", prompt)
+    return prompt
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not text:
+        return []
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _classify(
+    record: Record,
+    objective: ObjectiveTable,
+    tokenizer: PreTrainedTokenizerBase,
+    labelled: bool,
+    starts: bool,
+) -> Tokenised:
+    """Tokenise text with the tokenizer's own special tokens, which truncation keeps; without them
+    where it `starts` with them already. Labels are compared without the white space around them."""
+    labels = [label.strip() for label in objective.labels]
+    if labelled and record.label.strip() not in labels:
+        raise Rejected("unknown label")
+    text, most = record.prompt or record.completion, objective.max_length
+    truncate = objective.overflow != "reject"
+    if len(text) > CHARS * most and not truncate:
+        raise Rejected("too long")
+    shown = text[: CHARS * most]
+    ids: list[int] = list(
+        tokenizer(shown, add_special_tokens=not starts, verbose=False)["input_ids"]
+    )
+    if not ids:
+        raise Rejected("empty text")
+    cut = max(len(ids) - most, 0) + _estimate(len(text) - len(shown))
+    if len(ids) > most:
+        if not truncate:
+            raise Rejected("too long")
+        ids = list(
+            tokenizer(
+                shown,
+                add_special_tokens=not starts,
+                truncation=True,
+                max_length=most,
+                verbose=False,
+            )["input_ids"]
+        )
+    label = labels.index(record.label.strip()) if labelled else NO_TARGET
+    return Tokenised([(ids, [False] * len(ids))], label, cut)
+
+
+def _plain(
+    record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
+) -> tuple[Tokens, int]:
+    """Tokenise plain text, which is a completion without a prompt of the record's own; where it is
+    too long, its beginning, without eos."""
+    most = objective.max_length
+    prompt = _in_template(record.prompt, objective)
+    segments = [(text, hit) for text, hit in ((prompt, False), (record.completion, True)) if text]
+    ids, hits, _, whole = _joined(segments, _start(tokenizer), most, tokenizer, continued=False)
+    eos = tokenizer.eos_token_id
+    if record.completion and not huge and objective.append_eos and eos is not None:
+        ids, hits = [*ids, eos], [*hits, True]
+    if len(ids) > most and objective.overflow == "reject":
+        raise Rejected("too long")
+    cut = len(ids) > most or not whole
+    return (ids[:most], hits[:most]), _left_out(_texts(record), most) if cut else 0
+
+
+# ------------------------------------------------------------------------------- conversations
+
+
+def _chat(
+    messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
+) -> tuple[Tokens, int]:
+    """Apply the model's own template; the assistant turns, up to their eos, are targets."""
+    most = objective.max_length
+    ids, hits, ends, whole = _conversation(messages, most, tokenizer)
+    if any(hits) and whole:
+        last = len(hits) - hits[::-1].index(True)
+        ids, hits = ids[:last], hits[:last]
+    if len(ids) <= most and whole:
+        return (ids, hits), 0
+    texts = [content for _, content in messages]
+    if objective.overflow == "reject":
+        raise Rejected("too long")
+    if objective.overflow == "truncate_answer":
+        return (ids[:most], hits[:most]), _left_out(texts, most)
+    fit = max((end for end in ends if end <= most), default=0)
+    if not any(role == "assistant" for role, _ in messages):
+        fit = most
+    if fit:
+        return (ids[:fit], hits[:fit]), _left_out(texts, fit)
+    exchange = _first_exchange(messages, objective, tokenizer, lead)
+    return exchange, _left_out(texts, len(exchange[0]))
+
+
+def _first_exchange(
+    messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
+) -> Tokens:
+    """Tokenise the messages up to the first answer, without the start of the user's first text, so
+    that the whole answer fits. Errors: Rejected."""
+    most, limit = objective.max_length, CHARS * objective.max_length
+    roles = [role for role, _ in messages]
+    first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
+    own = first[user][1][len(lead) :].strip()[-limit:]
+    first[user] = ("user", lead + own)
+    if any(len(text) > len(lead) + limit for _, text in first):
+        raise Rejected("answer too long")
+    ids, hits, ends, _ = _conversation(tuple(first), len(first) * (len(lead) + limit), tokenizer)
+    last = max(ends, default=0)
+    turns = [{"role": role, "content": text} for role, text in first]
+    rendered = str(chat.render(tokenizer, turns, tokenize=False))
+    at = rendered.rfind(own, 0, max(rendered.rfind(first[-1][1].strip()), 0))
+    if not last or at < 0:
+        raise Rejected("too long")
+    head, length = len(_encode(rendered[:at], tokenizer)), len(_encode(own, tokenizer))
+    excess = last - most
+    kept = _without(list(range(last)), head, length, excess) if excess > 0 else list(range(last))
+    return [ids[index] for index in kept], [hits[index] for index in kept]
+
+
+def _conversation(
+    messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> Joined:
+    """Tokenise a conversation, until there are more than max_length tokens."""
+    messages_ = [{"role": role, "content": content} for role, content in messages]
+    try:
+        if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+            limit = 4 * CHARS * max_length  # tokens of so many characters at most
+            encoded: Any = chat.render(
+                tokenizer,
+                messages_,
+                return_assistant_tokens_mask=True,
+                truncation=True,
+                max_length=limit + 1,
+                tokenizer_kwargs={"verbose": False},
+            )
+            hits = [bool(hit) for hit in encoded["assistant_masks"]]
+            ends = [at for at in range(1, len(hits)) if hits[at - 1] and not hits[at]]
+            whole = len(hits) <= limit
+            if whole and hits and hits[-1]:
+                ends.append(len(hits))
+            return Joined(list(encoded["input_ids"]), hits, ends, whole)
+        segments = _turns(messages_, tokenizer)
+    except (TemplateError, ValueError, TypeError):
+        raise Rejected("bad message roles") from None
+    return _joined(segments, [], max_length, tokenizer, continued=True)
+
+
+def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Split the rendered chat at the ends of the assistant turns. What the template puts in front
+    (a system prompt, role headers) and after an answer's eos, which is never generated, is context.
+    """
+
+    def render(count: int, header: bool = False) -> str:
+        return str(
+            chat.render(tokenizer, turns[:count], tokenize=False, add_generation_prompt=header)
+        )
+
+    full, eos, at = render(len(turns)), tokenizer.eos_token, 0
+    segments: list[Segment] = []
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        through = render(index + 1)
+        contexts = [
+            head for head in (render(index, True), render(index)) if through.startswith(head)
+        ]
+        if not contexts or not full.startswith(through) or len(contexts[0]) < at:
+            raise Rejected("turns altered by the chat template")
+        answer = through[len(contexts[0]) :]
+        if eos and eos in answer:
+            answer = answer[: answer.rindex(eos) + len(eos)]
+        segments += [(full[at : len(contexts[0])], False), (answer, True)]
+        at = len(contexts[0]) + len(answer)
+    return segments or [(full, False)]
+
+
+class Joined(NamedTuple):
+    """Tokens of several segments. ends: after which tokens a target segment is complete; whole:
+    whether every segment is there to its end."""
+
+    ids: list[int]
+    hits: list[bool]
+    ends: list[int]
+    whole: bool
+
+
+def _joined(
+    segments: list[Segment],
+    start: list[int],
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    continued: bool,
+) -> Joined:
+    """Tokenise segments one by one, until there are more than max_length tokens. continued: as if
+    after other text, for tokenizers that put a space in front of a text."""
+    ids, hits, prefix = list(start), [False] * len(start), ""
+    ends: list[int] = []
+    for text, hit in segments:
+        if len(ids) > max_length:
+            return Joined(ids, hits, ends, False)
+        shown = text[: CHARS * max_length]
+        new = _encode(prefix + shown, tokenizer)
+        if continued:
+            length = len(ids)
+            new = new[length:] if new[:length] == ids else _encode(shown, tokenizer)
+            prefix += shown
+        ids += new
+        hits += [hit] * len(new)
+        if len(shown) < len(text):
+            return Joined(ids, hits, ends, False)
+        ends += [len(ids)] if hit else []
+    return Joined(ids, hits, ends, True)
+
+
+def _texts(record: Record) -> list[str]:
+    contents = (content for _, content in record.messages)
+    return [record.prompt, record.completion, record.rejected, *contents]

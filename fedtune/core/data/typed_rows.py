@@ -1,0 +1,88 @@
+"""Rows as bytes of a bounded length and of plain types, between a vault and a conversion.
+
+JSON, and no pickle: what a conversion sends is data, whatever it is. Bytes go to a conversion as
+{"$bytes": base64}, and none come back."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+
+from fedtune.core.data.sources._interface import Row
+
+BYTES = 16 * 2**20  # of the rows that a conversion returns
+GIVEN_BYTES = 128 * 2**20  # of the rows that it is given
+VALUES = 2**20  # at most so many values, by their separators: each takes up to a hundred bytes
+SEPARATORS = (b",", b"[", b"{", b":")
+MARK = "$bytes"
+
+
+def given_bytes(rows: Sequence[Row]) -> bytes:
+    """Write one unit's rows for its conversion; values of other types as texts. Errors:
+    ValueError where they are too long."""
+    written = json.dumps(list(rows), default=_plain, ensure_ascii=False)
+    content = written.encode("utf-8", "surrogatepass")
+    if len(content) > GIVEN_BYTES:
+        raise ValueError("too long")
+    return content
+
+
+def given_rows(content: bytes) -> list[Row]:
+    """Read what `given_bytes` wrote."""
+    found: list[Row] = json.loads(content.decode("utf-8", "surrogatepass"), object_hook=_with_bytes)
+    return found
+
+
+def returned_bytes(rows: object) -> bytes:
+    """Write the rows that a conversion returns. Errors: TypeError, ValueError for what is no list
+    of rows of plain values, or too long."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise TypeError("a conversion returns a list of dicts")
+    content = json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
+    if len(content) > BYTES:
+        raise ValueError("too long")
+    return content
+
+
+def returned_rows(content: bytes) -> list[Row]:
+    """Read the rows that a conversion returned, whoever wrote these bytes.
+
+    Errors: ValueError for what is no list of dicts by column of plain, finite values, or has too
+    many."""
+    if len(content) > BYTES or sum(map(content.count, SEPARATORS)) > VALUES:
+        raise ValueError("too long")
+    try:
+        found = json.loads(content.decode(), parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise ValueError("not a list of rows")
+    waiting: list[object] = list(found)
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("not finite")
+    return found
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return {MARK: base64.b64encode(value).decode()}
+    return str(value)
+
+
+def _with_bytes(found: Row) -> object:
+    marked = found.get(MARK) if len(found) == 1 else None
+    if isinstance(marked, str):
+        return base64.b64decode(marked)
+    return found
+
+
+def _refuse(constant: str) -> object:
+    raise ValueError(f"{constant} is no value")

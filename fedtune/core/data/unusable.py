@@ -1,0 +1,43 @@
+"""Errors of a dataset in which too little is left to train on, for a person who can correct it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from fedtune.core.config import ObjectiveTable
+from fedtune.core.data.records import Read
+from fedtune.core.errors import DataError
+
+
+def one_unit(path: Path | str, unit: str) -> DataError:
+    return DataError(
+        f"{path}: all usable records are one {unit}'s, which can be neither protected nor trained "
+        "on",
+        f"at least 2 {unit}s",
+        "add records, or check data.columns.patient",
+    )
+
+
+def nothing_left(
+    path: Path | str, rejected: Counter[str], objective: ObjectiveTable, read: Read
+) -> DataError:
+    if (read.filtered or read.withheld) and not rejected:
+        key = "data.consent" if read.withheld else "data.filter"
+        return DataError(
+            f"{path}: {key} leaves none of {read.filtered + read.withheld} rows",
+            "rows with its values",
+            f"compare {key} with the column; `fedtune data report` counts what is left out",
+        )
+    if set(rejected) == {"unknown label"}:
+        return DataError(
+            f"{path}: no record has a label that objective.labels lists",
+            f"one of {', '.join(objective.labels)}",
+            "compare the label column with objective.labels",
+        )
+    counts = ", ".join(f"{n} {reason}" for reason, n in rejected.most_common())
+    todo = ""
+    if rejected["too long"] or rejected["answer too long"]:
+        todo = 'raise objective.max_length, or set objective.overflow = "truncate"'
+        todo = todo if rejected["too long"] else "raise objective.max_length"
+    return DataError(f"{path}: all records are rejected ({counts})", "at least 2 usable ones", todo)

@@ -1,0 +1,318 @@
+"""ε of the steps that ran, by privacy loss distributions (PLD) of dp-accounting, rounded up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from importlib.metadata import version
+from typing import NamedTuple
+
+import dp_accounting
+import numpy as np
+from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
+from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq  # type: ignore[import-untyped]
+from scipy.special import logsumexp  # type: ignore[import-untyped]
+from scipy.stats import binom, norm  # type: ignore[import-untyped]
+
+from fedtune.core.errors import ConfigError, FedtuneError
+
+ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
+
+_INTERVAL = 1e-4  # the grid of privacy losses, unless one step (or all with q = 1) would then need
+_POINTS = 2**18  # more points than this,
+_MIXTURE_POINTS = 5_000  # or a mixture more than this: its loss is inverted point by point, slowly
+MOST = 10**8  # steps, or thousandths of σ, that a search covers
+_TAIL = 10.0  # dp-accounting cuts a Gaussian at mass e⁻⁵⁰/2, 9.8 standard deviations
+
+
+class AccountantsDisagree(FedtuneError):
+    """PLD exceeds RDP: one of the two is wrong, so neither may be reported."""
+
+
+class Steps(NamedTuple):
+    """`steps` noised steps with one noise multiplier σ (in multiples of C) and sampling rate q.
+
+    records: k, the most rows of one unit in a step, each drawn with q and clipped to C on its own;
+    1 where units are drawn."""
+
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    records: int = 1
+
+
+def epsilon(events: Iterable[Steps], delta: float) -> float:
+    """Compose all `events` to ε at `delta`, add-or-remove-one relation, by PLD.
+
+    Guarantee: never below the true ε of the composed mechanisms (the PLD estimate is pessimistic,
+    whatever the grid). The grid is 10⁻⁴ where that is affordable, else a power of two times it.
+    | no events    | 0.0 |
+    | q = 1        | a plain Gaussian with σ/k; where all steps are, they are one: no grid, exact |
+    | k = 1, q < 1 | the Poisson-sampled Gaussian |
+    | k > 1, q < 1 | the mixture of Gaussians: sensitivity Binomial(k, q) |
+    Errors: ValueError on anything but a `Steps` with 0 < σ < ∞, 0 < q ≤ 1, whole steps ≥ 0 and
+    whole k ≥ 1, and on delta outside (0, 1): an unknown mechanism has no ε here.
+    Reference: Koskela et al. 2020; Doroshenko et al. 2022 (connect-the-dots); Choquette-Choo et al.
+    2024, "Privacy amplification for matrix mechanisms", corollary 4.7 (the mixture dominates rows
+    of norm ≤ C in any direction, and fewer than k of them); Dong et al. 2022, "Gaussian
+    differential privacy", corollary 3.3 (Gaussians compose to one); Balle & Wang 2018, theorem 8
+    (its ε).
+    """
+    return _epsilon(merged(events), delta)
+
+
+def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
+    """Compose ε by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
+
+    Errors: as `epsilon`; and ValueError where RDP is not defined here (k > 1 with q < 1)."""
+    return _rdp_epsilon(merged(events), delta)
+
+
+@lru_cache(maxsize=4096)  # sites of one study ran the same steps
+def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
+    _checked_delta(delta)
+    accountant = RdpAccountant()
+    for sigma, rate, count, records in events:
+        if records > 1 and rate < 1:
+            raise ValueError("RDP of several rows of one unit, each sampled, is not defined here")
+        step: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(sigma / records)
+        if rate < 1:
+            step = dp_accounting.PoissonSampledDpEvent(rate, step)
+        accountant.compose(step, count)
+    return float(accountant.get_epsilon(delta))
+
+
+def at_least(event: Steps, delta: float) -> float:
+    """Lower bound on ε without a PLD: a threshold test on the sum of all steps that distinguishes
+    the data with one unit from those without it (Chebyshev with it, the normal tail without)."""
+    sigma, rate, steps, k = event
+    deviation = math.hypot(sigma, math.sqrt(k * rate * (1 - rate)))
+    mean, spread = k * steps * rate, math.sqrt(steps) * deviation
+    threshold = (mean - 4 * spread) / (sigma * math.sqrt(steps))
+    hit = 1 - 1 / 16 - delta
+    if threshold <= 0 or hit <= 0:
+        return 0.0
+    return max(0.0, math.log(hit) - float(norm.logsf(threshold)))
+
+
+def cross_check(events: Iterable[Steps], delta: float) -> float:
+    """Compute PLD's ε and check that it does not exceed the looser RDP bound.
+
+    | RDP not defined (k > 1, q < 1) | PLD's ε; an independent integral checks it in the tests |
+    Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
+    folded = merged(events)
+    pld_epsilon = epsilon(folded, delta)
+    if any(event.records > 1 and event.sampling_rate < 1 for event in folded):
+        return pld_epsilon
+    bound = rdp_epsilon(folded, delta)
+    if not pld_epsilon <= 1.01 * bound + 1e-3:
+        raise AccountantsDisagree(
+            f"PLD gives ε = {pld_epsilon:.6g} and RDP only {bound:.6g}",
+            "PLD at most RDP",
+            "reinstall dp-accounting at the pinned version and run the tests; release nothing",
+        )
+    return pld_epsilon
+
+
+def calibrate(
+    target: float, delta: float, sampling_rate: float, steps: int, records: int = 1
+) -> float:
+    """Find the smallest σ on a 10⁻³ grid, rounded up, with ε(σ, q, steps, k) ≤ target.
+
+    Guarantee: computed with the accountant that reports, and checked after rounding."""
+
+    def enough(thousandths: int) -> bool:
+        return epsilon([Steps(thousandths / 1000, sampling_rate, steps, records)], delta) <= target
+
+    start = 1000 * max(records, records * sampling_rate * math.sqrt(steps) / _shift(target, delta))
+    smallest = _first(enough, start, MOST)
+    if smallest is None:
+        raise ConfigError(
+            f"no noise_multiplier up to {MOST // 1000} reaches epsilon = {target}",
+            todo="raise epsilon, or lower rounds or sampling_rate",
+        )
+    return smallest / 1000
+
+
+def affordable_steps(
+    target: float,
+    delta: float,
+    sampling_rate: float,
+    sigma: float,
+    records: int = 1,
+    most: int = MOST,
+) -> int:
+    """Find the most steps with ε ≤ target; 0 when not even one fits.
+
+    Errors: ConfigError where more fit than `most`."""
+
+    def too_many(steps: int) -> bool:
+        return epsilon([Steps(sigma, sampling_rate, steps, records)], delta) > target
+
+    start = (_shift(target, delta) * sigma / (sampling_rate * records)) ** 2
+    first_too_many = _first(too_many, start, most + 1)
+    if first_too_many is None:
+        raise ConfigError(
+            f"epsilon = {target} pays for more than {most} steps at noise_multiplier = {sigma} and "
+            f"sampling_rate = {sampling_rate}",
+            todo="lower epsilon or noise_multiplier, or raise sampling_rate",
+        )
+    return first_too_many - 1
+
+
+def _shift(target: float, delta: float) -> float:
+    """Estimate how many standard deviations a sum may move under ε = target: where a search starts,
+    since ε is expensive to compute far below the right noise."""
+    z = math.sqrt(-2 * math.log(delta))
+    return 2 * target / (z + math.sqrt(z * z + 2 * target))
+
+
+def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | None:
+    """Find the smallest n from 1 to `most` with predicate(n), for a monotone predicate, from about
+    `start` on; None: there is none."""
+    low, high = 0, int(min(max(start, 1), most))
+    while not predicate(high):
+        if high == most:
+            return None
+        low, high = high, min(high * 2, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if predicate(middle) else (middle, high)
+    return high
+
+
+# -------------------------------------------------------------------------------------- events
+
+
+def merged(events: Iterable[Steps]) -> tuple[Steps, ...]:
+    """Merge events of equal (σ, q, k) and sort them, so that a log always gives the same ε."""
+    counts: dict[tuple[float, float, int], int] = {}
+    for event in events:
+        if not _is_valid(event):
+            raise ValueError(
+                "an event is Steps(σ, q, steps, records) with 0 < σ < ∞, 0 < q ≤ 1, "
+                "a whole count ≥ 0 and whole records ≥ 1; no other mechanism is accounted"
+            )
+        key = (float(event.noise_multiplier), float(event.sampling_rate), event.records)
+        counts[key] = counts.get(key, 0) + event.steps
+    return tuple(Steps(s, q, n, k) for (s, q, k), n in sorted(counts.items()) if n)
+
+
+def _is_valid(event: object) -> bool:
+    if not isinstance(event, Steps):
+        return False
+    sigma, rate, count, records = event
+    if not (_is_number(sigma) and _is_number(rate)):
+        return False
+    if type(count) is not int or type(records) is not int:  # bool is an int, but no count
+        return False
+    return 0 < sigma < math.inf and 0 < rate <= 1 and count >= 0 and records >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (float, int)) and not isinstance(value, bool)
+
+
+def _checked_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError("delta must be in (0, 1)")
+
+
+# ----------------------------------------------------------------------------------------- PLD
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
+    _checked_delta(delta)
+    try:
+        return _computed(events, delta)
+    except (ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise ConfigError(
+            f"no ε can be computed of these steps ({type(error).__name__})",
+            "a noise_multiplier and a sampling_rate of usual size",
+            "raise noise_multiplier, or lower max_records_per_unit or rounds",
+        ) from error
+
+
+def _computed(events: tuple[Steps, ...], delta: float) -> float:
+    if all(event.sampling_rate == 1 for event in events):
+        return _gaussian(math.hypot(*(_mu(event) for event in events)), delta)
+    return float(_composed(events).get_epsilon_for_delta(delta))
+
+
+def _mu(event: Steps) -> float:
+    """Number of standard deviations that a unit moves the sum of steps with q = 1."""
+    return event.records * math.sqrt(event.steps) / event.noise_multiplier
+
+
+def _gaussian(mu: float, delta: float) -> float:
+    """ε of the Gaussian mechanism that a unit moves by `mu` standard deviations, rounded up."""
+    if mu == 0:
+        return 0.0
+    loss = GaussianPrivacyLoss(standard_deviation=1.0, sensitivity=mu)
+
+    def above(epsilon: float) -> float:
+        return float(loss.get_delta_for_epsilon(epsilon)) - delta
+
+    if above(0.0) <= 0:
+        return 0.0
+    # No more than by zero-concentrated DP (Bun & Steinke 2016, proposition 1.3).
+    most = mu * (mu / 2 + math.sqrt(-2 * math.log(delta)))
+    return float(brentq(above, 0.0, most, xtol=1e-12, rtol=1e-13)) * (1 + 1e-9) + 1e-9
+
+
+@lru_cache(maxsize=8)
+def _composed(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribution:
+    interval = max(_interval(event) for event in events)  # distributions compose on one grid only
+    total = pld.identity(value_discretization_interval=interval)
+    for event in events:
+        sigma, rate, count, records = event
+        if rate == 1:
+            composed = pld.from_gaussian_mechanism(
+                1 / _mu(event), value_discretization_interval=interval
+            )
+        else:
+            composed = _one_step(sigma, rate, records, interval).self_compose(count)
+        total = total.compose(composed)
+    return total
+
+
+@lru_cache(maxsize=64)
+def _one_step(
+    sigma: float, rate: float, records: int, interval: float
+) -> pld.PrivacyLossDistribution:
+    """PoissonSampledDpEvent(q, Gaussian(σ)), or MixtureOfGaussiansDpEvent for k > 1."""
+    if records == 1:
+        return pld.from_gaussian_mechanism(
+            sigma, sampling_prob=rate, value_discretization_interval=interval
+        )
+    rows = range(records + 1)
+    return pld.from_mixture_gaussian_mechanism(
+        sigma, rows, binom.pmf(rows, records, rate), value_discretization_interval=interval
+    )
+
+
+def _interval(event: Steps) -> float:
+    """The grid of privacy losses: 10⁻⁴ · 2ⁿ with the smallest n that keeps the points few."""
+    sigma, rate, _, records = event
+    if rate == 1:
+        mu = _mu(event)
+        span, points = mu * (mu + 2 * _TAIL), _POINTS
+    elif records == 1:
+        span, points = (1 / sigma + 2 * _TAIL) / sigma, _POINTS
+    else:
+        span, points = _mixture_span(sigma, rate, records), _MIXTURE_POINTS
+    return _INTERVAL * 2.0 ** max(0, math.ceil(math.log2(span / (points * _INTERVAL))))
+
+
+def _mixture_span(sigma: float, rate: float, records: int) -> float:
+    """About the largest privacy loss of one mixture step that is not cut off with the tail:
+    the log of Σ p_j exp((j·x − j²/2)/σ²) at the largest output x."""
+    rows = np.arange(records + 1)
+    most = int(np.argmax(binom.sf(rows, records, rate) < 1e-22))
+    x = most + _TAIL * sigma
+    losses = binom.logpmf(rows, records, rate) + (rows * x - rows**2 / 2) / sigma**2
+    return float(logsumexp(losses)) - records * math.log1p(-rate)

@@ -1,0 +1,75 @@
+"""Derive the third of ε, σ and rounds from the other two."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedtune.core.config import Study
+from fedtune.core.dp import accountant
+from fedtune.core.errors import ConfigError
+
+
+class Calibration(NamedTuple):
+    sampling_rate: float  # q
+    noise_multiplier: float  # σ, in multiples of the sensitivity
+    rounds: int  # of a study without a last one: the most that one unit takes part in
+
+
+def sampling_rate(study: Study, declared_size: int) -> float:
+    """Compute q: the plan's, or the expected batch over the declared size, at most 1."""
+    training = study.training
+    if training.sampling_rate is not None:
+        return training.sampling_rate
+    assert training.expected_batch is not None  # Study: exactly one given
+    return min(1.0, training.expected_batch / declared_size)
+
+
+def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibration:
+    """Compute q, σ and rounds for a site with `declared_size` units, rounded so that ε is not
+    exceeded. most: stop counting affordable steps here.
+
+    Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
+    than `most`."""
+    privacy = study.privacy
+    if isinstance(privacy, str):
+        raise ConfigError('privacy = "off" has no ε', "a [privacy] table")
+    rate = sampling_rate(study, declared_size)
+    rounds, sigma = study.training.rounds, privacy.noise_multiplier
+    local, k = study.training.local_steps, study.records_per_draw
+    if sigma is None:
+        assert privacy.epsilon is not None and rounds is not None  # Study: exactly two given
+        sigma = accountant.calibrate(privacy.epsilon, privacy.delta, rate, rounds * local, k)
+    if rounds is None:
+        assert privacy.epsilon is not None
+        steps = accountant.affordable_steps(
+            privacy.epsilon, privacy.delta, rate, sigma, k, most or accountant.MOST
+        )
+        rounds = steps // local
+        if rounds < 1:
+            raise ConfigError(
+                f"privacy.epsilon = {privacy.epsilon} does not pay for one round at "
+                f"noise_multiplier = {sigma}",
+                todo="raise noise_multiplier or epsilon, or lower local_steps",
+            )
+    return Calibration(rate, sigma, rounds)
+
+
+def with_rounds(study: Study) -> Study:
+    """Fill in training.rounds where ε and σ were given; ε then follows from the other two and is
+    left out of the plan.
+
+    Errors: ConfigError where rounds would differ between sites."""
+    if study.training.rounds is not None or isinstance(study.privacy, str) or study.continuous:
+        return study
+    if study.training.sampling_rate is None:
+        raise ConfigError(
+            "training.rounds is missing and training.expected_batch makes q differ between sites",
+            "training.sampling_rate, or training.rounds",
+        )
+    rounds = resolve(study, declared_size=1).rounds
+    return study.model_copy(
+        update={
+            "training": study.training.model_copy(update={"rounds": rounds}),
+            "privacy": study.privacy.model_copy(update={"epsilon": None}),
+        }
+    )

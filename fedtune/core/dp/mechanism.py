@@ -1,0 +1,81 @@
+"""The two functions through which everything passes that is computed from units' gradients.
+
+    gradients of rows ── clipped_sum ──> sum that no row moves by more than C ── noised_sum ──>
+
+Training, queries, class statistics and rounds whose sum alone is opened differ in what a row's
+gradient is, and in how the noise is shared; they clip, round, add up, log and noise here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedtune.core.dp import clip, noise
+from fedtune.core.dp.clip import Chunk
+
+if TYPE_CHECKING:
+    import torch
+
+# The gradients of the sampled rows, some at a time, in any order. A row is a unit or, where records
+# are sampled, one record.
+RowGradients = Callable[[list[int]], Iterator[Chunk]]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What one row may add to a sum. norm: C, in the L2 norm; mode, gamma: of the clipping; grid:
+    the unit of the sum, in gradient units."""
+
+    norm: float
+    mode: clip.Mode
+    gamma: float
+    grid: float
+
+
+def clipped_sum(
+    gradients: RowGradients, sampled: list[int], dimension: int, bound: Bound
+) -> torch.Tensor:
+    """Sum the clipped gradients of rows in multiples of the grid, int64 (dimension,). Not noised.
+
+    gradients: called once, with `sampled`; yields each of them exactly once, and each from its own
+    records alone. What it yields is overwritten.
+    Guarantee: a row adds a vector of norm at most C before it is rounded to the grid, whatever its
+    gradient (`clip.sensitivity` bounds what rounding adds); one that is not finite adds nothing.
+    Integers add exactly: the sum without a row is the sum less what that row added, to the last
+    bit, in any order and any chunks.
+    Errors: RuntimeError where a row is missing or doubled; nothing is returned then.
+    Reference: Abadi et al. 2016, algorithm 1; Mironov 2012 for the grid."""
+    import torch
+
+    total = torch.zeros(dimension, dtype=torch.int64)
+    returned = list[int]()
+    for chunk in gradients(sampled) if sampled else ():
+        returned += chunk.rows
+        clip.add_clipped(total, chunk, bound.grid, bound.norm, bound.mode, bound.gamma)
+    if sorted(returned) != sorted(sampled):
+        raise RuntimeError("the gradient engine did not return each sampled row once")
+    return total
+
+
+def noised_sum(
+    total: torch.Tensor,
+    bound: Bound,
+    noise_multiplier: float,
+    relation: clip.Relation,
+    log_step: Callable[[], None],
+) -> torch.Tensor:
+    """Log a step, then add its noise to a clipped sum, in place; int64 (d,), in multiples of the
+    grid.
+
+    total: of `clipped_sum` with the same bound, over all processes of the site; noise_multiplier:
+    σ, in multiples of the sum's sensitivity to one row under `relation`; log_step: writes the
+    step's line.
+    Guarantee: one Gaussian mechanism on the sum, whose noise is drawn anew from the system's
+    generator; its line is in the log before there is a result.
+    Errors: those of `log_step` and of `noise.gaussian_on_grid`; the sum is not returned then.
+    Reference: Dwork & Roth 2014, appendix A."""
+    sensitivity = clip.sensitivity(bound.norm, len(total), bound.grid, relation=relation)
+    log_step()
+    total += noise.gaussian_on_grid(len(total), noise_multiplier * sensitivity, bound.grid)
+    return total

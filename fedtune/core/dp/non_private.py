@@ -1,0 +1,60 @@
+"""Take a NON-PRIVATE step, without noise or accounting, for `privacy = "off"` alone.
+
+It serves to measure the cost of privacy, is marked in every output, and the default policy refuses
+it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedtune.core.config import ClippingTable, Study
+from fedtune.core.dp import clip, mechanism, sampling, shared_noise
+from fedtune.core.dp.calibration import sampling_rate
+from fedtune.core.dp.mechanism import Bound, RowGradients
+from fedtune.core.dp.steplog import StepLog
+
+
+@dataclass(frozen=True)
+class NonPrivatePlan:
+    """A mean of unit gradients, clipped as in a private study if the study has [clipping]."""
+
+    sampling_rate: float
+    divisor: float
+    clipping: ClippingTable | None
+
+    def step(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """Compute the un-noised mean gradient, fp32 (dimension,). No guarantee."""
+        sampled = sampling.poisson(n_rows, self.sampling_rate)
+        total = torch.zeros(dimension, dtype=torch.float64)
+        for chunk in gradients(sampled) if sampled else ():
+            rows, c = chunk.flat(), self.clipping
+            if c is not None:
+                rows = clip.clip(rows, c.max_grad_norm, c.mode, c.gamma)
+            total += rows.sum(dim=0, dtype=torch.float64).cpu()
+        return (total / self.divisor).float()
+
+    def noised_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """Compute the un-noised clipped sum in multiples of `grid_at`, int64. No guarantee."""
+        assert self.clipping is not None  # Study: secure aggregation needs a bound
+        table = self.clipping
+        bound = Bound(table.max_grad_norm, table.mode, table.gamma, self.grid_at(dimension))
+        sampled = sampling.poisson(n_rows, self.sampling_rate)
+        return mechanism.clipped_sum(gradients, sampled, dimension, bound)
+
+    def grid_at(self, dimension: int) -> float:
+        """The unit of a sum without noise, as with a noise of C."""
+        assert self.clipping is not None
+        norm = self.clipping.max_grad_norm
+        return shared_noise.grid(norm, norm, dimension)
+
+
+def non_private_plan(study: Study, declared_size: int) -> NonPrivatePlan:
+    rate = sampling_rate(study, declared_size)
+    return NonPrivatePlan(rate, rate * declared_size, study.clipping)

@@ -1,0 +1,295 @@
+"""DP-SGD: the one place that combines sampler, clipped sum, noise and accountant.
+
+The shape follows google-deepmind/jax_privacy's execution plan: a frozen description that both
+computes ε and runs the step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from fedtune.core.config import Study
+from fedtune.core.dp import accountant, clip, mechanism, sampling, shared_noise
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.dp.calibration import resolve
+from fedtune.core.dp.mechanism import Bound, RowGradients
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.errors import describe
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("fedtune.core.dp")
+RELATION: clip.Relation = "add or remove one unit"
+
+
+class StepPlan(Protocol):
+    """A plan's method that training calls, private or not."""
+
+    def step(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor: ...
+
+    def noised_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class DpPlan:
+    """One site's share of a private study.
+
+    noise_multiplier: σ in multiples of one row's clipping bound C; delta: for the whole study;
+    steps: over all rounds; divisor: the constant expected batch q · k · declared size, never the
+    true count; records: k, the most rows of one unit (1 where units are drawn); lifetime: where the
+    study has no last round, the ε that no unit goes past, and rounds and steps are then the most
+    that one unit takes part in; sites, colluding: with secure aggregation n and t. This site then
+    adds σ/√(n - t), and (σ, ε) are of the sum that anybody opens, in which n - t honest sites did.
+    Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
+    Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
+    else; its line is in the log before its result is returned.
+    Reference: Charles et al. 2024, "Fine-tuning large language models with user-level differential
+    privacy", algorithms 1 (records drawn: sensitivity kC) and 2 (units drawn: sensitivity C).
+    """
+
+    study: str
+    unit: Literal["record", "patient"]
+    sampling_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    clipping: Literal["flat", "normalised"]
+    gamma: float
+    rounds: int
+    local_steps: int
+    delta: float
+    divisor: float
+    records: int = 1
+    relation: clip.Relation = RELATION
+    lifetime: float | None = None
+    sites: int = 1
+    colluding: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.rounds * self.local_steps
+
+    @property
+    def epsilon(self) -> float:
+        """ε of the whole plan, as if every step runs."""
+        return accountant.epsilon(self.events(self.steps), self.delta)
+
+    def events(self, steps: int) -> list[Steps]:
+        sigma = shared_noise.joint_sigma(self.own_noise, self.sites - self.colluding)
+        return [Steps(sigma, self.sampling_rate, steps, self.records)]
+
+    @property
+    def own_noise(self) -> float:
+        """σ of the noise that this site adds, in multiples of C."""
+        return shared_noise.own_sigma(self.noise_multiplier, self.sites - self.colluding)
+
+    @property
+    def fallback_epsilon(self) -> float:
+        """ε of the whole plan if nothing but this site's own noise holds."""
+        return accountant.epsilon(self.fallback_events(self.steps), self.delta)
+
+    def fallback_events(self, steps: int) -> list[Steps]:
+        """The steps as they hold if nothing but this site's own noise does."""
+        return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]
+
+    def step(
+        self,
+        n_rows: int,
+        dimension: int,
+        gradients: RowGradients,
+        log: StepLog,
+        round_: int,
+        team: Team | None = None,
+    ) -> torch.Tensor:
+        """Run one DP-SGD step: a noised mean gradient, fp32 (dimension,), of `n_rows` rows.
+
+        `gradients` is called once with the sampled rows and yields each of them exactly once; its
+        tensors are zeroed after use. An empty sample is a noise-only step. team: other processes
+        that sum some of the rows; sampling and noise happen in this process alone, once.
+        Errors: RuntimeError when a row is missing or doubled: nothing is released then.
+        """
+        total = self._drawn_sum(n_rows, dimension, gradients, team)
+        return self._add_noise(total, log, round_)
+
+    def noised_sum(
+        self,
+        n_rows: int,
+        dimension: int,
+        gradients: RowGradients,
+        log: StepLog,
+        round_: int,
+        team: Team | None = None,
+    ) -> torch.Tensor:
+        """Run one step as `step` does; the noised sum in multiples of `grid_at(dimension)`, int64.
+
+        Guarantee: of one site alone (own_noise, q); of a sum over `sites` such sites, of which
+        `colluding` reveal theirs, (noise_multiplier, q)."""
+        return self._noised(self._drawn_sum(n_rows, dimension, gradients, team), log, round_)
+
+    def _drawn_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
+    ) -> torch.Tensor:
+        sampled = sampling.poisson(n_rows, self.sampling_rate)
+        if team is None:
+            return self.clipped_sum(sampled, dimension, gradients)
+        partial = lambda rows: self.clipped_sum(rows, dimension, gradients)  # noqa: E731
+        return team.total(sampled, dimension, partial)
+
+    @property
+    def grid(self) -> float:
+        """The unit of a lone site's integer sum, in gradient units."""
+        return clip.grid_for(self.noise_multiplier * self.max_grad_norm)
+
+    def grid_at(self, dimension: int) -> float:
+        """The unit of the integer sum of `dimension` numbers, in gradient units."""
+        if self.sites == 1:
+            return self.grid
+        return shared_noise.grid(self.own_noise * self.max_grad_norm, self.max_grad_norm, dimension)
+
+    def clipped_sum(
+        self, sampled: list[int], dimension: int, gradients: RowGradients
+    ) -> torch.Tensor:
+        """Sum the clipped rows as `mechanism.clipped_sum` does, on this plan's grid."""
+        return mechanism.clipped_sum(gradients, sampled, dimension, self._bound_at(dimension))
+
+    def _bound_at(self, dimension: int) -> Bound:
+        return Bound(self.max_grad_norm, self.clipping, self.gamma, self.grid_at(dimension))
+
+    def _add_noise(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
+        noised = self._noised(total, log, round_)
+        return (noised.double() * (self.grid_at(len(total)) / self.divisor)).float()
+
+    def _noised(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
+        """Log the step and add the noise as `mechanism.noised_sum` does, in place."""
+
+        def log_step() -> None:
+            line = Step(
+                study=self.study,
+                round=round_,
+                noise_multiplier=self.own_noise,
+                sampling_rate=self.sampling_rate,
+                max_grad_norm=self.max_grad_norm,
+                unit=self.unit,
+                records=self.records,
+            )
+            log.append(line, of_round=self.local_steps)
+
+        bound = self._bound_at(len(total))
+        return mechanism.noised_sum(total, bound, self.own_noise, self.relation, log_step)
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A private plan as a site's round runs it. team: other processes that sum some of the rows;
+    make_room: is told why a sum failed, and frees what memory it can.
+
+    Guarantee: where rows cannot be summed together, whatever the reason, each is summed alone, and
+    only one for which that fails too is left out: one unit never decides whether the others are in
+    the sum. The step costs what it would have, and no error leaves it, which would be an answer
+    about the records. What went wrong is in this machine's own log."""
+
+    plan: DpPlan
+    team: Team | None = None
+    make_room: Callable[[BaseException], None] | None = None
+
+    def step(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """Run one DP-SGD step as DpPlan.step does."""
+        return self.plan.step(n_rows, dimension, gradients, log, round_, self)
+
+    def noised_sum(
+        self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
+    ) -> torch.Tensor:
+        """Run one step as DpPlan.noised_sum does."""
+        return self.plan.noised_sum(n_rows, dimension, gradients, log, round_, self)
+
+    def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
+        """Sum the clipped rows, int64 (dimension,), in this process alone where the team fails."""
+
+        def summed(rows: list[int]) -> torch.Tensor:
+            return self._together_or_alone(rows, dimension, clipped_sum)
+
+        if self.team is not None:
+            try:
+                return self.team.total(sampled, dimension, summed)
+            except Exception as error:
+                _log.error("the other processes did not sum a step (%s)", describe(error))
+                self._free_after(error)
+        return summed(sampled)
+
+    def _together_or_alone(
+        self, rows: list[int], dimension: int, clipped_sum: ClippedSum
+    ) -> torch.Tensor:
+        """Sum the clipped rows; where that fails, with each row's sum made alone, and none of a row
+        for which that fails too. The same integers: no row's sum depends on who is beside it."""
+        import torch
+
+        try:
+            return clipped_sum(rows)
+        except Exception as error:
+            _log.error("rows were not summed together (%s): each is now alone", describe(error))
+            self._free_after(error)
+        added = torch.zeros(dimension, dtype=torch.int64)
+        for row in rows:
+            try:
+                alone = clipped_sum([row])
+            except Exception as error:
+                _log.error("a row was not summed (%s); it takes no part", describe(error))
+                self._free_after(error)
+            else:
+                added += alone
+                alone.zero_()
+        return added
+
+    def _free_after(self, error: BaseException) -> None:
+        if self.make_room is not None:
+            self.make_room(error)
+
+
+def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> DpPlan:
+    """Build the plan of a site with `declared_size` units (public), of at most `most` steps.
+
+    Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
+    than `most`."""
+    calibration = resolve(study, declared_size, most)
+    privacy, clipping, secure = study.privacy, study.clipping, study.secure_aggregation
+    assert not isinstance(privacy, str) and clipping is not None  # checked by resolve and Study
+    return DpPlan(
+        study=study.digest,
+        unit=privacy.unit,
+        sampling_rate=calibration.sampling_rate,
+        noise_multiplier=calibration.noise_multiplier,
+        max_grad_norm=clipping.max_grad_norm,
+        clipping=clipping.mode,
+        gamma=clipping.gamma,
+        rounds=calibration.rounds,
+        local_steps=study.training.local_steps,
+        delta=privacy.delta,
+        divisor=calibration.sampling_rate * study.records_per_draw * declared_size,
+        records=study.records_per_draw,
+        lifetime=privacy.epsilon if study.continuous else None,
+        sites=study.strategy.min_sites if secure else 1,
+        colluding=secure.colluding if secure else 0,
+    )
+
+
+ClippedSum = Callable[[list[int]], "torch.Tensor"]  # rows -> their clipped sum, int64 (d,)
+
+
+class Team(Protocol):
+    """The other processes that share a step."""
+
+    def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
+        """Sum the clipped rows `sampled` over all processes, int64 (dimension,); `clipped_sum` sums
+        those assigned to this one.
+
+        Guarantee: each of `sampled` is in the sum exactly once, else nothing is returned.
+        Errors: InfrastructureError where another process failed; those of `clipped_sum`."""
+        ...

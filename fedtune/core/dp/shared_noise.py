@@ -1,0 +1,104 @@
+"""The public arithmetic of one dose of noise that several sites share: grid and word size.
+
+Every site rounds to one grid, so that sums are exact integers and fit the words that are masked.
+Each figure follows from the plan and from sizes that people declared."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+from fedtune.core.config import Study, noise_shares
+from fedtune.core.errors import ConfigError
+
+FINEST = 16  # the grid is at most 2⁻¹⁶ of a site's own noise
+SLACK = 0.005  # of C: what rounding to the grid may add to one row's norm
+TAIL = 8.5  # standard deviations at which a site's noise ends: core/dp/noise.py
+WORDS = (32, 64)  # bits
+LARGEST = 2**34  # numbers of an adapter
+ROWS = 2  # times the declared size that a site may hold before a sum could wrap
+
+
+def own_sigma(sigma: float, shares: int) -> float:
+    """Return the σ that each site adds where `shares` of them make up σ; σ itself for one."""
+    return sigma if shares == 1 else math.nextafter(sigma / math.sqrt(shares), math.inf)
+
+
+def joint_sigma(own: float, shares: int) -> float:
+    """Return the σ of a sum in which `shares` sites each added `own`: at least the σ of which
+    `own_sigma` gave a share.
+
+    >>> all(joint_sigma(own_sigma(s / 7, n), n) >= s / 7 for s in range(1, 50) for n in range(1, 9))
+    True
+    """
+    return own if shares == 1 else own * math.sqrt(shares)
+
+
+def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
+    """Return the unit of every site's integer sum: the largest power of two of at most 2⁻¹⁶ of a
+    site's own noise, by which √d/2 grid steps are at most 0.5 % of C.
+
+    Coarser than a lone site's grid, so that sums fit 32 bits; the noise is at least 2¹⁶ steps wide,
+    where a sum of rounded Gaussians is a rounded Gaussian but for exp(-π² 2³²): decision 0047.
+
+    >>> grid(1.0, 1.0, 100) == 2.0**-16
+    True
+    >>> grid(1.0, 1.0, 1_000_000)
+    7.62939453125e-06
+    """
+    steps = min(noise_std * 2.0**-FINEST, 2 * SLACK * max_grad_norm / math.sqrt(max(dimension, 1)))
+    return 2.0 ** math.floor(math.log2(steps))
+
+
+def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
+    """Return the grid of a study with [secure_aggregation] whose sum has noise σ (None: privacy is
+    off, and the grid is as with a noise of C)."""
+    assert study.clipping is not None
+    norm = study.clipping.max_grad_norm
+    own = 1.0 if sigma is None else own_sigma(sigma, noise_shares(study))
+    return grid(own * norm, norm, dimension)
+
+
+def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: int) -> int:
+    """Return the bits of a word for sites of these declared sizes; see `word_bits`."""
+    assert study.clipping is not None
+    norm, noise = study.clipping.max_grad_norm, 0.0 if sigma is None else sigma
+    step = grid_of(study, sigma, dimension)
+    std = own_sigma(noise, noise_shares(study)) * norm
+    return word_bits(sizes, study.records_per_draw, norm, std, step)
+
+
+def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
+    """Return the most numbers of an adapter whose sum over sites of these declared sizes fits the
+    narrower words: the grid gets finer with each; 0 where there is none."""
+    numbers = range(1, LARGEST)
+    return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))
+
+
+def word_bits(
+    units: Iterable[float], rows: int, max_grad_norm: float, noise_std: float, step: float
+) -> int:
+    """Return the bits of a word that holds twice the largest sum: 32 or 64.
+
+    units: each site's declared size; rows: of one unit; noise_std: of each site's own noise; step:
+    the grid. No coordinate of a clipped row is above C.
+
+    >>> word_bits([400, 400, 200], 1, 1.0, 1.0, 2.0**-16)
+    32
+    >>> word_bits([40_000, 40_000, 20_000], 1, 1.0, 1.0, 2.0**-16)
+    64
+
+    Errors: ConfigError where not even 64 bits do."""
+    largest = 0.0
+    for size in units:
+        reach = ROWS * size * rows * (max_grad_norm + step) + TAIL * noise_std + step
+        largest += reach / step
+    for bits in WORDS:
+        if largest < 2.0 ** (bits - 2):
+            return bits
+    raise ConfigError(
+        "the sites' declared sizes need words of more than 64 bits",
+        "sizes of which the largest possible sum fits",
+        "ask the site that declares by far the most",
+    )

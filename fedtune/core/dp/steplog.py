@@ -1,0 +1,90 @@
+"""Write and read the step log: what noised steps ran, append-only, kept at the site."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.writing import append_line
+
+
+@dataclass(frozen=True)
+class Step:
+    """One noised step's parameters. Every value is public: it follows from the plan and the
+    declared size, never from the data."""
+
+    study: str  # plan digest
+    round: int
+    noise_multiplier: float  # σ, in multiples of C
+    sampling_rate: float
+    max_grad_norm: float
+    unit: str
+    records: int = 1  # k: the most rows of one unit
+
+
+class StepLog:
+    """A JSONL file of `Step`. Guarantee: a line is whole and on disk before a noised sum that it is
+    of exists anywhere else, so a crash can only over-report what was spent. What a crash or a full
+    disk left of a line after the last newline is no step: none ran, and the next line takes its
+    place.
+
+    All steps of a round are one line, written before the first: a disk that is full by then lets no
+    step run, and how much is written in a round does not grow with a plan's figures.
+
+    Errors: InfrastructureError when the file cannot be written or a line cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._round: Step | None = None  # the round of the last line,
+        self._ahead = 0  # and how many of its steps have yet to run
+
+    def append(self, step: Step, of_round: int = 1) -> None:
+        """Log one step of a round that has `of_round` equal ones."""
+        if step == self._round and self._ahead:
+            self._ahead -= 1
+            return
+        counted = asdict(step) | ({"steps": of_round} if of_round > 1 else {})
+        line = json.dumps(counted, sort_keys=True)
+        try:
+            append_line(self.path, line.encode())
+        except OSError as error:
+            raise InfrastructureError(
+                f"{self.path}: the step log cannot be written ({error.strerror})",
+                todo="free the disk or fix the permissions; no step runs without its line",
+            ) from None
+        self._round, self._ahead = step, of_round - 1
+
+    def steps(self, study: str | None = None) -> list[Step]:
+        """Read all steps, or those of one plan digest, in order; of a round that broke off, all
+        that it was to have."""
+        if not self.path.exists():
+            return []
+        steps = list[Step]()
+        whole = self.path.read_text().rpartition("\n")[0]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                logged = json.loads(line)
+                count = _check_count(logged.pop("steps", 1))
+                steps += [Step(**logged)] * count
+            except (ValueError, TypeError):
+                raise InfrastructureError(
+                    f"{self.path}: line {number} is not a step",
+                    todo="restore the file from a backup; without it no budget can be stated",
+                ) from None
+        return [step for step in steps if study in (None, step.study)]
+
+
+def _check_count(count: object) -> int:
+    if type(count) is not int or count < 1:
+        raise ValueError("not a number of steps")
+    return count
+
+
+def events(steps: list[Step]) -> list[Steps]:
+    """Count equal steps of a log as events for the accountant."""
+    counts = Counter((s.noise_multiplier, s.sampling_rate, s.records) for s in steps)
+    return [Steps(sigma, rate, count, records) for (sigma, rate, records), count in counts.items()]

@@ -1,0 +1,117 @@
+"""Every error that fedtune raises on purpose, and the exit code each one maps to.
+
+    FedtuneError
+    ├── InputError            exit 2   something that a person wrote must change
+    │   ├── ConfigError                study.toml or site.toml
+    │   ├── DataError                  the site's records
+    │   │   └── NotWellFormed          CSV with broken quoting (data/sources)
+    │   ├── ModelError                 the base model or the adapter
+    │   │   └── NoRowGradient          a layer without one (core/training/unit_gradients.py)
+    │   ├── CheckpointError            a run's checkpoint (fedtune/server/store.py)
+    │   ├── WireError                  arrays on the wire (core/wire/codec.py)
+    │   ├── RequestError               what a site's halves pass (core/wire/requests.py)
+    │   ├── SealError                  a signature on the wire (core/wire/seal.py)
+    │   ├── StatementError             what ready sites signed (core/secagg/statement.py)
+    │   ├── NotGenuine                 signatures of a run or of a log
+    │   └── UnknownPatient             who withdraws is in no record here (officer/withdraw.py)
+    ├── Refused               exit 3   a rule said no, before data was read
+    │   ├── PolicyRefused              the site's policy
+    │   │   ├── Unsigned               a plan that waits for a person (core/vault/prepared.py)
+    │   │   └── Held                   an answer that waits for a person (core/vault/prepared.py)
+    │   ├── BudgetExceeded             the privacy budget
+    │   ├── SelfTestFailed             the guarantee does not hold here (core/training/selftest.py)
+    │   ├── Unprepared                 the site does not know the plan (core/vault/worker.py)
+    │   ├── Void                       an attempt at a round is over (core/vault/prepared.py)
+    │   └── OtherProtocol              the other side is of another release (core/wire/protocol.py)
+    ├── InfrastructureError   exit 4   network, disk, another process
+    │   ├── LedgerError                the privacy ledger (core/ledger/files.py)
+    │   │   ├── NewerLedger            written by a newer release (core/ledger/files.py)
+    │   │   └── NoRoom                 the disk has no room for an entry (core/ledger/files.py)
+    │   ├── CourierLeft                a site's other container has left (launch/apart.py)
+    │   ├── Unavailable                states that the store lacks (core/models/prefix_store.py)
+    │   │   └── Altered                states that were changed on the disk (the same file)
+    │   └── TooFew                     strategy.min_sites are not there (server/rounds.py)
+    └── AccountantsDisagree   exit 4   two computations of ε contradict each other
+
+A message says what happened, what was expected and what to do. It never holds a record's content.
+"""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """Replace control characters, so that a terminal shows text without interpreting it."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def is_fault(error: BaseException) -> bool:
+    """Return whether an exception is a fault of what was called, and no wish that this process end:
+    every Exception, and a panic of a library's Rust code, which is none."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
+def describe(error: BaseException) -> str:
+    """Describe an error for the log of the machine where it happened: its class, and the message of
+    a FedtuneError alone, since a library's may quote a record."""
+    message = f": {error}" if isinstance(error, FedtuneError) else ""
+    return type(error).__name__ + message
+
+
+class FedtuneError(Exception):
+    """An error with what happened, what was expected and what to do; printed on one line."""
+
+    exit_code = 4
+
+    def __init__(self, happened: str, expected: str = "", todo: str = "") -> None:
+        self.happened, self.expected, self.todo = happened, expected, todo
+        super().__init__(happened, expected, todo)
+
+    def __str__(self) -> str:
+        parts = [self.happened]
+        if self.expected:
+            parts.append(f"expected {self.expected}")
+        if self.todo:
+            parts.append(f"to do: {self.todo}")
+        return "; ".join(part.rstrip(". ") for part in parts)
+
+
+class InputError(FedtuneError):
+    """Something that a person wrote or named must change; the parent of the errors of input."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A wrong key, type or combination in study.toml or site.toml; names file and key."""
+
+
+class DataError(InputError):
+    """Records that cannot be used; counts and reasons, never content."""
+
+
+class ModelError(InputError):
+    """A base model or adapter that is missing, altered or of another architecture."""
+
+
+class NotGenuine(InputError):
+    """A run's folder or an audit log that contradicts its signatures."""
+
+
+class Refused(FedtuneError):
+    """A rule said no, before any record was read; the parent of the refusals."""
+
+    exit_code = 3
+
+
+class PolicyRefused(Refused):
+    """A rule of the site's policy; the rule is named, no private value is."""
+
+
+class BudgetExceeded(Refused):
+    """The round would take the site's privacy budget past its ceiling."""
+
+
+class InfrastructureError(FedtuneError):
+    """The network, a disk or another process failed."""
+
+    exit_code = 4

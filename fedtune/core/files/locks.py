@@ -1,0 +1,99 @@
+"""Lock files: held by a process, and let go with it, whatever ends it.
+
+In a folder that others may write the name of a lock may mean anything: a link, a pipe or a device
+is refused, and not waited for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import reading, writing
+
+
+@contextmanager
+def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Wait for the lock, and hold it; its file is made if it is missing.
+
+    shared: with others that share it, where the file is only read. Errors: InfrastructureError."""
+    with mapping_errors(path):
+        if shared:
+            descriptor = reading.descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
+        else:
+            descriptor = writing.open_own(path, os.O_RDWR)
+    try:
+        with mapping_errors(path):
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
+    """Hold the lock as the only process of its kind; its file is removed when it is let go.
+
+    who: what such a process is called, and `folder` what it uses, for the error. Yields whether
+    the last one that held it was killed. Errors: InfrastructureError naming who holds it."""
+    with mapping_errors(path):
+        descriptor = _held(path)
+    if descriptor is None:
+        raise InfrastructureError(
+            f"another {who} (process {_holder(path)}) uses {folder}",
+            "one at a time",
+            "end that one first, or give this one a folder of its own",
+        )
+    try:
+        with mapping_errors(path):
+            killed = bool(os.pread(descriptor, 1, 0))
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield killed
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+@contextmanager
+def mapping_errors(path: Path) -> Iterator[None]:
+    """Raise InfrastructureError, naming the lock, for what the system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise InfrastructureError(
+            f"{path}: cannot be locked ({error.strerror})",
+            "a file that this user may write",
+            "remove what is there, free the disk or fix the permissions",
+        ) from None
+
+
+def _held(path: Path) -> int | None:
+    """Lock the file that has the name at that moment; None where another process has it locked.
+
+    Errors: OSError."""
+    while True:
+        descriptor = writing.open_own(path, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # who let it go had removed it meanwhile
+
+
+def _holder(path: Path) -> str:
+    with suppress(OSError, ValueError):
+        return str(int(path.read_text(encoding="ascii")[:20]))
+    return "unknown"

@@ -1,0 +1,219 @@
+"""Read a file that a person named: a regular file up to a bound, else an error on one line.
+
+| missing, a folder, a pipe, a device, a symlink loop      | refused without blocking             |
+| larger than `most`                                       | refused before it is in memory       |
+| not UTF-8, JSON or TOML; nested deeper than DEPTH;       | refused                              |
+| a lone surrogate, which no file could hold again         | refused                              |
+
+Errors: `kind`, an InputError unless the caller names a subclass; it holds the path, no content.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import FedtuneError, InputError
+
+SMALL = 16 * 2**20  # bytes: of keys, reports
+TABLES = 2**20  # of a TOML file: a person wrote it, and each MiB takes a second
+LARGE = 2**28  # of a model's JSON files: a tokenizer's has tens of megabytes
+DEPTH = 100  # no file of ours nests deeper than ten
+NAME, PATH = 255, 4095  # bytes that a name and a path may have
+Kind = type[FedtuneError]
+# A TOML key, whole, with a group where it has very many parts. Possessive: each character is read
+# once, however long a word or a key is.
+_PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+_NEXT = rf"(?:[ \t]*+\.[ \t]*+{_PART})"
+_KEY = re.compile(rf"{_PART}{_NEXT}{{0,{DEPTH - 1}}}+({_NEXT})?")
+
+
+def unusable(path: str | Path) -> str:
+    """Say why no file can have this path, or ""."""
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        return "not valid text"
+    if b"\0" in name:
+        return "holds a NUL"
+    if len(name) > PATH or any(len(part) > NAME for part in name.split(b"/")):
+        return "longer than a path can be"
+    return ""
+
+
+class NotRegular(OSError):
+    """What has the name of a file is a folder, a pipe, a device or a socket."""
+
+
+def opened(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading, without waiting for whatever else may have its name by now,
+    as a pipe without a writer. Errors: OSError, of which NotRegular."""
+    return open(descriptor(path), "rb")
+
+
+def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open what is there, and look at that: the name may mean something else a moment later.
+
+    O_NONBLOCK: a pipe without a writer is opened at once. Errors: OSError, of which NotRegular."""
+    number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    mode = os.fstat(number).st_mode
+    if stat.S_ISREG(mode):
+        return number
+    os.close(number)
+    raise NotRegular(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
+
+
+def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
+    """Check that `path` is a readable regular file; returns it. Errors: as above."""
+    os.close(_opened(path, expected, todo, kind))
+    return path
+
+
+def content(
+    path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
+) -> bytes:
+    """Read the file's bytes. expected, todo: for the error. Errors: as above."""
+    try:
+        with open(_opened(path, expected, todo, kind), "rb") as file:
+            data = file.read(most + 1)
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
+    except MemoryError:
+        raise kind(f"{path}: too large for this machine's memory", expected, todo) from None
+    if len(data) > most:
+        raise kind(f"{path}: larger than {most // 2**20} MiB", expected, todo)
+    return data
+
+
+def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL) -> bytes:
+    """Read the bytes of a file that must be for this user alone. Errors: as above; also where
+    others may read it."""
+    data = content(path, expected, kind=kind, most=most)
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise kind(
+            f"{path}: others may read it, and it is a secret", "mode 0600", f"chmod 600 {path}"
+        )
+    return data
+
+
+def text(
+    path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
+) -> str:
+    """Read the file as UTF-8 text. Errors: as above."""
+    try:
+        return content(path, expected, todo, kind, most).decode("utf-8")
+    except UnicodeDecodeError:
+        raise kind(f"{path}: is not UTF-8", expected, todo or "save it as UTF-8") from None
+
+
+def json_in(
+    path: Path, expected: str, todo: str = "", kind: Kind = InputError, most: int = SMALL
+) -> dict[str, Any]:
+    """Read the JSON object in the file. Errors: as above."""
+    return _table(path, json.loads, "JSON", expected, todo, kind, most)
+
+
+def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, Any]]:
+    """Read the JSON objects in the file, one a line. Errors: as above."""
+
+    def parse(source: str) -> dict[str, Any]:
+        rows = [json.loads(line) for line in source.splitlines()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError
+        return {"rows": rows}
+
+    table = _table(path, parse, "JSON lines", expected, todo, InputError, LARGE)
+    rows: list[dict[str, Any]] = table["rows"]
+    return rows
+
+
+def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> dict[str, Any]:
+    """Read the TOML tables in the file. Errors: as above."""
+    return _table(path, tables, "TOML", expected, todo, kind, TABLES)
+
+
+def tables(source: str) -> dict[str, Any]:
+    """Parse TOML. Errors: ValueError, RecursionError; no time that explodes with what is in it."""
+    if any(key[1] for key in _KEY.finditer(source)):
+        raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
+    return tomllib.loads(source)
+
+
+def is_sound(parsed: Any) -> bool:
+    """Whether a parsed value is nested no deeper than DEPTH and its text encodes as UTF-8."""
+    level = [parsed]
+    for _ in range(DEPTH):
+        if not level:
+            return True
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += [*value.keys(), *value.values()]
+            elif isinstance(value, list):
+                below += value
+            elif isinstance(value, str) and not _encodes(value):
+                return False
+        level = below
+    return not level
+
+
+def _encodes(value: str) -> bool:
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _table(
+    path: Path, parse: Any, form: str, expected: str, todo: str, kind: Kind, most: int
+) -> dict[str, Any]:
+    source = text(path, expected, todo, kind, most)
+    try:
+        parsed = parse(source)
+    except RecursionError:
+        raise kind(f"{path}: nested too deep", expected, todo) from None
+    except tomllib.TOMLDecodeError as error:  # says where; of a plan, which holds no record
+        raise kind(f"{path}: not valid TOML: {error}", expected, todo) from None
+    except (ValueError, MemoryError):  # also a number of thousands of digits
+        raise kind(f"{path}: not valid {form}", expected, todo) from None
+    if not isinstance(parsed, dict):
+        raise kind(f"{path}: not a JSON object", expected, todo)
+    if not is_sound(parsed):
+        raise kind(f"{path}: nested too deep, or not valid text", expected, todo)
+    return parsed
+
+
+def _opened(path: Path, expected: str, todo: str, kind: Kind) -> int:
+    """A descriptor of a regular file. Errors: as above."""
+    if why := unusable(path):
+        raise kind(f"{str(path)[:80]}: {why}", expected, todo)
+    try:
+        return descriptor(path)
+    except FileNotFoundError:
+        raise kind(f"{path}: no such file", expected, todo) from None
+    except NotRegular as error:
+        raise kind(f"{path}: is {error.strerror}", expected, todo) from None
+    except OSError as error:
+        raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of a file, or of the files in a folder by name; "" where there is none."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        if file.is_file():
+            content = hashlib.sha256(file.read_bytes()).hexdigest()
+            total.update(f"{file.name} {content}\n".encode())
+    return total.hexdigest() if any(file.is_file() for file in files) else ""

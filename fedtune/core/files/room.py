@@ -1,0 +1,132 @@
+"""Room that a site keeps on its disk, so that what must be written there can be.
+
+A site's ledger grows with its records, by a few bytes for each. On a disk that is nearly full it
+would follow from how many records there are whether a round can be charged, or which records are
+remembered. So beside the ledger lies a file that is as much shorter as the ledger is longer: both
+together take a number of bytes that is public. Whether the disk has that number, and how much is
+left beside it, follows from what else is on the disk alone. Where it has not, no order is
+answered."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.core.errors import InfrastructureError
+
+log = logging.getLogger("fedtune.site")
+ROOM = "room"
+LEDGER = "ledger.db"
+ROUNDS = 2048  # that a ledger pays for in its life, where its site does not say otherwise
+OF_A_ROUND = 4 * 2**10  # bytes of all entries that one round makes, at most
+
+
+@dataclass(frozen=True)
+class Room:
+    """The room in `folder`, beside a ledger that pays for at most `rounds` rounds, of a site that
+    declares `declared_size` units.
+
+    >>> room = Room(Path("state"), 100)
+    >>> room.of_an_answer, room.size
+    (1867776, 11075584)
+    """
+
+    folder: Path
+    declared_size: int
+    rounds: int = ROUNDS
+
+    @property
+    def of_an_answer(self) -> int:
+        """Bytes that give way while an order is answered: 1 MiB for entries and updates, and for
+        each unit 8 KiB, in which a ledger remembers some forty records."""
+        return 2**20 + 8 * 2**10 * self.declared_size
+
+    @property
+    def of_the_ledger(self) -> int:
+        """Bytes up to which a ledger's length is made up for: 4 KiB for each round that it may ever
+        pay for, and again 8 KiB for each unit."""
+        return OF_A_ROUND * self.rounds + 8 * 2**10 * self.declared_size
+
+    @property
+    def size(self) -> int:
+        """Bytes that the ledger and the file take together."""
+        return self.of_an_answer + self.of_the_ledger
+
+    def has_space(self, beside: int = 0) -> bool:
+        """Return whether the disk has the room whole and `beside` bytes more; True where it does
+        not say, and a write will."""
+        try:
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            disk = os.fstatvfs(descriptor)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        free = disk.f_bavail * disk.f_frsize
+        return free + _length(self.folder / ROOM) + self._ledger >= self.size + beside
+
+    @contextmanager
+    def give_up(self) -> Iterator[None]:
+        """Give up the room of an answer while the block writes there, and take it back.
+
+        Errors: InfrastructureError, before the block, where the disk has not the whole room."""
+        path, kept = self.folder / ROOM, self.size - self._ledger
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _allocate(path, kept)
+            _allocate(path, kept - self.of_an_answer)
+        except OSError as error:
+            raise InfrastructureError(
+                f"{self.folder}: no room for the ledger on its disk ({error.strerror})",
+                f"{self.size} bytes for the ledger and the file {ROOM!r} beside it",
+                "free space; orders are answered from then on",
+            ) from error
+        try:
+            yield
+        finally:
+            try:
+                _allocate(path, self.size - self._ledger)
+            except OSError as error:
+                log.warning(
+                    "%s: the ledger's room cannot be taken back (%s); no order is answered until "
+                    "it can; to do: free space",
+                    self.folder,
+                    error.strerror,
+                )
+
+    @property
+    def _ledger(self) -> int:
+        """Bytes of the ledger that the room makes up for."""
+        return min(_length(self.folder / LEDGER), self.of_the_ledger)
+
+
+def _length(path: Path) -> int:
+    """Return a file's bytes; 0 where there is none."""
+    with suppress(OSError):
+        return path.stat(follow_symlinks=False).st_size
+    return 0
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make the file `size` bytes long, which are its own on the disk. Errors: OSError, also where
+    something else is in its place; the file has then the length that it had."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            if size > before:
+                os.posix_fallocate(descriptor, 0, size)
+            os.ftruncate(descriptor, size)
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)

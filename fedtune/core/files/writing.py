@@ -1,0 +1,209 @@
+"""Atomic writes: a file is replaced as a whole or unchanged, a new one complete or absent.
+
+A draft is called NAME.PID.new, after the process that writes it. One that was killed leaves its
+draft; what works in the folder next removes it (`remove_drafts`).
+
+Guarantee: nothing but a regular file is replaced: no link, no pipe, no device."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fedtune.core.errors import InfrastructureError, InputError
+from fedtune.core.files.reading import descriptor
+
+DRAFT = re.compile(r"\.([0-9]+)\.new\Z")
+
+
+def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
+    """Write `content` to `path` atomically and durably (fsync); returns `path`.
+
+    A missing folder is made. private: file (0600) and a folder made here for this user alone.
+    Errors: InfrastructureError where the write fails; the file is then unchanged."""
+    return _placed(path, content, os.replace, private)
+
+
+def create(path: Path, content: bytes, *, private: bool = False) -> Path:
+    """Write `content` to `path` as `replace` does, unless `path` exists: of several processes that
+    create one file, the first counts, and its content stays. Returns `path`.
+
+    Errors: InfrastructureError where the write fails; no file is then left."""
+    return _placed(path, content, _link, private)
+
+
+def check_replaceable(path: Path, *suffixes: str) -> Path:
+    """Check that a file that a person named to be written is new, or one of its own kind by its
+    name, which may be replaced, and that there can be a folder for it; returns it. Errors:
+    InputError."""
+    its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
+    if os.path.lexists(path) and not its_kind:
+        raise InputError(
+            f"{path}: exists, and is not what would replace it",
+            f"a new file, or one that ends in {' or '.join(suffixes)}",
+            "choose another",
+        )
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise InputError(
+            f"{path}: {above.name} is no folder", "a file in a folder", "choose another"
+        )
+    return path
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of one's own to add to it or to lock it, made if it is missing, for this user
+    alone (0600). Errors: OSError where a link, a pipe or a device is in its place."""
+    return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
+
+
+def _placed(path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool) -> Path:
+    _check_regular(path)
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.new")
+    try:
+        _folder(path.parent, 0o700 if private else 0o777)
+        try:
+            _write(draft, content, 0o600 if private else 0o666)
+            place(draft, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(draft)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{path}: cannot be written ({error.strerror or type(error).__name__})",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    return path
+
+
+def _check_regular(path: Path) -> None:
+    """Check that no link, pipe or device has the name. Errors: InfrastructureError."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (OSError, ValueError):  # none has it, or writing says what is wrong
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InfrastructureError(
+            f"{path}: cannot be written (it is a link, a pipe or a device)",
+            "a new file, or a regular one",
+            "choose another name, or remove what is there",
+        )
+
+
+def _link(draft: Path, path: Path) -> None:
+    with suppress(FileExistsError):  # another process was first: its file counts
+        os.link(draft, path)
+    draft.unlink()
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Append `line` and a newline durably to `path`, which is made for this user alone, and its
+    folder with it. What a crash or a full disk left after the last newline is cut off first.
+
+    Errors: OSError; the line is then no whole one, and the next call cuts it off."""
+    made = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # what another process is writing is not torn
+        whole = os.lseek(descriptor, 0, os.SEEK_END)
+        while whole and os.pread(descriptor, 1, whole - 1) != b"\n":
+            whole -= 1
+        os.ftruncate(descriptor, whole)
+        write_all(descriptor, line + b"\n")
+    finally:
+        os.close(descriptor)
+    if made:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's directory entries durable (fsync). Errors: OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folder(path: Path, mode: int) -> None:
+    """Make `path` and its missing parents, each durably."""
+    if not path.is_dir():
+        _folder(path.parent, mode)
+        path.mkdir(mode, exist_ok=True)
+        sync_folder(path.parent)
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        write_all(descriptor, content)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all of `content`, and have it on disk. Errors: OSError."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
+
+
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """Yield a path beside `out`, for a file or a folder, that is renamed to it on success and
+    removed on an exception. Errors: InfrastructureError."""
+    _check_regular(out)
+    draft = out.with_name(f"{out.name}.{os.getpid()}.new")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        draft.rename(out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{out}: cannot be written ({error.strerror or type(error).__name__})",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            with suppress(OSError):  # not there, or on a disk that refuses this too
+                draft.unlink()
+
+
+def is_abandoned(draft: Path) -> bool:
+    """Return whether `draft` is named as one, of a process that does not run, or of this one."""
+    named = DRAFT.search(draft.name)
+    try:
+        if named and int(named[1]) != os.getpid():  # in a container both may be process 1
+            os.kill(int(named[1]), 0)
+            return False
+        return named is not None
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts that processes which were killed left in `folder` and what lies in it.
+
+    For a process that begins to work there, before it writes: a draft in this process's own name is
+    of an earlier one with the same number. What cannot be removed stays, and does no harm."""
+    for root, _, files in os.walk(folder):
+        for path in (Path(root) / name for name in files):
+            if is_abandoned(path):
+                with suppress(OSError):
+                    path.unlink()

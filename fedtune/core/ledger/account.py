@@ -1,0 +1,154 @@
+"""The state that a ledger's verified entries fold into: charges, cohorts, declarations.
+
+Nothing here reads or writes a file; ledger.py does, and folds every entry in once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.core.ledger.chain import Entry
+from fedtune.core.ledger.cohorts import Arrivals
+from fedtune.core.ledger.entries import EVERY, Accepted, Charge, Cohort, Held, Slot, Spent
+
+NOT_PRIVATE = "\0"  # before the name under which a declared dataset's members are stored
+
+
+@dataclass(frozen=True)
+class Reservation:
+    dataset: str
+    charge: Charge
+    adapter: str
+    time: int
+    out: frozenset[int] = frozenset()  # the cohorts that the round leaves out
+
+    @property
+    def slot(self) -> Slot:
+        return self.charge.study, self.charge.round, self.adapter
+
+
+class Account:
+    """The entries so far, folded in by `fold`, oldest first. Keys of `reserved` are entries."""
+
+    def __init__(self) -> None:
+        self.declared: dict[str, dict[str, Any]] = {}
+        self.reserved: dict[int, Reservation] = {}
+        self.restored: list[tuple[int, Charge, int]] = []
+        self.sent: dict[Slot, str] = {}  # slot -> sha256 of the newest release
+        self.released: dict[Slot, int] = {}  # slot -> entry of that release
+        self.done: set[int] = set()  # released reservations
+        self.held: dict[int, Held] = {}  # by the entry of the release
+        # What a person at the site let go: a slot, and the sha256 of its bytes, "" of a draw of
+        # shared noise, which is let go before it is made.
+        self.let_go: set[tuple[Slot, str]] = set()
+        self.refused: set[Slot] = set()  # slots that a person refused for good
+        self.withdrawn: dict[str, Entry] = {}  # hash of a unit's key -> the entry of its withdrawal
+        self.admitted: dict[str, str] = {}
+        self.accepted: dict[str, list[Accepted]] = {}  # by dataset
+        self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
+        self.not_private_members: dict[str, str] = {}  # dataset, marked -> digest of its members
+        self.not_private_since: dict[str, int] = {}  # dataset -> its newest declaration's entry
+        # Pairs of disjoint datasets -> the entry before which charges count against both.
+        self.apart_since: dict[frozenset[str], int] = {}
+        self.arrivals = Arrivals()
+
+    def fold(self, entry: Entry) -> None:
+        """Take one verified entry into account."""
+        body, time = entry.body, entry.body.get("time", 0)
+        if entry.kind == "declare":
+            self._update_disjoint(entry.seq, body)
+            self.declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
+        elif entry.kind == "reserve":
+            charge, out = Charge.read(body["charge"]), frozenset(body.get("out", ()))
+            self.reserved[entry.seq] = Reservation(
+                dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
+            )
+        elif entry.kind == "arrive":
+            self.arrivals.fold(entry)
+        elif entry.kind == "release":
+            self.done.add(body["reservation"])
+            slot = self.reserved[body["reservation"]].slot
+            self.sent[slot], self.released[slot] = body["sha256"], entry.seq
+        elif entry.kind == "hold":
+            paid = self.reserved[body["reservation"]]
+            self.held[body["release"]] = Held(paid.charge, paid.adapter, body["bytes"], time)
+        elif entry.kind == "let-go":
+            self.let_go.add((_slot(body), body["sha256"]))
+        elif entry.kind == "refuse":
+            self.refused.add(_slot(body))
+        elif entry.kind == "restore":
+            self.restored += [(entry.seq, Charge.read(c), time) for c in body["charges"]]
+        elif entry.kind == "withdraw":
+            self.withdrawn[body["unit"]] = entry
+        elif entry.kind == "admit":
+            self.admitted[body["plan"]] = body["by"]
+        elif entry.kind == "accept":
+            acceptance = Accepted(body["upto"], body["by"], body["why"], time)
+            self.accepted.setdefault(body["dataset"], []).append(acceptance)
+        elif entry.kind == "declaration":
+            self.not_private[body["dataset"]] = body["what"]
+            self.not_private_since[body["dataset"]] = entry.seq
+            if "members" in body:
+                self.not_private_members[NOT_PRIVATE + body["dataset"]] = body["members"]
+        elif entry.kind != "open":
+            raise KeyError(entry.kind)  # a kind of a newer release: it may hold a charge
+
+    @property
+    def members(self) -> dict[str, str]:
+        """The digest of each dataset's members, by the name that they are stored under."""
+        declared = {name: body["members"] for name, body in self.declared.items()}
+        return declared | self.not_private_members
+
+    def disjoint(self, first: str, second: str) -> bool:
+        """Whether the two datasets are currently declared disjoint."""
+        return frozenset((first, second)) in self.apart_since
+
+    def against(self, dataset: str) -> list[Spent]:
+        """List the charges that count against `dataset`, oldest first."""
+        return [spent for spent in self.spent() if self._counts(spent, dataset)]
+
+    def _counts(self, spent: Spent, dataset: str) -> bool:
+        since = self.apart_since.get(frozenset((spent.dataset, dataset)))
+        return since is None or spent.seq < since
+
+    def spent(self) -> list[Spent]:
+        rows = [
+            Spent(seq, "reserve", r.dataset, r.charge, r.adapter, r.time, seq in self.done)
+            for seq, r in self.reserved.items()
+        ]
+        rows += [Spent(seq, "restore", EVERY, c, "", at, True) for seq, c, at in self.restored]
+        return sorted(rows, key=lambda row: row.seq)
+
+    def cohorts(self, dataset: str) -> list[Cohort]:
+        spent = self.against(dataset)
+        return [
+            Cohort(seq, *arrival, [s for s in spent if self._is_charged(s, dataset, seq)])
+            for seq, arrival in self.arrivals.cohorts(dataset).items()
+        ]
+
+    def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
+        """Whether the cohort of `dataset` that arrived with entry `arrival` bears the charge."""
+        if spent.dataset != dataset:
+            return True
+        return spent.seq > arrival and arrival not in self.reserved[spent.seq].out
+
+    def newcomer(self, dataset: str) -> list[Charge]:
+        return [spent.charge for spent in self.against(dataset) if spent.dataset != dataset]
+
+    def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
+        """Update which datasets are disjoint after a declaration, and since which entry."""
+        dataset, new = declaration["dataset"], declaration["dataset"] not in self.declared
+        for other, declared in self.declared.items():
+            pair = frozenset((dataset, other))
+            if other == dataset:
+                continue
+            named = other in declaration["disjoint_from"] or dataset in declared["disjoint_from"]
+            if not named:
+                self.apart_since.pop(pair, None)
+            elif pair not in self.apart_since:
+                self.apart_since[pair] = 0 if new else seq
+
+
+def _slot(body: Mapping[str, Any]) -> Slot:
+    return body["study"], body["round"], body["adapter"]

@@ -1,0 +1,347 @@
+"""Keep a role's audit log: who did what, when and under which rule, each entry signed and chained.
+
+    audit.jsonl          in a site's state folder or the coordinator's home: one entry a line
+    audit-000000123.jsonl  an earlier file, named by its first entry; never deleted
+
+An entry is canonical JSON, so that each content has one spelling:
+
+| seq, time       | its number from 0; UTC, whole seconds                                   |
+| event           | one of EVENTS                                                           |
+| login, person   | who the system says ran it; whom $FEDTUNE_PERSON names ("" if nobody)   |
+| rule            | the policy's key, option or plan under which it was done                |
+| facts           | numbers, truth values, and names or digests: never text of a record     |
+| prev            | sha256 of the line before it; 64 zeros in the first                     |
+| signature       | by the role's signing key, over all of the above                        |
+
+Guarantee: an entry that was changed, moved, or taken out from between others is found by `verify`.
+Whoever can read the signing key can write another log, and the last entries can be cut off: that
+shows where somebody else keeps the head. A coordinator keeps a site's, sealed, with every update
+that it counted; anybody else can note what `fedtune log` prints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pwd
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError, NotGenuine
+from fedtune.core.files import locks, reading, writing
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+
+log = logging.getLogger("fedtune.audit")
+FILE, LOCK = "audit.jsonl", "audit.lock"
+KEY_FILES = ("site.key", "signing.key")  # a site's, a coordinator's
+PERSON = "FEDTUNE_PERSON"
+LIMIT = 4 * 2**20  # bytes of a file before the next is begun
+LONGEST = 4096  # bytes of an entry
+RECENT = 4 * LONGEST  # bytes at the end of the log that are looked at before an entry is added
+REPEATS = 16  # of the newest acts: what one of them says is not entered again
+START = "0" * 64
+PURPOSE = b"fedtune audit\0"
+EVENTS = frozenset({
+    "enroll", "join", "admit", "revoke",  # membership
+    "review", "sign", "wait", "refuse",  # a site: about a plan, or an answer
+    "withdraw", "accept", "restore", "backup", "purge",  # a site
+    "release",  # a site: an update; a coordinator: a version or a dossier
+    "let-go",  # a site: an answer that waited; it may also be refused
+    "cut",  # a site: a receipt names an entry that this log lacks
+    "attest", "approve",  # a site: its data sheet; a dossier
+    "assess",  # a site: a model, by its own records
+    "isolate",  # a site: how its two halves are confined
+    "start", "finish", "drop", "export",  # a coordinator
+})  # fmt: skip
+BACKUP = "look for a backup of the log"
+KEYS = {"seq", "time", "event", "login", "person", "rule", "facts", "prev", "signature"}
+TEXT = re.compile(r"[\w .:,;@/+=≤≥ε()\"'\[\]-]{0,200}")
+EARLIER = re.compile(r"audit-\d{9}\.jsonl")
+HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class NotAuditable(TypeError):
+    """A fact that no audit log may hold; it names the fact, never the value."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found: the entries, whose key signed them, and the newest one's head."""
+
+    entries: list[dict[str, Any]]
+    signer: str
+    head: str
+
+
+def login() -> str:
+    """Name the user that the operating system runs this process as; no variable changes it."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # as in a container without a password file
+        return f"uid {os.getuid()}"
+
+
+class AuditLog:
+    """Appends to the log in `folder`, which is made if there is none.
+
+    Several processes may share a folder. Example:
+
+    >>> import tempfile
+    >>> folder, key = Path(tempfile.mkdtemp()), SigningKey()
+    >>> AuditLog(folder, key).add("purge", rule="--yes", files=3)
+    0
+    >>> verify(folder, key.public).entries[0]["facts"]
+    {'files': 3}
+    """
+
+    def __init__(self, folder: Path, key: SigningKey) -> None:
+        self.folder, self._key = folder, key
+
+    def add(self, event: str, rule: str = "", *, once: int = 0, **facts: Any) -> int:
+        """Write an entry durably and return its number.
+
+        once: not where one of so many of the newest entries says the same, as when a coordinator
+        repeats what was refused.
+        A last line that a crash cut short was never acted upon: it is taken away first.
+        Errors: NotAuditable; InfrastructureError where the disk refuses: what was to be logged
+        should then not be done."""
+        said = {"event": event, "facts": _checked(event, rule, facts), "rule": rule}
+        said |= {"login": login(), "person": person()}
+        try:
+            with _locked(self.folder):
+                newest = _newest(self.folder)
+                for entry, _ in reversed(newest[-once:] if once else []):
+                    if said == {name: entry[name] for name in said}:
+                        return int(entry["seq"])
+                last, line = newest[-1] if newest else ({"seq": -1}, b"")
+                seq = last["seq"] + 1
+                moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+                prev = hashlib.sha256(line).hexdigest() if newest else START
+                entry = said | {"seq": seq, "time": moment, "prev": prev}
+                signature = self._key.sign(PURPOSE + canonical(entry))
+                _append(self.folder, canonical(entry | {"signature": signature}))
+                return seq
+        except OSError as error:
+            raise InfrastructureError(
+                f"{self.folder / FILE}: cannot be written ({error.strerror})",
+                "an audit log that can be written",
+                "free the disk or fix the permissions, then run again",
+            ) from None
+
+    @property
+    def head(self) -> str:
+        """The newest entry, as "SEQ:HASH"; "" where there is none. Errors: InfrastructureError."""
+        try:
+            with _locked(self.folder):
+                newest = _newest(self.folder)[-1:]
+        except OSError as error:
+            raise InfrastructureError(f"{self.folder / FILE}: {error.strerror}") from None
+        return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
+
+    def check(self, head: str) -> None:
+        """Enter that this log lacks the entry that was noted outside as `head`, where it does: it
+        was cut off. What is done under it goes on, since the ledger has a check of its own."""
+        if not head:
+            return
+        with _locked(self.folder):
+            held = _holds(self.folder, head)
+        if not held:
+            seq = int(head.partition(":")[0])
+            log.error("%s: entry %d is not the one that was noted", self.folder / FILE, seq)
+            self.add("cut", "receipt", once=REPEATS, entry=seq)
+
+
+def verify(folder: Path, public: str, head: str = "") -> Verified:
+    """Verify all files of a log: form, numbers, chain and signatures.
+
+    public: the key that must have signed it (hexadecimal). head: "SEQ:HASH" as noted earlier, which
+    must be in the chain. Errors: NotGenuine; InputError where there is no log."""
+    entries, hashes, prev = list[dict[str, Any]](), list[str](), START
+    try:
+        with _locked(folder, shared=True):  # while it is read alone: nothing leaves meanwhile
+            contents = [(folder / name, _content(folder / name)) for name in files(folder)]
+    except InfrastructureError as error:  # what is there was handed over
+        raise InputError(error.happened, error.expected, error.todo) from None
+    if not contents:
+        raise InputError(f"{folder}: no audit log", FILE, "it begins with the first act")
+    for path, content in contents:
+        for where, line in _lines(path, content):
+            entry = _read(line, where)
+            if entry["seq"] != len(entries) or entry["prev"] != prev:
+                raise NotGenuine(
+                    f"{where}: does not follow the entry before it",
+                    f"entry {len(entries)}",
+                    f"an entry was changed, moved or taken out: {BACKUP}",
+                )
+            signed = {key: value for key, value in entry.items() if key != "signature"}
+            if not verifies(public, PURPOSE + canonical(signed), entry["signature"]):
+                raise NotGenuine(f"{where}: is not signed by the key {public[:16]}…", todo=BACKUP)
+            prev = hashlib.sha256(line).hexdigest()
+            entries.append(entry)
+            hashes.append(prev)
+    _check_head(folder, head, hashes)
+    return Verified(entries, public, f"{len(entries) - 1}:{prev}")
+
+
+def signer_at(folder: Path) -> str:
+    """Return the public key of the role whose folder this is. Errors: ConfigError where there is no
+    key; InfrastructureError."""
+    for name in KEY_FILES:
+        if (folder / name).exists():
+            return SigningKey.at(folder / name).public
+    raise ConfigError(
+        f"{folder}: no signing key here, so nobody is known who should have signed",
+        "a site's state folder or a coordinator's home",
+        "give the public key with --signer; `fedtune log` shows it where the key is",
+    )
+
+
+def files(folder: Path) -> list[str]:
+    """List the log's files, oldest first."""
+    if not folder.is_dir():
+        return []
+    earlier = sorted(path.name for path in folder.iterdir() if EARLIER.fullmatch(path.name))
+    return [*earlier, *([FILE] if os.path.lexists(folder / FILE) else [])]
+
+
+def _content(path: Path) -> bytes:
+    return reading.content(path, "an audit log", kind=NotGenuine)
+
+
+def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield each line and where it is. Errors: NotGenuine."""
+    *lines, rest = content.split(b"\n")
+    if rest or not lines:
+        raise NotGenuine(
+            f"{path}: the last line is cut short",
+            "whole lines",
+            "after a crash the next entry takes it away: nothing was done under it",
+        )
+    for number, line in enumerate(lines, 1):
+        yield f"{path}: line {number}", line
+
+
+def _read(line: bytes, where: str) -> dict[str, Any]:
+    """Parse an entry in its one spelling. Errors: NotGenuine."""
+    try:
+        entry = json.loads(line)
+        if set(entry) == KEYS and type(entry["seq"]) is int and canonical(entry) == line:
+            return dict(entry)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    raise NotGenuine(f"{where}: is not an entry as fedtune writes it", "an entry", BACKUP)
+
+
+def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
+    """Check that a head that was noted earlier is in the chain. Errors: InputError, NotGenuine."""
+    if not head:
+        return
+    number, _, hash_ = head.partition(":")
+    if not number.isdecimal() or len(number) > 9 or not HASH.fullmatch(hash_):
+        raise InputError(f"{head[:80]}: no head of an audit log", "SEQ:HASH, as `fedtune log` says")
+    if int(number) >= len(hashes) or hashes[int(number)] != hash_:
+        raise NotGenuine(
+            f"{folder / FILE}: entry {number} is not the one that was noted",
+            "a log that goes on from there",
+            f"it was cut off, or begun anew: {BACKUP}",
+        )
+
+
+def _holds(folder: Path, head: str) -> bool:
+    """Return whether the log has the entry `head`, without checking the others."""
+    number, _, expected = head.partition(":")
+    for name in reversed(files(folder)):
+        lines = _content(folder / name).split(b"\n")[:-1]
+        first = int(_read(lines[0], f"{folder / name}: line 1")["seq"]) if lines else 0
+        if lines and first <= int(number):
+            at = int(number) - first
+            return at < len(lines) and hashlib.sha256(lines[at]).hexdigest() == expected
+    return False
+
+
+def _checked(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Check that nothing but names and numbers is logged. Errors: NotAuditable."""
+    if event not in EVENTS:
+        raise NotAuditable("event")
+    named = {k: _name(v) if isinstance(v, Path) else v for k, v in facts.items()}
+    for name, value in {"rule": rule, **named}.items():
+        known = isinstance(value, int | float) or (isinstance(value, str) and TEXT.fullmatch(value))
+        if not known:
+            raise NotAuditable(name)
+    return named
+
+
+def _name(path: Path) -> str:
+    """Return a file's or folder's own name, what no name should hold replaced."""
+    return "".join(c if TEXT.fullmatch(c) else "?" for c in path.name)[:200]
+
+
+def person() -> str:
+    """Return whom $FEDTUNE_PERSON names. Errors: InputError."""
+    name = os.environ.get(PERSON, "").strip()
+    if not TEXT.fullmatch(name):
+        raise InputError(f"{PERSON}: not a name", "at most 200 letters, digits and signs")
+    return name
+
+
+@contextmanager
+def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keep other processes from writing meanwhile. Errors: InfrastructureError; OSError."""
+    if shared and not (folder / LOCK).exists():  # a copy: nobody writes to it
+        yield
+        return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with locks.hold(folder / LOCK, shared=shared):
+        yield
+
+
+def _newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
+    """Return the newest entries and their lines, oldest first; a torn line after them is cut off.
+
+    Errors: NotGenuine; OSError, also where the file is a link."""
+    for name in reversed(files(folder)):
+        path = folder / name
+        descriptor = reading.descriptor(path, os.O_RDWR | os.O_NOFOLLOW)
+        with open(descriptor, "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - RECENT))
+            tail = file.read()
+            whole = tail.rfind(b"\n") + 1
+            if not whole and size > LONGEST:
+                raise NotGenuine(f"{path}: does not end with an entry", "an entry", BACKUP)
+            if whole != len(tail):
+                file.truncate(size - len(tail) + whole)
+                os.fsync(file.fileno())
+        if whole:
+            lines = tail[:whole].splitlines()
+            lines = lines if len(tail) == size else lines[1:]  # the first may be a part of one
+            return [(_read(line, f"{path}: near its end"), line) for line in lines]
+    return []
+
+
+def _append(folder: Path, line: bytes) -> None:
+    """Errors: OSError, NotAuditable."""
+    if len(line) > LONGEST:
+        raise NotAuditable("all facts together")
+    path = folder / FILE
+    if path.exists() and path.stat().st_size > LIMIT:
+        first = json.loads(next(iter(_lines(path, _content(path))))[1])["seq"]
+        path.rename(folder / f"audit-{first:09d}.jsonl")
+    made = not path.exists()
+    descriptor = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        content = memoryview(line + b"\n")
+        while content:
+            content = content[os.write(descriptor, content) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    if made:
+        writing.sync_folder(folder)

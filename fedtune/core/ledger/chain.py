@@ -1,0 +1,396 @@
+"""The ledger's files: a signed hash chain in SQLite, its anchor, its newest receipt, its outbox.
+
+    ledger.db       entries (seq, kind, body, prev, hash, signature) and the salted member hashes
+    ledger.head     signed (seq, hash) of the newest entry, written after the entry is on disk
+    ledger.receipt  the newest heads that coordinators countersigned
+    site.key, salt  this site's key (Ed25519) and the salt of the member hashes; 0600
+    outbox/         updates that may be sent again
+
+Guarantee: `hash` = sha256(prev ‖ kind ‖ body), so the newest signature covers every entry; an entry
+is on disk before `writing` returns, and the anchor follows it. What is edited, deleted, reordered,
+torn or rolled back behind the anchor or the receipt is a LedgerError when the ledger is opened.
+| anchor behind the entries  | a crash between the two writes: repaired                           |
+| entries behind the anchor  | rolled back: LedgerError                                            |
+| no ledger, but its traces  | LedgerError, unless its first creation was interrupted              |
+| format above FORMAT        | NewerLedger, before anything is written; never restored over        |
+Errors: LedgerError (also for a full disk, a read-only file, a lock that is not given up).
+Reference: https://www.sqlite.org/pragma.html#pragma_synchronous (EXTRA: FULL alone can undo a
+commit when power fails before the journal's deletion is on disk).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.files import (
+    DATABASE,
+    HEAD,
+    KEY,
+    NEW,
+    RECEIPT,
+    RESTORE,
+    SALT,
+    Head,
+    LedgerError,
+    NewerLedger,
+    NoRoom,
+    ReceiptLog,
+    prepare,
+    read_head,
+    read_receipts,
+    salt_at,
+    signed_head,
+)
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+
+BUSY = 60.0  # seconds to wait for another process
+# PRAGMA user_version; raised when an older release could misread an entry. 0: as 1; 2: charges hold
+# the rules by which records were chosen, and a charge of unknown ε may be accepted.
+FORMAT = 2
+FORMATS = 1000  # a larger number is a flipped bit: the entries are verified instead
+PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")
+START = "0" * 64  # prev of the first entry
+SCHEMA = (
+    f"PRAGMA user_version = {FORMAT}",
+    "CREATE TABLE entries (seq INTEGER PRIMARY KEY, kind TEXT NOT NULL, body BLOB NOT NULL, "
+    "prev TEXT NOT NULL, hash TEXT NOT NULL, signature TEXT NOT NULL)",
+    "CREATE TABLE members (hash BLOB NOT NULL, dataset TEXT NOT NULL, "
+    "PRIMARY KEY (hash, dataset)) WITHOUT ROWID",
+)
+
+
+class Entry(NamedTuple):
+    seq: int
+    kind: str
+    body: dict[str, Any]
+    hash: str
+
+
+def entry_hash(prev: str, kind: str, body: bytes) -> str:
+    return hashlib.sha256(prev.encode() + kind.encode() + body).hexdigest()
+
+
+def signed_entry(hash_: str) -> bytes:
+    """The bytes that an entry's signature signs."""
+    return canonical({"ledger_entry": hash_})
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a connection without implicit transactions that commits durably."""
+    connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
+    try:
+        for pragma in PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+        ((version,),) = connection.execute("PRAGMA user_version")
+        if FORMAT < version < FORMATS:
+            raise NewerLedger(
+                f"{path}: written by a newer fedtune (format {version})",
+                f"format {FORMAT} at most",
+                "upgrade fedtune again; nothing was changed",
+            )
+    except (sqlite3.Error, NewerLedger):
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def named(folder: Path) -> Iterator[None]:
+    """Raise SQLite's and the system's errors as LedgerErrors that say what to do."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise _operational(folder, error) from None
+    except sqlite3.Error as error:
+        raise LedgerError(
+            f"{folder / DATABASE}: cannot be read as a ledger ({error})", todo=RESTORE
+        ) from None
+    except OSError as error:
+        raise LedgerError(
+            f"{error.filename or folder}: {error.strerror}",
+            todo="free the disk or fix the permissions, then run again",
+        ) from None
+    except LedgerError:
+        raise
+    except InfrastructureError as error:  # a file of the ledger could not be replaced
+        raise LedgerError(*error.args) from None
+
+
+def _operational(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
+    message, path = str(error), folder / DATABASE
+    if "locked" in message:
+        return LedgerError(
+            f"{path}: another process has been writing for {BUSY:.0f} s",
+            todo="wait for it, or find out why it hangs; then run again",
+        )
+    if any(cause in message for cause in ("full", "readonly", "unable to open", "I/O")):
+        return (NoRoom if "full" in message else LedgerError)(
+            f"{path}: cannot be written ({message})",
+            todo="free the disk or fix the permissions, then run again",
+        )
+    return LedgerError(f"{path}: cannot be read as a ledger ({message})", todo=RESTORE)
+
+
+class Transaction:
+    """One writer's view. Appended entries exist for others only when `writing` has returned."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, key: SigningKey | None, head: Head | None
+    ) -> None:
+        self.sql, self._key, self.head = connection, key, head
+        self.pending: list[Entry] = []
+
+    def append(self, kind: str, body: dict[str, Any], seq: int | None = None) -> int:
+        """Add an entry and return its sequence number."""
+        body = {**body, "time": int(time.time())}
+        packed = canonical(body)
+        prev = self.head.hash if self.head else START
+        assert self._key is not None  # None: for reading alone
+        number = seq if seq is not None else (self.head.seq + 1 if self.head else 0)
+        hash_ = entry_hash(prev, kind, packed)
+        row = (number, kind, packed, prev, hash_, self._key.sign(signed_entry(hash_)))
+        self.sql.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
+        self.head = Head(number, hash_)
+        self.pending.append(Entry(number, kind, body, hash_))
+        return number
+
+    def hash_at(self, seq: int) -> str | None:
+        rows = list(self.sql.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)))
+        return rows[0][0] if rows else None
+
+    def add_members(self, dataset: str, hashes: Iterable[bytes]) -> None:
+        rows = ((hash_, dataset) for hash_ in hashes)
+        self.sql.executemany("INSERT OR IGNORE INTO members VALUES (?, ?)", rows)
+
+    def hashes(self, dataset: str) -> set[bytes]:
+        query = "SELECT hash FROM members WHERE dataset = ?"
+        return {hash_ for (hash_,) in self.sql.execute(query, (dataset,))}
+
+    def members(self, dataset: str) -> str:
+        """Digest all member hashes that the dataset ever had."""
+        digest = hashlib.sha256()
+        query = "SELECT hash FROM members WHERE dataset = ? ORDER BY hash"
+        for (hash_,) in self.sql.execute(query, (dataset,)):
+            digest.update(hash_)
+        return digest.hexdigest()
+
+    def overlap(self, first: str, second: str) -> int:
+        query = (
+            "SELECT COUNT(*) FROM members a JOIN members b ON b.hash = a.hash AND b.dataset = ? "
+            "WHERE a.dataset = ?"
+        )
+        ((shared,),) = self.sql.execute(query, (second, first))
+        return int(shared)
+
+
+class Database:
+    """The files in `folder`, made on first use; `fold` sees every entry once, verified."""
+
+    def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
+        self.folder, self.path, self._fold = folder, folder / DATABASE, fold
+        self._mutex = threading.RLock()
+        self._head: Head | None = None
+        self._gaps: list[tuple[int, int]] = []  # lost entries that a restore charged for
+        self._settled: set[Head] = set()  # heads of a lost branch, likewise
+        with named(folder):
+            prepare(folder)
+            self.key = SigningKey.at(folder / KEY)
+            self.salt = salt_at(folder / SALT)
+            with self.writing():
+                pass
+            (folder / NEW).unlink(missing_ok=True)
+
+    @property
+    def head(self) -> Head:
+        assert self._head is not None  # the first entry is made when the store is
+        return self._head
+
+    @contextmanager
+    def writing(self) -> Iterator[Transaction]:
+        """Open a transaction of one writer at a time. When the block is left, its entries are on
+        disk and the anchor names the newest; an exception in the block rolls it back."""
+        with self._mutex, named(self.folder):
+            connection = connect(self.path)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                self._catch_up(connection)
+                self.check_receipts(connection)
+                transaction = Transaction(connection, self.key, self._head)
+                yield transaction
+                connection.execute("COMMIT")
+                if transaction.pending:
+                    # Under the lock again, so that a slower writer cannot set the anchor back.
+                    connection.execute("BEGIN IMMEDIATE")
+                    self._catch_up(connection)
+            finally:
+                connection.close()
+
+    def verify(self) -> None:
+        """Verify every entry, hash and signature from the first on. Errors: LedgerError."""
+        with self._mutex, named(self.folder):
+            connection = connect(self.path)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                last = Head(-1, START)
+                for entry, signature in chain(connection, self.path, None):
+                    last = Head(entry.seq, entry.hash)
+                    check_signature(self.path, self.key.public, last, signature)
+                if last != self.head:
+                    raise _damaged(self.path, "entries were taken out")
+            finally:
+                connection.close()
+
+    def _catch_up(self, connection: sqlite3.Connection) -> None:
+        """Verify and fold the entries since the last transaction; then compare the anchor."""
+        if not list(connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'entries'")):
+            self._create(connection)
+        ((written,),) = connection.execute("PRAGMA user_version")
+        if written < FORMAT:  # from now on an older release must not write to it
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
+        last: tuple[Head, str] | None = None
+        for entry, signature in chain(connection, self.path, self._head):
+            head = Head(entry.seq, entry.hash)
+            last = head, signature
+            if self._head is not None and entry.seq <= self._head.seq:
+                continue  # already folded: same hash, as `chain` checked
+            if entry.seq == 0:
+                check_first(self.path, entry, self.key.public, self.salt)
+            if entry.kind == "restore":
+                self._gaps.append((entry.body["base"] + 1, entry.body["highest"]))
+                self._settled |= {Head(*pair) for pair in entry.body["settled"]}
+            try:
+                self._fold(entry)
+            except (TypeError, KeyError) as error:
+                raise LedgerError(
+                    f"{self.path}: entry {entry.seq} is not understood ({type(error).__name__})",
+                    todo="use the version of fedtune that wrote it, or a newer one",
+                ) from None
+            self._head = head
+        if last is None:
+            raise _damaged(self.path, "entries were taken out")
+        check_signature(self.path, self.key.public, *last)
+        self._check_anchor(connection)
+
+    def _create(self, connection: sqlite3.Connection) -> None:
+        if not (self.folder / NEW).exists():
+            raise _damaged(self.path, "it is empty")
+        for statement in SCHEMA:
+            connection.execute(statement)
+        first = Transaction(connection, self.key, None)
+        first.append("open", first_body(self.key.public, self.salt))
+        connection.execute("COMMIT")
+        connection.execute("BEGIN IMMEDIATE")
+
+    def _check_anchor(self, connection: sqlite3.Connection) -> None:
+        path, head = self.folder / HEAD, self.head
+        if path.exists():
+            anchor = read_head(path, self.key.public)
+            if anchor is None:
+                raise LedgerError(f"{path}: torn, edited or of another key", todo=RESTORE)
+            if anchor == head:
+                return
+            if not self.knows(connection, anchor):
+                raise LedgerError(
+                    f"{self.path}: rolled back: {HEAD} names entry {anchor.seq}, which is not in "
+                    f"it (newest: {head.seq})",
+                    todo=RESTORE,
+                )
+        elif head.seq > 0 or not (self.folder / NEW).exists():
+            raise LedgerError(f"{path}: missing", todo=RESTORE)
+        replace(path, canonical(self.statement(head)), private=True)
+
+    def statement(self, head: Head) -> dict[str, Any]:
+        signature = self.key.sign(signed_head(*head))
+        return {"seq": head.seq, "hash": head.hash, "signature": signature}
+
+    def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
+        """Whether this chain holds `head`, or a restore charged for it."""
+        if head in self._settled or any(low <= head.seq <= high for low, high in self._gaps):
+            return True
+        return head.hash == Transaction(connection, None, None).hash_at(head.seq)
+
+    def check_receipts(self, connection: sqlite3.Connection) -> ReceiptLog:
+        """Read the newest receipts. Errors: LedgerError where the chain lacks their entries."""
+        path = self.folder / RECEIPT
+        receipts = read_receipts(path, self.key.public)
+        if receipts is None:
+            raise LedgerError(f"{path}: torn, edited or of another key", todo=RESTORE)
+        for receipt in receipts.every:
+            if not self.knows(connection, receipt.head):
+                raise LedgerError(
+                    f"{self.path}: the ledger was rolled back: the coordinator holds a receipt for "
+                    f"entry {receipt.head.seq}, which is not in it",
+                    todo=RESTORE,
+                )
+        return receipts
+
+
+def first_body(public: str, salt: bytes) -> dict[str, Any]:
+    """Build the first entry's body, which binds key and salt (another salt would hide overlaps)."""
+    return {"public": public, "salt": hashlib.sha256(salt).hexdigest()}
+
+
+def chain(
+    connection: sqlite3.Connection, path: Path, after: Head | None
+) -> Iterator[tuple[Entry, str]]:
+    """Yield entries from `after` on (inclusive; from the start where None), each checked against
+    the one before it, its signature unchecked. Errors: LedgerError at the first broken link."""
+    query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
+    last = after
+    for seq, kind, packed, prev, hash_, signature in connection.execute(
+        query, (after.seq if after else 0,)
+    ):
+        try:
+            body = json.loads(packed)
+            valid = entry_hash(prev, kind, packed) == hash_
+            if after is not None and last is after and seq == after.seq:
+                valid = valid and hash_ == after.hash
+            else:
+                number = last.seq + 1 if last else 0
+                if kind == "restore" and last:
+                    number = max(number, body["highest"] + 1)
+                valid = valid and (seq, prev) == (number, last.hash if last else START)
+        except (ValueError, TypeError, AttributeError, KeyError):
+            valid = False
+        if not valid:
+            raise _damaged(path, f"entry {seq} was edited, moved or follows a deleted one")
+        last = Head(seq, hash_)
+        yield Entry(seq, kind, body, hash_), signature
+    if after is not None and last is after:
+        raise _damaged(path, f"entry {after.seq} was deleted")
+
+
+def _damaged(path: Path, detail: str) -> LedgerError:
+    return LedgerError(f"{path}: damaged: {detail}", todo=RESTORE)
+
+
+def check_signature(path: Path, public: str, head: Head, signature: str) -> None:
+    if not (isinstance(signature, str) and verifies(public, signed_entry(head.hash), signature)):
+        raise _damaged(path, f"entry {head.seq} is not signed by this site's key")
+
+
+def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
+    bound = {key: entry.body.get(key) for key in ("public", "salt")}
+    for key, name in (("public", KEY), ("salt", SALT)):
+        if entry.kind != "open" or bound[key] != first_body(public, salt)[key]:
+            raise LedgerError(
+                f"{path}: made with another {name} than the one beside it",
+                todo=f"put the right {name} back, or {RESTORE}",
+            )
+
+
+def check_members(path: Path, reader: Transaction, members: Mapping[str, str]) -> None:
+    """Check each dataset's members against its newest declaration. Errors: LedgerError."""
+    for dataset, digest in members.items():
+        if reader.members(dataset) != digest:
+            raise _damaged(path, f"the members of dataset {dataset!r} were edited")

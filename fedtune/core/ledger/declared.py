@@ -1,0 +1,141 @@
+"""A site's declarations that a dataset is public or generated, as signed entries of its ledger.
+
+The hashes of declared records are kept as well, and records that were declared do not become
+private unless a person accepts it.
+Guarantee: a name that was ever charged as private can never be declared, and neither can a record
+that is in a dataset so charged, by the salted hashes that the ledger keeps of each: what it says,
+its file, its longest text, its patient. The hashes stay, also of patients who withdrew.
+| a ledger that lost charges and was restored | nothing is declared: any name may be among them |
+| a short text under other column names       | is not known again                              |
+Read and written at the site alone, before it connects: a refusal ends the command here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.ledger.account import NOT_PRIVATE
+from fedtune.core.ledger.entries import EVERY
+
+if TYPE_CHECKING:
+    from fedtune.core.ledger.ledger import Ledger
+
+Declared = Literal["public", "generated"]
+TODO = (
+    "private records are paid for: take `declared` out of site.toml; or name files in which no "
+    "record was ever private, under a name of their own"
+)
+
+
+def declare(
+    ledger: Ledger,
+    dataset: str,
+    what: Declared,
+    records: Sequence[Collection[bytes]],
+    sign: bool = True,
+) -> None:
+    """Sign the declaration that `dataset` is public or generated; the same one again is no entry.
+
+    records: of each record, the members by which the ledger knows it again (`data.identity`); sign:
+    False to check alone.
+    Errors: PolicyRefused where the name, or any of the records, was charged as private; nothing is
+    entered."""
+    with ledger._store.writing() as writer:
+        charged = {spent.dataset for spent in ledger._account.spent()}
+        check_name(charged, dataset, what)
+        known = set().union(*(writer.hashes(name) for name in charged))
+        private = sum(any(ledger._salted(m) in known for m in record) for record in records)
+        if private:
+            raise PolicyRefused(
+                f"data.declared = {what!r}, and {private} of {len(records)} records of dataset "
+                f"{dataset!r} were charged as private here: they, their text, file or patient",
+                "records that no study here ever trained on as private",
+                TODO,
+            )
+        if not sign:
+            return
+        name = NOT_PRIVATE + dataset
+        writer.add_members(name, {ledger._salted(m) for record in records for m in record})
+        entry = {"dataset": dataset, "what": what, "members": writer.members(name)}
+        was = ledger._account.not_private.get(dataset), ledger._account.members.get(name)
+        if was != (what, entry["members"]):
+            writer.append("declaration", entry)
+
+
+def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]) -> None:
+    """Check that no private record was ever declared public or generated: such runs cost nothing
+    for life, so that a private file would be tried for free before it is paid for.
+
+    records: as in `declare`, but for whose they are: invented patients have any numbers.
+    Errors: PolicyRefused, until a person accepts it (`Ledger.accept`)."""
+    with ledger._store.writing() as writer:
+        names = _not_accepted(ledger, dataset)
+        known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
+        shared = sum(any(ledger._salted(m) in known for m in record) for record in records)
+    if shared:
+        raise PolicyRefused(
+            f"{shared} of {len(records)} records of dataset {dataset!r} were declared public or "
+            "generated here, and what was tried with them is in no budget",
+            "private records that were never declared",
+            "if they are not private, declare them again; if they are, a person decides: `fedtune "
+            f"ledger SITE --accept {dataset} --reason TEXT`",
+        )
+
+
+def to_accept(ledger: Ledger, dataset: str) -> bool:
+    """Return whether a declaration is in the ledger that nobody has accepted for `dataset`."""
+    with ledger._store.writing():
+        return bool(_not_accepted(ledger, dataset))
+
+
+def check_acceptable(ledger: Ledger, dataset: str, unit: str) -> None:
+    """Check that there is something for a person to accept. Errors: ConfigError."""
+    if not (ledger.unknown(dataset, unit) or to_accept(ledger, dataset)):
+        raise ConfigError(
+            f"nothing of dataset {dataset!r} is unknown", "a dataset with such rounds"
+        )
+
+
+def _not_accepted(ledger: Ledger, dataset: str) -> list[str]:
+    """List the declared datasets that nobody has accepted for `dataset` since."""
+    account = ledger._account
+    accepted = max((a.upto for a in account.accepted.get(dataset, [])), default=-1)
+    return [name for name, entry in account.not_private_since.items() if entry > accepted]
+
+
+def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
+    """Refuse a name among those `charged` as private. Errors: PolicyRefused."""
+    if EVERY in charged:
+        raise PolicyRefused(
+            f"data.declared = {what!r}, and this ledger was restored: of the charges that it lost "
+            "every dataset may have been charged as private",
+            "a ledger that lost no charge",
+            TODO,
+        )
+    if dataset in charged:
+        raise PolicyRefused(
+            f"data.declared = {what!r}, and dataset {dataset!r} was charged as private here",
+            "a name that no private study here ever had",
+            TODO,
+        )
+
+
+def declared(ledger: Ledger) -> dict[str, str]:
+    """Return what each dataset is declared to be, by name, newest declaration first to count."""
+    with ledger._store.writing():
+        return dict(ledger._account.not_private)
+
+
+def check_declared(ledger: Ledger, dataset: str, what: Declared) -> None:
+    """Check that `dataset` was declared as `what`, and never charged as private since.
+
+    It follows from what a person declared, never from a record. Errors: PolicyRefused."""
+    check_name({spent.dataset for spent in ledger.spending()}, dataset, what)
+    if declared(ledger).get(dataset) != what:
+        raise PolicyRefused(
+            f"data.declared = {what!r}, and this site's ledger has no such declaration",
+            "a declaration that was signed before the site joined",
+            "start the site with `fedtune client`, which checks the records and signs it",
+        )

@@ -1,0 +1,135 @@
+"""The contents of a ledger: charges, acceptances and cohorts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.dp.shared_noise import joint_sigma
+
+EVERY = "*"  # the dataset of a charge that counts against all of them
+
+
+# Version of the rules by which a unit's records are chosen. 1: the choice of a patient's records,
+# and arrivals, could depend on other patients' records, so the ε of those rounds is not known. 2:
+# they depend on the unit's own records alone.
+RULES = 2
+Slot = tuple[str, int, str]  # (study, round, adapter): at most one update leaves the site for it
+Permit = Callable[[list["Charge"]], None]
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One round's noised steps, as reserved. Every value is public: it follows from the plan.
+
+    noise_multiplier: σ that this site adds, in multiples of C, 0.0 without privacy; sampling_rate:
+    q; records: k, rows of one unit in a step; order: the Rényi order of the site's filter when this
+    was charged; rules: RULES of the release that charged; sites, colluding: with secure
+    aggregation n and t, so that under its assumption the noise of n - t sites is on what anybody
+    opens."""
+
+    study: str  # plan digest
+    name: str
+    round: int
+    noise_multiplier: float
+    sampling_rate: float
+    steps: int
+    records: int
+    max_grad_norm: float
+    unit: str
+    cohort: str
+    order: float = 2.0
+    rules: int = RULES
+    sites: int = 1
+    colluding: int = 0
+
+    @classmethod
+    def read(cls, fields: Mapping[str, Any]) -> Charge:
+        """Read a charge from a ledger entry; one without rules predates them: version 1."""
+        return cls(**{"rules": 1, **fields})
+
+    def fields(self) -> dict[str, Any]:
+        """Return what a ledger entry holds; without secure aggregation as ever."""
+        fields = asdict(self)
+        if self.sites == 1:
+            del fields["sites"], fields["colluding"]
+        return fields
+
+    def is_known_for(self, unit: str) -> bool:
+        """Whether its ε holds for one `unit`: not where it is of another unit, or where the
+        records were chosen by the RULES of an earlier release."""
+        return self.rules == RULES and self.unit in (unit, "any")
+
+    @property
+    def event(self) -> Steps:
+        """The charge as the accountant composes it: under the assumption of secure aggregation,
+        where there is one."""
+        sigma = joint_sigma(self.noise_multiplier, self.sites - self.colluding)
+        return self.fallback._replace(noise_multiplier=sigma)
+
+    @property
+    def fallback(self) -> Steps:
+        """The charge if nothing but this site's own noise holds."""
+        return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """A charge in the ledger: which entry, when (UTC seconds), and whether its update was released.
+
+    kind: reserve, or restore (charged for what was lost)."""
+
+    seq: int
+    kind: str
+    dataset: str
+    charge: Charge
+    adapter: str
+    time: int
+    released: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """A released answer that waits for a person at the site. charge: what was paid for it; adapter:
+    with the charge's study and round its slot; size: in bytes; since: UTC seconds."""
+
+    charge: Charge
+    adapter: str
+    size: int
+    since: int
+
+    @property
+    def slot(self) -> Slot:
+        return self.charge.study, self.charge.round, self.adapter
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A person's decision to go on although the ε of charges up to entry `upto` is not known.
+
+    time: UTC seconds; why: in that person's words."""
+
+    upto: int
+    who: str
+    why: str
+    time: int
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Units of a dataset that arrived together, and the charges that count against each of them.
+
+    arrival: the entry that records it; 0: with the first charge, or at an unknown time; units is
+    then 0 as well."""
+
+    arrival: int
+    name: str
+    time: int
+    units: int
+    spent: list[Spent]
+
+    @property
+    def charges(self) -> list[Charge]:
+        return [spent.charge for spent in self.spent]

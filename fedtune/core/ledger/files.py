@@ -1,0 +1,227 @@
+"""The ledger's plain files: signing and reading the anchor, the receipts and the salt.
+
+Guarantee: a head that this site's key did not sign is never returned.
+Errors: LedgerError; OSError (chain.named makes it one).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import reading
+from fedtune.core.files.room import LEDGER
+from fedtune.core.files.writing import create, replace
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+
+if TYPE_CHECKING:
+    from fedtune.core.ledger.entries import Slot
+
+DATABASE = LEDGER  # the room beside it makes up for its length
+HEAD, RECEIPT, NEW = "ledger.head", "ledger.receipt", "ledger.new"
+KEY, SALT, OUTBOX, STEPS = "site.key", "salt", "outbox", "steps.jsonl"
+ASKED = "asked"  # beside a ledger: draws that wait for a person, a file each; 0600
+RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
+RESTORE = "`fedtune ledger --restore` (it charges what cannot be read as spent)"
+
+
+class LedgerError(InfrastructureError):
+    """The privacy ledger cannot be read, written or verified; nothing is trained meanwhile."""
+
+
+class NoRoom(LedgerError):
+    """The disk has no room for what was to be entered, and nothing was."""
+
+
+class NewerLedger(LedgerError):
+    """A whole ledger in a format that this release does not know; nothing was written to it."""
+
+
+class Head(NamedTuple):
+    seq: int
+    hash: str
+
+
+def signed_head(seq: int, hash_: str) -> bytes:
+    """The bytes that the anchor and a head statement sign."""
+    return canonical({"ledger_hash": hash_, "ledger_seq": seq})
+
+
+def head_in(statement: Any, public: str) -> Head | None:
+    """The head in {seq, hash, signature}; None where it is not one signed by `public`."""
+    try:
+        head = Head(statement["seq"], statement["hash"])
+        if type(head.seq) is int and isinstance(head.hash, str):
+            signed = verifies(public, signed_head(*head), statement["signature"])
+            return head if signed else None
+    except (ValueError, TypeError, KeyError):
+        pass
+    return None
+
+
+def sealed_token(key: SigningKey, statement: dict[str, Any], audit: str = "") -> str:
+    """Encrypt a head statement so that this site alone can read it; of constant length (hex).
+
+    audit: the head of the site's audit log too, so that who keeps the token, unread, keeps both.
+    In clear its sequence number would reveal to the coordinator that the data changed, or that a
+    patient withdrew. AES-256-GCM under a key derived from the site's own."""
+    text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
+    nonce = os.urandom(12)
+    return (nonce + AESGCM(key.derive("ledger token")).encrypt(nonce, text, None)).hex()
+
+
+def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
+    """The statement in a token, and the audit log's head; {} where it is not one of this site's."""
+    try:
+        raw = bytes.fromhex(str(token))
+        text = AESGCM(key.derive("ledger token")).decrypt(raw[:12], raw[12:], None).decode()
+        statement = {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:204]}
+        return statement | {"audit": text[204:].strip()}
+    except (ValueError, InvalidTag):
+        return {}
+
+
+def read_head(path: Path, public: str) -> Head | None:
+    """The head in the anchor file; None where it is torn, edited or of another key."""
+    try:
+        return head_in(json.loads(_content(path)), public)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _content(path: Path) -> bytes:
+    return reading.content(path, "a file of the ledger", RESTORE, LedgerError)
+
+
+class Receipt(NamedTuple):
+    """A head of this site that `coordinator` countersigned, and this site's signature of it."""
+
+    coordinator: str
+    head: Head
+    signature: str
+
+
+class ReceiptLog(NamedTuple):
+    """accepted: each coordinator's newest; refused: those whose entry the chain lacked."""
+
+    accepted: tuple[Receipt, ...] = ()
+    refused: tuple[Receipt, ...] = ()
+
+    @property
+    def every(self) -> tuple[Receipt, ...]:
+        return self.accepted + self.refused
+
+    def plus(self, new: Receipt, in_chain: bool) -> ReceiptLog:
+        """Add `new`; an accepted one only where it is its coordinator's newest."""
+        if not in_chain:
+            return self._replace(refused=(*(r for r in self.refused if r != new), new))
+        older = [r for r in self.accepted if r.coordinator == new.coordinator]
+        if older and older[0].head.seq >= new.head.seq:
+            return self
+        others = (r for r in self.accepted if r.coordinator != new.coordinator)
+        return self._replace(accepted=(*others, new))
+
+    @property
+    def packed(self) -> bytes:
+        return canonical(
+            {
+                name: [
+                    {"coordinator": r.coordinator, **r.head._asdict(), "signature": r.signature}
+                    for r in listed
+                ]
+                for name, listed in self._asdict().items()
+            }
+        )
+
+
+def read_receipts(path: Path, public: str) -> ReceiptLog | None:
+    """The receipts kept in `path`, none where there is no file; None where it was altered."""
+    if not path.exists():
+        return ReceiptLog()
+    lists: list[tuple[Receipt, ...]] = []
+    try:
+        content = json.loads(_content(path))
+        for name in ReceiptLog._fields:
+            receipts = []
+            for row in content[name]:
+                if (head := head_in(row, public)) is None:
+                    return None
+                receipts.append(Receipt(str(row["coordinator"]), head, row["signature"]))
+            lists.append(tuple(receipts))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return ReceiptLog(*lists)
+
+
+def traces(folder: Path) -> list[str]:
+    """List the files of a ledger that are in the folder."""
+    names = [n for n in (DATABASE, HEAD, RECEIPT, KEY, SALT, STEPS) if (folder / n).exists()]
+    if any((folder / OUTBOX).glob("*.bin")):
+        names.append(OUTBOX)
+    return names
+
+
+def prepare(folder: Path) -> None:
+    """Mark the folder as a new ledger's, or check that an existing ledger is complete."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    present = traces(folder)
+    if not present:
+        # Nothing is charged before this file is gone again.
+        replace(folder / NEW, b"", private=True)
+    begun = (folder / NEW).exists() and not {HEAD, RECEIPT, OUTBOX, STEPS} & set(present)
+    if begun:
+        os.close(os.open(folder / DATABASE, os.O_WRONLY | os.O_CREAT, 0o600))
+    for name in (DATABASE, KEY, SALT):
+        if name not in traces(folder) and not begun:
+            raise LedgerError(
+                f"{folder / name}: missing, but {', '.join(present)} is there",
+                expected="the ledger whole, or nothing of it",
+                todo=RESTORE,
+            )
+
+
+def salt_at(path: Path) -> bytes:
+    if not os.path.lexists(path):
+        create(path, secrets.token_bytes(32), private=True)
+    salt = _content(path)
+    if len(salt) != 32:
+        raise LedgerError(f"{path}: torn: not a salt of 32 bytes", todo=RESTORE)
+    return salt
+
+
+def outbox_name(digest: str) -> str:
+    """The hexadecimal digits of a digest for a file name; of another string, of its sha256. All of
+    them: a coordinator who chooses what is hashed finds two digests with the same 16."""
+    tail = digest.rpartition(":")[2]
+    good = 16 <= len(tail) <= 64 and all(c in "0123456789abcdef" for c in tail)
+    return tail if good else hashlib.sha256(digest.encode()).hexdigest()
+
+
+def outbox_prefix(digest: str) -> str:
+    """The first 16 of those digits, by which files of a study are found."""
+    return outbox_name(digest)[:16]
+
+
+def newer_name(new: Path, old: Path) -> Path:
+    """Return `new`, or `old`, as an earlier release named that file, where it is there alone."""
+    return old if old.exists() and not new.exists() else new
+
+
+def asked_path(folder: Path, slot: Slot) -> Path:
+    """Return where a draw that waits for a person is noted, beside the ledger in `folder`."""
+    start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
+    return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))
+
+
+def name_of(slot: Slot) -> str:
+    """Name a slot for a person's command: 32 hexadecimal digits, so that nobody who chooses what is
+    asked finds two of one name."""
+    return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:32]

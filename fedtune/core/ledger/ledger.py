@@ -1,0 +1,529 @@
+"""The site's privacy ledger: charges each round to a dataset before the round trains.
+
+Guarantee: a reservation is on disk before `reserve` returns, and counts from then on, released or
+not; an update that left the site has an entry, and its bytes can be sent again but never trained
+again for free. Every failure charges more, never less: a crash between reservation and release, a
+restore, a dataset name that turns out to hold another dataset's patients.
+
+What counts against a dataset: its own charges and those of every other dataset of the site, except
+datasets that were declared disjoint (by either). Two that were first composed and later declared
+disjoint are both charged for what either had spent until then. All of that follows from what a
+person at the site declares, never from a record. A patient whose key is in both is left out of the
+later one (`disjoint_member_test`).
+| σ = 0 (a study without privacy)      | charged as σ = 0: the dataset's ε is infinite             |
+| a round that is reserved again       | is charged again                                          |
+| a charge that counts against another | is permitted only if that dataset's budget permits it too |
+Units that arrived later (`cohorts`) are charged only for the dataset's rounds after their arrival,
+except rounds that left the cohort out, and for every charge of other datasets.
+| a unit known before arrivals were kept | arrived with the first charge |
+A charge by an earlier release (`Charge.rules`), or one for another unit, gives no ε for a unit:
+`unknown` lists those that nobody at the site has accepted.
+The database and its chain: chain.py; anchor and receipts: files.py; restore: restore.py.
+Errors: LedgerError (exit code 4); BudgetExceeded and other refusals come from `permit`.
+Reference: Rogers et al. 2016 and Feldman & Zrnic 2021 (privacy filters, which `permit` applies).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import InfrastructureError, InputError, Refused
+from fedtune.core.files.room import Room
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.account import Account
+from fedtune.core.ledger.chain import Database, Entry, Transaction, check_members, named
+from fedtune.core.ledger.entries import (
+    EVERY,
+    RULES,
+    Accepted,
+    Charge,
+    Cohort,
+    Held,
+    Permit,
+    Slot,
+    Spent,
+)
+from fedtune.core.ledger.files import (
+    DATABASE,
+    OUTBOX,
+    RECEIPT,
+    Head,
+    LedgerError,
+    NoRoom,
+    Receipt,
+    head_in,
+    newer_name,
+    opened_token,
+    outbox_name,
+    outbox_prefix,
+    sealed_token,
+)
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+
+__all__ = [
+    "EVERY",
+    "RULES",
+    "Accepted",
+    "Charge",
+    "Cohort",
+    "Head",
+    "Ledger",
+    "LedgerError",
+    "NoRoom",
+    "Spent",
+]
+
+log = logging.getLogger("fedtune.core.ledger")
+MEMBER_BYTES = 200  # at most, of one member in the database
+
+
+class Ledger:
+    """The ledger in `folder`, begun on first use. One object may serve several threads, and several
+    processes may open one folder. room: beside it, by which it is decided whether an update is
+    stored; without one it is tried."""
+
+    def __init__(self, folder: Path, room: Room | None = None) -> None:
+        self.folder, self._room = folder, room
+        self._account = Account()
+        self._store = Database(folder, self._account.fold)
+        self._unstored: dict[str, tuple[Slot, bytes]] = {}  # by study, the newest
+        with self._store.writing() as writer:
+            self._check_members(writer)
+
+    @property
+    def key(self) -> SigningKey:
+        return self._store.key
+
+    @property
+    def head(self) -> Head:
+        return self._read()
+
+    def verify(self) -> None:
+        """Verify the whole ledger again, with every signature. Errors: LedgerError."""
+        self._store.verify()
+        with self._store.writing() as writer:
+            self._check_members(writer)
+
+    def declare(
+        self,
+        dataset: str,
+        disjoint_from: Iterable[str],
+        content_hash: str | None = None,
+        members: Iterable[bytes] = (),
+        cohort: str = "first",
+        keys: Iterable[bytes] | None = None,
+    ) -> None:
+        """Sign a declaration of `dataset`: the others it shares no patient with, its content's
+        hash, and its members (patient keys, record bytes), of which only salted hashes are kept.
+
+        Cheap where nothing changed; a member that was ever in the dataset stays its member; without
+        a content hash, content and cohort stay as they were. keys: of each unit, where arrivals are
+        kept. A key that was never a member arrives now, in a cohort of all such keys, whatever its
+        or other units' records are.
+        Errors: NoRoom, and nothing is entered, where the disk has too little for it."""
+        hashes = sorted({self._salted(member) for member in members})
+        with self._store.writing() as writer:
+            previous = self._account.declared.get(dataset, {})
+            arrival = None
+            if keys is not None:
+                salted_keys = [self._salted(key) for key in keys]
+                arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), salted_keys)
+            writer.add_members(dataset, hashes)
+            declaration: dict[str, Any] = {
+                "dataset": dataset,
+                "disjoint_from": sorted(set(disjoint_from)),
+                "content": previous.get("content", "") if content_hash is None else content_hash,
+                "cohort": previous.get("cohort", cohort) if content_hash is None else cohort,
+                "members": writer.members(dataset),
+            }
+            # The content's hash alone is no reason: it follows from the plan that it was read for.
+            if declaration != {**previous, "content": declaration["content"]}:
+                writer.append("declare", declaration)
+            if arrival:
+                writer.append("arrive", {**arrival, "cohort": cohort})
+
+    def holds(self, dataset: str, member: bytes) -> bool:
+        """Whether `member` was ever declared as the dataset's."""
+        return self.member_test(dataset)(member)
+
+    def member_test(self, dataset: str) -> Callable[[bytes], bool]:
+        """Build a test of whether a member was ever declared as the dataset's, as it stands now."""
+        with self._store.writing() as writer:
+            hashes = writer.hashes(dataset)
+        return lambda member: self._salted(member) in hashes
+
+    def disjoint_member_test(self, dataset: str) -> Callable[[bytes], bool]:
+        """Build a test of whether a dataset disjoint from `dataset` has a patient's key: a patient
+        in both takes part where the key was first, or, if they were declared disjoint afterwards,
+        in neither."""
+        with self._store.writing() as writer:
+            names = [
+                name for name in self._account.declared if self._account.disjoint(dataset, name)
+            ]
+            hashes = set().union(*(writer.hashes(name) for name in names))
+        return lambda key: self._salted(key) in hashes
+
+    @property
+    def disjoint(self) -> list[tuple[str, str]]:
+        """List the pairs of datasets that are declared to share no patient."""
+        self._read()
+        return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
+
+    def overlap(self, first: str, second: str) -> int:
+        """Count the members that the two datasets ever shared: patients, records, files and longer
+        texts. Shown to a person at the site; no charge depends on it."""
+        with self._store.writing() as writer:
+            return writer.overlap(first, second)
+
+    def unknown(self, dataset: str, unit: str) -> list[Spent]:
+        """List charges against `dataset` whose ε for one `unit` is not known, and that nobody at
+        the site has accepted."""
+        upto = max((acceptance.upto for acceptance in self.accepted(dataset)), default=-1)
+        spending = self.spending(dataset)
+        return [s for s in spending if s.seq > upto and not s.charge.is_known_for(unit)]
+
+    def accepted(self, dataset: str) -> list[Accepted]:
+        """List the acceptances of charges whose ε is not known, oldest first."""
+        self._read()
+        return list(self._account.accepted.get(dataset, []))
+
+    def accept(self, dataset: str, who: str, reason: str = "") -> None:
+        """Enter that a person at the site accepts that the ε spent on `dataset` until now is not
+        known."""
+        with self._store.writing() as writer:
+            upto = self._store.head.seq
+            writer.append("accept", {"dataset": dataset, "upto": upto, "by": who, "why": reason})
+
+    def charges(self, dataset: str) -> list[Charge]:
+        """List the charges that count against `dataset`, oldest first."""
+        return [spent.charge for spent in self.spending(dataset)]
+
+    def spending(self, dataset: str | None = None) -> list[Spent]:
+        """List the charges against `dataset` with entry, time and release; None: all charges."""
+        with self._store.writing():
+            return self._account.spent() if dataset is None else self._account.against(dataset)
+
+    def cohorts(self, dataset: str) -> list[Cohort]:
+        """Group the units of `dataset` by arrival, oldest first; without arrivals, one cohort."""
+        with self._store.writing():
+            return self._account.cohorts(dataset)
+
+    def newcomer(self, dataset: str) -> list[Charge]:
+        """List the charges that would count against a unit that arrives now."""
+        with self._store.writing():
+            return self._account.newcomer(dataset)
+
+    def arrival(self, dataset: str) -> Callable[[bytes], int]:
+        """Build a lookup from a unit's key to the arrival of its cohort."""
+        self._read()
+        return lambda key: self._account.arrivals.of(dataset, self.hashed(key))
+
+    @property
+    def datasets(self) -> list[str]:
+        """List the names of all datasets that were declared."""
+        self._read()
+        return sorted(self._account.declared)
+
+    def ask(self, dataset: str, permit: Permit, *, of_newcomers: bool = False) -> None:
+        """Ask `permit` what `reserve` asks it, or `reserve_for` of newcomers, and charge nothing:
+        before records are read, each reading of which may be an entry.
+
+        Errors: what `permit` raises; LedgerError."""
+        with self._store.writing():
+            self._ask(dataset, permit, of_newcomers)
+
+    def _ask(self, dataset: str, permit: Permit, of_newcomers: bool = False) -> None:
+        if dataset not in self._account.declared:
+            raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
+        asked: list[list[int]] = []
+        if of_newcomers:
+            permit(self._account.newcomer(dataset))
+        for other in sorted(self._account.declared, key=lambda name: (name != dataset, name)):
+            if self._account.disjoint(dataset, other) or (of_newcomers and other == dataset):
+                continue
+            spent = self._account.against(other)
+            entries = [s.seq for s in spent]
+            if entries not in asked:
+                asked.append(entries)
+                permit([s.charge for s in spent])
+
+    def reserve(self, dataset: str, charge: Charge, adapter: str, permit: Permit) -> int:
+        """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
+
+        `permit` gets all charges that count against a dataset, without the new one, and raises
+        to refuse. It is called for `dataset` and for every other that the charge would count
+        against, under the write lock; it must not call this ledger. Returns the entry's number.
+        Errors: what `permit` raises (nothing is charged); LedgerError."""
+        with self._store.writing() as writer:
+            self._ask(dataset, permit)
+            entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
+            return writer.append("reserve", entry)
+
+    def reserve_for(
+        self, dataset: str, charge: Charge, adapter: str, permit: Permit
+    ) -> tuple[int, frozenset[int]]:
+        """Charge one round to the cohorts of `dataset` that `permit` allows: a cohort that it
+        refuses is left out of the round and not charged for it. Returns the reservation's number
+        and the arrivals of the cohorts left out.
+
+        Guarantee: who is left out follows from public charges, the policy and the time of arrival,
+        never from a record; and the charge is made even where no cohort remains.
+        Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
+        with self._store.writing() as writer:
+            self._ask(dataset, permit, of_newcomers=True)
+            out = set()
+            for cohort in self._account.cohorts(dataset):
+                try:
+                    permit(cohort.charges)
+                except Refused:
+                    out.add(cohort.arrival)
+            entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
+            return writer.append("reserve", {**entry, "out": sorted(out)}), frozenset(out)
+
+    def release(self, reservation: int, update: bytes, *, held: bool = False) -> None:
+        """Store an update's bytes, then enter that it may be sent; held: when a person at the site
+        has let it go. Send it only afterwards.
+
+        Where its disk has no room for them they are kept by this object alone: whether an update
+        is sent must not follow from what else, such as how many records, fills the disk. Whoever
+        asks again after a restart is then answered by another round, which is charged again.
+        Errors: LedgerError where the reservation is unknown or used, or another process released
+        this round first (send what `released` returns)."""
+        with self._store.writing() as writer:
+            reserved = self._account.reserved.get(reservation)
+            if reserved is None or reservation in self._account.done:
+                raise LedgerError(f"{self.folder}: entry {reservation} is not an open reservation")
+            if self._released_bytes(reserved.slot) is not None:
+                raise LedgerError(
+                    f"{self.folder}: round {reserved.charge.round} was released by another process",
+                    todo="nothing: it is sent again as it was released",
+                )
+            self._store_bytes(reserved.slot, update)
+            digest = hashlib.sha256(update).hexdigest()
+            entry = writer.append("release", {"reservation": reservation, "sha256": digest})
+            if held:
+                about = {"release": entry, "reservation": reservation, "bytes": len(update)}
+                writer.append("hold", about)
+
+    def is_held(self, slot: Slot) -> bool:
+        """Return whether what was released for a slot waits for a person at the site."""
+        self._read()
+        account = self._account
+        return account.released.get(slot) in account.held and not self._is_let_go(slot)
+
+    def is_let_go(self, slot: Slot) -> bool:
+        """Return whether a person at the site let go what was released for a slot; where nothing
+        was, a draw that is yet to be made for it."""
+        self._read()
+        return self._is_let_go(slot)
+
+    def is_refused(self, slot: Slot) -> bool:
+        """Return whether a person at the site refused a slot's answer for good."""
+        self._read()
+        return slot in self._account.refused
+
+    def list_held(self) -> list[Held]:
+        """List the answers that wait for a person at the site, oldest first: those whose bytes are
+        here, or may be in the memory of the site's process, as the newest of their study."""
+        self._read()
+        account = self._account
+        newest = {slot[0]: slot for slot in account.released}
+        return [
+            held
+            for entry, held in account.held.items()
+            if account.released[held.slot] == entry
+            and held.slot not in account.refused
+            and not self._is_let_go(held.slot)
+            and (self._path(held.slot).exists() or newest[held.slot[0]] == held.slot)
+        ]
+
+    def let_go(self, slot: Slot, who: str) -> None:
+        """Enter that a person lets a slot's answer go, of these bytes and no others."""
+        with self._store.writing() as writer:
+            if slot in self._account.refused:
+                raise InputError(
+                    f"round {slot[1]}: its answer was refused, for good", todo="leave it out"
+                )
+            if not self._is_let_go(slot):
+                sha256 = self._account.sent.get(slot, "")
+                writer.append("let-go", {**_of_slot(slot), "sha256": sha256, "by": who})
+
+    def refuse(self, slot: Slot, who: str) -> None:
+        """Enter that a person refuses a slot's answer for good, and remove its bytes. What was paid
+        for it stays paid. Errors: InputError where somebody let it go before."""
+        with self._store.writing() as writer:
+            if self._is_let_go(slot):
+                raise InputError(
+                    f"round {slot[1]}: somebody let its answer go, and it may have been sent",
+                    todo="leave it out",
+                )
+            if slot not in self._account.refused:
+                writer.append("refuse", {**_of_slot(slot), "by": who})
+        self._path(slot).unlink(missing_ok=True)
+
+    def _is_let_go(self, slot: Slot) -> bool:
+        return (slot, self._account.sent.get(slot, "")) in self._account.let_go
+
+    def released(self, study: str, round_: int, adapter: str) -> bytes | None:
+        """The bytes released for this round and adapter, or None.
+
+        None as well where the bytes are missing or altered: the round is then charged again."""
+        self._read()
+        return self._released_bytes((study, round_, adapter))
+
+    def head_statement(self, audit: str = "") -> dict[str, Any]:
+        """{token}: the newest entry and the audit log's head, to countersign unread."""
+        return {"token": sealed_token(self.key, self._store.statement(self._read()), audit)}
+
+    def accept_receipt(self, receipt: Mapping[str, Any], coordinator_public: str) -> str:
+        """Check a countersigned head against this ledger, and keep it if it is the newest. Returns
+        the audit log's head in it, "" where it holds none.
+
+        Errors: LedgerError where it is not a receipt of this site by that coordinator (ignored),
+        or where the ledger lacks the entry: it was rolled back, and reserves nothing from now on,
+        in any process, until it is restored."""
+        token = {"token": receipt.get("token")}
+        statement = opened_token(self.key, token["token"])
+        head = head_in(statement, self.key.public)
+        counter = str(receipt.get("countersignature"))
+        if (
+            head is None
+            or receipt.get("coordinator") != coordinator_public
+            or not verifies(coordinator_public, b"fedtune receipt\0" + canonical(token), counter)
+        ):
+            raise LedgerError(
+                "the coordinator's receipt is not one for this site's ledger",
+                expected="a head that this site signed, countersigned by the coordinator",
+                todo="run the round again; else this is not the coordinator that sent the plan",
+            )
+        with self._store.writing() as writer:
+            receipts = self._store.check_receipts(writer.sql)
+            new = Receipt(coordinator_public, head, str(statement["signature"]))
+            after = receipts.plus(new, self._store.knows(writer.sql, new.head))
+            if after != receipts:
+                replace(self.folder / RECEIPT, after.packed, private=True)
+            self._store.check_receipts(writer.sql)  # as every transaction does from now on
+        return str(statement["audit"])
+
+    def prune(self, study: str, coordinator_public: str) -> None:
+        """Remove the bytes of every round of `study` before the newest that the coordinator gave a
+        receipt for: it counts a round only after all earlier ones.
+
+        A later request for one of them is handled as for missing bytes: the round is charged
+        again."""
+        with self._store.writing() as writer:
+            accepted = self._store.check_receipts(writer.sql).accepted
+            heads = [r.head.seq for r in accepted if r.coordinator == coordinator_public]
+            upto = max(heads, default=-1)
+            mine = [slot for slot in self._account.sent if slot[0] == study]
+            counted = max(
+                (slot[1] for slot in mine if self._account.released[slot] <= upto), default=0
+            )
+            for slot in mine:
+                if slot[1] < counted:
+                    self._path(slot).unlink(missing_ok=True)
+
+    def hashed(self, unit_key: bytes) -> str:
+        """Hash a unit's key with this site's salt."""
+        return self._salted(unit_key).hex()
+
+    def withdraw(self, unit_key: bytes) -> Entry:
+        """Enter that a unit's consent was withdrawn, once; returns that entry. Charges stay, since
+        releases stay released."""
+        unit = self.hashed(unit_key)
+        with self._store.writing() as writer:
+            if unit not in self._account.withdrawn:
+                writer.append("withdraw", {"unit": unit})
+        return self._account.withdrawn[unit]
+
+    def withdrawn(self) -> dict[str, Entry]:
+        """Map the hash of each unit that withdrew to the entry of its withdrawal."""
+        self._read()
+        return dict(self._account.withdrawn)
+
+    def admit(self, plan_digest: str, who: str) -> None:
+        """Enter that a person at the site agreed to a plan."""
+        with self._store.writing() as writer:
+            if plan_digest not in self._account.admitted:
+                writer.append("admit", {"plan": plan_digest, "by": who})
+
+    def admitted(self, plan_digest: str) -> bool:
+        """Return whether a person here signed the plan."""
+        self._read()
+        return plan_digest in self._account.admitted
+
+    def backup(self, to: Path, key: bool = False) -> None:
+        """Copy entries and salt consistently into the new folder `to`; the private key only where
+        `key`. Errors: LedgerError, also where `to` already holds a ledger."""
+        from fedtune.core.ledger.restore import backup
+
+        with self._store.writing():
+            backup(self.folder, to, key)
+
+    @classmethod
+    def restore(cls, folder: Path, from_: Path | None = None) -> Ledger:
+        """Restore from a backup (or from the files left), charging lost entries as spent."""
+        from fedtune.core.ledger.restore import restore
+
+        restore(folder, from_)
+        return cls(folder)
+
+    def _read(self) -> Head:
+        with self._store.writing():
+            return self._store.head
+
+    def _salted(self, member: bytes) -> bytes:
+        return hmac.digest(self._store.salt, member, "sha256")
+
+    def _path(self, slot: Slot) -> Path:
+        study, round_, adapter = slot
+        outbox = self.folder / OUTBOX
+        new = outbox / f"{outbox_name(study)}-{round_}-{outbox_name(adapter)}.bin"
+        old = outbox / f"{outbox_prefix(study)}-{round_}-{outbox_prefix(adapter)}.bin"
+        return newer_name(new, old)
+
+    def _store_bytes(self, slot: Slot, update: bytes) -> None:
+        """Write an update to the outbox, or keep it in memory, one of each study, where that fails
+        for want of room."""
+        path, kept = self._path(slot), (slot, update)
+        if self._room is None or self._room.has_space(len(update)):
+            try:
+                replace(path, update, private=True)
+                self._unstored.pop(slot[0], None)
+                return
+            except InfrastructureError as error:
+                log.warning("%s", error)
+        with suppress(OSError):  # of an earlier release of this round
+            path.unlink()
+        self._unstored[slot[0]] = kept
+        log.warning(
+            "%s: the disk has no room for an update, which is kept in memory; if this process ends "
+            "before the coordinator has it, the round is trained and charged again; to do: free "
+            "space",
+            self.folder,
+        )
+
+    def _released_bytes(self, slot: Slot) -> bytes | None:
+        if (sha256 := self._account.sent.get(slot)) is None:
+            return None
+        path, (unstored, content) = self._path(slot), self._unstored.get(slot[0], (None, b""))
+        if path.exists():
+            with named(self.folder):
+                content = path.read_bytes()
+        elif unstored != slot:
+            return None
+        return content if hashlib.sha256(content).hexdigest() == sha256 else None
+
+    def _check_members(self, writer: Transaction) -> None:
+        check_members(self.folder / DATABASE, writer, self._account.members)
+
+
+def _of_slot(slot: Slot) -> dict[str, Any]:
+    study, round_, adapter = slot
+    return {"study": study, "round": round_, "adapter": adapter}

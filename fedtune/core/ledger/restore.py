@@ -1,0 +1,354 @@
+"""Back up the ledger, and restore it so that lost entries are charged conservatively.
+
+Guarantee: what a restored ledger charges is at least what was spent.
+1. Base: the longest chain that verifies, of the backup and of the folder itself.
+2. Every noised step in the step log beyond the base's charges is charged, whole rounds at a time.
+3. Each entry known to be lost (anchor, receipts, readable rows beyond the base) that 2 does not
+   account for is charged as a round with the least σ and the most q, steps and k known.
+| no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
+| lost entries, but no round known to price them            | exhausted                       |
+| the step log is behind the base, and entries are lost     | exhausted: both logs are damaged |
+Restored charges count against every dataset. The sequence skips the lost numbers, so a receipt for
+a lost entry is recognised as charged. 2 alone covers what left the site as long as the step log is
+complete; where log and ledger were rolled back together, 3 assumes that no lost round cost more
+than the costliest one known. No worker of the site may run meanwhile.
+Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
+NewerLedger where a newer release wrote the ledger: it is intact, and this release cannot read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sqlite3
+import time
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.writing import replace, sync_folder
+from fedtune.core.ledger.chain import (
+    SCHEMA,
+    Entry,
+    Transaction,
+    chain,
+    check_first,
+    check_members,
+    check_signature,
+    connect,
+    first_body,
+    named,
+)
+from fedtune.core.ledger.entries import EVERY, RULES, Charge
+from fedtune.core.ledger.files import (
+    DATABASE,
+    HEAD,
+    KEY,
+    NEW,
+    RECEIPT,
+    SALT,
+    STEPS,
+    Head,
+    LedgerError,
+    NewerLedger,
+    ReceiptLog,
+    read_head,
+    read_receipts,
+    signed_head,
+)
+from fedtune.core.wire.keys import SigningKey, canonical
+
+EXHAUSTED = Charge("restore", "lost", 0, 0.0, 1.0, 1, 1, 0.0, "any", "any")
+
+
+@dataclass(frozen=True)
+class _Base:
+    """A chain that verifies. path None: there is none, and a new chain is begun."""
+
+    path: Path | None
+    salt: bytes
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def seq(self) -> int:
+        return self.entries[-1].seq if self.entries else 0
+
+    @property
+    def charges(self) -> list[Charge]:
+        charges = [Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"]
+        for entry in self.entries:
+            if entry.kind == "restore":
+                charges += [Charge.read(charge) for charge in entry.body["charges"]]
+        return charges
+
+    @property
+    def released(self) -> Counter[tuple[Any, ...]]:
+        """Noised steps behind the released updates, by _round_key."""
+        rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
+        total: Counter[tuple[Any, ...]] = Counter()
+        for entry in self.entries:
+            if entry.kind == "release" and rows[entry.body["reservation"]].noise_multiplier > 0:
+                charge = rows[entry.body["reservation"]]
+                total[_round_key(charge)] += charge.steps
+        return total
+
+    def holds(self, head: Head) -> bool:
+        for entry in self.entries:
+            if entry.kind == "restore":
+                gap = entry.body
+                if gap["base"] < head.seq <= gap["highest"] or [*head] in gap["settled"]:
+                    return True
+        return any((entry.seq, entry.hash) == head for entry in self.entries)
+
+
+def backup(folder: Path, to: Path, key: bool) -> None:
+    """Copy entries and salt (and the private key) into the new folder `to`, all 0600."""
+    with named(to):
+        to.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if (to / DATABASE).exists():
+            raise LedgerError(f"{to / DATABASE}: already there", todo="name a new folder")
+        _copy_database(folder / DATABASE, to / DATABASE)
+        replace(to / SALT, (folder / SALT).read_bytes(), private=True)
+        if key:
+            replace(to / KEY, (folder / KEY).read_bytes(), private=True)
+
+
+def restore(folder: Path, from_: Path | None) -> None:
+    """Put the longest chain that verifies in place, and charge what it lacks (see above)."""
+    with named(folder):
+        key = _key(folder, from_)
+        base = _base(folder, from_, key.public)
+        receipts = read_receipts(folder / RECEIPT, key.public)
+        entry_body = _restore_body(folder, base, receipts, key.public)
+        draft = folder / "ledger.restoring"
+        draft.unlink(missing_ok=True)
+        if base.path is not None:
+            _copy_database(base.path, draft)
+        with closing(connect(draft)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            last = base.entries[-1] if base.entries else None
+            writer = Transaction(connection, key, Head(last.seq, last.hash) if last else None)
+            if last is None:
+                for statement in SCHEMA:
+                    connection.execute(statement)
+                writer.append("open", first_body(key.public, base.salt))
+            writer.append("restore", entry_body, seq=entry_body["highest"] + 1)
+            connection.execute("COMMIT")
+        assert writer.head is not None
+        _install(folder, draft, base.salt, key, writer.head, receipts)
+
+
+def _install(
+    folder: Path, draft: Path, salt: bytes, key: SigningKey, head: Head, receipts: ReceiptLog | None
+) -> None:
+    """Put the new files in place of the old ones, which are kept under another name."""
+    aside = f".lost-{time.time_ns()}"
+    for name in (DATABASE, f"{DATABASE}-journal", HEAD, *([RECEIPT] if receipts is None else [])):
+        if (folder / name).exists():
+            os.replace(folder / name, folder / f"{name}{aside}")
+    if not (folder / SALT).exists() or (folder / SALT).read_bytes() != salt:
+        replace(folder / SALT, salt, private=True)
+    sync_folder(folder)
+    os.replace(draft, folder / DATABASE)
+    sync_folder(folder)
+    signature = key.sign(signed_head(*head))
+    anchor = canonical({**head._asdict(), "signature": signature})
+    replace(folder / HEAD, anchor, private=True)
+    (folder / NEW).unlink(missing_ok=True)
+
+
+def _copy_database(source: Path, to: Path) -> None:
+    os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    with closing(connect(source)) as source_db, closing(connect(to)) as target_db:
+        source_db.backup(target_db)
+
+
+def _key(folder: Path, from_: Path | None) -> SigningKey:
+    if not (folder / KEY).exists() and from_ is not None and (from_ / KEY).exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace(folder / KEY, (from_ / KEY).read_bytes(), private=True)
+    if not (folder / KEY).exists():
+        raise LedgerError(
+            f"{folder / KEY}: the site's key is lost; no entry can be signed in its place",
+            todo="restore from a backup that was made with the key",
+        )
+    return SigningKey.at(folder / KEY)
+
+
+def _base(folder: Path, from_: Path | None, public: str) -> _Base:
+    local = _verified(folder, public)
+    if from_ is None:
+        salt = folder / SALT
+        salt_bytes = salt.read_bytes() if salt.exists() else b""
+        return local or _Base(None, salt_bytes if len(salt_bytes) == 32 else os.urandom(32))
+    backup = _verified(from_, public)
+    if backup is None:
+        raise LedgerError(
+            f"{from_}: not a whole backup of this site's ledger",
+            expected=f"{DATABASE} and {SALT}, signed by {KEY}",
+            todo="name another backup, or none to restore from the files that are left",
+        )
+    return local if local is not None and local.seq > backup.seq else backup
+
+
+def _verified(folder: Path, public: str) -> _Base | None:
+    """The ledger of a folder if every entry, signature and member digest in it verifies."""
+    path, salt = folder / DATABASE, folder / SALT
+    if not (path.exists() and salt.exists()):
+        return None
+    entries, members = [], {}
+    try:
+        with named(folder), closing(connect(path)) as connection:
+            for entry, signature in chain(connection, path, None):
+                check_signature(path, public, Head(entry.seq, entry.hash), signature)
+                entries.append(entry)
+                if entry.kind == "declare":
+                    members[entry.body["dataset"]] = entry.body["members"]
+            check_members(path, Transaction(connection, None, None), members)
+        check_first(path, entries[0], public, salt.read_bytes())
+    except NewerLedger:
+        raise
+    except (LedgerError, IndexError):
+        return None
+    return _Base(path, salt.read_bytes(), entries)
+
+
+def _restore_body(
+    folder: Path, base: _Base, receipts: ReceiptLog | None, public: str
+) -> dict[str, Any]:
+    """The body of the restore entry."""
+    log = receipts or ReceiptLog()
+    anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
+    readable, top = _readable_charges(folder / DATABASE)
+    heads = [r.head for r in log.every] + ([anchor] if anchor else [])
+    unknown = [head for head in heads if not base.holds(head)]
+    lost = _most_entries_lost(base, anchor, log, top)
+    logged_charges, log_complete = _unpaid_logged_charges(folder / STEPS, base)
+    known_charges = [
+        c for c in (*base.charges, *readable, *logged_charges) if c.study != EXHAUSTED.study
+    ]
+    charges = list(logged_charges)
+    unexplained = max(0, lost - len(logged_charges))
+    counted = anchor is not None or bool(log.every)
+    if (not log_complete and (lost or not counted)) or (unexplained and not known_charges):
+        charges.append(EXHAUSTED)
+    elif unexplained:
+        charges.append(_costliest(known_charges, unexplained))
+    # The rules of a lost charge are those of the release that made it; in doubt, the oldest known.
+    rules = min((c.rules for c in (*base.charges, *readable)), default=RULES)
+    charges = [dataclasses.replace(charge, rules=rules) for charge in charges]
+    return {
+        "base": base.seq,
+        "highest": max([base.seq, top, *(head.seq for head in heads)]),
+        "lost": lost,
+        "settled": [[*head] for head in unknown],
+        "dataset": EVERY,
+        "charges": [charge.fields() for charge in charges],
+    }
+
+
+def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, top: int) -> int:
+    """Bound the number of entries that the base lacks."""
+
+    def beyond(head: Head) -> int:  # at or below the base's end it is of another branch: all of it
+        return head.seq - base.seq if head.seq > base.seq else head.seq
+
+    on = [r.head for r in receipts.accepted] + ([anchor] if anchor else [])
+    straight = [beyond(head) for head in on if not base.holds(head)] + [top - base.seq, 0]
+    # A refused receipt is of a branch that split off after the same coordinator's last accepted
+    # receipt; every entry of the branch from there on may be missing here.
+    last = {r.coordinator: min(r.head.seq, base.seq) for r in receipts.accepted}
+    branch = [
+        r.head.seq - last.get(r.coordinator, 0) for r in receipts.refused if not base.holds(r.head)
+    ]
+    return max(straight) + max([0, *branch])
+
+
+def _readable_charges(path: Path) -> tuple[list[Charge], int]:
+    """Charges and the highest sequence number in the readable rows of a damaged ledger."""
+    charges: list[Charge] = []
+    top = 0
+    if not path.exists():
+        return charges, top
+    try:
+        with closing(connect(path)) as connection:
+            for seq, kind, body in connection.execute("SELECT seq, kind, body FROM entries"):
+                top = max(top, int(seq))
+                if kind == "reserve":
+                    charges.append(Charge.read(json.loads(body)["charge"]))
+    except (sqlite3.Error, ValueError, TypeError, KeyError):
+        pass  # the rows read so far count
+    return charges, top
+
+
+def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]:
+    """Charges for the rounds with more noised steps in the log than the base charged, and whether
+    the log exists and holds every step that the base released."""
+    try:
+        steps = StepLog(path).steps()
+    except InfrastructureError:
+        return [], False
+    ran = Counter(_charge_of_step(step) for step in steps)
+    lines = Counter({_round_key(charge): count for charge, count in ran.items()})
+    complete = path.exists() and not base.released - lines
+    paid: Counter[tuple[Any, ...]] = Counter()
+    usual: Counter[str] = Counter()  # steps of a round of the study
+    for charge in base.charges:
+        paid[_round_key(charge)] += charge.steps
+        usual[charge.study] = max(usual[charge.study], charge.steps)
+    for charge, count in ran.items():
+        usual[charge.study] = max(usual[charge.study], count)
+    names = {charge.study: charge.name for charge in base.charges}
+    order = base.charges[0].order if base.charges else EXHAUSTED.order
+    charges = []
+    for charge, count in ran.items():
+        if (more := count - paid[_round_key(charge)]) > 0:
+            steps_, name = max(more, usual[charge.study]), names.get(charge.study, "restored")
+            charges.append(dataclasses.replace(charge, steps=steps_, name=name, order=order))
+    return charges, complete
+
+
+def _charge_of_step(step: Step) -> Charge:
+    """The charge that a line of the log belongs to (without its number of steps)."""
+    return Charge(
+        study=step.study,
+        name="",
+        round=step.round,
+        noise_multiplier=step.noise_multiplier,
+        sampling_rate=step.sampling_rate,
+        steps=0,
+        records=step.records,
+        max_grad_norm=step.max_grad_norm,
+        unit=step.unit,
+        cohort="any",
+    )
+
+
+def _round_key(charge: Charge) -> tuple[Any, ...]:
+    return (
+        charge.study, charge.round, charge.noise_multiplier, charge.sampling_rate, charge.records,
+        charge.max_grad_norm, charge.unit,
+    )  # fmt: skip
+
+
+def _costliest(charges: list[Charge], times: int) -> Charge:
+    """A charge at least as costly as `times` of any round in `charges`: ε decreases in σ and
+    increases in q, steps and k."""
+    return Charge(
+        study="restore",
+        name="lost",
+        round=0,
+        noise_multiplier=min(charge.noise_multiplier for charge in charges),
+        sampling_rate=max(charge.sampling_rate for charge in charges),
+        steps=times * max(charge.steps for charge in charges),
+        records=max(charge.records for charge in charges),
+        max_grad_norm=max(charge.max_grad_norm for charge in charges),
+        unit="any",
+        cohort="any",
+        order=charges[0].order,
+    )

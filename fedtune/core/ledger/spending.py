@@ -1,0 +1,161 @@
+"""Summarise a dataset's spending: by study, and in total against the policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fedtune.core.config import PolicyTable
+from fedtune.core.dp import accountant
+from fedtune.core.dp.accountant import Steps
+from fedtune.core.dp.filter import total_epsilon
+from fedtune.core.ledger.declared import declared
+from fedtune.core.ledger.entries import Cohort, Spent
+from fedtune.core.ledger.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class StudyLine:
+    """One study's share of a dataset's budget. epsilon: of this study alone, at the δ asked for.
+
+    rounds: distinct rounds; charged: reservations, more than rounds where one was paid twice;
+    first, last: UTC seconds; known: whether ε is known (Charge.is_known_for); fallback: with secure
+    aggregation the ε that holds whatever happens, by this site's own noise alone, else None."""
+
+    name: str
+    study: str
+    dataset: str
+    unit: str
+    rounds: int
+    charged: int
+    released: int
+    steps: int
+    sigma: tuple[float, float]  # least and most
+    rate: tuple[float, float]
+    records: int
+    epsilon: float
+    first: int
+    last: int
+    known: bool = True
+    fallback: float | None = None
+
+
+@dataclass(frozen=True)
+class DatasetBudget:
+    """A dataset's total ε as the privacy filter bounds it, and the same composed by PLD.
+
+    fallback: what the filter gives by this site's own noise alone, against fallback_ceiling; None
+    where no charge has secure aggregation, and the two are one.
+
+    epsilon: at 2 · delta; pld: at delta, which is policy.max_delta; remaining: of
+    policy.max_epsilon, never below 0."""
+
+    dataset: str
+    epsilon: float
+    how: str
+    pld: float
+    ceiling: float
+    delta: float
+    fallback: float | None = None
+    fallback_ceiling: float | None = None
+
+    @property
+    def remaining(self) -> float:
+        return max(0.0, self.ceiling - self.epsilon)
+
+    @property
+    def fallback_remaining(self) -> float | None:
+        """What remains of policy.max_fallback_epsilon."""
+        if self.fallback is None or self.fallback_ceiling is None:
+            return None
+        return max(0.0, self.fallback_ceiling - self.fallback)
+
+
+def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
+    """One line per study and dataset, in the order of their first charge. unit: whose ε; None: that
+    of each study."""
+    groups: dict[tuple[str, str], list[Spent]] = {}
+    for entry in spent:
+        groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
+    return [_line(group, delta, unit) for group in groups.values()]
+
+
+def facts(
+    ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
+) -> dict[str, Any]:
+    """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit: of
+    whom the site's file names the records."""
+    spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
+    total = heaviest(dataset, cohorts, policy)
+    return {
+        "dataset": dataset,
+        "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
+        "budget": asdict(total)
+        | {"remaining": total.remaining, "fallback_remaining": total.fallback_remaining},
+        "not_known": ledger.unknown(dataset, unit) if unit else [],
+        "declared": declared(ledger),
+        "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
+    }
+
+
+def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
+    charges = [entry.charge for entry in group]
+    sigmas, rates = [c.noise_multiplier for c in charges], [c.sampling_rate for c in charges]
+    return StudyLine(
+        name=charges[-1].name,
+        study=charges[0].study,
+        dataset=group[0].dataset,
+        unit=charges[0].unit,
+        rounds=len({c.round for c in charges}),
+        charged=len(charges),
+        released=sum(entry.released and entry.kind == "reserve" for entry in group),
+        steps=sum(c.steps for c in charges),
+        sigma=(min(sigmas), max(sigmas)),
+        rate=(min(rates), max(rates)),
+        records=max(c.records for c in charges),
+        epsilon=_epsilon([c.event for c in charges], delta),
+        first=min(entry.time for entry in group),
+        last=max(entry.time for entry in group),
+        known=all(charge.is_known_for(unit or charge.unit) for charge in charges),
+        fallback=_epsilon([c.fallback for c in charges], delta) if _shared(group) else None,
+    )
+
+
+def _shared(spent: Sequence[Spent]) -> bool:
+    """Return whether some charge has secure aggregation, so that there are two ε."""
+    return any(entry.charge.sites > 1 for entry in spent)
+
+
+def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> DatasetBudget:
+    """Compose the charges in `spent`, against the policy's ceilings."""
+    events = [entry.charge.event for entry in spent]
+    order = spent[0].charge.order if spent else 2.0
+    total = total_epsilon(events, order, policy.max_delta)
+    pld = _epsilon(events, policy.max_delta)
+    found = DatasetBudget(
+        dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta
+    )
+    if not _shared(spent):
+        return found
+    alone = total_epsilon([entry.charge.fallback for entry in spent], order, policy.max_delta)
+    ceiling = policy.max_fallback_epsilon
+    return replace(found, fallback=alone.epsilon, fallback_ceiling=ceiling)
+
+
+def heaviest(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
+    """The dataset's budget: that of the cohort with the largest ε, and the largest fallback."""
+    budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
+    most = max(budgets, key=lambda total: total.epsilon)
+    shared = [total for total in budgets if total.fallback is not None]
+    if not shared:
+        return most
+    alone = max(shared, key=lambda total: total.fallback or 0.0)
+    return replace(most, fallback=alone.fallback, fallback_ceiling=alone.fallback_ceiling)
+
+
+def _epsilon(events: Sequence[Steps], delta: float) -> float:
+    if any(event.noise_multiplier == 0 for event in events):
+        return math.inf
+    return accountant.epsilon(events, delta)

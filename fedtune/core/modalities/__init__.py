@@ -1,0 +1,33 @@
+"""Modalities: one module each, a frozen dataclass. A record becomes tensors.
+
+The base's kind says which one reads its records, unless the study names another (base.modality)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedtune.core.data.reader import Reader
+from fedtune.core.errors import ModelError
+from fedtune.core.modalities._interface import Modality
+from fedtune.core.registry import Group
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedtune.core.bases.find import Base
+
+__all__ = ["MODALITIES", "Modality", "reader"]
+
+MODALITIES = Group("modalities", "base.modality", __name__, Modality)  # type: ignore[type-abstract]
+
+
+def reader(base: Base, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Reader:
+    """Build the reader of records for `base`. name: the study's base.modality.
+
+    Errors: ModelError, ConfigError (no such modality, or an extra is not installed)."""
+    for candidate in [name] if name else MODALITIES.release():
+        modality = MODALITIES.load(candidate)
+        if base.kind in modality.kinds:
+            return modality().reader(base, tokenizer)
+    who = f"modality {name}" if name else "no modality"
+    raise ModelError(f"{base.name}: {who} reads records for a base of kind {base.kind}")

@@ -1,0 +1,29 @@
+"""Define the interface of a modality."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedtune.core.bases.find import Base
+    from fedtune.core.config.known_bases import Kind
+    from fedtune.core.data.reader import Reader
+
+
+@dataclass(frozen=True)
+class Modality(ABC):
+    """Turns a record into tensors.
+
+    It writes place-holders into a record's text and turns its file into the tensor that the frozen
+    tower reads. Targets, caps, units and gradients are as for text. kinds: of base that it
+    serves. A plan has no options for it, so fields of a subclass have defaults."""
+
+    kinds: ClassVar[tuple[Kind, ...]]
+
+    @abstractmethod
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Reader:
+        """Build the reader for `base`. Errors: ModelError, ConfigError (an extra is missing)."""

@@ -1,0 +1,108 @@
+"""Read a recording and its transcript, for Whisper."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import wave
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.bases.find import Base
+from fedtune.core.config import ObjectiveTable
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.media import Media, sound
+from fedtune.core.data.records import Record
+from fedtune.core.errors import ModelError
+from fedtune.core.modalities._interface import Modality
+from fedtune.core.objectives import resolve
+
+SPACED = "\u0e00"  # Thai, and what comes after it, mostly has no spaces between words
+_START = "<|startoftranscript|>"
+
+
+class Speech:
+    """Reads recordings; those longer than the base's window are rejected, or with
+    overflow = "truncate" cut. A transcript begins with a space, as all of Whisper's own do, in the
+    scripts that put spaces between words."""
+
+    column: Literal["audio"] = "audio"
+    starts = True
+    avoid: frozenset[int] = frozenset()
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._extractor: Any = _extractor(base)
+        self._rate = int(self._extractor.sampling_rate)
+        self._start = _start(tokenizer)
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        if record.media is None:
+            raise Rejected("missing value")
+        if record.prompt and resolve(objective).record_format != "label":
+            raise Rejected("a speech base takes no prompt")
+        samples = sound(record.media, self._rate)
+        if len(samples) > self._extractor.n_samples and objective.overflow == "reject":
+            raise Rejected("audio too long")
+        said = record.completion
+        if said[:1].isalnum() and said[:1] < SPACED:
+            said = f" {said}"
+        return replace(record, prompt=self._start, completion=said), 1
+
+    def check(self, ids: list[int], tiles: int) -> None: ...
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """Compute the log-mel spectrogram, (1, mel bins, frames)."""
+        samples = sound(media, self._rate)
+        features = self._extractor(samples, sampling_rate=self._rate, return_tensors="np")
+        return torch.from_numpy(np.asarray(features["input_features"], dtype=np.float32))
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        """Generate white noise with a tone in it, a fifth of a second to one second."""
+        count = int(self._rate * draw.uniform(0.2, 1.0))
+        tone = np.sin(np.arange(count) * draw.uniform(0.05, 1.0))
+        values = (8000 * tone + 4000 * draw.standard_normal(count)).clip(-32768, 32767)
+        file = io.BytesIO()
+        with wave.open(file, "wb") as out:
+            out.setnchannels(1)
+            out.setsampwidth(2)
+            out.setframerate(self._rate)
+            out.writeframes(values.astype("<i2").tobytes())
+        return Media("audio", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+
+
+@dataclass(frozen=True)
+class AudioText(Modality):
+    """A recording and its transcript, for Whisper.
+
+    The base folder's own feature extractor makes log-mel spectrograms of one length. The decoder's
+    text begins with Whisper's own start tokens; a transcript, or nothing, follows."""
+
+    kinds = ("speech",)
+
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Speech:
+        return Speech(base, tokenizer)
+
+
+def _start(tokenizer: Any) -> str:
+    """Return the tokens that the decoder's text begins with, as text."""
+    ids = getattr(tokenizer, "prefix_tokens", None)
+    if ids:
+        return "".join(tokenizer.convert_ids_to_tokens(ids))
+    return _START if _START in tokenizer.get_vocab() else str(tokenizer.bos_token)
+
+
+def _extractor(base: Base) -> Any:
+    import transformers
+
+    try:
+        auto: Any = transformers.AutoFeatureExtractor
+        return auto.from_pretrained(base.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{base.name}: transformers cannot load its feature extractor ({type(error).__name__})",
+            "preprocessor_config.json in the base's folder",
+        ) from error

@@ -1,0 +1,200 @@
+"""Read an image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.bases.architecture import SIDE
+from fedtune.core.bases.find import Base
+from fedtune.core.config import ObjectiveTable
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.media import EXTRA, Media, picture
+from fedtune.core.data.records import Record
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.modalities._interface import Modality
+
+_FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
+
+
+class Images:
+    """Reads an image as LLaVA does, as one tile. The place-holders go in front of the prompt (of a
+    conversation's first user message), inside objective.template."""
+
+    column: Literal["image"] = "image"
+    starts = False
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        config = _config(base)
+        self._processor: Any = _processor(base)
+        self._id, self._run = int(config.image_token_id), self._run_of(config)
+        self._token: str = tokenizer.convert_ids_to_tokens(self._id)  # type: ignore[assignment]
+        if tokenizer.encode(self._token, add_special_tokens=False) != [self._id]:
+            raise ModelError(f"{base.name}: its tokenizer does not know the image token as one")
+        self.avoid = frozenset([self._id])
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        if record.media is None:
+            raise Rejected("missing value")
+        rows, columns = self._layout(record.media)
+        placeholders = self._text(rows, columns)
+        if record.messages:
+            messages = list(record.messages)
+            first = [role for role, _ in messages].index("user")
+            messages[first] = ("user", placeholders + messages[first][1])
+            return replace(record, messages=tuple(messages)), rows * columns + 1
+        return replace(record, prompt=placeholders + record.prompt), rows * columns + 1
+
+    def check(self, ids: list[int], tiles: int) -> None:
+        actual, expected = ids.count(self._id), tiles * self._run
+        if actual != expected:
+            raise Rejected("too long" if actual < expected else "image token in the text")
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """Compute (tiles, 4, height, width): colours, and a mask that is 0 on padding."""
+        pixels = self._processor(images=[picture(media)], return_tensors="pt")["pixel_values"]
+        return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        """Generate noise: square, wide or high, so that records differ in their number of tiles."""
+        from PIL import Image
+
+        shapes = ((24, 24), (24, 72), (72, 24))
+        shape = shapes[int(draw.integers(3))] if like is None else picture(like).size[::-1]
+        file = io.BytesIO()
+        noise = draw.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file, "PNG")
+        return Media("image", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+
+    def _run_of(self, config: Any) -> int:
+        """Count the image tokens that stand for one tile."""
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return int(patches) + int(config.vision_feature_select_strategy == "full")
+
+    def _layout(self, media: Media) -> tuple[int, int]:
+        """Count rows and columns of tiles besides the whole image; 0, 0 where it is not split."""
+        return 0, 0
+
+    def _text(self, rows: int, columns: int) -> str:
+        return self._token * self._run
+
+
+class Tiled(Images):
+    """Reads an image as Idefics3 and SmolVLM do: the whole image, and its tiles if it is large."""
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(base, tokenizer)
+        self._layouts: dict[bytes, tuple[int, int]] = {}
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        processed = self._processor(images=[[picture(media)]], return_tensors="pt")
+        pixels, mask = processed["pixel_values"][0], processed["pixel_attention_mask"][0]
+        return torch.cat([pixels, mask[:, None].to(pixels)], dim=1).float()
+
+    def _run_of(self, config: Any) -> int:
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        return int(patches // config.scale_factor**2)
+
+    def _layout(self, media: Media) -> tuple[int, int]:
+        if media.digest not in self._layouts:
+            processed = self._processor(images=[[picture(media)]], return_row_col_info=True)
+            rows, columns = int(processed["rows"][0][0]), int(processed["cols"][0][0])
+            self._layouts[media.digest] = rows, columns
+        return self._layouts[media.digest]
+
+    def _text(self, rows: int, columns: int) -> str:
+        """Write the image tokens as Idefics3Processor.replace_image_token does."""
+        run = self._token * self._run
+        whole_image = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
+        lines = (
+            "".join(f"{_FAKE}<row_{row + 1}_col_{column + 1}>{run}" for column in range(columns))
+            for row in range(rows)
+        )
+        return "".join(line + "\n" for line in lines) + ("\n" if rows else "") + whole_image
+
+
+class Square(Images):
+    """Reads an image as Qwen2-VL does, on one square: the largest of at most SIDE pixels that the
+    base's processor does not resize, the image centred on the mean colour."""
+
+    def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(base, tokenizer)
+        marks = [_config(base).vision_start_token_id, _config(base).vision_end_token_id]
+        self._marks: list[str] = list(tokenizer.convert_ids_to_tokens(marks))
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """Compute the patches, (1, P, values of a patch)."""
+        from PIL import ImageOps
+
+        prepare = self._processor
+        side = math.isqrt(self._run) * prepare.patch_size * prepare.merge_size
+        mean_colour = tuple(round(255 * mean) for mean in prepare.image_mean)
+        padded = ImageOps.pad(picture(media), (side, side), color=mean_colour)
+        patches: torch.Tensor = prepare(images=[padded], return_tensors="pt")["pixel_values"]
+        return patches[None].float()
+
+    def _run_of(self, config: Any) -> int:
+        vision, size = config.vision_config, self._processor.size
+        unit = int(vision.patch_size * vision.spatial_merge_size)
+        tokens = max(min(math.isqrt(int(size["longest_edge"])), SIDE) // unit, 1)
+        if (tokens * unit) ** 2 < int(size["shortest_edge"]):
+            raise ModelError(
+                f"the base's image processor takes no square of {tokens * unit} pixels a side",
+                f"a shortest_edge of at most {(tokens * unit) ** 2} in preprocessor_config.json",
+            )
+        return tokens**2
+
+    def _text(self, rows: int, columns: int) -> str:
+        return self._marks[0] + self._token * self._run + self._marks[1]
+
+
+@dataclass(frozen=True)
+class ImageText(Modality):
+    """An image and a text about it, for Idefics3, SmolVLM, LLaVA and Qwen2-VL.
+
+    The base folder's own image processor resizes, normalises and, where so configured, splits an
+    image into tiles. For each tile the text holds a run of image tokens, which the network replaces
+    by its projected tower states. Qwen2-VL takes an image of any size; here it is always padded to
+    one square, so that the positions of the text do not depend on the image."""
+
+    kinds = ("image_text",)
+
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Images:
+        config = _config(base)
+        if hasattr(config, "vision_start_token_id"):
+            return Square(base, tokenizer)
+        return (Tiled if hasattr(config, "scale_factor") else Images)(base, tokenizer)
+
+
+@lru_cache(maxsize=4)
+def _config(base: Base) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base.path, local_files_only=True)
+
+
+def _processor(base: Base) -> Any:
+    import transformers
+
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            f"{base.name} reads images, and Pillow is not installed", "the extra", EXTRA
+        ) from None
+    try:
+        auto: Any = transformers.AutoImageProcessor
+        return auto.from_pretrained(base.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"{base.name}: transformers cannot load its image processor ({type(error).__name__})",
+            "preprocessor_config.json in the base's folder",
+        ) from error

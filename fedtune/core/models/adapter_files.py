@@ -1,0 +1,74 @@
+"""An adapter's files in a run folder: PEFT's own, and a head beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fedtune.core.config import Study
+from fedtune.core.errors import ModelError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.models.lora import Arrays, name_base
+from fedtune.core.run_folder import HEAD
+
+ADAPTER = "adapter_model.safetensors"  # PEFT's own name
+AGAIN = "copy the run's folder again"
+
+
+def load_adapter(folder: Path) -> Arrays:
+    """Load all arrays saved in `folder` (PEFT's format, head.safetensors or both) by the network's
+    names: the trained ones and the frozen factor. Errors: ModelError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    adapter: Arrays = {}
+    for file in (ADAPTER, HEAD):
+        path = folder / file
+        if not os.path.lexists(path):
+            continue
+        reading.regular(path, "the adapter of a run", AGAIN, ModelError)
+        try:
+            arrays = load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError, MemoryError) as error:
+            raise ModelError(
+                f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
+            ) from None
+        for name, value in arrays.items():
+            peft_name = name.removesuffix(".weight") + ".default.weight"
+            adapter[peft_name if file == ADAPTER else f"head.{name}"] = value
+    if not adapter:
+        raise ModelError(f"{folder}: holds no adapter", f"{ADAPTER} or {HEAD}", AGAIN)
+    return adapter
+
+
+def picked(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
+    """Pick the saved arrays that a network calls by these names. Errors: ModelError."""
+    wanted = list(names)
+    if missing := [name for name in wanted if name not in saved]:
+        raise ModelError(
+            f"{folder}: {len(missing)} arrays are missing, the first is {missing[0]}",
+            "every array that the run's plan names",
+            AGAIN,
+        )
+    return {name: saved[name] for name in wanted}
+
+
+def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
+    """Save `arrays` as PEFT does, with the settings of the adapter in `like` but for its shape.
+    Errors: OSError."""
+    from peft import LoraConfig
+    from safetensors.numpy import save
+
+    table = study.lora
+    assert table is not None
+    config = LoraConfig.from_pretrained(str(like))
+    numbers = {int(part) for n in arrays for part in n.split(".") if part.isdigit()}
+    config.r, config.lora_alpha, config.use_rslora = table.rank, table.rank, False
+    config.target_modules = set(table.modules)
+    config.layers_to_transform = sorted(numbers) if table.last_layers else None
+    name_base(config, config.base_model_name_or_path or study.base.model)
+    config.save_pretrained(str(folder))
+    body = {n.replace(".default.weight", ".weight"): array for n, array in arrays.items()}
+    replace(folder / ADAPTER, save(body, {"format": "pt"}))

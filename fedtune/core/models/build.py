@@ -1,0 +1,67 @@
+"""The network of a study: one in a process for each setting, shared by simulated sites."""
+
+from __future__ import annotations
+
+import timeit
+
+import torch
+
+from fedtune.core.bases.find import Base, find_base
+from fedtune.core.config import LoraTable, QuantisationTable, Study
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import resolve
+from fedtune.core.progress import report
+from fedtune.core.registry import process_cache
+
+
+def build(study: Study, base: Base | None = None) -> Network:
+    """The network of a study; one per process and setting, so that simulated sites share it.
+    base: without it, the one that the study names, fetched if need be: for one's own studies.
+
+    Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
+    base = base or find_base(study.base.model, study.base.digest)
+    objective = resolve(study.objective)
+    # Neither A's values nor their origin, nor who trains how much of it, change the network:
+    # studies that differ in them share it.
+    apart = {"a_digest": None, "a_init": "seed", "min_rank": None, "preconditioner": None}
+    lora = study.lora and study.lora.model_copy(update=apart)
+    dtype, stored = dtype_of(study.base.dtype), study.base.quantisation
+    trained = objective.outputs, objective.directions
+    return _build(base, dtype, lora, trained, stored, study.base.modality)
+
+
+@process_cache.cached("networks")
+def _build(
+    base: Base,
+    dtype: torch.dtype,
+    lora: LoraTable | None,
+    trained: tuple[int, int],
+    quantisation: QuantisationTable | None,
+    modality: str | None,
+) -> Network:
+    """trained: the objective's outputs and directions."""
+    report(f"loading the base {base.name}")
+    outputs, directions = trained
+    return Network(base, dtype, lora, outputs, quantisation, modality, directions)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """bfloat16 where it is faster here, unless the study says otherwise."""
+    fast = _bf16_is_faster() if name == "auto" else name == "bfloat16"
+    return torch.bfloat16 if fast else torch.float32
+
+
+@process_cache.cached("speed of bf16")
+def _bf16_is_faster() -> bool:
+    """Whether the GPU or processor multiplies bf16 natively; for the processor, whether that is
+    faster, measured once per process."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    if not torch.cpu._is_avx512_bf16_supported():
+        return False
+
+    def seconds(dtype: torch.dtype) -> float:
+        left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        return min(timeit.repeat(lambda: left @ right.T, number=1, repeat=7))
+
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)

@@ -1,0 +1,441 @@
+"""Micro-batches of a dataset, with the states below the cut computed once per record.
+
+The kernel of a matrix product, and its order of addition, depend on the matrices' shapes, so the
+last digits of a record's figures depend on the number of records beside it. What is summed under
+the guarantee is therefore computed in blocks: micro-batches whose every shape is a function of the
+record's own bucket (docs/decisions/0025-fixed-shapes.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.core.data.dataset import Dataset, Passage
+from fedtune.core.data.media import Media
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import (
+    PREFIX_STORE,
+    Altered,
+    HiddenStates,
+    Unavailable,
+    make_room_after,
+)
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.objectives._shapes import padded_length
+from fedtune.core.progress import OnWork, report
+
+log = logging.getLogger("fedtune.core.models")
+
+Indices = Sequence[int]
+# Positions of a block: enough for a quick matrix product, with little padding; MANY_THREADS on a
+# CPU with more threads than may share a block of several records. Passes through the frozen part
+# run once over all records, so that they may pad more.
+BLOCK_POSITIONS, MANY_THREADS = {"cpu": 256, "cuda": 1024}, 64
+PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
+# On a CPU, threads that share a block of several records. With more, a product's order of addition
+# depends on the row's place, and so do an activation's last digits.
+THREADS = 2
+
+
+class Bucket(NamedTuple):
+    """Shapes shared by the records of a micro-batch; a function of each record alone. length: of
+    its longest passage, padded; targets: most targets of a passage, padded likewise; full: for an
+    encoder, which reads a padding mask, whether there is no padding."""
+
+    length: int
+    tiles: int = 1
+    targets: int = 0
+    full: bool = False
+
+
+class CachedDataset:
+    """A dataset with cached prefix states of a network.
+
+    Where something below the adapters is frozen, each record's states are computed once, kept
+    unpadded (2 · positions · H bytes in bf16; prefix_store.py), and every later step starts
+    at the cut. Exact: there is no dropout and no adapter below it. All positions are kept or,
+    where no layer above the cut mixes positions, those with a target (else the record's last).
+    Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from products
+    whose shapes follow from the record's own bucket, whoever else is in the dataset.
+    memory: bytes of states that the process may hold before more go to the encrypted file; None: a
+    quarter of the machine's.
+
+    Datasets that hold the same record over the same network share its states, under the digest of
+    token ids, kept positions and file: the ids reflect tokenizer, template and length, and a
+    network is one base, dtype, quantisation and cut.
+    """
+
+    def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
+        self.network, self.dataset, self._memory = network, dataset, memory
+        # Of all passes through the frozen part, so that states which the store lost have, computed
+        # again in the midst of a step, the shapes and the threads of the first time.
+        self._threads = torch.get_num_threads()
+        # k passages of each record, record by record.
+        self._passages = [s for example in dataset.examples for s in example.passages]
+        self._n_passages = len(dataset.examples[0].passages) if dataset.examples else 1
+        assert len(self._passages) == self._n_passages * len(dataset.examples)
+        self._positions = [self._positions_to_keep(passage) for passage in self._passages]
+        self._tiles = [example.tiles for example in dataset.examples]
+        media = [e.media.digest if e.media else b"" for e in dataset.examples]
+        self._names = [
+            _name(s, positions, media[row // self._n_passages])
+            for row, (s, positions) in enumerate(zip(self._passages, self._positions, strict=True))
+        ]
+        self._tower_states: dict[bytes, HiddenStates] = {}  # by the file's digest
+        self._states = [network.states.get(name) for name in self._names]
+        self._failed: set[int] = set()  # passages whose states cannot be computed
+        self._logps = torch.full((len(dataset.examples), self._n_passages), torch.nan)
+        self._buckets = [self._bucket(record) for record in range(len(dataset.examples))]
+
+    def of(self, dataset: Dataset) -> CachedDataset:
+        """Return another dataset over the same network, within the same memory."""
+        return CachedDataset(self.network, dataset, self._memory)
+
+    @property
+    def states(self) -> list[HiddenStates]:
+        """Return the states computed so far: whoever holds them keeps them from being erased."""
+        return [state for state in self._states if state is not None]
+
+    def _positions_to_keep(self, passage: Passage) -> npt.NDArray[np.int64]:
+        if self.network.pooled:
+            return np.zeros(1, dtype=np.int64)
+        length = len(passage.input_ids)
+        targets = np.flatnonzero(passage.target_ids != -100)
+        if not self.network.positionwise:
+            return np.arange(length)
+        return targets if len(targets) else np.array([length - 1])
+
+    def _bucket(self, record: int) -> Bucket:
+        rows = self._rows([record])
+        length = padded_length(max(len(self._positions[row]) for row in rows))
+        tiles = self._tiles[record]
+        if self.network.pooled:
+            return Bucket(length, tiles)
+        max_targets = max(int((self._passages[row].target_ids != -100).sum()) for row in rows)
+        full = self.network.kind == "encoder" and all(
+            len(self._positions[row]) == length for row in rows
+        )
+        return Bucket(length, tiles, padded_length(max_targets) if max_targets else 0, full)
+
+    def _prefix_bucket(self, row: int) -> Bucket:
+        """Return the bucket of a passage in the pass through the frozen part."""
+        length = len(self._passages[row].input_ids)
+        padded = padded_length(length)
+        full = self.network.kind == "encoder" and length == padded
+        return Bucket(padded, self._tiles[row // self._n_passages], full=full)
+
+    def _prefix_block(self, bucket: Bucket) -> int:
+        """Return the number of passages of a block in the frozen part."""
+        if self._one_record_per_block:
+            return 1
+        positions = bucket.length + self.network.frames(bucket.tiles)
+        return max(1, PREFIX_POSITIONS[self.network.device.type] // positions)
+
+    def warm(self) -> None:
+        """Fill the cache now, reporting progress by records."""
+        if not self.network.cached:
+            return
+        self._states = [self.network.states.get(name) for name in self._names]
+        missing = (row for row, state in enumerate(self._states) if state is None)
+        # One answer may be in several pairs: equal passages are computed once.
+        new = list({self._names[row]: row for row in missing}.values())
+        groups = list(_group_by_bucket(new, self._prefix_bucket, self._prefix_block))
+        # A block takes as long as its positions, however many of its rows are records.
+        work = [
+            self._prefix_block(bucket) * (bucket.length + self.network.frames(bucket.tiles))
+            for bucket, _ in groups
+        ]
+        done, total, label = 0, sum(work), "reading records once through the frozen layers"
+        if total:
+            report(label, done, total, once=True)
+        for (_, rows), positions in zip(groups, work, strict=True):
+            self._compute_or_skip(rows)
+            done += positions
+            report(label, done, total, once=True)
+        self._states = [self.network.states.get(name) for name in self._names]
+        self._failed = {row for row, state in enumerate(self._states) if state is None}
+        if not self.network.reads_tower:
+            self._tower_states.clear()
+
+    def _compute_or_skip(self, rows: list[int]) -> None:
+        """Compute states as `_compute`; a record that makes a library raise is left out alone, and
+        fails again when it is read."""
+        try:
+            self._compute(rows)
+        except Exception as error:  # its words may quote a record
+            log.error("a record cannot be read by the base (%s)", type(error).__name__)
+            make_room_after(error)
+            for row in rows if len(rows) > 1 else ():
+                self._compute_or_skip([row])
+
+    def _compute(self, rows: list[int]) -> list[torch.Tensor]:
+        """Compute the states of passages of one bucket, at most a block; store and return them."""
+        filled = _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
+        with _use_threads(self._threads):
+            hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
+        states = hidden.cpu()  # none stay in a GPU's memory
+        computed = []
+        for row, index in enumerate(rows):
+            name, positions = self._names[index], torch.from_numpy(self._positions[index])
+            computed.append(states[row, positions])
+            state = PREFIX_STORE.keep(computed[-1], name, self._memory)
+            self.network.states[name] = self._states[index] = state
+        return computed
+
+    def batches(
+        self, indices: Indices, token_budget: int = 4096, on_work: OnWork | None = None
+    ) -> Iterator[Batch]:
+        """Yield the records `indices`, each once, in micro-batches of one bucket and at most
+        `token_budget` positions (always at least one record). For public or local results: their
+        last digits depend on the batch. on_work: hears how much of all is done, each time that the
+        next is requested."""
+        self._ensure_warm(indices)
+
+        def size(bucket: Bucket) -> int:
+            return max(1, token_budget // self._positions_per_record(bucket))
+
+        groups = list(_group_by_bucket(indices, self._buckets.__getitem__, size))
+        done, total = 0, sum(self._work(bucket, len(records)) for bucket, records in groups)
+        for bucket, records in groups:
+            yield self._batch(bucket, records, len(records))
+            done += self._work(bucket, len(records))
+            if on_work:
+                on_work(done, total)
+
+    def blocks(
+        self, indices: Indices, limit: int | None = None, on_work: OnWork | None = None
+    ) -> Iterator[Batch]:
+        """Yield micro-batches of a fixed shape, blocks: always as many records of a bucket, at most
+        `limit`, filled up with the first. For whatever is summed over units and noised; at most
+        THREADS threads work on a block of several records, until the next is requested. on_work: as
+        of `batches`."""
+        self._ensure_warm(indices)
+        groups = self._block_groups(indices, limit)
+        done, total = 0, sum(self._work(bucket, size) for bucket, size, _ in groups)
+        for bucket, size, records in groups:
+            filled = _fill_block(records, size)
+            with _limit_threads(None if len(filled) == 1 else THREADS):
+                yield self._batch(bucket, filled, len(records))
+            done += self._work(bucket, size)
+            if on_work:
+                on_work(done, total)
+
+    def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
+        """Return the total that `on_work` of `blocks` hears for these records."""
+        return sum(
+            self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
+        )
+
+    def _block_groups(
+        self, indices: Indices, limit: int | None
+    ) -> list[tuple[Bucket, int, list[int]]]:
+        """Group `indices` into blocks: the bucket, how many records its blocks have, and which."""
+
+        def size(bucket: Bucket) -> int:
+            budget = (
+                MANY_THREADS
+                if self._one_record_per_block
+                else BLOCK_POSITIONS[self.network.device.type]
+            )
+            count = max(1, budget // self._positions_per_record(bucket))
+            if self.network.head is not None and not self.network.pooled:
+                count = 1  # for few rows and labels, results depend on a row's place
+            return min(count, limit or count)
+
+        groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
+        return [(bucket, size(bucket), records) for bucket, records in groups]
+
+    def _work(self, bucket: Bucket, records: int) -> int:
+        """Count the products of a pass of so many records of a bucket above the cut: the time that
+        it takes follows from them, and so does that of a gradient. Only ratios matter."""
+        of_position, of_target = self.network.products
+        positions = self._positions_per_record(bucket)
+        targets = self._n_passages * bucket.targets
+        return records * (1 + positions * of_position + targets * of_target)
+
+    @property
+    def _one_record_per_block(self) -> bool:
+        """Whether PyTorch uses more threads than may share a block of several records."""
+        return self.network.device.type == "cpu" and self._threads > THREADS
+
+    def _ensure_warm(self, indices: Indices) -> None:
+        rows = set(self._rows(indices)) - self._failed
+        if self.network.cached and any(self._states[at] is None for at in rows):
+            self.warm()
+
+    def _positions_per_record(self, bucket: Bucket) -> int:
+        """Count a record's positions in memory, including its file's."""
+        held = self.network.reads_tower or not self.network.cached
+        frames = self.network.frames(bucket.tiles) if held else 0
+        return self._n_passages * (bucket.length + frames)
+
+    def _batch(self, bucket: Bucket, records: list[int], count: int) -> Batch:
+        rows = self._rows(records)
+        tower_states = self._encode_media(rows) if self.network.reads_tower else None
+        mask = torch.zeros(len(rows), bucket.length, dtype=torch.bool)
+        targets = torch.full((len(rows), bucket.length), -100, dtype=torch.long)
+        for row, passage in enumerate(rows):
+            positions = self._positions[passage]
+            mask[row, : len(positions)] = True
+            if not self.network.pooled:
+                real = np.asarray(self._passages[passage].target_ids, dtype=np.int64)[positions]
+                targets[row, : len(positions)] = torch.from_numpy(real)
+        device, examples = self.network.device, self.dataset.examples
+        return Batch(
+            prefix=self._prefix(rows, bucket.length, tower_states).to(device),
+            mask=mask.to(device),
+            target_ids=targets.to(device),
+            label=torch.tensor([examples[i].label for i in records], device=device),
+            index=torch.tensor(records),
+            soft=self._soft(records),
+            tower_states=tower_states,
+            tiles=bucket.tiles,
+            count=count,
+            reference_logps=self._logps,
+        )
+
+    def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Pad the teacher's soft targets of `records` to one shape."""
+        marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
+        if not marks:
+            return None
+        shape = (len(marks), max(len(m.tokens) for m in marks), marks[0].tokens.shape[1])
+        tokens, logp = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        for row, mark in enumerate(marks):
+            tokens[row, : len(mark.tokens)] = torch.from_numpy(mark.tokens.astype(np.int64))
+            logp[row, : len(mark.logp)] = torch.from_numpy(mark.logp)
+        return tokens.to(self.network.device), logp.to(self.network.device)
+
+    def _encode_media(self, rows: list[int]) -> torch.Tensor | None:
+        """Compute the tower's states of the passages' files, all of one number of tiles: (rows,
+        tiles, P, W). Each file is encoded once."""
+        files = [self.dataset.examples[row // self._n_passages].media for row in rows]
+        if files[0] is None:
+            return None
+        states: dict[bytes, torch.Tensor] = {}
+        for file in files:
+            assert file is not None  # every record of a multimodal base has one
+            if file.digest not in states:
+                states[file.digest] = self._tower_states_of(file)
+        return torch.stack([states[f.digest] for f in files if f]).to(self.network.device)
+
+    def _tower_states_of(self, file: Media) -> torch.Tensor:
+        """Read the tower's states of a file; compute and store them where the store lacks them."""
+        name = hashlib.sha256(b"seen" + file.digest).digest()
+        stored = self._tower_states.get(name) or self.network.states.get(name)
+        if stored is not None:
+            try:
+                states = stored.read()
+            except Unavailable as error:
+                _warn_if_altered(error)
+            else:
+                self._tower_states[name] = stored
+                return states
+        states = self.network.encode_media(self.network.reader.tensor(file)).cpu()
+        stored = PREFIX_STORE.keep(states, name, self._memory)
+        self.network.states[name] = self._tower_states[name] = stored
+        return states
+
+    def _rows(self, records: Indices) -> list[int]:
+        """Return the rows (passages) of `records`."""
+        return [
+            record * self._n_passages + k for record in records for k in range(self._n_passages)
+        ]
+
+    def _prefix(
+        self, rows: list[int], length: int, tower_states: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return states at the cut (rows, length, H), zero on padding."""
+        if not self.network.cached:
+            if tower_states is None:
+                tower_states = self._encode_media(rows)
+            return self.network.prefix(*self._tokens(rows, length), tower_states)
+        states = self._read(rows)
+        padded = torch.zeros(len(rows), length, states[0].shape[-1], dtype=states[0].dtype)
+        for row, state in enumerate(states):
+            padded[row, : len(state)] = state
+        return padded
+
+    def _read(self, rows: list[int]) -> list[torch.Tensor]:
+        """Read the states of passages; those that the store has lost are computed again, in blocks
+        of the same shapes as the first time."""
+        read: dict[int, torch.Tensor] = {}
+        lost: list[int] = []
+        for index in dict.fromkeys(rows):  # a block may be filled with its first record
+            state = self._states[index]
+            if state is None:
+                raise RuntimeError("a record that the base could not read")
+            try:
+                read[index] = state.read()
+            except Unavailable as error:
+                _warn_if_altered(error)
+                lost.append(index)
+        for _, block in _group_by_bucket(lost, self._prefix_bucket, self._prefix_block):
+            read |= zip(block, self._compute(block), strict=True)
+        return [read[index] for index in rows]
+
+    def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad passages of one bucket to token ids and mask (rows, length)."""
+        passages = [self._passages[row].input_ids for row in rows]
+        length = length or padded_length(max(map(len, passages)))
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, text in enumerate(passages):
+            ids[row, : len(text)] = torch.from_numpy(np.asarray(text, dtype=np.int64))
+            mask[row, : len(text)] = True
+        return ids, mask
+
+
+def _group_by_bucket(
+    indices: Iterable[int], bucket_of: Callable[[int], Bucket], size: Callable[[Bucket], int]
+) -> Iterator[tuple[Bucket, list[int]]]:
+    """Group `indices` by bucket, at most `size(bucket)` in each group."""
+    members: dict[Bucket, list[int]] = {}
+    for index in indices:
+        members.setdefault(bucket_of(index), []).append(index)
+    for bucket, grouped in sorted(members.items()):
+        limit = size(bucket)
+        for start in range(0, len(grouped), limit):
+            yield bucket, grouped[start : start + limit]
+
+
+@contextmanager
+def _limit_threads(limit: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    with _use_threads(before if limit is None else min(before, limit)):
+        yield
+
+
+@contextmanager
+def _use_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == number:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _warn_if_altered(error: Unavailable) -> None:
+    if isinstance(error, Altered):
+        log.warning("%s; they are computed again. Check this machine's disk", error)
+
+
+def _fill_block(indices: list[int], size: int) -> list[int]:
+    return indices + indices[:1] * (size - len(indices))
+
+
+def _name(passage: Passage, positions: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
+    """Digest that names a passage's states: of token ids, kept positions and file, separately."""
+    parts = (passage.input_ids.tobytes(), positions.tobytes(), *([media] if media else []))
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

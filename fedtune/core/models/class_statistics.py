@@ -1,0 +1,101 @@
+"""What a site sums of its records by class: their vectors in a public basis, and how many they are.
+
+The basis is public and fixed before a record is read; it decides how useful the sums are, and has
+no say in how far a record moves them: features are bounded here, and a unit's sums are clipped and
+noised as every gradient is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fedtune.core.errors import ModelError
+from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+LARGEST = 1e3  # of an entry of basis or mean, as of an adapter's
+
+
+class ClassStatistics(nn.Module):
+    """Sums by class of features f(x) = V (x - m), bounded to length 1, and of the classes' counts.
+
+    basis: V (k, H), mean: m (H,), both public; sums: (K, k + 1), the only thing that is trained."""
+
+    basis: torch.Tensor
+    mean: torch.Tensor
+
+    def __init__(self, hidden: int, directions: int, classes: int, device: torch.device) -> None:
+        super().__init__()
+        self.sums = nn.Linear(directions + 1, classes, bias=False, device=device)
+        self.register_buffer("basis", torch.zeros(directions, hidden, device=device))
+        self.register_buffer("mean", torch.zeros(hidden, device=device))
+        self.reset()
+
+    def reset(self) -> None:
+        """Set the sums to zero, where every round begins."""
+        nn.init.zeros_(self.sums.weight)
+
+    def forward(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
+        """Compute the products (B, K) fp32 of each vector's statistics (features, count_weight)
+        with each row of the sums.
+
+        | a vector that is not finite, or whose features are not | statistics of zero |
+        Guarantee: the statistics of a record have length at most √(1 + count_weight²) whatever
+        basis and vector are, and follow from its own vector alone, to the last bit."""
+        products: torch.Tensor = self.sums(self.statistics(vectors, count_weight))
+        return products
+
+    @torch.no_grad()
+    def statistics(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
+        """Compute the statistics (B, k + 1) fp32 of vectors (B, H)."""
+        centred = vectors.float() - self.mean
+        # One product a row: no row's result depends on where it stands or who is beside it.
+        basis = self.basis.expand(len(centred), -1, -1)
+        features = torch.bmm(basis, centred[:, :, None])[:, :, 0]
+        is_finite = torch.isfinite(features).all(dim=1, keepdim=True)
+        features = torch.where(is_finite, features, 0.0)
+        # In double precision: the square of a large feature overflows in fp32.
+        length = torch.linalg.vector_norm(features.double(), dim=1, keepdim=True)
+        features = (features / length.clamp_min(1.0)).float()
+        return torch.cat([features, count_weight * is_finite.float()], dim=1)
+
+    def load(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Load basis and mean. Errors: ModelError where they are not of this shape, not finite, or
+        an entry is larger than LARGEST; nothing is loaded then."""
+        held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
+        if arrays.keys() != held.keys():
+            raise ModelError(
+                "the plan brings no basis of class statistics", f"{CLASS_BASIS} and {CLASS_MEAN}"
+            )
+        for name, array in arrays.items():
+            if array.shape != tuple(held[name].shape):
+                raise ModelError(
+                    f"{name} has another shape than this base and plan ask for",
+                    f"{tuple(held[name].shape)}",
+                    "ask the coordinator for a plan that fedtune made",
+                )
+            if not (np.isfinite(array).all() and np.abs(array).max(initial=0.0) <= LARGEST):
+                raise ModelError(
+                    f"{name} is out of range",
+                    f"finite numbers of at most {LARGEST:g}",
+                    "ask the coordinator for a plan that fedtune made",
+                )
+        for name, tensor in held.items():
+            tensor.copy_(torch.from_numpy(np.array(arrays[name], dtype=np.float32)))
+
+    def arrays(self) -> Arrays:
+        """Return basis and mean by the names under which they are sent."""
+        held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
+        return {name: tensor.cpu().numpy().copy() for name, tensor in held.items()}
+
+    def draw(self, seed: int) -> None:
+        """Draw a basis from a public seed, uniform in ±1/√H: what there is before a plan's own."""
+        generator = torch.Generator().manual_seed(seed)
+        bound = self.basis.shape[1] ** -0.5
+        drawn = torch.empty(self.basis.shape).uniform_(-bound, bound, generator=generator)
+        self.basis.copy_(drawn)
+        self.mean.zero_()

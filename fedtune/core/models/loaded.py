@@ -1,0 +1,203 @@
+"""Whole models as users load them: a base in transformers, a run's adapter by PEFT, a run's head
+beside them. For scores and soft targets, one record at a time: no result of a record depends on
+other records."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.bases import known_here
+from fedtune.core.bases.architecture import pooled
+from fedtune.core.bases.find import (
+    Base,
+    base_of_plan,
+    cache_dir,
+    find_base,
+    load_backbone,
+    load_tokenizer,
+    place_of,
+)
+from fedtune.core.bases.quantise import rounded
+from fedtune.core.config import BaseTable, Study
+from fedtune.core.errors import ModelError
+from fedtune.core.files.reading import regular
+from fedtune.core.models import lora
+from fedtune.core.models.adapter_files import ADAPTER, AGAIN, load_adapter
+from fedtune.core.run_folder import BASE, load_plan
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LoadedModel:
+    """A base or run, ready to use. model: a transformers model, or a PeftModel round it, in eval
+    mode; head: a trained one, if the run has it; study: the run's plan; digest: of everything that
+    it computes with."""
+
+    base: Base
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    head: nn.Linear | None
+    study: Study | None
+    digest: str
+
+    @torch.no_grad()
+    def next_tokens(self, ids: np.ndarray, at: np.ndarray) -> torch.Tensor:
+        """Compute log-probabilities of the tokens after the positions `at` of `ids`, (n, V)
+        fp32."""
+        return next(self.next_tokens_all([ids], [at]))
+
+    @torch.no_grad()
+    def next_tokens_all(
+        self, passages: Sequence[np.ndarray], at: Sequence[np.ndarray]
+    ) -> Iterator[torch.Tensor]:
+        """Compute next-token log-probabilities of several passages in one pass: for public text
+        alone."""
+        weight = self._inner.lm_head.weight
+        for states, places in zip(self._states(passages)[0], at, strict=True):
+            chosen = states[torch.from_numpy(places)]
+            yield torch.log_softmax((chosen @ weight.T).float(), dim=1)
+
+    @torch.no_grad()
+    def scores(self, ids: np.ndarray) -> torch.Tensor:
+        """Compute the head's logits for one passage, (outputs,) fp32. Errors: ModelError (no
+        head)."""
+        return self.scores_all([ids])[0]
+
+    @torch.no_grad()
+    def scores_all(self, passages: Sequence[np.ndarray]) -> torch.Tensor:
+        """Score several passages in one pass, (n, outputs): for public text alone."""
+        if self.head is None:
+            raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
+        logits: torch.Tensor = self.head(pooled(*self._states(passages), self.base.kind))
+        return logits
+
+    @property
+    def adapted(self) -> bool:
+        return self._inner is not self.model
+
+    @property
+    def room(self) -> int:
+        """Return the base's number of positions."""
+        return room(self._inner)
+
+    @property
+    def _inner(self) -> Any:
+        """Return the transformers model, with the adapter in it."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    def _states(self, passages: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute last hidden states (n, L, H), and the mask of each passage's own tokens."""
+        inner = self._inner
+        causal = self.base.kind == "causal"
+        rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
+        ids = pad_sequence(rows, batch_first=True).to(inner.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids)
+        backbone = inner.model if causal else inner
+        # A position never attends to later ones, so that a causal base needs no mask.
+        attention = {} if causal else {"attention_mask": mask}
+        return backbone(input_ids=ids, **attention).last_hidden_state, mask.bool()
+
+
+def load(
+    source: str | Path,
+    digest: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trainable: bool = False,
+    sent: bool = False,
+) -> LoadedModel:
+    """Load the base or the run folder that `source` names. sent: the run was received, so its base
+    is found by digest, or is in the run itself.
+
+    Guarantee: with `digest` given, what computes anything else is refused.
+    Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json);
+    PolicyRefused (sent, and its base is not here)."""
+    run = place_of(str(source))
+    study = load_plan(run) if (run / PLAN).is_file() else None
+    if study and sent:
+        model, inside = study.base.model, str(run / BASE)
+        base = base_of_plan(study.base.digest, inside if model == inside else None)
+    else:
+        base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
+    adapter = run / "adapter" if study else None
+    actual_digest = digest_of(base, adapter, study.base if study else None)
+    if digest is not None and digest != actual_digest:
+        raise ModelError(
+            f"{base.name if adapter is None else run}: the digest here is {actual_digest}",
+            digest,
+            "use the copy that the digest was taken of",
+        )
+    if adapter is not None:
+        known_here.note(cache_dir(), actual_digest, run.name, run)
+    network: Any = load_backbone(base, dtype)
+    if base.kind == "causal":
+        network.lm_head.register_forward_pre_hook(_in_one_piece)
+    if study is not None and study.base.quantisation:
+        rounded(network, study.base.quantisation, getattr(torch, study.base.dtype))
+    head = None
+    if adapter is not None:
+        if (adapter / ADAPTER).is_file():
+            network = adapted(network, adapter, trainable)
+        head = _head(adapter)
+    return LoadedModel(base, network, load_tokenizer(base), head, study, actual_digest)
+
+
+def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:
+    """Return the base's digest; with an adapter folder, one of the base and all arrays in it, and
+    of how the base is quantised, if it is."""
+    if adapter is None:
+        return base.digest
+    both = f"{base.digest}\n{lora.digest(load_adapter(adapter))}"
+    if asked and asked.quantisation:
+        both += f"\n{asked.dtype} {asked.quantisation.model_dump_json()}"
+    return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
+
+
+def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Make the head's input contiguous. transformers passes a view of each passage's last state,
+    for which PyTorch copies the head's whole weight for each passage: 2.7 GB for 48 of SmolLM2, and
+    most of writing's time."""
+    return (states[0].contiguous(),)
+
+
+def room(model: Any) -> int:
+    """Return a transformers model's number of text positions; a huge number if not declared."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def adapted(model: Any, adapter: Path, trainable: bool = False) -> Any:
+    """Load the adapter in a folder onto `model`, by PEFT. Errors: ModelError."""
+    from peft import PeftModel
+
+    for name in ("adapter_config.json", ADAPTER):
+        regular(adapter / name, "an adapter as PEFT saves it", AGAIN, ModelError)
+    try:
+        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+    except Exception as error:  # PEFT may raise anything on a file with values of other types
+        raise ModelError(
+            f"{adapter}: PEFT cannot load it ({type(error).__name__})", todo=AGAIN
+        ) from None
+    return loaded.eval()
+
+
+def _head(adapter: Path) -> nn.Linear | None:
+    arrays = {n: v for n, v in load_adapter(adapter).items() if n.startswith("head.")}
+    if not arrays:
+        return None
+    outputs, inputs = arrays["head.weight"].shape
+    head = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            parameter.copy_(torch.from_numpy(arrays[f"head.{name}"]))
+    return head.requires_grad_(False)

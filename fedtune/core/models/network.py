@@ -1,0 +1,469 @@
+"""One copy of the base in memory, cut into a frozen prefix and a trainable part.
+
+Sites and coordinator use the same methods, whatever the base: states at the cut, hidden states
+above it, logits. Adapters are swapped by loading arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import cast
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedtune.core import modalities
+from fedtune.core.bases.architecture import (
+    PROJECTOR,
+    fill,
+    parts_of,
+    plane_positions,
+    pooled,
+    positions_of,
+)
+from fedtune.core.bases.find import Base, load_backbone, load_tokenizer
+from fedtune.core.bases.quantise import quantise
+from fedtune.core.config import LoraTable, QuantisationTable, Study
+from fedtune.core.errors import ConfigError, ModelError
+from fedtune.core.models import lora as lora_module
+from fedtune.core.models import preconditioner
+from fedtune.core.models.class_statistics import ClassStatistics
+from fedtune.core.models.lora import Arrays, load_into
+from fedtune.core.models.loss import head_loss
+from fedtune.core.models.prefix_store import HiddenStates
+from fedtune.core.models.split import Split, cut
+from fedtune.core.registry.arrays import CLASS_SUMS
+from fedtune.core.run_folder import HEAD
+
+
+class Network:
+    """A frozen base with its adapter or head. Shapes: B records, L positions, H hidden, V classes
+    or vocabulary. Adapters and heads are fp32 whatever the base."""
+
+    def __init__(
+        self,
+        base: Base,
+        dtype: torch.dtype,
+        lora: LoraTable | None,
+        labels: int,
+        quantisation: QuantisationTable | None = None,
+        modality: str | None = None,
+        directions: int = 0,
+    ) -> None:
+        """labels: outputs of the trained head, 0 for the model's own; directions: of the public
+        basis, where class statistics are trained for that head, else 0."""
+        if not lora and not labels:
+            raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
+        self.base, self.dtype, self.kind = base, dtype, base.kind
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
+        self.reader = modalities.reader(base, self.tokenizer, modality)
+        backbone = load_backbone(base, dtype)
+        # The CPU unless there is a GPU; CUDA_VISIBLE_DEVICES selects one.
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model: PreTrainedModel | PeftModel = nn.Module.to(backbone, self.device)
+        if quantisation:
+            quantise(backbone, quantisation, dtype)
+        self._parts = parts_of(backbone, base.kind)
+        self._backbone, self._lm_head = self._parts.text, self._parts.lm_head
+        text = backbone.config.get_text_config()
+        self.hidden_size, self.vocabulary = int(text.hidden_size), int(text.vocab_size)
+        self.head = nn.Linear(self.hidden_size, labels, device=self.device) if labels else None
+        if self.head is not None:
+            nn.init.zeros_(self.head.weight)  # public, and the same at every site
+            nn.init.zeros_(self.head.bias)
+        self.statistics: ClassStatistics | None = None
+        if directions:
+            if lora:
+                raise ConfigError("class statistics are of a frozen base", "no [lora] table")
+            self.statistics = ClassStatistics(self.hidden_size, directions, labels, self.device)
+        self._split: Split | None = None
+        self._projects = lora is not None and PROJECTOR in lora.modules
+        if lora:
+            if base.kind != "encoder" and not self._projects:
+                self._split = cut(self._backbone, lora)
+            if self._parts.plane and not self.positionwise:
+                self._split = None  # above it, the image's positions would be unknown
+            self.model = lora_module.attach(backbone, lora, base.name, self._parts)
+        self.pooled = not lora  # a head alone: training needs one vector per record
+        # Whether `hidden` fills in the image: its projector is trained, or no text layer is cut.
+        self._fills = self._projects or (self._parts.plane and not (self.pooled or self._split))
+        # States at the cut, and a tower's states of a file, by a digest of their input; shared by
+        # all datasets with the same record; freed with their last holder.
+        self.states: WeakValueDictionary[bytes, HiddenStates] = WeakValueDictionary()
+        self._adopted: dict[str, Arrays] = {}  # A by digest, shared by all who train over it
+        self._loaded: tuple[Arrays, list[int]] | None = None  # A, and its tensors' versions
+        self.preconditioner: Arrays = {}  # W by name, loaded with A
+        self.draw_factor(seed=0)
+
+    @cached_property
+    def positions(self) -> int | None:
+        """Longest text of the base in tokens; None where its config does not say."""
+        return positions_of(self._backbone)
+
+    @torch.no_grad()
+    def check_length(self, length: int) -> None:
+        """Check that the base reads texts of `length` tokens here, before any record is read: a
+        record that is too long would fail, and so disclose its length. Errors: ConfigError."""
+        if self.positions is not None and length > self.positions:
+            raise ConfigError(
+                f"objective.max_length = {length} is more than the base can read",
+                f"at most {self.positions}, its positions",
+            )
+        if self.reader.column is not None:
+            return
+        ids = torch.zeros(1, length, dtype=torch.long)
+        mask = torch.ones(1, length, dtype=torch.bool)
+        try:
+            self.hidden(self.prefix(ids, mask), mask.to(self.device))
+        except Exception as error:
+            raise ConfigError(
+                f"the base cannot read objective.max_length = {length} tokens here "
+                f"({type(error).__name__})",
+                "a length that it reads on this machine",
+            ) from None
+
+    @property
+    def cached(self) -> bool:
+        """Whether states at the cut are worth keeping (something is frozen below it)."""
+        return self.pooled or self._split is not None
+
+    @property
+    def positionwise(self) -> bool:
+        """Whether no layer above the cut mixes positions."""
+        return self._split is not None and self._split.positionwise
+
+    @property
+    def reads_tower(self) -> bool:
+        """Whether the part above the cut needs the tower's states."""
+        if self.pooled or self.positionwise:
+            return False
+        return self._fills or self._parts.crossed
+
+    def frames(self, tiles: int) -> int:
+        """Number of the tower's states for a file of `tiles` tiles; 0 without a tower."""
+        return self._parts.frames * tiles
+
+    def has_row_per_tile(self, parameter: nn.Parameter) -> bool:
+        """Whether a row of the layer's input is a tile (in the projector) and not a passage."""
+        if not self._projects or self._parts.projector is None:
+            return False
+        return any(parameter is p for p in self._parts.projector.parameters())
+
+    @property
+    def trained(self) -> nn.Module:
+        """The module that holds every trainable parameter, for the gradient engine to watch."""
+        holder = nn.ModuleDict()
+        if not self.pooled:
+            holder["backbone"] = self._split.tail if self._split else self._backbone
+        if self._projects and self._parts.projector is not None:
+            holder["projector"] = self._parts.projector
+        if self.statistics is not None:
+            holder["statistics"] = self.statistics
+        elif self.head is not None:
+            holder["head"] = self.head
+        return holder
+
+    @cached_property
+    def products(self) -> tuple[int, int]:
+        """Count the multiplications that one position takes in the layers above the cut, and one
+        target in the base's own head: how long a pass takes follows from both."""
+        above = 0 if self.pooled else _weights(self._split.tail if self._split else self._backbone)
+        scored = self.head is None and self._lm_head is not None
+        return above, self.hidden_size * self.vocabulary if scored else 0
+
+    @torch.no_grad()
+    def encode_media(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Run the frozen tower on one file's tensor: (tiles, P, W)."""
+        assert self._parts.tower is not None
+        return self._parts.tower(tensor.to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def prefix(
+        self, input_ids: torch.Tensor, mask: torch.Tensor, tower_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Compute states at the cut, (B, L, H); (B, 1, H) fp32 where a head alone is trained.
+        tower_states: those of each passage's file, (B, tiles, P, W). Place-holders that `hidden`
+        fills with the projector's output are NaN until then."""
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+        if self.pooled and self._parts.crossed:
+            assert tower_states is not None  # a head on the tower itself: the mean over all frames
+            frames = tower_states[:, 0]
+            return pooled(frames, torch.ones_like(frames[..., 0]), "encoder")[:, None]
+        if not (self.pooled or self._split):
+            return self._embed(input_ids, tower_states)
+        inputs = {"input_ids": input_ids}
+        if self._parts.projector is not None:
+            inputs = {"inputs_embeds": self._embed(input_ids, tower_states)}
+            inputs |= self._position_ids(input_ids == self._parts.place)
+        inputs |= self._cross_inputs(tower_states)
+        if self._split:
+            return self._run(self._split.prefix, mask, **inputs)
+        return pooled(self._run(self._backbone, mask, **inputs), mask, self.kind)[:, None]
+
+    def _embed(self, input_ids: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
+        embed: nn.Module = self.model.get_input_embeddings()
+        states: torch.Tensor = embed(input_ids)
+        if self._parts.projector is None:
+            return states
+        states = states.masked_fill((input_ids == self._parts.place)[:, :, None], torch.nan)
+        return states if self._fills else self._fill(states, tower_states)
+
+    def _position_ids(self, is_placeholder: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Position ids for a base whose positions are two-dimensional (M-RoPE); else nothing."""
+        return {"position_ids": plane_positions(is_placeholder)} if self._parts.plane else {}
+
+    def _fill(self, states: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
+        """Fill each record's place-holders with the projector's output for its tiles."""
+        assert tower_states is not None and self._parts.projector is not None
+        features = self._parts.projector(tower_states.flatten(0, 1))  # (B · tiles, P', H)
+        return fill(states, features.reshape(len(tower_states), -1, features.shape[-1]))
+
+    def _cross_inputs(self, tower_states: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        if not self._parts.crossed:
+            return {}
+        assert tower_states is not None
+        return {"encoder_hidden_states": tower_states[:, 0]}
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a classification head is trained, in place of the model's own."""
+        return self.head is not None
+
+    def hidden(
+        self,
+        prefix: torch.Tensor,
+        mask: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        tower_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute last hidden states from those at the cut, adapters applied, (B, L, H); only at
+        the positions `keep` (B, K) if given, (B, K, H). tower_states: needed if `reads_tower`."""
+        if self.pooled:
+            return prefix
+        extra = self._cross_inputs(tower_states) if self.reads_tower else {}
+        if self._fills:
+            extra |= self._position_ids(prefix[..., 0].isnan())
+            prefix = self._fill(prefix, tower_states)
+        tail = self._split.tail if self._split else self._backbone
+        if keep is None:
+            return self._run(tail, mask, inputs_embeds=prefix, **extra)
+        if self._split and self._split.narrows:
+            return self._run(tail, mask, inputs_embeds=prefix, keep=keep, **extra)
+        states = self._run(tail, mask, inputs_embeds=prefix, **extra)
+        return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
+
+    def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Compute next-token logits (n, V) fp32 of states (n, H), over `tokens` alone if given;
+        where a head is trained, its class logits."""
+        if self.head is not None:
+            scores: torch.Tensor = self.head(selected.float())
+            return scores
+        assert self._lm_head is not None
+        weight: torch.Tensor = self._lm_head.weight  # type: ignore[assignment]
+        if tokens is not None:
+            selected, weight = selected.float(), weight[tokens].float()
+        logits: torch.Tensor = (selected @ weight.T).float()
+        return logits
+
+    def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Compute next tokens' negative log-likelihood (nats) from states (n, H), fp32 (n,)."""
+        assert self._lm_head is not None
+        return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
+
+    def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
+        """Compute the products (B, V) fp32 of vectors' class statistics with what is trained of
+        them. Errors: ModelError where the network has no such statistics."""
+        if self.statistics is None:
+            raise ModelError("this network has no class statistics", "an objective with directions")
+        products: torch.Tensor = self.statistics(vectors, count_weight)
+        return products
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pool to one vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
+        A head alone on a speech base: the mean over the tower's frames."""
+        return hidden[:, 0] if self.pooled else pooled(hidden, mask, self.kind)
+
+    def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        # Records are padded on the right, so in a causal base no token can see padding: leaving
+        # the mask out lets attention take its fast path and changes no real position.
+        causal = self.kind != "encoder"
+        extra = {"use_cache": False} if causal else {"attention_mask": mask.long()}
+        states: torch.Tensor = part(**inputs, **extra).last_hidden_state
+        return states
+
+    @contextmanager
+    def recomputing(self, enabled: bool) -> Iterator[None]:
+        """Checkpoint activations if `enabled`: blocks with an adapter keep only their inputs and
+        run again in the backward pass, with equal gradients: a third more time."""
+        blocks = [m for m in self.trained.modules() if isinstance(m, GradientCheckpointingLayer)]
+        blocks = [m for m in blocks if enabled and any(p.requires_grad for p in m.parameters())]
+        for block in blocks:  # the block's own switch would need training mode
+            recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(recompute, block.forward)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by name, in name order: the layout of every update."""
+        return self._trainable
+
+    @cached_property
+    def _trainable(self) -> dict[str, nn.Parameter]:  # read many times a round
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.head is not None:
+            named |= {f"head.{n}": p for n, p in self.head.named_parameters()}
+        return dict(sorted(named.items()))
+
+    def update_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters whose change a site sends, by name, in name order: the adapter's own, or the
+        class statistics of which the coordinator makes it."""
+        if self.statistics is None:
+            return self.parameters()
+        return {CLASS_SUMS: cast(nn.Parameter, self.statistics.sums.weight)}
+
+    def trainable(self) -> Arrays:
+        return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
+
+    def zero(self) -> Arrays:
+        """Return zero trainable arrays, those of the base itself: a head starts at zero too."""
+        return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
+
+    def load_trainable(self, arrays: Arrays) -> None:
+        """Load the trainable arrays; class statistics start at zero again. Errors: ModelError when
+        names or shapes differ from this network's, or an entry is not finite, or larger than
+        LARGEST."""
+        load_into(self.parameters(), arrays)
+        if self.statistics is not None:
+            self.statistics.reset()
+
+    def draw_factor(self, seed: int) -> Arrays:
+        """Draw LoRA's A from a public seed, equal on every machine; load and return it."""
+        if self.statistics is not None:
+            self.statistics.draw(seed)
+            return self.statistics.arrays()
+        drawn = lora_module.draw(self._factor, seed)
+        self.load_frozen(drawn)
+        return drawn
+
+    def adopt(self, study: Study, received: Arrays) -> Arrays:
+        """Load and return what `study` never trains: A, drawn from the public seed or as received,
+        and the preconditioner, if the plan has one; or the basis of class statistics. Errors:
+        ModelError where it is another's."""
+        if self.statistics is not None:
+            return self._adopt_basis(study, received)
+        if study.lora is None:
+            return {}
+        factor, outputs = preconditioner.divided(received)
+        if study.lora.a_init == "seed":
+            factor = self.draw_factor(study.study.seed)
+        outputs = lora_module.frozen_of_plan(study.lora, factor, outputs, self.parameters())
+        whole = factor | outputs  # a new dict: the drawn one is known as loaded, without `outputs`
+        whole = self._adopted.setdefault(lora_module.digest(whole), whole)
+        self.load_frozen(whole)
+        return whole
+
+    def _adopt_basis(self, study: Study, received: Arrays) -> Arrays:
+        """Load the basis of class statistics; one from the public seed where the plan has none, as
+        for a run that is over. Errors: ModelError."""
+        assert self.statistics is not None
+        expected = study.objective.basis_digest
+        if not received and expected is None:
+            return self.draw_factor(study.study.seed)
+        self.statistics.load(received)
+        if expected not in (None, lora_module.digest(received)):
+            raise ModelError("the basis is not the plan's", "objective.basis_digest")
+        return received
+
+    def initial(self, factor: Arrays) -> Arrays:
+        """Return round 0's trainable arrays: B and head zero; A as in `factor` where it trains."""
+        return {n: factor.get(n, array) for n, array in self.zero().items()}
+
+    def frozen_factor(self) -> Arrays:
+        """Return LoRA's A by name, or the basis of class statistics; empty for a head alone."""
+        if self.statistics is not None:
+            return self.statistics.arrays()
+        return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
+
+    def load_frozen(self, arrays: Arrays) -> None:
+        """Load A, and the preconditioner among `arrays` or none; does nothing where the same were
+        loaded last and A is unchanged since. Of class statistics the basis. Errors: as
+        `load_trainable`."""
+        if self.statistics is not None:
+            return self.statistics.load(arrays)
+        versions = self._factor_versions()
+        if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != versions:
+            factor, self.preconditioner = preconditioner.divided(arrays)
+            load_into(self._factor, factor)
+            self._loaded = arrays, self._factor_versions()
+
+    @contextmanager
+    def loaded(
+        self, frozen: Arrays | None = None, trainable: Arrays | None = None
+    ) -> Iterator[None]:
+        """Load arrays within the block, and restore the previous ones after it; None: unchanged.
+        Errors: as `load_trainable`."""
+        held = None if frozen is None else self.frozen_factor() | self.preconditioner
+        trained = self.trainable()
+        try:
+            if frozen is not None:
+                self.load_frozen(frozen)
+            if trainable is not None:
+                self.load_trainable(trainable)
+            yield
+        finally:
+            if held is not None:
+                self.load_frozen(held)
+            self.load_trainable(trained)
+
+    def _factor_versions(self) -> list[int]:
+        """Versions of A's tensors: PyTorch counts writes to a tensor."""
+        return [parameter._version for parameter in self._factor.values()]
+
+    @cached_property
+    def _factor(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if "lora_A" in n}
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Disable adapters within the block."""
+        if isinstance(self.model, PeftModel):
+            adapter = [*self._trainable.values(), *self._factor.values()]
+            trainable_before = [p.requires_grad for p in adapter]
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:  # PEFT enables an adapter with all of it trainable, A too
+                for parameter, requires_grad in zip(adapter, trainable_before, strict=True):
+                    parameter.requires_grad_(requires_grad)
+        else:
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Save the adapter in PEFT's format; a head (if any) beside it as head.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+        if self.head is not None:
+            tensors = {n: p.detach().contiguous() for n, p in self.head.named_parameters()}
+            save_file(tensors, folder / HEAD, {"base": json.dumps(self.base.name)})
+
+
+def _weights(part: nn.Module) -> int:
+    """Count the weights of a part's linear layers, whose parameters are fewer where they are stored
+    in few bits."""
+    layers = (module for module in part.modules() if isinstance(module, nn.Linear))
+    return sum(layer.in_features * layer.out_features for layer in layers)

@@ -1,0 +1,209 @@
+"""Public output preconditioner: it is to a layer's output what whitening A is to its input.
+
+Gradients of B are large along a few directions of a layer's output and small along most, and noise
+is the same along all. With M = b I - W Wᵀ, public before a record is read, a site clips
+M g in place of g, adds its noise to that, and the adapter moves by M times the noised mean: steps
+where gradients of public text are small are longer, and cost no more noise. Clipping and noise act
+on M g alone, so the guarantee does not depend on M; and the adapter stays plain LoRA, since M has
+been applied to what is added to B.
+
+Only W (outputs, rank) travels, so M is symmetric by its form. b follows from W: the mean square of
+M's eigenvalues is 1, so that a step is as long as without M.
+
+Of private records hardly more than W's directions can be learnt where noise is large: there the
+gradients of units agree most. A narrow preconditioner is M = U Uᵀ, of the same eigenvectors and the
+same proportions among W's directions, and zero elsewhere: a unit's gradient is clipped on what it
+has in them, and noise elsewhere moves nothing. U travels in W's place, by another name.
+
+References: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+curvature", section 3 (the output factor); Li et al. 2022, "Private adaptive optimization with side
+information" (preconditioning by public data before clipping)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.errors import ModelError
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+LEAST = 1e-2  # no eigenvalue of M is smaller; by its form and scale none is larger than √(d/(d-k))
+SCALE = 0.01  # by which the mean square of a narrow M's eigenvalues may differ from 1
+_IN_B, _IN_M, _IN_NARROW = ".lora_B.", ".lora_M.", ".lora_U."
+
+
+def name_for(name: str, *, narrow: bool = False) -> str:
+    """Name the factor W of the B called `name`; of a narrow preconditioner U."""
+    return name.replace(_IN_B, _IN_NARROW if narrow else _IN_M)
+
+
+def is_factor(name: str) -> bool:
+    """Return whether an array of this name is a preconditioner's W or U."""
+    return _IN_M in name or _IN_NARROW in name
+
+
+def divided(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arrays]:
+    """Separate a plan's frozen arrays into LoRA's A and the preconditioner's W or U."""
+    factors = {name: array for name, array in frozen.items() if is_factor(name)}
+    return {n: a for n, a in frozen.items() if n not in factors}, factors
+
+
+@dataclass(frozen=True, repr=False)
+class Multiplier:
+    """M = identity · I + sign · wide wideᵀ. wide: W or U, (outputs, rank)."""
+
+    identity: float
+    sign: int
+    wide: npt.NDArray[np.float32]
+
+
+def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> Multiplier | None:
+    """Return M of the trained tensor `name`; None where it has none among `factors`.
+
+    Errors: ModelError for one out of range."""
+    if _IN_B not in name:
+        return None
+    if (narrow := factors.get(name_for(name, narrow=True))) is not None:
+        check_narrow(narrow)
+        return Multiplier(0.0, 1, narrow)
+    factor = factors.get(name_for(name))
+    return None if factor is None else Multiplier(identity_part(factor), -1, factor)
+
+
+def identity_part(factor: npt.NDArray[np.float32]) -> float:
+    """Compute b of M = b I - W Wᵀ, so that the mean square of M's d eigenvalues is 1.
+
+    Errors: ModelError where no M of this scale has all its eigenvalues at LEAST or above: W comes
+    from the coordinator and may be anything."""
+    outputs, rank = factor.shape
+    values = np.linalg.eigvalsh(factor.T.astype(np.float64) @ factor.astype(np.float64))
+    total, squares = float(values.sum()), float((values**2).sum())
+    root = total**2 - outputs * (squares - outputs)
+    b = (total + math.sqrt(root)) / outputs if root >= 0 else math.nan
+    if not (rank < outputs and b - float(values.max(initial=0.0)) >= LEAST):  # NaN too
+        raise ModelError(
+            "the plan's preconditioner is out of range",
+            f"eigenvalues of at least {LEAST:g} and a mean square of 1",
+            "ask the coordinator for a plan that fedtune made",
+        )
+    return b
+
+
+def check_narrow(factor: npt.NDArray[np.float32]) -> None:
+    """Check that the mean square of the d eigenvalues of M = U Uᵀ is 1, so that none is above √d.
+
+    Errors: ModelError: U comes from the coordinator and may be anything."""
+    outputs, rank = factor.shape
+    wide = factor.astype(np.float64)
+    squares = float(((wide.T @ wide) ** 2).sum())
+    if not (rank < outputs and abs(squares / outputs - 1) <= SCALE):  # NaN too
+        raise ModelError(
+            "the plan's preconditioner is out of range",
+            "eigenvalues with a mean square of 1",
+            "ask the coordinator for a plan that fedtune made",
+        )
+
+
+def narrowed(factors: Arrays) -> Arrays:
+    """Return U of M = U Uᵀ for each W: on the directions of W as M = b I - W Wᵀ is, up to the scale
+    that makes the mean square of its eigenvalues 1, and zero elsewhere."""
+    return {name.replace(_IN_M, _IN_NARROW): _narrowed(w) for name, w in factors.items()}
+
+
+def _narrowed(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    vectors, singular, _ = np.linalg.svd(factor.astype(np.float64), full_matrices=False)
+    values = identity_part(factor) - singular**2  # of M, on W's directions
+    values[singular <= 1e-6 * singular.max(initial=1e-30)] = 0.0  # a direction that W has not
+    values *= math.sqrt(len(factor) / float((values**2).sum()))
+    narrow: npt.NDArray[np.float32] = (vectors * np.sqrt(values)).astype(np.float32)
+    return narrow
+
+
+def rank_of(outputs: int, rank: int) -> int:
+    """Return W's number of columns for a layer's outputs: fewer than there are outputs."""
+    return min(rank, outputs - 1)
+
+
+def stepped(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
+    """Step the adapter by one round: the result of `apply`, each B's change multiplied by its M,
+    summed in fp64. Without a preconditioner in `frozen`: apply(adapter)."""
+    _, factors = divided(frozen)
+    if not factors:
+        return apply(adapter)
+    return moved(adapter, apply({n: np.zeros_like(a) for n, a in adapter.items()}), factors)
+
+
+def moved(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays) -> Arrays:
+    """Move `adapter` by M times `step`, summed in fp64."""
+    return {
+        name: (array + multiplied(step[name].astype(np.float64), name, factors)).astype(np.float32)
+        for name, array in adapter.items()
+    }
+
+
+def multiplied(
+    values: npt.NDArray[np.float64], name: str, factors: Arrays
+) -> npt.NDArray[np.float64]:
+    """Multiply M by `values` (…, outputs, columns) of the trained tensor `name`; unchanged if it
+    has none among `factors`."""
+    found = multiplier_of(name, factors)
+    if found is None:
+        return values
+    wide = found.wide.astype(np.float64)
+    return found.identity * values + found.sign * (wide @ (wide.T @ values))
+
+
+def factor_of(
+    moment: npt.NDArray[np.float64], rank: int, damping: float
+) -> npt.NDArray[np.float32]:
+    """Compute W (outputs, rank) of M = (G/ḡ + damping · I)^(-1/2), scaled to a mean square of 1.
+
+    moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ: its mean eigenvalue. The
+    `rank` largest eigenvalues of G are kept; the others count as one, by their root mean square.
+    Errors: ModelError where G is zero or not finite."""
+    values, vectors = np.linalg.eigh(_finite(moment))  # ascending
+    return _factor(values, vectors, rank, damping)
+
+
+def factor_of_columns(
+    columns: npt.NDArray[np.float64], rank: int, damping: float
+) -> npt.NDArray[np.float32]:
+    """Compute W as `factor_of` does, of G = columns columnsᵀ for (outputs, n) with n < outputs: of
+    a wide layer G itself would take too much memory. Errors: as `factor_of`."""
+    vectors, singular, _ = np.linalg.svd(_finite(columns), full_matrices=False)
+    return _factor(singular[::-1] ** 2, vectors[:, ::-1], rank, damping)
+
+
+def _finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    if np.isfinite(array).all() and array.any():
+        return array
+    raise ModelError(
+        "public text gives no gradient to precondition with",
+        "text with answers that the base does not know already",
+        "see [public]",
+    )
+
+
+def _factor(
+    values: npt.NDArray[np.float64], vectors: npt.NDArray[np.float64], rank: int, damping: float
+) -> npt.NDArray[np.float32]:
+    """Compute W from the largest eigenvalues of G (ascending) and their vectors; the others are
+    zero."""
+    outputs, known = vectors.shape
+    mean = float(values.sum()) / outputs
+    shrunk = 1 / np.sqrt(
+        np.concatenate([np.zeros(outputs - known), values.clip(0) / mean]) + damping
+    )
+    shrunk /= math.sqrt(float((shrunk**2).mean()))
+    rank = rank_of(outputs, rank)
+    rest = math.sqrt(float((shrunk[:-rank] ** 2).mean()))
+    lowered = np.sqrt((rest - shrunk[-rank:]).clip(0))
+    factor = np.zeros((outputs, rank), np.float32)
+    most = min(rank, known)
+    factor[:, -most:] = vectors[:, -most:] * lowered[-most:]
+    return factor

@@ -1,0 +1,261 @@
+"""Store of records' states at the cut: in memory up to a limit, then in an encrypted file without a
+name.
+
+Hidden states can be turned back into text, so what does not fit into memory is sealed before it is
+written: AES-256-GCM, for each block a key of its own that exists in this process' memory alone.
+Whoever drops a State has erased it, wherever its bytes still lie.
+
+Guarantee: a store that is full changes how long a step takes, and nothing else. How much room the
+states need follows from the length of every record of a site, so a write that is refused is no
+error: the states are computed again whenever they are read (`Unavailable`). The file leaves
+`LEAST_FREE` bytes of its disk to what has to be written: the ledger and its outbox."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import tempfile
+import weakref
+from collections import defaultdict, deque
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedtune.core.bases.find import cache_dir
+from fedtune.core.errors import InfrastructureError
+
+log = logging.getLogger("fedtune.core.models")
+
+_NONCE = bytes(12)  # constant: a key seals one block and no other
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+LEAST_FREE = 256 * 2**20  # bytes that the file of states leaves free on its disk
+
+
+class Unavailable(InfrastructureError):
+    """States that the store does not hold: whoever reads them computes them again."""
+
+
+class Altered(Unavailable):
+    """Error of a block that was changed in the file; nothing of it was used."""
+
+
+class HiddenStates(Protocol):
+    """One record's states at the cut, (positions, H), kept for as long as this object is
+    referenced."""
+
+    def read(self) -> torch.Tensor:
+        """Read the states. Errors: Unavailable."""
+
+
+@lru_cache(maxsize=1)
+def default_limit() -> int:
+    """Return a quarter of this machine's or container's memory, in bytes."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        memory = min(memory, int(_CGROUP.read_text()))
+    return memory // 4
+
+
+class PrefixStore:
+    """Hidden states kept by this process; the limit is the process', for all records together.
+
+    First come, first in memory: every record is drawn equally often, so it does not matter which
+    ones are there, and nothing is moved."""
+
+    def __init__(self) -> None:
+        self._used = 0
+        self._dropped: deque[int] = deque()  # by finalisers, which may run at any point
+        self._in_memory: weakref.WeakSet[_InMemory] = weakref.WeakSet()
+        self._file: _File | None = None
+        self._memory_is_short = False
+        self._refusals: set[str] = set()  # why the file was not written, each said once
+        self.processes = 1  # that share this machine and do the same work
+
+    @property
+    def in_memory(self) -> int:
+        """Return the bytes of states held in memory."""
+        while self._dropped:
+            self._used -= self._dropped.popleft()
+        return self._used
+
+    @property
+    def on_disk(self) -> int:
+        """Return the bytes of referenced blocks in the file."""
+        return self._file.used if self._file else 0
+
+    def keep(self, states: torch.Tensor, record: bytes, limit: int | None = None) -> HiddenStates:
+        """Store `states` (positions, H) of `record`: in memory if the process then holds at most
+        `limit` bytes (None: its share of a quarter of the machine's memory), else in the file.
+
+        Where that cannot be written, what is returned holds nothing: its `read` is Unavailable."""
+        available = default_limit() // self.processes if limit is None else limit
+        if not self._memory_is_short and self.in_memory + states.nbytes <= available:
+            self._used += states.nbytes
+            stored = _InMemory(states)
+            stored.forget = weakref.finalize(stored, self._dropped.append, states.nbytes)
+            stored.forget.atexit = False
+            self._in_memory.add(stored)
+            return stored
+        try:
+            if (
+                self._file is None or self._file.owner != os.getpid()
+            ):  # a fork shares the file's end
+                self._file = _File(cache_dir())
+            return _seal(states, record, self._file)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            if reason not in self._refusals:
+                log.warning(
+                    "the file of states at the cut cannot be written (%s); expected room in %s; "
+                    "records that do not fit are computed again in each step, which takes longer; "
+                    "to do: free space, name another folder in FEDTUNE_CACHE, or raise "
+                    "site.cache_memory",
+                    reason,
+                    cache_dir(),
+                )
+            self._refusals.add(reason)
+            return _Nothing()
+
+    def release_memory(self) -> None:
+        """Drop all states held in memory, for good where memory ran out: how much is left for a row
+        then does not depend on how many records were read before it."""
+        self._memory_is_short = True
+        for stored in list(self._in_memory):
+            stored.drop()
+
+
+PREFIX_STORE = PrefixStore()
+
+
+class _Nothing:
+    """States for which there was no room."""
+
+    def read(self) -> torch.Tensor:
+        raise Unavailable("there was no room for these states at the cut")
+
+
+class _InMemory:
+    """States in this process' memory, until they are dropped. forget: takes them out of the store's
+    account, once."""
+
+    forget: weakref.finalize[[int], _InMemory]
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self._states: torch.Tensor | None = states
+
+    def read(self) -> torch.Tensor:
+        if self._states is None:
+            raise Unavailable("these states at the cut made room for a row")
+        return self._states
+
+    def drop(self) -> None:
+        self._states = None
+        self.forget()
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class _Sealed:
+    """States in an encrypted block. record: bound into the seal, so that no block passes for
+    another record's."""
+
+    file: _File
+    at: int
+    size: int
+    key: bytes
+    record: bytes
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def read(self) -> torch.Tensor:
+        block = self.file.read(self.at, self.size)
+        try:
+            plaintext = AESGCM(self.key).decrypt(_NONCE, block, self.record)
+        except InvalidTag:
+            raise Altered(
+                "the file of states at the cut was altered", "the block that was written"
+            ) from None
+        return torch.frombuffer(bytearray(plaintext), dtype=self.dtype).view(self.shape)
+
+
+def _seal(states: torch.Tensor, record: bytes, file: _File) -> _Sealed:
+    key = AESGCM.generate_key(256)
+    plaintext = states.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    block = AESGCM(key).encrypt(_NONCE, plaintext, record)
+    at = file.write(block)
+    sealed = _Sealed(file, at, len(block), key, record, states.shape, states.dtype)
+    weakref.finalize(sealed, file.dropped.append, (at, len(block))).atexit = False
+    return sealed
+
+
+class _File:
+    """Blocks in a file of mode 0600 that has no name (where the platform permits), so that no crash
+    leaves it behind. The room of an unreferenced block is used again for one of its size."""
+
+    def __init__(self, folder: Path) -> None:
+        self.owner, self._end, self._used = os.getpid(), 0, 0
+        self.dropped: deque[tuple[int, int]] = deque()
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+
+    @property
+    def used(self) -> int:
+        """Return the bytes of referenced blocks."""
+        while self.dropped:
+            at, size = self.dropped.popleft()
+            self._free[size].append(at)
+            self._used -= size
+        return self._used
+
+    @property
+    def number(self) -> int:
+        """Return the file's descriptor."""
+        return self._file.fileno()
+
+    def write(self, block: bytes) -> int:
+        """Write a block and return its offset. Errors: OSError, and the file is as it was."""
+        if self.used == 0:  # everything was dropped, and goes from the disk too
+            self._free.clear()
+            self._end = 0
+            os.ftruncate(self.number, 0)
+        size, free = len(block), self._free[len(block)]
+        if not free:
+            disk = os.fstatvfs(self.number)
+            if disk.f_bavail * disk.f_frsize < size + LEAST_FREE:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        at = free[-1] if free else self._end
+        if os.pwrite(self.number, block, at) != size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if free:
+            free.pop()
+        self._end, self._used = max(self._end, at + size), self._used + size
+        return at
+
+    def read(self, at: int, size: int) -> bytes:
+        return os.pread(self.number, size, at)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, of the machine or of its GPU. PyTorch has a class for the
+    latter alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def make_room_after(error: BaseException) -> None:
+    """Drop the states held in memory where `error` says that memory ran out, so that what is
+    computed next has room."""
+    if is_out_of_memory(error):
+        log.warning("memory ran out; states at the cut are kept in memory no longer")
+        PREFIX_STORE.release_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,76 @@
+"""Generated records: random tokens that never saw any data, for checks before training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.config import ObjectiveTable, Study
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, Passage
+from fedtune.core.data.media import Media
+from fedtune.core.data.records import Record
+from fedtune.core.models.network import Network
+from fedtune.core.models.random_targets import with_random_targets
+from fedtune.core.objectives import resolve
+
+
+class GeneratedFile(NamedTuple):
+    """A generated file, the ids of its place-holders, and its number of tiles; of a base that reads
+    text alone: None, nothing, 1."""
+
+    media: Media | None
+    ids: list[int]
+    tiles: int
+
+    def prepend_to(self, ids: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> Passage:
+        """Put the place-holders before a text."""
+        placeholders = np.array(self.ids, np.int32)
+        no_targets = np.full(len(placeholders), NO_TARGET, np.int32)
+        return Passage(np.concatenate([placeholders, ids]), np.concatenate([no_targets, targets]))
+
+
+def generate_file(
+    network: Network,
+    objective: ObjectiveTable,
+    generator: np.random.Generator,
+    like: Media | None = None,
+) -> GeneratedFile:
+    """Generate a file of noise as `network` reads it, with as many tiles as `like`."""
+    media = network.reader.generated(generator, like)
+    if media is None:
+        return GeneratedFile(None, [], 1)
+    record, tiles = network.reader.place(Record("", media=media), objective)
+    ids = network.tokenizer.encode(record.prompt, add_special_tokens=False)
+    return GeneratedFile(media, list(ids), tiles)
+
+
+def random_ids(
+    network: Network, generator: np.random.Generator, count: int, lowest: int = 0
+) -> npt.NDArray[np.int32]:
+    """Draw random token ids, none of them an image place-holder."""
+    ids = generator.integers(lowest, network.vocabulary, size=count, dtype=np.int32)
+    ids[np.isin(ids, list(network.reader.avoid))] = lowest
+    return ids
+
+
+def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
+    """Generate `count` units of one record each, drawn from the study's public seed."""
+    draw = np.random.default_rng(study.study.seed)
+    record_format = resolve(study.objective).record_format
+    labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
+
+    def passage(file: GeneratedFile) -> Passage:
+        ids = random_ids(network, draw, length + 1)
+        targets = ids[1:].copy()
+        targets[: length // 2] = NO_TARGET
+        return file.prepend_to(ids[:-1].copy(), targets)
+
+    examples = []
+    for unit in range(count):
+        file = generate_file(network, study.objective, draw)
+        better, worse = passage(file), passage(file) if record_format == "preference" else None
+        examples.append(Example(*better, unit % labels, unit, worse, file.media, file.tiles))
+    return with_random_targets(Dataset(examples, count, Counter()), study, network.vocabulary)

@@ -1,0 +1,33 @@
+"""Random soft targets for generated records, in place of a teacher's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedtune.core.config import Study
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, SoftTargets
+from fedtune.core.objectives import resolve
+
+
+def with_random_targets(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Dataset:
+    """Add random soft targets to `data` where the study has a teacher: for checks on generated
+    records. Each record's follow from its tokens."""
+    if resolve(study.objective).teacher_spec is None:
+        return data
+    labels = len(study.objective.labels)
+    outcomes = labels or min(8, vocabulary)
+
+    def with_soft_targets(example: Example) -> Example:
+        generator = np.random.default_rng([seed, *example.input_ids.tolist()])
+        rows = 1 if labels else int((example.target_ids != NO_TARGET).sum())
+        tokens = np.tile(np.arange(labels), (1, 1)) if labels else None
+        if tokens is None:
+            tokens = np.array([generator.permutation(vocabulary)[:outcomes] for _ in range(rows)])
+            tokens = tokens.reshape(rows, outcomes)
+        weights = generator.normal(size=(rows, outcomes)) + (0.0 if labels else -2.0)
+        logp = weights - np.log(np.exp(weights).sum(axis=1, keepdims=True) + (0 if labels else 1))
+        return replace(example, soft=SoftTargets(tokens.astype(np.int32), logp.astype(np.float32)))
+
+    return replace(data, examples=[with_soft_targets(example) for example in data.examples])

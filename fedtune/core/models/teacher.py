@@ -1,0 +1,101 @@
+"""Soft targets of a frozen teacher for a record, computed from that record alone.
+
+Soft targets are stored with the record, not with the network, so that no cache and no batch
+couples records through the teacher.
+Reference: Hinton et al. 2015, "Distilling the knowledge in a neural network", section 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedtune.core.bases import known_here
+from fedtune.core.bases.find import base_of_plan, cache_dir
+from fedtune.core.config import ObjectiveTable, Study
+from fedtune.core.data.dataset import NO_TARGET, Example, SoftTargets
+from fedtune.core.data.records import Record
+from fedtune.core.data.tokenize import passage_of
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.loaded import LoadedModel, load
+from fedtune.core.objectives import resolve
+from fedtune.core.objectives._interface import Teacher
+from fedtune.core.registry import process_cache
+
+TeacherFunction = Callable[[Record, Example], SoftTargets]
+
+
+def teacher_for(study: Study) -> TeacherFunction | None:
+    """Return the function that computes a record's soft targets; None without a teacher.
+
+    Errors: ModelError (no teacher here, or of another digest), ConfigError (of another kind)."""
+    spec = resolve(study.objective).teacher_spec
+    return None if spec is None else soft_targets_of([find_teacher(spec)], study.objective, spec)
+
+
+def soft_targets_of(
+    models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Teacher
+) -> TeacherFunction:
+    """Average several teachers' probabilities at temperature `spec.temperature`; of next tokens the
+    `spec.top` likeliest. Errors: ConfigError where they do not fit this objective."""
+    labels = objective.labels
+    for model in models:
+        _check(model, labels)
+
+    def teach(record: Record, example: Example) -> SoftTargets:
+        per_teacher = [_log_probabilities(model, record, example, labels) for model in models]
+        logps = torch.stack([torch.log_softmax(x / spec.temperature, dim=1) for x in per_teacher])
+        mean = torch.logsumexp(logps, dim=0) - math.log(len(models))
+        if labels:
+            tokens = torch.arange(len(labels)).expand_as(mean)
+        else:
+            mean, tokens = mean.topk(min(spec.top, mean.shape[1]), dim=1)
+        return SoftTargets(tokens.numpy().astype(np.int32), mean.numpy().astype(np.float32))
+
+    return teach
+
+
+@process_cache.cached("teachers")
+def find_teacher(spec: Teacher) -> LoadedModel:
+    """Find the teacher by its digest alone, among models named on this machine before, or in the
+    cache under teachers/DIGEST; the plan's name for it is ignored.
+
+    Errors: PolicyRefused where it is not here; ModelError."""
+    path = folder_of(spec) or base_of_plan(spec.digest, None).path
+    return load(path, spec.digest, sent=True)
+
+
+def folder_of(spec: Teacher) -> Path | None:
+    """Return the folder of the teacher's digest on this machine, if there is one."""
+    cached = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
+    noted = known_here.noted(cache_dir(), spec.digest)
+    places = [cached, *([noted[1]] if noted else [])]
+    return next((folder for folder in places if folder.is_dir()), None)
+
+
+def _check(model: LoadedModel, labels: Sequence[str]) -> None:
+    if not labels and (model.base.kind != "causal" or model.head is not None):
+        raise ConfigError(f"the teacher {model.base.name} writes no text", "a language model")
+    if labels:
+        teacher_labels = model.study.objective.labels if model.study else ()
+        if model.head is None or teacher_labels != tuple(labels):
+            raise ConfigError(
+                f"the teacher {model.base.name} does not know objective.labels",
+                "a run of objective classify with the same labels in the same order",
+            )
+
+
+def _log_probabilities(
+    model: LoadedModel, record: Record, example: Example, labels: Sequence[str]
+) -> torch.Tensor:
+    """Compute a teacher's log-probabilities for one record: (targets, V), or (1, labels)."""
+    if labels:
+        assert model.study is not None
+        text = record.prompt or record.completion
+        ids = passage_of(text, "", model.study.objective, model.tokenizer).input_ids
+        return model.scores(ids)[None]
+    at = np.flatnonzero(example.target_ids != NO_TARGET)
+    return model.next_tokens(example.input_ids, at)

@@ -1,0 +1,65 @@
+"""Training objectives: one module each, a frozen dataclass whose fields are
+study.objective.options.
+
+A record's loss comes from its own passages alone, so that no record's loss depends on another
+(the built-in loss of a language model averages over the batch's tokens and breaks the sensitivity
+bound). What couples units in other tools (KTO's batch estimate, reward centring) is a constant.
+No objective's module imports torch before a loss is computed: a plan is made without it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedtune.core.objectives._interface import (
+    READS,
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    Teacher,
+    require,
+)
+from fedtune.core.objectives._tokens import likelihood, reference
+from fedtune.core.registry import Group, summary
+
+if TYPE_CHECKING:
+    from fedtune.core.config import ObjectiveTable
+
+__all__ = [
+    "OBJECTIVES",
+    "Batch",
+    "Network",
+    "Objective",
+    "RecordFormat",
+    "Teacher",
+    "describe",
+    "likelihood",
+    "names",
+    "reference",
+    "require",
+    "resolve",
+]
+
+OBJECTIVES = Group("objectives", "objective.name", __name__, Objective)  # type: ignore[type-abstract]
+
+
+def names() -> list[str]:
+    """List every objective of this release."""
+    return OBJECTIVES.release()
+
+
+def resolve(table: ObjectiveTable) -> Objective:
+    """Build the objective that a study names, with its options and labels.
+
+    Errors: ConfigError listing what exists: the objectives, or this one's options."""
+    return OBJECTIVES.build(table.name, table.options, labels=table.labels)
+
+
+def describe(table: ObjectiveTable) -> str:
+    """Describe the objective in plain words: what it does, what it reads and what it trains.
+
+    Errors: ConfigError, as `resolve`."""
+    objective = resolve(table)
+    head = " A head is trained, which writes no text." if objective.outputs else ""
+    reads = READS[objective.record_format]
+    return f"Objective {table.name}. {summary(type(objective))} It reads {reads}.{head}"

@@ -1,0 +1,157 @@
+"""Interface of a training objective."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from fedtune.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Network(Protocol):
+    """The network's methods that an objective uses: states, logits, losses, adapter on or off.
+
+    Shapes: B records, L positions, H hidden, n selected positions, V vocabulary or classes."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a classification head is trained, in place of the model's own."""
+
+    def hidden(
+        self,
+        prefix: torch.Tensor,
+        mask: torch.Tensor,
+        keep: torch.Tensor | None = None,
+        tower_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute last hidden states (B, L, H), or at the positions `keep` alone."""
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Pool to one vector per record, (B, H) fp32."""
+
+    def logits(self, selected: torch.Tensor) -> torch.Tensor:
+        """Compute logits (n, V) fp32 of states (n, H)."""
+
+    def token_losses(self, selected: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Compute the negative log-likelihood (nats) of next tokens, (n,) fp32."""
+
+    def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
+        """Compute (B, V) fp32, linear in the class sums that are trained: the gradient of entry c
+        of a record is its bounded features, and `count_weight`, in row c."""
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """Disable the adapter within the block."""
+
+
+@dataclass(frozen=True, repr=False)
+class Batch:
+    """B records of k passages each, record by record, padded on the right to one length L: R = B·k
+    rows. On the network's device, but for index and reference_logps, which are on the CPU.
+
+    prefix           (R, L, H) states at the cut
+    mask             (R, L) bool, False on padding
+    target_ids       (R, L), -100 where no loss
+    label            (B,), -100 where none
+    index            (B,) of the records in their dataset
+    soft             a teacher's outcomes and log-probabilities at P targets, each (R, P, k), zero
+                     beyond a record's last target
+    tower_states     (R, tiles, P, W) of each passage's file, where `reads_tower`
+    tiles            of every record of the batch
+    count            number of real records; those beyond it repeat the first, to fill a block
+    reference_logps  (N, k) for all N records of the dataset: each passage's log-likelihood under
+                     the frozen base, NaN until it is computed"""
+
+    prefix: torch.Tensor
+    mask: torch.Tensor
+    target_ids: torch.Tensor
+    label: torch.Tensor
+    index: torch.Tensor
+    soft: tuple[torch.Tensor, torch.Tensor] | None = None
+    tower_states: torch.Tensor | None = None
+    tiles: int = 1
+    count: int = 0
+    reference_logps: torch.Tensor | None = None
+
+
+# text: prompt and completion, or plain text; label: text and one of the labels; preference: a
+# prompt, the better and the worse completion; unpaired_preference: a completion and whether it is
+# desirable.
+RecordFormat = Literal["text", "label", "preference", "unpaired_preference"]
+READS: dict[RecordFormat, str] = {
+    "text": "prompts with their completions, conversations, or plain text",
+    "label": "texts, each with one of the study's labels",
+    "preference": "pairs, a prompt with a better and a worse answer (columns prompt, chosen, "
+    "rejected); a pair is one record: what its two answers add up to is clipped once",
+    "unpaired_preference": "judged answers, each desirable or not (columns prompt, completion, "
+    "label)",
+}
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model by name and digest, the temperature of its soft targets, and the number of
+    next tokens in each."""
+
+    name: str
+    digest: str
+    temperature: float = 1.0
+    top: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(ABC):
+    """A training objective: a per-record loss, and the record format that it reads.
+
+    Subclasses are frozen dataclasses. The fields that they add are study.objective.options, typed
+    by their defaults; `__post_init__` checks their range. A site is shown the first paragraph of
+    their docstring before it signs. labels: objective.labels.
+    Guarantee that a subclass must keep, and `fedtune check-plugin` measures: a record's loss
+    depends on that record alone, and is deterministic."""
+
+    labels: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def record_format(self) -> RecordFormat:
+        """Format of a record. Most subclasses have a class attribute."""
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of the trained head; 0: the model's own head."""
+        return 0
+
+    @property
+    def directions(self) -> int:
+        """Number of public directions in which a site sums its records' vectors by class; 0: what
+        is sent is a change of the adapter."""
+        return 0
+
+    @property
+    def count_weight(self) -> float:
+        """What a record adds to its class's count, where class statistics are sent."""
+        return 0.0
+
+    @property
+    def scores(self) -> bool:
+        """Whether the trained head gives a text a score, rather than one of the labels."""
+        return self.outputs > 0 and self.record_format != "label"
+
+    @property
+    def teacher_spec(self) -> Teacher | None:
+        """The teacher whose soft targets each record carries."""
+        return None
+
+    @abstractmethod
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        """Compute the loss of each record, (B,) fp32."""
+
+
+def require(condition: bool, option: str, expected: str) -> None:
+    """Raise ConfigError for `option` unless `condition`."""
+    if not condition:
+        raise ConfigError(f"objective.options.{option} is out of range", expected)

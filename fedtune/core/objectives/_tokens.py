@@ -1,0 +1,74 @@
+"""Log-likelihoods of the labelled positions, from which every objective on text is computed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedtune.core.objectives._shapes import padded_length
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedtune.core.objectives._interface import Batch, Network
+
+
+class Likelihood(NamedTuple):
+    """Log-likelihood of each passage's targets (R,), nats in fp32, and how many targets."""
+
+    total: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Return the mean log-likelihood per target; 0 without targets."""
+        return self.total / self.targets.clamp_min(1)
+
+
+def likelihood(network: Network, batch: Batch) -> Likelihood:
+    """Compute each passage's log-likelihood. The head runs on labelled positions, and on as many
+    more as fill the bucket: a gather of the batch's labelled ones would have a shape that follows
+    from all its records.
+
+    | a passage without targets | 0.0, and no gradient |
+    """
+    import torch
+
+    keep, targets = labelled(batch.target_ids)
+    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
+    is_target = targets != -100
+    target_ids = targets.masked_fill(~is_target, 0).flatten()
+    losses = network.token_losses(hidden.flatten(0, 1), target_ids).view(targets.shape)
+    total = torch.where(is_target, -losses, 0.0).sum(dim=1)
+    return Likelihood(total, is_target.sum(dim=1))
+
+
+def reference(network: Network, batch: Batch) -> Likelihood:
+    """Compute likelihoods under the policy at the study's start: the frozen base, adapter off.
+    Never a second model, and never one that saw a record. So it is the same in every step, and is
+    computed at a record's first use."""
+
+    import torch
+
+    targets = (batch.target_ids != -100).sum(dim=1)
+    cached = None if batch.reference_logps is None else batch.reference_logps[batch.index]
+    if cached is None or bool(cached.isnan().any()):
+        with torch.no_grad(), network.base_only():
+            logps = likelihood(network, batch).total
+        if batch.reference_logps is not None:
+            batch.reference_logps[batch.index] = logps.cpu().view(len(batch.index), -1)
+        return Likelihood(logps, targets)
+    return Likelihood(cached.flatten().to(targets.device), targets)
+
+
+def labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Select the positions with a target, first in each row, (R, K), and their targets, -100 on
+    padding; all positions, as None, where most of them have one: choosing would cost more than it
+    saves. K is the same for every record of a bucket."""
+    import torch
+
+    is_target = target_ids != -100
+    width = padded_length(max(1, int(is_target.sum(dim=1).max())))
+    if width > 0.75 * target_ids.shape[1]:
+        return None, target_ids
+    keep = torch.argsort(is_target.int(), dim=1, descending=True, stable=True)[:, :width]
+    return keep, target_ids.gather(1, keep)

@@ -1,0 +1,150 @@
+"""Knowledge distillation."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedtune.core.objectives._interface import (
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    Teacher,
+    require,
+)
+from fedtune.core.objectives._shapes import even
+from fedtune.core.objectives._tokens import labelled
+
+if TYPE_CHECKING:
+    import torch
+
+ROWS = 256  # positions whose logits over the vocabulary are held at once
+LEAST = 1e-6  # of a probability that all other outcomes share
+
+
+@dataclass(frozen=True)
+class Distill(Objective):
+    """Distillation: a small student learns a frozen teacher's whole distribution, not its answer
+    alone. At the sites the teacher must be public, or trained under (ε, δ) itself: one that was
+    fitted to the records makes each record's target depend on all the others, and no clipping of
+    the student's gradients bounds that.
+
+    hard: how much of the loss is the record's own answer; top: how many of the teacher's next
+    tokens are heard.
+    References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
+
+    teacher: str = ""
+    digest: str = ""
+    temperature: float = 1.0
+    hard: float = 0.0
+    top: float = 64
+
+    def __post_init__(self) -> None:
+        require(bool(self.teacher), "teacher", "a base, or a finished run's folder")
+        is_digest = bool(re.fullmatch(r"sha256:[0-9a-f]{64}", self.digest))
+        require(is_digest, "digest", "the teacher's, as `fedtune models verify` prints it")
+        require(0 < self.temperature <= 100, "temperature", "a number above 0")
+        require(0 <= self.hard < 1, "hard", "at least 0 and below 1")
+        is_whole_number = self.top >= 2 and self.top == int(self.top)
+        require(is_whole_number, "top", "a whole number of at least 2")
+
+    @property
+    def record_format(self) -> RecordFormat:
+        return "label" if self.labels else "text"
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels)
+
+    @property
+    def teacher_spec(self) -> Teacher:
+        return Teacher(self.teacher, self.digest, self.temperature, int(self.top))
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        return divergence(network, batch, self.temperature, self.hard)
+
+
+def divergence(
+    network: Network, batch: Batch, temperature: float = 1.0, hard: float = 0.0
+) -> torch.Tensor:
+    """Compute (1 - hard) · T² · KL(teacher ‖ student) + hard · cross-entropy of each record, (B,)
+    fp32: the mean over its own targets. Next tokens beyond the teacher's likeliest are one outcome.
+
+    | a record without targets | 0.0, and no gradient |
+    """
+    import torch
+    from torch.nn import functional
+
+    assert batch.soft is not None  # core/models/teacher.py marked every record
+    tokens, teacher_logp = batch.soft
+    if network.has_head:
+        hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+        logits = network.logits(network.pool(hidden, batch.mask))
+        student_logp = torch.log_softmax(logits / temperature, dim=1)
+        soft_loss = _divergence(teacher_logp[:, 0], student_logp) * temperature**2
+        hard_loss = (
+            functional.cross_entropy(logits, batch.label, reduction="none") if hard else soft_loss
+        )
+        return (1 - hard) * soft_loss + hard * hard_loss
+    keep, targets = labelled(batch.target_ids)
+    hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
+    is_target = targets != -100
+    nth = (is_target.cumsum(dim=1) - 1).clamp_min(0)[:, :, None].expand(-1, -1, tokens.shape[2])
+    states, target_ids = hidden.flatten(0, 1), targets.masked_fill(~is_target, 0).flatten()
+    tokens, teacher_logp = (soft.gather(1, nth).flatten(0, 1) for soft in (tokens, teacher_logp))
+    parts = []
+    for rows, new in even(len(states), ROWS):
+        block = (states[rows], target_ids[rows], tokens[rows], teacher_logp[rows])
+        parts.append(_next_tokens(network, *block, (temperature, hard))[-new:])
+    soft_loss = torch.cat(parts).view(targets.shape)
+    return torch.where(is_target, soft_loss, 0.0).sum(dim=1) / is_target.sum(dim=1).clamp_min(1)
+
+
+def _next_tokens(
+    network: Network,
+    states: torch.Tensor,
+    target_ids: torch.Tensor,
+    tokens: torch.Tensor,
+    teacher_logp: torch.Tensor,
+    weights: tuple[float, float],
+) -> torch.Tensor:
+    """Compute each position's loss, (n,); the backward pass recomputes logits over the
+    vocabulary."""
+    import torch
+    from torch.nn import functional
+    from torch.utils.checkpoint import checkpoint
+
+    temperature, hard = weights
+
+    def chosen(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = network.logits(states)
+        scaled = logits / temperature
+        student_logp = scaled.gather(1, tokens) - torch.logsumexp(scaled, dim=1, keepdim=True)
+        hard_loss = (
+            functional.cross_entropy(logits, target_ids, reduction="none")
+            if hard
+            else student_logp[:, 0]
+        )
+        return student_logp, hard_loss
+
+    student_logp, hard_loss = checkpoint(
+        chosen, states, use_reentrant=False, preserve_rng_state=False
+    )
+    soft_loss = _divergence(_with_rest(teacher_logp), _with_rest(student_logp)) * temperature**2
+    loss: torch.Tensor = (1 - hard) * soft_loss + hard * hard_loss
+    return loss
+
+
+def _with_rest(logp: torch.Tensor) -> torch.Tensor:
+    """Extend (n, k) by one more outcome: all others."""
+    import torch
+
+    others = (1 - logp.exp().sum(dim=1, keepdim=True)).clamp_min(LEAST).log()
+    return torch.cat([logp, others], dim=1)
+
+
+def _divergence(teacher_logp: torch.Tensor, student_logp: torch.Tensor) -> torch.Tensor:
+    """Compute KL (nats) of log-probabilities (n, k), (n,)."""
+    return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=1)

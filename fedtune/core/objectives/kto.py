@@ -1,0 +1,51 @@
+"""Kahneman–Tversky optimisation: learning from single judgements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fedtune.core.objectives._interface import Batch, Network, Objective, RecordFormat, require
+from fedtune.core.objectives._tokens import likelihood, reference
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class KTO(Objective):
+    """Learning from single judgements (Kahneman–Tversky optimisation): a desirable completion
+    gains, an undesirable one loses, both measured from the policy at the study's start.
+
+    Reference: Ethayarajh et al. 2024, section 4.1."""
+
+    record_format: ClassVar[RecordFormat] = "unpaired_preference"
+
+    beta: float = 0.1
+    lambda_desirable: float = 1.0
+    lambda_undesirable: float = 1.0
+    reference_point: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, "beta", "a number above 0")
+        require(self.lambda_desirable > 0, "lambda_desirable", "a number above 0")
+        require(self.lambda_undesirable > 0, "lambda_undesirable", "a number above 0")
+        at_least = "a divergence in nats: at least 0"
+        require(self.reference_point >= 0, "reference_point", at_least)
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        """Compute the loss of each judged completion, (B,) fp32, from its own passage.
+
+        With r the completion's log-ratio to the reference and z the reference point (nats):
+        | desirable   | λ_D (1 - σ(β(r - z))) |
+        | undesirable | λ_U (1 - σ(β(z - r))) |
+        z is a constant of the plan. The paper estimates it from other records of the batch, which
+        would let each record's loss depend on its neighbours."""
+        import torch
+
+        ratio = likelihood(network, batch).total - reference(network, batch).total
+        gain = self.beta * (ratio - self.reference_point)
+        is_desirable = batch.label == 1
+        loss = 1 - torch.sigmoid(torch.where(is_desirable, gain, -gain))
+        weight = torch.where(is_desirable, self.lambda_desirable, self.lambda_undesirable)
+        return weight * loss

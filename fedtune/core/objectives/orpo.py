@@ -1,0 +1,45 @@
+"""Odds-ratio preference optimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fedtune.core.objectives._interface import Batch, Network, Objective, RecordFormat, require
+from fedtune.core.objectives._tokens import likelihood
+
+if TYPE_CHECKING:
+    import torch
+
+CERTAIN = -1e-6  # log-likelihood per token above which the odds are taken to be this large
+
+
+@dataclass(frozen=True)
+class ORPO(Objective):
+    """Odds-ratio preference optimisation: the better completion is learnt as it stands, and its
+    odds are raised over the worse one's. No reference policy.
+
+    Reference: Hong et al. 2024, section 4.2."""
+
+    record_format: ClassVar[RecordFormat] = "preference"
+
+    weight: float = 0.1  # the paper's λ
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "weight", "a number of at least 0")
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        """Compute the loss of each pair, (B,) fp32, from its own two passages.
+
+        -ℓ(better) - weight · log σ(log odds(better) - log odds(worse)), where ℓ is the
+        log-likelihood per target (nats) and odds = e^ℓ / (1 - e^ℓ).
+        | a completion that is certain | odds of a likelihood of e^-0.000001, no gradient by them |
+        """
+        import torch
+        from torch.nn import functional
+
+        mean = likelihood(network, batch).mean
+        sure = mean.clamp_max(CERTAIN)
+        odds = sure - torch.log(-torch.expm1(sure))
+        better, worse = odds.view(-1, 2).unbind(dim=1)
+        return -mean.view(-1, 2)[:, 0] - self.weight * functional.logsigmoid(better - worse)

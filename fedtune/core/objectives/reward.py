@@ -1,0 +1,49 @@
+"""Reward model trained on preference pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fedtune.core.objectives._interface import Batch, Network, Objective, RecordFormat, require
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Reward(Objective):
+    """A reward model: a head that gives the better completion of a pair the higher score.
+
+    References: Bradley and Terry 1952; Ouyang et al. 2022, equation 1; Eisenstein et al. 2023,
+    equation 2 (centring)."""
+
+    record_format: ClassVar[RecordFormat] = "preference"
+
+    margin: float = 0.0
+    centring: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.margin >= 0, "margin", "a number of at least 0")
+        require(self.centring >= 0, "centring", "a number of at least 0")
+
+    @property
+    def outputs(self) -> int:
+        return 1
+
+    def losses(self, network: Network, batch: Batch) -> torch.Tensor:
+        """Compute the loss of each pair, (B,) fp32, from its own two passages.
+
+        -log σ(r_better - r_worse - margin) + centring · (r_better + r_worse)²
+        Both are constants of the plan: rewards are drawn towards zero pair by pair, never by the
+        mean of a batch."""
+        from torch.nn.functional import logsigmoid
+
+        better, worse = rewards(network, batch).view(-1, 2).unbind(dim=1)
+        return -logsigmoid(better - worse - self.margin) + self.centring * (better + worse) ** 2
+
+
+def rewards(network: Network, batch: Batch) -> torch.Tensor:
+    """Compute the score of each passage, (R,) fp32, at its last token."""
+    hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+    return network.logits(network.pool(hidden, batch.mask))[:, 0]

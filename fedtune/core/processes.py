@@ -1,0 +1,293 @@
+"""Child processes: started by handle, watched, stopped; none outlives the process that started it.
+
+A child reads its standard input. When that ends its parent is gone, even by SIGKILL, and the child
+stops itself. A child is its own session, so a terminal's Ctrl-C reaches the parent alone, which
+then stops its children in order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+from fedtune.core import boot
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import locks
+from fedtune.core.progress import OnEvent
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+Program = Literal[
+    "superlink", "supernode", "gateway", "rank", "sites", "checks", "vault", "courier"
+]
+PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; what people call it
+    "superlink": ("fedtune.flower.program", "flower-superlink"),
+    "supernode": ("fedtune.flower.program", "flower-supernode"),
+    "gateway": ("fedtune.flower.gateway", "the gateway"),
+    "rank": ("fedtune.core.vault.rank_process", "a process of this site's team"),
+    "sites": ("fedtune.launch.process_pool", "a process of the simulation"),
+    "checks": ("fedtune.officer.check_process", "the check of this site and its records"),
+    "vault": ("fedtune.core.vault.process", "the half of this site that holds its records"),
+    "courier": ("fedtune.courier.process", "the half of this site that speaks to the network"),
+}
+# These confine themselves first, which a process with threads cannot; then they call
+# `end_with_parent` themselves.
+CONFINED = ("checks", "vault", "courier")
+# What of the environment the half on the network gets: nothing that holds a password, such as of
+# the records' database, whatever the variable is called.
+TO_COURIER = {
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
+    *("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONHOME", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE"),
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+    *("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "RES_OPTIONS", "LOCALDOMAIN"),
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"),
+    *("HF_HUB_OFFLINE", "USE_HUB_KERNELS", "FEDTUNE_OFFLINE", "FEDTUNE_STRICT", "FEDTUNE_DEBUG"),
+    *("GRPC_VERBOSITY", "PGPASSFILE", "PGSERVICEFILE", "PGSSLKEY"),  # the last three are paths
+}
+STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
+
+
+class Stopped(BaseException):
+    """Exception for SIGTERM or SIGINT: unwind, stop what was started."""
+
+    def __init__(self, signum: int) -> None:
+        self.name = signal.Signals(signum).name
+        super().__init__(self.name)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise Stopped in the block at the first SIGTERM or SIGINT; later ones wait for its clean-up.
+
+    In a thread that is not the main one, signals are left as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopping = False
+
+    def handle(signum: int, _frame: FrameType | None) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            raise Stopped(signum)
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, handle) for number in signals]
+    try:
+        yield
+    finally:
+        stopping = True
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def until_stopped(notify: OnEvent) -> Iterator[None]:
+    """Run a command's block until a signal comes: SIGTERM is told as "stopped" and ends it without
+    an error; SIGINT is KeyboardInterrupt, as every command takes it."""
+    try:
+        with interruptible():
+            yield
+    except Stopped as stop:
+        if stop.name == "SIGINT":
+            raise KeyboardInterrupt from None
+        reason = f"stopped by {stop.name}"
+        notify("stopped", {"reason": reason, "text": reason})
+
+
+class Child:
+    """One running program, Flower's or our own; a context manager that stops it.
+
+    Its output goes to `log`, which is private to this user. Nothing else is inherited but `home`,
+    its own FLWR_HOME, the descriptors `keep`, and the environment (of which a courier gets
+    TO_COURIER alone) with Flower's network chatter switched off."""
+
+    def __init__(
+        self,
+        program: Program,
+        options: Sequence[str],
+        *,
+        home: Path,
+        log: Path,
+        keep: Sequence[int] = (),
+    ) -> None:
+        self.program, self.log = program, log
+        self._name = PROGRAMS[program][1]
+        private_folder(home)
+        private_folder(log.parent)
+        inherited = boot.environment()
+        if program == "courier":
+            inherited = {name: inherited[name] for name in inherited.keys() & TO_COURIER}
+        environment = {
+            **inherited,
+            **QUIET,
+            "FLWR_HOME": str(home),
+            "PYTHONUNBUFFERED": "1",
+        }
+        with open(log, "wb", opener=_private) as sink:
+            self._process = subprocess.Popen(
+                boot.command("fedtune.core.processes", program, *options),
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=keep,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.status is None
+
+    @property
+    def status(self) -> int | None:
+        """The status with which the child has ended; None while it runs."""
+        return self._process.poll()
+
+    def has_logged(self, text: str) -> bool:
+        """Return whether the child's output contains `text`."""
+        return text.encode() in self.log.read_bytes()
+
+    def ended(self) -> InfrastructureError:
+        """Build the error that this child ended by itself."""
+        return InfrastructureError(
+            f"{self._name} ended by itself (exit status {self.status})",
+            todo=f"read {self.log}",
+        )
+
+    def wait(self) -> None:
+        """Wait until the child has ended. Errors: InfrastructureError unless it ended well."""
+        if self._process.wait() != 0:
+            raise self.ended()
+
+    def wait_for_port(self, host: str, port: int, seconds: float = 60.0) -> None:
+        """Return once the child listens. Errors: InfrastructureError if it ends or stays silent."""
+        deadline = time.monotonic() + seconds
+        while not reachable(host, port):
+            if not self.alive:
+                raise self.ended()
+            if time.monotonic() > deadline:
+                raise InfrastructureError(
+                    f"{self._name} does not listen on {host}:{port} after {seconds:.0f} s",
+                    todo=f"read {self.log}",
+                )
+            time.sleep(0.05)
+        if not self.alive:  # another program holds the port and answered in its place
+            raise self.ended()
+
+    def stop(self) -> None:
+        """End the child: SIGTERM, then SIGKILL after STOP_SECONDS. Safe to call twice."""
+        if self.alive:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+@contextmanager
+def alone(folder: Path, who: str) -> Iterator[bool]:
+    """Hold `folder`, which is made if it is missing, for one process that is called `who`; the lock
+    goes with the process, whatever ends it. Yields whether the last one that held it was killed.
+
+    Errors: InfrastructureError naming the process that holds it, or where the disk refuses."""
+    lock = folder / "lock"
+    with locks.mapping_errors(lock):
+        private_folder(folder.parent)
+        private_folder(folder)
+    with locks.hold_alone(lock, who, folder.parent) as killed:
+        yield killed
+
+
+def private_folder(path: Path) -> Path:
+    """Create `path` for this user alone, if it does not exist."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def free_port() -> int:
+    """A loopback port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def bypass_proxy() -> None:
+    """Keep this process's and its children's requests to loopback away from any HTTP proxy."""
+    rules = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = ",".join(filter(None, [rules, "127.0.0.1", "localhost"]))
+
+
+def reachable(host: str, port: int) -> bool:
+    """Return whether something accepts TCP connections there."""
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except (OSError, UnicodeError):  # UnicodeError: of a name that no machine has
+        return False
+    return True
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file for this user alone; not through a link, which a courier may have put there."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def end_with_parent() -> None:
+    """Stop this process when its standard input ends."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main(program: Program) -> None:
+    """Run the program named, with the options in sys.argv; does not return."""
+    if program not in CONFINED:
+        end_with_parent()
+    import_module(PROGRAMS[program][0]).main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    named = next(program for program in PROGRAMS if program == sys.argv[1])
+    sys.argv = [f"flower-{named}", *sys.argv[2:]]
+    _main(named)
+
+
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+def own_name(host: str) -> str:
+    """Return the host by which this machine connects to its own gateway: loopback if it can."""
+    return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host

@@ -1,0 +1,150 @@
+"""Plug-ins: resolve a name in study.toml or site.toml to a class.
+
+A plug-in is a dataclass whose fields are its options. It is a module of this release, or an entry
+point of a distribution that is installed beside it, and is imported when asked for by its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+from fedtune.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group(Generic[T]):
+    """All plug-ins of one kind. key: where a configuration names one, as "objective.name"; package:
+    with one module for each of this release; kind: what their classes extend.
+
+    A foreign one is an entry point of the group "fedtune.NAME", where `foreign` allows one. A name
+    of this release always means the release's own.
+    Guarantee: a foreign plug-in is imported by `load` and `build` alone, and then the one asked
+    for."""
+
+    name: str
+    key: str
+    package: str
+    kind: type[T]
+    foreign: bool = True
+
+    def release(self) -> list[str]:
+        """List the plug-ins of this release; neither they nor their package are imported."""
+        package = importlib.util.find_spec(self.package)
+        path = package.submodule_search_locations if package else None
+        return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+
+    def installed(self) -> list[str]:
+        """List the installed foreign plug-ins without importing them."""
+        if not self.foreign:
+            return []
+        points = metadata.entry_points(group=f"fedtune.{self.name}")
+        return sorted({point.name for point in points} - set(self.release()))
+
+    def load(self, name: str) -> type[T]:
+        """Import and return the class of the plug-in `name`.
+
+        | a foreign name that two distributions offer | ConfigError: it is ambiguous |
+        Errors: ConfigError listing the available names, or where it is not of this kind."""
+        if name in self.release():
+            return self._of_module(f"{self.package}.{name}")
+        point = self.find(name)
+        try:
+            plugin = point.load()
+        except Exception as error:  # whatever the other distribution's code does when imported
+            raise ConfigError(
+                f"{self.key} = {name!r}: {point.value} cannot be imported "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        return self._check_kind(name, point.value, plugin)
+
+    def find(self, name: str) -> metadata.EntryPoint:
+        """Find the entry point of the foreign plug-in `name`, without importing it.
+
+        Errors: ConfigError as for `load`."""
+        group = f"fedtune.{self.name}"
+        points = tuple(metadata.entry_points(group=group, name=name)) if self.foreign else ()
+        if not points:
+            expected = "one of " + ", ".join([*self.release(), *self.installed()])
+            raise ConfigError(f"{self.key} = {name!r} is not known", expected)
+        if len(points) > 1:
+            offers = ", ".join(sorted(point.value for point in points))
+            raise ConfigError(f"{self.key} = {name!r} is installed more than once ({offers})")
+        (point,) = points
+        return point
+
+    def _check_kind(self, name: str, value: str, plugin: object) -> type[T]:
+        if not (isinstance(plugin, type) and issubclass(plugin, self.kind)):
+            raise ConfigError(
+                f"{self.key} = {name!r}: {value} is none of the fedtune.{self.name}",
+                f"a class that extends {self.kind.__module__}.{self.kind.__qualname__}",
+            )
+        return plugin
+
+    def build(self, name: str, options: Mapping[str, Any], **kind_fields: Any) -> T:
+        """Build the plug-in `name` with its options. kind_fields: fields that `kind` itself has.
+
+        Errors: ConfigError as for `load`; or listing the options, or for a value of one."""
+        return self._instantiate(name, self.load(name), options, **kind_fields)
+
+    def build_found(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
+        """Build the plug-in `name`, which was found at an entry point of this value, as `build`
+        does."""
+        return self._instantiate(name, self._check_kind(name, value, found), options)
+
+    def _instantiate(
+        self, name: str, plugin: Any, options: Mapping[str, Any], **kind_fields: Any
+    ) -> T:
+        option_names = {field.name for field in dataclasses.fields(plugin)}
+        option_names -= set(getattr(self.kind, "__dataclass_fields__", ()))
+        fields = {f.name: f for f in dataclasses.fields(plugin) if f.name in option_names}
+        table = self.key.rpartition(".")[0] + ".options"
+        for option, value in options.items():
+            if option not in fields:
+                expected = "one of " + ", ".join(fields) if fields else "no options"
+                raise ConfigError(f"{table}.{option} is not known", expected)
+            default = fields[option].default
+            if default is not dataclasses.MISSING and _toml_kind(default) is not _toml_kind(value):
+                raise ConfigError(f"{table}.{option} = {value!r}", f"such as {default!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{table}.{option} = {value!r}", "a finite number")
+        options = {
+            option: int(value)
+            if type(fields[option].default) is int and float(value).is_integer()
+            else value
+            for option, value in options.items()
+        }
+        for option, field in fields.items():
+            if option not in options and field.default is dataclasses.MISSING:
+                raise ConfigError(f"{table}.{option} is missing", f"a value; {name} has no default")
+        built: T = plugin(**kind_fields, **options)
+        return built
+
+    def _of_module(self, path: str) -> type[T]:
+        module = importlib.import_module(path)
+        (plugin,) = (
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, self.kind)
+            and value.__module__ == module.__name__
+        )
+        return plugin
+
+
+def _toml_kind(value: object) -> type:
+    """The kind of value that TOML distinguishes: text, boolean, number."""
+    return type(value) if isinstance(value, str | bool) else float
+
+
+def summary(plugin: type) -> str:
+    """The first paragraph of the class's docstring, on one line."""
+    return " ".join((plugin.__doc__ or "").partition("\n\n")[0].split())

@@ -1,0 +1,141 @@
+"""A run's folder: what lies in it, and its plan and report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+
+if TYPE_CHECKING:
+    from fedtune.core.config import Study
+
+PRINTED = "name the folder that a run printed; if it is damaged, copy it again"
+# What is read of a report, an outer key before its inner ones.
+REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
+REPORT |= {"base.name": str, "base.digest": str}
+SIGNATURE = "signature.json"  # the last file that a run writes: what has it is whole
+BASE = "base"  # a run's own base, inside it
+FILED = ("public", "selection", "evaluation")  # tables of a plan that name a coordinator's file
+PLACES = Path("checkpoint") / "places.json"  # in a run: where those files are; not signed
+ANSWERS = "answers.json"  # in a run: base and adapter on the same public prompts; not signed
+LEDGERS = "ledgers"  # of a run of declared data, inside it: each such site's ledger
+ADAPTER, HEAD = "adapter", "head.safetensors"  # what a run releases; in it, its head
+TRAINED = "trained"  # what the sites trained, where the public start is released
+
+
+def has_head(run: Path) -> bool:
+    """Return whether a finished run trained a head, whatever its objective."""
+    return (run / ADAPTER / HEAD).is_file()
+
+
+def pipeline_tag(run: Path) -> str:
+    """Return the hub's name for what a finished run's model does: one with a head gives labels or a
+    score, any other writes text."""
+    return "text-classification" if has_head(run) else "text-generation"
+
+
+def without_places(study: Study) -> Study:
+    """Copy a plan with the names alone of the files on the coordinator's machine."""
+    tables = {name: getattr(study, name) for name in FILED}
+    changes = {
+        name: table.model_copy(update={"path": Path(table.path.name)})
+        for name, table in tables.items()
+        if table is not None
+    }
+    return study.model_copy(update=changes)
+
+
+def write_plan(run: Path, study: Study) -> None:
+    """Write a run's plan.json, which its signature covers and which others read, and apart from it
+    where the plan's files are on this machine. Errors: InfrastructureError."""
+    tables = {name: getattr(study, name) for name in FILED}
+    places = {name: str(table.path.absolute()) for name, table in tables.items() if table}
+    if places:
+        run.mkdir(parents=True, exist_ok=True)
+        noted = {"folder": _identity(run), **places}
+        replace(run / PLACES, json.dumps(noted, indent=1).encode())
+    replace(run / "plan.json", (without_places(study).model_dump_json(indent=2) + "\n").encode())
+
+
+def _with_places(study: Study, run: Path) -> Study:
+    """Copy a run's plan with where its files are: as noted beside it, if the note is of this very
+    folder, else in the run's own folder. Of a path in the plan itself the name alone counts, and no
+    link is followed: a run that was handed over names no file of this machine."""
+    tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
+    noted: dict[str, Any] = {}
+    if tables and (run / PLACES).exists():
+        noted = reading.json_in(run / PLACES, "where a plan's files are", PRINTED)
+        if noted.get("folder") != _identity(run):
+            noted = {}
+    changes = {}
+    for name, table in tables.items():
+        inside = run / table.path.name
+        if name not in noted and inside.is_symlink():
+            raise InputError(f"{inside}: a link", "the file itself", "put the file there")
+        changes[name] = table.model_copy(update={"path": Path(str(noted.get(name, inside)))})
+    return study.model_copy(update=changes)
+
+
+def _identity(folder: Path) -> int:
+    """Return what tells this folder from any copy of it: whoever hands a run over cannot choose the
+    number of the inode that it gets here. (The number of the device changes with a restart.)"""
+    return folder.stat().st_ino
+
+
+def load_plan(run: Path) -> Study:
+    """Load the study of a run. Errors: InputError, ConfigError."""
+    from fedtune.core.config import study_from_json
+
+    path = run / "plan.json"
+    if not os.path.lexists(path):
+        raise InputError(f"{run}: not a run folder", "plan.json in it", PRINTED)
+    text = reading.text(path, "the plan of a run", PRINTED)
+    try:
+        study = _with_places(study_from_json(text), run)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.happened}", "the plan of a run", PRINTED) from None
+    if study.base.model == BASE and (run / BASE).is_dir():
+        base_table = study.base.model_copy(update={"model": str(run / BASE)})
+        return study.model_copy(update={"base": base_table})
+    return study
+
+
+def check_new(out: Path) -> None:
+    """Check that `out` does not exist. Errors: ConfigError."""
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a draft that becomes the new folder `out` on success, and is removed otherwise.
+
+    Errors: ConfigError (it exists), InfrastructureError (disk)."""
+    from fedtune.core.files.writing import drafted
+
+    check_new(out)
+    with drafted(out) as draft:
+        draft.mkdir()
+        yield draft
+
+
+def read_report(run: Path, *needed: str) -> dict[str, Any]:
+    """Read a finished run's report. needed: keys of REPORT that must be in it.
+
+    Errors: InputError."""
+    path, expected = run / "report.json", "the report of a finished run"
+    todo = "finish the run with --resume; if the file is damaged, copy it again"
+    report = reading.json_in(path, expected, todo)
+    for key, kind in REPORT.items():
+        outer, _, last = key.rpartition(".")
+        table = report.get(outer, {}) if outer else report
+        if (last in table or key in ("privacy", *needed)) and not isinstance(table.get(last), kind):
+            raise InputError(f"{path}: {key} is not what a report says", expected, todo)
+    return report

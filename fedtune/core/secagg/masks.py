@@ -1,0 +1,84 @@
+"""Pairwise masks: words that look random one by one, and cancel in the sum.
+
+For each pair of sites of a set P, HKDF-SHA256 over their X25519 secret and H(P) gives a key, whose
+AES-256-CTR keystream one of the two adds and the other subtracts, modulo 2ᵇ. What is left in the
+sum over all of P is the sum of what was masked; with one message missing, uniform words are left.
+
+References: Bonawitz et al. 2017, "Practical secure aggregation", section 4 (pairwise masks, here
+without recovery of dropouts); RFC 7748 (X25519), RFC 5869 (HKDF)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedtune.core.secagg.statement import Ready, set_digest
+
+_CHUNK = 2**18  # words of a keystream in work at once
+Words = npt.NDArray[Any]  # uint32 or uint64
+
+
+def dtype_of(bits: int) -> npt.DTypeLike:
+    """Return the type of words of so many bits, as it travels: little-endian."""
+    return {32: "<u4", 64: "<u8"}[bits]
+
+
+def new_key() -> X25519PrivateKey:
+    """Make the masking key of one draw."""
+    return X25519PrivateKey.generate()
+
+
+def public_of(key: X25519PrivateKey) -> str:
+    return key.public_key().public_bytes_raw().hex()
+
+
+def mask(
+    total: npt.NDArray[np.int64],
+    key: X25519PrivateKey,
+    mine: Ready,
+    statements: Sequence[Ready],
+    bits: int,
+) -> Words:
+    """Mask an integer sum (d,) for the set `statements`: words of `bits` bits, (d,).
+
+    Guarantee: without the words of every other site of the set, or their keys, the result is
+    computationally indistinguishable from uniform words. The sum is reduced modulo 2ᵇ and never
+    clamped, checked or rejected: whatever a site said about its noised sum would be an answer with
+    its own noise alone behind it. `key` must be used for one set only."""
+    words = total.astype(np.uint64).astype(dtype_of(bits))  # modulo 2⁶⁴, then modulo 2ᵇ
+    digest = set_digest(statements)
+    for other in statements:
+        if other == mine:
+            continue
+        secret = key.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(other.masking)))
+        add = np.add if mine.masking < other.masking else np.subtract
+        info = b"fedtune mask\0" + "".join(sorted((mine.masking, other.masking))).encode()
+        derived = HKDF(hashes.SHA256(), 32, salt=bytes.fromhex(digest), info=info).derive(secret)
+        at = 0
+        for stream in _keystream(derived, len(words), bits):
+            part = words[at : at + len(stream)]
+            add(part, stream, out=part)
+            at += len(stream)
+    return words
+
+
+def _keystream(key: bytes, size: int, bits: int) -> Iterator[Words]:
+    """Yield `size` words of one AES-256-CTR keystream; the key is used once, so it starts at 0."""
+    encryptor = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    for start in range(0, size, _CHUNK):
+        count = min(_CHUNK, size - start)
+        stream = encryptor.update(bytes(count * bits // 8))
+        yield np.frombuffer(stream, dtype=dtype_of(bits))
+
+
+def centred(words: Words) -> npt.NDArray[np.int64]:
+    """Read words as integers in [-2ᵇ⁻¹, 2ᵇ⁻¹)."""
+    signed = words.astype(words.dtype.newbyteorder("="))
+    return signed.view(np.int32 if words.dtype.itemsize == 4 else np.int64).astype(np.int64)

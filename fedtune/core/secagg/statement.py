@@ -1,0 +1,199 @@
+"""What a site signs when it is ready, and the set of sites that a round is opened for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
+from fedtune.core.errors import InputError
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+
+PURPOSE, SET = b"fedtune ready\0", b"fedtune set\0"
+LONGEST = 2_000  # characters of one statement
+MOST = 10_000  # sites of one set
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_KEY, _DIGEST = re.compile(r"[0-9a-f]{64}"), re.compile(r"sha256:[0-9a-f]{64}")
+_SIGNATURE = re.compile(r"[0-9a-f]{128}")
+_MOST_UNITS = 10**10
+_ANY = X25519PrivateKey.from_private_bytes(bytes(32))
+
+
+class StatementError(InputError):
+    """A statement, or a set of them, that is not what the sites of this attempt signed."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which draw of noise a statement is about. adapter: digest of the adapter that was sent;
+    attempt: how often the round was begun, the first being 1."""
+
+    plan: str
+    round: int
+    attempt: int
+    adapter: str
+
+    @property
+    def label(self) -> str:
+        """Name the adapter and the attempt, for the ledger: two attempts are two charges."""
+        return f"{self.adapter}:{self.attempt}"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A site's signed statement that its noised sum for `draw` is complete.
+
+    site, size: name and declared size; signing: its public signing key; masking: the X25519 key
+    (hexadecimal) that it made for this draw alone; noise: σ that it added itself, in multiples of
+    C, 0 without privacy. All public: σ follows from the plan, and the grid of the sum from σ."""
+
+    draw: Draw
+    site: str
+    size: int
+    signing: str
+    masking: str
+    noise: float = 0.0
+    signature: str = ""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return {
+            **asdict(self.draw),
+            "site": self.site,
+            "size": self.size,
+            "noise": self.noise,
+            "signing": self.signing,
+            "masking": self.masking,
+        }
+
+    def signed(self, key: SigningKey) -> Ready:
+        """Return this statement with its signature by `key`."""
+        return replace(self, signature=key.sign(PURPOSE + canonical(self.fields)))
+
+    def text(self) -> str:
+        """Encode the statement as canonical JSON."""
+        return canonical({**self.fields, "signature": self.signature}).decode()
+
+
+def parse(text: Any) -> Ready:
+    """Parse and verify a statement. Errors: StatementError where it is malformed, spelled another
+    way, not signed by the key that it names, or names a masking key that gives no secret."""
+    try:
+        if not isinstance(text, str) or len(text) > LONGEST:
+            raise ValueError
+        fields = json.loads(text)
+        if canonical(fields).decode() != text:
+            raise ValueError
+        signature = fields.pop("signature")
+        draw = Draw(**{name: fields.pop(name) for name in ("plan", "round", "attempt", "adapter")})
+        ready = Ready(draw, signature=signature, **fields)
+        _check_fields(ready)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise StatementError("a statement of a ready site is malformed") from None
+    if not verifies(ready.signing, PURPOSE + canonical(ready.fields), ready.signature):
+        raise StatementError("a statement of a ready site is not signed by the key that it names")
+    if not _gives_a_secret(ready.masking):
+        raise StatementError("a masking key of a ready site gives no secret")
+    return ready
+
+
+def _gives_a_secret(masking: str) -> bool:
+    """Return whether a masking key is no point of low order: with such a one any other key makes
+    the secret zero, which everybody knows, so that one key tells it of all."""
+    try:
+        _ANY.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(masking)))
+    except ValueError:
+        return False
+    return True
+
+
+def _check_fields(ready: Ready) -> None:
+    """Errors: ValueError, TypeError where a field is of another kind than it must be."""
+    texts = (
+        (ready.site, _NAME),
+        (ready.signing, _KEY),
+        (ready.masking, _KEY),
+        (ready.draw.plan, _DIGEST),
+        (ready.draw.adapter, _DIGEST),
+        (ready.signature, _SIGNATURE),
+    )
+    if not all(pattern.fullmatch(text) for text, pattern in texts):
+        raise ValueError
+    numbers = (ready.draw.round, ready.draw.attempt, ready.size)
+    if not all(type(number) is int and 1 <= number <= _MOST_UNITS for number in numbers):
+        raise ValueError
+    if type(ready.noise) is not float or not 0 <= ready.noise < math.inf:
+        raise ValueError
+
+
+def parse_set(text: Any) -> list[Ready]:
+    """Parse the statements of a set: a JSON list of their texts. Errors: StatementError."""
+    try:
+        if not isinstance(text, str) or len(text) > MOST * (LONGEST + 4):
+            raise ValueError
+        listed = json.loads(text)
+        if not isinstance(listed, list) or not 1 <= len(listed) <= MOST:
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise StatementError("the set of ready sites is malformed") from None
+    return [parse(item) for item in listed]
+
+
+def set_text(statements: Sequence[Ready]) -> str:
+    """Encode a set of statements for the wire, ordered by site."""
+    return json.dumps([ready.text() for ready in sorted(statements, key=lambda r: r.site)])
+
+
+def set_digest(statements: Sequence[Ready]) -> str:
+    """Hash a set of statements, in any order: sha256 over what its sites signed."""
+    total = hashlib.sha256(SET)
+    for text in sorted(ready.text() for ready in statements):
+        total.update(f"{len(text)}:{text}".encode())
+    return total.hexdigest()
+
+
+def check_set(
+    statements: Sequence[Ready], mine: Ready, pinned: Collection[str], at_least: int
+) -> None:
+    """Check that a site may mask its sum for this set.
+
+    | its own statement         | is in it, as it was signed                                     |
+    | plan, round, attempt and adapter | of every statement are this site's own                  |
+    | noise                     | of every statement is this site's own: ε counts on it, and with |
+    |                           | another the grid would be another, and the sum none             |
+    | names, signing and masking keys | each occurs once                                         |
+    | pinned signing keys       | with its own, at least `at_least`; others count for nothing    |
+    Errors: StatementError, which names the rule."""
+    if mine not in statements:
+        raise StatementError("the set of ready sites does not hold this site's own statement")
+    if any(ready.draw != mine.draw for ready in statements):
+        raise StatementError("the set of ready sites holds a statement about another draw")
+    if any(ready.noise != mine.noise for ready in statements):
+        raise StatementError(
+            "a site of the set adds another noise than this one",
+            "the same at every site: it follows from the plan",
+            "compare the releases of fedtune that the sites run",
+        )
+    for what in ("site", "signing", "masking"):
+        if len({getattr(ready, what) for ready in statements}) < len(statements):
+            raise StatementError(f"the set of ready sites has one {what} key or name twice")
+    check_pinned([ready.signing for ready in statements], mine.signing, pinned, at_least)
+
+
+def check_pinned(
+    signing: Collection[str], own: str, pinned: Collection[str], at_least: int
+) -> None:
+    """Check that enough of some sites' signing keys are pinned here. Errors: StatementError."""
+    known = len({*signing} & {*pinned, own})
+    if known < at_least:
+        raise StatementError(
+            f"{known} of the {len({*signing})} sites are pinned here, itself included",
+            f"at least strategy.min_sites = {at_least}",
+            "compare the peers' fingerprints, then list their keys in policy.peers",
+        )

@@ -1,0 +1,116 @@
+"""What an aggregation strategy is: updates are added as they arrive, then applied once per round.
+
+A strategy is a dataclass whose fields are study.strategy.options, one module each in
+fedtune/strategies. A site's vault knows of them that the policy may name them, and loads none."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.errors import ConfigError
+from fedtune.core.registry import Group
+
+if TYPE_CHECKING:
+    from fedtune.core.config import Study
+    from fedtune.strategies._posterior import ClassFigures
+
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+State = dict[str, npt.NDArray[np.float64]]
+
+
+class Strategy(ABC):
+    """Turns a round's updates (fp32 differences from the adapter that was sent) into an adapter.
+
+    Subclasses are dataclasses whose fields are the options of study.strategy.options; what they
+    keep of a round, and from round to round, is not among the fields.
+    | no update was added      | `apply` returns the adapter as it was, and the state stays |
+    | updates in another order | the same result, to 1e-12 of the largest value             |
+    Guarantee: post-processing of what the sites sent; costs no ε.
+    """
+
+    averages: ClassVar[bool] = True  # n identical updates move the adapter by exactly that update
+    # What updates add is a constant times their weighted mean, and so is what their noise adds.
+    is_mean: ClassVar[bool] = False
+    # Sites send class statistics, of which `apply` makes the adapter (objective.directions).
+    of_statistics: ClassVar[bool] = False
+
+    def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
+        """Errors: ConfigError where the rest of the study does not fit this strategy."""
+
+    def prepare(self, study: Study, frozen: Arrays) -> None:  # noqa: B027 - as `check`
+        """Take in the plan as it runs, and what of it is public and never trained. Called once,
+        before any update is added."""
+
+    def update_like(self, adapter: Arrays) -> Arrays:
+        """Return arrays with the names and shapes of an update: by default the adapter's."""
+        return adapter
+
+    def describe_round(self, units: float, deviation: float) -> None:  # noqa: B027 - as `check`
+        """Hear of how many declared units the round's weighted mean is, and which standard
+        deviation the noise has in each of its numbers (0: none). Called before `apply`."""
+
+    @abstractmethod
+    def add(self, update: Arrays, weight: float) -> None:
+        """Take in one site's update; the caller has checked names, shapes and finiteness."""
+
+    @abstractmethod
+    def apply(self, adapter: Arrays) -> Arrays:
+        """The next adapter; forgets the round's updates."""
+
+    def class_figures(self) -> ClassFigures | None:
+        """Return what the releases so far say of each class; None of a strategy, or before a
+        round, that says nothing of classes."""
+        return None
+
+    def state(self) -> State:
+        """What must survive a restart between rounds."""
+        return {}
+
+    def load_state(self, state: State) -> None:
+        """The inverse of `state`. Errors: ConfigError where it is another strategy's state."""
+        if state:
+            raise ConfigError("the checkpoint holds another strategy's state")
+
+
+def require(condition: bool, option: str, expected: str) -> None:
+    """Errors: ConfigError unless `condition`."""
+    if not condition:
+        raise ConfigError(f"strategy.options.{option} is out of range", expected)
+
+
+def moved(adapter: Arrays, step: State) -> Arrays:
+    """adapter + step, summed in fp64 and returned in fp32."""
+    return {n: (a.astype(np.float64) + step[n]).astype(np.float32) for n, a in adapter.items()}
+
+
+def unflatten(state: State, groups: tuple[str, ...]) -> dict[str, State]:
+    """{"m/name": a} to {"m": {"name": a}}. Errors: ConfigError on a key outside `groups`."""
+    found: dict[str, State] = {group: {} for group in groups}
+    for key, array in state.items():
+        group, _, name = key.partition("/")
+        if group not in found or not name:
+            raise ConfigError("the checkpoint holds another strategy's state")
+        found[group][name] = array
+    return found
+
+
+STRATEGIES = Group(
+    "strategies",
+    "strategy.name",
+    "fedtune.strategies",
+    Strategy,  # type: ignore[type-abstract]
+)
+
+
+def build_strategy(study: Study) -> Strategy:
+    """Build the study's strategy with its options.
+
+    Errors: ConfigError (unknown strategy or option, value out of range, clash with the study)."""
+    strategy = STRATEGIES.build(study.strategy.name, study.strategy.options)
+    strategy.check(study)
+    return strategy

@@ -1,0 +1,236 @@
+"""Data parallelism at one site: several processes compute one step under one process' guarantee.
+
+    rank 0       samples the rows, distributes them, adds the noise, writes the step log
+    other ranks  clip and sum the rows assigned to them, no more
+
+Integer addition is exact, so the sum is the one that a single process makes. A Unix socket in a
+folder of the site's user carries it: JSON and raw tensors, no pickle. (PyTorch's gloo listens on
+ports that every account of the machine can connect to, without authentication.)"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fedtune.core.dp.plan import ClippedSum
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.models.prefix_store import PREFIX_STORE
+
+RENDEZVOUS_SECONDS = 1800.0  # how long a rank without a timeout tries to reach rank 0
+
+
+class Group:
+    """Connect process `rank` of `size` to the others; returns once all are connected.
+
+    socket_path: in a folder of this user alone; rank 0 creates it and the others connect to it;
+    timeout: seconds to wait for the others in each exchange (None: for ever); check_alive: called
+    while rank 0 waits for the others to connect, and raises where one of them has ended.
+    Guarantee: no other user of this machine joins, reads or sends: the folder's permissions keep
+    them out, and the kernel reports the user of the connecting process.
+    Errors, of every method: InfrastructureError where another process is gone or silent."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        timeout: float | None,
+        socket_path: Path,
+        check_alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.rank, self.size, self._is_leader = rank, size, rank == 0
+        with _as_infrastructure_error():
+            if self._is_leader:
+                self._peers = _accept_peers(socket_path, size, timeout, check_alive)
+            else:
+                self._peers = [_connect(socket_path, rank, timeout)]
+
+    def send(self, header: dict[str, Any], tensors: Sequence[torch.Tensor] = ()) -> None:
+        """Send `header` (JSON) and `tensors` from rank 0 to all others."""
+        shapes = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
+        text = json.dumps({**header, "tensors": shapes}).encode()
+        with _as_infrastructure_error():
+            for peer in self._peers:
+                peer.sendall(struct.pack("!Q", len(text)) + text)
+                for tensor in tensors:
+                    peer.sendall(_bytes_of(tensor.contiguous()))
+
+    def receive(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        """Receive header and tensors from rank 0, at another rank."""
+        (peer,) = self._peers
+        with _as_infrastructure_error():
+            text = bytearray(*struct.unpack("!Q", _receive_into(peer, bytearray(8))))
+            header = json.loads(_receive_into(peer, text))
+            tensors = [torch.zeros(s, dtype=getattr(torch, d)) for d, s in header.pop("tensors")]
+            for tensor in tensors:
+                _receive_into(peer, _bytes_of(tensor))
+        return header, tensors
+
+    def reduce_sum(self, mine: torch.Tensor) -> torch.Tensor:
+        """Sum `mine` over all processes. It is overwritten: at rank 0 by the sum, at the others by
+        zeros."""
+        with _as_infrastructure_error():
+            if not self._is_leader:
+                self._peers[0].sendall(_bytes_of(mine))
+                return mine.zero_()
+            received = torch.zeros_like(mine)
+            for peer in self._peers:
+                _receive_into(peer, _bytes_of(received))
+                mine += received
+            received.zero_()
+        return mine
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.close()
+
+
+def _accept_peers(
+    socket_path: Path, size: int, timeout: float | None, check_alive: Callable[[], None]
+) -> list[socket.socket]:
+    """Accept the other processes, in rank order; other users and unknown ranks are refused."""
+    peers: dict[int, socket.socket] = {}
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(socket_path))
+        try:
+            listener.listen(size)
+            listener.settimeout(0.1)
+            while len(peers) < size - 1:
+                check_alive()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError
+                with suppress(TimeoutError):
+                    peer, _ = listener.accept()
+                    rank = _handshake(peer)
+                    if 0 < rank < size and rank not in peers:
+                        peer.settimeout(timeout)
+                        peers[rank] = peer
+                    else:
+                        peer.close()
+        except BaseException:
+            for peer in peers.values():
+                peer.close()
+            raise
+        finally:
+            socket_path.unlink(missing_ok=True)
+    return [peers[rank] for rank in sorted(peers)]
+
+
+def _handshake(peer: socket.socket) -> int:
+    """Read the rank of a connecting process; 0: not one of this group."""
+    peer.settimeout(5.0)
+    with suppress(OSError):
+        if _peer_user(peer) == os.getuid():
+            return int(struct.unpack("!Q", _receive_into(peer, bytearray(8)))[0])
+    return 0
+
+
+def _peer_user(peer: socket.socket) -> int:
+    """Return the user id of the process at the other end, as the kernel reports it."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return os.getuid()  # not Linux: the folder alone keeps others out
+    credentials = peer.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def _connect(socket_path: Path, rank: int, timeout: float | None) -> socket.socket:
+    deadline = time.monotonic() + (RENDEZVOUS_SECONDS if timeout is None else timeout)
+    while True:
+        peer = socket.socket(socket.AF_UNIX)
+        try:
+            peer.connect(str(socket_path))
+            break
+        except OSError:
+            peer.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    if _peer_user(peer) != os.getuid():
+        peer.close()
+        raise ConnectionError
+    peer.settimeout(timeout)
+    peer.sendall(struct.pack("!Q", rank))
+    return peer
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+B = TypeVar("B", bytearray, memoryview)
+
+
+def _receive_into(peer: socket.socket, buffer: B) -> B:
+    view = memoryview(buffer)
+    while len(view):
+        count = peer.recv_into(view)
+        if not count:
+            raise ConnectionError
+        view = view[count:]
+    return buffer
+
+
+def sum_over_workers(
+    group: Group, sampled: list[int], dimension: int, clipped_sum: ClippedSum
+) -> torch.Tensor:
+    """Sum the clipped rows over all processes: each calls it with the same `sampled`, and rank 0
+    gets the sum. A process without rows, or one that fails, contributes zeros: nobody waits.
+
+    Errors: as `Team.total`."""
+    # After the sum, one counter per row: how often it was added. A total alone could not tell one
+    # row missed and one doubled from none.
+    counted_sum = torch.zeros(dimension + len(sampled), dtype=torch.int64)
+    failure: Exception | None = None
+    try:
+        share = slice(group.rank, None, group.size)
+        partial = clipped_sum(sampled[share])
+        counted_sum[:dimension] = partial
+        partial.zero_()
+        counted_sum[dimension:][share] = 1
+    except Exception as error:
+        failure = error
+    total = group.reduce_sum(counted_sum)
+    if failure is not None:
+        raise failure
+    if group.rank == 0 and not bool((total[dimension:] == 1).all()):
+        total.zero_()
+        raise InfrastructureError(
+            "another process of this site's team did not sum its rows",
+            "each sampled row once",
+            "read the team's logs in the site's state folder; nothing of the step was released",
+        )
+    return total[:dimension]
+
+
+@contextmanager
+def _as_infrastructure_error() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # closed, or silent for too long
+        raise InfrastructureError(
+            "a process of this site's team is gone or does not answer",
+            "every process that was started",
+            "read the team's logs in the site's state folder; the next round starts them anew",
+        ) from error
+
+
+def share_machine(index: int, processes: int) -> None:
+    """Limit process `index` of `processes` equal ones on this machine to its share of the cores and
+    of the memory for prefix states, and to a GPU of its own while there are enough."""
+    PREFIX_STORE.processes = processes
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(index % torch.cuda.device_count())

@@ -1,0 +1,51 @@
+"""Engines that compute per-record gradients in one backward pass: one module each.
+
+| one_pass | LoRA on linear layers, and linear layers themselves: the fastest, and the default |
+| opacus   | Opacus' hooks, for every layer that it knows; chosen where one_pass does not fit |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from fedtune.core.models.rank_slice import ALL
+
+EngineName = Literal["auto", "opacus"]
+
+
+class PerRecord(Protocol):
+    """A per-record gradient engine, used within `watching()` on losses computed within it.
+
+    Guarantee: after `watching()` nothing of a record is left on the model or in the engine."""
+
+    name: str
+
+    def watching(self) -> AbstractContextManager[None]: ...
+
+    def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
+        """Compute for each trained parameter the gradients of `losses` (B,), as (B, *shape); None
+        where a layer gave none. The caller wipes them."""
+        ...
+
+
+def choose(
+    name: EngineName,
+    trained: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    columns: slice = ALL,
+) -> PerRecord:
+    """Choose the engine for a model whose trainable parameters are `parameters`. columns: those of
+    each B that are needed; an engine may return all."""
+    from fedtune.core.training.engines.one_pass import OnePass
+    from fedtune.core.training.engines.opacus import OpacusHooks
+
+    if name == "auto":
+        one_pass = OnePass(trained, parameters, columns)
+        if not one_pass.missing:
+            return one_pass
+    return OpacusHooks(trained, parameters)

@@ -1,0 +1,185 @@
+"""A site's local round: noised steps on its copy of the adapter, and the resulting update."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.core.config import Study
+from fedtune.core.dp.mechanism import RowGradients
+from fedtune.core.dp.plan import StepPlan
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import ModelError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import LARGEST, Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.models.random_records import random_records
+from fedtune.core.models.rank_slice import ALL
+from fedtune.core.objectives import resolve
+from fedtune.core.progress import report
+from fedtune.core.training.round_loss import RoundLoss
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+
+
+def local_round(
+    study: Study,
+    data: CachedDataset,
+    plan: StepPlan,
+    log: StepLog,
+    round_: int,
+    adapter: Arrays,
+    recompute: bool = False,
+    columns: slice = ALL,
+    losses: RoundLoss | None = None,
+) -> Arrays:
+    """Train `local_steps` steps from `adapter`; returns trained minus `adapter`, fp32 by name; of
+    a B with a public preconditioner M that change before M, on which the noise is the same in every
+    direction.
+    recompute: activation checkpointing; ignored with Opacus' hooks, which cannot do it. columns:
+    the only columns of each B that are trained and returned. losses: gets the records' losses,
+    which are private and no part of the result.
+
+    Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
+    (Li et al. 2020) are post-processing. The optimiser starts afresh each round: a round
+    leaves no state but its update."""
+    network = data.network
+    network.load_trainable(adapter)
+    objective = resolve(study.objective)
+    engine = UnitGradientEngine(
+        data,
+        objective,
+        sampling_unit=study.sampling_unit,
+        engine=study.training.engine,
+        columns=columns,
+        losses=None if objective.directions else losses,  # of class statistics it says nothing
+    )
+    optimizer = _optimizer(study, engine.trained, round_)
+    start = [t.clone() for t in engine.trained]
+    for step in range(study.training.local_steps):
+        rows = _reported(engine, step, study.training.local_steps)
+        with network.recomputing(recompute and engine.name == "one-pass"):
+            noised = plan.step(engine.n_rows, engine.dimension, rows, log, round_)
+        gradients = torch.split(noised, [t.numel() for t in engine.trained])
+        for parameter, gradient, initial in zip(engine.trained, gradients, start, strict=True):
+            proximal = study.training.proximal_mu * (parameter - initial)
+            parameter.grad = gradient.view(parameter.shape).to(parameter) + proximal
+        optimizer.step()
+        optimizer.zero_grad()
+        for parameter in engine.trained:  # noised values; no adapter entry is larger anywhere
+            parameter.clamp_(-LARGEST, LARGEST)
+        engine.write()
+    changes = zip(network.update_parameters(), engine.trained, start, strict=True)
+    update = {name: (now - before).cpu().numpy() for name, now, before in changes}
+    network.load_trainable(adapter)
+    return update
+
+
+def local_sum(
+    study: Study,
+    data: CachedDataset,
+    plan: StepPlan,
+    log: StepLog,
+    round_: int,
+    adapter: Arrays,
+    recompute: bool = False,
+    losses: RoundLoss | None = None,
+) -> npt.NDArray[np.int64]:
+    """Compute a site's part of a round whose sum alone is opened: its noised sum of clipped rows in
+    multiples of the plan's grid, int64 (d,), the tensors end to end in name order as on the wire.
+
+    The optimiser runs at the coordinator, on the mean of all sites."""
+    network = data.network
+    network.load_trainable(adapter)
+    objective, unit = resolve(study.objective), study.sampling_unit
+    name = study.training.engine
+    heard = None if objective.directions else losses  # of class statistics it says nothing
+    engine = UnitGradientEngine(data, objective, unit, name, losses=heard)
+    with network.recomputing(recompute and engine.name == "one-pass"):
+        rows = _reported(engine, 0, 1)
+        total = plan.noised_sum(engine.n_rows, engine.dimension, rows, log, round_)
+    parts = torch.split(total, [t.numel() for t in engine.trained])
+    by_name = dict(zip(network.update_parameters(), parts, strict=True))
+    return np.concatenate([by_name[key].numpy() for key in sorted(by_name)])
+
+
+def _reported(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
+    """Report on this machine's screen how much of a round is done, in per cent of a step: how many
+    rows were drawn is shown nowhere."""
+
+    def on_work(done: int, total: int) -> None:
+        report("training", 100 * step + 100 * done // total, 100 * steps)
+
+    return partial(engine, on_work=on_work)
+
+
+def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> torch.optim.Optimizer:
+    t = study.training
+    kind = torch.optim.SGD if t.optimizer == "sgd" else torch.optim.AdamW
+    return kind(parameters, lr=t.rate(round_), weight_decay=t.weight_decay)
+
+
+def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
+    """Check that a σ = 0 step on generated records lowers their loss and, in a private study, that
+    a row's gradient does not depend on how many rows there are.
+
+    Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
+    fault that would spend ε without learning shows here, before any is spent.
+    Errors: ModelError."""
+    data = CachedDataset(network, random_records(network, study))
+    objective, engine_name = resolve(study.objective), study.training.engine
+    engine = UnitGradientEngine(data, objective, engine=engine_name, columns=columns)
+    with network.loaded():
+        loss = _mean_loss(data, study)
+        n = data.dataset.n_units
+        rows, subset = engine.matrix(range(n)), list(range(n - 1, n // 3, -1))
+        independent = torch.equal(engine.matrix(subset), rows[subset])
+        gradient = rows.mean(dim=0)
+        norm = float(gradient.norm())
+        # How far a step may go depends on the base; the direction must help at some length.
+        lowered = norm > 0 and any(
+            _loss_after(data, study, engine, gradient, length / norm) < loss
+            for length in (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+        )
+    if study.private and not independent:
+        raise ModelError(
+            "on this machine a record's gradient depends on the other records of its batch",
+            "equal gradients, to the last bit",
+            "use another processor or build of PyTorch; no ε was spent",
+        )
+    if not lowered:
+        raise ModelError(
+            "a step without noise on generated records did not lower their loss",
+            "the adapter to learn",
+            "check lora.modules and base; no ε was spent",
+        )
+
+
+def _loss_after(
+    data: CachedDataset,
+    study: Study,
+    engine: UnitGradientEngine,
+    gradient: torch.Tensor,
+    rate: float,
+) -> float:
+    start = [t.clone() for t in engine.trained]
+    steps = torch.split(gradient, [t.numel() for t in engine.trained])
+    for parameter, step in zip(engine.trained, steps, strict=True):
+        parameter.sub_(rate * step.view(parameter.shape).to(parameter))
+    engine.write()
+    loss = _mean_loss(data, study)
+    for parameter, initial in zip(engine.trained, start, strict=True):
+        parameter.copy_(initial)
+    engine.write()
+    return loss
+
+
+@torch.no_grad()
+def _mean_loss(data: CachedDataset, study: Study) -> float:
+    objective = resolve(study.objective)
+    indices = range(len(data.dataset.examples))
+    return float(
+        torch.cat([objective.losses(data.network, b) for b in data.batches(indices)]).mean()
+    )

@@ -1,0 +1,354 @@
+"""Four oracles that a site runs before its first round, on the study's own architecture at tiny
+size and on generated records, through the code that will train."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from fedtune.core.bases.find import find_base
+from fedtune.core.config import Study
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, Passage
+from fedtune.core.dp import shared_noise
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.dp.steplog import Step, StepLog
+from fedtune.core.errors import Refused
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.models.preconditioner import multiplier_of
+from fedtune.core.models.random_records import generate_file
+from fedtune.core.models.random_targets import with_random_targets
+from fedtune.core.models.rank_slice import trained_slice
+from fedtune.core.models.tiny import generated, tiny_columns, tiny_network
+from fedtune.core.objectives import resolve
+from fedtune.core.progress import report, stage
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+
+SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
+SAME = 1e-4  # relative: two ways to one fp32 gradient
+ROOM = 1e-5  # relative, on C: the vanishing noise; the others' rows do not move at all
+SPREAD = 0.003  # relative, on σ
+COORDINATES, DRAWS = 10**6, 4
+# Noise this small (in multiples of C) is the shipped step's σ = 0: it adds 10⁻⁸ √d to a sum of
+# length C, and no call without noise has to exist.
+VANISHING = 1e-8
+HUGE = 1e6
+
+
+@dataclass(frozen=True)
+class Result:
+    """One oracle: `figure` was measured, at most `bound` passes. note: what went wrong, if it
+    stopped; it speaks of generated records alone."""
+
+    name: str
+    passed: bool
+    figure: float
+    bound: float
+    seconds: float
+    note: str = ""
+
+
+class SelfTestFailed(Refused):
+    """The code on this machine does not keep the guarantee for this study; no round runs."""
+
+
+class MemoryLog(StepLog):
+    """A step log that keeps its lines in memory, for generated records alone: what it records cost
+    nobody anything, and the site's own log is not touched."""
+
+    def __init__(self) -> None:
+        self.lines: list[Step] = []
+
+    def append(self, step: Step, of_round: int = 1) -> None:
+        self.lines.append(step)
+
+    def steps(self, study: str | None = None) -> list[Step]:
+        return [step for step in self.lines if study in (None, step.study)]
+
+
+def require(
+    study: Study,
+    network: Network | None = None,
+    declared_size: int = 100,
+    lora_rank: int | None = None,
+) -> None:
+    """Errors: SelfTestFailed naming each oracle that failed, its figure and its bound."""
+    results = run(study, network, declared_size, lora_rank)
+    failed = [result for result in results if not result.passed]
+    if failed:
+        raise SelfTestFailed(
+            "the self-test failed: "
+            + ", ".join(f"{r.name} {r.note or format(r.figure, '.3g')}" for r in failed),
+            ", ".join(f"{r.name} at most {r.bound:g}" for r in failed),
+            "`fedtune doctor` shows all of it; no ε was spent and no record was read",
+        )
+
+
+def run(
+    study: Study,
+    network: Network | None = None,
+    declared_size: int = 100,
+    lora_rank: int | None = None,
+) -> list[Result]:
+    """The oracles for `study`; [] where it promises no privacy. `network`: the study's own, to take
+    the architecture from; its weights, adapter and caches are not touched. lora_rank: of a site
+    that trains no more.
+
+    Guarantee: reads no record, writes no file but a tiny base in a temporary folder.
+    | parity      | rows and their clipped sum against a loop of one record, plain autograd |
+    | isolation   | another unit's records change, or others are there: how far a row moves |
+    | sensitivity | a unit is removed, ordinary or hostile: how far the sum moves, in C |
+    | noise       | zero signal, 4·10⁶ coordinates: |σ̂/σ - 1|, independence, and the log line |
+    The noise oracle raises a false alarm with probability below 10⁻⁹.
+    """
+    if not study.private:
+        return []
+    bounds = {"parity": SAME, "isolation": 0.0, "sensitivity": 1 + ROOM, "noise": SPREAD}
+    started = time.perf_counter()
+    try:
+        base = network.base if network else find_base(study.base.model, study.base.digest)
+        plan = plan_for_site(study, declared_size)
+        bench = _Bench(study, tiny_network(study, base), plan, lora_rank)
+    except Exception as error:
+        seconds = time.perf_counter() - started
+        return [Result("tiny base", False, math.inf, 0.0, seconds, _describe_error(error))]
+    oracles: dict[str, Callable[[_Bench], float]] = {
+        "parity": _parity,
+        "isolation": _isolation,
+        "sensitivity": _sensitivity,
+        "noise": _noise,
+    }
+    results = []
+    for number, (name, run) in enumerate(oracles.items()):
+        with stage("self-test"):
+            report(name, number, len(oracles))
+            results.append(timed(name, bounds[name], partial(run, bench)))
+    return results
+
+
+def timed(name: str, bound: float, measure: Callable[[], float]) -> Result:
+    """What `measure` finds, of which at most `bound` passes; whatever it raises does not pass."""
+    started, note = time.perf_counter(), ""
+    try:
+        figure = measure()
+    except Exception as error:  # whatever stops an oracle must stop the round
+        figure, note = math.inf, _describe_error(error)
+    return Result(name, figure <= bound, figure, bound, time.perf_counter() - started, note)
+
+
+def _describe_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class _Bench:
+    """The study at tiny size: its network, generated records, and its plan with every row in every
+    step and vanishing noise."""
+
+    def __init__(
+        self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
+    ) -> None:
+        self.study, self.network, self.plan = study, network, plan
+        self.columns = tiny_columns(study, lora_rank)
+        privacy = study.privacy
+        assert not isinstance(privacy, str)
+        cap = privacy.max_records_per_unit if privacy.unit == "patient" else 1
+        self.by = privacy.sampling
+        self.data = generated(study, network, [min(n, cap) for n in SIZES])
+        self.still = replace(plan, sampling_rate=1.0, noise_multiplier=VANISHING)
+        norms = torch.linalg.vector_norm(self.rows(self.data).double(), dim=1)
+        # Every clipping threshold must bite: gradients as long as 2 C at the median.
+        self.scale = float(2 * plan.max_grad_norm / norms.median())
+
+    def engine(self, data: Dataset) -> UnitGradientEngine:
+        objective = resolve(self.study.objective)
+        engine_name = self.study.training.engine
+        cached = CachedDataset(self.network, data)
+        return UnitGradientEngine(cached, objective, self.by, engine_name, self.columns)
+
+    def rows(self, data: Dataset) -> torch.Tensor:
+        engine = self.engine(data)
+        return engine.matrix(range(engine.n_rows))
+
+    def rows_of(self, data: Dataset, unit: int) -> list[int]:
+        return data.by_unit[unit] if self.by == "record" else [unit]
+
+    def total(self, data: Dataset, hostile: dict[int, float] | None = None) -> torch.Tensor:
+        """The clipped sum that one shipped step makes of `data`, fp32; `hostile`: rows (by number)
+        that are overwritten with a value before the step sees them."""
+        engine = self.engine(data)
+
+        def gradients(rows: list[int]) -> Iterator[Chunk]:
+            for chunk in engine(rows):
+                for part in chunk.parts:
+                    part.mul_(self.scale)
+                    for row, value in (hostile or {}).items():
+                        part[[at for at, index in enumerate(chunk.rows) if index == row]] = value
+                yield chunk
+
+        step = self.still.step(engine.n_rows, engine.dimension, gradients, MemoryLog(), 1)
+        return step.double() * self.still.divisor
+
+
+# ------------------------------------------------------------------------------- the oracles
+
+
+def _parity(bench: _Bench) -> float:
+    """Oracle (a): the largest relative difference of a row, or of the clipped sum."""
+    measured, reference = bench.rows(bench.data).double(), _one_by_one(bench)
+    rows = float(
+        ((measured - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-12)).max()
+    )
+    c, gamma = bench.plan.max_grad_norm, bench.plan.gamma
+    norms = reference.norm(dim=1, keepdim=True) * bench.scale
+    flat = bench.plan.clipping == "flat"
+    factor = torch.clamp(c / norms, max=1.0) if flat else c / (norms + gamma)
+    expected = (reference * bench.scale * factor).sum(dim=0)
+    summed = float((bench.total(bench.data) - expected).norm() / expected.norm())
+    return max(rows, summed)
+
+
+def _one_by_one(bench: _Bench) -> torch.Tensor:
+    """Each row by plain autograd, one record at a time, fp64."""
+    data = CachedDataset(bench.network, bench.data)
+    objective = resolve(bench.study.objective)
+    named = bench.network.update_parameters()
+    gradients = []
+    for index in range(len(bench.data.examples)):
+        (batch,) = data.batches([index])
+        loss = objective.losses(bench.network, batch).sum()
+        grads = torch.autograd.grad(loss, list(named.values()))
+        parts = [
+            _preconditioned(bench, name, trained_slice(name, gradient, bench.columns).double())
+            for name, gradient in zip(named, grads, strict=True)
+        ]
+        gradients.append(torch.cat([part.flatten() for part in parts]).cpu())
+    if bench.by == "record":
+        return torch.stack(gradients)
+    return torch.stack(
+        [torch.stack([gradients[i] for i in members]).mean(dim=0) for members in bench.data.by_unit]
+    )
+
+
+def _preconditioned(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
+    """M times the gradient of a B, M written out in full, fp64."""
+    found = multiplier_of(name, bench.network.preconditioner)
+    if found is None:
+        return gradient
+    wide = torch.from_numpy(found.wide).to(gradient)
+    whole = found.identity * torch.eye(len(wide)).to(gradient) + found.sign * (wide @ wide.T)
+    return whole @ gradient
+
+
+def _isolation(bench: _Bench) -> float:
+    """Oracle (b): every unit in turn gets other records, and every row has fewer rows beside it;
+    the most that anyone else's row moves, relative. Not by a bit: products of matrices must come
+    out the same on this machine whoever else is multiplied.
+
+    Errors: RuntimeError where the changed unit's own row stays, since then nothing was tested."""
+    engine = bench.engine(bench.data)
+    before, worst = engine.matrix(range(engine.n_rows)), 0.0
+    norms = before.norm(dim=1).clamp_min(1e-12)
+    for n in {1, 2, engine.n_rows // 2, engine.n_rows - 1}:
+        rows = list(range(n - 1, -1, -1))
+        moved = (engine.matrix(rows) - before[rows]).norm(dim=1) / norms[rows]
+        worst = max(worst, float(moved.max()))
+    for unit in range(bench.data.n_units):
+        edited = bench.rows(_edited(bench.data, unit, bench.study, bench.network))
+        moved = (edited - before).norm(dim=1) / norms
+        rows = bench.rows_of(bench.data, unit)
+        if float(moved[rows].max()) < 100 * SAME:
+            raise RuntimeError("a unit's gradient does not depend on its own records")
+        moved[rows] = 0.0
+        worst = max(worst, float(moved.max()))
+    return worst
+
+
+def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
+    """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
+    length."""
+    draw, examples = np.random.default_rng(unit), list(data.examples)
+    record_format = resolve(study.objective).record_format
+    labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
+
+    def other(old: Passage) -> Passage:
+        targets = np.roll(old.input_ids, 3)
+        targets[: len(targets) // 2] = NO_TARGET
+        return Passage(old.input_ids[::-1].copy(), targets)
+
+    for index in data.by_unit[unit]:
+        old = examples[index]
+        first, *second = map(other, old.passages)
+        label = (old.label + 1) % labels
+        media = generate_file(network, study.objective, draw, old.media).media
+        pair = second[0] if second else None
+        examples[index] = Example(*first, label, unit, pair, media, old.tiles)
+    return with_random_targets(
+        Dataset(examples, data.n_units, Counter()), study, network.vocabulary
+    )
+
+
+def _sensitivity(bench: _Bench) -> float:
+    """Oracle (c): the most that removing one unit moves the sum, in C for each of its rows.
+
+    Every unit is removed once as it is, and one unit with each hostile gradient in its rows."""
+    c, worst = bench.plan.max_grad_norm, 0.0
+    n, full_sum = bench.data.n_units, bench.total(bench.data)
+    cases: list[tuple[int, float | None]] = [(unit, None) for unit in range(n)]
+    cases += [(4, value) for value in (HUGE, -HUGE, math.nan, math.inf, 1e-30)]
+    for unit, value in cases:
+        rows = bench.rows_of(bench.data, unit)
+        hostile = None if value is None else dict.fromkeys(rows, value)
+        sum_with = full_sum if hostile is None else bench.total(bench.data, hostile)
+        moved = float((sum_with - bench.total(_remove_unit(bench.data, unit))).norm())
+        if not moved <= (1 + ROOM) * c * len(rows):  # NaN too
+            return math.inf if math.isnan(moved) else moved / (c * len(rows))
+        worst = max(worst, moved / (c * len(rows)))
+    return worst
+
+
+def _remove_unit(data: Dataset, unit: int) -> Dataset:
+    remaining = [copy.copy(example) for example in data.examples if example.unit != unit]
+    renamed = [replace(e, unit=e.unit - (e.unit > unit)) for e in remaining]
+    return Dataset(renamed, data.n_units - 1, Counter())
+
+
+def _noise(bench: _Bench) -> float:
+    """Oracle (d): |σ̂/σ - 1| with the plan's own σ, q and C.
+
+    Three chunks without signal go in, so noise added for each chunk shows; steps must be mutually
+    independent, so noise that a seed replays shows; each step must leave one line of the log."""
+    plan, log = replace(bench.plan, divisor=3.0), MemoryLog()
+    noises = [
+        plan.step(3, COORDINATES, _silence, log, round_ + 1).numpy() * 3.0
+        for round_ in range(DRAWS)
+    ]
+    logged = {(s.noise_multiplier, s.sampling_rate, s.max_grad_norm) for s in log.lines}
+    if len(log.lines) != DRAWS or logged != {
+        (plan.own_noise, plan.sampling_rate, plan.max_grad_norm)
+    }:
+        raise RuntimeError("a noised step and its line in the log disagree")
+    std = plan.own_noise * plan.max_grad_norm
+    fine = 2.0 ** math.floor(math.log2(std * 2.0**-20))
+    grid = fine if plan.sites == 1 else shared_noise.grid(std, plan.max_grad_norm, COORDINATES)
+    # The step's own sensitivity: C and what rounding to the grid can add.
+    std *= 1 + math.sqrt(COORDINATES) * grid / 2 / plan.max_grad_norm
+    square = sum(float(np.vdot(z, z.astype(np.float64))) for z in noises)
+    for a, b in pairwise(noises):
+        if abs(float(np.vdot(a / std, (b / std).astype(np.float64)))) > 7 * math.sqrt(COORDINATES):
+            raise RuntimeError("the noise of one step can be told from another's")
+    return abs(math.sqrt(square / (DRAWS * COORDINATES)) / std - 1)
+
+
+def _silence(rows: list[int]) -> Iterator[Chunk]:
+    for row in rows:
+        yield Chunk([row], [torch.zeros(1, COORDINATES)])

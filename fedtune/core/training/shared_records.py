@@ -1,0 +1,113 @@
+"""A dataset as one process of a site hands it to the others: header and tensors, no pickle.
+
+Guarantee: a site's records are read once, by the process that keeps its ledger. What another
+process trains on is what that one read, whatever its files hold by then."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.core.data.dataset import Dataset, Example, Passage, SoftTargets
+from fedtune.core.data.media import Media
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Hash every record as it trains, in order (sha256): with equal fingerprints the same row is
+    the same record."""
+    total = hashlib.sha256(f"{dataset.n_units} ".encode())
+    for example in dataset.examples:
+        media = example.media.digest.hex() if example.media else ""
+        total.update(f"{example.unit} {example.label} {example.tiles} {media} ".encode())
+        for passage in example.passages:
+            parts = (passage.input_ids.tobytes(), passage.target_ids.tobytes())
+            total.update(f"{len(parts[0])} ".encode() + b"".join(parts))
+        if example.soft is not None:
+            total.update(f"{example.soft.tokens.shape} ".encode())
+            total.update(example.soft.tokens.tobytes() + example.soft.logp.tobytes())
+    return total.hexdigest()
+
+
+def pack_records(dataset: Dataset) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """Return a header (JSON) and tensors that hold what `dataset` trains on: token ids, targets,
+    labels, units, soft targets and media files. Keys, counts and members stay behind."""
+    examples = dataset.examples
+    passages = [passage for example in examples for passage in example.passages]
+    soft = [example.soft for example in examples if example.soft is not None]
+    media = list({e.media.digest: e.media for e in examples if e.media}.values())
+    number = {file.digest: at for at, file in enumerate(media)}
+    of_example = [
+        (e.label, e.unit, e.tiles, number[e.media.digest] if e.media else -1) for e in examples
+    ]
+    header = {
+        "units": dataset.n_units,
+        "passages": len(examples[0].passages) if examples else 1,
+        "outcomes": soft[0].tokens.shape[1] if soft else 0,
+        "media": [(file.kind, len(file.body)) for file in media],
+    }
+    arrays = [
+        np.array(of_example, np.int64).reshape(len(examples), 4),
+        np.array([len(passage.input_ids) for passage in passages], np.int64),
+        _joined([passage.input_ids for passage in passages], np.int32),
+        _joined([passage.target_ids for passage in passages], np.int32),
+        np.array([len(mark.tokens) for mark in soft], np.int64),
+        _joined([mark.tokens.ravel() for mark in soft], np.int32),
+        _joined([mark.logp.ravel() for mark in soft], np.float32),
+        _joined([np.frombuffer(file.body, np.uint8) for file in media], np.uint8),
+    ]
+    return header, [torch.from_numpy(array) for array in arrays]
+
+
+def unpack_records(header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> Dataset:
+    """Rebuild the dataset that `pack_records` described."""
+    of_example, lengths, ids, targets, soft_lengths, tokens, logp, bodies = (
+        tensor.numpy() for tensor in tensors
+    )
+    files = [
+        Media(kind, body.tobytes(), hashlib.sha256(body.tobytes()).digest())
+        for (kind, _), body in zip(
+            header["media"], _parts(bodies, [size for _, size in header["media"]]), strict=True
+        )
+    ]
+    passages = list(map(Passage, _parts(ids, lengths), _parts(targets, lengths)))
+    n_passages, outcomes = header["passages"], header["outcomes"]
+    marks: list[SoftTargets | None] = [None] * len(of_example)
+    if outcomes:
+        of_tokens = _parts(tokens, soft_lengths * outcomes)
+        of_logp = _parts(logp, soft_lengths * outcomes)
+        marks = [
+            SoftTargets(one.reshape(-1, outcomes), other.reshape(-1, outcomes))
+            for one, other in zip(of_tokens, of_logp, strict=True)
+        ]
+    examples = []
+    for at, (label, unit, tiles, file) in enumerate(of_example.tolist()):
+        own = passages[at * n_passages : (at + 1) * n_passages]
+        examples.append(
+            Example(
+                input_ids=own[0].input_ids,
+                target_ids=own[0].target_ids,
+                label=label,
+                unit=unit,
+                rejected=own[1] if n_passages == 2 else None,
+                media=files[file] if file >= 0 else None,
+                tiles=tiles,
+                soft=marks[at],
+            )
+        )
+    return Dataset(examples, header["units"], Counter())
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate([np.asarray(part, dtype) for part in parts] or [np.empty(0, dtype)])
+
+
+def _parts(joined: npt.NDArray[Any], lengths: npt.ArrayLike) -> list[npt.NDArray[Any]]:
+    if len(ends := np.cumsum(lengths, dtype=np.int64)) == 0:
+        return []
+    return np.split(joined, ends[:-1])

@@ -1,0 +1,249 @@
+"""Gradients of units or single records, from per-record gradients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from fedtune.core.dp.clip import Chunk
+from fedtune.core.errors import ModelError, describe
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import LARGEST
+from fedtune.core.models.network import Network
+from fedtune.core.models.preconditioner import multiplier_of
+from fedtune.core.models.prefix_store import make_room_after
+from fedtune.core.models.rank_slice import ALL, trained_slice
+from fedtune.core.objectives._interface import Batch, Objective
+from fedtune.core.progress import OnWork
+from fedtune.core.training import engines
+from fedtune.core.training.round_loss import RoundLoss
+
+log = logging.getLogger("fedtune.core.dp")
+_CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
+
+
+class _Factor(NamedTuple):
+    """M = identity · I + sign · wide wideᵀ, on the output of a B; wide: (1, outputs, rank)."""
+
+    identity: float
+    sign: int
+    wide: torch.Tensor
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Multiply (n, outputs, columns) by M in place. One product a row: no row's result depends
+        on where it stands or who is beside it."""
+        wide = self.wide.expand(len(gradient), -1, -1)
+        low = torch.bmm(wide.transpose(1, 2), gradient)
+        projected = torch.bmm(wide, low)
+        gradient.mul_(self.identity).add_(projected, alpha=self.sign)
+        low.zero_()
+        projected.zero_()
+        return gradient
+
+
+class _Move(NamedTuple):
+    """A B's trained columns as they are and were, and the change to them before M."""
+
+    view: torch.Tensor
+    before: torch.Tensor
+    change: torch.Tensor
+    factor: _Factor
+
+
+def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | None:
+    """The preconditioner of the trainable tensor `name`; None where it has none."""
+    found = multiplier_of(name, network.preconditioner)
+    if found is None:
+        return None
+    wide = torch.from_numpy(found.wide).to(parameter)[None]
+    return _Factor(found.identity, found.sign, wide)
+
+
+class NoRowGradient(ModelError):
+    """A trainable layer whose gradient is not one for each record: found on generated records,
+    before any is read."""
+
+
+class UnitGradientEngine:
+    """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a patient
+    with the mean over that patient's records (clipped once, later); "record": a row is one record.
+    (Charles et al. 2024, user-level and example-level sampling.) columns: of each B these alone.
+    losses: gets the losses that the gradients are of, for the site alone.
+
+    trained: what a step updates, in the update's order: views into the network's parameters; of a B
+    with a public preconditioner M the change to it before M, zero at first, whose gradient is M g.
+    `write` brings that change to the network.
+
+    Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
+    whose shapes follow from the record's bucket alone, summed in the unit's order. Every
+    gradient that was not noised is handed to the caller, or zeroed and dropped, before the next
+    chunk."""
+
+    def __init__(
+        self,
+        data: CachedDataset,
+        objective: Objective,
+        sampling_unit: Literal["unit", "record"] = "unit",
+        engine: engines.EngineName = "auto",
+        columns: slice = ALL,
+        losses: RoundLoss | None = None,
+    ) -> None:
+        self.data, self.objective, self._losses = data, objective, losses
+        named = data.network.update_parameters()
+        self.parameters = list(named.values())
+        views = [trained_slice(name, p.detach(), columns) for name, p in named.items()]
+        self._factors = [_factor(data.network, name, p) for name, p in named.items()]
+        self.trained: list[torch.Tensor] = []
+        self._moves: list[_Move] = []
+        for view, factor in zip(views, self._factors, strict=True):
+            if factor is not None:
+                self._moves.append(
+                    _Move(view, view.clone(), torch.zeros(view.shape).to(view), factor)
+                )
+            self.trained.append(view if factor is None else self._moves[-1].change)
+        self.dimension = sum(t.numel() for t in self.trained)
+        self._engine = engines.choose(engine, data.network.trained, self.parameters, columns)
+        self._columns = columns
+        single_records = [[index] for index in range(len(data.dataset.examples))]
+        self._members = data.dataset.by_unit if sampling_unit == "unit" else single_records
+        n_parameters = sum(p.numel() for p in self.parameters)  # of all columns, trained or not
+        self._max_rows = max(1, _CHUNK_BYTES // (4 * n_parameters))  # rows at once
+
+    @property
+    def name(self) -> str:
+        """Name of the per-record gradient engine."""
+        return self._engine.name
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows to sample from: as private as the data."""
+        return len(self._members)
+
+    def __call__(self, rows: list[int], on_work: OnWork | None = None) -> Iterator[Chunk]:
+        """Yield the gradients of `rows`, each once, in whatever order and chunks are quickest.
+        on_work: hears how much of the work is done, block by block.
+
+        A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
+        other rows are unaffected. Errors: NoRowGradient, which the network's layers decide."""
+        pending = dict.fromkeys(rows)
+        try:
+            for chunk in self._chunks(rows, on_work):
+                for row in chunk.rows:
+                    del pending[row]
+                yield chunk
+            return
+        except NoRowGradient:
+            raise
+        except Exception as error:
+            log.error("rows of a block failed (%s); retrying one by one", describe(error))
+            make_room_after(error)
+        for row in pending:
+            yield self._single_row(row)
+
+    def write(self) -> None:
+        """Write the changes that `trained` holds to the network: B as it was, plus M times them."""
+        for view, before, change, factor in self._moves:
+            view.copy_(factor(change.clone()[None])[0].add_(before).clamp_(-LARGEST, LARGEST))
+
+    def _single_row(self, row: int) -> Chunk:
+        try:
+            (chunk,) = self._chunks([row], None)
+            return chunk
+        except NoRowGradient:
+            raise
+        except Exception as error:
+            log.error("a unit's gradient failed (%s); it takes no part", describe(error))
+            return Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])
+
+    def _chunks(self, rows: list[int], on_work: OnWork | None) -> Iterator[Chunk]:
+        single = [row for row in rows if len(self._members[row]) == 1]
+        several = [row for row in rows if len(self._members[row]) > 1]
+        parts = [several[at : at + self._max_rows] for at in range(0, len(several), self._max_rows)]
+        work = [
+            self.data.work_of_blocks(
+                [i for row in part for i in self._members[row]], self._max_rows
+            )
+            for part in (single, *parts)
+        ]
+
+        def heard(part: int) -> OnWork:
+            before, total = sum(work[:part]), sum(work)
+            return lambda done, _: on_work(before + done, total) if on_work else None
+
+        with self._engine.watching():
+            yield from self._single_records(single, heard(0))
+            for number, part in enumerate(parts, 1):
+                yield self._means(part, heard(number))
+
+    def matrix(self, rows: Sequence[int]) -> torch.Tensor:
+        """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests and
+        checks on generated records."""
+        matrix = torch.empty(len(rows), self.dimension)
+        positions = {row: position for position, row in enumerate(rows)}
+        for chunk in self(list(rows)):
+            matrix[[positions[row] for row in chunk.rows]] = chunk.flat().to(matrix)
+            chunk.wipe()
+        return matrix
+
+    def _single_records(self, rows: list[int], on_work: OnWork) -> Iterator[Chunk]:
+        """Yield rows of one record each: every micro-batch is a chunk."""
+        row_of = {self._members[row][0]: row for row in rows}
+        for batch in self.data.blocks(list(row_of), self._max_rows, on_work):
+            indices = batch.index[: batch.count].tolist()
+            yield Chunk([row_of[i] for i in indices], self._per_record(batch))
+
+    def _means(self, rows: list[int], on_work: OnWork) -> Chunk:
+        """Average the gradients of rows with several records over micro-batches."""
+        positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
+        weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
+        means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
+        for batch in self.data.blocks(list(positions), self._max_rows, on_work):
+            indices = batch.index[: batch.count].tolist()
+            for mean, gradients in zip(means, self._per_record(batch), strict=True):
+                # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
+                for i, gradient in zip(indices, gradients, strict=True):
+                    mean[positions[i]] += gradient.mul_(weights[i])
+                gradients.zero_()
+        return Chunk(rows, means)
+
+    def _per_record(self, batch: Batch) -> list[torch.Tensor]:
+        """Compute each parameter's per-record gradients, (count, its size); padding rows are wiped.
+        A record's passages, and in a projector the tiles of their images, are summed here, before
+        any norm is taken. The number of tiles is declared by batch and network, never inferred
+        from a gradient's shape."""
+        flat, n_records, n_passages = [], len(batch.index), len(batch.mask)
+        losses = self.objective.losses(self.data.network, batch)
+        gradients = self._engine(losses)
+        layers = zip(self.parameters, self.trained, gradients, self._factors, strict=True)
+        for parameter, trained, gradient, factor in layers:
+            tiles = batch.tiles if self.data.network.has_row_per_tile(parameter) else 1
+            expected_lengths = (n_records, n_passages) if tiles == 1 else (n_passages * tiles,)
+            if gradient is None or gradient.shape[0] not in expected_lengths:
+                raise NoRowGradient("a trainable layer gave no per-record gradient")
+            gradient = _slice_columns(gradient, trained.shape[-1], self._columns)
+            if gradient.shape[0] == n_records:
+                per_record = gradient.flatten(1)
+            else:
+                passages = len(gradient) // n_records
+                per_passage = gradient.view(n_records, passages, *gradient.shape[1:])
+                per_record = per_passage.sum(dim=1).flatten(1)
+                gradient.zero_()
+            if factor is not None:
+                factor(per_record.view(n_records, *trained.shape))
+            per_record[batch.count :].zero_()
+            flat.append(per_record[: batch.count])
+        if self._losses is not None:
+            self._losses.add(losses[: batch.count])
+        return flat
+
+
+def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
+    """Select `columns` where an engine returned more than `width`; the others are wiped."""
+    if gradient.shape[-1] == width:
+        return gradient
+    selected = gradient[..., columns].clone()
+    gradient.zero_()
+    return selected

@@ -1,0 +1,80 @@
+"""Answers that wait at a site until a person there lets them go: policy.answers = "held".
+
+    trained, evaluated   charged → computed → in the ledger's outbox, held → let go → sealed, sent
+    shared noise         held → let go → charged → computed → "ready" → masked → sent
+
+Of shared noise a draw waits before it is made, so that no other site is left with one that nobody
+masks. What is let go is these bytes, or this draw, and no others; what is refused stays refused,
+and paid. The officer's side is let_go.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from fedtune.core.errors import FedtuneError, describe
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.entries import Charge, Slot
+from fedtune.core.ledger.files import asked_path
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.vault.prepared import Held, Void
+
+if TYPE_CHECKING:
+    from fedtune.core.vault.worker import SiteWorker
+
+log = logging.getLogger("fedtune.site")
+MOST = 32  # of them, at most
+WAITS = 'policy.answers = "held" and nobody at the site has let this answer go'
+LET_GO = "ask the site to run `fedtune let-go`"
+
+
+def holds_answers(site: SiteWorker) -> bool:
+    """Return whether the site's answers wait for a person. Who simulates a study runs its sites
+    too, and nothing leaves the machine: there none waits."""
+    return site.current().policy.answers == "held" and not site.simulated
+
+
+def check_not_refused(ledger: Ledger, slot: Slot) -> None:
+    """Errors: Void where a person at the site refused this answer for good."""
+    if ledger.is_refused(slot):
+        raise Void("a person at the site refused to let this answer go")
+
+
+def check_let_go(ledger: Ledger, slot: Slot) -> None:
+    """Return if what was released for a slot may leave the site. Errors: Held, Void."""
+    check_not_refused(ledger, slot)
+    if ledger.is_held(slot):
+        raise Held(WAITS, todo=LET_GO)
+
+
+def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoReturn:
+    """Note that a draw of shared noise waits for a person, before it is made.
+
+    charge: what it will cost; size: bytes of the masked words. Errors: Held, always."""
+    _keep_asked(site, slot, charge, size)
+    raise Held(WAITS, todo=LET_GO)
+
+
+def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
+    """Note a draw that waits where `fedtune let-go` finds it. At most MOST are kept, and the oldest
+    go: a coordinator may ask for any number, and none is paid for as yet. One for which the disk
+    has no space beside the ledger's room is not kept."""
+    path = asked_path(site.ledger.folder, slot)
+    if path.exists():
+        return
+    facts = {"charge": charge.fields(), "adapter": slot[2], "bytes": size}
+    content = json.dumps(facts | {"since": int(time.time())}, indent=1).encode()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not site.room.has_space(len(content)):
+            log.warning("%s: not kept: the disk has no space beside the ledger's room", path)
+            return
+        others = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime)
+        for old in others[: max(0, len(others) - MOST + 1)]:
+            old.unlink()
+        replace(path, content, private=True)
+    except (OSError, FedtuneError) as error:
+        log.warning("%s: a draw that waits is not kept (%s)", path, describe(error))

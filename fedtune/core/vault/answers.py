@@ -1,0 +1,241 @@
+"""Answer a coordinator's requests: a plan with an admission, an order with a sealed update."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.core.config import Study, study_from_json
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    PolicyRefused,
+    Refused,
+    describe,
+    is_fault,
+)
+from fedtune.core.ledger.audit_log import REPEATS
+from fedtune.core.progress import stage
+from fedtune.core.registry.reasons import WAITING, reason_of
+from fedtune.core.vault import orders as work
+from fedtune.core.vault.noted import acts
+from fedtune.core.vault.prepared import Admission, Held, Unprepared, Update, Void
+from fedtune.core.vault.site_checks import check_watch
+from fedtune.core.vault.waiting_plans import check_plan_length, keep_plan
+from fedtune.core.vault.worker import SiteWorker, worker
+from fedtune.core.wire.arrays import Packed, bodies, pack_arrays, read_frozen
+from fedtune.core.wire.protocol import check_peer, version_fields
+from fedtune.core.wire.requests import FAILED, Answer, Kind, Request, Scalar
+from fedtune.core.wire.seal import SealError, body_digest, check_order, check_plan
+
+log = logging.getLogger("fedtune.officer")
+ENTRY = 4096  # bytes of the audit log's entry, at most, on the disk
+site_errors: dict[
+    str, FedtuneError
+] = {}  # by site file, for this process alone; `simulate` shows it
+Work = Callable[[SiteWorker, str, Request], Update]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where requests are answered. site: its site file; coordinator: the signing key that it
+    enrolled with, "" where any may ask (a simulation); watch: whether it takes part in studies
+    without a last round, None where nobody was asked; reviewed: the digest of the plan that the
+    coordinator's answer brought for review; simulated: whether the person who runs the study runs
+    this site too, and then the signing keys of all sites, `peers`."""
+
+    site: str
+    coordinator: str = ""
+    watch: bool | None = None
+    reviewed: str = ""
+    simulated: bool = False
+    peers: tuple[str, ...] = ()
+
+    def worker(self) -> SiteWorker:
+        """Return the worker of this place's site file. Errors: ConfigError."""
+        site = worker(self.site)
+        site.simulated = self.simulated
+        if self.simulated:
+            site.peers = self.peers
+        return site
+
+
+@dataclass(frozen=True)
+class Order:
+    """A kind of order. work: what it makes the site do; arrays: the name of the answer's arrays;
+    done: its status; suffix: what follows the plan's digest in such an order, so that an order for
+    one kind is never taken for another."""
+
+    work: Work
+    arrays: str
+    done: str
+    suffix: str = ""
+
+
+ORDERS: dict[Kind, Order] = {
+    "train": Order(work.train, "update", "trained"),
+    "ready": Order(work.ready, "ready", "ready", ":ready"),
+    "masked": Order(work.masked, "update", "masked", ":masked"),
+    "evaluate": Order(work.evaluate, "answer", "answered", ":evaluation"),
+}
+
+
+def answer(place: Place, request: Request) -> Answer:
+    """Answer one request; whatever goes wrong is an answer too."""
+    if request.kind == "prepare":
+        return _admission(place, request)
+    return _sealed(place, request, ORDERS[request.kind])
+
+
+def _admission(place: Place, request: Request) -> Answer:
+    """Answer a plan with this site's admission."""
+    fields: dict[str, Scalar] = {"name": "", "key": "", "declared_size": 0, "status": "admitted"}
+    fields |= {"reason": "", **version_fields()}
+
+    def attempt() -> None:
+        nonlocal fields
+        site = place.worker()
+        fields["name"] = site.site.site.name
+        plan = request.tables["plan"]
+        check_peer("the coordinator", plan, "this site")
+        fields["key"] = site.key.public
+        check_plan_length(str(plan["study"]))
+        study = study_from_json(str(plan["study"]))
+        if study.digest != plan["digest"]:
+            raise ConfigError("the plan received is not the one it claims to be")
+        site = site.of_run(study.digest)
+        coordinator = check_plan(plan, study.digest)
+        if place.coordinator not in ("", coordinator):
+            raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
+        if plan.get("finished") is True:
+            fields["status"] = "finished"
+            return site.finish(study.digest)
+        check_watch(study, place.watch)
+        has_basis = study.objective.basis_digest is not None
+        frozen = read_frozen(request.arrays, study.lora, has_basis=has_basis)
+        with site.room_to_answer():
+            admission = site.prepare(study, frozen, coordinator)
+            fields |= admission.fields()
+            note_admission(site, study, admission)
+        if admission.waits:  # where the ledger's room is its own again
+            keep_plan(site.current(), study)
+
+    if failure := guarded(attempt, place):
+        fields["status"], fields["reason"] = failure
+        if fields["key"]:  # before it, there may be no ledger here, and none is made for a refusal
+            note_refusal(place, failure, kind="plan")
+    fields["admitted"] = fields["status"] == "admitted"
+    return Answer("admission", fields)
+
+
+def _sealed(place: Place, request: Request, kind: Order) -> Answer:
+    """Check an order, do its work and seal the result."""
+    fields = {"name": "", "status": kind.done, "reason": "", "events": "[]"}
+    fields |= {"header": "", "signature": ""}
+    arrays: dict[str, Packed] = {}
+
+    def attempt() -> None:
+        nonlocal arrays
+        site = place.worker()
+        fields["name"] = site.site.site.name
+        order = request.tables["order"]
+        digest, number = _plan_of(order["plan"], kind.suffix), int(str(order["round"]))
+        site = site.of_run(digest)
+        beside, table = bodies(request.arrays), request.tables.get("set")
+        check_order(order, site.coordinator_of(digest), beside, table)
+        rule, nonce = site.site.policy.admission, str(order["nonce"])
+        with site.room_to_answer():
+            try:
+                with stage(f"{fields['name']}, round {number}"):
+                    update = kind.work(site, digest, request)
+            except Held:
+                about: dict[str, Any] = {"plan": digest, "round": number, "kind": kind.arrays}
+                note(site, "wait", "policy.answers", **about)
+                raise
+            note(site, "release", rule, plan=digest, round=number, kind=kind.arrays)
+            packed = pack_arrays(update.delta)
+            complete = fields | {"events": json.dumps(update.events), **update.said}
+            content_digest = body_digest(bodies(packed), complete)
+            fields.update(complete, **site.sealed(digest, number, nonce, content_digest))
+        arrays = packed
+
+    if failure := guarded(attempt, place):
+        fields["status"], fields["reason"] = failure
+        note_refusal(place, failure, kind=kind.arrays)
+    return Answer("site", fields, kind.arrays, arrays)
+
+
+def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
+    """Enter an act of the site's process in its audit log, if the disk has space for it beside the
+    room that the ledger needs (files.room): a coordinator can ask for acts without end, each at no
+    cost, and takes nothing from a charge or a withdrawal with them. What is not entered is a
+    warning here, and the coordinator's answer is the same.
+
+    Errors: InfrastructureError, with which what was to be done is not done."""
+    if site.room.has_space(ENTRY):
+        acts(site).add(event, rule, once=REPEATS, **facts)
+    else:
+        log.warning(
+            "%s is not in the audit log: the disk has no space beside the ledger's room; to do: "
+            "free space",
+            event,
+        )
+
+
+def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None:
+    """Enter in the audit log that a plan was admitted, and whether a person here signed it, or that
+    it waits for one. Errors: PolicyRefused where the site refuses it; as `note`."""
+    about = {"plan": study.digest, "study": study.study.name}
+    if admission.admitted:
+        rule, signed = site.current().policy.admission, site.home.admitted(study.digest)
+        note(site, "admit", rule, **about, signed=signed)
+    elif admission.waits:
+        note(site, "wait", "policy.admission", **about)
+    else:
+        raise PolicyRefused(admission.reason)
+
+
+def note_refusal(place: Place, failure: tuple[str, str], **facts: Any) -> None:
+    """Enter a refusal, with the rule that said no; the coordinator is answered in any case."""
+    status, reason = failure
+    if status == "refused":
+        try:
+            note(place.worker(), "refuse", reason_of(reason), **facts)
+        except FedtuneError as error:
+            log.warning("not in the audit log: %s", error)
+
+
+def _plan_of(named: Any, suffix: str) -> str:
+    digest = str(named)
+    if not digest.endswith(suffix):
+        raise SealError("the order is for another kind of work")
+    return digest.removesuffix(suffix)
+
+
+def guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None:
+    """Run `attempt` and return the status and reason of its failure, None if it succeeded.
+
+    Guarantee: only a refusal's text leaves the site (rules and public values); of any other failure
+    that there was one. Once a record was read, a round does not fail by what it holds: what cannot
+    be summed is a step of noise alone (dp.plan.SitePlan), and is charged."""
+    try:
+        attempt()
+    except Unprepared as error:
+        return "unprepared", str(error)
+    except Void as error:
+        return "void", str(error)
+    except Held as error:
+        return WAITING, str(error)
+    except Refused as error:
+        return "refused", str(error)
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        if isinstance(error, FedtuneError):
+            site_errors[place.site] = error
+        log.warning("%s", describe(error))  # stays at the site
+        return "failed", FAILED
+    return None

@@ -1,0 +1,145 @@
+"""Say at a site what a budget was spent on when it refuses a plan, and what would still fit.
+
+Guarantee: none of it leaves the site. What goes to the coordinator is the refusal's own text, which
+names a rule and public values; what other studies spent is the site's (decision 0010)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedtune.core.config import PrivacyTable, Site, Study
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import FedtuneError, Refused
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.files import DATABASE
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import StudyLine, budget, study_lines
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import load_plan
+from fedtune.core.vault.policy import within_budget
+
+PLACES = "runs.json"  # in the state folder: where runs of `fedtune simulate` lie, by plan
+SEARCH = 7  # halvings between nothing and what the plan asks for
+MOST = 4  # studies that are listed
+CEILINGS = ("policy.max_epsilon", "policy.max_fallback_epsilon", "the plan's own lifetime")
+TODO = (
+    "take what fits, or try settings on data that no patient is in (`fedtune tune`); a higher "
+    "policy.max_epsilon is for whoever answers for the data to decide"
+)
+
+
+def remember(sites: Sequence[Site], run: Path) -> None:
+    """Note in the sites' state folders where the run of a plan lies. A disk that refuses is
+    ignored, and so is a damaged plan: this is told, and nothing depends on it."""
+    with suppress(FedtuneError, OSError):
+        digest = load_plan(run).digest
+        for site in sites:
+            runs = places(site) | {digest: str(run.absolute())}
+            replace(site.site.state / PLACES, json.dumps(runs, indent=1).encode(), private=True)
+
+
+def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
+    """Describe what was spent of a site's budget, then a line for each study that spent it with
+    where its run lies, as far as this site knows, then what would fit; for the site's own screen.
+    ledger: None where none has begun here."""
+    policy, name = site.policy, site.data.name
+    spent = ledger.spending(name) if ledger else []
+    total = budget(name, spent, policy)
+    lines = study_lines(spent, policy.max_delta, study.unit)
+    runs = places(site)
+    paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.max_epsilon:g}"
+    if total.fallback is not None:
+        paid += f"; whatever happens ε = {rounded_up(total.fallback)} of {total.fallback_ceiling:g}"
+    newest = sorted(lines, key=lambda line: -line.last)
+    told = [f"dataset {name!r} has paid {paid}", *(_study(line, runs) for line in newest[:MOST])]
+    if len(lines) > MOST:
+        told.append(f"and {len(lines) - MOST} more studies (`fedtune ledger`)")
+    fitting = fits(study, site, ledger.charges(name) if ledger else [])
+    return [*told, f"what fits: {fitting or 'nothing of this study'}"]
+
+
+def explained(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
+    """Return the refusal of a simulated study with notes of what its sites' ledgers tell, all on
+    this machine; itself, where no budget refused."""
+    if not any(ceiling in str(refusal) for ceiling in CEILINGS):
+        return refusal
+    told: list[str] = []
+    for site in sites:
+        if site.data.declared:
+            continue
+        with suppress(FedtuneError):
+            ledger = Ledger(site.site.state) if (site.site.state / DATABASE).exists() else None
+            charges = ledger.charges(site.data.name) if ledger else []
+            if not _within(study, site, charges):
+                paid, *more = explain(study, site, ledger)
+                told += [f"  {site.site.name}: {paid}", *(f"    {line}" for line in more)]
+    if not told:
+        return refusal
+    fuller = type(refusal)(refusal.happened, refusal.expected, TODO)
+    for line in told:
+        fuller.add_note(line)
+    return fuller
+
+
+def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
+    """Find the largest privacy.epsilon, or where σ is given the most rounds, that keeps within the
+    budget, to about a hundredth of what the plan asks for; "" where there is none."""
+    privacy = study.privacy
+    if not isinstance(privacy, PrivacyTable) or study.continuous:
+        return ""
+    if privacy.noise_multiplier is None and privacy.epsilon is not None:
+        most = _largest(
+            privacy.epsilon,
+            lambda value: _within(study.changed(privacy={"epsilon": value}), site, charges),
+        )
+        down = math.floor(most * 100) / 100
+        return f"privacy.epsilon up to {down:g} (--set privacy.epsilon={down:g})" if down else ""
+    rounds = study.training.rounds or 0
+
+    def of_rounds(value: float) -> bool:
+        changes = {"training": {"rounds": int(value)}, "privacy": {"epsilon": None}}
+        return int(value) > 0 and _within(study.changed(**changes), site, charges)
+
+    most = int(_largest(rounds, of_rounds))
+    return f"training.rounds up to {most} (--set training.rounds={most})" if most else ""
+
+
+def _largest(asked: float, fit: Callable[[float], bool]) -> float:
+    """Search between 0 and `asked` for the largest value that fits; 0 where none was found."""
+    low, high = 0.0, float(asked)
+    for _ in range(SEARCH):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
+
+
+def _within(study: Study, site: Site, charges: Sequence[Charge]) -> bool:
+    try:
+        plan = plan_for_site(study, site.site.declared_size, site.policy.max_steps)
+        within_budget(site, plan, charges)
+    except (FedtuneError, ValueError):  # ValueError: a ceiling that no order of the filter meets
+        return False
+    return True
+
+
+def _study(line: StudyLine, runs: dict[str, str]) -> str:
+    at = datetime.fromtimestamp(line.last, UTC).date().isoformat()
+    where = f", in {runs[line.study]}" if line.study in runs else ""
+    digest = line.study.removeprefix("sha256:")[:8]
+    whatever = f" ({rounded_up(line.fallback)} whatever happens)" if line.fallback else ""
+    return f"{line.name} ({digest}, {at}): ε = {rounded_up(line.epsilon)}{whatever} alone{where}"
+
+
+def places(site: Site) -> dict[str, str]:
+    """Return where simulated runs of this site's records lie, by their plan's digest."""
+    try:
+        table = json.loads((site.site.state / PLACES).read_text(encoding="utf-8"))
+        return {str(key): str(value) for key, value in table.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -1,0 +1,100 @@
+"""Data that a site declares public or generated: checked and signed before it joins, and paid from
+a ledger of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.core.config import Site
+from fedtune.core.data.identity import identities
+from fedtune.core.errors import PolicyRefused
+from fedtune.core.ledger import declared as ledger_entries
+from fedtune.core.ledger.files import DATABASE, RUNS, outbox_prefix
+from fedtune.core.ledger.ledger import Ledger
+
+
+def declare(site: Site, sign: bool = True) -> None:
+    """Check a site's declared datasets and its private ones; see `sign_declarations` and
+    `check_private`. To be called before the site connects: what it answers depends on records, and
+    stays here."""
+    sign_declarations(site, sign)
+    check_private(site)
+
+
+def sign_declarations(site: Site, sign: bool = True) -> None:
+    """Check a site's declared datasets against its ledger for life, and sign the declarations.
+
+    sign: False to check alone.
+    Errors: PolicyRefused where one was ever charged as private; DataError where it cannot be read;
+    LedgerError."""
+    for data in filter(None, (site.data, site.evaluation)):
+        if data.declared:
+            ledger = Ledger(site.site.state)
+            ledger_entries.declare(ledger, data.name, data.declared, identities(data), sign)
+
+
+def check_private(site: Site) -> None:
+    """Check that none of a site's private data was ever declared; no record is read where the site
+    never declared any.
+
+    Errors: PolicyRefused where some was; DataError where it cannot be read; LedgerError."""
+    for data in filter(None, (site.data, site.evaluation)):
+        if not data.declared and (site.site.state / DATABASE).exists():
+            ledger = Ledger(site.site.state)
+            if ledger_entries.declared(ledger):
+                known = identities(data, patients=False)
+                ledger_entries.check_private(ledger, data.name, known)
+
+
+def paid_by_run(site: Site, ledger: Path) -> Site:
+    """Copy a site of declared data so that it pays from the run's ledger in the folder `ledger`."""
+    table = site.site.model_copy(update={"ledger": ledger.absolute()})
+    return site.model_copy(update={"site": table})
+
+
+def run_ledger(site: Site, digest: str) -> Path:
+    """Return the folder in which a site of a consortium keeps the ledger of the run of a plan."""
+    return site.site.state / RUNS / outbox_prefix(digest)
+
+
+def permit_declared(current: Site, loaded: Site, home: Ledger) -> None:
+    """Check that declared data may take part: it was declared in `home` before the site joined, and
+    in a consortium its policy allows it. Nothing of it follows from a record.
+
+    current: the site file as it is now; loaded: as it was when the site joined.
+    Errors: PolicyRefused."""
+    for data, was in ((current.data, loaded.data), (current.evaluation, loaded.evaluation)):
+        if getattr(data, "declared", None) != getattr(was, "declared", None):
+            raise PolicyRefused(
+                "data.declared was changed while this site takes part",
+                todo="stop this site and start it again; then it is checked anew",
+            )
+        if data is not None and data.declared:
+            if current.site.ledger is None:
+                allow_declared(current)
+            ledger_entries.check_declared(home, data.name, data.declared)
+
+
+def as_stated(current: Site, loaded: Site) -> Site:
+    """Return the site file as it is now. Errors: PolicyRefused where a query or a view selects its
+    records since the site joined, of which the coordinator was told nothing."""
+    if current.free_query and not loaded.free_query:
+        raise PolicyRefused(
+            "a query or a view selects records since this site joined",
+            "what the site stated when it joined",
+            "stop this site and start it again; then the coordinator is told",
+        )
+    return current
+
+
+def allow_declared(site: Site) -> None:
+    """Refuse declared data in a consortium unless the site's policy allows it.
+
+    Errors: PolicyRefused."""
+    if site.data.declared and not site.policy.allow_declared_data:
+        raise PolicyRefused(
+            f"data.declared = {site.data.declared!r} and policy.allow_declared_data is not set",
+            "policy.allow_declared_data = true, to take part with data that no patient is in",
+            "take `declared` out of site.toml to train on private records; `fedtune simulate` "
+            "rehearses with declared data on this machine",
+        )

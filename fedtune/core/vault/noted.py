@@ -1,0 +1,26 @@
+"""Compare a site's ledger and audit log with what a coordinator noted of them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from fedtune.core.ledger.audit_log import AuditLog
+
+if TYPE_CHECKING:
+    from fedtune.core.vault.worker import SiteWorker
+
+
+def acts(site: SiteWorker) -> AuditLog:
+    """Return the audit log of a site's own acts."""
+    return AuditLog(site.home.folder, site.key)
+
+
+def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None:
+    """Compare the ledger, and the audit log, with the receipt that an order brings; "" is none.
+
+    Errors: LedgerError."""
+    if receipt:
+        head = site.home.accept_receipt(json.loads(receipt), coordinator)
+        site.ledger.prune(study, coordinator)
+        acts(site).check(head)

@@ -1,0 +1,54 @@
+"""Do what an order asks of the site's worker, and return what is to be sealed."""
+
+from __future__ import annotations
+
+import json
+
+from fedtune.core.vault import secure_round
+from fedtune.core.vault.prepared import Update
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.arrays import Arrays, read_agreed
+from fedtune.core.wire.requests import Request
+
+
+def train(site: SiteWorker, digest: str, request: Request) -> Update:
+    """Train one round from the adapter that came with the order."""
+    round_, receipt = _order(request)
+    return site.train(digest, round_, _adapter(site, digest, request), receipt)
+
+
+def evaluate(site: SiteWorker, digest: str, request: Request) -> Update:
+    """Evaluate the adapter that came with the order on the held-out records, with noise."""
+    round_, receipt = _order(request)
+    return site.evaluate(digest, round_, _adapter(site, digest, request), receipt)
+
+
+def ready(site: SiteWorker, digest: str, request: Request) -> Update:
+    """Draw a noised sum from the adapter that came with the order."""
+    round_, receipt = _order(request)
+    asked = json.loads(str(request.tables["set"]["asked"]))
+    adapter = _adapter(site, digest, request)
+    attempt = _attempt(request)
+    return secure_round.ready(site, digest, round_, attempt, adapter, receipt, list(asked))
+
+
+def masked(site: SiteWorker, digest: str, request: Request) -> Update:
+    """Mask this site's draw for the set that came with the order."""
+    round_, receipt = _order(request)
+    statements = str(request.tables["set"]["statements"])
+    return secure_round.masked(site, digest, round_, _attempt(request), statements, receipt)
+
+
+def _order(request: Request) -> tuple[int, str]:
+    """Return the round and the receipt of an order."""
+    order = request.tables["order"]
+    return int(str(order["round"])), str(order["receipt"])
+
+
+def _attempt(request: Request) -> int:
+    return int(str(request.tables["order"]["attempt"]))
+
+
+def _adapter(site: SiteWorker, digest: str, request: Request) -> Arrays:
+    """Decode the adapter that came with an order. Errors: Unprepared, WireError."""
+    return read_agreed(request.arrays, site.shapes(digest))

@@ -1,0 +1,43 @@
+"""A site's training loss by round, in a file of its own: losses.jsonl in the state folder (0600).
+
+Private: no ε covers it. It is in no message, log, status, metric or ledger, and no error of its own
+is told; `fedtune dashboard` draws it for the site's people, and `fedtune purge` deletes it. Every
+line has the same length, whatever the loss is, and there is one whether or not a record was drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from fedtune.core.config import Site, Study
+from fedtune.core.config.state_files import LOSSES
+from fedtune.core.files import writing
+from fedtune.core.training.round_loss import RoundLoss
+
+
+@contextmanager
+def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
+    """Provide what a round adds its losses to; its mean is kept when the round has trained.
+
+    A disk that refuses the file changes nothing: the round goes on without a word."""
+    losses = RoundLoss()
+    yield losses
+    with suppress(OSError):
+        site.site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        opened = writing.open_own(site.site.state / LOSSES, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(opened, line(study, round_, losses.mean).encode())
+        finally:
+            os.close(opened)
+
+
+def line(study: Study, round_: int, mean: float | None) -> str:
+    """Format a round's line, whose length follows from the plan and the round alone."""
+    is_known = mean is not None and math.isfinite(mean)
+    loss = f"{mean:.5e}" if is_known else "null"
+    public = json.dumps({"plan": study.digest, "study": study.study.name, "round": round_})
+    return f'{public[:-1]}, "loss": {loss:>13}}}\n'

@@ -1,0 +1,442 @@
+"""The site's rules about a plan. Deny by default; checked before any record is read.
+
+A refusal names the rule and public values only, so the coordinator may see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from fedtune.core.bases.find import Base, base_of_plan
+from fedtune.core.config import (
+    BASES,
+    RELEASE,
+    LoraTable,
+    PolicyTable,
+    PrivacyTable,
+    Site,
+    Study,
+    noise_shares,
+)
+from fedtune.core.config.sheet import lacking, load_sheet
+from fedtune.core.config.study import QUERIES
+from fedtune.core.dp import accountant
+from fedtune.core.dp.calibration import sampling_rate
+from fedtune.core.dp.filter import Total, best_order, total_epsilon
+from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.dp.shared_noise import own_sigma
+from fedtune.core.errors import BudgetExceeded, ConfigError, PolicyRefused
+from fedtune.core.ledger.entries import Charge, Spent
+from fedtune.core.modalities import MODALITIES
+from fedtune.core.objectives import OBJECTIVES, resolve
+from fedtune.core.registry import Group
+from fedtune.core.strategy import STRATEGIES
+
+LAST_ROUND = 10**9  # of a plan without a last round: a number that an entry has space for
+MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
+
+
+def base_for(study: Study, site: Site) -> Base:
+    """Find this site's copy of the base that a plan names by digest; see `base_of_plan`.
+
+    Errors: PolicyRefused, ModelError, InfrastructureError."""
+    listed = () if site.policy.bases == "any" else site.policy.bases
+    return base_of_plan(study.base.digest, site.site.base, listed)
+
+
+def planned(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
+    """Compute the plan that the site would run; None where privacy = "off". The study's stated
+    figures are checked first, since computing anything from unbounded ones may take for ever.
+
+    Errors: PolicyRefused."""
+    for refusal in sheet_refusals(study, site):
+        raise refusal
+    admit(study, site, None, coordinator)
+    if not study.private:
+        return None
+    try:
+        return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
+    except ConfigError as error:  # of public figures alone
+        raise PolicyRefused(error.happened, error.expected, error.todo) from None
+
+
+def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
+    """Return if the site's rules admit the study, else raise. plan: None where it is not computed
+    yet, or privacy = "off".
+
+    Errors: PolicyRefused naming the first rule that says no."""
+    for refusal in refusals(study, site, plan, coordinator):
+        raise refusal
+
+
+def refusals(
+    study: Study,
+    site: Site,
+    plan: DpPlan | None,
+    coordinator: str = "",
+    *,
+    outline: bool = False,
+) -> Iterator[PolicyRefused]:
+    """Yield a refusal for every rule that the plan breaks, without reading any data. outline: of a
+    study.toml, whose digests are filled in when the study starts; a site asked to run a plan
+    refuses one that leaves them open."""
+    policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
+    yield from _about_plugins(study, policy)
+    yield from _about_query(site)
+    yield from _about_peers(study, policy)
+    yield from _about_run(study, site)
+    if policy.bases != "any" and not (outline and study.base.digest is None):
+        listed.append(("bases", study.base.digest or "a base without digest", policy.bases))
+    if policy.coordinators:
+        listed.append(("coordinators", coordinator or "no coordinator", policy.coordinators))
+    if study.lora:
+        listed += [("modules", module, policy.modules) for module in study.lora.modules]
+    for rule, value, allowed in listed:
+        if value not in allowed:
+            yield PolicyRefused(f"policy.{rule} does not list {value!r}")
+    if study.lora:
+        yield from _at_most("lora.rank", study.lora.rank, "max_rank", policy)
+        if study.lora.a_digest is None and not outline:
+            yield PolicyRefused("the plan does not pin lora.a_digest")
+        if table := study.lora.preconditioner:  # its check takes time that grows with rank³
+            yield from _at_most("lora.preconditioner.rank", table.rank, "max_rank", policy)
+            if table.digest is None and not outline:
+                yield PolicyRefused("the plan does not pin lora.preconditioner.digest")
+        yield from _about_rank(study.lora, site.site.lora_rank)
+    yield from privacy_refusals(study, site, plan)
+    if policy.answers == "held" and not study.private:
+        yield PolicyRefused(
+            'policy.answers = "held", and an update without noise is never kept, so it cannot wait'
+        )
+    if may_resolve(study, policy):
+        yield from _about_teacher(study, policy)
+
+
+def sheet_refusals(study: Study, site: Site) -> Iterator[PolicyRefused]:
+    """Yield a refusal for each field that this site's data sheet must hold and does not: of what a
+    person typed alone. Asked when the site joins, not in mid-study. Errors: ConfigError."""
+    asked = {
+        "policy.data_sheet": site.policy.data_sheet,
+        "study.data_sheet": study.study.data_sheet,
+    }
+    sheet = load_sheet(site) if any(asked.values()) else None
+    for whose, fields in asked.items():
+        for name in lacking(sheet, fields):
+            yield PolicyRefused(
+                f"{whose}: the data sheet lacks {name}",
+                "a data sheet in which a person filled it",
+                "`fedtune data describe SITE` at the site",
+            )
+
+
+def permit_plugins(study: Study, site: Site) -> None:
+    """Return if the site's policy names every plug-in of the study, before one is imported.
+
+    Errors: PolicyRefused."""
+    for refusal in _about_plugins(study, site.policy):
+        raise refusal
+
+
+def may_resolve(study: Study, policy: PolicyTable) -> bool:
+    """Return whether the study's objective may be imported: it is this release's, or the policy
+    names it."""
+    return study.objective.name in OBJECTIVES.release() or not any(_about_plugins(study, policy))
+
+
+def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """Compare names alone: importing another distribution's plug-in would run its code."""
+    asked: list[tuple[Group[Any], str | None, Sequence[str]]] = [
+        (OBJECTIVES, study.objective.name, policy.objectives),
+        (STRATEGIES, study.strategy.name, policy.strategies),
+        (MODALITIES, study.base.modality, policy.modalities),
+    ]
+    for group, name, listed in asked:
+        allowed = [listed] if isinstance(listed, str) else list(listed)
+        if RELEASE in allowed:
+            allowed += group.release()
+        if name is not None and name not in allowed:
+            yield PolicyRefused(f"policy.{group.name} does not list {name!r}")
+
+
+def _about_query(site: Site) -> Iterator[PolicyRefused]:
+    """Refuse where a query or a view, which the guarantee does not cover, selects the records."""
+    if site.free_query and not site.policy.allow_free_query:
+        yield PolicyRefused(
+            "a query or a view selects this site's records, so that one patient may decide what "
+            "becomes of another's, and policy.allow_free_query is not set",
+            "a table, and data.filter",
+        )
+
+
+def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """Refuse to share noise with sites that nobody here compared fingerprints with: a coordinator
+    could enrol them itself, and then knows their noise."""
+    least = study.strategy.min_sites
+    if study.secure_aggregation and len({*policy.peers}) < least - 1:
+        yield PolicyRefused(
+            f"policy.peers lists {len({*policy.peers})} sites, and the plan shares one dose of "
+            f"noise among {least}",
+            f"the signing keys of at least {least - 1} other sites",
+            "`fedtune review` shows each peer's fingerprint: compare it with that hospital, then "
+            "list its key",
+        )
+
+
+def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
+    """Refuse to share noise where a vault lives for one request: a draw's key is in memory alone,
+    and would be gone before the draw is masked."""
+    if study.secure_aggregation and site.vault:
+        yield PolicyRefused(
+            "vault.run starts this site's vault for one request at a time, and a plan that shares "
+            "one dose of noise needs one that lives from a draw to its mask",
+            "a plan without [secure_aggregation], or a vault that stays",
+        )
+
+
+def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
+    """Refuse where the site trains fewer LoRA ranks than the plan's minimum."""
+    rank = lora.rank_at(most)
+    least = lora.rank if lora.min_rank is None else lora.min_rank
+    if rank >= least:
+        return
+    todo = "ask for lora.min_rank in the plan, or raise site.lora_rank"
+    if lora.train == "AB":
+        todo = (
+            "sites of different ranks are averaged exactly only with A frozen, since a mean of "
+            'products B·A is no product of means: ask for lora.train = "B" with lora.min_rank, or '
+            "for the same, lower lora.rank everywhere"
+        )
+    yield PolicyRefused(
+        f"this site trains at most {rank} of an adapter's ranks (site.lora_rank) and the plan "
+        f"requires at least {least}",
+        f"a plan that requires at most {rank}",
+        todo,
+    )
+
+
+def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    """Refuse a teacher, which sets each record's target, if it may have seen them without noise."""
+    spec = resolve(study.objective).teacher_spec
+    if spec is None or spec.digest in policy.teachers:
+        return
+    from fedtune.core.models.teacher import find_teacher
+
+    teacher = find_teacher(spec)
+    trusted = BASES if policy.bases == "any" else policy.bases  # "any" does not extend to teachers
+    if teacher.base.digest not in trusted:
+        yield PolicyRefused(
+            f"nothing says that the teacher's base {teacher.base.digest} never saw these records",
+            "its digest in policy.bases, or the teacher's in policy.teachers",
+        )
+    if teacher.study is not None and not teacher.study.private:
+        yield PolicyRefused(
+            'the teacher is a run with privacy = "off": if it saw these records, every target '
+            "would depend on every one of them",
+            "a base, or a run that was trained under (ε, δ)",
+            "if it never saw a private record, list its digest in policy.teachers",
+        )
+
+
+def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
+    policy, size = site.policy, site.site.declared_size
+    tables = [table for table in (site.data, site.evaluation) if table]
+    if study.unit == "record" and any(table.columns.patient for table in tables):
+        yield PolicyRefused(
+            "this site names a patient column and the study protects single records",
+            'privacy.unit = "patient"',
+            "a patient with several records would get a far weaker guarantee than the ε says",
+        )
+    if not isinstance(study.privacy, PrivacyTable):
+        if not policy.allow_privacy_off:
+            yield PolicyRefused(
+                'privacy = "off" is not allowed here', "policy.allow_privacy_off = true at the site"
+            )
+        return
+    stated = plan or _stated_figures(study, size)
+    sigma = stated.noise_multiplier
+    if sigma is not None:
+        sigma = own_sigma(sigma, noise_shares(study))  # what this site itself adds
+    if sigma is not None and sigma < policy.min_noise_multiplier:
+        yield PolicyRefused(
+            f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
+            f"{policy.min_noise_multiplier}"
+        )
+    if size < policy.min_units:
+        yield PolicyRefused(
+            f"site.declared_size {size} is below policy.min_units {policy.min_units}"
+        )
+    yield from _at_most("max_grad_norm", stated.max_grad_norm, "max_grad_norm", policy)
+    yield from _at_most("sampling_rate", stated.sampling_rate, "max_sampling_rate", policy)
+    if stated.steps is not None:
+        yield from _at_most("steps", stated.steps, "max_steps", policy)
+    elif not study.continuous:
+        yield PolicyRefused("the plan leaves training.rounds open", "a plan as a server sends it")
+    yield from _at_most("delta", stated.delta, "max_delta", policy)
+    if stated.delta >= 1 / size:
+        yield PolicyRefused(f"delta {stated.delta} is not below 1 / site.declared_size ({size})")
+    if plan is None:
+        yield from _about_cost(study, _stated_figures(study, size), policy)
+
+
+class _StatedFigures(NamedTuple):
+    """The figures that a private study states, before those left open are computed."""
+
+    noise_multiplier: float | None
+    max_grad_norm: float
+    sampling_rate: float
+    steps: int | None
+    delta: float
+
+
+def _stated_figures(study: Study, size: int) -> _StatedFigures:
+    privacy, clipping, training = study.privacy, study.clipping, study.training
+    assert isinstance(privacy, PrivacyTable) and clipping is not None  # Study: required
+    return _StatedFigures(
+        privacy.noise_multiplier,
+        clipping.max_grad_norm,
+        sampling_rate(study, size),
+        None if training.rounds is None else training.rounds * training.local_steps,
+        privacy.delta,
+    )
+
+
+def _about_cost(
+    study: Study, stated: _StatedFigures, policy: PolicyTable
+) -> Iterator[PolicyRefused]:
+    """Refuse by a lower bound on ε, before computing ε itself takes a time that grows with it."""
+    privacy, least = study.privacy, 0.0
+    assert isinstance(privacy, PrivacyTable)
+    if study.continuous:
+        return
+    if stated.noise_multiplier is not None and stated.steps is not None:
+        k = study.records_per_draw
+        steps = accountant.Steps(stated.noise_multiplier, stated.sampling_rate, stated.steps, k)
+        least = accountant.at_least(steps, stated.delta)
+    if max(privacy.epsilon or 0.0, least) > policy.max_epsilon_per_study:
+        yield PolicyRefused(
+            "the study would go past policy.max_epsilon_per_study",
+            f"at most ε = {policy.max_epsilon_per_study} at this site",
+            "lower epsilon or rounds, or ask the site to raise its ceiling",
+        )
+
+
+def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:
+    if value > (most := getattr(policy, rule)):
+        yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")
+
+
+def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
+    """Refuse to add charges to a dataset with charges of unknown cost that nobody signed for.
+
+    unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
+    Errors: BudgetExceeded."""
+    if not unknown:
+        return
+    other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
+    raise BudgetExceeded(
+        f"what one {unit} spent in earlier rounds on this dataset is not known: "
+        + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
+        "a dataset whose every charge is of the study's own unit, by this release's rules",
+        f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
+    )
+
+
+def check_rounds(paid: int, policy: PolicyTable) -> None:
+    """Check that the ledger may pay for one more round, whichever study's: it has room for so many
+    (files.room). A coordinator numbers the rounds of a schedule, and orders them at no cost once
+    everybody's budget is used up. paid: all charges of the ledger. Errors: BudgetExceeded."""
+    if paid >= policy.max_rounds:
+        raise BudgetExceeded(
+            "this site's ledger paid for policy.max_rounds rounds, those of all studies together",
+            f"at most {policy.max_rounds}",
+            "the site may raise policy.max_rounds: 4 KiB more on its disk for each round",
+        )
+
+
+def check_attempts(charges: Sequence[Charge], study: str, round_: int) -> None:
+    """Check that a round of a plan may be paid for once more. It is paid for again where it was
+    interrupted, and where the coordinator orders it from another adapter: without a bound a plan
+    that a person signed for its own ε would spend up to the site's ceilings.
+
+    study: the plan's digest, as charges have it. Errors: BudgetExceeded."""
+    paid = sum(charge.study == study and charge.round == round_ for charge in charges)
+    if paid >= MOST_ATTEMPTS:
+        raise BudgetExceeded(
+            f"round {round_} was paid for {MOST_ATTEMPTS} times, interrupted attempts included",
+            f"at most {MOST_ATTEMPTS} times a round of a plan",
+            "the coordinator continues from its newest checkpoint, or plans another study",
+        )
+
+
+def within_budget(
+    site: Site, plan: DpPlan | None, charges: Sequence[Charge], at_least: int = 0
+) -> None:
+    """Check that `charges` plus the plan's remaining steps keep below both ceilings of the policy.
+
+    at_least: steps about to run, which count even where the plan's are all spent: a round trained
+    again is paid for again, one sent again is not.
+
+    Of the study are its queries too, where their charges count against the same people: a
+    coordinator may ask them first.
+    Where the plan has no last round, `charges` are a cohort's, only what is about to run is ahead,
+    and the plan's own lifetime is a ceiling too.
+    Where privacy is off no ceiling applies: the policy allowed it.
+    Errors: BudgetExceeded."""
+    if plan is None:
+        return
+    policy = site.policy
+    mine = [charge.event for charge in charges if charge.study == plan.study]
+    ahead = max(plan.steps - sum(event.steps for event in mine), at_least)
+    if plan.lifetime is not None:
+        ahead = at_least
+    alone = accountant.epsilon([*mine, *plan.events(ahead)], plan.delta)
+    if plan.lifetime is not None and alone > plan.lifetime:
+        raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")
+    if asked := [c.event for c in charges if c.study == plan.study + QUERIES]:
+        alone = accountant.epsilon([*mine, *asked, *plan.events(ahead)], plan.delta)
+    if alone > policy.max_epsilon_per_study:
+        raise BudgetExceeded(
+            "the study would go past policy.max_epsilon_per_study",
+            f"at most ε = {policy.max_epsilon_per_study} at this site",
+            "lower epsilon or rounds, or ask the site to raise its ceiling",
+        )
+    total = total_of(site, plan, charges, ahead)
+    if total.epsilon > policy.max_epsilon:
+        raise BudgetExceeded(
+            "the study would take this dataset past policy.max_epsilon, other studies included",
+            f"at most ε = {policy.max_epsilon} in total",
+            "`fedtune ledger` at the site shows what was spent; lower epsilon or rounds",
+        )
+    if plan.sites == 1 and all(charge.sites == 1 for charge in charges):
+        return
+    if fallback_of(site, plan, charges, ahead).epsilon > policy.max_fallback_epsilon:
+        raise BudgetExceeded(
+            "the study would take this dataset past policy.max_fallback_epsilon, the ε that holds "
+            "even if secure aggregation does not",
+            f"at most ε = {policy.max_fallback_epsilon} in total",
+            "lower epsilon: shared by several sites it stays below what each would spend alone",
+        )
+
+
+def total_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
+    """Compute the dataset's total ε with `ahead` more steps of `plan`, at 2 · policy.max_delta;
+    under the assumption of secure aggregation, where studies have it."""
+    events = [charge.event for charge in charges] + (plan.events(ahead) if ahead else [])
+    return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
+
+
+def fallback_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
+    """Compute the same if nothing but this site's own noise holds.
+
+    A filter of its own: its order too was fixed with the first charge, before any result."""
+    events = [charge.fallback for charge in charges]
+    events += plan.fallback_events(ahead) if ahead else []
+    return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
+
+
+def order_of(site: Site, plan: DpPlan, charges: Sequence[Charge]) -> float:
+    """Return the privacy filter's order: that of the dataset's first charge, fixed before any
+    result; for a dataset without charges, the one that admits most steps of this plan."""
+    if charges:
+        return charges[0].order
+    return best_order(plan.events(plan.steps), site.policy.max_epsilon, site.policy.max_delta)

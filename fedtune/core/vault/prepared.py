@@ -1,0 +1,118 @@
+"""A site's state for a plan that it admitted, and its answers: admission and update."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from safetensors.numpy import load
+
+from fedtune.core.config import Study
+from fedtune.core.dp.non_private import NonPrivatePlan
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.dp.steplog import Step
+from fedtune.core.errors import PolicyRefused, Refused
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.models.rank_slice import rank_slice, trained_slice
+from fedtune.core.wire.codec import Encoded, layout, shapes
+
+
+class Unprepared(Refused):
+    """This site does not know the plan (it was restarted, or joined late): send it again."""
+
+
+class Unsigned(PolicyRefused):
+    """A person at the site has yet to sign the plan; until then nothing of it runs here."""
+
+
+class Held(PolicyRefused):
+    """An answer that waits until a person at the site lets it go (core/vault/airlock.py)."""
+
+
+class Void(Refused):
+    """This attempt at a round is over for this site; another is a new draw of noise."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A site's answer to a plan. Every field is public."""
+
+    admitted: bool
+    reason: str
+    name: str
+    declared_size: int
+    lora_rank: int | None = None  # how many ranks it trains, where the plan lets sites choose
+    declared: str | None = None  # public or generated, where a person declared the data to be
+    free_query: bool = False  # a query or a view selects the records: outside the guarantee
+    waits: bool = False  # not admitted, for a person at the site has yet to sign the plan
+
+    def fields(self) -> dict[str, str | int]:
+        """Return what the answer states beside its status, and of a plan that waits for a person
+        the status too; of what is not the rule, nothing."""
+        fields: dict[str, str | int] = {"name": self.name, "declared_size": self.declared_size}
+        fields |= {} if self.lora_rank is None else {"lora_rank": self.lora_rank}
+        fields |= {} if self.declared is None else {"declared": self.declared}
+        fields |= {"status": "waiting", "reason": self.reason} if self.waits else {}
+        return fields | ({"free_query": True} if self.free_query else {})
+
+
+@dataclass(frozen=True, repr=False)
+class Update:
+    """delta: trained minus received adapter, in the plan's encoding; events: the steps that this
+    study ran here so far; said: text that is sealed with them."""
+
+    delta: Encoded
+    events: list[dict[str, float | int]]
+    said: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False)
+class Prepared:
+    """A study that this site admitted, ready to train."""
+
+    study: Study
+    network: Network
+    plan: DpPlan | NonPrivatePlan
+    frozen: Arrays
+    coordinator: str
+    lora_rank: int | None  # as declared: it stays for the study, whatever site.toml says since
+
+    @property
+    def private(self) -> DpPlan | None:
+        return self.plan if isinstance(self.plan, DpPlan) else None
+
+
+def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> None:
+    """Check that a stored update still has the shapes that this site would send.
+
+    Errors: PolicyRefused where the site was restarted with another rank after it trained."""
+    columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
+    sent = prepared.network.update_parameters().items()
+    trained = {name: tuple(trained_slice(name, values, columns).shape) for name, values in sent}
+    expected = layout(trained, prepared.study.wire.update)
+    if shapes(load(payload)) != {name: form.shape for name, form in expected.items()}:
+        raise PolicyRefused(
+            "site.lora_rank was changed while an update of this round waits to be sent",
+            todo="set it back for this study",
+        )
+
+
+def step_summary(steps: list[Step]) -> list[dict[str, Any]]:
+    """Count the step log's noised steps by (σ, q, C, k); no figure depends on a record."""
+    counts = Counter(
+        (s.noise_multiplier, s.sampling_rate, s.max_grad_norm, s.records) for s in steps
+    )
+    return [
+        {"sigma": sigma, "q": rate, "max_grad_norm": norm, "records": records, "steps": count}
+        for (sigma, rate, norm, records), count in counts.items()
+    ]
+
+
+def metadata_of(payload: bytes) -> dict[str, str]:
+    """Parse the metadata in a safetensors header."""
+    length = int.from_bytes(payload[:8], "little")
+    metadata: dict[str, str] = json.loads(payload[8 : 8 + length])["__metadata__"]
+    return metadata

@@ -1,0 +1,216 @@
+"""The process of a site that holds its records; `fedtune client` starts it.
+
+It has no network: it answers the courier over the socket that it inherits, or by the files of a
+spool, and opens no other (policy.isolation and `isolation.no_network` say how, and where a database
+over TCP keeps it on the network). It reads records, keeps the ledger and the keys, and draws its
+own progress."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.core import isolation
+from fedtune.core.config import Site, load_site
+from fedtune.core.config.database import is_over_tcp
+from fedtune.core.errors import InfrastructureError, describe, is_fault
+from fedtune.core.processes import STOP_SECONDS, Stopped, alone, end_with_parent, interruptible
+from fedtune.core.progress import listening
+from fedtune.core.wire.events import Teller, pass_warnings_on
+from fedtune.core.wire.requests import FAILED, Answer, Request, RequestError, receive_request, send
+from fedtune.core.wire.spool import Spool, decode_request
+
+if TYPE_CHECKING:
+    from fedtune.core.vault.answers import Place
+
+log = logging.getLogger("fedtune.officer")
+HOME = "ranks"  # in the state folder: the lock of the vault, and what its team leaves
+LOOK = 0.2  # seconds between two looks into a spool
+LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after its client
+
+
+def families(site: Site, processes: int) -> list[int]:
+    """List the families of sockets that a site's vault opens: none, but for a database, or for the
+    processes that share its steps."""
+    tables = filter(None, (site.data, site.evaluation))
+    urls = [table.url for table in tables if table.url]
+    if any(map(is_over_tcp, urls)):
+        return [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX]
+    teams = processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return [socket.AF_UNIX] if teams or urls else []
+
+
+def confine(site: Site, processes: int) -> isolation.Confinement:
+    """Cut this process off the network, and try that it is."""
+    return isolation.no_network(families(site, processes)) & _try_networks()
+
+
+def _try_networks() -> isolation.Confinement:
+    """Try to reach a network; what works is missing from the confinement."""
+    reached = []
+    for family, where in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)
+            reached.append(f"the vault can reach {where[0]}")
+    return isolation.Confinement(missing=tuple(reached))
+
+
+def main(options: list[str]) -> None:
+    """Answer requests until the courier has ended, or a signal comes.
+
+    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. REQUESTS: a descriptor, or the folder of a
+    spool; PLACE: as JSON; NAME: of a spool's request, the only one that is answered."""
+    path, requests, events, processes, given, *name = options
+    site = load_site(Path(path))
+    means = confine(site, int(processes))
+    end_with_parent()
+    tell = Teller(Connection(int(events)))
+    pass_warnings_on(tell)
+    tell("isolation", means.facts())
+    if means.missing and site.policy.isolation == "required":
+        return  # who started it says why
+    from fedtune.core.bases.find import fetching_elsewhere
+
+    with (
+        suppress(Stopped),
+        interruptible(),
+        _alone(site.site.state),
+        listening(tell.step),
+        fetching_elsewhere(tell.fetch),
+    ):
+        rest = tell, int(processes), json.loads(given)
+        if requests.isdigit():
+            serve(Path(path), Connection(int(requests)), *rest)
+        elif name:
+            serve_request(Path(path), Spool(Path(requests)), *rest, name[0])
+        else:
+            serve_spool(Path(path), Spool(Path(requests)), *rest)
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Hold the lock of a site's vault. One whose client was killed may live on for a moment: it is
+    waited for. Errors: InfrastructureError where it goes on."""
+    deadline = time.monotonic() + LAST_MOMENTS
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(alone(state / HOME, "the vault of a client that has ended"))
+                break
+            except InfrastructureError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        yield
+
+
+def serve(
+    path: Path, courier: Connection, tell: Teller, processes: int, given: dict[str, object]
+) -> None:
+    """Answer the courier's requests until it has ended, or sends what is no request at all."""
+    from fedtune.core.vault.answers import Place
+    from fedtune.core.vault.rank_process import team
+
+    place = Place(site=str(path), **given)  # type: ignore[arg-type]
+    with team(path, processes), suppress(EOFError, OSError):
+        while True:
+            send(courier, _reply(partial(receive_request, courier), place, tell))
+
+
+def serve_spool(
+    path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object]
+) -> None:
+    """Answer the requests of a spool, the oldest first, until a signal comes. One whose answer
+    cannot be written is answered again later: from the ledger, with the same bytes."""
+    from fedtune.core.vault.answers import Place
+    from fedtune.core.vault.rank_process import team
+
+    place, said = Place(site=str(path), **given), ""  # type: ignore[arg-type]
+    spool.remove_drafts()
+    with team(path, processes):
+        while True:
+            try:
+                for name in spool.waiting():
+                    if (content := spool.take(name)) is not None:
+                        spool.put(name, _reply(partial(decode_request, content), place, tell))
+                spool.remove_answered()
+                said = ""
+            except InfrastructureError as error:
+                if str(error) != said:
+                    log.warning("%s", said := str(error))
+            time.sleep(LOOK)
+
+
+def serve_request(
+    path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object], name: str
+) -> None:
+    """Answer one request of a spool; the plan of an order is taken in again before it.
+
+    Errors: InfrastructureError where it is not there, or its answer cannot be written."""
+    from fedtune.core.vault.answers import Place, answer
+    from fedtune.core.vault.kept_plans import find_asked, keep_asked
+    from fedtune.core.vault.rank_process import team
+
+    place, site = Place(site=str(path), **given), load_site(path)  # type: ignore[arg-type]
+    spool.remove_drafts()
+    content = spool.take(name)
+    if content is None:
+        raise InfrastructureError(f"{spool.requests}: no request {name} that can be answered")
+    with team(path, processes):
+        try:
+            request = decode_request(content)
+        except RequestError as error:
+            log.warning("%s", error)
+            reply = failure()
+        else:
+            if asked := find_asked(site, request):
+                answer(place, asked)
+            reply = answer_and_tell(place, request, tell)
+            keep_asked(site, request, content, reply)
+        spool.put(name, reply)
+
+
+def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer:
+    """Answer the request that is received now; what is none is a failure."""
+    try:
+        request = receive()
+    except RequestError as error:
+        log.warning("%s", error)
+        return failure()
+    return answer_and_tell(place, request, tell)
+
+
+def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
+    """Answer a request, and tell the person at the site what became of it."""
+    from fedtune.core.vault.answers import answer
+    from fedtune.core.vault.reply_facts import answer_facts
+
+    try:
+        reply = answer(place, request)
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        name = type(error).__name__
+        tell("failed", {"kind": request.kind, "error": name, "text": f"{request.kind}: {name}"})
+        return failure()
+    try:
+        facts = answer_facts(place, request, reply)
+    except Exception as error:  # its description fails; the answer does not
+        log.warning("this answer cannot be described: %s", describe(error))
+        facts = {}
+    tell("answered", facts)
+    return reply
+
+
+def failure() -> Answer:
+    """Say that there was a failure, and nothing of it."""
+    return Answer("", {"status": "failed", "reason": FAILED})

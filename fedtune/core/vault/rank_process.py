@@ -1,0 +1,352 @@
+"""Data-parallel processes of a site: each clips and sums a share of every step's rows.
+
+    rank 0   the client: talks to Flower, keeps the ledger, reads the records, draws, adds noise,
+             writes the log
+    rank n   receives the plan, the records, the adapter and the rows from rank 0, and returns an
+             integer sum; opens neither the records' files nor the ledger
+
+Where the other ranks cannot serve, whatever the cause, rank 0 sums all rows itself: the same sum,
+later. No failure of theirs changes what the coordinator gets.
+
+`fedtune client SITE --processes N` starts them itself; under torchrun they are there already."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from fedtune.core.config import Site, Study, load_site, study_from_json
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.dp.plan import ClippedSum, DpPlan, Team
+from fedtune.core.errors import InfrastructureError, describe
+from fedtune.core.files.writing import replace
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.lora import digest as arrays_digest
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import PREFIX_STORE
+from fedtune.core.models.rank_slice import ALL
+from fedtune.core.objectives import resolve
+from fedtune.core.processes import Child
+from fedtune.core.training.data_parallel import Group, share_machine, sum_over_workers
+from fedtune.core.training.shared_records import fingerprint, pack_records, unpack_records
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.core.vault.policy import base_for
+from fedtune.core.vault.worker import worker
+
+log = logging.getLogger("fedtune.site")
+TIMEOUT = 1800.0  # seconds that rank 0 waits for the others in one exchange
+
+
+class Workers:
+    """A site's worker processes: rank 0 starts them with the first round that needs them, and again
+    after a failure. A context manager that ends them.
+
+    size: processes, this one included; torchrun: torchrun started them."""
+
+    def __init__(
+        self, site: Path, size: int, *, torchrun: bool = False, timeout: float = TIMEOUT
+    ) -> None:
+        self._site, self.size, self._torchrun = site, size, torchrun
+        self._timeout = timeout
+        self._open, self._sharing = ExitStack(), ExitStack()
+        self._group: Group | None = None
+        self._prepared: tuple[str, ...] = ()  # the study and the factor that all ranks hold
+        self._records = ""  # the fingerprint of the records that they hold
+        self.children: list[Child] = []
+
+    @contextmanager
+    def running(
+        self,
+        study: Study,
+        plan: DpPlan,
+        data: CachedDataset,
+        frozen: Arrays,
+        columns: slice = ALL,
+    ) -> Iterator[Team | None]:
+        """Provide the team for one round of `study`, all ranks with the same plan, factor and
+        records; None where the others cannot serve, and this process does the round alone.
+        plan: by which all of them clip, whatever the site file says since; columns: as in
+        local_round. Any error in the block ends the team."""
+        try:
+            yield self._team(study, plan, data, frozen, columns)
+        except BaseException:
+            self.close()
+            raise
+
+    def _team(
+        self, study: Study, plan: DpPlan, data: CachedDataset, frozen: Arrays, columns: slice
+    ) -> Team | None:
+        try:
+            group = self._group = self._group or self._started()
+            self._prepare(group, study, plan, str(data.network.dtype), frozen)
+            self._hand_out(group, data.dataset)
+        except Exception as error:
+            self.give_up(error)
+            return None
+        return _Lead(self, group, data.network, columns)
+
+    def give_up(self, error: Exception) -> None:
+        """End a team that cannot serve, and say so at this site; the next round starts another."""
+        log.error(
+            "the other processes of this site do not share the round (%s): this one does all of "
+            "it, which takes longer; read rank-*.log in the site's state folder",
+            describe(error),
+        )
+        self.close()
+
+    def close(self) -> None:
+        """End the other ranks by closing their connections."""
+        self._open.close()
+        self._group, self._prepared, self._records = None, (), ""
+        self.children = []
+
+    def __enter__(self) -> Workers:
+        """Share the machine from the start: records that are read before the first round have the
+        threads, and so the blocks, of every other process."""
+        if self.size > 1:
+            self._sharing.callback(torch.set_num_threads, torch.get_num_threads())
+            self._sharing.callback(setattr, PREFIX_STORE, "processes", 1)
+            share_machine(0, self.size)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        self._sharing.close()
+
+    def _started(self) -> Group:
+        group = self._with_torchruns() if self._torchrun else self._spawned()
+        self._open.callback(group.close)
+        return group
+
+    def _spawned(self) -> Group:
+        state = load_site(self._site).site.state
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
+        socket_path = Path(folder, "team")
+        for rank in range(1, self.size):
+            options = [str(self._site), str(rank), str(self.size), str(socket_path)]
+            child = Child("rank", options, home=state / "ranks", log=state / f"rank-{rank}.log")
+            self.children.append(self._open.enter_context(child))
+        return Group(0, self.size, self._timeout, socket_path, self._alive)
+
+    def _alive(self) -> None:
+        for child in self.children:
+            if not child.alive:
+                raise child.ended()
+
+    def _with_torchruns(self) -> Group:
+        """Listen in a temporary folder, since a socket's path must be short, and write that path to
+        the state folder, which only this user can read."""
+        folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
+        socket_path = Path(folder, "team")
+        replace(_rendezvous_file(self._site), str(socket_path).encode(), private=True)
+        self._open.callback(_rendezvous_file(self._site).unlink, missing_ok=True)
+        return Group(0, self.size, self._timeout, socket_path)
+
+    def _prepare(
+        self, group: Group, study: Study, plan: DpPlan, dtype: str, frozen: Arrays
+    ) -> None:
+        """Have every rank build the network of `study` and take the plan by which this process
+        clips, unless it has. Errors: InfrastructureError."""
+        wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
+        if self._prepared == wanted:
+            return
+        self._prepared, self._records = (), ""
+        names = sorted(frozen)
+        header: dict[str, Any] = {"do": "prepare", "study": study.model_dump_json()}
+        header |= {"names": names, "plan": asdict(plan), "threads": torch.get_num_threads()}
+        arrays = [torch.from_numpy(np.asarray(frozen[name], np.float32)) for name in names]
+        group.send({**header, "dtype": dtype.removeprefix("torch.")}, arrays)
+        self._check_all_did(group, "prepare the study")
+        self._prepared = wanted
+
+    def _hand_out(self, group: Group, dataset: Dataset) -> None:
+        """Send every rank the records as this process read them, unless it has them. Errors:
+        InfrastructureError."""
+        records = fingerprint(dataset)
+        if self._records == records:
+            return
+        self._records = ""
+        header, tensors = pack_records(dataset)
+        group.send({"do": "records", "records": header}, tensors)
+        self._check_all_did(group, "take the records")
+        self._records = records
+
+    def _check_all_did(self, group: Group, what: str) -> None:
+        done = group.reduce_sum(torch.zeros(self.size, dtype=torch.int64))[1:].tolist()
+        for rank, did in enumerate(done, 1):
+            if not did:
+                raise InfrastructureError(f"rank {rank} of this site could not {what}")
+
+
+class _Lead:
+    """fedtune.core.dp.plan.Team, at rank 0."""
+
+    def __init__(self, workers: Workers, group: Group, network: Network, columns: slice) -> None:
+        self._workers, self._group, self._network = workers, group, network
+        self._columns = [columns.start, columns.stop]
+
+    def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
+        """Sum the clipped rows over all processes; where that fails, the team has ended."""
+        parameters = self._network.update_parameters().values()
+        flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
+        rows = torch.tensor(sampled, dtype=torch.int64)
+        header = {"do": "add", "dimension": dimension, "columns": self._columns}
+        try:
+            self._group.send(header, [flat, rows])
+            return sum_over_workers(self._group, sampled, dimension, clipped_sum)
+        except Exception as error:
+            self._workers.give_up(error)
+            raise
+
+
+# ------------------------------------------------------------------------------ the other ranks
+
+
+def follow(group: Group, site: Site) -> NoReturn:
+    """Serve rank 0's requests until InfrastructureError says that it has ended.
+
+    Guarantee: opens neither the records' files nor the ledger, charges nothing, draws nothing, adds
+    no noise, writes no step log."""
+    prepared: _StudyAtRank | None = None
+    while True:
+        header, tensors = group.receive()
+        if header["do"] == "add":
+            if prepared is not None:
+                _add(group, prepared, header, tensors)
+            continue
+        done = torch.zeros(group.size, dtype=torch.int64)
+        try:
+            if header["do"] == "prepare":
+                prepared = None  # frees the old before the new is built
+                prepared = _StudyAtRank(site, header, tensors)
+            elif prepared is not None:
+                prepared.take(unpack_records(header["records"], tensors))
+            done[group.rank] = 1
+        except Exception as error:
+            log.error("this rank cannot serve: %s", describe(error))
+        group.reduce_sum(done)
+
+
+def _add(
+    group: Group, prepared: _StudyAtRank, header: dict[str, Any], tensors: list[torch.Tensor]
+) -> None:
+    """Sum this rank's share of a step. Errors: InfrastructureError where rank 0 has ended."""
+    flat, rows = tensors
+    try:
+        clipped_sum = prepared.summing_with(flat, slice(*header["columns"]))
+        sum_over_workers(group, rows.tolist(), header["dimension"], clipped_sum)
+    except InfrastructureError:
+        raise
+    except Exception as error:  # rank 0 notices that the rows are missing
+        log.error("this rank did not add up its rows: %s", describe(error))
+
+
+class _StudyAtRank:
+    """One study at one rank: network, records, engine and the plan's own clipping."""
+
+    def __init__(self, site: Site, header: dict[str, Any], frozen: list[torch.Tensor]) -> None:
+        study = study_from_json(header["study"])
+        base = study.base.model_copy(update={"dtype": header["dtype"]})
+        # rank 0's dtype: where the study leaves it open, each process would measure its own.
+        measured = study.model_copy(update={"base": base})
+        self.network = build(measured, base_for(study, site))
+        self.network.load_frozen(
+            {name: array.numpy() for name, array in zip(header["names"], frozen, strict=True)}
+        )
+        self._plan = DpPlan(**header["plan"])
+        # As many as rank 0: which rows share a block follows from it, and so do a row's last bits.
+        torch.set_num_threads(int(header["threads"]))
+        self._study, self._site = study, site.site
+        self._data = CachedDataset(self.network, Dataset([], 0, Counter()))
+
+    def take(self, dataset: Dataset) -> None:
+        """Train on these records from now on; states of records that are in it no more go."""
+        self._data = CachedDataset(self.network, dataset, self._site.cache_bytes)
+
+    def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
+        """Return a function that sums rows' clipped gradients at the parameters `flat`, all in
+        order, where these columns of each B are trained."""
+
+        def clipped_sum(rows: list[int]) -> torch.Tensor:
+            engine = UnitGradientEngine(
+                self._data,
+                resolve(self._study.objective),
+                sampling_unit=self._study.sampling_unit,
+                engine=self._study.training.engine,
+                columns=columns,
+            )
+            pieces = torch.split(flat, [p.numel() for p in engine.parameters])
+            with torch.no_grad():
+                for parameter, piece in zip(engine.parameters, pieces, strict=True):
+                    parameter.copy_(piece.view_as(parameter))
+            recompute = self._site.gradient_checkpointing and engine.name == "one-pass"
+            with self.network.recomputing(recompute):
+                return self._plan.clipped_sum(rows, engine.dimension, engine)
+
+        return clipped_sum
+
+
+def _rendezvous_file(site: Path) -> Path:
+    """Return the file in which rank 0, under torchrun, writes its socket's path."""
+    return load_site(site).site.state / "ranks" / os.environ.get("TORCHELASTIC_RUN_ID", "team")
+
+
+@contextmanager
+def team(site: Path, processes: int) -> Iterator[None]:
+    """Share the rounds of this process' worker for `site` among `processes`, or torchrun's."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = Workers(site, max(size, processes), torchrun=size > 1)
+    with ranks:
+        worker(str(site)).ranks = ranks if ranks.size > 1 else None
+        yield
+
+
+def follow_torchrun(site: Path) -> None:
+    """Run as one of the ranks ≥ 1 that torchrun started, until rank 0 ends."""
+    _follow(site, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None)
+
+
+def _follow(site: Path, rank: int, size: int, socket_path: Path | None) -> None:
+    share_machine(rank, size)
+    loaded = load_site(site)
+    group = Group(rank, size, None, socket_path or _await_rank_0(site))
+    try:
+        follow(group, loaded)
+    except InfrastructureError as error:
+        log.info("%s", error)  # rank 0 has ended, and so does this process
+    finally:
+        group.close()
+
+
+def _await_rank_0(site: Path) -> Path:
+    """Wait for the socket of torchrun's rank 0. Errors: InfrastructureError after TIMEOUT."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            socket_path = Path(_rendezvous_file(site).read_text(encoding="utf-8"))
+            if socket_path.exists():  # else an earlier team left the file
+                return socket_path
+        time.sleep(0.1)
+    raise InfrastructureError("rank 0 of this site's team does not say where it is")
+
+
+def main(options: list[str]) -> None:
+    """Run as a rank that rank 0 started. options: SITE RANK SIZE SOCKET."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+    site, rank, size, socket_path = options
+    _follow(Path(site), int(rank), int(size), Path(socket_path))

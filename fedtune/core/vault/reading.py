@@ -1,0 +1,180 @@
+"""Read a site's records as training does, and say at the site what became of them.
+
+Guarantee: what this says stays at the site: on its screen, on the process's own stderr, and in a
+file in its state folder for its own user. No event, log.jsonl, metric, message or tracker gets a
+count of records."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.config import Site, SiteData, Study
+from fedtune.core.config.state_files import COUNTS
+from fedtune.core.data.dataset import Dataset, Example, Failed, SoftTargets
+from fedtune.core.data.load import load_dataset
+from fedtune.core.data.reader import Reader
+from fedtune.core.data.records import Record, unit_member
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.ledger import Ledger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fedtune.core.models.cache import CachedDataset
+
+log = logging.getLogger("fedtune.site")
+SHOWN = 20  # rejected rows that are listed
+shown: set[str] = set()  # what this process has said of a site's rows on its own screen
+FAR = 0.1  # of the declared size: a count that differs by more is said
+HALF = 0.5  # of a median record: where less is read, that is a warning
+
+
+def read_for_training(
+    data: SiteData,
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    reader: Reader | None,
+    ledger: Ledger | None,
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
+) -> Dataset:
+    """Read a site's dataset less the patients who withdrew or take part in another dataset.
+
+    ledger: None where the site has none as yet. soft_targets: a teacher's.
+    Errors: DataError for a path or columns that cannot be used, which no record decides."""
+    if ledger is None:
+        return load_dataset(
+            data, study, tokenizer, strict=False, soft_targets=soft_targets, reader=reader
+        )
+    withdrawn, elsewhere = ledger.withdrawn(), ledger.disjoint_member_test(data.name)
+
+    def is_excluded(patient: str) -> bool:
+        key = unit_member(patient)
+        return ledger.hashed(key) in withdrawn or elsewhere(key)
+
+    return load_dataset(
+        data,
+        study,
+        tokenizer,
+        exclude_unit=is_excluded,
+        is_known_member=ledger.member_test(data.name),
+        strict=False,
+        soft_targets=soft_targets,
+        reader=reader,
+    )
+
+
+def without_withdrawn(cached: CachedDataset, ledger: Ledger) -> CachedDataset:
+    """Return what was read less the patients who withdrew since; the same object where none did."""
+    withdrawn, dataset = ledger.withdrawn(), cached.dataset
+    left = dataset.exclude_units(lambda key: ledger.hashed(key) in withdrawn)
+    return cached if left.n_units == dataset.n_units else cached.of(left)
+
+
+def describe(dataset: Dataset, study: Study, declared: int) -> str:
+    """Describe in one line what became of a dataset's rows, for the site's own screen."""
+    counts, unit = dataset.counts, study.unit
+    of_units = f" of {dataset.n_units:,} patients" if unit == "patient" else ""
+    parts = [f"{len(dataset.examples):,} of {counts.rows:,} rows train{of_units}"]
+    if dataset.n_cut:
+        share = dataset.share_read
+        read = f" (of a median record {share:.0%} is read)" if share < 1 else ""
+        warned = "WARNING: " if share < HALF else ""
+        parts.append(f"{warned}{dataset.n_cut:,} of them cut to objective.max_length{read}")
+    for number, what in (
+        (counts.filtered, "left out by data.filter"),
+        (counts.withheld, "of patients who did not agree to their use"),
+        (counts.over_cap, f"over max_records_per_unit = {study.max_records_per_unit}"),
+        (counts.excluded, "of patients who withdrew or take part elsewhere"),
+        (counts.duplicates, "say what an earlier row says (kept)"),
+    ):
+        if number:
+            parts.append(f"{number:,} {what}")
+    if dataset.rejected:
+        parts.append(f"rejected: {by_reason(dataset.rejected)}{_remedy(dataset.rejected)}")
+    parts += declared_wrongly(dataset.n_units, declared, unit)
+    return "; ".join(parts)
+
+
+def _remedy(rejected: Counter[str]) -> str:
+    """What a person may do about the reason that is fedtune's to name."""
+    remedies = {
+        "unknown label": "labels that the plan does not name",
+        "not UTF-8": '[data] encoding = "latin-1", or another, reads it',
+    }
+    told = [remedies[reason] for reason in rejected if reason in remedies]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def by_reason(rejected: Counter[str]) -> str:
+    """Format counts by reason, the most frequent first."""
+    return ", ".join(f"{number:,} {reason}" for reason, number in rejected.most_common())
+
+
+def rows_of(failed: Sequence[Failed]) -> str:
+    """List the first rejected rows by file and row; "" without any. For the site's screen alone: a
+    file may be called after a patient."""
+    listed: dict[tuple[str, str], list[str]] = {}
+    for file, row, reason in failed[:SHOWN]:
+        listed.setdefault((file, reason), []).append(str(row) if row else "all")
+    parts = [
+        f"{file} row {', '.join(numbers)} ({reason})" for (file, reason), numbers in listed.items()
+    ]
+    more = f"; and {len(failed) - SHOWN:,} more" if len(failed) > SHOWN else ""
+    return "; ".join(parts) + more
+
+
+def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
+    """Say that the declared size is far from the true one, where it is; off by a factor of two or
+    more it is a warning."""
+    if abs(declared - units) > FAR * declared:
+        twice = units >= 2 * declared or 2 * units <= declared
+        yield (
+            f"{'WARNING: ' if twice else ''}site.declared_size = {declared:,} and there are "
+            f"{units:,} {unit}s: rates, noise and weight follow what is declared; a person may "
+            "declare another round figure, which is public"
+        )
+
+
+def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
+    """Write what became of a dataset's rows to counts.json in the state folder, for this user alone
+    (0600), and warn on this process's own stderr of records that are left out or cut.
+
+    A disk that refuses the file is one warning."""
+    counts = dataset.counts
+    facts: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "study": study.study.name,
+        "unit": study.unit,
+        "declared_size": site.site.declared_size,
+        "units": dataset.n_units,
+        "rows": counts.rows,
+        "train": len(dataset.examples),
+        "cut": dataset.n_cut,
+        "rejected": dict(dataset.rejected),
+        "filtered": counts.filtered,
+        "withheld": counts.withheld,
+        "over_cap": counts.over_cap,
+        "excluded": counts.excluded,
+        "duplicates": counts.duplicates,
+    }
+    path = site.site.state / COUNTS
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        earlier = earlier if isinstance(earlier, dict) else {}
+    except (OSError, ValueError):
+        earlier = {}
+    try:
+        text = json.dumps(earlier | {data.name: facts}, indent=1)
+        replace(path, text.encode(), private=True)
+    except InfrastructureError as error:
+        log.warning("%s", error)
+    if dataset.rejected or dataset.n_cut or counts.over_cap:
+        line = describe(dataset, study, site.site.declared_size)
+        if line not in shown:
+            log.warning("%s: %s; `fedtune data report` lists the rows", data.where, line)

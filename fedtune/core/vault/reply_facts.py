@@ -1,0 +1,154 @@
+"""Describe each of a site's answers to its operator, on this machine alone; nothing is sent."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from fedtune.core.config import Study, study_from_json
+from fedtune.core.dp import accountant
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import FedtuneError
+from fedtune.core.registry.reasons import HELD, WAITING
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.vault.answers import Place
+from fedtune.core.vault.budget_refusal import CEILINGS, TODO, explain
+from fedtune.core.vault.waiting_plans import keep_plan
+from fedtune.core.vault.worker import SiteWorker, worker
+from fedtune.core.wire.requests import Answer, Request
+
+DONE = ("admitted", "trained", "ready", "masked", "answered")
+
+
+def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, Any]:
+    """Return an answer's study, round, status and reason, the study's ε so far and as planned, and
+    a line of text.
+
+    epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ;
+    fallback: with secure aggregation the same by this site's own noise alone."""
+    site, status, reason = worker(place.site), answer.status, str(answer.fields["reason"])
+    facts: dict[str, Any] = {"site": site.site.site.name, "status": status, "reason": reason}
+    study, facts["plan_digest"] = _study(request, site)
+    name, where = "a plan", ""
+    if study is not None:
+        site = site.of_run(study.digest)
+        if site.site.data.declared:
+            facts["declared"] = {site.site.site.name: site.site.data.declared}
+        name = facts["study"] = study.study.name
+        rounds = study.training.rounds
+        facts |= {"rounds": rounds} if rounds else {}
+        if status == "finished":
+            charges = site.ledger.charges(site.site.data.name)
+            mine = (charge.round for charge in charges if charge.study == study.digest)
+            facts["round"] = max(mine, default=0)  # the last one here
+        if (number := _round(request)) is not None:
+            facts["round"] = number
+            where = f"round {number}" + (f" of {rounds}" if rounds else "")
+        if (spent := _spent(study, site)) is not None:
+            facts["epsilon"] = {site.site.site.name: spent.epsilon}
+            if spent.fallback is not None:
+                facts["fallback"] = {site.site.site.name: spent.fallback}
+            if (planned := _planned(study, site)) is not None:
+                facts["planned"] = {site.site.site.name: planned}
+    facts["text"] = f"{name}: {f'{where} ' if where else ''}{_line(facts)}"
+    if status == WAITING and HELD in reason:
+        facts["text"] += f": `fedtune let-go {place.site}`"
+    reviewed = place.reviewed
+    if study is not None and request.kind == "prepare" and status != "finished":
+        joined_with = status == "admitted" and reviewed == study.digest
+        facts["signed"] = joined_with or site.home.admitted(study.digest)
+        if not facts["signed"] and status in ("admitted", WAITING):
+            facts["text"] += f". {_unsigned(study, site, place, facts)}"
+    refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])
+    if study is not None and refused:
+        facts["text"] += f"; {'; '.join(explain(study, site.site, site.ledger))}; {TODO}"
+    if reviewed not in ("", facts["plan_digest"]) and facts.get("signed") is False:
+        facts["text"] += (
+            f". This is NOT the plan that came with the coordinator's answer ({reviewed})"
+        )
+    return facts
+
+
+def _unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any]) -> str:
+    """Say that nobody here signed a plan, what it would spend, and how to read or sign it."""
+    rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
+    for planned in facts.get("planned", {}).values():
+        spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
+    review = f"`fedtune review {keep_plan(site.site, study)} --site {place.site}`"
+    if facts["status"] == WAITING:
+        return (
+            f"Nothing of it runs before a person here signs it; then {spends}. {review} says what "
+            "it means, and with --sign admits it"
+        )
+    return (
+        f'NOBODY HERE HAS SIGNED THIS PLAN; it runs by policy.admission = "{rule}", and {spends}. '
+        f"{review} says what it means; Ctrl-C keeps this site out of it; with "
+        'policy.admission = "reviewed" the next one waits for a person'
+    )
+
+
+def _study(request: Request, site: SiteWorker) -> tuple[Study | None, str | None]:
+    """Return the study that a request is about, and its digest; None where unknown."""
+    tables = request.tables
+    try:
+        if "plan" in tables:
+            study = study_from_json(str(tables["plan"]["study"]))
+            return study, study.digest
+        digest = ":".join(str(tables["order"]["plan"]).split(":")[:2])  # less the kind of work
+        return site.of_run(digest).study_of(digest), digest
+    except (FedtuneError, KeyError):
+        return None, None
+
+
+def _round(request: Request) -> int | None:
+    order = request.tables.get("order")
+    return int(str(order["round"])) if order else None
+
+
+class _Spent(NamedTuple):
+    epsilon: float
+    fallback: float | None
+
+
+def _spent(study: Study, site: SiteWorker) -> _Spent | None:
+    charges = [c for c in site.ledger.charges(site.site.data.name) if c.study == study.digest]
+    if isinstance(study.privacy, str) or not all(c.noise_multiplier for c in charges):
+        return None
+    delta, fallback = study.privacy.delta, None
+    if study.secure_aggregation:
+        fallback = accountant.epsilon([charge.fallback for charge in charges], delta)
+    return _Spent(accountant.epsilon([charge.event for charge in charges], delta), fallback)
+
+
+def _planned(study: Study, site: SiteWorker) -> float | None:
+    """Return ε of the whole plan here; in a study without a last round, of a patient's life."""
+    try:
+        plan = plan_for_site(study, site.site.site.declared_size)
+    except FedtuneError:  # the plan fits no site of this size, and the reply says so
+        return None
+    return plan.epsilon if plan.lifetime is None else plan.lifetime
+
+
+def _line(facts: dict[str, Any]) -> str:
+    status: str = facts["status"]
+    held = HELD in facts["reason"]
+    if status == "unprepared":
+        return "this process has yet to see it, and asked for it again"
+    if status == WAITING:
+        return "WAITING for a person at this site" + (" to let it go" if held else "")
+    if status == "finished":
+        return f"finished; the last round here was {facts['round']} of {facts['rounds']}"
+    if status not in DONE:
+        return f"{status.upper()}: {facts['reason'] or 'no reason given'}"
+    line = status
+    for spent in facts.get("epsilon", {}).values():
+        line += f"; paid so far: ε = {rounded_up(spent)}"
+    for planned in facts.get("planned", {}).values():
+        line += f" of {rounded_up(planned)} planned"
+    for fallback in facts.get("fallback", {}).values():
+        line += f", {rounded_up(fallback)} whatever happens"
+    for declared in facts.get("declared", {}).values():
+        line += f", from a ledger of the run: the data is declared {declared}"
+    last = facts.get("round") and facts["round"] == facts.get("rounds")
+    if last and status != "ready":
+        line += "; that was the last round"
+    return line

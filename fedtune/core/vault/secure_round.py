@@ -1,0 +1,178 @@
+"""A site's part of a round whose sum alone is opened: ready, then masked once.
+
+    ready    reserve → noised sum and a masking key, in memory → a signed statement
+    masked   check the set → masked words into the ledger's outbox → key destroyed → words
+
+Both answer again with the same bytes: what was masked after a restart too, what waits for its set
+until this process ends. The attempt is void then: docs/secure-aggregation.md."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from safetensors.numpy import load, save
+
+from fedtune.core.dp.shared_noise import bits_of
+from fedtune.core.errors import PolicyRefused
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.lora import digest as arrays_digest
+from fedtune.core.models.rank_slice import ALL
+from fedtune.core.secagg import masks
+from fedtune.core.secagg.draw import Waiting
+from fedtune.core.secagg.statement import (
+    Draw,
+    Ready,
+    StatementError,
+    check_pinned,
+    check_set,
+    parse,
+    parse_set,
+    set_digest,
+)
+from fedtune.core.training.local_round import local_sum
+from fedtune.core.vault import airlock
+from fedtune.core.vault.own_loss import kept
+from fedtune.core.vault.prepared import Prepared, Update, Void, metadata_of
+from fedtune.core.wire.codec import VALUES
+
+if TYPE_CHECKING:
+    from fedtune.core.vault.worker import SiteWorker
+
+log = logging.getLogger("fedtune.site")
+
+
+def ready(
+    site: SiteWorker,
+    digest: str,
+    round_: int,
+    attempt: int,
+    adapter: Arrays,
+    receipt: str,
+    asked: list[str],
+) -> Update:
+    """Draw this site's noised sum for an attempt at a round, and state that it is ready; or return
+    the statement of the draw that was made for it.
+
+    asked: signing keys of the sites that are asked, so that a round for which too few of them are
+    pinned here costs nothing.
+    Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, before
+    anything is paid for, where a person at the site has yet to let the draw go."""
+    prepared = _prepared(site, digest, round_, attempt, receipt)
+    draw = Draw(digest, round_, attempt, arrays_digest(adapter))
+    if (answered := site.ledger.released(digest, round_, draw.label)) is not None:
+        return _stated(metadata_of(answered)["ready"], metadata_of(answered)["events"])
+    waiting = site.draws.find(draw)
+    if waiting is None:
+        _check_asked(site, prepared, asked)
+        _check_let_go(site, prepared, draw)
+        waiting = _drawn(site, prepared, draw, adapter)
+    return _stated(waiting.ready.text(), waiting.events)
+
+
+def masked(
+    site: SiteWorker, digest: str, round_: int, attempt: int, statements: str, receipt: str
+) -> Update:
+    """Mask this site's draw for a set of sites and return the words; asked again for the same set,
+    the same bytes.
+
+    Guarantee: the words leave for one set only, by the ledger's entry under its write lock; and for
+    none that lacks strategy.min_sites sites pinned here.
+    Errors: Unprepared, Void (the attempt is over for this site), PolicyRefused, LedgerError."""
+    prepared = _prepared(site, digest, round_, attempt, receipt)
+    try:
+        asked = parse_set(statements)
+        mine = next((r for r in asked if r.signing == site.key.public), None)
+        if mine is None:
+            raise StatementError("the set of ready sites does not hold this site")
+        draw = Draw(digest, round_, attempt, mine.draw.adapter)
+        answered = site.ledger.released(digest, round_, draw.label)
+        if answered is None:
+            answered = _mask(site, prepared, draw, asked)
+        if metadata_of(answered)["set"] != set_digest(asked):
+            raise StatementError("this draw was masked for another set of sites")
+    except StatementError as error:
+        log.warning("attempt %s of round %s: %s", attempt, round_, error)
+        raise Void(error.happened, error.expected, error.todo) from None
+    site.draws.destroy(digest, (round_, attempt))
+    return _words(answered)
+
+
+def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) -> bytes:
+    """Mask the draw that waits, and put the words into the ledger's outbox. Errors: StatementError
+    where the set is not one to mask for, or this process has no such draw; LedgerError."""
+    waiting, study = site.draws.find(draw), prepared.study
+    if waiting is None:
+        raise StatementError(
+            "this site has no draw of this attempt",
+            "an attempt that was not given up, at a site that did not restart since it was ready",
+        )
+    check_set(asked, waiting.ready, site.current().policy.peers, study.strategy.min_sites)
+    sigma = prepared.private.noise_multiplier if prepared.private else None
+    bits = bits_of(study, sigma, [r.size for r in asked], len(waiting.total))
+    words = masks.mask(waiting.total, waiting.key, waiting.ready, asked, bits)
+    facts = {"events": waiting.events, "ready": waiting.ready.text(), "set": set_digest(asked)}
+    payload = save({VALUES: words}, facts)
+    site.ledger.release(waiting.reservation, payload)
+    return payload
+
+
+def _prepared(site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str) -> Prepared:
+    prepared = site.begin(digest, round_, receipt)
+    if prepared.study.secure_aggregation is None:
+        raise PolicyRefused("the plan has no [secure_aggregation]")
+    if not 1 <= attempt <= 10**6:
+        raise PolicyRefused(f"attempt {attempt} is not one of a round")
+    return prepared
+
+
+def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None:
+    pinned, least = site.current().policy.peers, prepared.study.strategy.min_sites
+    try:
+        check_pinned(asked, site.key.public, pinned, least)
+    except StatementError as error:
+        raise Void(error.happened, error.expected, error.todo) from None
+
+
+def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
+    """Check that a person at the site let a draw go, where its policy asks for one; of a draw that
+    no budget permits nobody is asked. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
+    slot = draw.plan, draw.round, draw.label
+    airlock.check_not_refused(site.ledger, slot)
+    if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
+        return
+    study, plan = prepared.study, prepared.private
+    current = site.permit(study, plan, prepared.coordinator, study.training.local_steps)
+    charge = site.charge_of(study, plan, current, draw.round)
+    numbers = sum(values.numel() for values in prepared.network.update_parameters().values())
+    sizes = [site.site.site.declared_size] * study.strategy.min_sites
+    bits = bits_of(study, plan.noise_multiplier if plan else None, sizes, numbers)
+    airlock.hold_draw(site, slot, charge, numbers * bits // 8)
+
+
+def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
+    """Charge a draw, compute its noised sum, and keep it with its key until its set is fixed."""
+    study = prepared.study
+    data, reserved = site.reserve(prepared, draw.round, adapter, draw.label)
+    recompute = site.site.site.gradient_checkpointing
+    with site.step_plan(prepared, data, ALL) as plan, kept(site.site, study, draw.round) as own:
+        given = (study, data, plan, site.log, draw.round, adapter, recompute)
+        total = local_sum(*given, own)
+    key, (name, size) = masks.new_key(), (site.site.site.name, site.site.site.declared_size)
+    noise = prepared.private.own_noise if prepared.private else 0.0
+    stated = Ready(draw, name, size, site.key.public, masks.public_of(key), noise).signed(site.key)
+    waiting = Waiting(total, key, stated, reserved, json.dumps(site.events(prepared)))
+    site.draws.keep(waiting)
+    # What the coordinator gave up: its keys go, so that nothing masks those draws any more.
+    site.draws.destroy(draw.plan, (draw.round, draw.attempt - 1))
+    return waiting
+
+
+def _stated(text: str, events: str) -> Update:
+    return Update({}, json.loads(events), {"ready": parse(text).text()})
+
+
+def _words(payload: bytes) -> Update:
+    facts = metadata_of(payload)
+    return Update(load(payload), json.loads(facts["events"]), {"set": facts["set"]})

@@ -1,0 +1,94 @@
+"""Check a site's files, its plan and its code before a round is charged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedtune.core import modalities
+from fedtune.core.bases.find import Base, find_base, load_tokenizer
+from fedtune.core.config import Site, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import load_dataset
+from fedtune.core.data.reader import Reader
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.models.network import Network
+from fedtune.core.models.rank_slice import rank_slice
+from fedtune.core.registry import process_cache
+from fedtune.core.training import selftest
+from fedtune.core.training.local_round import check_trains
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def check_data(site: Site, study: Study, base: Base | None = None) -> Dataset:
+    """Check that the site's records suit the study, and return them as they are read; only the site
+    may know. base: by default the one that the study names, for one's own studies.
+
+    Errors: DataError."""
+    base = base or find_base(site.site.base or study.base.model, study.base.digest)
+    tokenizer, reader = reading_of(base, study.base.modality)
+    return load_dataset(site.data, study, tokenizer, reader=reader)
+
+
+@process_cache.cached("readers")
+def reading_of(base: Base, modality: str | None) -> tuple[PreTrainedTokenizerBase, Reader]:
+    """Load a base's tokenizer and reader, once for all simulated sites."""
+    tokenizer = load_tokenizer(base)
+    return tokenizer, modalities.reader(base, tokenizer, modality)
+
+
+# Checks already passed in this process; the code does not change while it runs.
+_tested: set[str] = process_cache.register("self-tests", set())
+_trains: set[tuple[str, int | None]] = process_cache.register("training checks", set())
+_reads: set[str] = process_cache.register("length checks", set())
+
+
+def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
+    """Run the self-test, once per process and kind of study. Errors: SelfTestFailed."""
+    tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
+    kind = study.model_dump_json(include={**tables, "training": {"engine"}}) + f" {lora_rank}"
+    if kind not in _tested:
+        selftest.require(study, network, size, lora_rank)
+        _tested.add(kind)
+
+
+def check_reads(study: Study, network: Network) -> None:
+    """Check that the base can read records of the study's length, once per process and study.
+
+    Errors: PolicyRefused; base and length are public."""
+    if study.digest not in _reads:
+        try:
+            network.check_length(study.objective.max_length)
+        except ConfigError as error:
+            raise PolicyRefused(error.happened, error.expected, error.todo) from None
+        _reads.add(study.digest)
+
+
+def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
+    """Check that the adapter trains, once per study (its digest names base and A) and rank.
+
+    Errors: ModelError."""
+    kind = study.digest, lora_rank
+    if kind not in _trains:
+        check_trains(study, network, rank_slice(study.lora, lora_rank, 1))
+        _trains.add(kind)
+
+
+def check_watch(study: Study, watch: object) -> None:
+    """Refuse a continuous study unless the client runs with --watch, and any other where it does.
+
+    watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
+    Errors: PolicyRefused."""
+    if watch is None or bool(watch) == study.continuous:
+        return
+    if watch:
+        raise PolicyRefused(
+            "this site runs with --watch and the plan has no [schedule]",
+            "a study without a last round",
+            "start `fedtune client` without --watch for studies with a number of rounds",
+        )
+    raise PolicyRefused(
+        "the plan has a [schedule] and no last round, and this site does not run with --watch",
+        todo="`fedtune review` says what it means; then `fedtune client SITE --watch`",
+    )

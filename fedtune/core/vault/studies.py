@@ -1,0 +1,68 @@
+"""The studies that a site was admitted to and that have not ended: a file for each.
+
+    STATE/studies/PLAN.json    {"plan", "study", "since"}; 0600; PLAN: 16 digits of its digest
+
+The file is there before the coordinator hears that its plan was admitted, and goes when the
+coordinator says that the study has ended, or with `fedtune purge`. It follows from messages and
+from what people do, never from a record."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from fedtune.core.config import Study
+from fedtune.core.errors import InputError, PolicyRefused
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.files import newer_name, outbox_name, outbox_prefix
+
+FOLDER = "studies"  # in the state folder
+MOST = 64  # studies under way at once: their files lie in the room that the ledger needs
+
+
+def check_number(state: Path, study: Study) -> None:
+    """Check that there is a place for one more study under way. Errors: PolicyRefused."""
+    others = [
+        path for path in (state / FOLDER).glob("*.json") if path != _path(state, study.digest)
+    ]
+    if len(others) >= MOST:
+        raise PolicyRefused(
+            "too many studies are under way at this site",
+            f"at most {MOST}",
+            "end those that are over; `fedtune purge` at the site forgets one",
+        )
+
+
+def begin(state: Path, study: Study) -> None:
+    """Note that a study is under way at the site. Errors: InfrastructureError."""
+    path = _path(state, study.digest)
+    if not path.exists():
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        facts = {"plan": study.digest, "study": study.study.name, "since": since}
+        replace(path, json.dumps(facts, indent=1).encode(), private=True)
+
+
+def end(state: Path, plan_digest: str) -> None:
+    """Note that a study has ended."""
+    _path(state, plan_digest).unlink(missing_ok=True)
+
+
+def under_way(state: Path) -> dict[str, str]:
+    """Map the digest of each plan that is under way to its study's name; a file that cannot be read
+    counts as one, by its own name."""
+    names = {}
+    for path in sorted((state / FOLDER).glob("*.json")):
+        try:
+            facts = reading.json_in(path, "a study under way")
+            names[str(facts["plan"])] = str(facts["study"])
+        except (InputError, KeyError):
+            names[path.stem] = path.stem
+    return names
+
+
+def _path(state: Path, plan_digest: str) -> Path:
+    folder = state / FOLDER
+    old = folder / f"{outbox_prefix(plan_digest)}.json"
+    return newer_name(folder / f"{outbox_name(plan_digest)}.json", old)

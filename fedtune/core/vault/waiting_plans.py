@@ -1,0 +1,45 @@
+"""Plans that wait for somebody at the site to sign them: STATE/plans/PLAN.json, public."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fedtune.core.config import Site, Study
+from fedtune.core.errors import InfrastructureError, PolicyRefused
+from fedtune.core.files.writing import replace
+
+log = logging.getLogger("fedtune.site")
+MOST = 32  # plans that wait, at most
+MOST_BYTES = 2**20  # of a plan, as JSON
+
+
+def check_plan_length(plan: str) -> None:
+    """Check that a plan, as a coordinator sent it, is no longer than any site reads. Errors:
+    PolicyRefused."""
+    if len(plan) > MOST_BYTES or len(plan.encode()) > MOST_BYTES:
+        raise PolicyRefused(
+            "the plan is too large", f"at most {MOST_BYTES:,} bytes as JSON", "shorten its texts"
+        )
+
+
+def keep_plan(site: Site, study: Study) -> Path:
+    """Keep a plan that nobody here signed, or somebody did, where `fedtune review` finds it. It is
+    public.
+
+    At most MOST are kept, and the oldest go. A plan for which the disk has no space beside the
+    room of the ledger (files.room) is not kept, which is a warning here: plans that nobody asked
+    for take nothing from a charge or a withdrawal, and the coordinator's answer is the same. Called
+    where the room is not given up, so that a plan cannot be written into it."""
+    path = site.site.plan_file(study.digest)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        content = (study.model_dump_json(indent=2) + "\n").encode()
+        others = [file for file in path.parent.glob("*.json") if file != path]
+        others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        for old in others[MOST - 1 :]:
+            old.unlink()
+        replace(path, content)
+    except (OSError, InfrastructureError) as error:
+        log.warning("%s: the plan is not kept for review (%s)", path, error)
+    return path

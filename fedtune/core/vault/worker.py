@@ -1,0 +1,509 @@
+"""A site's worker: plan -> policy -> data -> reserve -> noised steps -> release -> seal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.numpy import load, save
+
+from fedtune.core.config import Site, SiteData, Study, load_site
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import check_columns
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
+from fedtune.core.dp.steplog import StepLog
+from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
+from fedtune.core.files.room import Room
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.lora import digest as arrays_digest
+from fedtune.core.models.network import Network
+from fedtune.core.models.prefix_store import make_room_after
+from fedtune.core.models.rank_slice import rank_slice
+from fedtune.core.models.teacher import teacher_for
+from fedtune.core.registry import process_cache
+from fedtune.core.secagg.draw import Draws, remove_stored
+from fedtune.core.training.local_round import local_round
+from fedtune.core.vault import airlock, evaluation, noted, studies
+from fedtune.core.vault.declared import as_stated, paid_by_run, permit_declared, run_ledger
+from fedtune.core.vault.own_loss import kept
+from fedtune.core.vault.policy import (
+    LAST_ROUND,
+    accounted,
+    admit,
+    base_for,
+    check_attempts,
+    check_rounds,
+    order_of,
+    planned,
+    within_budget,
+)
+from fedtune.core.vault.prepared import (
+    Admission,
+    Prepared,
+    Unprepared,
+    Unsigned,
+    Update,
+    check_waiting_update,
+    metadata_of,
+    step_summary,
+)
+from fedtune.core.vault.reading import keep_counts, read_for_training, without_withdrawn
+from fedtune.core.vault.site_checks import check_learns, check_reads, self_test
+from fedtune.core.wire.codec import Shapes, encode
+from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import Header, seal
+
+if TYPE_CHECKING:
+    from fedtune.core.vault.rank_process import Workers
+
+log = logging.getLogger("fedtune.site")
+_workers: dict[str, SiteWorker] = process_cache.register("workers", {})
+
+
+def worker(path: str) -> SiteWorker:
+    """The one worker of a site file in this process: data and model stay loaded between rounds."""
+    if path not in _workers:
+        _workers[path] = SiteWorker(load_site(Path(path)), Path(path))
+    return _workers[path]
+
+
+def drop_if_changed(path: Path) -> None:
+    """Drop a site file's worker if the file changed since it was loaded. Errors: ConfigError."""
+    current = _workers.get(str(path))
+    if current and current.site != load_site(path):
+        del _workers[str(path)]
+
+
+class SiteWorker:
+    """Guarantee: a plan is checked against the policy before data is read; every round is reserved
+    in the ledger before it trains; an update is on disk and in the ledger before it is sent, and is
+    sent again rather than trained again."""
+
+    def __init__(self, site: Site, path: Path | None = None) -> None:
+        self.site, self._path = site, path
+        self.log = StepLog((site.site.ledger or site.site.state) / "steps.jsonl")
+        self.ranks: Workers | None = None  # other processes that share a round's work
+        self.draws = Draws()  # of this process: they wait for their set of sites
+        self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
+        self.simulated = False  # whether the person who runs the study runs this site too
+        self._prepared: dict[str, Prepared] = {}
+        # By dataset: the view that it was loaded for, and the data.
+        self._cached: dict[str, tuple[object, CachedDataset]] = {}
+        self._of_runs: dict[str, SiteWorker] = {}  # by plan, of declared data in a consortium
+
+    @cached_property
+    def home(self) -> Ledger:
+        """The site's ledger for life: its key, receipts, declarations, signatures, withdrawals."""
+        return Ledger(self.site.site.state, self.room)
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The ledger that pays: of the site's life, or of one run of declared data."""
+        of_run = self.site.site.ledger
+        ledger = Ledger(of_run, self.room) if of_run else self.home
+        remove_stored(ledger.folder)
+        return ledger
+
+    @property
+    def key(self) -> SigningKey:
+        return self.home.key
+
+    @property
+    def room(self) -> Room:
+        """The room beside the site's ledger, by which it is decided what its disk has space for."""
+        return Room(self.site.site.state, self._size, self.site.policy.max_rounds)
+
+    def room_to_answer(self) -> AbstractContextManager[None]:
+        """Have room on the state folder's disk for what an order writes there, whatever else fills
+        it, and however many records the ledger remembers. Errors: InfrastructureError, without
+        which nothing is read, charged or sent."""
+        return self.room.give_up()
+
+    def of_run(self, digest: str) -> SiteWorker:
+        """Return the worker that pays for a plan: this one, unless its data is declared and it has
+        no run's ledger yet, as in a consortium."""
+        if not self.site.data.declared or self.site.site.ledger:
+            return self
+        if digest not in self._of_runs:
+            of_run = SiteWorker(paid_by_run(self.site, run_ledger(self.site, digest)), self._path)
+            of_run.home, of_run.ranks, of_run.peers = self.home, self.ranks, self.peers
+            of_run.simulated = self.simulated
+            self._of_runs[digest] = of_run
+        return self._of_runs[digest]
+
+    def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
+        """Admit or refuse `study`; on admission, build the model, and note that the study is under
+        way here. No record is read: a round that is paid for reads them.
+
+        Errors: DataError, ModelError: the site cannot take part (details stay local)."""
+        try:
+            plan = planned(study, self.current(), coordinator)
+            self.permit(study, plan, coordinator)
+            studies.check_number(self.home.folder, study)
+            prepared = self._prepared.get(study.digest)
+            if prepared is None:
+                self._cached.clear()  # an earlier study's records take no memory from this one
+                prepared = self._prepare_model(study, plan, frozen, coordinator)
+            # Another admitted coordinator may send the same plan: its orders are signed by another
+            # key and its receipts are its own, but what was prepared stays valid.
+            self._prepared.pop(study.digest, None)
+            self._prepared[study.digest] = replace(prepared, coordinator=coordinator)
+            for oldest in list(self._prepared)[: -studies.MOST]:
+                del self._prepared[oldest]  # its coordinator sends the plan again
+        except Unsigned as waits:
+            return replace(self._admission(False, str(waits)), waits=True)
+        except Refused as refusal:
+            return self._admission(False, str(refusal))
+        lora = study.lora
+        chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
+        studies.begin(self.home.folder, study)
+        declared, free = self.site.data.declared, self.site.free_query
+        return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
+
+    def finish(self, digest: str) -> None:
+        """Take in that a study has ended, by the coordinator's own word. Errors: LedgerError."""
+        self.draws.destroy(digest)  # of attempts that were given up
+        studies.end(self.home.folder, digest)
+
+    def _prepare_model(
+        self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
+    ) -> Prepared:
+        network = build(study, base_for(study, self.site))
+        check_reads(study, network)
+        rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
+        if plan:
+            self_test(study, network, self._size, rank)
+        frozen = network.adopt(study, frozen)
+        check_learns(study, network, rank)
+        self._check_source(study, network, self.site.data)
+        ran = plan or non_private_plan(study, self._size)
+        return Prepared(study, network, ran, frozen, coordinator, rank)
+
+    def permit(
+        self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
+    ) -> Site:
+        """Check the study against the site file as it is now, and return that site, so that a round
+        reads it once. Errors: Refused."""
+        site = self.current()
+        permit_declared(site, self.site, self.home)
+        admit(study, site, plan, coordinator)
+        self.require_signature(study, site)
+        check_rounds(len(self.ledger.spending()), site.policy)
+        self.declare(self.site.data, study)
+        charges = self.ledger.charges(self._dataset)
+        if study.continuous:  # a unit that arrives now must have budget to take part
+            charges = self.ledger.newcomer(self._dataset)
+            at_least = study.training.local_steps
+        within_budget(site, plan, charges, at_least)
+        return site
+
+    def declare(self, data: SiteData, study: Study) -> None:
+        """Enter the site's declarations about a dataset before its charges are read.
+
+        Errors: BudgetExceeded where the cost of earlier rounds on it is not known."""
+        self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
+        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
+
+    def require_signature(self, study: Study, site: Site) -> None:
+        """Check that a person signed the plan, where the site's policy asks for one. Who simulates
+        a study has its plan and the site's file in hand: there "reviewed" asks for no more.
+
+        Errors: Unsigned; who answers the coordinator keeps the plan for `fedtune review`."""
+        rule = site.policy.admission
+        if rule == "standing" or self.home.admitted(study.digest):
+            return
+        if rule == "reviewed" and self.simulated:
+            return
+        raise Unsigned(
+            f'policy.admission = "{rule}" and nobody at the site has signed this plan',
+            todo="ask the site to run `fedtune review` with --sign",
+        )
+
+    def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
+        """Load one dataset for `study`; studies with the same view share the states at the cut. A
+        continuous study and data.consent read the files anew each round; else who withdrew is taken
+        out of what was read, since rows that came meanwhile would tell of the withdrawal.
+
+        Errors: DataError where the columns do not suit the study, or there is no file."""
+        anew = study.continuous or bool(data.consent)
+        view = (data, network, study.objective, study.unit, study.max_records_per_unit)
+        cached_view, cached = self._cached.get(data.name, (None, None))
+        if anew or cached_view != view or cached is None:
+            dataset = self._read(study, network, data)
+            keep_counts(self.site, data, study, dataset)
+            self._remember(study, data, dataset)
+            cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
+            self._cached[data.name] = None if anew else view, cached
+        elif (left := without_withdrawn(cached, self.home)) is not cached:
+            self._cached[data.name] = view, (cached := left)
+        return cached
+
+    def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> None:
+        """Enter a dataset's content in the ledger, as much of it as its disk has room for.
+
+        Guarantee: whether a later reading knows which records of whom were trained on, and so which
+        it chooses under the cap, follows from the space on the disk and from public figures, not
+        from how many records or texts a patient has. What only a declaration of public data is
+        compared with is entered where it leaves the ledger's room whole.
+        Errors: LedgerError; NoRoom where the disk does not take the units' keys either."""
+        folder, known = self.ledger.folder, self.ledger.member_test(data.name)
+        of_a_unit = 1 + (study.max_records_per_unit or 1)
+        new = sum(not known(member) for member in dataset.members)
+        members = frozenset(dataset.keys)
+        room = self.room
+        beside = MEMBER_BYTES * self._size * of_a_unit - room.of_an_answer
+        if beside <= 0 or room.has_space(beside):
+            members = dataset.trained
+            if not new or room.has_space(MEMBER_BYTES * new):
+                members = dataset.members
+        if len(members) < len(dataset.members):
+            log.warning(
+                "%s: the disk has no room for all that the ledger remembers of records; until it "
+                "has, and this client is started again, these are not known again where somebody "
+                "declares them public; to do: free space",
+                folder,
+            )
+        arrivals = dataset.keys if study.continuous else None
+        about = data.name, data.disjoint_from, dataset.content_hash
+        self.ledger.declare(*about, members, data.cohort, arrivals)
+
+    def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
+        """Load a dataset as `data_for` does, in a study that this site takes part in; no records
+        where they cannot be read now, whatever the cause, or the ledger's disk has no room for who
+        takes part: the round is then noise alone, and charged. Errors: LedgerError, without which
+        nothing can be charged."""
+        try:
+            return self.data_for(study, network, data)
+        except BaseException as error:
+            unpaid = isinstance(error, LedgerError) and not isinstance(error, NoRoom)
+            if unpaid or not is_fault(error):
+                raise
+            log.error(
+                "%s: the records cannot be read or remembered (%s); this site takes part with "
+                "noise alone until they can",
+                data.where,
+                describe(error),
+            )
+            return CachedDataset(network, Dataset([], 0, Counter()))
+
+    def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
+        """Read the dataset less the patients who withdrew. One record more or less, or a broken
+        one, cannot be observed from outside; with too few units the site sends noise alone. Errors:
+        DataError (no file, or columns that do not suit the study), which no record decides."""
+        self._check_source(study, network, data)
+        try:
+            dataset = read_for_training(
+                data, study, network.tokenizer, network.reader, self.home, teacher_for(study)
+            )
+        except DataError as error:  # a folder without a file, a path of another kind
+            log.error("%s. This site takes part with noise alone until it is corrected", error)
+            return Dataset([], 0, Counter())
+        if dataset.n_units < 2:
+            log.error("%s: too few usable records; this site sends noise alone", data.where)
+        return dataset
+
+    def _check_source(self, study: Study, network: Network, data: SiteData) -> None:
+        """Check that there is a source whose columns suit the study; reads no record. Errors:
+        DataError."""
+        check_columns(data, study, network.tokenizer, reader=network.reader)
+        if not (data.url or data.path.exists()):
+            raise DataError(f"{data.path}: no such file", "the site's records")
+
+    def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
+        """Train one local round from this adapter, or return its stored update if it was trained.
+
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, where it
+        is paid for and waits for a person at the site; Void, where that person refused it."""
+        if (prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:
+            raise PolicyRefused("the plan opens the sum of all sites alone, never one update")
+        slot = digest, round_, arrays_digest(adapter)
+        airlock.check_not_refused(self.ledger, slot)
+        payload = self.ledger.released(*slot)
+        if payload is None:
+            payload = self._trained(prepared, round_, adapter, slot[2])
+        else:
+            check_waiting_update(prepared, round_, payload)
+        airlock.check_let_go(self.ledger, slot)
+        return Update(load(payload), json.loads(metadata_of(payload)["events"]))
+
+    def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
+        """Check that a round is one of the plan's, and take in the coordinator's receipt.
+
+        Errors: Unprepared, PolicyRefused, LedgerError."""
+        prepared = self._require(digest)
+        study = prepared.study
+        last = LAST_ROUND if study.continuous else study.training.rounds or 0
+        if not 1 <= round_ <= last:
+            raise PolicyRefused(f"round {round_} is not in the plan")
+        noted.accept(self, receipt, digest, prepared.coordinator)
+        return prepared
+
+    def reserve(
+        self, prepared: Prepared, round_: int, adapter: Arrays, slot: str
+    ) -> tuple[CachedDataset, int]:
+        """Charge a round in the ledger, for what is released under `slot`; returns the records that
+        take part and the reservation.
+
+        Errors: as `train`; nothing is charged then."""
+        study, plan = prepared.study, prepared.private
+        steps = study.training.local_steps
+        site = self.permit(study, plan, prepared.coordinator, steps)
+        prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
+        charge = self.charge_of(study, plan, site, round_)
+
+        def permit(charges: list[Charge]) -> None:
+            if plan:
+                check_attempts(charges, study.digest, round_)
+            within_budget(site, plan, charges, steps)
+
+        # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
+        # is asked of cohorts, their own charges are not all attempts.
+        if plan and study.continuous:
+            check_attempts(self.ledger.charges(self._dataset), study.digest, round_)
+        self.ledger.ask(self._dataset, permit, of_newcomers=study.continuous)
+        data = self.data_in_study(study, prepared.network, self.site.data)
+        if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
+            reserved, spent = self.ledger.reserve_for(self._dataset, charge, slot, permit)
+            data = self._with_budget_left(data, spent)
+        else:
+            reserved = self.ledger.reserve(self._dataset, charge, slot, permit)
+        prepared.network.load_frozen(prepared.frozen)
+        return data, reserved
+
+    def _trained(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
+        study, plan = prepared.study, prepared.private
+        data, reserved = self.reserve(prepared, round_, adapter, digest)
+        recompute = self.site.site.gradient_checkpointing
+        columns = rank_slice(study.lora, prepared.lora_rank, round_)
+        with self.step_plan(prepared, data, columns) as ran, kept(self.site, study, round_) as own:
+            given = (study, data, ran, self.log, round_, adapter, recompute, columns)
+            delta = local_round(*given, own)
+        sent = encode(delta, study.wire.update)  # after the noise, before the ledger
+        payload = save(sent, {"events": json.dumps(self.events(prepared))})
+        if plan:  # an update without noise is not stored; ordered again, it is trained again
+            self.ledger.release(reserved, payload, held=airlock.holds_answers(self))
+        return payload
+
+    def events(self, prepared: Prepared) -> list[dict[str, Any]]:
+        """Summarise the noised steps that a study ran here so far; [] without privacy."""
+        return step_summary(self.log.steps(prepared.study.digest)) if prepared.private else []
+
+    def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
+        """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be observed
+        from outside: batch, noise and divisor do not depend on the true count."""
+        arrival = self.ledger.arrival(self._dataset)
+        remaining = data.dataset.exclude_units(lambda key: arrival(key) in spent)
+        if remaining.n_units < min(2, data.dataset.n_units):
+            log.error("fewer than 2 units have budget left; see `fedtune ledger`")
+        cached = data.of(remaining)
+        self._cached[self._dataset] = None, cached  # drops the states of those left out
+        return cached
+
+    @contextmanager
+    def step_plan(
+        self, prepared: Prepared, data: CachedDataset, columns: slice
+    ) -> Iterator[StepPlan]:
+        """Provide the round's step plan, shared with this site's other processes if it has any."""
+        if prepared.private is None:
+            yield prepared.plan
+        elif self.ranks is None:
+            yield SitePlan(prepared.private, make_room=make_room_after)
+        else:
+            with self.ranks.running(
+                prepared.study, prepared.private, data, prepared.frozen, columns
+            ) as team:
+                yield SitePlan(prepared.private, team, make_room_after)
+
+    def evaluate(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
+        """Evaluate `adapter` on the held-out records with noise, or return the stored answer.
+
+        Errors: as `train`."""
+        prepared = self._require(digest)
+        plan = evaluation.plan_of_queries(prepared.study, round_)
+        noted.accept(self, receipt, plan.study, prepared.coordinator)
+        slot = plan.study, round_, arrays_digest(adapter)
+        airlock.check_not_refused(self.ledger, slot)
+        payload = self.ledger.released(*slot)
+        if payload is None:
+            payload = evaluation.answered(self, prepared, plan, round_, adapter)
+        airlock.check_let_go(self.ledger, slot)
+        return Update(load(payload), json.loads(metadata_of(payload)["events"]))
+
+    def charge_of(self, study: Study, plan: DpPlan | None, site: Site, round_: int) -> Charge:
+        """Return the ledger's charge for one round of a plan."""
+        charges = self.ledger.charges(self._dataset)
+        return Charge(
+            study=study.digest,
+            name=study.study.name,
+            round=round_,
+            noise_multiplier=plan.own_noise if plan else 0.0,
+            sampling_rate=plan.sampling_rate if plan else 1.0,
+            steps=study.training.local_steps,
+            records=plan.records if plan else 1,
+            max_grad_norm=plan.max_grad_norm if plan else 0.0,
+            unit=study.unit,
+            cohort=self.site.data.cohort,
+            order=order_of(site, plan, charges) if plan else 2.0,
+            sites=plan.sites if plan else 1,
+            colluding=plan.colluding if plan else 0,
+        )
+
+    def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:
+        """Seal an update whose arrays have this digest."""
+        prepared = self._require(digest)
+        header = Header(
+            plan=digest,
+            round=round_,
+            base=prepared.study.base.digest or "",
+            site=self.site.site.name,
+            receiver=prepared.coordinator,
+            nonce=nonce,
+            body=content_digest,
+            ledger=self.home.head_statement(noted.acts(self).head),
+        )
+        return seal(self.key, header)
+
+    def shapes(self, digest: str) -> Shapes:
+        """Return the shapes of the adapter's tensors, by name. Errors: Unprepared."""
+        return {n: tuple(p.shape) for n, p in self._require(digest).network.parameters().items()}
+
+    def study_of(self, digest: str) -> Study:
+        """Return the plan with this digest. Errors: Unprepared."""
+        return self._require(digest).study
+
+    def coordinator_of(self, digest: str) -> str:
+        """Return the public key that signed the plan. Errors: Unprepared."""
+        return self._require(digest).coordinator
+
+    def _require(self, digest: str) -> Prepared:
+        if (prepared := self._prepared.get(digest)) is None:
+            raise Unprepared("this site does not know the plan", todo="send it again")
+        return prepared
+
+    def current(self) -> Site:
+        """Load the site file as it is now: a tightened policy applies from the next round."""
+        site = as_stated(load_site(self._path), self.site) if self._path else self.site
+        return site.with_peers(self.peers) if self.peers and not site.policy.peers else site
+
+    @property
+    def _dataset(self) -> str:
+        return self.site.data.name
+
+    @property
+    def _size(self) -> int:
+        return self.site.site.declared_size
+
+    def _admission(self, admitted: bool, reason: str, lora_rank: int | None = None) -> Admission:
+        return Admission(admitted, reason, self.site.site.name, self._size, lora_rank)

@@ -1,0 +1,196 @@
+"""Arrays as they travel: NumPy .npy bodies, each with the type and shape that it declares.
+
+No pickle, and no more memory than was sent. Nothing here knows Flower: its own record of arrays is
+such a table of `Packed` (flower/records.py)."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.config import LoraTable
+from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN, MOST_DIRECTIONS
+from fedtune.core.wire.codec import (
+    GROWTH,
+    VALUES,
+    Arrays,
+    Encoded,
+    Form,
+    Shapes,
+    WireError,
+    decode,
+    layout,
+)
+
+__all__ = [
+    "Arrays",
+    "Encoded",
+    "Packed",
+    "WireError",
+    "bodies",
+    "check_agreed",
+    "pack_arrays",
+    "read_agreed",
+    "read_frozen",
+    "unpack_arrays",
+]
+
+NPY = "numpy.ndarray"  # Flower's name of the form of an array's bytes
+MATRICES, LONGEST_NAME, WIDEST = 10_000, 512, 1 << 20  # of a frozen factor
+_MAGIC = b"\x93NUMPY\x01\x00"
+_START = len(_MAGIC) + 2  # then the header's length, little-endian
+_LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64
+# By name: as .npy bodies spell them.
+_TYPES = {"float32": "<f4", "float16": "<f2", "int8": "|i1", "uint32": "<u4", "uint64": "<u8"}
+# What NumPy writes for a C-ordered array of these types and at most 8 axes, and nothing else.
+# NumPy's own reader evaluates a header as a Python literal, which a crafted one can make fail in
+# many ways.
+_HEADER = re.compile(
+    rb"\{'descr': '(<f4|<f2|\|i1|<u4|<u8)\', 'fortran_order': False, 'shape': "
+    rb"\(((?:[0-9]{1,12}, ?){0,8}[0-9]{0,12})\), \} *\n"
+)
+
+
+class Travelling(Protocol):
+    """An array on its way, not parsed: Flower's `Array` is one, and so is `Packed`."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def stype(self) -> str: ...
+    @property
+    def data(self) -> bytes: ...
+
+
+@dataclass(frozen=True, repr=False)
+class Packed:
+    """An array on its way. dtype: NumPy's name of its type; stype: how `data` is written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+    stype: str = NPY
+
+
+Record = Mapping[str, Travelling]
+
+
+def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Packed]:
+    """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16, int8 nor
+    words becomes fp32."""
+    return {name: _packed(array) for name, array in sorted(arrays.items())}
+
+
+def _packed(array: npt.NDArray[Any]) -> Packed:
+    plain = np.array(array, dtype=_TYPES.get(array.dtype.name, "<f4"), order="C")
+    written = io.BytesIO()
+    np.lib.format.write_array(written, plain, version=(1, 0), allow_pickle=False)
+    return Packed(str(plain.dtype), plain.shape, written.getvalue())
+
+
+def bodies(record: Record) -> dict[str, bytes]:
+    """Return the bytes of each array as they travel, not parsed: what a seal covers."""
+    return {name: array.data for name, array in record.items()}
+
+
+def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
+    """Compare the names, types and shapes that a record declares with the agreed ones, before any
+    body is read.
+
+    | more, fewer or other names         | WireError                                 |
+    | another shape or type              | WireError                                 |
+    | more or fewer bytes than the shape | WireError, whatever the body says of itself |
+    Guarantee: nothing is allocated in proportion to what the message claims."""
+    if len(record) != len(agreed) or set(record) != set(agreed):
+        raise WireError("other arrays than agreed")
+    for name, array in record.items():
+        if tuple(array.shape) != agreed[name].shape:
+            raise WireError(f"array {name!r} has another shape than agreed")
+        if array.dtype != agreed[name].dtype or array.stype != NPY:
+            raise WireError(f"array {name!r} is not plain {agreed[name].dtype}")
+        extra = len(array.data) - agreed[name].nbytes
+        if not _START < extra <= _START + _LONGEST_HEADER:
+            raise WireError(f"array {name!r} has not the bytes of its shape")
+
+
+def read_agreed(record: Record, agreed: Shapes) -> Arrays:
+    """Decode tensors of the `agreed` shapes, in whichever encoding they travel; nothing is read
+    before check_agreed has passed. Errors: WireError."""
+    encoding = record[VALUES].dtype if VALUES in record else ""
+    if encoding not in GROWTH:
+        raise WireError("numbers in no known encoding")
+    check_agreed(record, layout(agreed, encoding))
+    return decode(unpack_arrays(record), agreed)
+
+
+def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
+    """Decode the frozen arrays of a plan, fp32, checked before any is read: LoRA's A, of `rank`
+    rows, where it comes from public text, and the preconditioner's W or U; or basis and mean of
+    class statistics, where the plan names their digest. Errors: WireError."""
+    shapes = {name: tuple(array.shape) for name, array in record.items()}
+    if has_basis and lora is None:
+        _check_basis(shapes)
+        check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
+        return unpack_arrays(record)
+    if shapes and (lora is None or (lora.a_init == "seed" and not lora.preconditioner)):
+        raise WireError("arrays that the plan has no use for")
+    if len(shapes) > MATRICES or any(len(name) > LONGEST_NAME for name in shapes):
+        raise WireError("more matrices, or longer names, than a network has")
+    for name, shape in shapes.items():
+        if lora is None or len(shape) != 2 or not _fits(name, *shape, lora):
+            raise WireError("a matrix of another shape than the plan gives it")
+    check_agreed(record, {name: Form("float32", shape) for name, shape in shapes.items()})
+    return unpack_arrays(record)
+
+
+def _check_basis(shapes: Shapes) -> None:
+    """Check that there are basis (k, H) and mean (H,) of class statistics. Errors: WireError."""
+    basis, mean = shapes.get(CLASS_BASIS, ()), shapes.get(CLASS_MEAN, ())
+    if set(shapes) != {CLASS_BASIS, CLASS_MEAN} or len(basis) != 2 or mean != basis[1:]:
+        raise WireError("no basis of class statistics, which the plan names")
+    if not (0 < basis[0] <= MOST_DIRECTIONS and 0 < basis[1] <= WIDEST):
+        raise WireError("a basis of another shape than a plan can have")
+
+
+def _fits(name: str, rows: int, columns: int, lora: LoraTable) -> bool:
+    table = lora.preconditioner
+    if not any(mark in name for mark in (".lora_M.", ".lora_U.")):
+        return lora.a_init == "public" and rows == lora.rank and 0 < columns <= WIDEST
+    if table is None or (".lora_U." in name) != table.narrow:
+        return False
+    return 0 < columns == min(table.rank, rows - 1) and rows <= WIDEST
+
+
+def unpack_arrays(record: Record) -> Encoded:
+    """Decode the arrays of a record.
+
+    Guarantee: a body is decoded only if its own header says the record's type, C order and exactly
+    the number of bytes that follow, so a small message cannot claim a large array; pickle is never
+    read. Errors: WireError."""
+    return {name: _decode(name, array.dtype, array.data) for name, array in record.items()}
+
+
+def _decode(name: str, dtype: str, data: bytes) -> npt.NDArray[Any]:
+    label = f"array {name[:80]!r}"
+    if data[: len(_MAGIC)] != _MAGIC or len(data) < _START:
+        raise WireError(f"{label} is not in .npy format 1.0")
+    start = _START + int.from_bytes(data[len(_MAGIC) : _START], "little")
+    header = None
+    if start <= _START + _LONGEST_HEADER:
+        header = _HEADER.fullmatch(data[_START:start])
+    if header is None or _TYPES.get(dtype) != header[1].decode():
+        raise WireError(f"{label} is not plain {dtype[:20]} by its header")
+    shape = tuple(int(axis) for axis in header[2].split(b",") if axis.strip())
+    kind = np.dtype(_TYPES[dtype])
+    if len(data) - start != kind.itemsize * math.prod(shape):
+        raise WireError(f"{label} has not the bytes of its stated shape")
+    return np.frombuffer(data, dtype=kind, offset=start).reshape(shape).copy()

@@ -1,0 +1,184 @@
+"""Encode updates and adapters for the wire: fp32, fp16, or int8 in blocks.
+
+    float32   the numbers themselves
+    float16   each BLOCK numbers over a power of two that brings the largest just below 2¹⁵
+    int8      each BLOCK numbers over 1/127 of their largest, rounded to the nearest
+
+All tensors travel as one array VALUES, end to end in name order: names and shapes follow from the
+plan, and Flower's cost is by the array. What a block was divided by travels beside it, in one fp32
+array SCALES. A block ends with its tensor, so that a small one beside a large one keeps its digits.
+
+For a number x, m the largest magnitude in its block, both finite:
+
+| encoding | |decoded - x| is at most         | bytes a number | GROWTH: how far a norm can rise |
+| float32  | 0                                | 4              | 1                               |
+| float16  | the larger of |x|/2¹¹ and m/2³⁹  | 2.016          | 1 + 2⁻¹⁰                        |
+| int8     | m/254 · (1 + 2⁻¹⁵) + 2⁻¹²⁷       | 1.016          | 1 + √BLOCK/254 · (1 + 2⁻¹⁵)     |
+
+(int8: ‖error‖² ≤ Σ BLOCK · (m/254)² over the blocks, and no block's m is above its norm.)
+Guarantee: the same numbers give the same bytes. A number that is not finite makes its block's scale
+not finite, which `decode` refuses. Post-processing of noised updates: no ε.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.config import Encoding
+from fedtune.core.errors import InputError
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+Encoded = dict[str, npt.NDArray[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+VALUES, SCALES = "values", "scales"
+BLOCK = 256
+GROWTH: dict[Encoding, float] = {
+    "float32": 1.0,
+    "float16": 1 + 2.0**-10,
+    "int8": 1 + math.sqrt(BLOCK) / 254 * (1 + 2.0**-15),
+}
+_LARGEST_FP16 = 32752.0  # the largest below 2¹⁵: a scale of 2¹¹³ carries it below fp32's largest
+_SMALLEST = np.float32(2.0**-126)  # of a scale; smaller ones would not be normal fp32
+
+
+class WireError(InputError):
+    """Arrays received that do not have the agreed form; names and shapes, no values."""
+
+
+class Form(NamedTuple):
+    """Type (NumPy's name) and shape of an array that is not read yet."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
+
+
+def shapes(arrays: Mapping[str, npt.NDArray[Any]]) -> Shapes:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """Compute the sha256 over names, shapes and fp32 bytes, in name order."""
+    sha256 = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name], dtype=np.float32)
+        sha256.update(f"{name} {value.shape}\n".encode())
+        sha256.update(value.data)
+    return "sha256:" + sha256.hexdigest()
+
+
+def length(arrays: Arrays) -> float:
+    """Euclidean norm over all numbers, in fp64; not finite where one of them is not."""
+    # No sum of squares of fp32 numbers overflows in fp64. A dot product would wake BLAS' threads.
+    squares = (np.square(array, dtype=np.float64).sum() for array in arrays.values())
+    return math.sqrt(sum(map(float, squares)))
+
+
+def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
+    """Type and shape of the arrays that `encode` makes of tensors of the `agreed` shapes."""
+    forms = {VALUES: Form(encoding, (_size(agreed),))}
+    if encoding != "float32":
+        forms[SCALES] = Form("float32", _starts(agreed).shape)
+    return forms
+
+
+def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) -> Encoded:
+    """Encode fp32 arrays for the wire."""
+    parts = [np.asarray(array, np.float32).ravel() for _, array in sorted(arrays.items())]
+    flat = np.concatenate([np.zeros(0, np.float32), *parts])
+    if encoding == "float32":
+        return {VALUES: flat}
+    starts = _starts(shapes(arrays))
+    largest = np.maximum.reduceat(np.abs(flat), starts)
+    scale = _int8_scale(largest) if encoding == "int8" else _float16_scale(largest)
+    with np.errstate(invalid="ignore"):
+        codes = np.divide(flat, _spread(scale, starts, flat.size), out=flat)
+    if not np.isfinite(scale).all():  # 0, under a scale that is not finite
+        np.nan_to_num(codes, copy=False)
+    if encoding == "int8":
+        np.rint(codes, out=codes)
+    else:
+        np.clip(codes, -_LARGEST_FP16, _LARGEST_FP16, out=codes)
+    return {VALUES: codes.astype(encoding), SCALES: scale}
+
+
+def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
+    """Decode what `encode` made, in fp32; the encoding follows from the arrays' type.
+
+    Guarantee: how many numbers and blocks there are follows from the `agreed` shapes alone.
+    Errors: WireError where there are other numbers than agreed, or the scales are not one positive
+    and finite number for each block."""
+    values, scales = encoded.get(VALUES), encoded.get(SCALES)
+    if values is None or set(encoded) - {VALUES, SCALES}:
+        raise WireError("other arrays than agreed")
+    if values.shape != (_size(agreed),):
+        raise WireError("not as many numbers as agreed")
+    if scales is None and values.dtype != np.float32:
+        raise WireError("numbers without their scales")
+    if scales is not None:
+        values = _scaled(values, scales, _starts(agreed))
+    tensors, at = Arrays(), 0
+    for name, shape in sorted(agreed.items()):
+        tensors[name] = values[at : at + math.prod(shape)].reshape(shape)
+        at += math.prod(shape)
+    return tensors
+
+
+def _scaled(
+    values: npt.NDArray[Any], scales: npt.NDArray[Any], starts: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    if values.dtype.name not in ("float16", "int8") or scales.dtype != np.float32:
+        raise WireError("scales beside numbers that have none")
+    if scales.shape != starts.shape:
+        raise WireError("not one scale for each block")
+    if not (np.isfinite(scales) & (scales > 0)).all():
+        raise WireError("a scale that is not a positive number")
+    with np.errstate(over="ignore", invalid="ignore"):  # a hostile code: caught as not finite
+        decoded = _spread(scales, starts, values.size)
+        decoded *= values
+    return decoded
+
+
+def _size(agreed: Shapes) -> int:
+    return sum(map(math.prod, agreed.values()))
+
+
+def _starts(agreed: Shapes) -> npt.NDArray[np.int64]:
+    """Where each block starts."""
+    starts, at = list[int](), 0
+    for _, shape in sorted(agreed.items()):
+        starts += range(at, at + math.prod(shape), BLOCK)
+        at += math.prod(shape)
+    return np.array(starts, np.int64)
+
+
+def _spread(
+    scale: npt.NDArray[np.float32], starts: npt.NDArray[np.int64], size: int
+) -> npt.NDArray[np.float32]:
+    """Each number's scale."""
+    return np.repeat(scale, np.diff(starts, append=size))
+
+
+def _int8_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The largest fp32 scale with 127 · scale ≤ `largest`, so that decoding cannot overflow."""
+    exact = largest.astype(np.float64)
+    scale = (exact / 127).astype(np.float32)
+    above = scale.astype(np.float64) * 127 > exact
+    scale = np.where(above, np.nextafter(scale, np.float32(0)), scale)
+    return np.maximum(scale, _SMALLEST)
+
+
+def _float16_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    _, exponent = np.frexp(largest)  # largest < 2 ** exponent
+    scale = np.ldexp(np.float32(1), np.maximum(exponent - 15, -126)).astype(np.float32)
+    return np.where(np.isfinite(largest), scale, largest)

@@ -1,0 +1,130 @@
+"""What a site's halves tell the person at its screen: events, steps of long work, lines of the log.
+
+Each half has a pipe of its own to the process that started it. What comes from the courier may be
+hostile: it is bounded, of known names and types, and its text is made printable."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fedtune.core import errors
+from fedtune.core.errors import FedtuneError, InfrastructureError, printable
+from fedtune.core.progress import Step
+
+MOST = 1 << 20  # bytes of one event
+LONGEST = 2_000  # characters of a text of the courier's
+FROM_COURIER = frozenset(
+    {"isolation", "joined", "answered", "refused", "failed", "waiting", "connected"}
+    | {"reconnecting", "stopped", "log", "ended", "error"}
+)
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "error", "address", "text", "reason", "level"), str),
+    **dict.fromkeys(("happened", "expected", "todo"), str),
+    **dict.fromkeys(("bytes_up", "bytes_down"), int),
+    **dict.fromkeys(("means", "missing"), list),
+    "seconds": (int, float),
+    "gone": bool,
+}
+
+
+class Teller:
+    """Sends events over a connection; where nobody reads them any more, they are dropped."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._mutex = connection, threading.Lock()
+
+    def __call__(self, event: str, facts: dict[str, Any]) -> None:
+        # An error: who started this process has ended, and so will this.
+        with self._mutex, suppress(OSError):
+            self._connection.send_bytes(json.dumps([event, facts]).encode())
+
+    def fetch(self, base: str) -> None:
+        """Have the process that started this one fetch a base. Errors: as it found them."""
+        self("fetch", {"base": base})
+        if told := json.loads(self._connection.recv_bytes(MOST)):
+            raise error_of(told)
+
+    def step(self, step: Step) -> None:
+        """Tell what a long step has done of its work."""
+        self("step", {"text": step.text, "done": step.done, "total": step.total})
+
+    def error(self, error: FedtuneError) -> None:
+        """Tell the error with which this half ends."""
+        self("error", facts_of(error))
+
+
+def facts_of(error: FedtuneError) -> dict[str, str]:
+    """Return an error's class, the nearest that errors.py has, and its words, from which `error_of`
+    makes it anew."""
+    kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
+    words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
+    return {"error": kind.__name__, **words}
+
+
+def error_of(facts: Mapping[str, Any]) -> FedtuneError:
+    """Make an error anew that another process told; another class than ours is one of ours."""
+    kind = getattr(errors, str(facts.get("error")), None)
+    is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
+    words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))
+    return (kind if is_ours else InfrastructureError)(*words)  # type: ignore[misc]
+
+
+def pass_warnings_on(tell: Callable[[str, dict[str, Any]], None]) -> None:
+    """Have the process that started this one log what fedtune's own loggers warn of here. What a
+    library logs may quote a record: it stays in this process' own log."""
+    logging.getLogger("fedtune").addHandler(_ToTeller(tell))
+
+
+class _ToTeller(logging.Handler):
+    """Tells each warning as an event."""
+
+    def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell("log", {"level": record.levelname, "text": record.getMessage()})
+
+
+def receive(connection: Connection) -> tuple[str, dict[str, Any]]:
+    """Receive one event. Errors: EOFError, OSError where its sender has ended or sends more than an
+    event; ValueError where it is not of this form."""
+    told = connection.recv_bytes(MOST)
+    try:
+        event, facts = json.loads(told)
+    except (TypeError, RecursionError):
+        raise ValueError("not an event") from None
+    if not isinstance(event, str) or not isinstance(facts, dict):
+        raise ValueError("not an event")
+    return event, facts
+
+
+def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what may be shown of a courier's event; None where it is none that it may tell."""
+    if event not in FROM_COURIER:
+        return None
+    shown: dict[str, Any] = {}
+    for name, value in facts.items():
+        wanted = FIELDS.get(name)
+        if wanted is None or not isinstance(value, wanted):
+            continue
+        if isinstance(value, str):
+            shown[name] = printable(value)[:LONGEST]
+        elif isinstance(value, list):
+            shown[name] = [printable(str(each))[:LONGEST] for each in value[:20]]
+        elif isinstance(value, int | float) and 0 <= value < 2**53:  # neither NaN nor infinite
+            shown[name] = value
+    return shown
+
+
+def log_again(facts: dict[str, Any]) -> None:
+    """Log a line that another process logged."""
+    names = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
+    level = names.get(str(facts.get("level")), logging.WARNING)
+    logging.getLogger("fedtune.officer").log(level, "%s", facts.get("text"))

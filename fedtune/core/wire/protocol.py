@@ -1,0 +1,55 @@
+"""The protocol version of coordinator and site, raised when one could misread the other.
+
+It covers all that crosses the wire: plans, admissions, orders, updates, seals, receipts and
+enrolment files. A release of fedtune that changes none of them keeps the number, and may replace
+another at either end in the middle of a study.
+
+| same number, another release | goes on                                                         |
+| another number               | refused by whoever notices first, before a record is read or a  |
+|                              | round is charged; the other end is told both numbers            |
+| none                         | a peer from before there was one: refused                       |
+
+To every version belong, for ever: the message `query.prepare` with a record `plan`, its answer with
+a record `admission`, and in both the fields below; in the answer also `name`, `status`, `reason`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fedtune import __version__
+from fedtune.core.errors import Refused
+
+PROTOCOL = 5
+_RELEASE = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,31}")
+
+
+class OtherProtocol(Refused):
+    """The peer speaks another version of the protocol."""
+
+
+def version_fields() -> dict[str, int | str]:
+    """The protocol and release that this end states. Guarantee: public, the same at every site."""
+    return {"protocol": PROTOCOL, "release": __version__}
+
+
+def check_peer(peer: str, message: Mapping[str, Any], own_role: str) -> None:
+    """Check the protocol that `peer` states in `message` against that of this end, `own_role`.
+
+    Errors: OtherProtocol where they differ."""
+    protocol = message.get("protocol")
+    if type(protocol) is int and protocol == PROTOCOL:
+        return
+    number = str(protocol) if type(protocol) is int and 0 <= protocol < 10**6 else "unknown"
+    release = message.get("release")
+    well_formed = isinstance(release, str) and _RELEASE.fullmatch(release) is not None
+    shown = release if well_formed else "unknown"
+    raise OtherProtocol(
+        f"{peer} speaks protocol {number} (fedtune {shown}), {own_role} protocol {PROTOCOL} "
+        f"(fedtune {__version__})",
+        "the same protocol at both ends",
+        "install a release with that protocol here or there; what was spent stays spent, and the "
+        "study goes on with --resume",
+    )

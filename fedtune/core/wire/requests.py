@@ -1,0 +1,160 @@
+"""What passes between the two halves of a site: the courier's requests, and the vault's answers.
+
+    courier: Flower, TLS ── Request ──> vault: records, ledger, keys
+                         <── Answer ──
+
+A request is what a coordinator's message holds: tables of plain values, and arrays whose bytes
+nobody has parsed. An answer is one table, and arrays. Both cross a socket, or lie in a file of a
+spool (spool.py), as JSON and raw bytes (`send`, `receive_request`, `receive_answer`); in a
+simulation they are handed over as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from fedtune.core.errors import InputError
+
+if TYPE_CHECKING:  # NumPy starts threads, and the vault imports this before it is confined
+    from fedtune.core.wire.arrays import Packed, Record
+
+Kind = Literal["prepare", "train", "ready", "masked", "evaluate"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Scalar = str | int | float | bool
+Table = Mapping[str, Any]  # of a message: its values are checked where they are read
+
+# What is sent of a failure, whatever it was: its class would be an answer about the records, or
+# about the room that they leave on this machine. The site's own log says what happened.
+FAILED = "the site's own log says why"
+MOST_WORDS = 64 << 20  # bytes of a request's tables: a plan, or the statements of many sites
+MOST_ARRAYS = 10_001  # in a message
+MOST_BYTES = 4 << 30  # of its arrays, all together
+
+
+class Way(Protocol):
+    """Where requests and answers pass: a multiprocessing.Connection, or a file in memory."""
+
+    def send_bytes(self, sent: bytes, /) -> None: ...
+
+    def recv_bytes(self, most: int, /) -> bytes: ...
+
+
+class RequestError(InputError):
+    """A request or an answer that is not of the agreed form."""
+
+
+@dataclass(frozen=True, repr=False)
+class Request:
+    """What a coordinator asks a site. tables: by name, "plan", "order" or "set"; arrays: an adapter
+    or a plan's frozen arrays."""
+
+    kind: Kind
+    tables: Mapping[str, Table]
+    arrays: Record = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False)
+class Answer:
+    """What a site answers. table: the name of its table, "admission" or "site", "" where all that
+    it says is that it failed; arrays_name: that of its arrays, "" where it has none."""
+
+    table: str
+    fields: Mapping[str, Scalar]
+    arrays_name: str = ""
+    arrays: Record = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        return str(self.fields["status"])
+
+
+def send(connection: Way, sent: Request | Answer) -> None:
+    """Send a request or an answer: a header, then each array's bytes as they are.
+
+    Errors: OSError where the other half has ended."""
+    header: dict[str, Any]
+    if isinstance(sent, Request):
+        tables = {name: _plain(table) for name, table in sent.tables.items()}
+        header = {"kind": sent.kind, "tables": tables}
+    else:
+        header = {"table": sent.table, "fields": dict(sent.fields), "arrays_name": sent.arrays_name}
+    arrays = sorted(sent.arrays.items())
+    header["arrays"] = [
+        [name, array.dtype, list(array.shape), array.stype] for name, array in arrays
+    ]
+    connection.send_bytes(json.dumps(header).encode())
+    for _, array in arrays:
+        connection.send_bytes(array.data)
+
+
+def receive_request(connection: Way) -> Request:
+    """Receive a request. Errors: EOFError, OSError where the courier has ended or sends more than a
+    request can hold; RequestError where it is not of the agreed form, after all of it was read."""
+    header, arrays = _receive(connection)
+    kind, tables = header.get("kind"), header.get("tables")
+    if kind not in KINDS or not isinstance(tables, dict) or not all(map(_is_table, tables.items())):
+        raise RequestError("not a request", "one of " + ", ".join(KINDS))
+    return Request(kind, tables, arrays)
+
+
+def receive_answer(connection: Way) -> Answer:
+    """Receive an answer. Errors: as of `receive_request`."""
+    header, arrays = _receive(connection)
+    table, fields, name = header.get("table"), header.get("fields"), header.get("arrays_name")
+    if not (isinstance(table, str) and isinstance(name, str) and isinstance(fields, dict)):
+        raise RequestError("not an answer", "one table of values, and arrays")
+    if not _is_table(("", fields)) or not {"status", "reason"} <= set(fields):
+        raise RequestError("an answer without a status", "a status and a reason")
+    return Answer(table, fields, name, arrays)
+
+
+def _receive(connection: Way) -> tuple[dict[str, Any], dict[str, Packed]]:
+    """Receive a header and the arrays that it announces."""
+    from fedtune.core.wire.arrays import Packed
+
+    announced = connection.recv_bytes(MOST_WORDS)
+    try:
+        header = json.loads(announced)
+        listed = [(str(n), str(t), tuple(map(int, s)), str(k)) for n, t, s, k in header["arrays"]]
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        raise OSError("a header that announces no arrays: what follows cannot be told") from None
+    if len(listed) > MOST_ARRAYS:
+        raise OSError("more arrays than a message holds")
+    arrays, left = dict[str, Packed](), MOST_BYTES
+    for name, dtype, shape, stype in listed:
+        body = connection.recv_bytes(left)
+        left -= len(body)
+        arrays[name] = Packed(dtype, shape, body, stype)
+    return header, arrays
+
+
+def _plain(table: Table) -> dict[str, Scalar]:
+    """A message's table as JSON can hold it: whatever is none of a table's values is text."""
+    return {
+        str(name): value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in table.items()
+    }
+
+
+def _is_table(named: tuple[str, Any]) -> bool:
+    _, table = named
+    return isinstance(table, dict) and all(
+        isinstance(value, bool | int | float | str) for value in table.values()
+    )
+
+
+__all__ = [
+    "FAILED",
+    "KINDS",
+    "Answer",
+    "Kind",
+    "Request",
+    "RequestError",
+    "Way",
+    "receive_answer",
+    "receive_request",
+    "send",
+]

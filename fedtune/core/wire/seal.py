@@ -1,0 +1,179 @@
+"""Seals of updates, orders of rounds, receipts: signatures that bind bytes to sender and purpose.
+
+coordinator ── order: plan, round, nonce ──> site
+coordinator <── seal over header + body ──── site     header names the site's ledger head
+coordinator ── receipt: that head, countersigned, with the next order ──> site
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedtune.core.errors import InputError
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+
+LONGEST = 100_000  # characters of any text in a sealed message
+LONGEST_HEADER = 10_000
+OUTSIDE = ("header", "signature")
+
+
+class SealError(InputError):
+    """A message that does not match its signature, or is signed by another key."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a site's signature binds an update to. Every field is public.
+
+    plan, base: digests; receiver: the coordinator's public key; nonce: as in the order; body:
+    sha256 of the arrays (body_digest); ledger: the site's signed statement of its ledger's head."""
+
+    plan: str
+    round: int
+    base: str
+    site: str
+    receiver: str
+    nonce: str
+    body: str
+    ledger: dict[str, Any]
+
+
+def body_digest(arrays: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> str:
+    """sha256 over the arrays' digest and the message's text fields, but the header and signature:
+    who has that digest alone can check what was said beside the arrays.
+
+    Errors: SealError where `fields` holds anything but short text."""
+    return digest_of(arrays_digest(arrays), fields)
+
+
+def arrays_digest(arrays: Mapping[str, bytes]) -> str:
+    """sha256 over every array's name, length and bytes, sorted by name."""
+    total = hashlib.sha256()
+    for name, content in sorted(arrays.items()):
+        total.update(f"{len(name.encode())}:{name}:{len(content)}:".encode())
+        total.update(content)
+    return total.hexdigest()
+
+
+def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
+    """The body_digest of a message whose arrays have this digest. Errors: SealError."""
+    said = None if fields is None else texts_of(fields)
+    try:
+        return hashlib.sha256(canonical({"arrays": arrays, "said": said})).hexdigest()
+    except UnicodeEncodeError:
+        raise SealError("what its answer says beside its arrays is malformed") from None
+
+
+def texts_of(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The text fields that a seal covers. Errors: SealError where one is not short text."""
+    texts = {name: text for name, text in fields.items() if name not in OUTSIDE}
+    if not all(isinstance(text, str) and len(text) <= LONGEST for text in texts.values()):
+        raise SealError("what its answer says beside its arrays is malformed")
+    return texts
+
+
+def seal(key: SigningKey, header: Header) -> dict[str, str]:
+    """Encode the header as JSON and sign it."""
+    signed = canonical(asdict(header))
+    return {"header": signed.decode(), "signature": key.sign(b"fedtune update\0" + signed)}
+
+
+def opened(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
+    """Verify a seal by `public` with the `expected` header; returns the site's ledger statement.
+
+    `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError."""
+    text, signature = sealed.get("header"), sealed.get("signature")
+    if not isinstance(text, str) or not isinstance(signature, str):
+        raise SealError("its update is not sealed")
+    if len(text) > LONGEST_HEADER:
+        raise SealError("the header of its update is too long")
+    try:
+        signed = b"fedtune update\0" + text.encode()
+    except UnicodeEncodeError:
+        raise SealError("the header of its update is malformed") from None
+    if not verifies(public, signed, signature):
+        raise SealError("its update is not signed by the key that it was admitted with")
+    try:
+        header = json.loads(text)
+        if canonical(header).decode() != text:  # a name given twice, or another spelling
+            raise ValueError
+        ledger = header.pop("ledger")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise SealError("the header of its update is malformed") from None
+    required = asdict(expected)
+    del required["ledger"]
+    for name, value in required.items():
+        if type(header.get(name)) is not type(value) or header[name] != value:
+            raise SealError(f"its update is sealed for another {name}")
+    if set(header) != set(required) or not isinstance(ledger, dict):
+        raise SealError("the header of its update is malformed")
+    return ledger
+
+
+def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
+    """sha256 over what goes with an order: an adapter's arrays, and a table of texts if there is
+    one."""
+    content = {"arrays": arrays_digest(arrays), "table": dict(table or {})}
+    return hashlib.sha256(canonical(content)).hexdigest()
+
+
+def order(
+    key: SigningKey,
+    plan: str,
+    round_: int,
+    nonce: str,
+    receipt: str,
+    attempt: int = 0,
+    *,
+    beside: str,
+) -> dict[str, Any]:
+    """Sign the coordinator's request for one round; attempt: at it, where there may be several;
+    beside: the digest_beside of what goes with it."""
+    fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt, "beside": beside}
+    fields |= {"attempt": attempt} if attempt else {}
+    return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
+
+
+def check_order(
+    message: Mapping[str, Any],
+    public: str,
+    arrays: Mapping[str, bytes],
+    table: Mapping[str, Any] | None = None,
+) -> None:
+    """Verify an order, and then the arrays and the table that came with it.
+
+    Errors: SealError where it, or what came with it, is not the coordinator's that sent the
+    plan."""
+    fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt", "beside")}
+    fields |= {"attempt": message["attempt"]} if "attempt" in message else {}
+    signed = b"fedtune order\0" + canonical(fields)
+    if not verifies(public, signed, str(message.get("signature"))):
+        raise SealError("the order is not signed by the coordinator that sent the plan")
+    if fields["beside"] != digest_beside(arrays, table):
+        raise SealError("what came with the order is not what its coordinator signed")
+
+
+def sign_plan(key: SigningKey, digest: str) -> dict[str, str]:
+    """Sign a plan's digest; returns the coordinator's public key and the signature."""
+    return {"coordinator": key.public, "signature": key.sign(b"fedtune plan\0" + digest.encode())}
+
+
+def check_plan(message: Mapping[str, Any], digest: str) -> str:
+    """Verify a plan's signature; returns the coordinator's public key. Errors: SealError."""
+    public, signature = str(message.get("coordinator")), str(message.get("signature"))
+    if not verifies(public, b"fedtune plan\0" + digest.encode(), signature):
+        raise SealError("the plan is not signed by the coordinator that it names")
+    return public
+
+
+def receipt(key: SigningKey, statement: Mapping[str, Any]) -> dict[str, Any]:
+    """Countersign a site's ledger statement {token}, which the coordinator cannot read."""
+    fields = {"token": statement.get("token")}
+    return fields | {
+        "coordinator": key.public,
+        "countersignature": key.sign(b"fedtune receipt\0" + canonical(fields)),
+    }

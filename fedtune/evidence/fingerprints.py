@@ -1,0 +1,55 @@
+"""Fingerprints that people read to each other: of a site, a site's peer, and a consortium.
+
+Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
+preimage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from fedtune.core.wire.keys import canonical
+
+PURPOSE = b"fedtune enrolment\0"
+
+
+def of_consortium(ca: str, coordinator: str) -> str:
+    """Compute the consortium's fingerprint: of its CA's certificate (PEM; "" in a simulation) and
+    its coordinator's signing key."""
+    return _fingerprint({"ca": ca, "coordinator": coordinator})
+
+
+def of_site(name: str, node: str, tls: str, signing: str) -> str:
+    """Compute a site's fingerprint over its name and three keys: node (PEM), tls (sha256 of the
+    public key), signing (hexadecimal). Equal for each of its requests."""
+    return _fingerprint({"name": name, "node": node, "tls": tls, "signing": signing})
+
+
+def of_peer(signing: str) -> str:
+    """Compute the fingerprint of a site as its peers pin it, over its public signing key
+    (hexadecimal) alone: who shares noise with it compares that key, whatever it is called.
+
+    >>> of_peer("00" * 32)
+    '88d8 ab30 924b 8a69 eae4'
+    """
+    return _fingerprint({"peer": signing})
+
+
+def of_approver(signing: str) -> str:
+    """Compute the fingerprint of who approves a release, over the public key (hexadecimal)."""
+    return _fingerprint({"approver": signing})
+
+
+def equal(first: str, second: str) -> bool:
+    """Compare two fingerprints as people write them: in groups, with spaces or dashes."""
+    return _digits(first) == _digits(second)
+
+
+def _digits(fingerprint: str) -> str:
+    return "".join(fingerprint.split()).replace("-", "").lower()
+
+
+def _fingerprint(fields: dict[str, Any]) -> str:
+    digits = hashlib.sha256(PURPOSE + canonical(fields)).hexdigest()[:20]
+    return " ".join(digits[i : i + 4] for i in range(0, 20, 4))

@@ -1,0 +1,1 @@
+"""What a person at a site does: review, accept, withdraw, let go, and look at the records."""

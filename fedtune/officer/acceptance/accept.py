@@ -1,0 +1,166 @@
+"""Judge a finished model at a site, and keep what was decided: page, figures, and a signed record.
+
+    STATE/acceptance/TIME/record.json    what was decided, by what, of which model and records
+    STATE/acceptance/TIME/figures.json   every figure, and where the worst errors stand
+    STATE/acceptance/TIME/page.html      the same to be read and printed
+
+All for this site's own user (0600). The record is signed by the site's key; the audit log holds
+its sha256, and no figure. Guarantee: nothing that a site sends, or packs to be sent, reads any of
+it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.config import AcceptanceTable, Site
+from fedtune.core.config.state_files import ACCEPTANCE, FIGURES, PAGE, RECORD
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.audit_log import AuditLog, login, person
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.run_folder import ADAPTER, SIGNATURE
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.evidence.sign import sha256
+from fedtune.officer.acceptance.figures import figures_of
+from fedtune.officer.acceptance.judgement import Decision
+from fedtune.officer.acceptance.models import open_run, score_models
+from fedtune.officer.acceptance.page import page
+from fedtune.runs.run import Run
+
+FORMAT = "fedtune-acceptance-1"
+PURPOSE = b"fedtune acceptance\0"
+DECIDED = ("decision", "judged", "different", "comparisons", "patients", "records", "least_group")
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What a site decided about a model: accepted, refused or not resolved; folder: where record,
+    figures and page are; figures: as in figures.json."""
+
+    decision: Decision
+    folder: Path
+    figures: dict[str, Any]
+
+
+def accept(run: Run | Path | str, site: Site) -> Acceptance:
+    """Judge a finished run, or the run in a dossier, by this site's [acceptance], on its own
+    held-out records: exact figures, without noise, which stay at the site.
+
+    Each patient is left out whom a study here trained on or was to train on, or who withdrew. The
+    base, what public text alone gives (where the run's folder still has it) and the site's own
+    model, if it named one, are measured on the same records.
+
+    >>> import fedtune
+    >>> fedtune.accept(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
+    Traceback (most recent call last):
+      ...
+    fedtune.core.errors.InputError: ...
+
+    Guarantee: nothing is sent, and nothing in the run's folder is changed. The decision is an exact
+    fact about patients, outside any ε: telling it is a person's act.
+
+    Errors: ConfigError (no [acceptance], or a threshold that does not fit the run), DataError,
+    ModelError, LedgerError, InfrastructureError."""
+    run = run if isinstance(run, Run) else open_run(run)
+    if (table := site.acceptance) is None:
+        raise ConfigError(
+            "this site has not written down by what it judges a model",
+            "[acceptance] in site.toml, with records and thresholds",
+            "write it before anybody looks at a figure: docs/acceptance.md",
+        )
+    ledger = Ledger(site.site.ledger or site.site.state)
+    scored = score_models(run, table, site, ledger)
+    figures: dict[str, Any] = {"study": run.study.study.name, "site": site.site.name}
+    figures |= figures_of(table, scored)
+    figures["looks"] = looks(site.site.state, ledger.key.public, scored.held_out.keyed)
+    record = _sign_record(run, table, scored.held_out.keyed, figures, ledger.key)
+    content = canonical(record)
+    folder = site.site.state / ACCEPTANCE / _name(record)
+    AuditLog(ledger.folder, ledger.key).add(
+        "assess",
+        model=record["model"]["adapter"],
+        settings=record["settings"],
+        record=hashlib.sha256(content).hexdigest(),
+    )
+    replace(folder / RECORD, content, private=True)
+    text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
+    replace(folder / FIGURES, (text + "\n").encode(), private=True)
+    replace(folder / PAGE, page(figures, record).encode(), private=True)
+    return Acceptance(figures["decision"], folder, figures)
+
+
+def _sign_record(
+    run: Run, table: AcceptanceTable, keyed: str, figures: dict[str, Any], key: SigningKey
+) -> dict[str, Any]:
+    """Compose the record of a decision, and sign it."""
+    body: dict[str, Any] = {
+        "format": FORMAT,
+        "site": figures["site"],
+        "study": figures["study"],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "login": login(),
+        "person": person(),
+        **{name: figures[name] for name in DECIDED},
+        "model": _model(run),
+        "settings": table.digest,
+        "held_out": keyed,
+        "looks": figures["looks"],
+        "key": key.public,
+    }
+    return body | {"signature": key.sign(PURPOSE + canonical(body))}
+
+
+def _model(run: Run) -> dict[str, str]:
+    """Name the model that was judged, so that nobody takes another one for it: its plan, its base,
+    and the files of its adapter."""
+    adapter = run.folder / ADAPTER
+    files = {p.name: sha256(p) for p in sorted(adapter.iterdir()) if p.is_file()}
+    signature = run.folder / SIGNATURE
+    return {
+        "plan": run.study.digest,
+        "base": run.study.base.digest or run.study.base.model,
+        "adapter": hashlib.sha256(canonical(files)).hexdigest(),
+        "signature": sha256(signature) if signature.is_file() else "",
+    }
+
+
+def _name(record: dict[str, Any]) -> str:
+    """Name the folder of a decision by its time, and by the record, of which a second may have
+    several."""
+    return f"{record['time'].replace(':', '')}-{record['signature'][:8]}"
+
+
+def read_record(path: Path, public: str) -> dict[str, Any]:
+    """Read the record of a decision. Errors: InputError where it is none that the site with this
+    public key signed."""
+    record = reading.json_in(path, "the record of an acceptance")
+    body = {key: value for key, value in record.items() if key != "signature"}
+    try:
+        genuine = verifies(public, PURPOSE + canonical(body), str(record.get("signature")))
+    except ValueError:  # NaN or Infinity, which nothing that is signed has
+        genuine = False
+    if not genuine:
+        raise InputError(f"{path}: not signed by this site", "a record as this site wrote it")
+    return record
+
+
+def looks(state: Path, public: str, keyed: str) -> dict[str, int]:
+    """Count the earlier decisions at this site about the same records: in all, and of models and
+    settings that differ. Each further look makes it likelier that one passes by chance."""
+    models, settings, number = set[str](), set[str](), 0
+    for path in sorted((state / ACCEPTANCE).glob(f"*/{RECORD}")):
+        try:
+            record = read_record(path, public)
+        except InputError:
+            continue
+        if record["held_out"] == keyed:
+            number += 1
+            models.add(record["model"]["adapter"])
+            settings.add(record["settings"])
+    return {"earlier": number, "models": len(models), "settings": len(settings)}

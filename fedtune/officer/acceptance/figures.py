@@ -1,0 +1,135 @@
+"""Compose every figure of an acceptance as values that JSON has: None for what is no number."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from fedtune.core.config import AcceptanceTable
+from fedtune.core.registry.scores import Scores
+from fedtune.officer.acceptance.intervals import RESAMPLES, SEED, Difference, Measured, Sample
+from fedtune.officer.acceptance.judgement import ALARMS, Judgement, judge
+from fedtune.officer.acceptance.measures import BINS, bins_of, measures_of
+from fedtune.officer.acceptance.models import MODEL, Scored
+from fedtune.officer.acceptance.records import HeldOut
+
+WORST = 20  # errors that are listed
+
+
+def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
+    """Judge the model, and compose what the page shows. Errors: ConfigError, as of judge."""
+    held_out, scores = scored.held_out, scored.scores[MODEL]
+    judgement = judge(table, scores, held_out.units, held_out.groups, scored.labels)
+    tested = [one for one in judgement.compared if one.found is not None]
+    figures: dict[str, Any] = {
+        "decision": judgement.decision,
+        "judged": [asdict(one) for one in judgement.judged],
+        "unit": "patient" if table.columns.patient else "record",
+        "patients": held_out.patients,
+        "records": len(held_out.units),
+        "cut": scored.cut,
+        "left_out": dict(held_out.left_out),
+        "rejected": dict(held_out.rejected),
+        "compared_by": held_out.compared_by,
+        "training_read": held_out.training_read,
+        "least_group": table.least_group,
+        "models": _models(scored, judgement),
+        "not_scored": scored.not_scored,
+        "compared": [asdict(one) for one in judgement.compared],
+        "comparisons": len(tested),
+        "level": judgement.level,
+        "alarms": ALARMS,
+        "different": judgement.different,
+        "resamples": RESAMPLES,
+        "seed": SEED,
+        "worst": worst(scores, held_out, scored.labels),
+    }
+    if scores.confidence is not None:
+        figures["reliability"] = _reliability(scores)
+    plain: dict[str, Any] = _plain(figures)
+    return plain
+
+
+def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
+    """Return each model's measures, and by how much this model's differ, on the same resamples of
+    the same patients."""
+    units = scored.held_out.units
+    ours = Sample(scored.scores[MODEL], units)
+    found: dict[str, dict[str, Any]] = {}
+    for name, scores in scored.scores.items():
+        sample, rows = Sample(scores, units), {}
+        for measure in measures_of(scores, scored.labels).values():
+            if name == MODEL:
+                higher = {"higher_is_better": measure.higher_is_better}
+                rows[measure.name] = judgement.overall[measure.name]._asdict() | higher
+                continue
+            told = sample.of_measure(measure)
+            change = ours.resample(measure) - sample.resample(measure)
+            if np.isnan(change).all():
+                bounds = [math.nan, math.nan]
+            else:
+                bounds = [float(bound) for bound in np.nanquantile(change, (0.025, 0.975))]
+            better_by = judgement.overall[measure.name].figure - told.figure
+            changed = {"change": better_by, "change_interval": bounds}
+            rows[measure.name] = told._asdict() | changed
+        found[name] = rows
+    return found
+
+
+def worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+    """List where the worst errors stand: of classes the wrong answers of which the model was the
+    surest, else the records of highest loss."""
+    if scores.confidence is not None:
+        wrong = np.flatnonzero(scores.chosen != scores.gold)
+        order = wrong[np.argsort(-scores.confidence[wrong], kind="stable")]
+    else:
+        order = np.argsort(-scores.loss, kind="stable")
+    listed = []
+    for index in order[:WORST].tolist():
+        place = held_out.places[index]
+        row: dict[str, Any] = {
+            "file": place.file if place else "",
+            "row": place.row if place else 0,
+        }
+        if scores.confidence is not None:
+            row |= {
+                "is": labels[int(scores.gold[index])],
+                "taken for": labels[int(scores.chosen[index])],
+                "probability": float(scores.confidence[index]),
+            }
+        listed.append(row | {"loss": float(scores.loss[index])})
+    return listed
+
+
+def _reliability(scores: Scores) -> list[dict[str, float]]:
+    """Return of each bin of probability its edges, records, mean probability and share right."""
+    cells = bins_of(scores).sum(axis=0)
+    return [
+        {
+            "from": index / BINS,
+            "to": (index + 1) / BINS,
+            "records": count,
+            "probability": said / count,
+            "right": right / count,
+        }
+        for index, (count, said, right) in enumerate(cells.tolist())
+        if count
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: lists for tuples, None for NaN and infinities."""
+    if isinstance(value, Measured | Difference):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

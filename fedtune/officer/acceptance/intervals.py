@@ -1,0 +1,212 @@
+"""Intervals of measures over patients, and of differences between two groups of patients.
+
+A patient with several records is one draw: resamples are of patients. A share of records has no
+resamples: its interval is Clopper and Pearson's (1934), exact where each patient has one record;
+where some have several, of so many patients as would weigh alike, (Σm)² / Σm² of their records m
+(Kish 1965), which takes a patient's records to be as one. Two groups' shares are compared by
+Newcombe's (1998) combination of the two intervals. Of any other measure the difference is compared
+with those that random exchanges of patients between the two groups give (Noreen 1989, chapter 2;
+Phipson & Smyth 2010), so that without a difference it is called one with the stated chance at most,
+whatever the measure's distribution; its interval reaches as far to both sides as they do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import beta  # type: ignore[import-untyped]
+
+from fedtune.core.registry.scores import Scores
+from fedtune.officer.acceptance.measures import Array, Measure
+
+RESAMPLES, SEED = 2000, 0
+BLOCK = 2**20  # numbers of resampled weights that are held at once
+EXCEED = 10  # random exchanges, on average, whose difference lies outside an interval
+SMALL = 1024  # patients, up to which all of them are
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class Measured(NamedTuple):
+    """A measure on some patients' records. weight: patients that weigh alike."""
+
+    figure: float
+    interval: Interval
+    patients: int
+    records: int
+    weight: float
+
+
+class Sample:
+    """Some records' scores, by patient.
+
+    units: of each record, which patient it is of, (n,); rows: the records that are looked at, bool
+    (n,); None: all."""
+
+    def __init__(self, scores: Scores, units: np.ndarray, rows: np.ndarray | None = None) -> None:
+        self._scores = scores
+        self._rows = np.ones(len(units), bool) if rows is None else rows
+        self._present, self._unit = np.unique(units[self._rows], return_inverse=True)
+
+    @property
+    def patients(self) -> int:
+        return len(self._present)
+
+    @property
+    def records(self) -> int:
+        return int(self._rows.sum())
+
+    def sums(self, measure: Measure) -> Array:
+        """Add up a measure's parts over each patient's records, (patients, d)."""
+        parts = measure.parts(self._scores)[self._rows]
+        sums = np.zeros((self.patients, parts.shape[1]))
+        np.add.at(sums, self._unit, parts)
+        return sums
+
+    def resample(self, measure: Measure) -> Array:
+        """Compute the measure on RESAMPLES draws of as many patients, with replacement."""
+        return resamples(self.sums(measure), measure)
+
+    def of_measure(self, measure: Measure, level: float = 0.95) -> Measured:
+        """Compute a measure with its interval, at this confidence."""
+        sums = self.sums(measure)
+        figure = float(measure.figure(sums.sum(axis=0)))
+        if measure.share:
+            counted = sums[:, 1]
+            weight = float(counted.sum() ** 2 / max((counted**2).sum(), 1e-300))
+            interval = clopper_pearson(figure, weight, level)
+            patients, records = int((counted > 0).sum()), round(counted.sum())
+            return Measured(figure, interval, patients, records, weight)
+        drawn = resamples(sums, measure)
+        if measure.name == "ece":  # any sample's lies above the true one, a resample's once more
+            drawn = drawn - (np.nanmean(drawn) - figure)
+        half = (1 - level) / 2
+        low, high = (float(bound) for bound in np.nanquantile(drawn, (half, 1 - half)))
+        unseen = self.unseen(measure, level)
+        low, high = min(low, figure) - unseen, max(high, figure) + unseen
+        if measure.errs:
+            low, high = max(low, 0.0), min(high, 1.0)
+        return Measured(figure, Interval(low, high), self.patients, self.records, self.patients)
+
+    def unseen(self, measure: Measure, level: float) -> float:
+        """Bound the share of records that are otherwise than all of these, where all of these are
+        right, or all wrong; 0 of any other measure."""
+        right = (self._scores.chosen == self._scores.gold)[self._rows]
+        if not measure.errs or 0 < right.mean() < 1:
+            return 0.0
+        low, high = clopper_pearson(float(right.mean()), self.patients, level)
+        return 1 - low if right.all() else high
+
+
+def resamples(sums: Array, measure: Measure) -> Array:
+    """Compute a measure on resamples of patients, from a fixed seed; sums: (patients, d)."""
+    if len(sums) <= SMALL:
+        return measure.figure(_small_draws(len(sums)) @ sums)
+    return np.concatenate([measure.figure(times @ sums) for times in _draws(len(sums))])
+
+
+def _draws(n: int) -> Iterator[Array]:
+    """Yield how often each of n patients is drawn, (resamples, n), block by block."""
+    random, block = np.random.default_rng(SEED), max(1, BLOCK // n)
+    for start in range(0, RESAMPLES, block):
+        size = min(block, RESAMPLES - start)
+        patients = random.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        yield np.bincount(patients.ravel(), minlength=size * n).reshape(size, n).astype(float)
+
+
+@lru_cache(maxsize=8)  # a column's groups are compared in several measures
+def _small_draws(n: int) -> Array:
+    return np.concatenate([*_draws(n)])
+
+
+def clopper_pearson(share: float, n: float, level: float) -> Interval:
+    """Bound a share of n patients who weigh alike, exactly where n is their number.
+
+    >>> low, high = clopper_pearson(1.0, 10, 0.95)
+    >>> round(low, 3), high
+    (0.692, 1.0)
+    """
+    if not n or math.isnan(share):
+        return Interval(0.0, 1.0)
+    half, x = (1 - level) / 2, share * n
+    low = 0.0 if x <= 0 else float(beta.ppf(half, x, n - x + 1))
+    high = 1.0 if x >= n else float(beta.ppf(1 - half, x + 1, n - x))
+    return Interval(low, high)
+
+
+class Difference(NamedTuple):
+    """A group's figure less that of all others, with its interval."""
+
+    figure: float
+    interval: Interval
+
+
+def differences(
+    measures: Sequence[Measure], group: Sample, others: Sample, level: float
+) -> list[Difference]:
+    """Compare measures of two groups of patients, each at this confidence."""
+    halves = iter(_exchange([m for m in measures if not m.share], group, others, level))
+    found = []
+    for measure in measures:
+        one, other = (measure.figure(s.sums(measure).sum(axis=0)) for s in (group, others))
+        difference = float(one - other)
+        if measure.share:
+            found.append(_of_shares(measure, group, others, level))
+            continue
+        half = next(halves) + group.unseen(measure, level) + others.unseen(measure, level)
+        found.append(Difference(difference, Interval(difference - half, difference + half)))
+    return found
+
+
+def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) -> Difference:
+    one, other = group.of_measure(measure, level), others.of_measure(measure, level)
+    found = one.figure - other.figure
+    below = math.hypot(one.figure - one.interval.low, other.interval.high - other.figure)
+    above = math.hypot(one.interval.high - one.figure, other.figure - other.interval.low)
+    return Difference(found, Interval(max(found - below, -1.0), min(found + above, 1.0)))
+
+
+def _exchange(
+    measures: Sequence[Measure], group: Sample, others: Sample, level: float
+) -> list[float]:
+    """Return for each measure how large a difference is, at this confidence, between as many
+    patients drawn at random from both groups and the rest."""
+    if not measures:
+        return []
+    sums = [np.concatenate([group.sums(m), others.sums(m)]) for m in measures]
+    stacked, total = np.concatenate(sums, axis=1), np.concatenate([s.sum(axis=0) for s in sums])
+    edges = np.cumsum([s.shape[1] for s in sums])[:-1]
+    draws, drawn = max(RESAMPLES, math.ceil(EXCEED / (1 - level))), list[Array]()
+    for chosen in _choices(len(stacked), group.patients, draws):
+        one = chosen @ stacked
+        pairs = zip(np.split(one, edges, 1), np.split(total - one, edges, 1), strict=True)
+        told = zip(measures, pairs, strict=True)
+        drawn.append(np.stack([np.abs(m.figure(a) - m.figure(b)) for m, (a, b) in told]))
+    ordered = np.sort(np.concatenate(drawn, axis=1), axis=1)
+    return [float(row[math.ceil((draws + 1) * level) - 1]) for row in ordered]
+
+
+def _choices(n: int, size: int, draws: int) -> Iterable[Array]:
+    """Draw so often which `size` of n patients are a group: ones and zeros, block by block."""
+    few = n * draws <= 4 * BLOCK
+    return [_cached_choice(n, size, draws)] if few else _choice(n, size, draws)
+
+
+def _choice(n: int, size: int, draws: int) -> Iterator[Array]:
+    random, block = np.random.default_rng(SEED), max(1, BLOCK // n)
+    for start in range(0, draws, block):
+        keys = random.random((min(block, draws - start), n), dtype=np.float32)
+        chosen = np.zeros(keys.shape)
+        np.put_along_axis(chosen, keys.argpartition(size, axis=1)[:, :size], 1, axis=1)
+        yield chosen
+
+
+@lru_cache(maxsize=4)  # of groups of one size
+def _cached_choice(n: int, size: int, draws: int) -> Array:
+    return np.concatenate([*_choice(n, size, draws)])

@@ -1,0 +1,225 @@
+"""Judge figures by what a site wrote down before: accepted, refused, or not resolved.
+
+| accepted     | every figure's 95 % interval lies on the right side of its threshold          |
+| refused      | one figure's lies on the wrong side as a whole                                |
+| not resolved | neither: too few patients, or an interval on both sides                       |
+
+A group's figure is compared with that of all others by an interval at 1 - 0.05 / (comparisons), so
+that of all of them together at most one in twenty sites finds a difference where there is none
+(Bonferroni). Of fewer than `least_group` patients nothing follows, and of a measure in which
+classes count alike nothing where one of them has fewer: its figure then tells how the records were
+split, not what the model is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from fedtune.core.config import AcceptanceTable
+from fedtune.core.errors import ConfigError
+from fedtune.core.registry.scores import Scores
+from fedtune.officer.acceptance.intervals import Difference, Interval, Measured, Sample, differences
+from fedtune.officer.acceptance.measures import GAP, RECALL, Measure, measures_of
+
+Decision = Literal["accepted", "refused", "not resolved"]
+ALARMS = 0.05  # the chance that any group is called different where none is
+BOTH = "its interval lies on both sides"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A figure beside its bound. of: "" of all records, else the group as "COLUMN = VALUE"."""
+
+    measure: str
+    of: str
+    bound: float
+    figure: float
+    interval: Interval
+    decision: Decision
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A group beside all others, in one measure. found: whether its interval excludes no
+    difference; None: not resolved, for the reason `why`."""
+
+    column: str
+    value: str
+    measure: str
+    group: Measured | None
+    difference: Difference | None
+    found: bool | None
+    worse: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """decision: of all that is judged; comparisons: of groups, of so many that were resolved."""
+
+    decision: Decision
+    judged: list[Judged]
+    compared: list[Compared]
+    level: float
+    overall: dict[str, Measured]
+
+    @property
+    def different(self) -> list[str]:
+        """List the groups that differ from all others, as "COLUMN = VALUE: MEASURE"."""
+        return [f"{c.column} = {c.value}: {c.measure}" for c in self.compared if c.found]
+
+
+def judge(
+    table: AcceptanceTable,
+    scores: Scores,
+    units: np.ndarray,
+    groups: Mapping[str, Sequence[str]],
+    labels: Sequence[str] = (),
+) -> Judgement:
+    """Judge one model's scores on a site's held-out records.
+
+    units: of each record, which patient it is of, (n,); groups: by column, each record's value;
+    labels: the classes. Errors: ConfigError (a threshold of what these records do not have)."""
+    known = measures_of(scores, labels)
+    named = _list_bounds(table, known)
+    everybody = Sample(scores, units)
+    overall = {name: everybody.of_measure(measure) for name, measure in known.items()}
+    judged = [
+        _judge_one(
+            known[name], bound, overall[name], _too_few(known[name], everybody, known, table)
+        )
+        for name, bound in named.items()
+    ]
+    compared, level = _compare_groups(table, scores, units, groups, known, named)
+    judged += _judge_groups(table, known, compared)
+    return Judgement(_combine(judged), judged, compared, level, overall)
+
+
+def _list_bounds(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[str, float]:
+    """Return the bounds by measure. Errors: ConfigError."""
+    named: dict[str, float] = {str(name): bound for name, bound in table.thresholds.items()}
+    named |= {RECALL + name: bound for name, bound in table.recall.items()}
+    for name in (*named, *table.differences):
+        if name not in known:
+            raise ConfigError(
+                f"acceptance: {name!r} cannot be measured of this run's records",
+                f"one of {', '.join(sorted(known))}",
+            )
+    return named
+
+
+def _combine(judged: Sequence[Judged]) -> Decision:
+    decisions = {one.decision for one in judged}
+    if "refused" in decisions:
+        return "refused"
+    return "accepted" if decisions == {"accepted"} else "not resolved"
+
+
+def _too_few(
+    measure: Measure, sample: Sample, known: Mapping[str, Measure], table: AcceptanceTable
+) -> str:
+    """Say why nothing follows from a measure of these records; "" where something may."""
+    if measure.name.startswith(RECALL):
+        patients = sample.of_measure(measure).patients
+    else:
+        patients = sample.patients
+    who = "patients" if table.columns.patient else "records"
+    if patients < table.least_group:
+        return f"{patients} of at least {table.least_group} {who}"
+    if measure.macro:
+        counts = {
+            name.removeprefix(RECALL): int((sample.sums(one)[:, 1] > 0).sum())
+            for name, one in known.items()
+            if name.startswith(RECALL)
+        }
+        if scarce := [name for name, n in counts.items() if n < table.least_group]:
+            return (
+                f"{len(scarce)} of {len(counts)} classes have fewer than {table.least_group} "
+                f"{who} ({', '.join(scarce[:3])}{', …' if len(scarce) > 3 else ''})"
+            )
+    return ""
+
+
+def _judge_one(measure: Measure, bound: float, found: Measured, few: str) -> Judged:
+    low, high = found.interval
+    sign = 1 if measure.higher_is_better else -1
+    decision: Decision = "not resolved"
+    why = few or BOTH
+    if not few:
+        inner, outer = (low, high) if sign > 0 else (high, low)
+        if sign * (inner - bound) >= 0:
+            decision, why = "accepted", ""
+        elif sign * (outer - bound) < 0:
+            decision, why = "refused", ""
+    return Judged(measure.name, "", bound, found.figure, found.interval, decision, why)
+
+
+def _compare_groups(
+    table: AcceptanceTable,
+    scores: Scores,
+    units: np.ndarray,
+    groups: Mapping[str, Sequence[str]],
+    known: Mapping[str, Measure],
+    named: Mapping[str, float],
+) -> tuple[list[Compared], float]:
+    """Compare each group with all others in every measure that the site judges by; returns the
+    confidence of each interval too. In place of the calibration error, which is the larger the
+    fewer the records are, goes how much too sure the model is."""
+    also = [str(name) for name in table.differences if name not in named]
+    measures = [known[GAP if name == "ece" else name] for name in [*named, *also]]
+    rows: list[Compared] = []
+    tested: list[tuple[Sample, Sample, dict[int, Measure]]] = []
+    for column, values in groups.items():
+        cells = np.asarray(values)
+        for value in sorted(set(values)):
+            group, others = (Sample(scores, units, at) for at in (cells == value, cells != value))
+            resolved: dict[int, Measure] = {}
+            for measure in measures:
+                few = _too_few(measure, group, known, table)
+                if not few and (few := _too_few(measure, others, known, table)):
+                    few = f"of all others {few}"
+                if not few:
+                    resolved[len(rows)] = measure
+                rows.append(Compared(column, value, measure.name, None, None, None, why=few))
+            tested.append((group, others, resolved))
+    level = 1 - ALARMS / max(1, sum(len(resolved) for _, _, resolved in tested))
+    for group, others, resolved in tested:
+        told = differences([*resolved.values()], group, others, level)
+        for (index, measure), difference in zip(resolved.items(), told, strict=True):
+            low, high = difference.interval
+            sign = 1 if measure.higher_is_better else -1
+            rows[index] = replace(
+                rows[index],
+                group=group.of_measure(measure),
+                difference=difference,
+                found=low > 0 or high < 0,
+                worse=sign * (high if sign > 0 else low) < 0,
+            )
+    return rows, level
+
+
+def _judge_groups(
+    table: AcceptanceTable, known: Mapping[str, Measure], compared: Sequence[Compared]
+) -> list[Judged]:
+    """Judge how much worse each resolved group is, where the site bounds it."""
+    judged = []
+    for row in compared:
+        if row.difference is None or row.measure not in table.differences:
+            continue
+        bound = table.differences[row.measure]
+        sign = -1 if known[row.measure].higher_is_better else 1
+        low, high = sorted(sign * edge for edge in row.difference.interval)
+        decision: Decision = "not resolved"
+        if high <= bound:
+            decision = "accepted"
+        elif low > bound:
+            decision = "refused"
+        why = "" if decision != "not resolved" else BOTH
+        of = f"{row.column} = {row.value}"
+        figure = sign * row.difference.figure
+        judged.append(Judged(row.measure, of, bound, figure, Interval(low, high), decision, why))
+    return judged

@@ -1,0 +1,113 @@
+"""Score a finished run's model on a site's held-out records, and what it is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedtune.core.config import AcceptanceTable, EvaluationTable, Site, Study
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import resolve
+from fedtune.core.registry.scores import Scores
+from fedtune.evaluation.evaluator import PREFERENCES
+from fedtune.evaluation.run import evaluator_of
+from fedtune.evidence.sign import RUN
+from fedtune.officer.acceptance.records import HeldOut, read_held_out
+from fedtune.report.gain import is_start_released
+from fedtune.runs.run import Run
+
+MODEL, START, ALONE, BASE = "this model", "public start", "site alone", "base alone"
+
+
+@dataclass
+class Scored:
+    """The scores of each model on the same records, MODEL first; labels: the classes or choices;
+    not_scored: models that were not, and why; cut: records of which a part was not read."""
+
+    held_out: HeldOut
+    scores: dict[str, Scores]
+    labels: tuple[str, ...]
+    cut: int
+    not_scored: dict[str, str] = field(default_factory=dict)
+
+
+def open_run(folder: Path | str) -> Run:
+    """Open a run, or the run in a dossier. Errors: InputError, ConfigError."""
+    inside = Path(folder) / RUN
+    return Run(inside if (inside / "plan.json").is_file() else folder)
+
+
+def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -> Scored:
+    """Score this run's model, its base, what public text alone gives, and the site's own model.
+
+    Errors: ConfigError, DataError, ModelError, as of evaluator_of and read_held_out."""
+    read: list[HeldOut] = []
+
+    def held_out(network: Network) -> Dataset:
+        read.append(read_held_out(table, site, run.study, network, ledger))
+        return read[0].dataset
+
+    asked = _describe_records(table, run.study)
+    evaluator, trained = evaluator_of(run, asked, held_out)
+    scores = {MODEL: evaluator.scores(trained)}
+    labels = _labels(run.study, asked)
+    found = Scored(read[0], scores, labels, evaluator.n_cut)
+    if (start := run.start()) is not None and not is_start_released(
+        run.report.get("quality") or {}
+    ):
+        scores[START] = evaluator.scores(start)
+    else:
+        found.not_scored[START] = _no_start(run)
+    if table.alone is not None:
+        own = open_run(table.alone)
+        if (of_own := _labels(own.study, _describe_records(table, own.study))) != labels:
+            raise ConfigError(
+                f"{table.alone}: its classes are other ones than this model's",
+                f"{len(labels)} of the same names and order, and it has {len(of_own)}",
+                "name another run as acceptance.alone, or none",
+            )
+        reader, adapter = evaluator_of(
+            own,
+            _describe_records(table, own.study),
+            lambda network: read_held_out(table, site, own.study, network, ledger).dataset,
+        )
+        scores[ALONE] = reader.scores(adapter)
+        if len(scores[ALONE].loss) != len(scores[MODEL].loss):
+            raise DataError(
+                f"{table.alone}: its base cannot read all of the records that this model reads",
+                "a run on the same base, with the same objective",
+                "name another run as acceptance.alone, or none",
+            )
+    scores[BASE] = evaluator.untouched
+    return found
+
+
+def _describe_records(table: AcceptanceTable, study: Study) -> EvaluationTable:
+    """Describe the records as an evaluation of this study's kind does."""
+    record_format = resolve(study.objective).record_format
+    choices = study.evaluation.choices if study.evaluation else ()
+    metric = "loss"
+    if record_format in PREFERENCES:
+        metric = "preference"
+    elif record_format == "label" or len(choices) > 1:
+        metric = "accuracy"
+    return EvaluationTable.model_validate(
+        {"path": table.path, "columns": table.columns, "metric": metric, "choices": choices}
+    )
+
+
+def _labels(study: Study, asked: EvaluationTable) -> tuple[str, ...]:
+    if resolve(study.objective).record_format == "label":
+        return tuple(study.objective.labels)
+    return tuple(choice.strip() or choice for choice in asked.choices)
+
+
+def _no_start(run: Run) -> str:
+    if run.study.start is None:
+        return "the study learnt nothing from public text first"
+    if is_start_released(run.report.get("quality") or {}):
+        return "it is what this run released: this model"
+    return "it is not in the folder: only the coordinator's own run folder holds it"

@@ -1,0 +1,192 @@
+"""Read the records on which a site judges a model: those of patients it never trained on.
+
+Guarantee: a patient who withdrew, who did not agree, or whom any study here trained on or was to
+train on, is left out with all records, and counted for the site's own page."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedtune.core.config import AcceptanceTable, Site, Study
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.data.files import Place
+from fedtune.core.data.groups import MISSING, group_of, groups_at
+from fedtune.core.data.identity import identities, identity_of
+from fedtune.core.data.load import LONG, UnitReader, check_columns
+from fedtune.core.data.records import Record, content_of, read_file, record_member, unit_member
+from fedtune.core.data.scan import record_scan
+from fedtune.core.errors import DataError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.network import Network
+from fedtune.core.objectives import resolve
+
+NO_NUMBER = "(no number)"
+TRAINED = "trained on here"
+WITHDREW = "withdrew"
+
+
+@dataclass
+class HeldOut:
+    """A site's held-out records, less whom it left out.
+
+    units: of each record, which patient it is of, (n,); groups: by column, each record's value;
+    places: where each stands; left_out: patients by reason; rejected: records by reason; keyed: a
+    digest of the records under the site's salt, which tells nobody else what they are;
+    compared_by: what was compared with the records that train: "patients" or, without a patient
+    column on a side, "contents"; training_read: whether [data] was here to be compared with, beside
+    what the ledger remembers of it."""
+
+    dataset: Dataset
+    units: np.ndarray
+    places: list[Place | None]
+    keyed: str
+    compared_by: str
+    training_read: bool
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def patients(self) -> int:
+        return self.dataset.n_units
+
+
+def read_held_out(
+    table: AcceptanceTable, site: Site, study: Study, network: Network, ledger: Ledger
+) -> HeldOut:
+    """Read the records of [acceptance] as the study's model reads records, all of each patient's.
+
+    Errors: DataError (a file or columns that cannot be used, or nobody is left), ConfigError (a
+    column of groups with more than MOST_GROUPS values)."""
+    record_format = check_columns(table, study, network.tokenizer, reader=network.reader)
+    by_patient = table.columns.patient is not None
+    read = read_file(table, unit="patient" if by_patient else "record")
+    patients = by_patient and site.data.columns.patient is not None
+    reasons = _left_out(read.records, site, ledger, patients)
+    objective = resolve(study.objective)
+    choices = study.evaluation.choices if study.evaluation else ()
+    reader = UnitReader(
+        study.objective, network.tokenizer, record_format, objective.outputs > 0, True,
+        network.reader, choices=choices, scan=record_scan(table.scan),
+    )  # fmt: skip
+    rejected = read.rejected
+    kept, examples = list[Record](), list[Example]()
+    for record in read.records:
+        if record.unit not in reasons:
+            unit = reader([record])
+            rejected.update(reason for _, reason in unit.rejected)
+            kept += unit.records
+            examples += unit.examples
+    if not kept:
+        raise DataError(
+            f"{table.where}: no record is left to judge the model by",
+            "usable records of patients whom this site did not train on",
+            f"left out: {_told(Counter(reasons.values()))}; rejected: {_told(rejected)}",
+        )
+    keys = {unit: number for number, unit in enumerate(dict.fromkeys(r.unit for r in kept))}
+    units = np.array([keys[record.unit] for record in kept])
+    left_out = Counter(reasons.values())
+    if read.withheld:
+        left_out["did not agree, by record"] = read.withheld
+    return HeldOut(
+        dataset=Dataset(examples, len(keys), rejected),
+        units=units,
+        places=[record.place for record in kept],
+        keyed=_keyed(kept, ledger),
+        compared_by="patients" if patients else "contents",
+        training_read=_is_there(site),
+        groups=_groups(table, [record.place for record in kept]),
+        left_out=left_out,
+        rejected=rejected,
+    )
+
+
+def _told(counts: Counter[str]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in counts.most_common()) or "none"
+
+
+def _left_out(records: list[Record], site: Site, ledger: Ledger, patients: bool) -> dict[str, str]:
+    """Return the patients who are left out, and why.
+
+    Trained on is who stands in [data] now, or ever was a member of a dataset of this site other
+    than its [evaluation]: by the patient's key where both tables name a patient column, and by an
+    image, a recording or a text of LONG characters in any case; by a shorter record as a whole
+    where no patients can be compared."""
+    held_out = site.evaluation.name if site.evaluation else None
+    tests = [ledger.member_test(name) for name in ledger.datasets if name != held_out]
+    trained = set().union(*identities(site.data)) if _is_there(site) else set()
+    withdrawn = ledger.withdrawn()
+    reasons: dict[str, str] = {}
+    for record in records:
+        members = identity_of(record, patients)
+        if patients and _longest(record) < LONG:  # others may have a short text of the same words
+            members -= {record_member(record)}
+        if ledger.hashed(unit_member(record.unit)) in withdrawn:
+            reasons[record.unit] = WITHDREW
+        elif record.unit not in reasons:
+            known = (m in trained or any(test(m) for test in tests) for m in members)
+            if any(known):
+                reasons[record.unit] = TRAINED
+    return reasons
+
+
+def _is_there(site: Site) -> bool:
+    """Return whether this site has records of [data] on this machine now: one that only judges a
+    model, or has deleted what it trained on, has none."""
+    return bool(site.data.url) or Path(site.data.path).exists()
+
+
+def _longest(record: Record) -> int:
+    texts = (record.prompt, record.completion, record.rejected, *(c for _, c in record.messages))
+    return max(map(len, texts))
+
+
+def _keyed(records: list[Record], ledger: Ledger) -> str:
+    """Digest whose records these are and what they say, under the site's salt."""
+    each = sorted(hashlib.sha256(r.unit.encode() + b"\0" + content_of(r)).digest() for r in records)
+    return ledger.hashed(b"acceptance\0" + hashlib.sha256(b"".join(each)).digest())
+
+
+def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, list[str]]:
+    """Read the columns of groups beside the records. Errors: DataError (a column that is not
+    there), ConfigError (too many values)."""
+    if not table.groups:
+        return {}
+    return groups_at(
+        table,
+        table.groups,
+        places,
+        lambda column, cell: _value(table, column, cell),
+        "acceptance.groups.{column}",
+        "make groups of numbers by acceptance.bands.{column}, or name another column",
+    )
+
+
+def _value(table: AcceptanceTable, column: str, cell: object) -> str:
+    """Name a row's group in one column: its value, or the band that its number is in."""
+    text, edges = group_of(cell), table.bands.get(column)
+    return band_of(text, edges) if edges and text != MISSING else text
+
+
+def band_of(text: str, edges: tuple[float, ...]) -> str:
+    """Name the band of a number.
+
+    >>> [band_of(age, (18, 65)) for age in ("3", "18", "64.5", "70")]
+    ['below 18', '18 to below 65', '18 to below 65', '65 and above']
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return NO_NUMBER
+    above = [edge for edge in edges if number >= edge]
+    if not above:
+        return f"below {edges[0]:g}"
+    rest = dict(itertools.pairwise(edges))
+    last = above[-1]
+    return f"{last:g} to below {rest[last]:g}" if last in rest else f"{last:g} and above"

@@ -1,0 +1,152 @@
+"""Attack a finished run at a site, with its own records as members; what comes out stays there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.audit.membership import Membership, Scores, membership
+from fedtune.audit.picture import curves
+from fedtune.audit.secret import record_losses
+from fedtune.core import progress
+from fedtune.core.config import Site, SiteData
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.files import traces
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
+from fedtune.core.vault.reading import read_for_training
+from fedtune.runs.run import Run
+
+LEAST = 10  # units on each side: with fewer no interval says anything
+
+
+@dataclass(frozen=True)
+class SiteAttack:
+    """What an attack at a site found.
+
+    membership: of this site's units against held-out ones; epsilon: of the run, None without
+    privacy; references: what the run's losses were compared with."""
+
+    study: str
+    site: str
+    unit: str
+    references: tuple[str, ...]
+    epsilon: float | None
+    delta: float
+    membership: Membership
+
+
+def attack_site(
+    run: Run,
+    site: Site,
+    held_out: Path | str | None = None,
+    *,
+    references: Sequence[Run] = (),
+    out: Path | str | None = None,
+) -> SiteAttack:
+    """Tell this site's units from held-out ones by what training did to their loss.
+
+    A unit's score is by how much the run's loss on its records is below that of the references: the
+    untrained base, and other runs of the same adapter that did not see them. Exact counts of
+    private records follow from it, so it stays at the site: `out` is for this user alone.
+
+    Args:
+        held_out: records like the site's that no site trained on, with the same columns; without
+            it the site's [evaluation].
+        out: a folder for attack.json and attack.png.
+
+    >>> import fedtune
+    >>> fedtune.attack_site(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
+    Traceback (most recent call last):
+      ...
+    fedtune.core.errors.InputError: ...
+
+    Errors: ConfigError (nothing is held out, or a reference of another adapter), DataError (too few
+    units on a side), ModelError.
+    """
+    study = run.study
+    network = build(study)
+    inside = _read(site, site.data, network, run)
+    outside = _read(site, _held_out(site, held_out), network, run)
+    for dataset, where in ((inside, "this site's records"), (outside, "the held-out records")):
+        if dataset.n_units < LEAST:
+            raise DataError(
+                f"{where}: {dataset.n_units} usable {study.unit}s",
+                f"at least {LEAST}",
+                "give more held-out records with --held-out",
+            )
+    told = [_scores(network, data, run, references) for data in (inside, outside)]
+    claim = run.epsilon.get(site.site.name, max(run.epsilon.values(), default=None))
+    privacy = study.privacy
+    delta = 0.0 if isinstance(privacy, str) else privacy.delta
+    result = SiteAttack(
+        study=study.study.name,
+        site=site.site.name,
+        unit=study.unit,
+        references=("the base", *(str(other.folder) for other in references)),
+        epsilon=claim,
+        delta=delta,
+        membership=membership(told[0], told[1], claim, delta),
+    )
+    if out is not None:
+        _save(result, Path(out))
+    return result
+
+
+def _held_out(site: Site, path: Path | str | None) -> SiteData:
+    """Errors: ConfigError."""
+    if path is not None:
+        changes: dict[str, Any] = {"path": Path(path), "url": None, "name": "held-out"}
+        if site.data.url:  # a database's source and table are none of a file's
+            changes |= {"source": None, "options": {}}
+        return site.data.model_copy(update=changes)
+    if site.evaluation is None:
+        raise ConfigError(
+            "no held-out records",
+            "records that no site trained on, to compare with",
+            "give --held-out FILE, or [evaluation] in site.toml",
+        )
+    return site.evaluation
+
+
+def _read(site: Site, data: SiteData, network: Network, run: Run) -> Dataset:
+    ledger = Ledger(site.site.state) if traces(site.site.state) else None
+    return read_for_training(data, run.study, network.tokenizer, network.reader, ledger)
+
+
+def _scores(network: Network, data: Dataset, run: Run, references: Sequence[Run]) -> Scores:
+    """Compute each unit's mean fall of the loss, (units, 1)."""
+    cached = CachedDataset(network, data)
+
+    def losses(of: Run | None) -> Scores:
+        saved = run.adapter() if of is None else of.adapter()
+        folder = (of or run).folder / "adapter"
+        frozen = picked(saved, network.frozen_factor(), folder)
+        trained = network.zero() if of is None else picked(saved, network.trainable(), folder)
+        with network.loaded(frozen, trained):
+            return np.asarray(record_losses(cached, run.study))
+
+    others = []
+    for number, reference in enumerate((None, *references), 1):
+        others.append(losses(reference))
+        progress.report("losses of the references", number, 1 + len(references))
+    fall = np.mean(others, axis=0) - losses(run)
+    units = np.array([example.unit for example in data.examples])
+    return (np.bincount(units, fall) / np.bincount(units))[:, None]
+
+
+def _save(result: SiteAttack, out: Path) -> None:
+    text = json.dumps(asdict(result), indent=1, sort_keys=True, ensure_ascii=False)
+    replace(out / "attack.json", (text + "\n").encode(), private=True)
+    picture = curves({"this site's units": result.membership}, result.epsilon, result.delta)
+    replace(out / "attack.png", picture, private=True)

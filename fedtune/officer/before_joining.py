@@ -1,0 +1,73 @@
+"""What is checked at a site before it takes part, each time that its client starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+from fedtune.core.config import Site
+from fedtune.core.data.records import count_otherwise_alone, read_records
+from fedtune.core.errors import DataError, describe
+from fedtune.core.ledger.files import LedgerError
+from fedtune.core.vault import studies
+from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
+from fedtune.officer.sheet import check_attested_records, check_sheet
+
+log = logging.getLogger("fedtune.site")
+SAMPLE = 8  # units of which a conversion is repeated
+
+
+def check_before_joining(site: Site) -> None:
+    """Check what a person at the site should put right before it takes part.
+
+    Guarantee: while a study is under way here, no private record decides whether the site joins:
+    what a check of the records finds is a warning on this machine, and the rounds go on as those of
+    a client that was not restarted, with noise alone where nothing can be read. A site that does
+    not come back after a restart would be an answer about its records.
+    Errors: PolicyRefused, ConfigError, InputError of what people typed and of data that the site
+    declares public or generated; LedgerError; with no study under way DataError and PolicyRefused
+    of the records, too."""
+    allow_declared(site)
+    sign_declarations(site)
+    check_sheet(site)
+    for check in (check_private, check_attested_records, check_records, check_conversion):
+        try:
+            check(site)
+        except LedgerError:
+            raise
+        except Exception as error:
+            if not (names := studies.under_way(site.site.state)):
+                raise
+            log.warning(
+                "%s. This site joins all the same, since a study is under way here (%s): whether "
+                "it comes back must not follow from its records. `fedtune purge` says that it is "
+                "over",
+                describe(error),
+                ", ".join(names.values()),
+            )
+
+
+def check_records(site: Site) -> None:
+    """Check that the site's records are usable, before there is a study. Errors: DataError."""
+    unit: Literal["patient", "record"] = "patient" if site.data.columns.patient else "record"
+    records, _ = read_records(site.data, unit=unit)
+    if len({record.unit for record in records}) < 2:
+        raise DataError(
+            f"{site.data.where}: fewer than 2 usable {unit}s",
+            f"at least 2 {unit}s",
+            "add records, or check data.columns",
+        )
+
+
+def check_conversion(site: Site) -> None:
+    """Check, where a plug-in converts the site's records, that a sample of units is converted alike
+    when each is alone. Errors: DataError."""
+    for data in filter(None, (site.data, site.evaluation)):
+        otherwise = count_otherwise_alone(data, SAMPLE)
+        if otherwise:
+            raise DataError(
+                f"{data.where}: {otherwise} of at most {SAMPLE} units that were tried are "
+                "converted otherwise when they are alone",
+                "a conversion that follows from a unit's own rows",
+                "hold it to its contracts: fedtune check-plugin --group converters",
+            )

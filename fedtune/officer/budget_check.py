@@ -1,0 +1,90 @@
+"""Check what a study would cost a site's records before anything is computed for it.
+
+σ, the number of steps, δ and the ledger suffice: no record is read, no base is loaded, and what
+public text would add to the plan (its digests) has no say in it. The site checks all of it again
+when the plan arrives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.core.config import Site, Study
+from fedtune.core.dp.filter import Total
+from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.ledger.files import DATABASE
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.vault.budget_refusal import places
+from fedtune.core.vault.policy import privacy_refusals, total_of
+from fedtune.officer.known_plans import known_plan
+from fedtune.officer.review import cost_refusals
+
+
+@dataclass(frozen=True)
+class Paid:
+    """What a site's records have paid so far, and would have paid with one more run of a study.
+
+    before, after: ε of the dataset; ceiling: policy.max_epsilon; again: ε that studies of this
+    one's name have paid, 0 where none has; run: where the newest of them lies."""
+
+    site: str
+    before: Total
+    after: Total
+    ceiling: float
+    again: float = 0.0
+    run: str = ""
+
+    def __str__(self) -> str:
+        most = f"at most ε = {rounded_up(self.after.epsilon)} of {self.ceiling:g} with this run"
+        if not self.again:
+            return f"{self.site}: has paid ε = {rounded_up(self.before.epsilon)} so far; {most}"
+        where = f", in {self.run}" if self.run else ""
+        return (
+            f"{self.site}: has paid ε = {rounded_up(self.again)} for a study of this name "
+            f"already{where}, and each round that is trained again is paid again: {most}"
+        )
+
+
+def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
+    """Check the plan's figures and the dataset's budget by the site's rules, as far as they are
+    known before the study starts. Returns what its records have paid; None where they have paid
+    nothing, or pay from a ledger of the run alone.
+
+    out: the run's folder: a run that is resumed has paid for a part of the plan.
+    Errors: Refused."""
+    for refusal in privacy_refusals(study, site, None):
+        raise refusal
+    ledger = None
+    if (site.site.state / DATABASE).exists() and not site.data.declared:
+        ledger = Ledger(site.site.state)
+    study = known_plan(study, site, out)
+    plan = _plan(study, site) if study.private else None
+    refusals = [*privacy_refusals(study, site, plan), *cost_refusals(study, site, plan, ledger)]
+    for refused in refusals:
+        raise refused
+    return _paid(study, site, plan, ledger) if plan and ledger else None
+
+
+def _plan(study: Study, site: Site) -> DpPlan:
+    try:
+        return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
+    except ConfigError as error:  # of public figures alone
+        raise PolicyRefused(error.happened, error.expected, error.todo) from None
+
+
+def _paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> Paid | None:
+    charges = ledger.charges(site.data.name)
+    if not charges or study.continuous:
+        return None
+    earlier = [charge for charge in charges if charge.name == study.study.name]
+    runs = places(site)
+    return Paid(
+        site=site.site.name,
+        before=total_of(site, plan, charges, ahead=0),
+        after=total_of(site, plan, charges, ahead=plan.steps),
+        ceiling=site.policy.max_epsilon,
+        again=total_of(site, plan, earlier, ahead=0).epsilon,
+        run=next((runs.get(charge.study, "") for charge in reversed(earlier)), ""),
+    )

@@ -1,0 +1,33 @@
+"""The process that checks a site before it takes part; `fedtune client` starts it and waits.
+
+It reads the records as the vault does: without a network. What it needed of memory goes with it,
+and who started it never imports what reads records."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from fedtune.core.config import load_site
+from fedtune.core.errors import FedtuneError
+from fedtune.core.processes import end_with_parent
+from fedtune.core.progress import listening
+from fedtune.core.vault.process import confine
+from fedtune.core.wire.events import Teller, pass_warnings_on
+
+
+def main(options: list[str]) -> None:
+    """Check a site, and tell who started this process what is wrong. options: SITE EVENTS."""
+    path, events = options
+    site = load_site(Path(path))
+    confine(site, processes=1)  # what this machine lacks, the vault says, which is next
+    end_with_parent()
+    tell = Teller(Connection(int(events)))
+    pass_warnings_on(tell)
+    from fedtune.officer.before_joining import check_before_joining
+
+    try:
+        with listening(tell.step):
+            check_before_joining(site)
+    except FedtuneError as error:
+        tell.error(error)

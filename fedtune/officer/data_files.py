@@ -1,0 +1,70 @@
+"""The files and tables that a data report is about, in counts."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.core.config import SiteData
+from fedtune.core.data.records import Read, source_of
+from fedtune.core.data.sources import by_suffix
+from fedtune.core.data.sources._encoding import found_encoding
+
+BINARY = (".parquet", ".arrow")
+COUPLED = "selected by a query or a view, which may couple patients: outside the guarantee"
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """One file of records: its name, its size in bytes, its encoding as it looks, what separates
+    its cells (CSV), and how many rows it has and how many of these failed. Or a
+    database's table."""
+
+    name: str
+    size: int
+    encoding: str
+    delimiter: str
+    rows: int
+    failed: int
+
+
+def files_of(data: SiteData, read: Read) -> list[FileFacts]:
+    """Describe each file that was read; a file of another kind is not one of them."""
+    rows = Counter(record.place.file for record in read.records if record.place)
+    failed = Counter(each.file for each in read.failed)
+    if data.url:
+        return _tables(rows, failed, read)
+    folder = data.path if data.path.is_dir() else data.path.parent
+    source = source_of(data) or by_suffix().get(".csv")
+    delimiter = {",": "comma", ";": "semicolon", "\t": "tab"}
+    mark = str(getattr(source, "delimiter", ","))
+    facts = []
+    for name in sorted({*rows, *failed} | ({data.path.name} if data.path.is_file() else set())):
+        path = folder / name
+        csv, there = path.suffix.lower() == ".csv", os.path.isfile(path)
+        facts.append(
+            FileFacts(
+                name,
+                path.stat().st_size if there else 0,
+                "–" if path.suffix.lower() in BINARY or not there else _encoding(path, source),
+                delimiter.get(mark, mark) if csv else "–",
+                rows[name] + failed[name] + read.filtered_in[name] + read.withheld_in[name],
+                failed[name],
+            )
+        )
+    return facts
+
+
+def _encoding(path: Path, source: object) -> str:
+    """Describe a file's encoding as its bytes show it, and where it is read by another, that."""
+    found, asked = found_encoding(path), str(getattr(source, "encoding", "utf-8"))
+    return f"{found}, read as {asked}" if found.startswith("not") and asked != "utf-8" else found
+
+
+def _tables(rows: Counter[str], failed: Counter[str], read: Read) -> list[FileFacts]:
+    """Describe a database's tables, which have neither a size here nor an encoding of their own."""
+    left_out = read.filtered_in + read.withheld_in
+    names = sorted({*rows, *failed, *left_out})
+    return [FileFacts(n, 0, "–", "–", rows[n] + failed[n] + left_out[n], failed[n]) for n in names]

@@ -1,0 +1,311 @@
+"""Check a site before a study: files, ledger, certificates, network, plan, self-test.
+
+Nothing leaves this machine but a status request to the coordinator that it is enrolled with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+
+from fedtune.core.bases.find import Base, find_base
+from fedtune.core.config import Site, Study, load_site
+from fedtune.core.config.sheet import lacking, load_sheet
+from fedtune.core.data.load import LONG, text_members
+from fedtune.core.data.records import read_file, read_records, unit_member
+from fedtune.core.dp.plan import plan_for_site
+from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.ledger.files import KEY, SALT, traces
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.build import build
+from fedtune.core.progress import report
+from fedtune.core.training import selftest
+from fedtune.core.vault.declared import declare
+from fedtune.core.vault.policy import base_for
+from fedtune.core.vault.reading import (
+    by_reason,
+    declared_wrongly,
+    describe,
+    read_for_training,
+    rows_of,
+)
+from fedtune.core.vault.site_checks import check_data, reading_of
+from fedtune.core.wire.protocol import check_peer
+from fedtune.doctor import machine, tls
+from fedtune.doctor.machine import Finding, findings
+from fedtune.flower import certs
+from fedtune.flower.forwarder import STATUS, dial, far_context, newest, proxy_of
+from fedtune.flower.link import Link, link
+from fedtune.flower.membership import keys_folder
+from fedtune.officer.isolation_here import isolation_here
+from fedtune.officer.let_go import waiting
+from fedtune.officer.review import unsigned, would_refuse
+from fedtune.officer.sheet import check_attested
+from fedtune.report.delta import warning
+
+RENEW = (
+    "a running `fedtune client` renews it by itself; past its end run `fedtune enroll` again, with "
+    "the same keys, and have the request admitted"
+)
+
+
+def examine(path: Path, study: Study | None = None, *, outline: bool = False) -> Iterator[Finding]:
+    """Yield each check's finding as it ends; with a study also its plan, data and self-test.
+    outline: as of client.review.is_outline.
+
+    Errors: ConfigError where site.toml cannot be read; all else is a finding."""
+    site = load_site(path)
+    yield Finding("site file", True, f"{path}: {site.site.name}")
+    if study is not None:  # first: it takes a second, and what follows minutes
+        yield from findings([("plan", lambda: _plan(study, site, outline))])
+    yield from findings(
+        [
+            ("versions", machine.versions),
+            ("records", lambda: _records(site)),
+            ("ledger", lambda: _ledger(site)),
+            ("same people", lambda: _same_people(site)),
+            ("secrets", lambda: _secrets(site)),
+            ("isolation", lambda: _isolation(site)),
+        ]
+    )
+    if site.data.declared:
+        yield from findings([("declared data", lambda: _declared(site))])
+    if site.policy.answers == "held":
+        yield from findings([("held answers", lambda: _held(site))])
+    if site.policy.data_sheet:
+        yield from findings([("data sheet", lambda: _sheet(site))])
+    if study is None:
+        yield from findings([("disk", lambda: machine.disk(site.site.state, machine.FREE))])
+    if site.coordinator:
+        yield from _network(site, path)
+    if study is not None:
+        yield from _for_study(site, study)
+
+
+def _isolation(site: Site) -> str:
+    """Try how `fedtune client` would be confined here. Errors: PolicyRefused where the policy asks
+    for more than this machine gives."""
+    here = isolation_here(site)
+    if here.lacks and site.policy.isolation == "required":
+        raise PolicyRefused(
+            f'policy.isolation = "required", and here {"; ".join(here.lacks)}',
+            todo='run the client elsewhere, or set policy.isolation = "preferred"',
+        )
+    return here.text
+
+
+def _held(site: Site) -> str:
+    """Count the answers that wait for a person here."""
+    count = len(waiting(site))
+    told = f"{count} wait: `fedtune let-go`" if count else "none waits"
+    return f"each waits here until a person lets it go (policy.answers); {told}"
+
+
+def _declared(site: Site) -> str:
+    """Check that no declared record was ever charged as private, as the client does at its start.
+
+    Errors: PolicyRefused."""
+    if traces(site.site.state):
+        declare(site, sign=False)
+    allowed = site.policy.allow_declared_data
+    client = "" if allowed else "; `fedtune client` refuses it (policy.allow_declared_data)"
+    return f"{site.data.declared}: a run of it pays from a ledger of its own{client}"
+
+
+def _sheet(site: Site) -> str:
+    """Check that the data sheet holds what the policy asks for, and is attested of these records.
+
+    Errors: PolicyRefused."""
+    lacks = lacking(load_sheet(site), site.policy.data_sheet)
+    if lacks:
+        raise PolicyRefused(f"policy.data_sheet: the data sheet lacks {', '.join(lacks)}")
+    check_attested(site)
+    return "holds what policy.data_sheet asks for; sheet and records are as they were attested"
+
+
+def _for_study(site: Site, study: Study) -> Iterator[Finding]:
+    report("checking: base")
+    try:
+        base = find_base(study.base.model) if study.base.digest is None else base_for(study, site)
+        need = machine.need(study, base.path)
+    except FedtuneError as error:
+        yield Finding("base", False, str(error))
+        return
+    outbox_bytes = need.adapter * (study.training.rounds or 0)  # every update stays in the outbox
+    yield Finding("base", True, f"{base.path}: {base.digest}")
+    yield from findings(
+        [
+            ("disk", lambda: machine.disk(site.site.state, machine.FREE + outbox_bytes)),
+            ("memory", lambda: machine.memory(need.memory)),
+            ("records for the plan", lambda: _fits(site, study, base)),
+        ]
+    )
+    report("loading the base")
+    try:
+        network = build(study, base)
+    except FedtuneError as error:
+        yield Finding("self-test", False, str(error))
+        return
+    rank = study.lora.rank_at(site.site.lora_rank) if study.lora else None
+    for result in selftest.run(study, network, site.site.declared_size, rank):
+        detail = result.note or f"{result.figure:.3g}, at most {result.bound:g}"
+        yield Finding(f"self-test: {result.name}", result.passed, detail)
+
+
+def _network(site: Site, path: Path) -> Iterator[Finding]:
+    """Check enrolment, both certificates and the client's connection to the gateway."""
+    report("checking: coordinator")
+    try:
+        site_link = link(site, path)
+        answer = site_link.answer
+        authority = x509.load_pem_x509_certificate(answer.ca.encode())
+        leaf = newest(site_link)
+    except FedtuneError as error:
+        yield Finding("enrolment", False, str(error))
+        return
+    yield Finding("enrolment", True, f"{site_link.name}, in the consortium {answer.fingerprint}")
+    check = lambda: tls.certificate(leaf, authority, tls.LEAF_LEFT, RENEW)  # noqa: E731
+    yield from findings([("certificate", check)])
+    try:
+        proxy = proxy_of(site_link)
+        connect = lambda context: dial(site_link, proxy, context)  # noqa: E731
+        server_leaf = tls.presented(connect, site_link.address)
+    except FedtuneError as error:
+        yield Finding("coordinator", False, str(error))
+        return
+    advice = "the address may be another's; else ask the coordinator to run `fedtune doctor`"
+    yield from findings(
+        [
+            ("names", lambda: tls.names(server_leaf, site_link.host)),
+            (
+                "its certificate",
+                lambda: tls.certificate(server_leaf, authority, timedelta(0), advice),
+            ),
+        ]
+    )
+    try:
+        status, clock = _greet(site_link, connect)
+    except FedtuneError as error:
+        yield Finding("coordinator", False, str(error))
+        return
+    yield Finding("coordinator", True, f"{site_link.address}: answers, and lets this site in")
+    yield from findings(
+        [("clock", lambda: tls.clock(clock)), ("protocol", lambda: _protocol(status))]
+    )
+
+
+def _greet(site_link: Link, connect: tls.Dial) -> tuple[dict[str, Any], float]:
+    """Return the gateway's status and by how many seconds this clock is ahead of its clock.
+
+    Errors: InfrastructureError where it does not answer, or turns this site away."""
+    sent = certs.now()
+    code, body = tls.get(connect, far_context(site_link), site_link.address, STATUS)
+    received = certs.now()
+    if code == 403:
+        raise InfrastructureError(f"{site_link.address}: refuses this site: {body.decode()}")
+    if code != 200:
+        raise InfrastructureError(f"{site_link.address}: answers {code}: {body.decode()}")
+    status: dict[str, Any] = json.loads(body)
+    gateway_time = str(status.get("now", received.isoformat()))
+    return status, tls.ahead_of(sent, gateway_time, received)
+
+
+def _protocol(status: dict[str, Any]) -> str:
+    check_peer("the coordinator", status, "this site")
+    return f"{status['protocol']} at both ends; fedtune {status['release']} at the coordinator"
+
+
+def _secrets(site: Site) -> str:
+    state, keys = site.site.state, keys_folder(site)
+    return machine.secrets([state / KEY, state / SALT, keys / "node.key", keys / "tls.key"])
+
+
+def _records(site: Site) -> str:
+    """Compare the count of usable units with declared_size; nothing else compares the two."""
+    by_patient = site.data.columns.patient is not None
+    read = read_file(site.data, unit="patient" if by_patient else "record")
+    units = len({record.unit for record in read.records})
+    unit, declared = "patients" if by_patient else "records", site.site.declared_size
+    counts = f"{len(read.records)} usable records, {units} {unit}; declared_size = {declared}"
+    if read.filtered:
+        counts += f"; {read.filtered} left out by data.filter"
+    if read.withheld:
+        counts += f"; {read.withheld} of patients who did not agree to their use"
+    if read.failed:
+        counts += f"; left out: {by_reason(read.rejected)}: {rows_of(read.failed)}"
+    if units < 2:
+        raise FedtuneError(counts, "at least 2", "without them this site sends noise alone")
+    if not declared / 2 < units < 2 * declared:
+        raise FedtuneError(
+            counts,
+            "a declared size within a factor of two",
+            "declare another round figure by hand; what is declared is public",
+        )
+    return "; ".join([counts, *declared_wrongly(units, declared, unit.removesuffix("s"))])
+
+
+def _ledger(site: Site) -> str:
+    if not traces(site.site.state):
+        return f"{site.site.state}: none yet; begins with the first study"
+    ledger = Ledger(site.site.state)
+    ledger.verify()
+    return f"{site.site.state}: whole; {len(ledger.spending())} charges"
+
+
+def _same_people(site: Site) -> str:
+    """List signs that one patient has two keys, or that datasets declared disjoint share records.
+
+    No guarantee covers these and boilerplate texts cause both signs, so a person has to judge."""
+    if not traces(site.site.state):
+        return "nobody has taken part here as yet"
+    ledger, data = Ledger(site.site.state), site.data
+    signs = [
+        f"datasets {first} and {second} are declared disjoint and share {shared} patients, records "
+        "or longer texts"
+        for first, second in ledger.disjoint
+        if (shared := ledger.overlap(first, second))
+    ]
+    if data.columns.patient:
+        is_known_member, texts = ledger.member_test(data.name), dict[str, bool]()
+        for record in read_records(data, unit="patient", strict=False)[0]:
+            if not is_known_member(unit_member(record.unit)):
+                has_known_text = any(map(is_known_member, text_members(record)))
+                texts[record.unit] = texts.get(record.unit, False) or has_known_text
+        if old := sum(texts.values()):
+            signs.append(
+                f"{old} of {len(texts)} new patients have a text of {LONG} characters or more that "
+                "somebody before them had; under a new key a patient's budget begins anew"
+            )
+    return "; ".join(signs) or "no sign of a patient under two keys or in two datasets"
+
+
+def _plan(study: Study, site: Site, outline: bool) -> str:
+    """Check the plan as `fedtune review` does, ledger and signature included."""
+    plan = plan_for_site(study, site.site.declared_size) if study.private else None
+    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
+    for refusal in would_refuse(study, site, plan, ledger, outline=outline):
+        raise refusal
+    if unsigned(study, site, ledger):
+        raise PolicyRefused(
+            f'policy.admission = "{site.policy.admission}" and nobody has signed this plan',
+            todo="`fedtune review STUDY --site SITE --sign`",
+        )
+    if plan is None:
+        return "NOT PRIVATE"
+    warned = warning(plan.delta, plan.unit, site.site.declared_size)
+    told = f"σ = {plan.noise_multiplier}, ε = {plan.epsilon:.3f}"
+    return f"{told}; {warned}" if warned else told
+
+
+def _fits(site: Site, study: Study, base: Base) -> str:
+    """Describe what the study's own reading makes of the rows, with those that it rejects."""
+    check_data(site, study, base)
+    tokenizer, reader = reading_of(base, study.base.modality)
+    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
+    dataset = read_for_training(site.data, study, tokenizer, reader, ledger)
+    parts = [describe(dataset, study, site.site.declared_size), rows_of(dataset.counts.failed)]
+    return "; ".join(filter(None, parts))

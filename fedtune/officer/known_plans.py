@@ -1,0 +1,36 @@
+"""Plans of a study that this site knows already, with the digests that they began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedtune.core.config import Site, Study, study_from_json
+from fedtune.core.errors import FedtuneError
+from fedtune.core.files import reading
+from fedtune.core.run_folder import load_plan
+from fedtune.core.vault.budget_refusal import places
+from fedtune.runs.choice import with_digests_of
+
+
+def known_plan(study: Study, site: Site, *runs: Path) -> Study:
+    """Return the study with its digests filled in, where a run of it or a plan that was sent says
+    them: what was charged or signed for it is then known to be this study's. Else the study as it
+    is. runs: folders to look into first."""
+    for plan in _plans(site, runs):
+        filled = with_digests_of(study, plan)
+        if filled.digest == plan.digest:
+            return filled
+    return study
+
+
+def _plans(site: Site, runs: tuple[Path, ...]) -> Iterator[Study]:
+    sent = sorted(site.site.plan_file("").parent.glob("*.json"))
+    for folder in (*runs, *map(Path, reversed(places(site).values())), *sent):
+        try:
+            if folder.suffix == ".json":
+                yield study_from_json(reading.text(folder, "a plan that was sent"))
+            else:
+                yield load_plan(folder)
+        except FedtuneError:  # no run there any more, or a damaged one
+            continue

@@ -1,0 +1,136 @@
+"""Show the officer what waits at a site to be let go, and let it go or refuse it.
+
+A person sees plan facts, a length and a cost, never what an answer holds, nor what the site's own
+screen says of a round: a refusal reaches the coordinator, and one that followed from the records
+would tell of them, outside ε."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.core.config import Site
+from fedtune.core.errors import FedtuneError, InputError
+from fedtune.core.files import reading
+from fedtune.core.ledger.audit_log import AuditLog, login
+from fedtune.core.ledger.entries import Charge, Slot
+from fedtune.core.ledger.files import ASKED, DATABASE, RUNS, asked_path, name_of
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.rounding import rounded_up
+
+ANSWER, DRAW = "answer", "draw of shared noise"
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An answer that waits for a person, by what the plan and the ledger say of it.
+
+    name: as the command takes it; kind: ANSWER, or DRAW, which is not paid for as yet; size: in
+    bytes; epsilon: of this round alone, at policy.max_delta, and fallback, with shared noise, the
+    same whatever happens; since: UTC."""
+
+    name: str
+    kind: str
+    study: str
+    plan: str
+    round: int
+    size: int
+    epsilon: str
+    fallback: str
+    since: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What waits, and the ledger that it waits in."""
+
+    waiting: Waiting
+    slot: Slot
+    ledger: Ledger
+
+
+def waiting(site: Site) -> list[Waiting]:
+    """List what waits at a site, oldest first. Nothing is begun where there is no ledger. Errors:
+    LedgerError."""
+    return [found.waiting for found in _find(site)]
+
+
+def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -> list[Waiting]:
+    """Let go what waits under `names`, or refuse it for good, and enter both in the audit log and
+    in the ledger, in this order. every: whatever waits now. Returns what was decided.
+
+    Errors: InputError where nothing waits under a name, or another person was faster; LedgerError;
+    InfrastructureError."""
+    found = _find(site)
+    chosen = [one for one in found if every or one.waiting.name in names]
+    if unknown := set(names) - {one.waiting.name for one in found}:
+        raise InputError(
+            f"nothing waits here under {', '.join(sorted(unknown))[:200]}",
+            "names as `fedtune let-go SITE` lists them",
+            "list them again: what was let go or refused waits no more",
+        )
+    if not chosen:
+        return []
+    home = Ledger(site.site.state)
+    acts, event = AuditLog(home.folder, home.key), "refuse" if refuse else "let-go"
+    for one in chosen:
+        shown, how = one.waiting, "--all" if every else "by name"
+        about: dict[str, Any] = {"plan": shown.plan, "study": shown.study, "round": shown.round}
+        acts.add(event, "--refuse" if refuse else how, kind=shown.kind, **about)
+        if refuse:
+            one.ledger.refuse(one.slot, login())
+        else:
+            one.ledger.let_go(one.slot, login())
+        asked_path(one.ledger.folder, one.slot).unlink(missing_ok=True)
+    return [one.waiting for one in chosen]
+
+
+def _find(site: Site) -> list[_Found]:
+    folders = [site.site.ledger or site.site.state, *sorted((site.site.state / RUNS).glob("*"))]
+    found = list[tuple[int, _Found]]()
+    for folder in folders:
+        if (folder / DATABASE).exists():
+            ledger = Ledger(folder)
+            found += _find_answers(site, ledger)
+            found += _find_draws(site, ledger)
+    return [one for _, one in sorted(found, key=lambda pair: pair[0])]
+
+
+def _find_answers(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
+    for held in ledger.list_held():
+        shown = _describe(site, held.slot, held.charge, ANSWER, held.size, held.since)
+        yield held.since, _Found(shown, held.slot, ledger)
+
+
+def _find_draws(site: Site, ledger: Ledger) -> Iterator[tuple[int, _Found]]:
+    for path in (ledger.folder / ASKED).glob("*.json"):
+        with suppress(FedtuneError, KeyError, TypeError, ValueError):
+            facts: dict[str, Any] = reading.json_in(path, "a draw that waits")
+            charge, since = Charge.read(facts["charge"]), int(facts["since"])
+            slot = charge.study, charge.round, str(facts["adapter"])
+            if not (ledger.is_let_go(slot) or ledger.is_refused(slot)):
+                shown = _describe(site, slot, charge, DRAW, int(facts["bytes"]), since)
+                yield since, _Found(shown, slot, ledger)
+
+
+def _describe(site: Site, slot: Slot, charge: Charge, kind: str, size: int, since: int) -> Waiting:
+    from fedtune.core.dp import (
+        accountant,  # it takes a second to import, and most often nothing waits
+    )
+
+    delta = site.policy.max_delta
+    fallback = charge.fallback if charge.sites > 1 else None
+    return Waiting(
+        name=name_of(slot),
+        kind=kind,
+        study=charge.name,
+        plan=charge.study,
+        round=charge.round,
+        size=size,
+        epsilon=rounded_up(accountant.epsilon([charge.event], delta)),
+        fallback=rounded_up(accountant.epsilon([fallback], delta)) if fallback else "",
+        since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(since)),
+    )

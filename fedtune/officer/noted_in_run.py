@@ -1,0 +1,34 @@
+"""The newest head of a site's audit log that a run, or its dossier, holds sealed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.files import reading
+from fedtune.core.ledger.files import KEY, opened_token
+from fedtune.core.wire.keys import SigningKey
+from fedtune.evidence.sign import EVIDENCE, RUN
+
+
+def noted_in(run: Path, state: Path) -> str:
+    """Return the newest head of a site's audit log that its updates in a run, or in the dossier of
+    one, hold sealed. state: the site's folder, where its key is.
+
+    Errors: ConfigError without the key, InputError where there is no such head, or no run."""
+    if not (state / KEY).exists():
+        raise ConfigError(f"{state}: no {KEY} here", "a site's state folder")
+    key = SigningKey.at(state / KEY)
+    where = run / RUN if (run / RUN / EVIDENCE).exists() else run
+    evidence = reading.json_in(where / EVIDENCE, "what sites signed of a run", most=reading.LARGE)
+    heads = set[str]()
+    for update in evidence.get("updates", ()):
+        try:
+            token = json.loads(update["header"])["ledger"]["token"]
+            heads.add(str(opened_token(key, token).get("audit", "")))
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    if not (known := heads - {""}):
+        raise InputError(f"{run}: no update of this site with a head of its log", "such a run")
+    return max(known, key=lambda head: int(head.partition(":")[0]))

@@ -1,0 +1,219 @@
+"""Delete the files that a site's studies left beside the ledger.
+
+Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and the
+site's enrolment need; nor files that fedtune did not write, which are listed for a person.
+Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
+round is ordered again, it is trained and charged again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fedtune.core.config import Site, study_from_json
+from fedtune.core.config.records import RECORDS
+from fedtune.core.config.state_files import ACCEPTANCE, FIGURES, LOSSES, PAGE, RECORD
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.core.files.room import ROOM
+from fedtune.core.files.writing import DRAFT, is_abandoned, sync_folder
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix, traces
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.processes import alone
+from fedtune.core.secagg.draw import FOLDER as DRAWS
+from fedtune.core.vault.budget_refusal import PLACES
+from fedtune.core.vault.kept_plans import FOLDER as KEPT_PLANS
+from fedtune.core.vault.studies import FOLDER as STUDIES
+from fedtune.core.vault.studies import under_way
+from fedtune.observe.status import LOCK
+from fedtune.officer.withdraw import RECEIPTS
+
+KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
+    "updates that were released": (f"{OUTBOX}/*.bin",),
+    "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
+    "draws that wait to be let go": (f"{ASKED}/*.json",),
+    "notes of studies under way": (f"{STUDIES}/*.json",),
+    "plans as they were asked": (f"{KEPT_PLANS}/*.request",),
+    "plans that waited for a signature": ("plans/*.json",),
+    "logs": ("log.jsonl", "log.jsonl.1", "rank-*.log", "vault.log", "vault-run.log"),
+    "status": ("status.json",),
+    "counts of records": ("counts.json",),
+    "training losses by round": (LOSSES,),
+    "what the data sheet attested": ("sheet.json",),
+    "pages and figures of acceptances": (
+        f"{ACCEPTANCE}/*/{FIGURES}",
+        f"{ACCEPTANCE}/*/{PAGE}",
+    ),
+    "where runs on this machine lie": (PLACES,),
+    "ledgers of runs of declared data": (f"{RUNS}/*",),
+    "room for the ledger": (ROOM,),
+    "what Flower's processes left": ("flower/*", "ranks/*"),
+    "drafts of a process that was killed": ("*.new",),
+}
+OF_A_STUDY = tuple(KINDS)[:6]
+NEVER_DELETED = (
+    "ledger.*",  # entries, anchor, receipts, and what a restore put aside
+    *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it
+    f"{RECEIPTS}/*",  # what patients were told of their withdrawals
+    f"{ACCEPTANCE}/*/{RECORD}",  # what was decided about a model: signed, and without a row
+    *("keys/*", "keys.old-*"),  # the site's way into its consortium
+    *("audit*.jsonl", "audit.lock"),
+    *(LOCK, "flower/lock", "ranks/lock"),
+    *("site.toml", RECORDS),  # of a site that was made in memory
+)
+
+
+@dataclass
+class Listing:
+    """A state folder's files. deletable: by kind; unknown: what fedtune did not write, a ledger's
+    backup included; studies: digest -> name, where one was chosen."""
+
+    state: Path
+    deletable: dict[str, list[Path]] = field(default_factory=dict)
+    unknown: list[Path] = field(default_factory=list)
+    studies: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[Path]:
+        return [path for paths in self.deletable.values() for path in paths]
+
+
+def listing(site: Site, study: str | None = None) -> Listing:
+    """List what `purge` would delete: of every study, or of those whose digest or name is `study`.
+
+    Errors: ConfigError where there is no state folder; InputError where no study is called so;
+    LedgerError."""
+    state = site.site.state
+    if not state.is_dir():
+        raise ConfigError(f"{state}: no such folder", todo="nothing was kept here as yet")
+    contents = Listing(state)
+    for path in _walk(state):
+        kind = _kind(path.relative_to(state).as_posix())
+        if path.is_symlink() or kind is None:
+            contents.unknown.append(path)
+        elif kind and (is_abandoned(path) or not DRAFT.search(path.name)):
+            contents.deletable.setdefault(kind, []).append(path)
+    if study is not None:
+        contents.studies = _studies(site, contents.deletable.get(OF_A_STUDY[-1], []), study)
+        contents.unknown = []
+        files = contents.deletable
+        of_study = {kind: _of(files.get(kind, []), contents.studies) for kind in OF_A_STUDY}
+        contents.deletable = {kind: paths for kind, paths in of_study.items() if paths}
+    return contents
+
+
+def purge(contents: Listing) -> None:
+    """Delete the listed files and the folders that become empty. Neither the lock that the half of
+    a client on the network can take away, nor a link that it puts in a folder's place, is relied
+    on.
+
+    Errors: InfrastructureError where a client runs on this state, or the disk refuses; LedgerError,
+    before anything is deleted."""
+    with (
+        alone(contents.state / "flower", "fedtune client"),
+        alone(contents.state / "ranks", "the vault of a client"),
+    ):
+        if traces(contents.state):
+            key = Ledger(contents.state).key  # not with a damaged ledger: a restore may need these
+            AuditLog(contents.state, key).add("purge", files=len(contents.files))
+        try:
+            for path in contents.files:
+                _unlink(path, contents.state)
+            for folder in sorted({path.parent for path in contents.files}, reverse=True):
+                _remove_empty(folder, contents.state)
+            sync_folder(contents.state)
+        except OSError as error:
+            raise InfrastructureError(
+                f"{error.filename}: cannot be deleted ({error.strerror})",
+                todo="fix the permissions and run it again",
+            ) from None
+    if traces(contents.state):
+        Ledger(contents.state).verify()
+
+
+# ---------------------------------------------------------------------------------- one file
+
+
+def _kind(name: str) -> str | None:
+    """Classify a file: "" if it is never deleted, None if fedtune did not write it."""
+    if not DRAFT.search(name) and any(fnmatchcase(name, pattern) for pattern in NEVER_DELETED):
+        return ""
+    for kind, patterns in KINDS.items():
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            return kind
+    return None
+
+
+def _walk(state: Path) -> Iterator[Path]:
+    """Yield every file; of a folder that holds a ledger (a backup), the folder alone, unless it is
+    the ledger of a run of declared data."""
+    for root, folders, files in os.walk(state):
+        folder = Path(root)
+        of_run = folder.parent == state / RUNS
+        if folder != state and DATABASE in files and not of_run:
+            folders.clear()
+            yield folder
+            continue
+        links = [name for name in folders if (folder / name).is_symlink()]
+        yield from (folder / name for name in sorted([*files, *links]))
+
+
+def _unlink(path: Path, top: Path) -> None:
+    """Delete a file below `top` through folders alone, if it is there. Errors: OSError."""
+    folder = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for part in path.relative_to(top).parent.parts:
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        os.unlink(path.name, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(folder)
+
+
+def _remove_empty(folder: Path, top: Path) -> None:
+    while folder != top and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
+# ---------------------------------------------------------------------------------- one study
+
+
+def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, str]:
+    """Return digest and name of the studies that match. Errors: InputError where none does."""
+    state = site.site.state
+    spent = Ledger(state).spending() if traces(state) else []
+    names = under_way(state) | {entry.charge.study: entry.charge.name for entry in spent}
+    for path in plans:
+        try:
+            plan = study_from_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, FedtuneError):
+            continue
+        names[plan.digest] = plan.study.name
+    digest = name_or_digest.removeprefix("sha256:")
+    matches = {
+        study: name
+        for study, name in names.items()
+        if name_or_digest in (name, name.removesuffix(" (evaluation)"))
+        or (len(digest) >= 8 and study.removeprefix("sha256:").startswith(digest))
+    }
+    if not matches:
+        raise InputError(
+            f"{state}: no study {name_or_digest!r} here",
+            "its name, or at least 8 digits of its digest",
+            "`fedtune ledger SITE` lists them",
+        )
+    return matches
+
+
+def _of(paths: list[Path], studies: dict[str, str]) -> list[Path]:
+    """Select the files whose names begin with one of the studies' digests."""
+    starts = [outbox_prefix(digest) for digest in studies]
+    return [path for path in paths if path.name.startswith(tuple(starts))]

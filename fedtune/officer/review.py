@@ -1,0 +1,497 @@
+"""A plan in plain words for who signs for the site: what runs, what leaves, what it costs."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune import __version__
+from fedtune.accounting.costs import query_lines, shared_lines
+from fedtune.core.bases.find import known_digest
+from fedtune.core.config import (
+    CoordinatorTable,
+    ScheduleTable,
+    Site,
+    Study,
+    format_duration,
+    load_study,
+    study_from_json,
+)
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.calibration import with_rounds
+from fedtune.core.dp.plan import DpPlan, plan_for_site
+from fedtune.core.dp.query import query_plan
+from fedtune.core.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyRefused, Refused
+from fedtune.core.files import reading
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import heaviest
+from fedtune.core.objectives import describe, resolve
+from fedtune.core.registry.rounding import percent, rounded_up
+from fedtune.core.vault.policy import (
+    accounted,
+    fallback_of,
+    may_resolve,
+    permit_plugins,
+    refusals,
+    sheet_refusals,
+    total_of,
+    within_budget,
+)
+from fedtune.evidence import fingerprints
+from fedtune.flower import membership
+from fedtune.officer.isolation_here import isolation_here
+from fedtune.officer.known_plans import known_plan
+from fedtune.report.claim import assumption, best_guess, protects, strength
+from fedtune.report.delta import chance, warning
+
+SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
+
+
+@dataclass(frozen=True)
+class Review:
+    """digest: what is signed, "" where it is not known before public text was read; sections:
+    (heading, lines); refusals: the rules that say no; verdict: what the site would do with the plan
+    as things stand."""
+
+    digest: str
+    sections: list[tuple[str, list[str]]]
+    refusals: list[str]
+    verdict: str
+
+
+def read_plan(
+    path: Path, site: Site, settings: Sequence[str] = (), *, whole: bool = False
+) -> Study:
+    """A plan from study.toml, from the coordinator's answer, or as a coordinator sent it or its run
+    folder keeps it (JSON).
+
+    settings: of a study.toml, values in place of the file's, as of load_study; whole: of a
+    study.toml, also what is computed from its base and its public text (the adapter's frozen
+    factor, the start), which may take an hour. Only a whole plan has the digest that a site is
+    asked to run; rules and costs follow from the rest.
+    Errors: ConfigError; ModelError where the base is not to be had; PolicyRefused where it names a
+    plug-in that the site's policy does not, of which nothing is imported."""
+    if path.suffix in SENT:
+        if settings:
+            raise ConfigError(
+                f"--set and {path}: a plan as it was sent is not changed", "a study.toml"
+            )
+        if path.suffix == ".answer":
+            return _in_answer(path, site)
+        return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
+    study = load_study(path, lambda study: permit_plugins(study, site), settings)
+    if not whole:
+        return known_plan(_outlined(study), site)
+    from fedtune.public.start import start
+    from fedtune.runs.teacher_admission import register_teacher
+
+    register_teacher(study)
+    return start(study).study
+
+
+def _outlined(study: Study) -> Study:
+    """Fill in what follows from a study.toml without its base: the rounds, and the digest of a base
+    that this release pins."""
+    digest = study.base.digest or known_digest(study.base.model)
+    base = study.base.model_copy(update={"digest": digest})
+    return with_rounds(study.model_copy(update={"base": base}))
+
+
+def is_outline(path: Path, study: Study) -> bool:
+    """Return whether what was read from `path` is a study.toml that lacks digests which are filled
+    in when the study starts. A plan as it was sent is none: what it lacks is refused."""
+    if path.suffix in SENT:
+        return False
+    lora = study.lora
+    made = [study.base.digest, *([lora.a_digest] if lora else [])]
+    made += [lora.preconditioner.digest] if lora and lora.preconditioner else []
+    made += [study.start.digest] if study.start else []
+    return not all(made)
+
+
+def _in_answer(path: Path, site: Site) -> Study:
+    """Return the plan that the coordinator's answer brings. Errors: ConfigError, Refused."""
+    keys, table = membership.keys_folder(site), site.coordinator or CoordinatorTable()
+    name, expected = site.site.name, table.fingerprint or ""
+    answer = membership.read(path, membership.tls_key(keys), name, expected)
+    study = membership.plan_of(answer, path)
+    if study is None:
+        raise ConfigError(
+            f"{path}: brings no plan",
+            "an answer that `fedtune admit` wrote while `fedtune server` runs",
+            "join without it: what this site's client is sent lies in "
+            f"{site.site.plan_file('').parent} until somebody signs it; or ask for a new answer",
+        )
+    return study
+
+
+def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -> Review:
+    """What `study` would mean at `site`. Reads no record. outline: as of is_outline."""
+    plan = plan_for_site(study, site.site.declared_size) if study.private else None
+    against = would_refuse(study, site, plan, ledger, outline=outline)
+    refused = [str(refusal) for refusal in against]
+    sections = [
+        ("What would run", _runs(study, plan, site)),
+        ("What would leave this site", _leaves(study, site)),
+        *(
+            [("Who shares the noise", _peers(plan, site, ledger))]
+            if plan and plan.sites > 1
+            else []
+        ),
+        ("What it costs", [*_selected(site), *_declared(site), *_costs(study, site, plan, ledger)]),
+    ]
+    digest = "" if outline else study.digest
+    return Review(digest, sections, refused, _verdict(study, site, plan, ledger, refused))
+
+
+def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
+    """Show this site's key and its peers', with the fingerprints that people compare."""
+    own = ledger.key.public
+    pinned = [key for key in dict.fromkeys(site.policy.peers) if key != own]
+    return [
+        f"{plan.sites} sites share one dose of noise, and ε holds if "
+        f"{assumption(plan.sites, plan.colluding)}.",
+        f"This site: {own}, fingerprint {fingerprints.of_peer(own)}.",
+        *(f"Peer: {key}, fingerprint {fingerprints.of_peer(key)}." for key in pinned),
+        *([] if pinned else ["Peers: none; each sends you the key that its own review shows."]),
+        "Compare each fingerprint by phone with the hospital that holds the key: a key that nobody "
+        "compared may be the coordinator's own, which then knows that noise.",
+    ]
+
+
+def _selected(site: Site) -> list[str]:
+    if not site.free_query:
+        return []
+    return [
+        "NOT COVERED: a query or a view selects this site's records. Where it counts, ranks, "
+        "limits or averages over several patients, one of them may decide what becomes of "
+        "another's records, and no ε below holds for that."
+    ]
+
+
+def _declared(site: Site) -> list[str]:
+    if not site.data.declared:
+        return []
+    return [
+        f"Nothing for life: this site declares its data {site.data.declared}, so a run pays from a "
+        "ledger of its own. What follows is of one run."
+    ]
+
+
+def would_refuse(
+    study: Study,
+    site: Site,
+    plan: DpPlan | None,
+    ledger: Ledger | None,
+    *,
+    outline: bool = False,
+) -> list[Refused]:
+    """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
+    among them. ledger: None where none has begun here; outline: as of is_outline."""
+    rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
+    return [*rules, *_about_teacher(study, site), *cost_refusals(study, site, plan, ledger)]
+
+
+def _about_teacher(study: Study, site: Site) -> list[Refused]:
+    """Refuse a teacher that is a run and not as it was signed. Verified here alone, where a person
+    reads: a round compares the teacher's digest, which the plan pins."""
+    if not may_resolve(study, site.policy) or resolve(study.objective).teacher_spec is None:
+        return []
+    from fedtune.runs.teacher_admission import check_teacher
+
+    try:
+        check_teacher(study)
+    except NotGenuine as error:
+        return [PolicyRefused(error.happened, error.expected, error.todo)]
+    return []
+
+
+def cost_refusals(
+    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
+) -> list[Refused]:
+    """Every ceiling that says no to what the plan costs on top of what was spent. ledger: as of
+    `would_refuse`."""
+    refused, name = list[Refused](), site.data.name
+    try:
+        accounted(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
+    except Refused as refusal:
+        refused.append(refusal)
+    charges, steps = ledger.charges(site.data.name) if ledger else [], 0
+    if study.continuous:
+        charges = ledger.newcomer(site.data.name) if ledger else []
+        steps = study.training.local_steps
+    try:
+        within_budget(site, plan, charges, steps)
+    except Refused as refusal:
+        refused.append(refusal)
+    return refused
+
+
+def unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
+    """Return whether the plan still waits for a signature here."""
+    signed = ledger is not None and ledger.admitted(study.digest)
+    return site.policy.admission != "standing" and not signed
+
+
+def _verdict(
+    study: Study, site: Site, plan: DpPlan | None, ledger: Ledger, refused: list[str]
+) -> str:
+    if refused:
+        return "This site refuses it"
+    if plan and not study.continuous and not _ahead(plan, ledger.charges(site.data.name)):
+        return (
+            "This study is over here: every round is paid for. An update that was sent can be sent "
+            "again; nothing more is trained"
+        )
+    if unsigned(study, site, ledger):
+        joining = site.policy.admission == "reviewed"
+        return "This site takes part as soon as somebody signs the plan: --sign" + (
+            ", or joining with the answer that brings it" if joining else ""
+        )
+    return "This site would take part"
+
+
+def _ahead(plan: DpPlan, charges: list[Charge]) -> int:
+    """The steps of the plan that are not paid for yet."""
+    return max(0, plan.steps - sum(c.event.steps for c in charges if c.study == plan.study))
+
+
+def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
+    where = "a head on the frozen base"
+    if study.lora:
+        lora = study.lora
+        blocks = f"the last {lora.last_layers} blocks" if lora.last_layers else "all blocks"
+        where = (
+            f"a LoRA adapter of rank {lora.rank} on {', '.join(lora.modules)} of {blocks}"
+            f" ({'B alone is trained' if lora.train == 'B' else 'A and B are trained'})"
+        )
+        if (rank := lora.rank_at(site.site.lora_rank)) < lora.rank:
+            where += f", {rank} of its ranks each round here, in turn (site.lora_rank)"
+    t = study.training
+    lines = [
+        f"Code: fedtune {__version__} as installed here. Nothing the coordinator sends is run.",
+        f"Where: on this machine {isolation_here(site).text}.",
+        f"Base: {study.base.model}, {study.base.digest or 'digest not pinned'}{_bits(study)}.",
+        f"Trained: {where}; objective {study.objective.name}.",
+        *_objective(study, site),
+        f"{t.rounds} rounds of {t.local_steps} step{'s' if t.local_steps > 1 else ''} each.",
+    ]
+    if study.schedule and plan:
+        lines[-1:] = _goes_on(study.schedule, t.local_steps, plan)
+    if plan is None:
+        return [*lines, "NOT PRIVATE: no noise is added and nothing is promised."]
+    drawn = "record" if plan.records > 1 else plan.unit
+    sampled = (
+        f"every {drawn} takes part in every step"
+        if plan.sampling_rate == 1
+        else f"each {drawn} takes part in each step with probability {plan.sampling_rate:.4g}"
+    )
+    return [
+        *lines,
+        f"In each step {sampled}; each {drawn}'s influence is clipped to {plan.max_grad_norm:g}, "
+        f"and noise of {plan.own_noise:g} times that is added before anything is kept.",
+    ]
+
+
+def _bits(study: Study) -> str:
+    table = study.base.quantisation
+    return f", its weights rounded here to {table.method}" if table else ""
+
+
+def _goes_on(schedule: ScheduleTable, steps: int, plan: DpPlan) -> list[str]:
+    return [
+        f"NO LAST ROUND: a round of {steps} step{'s' if steps > 1 else ''} every "
+        f"{format_duration(schedule.every)}, counted from {schedule.start}, until the coordinator "
+        "stops it or this site leaves. Rounds begin by the clock, never because records arrived.",
+        "Your records are read again before each round: whoever was added takes part from then "
+        f"on. A patient takes part in at most {plan.rounds} rounds, fewer where this site's "
+        "policy or other studies leave less, and is then left out for good. Nobody outside is "
+        "told: batch, noise and divisor stay as they are.",
+    ]
+
+
+def _objective(study: Study, site: Site) -> list[str]:
+    if not may_resolve(study, site.policy):
+        return []
+    lines = [describe(study.objective)]
+    if teacher := resolve(study.objective).teacher_spec:
+        lines.append(
+            f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
+            "never have seen these records without noise."
+        )
+    return lines
+
+
+def _leaves(study: Study, site: Site) -> list[str]:
+    what = "one noised update of the adapter" if study.private else "one update, WITHOUT noise"
+    columns = resolve(study.objective).directions if may_resolve(study, site.policy) else 0
+    if columns:
+        what = (
+            f"one table of {len(study.objective.labels)} × {columns + 1} numbers, "
+            + ("noised: " if study.private else "WITHOUT noise: ")
+            + "for each class the sum of its records' vectors in the plan's public basis, and how "
+            "many they are"
+        )
+    facts = ["this site's name", "its declared size", "its public signing key"]
+    facts += ["how many ranks it trains"] if study.lora and study.lora.min_rank else []
+    facts += [f"that its data is declared {site.data.declared}"] if site.data.declared else []
+    facts += ["that a query or a view selects its records"] if site.free_query else []
+    if study.secure_aggregation:
+        what = f"a statement that it is ready, then {what} as masked words, of which nobody opens "
+        what += "more than all sites' sum"
+        if not study.private:
+            what += " (WITHOUT noise)"
+    lines = [
+        f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
+        "already names, and the head of this site's ledger (a hash).",
+        *_held(study, site),
+        *_queries(study),
+        f"Once: {', '.join(facts)}.",
+        "On refusal: the rule that said no. On an error: that there was one.",
+        "Never without noise: records, counts, losses, gradients.",
+        "Never at all: timings, or who was sampled.",
+        *_accepted(site),
+    ]
+    return lines
+
+
+def _accepted(site: Site) -> list[str]:
+    """Say what becomes of the site's exact decisions about finished models."""
+    if site.acceptance is None:
+        return []
+    return [
+        "By a person alone: what `fedtune accept` decides here of a finished model. It is an exact "
+        "fact about held-out patients, outside this ε; nothing sends it, and no training or "
+        "release of a coordinator may follow from it."
+    ]
+
+
+def _held(study: Study, site: Site) -> list[str]:
+    """Say what waits for a person here before it leaves."""
+    if site.policy.answers != "held":
+        return []
+    what = "No answer leaves before a person here has let it go"
+    if study.secure_aggregation:
+        what = "Nothing is drawn or paid for before a person here has let it go"
+    return [
+        f"{what}: `fedtune let-go` (policy.answers). The coordinator waits for "
+        f"{study.strategy.round_timeout / 3600:.3g} hours in a round, and then goes on without "
+        "this site as the plan says. That somebody refused, and when, reaches it, and no ε covers "
+        "that."
+    ]
+
+
+def _queries(study: Study) -> list[str]:
+    if study.private_evaluation is None:
+        return []
+    return [
+        f'After {len(study.queries)} of the rounds, if policy.release lists "evaluation": two '
+        "noised numbers about the held-out records (the sum of their answers' likelihoods, and how "
+        f"many units there are), noise {study.private_evaluation.noise_multiplier:g} times one "
+        "unit's largest share, paid from the held-out records' own budget: "
+        f"ε = {rounded_up(query_plan(study).epsilon)}.",
+        *query_lines(study, study.strategy.min_sites),
+    ]
+
+
+def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> list[str]:
+    if plan is None:
+        return [
+            "Everything: after a run without privacy no ε can be stated for this dataset, and "
+            "private studies on it are refused."
+        ]
+    charges, policy = ledger.charges(site.data.name), site.policy
+    facts = {
+        "epsilon": plan.epsilon,
+        "delta": plan.delta,
+        "sampling_rate": plan.sampling_rate,
+        "noise_multiplier": plan.noise_multiplier / plan.records,
+        "steps": plan.steps,
+    }
+    if study.continuous:
+        return _costs_for_life(site, plan, ledger, facts)
+    before = total_of(site, plan, charges, ahead=0)
+    after = total_of(site, plan, charges, ahead=_ahead(plan, charges))
+    return [
+        f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
+        f"{protects(plan.unit)}; by ε alone the protection "
+        f"is {strength(plan.epsilon)}.",
+        *_delta(site, plan),
+        f"Somebody who knows everything else and sees all that leaves can tell whether one "
+        f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
+        "(a coin: 50 %).",
+        f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
+        f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
+        f"({after.how}); the policy's ceiling is {policy.max_epsilon:g}.",
+        *_whatever(site, plan, charges),
+        *shared_lines(study, [site.site.declared_size]),
+    ]
+
+
+def _delta(site: Site, plan: DpPlan) -> list[str]:
+    """Say what δ is at worst, and warn of one that is too large for this site."""
+    size = site.site.declared_size
+    warned = warning(plan.delta, plan.unit, size)
+    return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
+
+
+def _whatever(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:
+    """Of a plan, or a dataset, with secure aggregation: the total that holds without it."""
+    if plan.sites == 1 and all(charge.sites == 1 for charge in charges):
+        return []
+    before = fallback_of(site, plan, charges, ahead=0)
+    after = fallback_of(site, plan, charges, ahead=_ahead(plan, charges))
+    return [
+        f"The same whatever happens, by this site's own noise alone: ε = "
+        f"{rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
+        f"({after.how}); the ceiling, policy.max_fallback_epsilon, is "
+        f"{site.policy.max_fallback_epsilon:g}.",
+        *_room_for_attempts(site, plan, charges),
+    ]
+
+
+def _room_for_attempts(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:
+    """Say how many attempts that come to nothing the site's ceilings leave room for; at most as
+    many as the plan has rounds, since nobody plans for more."""
+    ahead = _ahead(plan, charges)
+    if plan.sites == 1 or not ahead:
+        return []
+
+    def fits(more: int) -> bool:
+        try:
+            within_budget(site, plan, charges, at_least=ahead + more * plan.local_steps)
+        except BudgetExceeded:
+            return False
+        return True
+
+    room = bisect_left(range(1, plan.rounds + 1), True, key=lambda more: not fits(more))
+    at_least = "at least " if room == plan.rounds else ""
+    return [
+        f"The ceilings leave room for {at_least}{room} attempt{'s' * (room != 1)} at a round that "
+        f"come{'s' * (room == 1)} to nothing, beside the plan's {plan.rounds} rounds; past that "
+        "this site refuses what is left of the study."
+    ]
+
+
+def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
+    """Of a study without a last round: what one patient pays in all, and who has paid what."""
+    policy = site.policy
+    spent = heaviest(site.data.name, ledger.cohorts(site.data.name), policy)
+    most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)
+    one = epsilon(plan.events(plan.local_steps), plan.delta)
+    return [
+        f"Each round: ε = {rounded_up(one)} at δ = {plan.delta:g} for a patient who takes part. "
+        f"In all rounds together, and for life: at most ε = {most:g}, for "
+        f"{protects(plan.unit)}; by ε alone the protection is {strength(most)}.",
+        f"Somebody who knows everything else and sees all that leaves can tell whether one "
+        f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
+        "(a coin: 50 %).",
+        "A patient pays from the first round after the records arrived, whether drawn or not.",
+        f"Whoever has spent most of dataset {site.data.name!r} so far, at δ = "
+        f"{2 * policy.max_delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
+        f"the policy's ceiling of {policy.max_epsilon:g} is left out, and the study goes on with "
+        "the others.",
+    ]

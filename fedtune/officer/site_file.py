@@ -1,0 +1,25 @@
+"""Find the site file of one of Flower's nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+
+from fedtune.core.config.sites import sites_in
+from fedtune.core.errors import ConfigError
+
+
+def site_file(context: Context) -> str:
+    """Return node_config["site"], else (in Flower's simulation) the n-th site file of the folder
+    run_config["sites"], n being the partition. Errors: ConfigError."""
+    path = context.node_config.get("site")
+    if path is not None:
+        return str(path)
+    folder, number = context.run_config.get("sites"), context.node_config.get("partition-id")
+    if folder is None or number is None:
+        raise ConfigError("this node does not know its site file", 'node_config["site"]')
+    files = sites_in(Path(str(folder)))
+    if not 0 <= int(number) < len(files):
+        raise ConfigError(f"{folder}: no site file for partition {number}")
+    return str(files[int(number)])

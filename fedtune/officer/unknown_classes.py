@@ -1,0 +1,36 @@
+"""Count the records of a site that a plan cannot use since it does not name their class.
+
+Guarantee: what this says is for the site's own screen; nothing of it is logged or sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fedtune.core.config import Site, Study
+from fedtune.core.data.records import read_records
+from fedtune.core.errors import printable
+
+MOST = 12  # classes that are named; of more, the column is likely to hold texts
+
+
+def unknown_classes(study: Study, site: Site) -> str:
+    """Say how many of a site's records are of a class that the plan has not; "" where there is
+    none, or the plan has no classes.
+
+    Errors: DataError where the records cannot be read, ConfigError where their source is not
+    installed."""
+    labels = {label.strip() for label in study.objective.labels}
+    if not labels:
+        return ""
+    records, _ = read_records(site.data, unit=study.unit, strict=False)
+    found = Counter(record.label.strip() for record in records)
+    unknown = Counter({label: count for label, count in found.items() if label not in labels})
+    if not unknown:
+        return ""
+    named = ", ".join(f"{printable(label)[:40]} {n:,}" for label, n in unknown.most_common(MOST))
+    more = " …" if len(unknown) > MOST else ""
+    are = "is" if unknown.total() == 1 else "are"
+    return (
+        f"{unknown.total():,} of this site's {found.total():,} records {are} of a class that the "
+        f"plan has not, and will be left out: {named}{more}"
+    )

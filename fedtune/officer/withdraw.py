@@ -1,0 +1,172 @@
+"""Withdraw a patient's consent: leave the records out from now on, and list earlier releases."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.config import Site, SiteData
+from fedtune.core.data.records import read_records, unit_member
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.errors import ConfigError, DataError, InputError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.chain import Entry
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.wire.keys import canonical, verifies
+
+RECEIPTS = "withdrawals"  # in the state folder: a receipt for each withdrawal
+_DIGITS = 16  # of the patient's salted hash in a receipt's file name
+
+
+@dataclass(frozen=True)
+class Release:
+    """A study that sent updates from the dataset before the withdrawal."""
+
+    name: str
+    digest: str
+    rounds: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """in_file: records of the patient that the site's files still hold, None where they cannot be
+    read; trained_on: whether the patient was ever trained on here; releases: studies whose adapters
+    may still reflect the patient; receipt: for the patient, signed by the site, as it lies in
+    `receipt_file`."""
+
+    in_file: int | None
+    trained_on: bool
+    releases: list[Release]
+    receipt: dict[str, Any]
+    receipt_file: Path
+
+
+class UnknownPatient(InputError):
+    """A key that no record and no study here has; it is not in the message."""
+
+
+def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
+    """Enter the withdrawal in the ledger and list the releases that it cannot undo.
+
+    From the next round on, the patient's records are left out, states kept in memory for them are
+    dropped, and nothing on the wire changes: batch, noise and divisor never depended on the true
+    count. What was released stays released: the adapters of `releases` were trained with the
+    patient's records under the ε stated, and whoever holds them learns at most that much.
+    Each withdrawal has a receipt, signed by the site's key, in its state folder for this user
+    alone: the time, the releases, no key of a patient. The same key again gets the receipt of its
+    first withdrawal. unseen: also for a key that is in no record as yet.
+    Guarantee: a receipt, and its file's name, follow from the patient's own withdrawal and from
+    what was released; nothing in them counts the ledger's entries, of which each withdrawal and
+    each change of the records is one.
+    Errors: UnknownPatient (nothing is entered: a key with a typing error would leave the patient
+    in); ConfigError where site.toml names no patient column; DataError where only the files could
+    tell, and cannot be read; LedgerError."""
+    if not site.data.columns.patient:
+        raise ConfigError(
+            "this site names no patient column, so nobody can tell whose record is whose",
+            "data.columns.patient in site.toml",
+            "take the record out of the file",
+        )
+    key = unit_member(patient.strip())
+    tables = [table for table in (site.data, site.evaluation) if table]
+    if (judged := site.acceptance) and judged.columns.patient:
+        tables += [judged] if judged.url or judged.path.exists() else []
+    datasets = {table.name for table in tables if ledger.holds(table.name, key)}
+    in_file: int | None = None
+    try:
+        in_file = sum(_count(table, patient.strip()) for table in tables)
+    except DataError:
+        if not (datasets or unseen):
+            raise
+    if not (datasets or in_file or unseen):
+        raise UnknownPatient(
+            "no usable record and no study here has this key; nothing was entered",
+            f"a key as it stands in the column {site.data.columns.patient!r}",
+            "type it again; --unseen enters it all the same, for a patient who has no usable "
+            "record as yet",
+        )
+    entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
+    receipt = _receipt(site, ledger, entry, releases)
+    path = site.site.state / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
+    rule = "--unseen" if unseen else ""
+    AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
+    replace(path, json.dumps(receipt, indent=1).encode(), private=True)
+    return Withdrawal(in_file, bool(datasets), releases, receipt, path)
+
+
+def check_receipt(path: Path, ledger: Ledger) -> str:
+    """Check that this site gave a receipt and that its withdrawal stands; returns when it was.
+
+    A unit withdraws once, so hash and time name the entry. Receipts of earlier releases, which name
+    it by its number too, are checked in the same way.
+    Errors: InputError where it is no receipt of this site, or its ledger has no such entry."""
+    receipt = reading.json_in(path, "a receipt of a withdrawal")
+    signature = str(receipt.pop("signature", ""))
+    try:
+        genuine = verifies(ledger.key.public, _signed(receipt), signature)
+    except ValueError:  # NaN or Infinity, which nothing that is signed has
+        genuine = False
+    if not genuine:
+        raise InputError(f"{path}: not signed by this site", "a receipt as this site gave it")
+    entry = ledger.withdrawn().get(receipt["unit"])
+    if entry is None or _time_of(entry) != receipt["time"]:
+        raise InputError(
+            f"{path}: this site's ledger has no such entry",
+            f"the withdrawal of {receipt['time']}",
+            "was the ledger restored from before it? Then withdraw again",
+        )
+    return str(receipt["time"])
+
+
+def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
+    """Compose and sign what a patient may keep: it names the patient by a salted hash, which tells
+    nobody without this site's salt who it is."""
+    receipt: dict[str, Any] = {
+        "what": "withdrawal of consent: no later round of this site reads the patient's records",
+        "site": site.site.name,
+        "time": _time_of(entry),
+        "unit": entry.body["unit"],
+        "releases": [
+            asdict(release) | {"epsilon": rounded_up(release.epsilon)} for release in releases
+        ],
+        "key": ledger.key.public,
+    }
+    return receipt | {"signature": ledger.key.sign(_signed(receipt))}
+
+
+def _time_of(entry: Entry) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.body["time"]))
+
+
+def _signed(receipt: dict[str, Any]) -> bytes:
+    return b"fedtune withdrawal\0" + canonical(receipt)
+
+
+def _count(table: SiteData, patient: str) -> int:
+    """Count the patient's records, whether or not data.consent leaves them out already."""
+    everybody = table.model_copy(update={"consent": None})
+    records, _ = read_records(everybody, unit="patient")
+    return sum(record.unit == patient for record in records)
+
+
+def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
+    by_study: dict[str, list[tuple[str, Steps]]] = {}
+    for spent in ledger.spending():
+        sent = spent.released or not spent.charge.noise_multiplier
+        if sent and spent.dataset in datasets:
+            charge = spent.charge
+            by_study.setdefault(charge.study, []).append((charge.name, charge.event))
+    releases = []
+    for digest, entries in by_study.items():
+        events = [event for _, event in entries]
+        private = all(event.noise_multiplier > 0 for event in events)
+        cost = epsilon(events, site.policy.max_delta) if private else float("inf")
+        releases.append(Release(entries[0][0], digest, len(entries), cost))
+    return releases

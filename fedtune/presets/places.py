@@ -1,0 +1,72 @@
+"""Where a site's records lie, as it is named on the command line: a file, a folder, a database."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TypeAlias
+
+from fedtune.core.config.database import FILES, anchored, checked, file_of, kind_of
+from fedtune.core.errors import ConfigError
+
+WherePath: TypeAlias = Path | str  # a file or a folder; URL#TABLE
+BULK = ".ndjson"  # files of a FHIR bulk export
+
+
+def place_of(text: str) -> WherePath:
+    """Read a place as it was typed: a url with a table behind #, else a path.
+
+    >>> place_of("notes.csv")
+    PosixPath('notes.csv')
+    >>> place_of("sqlite:///clinic.db#note")
+    'sqlite:///clinic.db#note'
+
+    Errors: ConfigError, without the url, which may hold a password."""
+    if "://" not in text:
+        return Path(text)
+    url, table = divided(text)
+    try:
+        checked(url)
+    except ValueError as error:
+        raise ConfigError(f"--data: a url {error}", "such as sqlite:///clinic.db#note") from None
+    if not table:
+        raise ConfigError("--data: a url names no table", "URL#TABLE, as sqlite:///clinic.db#note")
+    return text
+
+
+def divided(place: str) -> tuple[str, str]:
+    """Return a place's url and its table."""
+    url, _, table = place.partition("#")
+    return url, table
+
+
+def file_at(place: WherePath) -> Path | None:
+    """Return the file or folder of a place, None for a database that is none."""
+    if isinstance(place, Path):
+        return place
+    url, _ = divided(place)
+    return file_of(url) if kind_of(url) in FILES else None
+
+
+def is_bulk(place: WherePath) -> bool:
+    """Return whether a place is a folder of a FHIR bulk export."""
+    return isinstance(place, Path) and place.is_dir() and any(place.glob(f"*{BULK}"))
+
+
+def name_of(place: WherePath) -> str:
+    """Return what a site may be called after its place."""
+    text = place.stem if isinstance(place, Path) else divided(place)[1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+
+
+def lines_of(place: WherePath) -> str:
+    """Compose the lines of [data] in site.toml that say where the records are."""
+    if isinstance(place, Path):
+        return f"path = {_quoted(place.absolute())}" + ('\nsource = "fhir"' * is_bulk(place))
+    url, table = divided(place)
+    return f"url = {_quoted(anchored(url, Path.cwd()))}\noptions = {{ table = {_quoted(table)} }}"
+
+
+def _quoted(text: object) -> str:
+    return json.dumps(str(text), ensure_ascii=False)

