@@ -43,7 +43,18 @@ REFERENCES = Annotated[
     typer.Option(
         "--reference",
         metavar="RUN",
-        help="At a site: a run of the same adapter that did not see its records; repeat it.",
+        help="At a site, or with --records: a run of the same adapter that did not see these "
+        "records; repeat it.",
+        show_default=False,
+    ),
+]
+RECORDS = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--records",
+        metavar="NAME=FILE",
+        help="Tell sites instead: records of this site, with the study's columns; repeat it for "
+        "each of two or more.",
         show_default=False,
     ),
 ]
@@ -71,6 +82,7 @@ def attack(
     site: SITE = None,
     held_out: HELD_OUT = None,
     references: REFERENCES = None,
+    records: RECORDS = None,
     out: OUT = Path("attack"),
     canaries: CANARIES = 64,
     models: MODELS = 16,
@@ -85,11 +97,16 @@ def attack(
     canaries, and the same without noise, where the attack must succeed; of a study on text also
     how much a model tells of planted secrets, and whether it writes them. Reads no record; no ε.
 
+    **Sites** (--records for each): whether the model's outputs tell which site a record is from,
+    and whose records it learnt, against exchanges of the sites' names. ε does not cover that.
+
     A result beyond what ε allows means that something is broken: exit 3."""
     from fedtune.cli.watch import Watch
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.runs.run import Run
 
+    if records:
+        return _attack_sites(run, records, references or [], out, site or held_out)
     if site is None and (held_out or references):
         raise ConfigError("--held-out and --reference are for a site", "--site SITE with them")
     loaded = Run(run)
@@ -126,6 +143,29 @@ def attack(
         )
         raise Told(asdict(result), error)
     return asdict(result)
+
+
+def _attack_sites(
+    run: Path, records: list[str], references: list[Path], out: Path, other: Path | None
+) -> dict[str, Any]:
+    from fedtune.audit.site_inference import attack_sites, lines
+    from fedtune.cli.watch import Watch
+    from fedtune.errors import ConfigError
+    from fedtune.models.run import open_run
+
+    named = {name: path for name, _, path in (text.partition("=") for text in records)}
+    if other or len(named) < len(records) or not all(named) or not all(named.values()):
+        raise ConfigError(
+            "--records: two of one name, no NAME=FILE, or --site or --held-out beside it",
+            "NAME=FILE for each site, and --reference alone beside it",
+        )
+    others = [open_run(folder) for folder in references]
+    with Watch(Console(), "attacking"):
+        found = attack_sites(open_run(run), named, references=others, out=out)
+    for line in lines(found):
+        typer.echo(line)
+    typer.echo(f"wrote {out / 'sites.json'}: it follows from these records, exactly")
+    return asdict(found)
 
 
 def _secrets_line(found: Secrets) -> str:

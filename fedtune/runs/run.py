@@ -14,6 +14,7 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.models.adapter_files import load_adapter
 from fedtune.core.models.lora import Arrays, digest
+from fedtune.evidence.sign import RUN
 from fedtune.report.gain import is_start_released, over_start
 from fedtune.report.preference import alarms
 from fedtune.core.run_folder import PRINTED, load_plan, read_report
@@ -140,3 +141,9 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
         inner = value if isinstance(value, dict) else {"": value}
         flat |= {f"{name}.{key}" if key else name: figure for key, figure in inner.items()}
     return flat
+
+
+def open_run(folder: Path | str) -> Run:
+    """Open a run, or the run in a dossier. Errors: InputError, ConfigError."""
+    inside = Path(folder) / RUN
+    return Run(inside if (inside / "plan.json").is_file() else folder)

@@ -29,9 +29,9 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
 from fedtune.officer.acceptance.figures import figures_of
 from fedtune.officer.acceptance.judgement import Decision
-from fedtune.officer.acceptance.models import open_run, score_models
+from fedtune.officer.acceptance.models import score_models
 from fedtune.officer.acceptance.page import page
-from fedtune.runs.run import Run
+from fedtune.runs.run import Run, open_run
 
 FORMAT = "fedtune-acceptance-1"
 PURPOSE = b"fedtune acceptance\0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedtune.core.config import AcceptanceTable, EvaluationTable, Site, Study
 from fedtune.core.data.dataset import Dataset
@@ -14,10 +13,9 @@ from fedtune.core.objectives import resolve
 from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.evaluator import PREFERENCES
 from fedtune.evaluation.run import evaluator_of
-from fedtune.evidence.sign import RUN
 from fedtune.officer.acceptance.records import HeldOut, read_held_out
 from fedtune.report.gain import is_start_released
-from fedtune.runs.run import Run
+from fedtune.runs.run import Run, open_run
 
 MODEL, START, ALONE, BASE = "this model", "public start", "site alone", "base alone"
 
@@ -32,12 +30,6 @@ class Scored:
     labels: tuple[str, ...]
     cut: int
     not_scored: dict[str, str] = field(default_factory=dict)
-
-
-def open_run(folder: Path | str) -> Run:
-    """Open a run, or the run in a dossier. Errors: InputError, ConfigError."""
-    inside = Path(folder) / RUN
-    return Run(inside if (inside / "plan.json").is_file() else folder)
 
 
 def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -> Scored:

@@ -1,0 +1,297 @@
+"""Site inference: whether a model's outputs tell which site a record is from, and whose records the
+model learnt.
+
+    guessed    each record's site, from what training changed in the model's outputs on it, by the
+               nearest of the sites' means in its class, which the other records make
+    learnt     by how much more the loss fell on a site's records than on others of their classes
+
+Both are held against chance: the sites' names are exchanged among units that have records of the
+same classes, so that what a class alone tells is no finding (Noreen 1989, chapter 2). ε is about a
+patient: it covers neither. A guess above chance may come from the records' own style, which every
+function of them shows; what training on them adds is the difference from `references`, models that
+did not learn from these sites."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.config import DataFile, EvaluationTable
+from fedtune.data.records import read_records
+from fedtune.errors import ConfigError, DataError
+from fedtune.evaluation.run import evaluator_of, with_columns_of
+from fedtune.files.writing import replace
+from fedtune.models.run import Run
+from fedtune.registry.scores import Scores
+
+EXCHANGES = 1999
+LEAST = 10  # records of a site: with fewer nothing is said
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Guessed:
+    """The share of records whose site was guessed, each site counting alike; chance: its mean over
+    exchanges of the sites' names; p: how often one gives as much. of: the class, "" for all."""
+
+    of: str
+    records: int
+    share: float
+    chance: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """By how much more the loss fell on a site's records than on others of their classes (nats); p:
+    how often an exchange of names gives as much, times the number of sites."""
+
+    site: str
+    records: int
+    fall: float
+    p: float
+
+
+@dataclass(frozen=True)
+class SiteInference:
+    """What a model's outputs tell of sites. by_class: p times the number of classes; references:
+    the same guess from outputs of models that did not learn from these sites, by folder."""
+
+    guessed: Guessed
+    by_class: tuple[Guessed, ...]
+    learnt: tuple[Learnt, ...]
+    references: dict[str, Guessed]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Records by row: which site's, of which class, and of which unit they are."""
+
+    names: tuple[str, ...]
+    sites: Ints
+    classes: npt.NDArray[np.str_]
+    units: Ints
+
+
+def attack_sites(
+    run: Run,
+    records: Mapping[str, DataFile | Path | str],
+    *,
+    references: Sequence[Run] = (),
+    out: Path | str | None = None,
+) -> SiteInference:
+    """Try to tell sites by what a finished run's model makes of records of theirs.
+
+    The files are of records that are known to be a site's, trained on or not; with a patient
+    column in `columns`, a patient's records are one unit. Nothing is charged; the result counts the
+    records exactly, so that `out` is for this user alone.
+
+    Args:
+        records: by site's name, a file of the study's columns.
+        references: runs of the same study's base that did not learn from these sites.
+        out: a folder for sites.json.
+
+    >>> import fedtune
+    >>> fedtune.attack_sites(fedtune.Run("runs/none"), {"north": "n.csv", "south": "s.csv"})
+    Traceback (most recent call last):
+      ...
+    fedtune.errors.InputError: ...
+
+    Errors: ConfigError (fewer than two sites), DataError (a site with fewer than LEAST records),
+    ModelError, InfrastructureError."""
+    if len(records) < 2:
+        raise ConfigError("records of one site", "of two or more", "--records NAME=FILE for each")
+    given = {
+        name: file if isinstance(file, DataFile) else with_columns_of(run.study, Path(file))
+        for name, file in sorted(records.items())
+    }
+    outputs, asked = _outputs(run, given)
+    found = infer(outputs, asked)
+    others = {str(one.folder): guess(_outputs(one, given)[0], asked) for one in references}
+    found = SiteInference(found.guessed, found.by_class, found.learnt, others)
+    if out is not None:
+        text = json.dumps(asdict(found), indent=1, sort_keys=True, ensure_ascii=False)
+        replace(Path(out) / "sites.json", (text + "\n").encode(), private=True)
+    return found
+
+
+def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
+    """Compute what training changed in the outputs on each record, (n, 2): the fall of its loss,
+    and the change of how sure the model is."""
+    study = run.study
+    choices = study.evaluation.choices if study.evaluation else ()
+    labels = study.objective.labels or tuple(choice.strip() for choice in choices)
+    changes, sites, classes, units = list[Floats](), list[int](), list[str](), list[str]()
+    for number, (name, file) in enumerate(given.items()):
+        columns = {"path": file.path, "columns": file.columns, "choices": choices}
+        metric = "accuracy" if len(labels) > 1 else "loss"
+        table = EvaluationTable.model_validate(columns | {"metric": metric})
+        evaluator, trained = evaluator_of(run, table)
+        after, before = evaluator.scores(trained), evaluator.untouched
+        if (n := len(evaluator)) < LEAST:
+            raise DataError(f"{file.path}: {n} usable records", f"at least {LEAST}")
+        changes.append(
+            np.stack([before.loss - after.loss, _sureness(after) - _sureness(before)], axis=1)
+        )
+        sites += [number] * n
+        classes += [labels[k] if k >= 0 else "" for k in after.gold]
+        units += [f"{name}\0{unit}" for unit in _units(file, n)]
+    asked = Asked(
+        tuple(given),
+        np.array(sites),
+        np.array(classes),
+        np.unique(units, return_inverse=True)[1],
+    )
+    return np.concatenate(changes), asked
+
+
+def _units(file: DataFile, usable: int) -> list[str]:
+    """Return whose record each is: of nobody known to have others, without a patient column.
+
+    Errors: DataError (a row that cannot be used, among rows of patients)."""
+    if not file.columns.patient:
+        return [str(n) for n in range(usable)]
+    read = read_records(file, unit="patient")[0]
+    if len(read) != usable:
+        raise DataError(
+            f"{file.path}: {len(read) - usable} records cannot be read by this model",
+            "records that it can read, where they have patients",
+            "take them out",
+        )
+    return [record.unit for record in read]
+
+
+def _sureness(scores: Scores) -> Floats:
+    return np.zeros(len(scores.loss)) if scores.confidence is None else scores.confidence
+
+
+def infer(outputs: Floats, asked: Asked) -> SiteInference:
+    """Guess each record's site from `outputs` (n, d), of which column 0 is the fall of its loss."""
+    classes = [str(name) for name in np.unique(asked.classes)]
+    by_class = [
+        guess(outputs[asked.classes == name], _of_class(asked, name), name) for name in classes
+    ]
+    seen = [one for one in by_class if one.records]
+    adjusted = tuple(
+        Guessed(g.of, g.records, g.share, g.chance, min(1.0, len(seen) * g.p)) for g in seen
+    )
+    return SiteInference(guess(outputs, asked), adjusted, _learnt(outputs[:, 0], asked), {})
+
+
+def _of_class(asked: Asked, name: str) -> Asked:
+    rows = asked.classes == name
+    return Asked(asked.names, asked.sites[rows], asked.classes[rows], asked.units[rows])
+
+
+def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
+    """Guess each record's site, and hold how often that is right against chance."""
+    shares = np.concatenate([_shares(outputs, asked, names) for names in _exchanged(asked)])
+    found, null = float(shares[0]), shares[1:]
+    records = int(_counts(asked)[1].sum())
+    p = float((1 + (null >= found - 1e-12).sum()) / (1 + len(null)))
+    return Guessed(of, records, found, float(null.mean()), p)
+
+
+def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return the rows of each class in which sites can be told, and how many they are."""
+    rows = []
+    for name in np.unique(asked.classes):
+        here = np.flatnonzero(asked.classes == name)
+        held = np.bincount(asked.sites[here], minlength=len(asked.names))
+        if (held >= 2).sum() >= 2:  # a mean without the record itself
+            rows.append(here)
+    return rows, np.array([len(here) for here in rows], dtype=int)
+
+
+def _shares(outputs: Floats, asked: Asked, sites: Ints) -> Floats:
+    """Compute the share that is guessed with these names (exchanges, n), each site alike."""
+    rows, counts = _counts(asked)
+    if not rows:
+        return np.zeros(len(sites))
+    total = np.zeros(len(sites))
+    for here in rows:
+        total += len(here) * _class_share(outputs[here], sites[:, here], len(asked.names))
+    return np.asarray(total / counts.sum())
+
+
+def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
+    """Compute the same within a class: (m, d) values under (exchanges, m) names."""
+    spread = values.std(axis=0)
+    values = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    own = np.eye(number)[sites]  # (exchanges, m, sites)
+    held = own.sum(axis=1)  # (exchanges, sites)
+    sums = np.einsum("ems,md->esd", own, values)
+    # Each site's mean without the record itself where it is the site's own.
+    others = held[:, None, :] - own
+    means = (sums[:, None] - own[..., None] * values[None, :, None, :]) / np.maximum(
+        others[..., None], 1
+    )
+    distance = ((values[None, :, None, :] - means) ** 2).sum(axis=-1)
+    distance = np.where(others > 0, distance, np.inf)
+    right = np.take_along_axis(own, distance.argmin(axis=-1)[..., None], axis=-1)[..., 0]
+    hits = np.einsum("em,ems->es", right, own)
+    present = held > 0
+    return np.asarray((hits / np.maximum(held, 1)).sum(axis=1) / present.sum(axis=1))
+
+
+def _learnt(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
+    """Compare each site's fall of the loss with that of others of its classes."""
+    centred = falls.copy()
+    for name in np.unique(asked.classes):
+        rows = asked.classes == name
+        centred[rows] -= falls[rows].mean()
+    means = []
+    for names in _exchanged(asked):
+        own = np.eye(len(asked.names))[names]
+        means.append(np.einsum("ems,m->es", own, centred) / own.sum(axis=1))
+    stacked = np.concatenate(means)
+    found, null = stacked[0], stacked[1:]
+    p = (1 + (null >= found - 1e-12).sum(axis=0)) / (1 + len(null))
+    held = np.bincount(asked.sites, minlength=len(asked.names))
+    return tuple(
+        Learnt(name, int(held[n]), float(found[n]), min(1.0, len(asked.names) * float(p[n])))
+        for n, name in enumerate(asked.names)
+    )
+
+
+def _exchanged(asked: Asked, block: int = 100) -> Iterator[Ints]:
+    """Yield the sites' names as they are, then EXCHANGES exchanges of them among units whose
+    records are of the same classes, block by block, from a fixed seed."""
+    yield asked.sites[None]
+    first = np.unique(asked.units, return_index=True)[1]
+    unit = np.searchsorted(asked.units[first], asked.units)
+    made = [sorted(asked.classes[asked.units == asked.units[at]].tolist()) for at in first]
+    strata: dict[str, list[int]] = {}
+    for number, classes in enumerate(made):
+        strata.setdefault(json.dumps(classes), []).append(number)
+    random, of_unit = np.random.default_rng(0), asked.sites[first]
+    for start in range(0, EXCHANGES, block):
+        size = min(block, EXCHANGES - start)
+        names = np.tile(of_unit, (size, 1))
+        for numbers in map(np.array, strata.values()):
+            names[:, numbers] = random.permuted(names[:, numbers], axis=1)
+        yield names[:, unit]
+
+
+def lines(found: SiteInference) -> list[str]:
+    """Say what was found, for people."""
+
+    def told(one: Guessed) -> str:
+        return f"{one.share:.0%} where chance is {one.chance:.0%} (p = {one.p:.3g})"
+
+    said = [f"the site of {found.guessed.records} records is guessed: {told(found.guessed)}"]
+    said += [f"  of class {one.of}: {told(one)}" for one in found.by_class if one.of]
+    said += [f"  by {folder}, which did not learn from them: {told(one)}"
+             for folder, one in found.references.items()]  # fmt: skip
+    for site in found.learnt:
+        said.append(
+            f"{site.site}: the loss fell by {site.fall:+.3g} more than on others' records "
+            f"(p = {site.p:.3g})"
+        )
+    return [*said, "ε of a patient does not cover which site a model learnt from"]

@@ -1,0 +1,210 @@
+"""Site inference: a style that a model learnt is found, and names that say nothing are not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.audit import site_inference
+from fedtune.audit.site_inference import Asked, attack_sites, guess, infer
+from fedtune.errors import ConfigError, DataError
+from fedtune.models.run import Run
+from tests.cli_kit import run as command
+from tests.simulated import simulate
+
+SITES, CLASSES = ("alder", "birch", "cedar"), ("yes", "no")
+
+
+def asked(records: int, classes: int = 2, of_unit: int = 1) -> Asked:
+    """So many records of each of three sites, in turn of each class; of_unit: of one unit."""
+    n = 3 * records
+    return Asked(
+        SITES,
+        np.repeat(np.arange(3), records),
+        np.array([CLASSES[(k // of_unit) % classes] for k in range(n)]),
+        np.arange(n) // of_unit,
+    )
+
+
+@pytest.fixture(autouse=True)
+def fewer_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_inference, "EXCHANGES", 499)
+
+
+def test_a_planted_style_is_found_in_its_class() -> None:
+    """One site's records of one class come out otherwise."""
+    given, draw = asked(40), np.random.default_rng(0)
+    outputs = draw.normal(size=(120, 2))
+    styled = (given.sites == 1) & (given.classes == "yes")
+    outputs[styled] += 2.0
+    found = infer(outputs, given)
+    assert found.guessed.p < 0.01 and found.guessed.share > found.guessed.chance + 0.05
+    by_class = {one.of: one.p for one in found.by_class}
+    assert by_class["yes"] < 0.01 < 0.05 < by_class["no"]
+    learnt = {one.site: one.p for one in found.learnt}
+    assert learnt["birch"] < 0.01 and min(learnt["alder"], learnt["cedar"]) > 0.05
+
+
+@pytest.mark.parametrize("of_unit", [1, 4])
+def test_names_that_say_nothing_are_found_no_oftener_than_chance(of_unit: int) -> None:
+    """Also where a unit's records are alike: names are exchanged by unit."""
+    alarms = Counter[str]()
+    for seed in range(100):
+        draw, given = np.random.default_rng(seed), asked(20, of_unit=of_unit)
+        outputs = draw.normal(size=(60, 2)) * 0.3 + draw.normal(size=(60, 2))[given.units]
+        found = infer(outputs, given)
+        alarms["all"] += found.guessed.p < 0.05
+        alarms["class"] += min(one.p for one in found.by_class) < 0.05
+        alarms["learnt"] += min(one.p for one in found.learnt) < 0.05
+    assert max(alarms.values()) <= 13  # of 100 at 5 %: more once in 1,000
+
+
+def test_records_that_are_exchanged_one_by_one_raise_false_alarms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The twin: four records of a unit are alike, and are taken for four."""
+    alarms = 0
+    for seed in range(30):
+        draw, given = np.random.default_rng(seed), asked(20, of_unit=4)
+        outputs = draw.normal(size=(60, 2)) * 0.3 + draw.normal(size=(60, 2))[given.units]
+        single = Asked(given.names, given.sites, given.classes, np.arange(60))
+        alarms += guess(outputs, single).p < 0.05
+    assert alarms > 13
+
+
+def test_what_the_classes_tell_is_no_finding() -> None:
+    """One site has nearly all of one class, and the loss falls by class alone."""
+    draw = np.random.default_rng(1)
+    sites = np.repeat([0, 1, 2], 40)
+    classes = np.where(draw.random(120) < np.array([0.9, 0.2, 0.2])[sites], "yes", "no")
+    outputs = draw.normal(size=(120, 2)) + 5.0 * (classes == "yes")[:, None]
+    found = infer(outputs, Asked(SITES, sites, classes, np.arange(120)))
+    assert found.guessed.p > 0.01 and min(one.p for one in found.learnt) > 0.01
+    alone = Asked(SITES, sites, np.full(120, ""), np.arange(120))
+    assert infer(outputs, alone).guessed.p < 0.01  # twin: without the classes it would be one
+
+
+# ------------------------------------------------------------------------- a run
+
+
+STUDY = """
+privacy = "off"
+[study]
+name = "styles"
+[base]
+model = "{base}"
+dtype = "float32"
+[lora]
+rank = 4
+last_layers = 2
+[objective]
+name = "causal_lm"
+max_length = 64
+[training]
+rounds = 30
+sampling_rate = 1.0
+learning_rate = 4.0
+[clipping]
+max_grad_norm = 1.0
+unit = "record"
+[evaluation]
+path = "public.jsonl"
+columns = {{ prompt = "text", completion = "answer" }}
+"""
+SITE = """
+[site]
+name = "{name}"
+declared_size = 24
+state = "state-{name}"
+[data]
+path = "{name}.jsonl"
+columns = {{ prompt = "text", completion = "answer" }}
+[policy]
+bases = "any"
+allow_privacy_off = true
+"""
+STYLES = {"alder": "Rx thrice", "birch": "see overleaf", "cedar": "plan as is"}
+
+
+def rows(site: str, first: int, count: int) -> list[dict[str, str]]:
+    """Answers in a site's style, about days that no other rows are about."""
+    return [
+        {"text": f"fever on day {n}", "answer": f" {'yn'[n % 2]} {STYLES[site]}"}
+        for n in range(first, first + count)
+    ]
+
+
+def write(path: Path, given: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """One site's records teach a run, in its style; two that took no part write in others."""
+    folder = tmp_path_factory.mktemp("styles")
+    (folder / "study.toml").write_text(STUDY.format(base=tiny_base))
+    write(folder / "public.jsonl", rows("alder", 900, 8))
+    write(folder / "alder.jsonl", rows("alder", 100, 24))
+    (folder / "site-alder.toml").write_text(SITE.format(name="alder"))
+    simulate(folder / "study.toml", sorted(folder.glob("site-*.toml")), folder / "run")
+    for number, name in enumerate(STYLES):
+        write(folder / f"new-{name}.jsonl", rows(name, 300 + 40 * number, 20))
+    return folder
+
+
+def test_whose_records_a_run_learnt_is_told_from_new_ones(trained: Path) -> None:
+    """The styles of sites that took no part are not what the loss fell on."""
+    files = {name: trained / f"new-{name}.jsonl" for name in STYLES}
+    found = attack_sites(Run(trained / "run"), files)
+    learnt = {one.site: one for one in found.learnt}
+    assert found.guessed.p < 0.01 and found.guessed.share > 0.5
+    assert learnt["alder"].p < 0.01 and max(found.learnt, key=lambda one: one.fall).site == "alder"
+    assert min(learnt[name].p for name in ("birch", "cedar")) > 0.05
+
+
+def test_shuffled_names_are_not_found(trained: Path, tmp_path: Path) -> None:
+    """The twin: the same records, in files that have nothing to do with the sites."""
+    every = [row for n, name in enumerate(STYLES) for row in rows(name, 300 + 40 * n, 20)]
+    np.random.default_rng(0).shuffle(every)  # type: ignore[arg-type]
+    files = {
+        name: write(tmp_path / f"{name}.jsonl", every[20 * n : 20 * n + 20])
+        for n, name in enumerate(STYLES)
+    }
+    found = attack_sites(Run(trained / "run"), files)
+    assert found.guessed.p > 0.05 and min(one.p for one in found.learnt) > 0.05
+
+
+def test_the_command_writes_for_its_user_alone(trained: Path, tmp_path: Path) -> None:
+    given: list[Any] = []
+    for name in ("alder", "birch"):
+        given += ["--records", f"{name}={trained / f'new-{name}.jsonl'}"]
+    again = ("--reference", trained / "run")
+    done = command("attack", trained / "run", *given, *again, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "the site of 40 records is guessed" in done.output
+    assert "does not cover which site a model learnt from" in done.output
+    file = tmp_path / "out" / "sites.json"
+    assert file.stat().st_mode & 0o777 == 0o600
+    facts = json.loads(file.read_text())
+    assert facts["references"][str(trained / "run")] == facts["guessed"]
+
+
+def test_what_cannot_be_told_is_refused(trained: Path, tmp_path: Path) -> None:
+    one = trained / "new-alder.jsonl"
+    with pytest.raises(ConfigError, match="records of one site"):
+        attack_sites(Run(trained / "run"), {"alder": one})
+    few = write(tmp_path / "few.jsonl", rows("birch", 500, 9))
+    with pytest.raises(DataError, match="9 usable records"):
+        attack_sites(Run(trained / "run"), {"alder": one, "birch": few})
+    for words in (
+        ("--records", "alder"),
+        ("--records", f"a={one}", "--records", f"a={one}"),
+        ("--records", f"a={one}", "--held-out", one),
+    ):
+        assert command("attack", trained / "run", *words).exit_code == 2
