@@ -32,17 +32,17 @@ from benchmarks.presets import STRANGERS
 from fedtune import Study, strategies
 from fedtune.audit.secret import record_losses
 from fedtune.audit.site_inference import Asked, guess
-from fedtune.data.dataset import Dataset
-from fedtune.data.load import UnitReader
-from fedtune.data.records import Record
-from fedtune.dp.non_private import non_private_plan
-from fedtune.dp.plan import StepPlan, plan_for_site
-from fedtune.models.build import build
-from fedtune.models.cache import CachedDataset
-from fedtune.objectives import resolve
-from fedtune.training.local_round import local_round
-from fedtune.training.selftest import MemoryLog
-from fedtune.training.start import start
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.load import UnitReader
+from fedtune.core.data.records import Record
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.plan import StepPlan, plan_for_site
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.objectives import resolve
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.selftest import MemoryLog
+from fedtune.public.start import start
 
 STYLES = (
     "Dictated, not read.", "Ward round, team B:", "Scribe note, reviewed.", "S/B registrar.",

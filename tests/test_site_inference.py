@@ -12,8 +12,8 @@ import pytest
 
 from fedtune.audit import site_inference
 from fedtune.audit.site_inference import Asked, attack_sites, guess, infer
-from fedtune.errors import ConfigError, DataError
-from fedtune.models.run import Run
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.runs.run import Run
 from tests.cli_kit import run as command
 from tests.simulated import simulate
 

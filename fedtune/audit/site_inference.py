@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.config import DataFile, EvaluationTable
-from fedtune.data.records import read_records
-from fedtune.errors import ConfigError, DataError
+from fedtune.core.config import DataFile, EvaluationTable
+from fedtune.core.data.records import read_records
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files.writing import replace
+from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.run import evaluator_of, with_columns_of
-from fedtune.files.writing import replace
-from fedtune.models.run import Run
-from fedtune.registry.scores import Scores
+from fedtune.runs.run import Run
 
 EXCHANGES = 1999
 LEAST = 10  # records of a site: with fewer nothing is said
@@ -101,7 +101,7 @@ def attack_sites(
     >>> fedtune.attack_sites(fedtune.Run("runs/none"), {"north": "n.csv", "south": "s.csv"})
     Traceback (most recent call last):
       ...
-    fedtune.errors.InputError: ...
+    fedtune.core.errors.InputError: ...
 
     Errors: ConfigError (fewer than two sites), DataError (a site with fewer than LEAST records),
     ModelError, InfrastructureError."""

@@ -150,8 +150,8 @@ def _attack_sites(
 ) -> dict[str, Any]:
     from fedtune.audit.site_inference import attack_sites, lines
     from fedtune.cli.watch import Watch
-    from fedtune.errors import ConfigError
-    from fedtune.models.run import open_run
+    from fedtune.core.errors import ConfigError
+    from fedtune.runs.run import open_run
 
     named = {name: path for name, _, path in (text.partition("=") for text in records)}
     if other or len(named) < len(records) or not all(named) or not all(named.values()):

@@ -13,7 +13,24 @@ T_ATTACK = "tests/test_attack.py::"
 
 T_RELEASED, T_GAIN = "tests/test_what_is_released.py::", "tests/report/test_gain.py::"
 
+SITES, T_SITES = "fedtune/audit/site_inference.py", "tests/test_site_inference.py::"
+
 MUTANTS = (
+    _one(
+        "evidence", "a-patients-records-are-exchanged-one-by-one", SITES,
+        "    yield asked.sites[None]\n    first",
+        "    yield asked.sites[None]\n"
+        "    asked = Asked(asked.names, asked.sites, asked.classes, np.arange(len(asked.sites)))\n"
+        "    first",
+        T_SITES + "test_names_that_say_nothing_are_found_no_oftener_than_chance[4]",
+        "four records of one patient are four findings",
+    ),
+    _one(
+        "evidence", "sites-are-named-after-the-answer", SITES,
+        "found, null = stacked[0], stacked[1:]\n", "found, null = stacked[1], stacked[1:]\n",
+        T_SITES + "test_a_planted_style_is_found_in_its_class",
+        "what a model learnt of a site is not found",
+    ),
     _one(
         "evidence", "what-was-left-out-is-not-counted", "fedtune/evidence/figures.py",
         "        if any(lacks.values()):\n", "        if False:\n",
