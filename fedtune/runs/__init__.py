@@ -1,0 +1,1 @@
+"""Run folders: choosing, reading and verifying one, and admitting a run as a teacher."""
