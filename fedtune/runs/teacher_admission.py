@@ -11,12 +11,12 @@ from typing import Any
 from fedtune.core.bases.find import base_of_plan, place_of
 from fedtune.core.config import Study
 from fedtune.core.errors import FedtuneError
-from fedtune.evidence.verify import check_signed
 from fedtune.core.models.loaded import PLAN, load
 from fedtune.core.models.teacher import folder_of
-from fedtune.runs.verify_model import verify
 from fedtune.core.objectives import resolve
 from fedtune.core.run_folder import read_report
+from fedtune.evidence.verify import check_signed
+from fedtune.runs.verify_model import verify
 
 
 def register_teacher(study: Study) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from fedtune.core.bases import known_here
 from fedtune.core.bases.find import cache_dir, place_of
 from fedtune.core.bases.find import verify as verify_base
-from fedtune.evidence.verify import check_signed
 from fedtune.core.models.loaded import PLAN, digest_of
 from fedtune.core.run_folder import load_plan
+from fedtune.evidence.verify import check_signed
 
 
 def verify(source: str) -> tuple[str, str]:
