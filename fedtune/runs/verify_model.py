@@ -1,7 +1,7 @@
 """Hash a base or a run again for a person who names it, and verify what signs the run.
 
-A site's process loads models by digest (core/models/loaded.py) and verifies no signature: this is where
-a person admits a model."""
+A site's process loads models by digest (core/models/loaded.py) and verifies no signature: this is
+where a person admits a model."""
 
 from __future__ import annotations
 
