@@ -24,6 +24,16 @@ def accept(
     site: Annotated[
         Path, typer.Option("--site", metavar="SITE", help="The site.toml with [acceptance].")
     ] = Path("site.toml"),
+    tell: Annotated[
+        Path | None,
+        typer.Option(
+            "--tell",
+            metavar="FILE",
+            help="Judge nothing: write a signed statement of what was last decided about this "
+            "model, accepted, refused or not resolved, for the coordinator.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Judge a finished model at this site, on its own held-out patients: accepted, refused, or not
     resolved, by what [acceptance] in site.toml says.
@@ -36,6 +46,13 @@ def accept(
     from fedtune.core.config.state_files import PAGE
     from fedtune.officer.acceptance.accept import accept as judge
 
+    if tell is not None:
+        from fedtune.officer.acceptance.accept import tell as write
+
+        decision = write(run, load_site(site), tell)
+        typer.echo(f"wrote {tell}: {decision}, and no figure")
+        typer.echo("who reads it learns an exact fact about held-out patients; no ε covers it")
+        return {"told": str(tell), "decision": decision}
     with Watch(Console(stderr=True), "judging"):
         made = judge(run, load_site(site))
     figures = made.figures

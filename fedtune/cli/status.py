@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,16 +63,19 @@ def status(
         typer.echo("ok")
         return {"state": snapshot.state, **snapshot.status}
     from fedtune.cli.status_view import BudgetView, view
+    from fedtune.evidence.told import told_in
 
     site = path if path.suffix == ".toml" else None
+    told = told_in(folder)
     budget = BudgetView(site) if site else None
     console = Console()
     if once or wants_json() or not console.is_terminal:
-        console.print(view(snapshot, budget() if budget else None, site))
-        return {"state": snapshot.state, **snapshot.status}
+        console.print(view(snapshot, budget() if budget else None, site, told))
+        said = {"told": [asdict(one) for one in told]} if told else {}
+        return {"state": snapshot.state, **snapshot.status, **said}
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(view(snapshot, budget() if budget else None, site), refresh=True)
+            live.update(view(snapshot, budget() if budget else None, site, told), refresh=True)
             if snapshot.over:
                 break
             time.sleep(EVERY)

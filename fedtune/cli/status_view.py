@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.core.errors import FedtuneError
+from fedtune.core.errors import FedtuneError, printable
 from fedtune.core.registry.rounding import rounded_up
+from fedtune.evidence.told import Told, lines
 from fedtune.observe.status import BY, GONE, Snapshot, standing
 from fedtune.report.claim import THREE_EPSILONS
 from fedtune.report.figures import duration, short, size_text
@@ -20,10 +22,13 @@ STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "
 
 
 def view(
-    snapshot: Snapshot, budget: RenderableType | None = None, site: Path | None = None
+    snapshot: Snapshot,
+    budget: RenderableType | None = None,
+    site: Path | None = None,
+    told: Sequence[Told] = (),
 ) -> Group:
     """Draw a status. Values are those that read_status let through, and are shown as text. site:
-    the site.toml, of a site's."""
+    the site.toml, of a site's; told: what sites told of a run's model."""
     parts: list[RenderableType] = [head(snapshot)]
     if site is not None and (line := unsigned_line(snapshot, site)):
         parts.append(Text(line, style="bold yellow"))
@@ -39,6 +44,7 @@ def view(
     if budget is not None:
         parts.append(budget)
     parts.append(events_table(snapshot.status["last"]))
+    parts += [Text(printable(line)) for line in lines(told)]
     return Group(*parts)
 
 

@@ -10,6 +10,7 @@ RECORDS, ACCEPT, JUDGEMENT, INTERVALS = (
 )
 T_SITE = "tests/client/test_acceptance.py::"
 T_FIGURES = "tests/client/test_acceptance_figures.py::"
+TOLD, T_TOLD = "fedtune/evidence/told.py", "tests/client/test_told.py::"
 
 MUTANTS = (
     one(
@@ -131,5 +132,43 @@ MUTANTS = (
         "        if True:\n",
         T_FIGURES + "test_ten_right_of_ten_prove_little",
         "thirty patients without an error prove a model perfect",
+    ),
+    one(
+        "acceptance",
+        "a-statement-needs-no-signature",
+        TOLD,
+        'or not verifies(key, PURPOSE + canonical(body), content["signature"])',
+        "or not key",
+        T_TOLD + "test_a_statement_that_was_changed_or_is_of_another_says_nothing",
+        "a coordinator writes what a hospital decided",
+    ),
+    one(
+        "acceptance",
+        "a-statement-of-any-model-is-of-this-one",
+        TOLD,
+        'if (content["plan"], content["adapter"]) != (plan, adapter):',
+        'if content["plan"] != plan:',
+        T_TOLD + "test_a_statement_of_another_model_is_not_taken_for_this_ones",
+        "what a hospital said of one model stands beside another",
+    ),
+    one(
+        "acceptance",
+        "what-was-judged-is-told",
+        ACCEPT,
+        'return Acceptance(figures["decision"], folder, figures)',
+        """(run.folder / "told").mkdir(exist_ok=True)
+    replace(run.folder / "told" / "own.json", state(record, ledger.key))
+    return Acceptance(figures["decision"], folder, figures)""",
+        T_TOLD + "test_nothing_is_told_unless_a_person_tells_it",
+        "a decision about patients leaves with the run, and nobody told it",
+    ),
+    one(
+        "acceptance",
+        "a-statement-has-the-figures",
+        TOLD,
+        '        "key": key.public,\n',
+        '        "key": key.public,\n        "records": record["records"],\n',
+        T_TOLD + "test_a_statement_has_the_decision_and_no_figure",
+        "who is handed a decision counts the patients",
     ),
 )

@@ -17,6 +17,8 @@ from fedtune.core.registry.rounding import number, percent
 from fedtune.core.run_folder import ANSWERS, load_plan, read_report
 from fedtune.dashboard.pages import Notice, Page
 from fedtune.dashboard.pages.answers import answers_in
+from fedtune.evidence.told import FOLDER as TOLD
+from fedtune.evidence.told import told_in
 from fedtune.observe.log import LOGGABLE
 from fedtune.observe.rounds import Rounds
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, standing
@@ -47,7 +49,7 @@ class RunPage(Page):
 
     def files(self) -> Iterable[Path]:
         names = [FILE, LOCK, "metrics.jsonl", "report.json", "plan.json", ANSWERS]
-        return [self.path / name for name in (*names, "versions/index.json")]
+        return [self.path / name for name in (*names, "versions/index.json", TOLD)]
 
     def slow_files(self) -> Iterable[Path]:
         names = ("report.json", "signature.json", "evidence.json", "versions/index.json")
@@ -83,6 +85,7 @@ class RunPage(Page):
                 way: sum(site[f"bytes_{way}"] or 0 for site in sites) for way in ("up", "down")
             },
             "answers": answers_in(self.path),
+            "told": told_in(self.path),
             "facts": _facts(plan, report),
             "commands": self._commands(snapshot, report, plan),
             "three_epsilons": THREE_EPSILONS,

@@ -15,7 +15,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedtune.core.config import AcceptanceTable, Site
 from fedtune.core.config.state_files import ACCEPTANCE, FIGURES, PAGE, RECORD
@@ -24,9 +24,10 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog, login, person
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.run_folder import ADAPTER, SIGNATURE
+from fedtune.core.run_folder import SIGNATURE
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
+from fedtune.evidence.told import digest_of_adapter, state
 from fedtune.officer.acceptance.figures import figures_of
 from fedtune.officer.acceptance.judgement import Decision
 from fedtune.officer.acceptance.models import score_models
@@ -95,6 +96,38 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     return Acceptance(figures["decision"], folder, figures)
 
 
+def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
+    """Write a signed statement of what this site last decided about a model, to be handed to the
+    coordinator: accepted, refused or not resolved, and no figure. Judges nothing.
+
+    Telling is a person's act: who reads it learns an exact bit about held-out patients, which no ε
+    covers. The site's audit log has the act.
+
+    Errors: InputError where nothing was decided about this model, or `to` exists."""
+    run, to = run if isinstance(run, Run) else open_run(run), Path(to)
+    ledger = Ledger(site.site.ledger or site.site.state)
+    model, records = _model(run), dict[tuple[str, int], dict[str, Any]]()
+    for path in (site.site.state / ACCEPTANCE).glob(f"*/{RECORD}"):
+        record = read_record(path, ledger.key.public)
+        if all(record["model"][part] == model[part] for part in ("plan", "adapter")):
+            records[record["time"], path.stat().st_mtime_ns] = record
+    if not records:
+        raise InputError(
+            f"{run.folder}: this site has decided nothing about this model",
+            "a decision, which a person has read",
+            "fedtune accept RUN --site SITE, without --tell",
+        )
+    if to.exists():
+        raise InputError(f"{to}: exists", "a new file", "name another with --tell")
+    record = records[max(records)]
+    statement = state(record, ledger.key)
+    AuditLog(ledger.folder, ledger.key).add(
+        "assess", "told", record=hashlib.sha256(canonical(record)).hexdigest()
+    )
+    replace(to, statement, private=True)
+    return cast(Decision, record["decision"])
+
+
 def _sign_record(
     run: Run, table: AcceptanceTable, keyed: str, figures: dict[str, Any], key: SigningKey
 ) -> dict[str, Any]:
@@ -119,13 +152,11 @@ def _sign_record(
 def _model(run: Run) -> dict[str, str]:
     """Name the model that was judged, so that nobody takes another one for it: its plan, its base,
     and the files of its adapter."""
-    adapter = run.folder / ADAPTER
-    files = {p.name: sha256(p) for p in sorted(adapter.iterdir()) if p.is_file()}
     signature = run.folder / SIGNATURE
     return {
         "plan": run.study.digest,
         "base": run.study.base.digest or run.study.base.model,
-        "adapter": hashlib.sha256(canonical(files)).hexdigest(),
+        "adapter": digest_of_adapter(run.folder),
         "signature": sha256(signature) if signature.is_file() else "",
     }
 

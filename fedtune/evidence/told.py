@@ -1,0 +1,108 @@
+"""What sites told of a model by a person's act: accepted, refused or not resolved, and no more.
+
+    RUN/told/*.json    statements that a coordinator was handed and put there
+
+A statement names site, plan and model, and is signed by the key that signed the site's updates. It
+holds no figure, no threshold and no number of patients. Where there is none of a site, nobody told
+anything: that is no answer. Sites are listed by name, never by how well the model does there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import FedtuneError, NotGenuine
+from fedtune.core.files import reading
+from fedtune.core.run_folder import ADAPTER, load_plan
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.evidence.figures import signed_json
+from fedtune.evidence.sign import EVIDENCE, sha256
+
+FORMAT, FOLDER = "fedtune-told-1", "told"
+PURPOSE = b"fedtune told\0"
+DECISIONS = ("accepted", "refused", "not resolved")
+KEYS = {"format", "site", "decision", "time", "plan", "adapter", "key", "signature"}
+MOST = 1000  # statements of a run
+LARGE = 1 << 28  # bytes of evidence.json
+
+
+@dataclass(frozen=True)
+class Told:
+    """One statement. problem: why it says nothing of this model, "" where it does; site, decision
+    and time are then "" unless it is signed by that site."""
+
+    file: str
+    site: str = ""
+    decision: str = ""
+    time: str = ""
+    problem: str = ""
+
+
+def digest_of_adapter(run: Path) -> str:
+    """Digest the files of a run's adapter. Errors: OSError."""
+    files = {p.name: sha256(p) for p in sorted((run / ADAPTER).iterdir()) if p.is_file()}
+    return hashlib.sha256(canonical(files)).hexdigest()
+
+
+def state(record: dict[str, Any], key: SigningKey) -> bytes:
+    """Compose a site's statement of a decision, from the decision's record."""
+    model = record["model"]
+    body = {
+        "format": FORMAT,
+        "site": record["site"],
+        "decision": record["decision"],
+        "time": record["time"],
+        "plan": model["plan"],
+        "adapter": model["adapter"],
+        "key": key.public,
+    }
+    return canonical(body | {"signature": key.sign(PURPOSE + canonical(body))})
+
+
+def told_in(run: Path) -> list[Told]:
+    """Read what sites told of a run's model, by site's name; [] where nobody did."""
+    folder = run / FOLDER
+    if not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".json")[:MOST]
+    try:
+        plan, adapter = load_plan(run).digest, digest_of_adapter(run)
+        sites = reading.json_in(run / EVIDENCE, "a signed run", most=LARGE)["sites"]
+        keys = {name: site["signing"] for name, site in sites.items()}
+    except (FedtuneError, OSError, KeyError, TypeError, AttributeError):
+        return [Told(path.name, problem="the run is not finished, or not signed") for path in files]
+    found = [_read(path, plan, adapter, keys) for path in files]
+    return sorted(found, key=lambda one: (not one.site, one.site, one.time, one.file))
+
+
+def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
+    try:
+        content, _ = signed_json(path, FORMAT)
+    except NotGenuine:
+        return Told(path.name, problem="no statement of a site")
+    texts = all(isinstance(value, str) for value in content.values())
+    if {*content} != KEYS or not texts or content["decision"] not in DECISIONS:
+        return Told(path.name, problem="no statement of a site")
+    body = {name: value for name, value in content.items() if name != "signature"}
+    site, key = content["site"], content["key"]
+    if keys.get(site) != key or not verifies(key, PURPOSE + canonical(body), content["signature"]):
+        return Told(path.name, problem="not signed by a site that took part")
+    if (content["plan"], content["adapter"]) != (plan, adapter):
+        return Told(path.name, site, problem="of another model than this run's")
+    return Told(path.name, site, content["decision"], content["time"])
+
+
+def lines(told: Sequence[Told]) -> list[str]:
+    """Say what was told, for people: one line a statement, sites by name."""
+    if not told:
+        return []
+    said = [
+        f"{one.site}: {one.decision}, told by a person there ({one.time})"
+        if not one.problem
+        else f"{one.site or one.file}: {one.problem}"
+        for one in told
+    ]
+    return [*said, "of a site that is not listed nobody told anything"]
