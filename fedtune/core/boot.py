@@ -1,7 +1,7 @@
 """Start a fedtune process: only installed code runs, and no model hub is contacted.
 
 `python -P boot.py MODULE OPTIONS` runs a module of this copy of fedtune in a process of its own.
-The packages beside this file are found behind the standard library, and nothing is imported from
+The packages beside fedtune are found behind the standard library, and nothing is imported from
 the current folder: a module beside a user's study.toml is never run, whatever its name.
 
 transformers and bitsandbytes fetch compiled kernels from a hub at import where the package
@@ -17,7 +17,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PACKAGES = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+_CORE = os.path.dirname(os.path.realpath(__file__))
+PACKAGES = os.path.dirname(os.path.dirname(_CORE))  # the folder that holds fedtune
 STANDARD = os.path.dirname(os.__file__)
 
 

@@ -149,7 +149,7 @@ def test_names_of_files_below_the_folder_of_fedtunes_own_are_said_to_be_read(
 NAMED = """
 import json, os, sys
 from pathlib import Path
-from fedtune import boot
+from fedtune.core import boot
 from fedtune.core.config import load_site
 from fedtune.courier.process import confine
 boot.PACKAGES = sys.argv[2]
