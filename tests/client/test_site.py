@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import weakref
@@ -18,7 +19,7 @@ from fedtune.core.dp import noise
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.filter import best_order
 from fedtune.core.dp.plan import plan_for_site
-from fedtune.core.errors import BudgetExceeded, ModelError, PolicyRefused
+from fedtune.core.errors import BudgetExceeded, DataError, ModelError, PolicyRefused
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
@@ -82,7 +83,10 @@ def test_a_round_whose_records_are_gone_is_noise_alone_and_charged(
     monkeypatch.setattr(noise, "gaussian_on_grid", lambda d, *_: torch.zeros(d).long())
     assert any(array.any() for array in trains(worker, made, 1).values())
     site.data.path.unlink()
-    assert not any(array.any() for array in trains(worker, made, 2).values())
+    second: Arrays = {}
+    with contextlib.suppress(DataError):
+        second = trains(worker, made, 2)
+    assert second and not any(array.any() for array in second.values())
     assert "noise alone until" in caplog.text
     assert [charge.round for charge in worker.ledger.charges("records")] == [1, 2]
 

@@ -48,7 +48,7 @@ MUTANTS = (
                 "prepared._study, prepared.network, site.data).dataset)",
             ),
         ),
-        (f"{ONCE}[ranks-read-later]",),
+        (f"{ONCE}[a-rank-ended-and-read-anew]",),
         "a row is another record in another process, by one that came meanwhile",
     ),
     Mutant(
