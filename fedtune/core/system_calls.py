@@ -51,9 +51,10 @@ NEVER: dict[str, Numbers] = {
 }
 # All that a process on the network needs, and that tells it nothing of others and changes nothing
 # of theirs. Not here, among others: how full disks and memory are (statfs, ustat, sysinfo, quotas),
-# who watches files (inotify, fanotify), which of them are in memory
-# (fadvise64, mincore, cachestat), whose files are and who may read them (chmod, chown, link,
-# utime, attributes), mounts, shares of the machine (affinity, scheduling, accounting), keyrings.
+# who watches files (inotify, fanotify), which of them are in memory (fadvise64, mincore, cachestat,
+# and preadv2, for which glibc calls preadv where there are no flags), whose files are and who may
+# read them (chmod, chown, link, utime, attributes), mounts, shares of the machine (affinity,
+# scheduling, accounting), keyrings.
 OF_COURIER: dict[str, Numbers] = {
     # files, which Landlock bounds
     **{"read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None)},
@@ -69,8 +70,12 @@ OF_COURIER: dict[str, Numbers] = {
     **{"renameat": (264, 38), "readlinkat": (267, 78), "faccessat": (269, 48)},
     **{"fallocate": (285, 47), "dup3": (292, 24), "pipe2": (293, 59), "preadv": (295, 69)},
     **{"pwritev": (296, 70), "renameat2": (316, 276), "copy_file_range": (326, 285)},
-    **{"preadv2": (327, 286), "pwritev2": (328, 287), "statx": (332, 291)},
-    **{"close_range": (436, 436), "openat2": (437, 437), "faccessat2": (439, 439)},
+    **{
+        "statx": (332, 291),
+        "close_range": (436, 436),
+        "openat2": (437, 437),
+        "faccessat2": (439, 439),
+    },
     # waiting
     **{"poll": (7, None), "select": (23, None), "pselect6": (270, 72), "ppoll": (271, 73)},
     **{"epoll_create": (213, None), "epoll_wait": (232, None), "epoll_ctl": (233, 21)},

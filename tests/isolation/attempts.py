@@ -392,6 +392,19 @@ def take_a_file_out_of_memory(given: dict[str, Any]) -> None:
 
 
 @of(COURIER)
+def see_which_pages_are_in_memory(given: dict[str, Any]) -> None:
+    """preadv2 with RWF_NOWAIT: EAGAIN for a page that is not, of any file that this half reads."""
+    with Path(sys.executable).open("rb") as file:
+        byte = ctypes.create_string_buffer(1)
+        into = ctypes.create_string_buffer(struct.pack("PN", ctypes.addressof(byte), 1))
+        try:
+            syscall(327 if X86 else 286, file.fileno(), into, 1, 0, 0, os.RWF_NOWAIT)
+        except OSError as error:  # the call was made, and said it of a page or of this file system
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+
+
+@of(COURIER)
 def watch_the_whole_disk(given: dict[str, Any]) -> None:
     os.close(syscall(300 if X86 else 262, 0x200, 0))  # fanotify_init, by a file's name
 

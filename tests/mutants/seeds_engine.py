@@ -27,4 +27,19 @@ MUTANTS: list[Mutant] = [
         T + "test_records_of_other_counts_of_targets_share_no_block",
         "the head's rows follow from the neighbours' targets",
     ),
+    one(
+        34, "threads-follow-from-the-records", CACHE,
+        "            filled = _fill_block(records, size)\n",
+        "            filled = _fill_block(records, size)\n"
+        "            torch.set_num_threads(2 if bucket.length <= 32 else self._threads)\n",
+        "tests/guarantee/test_process_numbers.py::"
+        "test_a_short_note_uses_up_no_number_of_a_process",
+        "threads end and start where a note is short, and every account counts them",
+    ),
+    one(
+        34, "arrow-starts-threads-for-columns", "fedtune/core/data/sources/parquet.py",
+        "use_threads=False", "use_threads=True",
+        "tests/data/test_parquet_threads.py::test_no_thread_starts_for_the_columns_of_a_file",
+        "how many there are follows from how long the columns of each reading take",
+    ),
 ]  # fmt: skip

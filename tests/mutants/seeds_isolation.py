@@ -106,6 +106,12 @@ MUTANTS = (
         T_COURIER, "Landlock does not rule who watches a folder: the names of all patients' files",
     ),
     one(
+        "isolation", "the-courier-sees-which-pages-are-in-memory", CALLS,
+        '    **{"statx": (332, 291), "close_range"',
+        '    **{"preadv2": (327, 286), "statx": (332, 291), "close_range"', T_COURIER,
+        "which pages of a library the other half has read since",
+    ),
+    one(
         "isolation", "root-listens-to-every-packet", CALLS,
         "        (IF_EQUAL, 1, 0, socket.SOCK_DGRAM),\n        (GIVE, 0, 0, REFUSE),\n",
         "        (IF_EQUAL, 1, 0, socket.SOCK_DGRAM),\n", T_COURIER,

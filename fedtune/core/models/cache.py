@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -34,13 +33,14 @@ from fedtune.core.progress import OnWork, report
 log = logging.getLogger("fedtune.core.models")
 
 Indices = Sequence[int]
-# Positions of a block: enough for a quick matrix product, with little padding; MANY_THREADS on a
-# CPU with more threads than may share a block of several records. Passes through the frozen part
-# run once over all records, so that they may pad more.
-BLOCK_POSITIONS, MANY_THREADS = {"cpu": 256, "cuda": 1024}, 64
+# Positions of a block: enough for a quick matrix product, with little padding. Passes through the
+# frozen part run once over all records, so that they may pad more.
+BLOCK_POSITIONS = {"cpu": 256, "cuda": 1024}
 PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
-# On a CPU, threads that share a block of several records. With more, a product's order of addition
-# depends on the row's place, and so do an activation's last digits.
+# On a CPU, the most threads that may share a block of several records. With more, a product's order
+# of addition depends on the row's place, and so do an activation's last digits: a block is one
+# record then. The number of threads is never changed for a block: threads that end and start take
+# numbers of the machine's one counter of processes, which every account reads.
 THREADS = 2
 
 
@@ -74,9 +74,7 @@ class CachedDataset:
 
     def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
         self.network, self.dataset, self._memory = network, dataset, memory
-        # Of all passes through the frozen part, so that states which the store lost have, computed
-        # again in the midst of a step, the shapes and the threads of the first time.
-        self._threads = torch.get_num_threads()
+        self._threads = torch.get_num_threads()  # of all passes: blocks' shapes follow from it
         # k passages of each record, record by record.
         self._passages = [s for example in dataset.examples for s in example.passages]
         self._n_passages = len(dataset.examples[0].passages) if dataset.examples else 1
@@ -178,8 +176,7 @@ class CachedDataset:
     def _compute(self, rows: list[int]) -> list[torch.Tensor]:
         """Compute the states of passages of one bucket, at most a block; store and return them."""
         filled = _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
-        with _use_threads(self._threads):
-            hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
+        hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
         states = hidden.cpu()  # none stay in a GPU's memory
         computed = []
         for row, index in enumerate(rows):
@@ -213,16 +210,14 @@ class CachedDataset:
         self, indices: Indices, limit: int | None = None, on_work: OnWork | None = None
     ) -> Iterator[Batch]:
         """Yield micro-batches of a fixed shape, blocks: always as many records of a bucket, at most
-        `limit`, filled up with the first. For whatever is summed over units and noised; at most
-        THREADS threads work on a block of several records, until the next is requested. on_work: as
+        `limit`, filled up with the first. For whatever is summed over units and noised. on_work: as
         of `batches`."""
         self._ensure_warm(indices)
         groups = self._block_groups(indices, limit)
         done, total = 0, sum(self._work(bucket, size) for bucket, size, _ in groups)
         for bucket, size, records in groups:
             filled = _fill_block(records, size)
-            with _limit_threads(None if len(filled) == 1 else THREADS):
-                yield self._batch(bucket, filled, len(records))
+            yield self._batch(bucket, filled, len(records))
             done += self._work(bucket, size)
             if on_work:
                 on_work(done, total)
@@ -239,14 +234,12 @@ class CachedDataset:
         """Group `indices` into blocks: the bucket, how many records its blocks have, and which."""
 
         def size(bucket: Bucket) -> int:
-            budget = (
-                MANY_THREADS
-                if self._one_record_per_block
-                else BLOCK_POSITIONS[self.network.device.type]
-            )
+            if self._one_record_per_block or (
+                self.network.head is not None and not self.network.pooled
+            ):
+                return 1  # for few rows and labels, results depend on a row's place, too
+            budget = BLOCK_POSITIONS[self.network.device.type]
             count = max(1, budget // self._positions_per_record(bucket))
-            if self.network.head is not None and not self.network.pooled:
-                count = 1  # for few rows and labels, results depend on a row's place
             return min(count, limit or count)
 
         groups = _group_by_bucket(indices, self._buckets.__getitem__, size)
@@ -404,26 +397,6 @@ def _group_by_bucket(
         limit = size(bucket)
         for start in range(0, len(grouped), limit):
             yield bucket, grouped[start : start + limit]
-
-
-@contextmanager
-def _limit_threads(limit: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    with _use_threads(before if limit is None else min(before, limit)):
-        yield
-
-
-@contextmanager
-def _use_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if before == number:
-        yield
-        return
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _warn_if_altered(error: Unavailable) -> None:

@@ -50,15 +50,18 @@ def _rows_of_group(source: ParquetFile, group: int, columns: list[str]) -> Itera
     others nothing is lost, unless one row alone is that long. Errors: pyarrow.ArrowException."""
     import pyarrow as pa
 
+    def batches(size: int) -> Iterator[pa.RecordBatch]:
+        # How many threads Arrow would start follows from how long each column takes.
+        yield from source.iter_batches(size, [group], columns, use_threads=False)
+
     done = 0
     try:
-        for batch in source.iter_batches(batch_size=BATCH, row_groups=[group], columns=columns):
+        for batch in batches(BATCH):
             yield from rows_of(batch, batch.schema.names)
             done += batch.num_rows
         return
     except pa.ArrowNotImplementedError:
         pass
-    batches = source.iter_batches(batch_size=1, row_groups=[group], columns=columns)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(batches(1)):
         if number >= done:
             yield from rows_of(batch, batch.schema.names)

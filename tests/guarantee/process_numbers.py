@@ -1,0 +1,96 @@
+"""BASE FOLDER THREADS [--short]: how many numbers of processes and threads each order to a site
+uses up, as whoever forks before and after it sees, with long notes; --short: and a short one of one
+more patient. In the second of two studies, the twin, blocks of short records have two threads
+alone. Prints a list for each study, as JSON.
+
+Alone in a namespace of process numbers (`unshare --pid --fork`), so that nobody else uses any."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.objectives._interface import Batch
+from fedtune.core.vault.worker import SiteWorker
+from tests.guarantee import world
+
+SHORT = 32  # positions
+PATIENTS = 10
+
+
+def next_number() -> int:
+    """Return the number that the next process gets, by starting one."""
+    number = os.fork()
+    if number == 0:
+        os._exit(0)
+    os.waitpid(number, 0)
+    return number
+
+
+def counting(method: Callable[..., Any], used: list[tuple[str, int]]) -> Callable[..., Any]:
+    """Let a method of the site "north" note how many numbers it uses up."""
+
+    def counted(self: SiteWorker, *args: Any, **options: Any) -> Any:
+        before = next_number()
+        answer = method(self, *args, **options)
+        if self.site.site.name == world.NAMES[0]:
+            used.append((method.__name__, next_number() - before - 1))
+        return answer
+
+    return counted
+
+
+def switching(self: CachedDataset, *args: Any) -> Iterator[Batch]:
+    """Yield blocks as `CachedDataset.blocks`, those of short records with two threads alone."""
+    threads = torch.get_num_threads()
+    for batch in BLOCKS(self, *args):
+        torch.set_num_threads(2 if batch.mask.shape[1] <= SHORT else threads)
+        yield batch
+        torch.set_num_threads(threads)
+
+
+BLOCKS = CachedDataset.blocks
+
+
+def study(folder: Path, base: Path, short: bool) -> Path:
+    """Lay out a study of all patients in each of two local steps."""
+    rows = world.patients(PATIENTS, records=1)
+    rows = [row | {"q": f"{row['q']}, {row['q']}"} for row in rows]
+    if short:
+        rows.append({"who": "one-more", "q": "ok", "a": "y", "b": "n"})
+    path = world.lay_out(folder, base, rows)
+    text = path.read_text().replace("sampling_rate = 0.5", "sampling_rate = 1.0\nlocal_steps = 2")
+    text = text.replace("rounds = 3", "rounds = 1").replace("0.849", "4.0")
+    path.write_text(text)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("threads", type=int)
+    parser.add_argument("--short", action="store_true")
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(options.threads)
+    used: list[tuple[str, int]] = []
+    for name in ("prepare", "train"):
+        setattr(SiteWorker, name, counting(getattr(SiteWorker, name), used))
+    for name, blocks in (("shipped", BLOCKS), ("twin", switching)):
+        CachedDataset.blocks = blocks  # type: ignore[method-assign]
+        used.clear()
+        world.run(study(options.folder / name, options.base, options.short))
+        print(json.dumps(used))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""How many numbers of processes and threads an order uses up is the same with and without a unit:
+every account of a machine reads its one counter, by starting a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import tiny_llama
+
+ALONE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+THREADS = 4
+Used = list[tuple[str, int]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose products are large enough for several threads."""
+    if subprocess.run([*ALONE, "true"], capture_output=True).returncode:
+        pytest.skip("this Linux gives no namespace of process numbers")
+    return tiny_llama(tmp_path_factory.mktemp("base") / "wider", hidden=256)
+
+
+def used_up(base: Path, folder: Path, *options: str) -> list[Used]:
+    """How many numbers each order of a study used up, by tests/guarantee/process_numbers.py."""
+    command = [sys.executable, "-m", "tests.guarantee.process_numbers", str(base), str(folder)]
+    # Threads that wait sleep at once: there may be fewer cores than threads.
+    waiting = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(THREADS)}
+    run = subprocess.run(
+        [*ALONE, *command, str(THREADS), *options],
+        env=os.environ | waiting | {"FEDTUNE_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [[(name, count) for name, count in json.loads(line)] for line in run.stdout.splitlines()]
+
+
+def test_a_short_note_uses_up_no_number_of_a_process(base: Path, tmp_path: Path) -> None:
+    """The twin: blocks of short records have two of four threads, so that the other two end, and
+    two start at the next block."""
+    shipped, twin = used_up(base, tmp_path / "without")
+    shipped_with, twin_with = used_up(base, tmp_path / "with", "--short")
+    assert shipped_with == shipped
+    assert twin_with != twin
