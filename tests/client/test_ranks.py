@@ -158,6 +158,7 @@ def test_records_read_before_the_first_round_have_the_threads_of_every_process(
         worker = SiteWorker(load_site(path), path)
         with Workers(path, 2, timeout=60.0) as worker.ranks:
             worker.prepare(made.study, made.frozen)
+            worker.train(made.study.digest, 1, made.adapter)
             (_, data), *_ = worker._cached.values()
             assert data._threads == torch.get_num_threads() == 2
         assert torch.get_num_threads() == 4

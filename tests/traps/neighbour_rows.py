@@ -3,6 +3,7 @@ many threads as OMP_NUM_THREADS says. Prints what differs."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,5 +35,6 @@ def differing(base: Path, counts: list[int], names: Sequence[str] = NAMES) -> li
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # also where there are fewer cores
     for line in differing(Path(sys.argv[1]), [int(n) for n in sys.argv[2].split(",")]):
         print(line)
