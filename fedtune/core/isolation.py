@@ -12,6 +12,7 @@ inherits it. `Confinement` says what is in force; each half then *tries* what mu
 | only_files() | Landlock: files below these paths, no signals and no abstract sockets to others;  |
 |              | seccomp: no Unix sockets, by which a user bus or a container's daemon would read  |
 |              | what this process may not                                                         |
+| own_view()   | a disk in memory where it writes, numbers of processes of its own, no /proc        |
 | only_computing() | seccomp: memory, the descriptors that are open already, and its own end; no   |
 |              | file, process or clock, and not its own number                                    |
 | all          | no new privileges, no core dump, no ptrace, process_vm_readv or pidfd_getfd, no   |
@@ -27,6 +28,7 @@ import json
 import mmap
 import os
 import resource
+import signal
 import socket
 import struct
 import subprocess
@@ -49,6 +51,10 @@ from fedtune.core.system_calls import (
 # ------------------------------------------------------------------------------- Linux's numbers
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REC, MS_PRIVATE = 0x4000, 0x40000
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # on every machine
@@ -62,6 +68,9 @@ OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15  # and truncate
 SCOPES = 0b11  # abstract Unix sockets, signals: from version 6 on
 O_PATH = 0o10000000
 NO_LANDLOCK = "no Landlock"
+NO_VIEW = "it can fill the disk of the ledger, and count the machine's processes"
+SMALL = 65_536  # bytes of a file that is there again on a disk of one's own
+OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # of memory, which is taken as it is written
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -131,6 +140,35 @@ def only_files(
     return of_files & _install(filter_of_courier, NETWORKS)
 
 
+def own_view(folders: Sequence[Path]) -> Confinement:
+    """Give this process a view of the machine of its own: what it writes below `folders` stays in
+    memory, on a disk that nobody else has, and goes with it; processes have other numbers than
+    outside, of none but its own; /proc is empty.
+
+    How full a disk is, and which numbers processes get, follows from what else a machine does: at a
+    site, from records. Whoever can write on the ledger's disk can also take its space in the midst
+    of an order.
+
+    It goes on in a child; this process waits for it, passes signals on, and ends as it ends. Small
+    files that lay in the folders are there again. Call before `only_files`. Errors: InfrastructureError as of
+    `no_network`."""
+    _check_alone()
+    kept = {folder: _files_in(folder) for folder in folders}
+    if not _unshare(CLONE_NEWNS | CLONE_NEWPID):
+        return Confinement(missing=(NO_VIEW,))
+    own = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    mounted = _mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
+    for folder in folders:
+        mounted = mounted and _mount("tmpfs", folder, "tmpfs", own, OWN_DISK)
+    if mounted:
+        for folder, files in kept.items():
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+    _go_on_in_a_child()
+    mounted = mounted and _mount("tmpfs", Path("/proc"), "tmpfs", own | MS_RDONLY, "size=4k")
+    return Confinement(("own disk", "own processes")) if mounted else Confinement((), (NO_VIEW,))
+
+
 def only_computing() -> Confinement:
     """Leave this process its memory, the descriptors that it has open, and its own end.
 
@@ -168,17 +206,54 @@ def _close_itself() -> None:
 
 def _own_network() -> Confinement:
     """Move into a network namespace without a device that is up."""
+    # Where containers forbid it, the filter alone suffices.
+    return Confinement(("namespace",)) if _unshare(CLONE_NEWNET) else Confinement()
+
+
+def _unshare(spaces: int) -> bool:
+    """Move into new namespaces; as a user other than root into one of users too."""
     user, group = os.getuid(), os.getgid()
     libc = _libc()
-    if user == 0 and libc.unshare(CLONE_NEWNET) == 0:
-        return Confinement(("namespace",))
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) != 0:
-        return Confinement()  # where containers forbid it; the filter alone suffices
+    if user == 0 and libc.unshare(spaces) == 0:
+        return True
+    if libc.unshare(CLONE_NEWUSER | spaces) != 0:
+        return False
     with suppress(OSError):  # who it is in its own eyes; rights on files do not follow from it
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    return Confinement(("namespace",))
+    return True
+
+
+def _mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> bool:
+    """Mount a file system in this process's own namespace; return whether it is there."""
+    words = [word.encode() if word else None for word in (source, str(target), kind)]
+    return int(_libc().mount(*words, ctypes.c_ulong(flags), data.encode() or None)) == 0
+
+
+def _files_in(folder: Path) -> dict[str, bytes]:
+    """Read the small files that lie in a folder, such as certificates, and no log."""
+    with suppress(OSError):
+        files = (path for path in folder.iterdir() if path.is_file())
+        return {path.name: path.read_bytes() for path in files if path.stat().st_size <= SMALL}
+    return {}
+
+
+def _go_on_in_a_child() -> None:
+    """Return in a child, the first process of a new namespace; this one waits for it, passes
+    signals on, and ends as it ends. When this one is killed, so is the child."""
+    child = os.fork()
+    if child == 0:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        return
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what the child inherits ends with the child
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(abs(code))
 
 
 def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement:
@@ -271,5 +346,6 @@ def _prctl(option: int, value: int, pointer: object = 0) -> int:
 
 
 if __name__ == "__main__":
-    tried = no_network() if sys.argv[1] == "vault" else only_files([Path("/")], [])
+    vault = sys.argv[1] == "vault"
+    tried = no_network() if vault else own_view([]) & only_files([Path("/")], [])
     print(json.dumps(tried.facts()))

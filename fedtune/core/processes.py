@@ -15,15 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import IO, Literal
 
 from fedtune.core import boot
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import locks
+from fedtune.core.files.room import reserve
 from fedtune.core.progress import OnEvent
 
 QUIET = {
@@ -58,6 +59,7 @@ TO_COURIER = {
     *("HF_HUB_OFFLINE", "USE_HUB_KERNELS", "FEDTUNE_OFFLINE", "FEDTUNE_STRICT", "FEDTUNE_DEBUG"),
     *("GRPC_VERBOSITY", "PGPASSFILE", "PGSERVICEFILE", "PGSSLKEY"),  # the last three are paths
 }
+MOST_LOGGED = 2**20  # bytes of what a courier says
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -125,7 +127,7 @@ class Child:
         log: Path,
         keep: Sequence[int] = (),
     ) -> None:
-        self.program, self.log = program, log
+        self.program, self.log, self._logs = program, log, program == "courier"
         self._name = PROGRAMS[program][1]
         private_folder(home)
         private_folder(log.parent)
@@ -142,12 +144,15 @@ class Child:
             self._process = subprocess.Popen(
                 boot.command("fedtune.core.processes", program, *options),
                 stdin=subprocess.PIPE,
-                stdout=sink,
+                stdout=subprocess.PIPE if self._logs else sink,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
                 pass_fds=keep,
             )
+        if self._logs and (output := self._process.stdout):
+            # It writes no file of this disk, and so its log neither.
+            threading.Thread(target=_write_log, args=(output, log), daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -252,6 +257,18 @@ def reachable(host: str, port: int) -> bool:
     except (OSError, UnicodeError):  # UnicodeError: of a name that no machine has
         return False
     return True
+
+
+def _write_log(output: IO[bytes], log: Path) -> None:
+    """Write what a courier says into its log until it ends: MOST_LOGGED bytes, which the file has
+    on its disk from the beginning, and nothing after them."""
+    with output, open(log, "r+b", opener=_private, buffering=0) as sink:
+        reserve(sink.fileno(), MOST_LOGGED)
+        left = MOST_LOGGED
+        while said := os.read(output.fileno(), 65_536):
+            with suppress(OSError):
+                sink.write(said[:left])
+            left -= len(said[:left])
 
 
 def _private(path: str, flags: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -29,6 +30,7 @@ from fedtune.flower.packing import pack, size, unpack
 from fedtune.flower.polling import Poll
 
 App = Callable[[Message, Context], Message]
+SAID = 4_096  # bytes of the end of a SuperNode's log that are said again
 REFUSAL = f"this site answers {', '.join(ASKED)}, no more"
 POLL_SECONDS = (0.05, 0.5)  # between two polls for a task, on loopback
 GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
@@ -98,7 +100,10 @@ class Executor:
                 raise _distrust(forwarder.link)
             if forwarder.refusal or refused:
                 return _refusal(forwarder)
-            return problem or node.ended()
+            _say_log(node)
+            return problem or InfrastructureError(
+                node.ended().happened, todo=f"read {state / 'courier.log'}"
+            )
 
     def _work(self, node: Child, runtime: api.Runtime, address: str, forwarder: Forwarder) -> bool:
         """Answer tasks until the SuperNode ends or the gateway refuses this site (False), or `once`
@@ -189,3 +194,9 @@ def _distrust(link: Link) -> InfrastructureError:
         "ask the coordinator to start with --name and this address, or for a new answer; a proxy "
         "that opens TLS must let this address through",
     )
+
+
+def _say_log(node: Child) -> None:
+    """Say the end of a SuperNode's log in this process's own, since that log goes with it."""
+    with suppress(OSError):
+        print(node.log.read_bytes()[-SAID:].decode(errors="replace"), flush=True)

@@ -1,7 +1,8 @@
 """The process of a site that speaks to the network; `fedtune client` starts it.
 
 It is confined before it imports Flower: it reads code, the site file and the keys of its network,
-writes what Flower leaves and a renewed certificate, and opens no other file. It asks the vault over
+writes what Flower leaves and a renewed certificate on a disk in memory, and opens no other file. It
+asks the vault over
 the socket that it inherits, or by the files of a spool: there it writes requests and reads answers.
 """
 
@@ -108,13 +109,18 @@ def shown_to_courier(site: Site, spool: Spool | None = None) -> list[str]:
 
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
     """Confine this process to what a site's courier may read and write."""
+    from fedtune.flower.enrol import RENEWED
+
     # Python looks for a package in a folder's names: here beside whatever else lies there.
     is_elsewhere = not _try_to_read(site).missing
+    own = isolation.own_view([site.site.state / FOLDER, keys_folder(site) / RENEWED])
     found = isolation.only_files(
         readable(site, spool), writable(site, spool), [Path(boot.PACKAGES)]
     )
+    found = own & found
     if is_elsewhere:  # in a container of its own there is nothing that Landlock would have to keep
-        left = tuple(each for each in found.missing if each != isolation.NO_LANDLOCK)
+        kept = (isolation.NO_LANDLOCK, isolation.NO_VIEW)
+        left = tuple(each for each in found.missing if each not in kept)
         found = isolation.Confinement((*found.means, "records elsewhere"), left)
     shown = isolation.Confinement(missing=tuple(shown_to_courier(site, spool)))
     return found & shown & _try_to_read(site)
@@ -211,5 +217,10 @@ def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: f
     from fedtune.flower.link import link
 
     state = site.site.state / FOLDER
-    with Forwarder(link(site, path), state) as forwarder:
+
+    def keep(certificate: bytes) -> None:
+        """Have a renewed certificate kept on the site's disk, where this half writes nothing."""
+        tell("renewed", {"certificate": certificate.decode()})
+
+    with Forwarder(link(site, path), state, on_renewed=keep) as forwarder:
         Executor(client_app(ask), tell, once).run_supernodes(state, forwarder, patience)

@@ -25,6 +25,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -48,8 +49,14 @@ class Forwarder:
     """Forwards a SuperNode's connections to the gateway, in a thread that ends with the block.
     `port` and `certificate`: where the SuperNode connects, and what it trusts there."""
 
-    def __init__(self, link: Link, state: Path, watch: float = WATCH_SECONDS) -> None:
-        self.link, self._watch_seconds = link, watch
+    def __init__(
+        self,
+        link: Link,
+        state: Path,
+        watch: float = WATCH_SECONDS,
+        on_renewed: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self.link, self._watch_seconds, self._on_renewed = link, watch, on_renewed
         self.refusal: str | None = None  # why the gateway turns this site away
         self.distrust = False  # the gateway's certificate does not verify
         self.clock = False  # the refusal is a matter of time: one of the two clocks may be wrong
@@ -220,6 +227,8 @@ class Forwarder:
                 leaf = x509.load_pem_x509_certificate(reply.content)
                 if leaf.public_key() == key.public_key():
                     replace(self.link.certificate, leaf.public_bytes(certs.PEM), private=True)
+                    if self._on_renewed:
+                        self._on_renewed(leaf.public_bytes(certs.PEM))
                     self._leaf = leaf
                     self._far = far_context(self.link)
 

@@ -21,9 +21,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from fedtune.core.config import Site, load_site
 from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.core.files.writing import remove_drafts
+from fedtune.core.files.writing import remove_drafts, replace
 from fedtune.core.ledger.audit_log import REPEATS, AuditLog
 from fedtune.core.ledger.files import KEY
 from fedtune.core.processes import Child, alone, private_folder, until_stopped
@@ -36,7 +38,7 @@ from fedtune.courier.process import FOLDER
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
-from fedtune.flower.membership import reviewed
+from fedtune.flower.membership import keys_folder, reviewed
 from fedtune.launch.apart import CourierLeft, Door, Guest
 
 log = logging.getLogger("fedtune.officer")
@@ -47,6 +49,7 @@ SAYS = {
     "vault": "records are read without a network",
     "courier": "what speaks to the network reads no record",
 }
+RENEWALS = 60.0  # seconds between two certificates of a site; as in flower/peers.py
 LATE = 5.0  # seconds after which what the vault tells is shown without what the courier adds
 
 
@@ -279,6 +282,7 @@ class Shown:
         self._facts: deque[tuple[float, dict[str, Any]]] = deque()  # that wait for the courier
         self._last: dict[str, Any] = {}  # the facts of the newest answer
         self._confined: dict[str, dict[str, Any]] = {}
+        self._renewed: float | None = None  # when a certificate was last kept
 
     def from_vault(self, event: str, facts: dict[str, Any]) -> bool:
         """Show an event of the vault's. Errors: PolicyRefused, as `Halves.watch` says."""
@@ -304,6 +308,8 @@ class Shown:
             self._isolation("courier", told)
         elif event == "log":
             events.log_again(told)
+        elif event == "renewed":
+            self._keep(told)
         elif event == "error":
             raise events.error_of(told)
         elif event == "ended":
@@ -318,6 +324,20 @@ class Shown:
                 self._enter_isolation()
             self.notify(event, told)
         return False
+
+    def _keep(self, told: dict[str, Any]) -> None:
+        """Keep a renewed certificate where the courier reads it at its next start; once in a while,
+        so that the courier decides little of what is on the disk when."""
+        now = time.monotonic()
+        if self._renewed is not None and now - self._renewed < RENEWALS:
+            return
+        self._renewed = now
+        text = str(told.get("certificate", "")).encode()
+        try:
+            x509.load_pem_x509_certificate(text)
+            replace(keys_folder(self._site) / RENEWED / "tls.crt", text, private=True)
+        except (ValueError, InfrastructureError):
+            log.warning("a renewed certificate cannot be kept; it is asked for again")
 
     def flush(self, seconds: float) -> None:
         """Show the vault's facts that have waited so long for the courier's."""

@@ -9,6 +9,7 @@ answered."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Iterator
@@ -105,6 +106,13 @@ class Room:
     def _ledger(self) -> int:
         """Bytes of the ledger that the room makes up for."""
         return min(_length(self.folder / LEDGER), self.of_the_ledger)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Give a file `size` bytes of its disk without a change of its length, where that can be."""
+    of_no_more_length = 1  # FALLOC_FL_KEEP_SIZE
+    sizes = ctypes.c_longlong(0), ctypes.c_longlong(size)
+    ctypes.CDLL(None).fallocate(descriptor, of_no_more_length, *sizes)
 
 
 def _length(path: Path) -> int:

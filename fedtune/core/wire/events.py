@@ -19,15 +19,17 @@ from fedtune.core.progress import Step
 
 MOST = 1 << 20  # bytes of one event
 LONGEST = 2_000  # characters of a text of the courier's
+CERTIFICATE = 16_384  # characters of a renewed certificate
 FROM_COURIER = frozenset(
     {"isolation", "joined", "answered", "refused", "failed", "waiting", "connected"}
-    | {"reconnecting", "stopped", "log", "ended", "error"}
+    | {"reconnecting", "stopped", "log", "ended", "error", "renewed"}
 )
 FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("kind", "error", "address", "text", "reason", "level"), str),
     **dict.fromkeys(("happened", "expected", "todo"), str),
     **dict.fromkeys(("bytes_up", "bytes_down"), int),
     **dict.fromkeys(("means", "missing"), list),
+    "certificate": str,
     "seconds": (int, float),
     "gone": bool,
 }
@@ -114,7 +116,9 @@ def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
         wanted = FIELDS.get(name)
         if wanted is None or not isinstance(value, wanted):
             continue
-        if isinstance(value, str):
+        if name == "certificate":  # lines of letters, which its reader checks
+            shown[name] = value[:CERTIFICATE] if value.isascii() else ""
+        elif isinstance(value, str):
             shown[name] = printable(value)[:LONGEST]
         elif isinstance(value, list):
             shown[name] = [printable(str(each))[:LONGEST] for each in value[:20]]
