@@ -12,7 +12,7 @@ inherits it. `Confinement` says what is in force; each half then *tries* what mu
 | only_files() | Landlock: files below these paths, no signals and no abstract sockets to others;  |
 |              | seccomp: no Unix sockets, by which a user bus or a container's daemon would read  |
 |              | what this process may not                                                         |
-| own_view()   | a disk in memory where it writes, numbers of processes of its own, no /proc        |
+| own_view()   | a disk in memory where it writes, numbers of processes of its own, no /proc       |
 | only_computing() | seccomp: memory, the descriptors that are open already, and its own end; no   |
 |              | file, process or clock, and not its own number                                    |
 | all          | no new privileges, no core dump, no ptrace, process_vm_readv or pidfd_getfd, no   |
@@ -150,8 +150,8 @@ def own_view(folders: Sequence[Path]) -> Confinement:
     of an order.
 
     It goes on in a child; this process waits for it, passes signals on, and ends as it ends. Small
-    files that lay in the folders are there again. Call before `only_files`. Errors: InfrastructureError as of
-    `no_network`."""
+    files that lay in the folders are there again. Call before `only_files`.
+    Errors: InfrastructureError as of `no_network`."""
     _check_alone()
     kept = {folder: _files_in(folder) for folder in folders}
     if not _unshare(CLONE_NEWNS | CLONE_NEWPID):
