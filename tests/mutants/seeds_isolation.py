@@ -10,6 +10,7 @@ VAULT, STARTER = "fedtune/core/vault/process.py", "fedtune/launch/site.py"
 APART, T_APART = "fedtune/launch/apart.py", "tests/isolation/test_apart.py::"
 T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_halves.py::"
 T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
+T_VIEW = "tests/isolation/test_own_view.py::"
 T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
 SPOOL, T_SPOOL = "fedtune/core/wire/spool.py", "tests/wire/test_spool.py::"
 T_SPOOLED = "tests/isolation/test_spooled.py::"
@@ -73,6 +74,25 @@ MUTANTS = (
         "    of_files = _restrict_files(list(read), list(write), list(names))\n",
         "    of_files = Confinement((\"landlock 7\",))\n", T_COURIER,
         "what speaks to the network opens the records",
+    ),
+    one(
+        "isolation", "the-courier-writes-on-the-ledgers-disk", COURIER,
+        "    own = isolation.own_view([site.site.state / FOLDER, keys_folder(site) / RENEWED])\n",
+        "    own = isolation.own_view([keys_folder(site) / RENEWED])\n",
+        T_VIEW + "test_what_a_courier_writes_takes_no_space_and_nobody_elses_processes_are_seen",
+        "it takes the space that gives way in the midst of an order",
+    ),
+    one(
+        "isolation", "the-courier-counts-the-machines-processes", ISOLATION,
+        "_unshare(CLONE_NEWNS | CLONE_NEWPID)", "_unshare(CLONE_NEWNS)",
+        T_VIEW + "test_what_a_courier_writes_takes_no_space_and_nobody_elses_processes_are_seen",
+        "numbers of processes tell how many a round used up",
+    ),
+    one(
+        "isolation", "a-couriers-log-grows-as-it-likes", "fedtune/core/processes.py",
+        "sink.write(said[:left])", "sink.write(said)",
+        T_VIEW + "test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more",
+        "by its log it takes the space that gives way in the midst of an order",
     ),
     one(
         "isolation", "the-courier-asks-a-daemon", ISOLATION,

@@ -116,10 +116,10 @@ def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
         wanted = FIELDS.get(name)
         if wanted is None or not isinstance(value, wanted):
             continue
-        if name == "certificate":  # lines of letters, which its reader checks
-            shown[name] = value[:CERTIFICATE] if value.isascii() else ""
-        elif isinstance(value, str):
-            shown[name] = printable(value)[:LONGEST]
+        if isinstance(value, str):
+            # A certificate is lines of letters, and whoever reads it checks it.
+            is_lines = name == "certificate" and value.isascii()
+            shown[name] = value[:CERTIFICATE] if is_lines else printable(value)[:LONGEST]
         elif isinstance(value, list):
             shown[name] = [printable(str(each))[:LONGEST] for each in value[:20]]
         elif isinstance(value, int | float) and 0 <= value < 2**53:  # neither NaN nor infinite
