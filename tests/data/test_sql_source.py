@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import random
 import sys
@@ -342,7 +343,10 @@ def test_path_or_url_and_nothing_beside_it() -> None:
 
 
 def test_without_its_driver_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "psycopg" else find(name)
+    )
     asked = SiteData(url="postgresql://h/db", columns=COLUMNS, options={"table": "note"})
     with pytest.raises(ConfigError, match="needs the package psycopg"):
         read_file(asked)

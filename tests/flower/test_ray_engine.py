@@ -24,8 +24,16 @@ from tests.server.fakes import FakeSite, make_study, trial, zeros
 __all__ = ["trial"]
 
 
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Python find every package but Ray."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "ray" else find(name)
+    )
+
+
 def test_a_missing_ray_is_said_with_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    without_ray(monkeypatch)
     with pytest.raises(InfrastructureError, match=r"pip install 'fedtune\[ray\]'"):
         ray.simulate_ray(make_study(), [tmp_path], tmp_path / "out")
 
@@ -57,6 +65,6 @@ def test_a_draw_waits_in_one_worker_so_several_are_refused(tmp_path, tiny_base, 
     with pytest.raises(ConfigError, match="under Ray with 2 processes"):
         simulate(study, sites, tmp_path / "run", engine="ray", processes=2)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    without_ray(monkeypatch)
     with pytest.raises(InfrastructureError, match="ray engine is not installed"):
         simulate(study, sites, tmp_path / "run", engine="ray", processes=1)

@@ -39,7 +39,7 @@ class Group(Generic[T]):
     def release(self) -> list[str]:
         """List the plug-ins of this release; neither they nor their package are imported."""
         package = importlib.util.find_spec(self.package)
-        path = package.submodule_search_locations if package else None
+        path = (package.submodule_search_locations if package else None) or []
         return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
 
     def installed(self) -> list[str]:
