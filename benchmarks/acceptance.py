@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fedtune.core.config import AcceptanceTable
-from fedtune.core.registry.scores import Scores
 from fedtune.officer.acceptance.judgement import Judgement, judge
+from fedtune.report.scores import Scores
 
 CLASSES = ("a", "b", "c", "d", "e")
 WARDS = {"north": 200, "south": 152, "west": 40, "east": 8}

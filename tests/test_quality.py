@@ -306,7 +306,7 @@ def test_intervals() -> None:
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
     low, high = wilson(0.0, 20)
     assert abs(low) < 1e-12 and high == pytest.approx(0.1611, abs=1e-4)
-    from fedtune.core.registry.scores import Scores
+    from fedtune.report.scores import Scores
 
     def scores(chosen: list[int]) -> Scores:
         n = len(chosen)

@@ -25,8 +25,8 @@ from fedtune.core.config import DataFile, EvaluationTable
 from fedtune.core.data.records import read_records
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files.writing import replace
-from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.run import evaluator_of, with_columns_of
+from fedtune.report.scores import Scores
 from fedtune.runs.run import Run
 
 EXCHANGES = 1999

@@ -126,9 +126,9 @@ def say_looks(console: Console, study: Study) -> None:
     Errors: DataError (public records without the plan's columns of groups)."""
     if study.schedule is None or study.evaluation is None:
         return
-    from fedtune.core.data.groups import count_groups
     from fedtune.core.data.records import read_records
     from fedtune.core.registry.metrics import METRICS
+    from fedtune.evaluation.groups import count_groups
     from fedtune.report.paired import CHANGED, LEAST_GROUP, least_gain
 
     table, file, records = study.schedule, study.evaluation, 0

@@ -13,7 +13,6 @@ from fedtune.core import modalities
 from fedtune.core.bases.find import find_base, load_tokenizer
 from fedtune.core.config import EvaluationTable, Study
 from fedtune.core.data.dataset import NO_TARGET, Dataset
-from fedtune.core.data.groups import groups_of
 from fedtune.core.data.load import load_dataset
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.models.build import build
@@ -27,7 +26,6 @@ from fedtune.core.objectives._tokens import likelihood
 from fedtune.core.progress import reporter
 from fedtune.core.registry import process_cache
 from fedtune.core.registry.metrics import METRICS
-from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.choices import (
     by_record,
     choice_ids,
@@ -35,9 +33,11 @@ from fedtune.evaluation.choices import (
     single_tokens,
     with_choice,
 )
+from fedtune.evaluation.groups import groups_of
 from fedtune.evaluation.metrics import intervals
 from fedtune.evaluation.pairs import PairScores, pair_facts, round_figures
 from fedtune.report.change_plan import Look
+from fedtune.report.scores import Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 
 from fedtune.core.registry.metrics import METRICS
-from fedtune.core.registry.scores import Scores
+from fedtune.report.scores import Scores
 
 RESAMPLES = 1000
 

@@ -12,8 +12,8 @@ import torch
 
 from fedtune.core.objectives._shapes import even
 from fedtune.core.objectives._tokens import labelled, likelihood
-from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.metrics import mean_interval, wilson
+from fedtune.report.scores import Scores
 
 if TYPE_CHECKING:
     from fedtune.core.objectives._interface import Batch, Network

@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedtune.core.config import ScheduleTable
-from fedtune.core.registry.scores import Columns, Scores
 from fedtune.report.paired import LEAST_GROUP, chance_above, chance_of, changes
+from fedtune.report.scores import Columns, Scores
 
 Verdict = Literal["better", "not better", "outside the plan"]
 Files = Mapping[str, frozenset[str]]  # by a public file's sha256: keyed digests of its records
@@ -31,7 +31,7 @@ Files = Mapping[str, frozenset[str]]  # by a public file's sha256: keyed digests
 
 @dataclass(frozen=True)
 class Look:
-    """What one comparison saw, record by record: from what the metric follows (registry.scores), of
+    """What one comparison saw, record by record: from what the metric follows (report.scores), of
     the version in use and of the new one, and each record's value in the columns of groups."""
 
     metric: str

@@ -16,7 +16,7 @@ from scipy.special import bdtrc  # type: ignore[import-untyped]
 from scipy.stats import beta, binom  # type: ignore[import-untyped]
 
 from fedtune.core.registry.metrics import METRICS
-from fedtune.core.registry.scores import Scores
+from fedtune.report.scores import Scores
 
 SWAPS = 10_000
 LEAST_GROUP = 20  # records: of fewer nothing follows

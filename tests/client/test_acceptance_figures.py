@@ -12,10 +12,10 @@ from scipy.stats import binomtest  # type: ignore[import-untyped]
 from benchmarks.acceptance import found, judged, planted, unresolved
 from fedtune.core.config import AcceptanceTable, Site
 from fedtune.core.errors import ConfigError
-from fedtune.core.registry.scores import Scores
 from fedtune.officer.acceptance.intervals import Sample, clopper_pearson
 from fedtune.officer.acceptance.judgement import ALARMS, Judgement, judge
 from fedtune.officer.acceptance.measures import BINS, measures_of
+from fedtune.report.scores import Scores
 
 LESIONS = ("malignant", "no lesion", "benign")
 

@@ -13,10 +13,10 @@ import pytest
 from scipy.stats import binom
 
 from fedtune.core.config import ScheduleTable
-from fedtune.core.registry.scores import Scores
 from fedtune.report import paired
 from fedtune.report.change_plan import Look, judge, look_left
 from fedtune.report.paired import chance_above, chance_of, least_gain
+from fedtune.report.scores import Scores
 from fedtune.server.continuous import Continuous
 from fedtune.server.versions import Version, Versions
 from tests.continuous.fakes import continuous, parts

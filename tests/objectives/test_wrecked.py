@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.core.models.adapter_files import picked
 from fedtune.core.models.loaded import adapted
-from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.pairs import PairScores, pair_facts
 from fedtune.evaluation.run import evaluate
 from fedtune.report.claim import verdict
 from fedtune.report.preference import FALLEN, alarms
+from fedtune.report.scores import Scores
 from fedtune.runs.run import Run
 from tests.cli_kit import run as command
 from tests.objectives.test_runs import lay_out, row, run

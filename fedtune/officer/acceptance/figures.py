@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from fedtune.core.config import AcceptanceTable
-from fedtune.core.registry.scores import Scores
 from fedtune.officer.acceptance.intervals import RESAMPLES, SEED, Difference, Measured, Sample
 from fedtune.officer.acceptance.judgement import ALARMS, Judgement, judge
 from fedtune.officer.acceptance.measures import BINS, bins_of, measures_of
 from fedtune.officer.acceptance.models import MODEL, Scored
 from fedtune.officer.acceptance.records import HeldOut
+from fedtune.report.scores import Scores
 
 WORST = 20  # errors that are listed
 

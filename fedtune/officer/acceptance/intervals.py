@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import beta  # type: ignore[import-untyped]
 
-from fedtune.core.registry.scores import Scores
 from fedtune.officer.acceptance.measures import Array, Measure
+from fedtune.report.scores import Scores
 
 RESAMPLES, SEED = 2000, 0
 BLOCK = 2**20  # numbers of resampled weights that are held at once

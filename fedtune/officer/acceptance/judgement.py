@@ -20,9 +20,9 @@ import numpy as np
 
 from fedtune.core.config import AcceptanceTable
 from fedtune.core.errors import ConfigError
-from fedtune.core.registry.scores import Scores
 from fedtune.officer.acceptance.intervals import Difference, Interval, Measured, Sample, differences
 from fedtune.officer.acceptance.measures import GAP, RECALL, Measure, measures_of
+from fedtune.report.scores import Scores
 
 Decision = Literal["accepted", "refused", "not resolved"]
 ALARMS = 0.05  # the chance that any group is called different where none is

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.core.registry.metrics import METRICS
-from fedtune.core.registry.scores import Scores
+from fedtune.report.scores import Scores
 
 Array = npt.NDArray[np.float64]
 BINS = 10

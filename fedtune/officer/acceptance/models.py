@@ -10,11 +10,11 @@ from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.network import Network
 from fedtune.core.objectives import resolve
-from fedtune.core.registry.scores import Scores
 from fedtune.evaluation.evaluator import PREFERENCES
 from fedtune.evaluation.run import evaluator_of
 from fedtune.officer.acceptance.records import HeldOut, read_held_out
 from fedtune.report.gain import is_start_released
+from fedtune.report.scores import Scores
 from fedtune.runs.run import Run, open_run
 
 MODEL, START, ALONE, BASE = "this model", "public start", "site alone", "base alone"

@@ -16,7 +16,6 @@ import numpy as np
 from fedtune.core.config import AcceptanceTable, Site, Study
 from fedtune.core.data.dataset import Dataset, Example
 from fedtune.core.data.files import Place
-from fedtune.core.data.groups import MISSING, group_of, groups_at
 from fedtune.core.data.identity import identities, identity_of
 from fedtune.core.data.load import LONG, UnitReader, check_columns
 from fedtune.core.data.records import Record, content_of, read_file, record_member, unit_member
@@ -25,6 +24,7 @@ from fedtune.core.errors import DataError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.network import Network
 from fedtune.core.objectives import resolve
+from fedtune.evaluation.groups import MISSING, group_of, groups_at
 
 NO_NUMBER = "(no number)"
 TRAINED = "trained on here"
