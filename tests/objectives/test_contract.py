@@ -114,12 +114,20 @@ def heads(name: str, labels: tuple[str, ...] = ("a", "b")) -> bool:
 
 
 HEADED = [name for name in NAMES if heads(name)]
+
+
+def suits(name: str, adapter: str) -> bool:
+    """Whether an objective can train so: class statistics have a frozen base, a head is not for
+    all."""
+    return name in HEADED if adapter == "head alone" else not plain(name).directions
+
+
 EVERY = [
     pytest.param(name, options, adapter, id=" ".join([name, *map(str, options.values()), adapter]))
     for name in NAMES
     for options in [{}, *OPTIONS.get(name, [])]
     for adapter in ADAPTERS
-    if (name in HEADED if adapter == "head alone" else not plain(name).directions)
+    if suits(name, adapter)
 ]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedtune.core.models.tiny import generated
-from tests.objectives.test_contract import ADAPTERS, HEADED, NAMES, case_of
+from tests.objectives.test_contract import ADAPTERS, NAMES, case_of, suits
 
 SIZES = [1] * 28 + [2, 3] * 6
 
@@ -20,9 +20,7 @@ SIZES = [1] * 28 + [2, 3] * 6
 def differing(base: Path, counts: list[int], names: Sequence[str] = NAMES) -> list[str]:
     draw, found = np.random.default_rng(0), []
     for name in names:
-        for adapter in ADAPTERS:
-            if adapter == "head alone" and name not in HEADED:
-                continue
+        for adapter in (adapter for adapter in ADAPTERS if suits(name, adapter)):
             for wanted in ("auto", "opacus"):
                 case = case_of(base, name, adapter, wanted=wanted)  # type: ignore[arg-type]
                 engine = case.engine(generated(case.study, case.network, SIZES))
