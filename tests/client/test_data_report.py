@@ -200,6 +200,7 @@ def test_what_a_study_makes_of_the_rows_is_what_trains(
     }
     worker = SiteWorker(site)
     worker.prepare(study.study, study.frozen)
+    worker.train(study.study.digest, 1, study.adapter)  # which reads the records
     kept = json.loads((site.site.state / COUNTS).read_text())["records"]
     assert (site.site.state / COUNTS).stat().st_mode & 0o777 == 0o600
     assert (kept["rows"], kept["train"], kept["units"]) == (38, fit.train, fit.units)

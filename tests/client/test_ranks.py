@@ -207,23 +207,17 @@ def test_ranks_that_cannot_be_started_cost_time_alone(
     assert [charge.round for charge in worker.ledger.charges("records")] == [1]
 
 
-@pytest.mark.parametrize("when", ["before the first round", "after it"])
 def test_ranks_train_on_what_rank_0_read(
-    worker: SiteWorker,
-    path: Path,
-    tmp_path: Path,
-    tiny_base: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    when: str,
+    worker: SiteWorker, path: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the files hold by then: records are read once, by the process with the ledger."""
+    """Whatever the files hold by then: records are read once, by the process with the ledger, in a
+    study's first round."""
     made, site = two_steps(tiny_base), site_in(tmp_path / "alone")
     alone = SiteWorker(load_site(site), site)
     for each in (worker, alone):
         each.prepare(made.study, made.frozen)
     without_noise(monkeypatch)
-    if when == "after it":
-        worker.train(made.study.digest, 1, made.adapter)
+    worker.train(made.study.digest, 1, made.adapter)
     notes_file = path.with_name("notes.jsonl")
     lines = notes_file.read_text().splitlines()
     more = json.loads(lines[0]) | {"who": "somebody new", "note": "came later"}

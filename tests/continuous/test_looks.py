@@ -150,9 +150,9 @@ def test_a_version_that_is_worse_in_one_group_is_held_back(tmp_path: Path, studi
     assert found <= int(binom.isf(1e-5, studies, 0.05))
 
 
-def test_without_its_margin_most_studies_release_what_is_worse_there(tmp_path: Path) -> None:
-    """The twin, by a plan without groups."""
-    assert count_releasing(tmp_path, 12, worse_in_one_ward) > binom.isf(1e-5, 12, 0.05)
+def test_without_its_margin_many_studies_release_what_is_worse_there(tmp_path: Path) -> None:
+    """The twin, by a plan without groups: two in five do, of the same draws each time."""
+    assert count_releasing(tmp_path, 30, worse_in_one_ward) > binom.isf(1e-5, 30, 0.05)
 
 
 def test_the_rule_of_before_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,8 +200,8 @@ def test_rows_that_cannot_be_decoded_together_are_decoded_alone(
     path, honest = tmp_path / "r.parquet", pq.ParquetFile.iter_batches
     pq.write_table(pa.table({"who": [str(n) for n in range(9)]}), path, row_group_size=6)
 
-    def together(source: Any, batch_size: int, **options: Any) -> Iterator[Any]:
-        for number, batch in enumerate(honest(source, batch_size=batch_size, **options)):
+    def together(source: Any, batch_size: int, *what: Any, **how: Any) -> Iterator[Any]:
+        for number, batch in enumerate(honest(source, batch_size, *what, **how)):
             if batch_size > 1 and number:
                 raise pa.ArrowNotImplementedError("Nested data conversions")
             yield batch
