@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.core import boot
-from fedtune.core.errors import InfrastructureError
+from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.processes import alone, free_port
 from fedtune.launch.coordinator import serve
 from fedtune.launch.site import join
@@ -118,7 +118,7 @@ def test_a_start_removes_what_a_killed_process_left_half_written(
     kit.join_up(home, site, free_port())
     first = Holder(home / "flower", "fedtune server")
     state, run = tmp_path / "a" / "state", tmp_path / "run"
-    (state / "flower" / "loopback.crt").mkdir(parents=True)
+    (state / "keys" / "node.key").unlink()
     run.mkdir()
     left = [folder / f"x.json.0f1e2d3c.{first.pid}.new" for folder in (home, run, state / "keys")]
     for draft in left:
@@ -131,7 +131,7 @@ def test_a_start_removes_what_a_killed_process_left_half_written(
         port = taken.getsockname()[1]
         with pytest.raises(InfrastructureError, match="is taken"):
             serve(study, run, port=port, home=home, run=_never)
-    with pytest.raises(InfrastructureError, match=r"loopback.crt: cannot be written"):
+    with pytest.raises(ConfigError, match=r"node.key: no such file"):
         join(site)
     assert not any(draft.exists() for draft in left)
 
