@@ -137,7 +137,8 @@ TELLERS = {"Outcome", "_DroppedUpdate", "Reply", "SealError", "PolicyRefused", "
 def own_reasons() -> Iterator[tuple[str, str]]:
     """(where, text) of every reason that the code itself gives, RULE for what it fills in."""
     root = Path(server.__file__).parents[1]
-    for file in (*(root / "server").glob("*.py"), *(root / "client").glob("*.py")):
+    folders = (root / "server", root / "core" / "vault", root / "officer")
+    for file in (file for folder in folders for file in folder.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in TELLERS:
                 for part in node.args:
