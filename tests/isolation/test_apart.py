@@ -214,6 +214,7 @@ def goes_on(made: Consortium, server: subprocess.Popen[bytes], at: int) -> bool:
     return made.rounds() > at or server.poll() is not None
 
 
+@pytest.mark.long
 def test_halves_that_are_killed_in_mid_study_are_waited_for(
     tmp_path: Path, tiny_base: Path
 ) -> None:
