@@ -34,8 +34,10 @@ from fedtune.presets._sites import _isolation
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFINES = pytest.mark.skipif(
-    not isolation.landlock_version() or os.uname().machine not in system_calls.MACHINES,
-    reason="this Linux has no Landlock, or another machine's system calls",
+    not isolation.landlock_version()
+    or os.uname().machine not in system_calls.MACHINES
+    or isolation.NO_VIEW in isolation.available()[1].missing,
+    reason="this Linux has no Landlock, no namespaces, or another machine's system calls",
 )
 
 
