@@ -17,7 +17,7 @@ import logging
 from fedtune.cli import log_lines
 log_lines.use_one_style()
 logging.basicConfig(format="%(asctime)s:%(levelname)s:%(message)s")  # as opacus does
-logging.getLogger("fedtune.core.data").warning("a record cannot be read (%s)", "a\\x1bb")
+logging.getLogger("fedtune.data").warning("a record cannot be read (%s)", "a\\x1bb")
 logging.getLogger("peft.tuners").warning("of another")
 """
 

@@ -191,7 +191,7 @@ def _of_class(asked: Asked, name: str) -> Asked:
 
 def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
     """Guess each record's site, and hold how often that is right against chance."""
-    shares = np.concatenate([_shares(outputs, asked, names) for names in _exchanged(asked)])
+    shares = np.concatenate([_shares(outputs, asked, names) for names in _exchange_names(asked)])
     found, null = float(shares[0]), shares[1:]
     records = int(_counts(asked)[1].sum())
     p = float((1 + (null >= found - 1e-12).sum()) / (1 + len(null)))
@@ -247,7 +247,7 @@ def _learnt(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
         rows = asked.classes == name
         centred[rows] -= falls[rows].mean()
     means = []
-    for names in _exchanged(asked):
+    for names in _exchange_names(asked):
         own = np.eye(len(asked.names))[names]
         means.append(np.einsum("ems,m->es", own, centred) / own.sum(axis=1))
     stacked = np.concatenate(means)
@@ -260,7 +260,7 @@ def _learnt(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
     )
 
 
-def _exchanged(asked: Asked, block: int = 100) -> Iterator[Ints]:
+def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
     """Yield the sites' names as they are, then EXCHANGES exchanges of them among units whose
     records are of the same classes, block by block, from a fixed seed."""
     yield asked.sites[None]

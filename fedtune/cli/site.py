@@ -70,9 +70,8 @@ def review(
 
     Reads no public text of a study.toml: price and rules follow without, and --digest has its gain
     foretold too; of the records it counts, for this screen alone, those of a class that the plan
-    has not. A site whose policy.admission is
-    "reviewed" or "signed" keeps each plan that it was sent in its state folder, under plans/;
-    --sign admits it."""
+    has not. A site whose policy.admission is "reviewed" or "signed" keeps each plan that it was
+    sent in its state folder, under plans/; --sign admits it."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.core.errors import PolicyRefused

@@ -63,10 +63,10 @@ def status(
         typer.echo("ok")
         return {"state": snapshot.state, **snapshot.status}
     from fedtune.cli.status_view import BudgetView, view
-    from fedtune.evidence.told import told_in
+    from fedtune.evidence.told import read_told
 
     site = path if path.suffix == ".toml" else None
-    told = told_in(folder)
+    told = read_told(folder)
     budget = BudgetView(site) if site else None
     console = Console()
     if once or wants_json() or not console.is_terminal:

@@ -127,7 +127,7 @@ class Child:
         log: Path,
         keep: Sequence[int] = (),
     ) -> None:
-        self.program, self.log, self._logs = program, log, program == "courier"
+        self.program, self.log = program, log
         self._name = PROGRAMS[program][1]
         private_folder(home)
         private_folder(log.parent)
@@ -140,18 +140,19 @@ class Child:
             "FLWR_HOME": str(home),
             "PYTHONUNBUFFERED": "1",
         }
+        # A courier writes no file of this disk, and so its log neither.
+        pipe = program == "courier"
         with open(log, "wb", opener=_private) as sink:
             self._process = subprocess.Popen(
                 boot.command("fedtune.core.processes", program, *options),
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if self._logs else sink,
+                stdout=subprocess.PIPE if pipe else sink,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
                 pass_fds=keep,
             )
-        if self._logs and (output := self._process.stdout):
-            # It writes no file of this disk, and so its log neither.
+        if output := self._process.stdout:
             threading.Thread(target=_write_log, args=(output, log), daemon=True).start()
 
     @property

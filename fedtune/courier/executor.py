@@ -100,9 +100,10 @@ class Executor:
                 raise _distrust(forwarder.link)
             if forwarder.refusal or refused:
                 return _refusal(forwarder)
-            _say_log(node)
-            return problem or InfrastructureError(
-                node.ended().happened, todo=f"read {state / 'courier.log'}"
+            _say_log(node)  # where a person can read it
+            ended = problem or node.ended()
+            return InfrastructureError(
+                ended.happened, ended.expected, f"read {state / 'courier.log'}"
             )
 
     def _work(self, node: Child, runtime: api.Runtime, address: str, forwarder: Forwarder) -> bool:

@@ -2,8 +2,8 @@
 
 It is confined before it imports Flower: it reads code, the site file and the keys of its network,
 writes what Flower leaves and a renewed certificate on a disk in memory, and opens no other file. It
-asks the vault over
-the socket that it inherits, or by the files of a spool: there it writes requests and reads answers.
+asks the vault over the socket that it inherits, or by the files of a spool: there it writes
+requests and reads answers.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
-def shown_to_courier(site: Site, spool: Spool | None = None) -> list[str]:
+def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
     """Say which of the site's private files its courier reads, or reads the names of, by where they
     lie: images may be called after a patient."""
     read = open_to_courier(site, spool)
@@ -122,7 +122,7 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
         kept = (isolation.NO_LANDLOCK, isolation.NO_VIEW)
         left = tuple(each for each in found.missing if each not in kept)
         found = isolation.Confinement((*found.means, "records elsewhere"), left)
-    shown = isolation.Confinement(missing=tuple(shown_to_courier(site, spool)))
+    shown = isolation.Confinement(missing=tuple(describe_open_files(site, spool)))
     return found & shown & _try_to_read(site)
 
 

@@ -39,7 +39,7 @@ from fedtune.evaluation.choices import (
 from fedtune.evaluation.predictions import Carried, Predictions, check_ids
 from fedtune.runs.run import Run
 
-log = logging.getLogger("fedtune.core.data")
+log = logging.getLogger("fedtune.data")
 
 Records = DataFile | Path | str | Iterable[Mapping[str, Any] | str]
 LINES = ".txt"  # one text a line, for a run with a head

@@ -62,7 +62,7 @@ def state(record: dict[str, Any], key: SigningKey) -> bytes:
     return canonical(body | {"signature": key.sign(PURPOSE + canonical(body))})
 
 
-def told_in(run: Path) -> list[Told]:
+def read_told(run: Path) -> list[Told]:
     """Read what sites told of a run's model, by site's name; [] where nobody did."""
     folder = run / FOLDER
     if not folder.is_dir():

@@ -56,7 +56,8 @@ class Forwarder:
         watch: float = WATCH_SECONDS,
         on_renewed: Callable[[bytes], None] | None = None,
     ) -> None:
-        self.link, self._watch_seconds, self._on_renewed = link, watch, on_renewed
+        self.link, self._watch_seconds = link, watch
+        self._on_renewed = on_renewed
         self.refusal: str | None = None  # why the gateway turns this site away
         self.distrust = False  # the gateway's certificate does not verify
         self.clock = False  # the refusal is a matter of time: one of the two clocks may be wrong

@@ -41,7 +41,7 @@ from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, reviewed
 from fedtune.launch.apart import CourierLeft, Door, Guest
 
-log = logging.getLogger("fedtune.officer")
+log = logging.getLogger("fedtune.client")
 EVENTS_AT_ONCE = 100  # of one half
 LONG = 60.0  # seconds: halves that lasted so long were well started
 FEW = 3  # times in a row that halves which did not are started again

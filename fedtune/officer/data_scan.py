@@ -16,7 +16,7 @@ from fedtune.core.data.records import Record, read_file
 from fedtune.core.data.scan import Scanner, check_length, engine, texts_of
 from fedtune.core.progress import report
 
-log = logging.getLogger("fedtune.core.data")
+log = logging.getLogger("fedtune.data")
 
 
 @dataclass(frozen=True)

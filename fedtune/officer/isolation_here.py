@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedtune.core import isolation
 from fedtune.core.config import Site
 from fedtune.core.vault.process import families
-from fedtune.courier.process import shown_to_courier
+from fedtune.courier.process import describe_open_files
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ def isolation_here(site: Site) -> Here:
     """Try what this machine gives a vault and a courier, and look where the site's records are."""
     of_vault, of_courier = isolation.available()
     lacks = [*of_vault.missing, *of_courier.missing]
-    lacks += shown_to_courier(site)
+    lacks += describe_open_files(site)
     if socket.AF_INET in families(site, processes=1):
         lacks.append("a database over TCP keeps the vault on the network")
     text = f"records are read without a network ({', '.join(of_vault.means)}), and what speaks to "

@@ -140,14 +140,14 @@ def least_gain(
     """
     misses = 0.2 / (1 + len(groups))
     if margin:
-        gain = _passed(records, threshold, margin, misses, changed)
+        gain = _least_gain_above(records, threshold, margin, misses, changed)
     else:
-        gain = _exchanged(records, threshold, misses, changed)
-    others = (_passed(n, threshold, -worse, misses, changed) for n, worse in groups)
+        gain = _least_gain_exchanged(records, threshold, misses, changed)
+    others = (_least_gain_above(n, threshold, -worse, misses, changed) for n, worse in groups)
     return max([gain, *others])
 
 
-def _exchanged(records: int, threshold: float, misses: float, changed: float) -> float:
+def _least_gain_exchanged(records: int, threshold: float, misses: float, changed: float) -> float:
     """Estimate which gain `chance_of` finds, but for so many misses: the normal approximation."""
     deviations = NormalDist().inv_cdf(1 - threshold) + NormalDist().inv_cdf(1 - misses)
     gain = 0.0
@@ -156,7 +156,7 @@ def _exchanged(records: int, threshold: float, misses: float, changed: float) ->
     return gain
 
 
-def _passed(n: int, level: float, least: float, misses: float, changed: float) -> float:
+def _least_gain_above(n: int, level: float, least: float, misses: float, changed: float) -> float:
     """Return which gain `chance_above` shows to be more than `least`, but for so many misses; 0
     where none is needed, above 1 where none is enough."""
 

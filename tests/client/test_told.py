@@ -14,7 +14,7 @@ from fedtune.core.errors import InputError
 from fedtune.core.ledger.audit_log import verify
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey, canonical
-from fedtune.evidence.told import KEYS, PURPOSE, lines, state, told_in
+from fedtune.evidence.told import KEYS, PURPOSE, lines, read_told, state
 from fedtune.officer.acceptance.accept import accept, tell
 from tests.cli_kit import run as command
 from tests.client.test_acceptance import judged, world
@@ -40,7 +40,7 @@ def handed_over() -> Path:
 
 def test_nothing_is_told_unless_a_person_tells_it(world: Path) -> None:
     done = command("accept", "run", "--site", "site.toml")
-    assert done.exit_code == 0 and not told_in(Path("run"))
+    assert done.exit_code == 0 and not read_told(Path("run"))
     assert not [path for path in Path("run").rglob("*") if "told" in path.name]
     again = command("accept", "run", "--site", "site.toml", "--tell", "north.json")
     assert again.exit_code == 0 and "no ε covers it" in again.output
@@ -57,7 +57,7 @@ def test_a_statement_has_the_decision_and_no_figure(world: Path) -> None:
 
 def test_the_coordinator_sees_what_was_told_by_name(world: Path) -> None:
     path = handed_over()
-    (one,) = told_in(Path("run"))
+    (one,) = read_told(Path("run"))
     decision = json.loads(path.read_text())["decision"]
     assert (one.site, one.decision, one.problem) == ("north", decision, "")
     said = lines([one])
@@ -75,19 +75,19 @@ def test_a_statement_that_was_changed_or_is_of_another_says_nothing(world: Path)
     whole = path.read_bytes()
     other = {"accepted": "refused"}.get(json.loads(whole)["decision"], "accepted")
     forge(path, decision=other)
-    assert told_in(Path("run"))[0].problem == "not signed by a site that took part"
+    assert read_told(Path("run"))[0].problem == "not signed by a site that took part"
     forged = json.loads(whole) | {"decision": other, "key": (key := SigningKey()).public}
     body = {name: value for name, value in forged.items() if name != "signature"}
     path.write_bytes(canonical(body | {"signature": key.sign(PURPOSE + canonical(body))}))
-    assert told_in(Path("run"))[0].problem == "not signed by a site that took part"
+    assert read_told(Path("run"))[0].problem == "not signed by a site that took part"
     path.write_bytes(whole)
     signed_by("south")
-    assert told_in(Path("run"))[0].problem == "not signed by a site that took part"
+    assert read_told(Path("run"))[0].problem == "not signed by a site that took part"
     signed_by("north")
-    assert told_in(Path("run"))[0].problem == ""
+    assert read_told(Path("run"))[0].problem == ""
     for bad in (b"{", b"[]", b'{"format":"fedtune-told-1"}', b"\xff", b""):
         path.write_bytes(bad)
-        assert told_in(Path("run"))[0].problem == "no statement of a site"
+        assert read_told(Path("run"))[0].problem == "no statement of a site"
 
 
 def test_a_statement_of_another_model_is_not_taken_for_this_ones(world: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_statement_of_another_model_is_not_taken_for_this_ones(world: Path) ->
     shutil.copy(path, "other/told/north.json")
     weights = next(Path("other/adapter").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes() + b" ")
-    (one,) = told_in(Path("other"))
+    (one,) = read_told(Path("other"))
     assert one.problem == "of another model than this run's" and not one.decision
     with pytest.raises(InputError, match="decided nothing about this model"):
         tell("other", load_site("site.toml"), "new.json")

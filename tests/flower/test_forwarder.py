@@ -48,8 +48,8 @@ class World:
     def gateway(self):
         return kit.gateway(self.home, "https://127.0.0.1:1", self.trust, port=self.port)
 
-    def forwarder(self, found: Link | None = None) -> Forwarder:
-        return Forwarder(found or self.link, self.root / "state", watch=0.1)
+    def forwarder(self, found: Link | None = None, **how: Any) -> Forwarder:
+        return Forwarder(found or self.link, self.root / "state", watch=0.1, **how)
 
 
 @pytest.fixture()
@@ -98,12 +98,15 @@ def test_a_leaf_is_renewed_before_it_ends_and_used_at_once(world: World) -> None
     now = certs.now()
     kit.reissue(world.home, world.link, now - timedelta(seconds=90), now + timedelta(seconds=6))
     answer = replace(world.link.answer, certificate=world.link.certificate.read_text())
-    with world.gateway(), world.forwarder(replace(world.link, answer=answer)) as way:
+    told: list[bytes] = []  # what is kept on a site's disk, where a courier writes nothing
+    found = replace(world.link, answer=answer)
+    with world.gateway(), world.forwarder(found, on_renewed=told.append) as way:
         until(lambda: not certs.spent(kit.leaf_of(world.link), 0.1))
         until(lambda: certs.now() > now + timedelta(seconds=6.2))  # the old one has ended
         assert status(way).status_code == 200
         until(lambda: way.away == 0)
     assert kit.leaf_of(world.link).not_valid_after_utc > now + timedelta(days=29)
+    assert told[-1:] == [world.link.certificate.read_bytes()]
     again = world.forwarder(link(load_site(world.site), world.site))  # a restart keeps it
     assert kit.leaf_of(again.link).not_valid_after_utc > now + timedelta(days=29)
 

@@ -26,7 +26,7 @@ from fedtune.core.wire import events, requests
 from fedtune.core.wire.arrays import pack_arrays
 from fedtune.core.wire.requests import Answer, Request, RequestError
 from fedtune.courier import process
-from fedtune.courier.process import open_to_courier, private, shown_to_courier
+from fedtune.courier.process import describe_open_files, open_to_courier, private
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Shown
 from fedtune.officer.isolation_here import isolation_here
@@ -129,7 +129,7 @@ def test_records_where_a_courier_reads_its_code_are_said_to_be_open(tmp_path: Pa
     assert open_to_courier(site) == []
     inside = Path(isolation.__file__).parent / "records.jsonl"
     assert open_to_courier(site.changed(data={"path": inside})) == [inside]
-    (said,) = shown_to_courier(site.changed(data={"path": inside}))
+    (said,) = describe_open_files(site.changed(data={"path": inside}))
     assert said == f"{inside} lies where the courier reads its code"
 
 
@@ -141,7 +141,7 @@ def test_names_of_files_below_the_folder_of_fedtunes_own_are_said_to_be_read(
     site = load_site(a_site(tmp_path))
     for folder, shown in ((tmp_path, True), (Path(f"{tmp_path}-2"), False)):
         monkeypatch.setattr(boot, "PACKAGES", str(folder))
-        said = [text for text in shown_to_courier(site) if "reads the names of files" in text]
+        said = [text for text in describe_open_files(site) if "reads the names of files" in text]
         assert bool(said) is shown
         assert any(str(site.data.path) in text for text in said) is shown
         lacks = isolation_here(site).lacks

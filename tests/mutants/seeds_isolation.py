@@ -95,6 +95,12 @@ MUTANTS = (
         "by its log it takes the space that gives way in the midst of an order",
     ),
     one(
+        "isolation", "a-renewed-certificate-stays-in-memory", "fedtune/flower/forwarder.py",
+        "                    if self._on_renewed:\n", "                    if False:\n",
+        "tests/flower/test_forwarder.py::test_a_leaf_is_renewed_before_it_ends_and_used_at_once",
+        "a site that starts again after its old certificate has ended is refused",
+    ),
+    one(
         "isolation", "the-courier-asks-a-daemon", ISOLATION,
         "(filter_of_courier, NETWORKS)", "(filter_of_courier, (*NETWORKS, socket.AF_UNIX))",
         T_COURIER,

@@ -21,7 +21,7 @@ from torch import nn
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import locks
 
-log = logging.getLogger("fedtune.core.models")
+log = logging.getLogger("fedtune.models")
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 

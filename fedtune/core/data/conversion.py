@@ -32,7 +32,7 @@ from fedtune.core.data.sources._interface import Row
 from fedtune.core.data.typed_rows import BYTES, given_bytes, returned_rows
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, describe, printable
 
-log = logging.getLogger("fedtune.core.data")
+log = logging.getLogger("fedtune.data")
 PROGRAM = "fedtune.core.data.conversion_process"
 CPU_SECONDS = 20  # of one child; what others do has no part in it
 SECONDS = 120.0  # from a child's start to its end, for one that waits for nothing

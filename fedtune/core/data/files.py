@@ -18,7 +18,7 @@ from fedtune.core.data.sources import Collection, Source, by_suffix
 from fedtune.core.data.sources._interface import REASONS, BadCell, Keys, Names, NotWellFormed, Row
 from fedtune.core.errors import DataError
 
-log = logging.getLogger("fedtune.core.data")
+log = logging.getLogger("fedtune.data")
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 SPREADSHEET = (
     'open it and save it under another name as "CSV UTF-8 (comma delimited)", in LibreOffice as '

@@ -34,7 +34,7 @@ from fedtune.core.errors import DataError, is_fault
 from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import RecordFormat
 
-log = logging.getLogger("fedtune.core.data")
+log = logging.getLogger("fedtune.data")
 
 LONG = 40  # characters from which a text is taken to be its record's own
 _PAIR = ("chosen", "rejected")

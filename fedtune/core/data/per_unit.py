@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from fedtune.core.errors import ConfigError, is_fault
 
-log = logging.getLogger("fedtune.core.data")
+log = logging.getLogger("fedtune.data")
 R = TypeVar("R")
 V = TypeVar("V")
 

@@ -21,7 +21,7 @@ from fedtune.core.errors import describe
 if TYPE_CHECKING:
     import torch
 
-_log = logging.getLogger("fedtune.core.dp")
+_log = logging.getLogger("fedtune.dp")
 RELATION: clip.Relation = "add or remove one unit"
 
 

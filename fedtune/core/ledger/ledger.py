@@ -79,7 +79,7 @@ __all__ = [
     "Spent",
 ]
 
-log = logging.getLogger("fedtune.core.ledger")
+log = logging.getLogger("fedtune.ledger")
 MEMBER_BYTES = 200  # at most, of one member in the database
 
 

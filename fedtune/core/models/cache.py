@@ -30,7 +30,7 @@ from fedtune.core.objectives._interface import Batch
 from fedtune.core.objectives._shapes import padded_length
 from fedtune.core.progress import OnWork, report
 
-log = logging.getLogger("fedtune.core.models")
+log = logging.getLogger("fedtune.models")
 
 Indices = Sequence[int]
 # Positions of a block: enough for a quick matrix product, with little padding. Passes through the

@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from fedtune.core.bases.find import cache_dir
 from fedtune.core.errors import InfrastructureError
 
-log = logging.getLogger("fedtune.core.models")
+log = logging.getLogger("fedtune.models")
 
 _NONCE = bytes(12)  # constant: a key seals one block and no other
 _CGROUP = Path("/sys/fs/cgroup/memory.max")

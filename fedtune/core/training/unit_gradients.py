@@ -21,7 +21,7 @@ from fedtune.core.progress import OnWork
 from fedtune.core.training import engines
 from fedtune.core.training.round_loss import RoundLoss
 
-log = logging.getLogger("fedtune.core.dp")
+log = logging.getLogger("fedtune.dp")
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 

@@ -31,7 +31,7 @@ from fedtune.core.wire.protocol import check_peer, version_fields
 from fedtune.core.wire.requests import FAILED, Answer, Kind, Request, Scalar
 from fedtune.core.wire.seal import SealError, body_digest, check_order, check_plan
 
-log = logging.getLogger("fedtune.officer")
+log = logging.getLogger("fedtune.client")
 ENTRY = 4096  # bytes of the audit log's entry, at most, on the disk
 site_errors: dict[
     str, FedtuneError

@@ -32,7 +32,7 @@ from fedtune.core.wire.spool import Spool, decode_request
 if TYPE_CHECKING:
     from fedtune.core.vault.answers import Place
 
-log = logging.getLogger("fedtune.officer")
+log = logging.getLogger("fedtune.client")
 HOME = "ranks"  # in the state folder: the lock of the vault, and what its team leaves
 LOOK = 0.2  # seconds between two looks into a spool
 LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after its client

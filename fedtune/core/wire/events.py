@@ -131,4 +131,4 @@ def log_again(facts: dict[str, Any]) -> None:
     """Log a line that another process logged."""
     names = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
     level = names.get(str(facts.get("level")), logging.WARNING)
-    logging.getLogger("fedtune.officer").log(level, "%s", facts.get("text"))
+    logging.getLogger("fedtune.client").log(level, "%s", facts.get("text"))

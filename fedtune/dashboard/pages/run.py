@@ -18,7 +18,7 @@ from fedtune.core.run_folder import ANSWERS, load_plan, read_report
 from fedtune.dashboard.pages import Notice, Page
 from fedtune.dashboard.pages.answers import answers_in
 from fedtune.evidence.told import FOLDER as TOLD
-from fedtune.evidence.told import told_in
+from fedtune.evidence.told import read_told
 from fedtune.observe.log import LOGGABLE
 from fedtune.observe.rounds import Rounds
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, standing
@@ -85,7 +85,7 @@ class RunPage(Page):
                 way: sum(site[f"bytes_{way}"] or 0 for site in sites) for way in ("up", "down")
             },
             "answers": answers_in(self.path),
-            "told": told_in(self.path),
+            "told": read_told(self.path),
             "facts": _facts(plan, report),
             "commands": self._commands(snapshot, report, plan),
             "three_epsilons": THREE_EPSILONS,
