@@ -116,11 +116,12 @@ def _counted(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
         yield reply
 
 
-def tell_finished(roster: Roster) -> None:
-    """Tell the sites that the study has ended, so that none waits for another round. Who does not
-    answer within seconds is not told, and keeps the study as one that is under way."""
-    plan = ConfigRecord(dict(roster.plan.config_records["plan"]) | {"finished": True})
-    contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": plan}))
+def tell_finished(roster: Roster, key: SigningKey) -> None:
+    """Tell the sites, signed, that the study has ended, so that none waits for another round. Who
+    does not answer within seconds is not told, and keeps the study as one that is under way."""
+    plan = dict(roster.plan.config_records["plan"])
+    said = ConfigRecord(plan | seal.sign_end(key, str(plan["digest"])))
+    contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": said}))
     roster.expect(contents, replies.WORDS)
     with suppress(FedtuneError):
         for _ in ask(roster.grid, "query.prepare", contents, "end", TOLD_SECONDS, replies.WORDS):

@@ -162,7 +162,7 @@ class _Run:
             text = f"ended after round {self.progress.round}: no step lowers the selection loss"
             self._event("step", text=text)
         if self.rounds:
-            tell_finished(self.roster)
+            tell_finished(self.roster, self.settings.key)
         return self._finish()
 
     def _foretell(self) -> None:

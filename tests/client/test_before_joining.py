@@ -26,7 +26,8 @@ from fedtune.core.vault import studies
 from fedtune.core.wire.arrays import bodies
 from fedtune.core.wire.codec import encode
 from fedtune.core.wire.keys import SigningKey
-from fedtune.core.wire.seal import digest_beside, order
+from fedtune.core.wire.requests import FAILED
+from fedtune.core.wire.seal import digest_beside, order, sign_end, sign_plan
 from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.records import to_record
 from fedtune.launch.in_one_process import app
@@ -174,7 +175,7 @@ class World:
         (reply,) = grid.send_and_receive([grid.create_message(content, kind, node, "1")])
         return reply
 
-    def prepare(self, **more: bool) -> str:
+    def prepare(self, **more: Any) -> str:
         content = plan_message(self.made.study, self.made.frozen, COORDINATOR)
         plan = ConfigRecord(dict(content.config_records["plan"]) | more)
         sent = RecordDict({"plan": plan, "frozen": content.array_records["frozen"]})
@@ -259,9 +260,34 @@ def test_a_study_is_under_way_until_its_coordinator_says_that_it_ended(
     assert world.prepare() == "admitted"
     assert studies.under_way(state) == {made.study.digest: made.study.study.name}
     assert world.restart() == JOINS
-    assert world.prepare(finished=True) == "finished"
+    assert world.prepare(**sign_end(COORDINATOR, made.study.digest)) == "finished"
     assert studies.under_way(state) == {}
     assert world.restart() == "PolicyRefused"
+
+
+OTHER = "sha256:" + "0" * 64  # another study's plan
+ENDS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "nobody's": lambda digest: {"finished": True},
+    "another key's": lambda digest: sign_end(SigningKey(), digest),
+    "another study's": lambda digest: sign_end(COORDINATOR, OTHER),
+    "the plan's own signature": lambda digest: {
+        "finished": True,
+        "finished_signature": sign_plan(COORDINATOR, digest)["signature"],
+    },
+    "no text": lambda digest: {"finished": True, "finished_signature": b"\xff"},
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS.keys())
+def test_nobody_but_its_coordinator_ends_a_study(
+    tmp_path: Path, made: Start, end: Callable[[str], dict[str, Any]]
+) -> None:
+    """Such as the half on the network, which has the plan with its signature, and the end of an
+    earlier study. Twin: the coordinator's own word, in the test above."""
+    world = World(tmp_path / "site", CASES["attested records"], made, True)
+    world.prepare()
+    assert world.prepare(**end(made.study.digest)) == f"failed {FAILED}"
+    assert studies.under_way(tmp_path / "site" / "state") != {}
 
 
 def test_purge_says_that_a_study_is_over(tmp_path: Path, made: Start) -> None:

@@ -125,7 +125,7 @@ def test_a_site_hears_that_a_study_ended(tmp_path: Path, tiny_base: Path) -> Non
     north.place = replace(north.place, coordinator=key.public)
     plan = plan_message(Run(tmp_path / "run").study, {}, key)
     roster: Any = SimpleNamespace(grid=grid, plan=plan, nodes={"north": node}, expect=_quiet)
-    tell_finished(roster)
+    tell_finished(roster, key)
     assert north.shown._last["status"] == "finished"
     assert "finished; the last round here was 3 of 3" in north.shown._last["text"]
     ended = north.shown._describe_finish()

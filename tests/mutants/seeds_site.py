@@ -454,8 +454,20 @@ MUTANTS = (
         "no check of the records stops a site any more",
     ),
     one(
+        "restart", "anybody-ends-a-study", "fedtune/core/vault/answers.py",
+        "            check_end(plan, study.digest, coordinator)\n", "",
+        T_BEFORE + "test_nobody_but_its_coordinator_ends_a_study",
+        "the half on the network has draws that wait made anew and paid for again",
+    ),
+    one(
+        "restart", "the-end-of-any-study", "fedtune/core/wire/seal.py",
+        'return b"fedtune end\\0" + digest.encode()', 'return b"fedtune end\\0"',
+        T_BEFORE + "test_nobody_but_its_coordinator_ends_a_study",
+        "the end of an earlier study, said once more, ends this one",
+    ),
+    one(
         "restart", "no-site-hears-the-end", "fedtune/server/rounds.py",
-        "        if self.rounds:\n            tell_finished(self.roster)\n", "",
+        "        if self.rounds:\n            tell_finished(self.roster, self.settings.key)\n", "",
         "tests/server/test_resume.py::"
         "test_each_site_hears_once_that_the_study_has_ended_and_not_before",
         "each site keeps the study as one that is under way",

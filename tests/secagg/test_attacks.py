@@ -323,7 +323,7 @@ def test_a_finished_study_leaves_no_key(world: World) -> None:
     roster: Any = SimpleNamespace(nodes=world.nodes, grid=world.network, expect=lambda *_: None)
     roster.plan = plan_message(world.study, {}, world.key)
     with world.at_work():
-        tell_finished(roster)
+        tell_finished(roster, world.key)
     assert world.sites["a"].draws.find(said[0].draw) is None
     assert world.ask_words("a", said) == "void" and charges(world, "a") == 1
 

@@ -29,7 +29,7 @@ from fedtune.core.vault.worker import SiteWorker, worker
 from fedtune.core.wire.arrays import Packed, bodies, pack_arrays, read_frozen
 from fedtune.core.wire.protocol import check_peer, version_fields
 from fedtune.core.wire.requests import FAILED, Answer, Kind, Request, Scalar
-from fedtune.core.wire.seal import SealError, body_digest, check_order, check_plan
+from fedtune.core.wire.seal import SealError, body_digest, check_end, check_order, check_plan
 
 log = logging.getLogger("fedtune.client")
 ENTRY = 4096  # bytes of the audit log's entry, at most, on the disk
@@ -111,6 +111,7 @@ def _admission(place: Place, request: Request) -> Answer:
         if place.coordinator not in ("", coordinator):
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
         if plan.get("finished") is True:
+            check_end(plan, study.digest, coordinator)
             fields["status"] = "finished"
             return site.finish(study.digest)
         check_watch(study, place.watch)

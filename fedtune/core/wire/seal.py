@@ -170,6 +170,23 @@ def check_plan(message: Mapping[str, Any], digest: str) -> str:
     return public
 
 
+def sign_end(key: SigningKey, digest: str) -> dict[str, Any]:
+    """Sign that the study of a plan has ended; returns what is said of it beside the plan."""
+    return {"finished": True, "finished_signature": key.sign(_end(digest))}
+
+
+def check_end(message: Mapping[str, Any], digest: str, public: str) -> None:
+    """Verify that the coordinator `public` said that the study of this plan has ended.
+
+    Errors: SealError."""
+    if not verifies(public, _end(digest), str(message.get("finished_signature"))):
+        raise SealError("the end of the study is not signed by the coordinator of its plan")
+
+
+def _end(digest: str) -> bytes:
+    return b"fedtune end\0" + digest.encode()
+
+
 def receipt(key: SigningKey, statement: Mapping[str, Any]) -> dict[str, Any]:
     """Countersign a site's ledger statement {token}, which the coordinator cannot read."""
     fields = {"token": statement.get("token")}
