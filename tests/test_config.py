@@ -15,7 +15,7 @@ from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.vault.policy import order_of, within_budget
+from fedtune.core.vault.budget import Budget
 from fedtune.demo.generate import public_notes
 from fedtune.presets import templates
 
@@ -313,10 +313,10 @@ def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> N
         charge = Charge(
             *(plan.study, "my-study", number, plan.noise_multiplier, plan.sampling_rate),
             *(loaded.training.local_steps, plan.records, plan.max_grad_norm, plan.unit, "first"),
-            order_of(site, plan, ledger.charges("records")),
+            Budget(site.policy, plan, ledger.charges("records")).order,
         )
         ledger.reserve(
-            "records", charge, "adapter", lambda charges: within_budget(site, plan, charges, 1)
+            "records", charge, "adapter", lambda paid: Budget(site.policy, plan, paid).check(1)
         )
     assert len(ledger.charges("records")) == plan.rounds + crashes
 

@@ -21,7 +21,7 @@ from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import events
 from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.vault import policy
+from fedtune.core.vault import budget
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.arrays import bodies
 from fedtune.core.wire.codec import VALUES, encode
@@ -171,12 +171,12 @@ def test_one_question_is_not_asked_about_as_many_adapters_as_a_coordinator_sends
     made = start(load_study(study))
     worker = worker_of(study)
     assert worker.prepare(made.study, made.frozen).admitted
-    for number in range(policy.MOST_ATTEMPTS):
+    for number in range(budget.MOST_ATTEMPTS):
         other = {name: array + number for name, array in made.adapter.items()}
         worker.evaluate(made.study.digest, 2, other)
-    with pytest.raises(BudgetExceeded, match=f"was paid for {policy.MOST_ATTEMPTS} times"):
+    with pytest.raises(BudgetExceeded, match=f"was paid for {budget.MOST_ATTEMPTS} times"):
         worker.evaluate(made.study.digest, 2, {n: -1 - a for n, a in made.adapter.items()})
-    assert len(worker.ledger.charges("held-out")) == policy.MOST_ATTEMPTS
+    assert len(worker.ledger.charges("held-out")) == budget.MOST_ATTEMPTS
 
 
 def test_a_question_that_is_refused_reads_no_record(
@@ -191,7 +191,7 @@ def test_a_question_that_is_refused_reads_no_record(
     study = world(tmp_path, tiny_base, 60.0, policy=WILLING + "max_rounds = 5\n")
     made = start(load_study(study))
     for attempts, match in ((8, r"policy\.max_rounds"), (3, "was paid for 3 times")):
-        monkeypatch.setattr(policy, "MOST_ATTEMPTS", attempts)
+        monkeypatch.setattr(budget, "MOST_ATTEMPTS", attempts)
         worker = worker_of(study, "north" if attempts == 8 else "south")
         assert worker.prepare(made.study, made.frozen).admitted
         with pytest.raises(BudgetExceeded, match=match):
@@ -206,7 +206,7 @@ def test_a_question_that_is_refused_reads_no_record(
 def test_questions_stop_at_the_ceiling(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "MOST_ATTEMPTS", 1000)  # which stops them sooner
+    monkeypatch.setattr(budget, "MOST_ATTEMPTS", 1000)  # which stops them sooner
     study = world(tmp_path, tiny_base, 3.0, policy=WILLING + "max_epsilon = 5.5\n")
     made = start(load_study(study))
     worker = worker_of(study)

@@ -16,8 +16,9 @@ from fedtune.core.errors import ConfigError, PolicyRefused
 from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.budget_refusal import places
-from fedtune.core.vault.policy import privacy_refusals, total_of
+from fedtune.core.vault.policy import privacy_refusals
 from fedtune.officer.known_plans import known_plan
 from fedtune.officer.review import cost_refusals
 
@@ -79,12 +80,12 @@ def _paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> Paid | None
     if not charges or study.continuous:
         return None
     earlier = [charge for charge in charges if charge.name == study.study.name]
-    runs = places(site)
+    runs, budget = places(site), Budget(site.policy, plan, charges)
     return Paid(
         site=site.site.name,
-        before=total_of(site, plan, charges, ahead=0),
-        after=total_of(site, plan, charges, ahead=plan.steps),
+        before=budget.total(ahead=0),
+        after=budget.total(ahead=plan.steps),
         ceiling=site.policy.max_epsilon,
-        again=total_of(site, plan, earlier, ahead=0).epsilon,
+        again=Budget(site.policy, plan, earlier).total(ahead=0).epsilon,
         run=next((runs.get(charge.study, "") for charge in reversed(earlier)), ""),
     )

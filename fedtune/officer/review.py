@@ -25,20 +25,16 @@ from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.query import query_plan
 from fedtune.core.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyRefused, Refused
 from fedtune.core.files import reading
-from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import heaviest
 from fedtune.core.objectives import describe, resolve
 from fedtune.core.registry.rounding import percent, rounded_up
+from fedtune.core.vault.budget import Budget, check_known
 from fedtune.core.vault.policy import (
-    accounted,
-    fallback_of,
     may_resolve,
     permit_plugins,
     refusals,
     sheet_refusals,
-    total_of,
-    within_budget,
 )
 from fedtune.evidence import fingerprints
 from fedtune.flower import membership
@@ -216,7 +212,7 @@ def cost_refusals(
     `would_refuse`."""
     refused, name = list[Refused](), site.data.name
     try:
-        accounted(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
+        check_known(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
     except Refused as refusal:
         refused.append(refusal)
     charges, steps = ledger.charges(site.data.name) if ledger else [], 0
@@ -224,7 +220,8 @@ def cost_refusals(
         charges = ledger.newcomer(site.data.name) if ledger else []
         steps = study.training.local_steps
     try:
-        within_budget(site, plan, charges, steps)
+        if plan:
+            Budget(site.policy, plan, charges).check(steps)
     except Refused as refusal:
         refused.append(refusal)
     return refused
@@ -241,7 +238,8 @@ def _verdict(
 ) -> str:
     if refused:
         return "This site refuses it"
-    if plan and not study.continuous and not _ahead(plan, ledger.charges(site.data.name)):
+    charges = ledger.charges(site.data.name)
+    if plan and not study.continuous and not Budget(site.policy, plan, charges).remaining():
         return (
             "This study is over here: every round is paid for. An update that was sent can be sent "
             "again; nothing more is trained"
@@ -252,11 +250,6 @@ def _verdict(
             ", or joining with the answer that brings it" if joining else ""
         )
     return "This site would take part"
-
-
-def _ahead(plan: DpPlan, charges: list[Charge]) -> int:
-    """The steps of the plan that are not paid for yet."""
-    return max(0, plan.steps - sum(c.event.steps for c in charges if c.study == plan.study))
 
 
 def _runs(study: Study, plan: DpPlan | None, site: Site) -> list[str]:
@@ -403,7 +396,8 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
             "Everything: after a run without privacy no ε can be stated for this dataset, and "
             "private studies on it are refused."
         ]
-    charges, policy = ledger.charges(site.data.name), site.policy
+    policy = site.policy
+    budget = Budget(policy, plan, ledger.charges(site.data.name))
     facts = {
         "epsilon": plan.epsilon,
         "delta": plan.delta,
@@ -413,8 +407,8 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
     }
     if study.continuous:
         return _costs_for_life(site, plan, ledger, facts)
-    before = total_of(site, plan, charges, ahead=0)
-    after = total_of(site, plan, charges, ahead=_ahead(plan, charges))
+    before = budget.total(ahead=0)
+    after = budget.total(ahead=budget.remaining())
     return [
         f"This study: ε = {rounded_up(plan.epsilon)} at δ = {plan.delta:g}, for "
         f"{protects(plan.unit)}; by ε alone the protection "
@@ -426,7 +420,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.max_epsilon:g}.",
-        *_whatever(site, plan, charges),
+        *_whatever(budget),
         *shared_lines(study, [site.site.declared_size]),
     ]
 
@@ -438,31 +432,31 @@ def _delta(site: Site, plan: DpPlan) -> list[str]:
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
 
 
-def _whatever(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:
+def _whatever(budget: Budget) -> list[str]:
     """Of a plan, or a dataset, with secure aggregation: the total that holds without it."""
-    if plan.sites == 1 and all(charge.sites == 1 for charge in charges):
+    if not budget.is_shared:
         return []
-    before = fallback_of(site, plan, charges, ahead=0)
-    after = fallback_of(site, plan, charges, ahead=_ahead(plan, charges))
+    before = budget.fallback(ahead=0)
+    after = budget.fallback(ahead=budget.remaining())
     return [
         f"The same whatever happens, by this site's own noise alone: ε = "
         f"{rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the ceiling, policy.max_fallback_epsilon, is "
-        f"{site.policy.max_fallback_epsilon:g}.",
-        *_room_for_attempts(site, plan, charges),
+        f"{budget.policy.max_fallback_epsilon:g}.",
+        *_room_for_attempts(budget),
     ]
 
 
-def _room_for_attempts(site: Site, plan: DpPlan, charges: list[Charge]) -> list[str]:
+def _room_for_attempts(budget: Budget) -> list[str]:
     """Say how many attempts that come to nothing the site's ceilings leave room for; at most as
     many as the plan has rounds, since nobody plans for more."""
-    ahead = _ahead(plan, charges)
+    plan, ahead = budget.plan, budget.remaining()
     if plan.sites == 1 or not ahead:
         return []
 
     def fits(more: int) -> bool:
         try:
-            within_budget(site, plan, charges, at_least=ahead + more * plan.local_steps)
+            budget.check(at_least=ahead + more * plan.local_steps)
         except BudgetExceeded:
             return False
         return True

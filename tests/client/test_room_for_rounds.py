@@ -12,7 +12,7 @@ from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.files.room import OF_A_ROUND, Room
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger
-from fedtune.core.vault import policy
+from fedtune.core.vault import budget, policy
 from fedtune.core.vault import worker as site_module
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.public.start import Start
@@ -121,14 +121,14 @@ def test_what_is_refused_reads_no_record(
         worker = of_rounds(tmp_path / made.study.digest[-8:], 100)
         assert worker.prepare(made.study, made.frozen).admitted
         assert not read, "admission reads none"
-        for number in range(policy.MOST_ATTEMPTS):
+        for number in range(budget.MOST_ATTEMPTS):
             changed = {name: value + np.float32(number) for name, value in made.adapter.items()}
             worker.train(made.study.digest, 1, changed)
-        assert len(read) == policy.MOST_ATTEMPTS
+        assert len(read) == budget.MOST_ATTEMPTS
         changed = {name: value - np.float32(1) for name, value in made.adapter.items()}
         with pytest.raises(BudgetExceeded):
             worker.train(made.study.digest, 1, changed)
-        assert len(read) == policy.MOST_ATTEMPTS
+        assert len(read) == budget.MOST_ATTEMPTS
         read.clear()
 
 

@@ -28,7 +28,7 @@ from fedtune.core.models.prefix_store import PREFIX_STORE
 from fedtune.core.registry import process_cache
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.shared_records import fingerprint
-from fedtune.core.vault.policy import MOST_ATTEMPTS
+from fedtune.core.vault.budget import MOST_ATTEMPTS
 from fedtune.core.vault.prepared import Unprepared
 from fedtune.core.vault.waiting_plans import keep_plan
 from fedtune.core.vault.worker import SiteWorker

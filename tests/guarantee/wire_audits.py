@@ -24,13 +24,12 @@ import pytest
 from flwr.app import Message
 from scipy.stats import norm
 
-import fedtune.core.vault.evaluation
-import fedtune.core.vault.worker
 from fedtune.audit.bounds import gaussian_epsilon, gaussian_mu, rate_upper
 from fedtune.core.dp import accountant, clip
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.registry import process_cache
 from fedtune.core.registry.arrays import CLASS_SUMS
+from fedtune.core.vault.budget import Budget
 from fedtune.core.wire.arrays import unpack_arrays
 from fedtune.core.wire.codec import decode
 from tests import chance
@@ -300,8 +299,7 @@ def unhurried() -> Iterator[None]:
     logging.disable(logging.ERROR)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fedtune.core.vault.worker, "within_budget", nothing)
-            patch.setattr(fedtune.core.vault.evaluation, "check_budget", nothing)
+            patch.setattr(Budget, "check", nothing)
             yield
     finally:
         logging.disable(logging.NOTSET)

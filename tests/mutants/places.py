@@ -15,6 +15,7 @@ LORA = "fedtune/core/models/lora.py"
 NETWORK, TRAINING = "fedtune/core/models/network.py", "fedtune/core/training/local_round.py"
 STATES = "fedtune/core/models/prefix_store.py"
 CAUSAL, CLASSIFY = "fedtune/core/objectives/causal_lm.py", "fedtune/core/objectives/classify.py"
+BUDGET = "fedtune/core/vault/budget.py"
 SITE, POLICY, ANSWERS = (
     "fedtune/core/vault/worker.py",
     "fedtune/core/vault/policy.py",

@@ -48,8 +48,8 @@ DECIDING_MUTANTS = (
     ),
     _one(
         "review", "a-study-counts-twice-in-its-review", REVIEW,
-        "total_of(site, plan, charges, ahead=_ahead(plan, charges))",
-        "total_of(site, plan, charges, ahead=plan.steps)",
+        "after = budget.total(ahead=budget.remaining())",
+        "after = budget.total(ahead=plan.steps)",
         T_CLI + "test_review_counts_a_study_once_and_says_when_it_is_over",
         "what was paid for is added again",
     ),

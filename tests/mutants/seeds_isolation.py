@@ -231,8 +231,8 @@ MUTANTS = (
         "the half on the network sees that a patient withdrew",
     ),
     one(
-        "costs", "a-round-after-queries-forgets-them", "fedtune/core/vault/policy.py",
-        "if c.study == plan.study + QUERIES]", "if c.study is plan]",
+        "costs", "a-round-after-queries-forgets-them", "fedtune/core/vault/budget.py",
+        "charge.study in (digest, digest + QUERIES)]", "charge.study == digest]",
         "tests/test_private_evaluation.py"
         "::test_a_study_keeps_below_its_ceiling_in_whatever_order_it_asks",
         "queries first, then rounds again: past the site's ceiling for a study",

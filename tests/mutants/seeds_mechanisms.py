@@ -7,6 +7,7 @@ from tests.mutants.mutant import one as _one
 from tests.mutants.places import (
     ACCOUNTANT,
     BOUND,
+    BUDGET,
     CALIBRATED,
     CHOSEN,
     CLIP,
@@ -18,7 +19,6 @@ from tests.mutants.places import (
     NORMS,
     PLAN,
     POISSON,
-    POLICY,
     REPORTED,
     SAMPLING,
     SEEN,
@@ -315,9 +315,8 @@ BUDGET_MUTANTS = (
         "a crash in between is free",
     ),
     _one(
-        24, "a-round-again-is-free", POLICY,
-        "max(plan.steps - sum(event.steps for event in mine), at_least)",
-        "max(plan.steps - sum(event.steps for event in mine), 0)",
+        24, "a-round-again-is-free", BUDGET,
+        "else max(self.remaining(), at_least)", "else self.remaining()",
         "tests/client/test_site.py::"
         "test_a_round_from_another_adapter_is_paid_for_until_the_ceiling",
         "trained again without room for it",

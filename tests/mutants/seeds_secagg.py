@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import Mutant
 from tests.mutants.mutant import one as _one
-from tests.mutants.places import PLAN, POLICY, SITE
+from tests.mutants.places import BUDGET, PLAN, SITE
 
 STATEMENT, MASKS = "fedtune/core/secagg/statement.py", "fedtune/core/secagg/masks.py"
 DRAWS, AT_SITE = "fedtune/core/secagg/draw.py", "fedtune/core/vault/secure_round.py"
@@ -128,9 +128,9 @@ MUTANTS: tuple[Mutant, ...] = (
         "tests/secagg/test_model.py::test_nothing_happens", "what holds if aggregation breaks",
     ),
     _one(
-        AREA, "the-fallback-has-no-ceiling", POLICY,
-        "if fallback_of(site, plan, charges, ahead).epsilon > policy.max_fallback_epsilon:",
-        "if False:", T_ATTACKS + "test_a_ceiling_for_the_fallback_holds", "a rule nobody applies",
+        AREA, "the-fallback-has-no-ceiling", BUDGET,
+        "if self.is_shared and", "if False and",
+        T_ATTACKS + "test_a_ceiling_for_the_fallback_holds", "a rule nobody applies",
     ),
     _one(
         AREA, "one-site-may-be-asked-alone", SITE,

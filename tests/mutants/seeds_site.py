@@ -50,7 +50,8 @@ MUTANTS = (
     ),
     one(
         "orders", "a-schedules-round-is-ordered-without-end", SITE,
-        "check_attempts(self.ledger.charges(self._dataset), study.digest, round_)", "pass",
+        "Budget(site.policy, plan, self.ledger.charges(self._dataset)).check_attempts(round_)",
+        "pass",
         T_SITE + "test_a_round_of_a_study_with_a_schedule_is_not_ordered_without_end",
         "orders at no cost to anybody fill the ledger's room",
     ),
@@ -119,14 +120,13 @@ MUTANTS = (
     ),
     one(
         "budget", "a-round-is-paid-for-without-end", SITE,
-        "                check_attempts(charges, study.digest, round_)\n",
-        "                pass\n",
+        "                budget.check_attempts(round_)\n", "",
         T_SITE + "test_a_plan_is_not_trained_from_as_many_adapters_as_a_coordinator_sends",
         "a plan that a person signed for its own ε spends up to the site's ceiling",
     ),
     one(
         "budget", "a-question-is-paid-for-without-end", "fedtune/core/vault/evaluation.py",
-        "        check_attempts(charges, plan.study, round_)\n", "",
+        "        Budget(current.policy, plan, charges).check_attempts(round_)\n", "",
         "tests/test_private_evaluation.py::"
         "test_one_question_is_not_asked_about_as_many_adapters_as_a_coordinator_sends",
         "a plan that a person signed asks held-out patients up to the site's ceiling",
@@ -392,7 +392,7 @@ MUTANTS = (
     ),
     one(
         35, "the-site-composes-what-it-does-not-know", SITE,
-        "        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))\n",
+        "        check_known(data.name, study.unit, self.ledger.unknown(data.name, study.unit))\n",
         "",
         "tests/client/test_site_refusals.py::"
         "test_what_was_charged_for_another_unit_is_not_composed_with_a_study",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import one as _one
 from tests.mutants.places import (
     ANSWERS,
+    BUDGET,
     CODEC,
     PART,
     POLICY,
@@ -154,7 +155,8 @@ ENCODING_MUTANTS = (
 
 GUARANTEE_MUTANTS = (
     _one(
-        "filter", "the-order-follows-the-plan", POLICY, "    if charges:\n", "    if not plan:\n",
+        "filter", "the-order-follows-the-plan", BUDGET,
+        "        if self.charges:\n", "        if not self.plan:\n",
         SITES + "test_a_second_study_is_held_to_the_first_ones_order",
         "the filter's order is chosen after results were seen",
     ),

@@ -33,7 +33,7 @@ from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.secagg.draw import Draws, Waiting
 from fedtune.core.secagg.statement import Ready, StatementError, parse, parse_set, set_digest
-from fedtune.core.vault import policy, secure_round
+from fedtune.core.vault import budget, secure_round
 from fedtune.core.vault.prepared import Update
 from fedtune.core.wire import codec, seal
 from fedtune.core.wire.arrays import bodies
@@ -65,7 +65,7 @@ from tests.server.fakes import make_parts
 
 # Real ledgers wait for the disk at every entry.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-EPSILON, TOTAL = policy.accountant.epsilon, policy.total_epsilon
+EPSILON, TOTAL = budget.accountant.epsilon, budget.total_epsilon
 
 
 @dataclass
@@ -366,8 +366,8 @@ class World:
             (MaskedSum, "open", opened),
             (exchange, "time", clock),
             (polling, "time", clock),
-            (policy.accountant, "epsilon", remembered(_epsilon)),
-            (policy, "total_epsilon", remembered(_total)),
+            (budget.accountant, "epsilon", remembered(_epsilon)),
+            (budget, "total_epsilon", remembered(_total)),
         ):
             stack.enter_context(patch.object(where, name, what))
         return stack

@@ -32,8 +32,8 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import budget, facts, study_lines
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.run_folder import load_plan
+from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.budget_refusal import explain
-from fedtune.core.vault.policy import total_of, within_budget
 from fedtune.derive.model_card import privacy_line
 from fedtune.evidence import fingerprints
 from fedtune.evidence.dossier.content import build
@@ -227,7 +227,7 @@ def refused(folder: Path, base: Path, ceiling: float) -> str:
     plan = plan_for_site(study, site.site.declared_size)
     ledger = Ledger(site.site.state)
     try:
-        within_budget(site, plan, [])
+        Budget(site.policy, plan, []).check()
     except BudgetExceeded as error:
         spend(ledger, charge(study))
         return f"{error} | {'; '.join(explain(study, site, ledger))}"
@@ -242,7 +242,7 @@ def test_a_budget_for_the_worst_refuses_and_says_what_fits(
     assert "what fits: privacy.epsilon up to" in said
     assert refused(tmp_path / "wide", tiny_base, 5.0) == ""
     # Twin: whoever takes the assumption's total for the worst one refuses nothing.
-    monkeypatch.setattr("fedtune.core.vault.policy.fallback_of", total_of)
+    monkeypatch.setattr(Budget, "fallback", Budget.total)
     assert refused(tmp_path / "twin", tiny_base, 4.0) == ""
 
 

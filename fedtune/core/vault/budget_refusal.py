@@ -22,7 +22,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import StudyLine, budget, study_lines
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.run_folder import load_plan
-from fedtune.core.vault.policy import within_budget
+from fedtune.core.vault.budget import Budget
 
 PLACES = "runs.json"  # in the state folder: where runs of `fedtune simulate` lie, by plan
 SEARCH = 7  # halvings between nothing and what the plan asks for
@@ -122,7 +122,7 @@ def _largest(asked: float, fit: Callable[[float], bool]) -> float:
 def _within(study: Study, site: Site, charges: Sequence[Charge]) -> bool:
     try:
         plan = plan_for_site(study, site.site.declared_size, site.policy.max_steps)
-        within_budget(site, plan, charges)
+        Budget(site.policy, plan, charges).check()
     except (FedtuneError, ValueError):  # ValueError: a ceiling that no order of the filter meets
         return False
     return True

@@ -13,10 +13,9 @@ import torch
 from safetensors.numpy import save
 
 from fedtune.core.config import Site, SiteEvaluation, Study
-from fedtune.core.dp import accountant
 from fedtune.core.dp.plan import DpPlan, SitePlan
 from fedtune.core.dp.query import answer, query_plan
-from fedtune.core.errors import BudgetExceeded, PolicyRefused, describe
+from fedtune.core.errors import PolicyRefused, describe
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays, digest
@@ -24,7 +23,8 @@ from fedtune.core.models.prefix_store import make_room_after
 from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import Objective
 from fedtune.core.vault import airlock
-from fedtune.core.vault.policy import admit, check_attempts, check_rounds, order_of, within_budget
+from fedtune.core.vault.budget import Budget, check_rounds
+from fedtune.core.vault.policy import admit
 from fedtune.core.vault.prepared import Prepared, step_summary
 from fedtune.core.wire.codec import encode
 
@@ -56,7 +56,7 @@ def answered(
     charge = charge_of(study, plan, current, round_, charges)
 
     def permit(charges: list[Charge]) -> None:
-        check_attempts(charges, plan.study, round_)
+        Budget(current.policy, plan, charges).check_attempts(round_)
         check_budget(current, study, training, plan, charges)
 
     prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
@@ -89,24 +89,13 @@ def check_budget(
     the training records, together with all that the study's training has spent and has yet to.
 
     Errors: BudgetExceeded."""
-    assert site.evaluation is not None  # see check_release
-    trained = [charge for charge in charges if charge.study == study.digest]
+    trained = any(charge.study == study.digest for charge in charges)
     if trained or not _apart(site):
-        remaining = training.steps - sum(charge.steps for charge in trained)
+        remaining = Budget(site.policy, training, charges).remaining()
         if remaining > 0:
             ahead = replace(charge_of(study, training, site, 0, charges), steps=remaining)
-            charges, trained = [*charges, ahead], [*trained, ahead]
-    within_budget(site, plan, charges, plan.local_steps)
-    mine = [charge.event for charge in charges if charge.study == plan.study]
-    queries = plan.events(max(plan.steps - sum(event.steps for event in mine), plan.local_steps))
-    events = [*(charge.event for charge in trained), *mine, *queries]
-    if accountant.epsilon(events, plan.delta) > site.policy.max_epsilon_per_study:
-        raise BudgetExceeded(
-            "training and queries together would go past policy.max_epsilon_per_study",
-            f"at most ε = {site.policy.max_epsilon_per_study} at this site",
-            "raise private_evaluation.noise_multiplier, or have the site declare its held-out "
-            "records disjoint from those it trains on",
-        )
+            charges = [*charges, ahead]
+    Budget(site.policy, plan, charges).check(plan.local_steps)
 
 
 def _apart(site: Site) -> bool:
@@ -133,7 +122,7 @@ def charge_of(
         max_grad_norm=plan.max_grad_norm,
         unit=plan.unit,
         cohort=site.evaluation.cohort,
-        order=order_of(site, plan, charges),
+        order=Budget(site.policy, plan, charges).order,
         sites=plan.sites,
         colluding=plan.colluding,
     )

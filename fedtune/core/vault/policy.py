@@ -19,21 +19,17 @@ from fedtune.core.config import (
     noise_shares,
 )
 from fedtune.core.config.sheet import lacking, load_sheet
-from fedtune.core.config.study import QUERIES
 from fedtune.core.dp import accountant
 from fedtune.core.dp.calibration import sampling_rate
-from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.shared_noise import own_sigma
-from fedtune.core.errors import BudgetExceeded, ConfigError, PolicyRefused
-from fedtune.core.ledger.entries import Charge, Spent
+from fedtune.core.errors import ConfigError, PolicyRefused
 from fedtune.core.modalities import MODALITIES
 from fedtune.core.objectives import OBJECTIVES, resolve
 from fedtune.core.registry import Group
 from fedtune.core.strategy import STRATEGIES
 
 LAST_ROUND = 10**9  # of a plan without a last round: a number that an entry has space for
-MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
 
 
 def base_for(study: Study, site: Site) -> Base:
@@ -323,120 +319,3 @@ def _about_cost(
 def _at_most(name: str, value: float, rule: str, policy: PolicyTable) -> Iterator[PolicyRefused]:
     if value > (most := getattr(policy, rule)):
         yield PolicyRefused(f"{name} {value:g} is above policy.{rule} {most:g}")
-
-
-def accounted(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
-    """Refuse to add charges to a dataset with charges of unknown cost that nobody signed for.
-
-    unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
-    Errors: BudgetExceeded."""
-    if not unknown:
-        return
-    other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
-    raise BudgetExceeded(
-        f"what one {unit} spent in earlier rounds on this dataset is not known: "
-        + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
-        "a dataset whose every charge is of the study's own unit, by this release's rules",
-        f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
-    )
-
-
-def check_rounds(paid: int, policy: PolicyTable) -> None:
-    """Check that the ledger may pay for one more round, whichever study's: it has room for so many
-    (files.room). A coordinator numbers the rounds of a schedule, and orders them at no cost once
-    everybody's budget is used up. paid: all charges of the ledger. Errors: BudgetExceeded."""
-    if paid >= policy.max_rounds:
-        raise BudgetExceeded(
-            "this site's ledger paid for policy.max_rounds rounds, those of all studies together",
-            f"at most {policy.max_rounds}",
-            "the site may raise policy.max_rounds: 4 KiB more on its disk for each round",
-        )
-
-
-def check_attempts(charges: Sequence[Charge], study: str, round_: int) -> None:
-    """Check that a round of a plan may be paid for once more. It is paid for again where it was
-    interrupted, and where the coordinator orders it from another adapter: without a bound a plan
-    that a person signed for its own ε would spend up to the site's ceilings.
-
-    study: the plan's digest, as charges have it. Errors: BudgetExceeded."""
-    paid = sum(charge.study == study and charge.round == round_ for charge in charges)
-    if paid >= MOST_ATTEMPTS:
-        raise BudgetExceeded(
-            f"round {round_} was paid for {MOST_ATTEMPTS} times, interrupted attempts included",
-            f"at most {MOST_ATTEMPTS} times a round of a plan",
-            "the coordinator continues from its newest checkpoint, or plans another study",
-        )
-
-
-def within_budget(
-    site: Site, plan: DpPlan | None, charges: Sequence[Charge], at_least: int = 0
-) -> None:
-    """Check that `charges` plus the plan's remaining steps keep below both ceilings of the policy.
-
-    at_least: steps about to run, which count even where the plan's are all spent: a round trained
-    again is paid for again, one sent again is not.
-
-    Of the study are its queries too, where their charges count against the same people: a
-    coordinator may ask them first.
-    Where the plan has no last round, `charges` are a cohort's, only what is about to run is ahead,
-    and the plan's own lifetime is a ceiling too.
-    Where privacy is off no ceiling applies: the policy allowed it.
-    Errors: BudgetExceeded."""
-    if plan is None:
-        return
-    policy = site.policy
-    mine = [charge.event for charge in charges if charge.study == plan.study]
-    ahead = max(plan.steps - sum(event.steps for event in mine), at_least)
-    if plan.lifetime is not None:
-        ahead = at_least
-    alone = accountant.epsilon([*mine, *plan.events(ahead)], plan.delta)
-    if plan.lifetime is not None and alone > plan.lifetime:
-        raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")
-    if asked := [c.event for c in charges if c.study == plan.study + QUERIES]:
-        alone = accountant.epsilon([*mine, *asked, *plan.events(ahead)], plan.delta)
-    if alone > policy.max_epsilon_per_study:
-        raise BudgetExceeded(
-            "the study would go past policy.max_epsilon_per_study",
-            f"at most ε = {policy.max_epsilon_per_study} at this site",
-            "lower epsilon or rounds, or ask the site to raise its ceiling",
-        )
-    total = total_of(site, plan, charges, ahead)
-    if total.epsilon > policy.max_epsilon:
-        raise BudgetExceeded(
-            "the study would take this dataset past policy.max_epsilon, other studies included",
-            f"at most ε = {policy.max_epsilon} in total",
-            "`fedtune ledger` at the site shows what was spent; lower epsilon or rounds",
-        )
-    if plan.sites == 1 and all(charge.sites == 1 for charge in charges):
-        return
-    if fallback_of(site, plan, charges, ahead).epsilon > policy.max_fallback_epsilon:
-        raise BudgetExceeded(
-            "the study would take this dataset past policy.max_fallback_epsilon, the ε that holds "
-            "even if secure aggregation does not",
-            f"at most ε = {policy.max_fallback_epsilon} in total",
-            "lower epsilon: shared by several sites it stays below what each would spend alone",
-        )
-
-
-def total_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
-    """Compute the dataset's total ε with `ahead` more steps of `plan`, at 2 · policy.max_delta;
-    under the assumption of secure aggregation, where studies have it."""
-    events = [charge.event for charge in charges] + (plan.events(ahead) if ahead else [])
-    return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
-
-
-def fallback_of(site: Site, plan: DpPlan, charges: Sequence[Charge], ahead: int) -> Total:
-    """Compute the same if nothing but this site's own noise holds.
-
-    A filter of its own: its order too was fixed with the first charge, before any result."""
-    events = [charge.fallback for charge in charges]
-    events += plan.fallback_events(ahead) if ahead else []
-    return total_epsilon(events, order_of(site, plan, charges), site.policy.max_delta)
-
-
-def order_of(site: Site, plan: DpPlan, charges: Sequence[Charge]) -> float:
-    """Return the privacy filter's order: that of the dataset's first charge, fixed before any
-    result; for a dataset without charges, the one that admits most steps of this plan."""
-    if charges:
-        return charges[0].order
-    return best_order(plan.events(plan.steps), site.policy.max_epsilon, site.policy.max_delta)

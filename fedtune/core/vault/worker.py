@@ -36,18 +36,14 @@ from fedtune.core.registry import process_cache
 from fedtune.core.secagg.draw import Draws, remove_stored
 from fedtune.core.training.local_round import local_round
 from fedtune.core.vault import airlock, evaluation, noted, studies
+from fedtune.core.vault.budget import Budget, check_known, check_rounds
 from fedtune.core.vault.declared import as_stated, paid_by_run, permit_declared, run_ledger
 from fedtune.core.vault.own_loss import kept
 from fedtune.core.vault.policy import (
     LAST_ROUND,
-    accounted,
     admit,
     base_for,
-    check_attempts,
-    check_rounds,
-    order_of,
     planned,
-    within_budget,
 )
 from fedtune.core.vault.prepared import (
     Admission,
@@ -206,7 +202,8 @@ class SiteWorker:
         if study.continuous:  # a unit that arrives now must have budget to take part
             charges = self.ledger.newcomer(self._dataset)
             at_least = study.training.local_steps
-        within_budget(site, plan, charges, at_least)
+        if plan:
+            Budget(site.policy, plan, charges).check(at_least)
         return site
 
     def declare(self, data: SiteData, study: Study) -> None:
@@ -214,7 +211,7 @@ class SiteWorker:
 
         Errors: BudgetExceeded where the cost of earlier rounds on it is not known."""
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
-        accounted(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
+        check_known(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
     def require_signature(self, study: Study, site: Site) -> None:
         """Check that a person signed the plan, where the site's policy asks for one. Who simulates
@@ -365,13 +362,14 @@ class SiteWorker:
 
         def permit(charges: list[Charge]) -> None:
             if plan:
-                check_attempts(charges, study.digest, round_)
-            within_budget(site, plan, charges, steps)
+                budget = Budget(site.policy, plan, charges)
+                budget.check_attempts(round_)
+                budget.check(steps)
 
         # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
         # is asked of cohorts, their own charges are not all attempts.
         if plan and study.continuous:
-            check_attempts(self.ledger.charges(self._dataset), study.digest, round_)
+            Budget(site.policy, plan, self.ledger.charges(self._dataset)).check_attempts(round_)
         self.ledger.ask(self._dataset, permit, of_newcomers=study.continuous)
         data = self.data_in_study(study, prepared.network, self.site.data)
         if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
@@ -455,7 +453,7 @@ class SiteWorker:
             max_grad_norm=plan.max_grad_norm if plan else 0.0,
             unit=study.unit,
             cohort=self.site.data.cohort,
-            order=order_of(site, plan, charges) if plan else 2.0,
+            order=Budget(site.policy, plan, charges).order if plan else 2.0,
             sites=plan.sites if plan else 1,
             colluding=plan.colluding if plan else 0,
         )

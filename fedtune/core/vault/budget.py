@@ -1,0 +1,164 @@
+"""What a dataset's records have paid, and what a site's ceilings leave of it for one plan.
+
+Whoever asks a site's ledger to pay asks here first. All of it is a function of the plan, the policy
+and the charges alone, so a coordinator may see each refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedtune.core.config import PolicyTable
+from fedtune.core.config.study import QUERIES
+from fedtune.core.dp import accountant
+from fedtune.core.dp.filter import Total, best_order, total_epsilon
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.errors import BudgetExceeded
+from fedtune.core.ledger.entries import Charge, Spent
+
+MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The budget of one dataset, seen from one plan that would spend of it.
+
+    policy: the site's, as its file is now; plan: of a study's training, or of its queries; charges:
+    all that count against the dataset, or for a plan without a last round against one cohort, in
+    the ledger's order.
+    Guarantee: while `check` passes before every charge, all that was released from the dataset is
+    (policy.max_epsilon, 2 · policy.max_delta)-DP under the assumption of secure aggregation where
+    studies have it, and (policy.max_fallback_epsilon, 2 · policy.max_delta)-DP without, whatever
+    the choice of studies depended on; see `fedtune.core.dp.filter`."""
+
+    policy: PolicyTable
+    plan: DpPlan
+    charges: Sequence[Charge]
+
+    @property
+    def order(self) -> float:
+        """The privacy filter's order: that of the dataset's first charge, fixed before any result;
+        for a dataset without charges, the one that admits most steps of this plan."""
+        if self.charges:
+            return self.charges[0].order
+        planned = self.plan.events(self.plan.steps)
+        return best_order(planned, self.policy.max_epsilon, self.policy.max_delta)
+
+    def total(self, ahead: int) -> Total:
+        """Compute the dataset's total ε with `ahead` more steps of the plan, at 2 ·
+        policy.max_delta; under the assumption of secure aggregation, where studies have it."""
+        events = [charge.event for charge in self.charges]
+        events += self.plan.events(ahead) if ahead else []
+        return total_epsilon(events, self.order, self.policy.max_delta)
+
+    def fallback(self, ahead: int) -> Total:
+        """Compute the same if nothing but this site's own noise holds.
+
+        A filter of its own: its order too was fixed with the first charge, before any result."""
+        events = [charge.fallback for charge in self.charges]
+        events += self.plan.fallback_events(ahead) if ahead else []
+        return total_epsilon(events, self.order, self.policy.max_delta)
+
+    def remaining(self) -> int:
+        """Count the plan's steps that no charge paid for."""
+        return max(self.plan.steps - sum(charge.steps for charge in self._of_plan()), 0)
+
+    def check(self, at_least: int = 0) -> None:
+        """Check that the charges and the plan's remaining steps keep below every ceiling.
+
+        at_least: steps about to run, which count even where the plan's are all spent: a round
+        trained again is paid for again, one sent again is not. Where the plan has no last round
+        only these are ahead, and the plan's own lifetime is a ceiling too.
+        A study's training and its queries count together against policy.max_epsilon_per_study, as
+        far as both are charged to the same people: a coordinator may ask either first.
+        Errors: BudgetExceeded."""
+        plan, policy = self.plan, self.policy
+        ahead = at_least if plan.lifetime is not None else max(self.remaining(), at_least)
+        events = [*(charge.event for charge in self._of_plan()), *plan.events(ahead)]
+        if plan.lifetime is not None and accountant.epsilon(events, plan.delta) > plan.lifetime:
+            raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")
+        beside = [charge.event for charge in self._of_study() if charge.study != plan.study]
+        if accountant.epsilon([*beside, *events], plan.delta) > policy.max_epsilon_per_study:
+            raise BudgetExceeded(
+                f"{'training and queries together' if beside else 'the study'} would go past "
+                "policy.max_epsilon_per_study",
+                f"at most ε = {policy.max_epsilon_per_study} at this site",
+                QUERIES_TODO
+                if beside
+                else "lower epsilon or rounds, or ask the site to raise its ceiling",
+            )
+        if self.total(ahead).epsilon > policy.max_epsilon:
+            raise BudgetExceeded(
+                "the study would take this dataset past policy.max_epsilon, other studies included",
+                f"at most ε = {policy.max_epsilon} in total",
+                "`fedtune ledger` at the site shows what was spent; lower epsilon or rounds",
+            )
+        if self.is_shared and self.fallback(ahead).epsilon > policy.max_fallback_epsilon:
+            raise BudgetExceeded(
+                "the study would take this dataset past policy.max_fallback_epsilon, the ε that "
+                "holds even if secure aggregation does not",
+                f"at most ε = {policy.max_fallback_epsilon} in total",
+                "lower epsilon: shared by several sites it stays below what each would spend alone",
+            )
+
+    def check_attempts(self, round_: int) -> None:
+        """Check that a round of the plan may be paid for once more. It is paid for again where it
+        was interrupted, and where the coordinator orders it from another adapter: without a bound a
+        plan that a person signed for its own ε would spend up to the site's ceilings.
+
+        Errors: BudgetExceeded."""
+        paid = sum(charge.round == round_ for charge in self._of_plan())
+        if paid >= MOST_ATTEMPTS:
+            raise BudgetExceeded(
+                f"round {round_} was paid for {MOST_ATTEMPTS} times, interrupted attempts included",
+                f"at most {MOST_ATTEMPTS} times a round of a plan",
+                "the coordinator continues from its newest checkpoint, or plans another study",
+            )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether secure aggregation lowers any part of the total, so that a second one holds
+        without it."""
+        return self.plan.sites > 1 or any(charge.sites > 1 for charge in self.charges)
+
+    def _of_plan(self) -> list[Charge]:
+        return [charge for charge in self.charges if charge.study == self.plan.study]
+
+    def _of_study(self) -> list[Charge]:
+        """The charges of the plan's study: of its training and of its queries."""
+        digest = self.plan.study.removesuffix(QUERIES)
+        return [charge for charge in self.charges if charge.study in (digest, digest + QUERIES)]
+
+
+QUERIES_TODO = (
+    "raise private_evaluation.noise_multiplier, or have the site declare its held-out records "
+    "disjoint from those it trains on"
+)
+
+
+def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
+    """Check that no charge of a dataset is of unknown cost, unless a person signed for it.
+
+    unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
+    Errors: BudgetExceeded."""
+    if not unknown:
+        return
+    other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
+    raise BudgetExceeded(
+        f"what one {unit} spent in earlier rounds on this dataset is not known: "
+        + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
+        "a dataset whose every charge is of the study's own unit, by this release's rules",
+        f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
+    )
+
+
+def check_rounds(paid: int, policy: PolicyTable) -> None:
+    """Check that the ledger may pay for one more round, whichever study's: it has room for so many
+    (files.room). A coordinator numbers the rounds of a schedule, and orders them at no cost once
+    everybody's budget is used up. paid: all charges of the ledger. Errors: BudgetExceeded."""
+    if paid >= policy.max_rounds:
+        raise BudgetExceeded(
+            "this site's ledger paid for policy.max_rounds rounds, those of all studies together",
+            f"at most {policy.max_rounds}",
+            "the site may raise policy.max_rounds: 4 KiB more on its disk for each round",
+        )
