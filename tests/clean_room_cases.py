@@ -193,6 +193,7 @@ assert "<html" in page and "tiny" in page, page'
 BEFORE: tuple[tuple[str, ...], ...] = (  # none of them needs another
     ("demo", "--quick", "--out", "demo"),
     ("init", "mine"),
+    ("more",),
     ("models", "list"),
     ("models", "verify", "base"),
     ("check-plugin", "fedavg", "--group", "strategies"),

@@ -29,13 +29,13 @@ def test_help_is_quick_and_every_command_has_one() -> None:
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert not {"torch", "transformers", "flwr", "matplotlib", "pydantic"} & set(imported)
-    top = run("--help")
-    assert top.exit_code == 0
+    top, more = run("--help"), run("more")
+    assert top.exit_code == more.exit_code == 0 and "fedtune more" in top.output
     names = ("demo", "init", "plan", "simulate", "server", "client", "evaluate", "generate")
     names += ("enroll", "admit", "revoke", "status")
     names += ("review", "ledger", "withdraw", "doctor", "audit")
     for name in names:
-        assert name in top.output
+        assert name in more.output
         assert run(name, "--help").exit_code == 0
     for words in (("models", "list"), ("models", "fetch"), ("models", "verify")):
         assert run(*words, "--help").exit_code == 0

@@ -10,6 +10,7 @@ import typer
 from click.testing import CliRunner
 
 from fedtune import presets
+from fedtune.cli import roles
 from fedtune.cli.main import app
 from tests.cli_kit import tree
 
@@ -90,3 +91,14 @@ def test_a_hole_in_a_help_is_seen() -> None:
         """A study with a [schedule], and more."""
 
     assert _holes(made) == ["A study with a [schedule], and more."]
+
+
+def test_the_first_screen_lists_the_daily_path_and_more_lists_all() -> None:
+    def listed(*words: str) -> set[str]:
+        shown = CliRunner().invoke(tree(app), [*words], env={"COLUMNS": "200"}).output
+        return set(re.findall(r"^│ ([a-z][a-z-]*) ", shown, re.MULTILINE))
+
+    daily = {name for names in roles.DAILY.values() for name in names}
+    every = {*tree(app).commands} - {"more"}  # type: ignore[attr-defined]
+    assert listed("--help") == daily
+    assert listed("more") == every > daily

@@ -26,6 +26,7 @@ from fedtune.cli import (
     models,
     network,
     plugin,
+    roles,
     server,
     tune,
     use_run,
@@ -62,12 +63,12 @@ if TYPE_CHECKING:
     from fedtune.core.config import Site
 
 app = typer.Typer(
+    cls=roles.DailyFirst,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # rich's own would take [schedule] for a style
     help="Fine-tune a language model across hospitals without moving a record.\n\n"
     "Start with **fedtune demo**: three invented hospitals, one adapter, a report.",
-    epilog="A study of your own: fedtune init → plan → simulate → server and client.",
 )
 TRY, RUN, USE = "Try it here", "Between machines", "Use a run"
 
@@ -272,6 +273,7 @@ derive.add_to(app)
 plugin.add_to(app)
 for part in (cli_observe, dashboard, cli_log, attack):
     part.add_to(app, USE)
+roles.add_to(app)
 
 
 @functools.cache
