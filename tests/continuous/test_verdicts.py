@@ -94,7 +94,9 @@ def hide_the_choice(record: dict[str, Any]) -> None:
 
 
 def other_choice(record: dict[str, Any]) -> None:
-    record["choices"][0]["version"] = 1  # never released
+    """The last one, of a version that was never released: no later comparison was with it."""
+    record["choices"].append({"after": 6, "version": 1})
+    record |= {"champion": 1, "pinned": True}
 
 
 def other_champion(record: dict[str, Any]) -> None:
@@ -127,6 +129,7 @@ def test_a_verdict_that_was_changed_is_caught_whoever_signs_it(
     edit(said["record"])
     released = [v["number"] for v in said["record"]["versions"] if v["decision"] == "released"]
     said |= {"versions released": released, "version in use": said["record"]["champion"]}
+    said |= {"chosen by a person": said["record"]["pinned"]}
     try:
         index.write_text(json.dumps({"format": "fedtune-versions-1", **said["record"]}))
         with pytest.raises(NotGenuine):
