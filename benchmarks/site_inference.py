@@ -13,6 +13,11 @@ styles, are asked about:
               p: against exchanges of which three of the six took part in each model
     guessed   the share of new notes of the three sites whose site is guessed from the model's loss,
               as audit/site_inference guesses it, with chance
+    received  the same question as `told`, to who holds what the coordinator receives: how far its
+              updates point along the gradients of notes in a style (audit/received.py), of each
+              site's updates the most; where noise is shared, of their sum
+    named     the share of sites whose updates point most along notes in their own style, of six
+              (chance: 1/6); p: against exchanges of the six styles in each model
 
 Writes OUT/results.json after every model; what is there is not run again."""
 
@@ -29,7 +34,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.presets import STRANGERS
-from fedtune import Study, strategies
+from fedtune import Study
+from fedtune.audit.received import cosines
 from fedtune.audit.secret import record_losses
 from fedtune.audit.site_inference import Asked, guess
 from fedtune.core.data.dataset import Dataset
@@ -40,6 +46,7 @@ from fedtune.core.dp.plan import StepPlan, plan_for_site
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.objectives import resolve
+from fedtune.core.strategy import build_strategy
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
 from fedtune.public.start import start
@@ -142,14 +149,23 @@ def measure(world: World, arm: str, seed: int) -> dict[str, Any]:
         plan_for_site(made, len(rows)) if epsilon else non_private_plan(made, len(rows))
         for rows in sites
     ]
-    adapter, server, log = begun.adapter, strategies.build(begun.study), MemoryLog()
+    adapter, server, log = begun.adapter, build_strategy(begun.study), MemoryLog()
+    candidates = [world.written(int(style), asked) for style in styles]
+    along = np.zeros((1 if shared else SITES, len(STYLES), len(asked)))
     for round_ in range(1, (made.training.rounds or 0) + 1):
-        for data, plan in zip(datas, plans, strict=True):
-            server.add(local_round(begun.study, data, plan, log, round_, adapter), 1.0)
+        updates = [
+            local_round(begun.study, data, plan, log, round_, adapter)
+            for data, plan in zip(datas, plans, strict=True)
+        ]
+        total = {name: sum(update[name] for update in updates) for name in updates[0]}
+        with network.loaded(trainable=adapter):
+            for n, data in enumerate(candidates):
+                along[:, n] += cosines(begun.study, data, [total] if shared else updates)
+        for update in updates:
+            server.add(update, 1.0)
         adapter = server.apply(adapter)
     falls = []
-    for style in styles:
-        data = world.written(int(style), asked)
+    for data in candidates:
         with network.loaded(trainable=network.zero()):
             before = record_losses(data, begun.study)
         with network.loaded(trainable=adapter):
@@ -164,33 +180,55 @@ def measure(world: World, arm: str, seed: int) -> dict[str, Any]:
     )
     outputs = np.concatenate([falls[n][n::SITES] for n in range(SITES)])[:, None]
     guessed = guess(outputs, own)
-    return {"falls": by_class, "guessed": guessed.share, "chance": guessed.chance, "p": guessed.p}
+    pointing = np.stack([along[:, :, classes == label].mean(axis=2) for label in world.labels], 2)
+    return {
+        "falls": by_class, "guessed": guessed.share, "chance": guessed.chance, "p": guessed.p,
+        "along": pointing.tolist(),
+    }  # fmt: skip
 
 
-def told(models: list[dict[str, Any]]) -> tuple[float, float]:
-    """Compute how often a style that took part has the larger score than one that did not, over all
-    models, and p by which three took part in each. A style's score: its fall in the class in which
-    it stands out most."""
-    scores = np.array([m["falls"] for m in models])  # (models, styles, classes)
-    scores = (scores - scores.mean(axis=1, keepdims=True)).max(axis=2)
+def standing_out(values: np.ndarray) -> np.ndarray:
+    """Compute (…, styles): a style's value in the class in which it stands out most, of (…, styles,
+    classes)."""
+    return np.asarray((values - values.mean(axis=-2, keepdims=True)).max(axis=-1))
+
+
+def told(scores: np.ndarray) -> tuple[float, float]:
+    """Compute how often a style that took part has the larger score (models, styles) than one that
+    did not, over all models, and p by which three took part in each."""
     number = scores.shape[1]
     sides = [list(c) for c in itertools.combinations(range(number), SITES)]
     share = np.array([
         [(s[there][:, None] > np.delete(s, there)).mean() for there in sides] for s in scores
     ])  # fmt: skip
     found = share[:, 0].mean()  # the first three took part
-    draws = np.random.default_rng(0).integers(len(sides), size=(20_000, len(models)))
-    null = share[np.arange(len(models)), draws].mean(axis=1)
+    draws = np.random.default_rng(0).integers(len(sides), size=(20_000, len(scores)))
+    null = share[np.arange(len(scores)), draws].mean(axis=1)
     return float(found), float((1 + (null >= found - 1e-12).sum()) / (1 + len(null)))
 
 
+def named(scores: np.ndarray) -> tuple[float, float]:
+    """Compute how often a site's updates have the largest score (models, sites, styles) in its own
+    style, and p by which style was whose in each model."""
+    most, random = scores.argmax(axis=2), np.random.default_rng(0)
+    found = float((most == np.arange(SITES)).mean())
+    own = np.tile(np.arange(scores.shape[2]), (20_000, len(scores), 1))
+    null = (most == random.permuted(own, axis=2)[:, :, :SITES]).mean(axis=(1, 2))
+    return found, float((1 + (null >= found - 1e-12).sum()) / (1 + len(null)))
+
+
 def row(name: str, arm: str, models: list[dict[str, Any]]) -> str:
-    share, p = told(models)
+    share, p = told(standing_out(np.array([m["falls"] for m in models])))
     guessed, chance = (np.mean([m[key] for m in models]) for key in ("guessed", "chance"))
-    below = sum(m["p"] < 0.05 for m in models)
+    along = standing_out(np.array([m["along"] for m in models]))  # (models, updates, styles)
+    seen, seen_p = told(along.max(axis=1))
+    whose = "–"
+    if along.shape[1] == SITES:
+        right, right_p = named(along)
+        whose = f"{right:.2f} (p = {right_p:.2g})"
     return (
         f"| {name} | {arm} | {share:.2f} | {p:.2g} | {guessed:.2f} ({chance:.2f}) "
-        f"| {below} of {len(models)} |"
+        f"| {seen:.2f} | {seen_p:.2g} | {whose} |"
     )
 
 

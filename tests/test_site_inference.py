@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.audit import site_inference
+from fedtune.audit import received, site_inference
+from fedtune.audit.received import SUM, Party, attack_received, joint_plan
 from fedtune.audit.site_inference import Asked, attack_sites, guess, infer
+from fedtune.core.config import Study
+from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.models.cache import CachedDataset
+from fedtune.public.start import Start
 from fedtune.runs.run import Run
 from tests.cli_kit import run as command
 from tests.simulated import simulate
@@ -208,3 +214,130 @@ def test_what_cannot_be_told_is_refused(trained: Path, tmp_path: Path) -> None:
         ("--records", f"a={one}", "--held-out", one),
     ):
         assert command("attack", trained / "run", *words).exit_code == 2
+
+
+# ------------------------------------------------------------------------- what is received
+
+
+@pytest.fixture(scope="module")
+def of_sites(trained: Path) -> dict[str, Path]:
+    return {
+        name: write(trained / f"own-{name}.jsonl", rows(name, 500 + 50 * number, 40))
+        for number, name in enumerate(STYLES)
+    }
+
+
+def shuffled(files: dict[str, Path], folder: Path) -> dict[str, Path]:
+    """The same records, in files that have nothing to do with the sites."""
+    texts = [file.read_text() for file in files.values()]
+    every = [json.loads(line) for text in texts for line in text.splitlines()]
+    np.random.default_rng(1).shuffle(every)  # type: ignore[arg-type]
+    return {
+        name: write(folder / f"{name}.jsonl", every[40 * n : 40 * n + 40])
+        for n, name in enumerate(files)
+    }
+
+
+def test_an_update_tells_whose_records_it_was_made_from(
+    trained: Path, of_sites: dict[str, Path]
+) -> None:
+    """Without noise, of every site, by records that it was not made from."""
+    found = attack_received(Run(trained / "run"), of_sites)
+    assert [one.updates for one in found] == list(STYLES)
+    for one in found:
+        assert one.named.site == one.updates and one.named.p < 0.01
+        assert max(one.sites, key=lambda along: along.cosine).site == one.updates
+
+
+def test_shuffled_records_tell_nothing_of_an_update(
+    trained: Path, of_sites: dict[str, Path], tmp_path: Path
+) -> None:
+    """The twin."""
+    found = attack_received(Run(trained / "run"), shuffled(of_sites, tmp_path))
+    assert min(one.named.p for one in found) > 0.05
+
+
+def test_what_an_update_was_made_from_is_not_what_it_is_compared_with(
+    trained: Path, of_sites: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a record was trained on is what ε is about."""
+    seen: list[set[bytes]] = []
+
+    def looked_at(begun: Start, parties: dict[str, Party], candidates: CachedDataset) -> Any:
+        for data in (*(party.data for party in parties.values()), candidates):
+            seen.append({example.input_ids.tobytes() for example in data.dataset.examples})
+        return {name: np.zeros(len(candidates.dataset.examples)) for name in parties}
+
+    monkeypatch.setattr(received, "received", looked_at)
+    attack_received(Run(trained / "run"), of_sites)
+    *made_from, compared = seen
+    assert [len(ids) for ids in seen] == [20, 20, 20, 60]
+    assert not any(ids & compared for ids in made_from)
+
+
+def with_plan(run: Path, folder: Path, **tables: Any) -> Run:
+    """A copy of a run whose plan has these tables."""
+    copied = folder / "run"
+    shutil.copytree(run, copied)
+    plan = json.loads((copied / "plan.json").read_text()) | tables
+    (copied / "plan.json").write_text(json.dumps(plan))
+    return Run(copied)
+
+
+def test_with_secure_aggregation_the_sum_alone_is_received(
+    trained: Path, of_sites: dict[str, Path], tmp_path: Path
+) -> None:
+    """Which all sites' records are in: it points along none of them more."""
+    study = Run(trained / "run").study
+    fewer = study.training.model_copy(update={"rounds": 3}).model_dump(mode="json")
+    tables = {"secure_aggregation": {"colluding": 1}, "strategy": {"min_sites": 3}}
+    run = with_plan(trained / "run", tmp_path, training=fewer, **tables)
+    found = attack_received(run, of_sites)
+    assert [one.updates for one in found] == [SUM]
+    assert [one.site for one in found[0].sites] == list(STYLES)
+
+
+def test_the_sum_has_the_noise_that_all_sites_add() -> None:
+    """Three sites of whom one may tell its own: σ, and half of its square more."""
+    tables = {
+        "study": {"name": "sum"}, "base": {"model": "none"}, "lora": None,
+        "objective": {"name": "classify", "max_length": 8, "labels": ["a", "b"]},
+        "training": {"rounds": 2, "sampling_rate": 1.0, "learning_rate": 1.0},
+        "clipping": {}, "strategy": {"min_sites": 3},
+        "privacy": {"epsilon": 8.0, "delta": 1e-3, "unit": "record"},
+        "secure_aggregation": {"colluding": 1},
+    }  # fmt: skip
+    study = Study.model_validate_json(json.dumps(tables))
+    one, joint = plan_for_site(study, 30), joint_plan(study, 90, 3)
+    assert isinstance(joint, DpPlan) and joint.divisor == pytest.approx(3 * one.divisor)
+    assert joint.own_noise == pytest.approx(one.own_noise * 3**0.5)
+    assert joint.own_noise == pytest.approx(one.noise_multiplier * 1.5**0.5)
+
+
+def test_the_command_attacks_what_is_received(
+    trained: Path, of_sites: dict[str, Path], tmp_path: Path
+) -> None:
+    given: list[Any] = []
+    for name, file in of_sites.items():
+        given += ["--records", f"{name}={file}"]
+    done = command("attack", trained / "run", *given, "--received", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "birch's updates point most along birch's records" in done.output
+    assert "does not cover which site's records an update was made from" in done.output
+    file = tmp_path / "out" / "received.json"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert [one["updates"] for one in json.loads(file.read_text())] == list(STYLES)
+    assert command("attack", trained / "run", "--received").exit_code == 2
+
+
+def test_an_attack_on_what_is_received_needs_records_to_compare_with(
+    trained: Path, of_sites: dict[str, Path], tmp_path: Path
+) -> None:
+    few = write(tmp_path / "few.jsonl", rows("birch", 700, 12))
+    with pytest.raises(DataError, match="6 records to compare with"):
+        attack_received(Run(trained / "run"), {"alder": of_sites["alder"], "birch": few})
+    two = {name: of_sites[name] for name in ("alder", "birch")}
+    tables = {"secure_aggregation": {"colluding": 1}, "strategy": {"min_sites": 3}}
+    run = with_plan(trained / "run", tmp_path, **tables)
+    with pytest.raises(ConfigError, match="noise is shared by 3"):
+        attack_received(run, two)

@@ -134,7 +134,7 @@ def attack_study(
     _check(study, canaries, models, units)
     network = build(study)
     with network.loaded(network.frozen_factor() | network.preconditioner):  # restored afterwards
-        begun = _begun(study)
+        begun = begin_again(study)
         study = begun.study
         plan = plan_for_site(study, units)
         everybody, secrets = _units(study, network, canaries, units - canaries // 2)
@@ -192,7 +192,7 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
         )
 
 
-def _begun(study: Study) -> Start:
+def begin_again(study: Study) -> Start:
     """Build the starting point anew, whatever digests a finished run's plan has: public text gives
     the same one to rounding, and another machine another one. Errors: ConfigError, ModelError."""
     open_again: dict[str, Any] = {}

@@ -21,10 +21,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.config import DataFile, EvaluationTable
+from fedtune.core.config import DataFile, EvaluationTable, Study
 from fedtune.core.data.records import read_records
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files.writing import replace
+from fedtune.core.models.lora import Arrays
+from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.run import evaluator_of, with_columns_of
 from fedtune.report.scores import Scores
 from fedtune.runs.run import Run
@@ -97,20 +99,16 @@ def attack_sites(
         references: runs of the same study's base that did not learn from these sites.
         out: a folder for sites.json.
 
-    >>> import fedtune
-    >>> fedtune.attack_sites(fedtune.Run("runs/none"), {"north": "n.csv", "south": "s.csv"})
+    >>> from fedtune import Run
+    >>> from fedtune.audit.site_inference import attack_sites
+    >>> attack_sites(Run("runs/none"), {"north": "n.csv", "south": "s.csv"})
     Traceback (most recent call last):
       ...
     fedtune.core.errors.InputError: ...
 
     Errors: ConfigError (fewer than two sites), DataError (a site with fewer than LEAST records),
     ModelError, InfrastructureError."""
-    if len(records) < 2:
-        raise ConfigError("records of one site", "of two or more", "--records NAME=FILE for each")
-    given = {
-        name: file if isinstance(file, DataFile) else with_columns_of(run.study, Path(file))
-        for name, file in sorted(records.items())
-    }
+    given = given_of(run.study, records)
     outputs, asked = _outputs(run, given)
     found = infer(outputs, asked)
     others = {str(one.folder): guess(_outputs(one, given)[0], asked) for one in references}
@@ -121,26 +119,46 @@ def attack_sites(
     return found
 
 
+def given_of(study: Study, records: Mapping[str, DataFile | Path | str]) -> dict[str, DataFile]:
+    """Describe each site's file, in the order of their names. Errors: ConfigError."""
+    if len(records) < 2:
+        raise ConfigError("records of one site", "of two or more", "--records NAME=FILE for each")
+    return {
+        name: file if isinstance(file, DataFile) else with_columns_of(study, Path(file))
+        for name, file in sorted(records.items())
+    }
+
+
 def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
     """Compute what training changed in the outputs on each record, (n, 2): the fall of its loss,
     and the change of how sure the model is."""
+    changes = list[Floats]()
+    readers, asked = read(run, given)
+    for evaluator, trained in readers:
+        after, before = evaluator.scores(trained), evaluator.untouched
+        changes.append(
+            np.stack([before.loss - after.loss, _sureness(after) - _sureness(before)], axis=1)
+        )
+    return np.concatenate(changes), asked
+
+
+def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator, Arrays]], Asked]:
+    """Read each site's records; return what scores them, with the run's trained arrays, and what is
+    asked of them, in the same order. Errors: ConfigError, DataError, ModelError."""
     study = run.study
     choices = study.evaluation.choices if study.evaluation else ()
     labels = study.objective.labels or tuple(choice.strip() for choice in choices)
-    changes, sites, classes, units = list[Floats](), list[int](), list[str](), list[str]()
+    readers, sites, classes, units = list[tuple[Evaluator, Arrays]](), list[int](), [], []
     for number, (name, file) in enumerate(given.items()):
         columns = {"path": file.path, "columns": file.columns, "choices": choices}
         metric = "accuracy" if len(labels) > 1 else "loss"
         table = EvaluationTable.model_validate(columns | {"metric": metric})
         evaluator, trained = evaluator_of(run, table)
-        after, before = evaluator.scores(trained), evaluator.untouched
         if (n := len(evaluator)) < LEAST:
             raise DataError(f"{file.path}: {n} usable records", f"at least {LEAST}")
-        changes.append(
-            np.stack([before.loss - after.loss, _sureness(after) - _sureness(before)], axis=1)
-        )
+        readers.append((evaluator, trained))
         sites += [number] * n
-        classes += [labels[k] if k >= 0 else "" for k in after.gold]
+        classes += [labels[k] if k >= 0 else "" for k in evaluator.untouched.gold]
         units += [f"{name}\0{unit}" for unit in _units(file, n)]
     asked = Asked(
         tuple(given),
@@ -148,7 +166,7 @@ def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
         np.array(classes),
         np.unique(units, return_inverse=True)[1],
     )
-    return np.concatenate(changes), asked
+    return readers, asked
 
 
 def _units(file: DataFile, usable: int) -> list[str]:
@@ -175,7 +193,7 @@ def infer(outputs: Floats, asked: Asked) -> SiteInference:
     """Guess each record's site from `outputs` (n, d), of which column 0 is the fall of its loss."""
     classes = [str(name) for name in np.unique(asked.classes)]
     by_class = [
-        guess(outputs[asked.classes == name], _of_class(asked, name), name) for name in classes
+        guess(outputs[asked.classes == name], of_class(asked, name), name) for name in classes
     ]
     seen = [one for one in by_class if one.records]
     adjusted = tuple(
@@ -184,7 +202,8 @@ def infer(outputs: Floats, asked: Asked) -> SiteInference:
     return SiteInference(guess(outputs, asked), adjusted, _learnt(outputs[:, 0], asked), {})
 
 
-def _of_class(asked: Asked, name: str) -> Asked:
+def of_class(asked: Asked, name: str) -> Asked:
+    """Select the records of a class."""
     rows = asked.classes == name
     return Asked(asked.names, asked.sites[rows], asked.classes[rows], asked.units[rows])
 
@@ -242,22 +261,28 @@ def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
 
 def _learnt(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
     """Compare each site's fall of the loss with that of others of its classes."""
-    centred = falls.copy()
-    for name in np.unique(asked.classes):
-        rows = asked.classes == name
-        centred[rows] -= falls[rows].mean()
-    means = []
-    for names in _exchange_names(asked):
-        own = np.eye(len(asked.names))[names]
-        means.append(np.einsum("ems,m->es", own, centred) / own.sum(axis=1))
-    stacked = np.concatenate(means)
-    found, null = stacked[0], stacked[1:]
-    p = (1 + (null >= found - 1e-12).sum(axis=0)) / (1 + len(null))
+    found, p = compare(falls, asked)
     held = np.bincount(asked.sites, minlength=len(asked.names))
     return tuple(
         Learnt(name, int(held[n]), float(found[n]), min(1.0, len(asked.names) * float(p[n])))
         for n, name in enumerate(asked.names)
     )
+
+
+def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
+    """Compute by how much each site's mean value (n,) is above that of others of its classes, and
+    how often an exchange of the sites' names gives as much: two arrays (sites,)."""
+    centred = values.copy()
+    for name in np.unique(asked.classes):
+        rows = asked.classes == name
+        centred[rows] -= values[rows].mean()
+    means = []
+    for names in _exchange_names(asked):
+        own = np.eye(len(asked.names))[names]
+        means.append(np.einsum("ems,m->es", own, centred) / np.maximum(own.sum(axis=1), 1))
+    stacked = np.concatenate(means)
+    found, null = stacked[0], stacked[1:]
+    return found, (1 + (null >= found - 1e-12).sum(axis=0)) / (1 + len(null))
 
 
 def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:

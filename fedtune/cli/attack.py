@@ -58,6 +58,14 @@ RECORDS = Annotated[
         show_default=False,
     ),
 ]
+RECEIVED = Annotated[
+    bool,
+    typer.Option(
+        "--received",
+        help="With --records: train the study again on half of each site's records, and tell which "
+        "site's each update was made from that its coordinator receives.",
+    ),
+]
 OUT = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Where attack.json and attack.png go.")
 ]
@@ -83,6 +91,7 @@ def attack(
     held_out: HELD_OUT = None,
     references: REFERENCES = None,
     records: RECORDS = None,
+    received: RECEIVED = False,
     out: OUT = Path("attack"),
     canaries: CANARIES = 64,
     models: MODELS = 16,
@@ -98,7 +107,8 @@ def attack(
     how much a model tells of planted secrets, and whether it writes them. Reads no record; no ε.
 
     **Sites** (--records for each): whether the model's outputs tell which site a record is from,
-    and whose records it learnt, against exchanges of the sites' names. ε does not cover that.
+    and whose records it learnt, against exchanges of the sites' names; with --received also whether
+    the updates that a coordinator receives do. ε does not cover that.
 
     A result beyond what ε allows means that something is broken: exit 3."""
     from fedtune.cli.watch import Watch
@@ -106,7 +116,9 @@ def attack(
     from fedtune.runs.run import Run
 
     if records:
-        return _attack_sites(run, records, references or [], out, site or held_out)
+        return _attack_sites(run, records, references or [], out, site or held_out, received)
+    if received:
+        raise ConfigError("--received is for --records", "--records NAME=FILE with it")
     if site is None and (held_out or references):
         raise ConfigError("--held-out and --reference are for a site", "--site SITE with them")
     loaded = Run(run)
@@ -146,8 +158,14 @@ def attack(
 
 
 def _attack_sites(
-    run: Path, records: list[str], references: list[Path], out: Path, other: Path | None
+    run: Path,
+    records: list[str],
+    references: list[Path],
+    out: Path,
+    other: Path | None,
+    received: bool,
 ) -> dict[str, Any]:
+    from fedtune.audit import received as of_updates
     from fedtune.audit.site_inference import attack_sites, lines
     from fedtune.cli.watch import Watch
     from fedtune.core.errors import ConfigError
@@ -162,10 +180,14 @@ def _attack_sites(
     others = [open_run(folder) for folder in references]
     with Watch(Console(), "attacking"):
         found = attack_sites(open_run(run), named, references=others, out=out)
-    for line in lines(found):
+        traced = of_updates.attack_received(open_run(run), named, out=out) if received else ()
+    for line in (*lines(found), *(of_updates.lines(traced) if received else ())):
         typer.echo(line)
-    typer.echo(f"wrote {out / 'sites.json'}: it follows from these records, exactly")
-    return asdict(found)
+    wrote = " and ".join(
+        str(out / name) for name in ("sites.json", "received.json")[: 1 + received]
+    )
+    typer.echo(f"wrote {wrote}: what follows from these records, exactly")
+    return asdict(found) | ({"received": list(map(asdict, traced))} if received else {})
 
 
 def _secrets_line(found: Secrets) -> str:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from fedtune.core import modalities
 from fedtune.core.bases.find import find_base, load_tokenizer
 from fedtune.core.config import EvaluationTable, Study
-from fedtune.core.data.dataset import NO_TARGET, Dataset
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.core.data.load import load_dataset
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.models.build import build
@@ -122,6 +122,11 @@ class Evaluator:
 
     def __len__(self) -> int:
         return len(self._gold)
+
+    @property
+    def examples(self) -> list[Example]:
+        """The records, tokenised."""
+        return self._records.dataset.examples
 
     @property
     def lacking(self) -> tuple[str, ...]:

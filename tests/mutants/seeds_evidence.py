@@ -14,8 +14,27 @@ T_ATTACK = "tests/test_attack.py::"
 T_RELEASED, T_GAIN = "tests/test_what_is_released.py::", "tests/report/test_gain.py::"
 
 SITES, T_SITES = "fedtune/audit/site_inference.py", "tests/test_site_inference.py::"
+RECEIVED = "fedtune/audit/received.py"
 
 MUTANTS = (
+    _one(
+        "evidence", "an-update-is-taken-to-point-the-other-way", RECEIVED,
+        "= -(toward @ rows", "= (toward @ rows",
+        T_SITES + "test_an_update_tells_whose_records_it_was_made_from",
+        "each site's updates are said to tell nothing of it",
+    ),
+    _one(
+        "evidence", "what-an-update-was-made-from-is-compared-with-it", RECEIVED,
+        "compared = np.flatnonzero(~trains)", "compared = np.arange(len(trains))",
+        T_SITES + "test_what_an_update_was_made_from_is_not_what_it_is_compared_with",
+        "that a record was trained on, which epsilon is about, is said to be its site's style",
+    ),
+    _one(
+        "evidence", "each-update-is-seen-beside-the-sum", RECEIVED,
+        "    if study.secure_aggregation:\n        whole", "    if False:\n        whole",
+        T_SITES + "test_with_secure_aggregation_the_sum_alone_is_received",
+        "an attack on what nobody receives",
+    ),
     _one(
         "evidence", "a-patients-records-are-exchanged-one-by-one", SITES,
         "    yield asked.sites[None]\n    first",

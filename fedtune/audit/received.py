@@ -1,0 +1,312 @@
+"""Source of an update: whether what a coordinator receives tells whose records it was made from.
+
+A run keeps no update, only digests of what the sites signed. So the run's study is trained again,
+by the code of a site's round, on records that the attacker knows to be a site's: each file's units
+in two random halves, of which one trains and the other is what the attacker compares with.
+
+    received   each site's noised update of every round; with secure aggregation the sum alone
+    along      by how much more it points along what a site's records would send than along what
+               others of their classes would, in mean cosines, over all rounds
+
+Against chance: exchanges of the sites' names among the compared units of the same classes, as in
+`site_inference`. ε is about a patient: it covers none of this."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedtune.audit.attack import begin_again
+from fedtune.audit.site_inference import LEAST, Asked, Floats, compare, given_of, of_class, read
+from fedtune.core import progress
+from fedtune.core.config import DataFile, Study
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.dp import clip
+from fedtune.core.dp.non_private import non_private_plan
+from fedtune.core.dp.plan import DpPlan, StepPlan, plan_for_site
+from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.files.writing import replace as write_file
+from fedtune.core.models import preconditioner
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.objectives import resolve
+from fedtune.core.strategy import build_strategy
+from fedtune.core.training.local_round import local_round
+from fedtune.core.training.selftest import MemoryLog
+from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.public.start import Start
+from fedtune.runs.run import Run
+
+SUM = "the sum"  # of all sites' updates, where that alone is opened
+
+
+@dataclass(frozen=True)
+class Along:
+    """How far updates point along a site's records rather than others of their classes (mean
+    cosine); p: how often an exchange of names gives as much, times how many such comparisons are
+    made of these updates. of: the class, "" for all."""
+
+    site: str
+    of: str
+    records: int
+    cosine: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Of one site's updates, or of SUM: along whose records they point. by_class: those of every
+    class in which sites can be compared."""
+
+    updates: str
+    sites: tuple[Along, ...]
+    by_class: tuple[Along, ...]
+
+    @property
+    def named(self) -> Along:
+        """Return the site that is named as their source: of the smallest p, then the largest
+        cosine."""
+        return min((*self.sites, *self.by_class), key=lambda one: (one.p, -one.cosine))
+
+
+@dataclass(frozen=True)
+class Party:
+    """One sender of a round's update: its records and its plan; weight: as the strategy is told."""
+
+    data: CachedDataset
+    plan: StepPlan
+    weight: float
+
+
+def attack_received(
+    run: Run, records: Mapping[str, DataFile | Path | str], *, out: Path | str | None = None
+) -> tuple[Traced, ...]:
+    """Try to tell which site's records an update was made from, for who holds what the coordinator
+    of a finished run's study receives.
+
+    Each file's units are halved at random: one half is trained on by the study's own plan for so
+    many units, whatever was trained on before. Nothing is charged: no update leaves this machine.
+    The result counts the records exactly, so that `out` is for this user alone.
+
+    Args:
+        records: by site's name, a file of the study's columns.
+        out: a folder for received.json.
+
+    >>> from fedtune import Run
+    >>> from fedtune.audit.received import attack_received
+    >>> attack_received(Run("runs/none"), {"north": "n.csv", "south": "s.csv"})
+    Traceback (most recent call last):
+      ...
+    fedtune.core.errors.InputError: ...
+
+    Errors: ConfigError (fewer than two sites, or than the plan's noise is shared by), DataError (a
+    half of fewer than LEAST records), ModelError, InfrastructureError."""
+    given, objective = given_of(run.study, records), resolve(run.study.objective)
+    if objective.teacher_spec or objective.record_format == "unpaired_preference":
+        raise ConfigError(
+            f"objective {run.study.objective.name}: what it trains on is not in such files",
+            "an objective that trains on records as they are evaluated",
+        )
+    shared, least = run.study.secure_aggregation, run.study.strategy.min_sites
+    if shared and len(given) < least:
+        raise ConfigError(
+            f"records of {len(given)} sites, and the noise is shared by {least}",
+            f"of {least} or more",
+            "--records NAME=FILE for each",
+        )
+    readers, asked = read(run, given)
+    examples = [example for evaluator, _ in readers for example in evaluator.examples]
+    trains = _halved(asked)
+    for number, name in enumerate(given):
+        here = (asked.sites == number) & ~trains
+        if here.sum() < LEAST:
+            raise DataError(
+                f"{given[name].path}: {here.sum()} records to compare with",
+                f"at least {LEAST} in half of its units",
+            )
+    network = build(run.study)
+    with network.loaded(network.frozen_factor() | network.preconditioner):  # restored afterwards
+        begun = begin_again(run.study)
+        data = [
+            CachedDataset(network, _of_units(examples, asked, trains & (asked.sites == number)))
+            for number in range(len(given))
+        ]
+        compared = np.flatnonzero(~trains)
+        candidates = CachedDataset(network, _each_a_unit([examples[row] for row in compared]))
+        cosines = received(begun, _parties(begun.study, list(given), data), candidates)
+    left = Asked(asked.names, asked.sites[compared], asked.classes[compared], asked.units[compared])
+    found = tuple(trace(name, values, left) for name, values in cosines.items())
+    if out is not None:
+        text = json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False)
+        write_file(Path(out) / "received.json", (text + "\n").encode(), private=True)
+    return found
+
+
+def _halved(asked: Asked) -> npt.NDArray[np.bool_]:
+    """Draw which rows train: those of half of each site's units, from a fixed seed."""
+    random, trains = np.random.default_rng(0), np.zeros(len(asked.sites), dtype=bool)
+    for number in range(len(asked.names)):
+        units = np.unique(asked.units[asked.sites == number])
+        trains |= np.isin(asked.units, random.permutation(units)[: len(units) // 2])
+    return trains
+
+
+def _of_units(examples: Sequence[Example], asked: Asked, rows: npt.NDArray[np.bool_]) -> Dataset:
+    """Make what a site trains on of its rows, a unit's together."""
+    here = np.flatnonzero(rows)
+    here = here[np.argsort(asked.units[here], kind="stable")]
+    units, numbers = np.unique(asked.units[here], return_inverse=True)
+    own = [replace(examples[int(r)], unit=int(n)) for r, n in zip(here, numbers, strict=True)]
+    return Dataset(own, len(units), Counter())
+
+
+def _each_a_unit(examples: Sequence[Example]) -> Dataset:
+    own = [replace(example, unit=number) for number, example in enumerate(examples)]
+    return Dataset(own, len(own), Counter())
+
+
+def _parties(study: Study, names: Sequence[str], data: Sequence[CachedDataset]) -> dict[str, Party]:
+    """Return who sends what. Where the sum alone is opened it is what one site with all records
+    and the joint noise would send, the optimiser's step included."""
+    if study.secure_aggregation:
+        whole = join([one.dataset for one in data])
+        plan = joint_plan(study, whole.n_units, len(data))
+        return {SUM: Party(CachedDataset(data[0].network, whole), plan, 1.0)}
+    weighted = study.strategy.weights == "declared"
+    return {
+        name: Party(
+            one,
+            _plan(study, one.dataset.n_units),
+            float(one.dataset.n_units if weighted else 1),
+        )
+        for name, one in zip(names, data, strict=True)
+    }
+
+
+def _plan(study: Study, units: int) -> StepPlan:
+    return plan_for_site(study, units) if study.private else non_private_plan(study, units)
+
+
+def join(parts: Sequence[Dataset]) -> Dataset:
+    """Put several sites' units into one dataset."""
+    examples, units = list[Example](), 0
+    for part in parts:
+        examples += [replace(example, unit=units + example.unit) for example in part.examples]
+        units += part.n_units
+    return Dataset(examples, units, Counter())
+
+
+def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
+    """Plan the sum of `sites` sites' updates as of one site of all their units, with the noise that
+    all of them add."""
+    if not study.private:
+        return non_private_plan(study, units)
+    plan = plan_for_site(study, units)
+    noise = plan.own_noise * math.sqrt(sites)
+    return replace(plan, noise_multiplier=noise, sites=1, colluding=0)
+
+
+def received(
+    begun: Start, parties: Mapping[str, Party], candidates: CachedDataset
+) -> dict[str, Floats]:
+    """Train the study on these parties' records, and compare what the coordinator receives in each
+    round with what each candidate would send; return its mean cosine, (n,), by sender.
+
+    candidates: records of a unit each, over the parties' network, which is left as it was."""
+    study, network = begun.study, candidates.network
+    adapter, server, log = begun.adapter, build_strategy(study), MemoryLog()
+    server.prepare(study, begun.frozen)
+    rounds = min(_rounds(study, party) for party in parties.values())
+    totals = np.zeros((len(parties), len(candidates.dataset.examples)))
+    with network.loaded(trainable=adapter):
+        for round_ in range(1, rounds + 1):
+            network.load_trainable(adapter)
+            updates = [
+                local_round(study, party.data, party.plan, log, round_, adapter)
+                for party in parties.values()
+            ]
+            totals += cosines(study, candidates, updates)
+            for update, party in zip(updates, parties.values(), strict=True):
+                server.add(update, party.weight)
+            adapter = preconditioner.stepped(server.apply, adapter, begun.frozen)
+            progress.report("rounds", round_, rounds)
+    return dict(zip(parties, totals / rounds, strict=True))
+
+
+def _rounds(study: Study, party: Party) -> int:
+    """Return how many rounds there are: without a last one, those of a patient's life."""
+    plan = party.plan
+    return plan.rounds if isinstance(plan, DpPlan) else study.training.rounds or 0
+
+
+def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) -> Floats:
+    """Compute the inner product of each update's direction with what each record would add to it
+    from the adapter that is loaded, (updates, n): its clipped gradient, in multiples of C."""
+    kind = study.training.engine
+    engine = UnitGradientEngine(candidates, resolve(study.objective), "record", kind)
+    names = list(candidates.network.update_parameters())
+    flat = [
+        torch.cat([torch.from_numpy(each[name]).flatten() for name in names]) for each in updates
+    ]
+    toward = torch.nn.functional.normalize(torch.stack(flat).double(), eps=1e-300)
+    found, table = np.zeros((len(updates), engine.n_rows)), study.clipping
+    for chunk in engine(list(range(engine.n_rows))):
+        rows, largest = chunk.flat().cpu(), 1.0
+        if table is not None:
+            largest = table.max_grad_norm
+            rows = clip.clip(rows, largest, table.mode, table.gamma)
+        found[:, list(chunk.rows)] = -(toward @ rows.double().T).numpy() / largest
+        chunk.wipe()
+    return found
+
+
+def trace(updates: str, values: Floats, asked: Asked) -> Traced:
+    """Say along whose records updates point, by each compared record's mean cosine (n,)."""
+    classes = [str(name) for name in np.unique(asked.classes)]
+    parts = {name: asked.classes == name for name in classes} if len(classes) > 1 else {}
+    parts = {name: rows for name, rows in parts.items() if len(np.unique(asked.sites[rows])) > 1}
+    by_class = [
+        along
+        for name, rows in parts.items()
+        for along in _along(values[rows], of_class(asked, name), name, 1 + len(parts))
+    ]
+    return Traced(updates, tuple(_along(values, asked, "", 1 + len(parts))), tuple(by_class))
+
+
+def _along(values: Floats, asked: Asked, of: str, parts: int) -> list[Along]:
+    means, p = compare(values, asked)
+    held = np.bincount(asked.sites, minlength=len(asked.names))
+    there = np.flatnonzero(held)
+    return [
+        Along(
+            asked.names[n], of, int(held[n]), float(means[n]),
+            min(1.0, len(there) * parts * float(p[n])),
+        )
+        for n in there
+    ]  # fmt: skip
+
+
+def lines(found: Sequence[Traced]) -> list[str]:
+    """Say what was found, for people."""
+    said = []
+    for one in found:
+        named = one.named
+        which = f"{named.site}'s records" + (f" of class {named.of}" if named.of else "")
+        whose = "the sum of all updates points" if one.updates == SUM else (
+            f"{one.updates}'s updates point"
+        )  # fmt: skip
+        said.append(
+            f"{whose} most along {which} (p = {named.p:.3g})"
+            if named.p < 0.05
+            else f"{whose} along no site's records more than chance allows (p = {named.p:.3g})"
+        )
+    return [*said, "ε of a patient does not cover which site's records an update was made from"]
