@@ -64,8 +64,8 @@ class Along:
 
 @dataclass(frozen=True)
 class Traced:
-    """Of one site's updates, or of SUM: along whose records they point. by_class: those of every
-    class in which sites can be compared."""
+    """Along whose records one site's updates, or SUM, point. by_class: in every class in which
+    sites can be compared."""
 
     updates: str
     sites: tuple[Along, ...]
