@@ -12,7 +12,8 @@ inherits it. `Confinement` says what is in force; each half then *tries* what mu
 | only_files() | Landlock: files below these paths, no signals and no abstract sockets to others;  |
 |              | seccomp: no Unix sockets, by which a user bus or a container's daemon would read  |
 |              | what this process may not                                                         |
-| own_view()   | a disk in memory where it writes, numbers of processes of its own, no /proc       |
+| own_view()   | a root in memory with nothing in it but what is listed, where it writes too;      |
+|              | numbers of processes of its own, and a number of them that is its own             |
 | only_computing() | seccomp: memory, the descriptors that are open already, and its own end; no   |
 |              | file, process or clock, and not its own number                                    |
 | all          | no new privileges, no core dump, no ptrace, process_vm_readv or pidfd_getfd, no   |
@@ -27,13 +28,14 @@ import functools
 import json
 import mmap
 import os
+import re
 import resource
 import signal
 import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +54,9 @@ from fedtune.core.system_calls import (
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 CLONE_NEWNS, CLONE_NEWPID = 0x00020000, 0x20000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REC, MS_PRIVATE = 0x4000, 0x40000
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+MNT_DETACH = 2
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 SECCOMP_MODE_FILTER = 2
@@ -68,8 +71,14 @@ OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | 1 << 14 | 1 << 15  # and truncate
 SCOPES = 0b11  # abstract Unix sockets, signals: from version 6 on
 O_PATH = 0o10000000
 NO_LANDLOCK = "no Landlock"
-NO_VIEW = "it can fill the disk of the ledger, and count the machine's processes"
+NO_VIEW = (
+    "it can fill the disk of the ledger, count the machine's processes, and see how long files are "
+    "and when they were changed"
+)
 SMALL = 65_536  # bytes of a file that is there again on a disk of one's own
+ROOT = Path("/proc")  # where a root of one's own is built: there, and needed by nobody inside
+PROCESSES = 1024  # and threads, of a process with a view of its own and what it starts
+IN_MEMORY = MS_NOSUID | MS_NODEV | MS_NOEXEC
 OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # of memory, which is taken as it is written
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 
@@ -140,33 +149,31 @@ def only_files(
     return of_files & _install(filter_of_courier, NETWORKS)
 
 
-def own_view(folders: Sequence[Path]) -> Confinement:
-    """Give this process a view of the machine of its own: what it writes below `folders` stays in
-    memory, on a disk that nobody else has, and goes with it; processes have other numbers than
-    outside, of none but its own; /proc is empty.
+def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
+    """Give this process a view of the machine of its own: of all files and folders `shown` alone is
+    there; what it writes in the folders `own` stays in memory, on a disk that nobody else has, and
+    goes with it; processes have other numbers than outside, of none but its own.
 
-    How full a disk is, and which numbers processes get, follows from what else a machine does: at a
-    site, from records. Whoever can write on the ledger's disk can also take its space in the midst
-    of an order.
+    How long a file is and when it was changed, how full a disk is, and which numbers processes get,
+    follows from what else a machine does: at a site, from records. Whoever can write on the
+    ledger's disk can also take its space in the midst of an order.
 
-    It goes on in a child; this process waits for it, passes signals on, and ends as it ends. Small
-    files that lay in the folders are there again. Call before `only_files`.
+    It goes on in a child, at "/"; this process waits for it, passes signals on, and ends as it
+    ends. Small files that lay in the folders `own` are there again. Call before `only_files`.
     Errors: InfrastructureError as of `no_network`."""
     _check_alone()
-    kept = {folder: _files_in(folder) for folder in folders}
+    kept = {folder: _files_in(folder) for folder in own}
     if not _unshare(CLONE_NEWNS | CLONE_NEWPID):
         return Confinement(missing=(NO_VIEW,))
-    own = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    mounted = _mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
-    for folder in folders:
-        mounted = mounted and _mount("tmpfs", folder, "tmpfs", own, OWN_DISK)
-    if mounted:
-        for folder, files in kept.items():
-            for name, content in files.items():
-                (folder / name).write_bytes(content)
-    _go_on_in_a_child()
-    mounted = mounted and _mount("tmpfs", Path("/proc"), "tmpfs", own | MS_RDONLY, "size=4k")
-    return Confinement(("own disk", "own processes")) if mounted else Confinement((), (NO_VIEW,))
+    try:
+        _go_to_own_root(shown, kept)
+    except OSError:
+        _libc().umount2(bytes(ROOT), MNT_DETACH)
+        return Confinement(missing=(NO_VIEW,))
+    finally:
+        _go_on_in_a_child()
+    _bound_processes()
+    return Confinement(("own files", "own processes"))
 
 
 def only_computing() -> Confinement:
@@ -225,10 +232,73 @@ def _unshare(spaces: int) -> bool:
     return True
 
 
-def _mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> bool:
-    """Mount a file system in this process's own namespace; return whether it is there."""
+def _bound_processes() -> None:
+    """Bound how many processes this one and its children are: how many the whole machine, or this
+    user, may still start follows from how many others have.
+
+    From Linux 5.14 on a user namespace counts its own alone; root has no such limit."""
+    release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+    if os.getuid() != 0 and release >= (5, 14):
+        most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+        most = PROCESSES if most == resource.RLIM_INFINITY else min(most, PROCESSES)
+        resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+
+
+def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes]]) -> None:
+    """Build a root in memory, move there, and let go of the one before. own: folders in memory, and
+    the files in them. Errors: OSError."""
+    _mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
+    _mount("tmpfs", ROOT, "tmpfs", IN_MEMORY, OWN_DISK)  # which hides what is not needed any more
+    there: list[Path] = []
+    for path in shown:
+        if path not in own and (target := _place(path, there)):
+            _mount(str(there[-1]), target, None, MS_BIND | MS_REC)
+    for folder, files in own.items():
+        if not (target := _place(folder, [])):
+            raise FileNotFoundError(folder)
+        _mount("tmpfs", target, "tmpfs", IN_MEMORY, OWN_DISK)
+        for name, content in files.items():
+            (target / name).write_bytes(content)
+    os.chdir(ROOT)
+    if _libc().pivot_root(b".", b".") or _libc().umount2(b".", MNT_DETACH):
+        raise OSError(ctypes.get_errno(), "no root of its own")
+
+
+def _place(path: Path, there: list[Path]) -> Path | None:
+    """Make the place below ROOT where a file or folder is to be mounted, and every link that leads
+    to it. there: what is mounted already; the true path is added to it. None: the path leads
+    nowhere, or to what is there. Errors: OSError."""
+    found, left = Path("/"), list(path.absolute().parts[1:])
+    while left:
+        here = Path(os.path.normpath(found / left.pop(0)))
+        if not here.is_symlink():
+            found = here
+            continue
+        leads = Path(os.readlink(here))
+        if not any(map(here.is_relative_to, there)):
+            link = ROOT / here.relative_to("/")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                link.symlink_to(leads)
+        left = [*leads.parts[leads.is_absolute() :], *left]
+        found = Path("/") if leads.is_absolute() else found
+    if not found.exists() or any(map(found.is_relative_to, there)):
+        return None
+    target = ROOT / found.relative_to("/")
+    if found.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.touch()
+    there.append(found)
+    return target
+
+
+def _mount(source: str | None, target: Path, kind: str | None, flags: int, data: str = "") -> None:
+    """Mount a file system in this process's own namespace. Errors: OSError."""
     words = [word.encode() if word else None for word in (source, str(target), kind)]
-    return int(_libc().mount(*words, ctypes.c_ulong(flags), data.encode() or None)) == 0
+    if _libc().mount(*words, ctypes.c_ulong(flags), data.encode() or None):
+        raise OSError(ctypes.get_errno(), "cannot be mounted", str(target))
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
@@ -347,5 +417,5 @@ def _prctl(option: int, value: int, pointer: object = 0) -> int:
 
 if __name__ == "__main__":
     vault = sys.argv[1] == "vault"
-    tried = no_network() if vault else own_view([]) & only_files([Path("/")], [])
+    tried = no_network() if vault else own_view([], []) & only_files([Path("/")], [])
     print(json.dumps(tried.facts()))

@@ -54,7 +54,8 @@ NEVER: dict[str, Numbers] = {
 # who watches files (inotify, fanotify), which of them are in memory (fadvise64, mincore, cachestat,
 # and preadv2, for which glibc calls preadv where there are no flags), whose files are and who may
 # read them (chmod, chown, link, utime, attributes), mounts, shares of the machine (affinity,
-# scheduling, accounting), keyrings.
+# scheduling, priorities, accounting), keyrings, and limits of its own to set: of some, such as of a
+# user's processes, what counts is how many all processes of that user have.
 OF_COURIER: dict[str, Numbers] = {
     # files, which Landlock bounds
     **{"read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None)},
@@ -96,7 +97,7 @@ OF_COURIER: dict[str, Numbers] = {
     **{"getgroups": (115, 158), "getresuid": (118, 148), "getresgid": (120, 150)},
     **{"capget": (125, 90), "set_tid_address": (218, 96), "set_robust_list": (273, 99)},
     **{"rseq": (334, 293), "arch_prctl": (158, None), "uname": (63, 160)},
-    **{"getrlimit": (97, 163), "setrlimit": (160, 164), "getrusage": (98, 165)},
+    **{"getrlimit": (97, 163), "getrusage": (98, 165)},
     **{"times": (100, 153), "sched_yield": (24, 124), "getcpu": (309, 168)},
     **{"getrandom": (318, 278), "gettimeofday": (96, 169), "time": (201, None)},
     **{"landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445)},
@@ -115,8 +116,8 @@ DESCRIPTORS = (0x5421, 0x541B, 0x5450, 0x5451)  # FIONBIO, FIONREAD, FIONCLEX, F
 OWN_CLOCKS = range(16)  # the clocks of other processes have numbers below 0
 OF_COURIER_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
     "ioctl": ((16, 29), SECOND, (*TERMINALS, *DESCRIPTORS)),
-    # F_DUPFD to F_SETLKW, F_OFD_GETLK to F_OFD_SETLKW, F_DUPFD_CLOEXEC, pipes' sizes, seals
-    "fcntl": ((72, 25), SECOND, (*range(8), *range(36, 39), *range(1030, 1035))),
+    # F_DUPFD to F_SETLKW, F_OFD_GETLK to F_OFD_SETLKW, F_DUPFD_CLOEXEC
+    "fcntl": ((72, 25), SECOND, (*range(8), *range(36, 39), 1030)),
     "madvise": ((28, 233), THIRD, ADVICE),
     # PR_SET_PDEATHSIG and its twin, PR_GET_DUMPABLE, PR_SET_NAME and its twin, PR_GET_SECCOMP and
     # PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS and its twin, PR_SET_VMA (a name of memory)
@@ -125,11 +126,9 @@ OF_COURIER_IF: dict[str, tuple[Numbers, int, Collection[int]]] = {
     "clock_getres": ((229, 114), FIRST, OWN_CLOCKS),
     "clock_nanosleep": ((230, 115), FIRST, OWN_CLOCKS),
     # Of this process alone: 0 is itself.
-    "prlimit64": (PRLIMIT, FIRST, (0,)),
     "sched_getaffinity": ((204, 123), FIRST, (0,)),
     "sched_getparam": ((143, 121), FIRST, (0,)),
     "sched_getscheduler": ((145, 120), FIRST, (0,)),
-    "getpriority": ((140, 141), SECOND, (0,)),
 }
 # What a process that only computes may ask of Linux. Not here: fstat, since a pipe has a time and a
 # number of its own.
@@ -169,7 +168,8 @@ def filter_of_vault(families: Sequence[int]) -> Lines:
 def filter_of_courier(families: Sequence[int]) -> Lines:
     """Write the filter of a process on a network of `families`, which makes no call that is not in
     OF_COURIER."""
-    return _only(OF_COURIER, OF_COURIER_IF, _of_sockets(families), UNKNOWN)
+    further = _of_call(PRLIMIT, _if_own_limits_are_read()) + _of_sockets(families)
+    return _only(OF_COURIER, OF_COURIER_IF, further, UNKNOWN)
 
 
 def filter_of_computing() -> Lines:
@@ -223,6 +223,15 @@ def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines
     for value in values:
         lines += [(IF_EQUAL, 0, 1, value), (GIVE, 0, 0, ALLOW)]
     return [*lines, (GIVE, 0, 0, REFUSE)]
+
+
+def _if_own_limits_are_read() -> Lines:
+    """Allow prlimit64 where it is about this process and sets nothing: the pointer to a new limit
+    is null, in both halves."""
+    lines: Lines = []
+    for word in (FIRST, THIRD, THIRD + 4):
+        lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]
+    return [*lines, (GIVE, 0, 0, ALLOW)]
 
 
 def _of_sockets(families: Sequence[int]) -> Lines:

@@ -95,16 +95,9 @@ def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
-    """Say which of the site's private files its courier reads, or reads the names of, by where they
-    lie: images may be called after a patient."""
+    """Say which of the site's private files its courier reads, by where they lie."""
     read = open_to_courier(site, spool)
-    below = Path(boot.PACKAGES)  # of which Python reads the names, to find a package there
-    own = [path.resolve() for path in private(site)]
-    named = [path for path in own if path.is_relative_to(below) and path not in read]
-    said = [f"{path} lies where the courier reads its code" for path in read]
-    return said + [
-        f"{path} lies below {below}, where the courier reads the names of files" for path in named
-    ]
+    return [f"{path} lies where the courier reads its code" for path in read]
 
 
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
@@ -113,10 +106,10 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
 
     # Python looks for a package in a folder's names: here beside whatever else lies there.
     is_elsewhere = not _try_to_read(site).missing
-    own = isolation.own_view([site.site.state / FOLDER, keys_folder(site) / RENEWED])
-    found = isolation.only_files(
-        readable(site, spool), writable(site, spool), [Path(boot.PACKAGES)]
-    )
+    read, write = readable(site, spool), writable(site, spool)
+    folders = [site.site.state / FOLDER, keys_folder(site) / RENEWED]
+    own = isolation.own_view([*read, *write], folders)
+    found = isolation.only_files(read, write, [Path(boot.PACKAGES)])
     found = own & found
     if is_elsewhere:  # in a container of its own there is nothing that Landlock would have to keep
         kept = (isolation.NO_LANDLOCK, isolation.NO_VIEW)

@@ -452,6 +452,47 @@ def limit_the_vaults_memory(given: dict[str, Any]) -> None:
 
 
 @of(COURIER)
+def count_the_users_processes(given: dict[str, Any]) -> None:
+    """By a limit of its own, up to which it starts some: of that limit all of the user's count."""
+    limit = resource.getrlimit(resource.RLIMIT_NPROC)
+    resource.setrlimit(resource.RLIMIT_NPROC, limit)
+
+
+@of(COURIER)
+def count_them_by_the_call_itself(given: dict[str, Any]) -> None:
+    """From a place in memory whose address is null in its lower half, which is all that a filter
+    compares at once; and by the older call."""
+    limit = struct.pack("QQ", *(n % 2**64 for n in resource.getrlimit(resource.RLIMIT_NPROC)))
+    place, fixed = 2**36, 0x100000 | 0x20 | 2  # MAP_FIXED_NOREPLACE, MAP_ANONYMOUS, MAP_PRIVATE
+    memory = ctypes.CDLL(None, use_errno=True).mmap
+    memory.restype, memory.argtypes = ctypes.c_void_p, [ctypes.c_void_p, *[ctypes.c_long] * 5]
+    if memory(place, 4096, 3, fixed, -1, 0) != place:
+        raise AssertionError("no such place")
+    ctypes.memmove(place, limit, len(limit))
+    try:
+        syscall(302 if X86 else 261, 0, resource.RLIMIT_NPROC, place, 0)  # prlimit64
+    except OSError:
+        syscall(160 if X86 else 164, resource.RLIMIT_NPROC, place)  # setrlimit
+
+
+@of(COURIER)
+def ask_for_the_users_priority(given: dict[str, Any]) -> None:
+    """The highest of all processes of the user."""
+    os.getpriority(os.PRIO_USER, 0)
+
+
+@of(COURIER)
+def take_a_users_share_of_pipes(given: dict[str, Any]) -> None:
+    """A user's pipes have so much memory together: what is refused tells how much others take."""
+    here, there = os.pipe()
+    try:
+        fcntl.fcntl(here, fcntl.F_SETPIPE_SZ, 2 * 65_536)
+    finally:
+        os.close(here)
+        os.close(there)
+
+
+@of(COURIER)
 def choose_the_vaults_processors(given: dict[str, Any]) -> None:
     os.sched_setaffinity(given["vault"], os.sched_getaffinity(given["vault"]))
 

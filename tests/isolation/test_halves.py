@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.core import boot, isolation, system_calls
+from fedtune.core import isolation, system_calls
 from fedtune.core.bases import find
 from fedtune.core.config import AcceptanceTable, ConsentTable, SiteEvaluation, load_site
 from fedtune.core.config.known_bases import KNOWN
@@ -29,7 +29,6 @@ from fedtune.courier import process
 from fedtune.courier.process import describe_open_files, open_to_courier, private
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Shown
-from fedtune.officer.isolation_here import isolation_here
 from fedtune.presets._sites import _isolation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,10 +69,16 @@ def confined(half: str, site: Path, *spool: Path) -> dict[str, Any]:
 
 
 @CONFINES
+@pytest.mark.parametrize("place", ["a folder", "its state"])
 def test_a_courier_reads_its_own_keys_and_writes_its_own_folders_and_no_more(
-    tmp_path: Path,
+    tmp_path: Path, place: str
 ) -> None:
-    found = confined("courier", a_site(tmp_path))
+    """Also where its file lies in its state folder."""
+    site = a_site(tmp_path)
+    if place == "its state":
+        site = site.rename(tmp_path / "state" / "site.toml")
+        site.write_text(site.read_text().replace('state = "state"', 'state = "."'))
+    found = confined("courier", site)
     assert found["reached"] == ["node.key", "site.toml", "writes renewed", "writes flower"]
     assert found["missing"] == []
 
@@ -133,31 +138,18 @@ def test_records_where_a_courier_reads_its_code_are_said_to_be_open(tmp_path: Pa
     assert said == f"{inside} lies where the courier reads its code"
 
 
-def test_names_of_files_below_the_folder_of_fedtunes_own_are_said_to_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as a site in a checkout: an image may be called after a patient. Under "required" what
-    is said here ends the client. Twin: another folder of the same name's beginning."""
-    site = load_site(a_site(tmp_path))
-    for folder, shown in ((tmp_path, True), (Path(f"{tmp_path}-2"), False)):
-        monkeypatch.setattr(boot, "PACKAGES", str(folder))
-        said = [text for text in describe_open_files(site) if "reads the names of files" in text]
-        assert bool(said) is shown
-        assert any(str(site.data.path) in text for text in said) is shown
-        lacks = isolation_here(site).lacks
-        assert [text for text in lacks if "reads the names of files" in text] == said
-
-
 NAMED = """
 import json, os, sys
 from pathlib import Path
-from fedtune.core import boot
+from fedtune.core import boot, isolation
 from fedtune.core.config import load_site
 from fedtune.courier.process import confine
-boot.PACKAGES = sys.argv[2]
+boot.PACKAGES, images, view = sys.argv[2:]
+if view == "the machine's":
+    isolation.own_view = lambda *_: isolation.Confinement(missing=(isolation.NO_VIEW,))
 missing = confine(load_site(Path(sys.argv[1]))).missing
 try:
-    names = os.listdir(sys.argv[3])
+    names = os.listdir(images)
 except OSError:
     names = []
 print(json.dumps({"missing": missing, "names": names}))
@@ -165,19 +157,20 @@ print(json.dumps({"missing": missing, "names": names}))
 
 
 @CONFINES
-def test_a_courier_that_reads_such_names_says_so(tmp_path: Path) -> None:
-    """As confined as it gets: what it can list, it lacks. Twin: a folder elsewhere."""
-    images = tmp_path / "site" / "images"
-    images.mkdir(parents=True)
+def test_a_courier_reads_no_names_of_files_beside_its_code(tmp_path: Path) -> None:
+    """Such as of a site in a checkout: an image may be called after a patient. Twin: without a view
+    of its own it reads them, and says what it lacks."""
+    images = tmp_path / "images"
+    images.mkdir()
     (images / "ann.png").touch()
-    site = a_site(tmp_path / "site", 'path = "images"')
-    for packages in (tmp_path, tmp_path / "other"):
-        packages.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", NAMED, str(site), str(packages), str(images)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    site = a_site(tmp_path, 'path = "images"')
+    for view in ("its own", "the machine's"):
+        command = [sys.executable, "-c", NAMED, str(site), str(tmp_path), str(images), view]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         found = json.loads(done.stdout)
-        said = [text for text in found["missing"] if "reads the names of files" in text]
-        assert bool(said) is bool(found["names"]) is (packages == tmp_path)
+        own = view == "its own"
+        assert found["names"] == ([] if own else ["ann.png"])
+        assert (found["missing"] == []) is own is (isolation.NO_VIEW not in found["missing"])
 
 
 # ------------------------------------------------------------------------------ what is required

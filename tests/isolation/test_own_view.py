@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +42,7 @@ from fedtune.core.config import load_site
 from fedtune.courier import process
 path, parent, view = sys.argv[1:]
 if view == "the machine's":
-    isolation.own_view = lambda folders: isolation.Confinement()
+    isolation.own_view = lambda *_: isolation.Confinement()
 site = load_site(Path(path))
 kept = sorted(each.name for each in (site.site.state / "keys" / "renewed").iterdir())
 means = process.confine(site)
@@ -95,10 +97,159 @@ def test_what_a_courier_writes_takes_no_space_and_nobody_elses_processes_are_see
     assert filled == ([] if own else ["flower", "renewed"])
 
 
+SEES = """
+import json, os, sys
+from pathlib import Path
+from fedtune.core import isolation
+from fedtune.core.config import load_site
+from fedtune.courier import process
+path, view, *others = sys.argv[1:]
+if view == "the machine's":
+    isolation.own_view = lambda *_: isolation.Confinement()
+os.chdir(Path(path).parent)
+process.confine(load_site(Path(path)))
+seen = {}
+for other in [*others, ".", *("/.." + other for other in others)]:
+    try:
+        found = os.stat(other)
+        seen[other] = [found.st_ino, found.st_size, found.st_mtime_ns]
+    except OSError:
+        seen[other] = None
+print(json.dumps(seen))
+"""
+
+
+@CONFINES
+@NAMESPACES
+@pytest.mark.parametrize("view", ["its own", "the machine's"])
+def test_a_courier_sees_neither_how_long_a_file_is_nor_when_it_was_changed(
+    tmp_path: Path, view: str
+) -> None:
+    """Of records, of the state folder and what is in it, of any folder that holds them; also by a
+    path from where it was started, or out of the root that it has now."""
+    site = a_site(tmp_path)
+    state = tmp_path / "state"
+    for name in ("ledger.db", "audit.jsonl", "vault.log"):
+        (state / name).write_text("something")
+    hidden = [tmp_path / "data.jsonl", tmp_path, tmp_path.parent, state, *state.iterdir()]
+    hidden = [path for path in hidden if path != state / "keys"]
+    command = [sys.executable, "-c", SEES, str(site), view, *map(str, hidden)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    found, own = json.loads(done.stdout), view == "its own"
+    names = [*map(str, hidden), ".", *(f"/..{path}" for path in hidden)]
+    for name in names:
+        is_so = os.stat(tmp_path / name)
+        told = [is_so.st_ino, is_so.st_size, is_so.st_mtime_ns]
+        assert (found[name] == told) is not own, name
+    there = {Path(path).name for path, seen in found.items() if seen}
+    assert not own or there & {"data.jsonl", "ledger.db", "audit.jsonl", "vault.log"} == set()
+
+
+LINKS = """
+import os, sys
+from pathlib import Path
+from fedtune.core import isolation
+folder = Path(sys.argv[1])
+assert isolation.own_view([folder / name for name in ("a/b/file", "c/file", "lost", "d")], []).means
+print(*sorted(os.listdir(folder)), *os.listdir(folder / "d"), (folder / "a/b/file").read_text())
+for name in ("c/file", "d/in"):
+    print((folder / name).read_text())
+"""
+
+
+@NAMESPACES
+def test_what_is_shown_is_there_by_every_link_that_leads_to_it(tmp_path: Path) -> None:
+    """Such as a Python that a virtual environment leads to; what is beside it is not."""
+    for name in ("real/deep", "d"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a").symlink_to("real/other/..")
+    (tmp_path / "real" / "other").symlink_to("deep/../deep")
+    (tmp_path / "real" / "b").symlink_to(tmp_path / "real" / "deep")
+    (tmp_path / "c").symlink_to(tmp_path / "a" / "b")
+    (tmp_path / "lost").symlink_to("nowhere")
+    for name in ("real/deep/file", "real/deep/beside", "d/in", "beside"):
+        (tmp_path / name).write_text(name)
+    command = [sys.executable, "-c", LINKS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = "a c d lost real in real/deep/file\nreal/deep/file\nd/in\n"
+    assert done.stdout == said
+
+
+@NAMESPACES
+def test_what_cannot_be_built_is_said_and_nothing_is_half_there() -> None:
+    look = "import os; from pathlib import Path; from fedtune.core import isolation\n"
+    look += "missing = isolation.own_view([Path('/usr')], [Path('/nowhere')]).missing\n"
+    look += "print(missing == (isolation.NO_VIEW,), os.path.exists('/proc/stat'))"
+    command = [sys.executable, "-c", look]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout == b"True True\n"
+
+
+COUNTS = """
+import os, resource, subprocess, sys
+others, view = int(sys.argv[1]), sys.argv[2]
+from fedtune.core import isolation
+if view == "the machine's":
+    isolation.own_view = lambda *_: resource.setrlimit(resource.RLIMIT_NPROC, (150, 150))
+isolation.PROCESSES = 150
+asleep = [subprocess.Popen(["/bin/sleep", "60"]) for _ in range(others)]
+gate = os.pipe()
+if not (child := os.fork()):
+    isolation.own_view([], [])
+    isolation.only_files([], [])
+    started = 0
+    try:
+        while started < 500:
+            if not os.fork():
+                os.read(gate[0], 1)
+                os._exit(0)
+            started += 1
+    except OSError:
+        pass
+    os.write(gate[1], bytes(started))
+    for _ in range(started):
+        os.wait()
+    print(started, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+for each in asleep:
+    each.kill()
+    each.wait()
+"""
+
+
+def count(others: int, view: str) -> int:
+    """How many processes a confined one can start beside so many others of its user, who is not
+    root."""
+    user = "nobody" if os.getuid() == 0 else None
+    python = shutil.which("python3", path="/usr/bin:/bin") if user else sys.executable
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    options: Any = {"user": user, "cwd": "/", "env": environment, "text": True, "timeout": 120}
+    reads = [str(python), "-c", "import fedtune.core.isolation"]
+    if not python or subprocess.run(reads, capture_output=True, **options).returncode:
+        pytest.skip(f"{user} cannot read {ROOT}")
+    command = [python, "-c", COUNTS, str(others), view]
+    done = subprocess.run(command, capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@CONFINES
+@NAMESPACES
+def test_how_many_processes_a_courier_can_start_says_nothing_of_others() -> None:
+    """Twin: a limit of its own without numbers of its own counts all processes of its user."""
+    assert count(0, "its own") == count(40, "its own") == 148
+    assert count(0, "the machine's") >= count(40, "the machine's") + 30
+
+
 STAYS = """
 import os, signal, sys, time
 from fedtune.core import isolation
-isolation.own_view([])
+isolation.own_view([], [])
 signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
 print(os.getpid(), flush=True)
 if sys.argv[1] == "ends":

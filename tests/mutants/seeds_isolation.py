@@ -77,10 +77,55 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-writes-on-the-ledgers-disk", COURIER,
-        "    own = isolation.own_view([site.site.state / FOLDER, keys_folder(site) / RENEWED])\n",
-        "    own = isolation.own_view([keys_folder(site) / RENEWED])\n",
+        "    folders = [site.site.state / FOLDER, keys_folder(site) / RENEWED]\n",
+        "    folders = [keys_folder(site) / RENEWED]\n",
         T_VIEW + "test_what_a_courier_writes_takes_no_space_and_nobody_elses_processes_are_seen",
         "it takes the space that gives way in the midst of an order",
+    ),
+    one(
+        "isolation", "the-courier-sees-every-files-length", COURIER,
+        "own_view([*read, *write], folders)", 'own_view([Path("/")], folders)',
+        T_VIEW + "test_a_courier_sees_neither_how_long_a_file_is_nor_when_it_was_changed",
+        "a withdrawal, and a record more, by the length of a file whose name it knows",
+    ),
+    one(
+        "isolation", "the-root-before-stays", ISOLATION,
+        ' or _libc().umount2(b".", MNT_DETACH):\n', ":\n",
+        T_VIEW + "test_a_courier_sees_neither_how_long_a_file_is_nor_when_it_was_changed",
+        "all files of the machine are there by the path /..",
+    ),
+    one(
+        "isolation", "the-courier-uses-up-the-users-processes", ISOLATION,
+        "    _bound_processes()\n", "",
+        T_VIEW + "test_how_many_processes_a_courier_can_start_says_nothing_of_others",
+        "it starts processes until there are none for the other half, and counts its own",
+    ),
+    one(
+        "isolation", "the-courier-limits-itself", CALLS,
+        "for word in (FIRST, THIRD, THIRD + 4):", "for word in (FIRST,):", T_COURIER,
+        "by its own limit of processes it counts those of its user",
+    ),
+    one(
+        "isolation", "half-of-a-pointer-is-looked-at", CALLS,
+        "for word in (FIRST, THIRD, THIRD + 4):", "for word in (FIRST, THIRD):", T_COURIER,
+        "a limit that lies where an address is null in its lower half is set",
+    ),
+    one(
+        "isolation", "the-older-call-limits-too", CALLS,
+        '"getrlimit": (97, 163), "getrusage"',
+        '"getrlimit": (97, 163), "setrlimit": (160, 164), "getrusage"', T_COURIER,
+        "by its own limit of processes it counts those of its user",
+    ),
+    one(
+        "isolation", "the-courier-sets-a-pipes-size", CALLS,
+        "*range(36, 39), 1030)", "*range(36, 39), 1030, 1031)", T_COURIER,
+        "what is refused tells how much memory the pipes of the other half take",
+    ),
+    one(
+        "isolation", "the-courier-asks-for-priorities", CALLS,
+        '    "sched_getaffinity": ((204', '    "getpriority": ((140, 141), SECOND, (0,)),\n'
+        '    "sched_getaffinity": ((204', T_COURIER,
+        "the priority of its user's processes is that of the other half",
     ),
     one(
         "isolation", "the-courier-counts-the-machines-processes", ISOLATION,

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.processes import free_port
-from fedtune.courier.process import FOLDER
 from tests.clocks import Clock, needs_compiler
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium
 from tests.network.test_kills import Campaign
@@ -50,7 +49,7 @@ class Jumps(Campaign):
         self.before: dict[str, int] | None = None  # the logs' lengths, while a clock is wrong
         self.clocks = {"hub": Clock(made.hub)}
         for name in SITES:
-            readable = made.root / name / "state" / FOLDER  # by its courier, and what that starts
+            readable = made.root / name / "state" / "keys"  # by its courier, and what that starts
             readable.mkdir(mode=0o700, parents=True)
             self.clocks[name] = Clock(readable)
         for name, clock in self.clocks.items():
