@@ -153,9 +153,9 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-limits-the-vaults-memory", CALLS,
-        '"prlimit64": (PRLIMIT, FIRST, (0,)),',
-        '"prlimit64": (PRLIMIT, SECOND, range(16)),',
-        T_COURIER, "memory that runs out where the half on the network wants it to",
+        "_of_call(PRLIMIT, _if_own_limits_are_read())",
+        "_of_call(PRLIMIT, [(GIVE, 0, 0, ALLOW)])", T_COURIER,
+        "memory that runs out where the half on the network wants it to",
     ),
     one(
         "isolation", "the-courier-opens-the-records-to-every-account", CALLS,
@@ -238,9 +238,10 @@ MUTANTS = (
     ),
     one(
         "isolation", "names-of-files-below-fedtunes-own-folder", COURIER,
-        "if path.is_relative_to(below) and path not in read]", "if False]",
-        T_HALVES + "test_names_of_files_below_the_folder_of_fedtunes_own_are_said_to_be_read",
-        "images that are called after patients are listed by the half on the network, unsaid",
+        "own_view([*read, *write], folders)",
+        "own_view([*read, *write, Path(boot.PACKAGES)], folders)",
+        T_HALVES + "test_a_courier_reads_no_names_of_files_beside_its_code",
+        "images that are called after patients are listed by the half on the network",
     ),
     one(
         "isolation", "held-out-records-are-forgotten", COURIER,
