@@ -87,7 +87,7 @@ def write(folder: Path, seed: int, coins: bool) -> Path:
 def decisions(folder: Path, seed: int, coins: bool) -> list[str]:
     """Live through sixteen looks; return what was decided of each version after the first."""
     study = load_study(write(folder, seed, coins))
-    simulate(study, load_sites(folder / "sites"), folder / "run", rounds=1 + LOOKS)
+    simulate(study, load_sites(folder / "sites"), folder / "run", rounds=LOOKS)
     process_cache.clear("workers")
     index = Versions(folder / "run").index()
     assert index is not None
