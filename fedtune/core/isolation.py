@@ -251,14 +251,17 @@ def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes
     _mount("tmpfs", ROOT, "tmpfs", IN_MEMORY, OWN_DISK)  # which hides what is not needed any more
     there: list[Path] = []
     for path in shown:
-        if path not in own and (target := _place(path, there)):
+        target = None
+        with suppress(PermissionError):  # in a folder that this user may not pass
+            target = _place(path, there) if path not in own else None
+        if target:
             _mount(str(there[-1]), target, None, MS_BIND | MS_REC)
     for folder, files in own.items():
-        if not (target := _place(folder, [])):
+        if not (inside := _place(folder, [])):
             raise FileNotFoundError(folder)
-        _mount("tmpfs", target, "tmpfs", IN_MEMORY, OWN_DISK)
+        _mount("tmpfs", inside, "tmpfs", IN_MEMORY, OWN_DISK)
         for name, content in files.items():
-            (target / name).write_bytes(content)
+            (inside / name).write_bytes(content)
     os.chdir(ROOT)
     if _libc().pivot_root(b".", b".") or _libc().umount2(b".", MNT_DETACH):
         raise OSError(ctypes.get_errno(), "no root of its own")

@@ -187,6 +187,27 @@ def test_what_cannot_be_built_is_said_and_nothing_is_half_there() -> None:
     assert subprocess.run(command, cwd=ROOT, capture_output=True).stdout == b"True True\n"
 
 
+NO_ROOT = """
+import os
+from pathlib import Path
+from fedtune.core import isolation
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(54_321)
+    os.setuid(54_321)
+    isolation._prctl(isolation.PR_SET_DUMPABLE, 1)
+missing = isolation.own_view([Path("/root/in/it"), Path("/usr")], []).missing
+print(missing, os.listdir("/"), os.path.isdir("/usr/bin"))
+"""
+
+
+@NAMESPACES
+def test_a_user_without_rights_has_a_view_without_what_it_may_not_reach() -> None:
+    command = [sys.executable, "-c", NO_ROOT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "() ['usr'] True\n", done.stderr
+
+
 COUNTS = """
 import os, resource, subprocess, sys
 others, view = int(sys.argv[1]), sys.argv[2]
