@@ -53,6 +53,7 @@ from fedtune.cli.study import (
     shares_of,
     stopping,
 )
+from fedtune.core.boot import hide_quantisation
 from fedtune.core.errors import ConfigError
 from fedtune.core.run_folder import read_report
 from fedtune.runs.choice import already_done, beginning, check_vacant, finished_line, new_run
@@ -107,6 +108,7 @@ def _version(show: bool) -> None:
 def main() -> None:
     """The `fedtune` command."""
     log_lines.use_one_style()
+    hide_quantisation()
     with quiet_if_unread():
         app(prog_name="fedtune")
 

@@ -68,6 +68,32 @@ def cut_off() -> None:
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]  # no such module, to all
 
 
+QUANTISES = "bitsandbytes"
+_hidden = False
+
+
+def hide_quantisation() -> None:
+    """Keep PEFT from importing bitsandbytes in this process, which is fedtune's own, until a plan
+    quantises its base: wherever it is installed it comes with PyTorch's compiler, some 570 modules
+    that a study without it never uses."""
+    global _hidden
+    if QUANTISES not in sys.modules:
+        sys.modules[QUANTISES], _hidden = None, True  # type: ignore[assignment]
+
+
+def show_quantisation() -> None:
+    """Undo `hide_quantisation`, also where PEFT has asked already. No effect where nothing hid."""
+    global _hidden
+    if not _hidden:
+        return
+    del sys.modules[QUANTISES]
+    _hidden = False
+    from peft import import_utils
+
+    import_utils.is_bnb_available.cache_clear()
+    import_utils.is_bnb_4bit_available.cache_clear()
+
+
 @contextmanager
 def online() -> Iterator[None]:
     """Allow the hub in the block, unless the user set HF_HUB_OFFLINE."""

@@ -294,6 +294,7 @@ def _main(program: Program) -> None:
     """Run the program named, with the options in sys.argv; does not return."""
     if program not in CONFINED:
         end_with_parent()
+    boot.hide_quantisation()
     import_module(PROGRAMS[program][0]).main(sys.argv[1:])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,33 @@ def test_weights_are_held_in_few_bits_and_the_head_is_not(tiny_base: Path, metho
     inner: Any = network.model.get_base_model()  # type: ignore[operator]
     assert inner.model.layers[0].mlp.up_proj.weight.dtype in (torch.uint8, torch.int8)
     assert inner.lm_head.weight.dtype == torch.float32
+
+
+OWN_PROCESS = """
+import sys
+from fedtune.core.boot import hide_quantisation
+hide_quantisation()
+from fedtune.core.config import Study
+from fedtune.core.models.build import build
+seen = []
+for text in sys.argv[1:]:
+    network = build(Study.model_validate_json(text))
+    kinds = {type(m).__name__ for n, m in network.model.named_modules() if n.endswith("base_layer")}
+    loaded = bool(sys.modules.get("bitsandbytes"))
+    seen.append((*kinds, loaded, "torch._inductor.compile_fx" in sys.modules))
+print(seen)
+"""
+
+
+def test_a_process_of_ours_imports_it_once_a_plan_quantises(tiny_base: Path) -> None:
+    """It brings PyTorch's compiler, which is most of what such a process would import."""
+    plans = [study_of(tiny_base, method).model_dump_json() for method in (None, *METHODS)]
+    words = [sys.executable, "-c", OWN_PROCESS, *plans]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(
+        [("Linear", False, False), ("Linear4bit", True, True), ("Linear8bitLt", True, True)]
+    )
 
 
 def test_gradients_are_those_of_the_dequantised_weights(tiny_base: Path) -> None:

@@ -225,8 +225,7 @@ MUTANTS = (
     ),
     one(
         "processes", "a-child-outlives-its-parent", "fedtune/core/processes.py",
-        "        end_with_parent()\n    import_module(PROGRAMS",
-        "        pass\n    import_module(PROGRAMS",
+        "        end_with_parent()\n", "        pass\n",
         "tests/flower/test_alone.py::test_a_child_ends_with_its_parent_whatever_ends_that",
         "after kill -9 of the server its SuperLink and gateway go on",
     ),

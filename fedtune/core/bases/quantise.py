@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedtune.core.boot import show_quantisation
 from fedtune.core.config import QuantisationTable
 from fedtune.core.errors import ConfigError
 
@@ -91,6 +92,7 @@ def _replace(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
 
 
 def _library(table: QuantisationTable) -> Any:
+    show_quantisation()
     try:
         import bitsandbytes
     except ImportError:
