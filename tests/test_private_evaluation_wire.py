@@ -131,7 +131,7 @@ def test_other_noise_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         nothing = lambda n, *_: torch.zeros(n, dtype=torch.int64)  # noqa: E731
         monkeypatch.setattr(noise, "gaussian_on_grid", nothing)
     elif fault == "a norm of 1":
-        monkeypatch.setattr(query, "NORM", 1.0)
+        monkeypatch.setattr(Study, "query_norm", 1.0)
         plan = made_plan()
     else:
         plan = made_plan(0.75 * SIGMA)
@@ -151,7 +151,7 @@ def test_one_unit_moves_the_sums_by_no_more_than_the_norm(
     both = torch.cat([others, torch.tensor([row], dtype=torch.float64)])
     without = query.answer(plan, others.clone(), log, 1).double()
     moved = query.answer(plan, both, log, 1).double() - without
-    assert float(moved.norm()) <= query.NORM * (1 + 1e-5)  # fp32 in the sums
+    assert float(moved.norm()) <= math.sqrt(2) * (1 + 1e-5)  # fp32 in the sums
     assert not both.any()  # nothing un-noised is left in memory
 
 

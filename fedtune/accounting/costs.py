@@ -82,14 +82,16 @@ def query_lines(study: Study, sites: int) -> list[str]:
     study = with_rounds(study)
     rounds = ", ".join(map(str, study.queries))
     at = f"at each of {sites} sites" if sites > 1 else "at one site"
+    apart, axes = ", ".join(study.query_axes), 1 + len(study.query_axes)
+    told = f", together and by {apart}, of each class or group alone" if apart else ""
     by_size = [
         f"{units}: {'no answer, lost in the noise' if spread is None else f'± {spread:.2g}'}"
-        for units, spread in forecast(table.noise_multiplier, sites).items()
+        for units, spread in forecast(table.noise_multiplier, sites, axes).items()
     ]
     return [
         f"private evaluation after round {rounds}: ε = {rounded_up(query_plan(study).epsilon)} on "
-        f"the held-out {study.unit}s. The answer is a probability; its noise is at most (2 sd), "
-        f"by held-out {study.unit}s {at}: {'; '.join(by_size)}."
+        f"the held-out {study.unit}s. The answer is a probability{told}; its noise is at most "
+        f"(2 sd), by held-out {study.unit}s {at}: {'; '.join(by_size)}."
     ]
 
 

@@ -1,13 +1,15 @@
 """How much of a private evaluation's answer is noise, from public numbers alone.
 
 A site's two sums, Σ score and Σ 1 over its held-out units, each have Gaussian noise of standard
-deviation σ√2; the answer is the ratio of both, pooled over the sites."""
+deviation σ√(2 · axes), where the whole is an axis, and so are the classes and each column of
+groups; the answer is the ratio of both, pooled over the sites."""
 
 from __future__ import annotations
 
 import math
 
-TOO_NOISY = 4.0  # a pooled count below so many of its own standard deviations tells nothing
+from fedtune.report.held_out import TOO_NOISY
+
 HELD_OUT = (30, 100, 300)  # units at each site that a forecast is given for
 
 
@@ -27,14 +29,15 @@ def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None
     return math.sqrt(variance * (1 + ratio**2)) / count
 
 
-def forecast(sigma: float, sites: int) -> dict[int, float | None]:
+def forecast(sigma: float, sites: int, axes: int = 1) -> dict[int, float | None]:
     """Return twice `answer_sd`, at most, by the held-out units at each of `sites` sites, for
-    HELD_OUT and for the fewest that answer at all. sigma: private_evaluation.noise_multiplier.
+    HELD_OUT and for the fewest that answer at all. sigma: private_evaluation.noise_multiplier;
+    axes: by what units are told apart, the whole included.
 
     >>> forecast(2.0, 3)[30] < 0.16 and forecast(8.0, 1)[30] is None
     True
     """
-    variance = 2 * sigma**2 * sites
+    variance = 2 * axes * sigma**2 * sites
     fewest = math.floor(TOO_NOISY * math.sqrt(variance) / sites) + 1
     found = dict[int, float | None]()
     for units in sorted({*HELD_OUT, fewest}):

@@ -14,6 +14,7 @@ from rich.live import Live
 
 from fedtune.cli.exit_codes import command, wants_json
 
+NOTHING: dict[str, Any] = {}
 EVERY = 0.5  # seconds between two looks
 
 
@@ -46,7 +47,7 @@ def status(
     ] = None,
 ) -> dict[str, Any]:
     """Show how a run or a site is doing, live, until it ends. Reads files; asks nobody."""
-    from fedtune.core.errors import InfrastructureError
+    from fedtune.core.errors import FedtuneError, InfrastructureError
 
     if metrics:
         from fedtune.runs.run import Run
@@ -63,19 +64,26 @@ def status(
         typer.echo("ok")
         return {"state": snapshot.state, **snapshot.status}
     from fedtune.cli.status_view import BudgetView, view
+    from fedtune.core.run_folder import read_report
     from fedtune.evidence.told import read_told
+    from fedtune.report.held_out import shown_in
 
     site = path if path.suffix == ".toml" else None
-    told = read_told(folder)
+    told, report = read_told(folder), NOTHING
+    with suppress(FedtuneError):
+        report = read_report(folder)
+    held_out = shown_in(report)
     budget = BudgetView(site) if site else None
     console = Console()
     if once or wants_json() or not console.is_terminal:
-        console.print(view(snapshot, budget() if budget else None, site, told))
-        said = {"told": [asdict(one) for one in told]} if told else {}
+        console.print(view(snapshot, budget() if budget else None, site, told, held_out))
+        said: dict[str, Any] = {"told": [asdict(one) for one in told]} if told else {}
+        said |= {"held_out": report["held_out"]} if held_out else {}
         return {"state": snapshot.state, **snapshot.status, **said}
     with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
-            live.update(view(snapshot, budget() if budget else None, site, told), refresh=True)
+            drawn = view(snapshot, budget() if budget else None, site, told, held_out)
+            live.update(drawn, refresh=True)
             if snapshot.over:
                 break
             time.sleep(EVERY)

@@ -17,6 +17,7 @@ from fedtune.evidence.told import Told, lines
 from fedtune.observe.status import BY, GONE, Snapshot, standing
 from fedtune.report.claim import THREE_EPSILONS
 from fedtune.report.figures import duration, short, size_text
+from fedtune.report.held_out import Shown
 
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}
 
@@ -26,9 +27,11 @@ def view(
     budget: RenderableType | None = None,
     site: Path | None = None,
     told: Sequence[Told] = (),
+    held_out: Shown | None = None,
 ) -> Group:
     """Draw a status. Values are those that read_status let through, and are shown as text. site:
-    the site.toml, of a site's; told: what sites told of a run's model."""
+    the site.toml, of a site's; told: what sites told of a run's model; held_out: what it is worth
+    on their held-out records."""
     parts: list[RenderableType] = [head(snapshot)]
     if site is not None and (line := unsigned_line(snapshot, site)):
         parts.append(Text(line, style="bold yellow"))
@@ -44,6 +47,9 @@ def view(
     if budget is not None:
         parts.append(budget)
     parts.append(events_table(snapshot.status["last"]))
+    if held_out is not None:
+        parts.append(held_out_table(held_out))
+        parts += [Text(printable(line)) for line in held_out.lines]
     parts += [Text(printable(line)) for line in lines(told)]
     return Group(*parts)
 
@@ -120,6 +126,16 @@ def sites_table(sites: dict[str, dict[str, Any]]) -> Table:
             size_text(site.get("bytes_up")),
             size_text(site.get("bytes_down")),
         )
+    return table
+
+
+def held_out_table(shown: Shown) -> Table:
+    """Draw the figures of held-out records by class, group and site."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(printable(shown.title)))
+    for name in shown.head:
+        table.add_column(printable(name), overflow="fold")
+    for row in shown.rows:
+        table.add_row(*(Text(printable(text)) for text in row))
     return table
 
 

@@ -313,7 +313,7 @@ def _logs(
         agreed = Agreed(
             sampling_rate=1.0,
             noise_multiplier=table.noise_multiplier if table else math.nan,
-            max_grad_norm=math.sqrt(2),
+            max_grad_norm=study.query_norm,
             records=1,
             steps=len(study.queries),
         )

@@ -377,14 +377,29 @@ def _held(study: Study, site: Site) -> list[str]:
     ]
 
 
+SCORES = {"likelihood": "answers' likelihoods", "accuracy": "right answers, of the labels"}
+
+
+def _told_apart(study: Study) -> str:
+    """Say by what the plan tells held-out units apart; "" where it does not."""
+    axes = [f"{axis} ({', '.join(values)})" for axis, values in study.query_axes.items()]
+    if not axes:
+        return ""
+    return (
+        f"; also of each {', of each '.join(axes)}. A column of groups is read only where "
+        "[evaluation] groups in site.toml names it"
+    )
+
+
 def _queries(study: Study) -> list[str]:
     if study.private_evaluation is None:
         return []
     return [
-        f'After {len(study.queries)} of the rounds, if policy.release lists "evaluation": two '
-        "noised numbers about the held-out records (the sum of their answers' likelihoods, and how "
-        f"many units there are), noise {study.private_evaluation.noise_multiplier:g} times one "
-        "unit's largest share, paid from the held-out records' own budget: "
+        f'After {len(study.queries)} of the rounds, if policy.release lists "evaluation": '
+        f"{2 * len(study.query_cells)} noised numbers about the held-out records (the sum of their "
+        f"{SCORES[study.private_evaluation.score]}, and how many units there are"
+        f"{_told_apart(study)}), noise {study.private_evaluation.noise_multiplier:g} times one "
+        "unit's largest share in all of them, paid from the held-out records' own budget: "
         f"ε = {rounded_up(query_plan(study).epsilon)}.",
         *query_lines(study, study.strategy.min_sites),
     ]

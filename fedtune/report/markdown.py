@@ -20,15 +20,21 @@ from fedtune.report.declared import (
     free_query_line,
     simulation_line,
 )
+from fedtune.report.held_out import shown_in
 from fedtune.report.text import cell, figure, table
 
 DIRECTIONS = ("bytes_up", "bytes_down")
+SCORES = {
+    "likelihood": "the mean probability that the model gives their answers (the geometric mean "
+    "over an answer's tokens; higher is better)",
+    "accuracy": "the share for which the model's likeliest label is the right one",
+}
 MOST_COLUMNS = 6  # of sites beside each other
 # Tables of report.json that have a section of their own; any other one is a table of settings.
 ELSEWHERE = frozenset(
     {
         *("privacy", "quality", "base", "rounds", "sites", "absences", "wire", "alone", "merge"),
-        *("derived", "lora_ranks", "teacher", "declared", "ran", "settings", "signed"),
+        *("derived", "lora_ranks", "teacher", "declared", "ran", "settings", "signed", "held_out"),
     }
 )
 
@@ -154,23 +160,33 @@ def _private_quality(report: dict[str, Any]) -> str:
     if not evaluation or not answered:
         return ""
     rows = []
+    score = "accuracy" if "accuracy" in answered[-1][1] else "likelihood"
     for r, q in answered:
-        value, deviation = number(q.get("likelihood")), number(q.get("noise_sd"))
+        value, deviation = number(q.get(score)), number(q.get("noise_sd"))
         shown = "lost in the noise" if value is None else f"{value:.4f}"
         spread = "–" if deviation is None else f"± {2 * deviation:.4f}"
         missing = "; ".join(f"{name}: {why}" for name, why in sorted(q["missing"].items()))
         sites = cell(", ".join(map(str, q.get("sites") or [])) or None)
         rows.append([figure(r.get("round")), shown, spread, sites, cell(missing or None)])
-    head = ["round", "likelihood", "2 sd of the noise", "sites", "missing"]
+    head = ["round", score, "2 sd of the noise", "sites", "missing"]
     return (
-        "## Private evaluation\n\nOn held-out records that stay at the sites: the mean probability "
-        "that the model gives their answers (the geometric mean over an answer's tokens; higher is "
-        "better). Each site sent two noised sums. "
+        f"## Private evaluation\n\nOn held-out records that stay at the sites: {SCORES[score]}. "
+        "Each site sent noised sums alone. "
         f"For {protects(str(evaluation.get('unit', 'record')))} there, all answers together have "
         f"ε = {rounded_up(evaluation.get('epsilon'))} at δ = {figure(evaluation.get('delta'))}, "
         f"from {figure(evaluation.get('steps'))} answers with noise σ = "
         f"{figure(evaluation.get('noise_multiplier'))}.\n\n{table(head, rows)}"
+        f"{_held_out_table(report)}"
     )
+
+
+def _held_out_table(report: dict[str, Any]) -> str:
+    """The newest answers by class, group and site; or nothing."""
+    if (shown := shown_in(report)) is None:
+        return ""
+    said = "\n".join(f"- {cell(line, 2000)}" for line in shown.lines)
+    rows = [[cell(text) for text in row] for row in shown.rows]
+    return f"\n\n### {cell(shown.title)}\n\n{table(map(cell, shown.head), rows)}\n\n{said}"
 
 
 def _alone(metric: str, alone: dict[str, float]) -> str:

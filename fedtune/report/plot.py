@@ -34,7 +34,7 @@ def png(report: dict[str, Any]) -> bytes:
     for axes, name in zip(shown, public, strict=False):
         _quality(axes, quality, name)
     if private:
-        _likelihood(shown[-1], private)
+        _held_out(shown[-1], private, (report.get("held_out") or {}).get("score", "likelihood"))
     if report.get("private"):
         _epsilon(right, report)
         figure.suptitle(_caption(report), fontsize=8, color="#555555")
@@ -141,17 +141,18 @@ def _count(quality: dict[str, Any]) -> str:
 
 
 def _private_evaluations(report: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """(round, likelihood, noise sd) of each private evaluation that was not lost in the noise."""
+    """(round, score, noise sd) of each private evaluation that was not lost in the noise."""
     points = []
     for row in report.get("rounds") or []:
         answer = row.get("private_quality") or {}
-        value, deviation = number(answer.get("likelihood")), number(answer.get("noise_sd"))
+        value = number(answer.get("likelihood", answer.get("accuracy")))
+        deviation = number(answer.get("noise_sd"))
         if value is not None and deviation is not None:
             points.append((int(row["round"]), value, deviation))
     return points
 
 
-def _likelihood(axes: Any, private: list[tuple[int, float, float]]) -> None:
+def _held_out(axes: Any, private: list[tuple[int, float, float]], score: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     rounds, values, deviations = zip(*private, strict=True)
@@ -159,7 +160,7 @@ def _likelihood(axes: Any, private: list[tuple[int, float, float]]) -> None:
         rounds, values, yerr=[2 * sd for sd in deviations], color=GOOD, marker="o", markersize=4,
         capsize=3, elinewidth=1, ecolor=FAINT,
     )  # fmt: skip
-    axes.set_title("likelihood at the sites (± 2 sd of noise)", loc="left", color=INK, fontsize=10)
+    axes.set_title(f"{score} at the sites (± 2 sd of noise)", loc="left", color=INK, fontsize=10)
     axes.margins(y=0.15)
     axes.set_xlim(0, max(rounds[-1], 1) * 1.05)
     axes.set_xlabel("round")

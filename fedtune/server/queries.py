@@ -1,11 +1,11 @@
 """Private evaluation: query the sites' held-out records about a round and pool the answers.
 
-Each site sends two noised sums, Σ likelihood and Σ 1 over its units, and no other number. No quorum
-is needed, and nothing that goes wrong here stops a run."""
+Each site sends two noised sums, Σ score and Σ 1 over its units, and two more for each class and
+group that the plan names, and no other number. No quorum is needed, and nothing that goes wrong
+here stops a run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -16,12 +16,11 @@ from fedtune.accounting.query_noise import answer_sd
 from fedtune.core.wire import seal
 from fedtune.core.wire.arrays import Arrays
 from fedtune.core.wire.keys import SigningKey
+from fedtune.report.held_out import made_table
 from fedtune.server.admission import Outcome, Roster, outcome
 from fedtune.server.bound import Terms
 from fedtune.server.orders import Answer, Order, exchange
 from fedtune.server.store import Phase, Progress
-
-LIKE: Arrays = {"sums": np.zeros(2, np.float32)}
 
 
 class Queries:
@@ -37,7 +36,8 @@ class Queries:
 
     def ask(self) -> dict[str, Any]:
         """Ask every willing site about the newest adapter and return the history's entry:
-        likelihood, its noise_sd, the sites that answered, and missing: site -> reason.
+        the score (likelihood or accuracy), its noise_sd, the sites that answered, missing: site
+        -> reason, and table: the figures by class, group and site, where anybody answered.
 
         Errors: InfrastructureError where the grid fails."""
         entry, missing = self.progress.history[-1], self.roster.out()
@@ -56,7 +56,9 @@ class Queries:
             self.progress.queries[name] = answer.events
             self.progress.receipts[name] = seal.receipt(self.key, answer.ledger)
             entry.setdefault("query_evidence", {})[name] = answer.evidence
-        pool = pooled(answers.values()) | {"sites": sorted(answers), "missing": missing}
+        pool = pooled(answers.values(), self.score) | {"sites": sorted(answers), "missing": missing}
+        if answers:
+            pool["table"] = self._table(answers)
         entry["private_quality"] = pool
         return pool
 
@@ -74,13 +76,35 @@ class Queries:
         before = sum(event["steps"] for event in self.progress.queries.get(name, []))
         key = self.progress.keys.get(name, "")
         kind: dict[str, Any] = {"record": "answer", "done": "answered", "terms": self.terms}
-        checked = outcome(reply, LIKE, True, before, key, answer.expected, **kind)
+        like: Arrays = {"sums": np.zeros(2 * len(self.study.query_cells), np.float32)}
+        checked = outcome(reply, like, True, before, key, answer.expected, **kind)
         if checked.status == "answered":
             answers[name] = checked
             missing.pop(name, None)
         else:
             missing[name] = f"{checked.status}: {checked.reason}"
         return checked.status
+
+    def _table(self, answers: dict[str, Outcome]) -> dict[str, Any]:
+        """Make the table of answers; of all sites together alone, with secure aggregation."""
+        sums = {name: answer.update["sums"].astype(np.float64) for name, answer in answers.items()}
+        variances = {name: _variance(answer.events) for name, answer in answers.items()}
+        shown = {"": np.sum([*sums.values()], axis=0)}
+        if self.study.secure_aggregation is None:
+            shown |= sums
+        variances[""] = sum(variances.values())
+        return made_table(
+            self.score,
+            self.study.query_cells,
+            {name: values.tolist() for name, values in shown.items()},
+            variances,
+        )
+
+    @property
+    def score(self) -> str:
+        """What a unit's score is."""
+        table = self.study.private_evaluation
+        return "likelihood" if table is None else table.score
 
     @property
     def terms(self) -> Terms | None:
@@ -92,15 +116,15 @@ class Queries:
         return Terms(
             sampling_rate=1.0,
             noise_multiplier=table.noise_multiplier,
-            max_grad_norm=math.sqrt(2),
+            max_grad_norm=self.study.query_norm,
             records=1,
             steps=steps,
             divisor=1.0,
         )
 
 
-def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:
-    """Pool the answers: the mean likelihood over all units of all sites, and the noise's standard
+def pooled(answers: Iterable[Outcome], score: str = "likelihood") -> dict[str, float | None]:
+    """Pool the answers: the mean score over all units of all sites, and the noise's standard
     deviation in it, to first order (delta method): √(v · (1 + r²)) / n, for the ratio r of two sums
     whose noise has variance v each, n the pooled count. It leaves out the records' sampling error.
 
@@ -108,14 +132,14 @@ def pooled(answers: Iterable[Outcome]) -> dict[str, float | None]:
     | the noise carries it outside [0, 1]                             | the nearer end |"""
     total, variance = np.zeros(2), 0.0
     for answer in answers:
-        total += answer.update["sums"].astype(np.float64)
+        total += answer.update["sums"][:2].astype(np.float64)
         variance += _variance(answer.events)
     count = float(total[1])
     ratio = float(total[0]) / count if count > 0 else 0.0
     deviation = answer_sd(variance, count, ratio)
     if deviation is None:
-        return {"likelihood": None, "noise_sd": None}
-    return {"likelihood": min(max(ratio, 0.0), 1.0), "noise_sd": deviation}
+        return {score: None, "noise_sd": None}
+    return {score: min(max(ratio, 0.0), 1.0), "noise_sd": deviation}
 
 
 def _variance(events: list[dict[str, Any]]) -> float:

@@ -102,10 +102,20 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
         "sites": dict(sorted(progress.admission.items())),
         "absences": absences(history),
         "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
+        **_held_out(history),
         **made(progress),
     }
     teacher = parts.teacher(study)
     return with_teacher(body, teacher) if teacher else body
+
+
+def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the table of the newest answers about held-out records, with its round; empty where
+    nobody answered."""
+    for entry in reversed(history):
+        if table := entry.get("private_quality", {}).get("table"):
+            return {"held_out": {"round": entry["round"], **table}}
+    return {}
 
 
 def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:

@@ -193,8 +193,8 @@ GUARANTEE_MUTANTS = (
         "an update that somebody else signed is counted",
     ),
     _one(
-        "query", "the-count-is-not-clipped", "fedtune/core/dp/query.py", "NORM = math.sqrt(2)",
-        "NORM = 1.0",
+        "query", "the-count-is-not-clipped", "fedtune/core/config/study.py",
+        "return math.sqrt(2 * (1 + len(self.query_axes)))", "return 1.0",
         "tests/test_private_evaluation.py::"
         "test_epsilon_of_the_queries_is_the_accountants_of_the_step_log",
         "a query's sensitivity is another than the ledger pays for",

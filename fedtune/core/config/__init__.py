@@ -5,6 +5,7 @@ nothing in it leaves the machine except `site.name`, `site.declared_size` and, w
 sites choose, `site.lora_rank`, which a person typed.
 """
 
+from fedtune.core.config.held_out import PrivateEvaluationTable
 from fedtune.core.config.load import checked, load_site, load_study, study_from_json
 from fedtune.core.config.secure import SecureAggregationTable, noise_shares
 from fedtune.core.config.site import (
@@ -30,7 +31,6 @@ from fedtune.core.config.study import (
     LoraTable,
     ObjectiveTable,
     PrivacyTable,
-    PrivateEvaluationTable,
     PublicTable,
     QuantisationTable,
     ScheduleTable,

@@ -192,11 +192,14 @@ class SiteData(DataFile):
 
 class SiteEvaluation(SiteData):
     """The site's held-out records, for noised and paid queries; a dataset with its own budget.
+    groups: by what a plan may tell patients apart here, and in which column of these files it
+    stands; whatever else a plan names, nobody is in.
 
     Unless one of the two names the other in disjoint_from, what is spent on either counts against
     both, as between any two datasets of a site."""
 
     name: Name = "held-out"
+    groups: dict[str, str] = Field(default_factory=dict)
 
 
 class AcceptanceTable(SiteData):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from fedtune.core.config.held_out import CLASS, MOST_CELLS, PrivateEvaluationTable
 from fedtune.core.config.secure import SecureAggregationTable, check_secure
 from fedtune.core.config.start import PreconditionerTable, SelectionTable, StartTable
 from fedtune.core.config.training import TrainingTable
@@ -190,14 +192,6 @@ class EvaluationTable(DataFile):
     every: Count = 1
 
 
-class PrivateEvaluationTable(Table):
-    """A DP query to the sites about the model on their held-out records: the sum of the units'
-    likelihoods and the number of units, with noise, charged to the ledger."""
-
-    noise_multiplier: Noise  # σ, in multiples of a unit's row (likelihood, 1): √2
-    every: Count = 1  # rounds; the last one is always queried
-
-
 ALPHA, LOOKS, FILES = 0.05, 16, 5  # of a schedule: what a plan need not say
 
 
@@ -330,6 +324,25 @@ class Study(Table):
         return tuple(r for r in range(1, last + 1) if r % table.every == 0 or r == last)
 
     @property
+    def query_axes(self) -> dict[str, tuple[str, ...]]:
+        """What the sites' held-out records are told apart by, and into what: classes, groups."""
+        if (table := self.private_evaluation) is None:
+            return {}
+        return ({CLASS: self.objective.labels} if table.classes else {}) | table.columns
+
+    @property
+    def query_cells(self) -> tuple[tuple[str, str], ...]:
+        """The cells of an answer, each an axis and a value of it: all records, ("", ""), first."""
+        axes = self.query_axes.items()
+        return (("", ""), *((axis, value) for axis, values in axes for value in values))
+
+    @property
+    def query_norm(self) -> float:
+        """C, the most by which a unit changes an answer's sums in the L2 norm: √2 for each axis,
+        the whole included, combined (fedtune/core/dp/query.py)."""
+        return math.sqrt(2 * (1 + len(self.query_axes)))
+
+    @property
     def queries_digest(self) -> str:
         """The queries' digest in orders, ledgers and step logs, distinct from the training's."""
         return self.digest + QUERIES
@@ -343,6 +356,7 @@ class Study(Table):
             raise ValueError('lora.a_init = "public" needs a [public] table')
         self._check_public_start()
         check_secure(self)
+        self._check_queries()
         if self.continuous:
             self._check_continuous()
         if isinstance(self.privacy, str):
@@ -372,6 +386,18 @@ class Study(Table):
             if self.clipping.unit is not None:
                 raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
         return self
+
+    def _check_queries(self) -> None:
+        """Check what sites are asked about held-out records. Errors: ValueError."""
+        table = self.private_evaluation
+        if table is None:
+            return
+        if (table.classes or table.score == "accuracy") and not self.objective.labels:
+            raise ValueError(
+                'private_evaluation: classes and score = "accuracy" need objective.labels'
+            )
+        if len(self.query_cells) > MOST_CELLS:
+            raise ValueError(f"private_evaluation: at most {MOST_CELLS} classes and groups in all")
 
     def _check_public_start(self) -> None:
         """Check what is built from public text. Errors: ValueError where it does not fit."""

@@ -39,7 +39,8 @@ class Example:
     """A tokenised record. input_ids, target_ids: as in Passage; label: index in objective.labels, 1
     or 0 of what is desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same
     prompt with the worse completion; media: the record's image or recording, of `tiles` tiles;
-    soft: a teacher's targets; cut: how many tokens were left out, to fit objective.max_length.
+    soft: a teacher's targets; cut: how many tokens were left out, to fit objective.max_length;
+    groups: of a held-out record, its group on each axis that a plan names, -1 where in none.
 
     The last target is not an input, since no loss reads its state."""
 
@@ -52,6 +53,7 @@ class Example:
     tiles: int = 1
     soft: SoftTargets | None = None
     cut: int = 0
+    groups: tuple[int, ...] = ()
 
     @property
     def passages(self) -> tuple[Passage, ...]:

@@ -15,6 +15,7 @@ from fedtune.core.config import DataFile, EvaluationTable, ObjectiveTable, SiteD
 from fedtune.core.data.chat import check_draws_nothing
 from fedtune.core.data.dataset import Counts, Dataset, Example, Failed, SoftTargets
 from fedtune.core.data.files import Rejected
+from fedtune.core.data.group_reader import group_reader
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.reader import Reader
 from fedtune.core.data.records import (
@@ -137,6 +138,7 @@ class UnitReader:
             media=record.media,
             tiles=tiles,
             cut=tokenised.cut,
+            groups=record.groups,
         )
 
     def _add_targets(self, record: Record, example: Example) -> Example:
@@ -207,7 +209,8 @@ def load_dataset(
     table = table_of(file)
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
-    read = read_file(file, unit=unit, labelled=labelled, strict=strict)
+    groups = group_reader(file, study)
+    read = read_file(file, unit=unit, labelled=labelled, strict=strict, groups=groups)
     by_unit: dict[str, list[Record]] = {}
     for record in read.records:
         by_unit.setdefault(record.unit, []).append(record)

@@ -25,6 +25,7 @@ from fedtune.core.data.consent import NO_CONSENT, with_consent
 from fedtune.core.data.conversion import Conversion
 from fedtune.core.data.dataset import Failed
 from fedtune.core.data.files import Place, Rejected, placed_rows
+from fedtune.core.data.group_reader import NO_GROUPS, GroupReader
 from fedtune.core.data.media import Folder, Kind, Media, import_decoders
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
@@ -53,7 +54,8 @@ class Record:
     | prompt + completion + label | prompt, completion, label |
     | label alone, beside image or audio | label |
 
-    media: the file that image or audio names; place: where it stands, for the site's own screen.
+    media: the file that image or audio names; place: where it stands, for the site's own screen;
+    groups: of a held-out record, as of Example.
     Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
@@ -64,6 +66,7 @@ class Record:
     messages: Messages = ()
     media: Media | None = None
     place: Place | None = None
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -144,15 +147,17 @@ def read_file(
     unit: Literal["record", "patient"] = "record",
     labelled: bool = True,
     strict: bool = True,
+    groups: GroupReader = NO_GROUPS,
 ) -> Read:
-    """Read a data file as read_records does, and keep where each row stands.
+    """Read a data file as read_records does, and keep where each row stands. groups: finds those of
+    a row, whose columns are read too.
 
     Errors, Guarantee: those of read_records."""
     table = table_of(file)
     if unit == "patient" and not file.columns.patient:
         raise no_patients(table)
-    reading = _Reading(file, unit, labelled)
-    names, keep = Names(file.where, keys_of(file)), kept_of(file)
+    reading = _Reading(file, unit, labelled, groups)
+    names, keep = Names(file.where, keys_of(file) | groups.keys), kept_of(file)
     count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
     declared_size = file.declared_size if isinstance(file, SiteData) else 0
     with converting(file, declared_size) as convert:
@@ -182,7 +187,13 @@ class _Reading:
     """A data file's records as they are made, each of its own row, and the rows of which there is
     none."""
 
-    def __init__(self, file: DataFile, unit: Literal["record", "patient"], labelled: bool) -> None:
+    def __init__(
+        self,
+        file: DataFile,
+        unit: Literal["record", "patient"],
+        labelled: bool,
+        groups: GroupReader = NO_GROUPS,
+    ) -> None:
         self.records: list[Record] = []
         self.failed: list[Failed] = []
         self._columns, self._by_patient = file.columns, unit == "patient"
@@ -193,7 +204,7 @@ class _Reading:
                 import_decoders(kind)
         self._copies, self._held = Counter[bytes](), Counter[str]()
         self._rows = 0
-        self._made = per_unit(_RowReader(file.columns, labelled), (Record, str))
+        self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
 
     def reject(self, place: Place, reason: str) -> None:
         """Count a row as one of which there is no record."""
@@ -268,13 +279,15 @@ class _RowReader:
 
     columns: Columns
     labelled: bool
+    groups: GroupReader
 
     def __call__(self, rows: list[Row]) -> list[Record | str]:
         return [self._attempt(row) for row in rows]
 
     def _attempt(self, row: Row) -> Record | str:
         try:
-            return _record(row, self.columns, self.labelled)
+            record = _record(row, self.columns, self.labelled)
+            return replace(record, groups=self.groups(row))
         except Rejected as error:
             return error.reason
 

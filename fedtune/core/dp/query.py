@@ -1,21 +1,26 @@
 """Answer a query: a noised sum of the model's scores on held-out records.
 
 A unit's row is (score, 1), its score in [0, 1]: the geometric mean probability of a record's
-targets, or the probability of its label (exp of minus the loss), averaged over the unit's records.
-Two sums leave: Σ score and Σ 1. They go through the same step as training's, so that sampler,
-clip, noise, grid, log and accountant are the same.
+targets, or the probability of its label (exp of minus the loss), or whether its label is the
+likeliest; averaged over the unit's records. Two sums leave: Σ score and Σ 1. Where the plan tells
+units apart, a pair follows for each class and group that it names: what the unit's records in it
+make of these averages, so that a unit is shared out among the values of an axis. All of it goes
+through the same step as training's, so that sampler, clip, noise, grid, log and accountant are the
+same.
 
-Guarantee: a row has norm at most √2 = C, and each answer is one Gaussian mechanism on it with σ in
-multiples of C and q = 1; its line is in the step log before the answer exists.
+Guarantee: a row is clipped to norm √2 for each axis, the whole included, combined: C = √(2 · axes),
+which a row made as it is said here never exceeds: on an axis the squares of shares that add up to
+at most 1 are at most 1, twice. Each answer is one Gaussian mechanism on all of its numbers, with σ
+in multiples of C and q = 1; its line is in the step log before the answer exists.
 | no units                | noise alone                                      |
 | a record's loss is NaN, or raises | its unit contributes nothing, not even to Σ 1 |
+| a record is in no class or group of an axis | nothing to that axis' pairs |
 | a loss is infinite      | score 0                                          |
 Reference: Dwork & Roth 2014, appendix A (the Gaussian mechanism).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -27,8 +32,6 @@ from fedtune.core.dp.steplog import StepLog
 if TYPE_CHECKING:
     import torch
 
-NORM = math.sqrt(2)  # of the largest row, (1, 1)
-
 
 def query_plan(study: Study) -> DpPlan:
     """Plan all queries of a private study with [private_evaluation]; a round of it is one query."""
@@ -39,7 +42,7 @@ def query_plan(study: Study) -> DpPlan:
         unit=privacy.unit,
         sampling_rate=1.0,
         noise_multiplier=table.noise_multiplier,
-        max_grad_norm=NORM,
+        max_grad_norm=study.query_norm,
         clipping="flat",
         gamma=0.01,
         rounds=len(study.queries),
@@ -50,12 +53,13 @@ def query_plan(study: Study) -> DpPlan:
 
 
 def answer(plan: StepPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-    """Compute the noised sums (Σ score, Σ 1), fp32 (2,). rows: (units, 2), zeroed afterwards."""
+    """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,). rows: (units,
+    2 · cells), zeroed afterwards."""
 
     def drawn_rows(units: list[int]) -> Iterator[Chunk]:
         yield Chunk(units, [rows[units]])
 
     try:
-        return plan.step(len(rows), 2, drawn_rows, log, round_)
+        return plan.step(len(rows), rows.shape[1], drawn_rows, log, round_)
     finally:
         rows.zero_()

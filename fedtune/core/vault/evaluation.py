@@ -13,6 +13,8 @@ import torch
 from safetensors.numpy import save
 
 from fedtune.core.config import Site, SiteEvaluation, Study
+from fedtune.core.config.held_out import CLASS
+from fedtune.core.data.dataset import Dataset
 from fedtune.core.dp.plan import DpPlan, SitePlan
 from fedtune.core.dp.query import answer, query_plan
 from fedtune.core.errors import PolicyRefused, describe
@@ -21,7 +23,7 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays, digest
 from fedtune.core.models.prefix_store import make_room_after
 from fedtune.core.objectives import resolve
-from fedtune.core.objectives._interface import Objective
+from fedtune.core.objectives._interface import Batch, Network
 from fedtune.core.vault import airlock
 from fedtune.core.vault.budget import Budget, check_rounds
 from fedtune.core.vault.policy import admit
@@ -135,41 +137,66 @@ def _rows_or_none(study: Study, data: CachedDataset) -> torch.Tensor:
         return unit_rows(study, data)
     except Exception as error:
         log.error("the adapter was not evaluated (%s): the answer is noise", describe(error))
-        return torch.zeros(0, 2, dtype=torch.float64)
+        return torch.zeros(0, 2 * len(study.query_cells), dtype=torch.float64)
 
 
 @torch.no_grad()
 def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
-    """Compute (score, 1) for each unit with the loaded adapter, fp64 (units, 2). Un-noised."""
-    objective, dataset = resolve(study.objective), data.dataset
-    rows = torch.zeros(dataset.n_units, 2, dtype=torch.float64)
+    """Compute each unit's mean of its records' (score, 1) with the loaded adapter, and the part of
+    it in each class and group of the plan; fp64 (units, 2 · cells), cell by cell. Un-noised."""
+    dataset = data.dataset
+    pairs = torch.ones(len(dataset.examples), 2, dtype=torch.float64)
+    for index, scores in _scores(study, data, range(len(pairs))):
+        pairs[index, 0] = scores
     unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
-    for index, losses in _losses(objective, data, range(len(unit))):
-        rows[:, 0].index_add_(0, unit[index], torch.exp(-losses))
-    rows[:, 0] /= torch.bincount(unit, minlength=dataset.n_units)
-    rows[:, 1] = 1.0
-    return rows
+    pairs /= torch.bincount(unit, minlength=dataset.n_units)[unit, None]
+    rows = torch.zeros(dataset.n_units, len(study.query_cells), 2, dtype=torch.float64)
+    for record, cells in enumerate(cells_of(study, dataset)):
+        rows[unit[record], cells] += pairs[record]
+    return rows.flatten(1)
 
 
-def _losses(
-    objective: Objective, data: CachedDataset, records: Sequence[int]
+def cells_of(study: Study, dataset: Dataset) -> Iterator[list[int]]:
+    """Yield for each record the cells of the plan that it is in: all, and at most one an axis."""
+    axes, starts = study.query_axes, [1]
+    for values in axes.values():
+        starts.append(starts[-1] + len(values))
+    for example in dataset.examples:
+        groups = ((example.label,) if CLASS in axes else ()) + example.groups
+        placed = zip(starts, groups, strict=False)
+        yield [0, *(start + place for start, place in placed if place >= 0)]
+
+
+def _scores(
+    study: Study, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield indices of some of `records` with their losses, fp64; NaN for a record whose loss
+    """Yield indices of some of `records` with their scores, fp64; NaN for a record whose score
     cannot be computed, which affects its unit alone."""
     pending = dict.fromkeys(records)
     try:
         for batch in data.blocks(records):
             index = batch.index[: batch.count]
-            losses = objective.losses(data.network, batch)[: batch.count].double().cpu()
+            scores = _scores_of(study, data.network, batch)[: batch.count].double().cpu()
             for record in index.tolist():
                 del pending[record]
-            yield index, losses
+            yield index, scores
         return
     except Exception as error:
         log.error("held-out records failed (%s)", describe(error))
         make_room_after(error)
     for record in pending:
         if len(records) > 1:
-            yield from _losses(objective, data, [record])
+            yield from _scores(study, data, [record])
         else:
             yield torch.tensor([record]), torch.tensor([torch.nan], dtype=torch.float64)
+
+
+def _scores_of(study: Study, network: Network, batch: Batch) -> torch.Tensor:
+    """Compute each record's score, (B,), in [0, 1]; NaN where the model gives none."""
+    table = study.private_evaluation
+    if table is None or table.score == "likelihood":
+        return torch.exp(-resolve(study.objective).losses(network, batch).double())
+    hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+    logits = network.logits(network.pool(hidden, batch.mask))
+    right = (logits.argmax(dim=1) == batch.label).double()
+    return torch.where(logits.isfinite().all(dim=1), right, torch.nan)

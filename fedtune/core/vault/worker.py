@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 
 from fedtune.core.config import Site, SiteData, Study, load_site
 from fedtune.core.data.dataset import Dataset
+from fedtune.core.data.group_reader import group_reader
 from fedtune.core.data.load import check_columns
 from fedtune.core.dp.non_private import non_private_plan
 from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
@@ -235,7 +236,8 @@ class SiteWorker:
 
         Errors: DataError where the columns do not suit the study, or there is no file."""
         anew = study.continuous or bool(data.consent)
-        view = (data, network, study.objective, study.unit, study.max_records_per_unit)
+        groups = group_reader(data, study)
+        view = (data, network, study.objective, study.unit, study.max_records_per_unit, groups)
         cached_view, cached = self._cached.get(data.name, (None, None))
         if anew or cached_view != view or cached is None:
             dataset = self._read(study, network, data)

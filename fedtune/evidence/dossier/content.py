@@ -24,6 +24,7 @@ from importlib import resources
 from math import isfinite
 from typing import Any
 
+from fedtune.core.config.held_out import CLASS
 from fedtune.core.registry.metrics import METRICS
 from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
 from fedtune.report.claim import fallback, limits
@@ -43,6 +44,11 @@ def _report(found: Documents, *keys: str) -> Any:
 
 def _said(found: Documents) -> set[str]:
     return {line.about for line in headline(_report(found, "quality") or {})}
+
+
+def _groups(found: Documents) -> set[str]:
+    """The columns by which held-out patients were compared."""
+    return {str(row["by"]) for row in _report(found, "held_out", "rows") or []} - {"", CLASS}
 
 
 WHEN: dict[str, Callable[[Documents], bool]] = {
@@ -70,6 +76,12 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "started": lambda found: "start" in _said(found),
     "classes": lambda found: bool(_report(found, "quality", "classes")),
     "released": lambda found: "released" in _said(found),
+    "held out": lambda found: bool(_report(found, "held_out")),
+    "resolved": lambda found: bool(_report(found, "held_out", "resolved")),
+    "none resolved": lambda found: WHEN["held out"](found) and not WHEN["resolved"](found),
+    "groups": lambda found: bool(_groups(found)),
+    "no groups": lambda found: not _groups(found),
+    "told": lambda found: bool(found.get("told")),
 }
 
 

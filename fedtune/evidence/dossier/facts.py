@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedtune.core.config.known_bases import upstream_of
 from fedtune.core.files import reading
 from fedtune.core.registry.rounding import percent, rounded_up
+from fedtune.evidence.told import FOLDER as TOLD
+from fedtune.evidence.told import read_told
 from fedtune.report.claim import assumptions, best_guess, fallback, protects, strength
 from fedtune.report.declared import declared_line
 from fedtune.report.gain import headline
+from fedtune.report.held_out import text_row
 
 DOCUMENTS = ("report.json", "plan.json", "evidence.json")
 MISSING = object()
@@ -30,9 +34,11 @@ MOST = 500  # characters of a value that is text
 
 
 def documents(run: Path) -> dict[str, Any]:
-    """Read the files of a run that facts are taken from. Errors: InputError."""
+    """Read the files of a run that facts are taken from, and what its sites told of its model.
+    Errors: InputError."""
     most = reading.LARGE
-    return {name: reading.json_in(run / name, "a run's file", most=most) for name in DOCUMENTS}
+    found = {name: reading.json_in(run / name, "a run's file", most=most) for name in DOCUMENTS}
+    return found | {TOLD: [asdict(one) for one in read_told(run) if not one.problem]}
 
 
 def resolve(found: Mapping[str, Any], source: str) -> Any:
@@ -126,6 +132,11 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "upstream": _upstream,
     "base": lambda value: base_name(str(value)),
     "key": lambda value: f"{str(value)[:16]}…",
+    "held out of": lambda row: text_row(row)[0],
+    "held out at": lambda row: text_row(row)[1],
+    "held out units": lambda row: text_row(row)[2],
+    "held out score": lambda row: text_row(row)[3],
+    "held out interval": lambda row: text_row(row)[4],
 }
 
 

@@ -37,6 +37,8 @@ from fedtune.evidence.dossier.seal import (
     sign,
 )
 from fedtune.evidence.sign import RUN, carry
+from fedtune.evidence.told import FOLDER as TOLD
+from fedtune.evidence.told import read_told
 from fedtune.evidence.verify import Verified, certificate_of, is_signed, verify, verify_run
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
@@ -79,6 +81,7 @@ def release(
         AuditLog(home, key).add("release", run=run.absolute(), dossier=out)
     with new_folder(out) as draft:
         carry(run, draft)
+        _carry_told(run, draft / RUN)
         found = dict(documents(draft / RUN)) | {"simulated": proven.simulated}
         if (run / AUDIT).is_file():
             shutil.copyfile(run / AUDIT, draft / AUDIT)
@@ -89,6 +92,14 @@ def release(
         sign(draft, key, ca)
         verify(draft)
     return verify(out)
+
+
+def _carry_told(run: Path, into: Path) -> None:
+    """Copy what sites told of the run's model; each statement is signed by its site."""
+    for one in read_told(run):
+        if not one.problem:
+            (into / TOLD).mkdir(exist_ok=True)
+            shutil.copyfile(run / TOLD / one.file, into / TOLD / one.file)
 
 
 def _refuse_derived(run: Path) -> None:

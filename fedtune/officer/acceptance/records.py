@@ -6,7 +6,6 @@ train on, is left out with all records, and counted for the site's own page."""
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from fedtune.core.errors import DataError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.network import Network
 from fedtune.core.objectives import resolve
+from fedtune.core.registry.bands import band_names, band_of
 from fedtune.evaluation.groups import MISSING, group_of, groups_at
 
 NO_NUMBER = "(no number)"
@@ -171,22 +171,7 @@ def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, lis
 def _value(table: AcceptanceTable, column: str, cell: object) -> str:
     """Name a row's group in one column: its value, or the band that its number is in."""
     text, edges = group_of(cell), table.bands.get(column)
-    return band_of(text, edges) if edges and text != MISSING else text
-
-
-def band_of(text: str, edges: tuple[float, ...]) -> str:
-    """Name the band of a number.
-
-    >>> [band_of(age, (18, 65)) for age in ("3", "18", "64.5", "70")]
-    ['below 18', '18 to below 65', '18 to below 65', '65 and above']
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        return NO_NUMBER
-    above = [edge for edge in edges if number >= edge]
-    if not above:
-        return f"below {edges[0]:g}"
-    rest = dict(itertools.pairwise(edges))
-    last = above[-1]
-    return f"{last:g} to below {rest[last]:g}" if last in rest else f"{last:g} and above"
+    if not edges or text == MISSING:
+        return text
+    band = band_of(text, edges)
+    return NO_NUMBER if band is None else band_names(edges)[band]

@@ -1,0 +1,56 @@
+"""Table [private_evaluation] of study.toml: what sites are asked about their held-out records."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedtune.core.config.types import MOST_NAMES, Count, Finite, Names, Noise, Table
+from fedtune.core.registry.bands import band_names
+
+CLASS = "class"  # the axis of objective.labels
+MOST_AXES, MOST_CELLS = 20, 1000
+Edges = Annotated[tuple[Finite, ...], Field(min_length=1, max_length=MOST_NAMES)]
+
+
+class PrivateEvaluationTable(Table):
+    """A DP query to the sites about the model on their held-out records: the sum of the units'
+    scores and the number of units, with noise, charged to the ledger.
+
+    score: the likelihood of a record's answer, or whether the likeliest of objective.labels is the
+    record's; classes: also for each of objective.labels apart; groups: also for each of these
+    values of a column apart; bands: also for each band of a column of numbers, between these edges.
+    Guarantee: what is told apart is named here, in a public plan; no record adds to it."""
+
+    noise_multiplier: Noise  # σ, in multiples of a unit's row: √2 for each axis, the whole included
+    every: Count = 1  # rounds; the last one is always queried
+    # Omitted where nothing is told apart, so that such plans keep their digest.
+    score: Literal["likelihood", "accuracy"] = Field(
+        default="likelihood", exclude_if=lambda score: score == "likelihood"
+    )
+    classes: bool = Field(default=False, exclude_if=lambda classes: not classes)
+    groups: dict[str, Names] = Field(default_factory=dict, exclude_if=lambda groups: not groups)
+    bands: dict[str, Edges] = Field(default_factory=dict, exclude_if=lambda bands: not bands)
+
+    @model_validator(mode="after")
+    def _check_axes(self) -> PrivateEvaluationTable:
+        if CLASS in self.groups or CLASS in self.bands:
+            raise ValueError(f'groups, bands: "{CLASS}" is what objective.labels are called here')
+        if both := sorted(set(self.groups) & set(self.bands)):
+            raise ValueError(f"bands.{both[0]}: is a column of groups too")
+        for column, values in self.groups.items():
+            if not values or len({value.strip() for value in values}) < len(values):
+                raise ValueError(f"groups.{column}: name each value once, and at least one")
+        for column, edges in self.bands.items():
+            if list(edges) != sorted(set(edges)):
+                raise ValueError(f"bands.{column}: must rise, as in [18, 65, 80]")
+        if len(self.groups) + len(self.bands) + self.classes > MOST_AXES:
+            raise ValueError(f"groups, bands: at most {MOST_AXES} columns; each makes more noise")
+        return self
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """The names of the groups, by column, in the order in which they are summed."""
+        named = {name: tuple(value.strip() for value in v) for name, v in self.groups.items()}
+        return named | {column: band_names(edges) for column, edges in self.bands.items()}
