@@ -414,7 +414,7 @@ def _continuous(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story
 @st.composite
 def _queries(draw: st.DrawFn, plan: Plan, place: Place, ward: Ward) -> _Story:
     """Held-out records are asked about too, whose patients may be those of the training file."""
-    plan = replace(plan, queries=True)
+    plan = replace(plan, queries=True, apart=draw(st.booleans()))
     place = replace(place, held_out="held", held_apart=draw(st.booleans()))
     files = {"records": tuple(draw(ward.rows(OWNERS[:4])))}
     files["held"] = tuple(draw(ward.rows(draw(st.sampled_from(("abc", "cdef", "efgh"))))))

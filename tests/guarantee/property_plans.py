@@ -60,6 +60,7 @@ class Plan:
     clip: float = 0.5
     rate: float = 0.1
     asked: float = 4.0  # σ of a query
+    apart: bool = False  # whether a query tells units apart, by class and by a column
     teacher: str | None = None  # of distill: a base, or a run that classifies
     shared: bool = False  # one dose of noise for three sites, of which one may collude
     public: bool = False  # a preconditioner, and an adapter that starts trained
@@ -121,6 +122,10 @@ class Plan:
             body["strategy"] = body.get("strategy", {}) | {"min_sites": 1 + len(PEERS)}
         if self.queries:
             body["private_evaluation"] = {"noise_multiplier": self.asked, "every": 1}
+        if self.queries and self.apart:
+            body["private_evaluation"]["groups"] = {"side": ["y", "n"]}
+            if "labels" in objective:
+                body["private_evaluation"] |= {"classes": True, "score": "accuracy"}
         return Study.model_validate(body, strict=False)
 
 
@@ -185,6 +190,7 @@ class Place:
             lines += ["[evaluation]", f'name = "{self.held_out}"', f"columns = {{ {columns} }}"]
             lines += where_of(self.held_out, kinds)
             lines += [f'disjoint_from = ["{self.data}"]'] if self.held_apart else []
+            lines += ['groups = { side = "b" }']
             lines += [CONSENT[self.consent], scan]
         lines += ["[policy]", 'bases = "any"', "max_delta = 1e-4", "min_noise_multiplier = 0.0"]
         lines += ['release = ["evaluation"]', self.policy or WIDE]

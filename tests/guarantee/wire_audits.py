@@ -81,6 +81,9 @@ MODES: dict[str, Mode] = {
     "held-out query": Mode(
         Plan(**HEAD, queries=True), replace(CLASSES, held_out="held"), ask="query"
     ),
+    "held-out, by class and group": Mode(
+        Plan(**HEAD, queries=True, apart=True), replace(CLASSES, held_out="held"), ask="query"
+    ),
     "Poisson, q = 0.5": Mode(Plan(**HEAD, q=0.5), CLASSES),
 }
 
@@ -105,7 +108,7 @@ class Found:
 
     def __str__(self) -> str:
         return (
-            f"{self.mode:<22} {self.rounds:>6} {self.exact:.5f} of {self.allowed:.5f} C  "
+            f"{self.mode:<28} {self.rounds:>6} {self.exact:.5f} of {self.allowed:.5f} C  "
             f"noise {self.noise:.4f} ± {self.resolution:.4f}  claimed {self.claimed:.2f}  "
             f"found {self.audited:.2f} (95 %) {self.bound:.2f} (99.9 %)  {self.seconds:.0f} s"
         )
@@ -275,7 +278,8 @@ def decoded(reply: Message, world: World, plan: Plan, private: DpPlan) -> np.nda
     """The noised sum that a reply gives away."""
     made = world.begun[0]
     if "answer" in reply.content:
-        record, forms, factor = "answer", {"sums": (2,)}, 1.0
+        record, factor = "answer", 1.0
+        forms = {"sums": (2 * len(made.study.query_cells),)}
     else:
         record, factor = "update", -private.divisor / plan.rate
         rank = world.case.places[0].rank
