@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,26 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.accounting.costs import query_lines
+from fedtune.accounting.query_noise import forecast
 from fedtune.core.config import Study, load_site, load_study
+from fedtune.core.data.group_reader import group_reader
 from fedtune.core.dp import noise, query
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import StepLog, events
+from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.cache import CachedDataset
+from fedtune.core.run_folder import load_plan
 from fedtune.core.vault import evaluation
 from fedtune.core.vault.worker import SiteWorker
+from fedtune.evidence.dossier.release import release
+from fedtune.evidence.told import digest_of_adapter, state
+from fedtune.evidence.verify import verify
 from fedtune.public.start import start
-from tests.held_out_kit import APART, Row, lay_out, note
+from fedtune.report.held_out import shown_in
+from tests.cli_kit import run as command
+from tests.dashboard.test_pages import shown as page
+from tests.held_out_kit import Row, lay_out, note
 from tests.simulated import noise_from, simulate
 
 CELLS = 1 + 2 + 2 + 3
@@ -157,8 +169,6 @@ def test_a_column_that_the_site_does_not_name_is_not_read(
     study = load_study(path)
     held_out = load_site(site).evaluation
     assert held_out is not None
-    from fedtune.core.data.group_reader import group_reader
-
     assert group_reader(held_out, study)({**rows[0]}) == (-1, -1)
     named = held_out.model_copy(update={"groups": {"gender": "gender"}})
     assert group_reader(named, study)({**rows[0]}) == (-1, 0)
@@ -202,9 +212,10 @@ def asked(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
     """A run of two sites that were asked with next to no noise."""
     folder = tmp_path_factory.mktemp("asked")
     held_out = {"north": drawn_rows(3, 60), "south": drawn_rows(4, 40)}
-    study, sites = lay_out(folder, tiny_encoder, held_out, 1e-3)
+    study, _ = lay_out(folder, tiny_encoder, held_out, 1e-3)
     with noise_from(0):
-        simulate(study, sites, folder / "run")
+        done = command("simulate", study, "--sites", folder, "--out", folder / "run")
+    assert done.exit_code == 0, done.output
     return folder
 
 
@@ -247,12 +258,61 @@ def test_with_little_noise_the_table_is_the_exact_one(asked: Path) -> None:
 
 
 def test_the_plan_says_the_noise_of_each_cell(asked: Path) -> None:
-    from fedtune.accounting.costs import query_lines
-    from fedtune.accounting.query_noise import forecast
-
     study = load_study(asked / "study.toml").changed(private_evaluation={"noise_multiplier": 2.0})
     (line,) = query_lines(study, 3)
     alone, apart = forecast(2.0, 3)[100], forecast(2.0, 3, 4)[100]
     assert alone is not None and apart is not None and apart == pytest.approx(2 * alone)
     assert f"100: ± {apart:.2g}" in line and "class, sex, age" in line
-    assert APART  # the plan that is asked about
+
+
+def told(folder: Path, decision: str) -> None:
+    """Put into the run what a person at north told of its model."""
+    run = folder / "run"
+    model = {"plan": load_plan(run).digest, "adapter": digest_of_adapter(run)}
+    record = {"site": "north", "decision": decision, "time": "2026-05-01T08:00:00Z"}
+    (run / "told").mkdir(exist_ok=True)
+    key = Ledger(folder / "state-north").key
+    (run / "told" / "north.json").write_bytes(state(record | {"model": model}, key))
+
+
+def test_the_table_stands_where_a_coordinator_looks(asked: Path, tmp_path: Path) -> None:
+    """In status, dashboard, report and dossier the same rows, beside what sites told."""
+    told(asked, "accepted")
+    run = asked / "run"
+    shown = shown_in(json.loads((run / "report.json").read_text()))
+    assert shown is not None and len(shown.rows) == 3 * CELLS
+    release(run, tmp_path / "dossier")
+    assert verify(tmp_path / "dossier").dossier["approvals"] == []
+    status = command("status", run, "--once")
+    assert status.exit_code == 0, status.output
+    places = {
+        "status": status.output,
+        "dashboard": page(run),
+        "report": (run / "report.md").read_text(),
+        "dossier": (tmp_path / "dossier" / "dossier.md").read_text(),
+    }
+    for name, text in places.items():
+        plain = " ".join(re.sub(r"<[^>]*>|\\|\|", " ", text).split())
+        for row in shown.rows:
+            cells = [cell for cell in row[2:] if cell]
+            assert all(cell in plain for cell in cells), (name, row)
+        assert "age: 18 to below 65" in plain or name == "status", name
+        assert all(line.split(": ", 1)[-1].rstrip(".") in plain for line in shown.lines[1:-1]), name
+        if name != "report":  # which was signed when the run ended, before anybody told anything
+            assert "north" in plain and "accepted" in plain, name
+    assert "Subgroups were not compared" not in places["dossier"]
+    assert "Groups were compared as far as the table above tells them apart" in places["dossier"]
+
+
+def test_a_dossier_says_that_groups_were_not_compared_where_they_were_not(
+    tmp_path: Path, tiny_encoder: Path
+) -> None:
+    """Classes alone are no groups of patients."""
+    rows = [note(f"p{n}", "benign", gender="male", years=3) for n in range(4)]
+    study, sites = lay_out(tmp_path, tiny_encoder, {"north": rows}, 3.0, "classes = true\n")
+    simulate(study, sites, tmp_path / "run")
+    release(tmp_path / "run", tmp_path / "dossier")
+    text = (tmp_path / "dossier" / "dossier.md").read_text()
+    assert "Subgroups were not compared, unless a person says so below" in text
+    assert "Groups were compared" not in text and "class: benign" in text
+    assert "No difference between groups, classes or sites is resolved." in text
