@@ -193,10 +193,13 @@ def _scores(
 
 def _scores_of(study: Study, network: Network, batch: Batch) -> torch.Tensor:
     """Compute each record's score, (B,), in [0, 1]; NaN where the model gives none."""
-    table = study.private_evaluation
-    if table is None or table.score == "likelihood":
-        return torch.exp(-resolve(study.objective).losses(network, batch).double())
+    objective, table = resolve(study.objective), study.private_evaluation
+    if objective.record_format != "label":
+        return torch.exp(-objective.losses(network, batch).double())
     hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
-    logits = network.logits(network.pool(hidden, batch.mask))
-    right = (logits.argmax(dim=1) == batch.label).double()
-    return torch.where(logits.isfinite().all(dim=1), right, torch.nan)
+    logits = network.logits(network.pool(hidden, batch.mask)).double()
+    if table is not None and table.score == "accuracy":
+        right = (logits.argmax(dim=1) == batch.label).double()
+        return torch.where(logits.isfinite().all(dim=1), right, torch.nan)
+    found = logits.softmax(dim=1).gather(1, batch.label.clamp_min(0)[:, None])[:, 0]
+    return torch.where(batch.label >= 0, found, 0.0)
