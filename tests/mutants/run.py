@@ -37,7 +37,7 @@ from typing import Any
 
 from tests.mutants import page as pages
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, Stale, mutated
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("fedtune", "server", "client", "tests", "examples", "benchmarks", "pyproject.toml")
@@ -57,10 +57,6 @@ def test_the_copy_is_what_is_tested():
 """
 
 
-class Stale(Exception):
-    """A mutant that no longer applies: an error, not a pass."""
-
-
 @dataclass(frozen=True)
 class Result:
     """status: as above; by: the test that failed, or why there is none."""
@@ -69,15 +65,6 @@ class Result:
     status: str
     by: str
     seconds: float
-
-
-def mutated(mutant: Mutant, text: str) -> str:
-    """Write the file's text with the bug in it. Errors: Stale."""
-    for old, new in mutant.edits:
-        if (count := text.count(old)) != 1:
-            raise Stale(f"{mutant.file} has {count} times, not once: {old.strip()!r}")
-        text = text.replace(old, new)
-    return text
 
 
 def copy_to(folder: Path) -> Path:

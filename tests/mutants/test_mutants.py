@@ -10,11 +10,11 @@ import pytest
 
 from tests.mutants import run as runner
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, Stale, mutated
 from tests.mutants.outcome import is_assertion
 from tests.mutants.page import UNTRIED, page, recorded, whole
 from tests.mutants.places import SAMPLING, T_SAMPLING
-from tests.mutants.run import ROOT, Kept, Result, Stale, mutated, try_all
+from tests.mutants.run import ROOT, Kept, Result, try_all
 
 REFUSED = (T_SAMPLING + "test_full_batch_is_everyone",)
 NOTHING = Mutant(
@@ -47,6 +47,44 @@ def test_a_mutant_that_no_longer_applies_is_an_error() -> None:
         mutated(NOTHING, "def other(): ...")
     with pytest.raises(Stale, match="2 times"):
         mutated(NOTHING, "def poisson(): ...\n" * 2)
+
+
+LAID_OUT = """
+def total(charges, ahead):
+    if charges:
+        for charge in charges:
+            check(
+                charge.study,
+                ahead + 1,
+            )
+            log.info("checked")
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "there"),
+    [
+        ("check(charge.study, ahead + 1)", "pass", '            pass\n            log.info("'),
+        (
+            "    check(charge.study, ahead + 1)\n",
+            "    if ahead:\n        check(charge)\n",
+            "            if ahead:\n                check(charge)\n            log.info",
+        ),
+        (
+            " " * 16 + "check(charge.study, ahead + 1)\n" + " " * 16 + 'log.info("checked")\n',
+            " " * 16 + "pass\n",
+            "in charges:\n            pass\n",
+        ),
+    ],
+)
+def test_a_mutant_finds_its_place_however_it_is_laid_out(old: str, new: str, there: str) -> None:
+    mutant = replace(NOTHING, edits=((old, new),))
+    changed = mutated(mutant, LAID_OUT)
+    assert there in changed
+    compile(changed, "laid out", "exec")
+    other = LAID_OUT.replace("ahead + 1", "ahead - 1")
+    with pytest.raises(Stale, match="0 times"):
+        mutated(mutant, other)
 
 
 def test_a_row_is_what_was_tried_last() -> None:
