@@ -59,7 +59,8 @@ TO_COURIER = {
     *("HF_HUB_OFFLINE", "USE_HUB_KERNELS", "FEDTUNE_OFFLINE", "FEDTUNE_STRICT", "FEDTUNE_DEBUG"),
     *("GRPC_VERBOSITY", "PGPASSFILE", "PGSERVICEFILE", "PGSSLKEY"),  # the last three are paths
 }
-MOST_LOGGED = 2**20  # bytes of what a courier says
+MOST_LOGGED = 2**20  # bytes of what a half of a site says
+FULL = b"\n(this log is full: nothing after it is kept until its process is started again)\n"
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
@@ -140,8 +141,9 @@ class Child:
             "FLWR_HOME": str(home),
             "PYTHONUNBUFFERED": "1",
         }
-        # A courier writes no file of this disk, and so its log neither.
-        pipe = program == "courier"
+        # A courier writes no file of this disk, and so its log neither. How much a vault says
+        # follows from its records, and from what a courier asks.
+        pipe = program in CONFINED
         with open(log, "wb", opener=_private) as sink:
             self._process = subprocess.Popen(
                 boot.command("fedtune.core.processes", program, *options),
@@ -261,15 +263,16 @@ def reachable(host: str, port: int) -> bool:
 
 
 def _write_log(output: IO[bytes], log: Path) -> None:
-    """Write what a courier says into its log until it ends: MOST_LOGGED bytes, which the file has
-    on its disk from the beginning, and nothing after them."""
+    """Write what a half of a site says into its log until it ends: MOST_LOGGED bytes, which the
+    file has on its disk from the beginning, and that there is no room for what comes after."""
     with output, open(log, "r+b", opener=_private, buffering=0) as sink:
-        reserve(sink.fileno(), MOST_LOGGED)
+        reserve(sink.fileno(), MOST_LOGGED + len(FULL))
         left = MOST_LOGGED
         while said := os.read(output.fileno(), 65_536):
+            kept = said[:left]
+            left -= len(kept)
             with suppress(OSError):
-                sink.write(said[:left])
-            left -= len(said[:left])
+                sink.write(kept + FULL if kept and not left else kept)
 
 
 def _private(path: str, flags: int) -> int:

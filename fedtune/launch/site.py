@@ -40,6 +40,7 @@ from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, reviewed
 from fedtune.launch.apart import CourierLeft, Door, Guest
+from fedtune.launch.courier_events import CourierEvents
 
 log = logging.getLogger("fedtune.client")
 EVENTS_AT_ONCE = 100  # of one half
@@ -159,7 +160,8 @@ class Halves:
             guest = ours.enter_context(self.door.wait()) if self.door else None
             asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
             self.of_vault, tells_vault = connection_for(ours, theirs)
-            self.of_courier, tells_courier = connection_for(ours, theirs)
+            told, tells_courier = connection_for(ours, theirs)
+            self.of_courier = CourierEvents(told, events.MOST)
             options = [str(self.path), str(answers.fileno()), str(tells_vault)]
             options += [str(self.processes), json.dumps(self.place)]
             keep = [answers.fileno(), tells_vault]
@@ -191,12 +193,13 @@ class Halves:
         Errors: the courier's; PolicyRefused where their confinement does not suffice."""
         listeners = [self.door.listener] if self.door else []
         while True:
-            ready = wait([self.of_vault, self.of_courier, *listeners], 0.5)
+            of_courier = self.of_courier.fileno()
+            ready = wait([self.of_vault, of_courier, *listeners], 0.5)
             if self.door and self.door.listener in ready:
                 self.door.turn_away()
             # The vault first: it told before it answered.
             take_events(self.of_vault, shown.from_vault, self.path)
-            if self.of_courier in ready and take_events(self.of_courier, shown.from_courier):
+            if of_courier in ready and take_events(self.of_courier, shown.from_courier):
                 return None
             shown.flush(LATE)
             for half in (self.vault, self.courier):
@@ -207,7 +210,9 @@ class Halves:
                     return half.ended()
 
 
-def take_events(connection: Connection, show: Any, fetching: Path | None = None) -> bool:
+def take_events(
+    connection: Connection | CourierEvents, show: Any, fetching: Path | None = None
+) -> bool:
     """Show what has arrived of one half; True: that was the last of it. fetching: of a vault, the
     site file for which a base is fetched."""
     try:
@@ -215,7 +220,7 @@ def take_events(connection: Connection, show: Any, fetching: Path | None = None)
             if not connection.poll(0):
                 break
             event, facts = events.receive(connection)
-            if event == "fetch" and fetching:
+            if event == "fetch" and fetching and isinstance(connection, Connection):
                 connection.send_bytes(json.dumps(_fetch(fetching, str(facts["base"]))).encode())
             elif show(event, facts):
                 return True
@@ -262,6 +267,7 @@ class Again:
         if self._short > FEW:
             raise ended
         self._shown.flush(0)
+        self._shown.begin()
         text = f"{ended.happened}; starting both again"
         self._shown.notify("reconnecting", {"seconds": float(self._short), "text": text})
         time.sleep(self._short)
@@ -281,8 +287,12 @@ class Shown:
         self._site, self.notify, self._halves = site, notify, halves
         self._facts: deque[tuple[float, dict[str, Any]]] = deque()  # that wait for the courier
         self._last: dict[str, Any] = {}  # the facts of the newest answer
-        self._confined: dict[str, dict[str, Any]] = {}
+        self._confined: dict[str, dict[str, Any]] = {}  # of the halves that run now
         self._renewed: float | None = None  # when a certificate was last kept
+
+    def begin(self) -> None:
+        """Take in that the halves are started again."""
+        self._confined.clear()
 
     def from_vault(self, event: str, facts: dict[str, Any]) -> bool:
         """Show an event of the vault's. Errors: PolicyRefused, as `Halves.watch` says."""
@@ -320,8 +330,6 @@ class Shown:
         elif event == "waiting" and told.pop("gone", False):
             self.notify("waiting", told | self._describe_finish())
         else:
-            if event == "joined" and "vault" in self._halves:
-                self._enter_isolation()
             self.notify(event, told)
         return False
 
@@ -370,7 +378,12 @@ class Shown:
         return {"study": last["study"], "done": rounds, "text": text}
 
     def _isolation(self, half: str, facts: dict[str, Any]) -> None:
-        """Take in how one half is confined; of both, show it. Errors: PolicyRefused."""
+        """Take in how one half is confined, which it tells once and before it does anything else;
+        of both, show and enter it. A courier that told it again would choose when, and how much of
+        the disk an audit log takes. Errors: PolicyRefused; those of `_enter_isolation`."""
+        if half in self._confined:
+            log.warning("the %s tells a second time how it is confined: left out", half)
+            return
         missing = [str(each) for each in facts.get("missing", [])]
         if missing and self._site.policy.isolation == "required":
             raise PolicyRefused(
@@ -381,7 +394,7 @@ class Shown:
         self._confined[half] = facts
         if len(self._confined) == len(self._halves):
             self.notify("isolation", {"text": isolation_text(self._confined)})
-            if "courier" not in self._halves:
+            if "vault" in self._halves:
                 self._enter_isolation()
 
     def _enter_isolation(self) -> None:

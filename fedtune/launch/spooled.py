@@ -35,10 +35,12 @@ from fedtune.core.files.writing import open_own, remove_drafts
 from fedtune.core.processes import STOP_SECONDS, Child, alone, private_folder, until_stopped
 from fedtune.core.progress import OnEvent
 from fedtune.core.vault.process import HOME
+from fedtune.core.wire import events
 from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import FOLDER
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
+from fedtune.launch.courier_events import CourierEvents
 from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
 
 RUN_LOG = "vault-run.log"  # in the state folder: what the last command said
@@ -125,13 +127,13 @@ class _Half:
     """A half of a site as a process. told: what it tells; fetching: of a vault, its site file."""
 
     child: Child
-    told: Connection
+    told: Connection | CourierEvents
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
         """Show what it tells until it has done its work (None), or ends by itself: return how."""
         while True:
-            wait([self.told], 0.5)
+            wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
             if take_events(self.told, show, self.fetching):
                 return None
@@ -158,11 +160,13 @@ def _child(
     log: Path,
 ) -> Iterator[_Half]:
     with ExitStack() as theirs, ExitStack() as ours:
-        told, tells = connection_for(ours, theirs)
+        connection, tells = connection_for(ours, theirs)
+        is_vault = program == "vault"
+        told = connection if is_vault else CourierEvents(connection, events.MOST)
         options = [str(path.resolve()), str(spool.path), str(tells), *rest]
         child = ours.enter_context(Child(program, options, home=home, log=log, keep=[tells]))
         theirs.close()  # so that its end is the end of what it tells
-        yield _Half(child, told, path.resolve() if program == "vault" else None)
+        yield _Half(child, told, path.resolve() if is_vault else None)
 
 
 def _start_for_each(

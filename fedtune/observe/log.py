@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedtune.core.files import writing
+from fedtune.core.files.room import reserve
 from fedtune.core.registry.metrics import METRICS
 from fedtune.core.registry.reasons import OTHER, reason_of
 
@@ -37,6 +38,8 @@ Record = dict[str, Any]
 
 STRICT = "FEDTUNE_STRICT"
 LIMIT = 16 * 2**20  # bytes of a log before it becomes FILE.1, over the one before
+OF_SITE = 2**20  # of a site's, which has the space for both from the beginning
+OF_A_LINE = 2**16  # bytes, at most, of a site's
 MANY = 10_000  # sites in one event, at most
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|node \d{1,20}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}(:evaluation)?")
@@ -231,10 +234,14 @@ def now() -> str:
 class JsonLog:
     """Appends each event to `path`, readable by this user alone; usable as `on_event`.
 
-    Events of SCREEN, steps of a progress bar among them, are left out."""
+    Events of SCREEN, steps of a progress bar among them, are left out.
+    Guarantee: a site's log takes no space of its disk after its first event. A site's half on the
+    network decides when events are logged, and how many; in the midst of an order the space would
+    be the ledger's."""
 
     def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
         self.path, self._role = path, role
+        self._limit, self._reserved = OF_SITE if role == "site" else LIMIT, role != "site"
         self._strict = strict_here() if strict is None else strict
         self._mutex, self._warned = threading.Lock(), False
 
@@ -253,10 +260,25 @@ class JsonLog:
 
     def _append(self, line: str) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.path.exists() and self.path.stat().st_size > LIMIT:
-            self.path.replace(self.path.with_name(self.path.name + ".1"))
+        earlier = self.path.with_name(self.path.name + ".1")
+        if not self._reserved:
+            self._reserve(earlier)
+            self._reserve(self.path)
+            self._reserved = True
+        if self.path.exists() and self.path.stat().st_size > self._limit:
+            self.path.replace(earlier)  # whose space is free from now on
+            if self._role == "site":
+                self._reserve(self.path)
         file = writing.open_own(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(file, line.encode())
+        finally:
+            os.close(file)
+
+    def _reserve(self, path: Path) -> None:
+        """Give a file the space that it may take, without a change of its length."""
+        file = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            reserve(file, self._limit + OF_A_LINE)
         finally:
             os.close(file)

@@ -93,7 +93,9 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
     usual = unit_rows(plan, data)
     monkeypatch.setattr(
         "fedtune.core.vault.evaluation.resolve",
-        lambda table: SimpleNamespace(losses=Raises(first(data, BAD)).losses),
+        lambda table: SimpleNamespace(
+            losses=Raises(first(data, BAD)).losses, record_format=CausalLM.record_format
+        ),
     )
     try:
         found = unit_rows(plan, data)

@@ -24,6 +24,7 @@ from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, 
 from fedtune.core.processes import Child, Program
 from fedtune.core.wire import events, requests
 from fedtune.core.wire.arrays import pack_arrays
+from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.requests import Answer, Request, RequestError
 from fedtune.courier import process
 from fedtune.courier.process import describe_open_files, open_to_courier, private
@@ -45,8 +46,8 @@ def a_site(folder: Path, data: str = 'path = "data.jsonl"', policy: str = "") ->
     state = folder / "state"
     for each in ("keys/renewed", "flower"):
         (state / each).mkdir(parents=True)
-    for key in ("site.key", "keys/node.key"):
-        (state / key).write_text("a key")
+    SigningKey.at(state / "site.key")
+    (state / "keys/node.key").write_text("a key")
     path = folder / "site.toml"
     path.write_text(
         f'[site]\nname = "north"\ndeclared_size = 20\nstate = "state"\n'

@@ -19,7 +19,7 @@ import pytest
 
 from fedtune.core import boot, isolation
 from fedtune.core.config import load_site
-from fedtune.core.processes import MOST_LOGGED, Child
+from fedtune.core.processes import FULL, MOST_LOGGED, Child
 from fedtune.courier import process
 from fedtune.flower import certs
 from fedtune.launch import site as launch_site
@@ -312,22 +312,23 @@ def test_what_it_went_on_in_is_killed_with_it() -> None:
 def test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twin: another program's log grows as it likes."""
+    """And a vault's, of which a courier, and records, decide how much it says. Twin: another
+    program's log grows as it likes."""
     says = "import sys\nfor _ in range(200): sys.stdout.write('x' * 8192)\n"
     monkeypatch.setattr(boot, "command", lambda *_: [sys.executable, "-c", says])
-    lengths = {}
-    for program in ("courier", "supernode"):
+    lengths, whole = {}, MOST_LOGGED + len(FULL)
+    for program in ("courier", "vault", "supernode"):
         log = tmp_path / program / "said.log"
         with Child(program, [], home=log.parent, log=log) as child:  # type: ignore[arg-type]
             child.wait()
         for _ in range(100):
-            if log.stat().st_size in (MOST_LOGGED, 200 * 8192):
+            if log.stat().st_size in (whole, 200 * 8192):
                 break
             time.sleep(0.1)
         lengths[program] = log.stat().st_size
-        if program == "courier":
-            assert log.stat().st_blocks * 512 >= MOST_LOGGED
-    assert lengths == {"courier": MOST_LOGGED, "supernode": 200 * 8192}
+        if program != "supernode":
+            assert log.stat().st_blocks * 512 >= whole and log.read_bytes().endswith(FULL)
+    assert lengths == {"courier": whole, "vault": whole, "supernode": 200 * 8192}
 
 
 def test_a_renewed_certificate_is_kept_once_in_a_while_and_nothing_else_in_its_place(

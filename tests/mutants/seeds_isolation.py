@@ -11,6 +11,7 @@ APART, T_APART = "fedtune/launch/apart.py", "tests/isolation/test_apart.py::"
 T_WAYS, T_HALVES = "tests/isolation/test_isolation.py::", "tests/isolation/test_halves.py::"
 T_VAULT = T_WAYS + "test_no_way_leads_from_the_vault_to_a_network"
 T_VIEW = "tests/isolation/test_own_view.py::"
+T_DECIDES = "tests/isolation/test_what_a_courier_decides.py::"
 T_COURIER = T_WAYS + "test_no_way_leads_from_the_courier_to_a_record_or_a_key"
 SPOOL, T_SPOOL = "fedtune/core/wire/spool.py", "tests/wire/test_spool.py::"
 T_SPOOLED = "tests/isolation/test_spooled.py::"
@@ -327,6 +328,37 @@ MUTANTS = (
         "OWN = 0o177", "OWN = 0o000",
         T_APART + "test_the_socket_is_of_its_user_alone_and_goes_with_the_vault",
         "one of the two things that keep other users from a vault is not there",
+    ),
+    one(
+        "isolation", "half-an-event-is-waited-for", "fedtune/launch/courier_events.py",
+        "        os.set_blocking(connection.fileno(), False)\n", "",
+        T_DECIDES + "test_half_an_event_keeps_nobody_waiting",
+        "the vault stands still after as many orders as its records make events",
+    ),
+    one(
+        "isolation", "a-courier-says-again-how-it-is-confined", "fedtune/launch/site.py",
+        "        if half in self._confined:\n", "        if False:\n",
+        T_DECIDES + "test_how_the_halves_are_confined_is_told_once_and_entered_once",
+        "each time an entry of the audit log, on the ledger's disk, in the midst of an order",
+    ),
+    one(
+        "isolation", "a-sites-log-grows-on-the-ledgers-disk", "fedtune/observe/log.py",
+        'OF_SITE if role == "site" else LIMIT, role != "site"', "LIMIT, True",
+        T_DECIDES + "test_a_sites_log_takes_its_space_at_its_first_event",
+        "a courier takes the ledger's space in the midst of an order, by what it tells",
+    ),
+    one(
+        "isolation", "a-vaults-log-grows-on-the-ledgers-disk", "fedtune/core/processes.py",
+        "pipe = program in CONFINED", 'pipe = program == "courier"',
+        "tests/isolation/test_own_view.py::"
+        "test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more",
+        "what a vault says of records, and of what a courier asks, takes space beside the room",
+    ),
+    one(
+        "isolation", "counts-take-the-space-that-they-need", "fedtune/core/vault/reading.py",
+        "text.ljust(whole)", "text",
+        T_DECIDES + "test_counts_of_records_take_as_much_whatever_they_are",
+        "how full the disk is beside the room follows from how many rows were rejected",
     ),
     one(
         "isolation", "a-second-courier-is-let-in", APART,

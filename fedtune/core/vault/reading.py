@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedtune.core.models.cache import CachedDataset
 
 log = logging.getLogger("fedtune.site")
+OF_COUNTS = 2**14  # bytes of counts.json, or a multiple of them
 SHOWN = 20  # rejected rows that are listed
 shown: set[str] = set()  # what this process has said of a site's rows on its own screen
 FAR = 0.1  # of the declared size: a count that differs by more is said
@@ -143,7 +145,8 @@ def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
 
 def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
     """Write what became of a dataset's rows to counts.json in the state folder, for this user alone
-    (0600), and warn on this process's own stderr of records that are left out or cut.
+    (0600), and warn on this process's own stderr of records that are left out or cut. The file
+    takes as much of the disk whatever the counts are.
 
     A disk that refuses the file is one warning."""
     counts = dataset.counts
@@ -170,8 +173,9 @@ def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> N
     except (OSError, ValueError):
         earlier = {}
     try:
-        text = json.dumps(earlier | {data.name: facts}, indent=1)
-        replace(path, text.encode(), private=True)
+        text = json.dumps(earlier | {data.name: facts}, indent=1).encode()
+        whole = math.ceil(len(text) / OF_COUNTS) * OF_COUNTS
+        replace(path, text.ljust(whole), private=True)
     except InfrastructureError as error:
         log.warning("%s", error)
     if dataset.rejected or dataset.n_cut or counts.over_cap:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from fedtune.core import errors
 from fedtune.core.errors import FedtuneError, InfrastructureError, printable
@@ -33,6 +33,12 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float),
     "gone": bool,
 }
+
+
+class Receives(Protocol):
+    """What events are received from: a Connection, or what reads one without waiting."""
+
+    def recv_bytes(self, maxlength: int | None = None, /) -> bytes: ...
 
 
 class Teller:
@@ -94,7 +100,7 @@ class _ToTeller(logging.Handler):
         self._tell("log", {"level": record.levelname, "text": record.getMessage()})
 
 
-def receive(connection: Connection) -> tuple[str, dict[str, Any]]:
+def receive(connection: Receives) -> tuple[str, dict[str, Any]]:
     """Receive one event. Errors: EOFError, OSError where its sender has ended or sends more than an
     event; ValueError where it is not of this form."""
     told = connection.recv_bytes(MOST)

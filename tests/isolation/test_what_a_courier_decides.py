@@ -1,0 +1,162 @@
+"""What a hostile courier can decide of its site's disk and of the vault's time by what it tells."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import struct
+from collections import Counter
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.config.state_files import COUNTS
+from fedtune.core.data.dataset import Dataset
+from fedtune.core.vault.reading import keep_counts
+from fedtune.core.wire import events
+from fedtune.launch.courier_events import CourierEvents
+from fedtune.launch.site import Shown, take_events
+from fedtune.observe import JsonLog
+from fedtune.observe import log as log_module
+from tests.isolation.test_halves import a_site
+from tests.server.fakes import make_study
+
+EVENT = json.dumps(["joined", {"text": "connected"}]).encode()
+
+
+def ends(open_: ExitStack) -> tuple[Connection, socket.socket]:
+    """Our end of a courier's connection, and the courier's."""
+    here, there = socket.socketpair()
+    open_.enter_context(there)
+    return Connection(here.detach()), there
+
+
+# ---------------------------------------------------------------------------- the time of a vault
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["as it is", "twin"])
+def test_half_an_event_keeps_nobody_waiting(waits: bool) -> None:
+    """Who shows what a courier tells also takes what the vault tells, and a vault of which nobody
+    takes it stands still after so many orders as its records make events. Twin: a Connection waits
+    for the rest."""
+    seen: list[str] = []
+
+    def show(event: str, _facts: dict[str, Any]) -> bool:
+        seen.append(event)
+        return False
+
+    with ExitStack() as open_:
+        connection, courier = ends(open_)
+        read = connection if waits else CourierEvents(connection, events.MOST)
+        courier.sendall(struct.pack("!i", len(EVENT)) + EVENT[:5])
+        taking = Thread(target=take_events, args=(read, show), daemon=True)
+        taking.start()
+        taking.join(1.0 if waits else 60.0)
+        assert taking.is_alive() is waits and seen == []
+        courier.sendall(EVENT[5:])
+        taking.join(60.0)
+        take_events(read, show)
+        assert seen == ["joined"]
+        read.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_events_arrive_whole_however_they_are_cut(seed: int) -> None:
+    draw = random.Random(seed)
+    sent = [draw.randbytes(draw.choice((0, 1, 3, 4, 5, 300))) for _ in range(8)]
+    stream = b"".join(struct.pack("!i", len(event)) + event for event in sent)
+    received = []
+    with ExitStack() as open_:
+        connection, courier = ends(open_)
+        read = CourierEvents(connection, events.MOST)
+        while stream or read.poll():
+            size = draw.choice((1, 2, 5, 400))
+            courier.sendall(stream[:size])
+            stream = stream[size:]
+            while read.poll():
+                received.append(read.recv_bytes())
+        assert received == sent
+        courier.close()
+        assert read.poll()
+        with pytest.raises(EOFError):
+            read.recv_bytes()
+        read.close()
+
+
+@pytest.mark.parametrize("length", [-1, events.MOST + 1, 2**31 - 1])
+def test_what_no_event_can_be_is_not_read(length: int) -> None:
+    with ExitStack() as open_:
+        connection, courier = ends(open_)
+        read = CourierEvents(connection, events.MOST)
+        courier.sendall(struct.pack("!i", length) + b"x")
+        with pytest.raises(OSError, match="length"):
+            read.poll()
+        with pytest.raises(EOFError):
+            read.recv_bytes()
+        read.close()
+
+
+# ---------------------------------------------------------------------------- the disk of a ledger
+
+
+def test_how_the_halves_are_confined_is_told_once_and_entered_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each telling would be an entry of the audit log, when the courier likes, without end."""
+    seen: list[str] = []
+    site = load_site(a_site(tmp_path))
+    shown = Shown(site, lambda event, facts: seen.append(event))
+    acts = site.site.state / "audit.jsonl"
+    shown.from_vault("isolation", {"means": ["namespace"], "missing": []})
+    for number in range(5):
+        shown.from_courier("isolation", {"means": [f"made up {number}"], "missing": []})
+        shown.from_courier("joined", {"address": "hub:1", "text": "connected"})
+    assert len(acts.read_text().splitlines()) == 1 and seen.count("isolation") == 1
+    assert "a second time" in caplog.text
+    shown.begin()  # the halves are started again
+    shown.from_vault("isolation", {"means": ["namespace"], "missing": []})
+    shown.from_courier("isolation", {"means": ["made up 0"], "missing": ["Landlock"]})
+    assert len(acts.read_text().splitlines()) == 2 and seen.count("isolation") == 2
+
+
+def taken(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
+
+
+def test_a_sites_log_takes_its_space_at_its_first_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: a coordinator's grows with what is told."""
+    for name, size in (("OF_SITE", 2**14), ("OF_A_LINE", 2**13), ("LIMIT", 2**14)):
+        monkeypatch.setattr(log_module, name, size)
+    grew = {}
+    for role in ("site", "coordinator"):
+        log = JsonLog(tmp_path / role / "log.jsonl", role=role)  # type: ignore[arg-type]
+        log("waiting", {"text": "first"})
+        first = taken(tmp_path / role)
+        sizes = set()
+        for _ in range(1000):
+            log("joined", {"address": "hub.example.org:8443", "text": "again"})
+            sizes.add(taken(tmp_path / role) - first)
+        grew[role] = max(sizes) > 0
+        assert min(sizes) >= 0
+    assert grew == {"site": False, "coordinator": True}
+
+
+def test_counts_of_records_take_as_much_whatever_they_are(tmp_path: Path) -> None:
+    """They are written in the midst of an order, on the ledger's disk."""
+    site, study = load_site(a_site(tmp_path)), make_study()
+    sizes = set()
+    for number in (0, 10, 10**6):
+        rejected = Counter({f"reason {n}": number for n in range(20 if number else 0)})
+        keep_counts(site, site.data, study, Dataset([], number, rejected))
+        found = site.site.state / COUNTS
+        assert json.loads(found.read_text())[site.data.name]["units"] == number
+        sizes.add(found.stat().st_size)
+    assert len(sizes) == 1
