@@ -72,7 +72,7 @@ OF_COURIER: dict[str, Numbers] = {
     **{"fallocate": (285, 47), "dup3": (292, 24), "pipe2": (293, 59), "preadv": (295, 69)},
     **{"pwritev": (296, 70), "renameat2": (316, 276), "copy_file_range": (326, 285)},
     **{"statx": (332, 291), "close_range": (436, 436)},
-    **{"openat2": (437, 437), "faccessat2": (439, 439)},
+    **{"faccessat2": (439, 439)},
     # waiting
     **{"poll": (7, None), "select": (23, None), "pselect6": (270, 72), "ppoll": (271, 73)},
     **{"epoll_create": (213, None), "epoll_wait": (232, None), "epoll_ctl": (233, 21)},
