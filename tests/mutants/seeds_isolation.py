@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-couriers-log-grows-as-it-likes", "fedtune/core/processes.py",
-        "sink.write(said[:left])", "sink.write(said)",
+        "sink.write(kept + FULL if kept and not left else kept)", "sink.write(said)",
         T_VIEW + "test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more",
         "by its log it takes the space that gives way in the midst of an order",
     ),
