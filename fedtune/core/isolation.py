@@ -305,9 +305,10 @@ def _mount(source: str | None, target: Path, kind: str | None, flags: int, data:
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
-    """Read the small files that lie in a folder, such as certificates, and no log."""
+    """Read the small files that lie in a folder, such as certificates, and no log; none through a
+    link, behind which may be what is to be hidden."""
     with suppress(OSError):
-        files = (path for path in folder.iterdir() if path.is_file())
+        files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
         return {path.name: path.read_bytes() for path in files if path.stat().st_size <= SMALL}
     return {}
 

@@ -7,6 +7,7 @@ then stops its children in order.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -59,6 +61,7 @@ TO_COURIER = {
     *("HF_HUB_OFFLINE", "USE_HUB_KERNELS", "FEDTUNE_OFFLINE", "FEDTUNE_STRICT", "FEDTUNE_DEBUG"),
     *("GRPC_VERBOSITY", "PGPASSFILE", "PGSERVICEFILE", "PGSSLKEY"),  # the last three are paths
 }
+_log = logging.getLogger("fedtune.client")
 MOST_LOGGED = 2**20  # bytes of what a half of a site says
 FULL = b"\n(this log is full: nothing after it is kept until its process is started again)\n"
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
@@ -141,9 +144,9 @@ class Child:
             "FLWR_HOME": str(home),
             "PYTHONUNBUFFERED": "1",
         }
-        # A courier writes no file of this disk, and so its log neither. How much a vault says
-        # follows from its records, and from what a courier asks.
-        pipe = program in CONFINED
+        # A courier writes no file of this disk, and so its log neither. How much a vault and its
+        # other processes say follows from records, and from what a courier asks.
+        pipe = program == "rank" or program in CONFINED
         with open(log, "wb", opener=_private) as sink:
             self._process = subprocess.Popen(
                 boot.command("fedtune.core.processes", program, *options),
@@ -264,10 +267,18 @@ def reachable(host: str, port: int) -> bool:
 
 def _write_log(output: IO[bytes], log: Path) -> None:
     """Write what a half of a site says into its log until it ends: MOST_LOGGED bytes, which the
-    file has on its disk from the beginning, and that there is no room for what comes after."""
+    file has on its disk from the beginning, and that there is no room for what comes after.
+    Nothing where the disk does not give it that: it would take what is left for the ledger."""
     with output, open(log, "r+b", opener=_private, buffering=0) as sink:
-        reserve(sink.fileno(), MOST_LOGGED + len(FULL))
         left = MOST_LOGGED
+        if not reserve(sink.fileno(), MOST_LOGGED + len(FULL)):
+            left = 0
+            _log.warning(
+                "%s: its disk has not the %d bytes that it may take: what its process says is not "
+                "kept; to do: free space, then start again",
+                log,
+                MOST_LOGGED,
+            )
         while said := os.read(output.fileno(), 65_536):
             kept = said[:left]
             left -= len(kept)
@@ -297,6 +308,10 @@ def _main(program: Program) -> None:
     """Run the program named, with the options in sys.argv; does not return."""
     if program not in CONFINED:
         end_with_parent()
+    if program == "rank" or program in CONFINED:
+        # Python shows the line that warns, and reads it from the library's file for that: which
+        # files are read would follow from records.
+        warnings.simplefilter("ignore")
     boot.hide_quantisation()
     import_module(PROGRAMS[program][0]).main(sys.argv[1:])
 

@@ -26,7 +26,7 @@ REFUSE = 0x00050000 | errno.EPERM
 UNKNOWN = 0x00050000 | errno.ENOSYS  # a library then tries an older call
 ZERO = 0x00050000  # "no error": the call is not made, and gives 0
 CALL, MACHINE = 0, 4  # where a call's number and its machine's are read
-FIRST, SECOND, THIRD = 16, 24, 32  # and its arguments
+FIRST, SECOND, THIRD, FOURTH = 16, 24, 32, 40  # and its arguments
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # Linux's numbers of the two
 
@@ -34,6 +34,7 @@ MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # Linux's numbers of t
 SOCKET: Numbers = (41, 198)
 SOCKETPAIR: Numbers = (53, 199)
 PRLIMIT: Numbers = (302, 261)
+WAIT: Numbers = (61, 260)  # wait4
 # Refused to the vault, with the reason.
 NEVER: dict[str, Numbers] = {
     "ptrace": (101, 117),  # another process's memory, and its descriptors
@@ -53,9 +54,10 @@ NEVER: dict[str, Numbers] = {
 # of theirs. Not here, among others: how full disks and memory are (statfs, ustat, sysinfo, quotas),
 # who watches files (inotify, fanotify), which of them are in memory (fadvise64, mincore, cachestat,
 # and preadv2, for which glibc calls preadv where there are no flags), whose files are and who may
-# read them (chmod, chown, link, utime, attributes), mounts, shares of the machine (affinity,
-# scheduling, priorities, accounting), keyrings, and limits of its own to set: of some, such as of a
-# user's processes, what counts is how many all processes of that user have.
+# read them (chmod, chown, link, utime, attributes), which pages had to be read (getrusage), mounts,
+# shares of the machine (affinity, scheduling, priorities, accounting), keyrings, and limits of its
+# own to set: of some, such as of a user's processes, what counts is how many all processes of that
+# user have.
 OF_COURIER: dict[str, Numbers] = {
     # files, which Landlock bounds
     **{"read": (0, 63), "write": (1, 64), "open": (2, None), "close": (3, 57), "stat": (4, None)},
@@ -89,7 +91,7 @@ OF_COURIER: dict[str, Numbers] = {
     **{"rt_sigpending": (127, 136), "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133)},
     **{"sigaltstack": (131, 132), "restart_syscall": (219, 128)},
     **{"clone": (56, 220), "fork": (57, None), "vfork": (58, None), "clone3": (435, 435)},
-    **{"execve": (59, 221), "exit": (60, 93), "exit_group": (231, 94), "wait4": (61, 260)},
+    **{"execve": (59, 221), "exit": (60, 93), "exit_group": (231, 94)},
     **{"waitid": (247, 95), "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131)},
     **{"getpid": (39, 172), "gettid": (186, 178), "getppid": (110, 173), "getpgrp": (111, None)},
     **{"setpgid": (109, 154), "getpgid": (121, 155), "setsid": (112, 157), "getsid": (124, 156)},
@@ -97,7 +99,7 @@ OF_COURIER: dict[str, Numbers] = {
     **{"getgroups": (115, 158), "getresuid": (118, 148), "getresgid": (120, 150)},
     **{"capget": (125, 90), "set_tid_address": (218, 96), "set_robust_list": (273, 99)},
     **{"rseq": (334, 293), "arch_prctl": (158, None), "uname": (63, 160)},
-    **{"getrlimit": (97, 163), "getrusage": (98, 165)},
+    **{"getrlimit": (97, 163)},
     **{"times": (100, 153), "sched_yield": (24, 124), "getcpu": (309, 168)},
     **{"getrandom": (318, 278), "gettimeofday": (96, 169), "time": (201, None)},
     **{"landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445)},
@@ -168,7 +170,9 @@ def filter_of_vault(families: Sequence[int]) -> Lines:
 def filter_of_courier(families: Sequence[int]) -> Lines:
     """Write the filter of a process on a network of `families`, which makes no call that is not in
     OF_COURIER."""
-    further = _of_call(PRLIMIT, _if_own_limits_are_read()) + _of_sockets(families)
+    # Limits of its own, which it reads and does not set; the end of a child, not what it used.
+    further = _of_call(PRLIMIT, _if_zero(FIRST, THIRD, THIRD + 4))
+    further += _of_call(WAIT, _if_zero(FOURTH, FOURTH + 4)) + _of_sockets(families)
     return _only(OF_COURIER, OF_COURIER_IF, further, UNKNOWN)
 
 
@@ -225,11 +229,10 @@ def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines
     return [*lines, (GIVE, 0, 0, REFUSE)]
 
 
-def _if_own_limits_are_read() -> Lines:
-    """Allow prlimit64 where it is about this process and sets nothing: the pointer to a new limit
-    is null, in both halves."""
+def _if_zero(*words: int) -> Lines:
+    """Allow a call where these halves of its arguments are all 0; of a pointer, both."""
     lines: Lines = []
-    for word in (FIRST, THIRD, THIRD + 4):
+    for word in words:
         lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]
     return [*lines, (GIVE, 0, 0, ALLOW)]
 

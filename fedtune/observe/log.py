@@ -16,6 +16,7 @@ long a batch takes depends on how many records were drawn into it.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -276,9 +277,11 @@ class JsonLog:
             os.close(file)
 
     def _reserve(self, path: Path) -> None:
-        """Give a file the space that it may take, without a change of its length."""
+        """Give a file the space that it may take, without a change of its length. Errors: OSError
+        where its disk has not so much."""
         file = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
         try:
-            reserve(file, self._limit + OF_A_LINE)
+            if not reserve(file, self._limit + OF_A_LINE):
+                raise OSError(errno.ENOSPC, "no space for a log beforehand")
         finally:
             os.close(file)

@@ -482,6 +482,24 @@ def ask_for_the_users_priority(given: dict[str, Any]) -> None:
 
 
 @of(COURIER)
+def count_the_pages_that_had_to_be_read(given: dict[str, Any]) -> None:
+    """Of a library's file that is mapped: those that no other process has read."""
+    resource.getrusage(resource.RUSAGE_SELF)
+
+
+@of(COURIER)
+def count_the_pages_that_a_child_had_to_read(given: dict[str, Any]) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    try:
+        os.wait4(child, 0)
+    except OSError:
+        os.waitpid(child, 0)
+        raise
+
+
+@of(COURIER)
 def take_a_users_share_of_pipes(given: dict[str, Any]) -> None:
     """A user's pipes have so much memory together: what is refused tells how much others take."""
     here, there = os.pipe()

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core import boot, isolation
+from fedtune.core import boot, isolation, processes
 from fedtune.core.config import load_site
 from fedtune.core.processes import FULL, MOST_LOGGED, Child
 from fedtune.courier import process
@@ -307,6 +308,27 @@ def test_what_it_went_on_in_is_killed_with_it() -> None:
 
 
 # ------------------------------------------------------------------------ what is kept for it
+
+
+def test_a_log_for_which_there_is_no_space_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Twin: where there is, what the half says is in it."""
+    says = "print('x' * 8192)"
+    monkeypatch.setattr(boot, "command", lambda *_: [sys.executable, "-c", says])
+    lengths = []
+    for number, has in enumerate((True, False)):
+        monkeypatch.setattr(processes, "reserve", lambda *_, has=has: has)
+        log = tmp_path / str(number) / "courier.log"
+        before = set(threading.enumerate())
+        with Child("courier", [], home=log.parent, log=log) as child:
+            writes = set(threading.enumerate()) - before
+            child.wait()
+        for thread in writes:
+            thread.join(60)
+        lengths.append(log.stat().st_size)
+    assert lengths == [8193, 0]
+    assert "is not kept" in caplog.text
 
 
 def test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more(

@@ -154,9 +154,21 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-limits-the-vaults-memory", CALLS,
-        "_of_call(PRLIMIT, _if_own_limits_are_read())",
+        "_of_call(PRLIMIT, _if_zero(FIRST, THIRD, THIRD + 4))",
         "_of_call(PRLIMIT, [(GIVE, 0, 0, ALLOW)])", T_COURIER,
         "memory that runs out where the half on the network wants it to",
+    ),
+    one(
+        "isolation", "the-courier-counts-pages-that-had-to-be-read", CALLS,
+        '**{"getrlimit": (97, 163)},', '**{"getrlimit": (97, 163), "getrusage": (98, 165)},',
+        T_COURIER,
+        "which files of a library were read follows from records",
+    ),
+    one(
+        "isolation", "a-log-without-space-takes-the-ledgers", "fedtune/core/processes.py",
+        "            left = 0\n", "            pass\n",
+        T_VIEW + "test_a_log_for_which_there_is_no_space_is_not_kept",
+        "on a disk that is full a courier's log takes what is left for an order",
     ),
     one(
         "isolation", "the-courier-opens-the-records-to-every-account", CALLS,

@@ -10,6 +10,7 @@ answered."""
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -108,11 +109,14 @@ class Room:
         return min(_length(self.folder / LEDGER), self.of_the_ledger)
 
 
-def reserve(descriptor: int, size: int) -> None:
-    """Give a file `size` bytes of its disk without a change of its length, where that can be."""
+def reserve(descriptor: int, size: int) -> bool:
+    """Give a file `size` bytes of its disk without a change of its length, where its file system
+    does that; return whether the disk has them."""
     of_no_more_length = 1  # FALLOC_FL_KEEP_SIZE
     sizes = ctypes.c_longlong(0), ctypes.c_longlong(size)
-    ctypes.CDLL(None).fallocate(descriptor, of_no_more_length, *sizes)
+    libc = ctypes.CDLL(None, use_errno=True)
+    failed = libc.fallocate(descriptor, of_no_more_length, *sizes) != 0
+    return not (failed and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT))
 
 
 def _length(path: Path) -> int:
