@@ -33,6 +33,7 @@ from fedtune.core.secagg.statement import Ready
 from fedtune.core.training import selftest
 from fedtune.core.training.round_loss import RoundLoss
 from fedtune.core.vault import rank_process, secure_round, studies
+from fedtune.core.vault.reading import OF_COUNTS
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer import withdraw
 from tests.guarantee import property_pins as pins
@@ -110,7 +111,7 @@ def test_a_disk_without_room_for_members_or_an_update(
     remembers records at any price and keeps no room for its charges; a room that is as long beside
     a long ledger as beside a short one."""
     least = Room(Path(), SIZE).size
-    sizes = [*range(5_000, 13_000, 2_000), *range(least - 1_536, least + 12_288, 768)]
+    sizes = [*range(5_000, 13_000, 2_000), *range(least - 1_536, least + 12_288 + OF_COUNTS, 1_280)]
     if broken == "no room":
         monkeypatch.setattr(SiteWorker, "_remember", remembers_at_any_price)
         monkeypatch.setattr(SiteWorker, "room_to_answer", lambda _: contextlib.nullcontext())
