@@ -103,18 +103,19 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-limits-itself", CALLS,
-        "for word in (FIRST, THIRD, THIRD + 4):", "for word in (FIRST,):", T_COURIER,
+        "_if_zero(FIRST, THIRD, THIRD + 4)", "_if_zero(FIRST)",
+        T_COURIER,
         "by its own limit of processes it counts those of its user",
     ),
     one(
         "isolation", "half-of-a-pointer-is-looked-at", CALLS,
-        "for word in (FIRST, THIRD, THIRD + 4):", "for word in (FIRST, THIRD):", T_COURIER,
+        "_if_zero(FIRST, THIRD, THIRD + 4)", "_if_zero(FIRST, THIRD)", T_COURIER,
         "a limit that lies where an address is null in its lower half is set",
     ),
     one(
         "isolation", "the-older-call-limits-too", CALLS,
-        '"getrlimit": (97, 163), "getrusage"',
-        '"getrlimit": (97, 163), "setrlimit": (160, 164), "getrusage"', T_COURIER,
+        '**{"getrlimit": (97, 163)},', '**{"getrlimit": (97, 163), "setrlimit": (160, 164)},',
+        T_COURIER,
         "by its own limit of processes it counts those of its user",
     ),
     one(
@@ -361,7 +362,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-vaults-log-grows-on-the-ledgers-disk", "fedtune/core/processes.py",
-        "pipe = program in CONFINED", 'pipe = program == "courier"',
+        "pipe = program == \"rank\" or program in CONFINED", 'pipe = program == "courier"',
         "tests/isolation/test_own_view.py::"
         "test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more",
         "what a vault says of records, and of what a courier asks, takes space beside the room",
