@@ -1,13 +1,14 @@
 # fedtune: `make demo` and `make test` install everything themselves; only Python >= 3.11 is needed.
 PYTHON ?= python3
 VENV   ?= .venv
+WORKERS ?= 2# processes of `make test`
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 TORCH  := 2.13.0# as in the Dockerfiles; the locks hold everything else, with hashes
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test lint docs audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
+.PHONY: help install demo test lint docs walk audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -26,7 +27,7 @@ demo: $(READY) ## three hospitals fine-tune a real language model under (epsilon
 	$(BIN)/fedtune demo
 
 test: $(READY) lint ## every check: style, types, import contracts, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(READY) ## style, types and import contracts alone
 	$(BIN)/ruff check .
@@ -38,8 +39,11 @@ docs: $(READY) ## the documentation site in build/site; asks no other host when 
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m tests.docs.site
 
+walk: $(READY) ## follow the tutorial and the longest example line by line: ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/docs tests/examples
+
 audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, variance
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py --ignore tests/network --ignore tests/isolation --ignore tests/test_full_disk.py --ignore tests/test_locked_database.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests --ignore tests/docs --ignore tests/examples --ignore tests/dp/test_ledger_chaos.py --ignore tests/dp/test_ledger.py --ignore tests/fuzz --ignore tests/server/test_model.py --ignore tests/network --ignore tests/isolation --ignore tests/test_full_disk.py --ignore tests/test_locked_database.py
 
 chaos: $(READY) ## kill -9, power cuts, full disks, locks, lost messages: a thousand times
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/dp/test_ledger_chaos.py tests/dp/test_ledger.py tests/server/test_model.py tests/network tests/isolation tests/test_full_disk.py tests/test_locked_database.py

@@ -25,6 +25,7 @@ WITHOUT = {
     "client": "runs until it is stopped; `ledger` and `status` have what it did",
     "vault": "as client",
     "courier": "as client",
+    "more": "lists the commands, for people",
 }
 
 

@@ -40,6 +40,8 @@ def typed(lines: str, shown: str) -> str:
     return re.sub(r"--trust \"[0-9a-f ]+\"", f"--trust {own[-1]}", lines) if own else lines
 
 
+@pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.real
 def test_every_line_of_the_tutorial_works(tmp_path: Path) -> None:
     blocks = [b for b in read(TUTORIAL.read_text(encoding="utf-8")).blocks if not b.why]

@@ -125,6 +125,8 @@ def test_the_preference_examples_commands_in_order(
         assert "generated" in Path(f"runs/formulary-{name}/report.md").read_text()
 
 
+@pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_the_rlhf_examples_commands_in_order(
     walk: Walk, capsys: pytest.CaptureFixture[str]
 ) -> None:
