@@ -22,7 +22,7 @@ from fedtune.core.config import EvaluationTable
 from fedtune.core.registry.bands import band_names, band_of
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.presets import Records, write
-from fedtune.report.held_out import EVERY_SITE, shown_in
+from fedtune.report.held_out import EVERY_SITE, write_shown
 from fedtune.runs.run import Run
 
 SITES, SECTIONS, TRAIN = ("north", "south", "west"), 8, 180
@@ -116,7 +116,7 @@ def main() -> None:
     options = parser.parse_args()
     study = lay_out(options.data, options.out, options.sigma, options.held_out)
     run = simulate(load_study(study), load_sites(study.parent / "sites"), options.out / "run")
-    shown, exact = shown_in(run.report), without_noise(run, options.out / "data")
+    shown, exact = write_shown(run.report), without_noise(run, options.out / "data")
     assert shown is not None
     for row in shown.rows:
         count, share = exact.get((row[0], row[1]), (0, math.nan))

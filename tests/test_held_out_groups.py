@@ -29,7 +29,7 @@ from fedtune.evidence.dossier.release import release
 from fedtune.evidence.told import digest_of_adapter, state
 from fedtune.evidence.verify import verify
 from fedtune.public.start import start
-from fedtune.report.held_out import shown_in
+from fedtune.report.held_out import write_shown
 from tests.cli_kit import run as command
 from tests.dashboard.test_pages import shown as page
 from tests.held_out_kit import Row, lay_out, note
@@ -279,7 +279,7 @@ def test_the_table_stands_where_a_coordinator_looks(asked: Path, tmp_path: Path)
     """In status, dashboard, report and dossier the same rows, beside what sites told."""
     told(asked, "accepted")
     run = asked / "run"
-    shown = shown_in(json.loads((run / "report.json").read_text()))
+    shown = write_shown(json.loads((run / "report.json").read_text()))
     assert shown is not None and len(shown.rows) == 3 * CELLS
     release(run, tmp_path / "dossier")
     assert verify(tmp_path / "dossier").dossier["approvals"] == []

@@ -125,7 +125,7 @@ def attack_received(
         )
     readers, asked = read(run, given)
     examples = [example for evaluator, _ in readers for example in evaluator.examples]
-    trains = _halved(asked)
+    trains = _halve(asked)
     for number, name in enumerate(given):
         here = (asked.sites == number) & ~trains
         if here.sum() < LEAST:
@@ -142,7 +142,7 @@ def attack_received(
         ]
         compared = np.flatnonzero(~trains)
         candidates = CachedDataset(network, _each_a_unit([examples[row] for row in compared]))
-        cosines = received(begun, _parties(begun.study, list(given), data), candidates)
+        cosines = compare_received(begun, _parties(begun.study, list(given), data), candidates)
     left = Asked(asked.names, asked.sites[compared], asked.classes[compared], asked.units[compared])
     found = tuple(trace(name, values, left) for name, values in cosines.items())
     if out is not None:
@@ -151,7 +151,7 @@ def attack_received(
     return found
 
 
-def _halved(asked: Asked) -> npt.NDArray[np.bool_]:
+def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
     """Draw which rows train: those of half of each site's units, from a fixed seed."""
     random, trains = np.random.default_rng(0), np.zeros(len(asked.sites), dtype=bool)
     for number in range(len(asked.names)):
@@ -215,7 +215,7 @@ def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
     return replace(plan, noise_multiplier=noise, sites=1, colluding=0)
 
 
-def received(
+def compare_received(
     begun: Start, parties: Mapping[str, Party], candidates: CachedDataset
 ) -> dict[str, Floats]:
     """Train the study on these parties' records, and compare what the coordinator receives in each

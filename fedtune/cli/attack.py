@@ -183,9 +183,8 @@ def _attack_sites(
         traced = of_updates.attack_received(open_run(run), named, out=out) if received else ()
     for line in (*lines(found), *(of_updates.lines(traced) if received else ())):
         typer.echo(line)
-    wrote = " and ".join(
-        str(out / name) for name in ("sites.json", "received.json")[: 1 + received]
-    )
+    written = ("sites.json", "received.json") if received else ("sites.json",)
+    wrote = " and ".join(str(out / name) for name in written)
     typer.echo(f"wrote {wrote}: what follows from these records, exactly")
     return asdict(found) | ({"received": list(map(asdict, traced))} if received else {})
 

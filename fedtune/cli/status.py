@@ -66,13 +66,13 @@ def status(
     from fedtune.cli.status_view import BudgetView, view
     from fedtune.core.run_folder import read_report
     from fedtune.evidence.told import read_told
-    from fedtune.report.held_out import shown_in
+    from fedtune.report.held_out import write_shown
 
     site = path if path.suffix == ".toml" else None
     told, report = read_told(folder), NOTHING
     with suppress(FedtuneError):
         report = read_report(folder)
-    held_out = shown_in(report)
+    held_out = write_shown(report)
     budget = BudgetView(site) if site else None
     console = Console()
     if once or wants_json() or not console.is_terminal:

@@ -78,7 +78,8 @@ def hide_quantisation() -> None:
     that a study without it never uses."""
     global _hidden
     if QUANTISES not in sys.modules:
-        sys.modules[QUANTISES], _hidden = None, True  # type: ignore[assignment]
+        sys.modules[QUANTISES] = None  # type: ignore[assignment]  # no such module, to all
+        _hidden = True
 
 
 def show_quantisation() -> None:

@@ -50,6 +50,7 @@ PROGRAMS: dict[Program, tuple[str, str]] = {  # the module whose main() it is; w
 # These confine themselves first, which a process with threads cannot; then they call
 # `end_with_parent` themselves.
 CONFINED = ("checks", "vault", "courier")
+AT_A_SITE = ("rank", *CONFINED)  # whose logs lie beside a ledger
 # What of the environment the half on the network gets: nothing that holds a password, such as of
 # the records' database, whatever the variable is called.
 TO_COURIER = {
@@ -146,7 +147,7 @@ class Child:
         }
         # A courier writes no file of this disk, and so its log neither. How much a vault and its
         # other processes say follows from records, and from what a courier asks.
-        pipe = program == "rank" or program in CONFINED
+        pipe = program in AT_A_SITE
         with open(log, "wb", opener=_private) as sink:
             self._process = subprocess.Popen(
                 boot.command("fedtune.core.processes", program, *options),
@@ -308,7 +309,7 @@ def _main(program: Program) -> None:
     """Run the program named, with the options in sys.argv; does not return."""
     if program not in CONFINED:
         end_with_parent()
-    if program == "rank" or program in CONFINED:
+    if program in AT_A_SITE:
         # Python shows the line that warns, and reads it from the library's file for that: which
         # files are read would follow from records.
         warnings.simplefilter("ignore")

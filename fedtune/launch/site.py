@@ -25,8 +25,9 @@ from cryptography import x509
 
 from fedtune.core.config import Site, load_site
 from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.files.room import Room
 from fedtune.core.files.writing import remove_drafts, replace
-from fedtune.core.ledger.audit_log import REPEATS, AuditLog
+from fedtune.core.ledger.audit_log import LONGEST, REPEATS, AuditLog, NotAuditable
 from fedtune.core.ledger.files import KEY
 from fedtune.core.processes import Child, alone, private_folder, until_stopped
 from fedtune.core.progress import OnEvent, report
@@ -384,27 +385,36 @@ class Shown:
         if half in self._confined:
             log.warning("the %s tells a second time how it is confined: left out", half)
             return
-        missing = [str(each) for each in facts.get("missing", [])]
+        means, missing = ([str(w) for w in facts.get(name, [])] for name in ("means", "missing"))
         if missing and self._site.policy.isolation == "required":
             raise PolicyRefused(
                 f'policy.isolation = "required", and of the {half}: {"; ".join(missing)}',
                 "a machine where the vault has no network and the courier reads no record",
                 'run it elsewhere, or set policy.isolation = "preferred" and know what stays open',
             )
-        self._confined[half] = facts
+        self._confined[half] = {"means": means, "missing": missing}
         if len(self._confined) == len(self._halves):
             self.notify("isolation", {"text": isolation_text(self._confined)})
             if "vault" in self._halves:
                 self._enter_isolation()
 
     def _enter_isolation(self) -> None:
-        """Enter in the site's audit log how both halves are confined. Errors: LedgerError;
+        """Enter in the site's audit log how both halves are confined, where its disk has the space
+        beside the ledger's room: a courier that somebody else starts, as in a container of its own,
+        may come and go as often as it likes, and say something else each time. Errors: LedgerError;
         InfrastructureError where the disk refuses."""
-        state = self._site.site.state
+        site = self._site
         means = {half: ", ".join(of["means"]) for half, of in self._confined.items()}
         still_open = sum(len(of["missing"]) for of in self._confined.values())
-        acts = AuditLog(state, SigningKey.at(state / KEY))  # made when this site enrolled
-        acts.add("isolate", "policy.isolation", once=REPEATS, open=still_open, **means)
+        acts = AuditLog(site.site.state, SigningKey.at(site.site.state / KEY))  # from its enrolment
+        room = Room(site.site.state, site.site.declared_size, site.policy.max_rounds)
+        if not room.has_space(LONGEST):
+            log.warning("isolate is not in the audit log: the disk has no space; to do: free space")
+            return
+        try:
+            acts.add("isolate", "policy.isolation", once=REPEATS, open=still_open, **means)
+        except NotAuditable as error:
+            log.warning("isolate is not in the audit log: the %s tells no such words", error)
 
 
 def isolation_text(confined: dict[str, dict[str, Any]]) -> str:

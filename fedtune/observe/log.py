@@ -242,7 +242,8 @@ class JsonLog:
 
     def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
         self.path, self._role = path, role
-        self._limit, self._reserved = OF_SITE if role == "site" else LIMIT, role != "site"
+        self._limit = OF_SITE if role == "site" else LIMIT
+        self._has_space = role != "site"  # all that it may take; elsewhere none is asked for
         self._strict = strict_here() if strict is None else strict
         self._mutex, self._warned = threading.Lock(), False
 
@@ -262,14 +263,13 @@ class JsonLog:
     def _append(self, line: str) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         earlier = self.path.with_name(self.path.name + ".1")
-        if not self._reserved:
-            self._reserve(earlier)
-            self._reserve(self.path)
-            self._reserved = True
         if self.path.exists() and self.path.stat().st_size > self._limit:
             self.path.replace(earlier)  # whose space is free from now on
-            if self._role == "site":
-                self._reserve(self.path)
+            self._has_space = self._role != "site"
+        if not self._has_space:
+            self._reserve(earlier)
+            self._reserve(self.path)
+            self._has_space = True
         file = writing.open_own(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(file, line.encode())

@@ -380,7 +380,7 @@ def _held(study: Study, site: Site) -> list[str]:
 SCORES = {"likelihood": "answers' likelihoods", "accuracy": "right answers, of the labels"}
 
 
-def _told_apart(study: Study) -> str:
+def _describe_axes(study: Study) -> str:
     """Say by what the plan tells held-out units apart; "" where it does not."""
     axes = [f"{axis} ({', '.join(values)})" for axis, values in study.query_axes.items()]
     if not axes:
@@ -398,7 +398,7 @@ def _queries(study: Study) -> list[str]:
         f'After {len(study.queries)} of the rounds, if policy.release lists "evaluation": '
         f"{2 * len(study.query_cells)} noised numbers about the held-out records (the sum of their "
         f"{SCORES[study.private_evaluation.score]}, and how many units there are"
-        f"{_told_apart(study)}), noise {study.private_evaluation.noise_multiplier:g} times one "
+        f"{_describe_axes(study)}), noise {study.private_evaluation.noise_multiplier:g} times one "
         "unit's largest share in all of them, paid from the held-out records' own budget: "
         f"ε = {rounded_up(query_plan(study).epsilon)}.",
         *query_lines(study, study.strategy.min_sites),

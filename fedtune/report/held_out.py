@@ -24,7 +24,7 @@ Cell = tuple[str, str]  # an axis and a value on it; ("", ""): all
 Row = dict[str, Any]
 
 
-def made_table(
+def make_table(
     score: str,
     cells: Sequence[Cell],
     sums: Mapping[str, Sequence[float]],
@@ -47,7 +47,7 @@ def made_table(
         for place, (axis, value) in enumerate(cells)
         for site in sorted(sums)
     ]
-    return {"score": score, "level": LEVEL, "rows": rows, "resolved": [*_resolved(rows)]}
+    return {"score": score, "level": LEVEL, "rows": rows, "resolved": [*_say_resolved(rows)]}
 
 
 def _figure(score: float, count: float, variance: float, quantile: float) -> Row:
@@ -93,19 +93,19 @@ def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -
     return outside
 
 
-def _resolved(rows: Sequence[Row]) -> Iterator[str]:
+def _say_resolved(rows: Sequence[Row]) -> Iterator[str]:
     """Say which figures differ: values of one axis at one place, and sites in one cell."""
     shown = [row for row in rows if row["interval"] is not None]
     for site in sorted({row["site"] for row in shown}):
         for axis in dict.fromkeys(row["by"] for row in shown):
             compared = [row for row in shown if (row["site"], row["by"]) == (site, axis)]
-            yield from _apart(f"{axis} at {site or EVERY_SITE}", "value", compared)
+            yield from _say_apart(f"{axis} at {site or EVERY_SITE}", "value", compared)
     for cell in dict.fromkeys((row["by"], row["value"]) for row in shown):
         compared = [row for row in shown if (row["by"], row["value"]) == cell and row["site"]]
-        yield from _apart(cell_name(*cell), "site", compared)
+        yield from _say_apart(cell_name(*cell), "site", compared)
 
 
-def _apart(where: str, name: str, rows: Sequence[Row]) -> Iterator[str]:
+def _say_apart(where: str, name: str, rows: Sequence[Row]) -> Iterator[str]:
     for lower in rows:
         above = [row[name] for row in rows if row["interval"][0] > lower["interval"][1]]
         if above:
@@ -127,7 +127,7 @@ class Shown:
     lines: tuple[str, ...]
 
 
-def shown_in(report: Mapping[str, Any]) -> Shown | None:
+def write_shown(report: Mapping[str, Any]) -> Shown | None:
     """Write the table of a run's report for people; None where it has none that can be read."""
     table = report.get("held_out")
     if not isinstance(table, Mapping):

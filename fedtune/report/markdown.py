@@ -20,7 +20,7 @@ from fedtune.report.declared import (
     free_query_line,
     simulation_line,
 )
-from fedtune.report.held_out import shown_in
+from fedtune.report.held_out import write_shown
 from fedtune.report.text import cell, figure, table
 
 DIRECTIONS = ("bytes_up", "bytes_down")
@@ -182,7 +182,7 @@ def _private_quality(report: dict[str, Any]) -> str:
 
 def _held_out_table(report: dict[str, Any]) -> str:
     """The newest answers by class, group and site; or nothing."""
-    if (shown := shown_in(report)) is None:
+    if (shown := write_shown(report)) is None:
         return ""
     said = "\n".join(f"- {cell(line, 2000)}" for line in shown.lines)
     rows = [[cell(text) for text in row] for row in shown.rows]

@@ -16,7 +16,7 @@ from fedtune.accounting.query_noise import answer_sd
 from fedtune.core.wire import seal
 from fedtune.core.wire.arrays import Arrays
 from fedtune.core.wire.keys import SigningKey
-from fedtune.report.held_out import made_table
+from fedtune.report.held_out import make_table
 from fedtune.server.admission import Outcome, Roster, outcome
 from fedtune.server.bound import Terms
 from fedtune.server.orders import Answer, Order, exchange
@@ -93,7 +93,7 @@ class Queries:
         if self.study.secure_aggregation is None:
             shown |= sums
         variances[""] = sum(variances.values())
-        return made_table(
+        return make_table(
             self.score,
             self.study.query_cells,
             {name: values.tolist() for name, values in shown.items()},

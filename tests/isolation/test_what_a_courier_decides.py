@@ -6,6 +6,8 @@ import json
 import random
 import socket
 import struct
+import subprocess
+import sys
 from collections import Counter
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
@@ -15,9 +17,12 @@ from typing import Any
 
 import pytest
 
+from fedtune.core import isolation
 from fedtune.core.config import load_site
 from fedtune.core.config.state_files import COUNTS
 from fedtune.core.data.dataset import Dataset
+from fedtune.core.files.room import Room
+from fedtune.core.processes import AT_A_SITE
 from fedtune.core.vault.reading import keep_counts
 from fedtune.core.wire import events
 from fedtune.launch.courier_events import CourierEvents
@@ -125,6 +130,24 @@ def test_how_the_halves_are_confined_is_told_once_and_entered_once(
     assert len(acts.read_text().splitlines()) == 2 and seen.count("isolation") == 2
 
 
+def test_no_entry_is_made_where_the_ledgers_room_would_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A courier that somebody else starts may come and go, and say something else each time. Words
+    that no audit log may hold end nothing either. Twin: with space beside it there is one."""
+    site = load_site(a_site(tmp_path))
+    acts, entered = site.site.state / "audit.jsonl", []
+    shown = Shown(site, lambda event, facts: None)
+    for has_space, word in ((True, "seen"), (False, "other"), (True, "x" * 300), (True, "again")):
+        monkeypatch.setattr(Room, "has_space", lambda *_, has=has_space: has)
+        shown.from_vault("isolation", {"means": ["namespace"], "missing": []})
+        shown.from_courier("isolation", {"means": [word]})
+        shown.begin()
+        entered.append(len(acts.read_text().splitlines()))
+    assert entered == [1, 1, 1, 2]
+    assert "no space" in caplog.text and "no such words" in caplog.text
+
+
 def taken(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.iterdir())
 
@@ -147,6 +170,59 @@ def test_a_sites_log_takes_its_space_at_its_first_event(
         grew[role] = max(sizes) > 0
         assert min(sizes) >= 0
     assert grew == {"site": False, "coordinator": True}
+
+
+def test_a_sites_log_that_moved_aside_waits_for_its_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: with space the next line is there."""
+    monkeypatch.setattr(log_module, "OF_SITE", 2**12)
+    lengths = []
+    for has_space in (True, False):
+        monkeypatch.setattr(log_module, "reserve", lambda *_: True)
+        log = JsonLog(tmp_path / str(has_space) / "log.jsonl", role="site")
+        while not log.path.exists() or log.path.stat().st_size <= 2**12:
+            log("joined", {"address": "hub.example.org:8443", "text": "again"})
+        monkeypatch.setattr(log_module, "reserve", lambda *_, has=has_space: has)
+        for _ in range(3):
+            log("joined", {"address": "hub.example.org:8443", "text": "again"})
+        lengths.append(log.path.exists() and log.path.stat().st_size > 0)
+        assert log.path.with_name("log.jsonl.1").stat().st_size > 2**12
+    assert lengths == [True, False]
+
+
+WARNS = """
+import sys, types, warnings
+from fedtune.core import processes
+def main(_words):
+    warnings.warn("of one record")
+    print("said")
+sys.modules["warns"] = types.SimpleNamespace(main=main)
+processes.PROGRAMS = dict.fromkeys(processes.PROGRAMS, ("warns", "a program"))
+processes._main(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("program", AT_A_SITE)
+def test_a_librarys_warning_is_in_no_log_of_a_site(program: str) -> None:
+    """Twin: a program that holds no records says it."""
+    said = {}
+    for each in (program, "superlink"):
+        with subprocess.Popen(
+            [sys.executable, "-c", WARNS, each],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ) as started:  # fmt: skip
+            assert started.stdout
+            said[each] = started.stdout.read()
+    assert said[program] == "said\n" and "of one record" in said["superlink"]
+
+
+def test_nothing_behind_a_link_is_brought_into_a_view(tmp_path: Path) -> None:
+    (tmp_path / "site.key").write_text("a key")
+    (folder := tmp_path / "flower").mkdir()
+    (folder / "tls.crt").write_text("a certificate")
+    (folder / "link").symlink_to("../site.key")
+    assert isolation._files_in(folder) == {"tls.crt": b"a certificate"}
 
 
 def test_counts_of_records_take_as_much_whatever_they_are(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def mutated(mutant: Mutant, text: str) -> str:
     """Write the file's text with the bug in it. Errors: Stale."""
     for old, new in mutant.edits:
         found = [(match.start(), match.end(), new) for match in re.finditer(re.escape(old), text)]
-        found = found or list(_laid_out_otherwise(old, new, text))
+        found = found or list(_find_laid_out_otherwise(old, new, text))
         if len(found) != 1:
             raise Stale(f"{mutant.file} has {len(found)} times, not once: {old.strip()!r}")
         ((start, end, put),) = found
@@ -45,7 +45,7 @@ def mutated(mutant: Mutant, text: str) -> str:
     return text
 
 
-def _laid_out_otherwise(old: str, new: str, text: str) -> Iterator[tuple[int, int, str]]:
+def _find_laid_out_otherwise(old: str, new: str, text: str) -> Iterator[tuple[int, int, str]]:
     """Find where a file says `old` with other line breaks, another indentation, or the comma that a
     formatter puts behind the last of several lines; and what stands there instead."""
     indent = len(old) - len(old.lstrip(" "))
@@ -60,10 +60,10 @@ def _laid_out_otherwise(old: str, new: str, text: str) -> Iterator[tuple[int, in
     pattern += r"[ \t]*\n" if old.endswith("\n") else ""
     for match in re.finditer(pattern, text, re.MULTILINE):
         further = len(match[1]) - indent if whole_lines else 0
-        yield match.start(), match.end(), _indented(new, further)
+        yield match.start(), match.end(), _indent(new, further)
 
 
-def _indented(text: str, further: int) -> str:
+def _indent(text: str, further: int) -> str:
     """Move lines to the right, or to the left where `further` is below 0."""
     if further >= 0:
         return re.sub(r"^(?=.)", " " * further, text, flags=re.MULTILINE)

@@ -356,16 +356,40 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-sites-log-grows-on-the-ledgers-disk", "fedtune/observe/log.py",
-        'OF_SITE if role == "site" else LIMIT, role != "site"', "LIMIT, True",
+        'self._has_space = role != "site"  #', "self._has_space = True  #",
         T_DECIDES + "test_a_sites_log_takes_its_space_at_its_first_event",
         "a courier takes the ledger's space in the midst of an order, by what it tells",
     ),
     one(
         "isolation", "a-vaults-log-grows-on-the-ledgers-disk", "fedtune/core/processes.py",
-        "pipe = program == \"rank\" or program in CONFINED", 'pipe = program == "courier"',
+        "pipe = program in AT_A_SITE", 'pipe = program == "courier"',
         "tests/isolation/test_own_view.py::"
         "test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more",
         "what a vault says of records, and of what a courier asks, takes space beside the room",
+    ),
+    one(
+        "isolation", "a-log-that-moved-aside-has-no-space", "fedtune/observe/log.py",
+        '            self._has_space = self._role != "site"\n', "",
+        T_DECIDES + "test_a_sites_log_that_moved_aside_waits_for_its_space",
+        "what is freed as a log moves aside is the ledger's before the next one has it",
+    ),
+    one(
+        "isolation", "a-courier-that-comes-again-fills-the-disk", "fedtune/launch/site.py",
+        "        if not room.has_space(LONGEST):\n", "        if False:\n",
+        T_DECIDES + "test_no_entry_is_made_where_the_ledgers_room_would_give_way",
+        "a courier from another container says something else at each start, without end",
+    ),
+    one(
+        "isolation", "a-librarys-warning-is-in-a-vaults-log", "fedtune/core/processes.py",
+        'warnings.simplefilter("ignore")', "pass",
+        T_DECIDES + "test_a_librarys_warning_is_in_no_log_of_a_site",
+        "a line for one record, and the library's own file is read to show it",
+    ),
+    one(
+        "isolation", "a-link-leads-into-the-couriers-view", "fedtune/core/isolation.py",
+        "if path.is_file() and not path.is_symlink())", "if path.is_file())",
+        T_DECIDES + "test_nothing_behind_a_link_is_brought_into_a_view",
+        "a link that lies in the courier's folder has a key copied there",
     ),
     one(
         "isolation", "counts-take-the-space-that-they-need", "fedtune/core/vault/reading.py",

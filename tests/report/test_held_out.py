@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.report.held_out import LEVEL, NOT_TOLD_APART, TOO_NOISY, interval, made_table, shown_in
+from fedtune.report.held_out import (
+    LEVEL,
+    NOT_TOLD_APART,
+    TOO_NOISY,
+    interval,
+    make_table,
+    write_shown,
+)
 from fedtune.report.markdown import markdown
 from tests import chance
 from tests.held_out_kit import Row, lay_out, of_classes
@@ -44,7 +51,7 @@ def test_splits_with_next_to_no_record_of_a_class_resolve_nothing(
     benign = {r["site"]: r for r in table["rows"] if r["value"] == "benign"}
     hidden = [name for name in BENIGN if benign[name]["score"] is None]
     assert {"a", "b", "c", "d"} <= {*hidden}
-    shown = shown_in({"held_out": {"round": 1, **table}, "privacy": {"unit": "patient"}})
+    shown = write_shown({"held_out": {"round": 1, **table}, "privacy": {"unit": "patient"}})
     assert shown is not None and shown.lines[-1] == "No difference is resolved."
     rows = [row for row in shown.rows if row[0] == "class: benign"]
     assert [row[1] for row in rows] == ["all sites together", *sorted(BENIGN)]
@@ -78,7 +85,7 @@ def tables(draw: np.random.Generator, number: int, truth: np.ndarray, counts: np
         noised = np.stack([right, counts], axis=-1) + draw.normal(0, sd, (*counts.shape, 2))
         sums = {name: row.ravel().tolist() for name, row in zip("ab", noised, strict=True)}
         sums[""] = noised.sum(axis=0).ravel().tolist()
-        yield made_table("accuracy", CELLS, sums, {"a": sd**2, "b": sd**2, "": 2 * sd**2})
+        yield make_table("accuracy", CELLS, sums, {"a": sd**2, "b": sd**2, "": 2 * sd**2})
 
 
 def test_all_intervals_of_a_table_hold_together() -> None:
@@ -123,29 +130,29 @@ def test_a_sum_beyond_its_count_is_a_share_all_the_same() -> None:
 
 def test_a_count_within_four_deviations_of_nothing_is_not_told_apart() -> None:
     for count, is_shown in ((TOO_NOISY * 2 - 0.01, False), (TOO_NOISY * 2 + 0.01, True)):
-        (row,) = made_table("accuracy", CELLS[:1], {"": [1.0, count]}, {"": 4.0})["rows"]
+        (row,) = make_table("accuracy", CELLS[:1], {"": [1.0, count]}, {"": 4.0})["rows"]
         assert (row["score"] is not None) == is_shown
         assert is_shown or row["units"] is row["interval"] is None
-    (row,) = made_table("accuracy", CELLS[:1], {"": [1.0, math.nan]}, {"": 4.0})["rows"]
+    (row,) = make_table("accuracy", CELLS[:1], {"": [1.0, math.nan]}, {"": 4.0})["rows"]
     assert row["score"] is None
 
 
 def test_rows_stand_by_name_whatever_the_figures() -> None:
     sums = {name: [score, 500.0] for name, score in (("", 900.0), ("b", 100.0), ("a", 490.0))}
-    table = made_table("accuracy", CELLS[:1], sums, dict.fromkeys(sums, 1.0))
+    table = make_table("accuracy", CELLS[:1], sums, dict.fromkeys(sums, 1.0))
     assert [row["site"] for row in table["rows"]] == ["", "a", "b"]
     assert table["resolved"] == ["all: b is below a"]
 
 
 def test_a_report_that_cannot_be_read_shows_no_table() -> None:
     for broken in (None, [], {}, {"rows": 3}, {"rows": [{}], "round": 1, "score": "accuracy"}):
-        assert shown_in({"held_out": broken}) is None
+        assert write_shown({"held_out": broken}) is None
 
 
 def test_a_report_shows_the_table_as_inert_text() -> None:
     """A plan's words are the coordinator's, and a page is read elsewhere."""
     cells = (("", ""), ("ward", "<b>|x"))
-    table = made_table("accuracy", cells, {"": [400.0, 500.0, 1.0, 500.0]}, {"": 1.0})
+    table = make_table("accuracy", cells, {"": [400.0, 500.0, 1.0, 500.0]}, {"": 1.0})
     report = {
         "private": True,
         "study": "s",

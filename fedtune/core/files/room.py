@@ -111,12 +111,16 @@ class Room:
 
 def reserve(descriptor: int, size: int) -> bool:
     """Give a file `size` bytes of its disk without a change of its length, where its file system
-    does that; return whether the disk has them."""
+    does that; return whether the disk has them. Where it has not, the file takes none of them."""
     of_no_more_length = 1  # FALLOC_FL_KEEP_SIZE
     sizes = ctypes.c_longlong(0), ctypes.c_longlong(size)
     libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.fallocate(descriptor, of_no_more_length, *sizes) != 0
-    return not (failed and ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT))
+    if libc.fallocate(descriptor, of_no_more_length, *sizes) == 0:
+        return True
+    if ctypes.get_errno() not in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size)  # a part may have been given already
+    return False
 
 
 def _length(path: Path) -> int:

@@ -17,6 +17,10 @@ from fedtune.core.errors import BudgetExceeded
 from fedtune.core.ledger.entries import Charge, Spent
 
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
+QUERIES_TODO = (
+    "raise private_evaluation.noise_multiplier, or have the site declare its held-out records "
+    "disjoint from those it trains on"
+)
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,6 @@ class Budget:
         """The charges of the plan's study: of its training and of its queries."""
         digest = self.plan.study.removesuffix(QUERIES)
         return [charge for charge in self.charges if charge.study in (digest, digest + QUERIES)]
-
-
-QUERIES_TODO = (
-    "raise private_evaluation.noise_multiplier, or have the site declare its held-out records "
-    "disjoint from those it trains on"
-)
 
 
 def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:

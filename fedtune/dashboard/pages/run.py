@@ -26,7 +26,7 @@ from fedtune.report.claim import THREE_EPSILONS, best_guess, protects, shared_li
 from fedtune.report.classes import HEAD as CLASSES
 from fedtune.report.classes import class_lines, class_rows
 from fedtune.report.gain import advice, headline, is_start_released, over_start
-from fedtune.report.held_out import shown_in
+from fedtune.report.held_out import write_shown
 from fedtune.report.preference import alarms as preference_alarms
 from fedtune.report.quality import intervals
 
@@ -87,7 +87,7 @@ class RunPage(Page):
             },
             "answers": answers_in(self.path),
             "told": read_told(self.path),
-            "held_out": shown_in(report),
+            "held_out": write_shown(report),
             "facts": _facts(plan, report),
             "commands": self._commands(snapshot, report, plan),
             "three_epsilons": THREE_EPSILONS,
