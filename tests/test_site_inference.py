@@ -268,7 +268,7 @@ def test_what_an_update_was_made_from_is_not_what_it_is_compared_with(
             seen.append({example.input_ids.tobytes() for example in data.dataset.examples})
         return {name: np.zeros(len(candidates.dataset.examples)) for name in parties}
 
-    monkeypatch.setattr(received, "received", looked_at)
+    monkeypatch.setattr(received, "compare_received", looked_at)
     attack_received(Run(trained / "run"), of_sites)
     *made_from, compared = seen
     assert [len(ids) for ids in seen] == [20, 20, 20, 60]

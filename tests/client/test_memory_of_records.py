@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.files.room import ROOM
+from fedtune.core.vault.reading import OF_COUNTS
 from fedtune.core.vault.worker import SiteWorker
 from tests.client.site_kit import begun, make_site, notes, room_of
 from tests.disks import disk
@@ -25,7 +26,7 @@ def test_a_full_disk_keeps_which_records_of_whom_were_trained_on(
         with worker.room_to_answer():
             state = worker.ledger.folder
         assert (state / ROOM).stat().st_size == room_of(worker.site)
-        with small.with_room_for(2**20 if space else 8192):
+        with small.with_room_for(2**20 if space else OF_COUNTS + 4096):
             with worker.room_to_answer():
                 assert worker.prepare(made.study, made.frozen).admitted
                 network = worker._prepared[made.study.digest].network

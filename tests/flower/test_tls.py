@@ -114,6 +114,10 @@ class World:
     def log(self, name: str) -> str:
         return (self.root / f"{name}.log").read_text()
 
+    def joined(self, name: str) -> int:
+        """How often the site has joined; one that was cut off joins once more within a study."""
+        return self.log(name).count("joined {")
+
     def site(
         self, name: str, *once: str, **more: str
     ) -> AbstractContextManager[subprocess.Popen[bytes]]:
@@ -137,17 +141,18 @@ class World:
 
     def come_back(self) -> None:
         """The coordinator starts anew; b is revoked, and comes back with new keys."""
+        earlier = {name: self.joined(name) for name in ("a", "b")}
         digest = hashlib.sha256(b"").hexdigest()
         with coordinator.superlink(self.home) as link:
             api.start_run(link.address, link.ca, link.secret, coordinator.bundle(), digest)
             with coordinator.supervised_gateway(link, self.home, "127.0.0.1", self.port):
-                until(lambda: all(self.log(name).count("joined") == 2 for name in ("a", "b")), 60)
+                until(lambda: all(self.joined(name) > earlier[name] for name in earlier))
                 enrol.revoke(self.home, "b")
-                until(lambda: "refuses this site (revoked)" in self.log("b"), 60)
+                until(lambda: "refuses this site (revoked)" in self.log("b"))
                 self.files["b2"] = kit.site_file(self.root / "sites" / "b2", "b", self.port)
                 kit.join_up(self.home, self.files["b2"], self.port)
                 with self.site("b2") as process:
-                    until(lambda: "joined" in self.log("b2"), 60)
+                    until(lambda: self.joined("b2") > 0)
                     process.terminate()
                     self.statuses["b2"] = process.wait(30)
 
