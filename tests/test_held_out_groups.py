@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from fedtune.core.config import Study, load_site, load_study
 from fedtune.core.data.group_reader import group_reader
 from fedtune.core.dp import noise, query
 from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.plan import SitePlan
 from fedtune.core.dp.steplog import StepLog, events
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.run_folder import load_plan
-from fedtune.core.vault import evaluation
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.told import digest_of_adapter, state
@@ -33,6 +34,7 @@ from fedtune.report.held_out import write_shown
 from tests.cli_kit import run as command
 from tests.dashboard.test_pages import shown as page
 from tests.held_out_kit import Row, lay_out, note
+from tests.query_rows import GivenRows, all_rows
 from tests.simulated import noise_from, simulate
 
 CELLS = 1 + 2 + 2 + 3
@@ -76,7 +78,7 @@ def sums(study: Study, rows: torch.Tensor, folder: Path) -> torch.Tensor:
     log = StepLog(folder / "steps.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise, "gaussian_on_grid", lambda n, *_: torch.zeros(n, dtype=torch.int64))
-        return query.answer(query.query_plan(study), rows.clone(), log, 1).double()
+        return query.answer(query.query_plan(study), GivenRows(rows.clone()), log, 1).double()
 
 
 def test_one_unit_moves_the_sums_by_no_more_than_the_norm(
@@ -84,7 +86,7 @@ def test_one_unit_moves_the_sums_by_no_more_than_the_norm(
 ) -> None:
     """Of each of the units that were drawn, and of rows of any length and content."""
     study, data = read(tmp_path, tiny_encoder, drawn_rows(0))
-    rows = evaluation.unit_rows(study, data)
+    rows = all_rows(study, data)
     assert study.query_norm == pytest.approx(math.sqrt(2 * 4)) and rows.shape[1] == 2 * CELLS
     assert float(rows.norm(dim=1).max()) <= study.query_norm
     draw = torch.Generator().manual_seed(1)
@@ -101,18 +103,42 @@ def test_one_unit_moves_the_sums_by_no_more_than_the_norm(
     assert largest > 0.99 * study.query_norm
 
 
+@pytest.mark.parametrize("most", [200, 64, 1])
+def test_rows_are_made_for_some_units_at_once(
+    tmp_path: Path, tiny_encoder: Path, most: int
+) -> None:
+    """How much memory an answer needs does not follow from how many units there are; where it is
+    refused for some together, it is not for one."""
+
+    class Refused(GivenRows):
+        def of_units(self, units: Sequence[int]) -> torch.Tensor:
+            asked.append(len(units))
+            if len(units) > most:
+                raise MemoryError
+            return super().of_units(units)
+
+    study, _ = read(tmp_path / "study", tiny_encoder, drawn_rows(0, patients=1))
+    rows, asked = torch.full((200, 2 * CELLS), 0.1, dtype=torch.float64), list[int]()
+    log, plan = StepLog(tmp_path / "steps.jsonl"), SitePlan(query.query_plan(study))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(noise, "gaussian_on_grid", lambda n, *_: torch.zeros(n, dtype=torch.int64))
+        found = query.answer(plan, Refused(rows.clone()), log, 1).double()
+    assert torch.equal(found, sums(study, rows, tmp_path))
+    assert max(asked) <= 64
+
+
 def test_a_units_row_is_its_own_records_and_nobody_elses(
     tmp_path: Path, tiny_encoder: Path
 ) -> None:
     rows = drawn_rows(2)
     study, data = read(tmp_path / "all", tiny_encoder, rows)
-    every = evaluation.unit_rows(study, data)
+    every = all_rows(study, data)
     for at, key in enumerate(data.dataset.keys[:6]):
         without = [row for row in rows if row["who"].encode() not in key.split(b"\0")]
         assert len(without) < len(rows)
         _, left = read(tmp_path / f"without-{at}", tiny_encoder, without)
         expected = torch.cat([every[:at], every[at + 1 :]])
-        assert torch.equal(evaluation.unit_rows(study, left), expected)
+        assert torch.equal(all_rows(study, left), expected)
 
 
 def test_what_the_plan_does_not_name_counts_nowhere(tmp_path: Path, tiny_encoder: Path) -> None:
@@ -125,7 +151,7 @@ def test_what_the_plan_does_not_name_counts_nowhere(tmp_path: Path, tiny_encoder
         note("d", "malignant", gender=None, years=None) | {"note": "second"},
     ]
     study, data = read(tmp_path, tiny_encoder, rows)
-    found = evaluation.unit_rows(study, data).view(-1, CELLS, 2)[..., 1]
+    found = all_rows(study, data).view(-1, CELLS, 2)[..., 1]
     #      all  benign malignant  female male  below 18, 18 to 65, 65 and above
     assert found.tolist() == [
         [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0],
@@ -154,7 +180,7 @@ def test_a_score_that_is_none_takes_its_unit_alone_out_of_every_sum(
     batch = next(iter(data.blocks([1])))
     broken = network.pool(network.hidden(batch.prefix, batch.mask), batch.mask)[0]
     monkeypatch.setattr(network, "logits", logits)
-    made = evaluation.unit_rows(study, data)
+    made = all_rows(study, data)
     assert made.isnan().any(dim=1).tolist() == [False, True, False]
     assert sums(study, made, tmp_path)[1::2].tolist() == [2.0, 2.0, 0.0, 2.0, 0.0, 0.0, 2.0, 0.0]
 

@@ -29,6 +29,7 @@ from tests import chance
 from tests.guarantee.test_wire_inventory import FROM_THE_PLAN, HEADER, shape
 from tests.guarantee.world import Recorder, leaves, run
 from tests.private_evaluation_kit import found, held_out, sums, world
+from tests.query_rows import GivenRows
 from tests.server.fakes import QUERY, FakeSite, Trial, make_study, trial
 
 __all__ = ["trial"]  # the fixture
@@ -114,7 +115,7 @@ def variance_is_right(folder: Path, plan: DpPlan) -> bool:
     """Whether answers of nobody are noise alone, σ · √2 in each number."""
     log, empty = StepLog(folder / "steps.jsonl"), torch.zeros(0, 2, dtype=torch.float64)
     calls = range(math.ceil(SPREAD.draws / 2))
-    seen = torch.stack([query.answer(plan, empty, log, 1) for _ in calls]).double()
+    seen = torch.stack([query.answer(plan, GivenRows(empty), log, 1) for _ in calls]).double()
     found = float(seen.square().mean().sqrt()) / (SIGMA * math.sqrt(2))
     return chance.spread_of(seen.numel()).holds(found)
 
@@ -149,8 +150,8 @@ def test_one_unit_moves_the_sums_by_no_more_than_the_norm(
     log, plan = StepLog(tmp_path / "steps.jsonl"), made_plan()
     others = torch.rand(20, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     both = torch.cat([others, torch.tensor([row], dtype=torch.float64)])
-    without = query.answer(plan, others.clone(), log, 1).double()
-    moved = query.answer(plan, both, log, 1).double() - without
+    without = query.answer(plan, GivenRows(others.clone()), log, 1).double()
+    moved = query.answer(plan, GivenRows(both), log, 1).double() - without
     assert float(moved.norm()) <= math.sqrt(2) * (1 + 1e-5)  # fp32 in the sums
     assert not both.any()  # nothing un-noised is left in memory
 

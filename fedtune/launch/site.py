@@ -41,7 +41,7 @@ from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, reviewed
 from fedtune.launch.apart import CourierLeft, Door, Guest
-from fedtune.launch.courier_events import CourierEvents
+from fedtune.launch.event_reader import EventReader
 
 log = logging.getLogger("fedtune.client")
 EVENTS_AT_ONCE = 100  # of one half
@@ -160,9 +160,10 @@ class Halves:
         with ExitStack() as theirs, self._open as ours:
             guest = ours.enter_context(self.door.wait()) if self.door else None
             asks, answers = (theirs.enter_context(end) for end in socket.socketpair())
-            self.of_vault, tells_vault = connection_for(ours, theirs)
-            told, tells_courier = connection_for(ours, theirs)
-            self.of_courier = CourierEvents(told, events.MOST)
+            told_by_vault, tells_vault = connection_for(ours, theirs)
+            told_by_courier, tells_courier = connection_for(ours, theirs)
+            self.of_vault = EventReader(told_by_vault)
+            self.of_courier = EventReader(told_by_courier)
             options = [str(self.path), str(answers.fileno()), str(tells_vault)]
             options += [str(self.processes), json.dumps(self.place)]
             keep = [answers.fileno(), tells_vault]
@@ -194,8 +195,8 @@ class Halves:
         Errors: the courier's; PolicyRefused where their confinement does not suffice."""
         listeners = [self.door.listener] if self.door else []
         while True:
-            of_courier = self.of_courier.fileno()
-            ready = wait([self.of_vault, of_courier, *listeners], 0.5)
+            of_vault, of_courier = self.of_vault.fileno(), self.of_courier.fileno()
+            ready = wait([of_vault, of_courier, *listeners], 0.5)
             if self.door and self.door.listener in ready:
                 self.door.turn_away()
             # The vault first: it told before it answered.
@@ -211,9 +212,7 @@ class Halves:
                     return half.ended()
 
 
-def take_events(
-    connection: Connection | CourierEvents, show: Any, fetching: Path | None = None
-) -> bool:
+def take_events(connection: EventReader, show: Any, fetching: Path | None = None) -> bool:
     """Show what has arrived of one half; True: that was the last of it. fetching: of a vault, the
     site file for which a base is fetched."""
     try:
@@ -221,7 +220,7 @@ def take_events(
             if not connection.poll(0):
                 break
             event, facts = events.receive(connection)
-            if event == "fetch" and fetching and isinstance(connection, Connection):
+            if event == "fetch" and fetching:
                 connection.send_bytes(json.dumps(_fetch(fetching, str(facts["base"]))).encode())
             elif show(event, facts):
                 return True

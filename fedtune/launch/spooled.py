@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +35,11 @@ from fedtune.core.files.writing import open_own, remove_drafts
 from fedtune.core.processes import STOP_SECONDS, Child, alone, private_folder, until_stopped
 from fedtune.core.progress import OnEvent
 from fedtune.core.vault.process import HOME
-from fedtune.core.wire import events
 from fedtune.core.wire.spool import Spool
 from fedtune.courier.process import FOLDER
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
-from fedtune.launch.courier_events import CourierEvents
+from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
 
 RUN_LOG = "vault-run.log"  # in the state folder: what the last command said
@@ -127,7 +126,7 @@ class _Half:
     """A half of a site as a process. told: what it tells; fetching: of a vault, its site file."""
 
     child: Child
-    told: Connection | CourierEvents
+    told: EventReader
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
@@ -161,12 +160,10 @@ def _child(
 ) -> Iterator[_Half]:
     with ExitStack() as theirs, ExitStack() as ours:
         connection, tells = connection_for(ours, theirs)
-        is_vault = program == "vault"
-        told = connection if is_vault else CourierEvents(connection, events.MOST)
         options = [str(path.resolve()), str(spool.path), str(tells), *rest]
         child = ours.enter_context(Child(program, options, home=home, log=log, keep=[tells]))
         theirs.close()  # so that its end is the end of what it tells
-        yield _Half(child, told, path.resolve() if is_vault else None)
+        yield _Half(child, EventReader(connection), path.resolve() if program == "vault" else None)
 
 
 def _start_for_each(

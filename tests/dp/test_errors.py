@@ -14,8 +14,8 @@ from fedtune.core.objectives._interface import Batch
 from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.training.engines import EngineName
 from fedtune.core.training.unit_gradients import NoRowGradient, UnitGradientEngine
-from fedtune.core.vault.evaluation import unit_rows
 from tests.dp.conftest import records, study
+from tests.query_rows import all_rows
 
 SIZES, BAD = [1, 3, 1, 1, 2, 1], 2  # records of each unit; of which one record is bad
 NAME = "Mrs Example"
@@ -90,7 +90,7 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
     data: CachedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = study()
-    usual = unit_rows(plan, data)
+    usual = all_rows(plan, data)
     monkeypatch.setattr(
         "fedtune.core.vault.evaluation.resolve",
         lambda table: SimpleNamespace(
@@ -98,7 +98,7 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
         ),
     )
     try:
-        found = unit_rows(plan, data)
+        found = all_rows(plan, data)
     except MemoryError:
         pytest.fail("one record's error is the answer's")
     others = [at for at in range(len(SIZES)) if at != BAD]

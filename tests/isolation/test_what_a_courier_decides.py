@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,7 @@ from fedtune.core.files.room import Room
 from fedtune.core.processes import AT_A_SITE
 from fedtune.core.vault.reading import keep_counts
 from fedtune.core.wire import events
-from fedtune.launch.courier_events import CourierEvents
+from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import Shown, take_events
 from fedtune.observe import JsonLog
 from fedtune.observe import log as log_module
@@ -58,7 +59,7 @@ def test_half_an_event_keeps_nobody_waiting(waits: bool) -> None:
 
     with ExitStack() as open_:
         connection, courier = ends(open_)
-        read = connection if waits else CourierEvents(connection, events.MOST)
+        read = connection if waits else EventReader(connection)
         courier.sendall(struct.pack("!i", len(EVENT)) + EVENT[:5])
         taking = Thread(target=take_events, args=(read, show), daemon=True)
         taking.start()
@@ -79,7 +80,7 @@ def test_events_arrive_whole_however_they_are_cut(seed: int) -> None:
     received = []
     with ExitStack() as open_:
         connection, courier = ends(open_)
-        read = CourierEvents(connection, events.MOST)
+        read = EventReader(connection)
         while stream or read.poll():
             size = draw.choice((1, 2, 5, 400))
             courier.sendall(stream[:size])
@@ -94,11 +95,70 @@ def test_events_arrive_whole_however_they_are_cut(seed: int) -> None:
         read.close()
 
 
+def told_to_nobody(tell: events.Teller, count: int) -> bool:
+    """Tell events of which nobody takes any; return whether that ended."""
+    telling = Thread(
+        target=lambda: [tell("answered", {"number": number}) for number in range(count)],
+        daemon=True,
+    )
+    telling.start()
+    telling.join(20.0)
+    return not telling.is_alive()
+
+
+def test_a_screen_that_stands_still_keeps_no_half_waiting() -> None:
+    """After how many orders a vault waited would follow from how many events its records make.
+    What was left out is counted."""
+    with ExitStack() as open_:
+        connection, end = ends(open_)
+        tell, read = events.Teller(Connection(end.detach())), EventReader(connection)
+        assert told_to_nobody(tell, 20_000)
+        seen = list(received(read))
+        shown = [facts["number"] for event, facts in seen]
+        assert shown == list(range(len(shown))) and 10 < len(shown) < 20_000
+        tell("answered", {"number": -1})
+        (missing, told), after = received(read)
+        assert missing == "log" and after == ("answered", {"number": -1})
+        assert int(told["text"].split()[0]) == 20_000 - len(shown)
+        read.close()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_events_of_any_length_are_told_whole_or_not_at_all(seed: int) -> None:
+    """Also those that a connection takes in part, while nobody reads the rest."""
+    draw, said, shown, missing = random.Random(seed), 0, 0, 0
+    with ExitStack() as open_:
+        connection, end = ends(open_)
+        tell, read = events.Teller(Connection(end.detach())), EventReader(connection)
+        for number in range(300):
+            if draw.random() < 0.9:
+                tell("failed", {"text": "x" * draw.choice((1, 300, 70_000, 900_000)), "n": number})
+                said += 1
+            else:
+                for event, facts in received(read):
+                    shown += event == "failed"
+                    missing += int(facts["text"].split()[0]) if event == "log" else 0
+        for _ in range(30):  # the rest of one, how many were left out, and the last
+            tell("failed", {"text": "the last"})
+            said += 1
+            for event, facts in received(read):
+                shown += event == "failed"
+                missing += int(facts["text"].split()[0]) if event == "log" else 0
+        assert shown + missing == said and shown > 30 and missing > 20
+        read.close()
+
+
+def received(read: EventReader) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what has arrived whole."""
+    while read.poll():
+        yield events.receive(read)
+
+
 @pytest.mark.parametrize("length", [-1, events.MOST + 1, 2**31 - 1])
 def test_what_no_event_can_be_is_not_read(length: int) -> None:
     with ExitStack() as open_:
         connection, courier = ends(open_)
-        read = CourierEvents(connection, events.MOST)
+        read = EventReader(connection)
         courier.sendall(struct.pack("!i", length) + b"x")
         with pytest.raises(OSError, match="length"):
             read.poll()

@@ -17,9 +17,15 @@ MUTANTS = (
     ),
     _one(
         "query", "each-record-counts-in-full", "fedtune/core/vault/evaluation.py",
-        "    pairs /= torch.bincount(unit, minlength=dataset.n_units)[unit, None]\n", "",
+        "self._pairs[record] / len(records)", "self._pairs[record]",
         GROUPS + "test_what_the_plan_does_not_name_counts_nowhere",
         "a patient with many records weighs as several, and is cut down in every cell",
+    ),
+    _one(
+        "query", "rows-of-all-units-at-once", "fedtune/core/dp/query.py",
+        "TOGETHER = 64", "TOGETHER = 2**62",
+        GROUPS + "test_rows_are_made_for_some_units_at_once",
+        "one unit more is what a machine's memory lacks for the rows of all of them",
     ),
     _one(
         "query", "a-value-that-nobody-named-is-the-first", "fedtune/core/data/group_reader.py",

@@ -343,9 +343,16 @@ MUTANTS = (
         "one of the two things that keep other users from a vault is not there",
     ),
     one(
-        "isolation", "half-an-event-is-waited-for", "fedtune/launch/courier_events.py",
+        "isolation", "half-an-event-is-waited-for", "fedtune/launch/event_reader.py",
         "        os.set_blocking(connection.fileno(), False)\n", "",
         T_DECIDES + "test_half_an_event_keeps_nobody_waiting",
+        "the vault stands still after as many orders as its records make events",
+    ),
+    one(
+        "isolation", "a-half-waits-for-its-screen", "fedtune/core/wire/events.py",
+        "        self._left_out = 0\n        os.set_blocking(connection.fileno(), False)\n",
+        "        self._left_out = 0\n",
+        T_DECIDES + "test_a_screen_that_stands_still_keeps_no_half_waiting",
         "the vault stands still after as many orders as its records make events",
     ),
     one(

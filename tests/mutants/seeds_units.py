@@ -138,8 +138,8 @@ MUTANTS = (
     ),
     one(
         "units", "a-sum-by-another-way", "fedtune/core/dp/query.py",
-        "return plan.step(len(rows), rows.shape[1], drawn_rows, log, round_)",
-        "return plan.clipped_sum(list(range(len(rows))), rows.shape[1], drawn_rows).float()",
+        "return plan.step(len(rows), rows.dimension, drawn_rows, log, round_)",
+        "return plan.clipped_sum(list(range(len(rows))), rows.dimension, drawn_rows).float()",
         "tests/dp/test_one_way_through.py::"
         "test_gradients_and_sums_are_touched_where_it_is_said",
         "a sum that was not noised is what leaves",

@@ -22,7 +22,7 @@ Reference: Dwork & Roth 2014, appendix A (the Gaussian mechanism).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fedtune.core.config import PrivacyTable, Study
 from fedtune.core.dp.clip import Chunk
@@ -31,6 +31,8 @@ from fedtune.core.dp.steplog import StepLog
 
 if TYPE_CHECKING:
     import torch
+
+TOGETHER = 64  # rows that are made at once
 
 
 def query_plan(study: Study) -> DpPlan:
@@ -52,14 +54,31 @@ def query_plan(study: Study) -> DpPlan:
     )
 
 
-def answer(plan: StepPlan, rows: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-    """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,). rows: (units,
-    2 · cells), zeroed afterwards."""
+class Rows(Protocol):
+    """The rows of a question, one a unit, made for the units that are asked for."""
+
+    @property
+    def dimension(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def of_units(self, units: list[int]) -> torch.Tensor: ...
+
+    def wipe(self) -> None: ...
+
+
+def answer(plan: StepPlan, rows: Rows, log: StepLog, round_: int) -> torch.Tensor:
+    """Compute the noised sums (Σ score, Σ 1) of each cell, fp32 (2 · cells,).
+
+    rows: `of_units` makes those of some units, fp64 (len(units), 2 · cells), for `TOGETHER` units
+    at once; what they are made from is wiped afterwards."""
 
     def drawn_rows(units: list[int]) -> Iterator[Chunk]:
-        yield Chunk(units, [rows[units]])
+        for first in range(0, len(units), TOGETHER):
+            some = units[first : first + TOGETHER]
+            yield Chunk(some, [rows.of_units(some)])
 
     try:
-        return plan.step(len(rows), rows.shape[1], drawn_rows, log, round_)
+        return plan.step(len(rows), rows.dimension, drawn_rows, log, round_)
     finally:
-        rows.zero_()
+        rows.wipe()

@@ -3,6 +3,7 @@ release it, and the held-out records' budget pays, less what the study's trainin
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,6 @@ from safetensors.numpy import save
 
 from fedtune.core.config import Site, SiteEvaluation, Study
 from fedtune.core.config.held_out import CLASS
-from fedtune.core.data.dataset import Dataset
 from fedtune.core.dp.plan import DpPlan, SitePlan
 from fedtune.core.dp.query import answer, query_plan
 from fedtune.core.errors import PolicyRefused, describe
@@ -130,41 +130,62 @@ def charge_of(
     )
 
 
-def _rows_or_none(study: Study, data: CachedDataset) -> torch.Tensor:
-    """Compute `unit_rows`; no rows where that fails, whatever the cause: the answer is then noise
-    alone, since an error would tell of the records."""
+def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
+    """Score the held-out records; no unit has a row where that fails, whatever the cause: the
+    answer is then noise alone, since an error would tell of the records."""
     try:
-        return unit_rows(study, data)
+        return UnitRows(study, data)
     except Exception as error:
         log.error("the adapter was not evaluated (%s): the answer is noise", describe(error))
-        return torch.zeros(0, 2 * len(study.query_cells), dtype=torch.float64)
+        return UnitRows(study, None)
 
 
-@torch.no_grad()
-def unit_rows(study: Study, data: CachedDataset) -> torch.Tensor:
-    """Compute each unit's mean of its records' (score, 1) with the loaded adapter, and the part of
-    it in each class and group of the plan; fp64 (units, 2 · cells), cell by cell. Un-noised."""
-    dataset = data.dataset
-    pairs = torch.ones(len(dataset.examples), 2, dtype=torch.float64)
-    for index, scores in _scores(study, data, range(len(pairs))):
-        pairs[index, 0] = scores
-    unit = torch.tensor([example.unit for example in dataset.examples], dtype=torch.long)
-    pairs /= torch.bincount(unit, minlength=dataset.n_units)[unit, None]
-    rows = torch.zeros(dataset.n_units, len(study.query_cells), 2, dtype=torch.float64)
-    for record, cells in enumerate(cells_of(study, dataset)):
-        rows[unit[record], cells] += pairs[record]
-    return rows.flatten(1)
+class UnitRows:
+    """The rows of a question about held-out records, made for the units that are asked for.
 
+    A unit's row is the mean of its records' (score, 1) with the loaded adapter, and the part of it
+    in each class and group of the plan: fp64 (2 · cells,), cell by cell, un-noised. Between two
+    calls there are two numbers a record, and no row: how much memory an answer takes at once
+    follows from the plan, not from how many units there are. `wipe` zeroes these numbers."""
 
-def cells_of(study: Study, dataset: Dataset) -> Iterator[list[int]]:
-    """Yield for each record the cells of the plan that it is in: all, and at most one an axis."""
-    axes, starts = study.query_axes, [1]
-    for values in axes.values():
-        starts.append(starts[-1] + len(values))
-    for example in dataset.examples:
-        groups = ((example.label,) if CLASS in axes else ()) + example.groups
-        placed = zip(starts, groups, strict=False)
-        yield [0, *(start + place for start, place in placed if place >= 0)]
+    @torch.no_grad()
+    def __init__(self, study: Study, data: CachedDataset | None) -> None:
+        """data: None for no units."""
+        axes = study.query_axes
+        self._by_class = CLASS in axes
+        self._starts = list(itertools.accumulate(map(len, axes.values()), initial=1))
+        self._examples = [] if data is None else data.dataset.examples
+        self.dimension = 2 * len(study.query_cells)
+        self._records: list[list[int]] = [[] for _ in range(data.dataset.n_units if data else 0)]
+        for record, example in enumerate(self._examples):
+            self._records[example.unit].append(record)
+        self._pairs = torch.ones(len(self._examples), 2, dtype=torch.float64)
+        if data is not None:
+            for index, scores in _scores(study, data, range(len(self._examples))):
+                self._pairs[index, 0] = scores
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def of_units(self, units: Sequence[int]) -> torch.Tensor:
+        """Make the rows of `units`, fp64 (len(units), 2 · cells)."""
+        rows = torch.zeros(len(units), self.dimension // 2, 2, dtype=torch.float64)
+        for row, unit in zip(rows, units, strict=True):
+            records = self._records[unit]
+            for record in records:
+                row[self._cells(record)] += self._pairs[record] / len(records)
+        return rows.flatten(1)
+
+    def wipe(self) -> None:
+        """Overwrite the scores with zeros."""
+        self._pairs.zero_()
+
+    def _cells(self, record: int) -> list[int]:
+        """Return the cells of the plan that a record is in: all, and at most one an axis."""
+        example = self._examples[record]
+        groups = ((example.label,) if self._by_class else ()) + example.groups
+        placed = zip(self._starts, groups, strict=False)
+        return [0, *(start + place for start, place in placed if place >= 0)]
 
 
 def _scores(

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import struct
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -18,6 +20,7 @@ from fedtune.core.errors import FedtuneError, InfrastructureError, printable
 from fedtune.core.progress import Step
 
 MOST = 1 << 20  # bytes of one event
+HEADER = struct.Struct("!i")  # the length of what follows, as multiprocessing.connection sends it
 LONGEST = 2_000  # characters of a text of the courier's
 CERTIFICATE = 16_384  # characters of a renewed certificate
 FROM_COURIER = frozenset(
@@ -42,20 +45,34 @@ class Receives(Protocol):
 
 
 class Teller:
-    """Sends events over a connection; where nobody reads them any more, they are dropped."""
+    """Sends events over a connection; where nobody reads them any more, they are dropped.
+
+    Guarantee: an event is never waited for. Where who started this process stands still, such as
+    on a terminal that nobody scrolls, what does not fit into the connection is left out and
+    counted: how many events there are follows from records, and so would when a vault that waited
+    stopped answering. `fetch` and `error` wait: the one for what it asks for, the other because
+    its process answers nobody after it."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()
+        self._rest = b""  # of an event that was sent in part
+        self._left_out = 0
+        os.set_blocking(connection.fileno(), False)
 
     def __call__(self, event: str, facts: dict[str, Any]) -> None:
         # An error: who started this process has ended, and so will this.
         with self._mutex, suppress(OSError):
-            self._connection.send_bytes(json.dumps([event, facts]).encode())
+            if self._left_out and self._send(_not_shown(self._left_out)):
+                self._left_out = 0
+            if self._left_out or not self._send(json.dumps([event, facts])):
+                self._left_out += 1
 
     def fetch(self, base: str) -> None:
         """Have the process that started this one fetch a base. Errors: as it found them."""
-        self("fetch", {"base": base})
-        if told := json.loads(self._connection.recv_bytes(MOST)):
+        with self._waiting():
+            self("fetch", {"base": base})
+            told = json.loads(self._connection.recv_bytes(MOST))
+        if told:
             raise error_of(told)
 
     def step(self, step: Step) -> None:
@@ -64,7 +81,45 @@ class Teller:
 
     def error(self, error: FedtuneError) -> None:
         """Tell the error with which this half ends."""
-        self("error", facts_of(error))
+        with self._waiting():
+            self("error", facts_of(error))
+
+    def _send(self, event: str) -> bool:
+        """Send an event, or as much of it as there is room for; return False for none of it."""
+        if not self._send_rest():
+            return False
+        content = event.encode()
+        whole = HEADER.pack(len(content)) + content
+        self._rest = whole
+        if self._send_rest() or len(self._rest) < len(whole):
+            return True
+        self._rest = b""
+        return False
+
+    def _send_rest(self) -> bool:
+        """Send what is left of an event; return whether that was all."""
+        try:
+            while self._rest:
+                self._rest = self._rest[os.write(self._connection.fileno(), self._rest) :]
+        except BlockingIOError:
+            return False
+        return True
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Wait in the block until there is room, and for what is answered."""
+        with suppress(OSError):
+            os.set_blocking(self._connection.fileno(), True)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.set_blocking(self._connection.fileno(), False)
+
+
+def _not_shown(events: int) -> str:
+    text = f"{events} events were not shown: this screen stood still"
+    return json.dumps(["log", {"level": "WARNING", "text": text}])
 
 
 def facts_of(error: FedtuneError) -> dict[str, str]:

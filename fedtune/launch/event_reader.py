@@ -1,26 +1,23 @@
-"""Read what a courier tells without ever waiting for it."""
+"""Read what the halves of a site tell without ever waiting for them."""
 
 from __future__ import annotations
 
 import os
-import struct
 from multiprocessing.connection import Connection
 
-HEADER = struct.Struct("!i")  # the length of what follows, as multiprocessing.connection sends it
+from fedtune.core.wire.events import HEADER, MOST
 
 
-class CourierEvents:
-    """Our end of a connection on which a courier sends events; `multiprocessing.connection.wait`
-    takes it, and whoever reads a Connection.
+class EventReader:
+    """Our end of a connection on which a half of a site sends events;
+    `multiprocessing.connection.wait` takes it, and whoever reads a Connection.
 
     Guarantee: `poll` and `recv_bytes` return at once. A Connection would wait for the rest of an
-    event of which a courier sends half: who shows the vault's events would stand still, and so, as
-    soon as these fill their pipe, would the vault; after how many orders follows from how many
-    events its records make."""
+    event of which a courier sends half: who shows the vault's events would stand still."""
 
-    def __init__(self, connection: Connection, most: int) -> None:
-        """connection: is closed with this; most: bytes of one event."""
-        self._connection, self._most = connection, most
+    def __init__(self, connection: Connection) -> None:
+        """connection: is closed with this."""
+        self._connection = connection
         self._had, self._ended = bytearray(), False
         os.set_blocking(connection.fileno(), False)
 
@@ -50,12 +47,16 @@ class CourierEvents:
         self._had.clear()
         return event
 
+    def send_bytes(self, reply: bytes) -> None:
+        """Send a half what it waits for. Errors: OSError where it does not."""
+        self._connection.send_bytes(reply)
+
     def _lacking(self) -> int:
         """Count the bytes of the header, or of the event, that have not arrived."""
         if len(self._had) < HEADER.size:
             return HEADER.size - len(self._had)
         (length,) = HEADER.unpack_from(self._had)
-        if not 0 <= length <= self._most:
+        if not 0 <= length <= MOST:
             self._ended = True
             raise OSError("an event of a length that none has")
         return HEADER.size + int(length) - len(self._had)
