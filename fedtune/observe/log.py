@@ -29,8 +29,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import writing
-from fedtune.core.files.room import reserve
+from fedtune.core.files.room import between_orders, reserve
 from fedtune.core.registry.metrics import METRICS
 from fedtune.core.registry.reasons import OTHER, reason_of
 
@@ -236,16 +237,17 @@ class JsonLog:
     """Appends each event to `path`, readable by this user alone; usable as `on_event`.
 
     Events of SCREEN, steps of a progress bar among them, are left out.
-    Guarantee: a site's log takes no space of its disk after its first event. A site's half on the
-    network decides when events are logged, and how many; in the midst of an order the space would
-    be the ledger's."""
+    Guarantee: a site's log takes space of its disk, or gives some back, only while no order is
+    answered: at its first event, and where it moves aside. A site's half on the network decides
+    when events are logged, and how many; in the midst of an order the space would be the ledger's.
+    A line for which there is none is left out, and whose disk has not the space is not kept."""
 
     def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
         self.path, self._role = path, role
-        self._limit = OF_SITE if role == "site" else LIMIT
-        self._has_space = role != "site"  # all that it may take; elsewhere none is asked for
+        self._earlier = path.with_name(path.name + ".1")
         self._strict = strict_here() if strict is None else strict
         self._mutex, self._warned = threading.Lock(), False
+        self._has_space: bool | None = None  # a site's for both files; None: not asked for yet
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         record = cleaned(event, data, strict=self._strict)
@@ -255,33 +257,50 @@ class JsonLog:
         try:
             with self._mutex:
                 self._append(json.dumps(line, allow_nan=False, ensure_ascii=True) + "\n")
-        except OSError as error:
+        except (OSError, InfrastructureError) as error:
             if not self._warned:
-                logger.warning("%s: %s; events are not logged", self.path, error.strerror)
+                why = error.strerror if isinstance(error, OSError) else error.happened
+                logger.warning("%s: %s; events are not logged", self.path, why)
             self._warned = True
 
     def _append(self, line: str) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        earlier = self.path.with_name(self.path.name + ".1")
-        if self.path.exists() and self.path.stat().st_size > self._limit:
-            self.path.replace(earlier)  # whose space is free from now on
-            self._has_space = self._role != "site"
-        if not self._has_space:
-            self._reserve(earlier)
-            self._reserve(self.path)
-            self._has_space = True
+        length = self.path.stat().st_size if self.path.exists() else 0
+        if self._role == "site":
+            if self._has_space is None or length > OF_SITE:
+                self._take_space(length)
+                length = self.path.stat().st_size if self.path.exists() else 0
+            if not self._has_space or length + len(line) > OF_SITE + OF_A_LINE:
+                return
+        elif length > LIMIT:
+            self.path.replace(self._earlier)
         file = writing.open_own(self.path, os.O_WRONLY | os.O_APPEND)
         try:
             os.write(file, line.encode())
         finally:
             os.close(file)
 
+    def _take_space(self, length: int) -> None:
+        """Take the space of a site's log, and of the earlier one, unless an order is answered.
+        Errors: OSError where the disk has not so much: nothing is logged until the next start."""
+        if self._has_space is False:
+            return
+        with between_orders(self.path.parent) as is_now:
+            if not is_now:
+                return
+            self._has_space = False
+            if length > OF_SITE:
+                self.path.replace(self._earlier)
+            for path in (self._earlier, self.path):
+                self._reserve(path)
+            self._has_space = True
+
     def _reserve(self, path: Path) -> None:
         """Give a file the space that it may take, without a change of its length. Errors: OSError
         where its disk has not so much."""
         file = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
         try:
-            if not reserve(file, self._limit + OF_A_LINE):
+            if not reserve(file, OF_SITE + OF_A_LINE):
                 raise OSError(errno.ENOSPC, "no space for a log beforehand")
         finally:
             os.close(file)

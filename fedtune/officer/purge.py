@@ -18,7 +18,7 @@ from fedtune.core.config import Site, study_from_json
 from fedtune.core.config.records import RECORDS
 from fedtune.core.config.state_files import ACCEPTANCE, FIGURES, LOSSES, PAGE, RECORD
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
-from fedtune.core.files.room import ROOM
+from fedtune.core.files.room import ORDERS, ROOM
 from fedtune.core.files.writing import DRAFT, is_abandoned, sync_folder
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix, traces
@@ -50,7 +50,7 @@ KINDS = {  # what people call it -> patterns of paths in the state folder; "*" g
     ),
     "where runs on this machine lie": (PLACES,),
     "ledgers of runs of declared data": (f"{RUNS}/*",),
-    "room for the ledger": (ROOM,),
+    "room for the ledger": (ROOM, ORDERS),
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }

@@ -232,23 +232,50 @@ def test_a_sites_log_takes_its_space_at_its_first_event(
     assert grew == {"site": False, "coordinator": True}
 
 
-def test_a_sites_log_that_moved_aside_waits_for_its_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def fill(log: JsonLog, lines: int) -> None:
+    for _ in range(lines):
+        log("joined", {"address": "hub.example.org:8443", "text": "again"})
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["first event", "moves aside"])
+def test_a_sites_log_takes_no_space_while_an_order_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
 ) -> None:
-    """Twin: with space the next line is there."""
-    monkeypatch.setattr(log_module, "OF_SITE", 2**12)
-    lengths = []
+    """Twin: after the order it does, and goes on."""
+    for name, size in (("OF_SITE", 2**14), ("OF_A_LINE", 2**12)):
+        monkeypatch.setattr(log_module, name, size)
+    log, room = JsonLog(tmp_path / "log.jsonl", role="site"), Room(tmp_path, 1)
+    if begun:
+        while not log.path.exists() or log.path.stat().st_size <= 2**14:
+            fill(log, 1)
+    with room.give_up():
+        before = taken(tmp_path)
+        fill(log, 100)
+        assert taken(tmp_path) == before and log.path.exists() is begun
+        assert not begun or 2**14 < log.path.stat().st_size <= 2**14 + 2**12
+    fill(log, 1)
+    assert 0 < log.path.stat().st_size < 2**10, "a new one"
+    assert log.path.with_name("log.jsonl.1").exists()
+
+
+def test_a_log_whose_disk_has_not_its_space_asks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Asking takes what is free for a moment. Twin: with space it is kept."""
+    kept = []
     for has_space in (True, False):
-        monkeypatch.setattr(log_module, "reserve", lambda *_: True)
+        asked: list[int] = []
+
+        def reserve(_file: int, size: int, has: bool = has_space, to: Any = asked) -> bool:
+            to.append(size)
+            return has
+
+        monkeypatch.setattr(log_module, "reserve", reserve)
         log = JsonLog(tmp_path / str(has_space) / "log.jsonl", role="site")
-        while not log.path.exists() or log.path.stat().st_size <= 2**12:
-            log("joined", {"address": "hub.example.org:8443", "text": "again"})
-        monkeypatch.setattr(log_module, "reserve", lambda *_, has=has_space: has)
-        for _ in range(3):
-            log("joined", {"address": "hub.example.org:8443", "text": "again"})
-        lengths.append(log.path.exists() and log.path.stat().st_size > 0)
-        assert log.path.with_name("log.jsonl.1").stat().st_size > 2**12
-    assert lengths == [True, False]
+        fill(log, 50)
+        kept.append(log.path.exists() and log.path.stat().st_size > 0)
+        assert len(asked) == (2 if has_space else 1)
+    assert kept == [True, False] and caplog.text.count("events are not logged") == 1
 
 
 WARNS = """

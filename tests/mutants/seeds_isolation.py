@@ -363,7 +363,8 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-sites-log-grows-on-the-ledgers-disk", "fedtune/observe/log.py",
-        'self._has_space = role != "site"  #', "self._has_space = True  #",
+        'if self._role == "site":\n            if self._has_space is None',
+        "if not self._role:\n            if self._has_space is None",
         T_DECIDES + "test_a_sites_log_takes_its_space_at_its_first_event",
         "a courier takes the ledger's space in the midst of an order, by what it tells",
     ),
@@ -375,10 +376,28 @@ MUTANTS = (
         "what a vault says of records, and of what a courier asks, takes space beside the room",
     ),
     one(
-        "isolation", "a-log-that-moved-aside-has-no-space", "fedtune/observe/log.py",
-        '            self._has_space = self._role != "site"\n', "",
-        T_DECIDES + "test_a_sites_log_that_moved_aside_waits_for_its_space",
-        "what is freed as a log moves aside is the ledger's before the next one has it",
+        "isolation", "a-full-log-stays", "fedtune/observe/log.py",
+        "self._has_space is None or length > OF_SITE:", "self._has_space is None:",
+        T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",
+        "a site's log ends with its first file, and nobody is told",
+    ),
+    one(
+        "isolation", "a-log-takes-space-in-the-midst-of-an-order", "fedtune/observe/log.py",
+        "            if not is_now:\n", "            if False:\n",
+        T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",
+        "a courier chooses when the ledger's room loses a mebibyte",
+    ),
+    one(
+        "isolation", "an-order-does-not-wait-for-a-log", "fedtune/core/files/room.py",
+        "with locks.hold(self.folder / ORDERS), self._given_up():", "with self._given_up():",
+        T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",
+        "a courier chooses when the ledger's room loses a mebibyte",
+    ),
+    one(
+        "isolation", "a-log-asks-for-its-space-again", "fedtune/observe/log.py",
+        "        if self._has_space is False:\n", "        if False:\n",
+        T_DECIDES + "test_a_log_whose_disk_has_not_its_space_asks_once",
+        "asking takes all that is free for a moment, as often as a courier likes",
     ),
     one(
         "isolation", "a-courier-that-comes-again-fills-the-disk", "fedtune/launch/site.py",

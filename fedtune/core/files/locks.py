@@ -30,7 +30,32 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        _let_go(descriptor)
+
+
+@contextmanager
+def hold_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock in the block, unless somebody does: yields which; its file is made if it is
+    missing. Errors: InfrastructureError."""
+    with mapping_errors(path):
+        descriptor = writing.open_own(path, os.O_RDWR)
+    try:
+        with mapping_errors(path):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_ours = True
+            except BlockingIOError:
+                is_ours = False
+        yield is_ours
+    finally:
+        _let_go(descriptor)
+
+
+def _let_go(descriptor: int) -> None:
+    """Unlock before closing: a process that was forked meanwhile has the descriptor too."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 @contextmanager

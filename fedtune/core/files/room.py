@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.core.errors import InfrastructureError
+from fedtune.core.files import locks
 
 log = logging.getLogger("fedtune.site")
 ROOM = "room"
+ORDERS = "orders.lock"  # held while an order is answered
 LEDGER = "ledger.db"
 ROUNDS = 2048  # that a ledger pays for in its life, where its site does not say otherwise
 OF_A_ROUND = 4 * 2**10  # bytes of all entries that one round makes, at most
@@ -79,17 +81,21 @@ class Room:
         """Give up the room of an answer while the block writes there, and take it back.
 
         Errors: InfrastructureError, before the block, where the disk has not the whole room."""
-        path, kept = self.folder / ROOM, self.size - self._ledger
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._none(error) from error
+        with locks.hold(self.folder / ORDERS), self._given_up():
+            yield
+
+    @contextmanager
+    def _given_up(self) -> Iterator[None]:
+        path, kept = self.folder / ROOM, self.size - self._ledger
+        try:
             _allocate(path, kept)
             _allocate(path, kept - self.of_an_answer)
         except OSError as error:
-            raise InfrastructureError(
-                f"{self.folder}: no room for the ledger on its disk ({error.strerror})",
-                f"{self.size} bytes for the ledger and the file {ROOM!r} beside it",
-                "free space; orders are answered from then on",
-            ) from error
+            raise self._none(error) from error
         try:
             yield
         finally:
@@ -103,10 +109,27 @@ class Room:
                     error.strerror,
                 )
 
+    def _none(self, error: OSError) -> InfrastructureError:
+        return InfrastructureError(
+            f"{self.folder}: no room for the ledger on its disk ({error.strerror})",
+            f"{self.size} bytes for the ledger and the file {ROOM!r} beside it",
+            "free space; orders are answered from then on",
+        )
+
     @property
     def _ledger(self) -> int:
         """Bytes of the ledger that the room makes up for."""
         return min(_length(self.folder / LEDGER), self.of_the_ledger)
+
+
+@contextmanager
+def between_orders(folder: Path) -> Iterator[bool]:
+    """Keep the site whose state is in `folder` from answering an order while the block runs; yields
+    whether none is being answered: a file that takes space then takes none of the ledger's.
+
+    Errors: InfrastructureError."""
+    with locks.hold_if_free(folder / ORDERS) as is_free:
+        yield is_free
 
 
 def reserve(descriptor: int, size: int) -> bool:
