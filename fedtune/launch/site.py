@@ -25,7 +25,7 @@ from cryptography import x509
 
 from fedtune.core.config import Site, load_site
 from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.core.files.room import Room
+from fedtune.core.files.room import Room, between_orders
 from fedtune.core.files.writing import remove_drafts, replace
 from fedtune.core.ledger.audit_log import LONGEST, REPEATS, AuditLog, NotAuditable
 from fedtune.core.ledger.files import KEY
@@ -289,6 +289,7 @@ class Shown:
         self._last: dict[str, Any] = {}  # the facts of the newest answer
         self._confined: dict[str, dict[str, Any]] = {}  # of the halves that run now
         self._renewed: float | None = None  # when a certificate was last kept
+        self._certificate: bytes | None = None  # that is yet to be kept
 
     def begin(self) -> None:
         """Take in that the halves are started again."""
@@ -334,23 +335,34 @@ class Shown:
         return False
 
     def _keep(self, told: dict[str, Any]) -> None:
-        """Keep a renewed certificate where the courier reads it at its next start; once in a while,
-        so that the courier decides little of what is on the disk when."""
+        """Keep a renewed certificate where the courier reads it at its next start, as soon as no
+        order is answered; once in a while, so that the courier decides little of what is on the
+        disk when."""
         now = time.monotonic()
         if self._renewed is not None and now - self._renewed < RENEWALS:
             return
         self._renewed = now
-        text = str(told.get("certificate", "")).encode()
+        self._certificate = str(told.get("certificate", "")).encode()
+        self._write_certificate()
+
+    def _write_certificate(self) -> None:
         try:
-            x509.load_pem_x509_certificate(text)
-            replace(keys_folder(self._site) / RENEWED / "tls.crt", text, private=True)
+            with between_orders(self._site.site.state) as is_now:
+                if not is_now or self._certificate is None:
+                    return
+                text, self._certificate = self._certificate, None
+                x509.load_pem_x509_certificate(text)
+                replace(keys_folder(self._site) / RENEWED / "tls.crt", text, private=True)
         except (ValueError, InfrastructureError):
             log.warning("a renewed certificate cannot be kept; it is asked for again")
 
     def flush(self, seconds: float) -> None:
-        """Show the vault's facts that have waited so long for the courier's."""
+        """Show the vault's facts that have waited so long for the courier's, and write what waited
+        for the end of an order."""
         while self._facts and time.monotonic() - self._facts[0][0] >= seconds:
             self._show(self._facts.popleft()[1])
+        if self._certificate is not None:
+            self._write_certificate()
 
     def _join_facts(self, told: dict[str, Any]) -> None:
         facts = self._facts.popleft()[1] if self._facts else {}

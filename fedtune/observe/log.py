@@ -267,7 +267,7 @@ class JsonLog:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         length = self.path.stat().st_size if self.path.exists() else 0
         if self._role == "site":
-            if self._has_space is None or length > OF_SITE:
+            if self._has_space is None or (self._has_space and length > OF_SITE):
                 self._take_space(length)
                 length = self.path.stat().st_size if self.path.exists() else 0
             if not self._has_space or length + len(line) > OF_SITE + OF_A_LINE:
@@ -283,8 +283,6 @@ class JsonLog:
     def _take_space(self, length: int) -> None:
         """Take the space of a site's log, and of the earlier one, unless an order is answered.
         Errors: OSError where the disk has not so much: nothing is logged until the next start."""
-        if self._has_space is False:
-            return
         with between_orders(self.path.parent) as is_now:
             if not is_now:
                 return

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -25,13 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.core.errors import InputError
+from fedtune.core.errors import InfrastructureError, InputError
 from fedtune.core.files import reading, writing
+from fedtune.core.files.room import between_orders
 from fedtune.core.registry.reasons import HELD, WAITING
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # events kept in the file
+OF_SITE = 2**14  # bytes of a site's, or a multiple of them
 ENDED = frozenset({"done", "stopped"})
 BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a reason
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
@@ -52,7 +55,11 @@ CARRIED = (
 
 
 class StatusFile:
-    """Replaces folder/status.json at each event; usable as `on_event`. `close` lets the lock go."""
+    """Replaces folder/status.json at each event; usable as `on_event`. `close` lets the lock go.
+
+    Guarantee: a site's is replaced only while no order is answered, and takes whole blocks of its
+    disk, on which the ledger lies: the site's half on the network decides when events come. What
+    came meanwhile is in it after the next event, such as that an order was answered."""
 
     def __init__(
         self, folder: Path, *, role: Role = "coordinator", strict: bool | None = None
@@ -76,16 +83,26 @@ class StatusFile:
         text = json.dumps({**self._status, "updated": now()}, allow_nan=False).encode()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if self._holds():
-                with open(draft, "wb", opener=_private) as file:
-                    file.write(text)
-                draft.replace(self.folder / FILE)
-        except OSError as error:
+            if not self._holds():
+                return
+            if self._status["role"] != "site":
+                self._replace(draft, text)
+                return
+            with between_orders(self.folder) as is_now:
+                if is_now:
+                    self._replace(draft, text.ljust(math.ceil(len(text) / OF_SITE) * OF_SITE))
+        except (OSError, InfrastructureError) as error:
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
             if not self._warned:
-                logger.warning("%s: %s; no status is kept", self.folder, error.strerror)
+                why = error.strerror if isinstance(error, OSError) else error.happened
+                logger.warning("%s: %s; no status is kept", self.folder, why)
             self._warned = True
+
+    def _replace(self, draft: Path, text: bytes) -> None:
+        with open(draft, "wb", opener=_private) as file:
+            file.write(text)
+        draft.replace(self.folder / FILE)
 
     def _holds(self) -> bool:
         """Take the lock, or return whether another live process has it: the status is its own."""

@@ -11,12 +11,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedtune.core import isolation
 from fedtune.core.config import load_site
@@ -27,9 +32,10 @@ from fedtune.core.processes import AT_A_SITE
 from fedtune.core.vault.reading import keep_counts
 from fedtune.core.wire import events
 from fedtune.launch.event_reader import EventReader
-from fedtune.launch.site import Shown, take_events
+from fedtune.launch.site import RENEWED, Shown, keys_folder, take_events
 from fedtune.observe import JsonLog
 from fedtune.observe import log as log_module
+from fedtune.observe.status import StatusFile
 from tests.isolation.test_halves import a_site
 from tests.server.fakes import make_study
 
@@ -276,6 +282,49 @@ def test_a_log_whose_disk_has_not_its_space_asks_once(
         kept.append(log.path.exists() and log.path.stat().st_size > 0)
         assert len(asked) == (2 if has_space else 1)
     assert kept == [True, False] and caplog.text.count("events are not logged") == 1
+
+
+def test_a_sites_status_is_written_while_no_order_is_answered(tmp_path: Path) -> None:
+    """And takes as much of the disk whatever it says. Twin: a coordinator's."""
+    seen = {}
+    for role in ("site", "coordinator"):
+        folder = tmp_path / role
+        status, room = StatusFile(folder, role=role), Room(folder, 1)  # type: ignore[arg-type]
+        file, lengths = folder / "status.json", []
+        status("waiting", {"text": "first"})
+        lengths.append(file.stat().st_size)
+        with room.give_up():
+            before = file.read_text()
+            status("joined", {"address": "hub.example.org:8443", "text": "again"})
+            changed = file.read_text() != before
+        for _ in range(20):
+            status("joined", {"address": "hub.example.org:8443", "text": "again"})
+        lengths.append(file.stat().st_size)
+        assert "joined" in file.read_text()
+        seen[role] = (changed, len(set(lengths)) == 1)
+        status.close()
+    assert seen == {"site": (False, True), "coordinator": (True, False)}
+
+
+def test_a_renewed_certificate_is_kept_while_no_order_is_answered(tmp_path: Path) -> None:
+    """Twin: as soon as it has been."""
+    site = load_site(a_site(tmp_path))
+    key, shown = ec.generate_private_key(ec.SECP256R1()), Shown(site, lambda *_: None)
+    kept = keys_folder(site) / RENEWED / "tls.crt"
+    told = {"certificate": certificate_of(key)}
+    with Room(site.site.state, 1).give_up():
+        shown.from_courier("renewed", told)
+        shown.flush(60)
+        assert not kept.exists()
+    shown.flush(60)
+    assert kept.read_text() == told["certificate"]
+
+
+def certificate_of(key: ec.EllipticCurvePrivateKey) -> str:
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a")])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    return made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
 
 
 WARNS = """

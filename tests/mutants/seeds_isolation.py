@@ -377,7 +377,8 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-full-log-stays", "fedtune/observe/log.py",
-        "self._has_space is None or length > OF_SITE:", "self._has_space is None:",
+        "if self._has_space is None or (self._has_space and length > OF_SITE):",
+        "if self._has_space is None:",
         T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",
         "a site's log ends with its first file, and nobody is told",
     ),
@@ -388,6 +389,24 @@ MUTANTS = (
         "a courier chooses when the ledger's room loses a mebibyte",
     ),
     one(
+        "isolation", "a-status-is-written-in-the-midst-of-an-order", "fedtune/observe/status.py",
+        "                if is_now:\n", "                if True:\n",
+        T_DECIDES + "test_a_sites_status_is_written_while_no_order_is_answered",
+        "a file that is there twice for a moment, when the courier likes, on the ledger's disk",
+    ),
+    one(
+        "isolation", "a-status-is-as-long-as-what-it-says", "fedtune/observe/status.py",
+        "text.ljust(math.ceil(len(text) / OF_SITE) * OF_SITE)", "text",
+        T_DECIDES + "test_a_sites_status_is_written_while_no_order_is_answered",
+        "how much the disk has left follows from what a person at the site is told",
+    ),
+    one(
+        "isolation", "a-certificate-is-kept-in-the-midst-of-an-order", "fedtune/launch/site.py",
+        "if not is_now or self._certificate is None:", "if self._certificate is None:",
+        T_DECIDES + "test_a_renewed_certificate_is_kept_while_no_order_is_answered",
+        "a file that is there twice for a moment, when the courier likes, on the ledger's disk",
+    ),
+    one(
         "isolation", "an-order-does-not-wait-for-a-log", "fedtune/core/files/room.py",
         "with locks.hold(self.folder / ORDERS), self._given_up():", "with self._given_up():",
         T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",
@@ -395,7 +414,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-log-asks-for-its-space-again", "fedtune/observe/log.py",
-        "        if self._has_space is False:\n", "        if False:\n",
+        "if self._has_space is None or", "if not self._has_space or",
         T_DECIDES + "test_a_log_whose_disk_has_not_its_space_asks_once",
         "asking takes all that is free for a moment, as often as a courier likes",
     ),
