@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -148,7 +148,10 @@ class Child:
         # A courier writes no file of this disk, and so its log neither. How much a vault and its
         # other processes say follows from records, and from what a courier asks.
         pipe = program in AT_A_SITE
-        with open(log, "wb", opener=_private) as sink:
+        if pipe and program != "rank":  # a rank starts in the midst of an order: begin_log before
+            begin_log(log)
+        with ExitStack() as opened:
+            sink = None if pipe else opened.enter_context(open(log, "wb", opener=_private))
             self._process = subprocess.Popen(
                 boot.command("fedtune.core.processes", program, *options),
                 stdin=subprocess.PIPE,
@@ -158,8 +161,8 @@ class Child:
                 start_new_session=True,
                 pass_fds=keep,
             )
-        if output := self._process.stdout:
-            threading.Thread(target=_write_log, args=(output, log), daemon=True).start()
+        if pipe:
+            keep_output(self._process, log)
 
     @property
     def pid(self) -> int:
@@ -266,25 +269,48 @@ def reachable(host: str, port: int) -> bool:
     return True
 
 
+def begin_log(log: Path) -> None:
+    """Empty the log of a process of a site, and give it the MOST_LOGGED bytes that it may take.
+    There is no such file where its disk has not these: it would take what is left for the ledger.
+
+    It must not run in the midst of an order, whose space that would be."""
+    has_space = False
+    with suppress(OSError):
+        private_folder(log.parent)
+        with open(log, "wb", opener=_private) as file:
+            has_space = reserve(file.fileno(), MOST_LOGGED + len(FULL))
+    if not has_space:
+        with suppress(OSError):
+            log.unlink()
+        _log.warning(
+            "%s: its disk has not the %d bytes that it may take: what its process says is not "
+            "kept; to do: free space, then start again",
+            log,
+            MOST_LOGGED,
+        )
+
+
+def keep_output(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Add what a process says, through a pipe, to the log that `begin_log` has begun."""
+    assert process.stdout
+    threading.Thread(target=_write_log, args=(process.stdout, log), daemon=True).start()
+
+
 def _write_log(output: IO[bytes], log: Path) -> None:
-    """Write what a half of a site says into its log until it ends: MOST_LOGGED bytes, which the
-    file has on its disk from the beginning, and that there is no room for what comes after.
-    Nothing where the disk does not give it that: it would take what is left for the ledger."""
-    with output, open(log, "r+b", opener=_private, buffering=0) as sink:
-        left = MOST_LOGGED
-        if not reserve(sink.fileno(), MOST_LOGGED + len(FULL)):
-            left = 0
-            _log.warning(
-                "%s: its disk has not the %d bytes that it may take: what its process says is not "
-                "kept; to do: free space, then start again",
-                log,
-                MOST_LOGGED,
-            )
+    """Add what a process of a site says to its log until it ends: up to the MOST_LOGGED bytes that
+    the file has on its disk since `begin_log`, and that there is no room for what comes after."""
+    with output, ExitStack() as opened:
+        sink, left = None, 0
+        with suppress(FileNotFoundError):
+            file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+            sink = opened.enter_context(open(file, "wb", buffering=0))
+            left = max(0, MOST_LOGGED - os.fstat(file).st_size)
         while said := os.read(output.fileno(), 65_536):
             kept = said[:left]
             left -= len(kept)
-            with suppress(OSError):
-                sink.write(kept + FULL if kept and not left else kept)
+            if sink and kept:
+                with suppress(OSError):
+                    sink.write(kept if left else kept + FULL)
 
 
 def _private(path: str, flags: int) -> int:
@@ -313,6 +339,8 @@ def _main(program: Program) -> None:
         # Python shows the line that warns, and reads it from the library's file for that: which
         # files are read would follow from records.
         warnings.simplefilter("ignore")
+        # A module's byte code is a new file in a folder whose names the courier may list.
+        sys.dont_write_bytecode = True
     boot.hide_quantisation()
     import_module(PROGRAMS[program][0]).main(sys.argv[1:])
 

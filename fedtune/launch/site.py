@@ -52,6 +52,10 @@ SAYS = {
     "courier": "what speaks to the network reads no record",
 }
 RENEWALS = 60.0  # seconds between two certificates of a site; as in flower/peers.py
+FREELY = frozenset({"isolation", "renewed", "error", "ended"})  # shown once, or not at all
+BURST = 2**16  # characters of a courier's words that are shown at once
+PER_SECOND = 128  # more of them
+OF_A_LINE = 100  # characters of the time and the name beside an event
 LATE = 5.0  # seconds after which what the vault tells is shown without what the courier adds
 
 
@@ -227,7 +231,7 @@ def take_events(connection: EventReader, show: Any, fetching: Path | None = None
     except (EOFError, OSError):  # its process has ended, or is about to: noticed by the caller
         time.sleep(0.05)
     except ValueError:
-        log.warning("an event that is none was left out")
+        show("", {})
     return False
 
 
@@ -275,6 +279,30 @@ class Again:
         return True
 
 
+class Allowance:
+    """How much of what a courier tells is shown: BURST characters, and PER_SECOND more each second.
+
+    What is shown may be kept, such as in a container's log, on any disk of the machine."""
+
+    def __init__(self) -> None:
+        self._left, self._since, self._left_out = float(BURST), time.monotonic(), 0
+
+    def permits(self, facts: dict[str, Any]) -> bool:
+        """Return whether an event may be shown; what was left out before is then counted."""
+        now = time.monotonic()
+        self._left = min(BURST, self._left + (now - self._since) * PER_SECOND)
+        self._since = now
+        size = len(json.dumps(facts)) + OF_A_LINE
+        if size > self._left:
+            self._left_out += 1
+            return False
+        self._left -= size
+        if self._left_out:
+            log.warning("%d events of the courier's are not shown: too many", self._left_out)
+            self._left_out = 0
+        return True
+
+
 class Shown:
     """Shows the person at the site what its halves tell.
 
@@ -290,6 +318,7 @@ class Shown:
         self._confined: dict[str, dict[str, Any]] = {}  # of the halves that run now
         self._renewed: float | None = None  # when a certificate was last kept
         self._certificate: bytes | None = None  # that is yet to be kept
+        self._allowance = Allowance()
 
     def begin(self) -> None:
         """Take in that the halves are started again."""
@@ -303,6 +332,8 @@ class Shown:
                 self.flush(0)
         elif event == "isolation":
             self._isolation("vault", facts)
+        elif not event:
+            log.warning("an event that is none was left out")
         elif not _say_again(event, facts):
             self.notify(event, facts)
         return False
@@ -311,6 +342,9 @@ class Shown:
         """Show an event of the courier's; True: it has ended. Errors: the one that it ended with;
         PolicyRefused, as `Halves.watch` says."""
         told = events.from_courier(event, facts)
+        is_counted = event in FREELY or (event == "answered" and self._facts)
+        if not is_counted and not self._allowance.permits(told or {}):
+            return False
         if told is None:
             log.warning("the courier told what it may not")
         elif event == "answered":

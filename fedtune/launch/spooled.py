@@ -17,7 +17,6 @@ request, of 64 hexadecimal digits; it never is a word of a command otherwise."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -31,8 +30,16 @@ from typing import Any, Literal
 
 from fedtune.core.config import Site, load_site
 from fedtune.core.errors import ConfigError, InfrastructureError
-from fedtune.core.files.writing import open_own, remove_drafts
-from fedtune.core.processes import STOP_SECONDS, Child, alone, private_folder, until_stopped
+from fedtune.core.files.writing import remove_drafts
+from fedtune.core.processes import (
+    STOP_SECONDS,
+    Child,
+    alone,
+    begin_log,
+    keep_output,
+    private_folder,
+    until_stopped,
+)
 from fedtune.core.progress import OnEvent
 from fedtune.core.vault.process import HOME
 from fedtune.core.wire.spool import Spool
@@ -200,20 +207,19 @@ def _start_for_each(
 
 def _run(command: list[str], folder: Path, log: Path) -> str:
     """Run a command to its end; say how it ended. It is stopped where this process is."""
-    sink = open_own(log, os.O_WRONLY | os.O_TRUNC)
+    begin_log(log)
     try:
         started = subprocess.Popen(
             command,
             cwd=folder,
             stdin=subprocess.DEVNULL,
-            stdout=sink,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     except OSError as error:
         return f"could not be started ({error.strerror})"
-    finally:
-        os.close(sink)
+    keep_output(started, log)
     try:
         return f"ended with exit status {started.wait()}"
     finally:

@@ -42,7 +42,8 @@ SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper ends of the round ti
 class Metrics:
     """The figures of one role, served on loopback once `port` is given; usable as `on_event`.
 
-    port 0: any free one, see `.port`. site: the site.toml whose ledger is read at each scrape."""
+    port 0: any free one, see `.port`. site: the site.toml whose ledger is read at the start and
+    after each answer."""
 
     def __init__(
         self,
@@ -56,12 +57,15 @@ class Metrics:
         self.registry: CollectorRegistry = kinds.CollectorRegistry()
         self._strict = strict_here() if strict is None else strict
         self._take: Callable[[Record], None]
+        self._ledger: LedgerFigures | None = None
         if role == "coordinator":
             self._take = _coordinator(kinds, self.registry)
         else:
             self._take = _site(kinds, self.registry)
             if site is not None:
-                self.registry.register(LedgerFigures(site))
+                self._ledger = LedgerFigures(site)
+                self._ledger.read()
+                self.registry.register(self._ledger)
         self._serving = None if port is None else serve(self.registry, port)
 
     @property
@@ -69,7 +73,10 @@ class Metrics:
         return self._serving.port if self._serving else None
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
-        self._take(cleaned(event, data, strict=self._strict))
+        record = cleaned(event, data, strict=self._strict)
+        self._take(record)
+        if self._ledger is not None and "epsilon" in record:  # which the vault alone tells
+            self._ledger.read()
 
     def close(self) -> None:
         if self._serving:
@@ -155,27 +162,35 @@ class _Spent(NamedTuple):
 
 
 class LedgerFigures:
-    """A site's budget, read from its ledger at each scrape; composed anew only when it changed.
+    """A site's budget, as its ledger had it when `read` was last called.
 
     | no ledger yet           | readable 1, nothing spent                     |
-    | a ledger not believed   | readable 0, and no figure that could be wrong |"""
+    | a ledger not believed   | readable 0, and no figure that could be wrong |
+
+    Guarantee: a scrape reads nothing. The half of a site on the network may scrape as often as it
+    likes, and would see by the time it takes that the ledger has an entry more."""
 
     def __init__(self, site: Path) -> None:
         self._path, self._mutex = site, threading.Lock()
         self._ledger: Ledger | None = None
         self._cached: _Spent | None = None
+        self._shown: dict[str, tuple[str, float]] | None = None
 
     def describe(self) -> list[GaugeMetricFamily]:
-        return []  # nothing is read before the first scrape
+        return []
+
+    def read(self) -> None:
+        """Read the ledger, from where it was read before."""
+        with self._mutex:
+            try:
+                self._shown = self._figures()
+            except FedtuneError:
+                self._shown = None
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         from prometheus_client.core import GaugeMetricFamily
 
-        with self._mutex:
-            try:
-                figures = self._figures()
-            except FedtuneError:
-                figures = None
+        figures = self._shown
         readable = "1: the ledger verifies, and the figures below are its own"
         yield GaugeMetricFamily("fedtune_ledger_readable", readable, value=figures is not None)
         for name, (text, value) in (figures or {}).items():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import struct
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,12 +25,13 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedtune.core import isolation
+from fedtune.core import isolation, processes
 from fedtune.core.config import load_site
 from fedtune.core.config.state_files import COUNTS
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.files.room import Room
-from fedtune.core.processes import AT_A_SITE
+from fedtune.core.processes import AT_A_SITE, Child, Program
+from fedtune.core.vault.rank_process import Workers
 from fedtune.core.vault.reading import keep_counts
 from fedtune.core.wire import events
 from fedtune.launch.event_reader import EventReader
@@ -327,12 +330,63 @@ def certificate_of(key: ec.EllipticCurvePrivateKey) -> str:
     return made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()
 
 
+@pytest.mark.parametrize("event", ["log", "waiting", "answered", "no event", ""])
+def test_what_a_courier_tells_is_shown_up_to_a_length(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, event: str
+) -> None:
+    """A screen may be a container's log, on the disk of the ledger. What was left out is counted,
+    and what the vault tells is shown. Twin: little of it is."""
+    seen: list[dict[str, Any]] = []
+    shown = Shown(load_site(a_site(tmp_path)), lambda _, facts: seen.append(facts))
+    lengths = []
+    for most in (3, 5_000):
+        for number in range(most):
+            shown.from_courier(event, {"level": "WARNING", "text": f"{number:<2000}", "kind": "x"})
+        lengths.append(sum(len(json.dumps(facts)) for facts in seen) + len(caplog.text))
+    assert 0 < lengths[0] < 20_000 and lengths[1] < 2**17
+    before = len(seen)
+    shown.from_vault("answered", {"site": "a", "text": "round 1"})
+    shown.from_courier("answered", {"bytes_up": 1})
+    assert len(seen) == before + 1
+    shown._allowance._since -= 3600
+    shown.from_courier("waiting", {"text": "again"})
+    assert "events of the courier's are not shown" in caplog.text
+
+
+def test_the_logs_of_a_sites_ranks_take_no_space_while_an_order_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They start in the midst of the first. Twin: the log of another process does."""
+    asked: list[str] = []
+    honest = processes.reserve
+
+    def reserve(file: int, size: int) -> bool:
+        asked.append(os.readlink(f"/proc/self/fd/{file}").rpartition("/")[2])
+        return honest(file, size)
+
+    monkeypatch.setattr(processes, "reserve", reserve)
+    with Workers(a_site(tmp_path), 2) as ranks:
+        log = ranks._log_of(1)
+        assert asked == [log.name]
+        asked.clear()
+        started: tuple[Program, ...] = ("rank", "checks")
+        for program in started:
+            path = log if program == "rank" else log.with_name("checks.log")
+            with Child(program, ["nonsense"], home=tmp_path / "home", log=path) as child:
+                child._process.wait()
+                deadline = time.monotonic() + 60
+                while not path.stat().st_size and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            assert path.stat().st_size, "what it said"
+    assert asked == ["checks.log"]
+
+
 WARNS = """
 import sys, types, warnings
 from fedtune.core import processes
 def main(_words):
     warnings.warn("of one record")
-    print("said")
+    print("said", sys.dont_write_bytecode)
 sys.modules["warns"] = types.SimpleNamespace(main=main)
 processes.PROGRAMS = dict.fromkeys(processes.PROGRAMS, ("warns", "a program"))
 processes._main(sys.argv[1])
@@ -341,16 +395,20 @@ processes._main(sys.argv[1])
 
 @pytest.mark.parametrize("program", AT_A_SITE)
 def test_a_librarys_warning_is_in_no_log_of_a_site(program: str) -> None:
-    """Twin: a program that holds no records says it."""
+    """And it makes no file of byte code, whose name a courier could list. Twin: a program that
+    holds no records says it."""
     said = {}
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     for each in (program, "superlink"):
         with subprocess.Popen(
             [sys.executable, "-c", WARNS, each],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=environment,
         ) as started:  # fmt: skip
             assert started.stdout
             said[each] = started.stdout.read()
-    assert said[program] == "said\n" and "of one record" in said["superlink"]
+    assert said[program] == "said True\n"
+    assert "of one record" in said["superlink"] and "said False\n" in said["superlink"]
 
 
 def test_nothing_behind_a_link_is_brought_into_a_view(tmp_path: Path) -> None:

@@ -407,6 +407,37 @@ MUTANTS = (
         "a file that is there twice for a moment, when the courier likes, on the ledger's disk",
     ),
     one(
+        "isolation", "a-ranks-log-takes-space-in-the-midst-of-an-order",
+        "fedtune/core/processes.py",
+        'if pipe and program != "rank":', "if pipe:",
+        T_DECIDES + "test_the_logs_of_a_sites_ranks_take_no_space_while_an_order_is_answered",
+        "the ledger's room loses a mebibyte for each process that shares the first round",
+    ),
+    one(
+        "isolation", "a-courier-fills-the-screen", "fedtune/launch/site.py",
+        "        if size > self._left:\n", "        if False:\n",
+        T_DECIDES + "test_what_a_courier_tells_is_shown_up_to_a_length",
+        "a container's log grows on the ledger's disk, when the courier likes",
+    ),
+    one(
+        "isolation", "a-vault-writes-byte-code", "fedtune/core/processes.py",
+        "        sys.dont_write_bytecode = True\n", "",
+        T_DECIDES + "test_a_librarys_warning_is_in_no_log_of_a_site",
+        "a library that one record needs leaves a file that the courier may list",
+    ),
+    one(
+        "isolation", "a-cell-has-a-module-imported", "fedtune/core/data/sources/_arrow.py",
+        "    _import_what_cells_need()\n", "",
+        "tests/data/test_modules_of_cells.py::test_no_cell_has_a_module_imported",
+        "which files are read follows from one record's value",
+    ),
+    one(
+        "isolation", "a-scrape-reads-the-ledger", "fedtune/observe/metrics.py",
+        "        figures = self._shown\n", "        self.read()\n        figures = self._shown\n",
+        "tests/observe/test_metrics.py::test_a_scrape_does_not_read_the_ledger",
+        "how long a scrape takes tells that the ledger has an entry more, such as a withdrawal",
+    ),
+    one(
         "isolation", "an-order-does-not-wait-for-a-log", "fedtune/core/files/room.py",
         "with locks.hold(self.folder / ORDERS), self._given_up():", "with self._given_up():",
         T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",

@@ -16,7 +16,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.observe import metrics
-from fedtune.observe.metrics import Metrics, serve
+from fedtune.observe.metrics import LedgerFigures, Metrics, serve
 from tests.observe.test_log import NOTE, ROUND
 
 SITE = """
@@ -74,6 +74,9 @@ def test_a_coordinators_rounds_are_counted() -> None:
     assert seen['fedtune_epsilon{site="north"}'] >= 1.23456789
 
 
+ANSWERED = {"site": "north", "status": "trained", "epsilon": {"north": 1.0}}  # as a vault tells
+
+
 def test_a_sites_budget_is_the_ledgers(site: Path) -> None:
     found = Metrics("site", port=0, site=site)
     try:
@@ -90,6 +93,7 @@ def test_a_sites_budget_is_the_ledgers(site: Path) -> None:
                 ledger.release(reserved, b"update")
         found("joined", {"text": "connected; waiting for work"})
         found("refused", {"kind": NOTE})
+        found("answered", ANSWERED)
         seen = read(found)
         found("reconnecting", {"seconds": 2.0, "text": "connecting again"})
         after = read(found)
@@ -113,10 +117,34 @@ def test_the_port_says_nothing_of_what_the_ledger_enters_of_records(site: Path) 
         ledger.declare("records", [], "sha256:1", [b"ann", b"bob", b"eve"])
         ledger.withdraw(b"bob")
         assert ledger.head.seq == entries + 2
-        assert read(found) == before
+        found("answered", ANSWERED)
+        assert read(found) == before | {"fedtune_connected": 1}
         charge = Charge("s", "n", 1, 1.1, 0.1, 3, 1, 1.0, "record", "first", 8.0)
         ledger.reserve("records", charge, "1", lambda charges: None)
-        assert read(found) != before
+        found("answered", ANSWERED)
+        assert read(found) != before | {"fedtune_connected": 1}
+    finally:
+        found.close()
+
+
+def test_a_scrape_does_not_read_the_ledger(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it takes would tell of an entry more. Twin: after an answer it was read."""
+    Ledger(site.parent / "state").declare("records", [], "sha256:0", [b"ann"])
+    found, honest = Metrics("site", port=0, site=site), LedgerFigures._figures
+    reads: list[int] = []
+
+    def figures(self: LedgerFigures) -> dict[str, tuple[str, float]]:
+        reads.append(1)
+        return honest(self)
+
+    monkeypatch.setattr(LedgerFigures, "_figures", figures)
+    try:
+        for _ in range(3):
+            read(found)
+            found("answered", {"kind": "train", "text": "by a courier, of nothing"})
+        assert not reads
+        found("answered", ANSWERED)
+        assert len(reads) == 1
     finally:
         found.close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jinja2.debug  # noqa: F401 - at a template's first error, one record's, jinja2 imports it
 from jinja2 import TemplateError, nodes
 from transformers import PreTrainedTokenizerBase
 

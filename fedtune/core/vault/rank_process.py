@@ -41,7 +41,7 @@ from fedtune.core.models.network import Network
 from fedtune.core.models.prefix_store import PREFIX_STORE
 from fedtune.core.models.rank_slice import ALL
 from fedtune.core.objectives import resolve
-from fedtune.core.processes import Child
+from fedtune.core.processes import Child, begin_log
 from fedtune.core.training.data_parallel import Group, share_machine, sum_over_workers
 from fedtune.core.training.shared_records import fingerprint, pack_records, unpack_records
 from fedtune.core.training.unit_gradients import UnitGradientEngine
@@ -119,6 +119,8 @@ class Workers:
         """Share the machine from the start: records that are read before the first round have the
         threads, and so the blocks, of every other process."""
         if self.size > 1:
+            for rank in () if self._torchrun else range(1, self.size):
+                begin_log(self._log_of(rank))
             self._sharing.callback(torch.set_num_threads, torch.get_num_threads())
             self._sharing.callback(setattr, PREFIX_STORE, "processes", 1)
             share_machine(0, self.size)
@@ -134,14 +136,17 @@ class Workers:
         return group
 
     def _spawned(self) -> Group:
-        state = load_site(self._site).site.state
+        home = load_site(self._site).site.state / "ranks"
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
         socket_path = Path(folder, "team")
         for rank in range(1, self.size):
             options = [str(self._site), str(rank), str(self.size), str(socket_path)]
-            child = Child("rank", options, home=state / "ranks", log=state / f"rank-{rank}.log")
+            child = Child("rank", options, home=home, log=self._log_of(rank))
             self.children.append(self._open.enter_context(child))
         return Group(0, self.size, self._timeout, socket_path, self._alive)
+
+    def _log_of(self, rank: int) -> Path:
+        return load_site(self._site).site.state / f"rank-{rank}.log"
 
     def _alive(self) -> None:
         for child in self.children:

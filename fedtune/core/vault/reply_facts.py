@@ -43,7 +43,9 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
         if (number := _round(request)) is not None:
             facts["round"] = number
             where = f"round {number}" + (f" of {rounds}" if rounds else "")
-        if (spent := _spent(study, site)) is not None:
+        # A refused plan begins no ledger: there would be one for each name that somebody makes up.
+        is_known = status in ("admitted", WAITING) or site.has_ledger
+        if is_known and (spent := _spent(study, site)) is not None:
             facts["epsilon"] = {site.site.site.name: spent.epsilon}
             if spent.fallback is not None:
                 facts["fallback"] = {site.site.site.name: spent.fallback}
@@ -60,7 +62,8 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
             facts["text"] += f". {_unsigned(study, site, place, facts)}"
     refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])
     if study is not None and refused:
-        facts["text"] += f"; {'; '.join(explain(study, site.site, site.ledger))}; {TODO}"
+        ledger = site.ledger if site.has_ledger else site.home
+        facts["text"] += f"; {'; '.join(explain(study, site.site, ledger))}; {TODO}"
     if reviewed not in ("", facts["plan_digest"]) and facts.get("signed") is False:
         facts["text"] += (
             f". This is NOT the plan that came with the coordinator's answer ({reviewed})"

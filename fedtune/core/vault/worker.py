@@ -22,7 +22,7 @@ from fedtune.core.dp.non_private import non_private_plan
 from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
-from fedtune.core.files.room import Room
+from fedtune.core.files.room import LEDGER, Room
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom
 from fedtune.core.models.build import build
@@ -112,6 +112,13 @@ class SiteWorker:
         ledger = Ledger(of_run, self.room) if of_run else self.home
         remove_stored(ledger.folder)
         return ledger
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether the ledger that pays is there already; that of a run is made with its first
+        plan that is admitted."""
+        of_run = self.site.site.ledger
+        return of_run is None or (of_run / LEDGER).exists()
 
     @property
     def key(self) -> SigningKey:

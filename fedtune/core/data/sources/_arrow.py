@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fedtune.core.data.sources._interface import BadCell, Names, Row
@@ -16,8 +18,19 @@ Classes = Mapping[str, Sequence[str]]  # of a column of class numbers, their nam
 
 def asked(present: Sequence[str], names: Names) -> list[str]:
     """Tell `names` which columns a file has, and list those of them that are asked for."""
+    _import_what_cells_need()
     names.header(list(present))
     return sorted(set(names.keys.values()) & set(present))
+
+
+def _import_what_cells_need() -> None:
+    """Import what Arrow makes some cells with, such as nanoseconds or a time with a zone, before
+    the first is read: which modules a process imports must not follow from a record."""
+    import zoneinfo  # noqa: F401
+
+    for name in ("pandas", "pytz", "pyarrow.pandas_compat", "pyarrow.vendored.version"):
+        with suppress(ImportError):
+            import_module(name)
 
 
 def rows_of(
