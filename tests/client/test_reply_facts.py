@@ -26,13 +26,18 @@ from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry import process_cache
 from fedtune.core.registry.rounding import rounded_up
+from fedtune.core.vault.answers import Place
 from fedtune.core.vault.declared import declare
+from fedtune.core.vault.process import answer_and_tell
 from fedtune.core.vault.worker import worker
+from fedtune.core.wire.arrays import pack_arrays
 from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.requests import Request
 from fedtune.dashboard.pages.site import SitePage
 from fedtune.flower.grid import InProcessGrid
 from fedtune.observe import observer
 from fedtune.observe.status import read_status
+from fedtune.public.start import start
 from fedtune.runs.run import Run
 from fedtune.server import admission, rounds
 from fedtune.server.admission import plan_message
@@ -152,6 +157,25 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
     assert len(rounds_told) == 4 and "paid so far: ε = 0 of" not in rounds_told[-1]
     north = read_status(tmp_path / "state-north").status["sites"]["north"]
     assert north["declared"] == "public" and north["epsilon"] > 0
+
+
+def test_a_refused_plan_of_declared_data_begins_no_ledger(tmp_path: Path, tiny_base: Path) -> None:
+    """There would be one for each name that somebody makes up. Twin: one that is admitted does."""
+    study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
+    path = tmp_path / "site-north.toml"
+    text = path.read_text().replace("[data]", '[data]\ndeclared = "public"')
+    path.write_text(text.replace("[policy]", "[policy]\nallow_declared_data = true"))
+    declare(load_site(path))
+    own, begun = SigningKey(), start(study)
+    frozen = pack_arrays(begun.frozen)
+    for key, ledgers in ((SigningKey(), 0), (own, 1)):
+        sent = plan_message(begun.study, begun.frozen, key)
+        told: list[dict[str, Any]] = []
+        request = Request("prepare", {"plan": dict(sent.config_records["plan"])}, frozen)
+        place = Place(site=str(path), coordinator=own.public)
+        answer_and_tell(place, request, lambda _, facts, to=told: to.append(facts))  # type: ignore[arg-type,misc]
+        assert told[-1]["status"] == ("admitted" if ledgers else "refused")
+        assert len(list((tmp_path / "state-north").rglob("ledger.db"))) == 1 + ledgers
 
 
 def with_rule(folder: Path, rule: str) -> Path:

@@ -438,6 +438,12 @@ MUTANTS = (
         "how long a scrape takes tells that the ledger has an entry more, such as a withdrawal",
     ),
     one(
+        "isolation", "a-refused-plan-begins-a-ledger", "fedtune/core/vault/reply_facts.py",
+        'is_known = status in ("admitted", WAITING) or site.has_ledger', "is_known = True",
+        "tests/client/test_reply_facts.py::test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "whoever sends plans fills the disk beside the ledger's room, at no cost",
+    ),
+    one(
         "isolation", "an-order-does-not-wait-for-a-log", "fedtune/core/files/room.py",
         "with locks.hold(self.folder / ORDERS), self._given_up():", "with self._given_up():",
         T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",
