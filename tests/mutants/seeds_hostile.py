@@ -104,7 +104,7 @@ MUTANTS = (
     ),
     _one(
         "hostile", "anothers-status-is-written-over", "fedtune/observe/status.py",
-        "            if self._holds():\n", "            if self._holds() or True:\n",
+        "            if not self._holds():\n", "            if not self._holds() and False:\n",
         T_LOCKS + "test_the_status_of_a_running_process_is_its_own",
         "a command that was refused says that the running one has stopped",
     ),

@@ -137,7 +137,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-couriers-log-grows-as-it-likes", "fedtune/core/processes.py",
-        "sink.write(kept + FULL if kept and not left else kept)", "sink.write(said)",
+        "            kept = said[:left]\n", "            kept = said\n",
         T_VIEW + "test_a_couriers_log_has_its_space_from_the_beginning_and_takes_no_more",
         "by its log it takes the space that gives way in the midst of an order",
     ),
@@ -167,7 +167,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-log-without-space-takes-the-ledgers", "fedtune/core/processes.py",
-        "            left = 0\n", "            pass\n",
+        "    if not has_space:\n", "    if False:\n",
         T_VIEW + "test_a_log_for_which_there_is_no_space_is_not_kept",
         "on a disk that is full a courier's log takes what is left for an order",
     ),

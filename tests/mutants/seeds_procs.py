@@ -186,7 +186,8 @@ MUTANTS = (
     ),
     one(
         "processes", "a-second-server-on-the-home", "fedtune/core/files/locks.py",
-        "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_SH | fcntl.LOCK_NB",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB)\n            if os.path.samestat",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB)\n            if os.path.samestat",
         "tests/flower/test_alone.py::test_a_second_server_on_a_home_says_so_and_touches_nothing",
         "the second server deletes the state of the first, which dies",
     ),
