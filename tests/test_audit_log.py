@@ -102,7 +102,7 @@ def test_entries_that_were_cut_off_are_found_by_a_head_that_was_noted(folder: Pa
     AuditLog(folder, KEY).add("purge", files=6)
     assert verify(folder, KEY.public, head).head != head  # it goes on from there
     (folder / FILE).write_bytes(b"".join(lines(folder)[:-2]))
-    assert verify(folder, KEY.public)  # the log alone cannot tell: docs/audit-log.md says so
+    assert verify(folder, KEY.public)  # the log alone cannot tell: docs/retention.md says so
     with pytest.raises(NotGenuine, match="entry 5 is not the one that was noted"):
         verify(folder, KEY.public, head)
     for bad in ("5", "x:" + "0" * 64, "5:abc", "9999999999:" + "0" * 64):

@@ -99,6 +99,8 @@ OTHERS = {
 }
 HEAD = """# What must be right
 
+For auditors: the code to read.
+
 ε holds at a site if this code is right: the package `fedtune/core`. It is all of fedtune that the
 vault, the process that holds the records and has no network, can load to admit a plan, charge it,
 read the records, train, and answer. It imports nothing of fedtune outside itself; a contract in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -25,6 +26,22 @@ def test_every_page_is_looked_at() -> None:
 
 def test_the_readme_is_one_page() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=name)
+def test_a_page_says_first_whom_it_is_for(path: Path) -> None:
+    assert audience(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", ["# A page\n\nIt is long.\n", "# A page\n", "For nobody.\n"])
+def test_twin_a_page_for_nobody_is_found(page: str) -> None:
+    assert not audience(page)
+
+
+def audience(text: str) -> str | None:
+    """Return the line under the title if it names the reader, as "For an auditor", else None."""
+    found = re.match(r"# .+\n\n\*?(For .+)", text)
+    return found[1] if found else None
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

@@ -15,12 +15,12 @@ import pytest
 
 from tests.browser import AXE, RULES, Visit, needs_axe
 
-SEEN = ("index.html", "docs/tutorial.html", "docs/rescue.html", "docs/reference.html")
+SEEN = ("index.html", "docs/researcher.html", "docs/rescue.html", "docs/reference.html")
 SEARCHED = {  # what somebody types -> the page that is among what is found
     "withdraw": "docs/intake.html",
     "trimmed_mean": "docs/strategies.html",
     "a site out of budget": "docs/rescue.html",
-    "GPU": "docs/gpu.html",
+    "GPU": "docs/installing.html",
 }
 
 

@@ -1,4 +1,4 @@
-"""The README's consortium from its first line to a model, by the README's own lines."""
+"""A consortium from its first line to a model, by the coordinator's and the hospital's doors."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from fedtune.flower import membership
 from tests.docs.pages import ROOT, Block
 from tests.docs.walk_through import SITES, WalkThrough, consortium_block
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+COORDINATOR = (ROOT / "docs" / "coordinator.md").read_text(encoding="utf-8")
+HOSPITAL = (ROOT / "docs" / "hospital.md").read_text(encoding="utf-8")
 
 
-def test_the_readmes_consortium_trains(tmp_path: Path, tiny_encoder: Path) -> None:
+def test_the_consortium_of_both_doors_trains(tmp_path: Path, tiny_encoder: Path) -> None:
     walk = WalkThrough(tmp_path, tiny_encoder, free_port())
     try:
-        walk.run(consortium_block(README))
+        walk.run(consortium_block(COORDINATOR, HOSPITAL))
         shown = walk.running["coordinator"].done(300)
         assert "accuracy" in shown
         run = tmp_path / "coordinator" / "hub" / "runs" / "hub"
@@ -53,9 +54,9 @@ def test_the_readmes_consortium_trains(tmp_path: Path, tiny_encoder: Path) -> No
 
 def test_twin_a_line_that_does_not_work_is_found(tmp_path: Path, tiny_encoder: Path) -> None:
     walk = WalkThrough(tmp_path, tiny_encoder, free_port())
-    broken = README.replace("--target section --data", "--target section --date")
+    broken = HOSPITAL.replace("--target section --data", "--target section --date")
     with pytest.raises(AssertionError, match="No such option"):
-        walk.run(Block(0, "sh", sites_part(consortium_block(broken)), ""))
+        walk.run(Block(0, "sh", sites_part(consortium_block(COORDINATOR, broken)), ""))
 
 
 def sites_part(block: Block) -> str:
@@ -69,7 +70,7 @@ def test_twin_another_fingerprint_on_the_telephone_lets_nobody_in(
     """A site that heard another consortium's, and a coordinator who heard another site's."""
     walk = WalkThrough(tmp_path, tiny_encoder, free_port())
     try:
-        walk.run(Block(0, "sh", sites_part(consortium_block(README)), ""))
+        walk.run(Block(0, "sh", sites_part(consortium_block(COORDINATOR, HOSPITAL)), ""))
         hub = tmp_path / "coordinator"
         (hub / "hub" / "coordinator").mkdir(mode=0o700, parents=True)
         (hub / "hub" / "coordinator" / "address").write_text("127.0.0.1:9")
@@ -85,7 +86,7 @@ def test_twin_another_fingerprint_on_the_telephone_lets_nobody_in(
         walk._admit("coordinator", words)
         walk.heard["consortium"] = "0000 0000 0000 0000 0000"
         with pytest.raises(AssertionError, match="somebody may have replaced the file"):
-            last = consortium_block(README).text.split("# each site")[-1]
+            last = consortium_block(COORDINATOR, HOSPITAL).text.split("# each site")[-1]
             walk.run(Block(0, "sh", "# each site" + last, ""))
         site = load_site(tmp_path / "north" / "north" / "site.toml")
         assert membership.remembered(membership.keys_folder(site), "north") is None

@@ -1,7 +1,7 @@
-"""The README's consortium, run as it stands: its shell block's lines, on folders for machines.
+"""A consortium by the lines of two doors, the coordinator's and the hospital's.
 
-Every line runs as it is written, in the folder of the machine that the comment above it names;
-"each site" is run by all three, under their own names. What differs from a reader's machines:
+Every line runs as it is written: the coordinator's in a folder for its machine; a hospital's in
+three, by each site under its own name. What differs from a reader's machines:
 
 | the coordinator's name and address | loopback, and a free port                               |
 | the base                           | a tiny random encoder, by --base                        |
@@ -176,6 +176,18 @@ def _expanded(folder: Path, words: list[str]) -> Iterator[str]:
         yield from sorted(p.name for p in folder.glob(word)) if "*" in word else [word]
 
 
-def consortium_block(readme: str) -> Block:
-    (block,) = (b for b in read(readme).blocks if "fedtune admit" in b.text)
-    return block
+def consortium_block(coordinator: str, hospital: str) -> Block:
+    """Return the lines of both pages that make a consortium, in order, under whose they are.
+
+    coordinator, hospital: the text of docs/coordinator.md and of docs/hospital.md."""
+    parts = (
+        ("# coordinator", coordinator, "fedtune init hub"),
+        ("# each site", hospital, "fedtune init north"),
+        ("# coordinator", coordinator, "fedtune admit"),
+        ("# each site", hospital, "fedtune client north/site.toml --answer"),
+    )
+    lines = list[str]()
+    for whose, page, beginning in parts:
+        (block,) = (b for b in read(page).blocks if b.text.startswith(beginning))
+        lines += [whose, block.text]
+    return Block(0, "sh", "\n".join(lines), "")

@@ -13,6 +13,8 @@ UNTRIED = "not tried"
 HEAD = """\
 # Seeded bugs
 
+For whoever changes fedtune, or audits its tests.
+
 Written by `make mutants` and `python -m tests.mutants.run`; not edited by hand. Each bug is put
 into a copy of the shipped code, alone, and named tests must fail for it by an assertion. The
 untouched code passes the same tests.

@@ -15,6 +15,8 @@ from tests.mutants.traps import TRAPS, Trap
 PAGE = ROOT / "docs" / "pitfalls.md"
 HEAD = """# Ways in which DP fine-tuning breaks silently
 
+For researchers in privacy, and whoever writes a DP trainer.
+
 Written by `python -m tests.mutants.pitfalls`; not edited by hand. Each of these ends in an update
 and a stated (ε, δ), without an error that names it. For each: what goes wrong, how it shows or why
 it does not, how fedtune rules it out, and the bugs that `make mutants` seeds into a copy of the

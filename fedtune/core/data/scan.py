@@ -6,7 +6,7 @@ are any. English. Nothing is fetched at training, and no text leaves the process
 
 Guarantee: what a record becomes depends on that record's text and on public values alone, so a
 scan can be part of training: one record more or less changes none of the others.
-It is a scan, not de-identification: what it misses stays (docs/scan.md has figures).
+It is a scan, not de-identification: what it misses stays (docs/intake.md has figures).
 """
 
 from __future__ import annotations

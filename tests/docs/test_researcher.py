@@ -1,4 +1,4 @@
-"""The tutorial from its first command in the clone to a model in use, line by line as it stands."""
+"""The researcher's door from its first command in the clone to a model in use, line by line as it stands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.docs.pages import ROOT, read
 from tests.network.kit import FEDTUNE, environment
 
-TUTORIAL = ROOT / "docs" / "tutorial.md"
+DOOR = ROOT / "docs" / "researcher.md"
 
 
 def shell(folder: Path, lines: str) -> str:
@@ -43,8 +43,8 @@ def typed(lines: str, shown: str) -> str:
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.real
-def test_every_line_of_the_tutorial_works(tmp_path: Path) -> None:
-    blocks = [b for b in read(TUTORIAL.read_text(encoding="utf-8")).blocks if not b.why]
+def test_every_line_of_the_researchers_door_works(tmp_path: Path) -> None:
+    blocks = [b for b in read(DOOR.read_text(encoding="utf-8")).blocks if not b.why]
     shown = list[str]()
     for block in blocks:
         if block.language == "sh":
@@ -58,12 +58,12 @@ def test_every_line_of_the_tutorial_works(tmp_path: Path) -> None:
     assert re.search(r"'label': '[A-R]'", "".join(shown))
 
 
-def test_twin_a_line_that_fails_stops_the_tutorial(tmp_path: Path) -> None:
+def test_twin_a_line_that_fails_stops_the_researcher(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="No such option"):
         shell(tmp_path, "fedtune plan study.toml --sizes 80\ntrue")
 
 
 def test_what_is_not_run_is_what_needs_another_machine_or_a_person() -> None:
-    blocks = read(TUTORIAL.read_text(encoding="utf-8")).blocks
+    blocks = read(DOOR.read_text(encoding="utf-8")).blocks
     unrun = [block.text for block in blocks if block.why and block.language == "sh"]
     assert len(unrun) == 2 and "make install" in unrun[0] and "fedtune dashboard" in unrun[1]
