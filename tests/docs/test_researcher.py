@@ -1,4 +1,4 @@
-"""The researcher's door from its first command in the clone to a model in use, line by line as it stands."""
+"""The researcher's door, from its first command in the clone to a model in use, line by line."""
 
 from __future__ import annotations
 
