@@ -7,6 +7,7 @@ The generator follows no links to folders, so each page gets a link of its own.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ LINKED = (
     "SECURITY.md", "client", "deploy", "docs", "examples", "fedtune/dashboard/static/LICENSES.md",
     "server",
 )  # fmt: skip
+# What is kept for who changes fedtune: a reader's words are found in the other pages.
+NOT_SEARCHED = ("CHANGELOG.html", "docs/decisions/", "docs/mutants.html")
 
 
 def lay(folder: Path) -> None:
@@ -39,10 +42,21 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
     if not config.exists():
         config.write_text((ROOT / "zensical.toml").read_text(encoding="utf-8"), encoding="utf-8")
     generator = Path(sys.executable).with_name("zensical")
-    return subprocess.run(
+    done = subprocess.run(
         [generator, "build", "--clean", "--strict", "--config-file", config],
         cwd=folder, text=True, capture_output=True, check=False,
     )  # fmt: skip
+    if done.returncode == 0:
+        shorten_index(folder / "build" / "site" / "search.json")
+    return done
+
+
+def shorten_index(index: Path) -> None:
+    """Take out of the index of the search what NOT_SEARCHED names."""
+    found = json.loads(index.read_text(encoding="utf-8"))
+    items = [each for each in found["items"] if not each["location"].startswith(NOT_SEARCHED)]
+    text = json.dumps(found | {"items": items}, ensure_ascii=False)
+    index.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import pytest
 
 from tests.browser import AXE, RULES, Visit, needs_axe
+from tests.docs.pages import ROOT
 
 SEEN = ("index.html", "docs/researcher.html", "docs/rescue.html", "docs/reference.html")
 SEARCHED = {  # what somebody types -> the page that is among what is found
@@ -22,6 +24,10 @@ SEARCHED = {  # what somebody types -> the page that is among what is found
     "a site out of budget": "docs/rescue.html",
     "GPU": "docs/installing.html",
 }
+QUESTIONS = re.findall(
+    r"^## (.+)$", (ROOT / "docs" / "faq.md").read_text(encoding="utf-8"), re.MULTILINE
+)
+FIRST = 2  # among so many results of a search a question has to be
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -58,6 +64,26 @@ def test_search_finds_the_page(words: str, browser: Any, address: str) -> None:
     visit.page.keyboard.press("Control+a")
     visit.page.keyboard.type("xyzzyplugh")
     visit.page.get_by_text("No results").first.wait_for(timeout=10_000)
+
+
+def test_each_frequent_question_is_among_the_first_that_its_words_find(
+    browser: Any, address: str
+) -> None:
+    """Each is a section of its own, so that its words stand in a title."""
+    visit = Visit(browser, f"{address}/index.html")
+    results = visit.page.locator("a[href*='.html?h=']").locator("visible=true")
+    visit.page.keyboard.press("/")
+
+    def is_found() -> bool:
+        first = results.evaluate_all("a => a.map(e => e.href)")[:FIRST]
+        return any("docs/faq.html" in href and wanted in unquote_plus(href) for href in first)
+
+    assert len(QUESTIONS) >= 10
+    for question in QUESTIONS:
+        wanted = question.rstrip("?.")
+        visit.page.keyboard.press("Control+a")
+        visit.page.keyboard.type(wanted)
+        visit.until(is_found, 10)
 
 
 def test_no_request_leaves_from_any_page(browser: Any, site: Path, address: str) -> None:
