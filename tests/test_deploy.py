@@ -28,7 +28,7 @@ WRITABLE = {  # what a service may write to, besides /tmp
     "models": {"/models"},
     "admit": {"/coordinator", *(f"/post/{name}" for name in SITES)},
     **{name: {"/site/state", "/run/fedtune"} for name in SITES},
-    **{name: {"/site/state/keys/renewed"} for name in COURIERS.values()},
+    **{name: set() for name in COURIERS.values()},
     **{f"enrol-{name}": {"/site/post", "/site/state"} for name in SITES},
 }
 
@@ -108,7 +108,7 @@ def alone(compose: Compose, name: str) -> Iterator[str]:
         if any(source.startswith(".") and owner(source) != name for source in sources):
             yield "mounts what is not its own"
     of_courier = {source.removeprefix(f"./deploy/{name}/") for source, _, _ in mounts(courier)}
-    if of_courier != {"site.toml", "post", "state/keys", "state/keys/renewed", f"{name}-socket"}:
+    if of_courier != {"site.toml", "post", "state/keys", f"{name}-socket"}:
         yield "its courier sees more, or less, than it needs"
     meet = {n for n, s in services.items() if f"{name}-socket" in [m[0] for m in mounts(s)]}
     if meet != {name, COURIERS[name]}:

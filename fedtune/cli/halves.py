@@ -119,9 +119,9 @@ def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE =
     record is.
 
     It reads site.toml, the coordinator's answer and the keys of this site's network, writes the
-    folder `flower` in the state folder and a renewed certificate, and waits for the vault as often
-    as needed. It runs until stopped, or until a vault with --once has finished; with --spool it
-    reads answers and writes requests there, and --once is its own."""
+    folder `flower` in the state folder, and waits for the vault as often as needed. It runs until
+    stopped, or until a vault with --once has finished; with --spool it reads answers and writes
+    requests there, keeps a renewed certificate beside the keys, and --once is its own."""
     _check_where(socket, spool)
     if once and socket:
         raise InputError("--once and --socket", "--once at the vault, which tells the courier")

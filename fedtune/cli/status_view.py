@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.core import isolation
 from fedtune.core.errors import FedtuneError, printable
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.evidence.told import Told, lines
@@ -83,8 +84,18 @@ def head(snapshot: Snapshot) -> Text:
         line.append(f"\n{coordinator}at {status['address']}")
     if status.get("fingerprint"):
         line.append(f", consortium {status['fingerprint']}")
+    if status.get("confined"):
+        line.append(f"\n{confined_text(status)}", style="bold red" if status.get("open") else "")
     line.append(f"\n{snapshot.folder}; last told {status.get('updated', '')}", style="dim")
     return line
+
+
+def confined_text(status: Mapping[str, Any]) -> str:
+    """Say how the halves of a site were confined when they last came up."""
+    halves = sorted(status["confined"].items())
+    told = "; ".join(f"{half}: {isolation.describe(walls)}" for half, walls in halves)
+    still_open = f"; {status['open']} OPEN, as its start and `fedtune doctor` say"
+    return told + (still_open if status.get("open") else "")
 
 
 def unsigned_line(snapshot: Snapshot, path: Path) -> str:

@@ -24,6 +24,7 @@ Source: Linux, Documentation/userspace-api/landlock.rst and seccomp_filter.rst."
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import json
 import mmap
@@ -81,6 +82,11 @@ PROCESSES = 1024  # and threads, of a process with a view of its own and what it
 IN_MEMORY = MS_NOSUID | MS_NODEV | MS_NOEXEC
 OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # of memory, which is taken as it is written
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
+# Whatever a Confinement's means and reasons say, and nothing else.
+WALL = re.compile(
+    r"namespace|seccomp|landlock \d{1,3}|own files|own processes|records elsewhere"
+    r"|no (network namespace|view of its own): (unshare|mount|pivot_root|a file): \w{1,20}"
+)
 
 
 PR_SET_TSC, PR_TSC_SIGSEGV = 26, 2
@@ -91,17 +97,26 @@ CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
 @dataclass(frozen=True)
 class Confinement:
     """What is in force in this process. means: "namespace", "seccomp", "landlock 7"; missing: what
-    this machine does not give, in words."""
+    stays open, in words; reasons: which wall is not there, and why Linux refuses it, whether or not
+    anything stays open for that."""
 
     means: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, list[str]]:
         """Return it as an event's facts."""
-        return {"means": list(self.means), "missing": list(self.missing)}
+        return {name: list(words) for name, words in vars(self).items()}
 
     def __and__(self, other: Confinement) -> Confinement:
-        return Confinement(self.means + other.means, self.missing + other.missing)
+        return Confinement(
+            self.means + other.means, self.missing + other.missing, self.reasons + other.reasons
+        )
+
+
+def describe(walls: Sequence[str]) -> str:
+    """Say by what a half is confined, and which wall is not there."""
+    return ", ".join(walls) or "NOT CONFINED"
 
 
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
@@ -132,7 +147,7 @@ def available() -> tuple[Confinement, Confinement]:
             told = json.loads(done.stdout)
         except ValueError:
             told = {"means": [], "missing": ["nothing of it could be tried"]}
-        found.append(Confinement(tuple(told["means"]), tuple(told["missing"])))
+        found.append(Confinement(**{name: tuple(words) for name, words in told.items()}))
     return found[0], found[1]
 
 
@@ -163,13 +178,15 @@ def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
     Errors: InfrastructureError as of `no_network`."""
     _check_alone()
     kept = {folder: _files_in(folder) for folder in own}
-    if not _unshare(CLONE_NEWNS | CLONE_NEWPID):
-        return Confinement(missing=(NO_VIEW,))
+    if refused := _unshare(CLONE_NEWNS | CLONE_NEWPID):
+        return Confinement(missing=(NO_VIEW,), reasons=(f"no view of its own: {refused}",))
     try:
         _go_to_own_root(shown, kept)
-    except OSError:
+    except OSError as error:
         _libc().umount2(bytes(ROOT), MNT_DETACH)
-        return Confinement(missing=(NO_VIEW,))
+        call = error.strerror if error.strerror in ("mount", "pivot_root") else "a file"
+        why = f"no view of its own: {call}: {_name_of(error.errno)}"
+        return Confinement(missing=(NO_VIEW,), reasons=(why,))
     finally:
         _go_on_in_a_child()
     _bound_processes()
@@ -214,22 +231,25 @@ def _close_itself() -> None:
 def _own_network() -> Confinement:
     """Move into a network namespace without a device that is up."""
     # Where containers forbid it, the filter alone suffices.
-    return Confinement(("namespace",)) if _unshare(CLONE_NEWNET) else Confinement()
+    if refused := _unshare(CLONE_NEWNET):
+        return Confinement(reasons=(f"no network namespace: {refused}",))
+    return Confinement(("namespace",))
 
 
-def _unshare(spaces: int) -> bool:
-    """Move into new namespaces; as a user other than root into one of users too."""
+def _unshare(spaces: int) -> str:
+    """Move into new namespaces; as a user other than root into one of users too. Return why Linux
+    refuses it; "" where it does not."""
     user, group = os.getuid(), os.getgid()
     libc = _libc()
     if user == 0 and libc.unshare(spaces) == 0:
-        return True
+        return ""
     if libc.unshare(CLONE_NEWUSER | spaces) != 0:
-        return False
+        return f"unshare: {_name_of(ctypes.get_errno())}"
     with suppress(OSError):  # who it is in its own eyes; rights on files do not follow from it
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    return True
+    return ""
 
 
 def _bound_processes() -> None:
@@ -258,13 +278,13 @@ def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes
             _mount(str(there[-1]), target, None, MS_BIND | MS_REC)
     for folder, files in own.items():
         if not (inside := _place(folder, [])):
-            raise FileNotFoundError(folder)
+            raise FileNotFoundError(errno.ENOENT, "a file", str(folder))
         _mount("tmpfs", inside, "tmpfs", IN_MEMORY, OWN_DISK)
         for name, content in files.items():
             (inside / name).write_bytes(content)
     os.chdir(ROOT)
     if _libc().pivot_root(b".", b".") or _libc().umount2(b".", MNT_DETACH):
-        raise OSError(ctypes.get_errno(), "no root of its own")
+        raise OSError(ctypes.get_errno(), "pivot_root")
 
 
 def _place(path: Path, there: list[Path]) -> Path | None:
@@ -301,7 +321,7 @@ def _mount(source: str | None, target: Path, kind: str | None, flags: int, data:
     """Mount a file system in this process's own namespace. Errors: OSError."""
     words = [word.encode() if word else None for word in (source, str(target), kind)]
     if _libc().mount(*words, ctypes.c_ulong(flags), data.encode() or None):
-        raise OSError(ctypes.get_errno(), "cannot be mounted", str(target))
+        raise OSError(ctypes.get_errno(), "mount", str(target))
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
@@ -408,6 +428,11 @@ def _allow(ruleset: int, path: Path, rights: int) -> None:
         )
     finally:
         os.close(opened)
+
+
+def _name_of(error: int | None) -> str:
+    """Return the name of one of Linux's errors, such as EPERM."""
+    return errno.errorcode.get(error or 0, "unknown")
 
 
 def _libc() -> ctypes.CDLL:

@@ -1,7 +1,7 @@
 """The process of a site that speaks to the network; `fedtune client` starts it.
 
 It is confined before it imports Flower: it reads code, the site file and the keys of its network,
-writes what Flower leaves and a renewed certificate on a disk in memory, and opens no other file. It
+writes what Flower leaves and its certificate on a disk in memory, and opens no other file. It
 asks the vault over the socket that it inherits, or by the files of a spool: there it writes
 requests and reads answers.
 """
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fedtune.courier.app import Ask
 
 FOLDER = "flower"  # in the state folder: what Flower's processes write
+ELSEWHERE = "records elsewhere"  # what a courier in a container of its own finds
 OWN = {FOLDER, "keys"}  # what there is of a state folder where a courier is in its own container
 # Where Linux keeps programs, their libraries, certificates and the resolver's settings.
 SYSTEM = (
@@ -59,10 +61,8 @@ def readable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 def writable(site: Site, spool: Spool | None = None) -> list[Path]:
     """List what a site's courier may write."""
-    from fedtune.flower.enrol import RENEWED
-
     requests = [spool.requests] if spool else []
-    return [site.site.state / FOLDER, keys_folder(site) / RENEWED, *requests, *map(Path, DEVICES)]
+    return [site.site.state / FOLDER, *requests, *map(Path, DEVICES)]
 
 
 def private(site: Site) -> Iterator[Path]:
@@ -102,19 +102,16 @@ def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
 
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
     """Confine this process to what a site's courier may read and write."""
-    from fedtune.flower.enrol import RENEWED
-
     # Python looks for a package in a folder's names: here beside whatever else lies there.
     is_elsewhere = not _try_to_read(site).missing
     read, write = readable(site, spool), writable(site, spool)
-    folders = [site.site.state / FOLDER, keys_folder(site) / RENEWED]
-    own = isolation.own_view([*read, *write], folders)
+    own = isolation.own_view([*read, *write], [site.site.state / FOLDER])
     found = isolation.only_files(read, write, [Path(boot.PACKAGES)])
     found = own & found
     if is_elsewhere:  # in a container of its own there is nothing that Landlock would have to keep
         kept = (isolation.NO_LANDLOCK, isolation.NO_VIEW)
         left = tuple(each for each in found.missing if each not in kept)
-        found = isolation.Confinement((*found.means, "records elsewhere"), left)
+        found = isolation.Confinement((*found.means, ELSEWHERE), left, found.reasons)
     shown = isolation.Confinement(missing=tuple(describe_open_files(site, spool)))
     return found & shown & _try_to_read(site)
 
@@ -215,5 +212,5 @@ def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: f
         """Have a renewed certificate kept on the site's disk, where this half writes nothing."""
         tell("renewed", {"certificate": certificate.decode()})
 
-    with Forwarder(link(site, path), state, on_renewed=keep) as forwarder:
+    with Forwarder(replace(link(site, path), own=state), state, on_renewed=keep) as forwarder:
         Executor(client_app(ask), tell, once).run_supernodes(state, forwarder, patience)

@@ -35,6 +35,7 @@ from cryptography import x509
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.core.files.writing import replace
 from fedtune.flower import certs
+from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py
@@ -285,18 +286,15 @@ def newest(link: Link) -> x509.Certificate:
 
     It is (again) in link.certificate afterwards."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
-    with contextlib.suppress(OSError, ValueError):
-        before = link.keys / link.certificate.name  # where earlier releases kept it
-        kept = link.certificate if link.certificate.exists() else before
-        stored = x509.load_pem_x509_certificate(kept.read_bytes())
-        authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
-        newer = stored.not_valid_after_utc > best.not_valid_after_utc
-        if (
-            newer
-            and stored.public_key() == best.public_key()
-            and stored.issuer == authority.subject
-        ):
-            return stored
+    authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
+    before = link.keys / link.certificate.name  # where earlier releases kept it
+    for kept in (link.certificate, link.keys / RENEWED / link.certificate.name, before):
+        with contextlib.suppress(OSError, ValueError):
+            stored = x509.load_pem_x509_certificate(kept.read_bytes())
+            newer = stored.not_valid_after_utc > best.not_valid_after_utc
+            same_key = stored.public_key() == best.public_key()
+            if newer and same_key and stored.issuer == authority.subject:
+                best = stored
     replace(link.certificate, best.public_bytes(certs.PEM), private=True)
     return best
 

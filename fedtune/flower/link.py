@@ -15,7 +15,8 @@ from fedtune.flower.membership import keys_folder
 
 @dataclass(frozen=True)
 class Link:
-    """How a site reaches its coordinator. keys: the folder with node.key and tls.key."""
+    """How a site reaches its coordinator. keys: the folder with node.key and tls.key; own: where
+    the newest certificate is written instead, by who only reads the keys."""
 
     name: str
     host: str
@@ -24,6 +25,7 @@ class Link:
     keys: Path
     proxy: str | None = None
     proxy_ca: Path | None = None
+    own: Path | None = None
 
     @property
     def address(self) -> str:
@@ -31,8 +33,8 @@ class Link:
 
     @property
     def certificate(self) -> Path:
-        """The newest certificate, in the one folder of the site's keys that a courier may write."""
-        return self.keys / RENEWED / "tls.crt"
+        """The newest certificate."""
+        return (self.own or self.keys / RENEWED) / "tls.crt"
 
 
 def link(site: Site, path: Path) -> Link:

@@ -34,10 +34,9 @@ from typing import Any
 from fedtune import __version__
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, InfrastructureError
-from fedtune.core.processes import Child, alone, private_folder, until_stopped
+from fedtune.core.processes import Child, alone, until_stopped
 from fedtune.core.progress import OnEvent
 from fedtune.courier.process import FOLDER
-from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
 
 OWN = 0o177  # of a new socket's rights: none but this user's to read and write
@@ -183,12 +182,11 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
     vault as often as needed.
 
     It reads site.toml, the coordinator's answer and the keys of the site's network, writes its own
-    folder and a renewed certificate, and needs no record, ledger or signing key where it runs.
+    folder, and needs no record, ledger or signing key where it runs.
     Events: "waiting", "connected", "reconnecting", "stopped". Errors: ConfigError, Refused of the
     answer and the keys; KeyboardInterrupt at Ctrl-C."""
     site = load_site(site_path)
     link, home = read_link(site, site_path), site.site.state / FOLDER
-    private_folder(link.keys / RENEWED)
     with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
         while True:
             on_event("waiting", {"text": f"waiting for the vault at {door}"})

@@ -23,6 +23,7 @@ from typing import Any
 
 from cryptography import x509
 
+from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
 from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.core.files.room import Room, between_orders
@@ -76,7 +77,7 @@ def join(
     seconds to go on being refused; after a crash Flower refuses a site for about 60 s, until the
     old session has expired. door: a socket at which a courier that somebody else starts meets the
     vault (launch/apart.py); None: it is started here.
-    Events: "isolation" {means, missing}, "joined", "answered" {kind, and client.reply_facts'},
+    Events: "isolation" {confined, open}, "joined", "answered" {kind, and client.reply_facts'},
     "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done: of one that is
     finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason}; each has a text
     for people.
@@ -430,34 +431,38 @@ class Shown:
         if half in self._confined:
             log.warning("the %s tells a second time how it is confined: left out", half)
             return
-        means, missing = ([str(w) for w in facts.get(name, [])] for name in ("means", "missing"))
+        words = {n: [str(w) for w in facts.get(n, [])] for n in ("means", "missing", "reasons")}
+        missing = words["missing"]
         if missing and self._site.policy.isolation == "required":
             raise PolicyRefused(
                 f'policy.isolation = "required", and of the {half}: {"; ".join(missing)}',
                 "a machine where the vault has no network and the courier reads no record",
                 'run it elsewhere, or set policy.isolation = "preferred" and know what stays open',
             )
-        self._confined[half] = {"means": means, "missing": missing}
+        self._confined[half] = {"walls": words["means"] + words["reasons"], "missing": missing}
         if len(self._confined) == len(self._halves):
-            self.notify("isolation", {"text": isolation_text(self._confined)})
+            confined = {half: each["walls"] for half, each in self._confined.items()}
+            still_open = sum(len(each["missing"]) for each in self._confined.values())
+            text = isolation_text(self._confined)
+            shown = {"confined": confined, "open": still_open, "text": text}
+            self.notify("isolation", shown)
             if "vault" in self._halves:
-                self._enter_isolation()
+                self._enter_isolation(confined, still_open)
 
-    def _enter_isolation(self) -> None:
+    def _enter_isolation(self, confined: dict[str, list[str]], still_open: int) -> None:
         """Enter in the site's audit log how both halves are confined, where its disk has the space
         beside the ledger's room: a courier that somebody else starts, as in a container of its own,
         may come and go as often as it likes, and say something else each time. Errors: LedgerError;
         InfrastructureError where the disk refuses."""
         site = self._site
-        means = {half: ", ".join(of["means"]) for half, of in self._confined.items()}
-        still_open = sum(len(of["missing"]) for of in self._confined.values())
+        walls = {half: isolation.describe(each) for half, each in confined.items()}
         acts = AuditLog(site.site.state, SigningKey.at(site.site.state / KEY))  # from its enrolment
         room = Room(site.site.state, site.site.declared_size, site.policy.max_rounds)
         if not room.has_space(LONGEST):
             log.warning("isolate is not in the audit log: the disk has no space; to do: free space")
             return
         try:
-            acts.add("isolate", "policy.isolation", once=REPEATS, open=still_open, **means)
+            acts.add("isolate", "policy.isolation", once=REPEATS, open=still_open, **walls)
         except NotAuditable as error:
             log.warning("isolate is not in the audit log: the %s tells no such words", error)
 
@@ -467,7 +472,7 @@ def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
     said, missing = [], []
     for half, text in SAYS.items():
         if half in confined:
-            said.append(f"{text} ({', '.join(confined[half]['means']) or 'NOT CONFINED'})")
+            said.append(f"{text} ({isolation.describe(confined[half]['walls'])})")
             missing += [f"{half}: {each}" for each in confined[half]["missing"]]
     return "; ".join(said) + (f". OPEN: {'; '.join(missing)}" if missing else "")
 

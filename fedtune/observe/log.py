@@ -32,6 +32,7 @@ from typing import Any, Literal
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import writing
 from fedtune.core.files.room import between_orders, reserve
+from fedtune.core.isolation import WALL
 from fedtune.core.registry.metrics import METRICS
 from fedtune.core.registry.reasons import OTHER, reason_of
 
@@ -166,6 +167,14 @@ def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any],
     return check
 
 
+def _walls(value: Any) -> list[str]:
+    """Return by what a half of a site is confined, in isolation.py's words: the half on the network
+    may say anything."""
+    if not isinstance(value, list):
+        raise TypeError
+    return [wall if isinstance(wall, str) and WALL.fullmatch(wall) else OTHER for wall in value]
+
+
 _name, _digest = _matching(NAME), _matching(DIGEST)
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "study": _name,
@@ -207,6 +216,8 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
     "signed": _flag,
     "champion": _count,
     "promoted": _flag,
+    "confined": by(_one_of(frozenset({"vault", "courier"})), _walls),
+    "open": _count,
 }
 
 

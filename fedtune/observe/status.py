@@ -51,6 +51,8 @@ CARRIED = (
     "next",
     "champion",
     "signed",
+    "confined",
+    "open",
 )
 
 

@@ -1,14 +1,19 @@
-"""How `fedtune client` would keep a site's two halves apart on this machine, tried and said."""
+"""How `fedtune client` would keep a site's two halves apart on this machine, tried and said; and
+how they were confined when they last came up, which may have been in other containers."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from fedtune.core import isolation
 from fedtune.core.config import Site
+from fedtune.core.errors import FedtuneError
 from fedtune.core.vault.process import families
-from fedtune.courier.process import describe_open_files
+from fedtune.courier.process import ELSEWHERE, describe_open_files
+from fedtune.observe.status import read_status
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,33 @@ class Here:
 
 
 def isolation_here(site: Site) -> Here:
-    """Try what this machine gives a vault and a courier, and look where the site's records are."""
+    """Try what this machine gives a vault and a courier, and look where the site's records are.
+
+    A courier that found no record where it last ran, or shares a folder with the vault and no more,
+    is elsewhere: what it would be given here is not said."""
     of_vault, of_courier = isolation.available()
-    lacks = [*of_vault.missing, *of_courier.missing]
-    lacks += describe_open_files(site)
+    last = _last(site)
+    lacks = [*of_vault.missing, *describe_open_files(site)]
+    text = f"records are read without a network ({_told(of_vault)})"
+    if not last or ELSEWHERE not in last.get("courier", [ELSEWHERE]):
+        lacks += of_courier.missing
+        text += f", and what speaks to the network reads none ({_told(of_courier)})"
     if socket.AF_INET in families(site, processes=1):
         lacks.append("a database over TCP keeps the vault on the network")
-    text = f"records are read without a network ({', '.join(of_vault.means)}), and what speaks to "
-    text += f"the network reads none ({', '.join(of_courier.means)})"
-    return Here(text + (f"; OPEN: {'; '.join(lacks)}" if lacks else ""), tuple(lacks))
+    text += f"; OPEN: {'; '.join(lacks)}" if lacks else ""
+    if last:
+        halves = "; ".join(f"{h}: {isolation.describe(walls)}" for h, walls in sorted(last.items()))
+        text += f". When they last came up: {halves}"
+    return Here(text, tuple(lacks))
+
+
+def _told(tried: isolation.Confinement) -> str:
+    return isolation.describe([*tried.means, *tried.reasons])
+
+
+def _last(site: Site) -> Mapping[str, list[str]]:
+    """Read how the halves of a site said they are confined; empty where they never came up."""
+    with suppress(FedtuneError):
+        told: Mapping[str, list[str]] = read_status(site.site.state).status.get("confined", {})
+        return told
+    return {}

@@ -1,10 +1,12 @@
 """The images, built and run as docker-compose.yml says: python -m tests.containers (as root).
 
     1. both images are built from the shipped Dockerfiles, and looked into
-    2. a coordinator and three sites enrol and train in closed containers, with σ = 0
-    3. a site is killed, then the coordinator; both are started again
-    4. a site and the coordinator go on from the next release's images, in the middle of the study
-    5. the adapter is that of `simulate`; no packet left the internal networks
+    2. a coordinator and three sites enrol in closed containers
+    3. a private study to its end, one site by a spool, one without namespaces: each round is
+       charged once, and each half is confined as it says
+    4. a longer study with σ = 0: a site is killed, then the coordinator; both are started again
+    5. a site and the coordinator go on from the next release's images, in the middle of the study
+    6. the adapter is that of `simulate`; no packet left the internal networks
 
 FEDTUNE_CONTAINERS: a folder to work in; what is built there is used again."""
 

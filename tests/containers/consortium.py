@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,8 +22,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import fedtune
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
+from tests.containers import undisturbed
 from tests.containers.images import IMAGES
-from tests.containers.machine import Machine
+from tests.containers.machine import ROOT, Machine
 from tests.network.kit import records
 
 SITES = ("north", "south", "west")
@@ -69,9 +73,11 @@ CONFINED = {"Uid": f"{OWNER}", "CapEff": "0" * 16, "CapBnd": "0" * 16, "NoNewPri
 def checks(machine: Machine) -> Iterator[str]:
     """A line for each check that held. Errors: AssertionError."""
     base = lay_out(machine)
-    calm = undisturbed(machine, base)
     with outside(), cleared(machine):
         enrol(machine)
+        yield from undisturbed.checks(machine)
+        write_study(machine, ROUNDS)
+        calm = simulated(machine, base)
         machine.timed("compose up", "podman-compose", "up", "-d", "--no-build")
         with watched(machine) as escaped:
             until(lambda: rounds(machine) >= 1, 900, machine)
@@ -94,7 +100,7 @@ def checks(machine: Machine) -> Iterator[str]:
 
 
 def lay_out(machine: Machine) -> Path:
-    """Records, a plan and policies in the tree's deploy/, and the base in the volume."""
+    """Records and policies in the tree's deploy/, and the base in the volume."""
     from tests.conftest import tiny_llama
 
     deploy = machine.tree / "deploy"
@@ -108,19 +114,6 @@ def lay_out(machine: Machine) -> Path:
         policy = '[policy]\nbases = "any"\nallow_privacy_off = true\n'
         text = site.read_text().replace("[policy]\n", policy)
         site.write_text(text.replace("[site]\n", '[site]\nbase = "/models/tiny"\n'))
-    study = deploy / "study" / "study.toml"
-    text = 'privacy = "off"\n' + study.read_text()
-    for pattern, new in (
-        (r"model = .*\ndigest = .*", 'model = "/models/tiny"\ndtype = "float32"'),
-        (r"rank = 16\nalpha = 32", "rank = 4\nalpha = 8"),
-        (r"max_length = 256", "max_length = 64"),
-        (r"rounds = \d+", f"rounds = {ROUNDS}"),
-        (r"\[privacy\]\n.*\n.*\n", ""),
-        (r"round_timeout = 3600", "round_timeout = 120"),
-    ):
-        text, times = re.subn(pattern, new, text)
-        assert times == 1, pattern
-    study.write_text(text)
     base = tiny_llama(machine.folder / "tiny")
     machine.podman("volume", "rm", "--force", "fedtune_models")
     machine.podman("volume", "create", "fedtune_models")
@@ -129,7 +122,25 @@ def lay_out(machine: Machine) -> Path:
     return base
 
 
-def undisturbed(machine: Machine, base: Path) -> dict[str, np.ndarray]:
+def write_study(machine: Machine, rounds: int, *, private: bool = False) -> None:
+    """The example's plan with a tiny base; without noise where it is not private."""
+    changes = [
+        (r"model = .*\ndigest = .*", 'model = "/models/tiny"\ndtype = "float32"'),
+        (r"rank = 16\nalpha = 32", "rank = 4\nalpha = 8"),
+        (r"max_length = 256", "max_length = 64"),
+        (r"rounds = \d+", f"rounds = {rounds}"),
+        (r"round_timeout = 3600", "round_timeout = 120"),
+    ]
+    if not private:
+        changes += [(r"\A", 'privacy = "off"\n'), (r"\[privacy\]\n.*\n.*\n", "")]
+    text = (ROOT / "deploy/study/study.toml").read_text()
+    for pattern, new in changes:
+        text, times = re.subn(pattern, new, text)
+        assert times == 1, pattern
+    (machine.tree / "deploy/study/study.toml").write_text(text)
+
+
+def simulated(machine: Machine, base: Path) -> dict[str, np.ndarray]:
     """The adapter that `simulate` makes of the same plan and records, here."""
     from tests.simulated import simulate
 
@@ -189,10 +200,10 @@ def confined(machine: Machine) -> Iterator[str]:
         yield "uid 10001, no capability, no new privilege, a read-only root; health checks pass"
         yield "private keys are there, and cannot be replaced from inside"
         yield "a vault has no route and no name; a courier reaches the coordinator's port alone"
-        yield _found(machine, vault, courier)
+        yield found(machine, vault, courier)
 
 
-def _found(machine: Machine, vault: str, courier: str) -> str:
+def found(machine: Machine, vault: str, courier: str) -> str:
     """Look for the site's records, ledger and signing key in both of its containers."""
     site = machine.tree / "deploy/north"
     record = (site / "data/data.jsonl").read_text().splitlines()[0]
@@ -228,15 +239,20 @@ def _confined(machine: Machine, service: str, key: str, places: Sequence[str]) -
 
 def charged(machine: Machine) -> str:
     """Every round of every site is in its ledger."""
-    from fedtune.core.ledger.ledger import Ledger
+    counts = {name: Counter(each.round for each in charges(machine, name)) for name in SITES}
+    for name, paid in counts.items():
+        assert set(paid) == set(range(1, ROUNDS + 1)), (name, paid)
+    told = ", ".join(str(paid.total()) for paid in counts.values())
+    return f"each of {ROUNDS} rounds is charged at each site: {told} charges"
 
-    for name in SITES:
-        copy = machine.folder / "ledger"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(machine.tree / "deploy" / name / "state", copy)
-        rounds_paid = {spent.charge.round for spent in Ledger(copy).spending("records")}
-        assert rounds_paid == set(range(1, ROUNDS + 1)), (name, rounds_paid)
-    return f"each of {ROUNDS} rounds is charged at each site"
+
+def charges(machine: Machine, name: str) -> list[Charge]:
+    """What a site's ledger holds of the newest study."""
+    copy = machine.folder / "ledger"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(machine.tree / "deploy" / name / "state", copy)
+    every = [spent.charge for spent in Ledger(copy).spending("records")]
+    return [charge for charge in every if charge.study == every[-1].study]
 
 
 @contextmanager

@@ -67,9 +67,14 @@ class Machine:
         (folder / "tmp").mkdir(exist_ok=True)
 
     def run(
-        self, *words: object, cwd: Path | None = None, fails: bool = False, seconds: float = 3600
+        self,
+        *words: object,
+        cwd: Path | None = None,
+        fails: bool | None = False,
+        seconds: float = 3600,
     ) -> str:
-        """Run a command; what it printed. Errors: AssertionError where it ends otherwise."""
+        """Run a command; what it printed. fails: whether it does; None: either. Errors:
+        AssertionError where it ends otherwise."""
         done = subprocess.run(
             [str(word) for word in words],
             cwd=cwd or self.tree,
@@ -79,7 +84,7 @@ class Machine:
             timeout=seconds,
         )
         told = f"{' '.join(map(str, words))}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-        assert (done.returncode != 0) == fails, told
+        assert fails is None or (done.returncode != 0) == fails, told
         return done.stdout if not fails else done.stdout + done.stderr
 
     def timed(self, what: str, *words: object) -> str:
@@ -88,7 +93,7 @@ class Machine:
         print(f"{time.monotonic() - start:7.1f} s  {what}", flush=True)
         return said
 
-    def podman(self, *words: object, fails: bool = False) -> str:
+    def podman(self, *words: object, fails: bool | None = False) -> str:
         return self.run("podman", *words, fails=fails)
 
     def compose(self, *words: object) -> str:

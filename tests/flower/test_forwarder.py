@@ -111,6 +111,23 @@ def test_a_leaf_is_renewed_before_it_ends_and_used_at_once(world: World) -> None
     assert kit.leaf_of(again.link).not_valid_after_utc > now + timedelta(days=29)
 
 
+def test_who_only_reads_the_keys_keeps_a_renewal_elsewhere(world: World, tmp_path: Path) -> None:
+    """As a courier does, which writes beside no ledger; it begins with what was kept for it."""
+    now, own = certs.now(), tmp_path / "own"
+    own.mkdir()
+    kit.reissue(world.home, world.link, now - timedelta(seconds=90), now + timedelta(seconds=6))
+    kept = world.link.certificate.read_bytes()
+    answer = replace(world.link.answer, certificate=kept.decode())
+    reads = replace(world.link, answer=answer, own=own)
+    with world.gateway(), world.forwarder(reads):
+        until(lambda: not certs.spent(kit.leaf_of(reads), 0.1))
+    assert world.link.certificate.read_bytes() == kept
+    renewed = kit.leaf_of(reads)
+    reads.certificate.rename(world.link.certificate)  # as who started it keeps it
+    world.forwarder(reads)
+    assert kit.leaf_of(reads) == renewed
+
+
 def test_a_leaf_in_its_first_part_is_left_alone(world: World) -> None:
     before = world.link.certificate.read_bytes()
     with world.gateway(), world.forwarder() as way:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from multiprocessing.connection import Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.cli.status_view import confined_text
 from fedtune.core import isolation, system_calls
 from fedtune.core.bases import find
 from fedtune.core.config import AcceptanceTable, ConsentTable, SiteEvaluation, load_site
@@ -27,9 +29,11 @@ from fedtune.core.wire.arrays import pack_arrays
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.requests import Answer, Request, RequestError
 from fedtune.courier import process
-from fedtune.courier.process import describe_open_files, open_to_courier, private
+from fedtune.courier.process import ELSEWHERE, describe_open_files, open_to_courier, private
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Shown
+from fedtune.observe.status import StatusFile, read_status
+from fedtune.officer.isolation_here import isolation_here
 from fedtune.presets._sites import _isolation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +84,7 @@ def test_a_courier_reads_its_own_keys_and_writes_its_own_folders_and_no_more(
         site = site.rename(tmp_path / "state" / "site.toml")
         site.write_text(site.read_text().replace('state = "state"', 'state = "."'))
     found = confined("courier", site)
-    assert found["reached"] == ["node.key", "site.toml", "writes renewed", "writes flower"]
+    assert found["reached"] == ["node.key", "site.toml", "writes flower"]
     assert found["missing"] == []
 
 
@@ -194,6 +198,55 @@ def test_what_is_required_and_lacking_ends_the_client(tmp_path: Path) -> None:
     assert "OPEN" not in told(site, [])[0]
     site.write_text(site.read_text().replace("required", "preferred"))
     assert "OPEN: courier: no Landlock" in told(site, ["no Landlock"])[0]
+
+
+WALLS = {"vault": ["namespace", "seccomp"], "courier": ["landlock 7", "seccomp"]}
+
+
+def come_up(site: Path, courier: list[str], *reasons: str) -> None:
+    """Have both halves say how they are confined, as a client that runs hears and keeps it."""
+    loaded = load_site(site)
+    with closing(StatusFile(loaded.site.state, role="site")) as status:
+        shown = Shown(loaded, status)
+        shown.from_vault("isolation", {"means": WALLS["vault"], "missing": []})
+        told = {"means": courier, "missing": [], "reasons": [*reasons]}
+        shown.from_courier("isolation", told)
+
+
+def test_status_and_audit_log_say_how_the_halves_are_confined_and_which_wall_is_not_there(
+    tmp_path: Path,
+) -> None:
+    site = a_site(tmp_path)
+    why = "no view of its own: unshare: EPERM"
+    come_up(site, WALLS["courier"], why)
+    state = load_site(site).site.state
+    told = read_status(state).status
+    assert told["confined"] == WALLS | {"courier": [*WALLS["courier"], why]} and told["open"] == 0
+    assert f"courier: landlock 7, seccomp, {why}; vault: namespace, seccomp" in confined_text(told)
+    assert f"landlock 7, seccomp, {why}" in (state / "audit.jsonl").read_text()
+
+
+def test_a_courier_does_not_choose_the_words_of_a_log(tmp_path: Path) -> None:
+    site = a_site(tmp_path)
+    come_up(site, ["seccomp", "Mrs Ackroyd, 71"], "no view of its own: unshare: Mrs Ackroyd")
+    told = read_status(load_site(site).site.state).status
+    assert told["confined"]["courier"] == ["seccomp", "other", "other"]
+
+
+def test_doctor_tries_for_a_courier_that_is_elsewhere_nothing_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a vault's container what it would be given is neither here nor there: `doctor` refused a
+    site that ran. Twin: a courier that runs beside the records."""
+    site = a_site(tmp_path)
+    none = isolation.Confinement(missing=(isolation.NO_VIEW,))
+    monkeypatch.setattr(isolation, "available", lambda: (isolation.Confinement(("seccomp",)), none))
+    assert isolation_here(load_site(site)).lacks == (isolation.NO_VIEW,)
+    come_up(site, ["landlock 7", "seccomp"])
+    assert isolation_here(load_site(site)).lacks == (isolation.NO_VIEW,)
+    come_up(site, ["seccomp", ELSEWHERE])
+    here = isolation_here(load_site(site))
+    assert here.lacks == () and f"courier: seccomp, {ELSEWHERE}" in here.text
 
 
 # ------------------------------------------------------------------------- what passes between them

@@ -404,7 +404,7 @@ def test_a_courier_writes_requests_and_reads_answers_and_no_more(tmp_path: Path)
     (spool.answers / ("0" * 64)).touch()
     found = confined("courier", place, spool.path)
     assert found["reached"] == [
-        *("node.key", "site.toml", "0" * 64, "writes renewed", "writes flower", "writes requests")
+        *("node.key", "site.toml", "0" * 64, "writes flower", "writes requests")
     ]
     assert found["missing"] == []
 

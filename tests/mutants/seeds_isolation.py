@@ -78,14 +78,13 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-writes-on-the-ledgers-disk", COURIER,
-        "    folders = [site.site.state / FOLDER, keys_folder(site) / RENEWED]\n",
-        "    folders = [keys_folder(site) / RENEWED]\n",
+        "own_view([*read, *write], [site.site.state / FOLDER])", "own_view([*read, *write], [])",
         T_VIEW + "test_what_a_courier_writes_takes_no_space_and_nobody_elses_processes_are_seen",
         "it takes the space that gives way in the midst of an order",
     ),
     one(
         "isolation", "the-courier-sees-every-files-length", COURIER,
-        "own_view([*read, *write], folders)", 'own_view([Path("/")], folders)',
+        "own_view([*read, *write], [", 'own_view([Path("/")], [',
         T_VIEW + "test_a_courier_sees_neither_how_long_a_file_is_nor_when_it_was_changed",
         "a withdrawal, and a record more, by the length of a file whose name it knows",
     ),
@@ -221,8 +220,8 @@ MUTANTS = (
     ),
     one(
         "isolation", "the-courier-writes-the-keys", COURIER,
-        "    return [site.site.state / FOLDER, keys_folder(site) / RENEWED,",
-        "    return [site.site.state / FOLDER, keys_folder(site),",
+        "    return [site.site.state / FOLDER, *requests,",
+        "    return [site.site.state / FOLDER, keys_folder(site), *requests,",
         T_HALVES + "test_a_courier_reads_its_own_keys_and_writes_its_own_folders_and_no_more",
         "it replaces the answer by which the site knows its coordinator",
     ),

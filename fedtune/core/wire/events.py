@@ -31,7 +31,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("kind", "error", "address", "text", "reason", "level"), str),
     **dict.fromkeys(("happened", "expected", "todo"), str),
     **dict.fromkeys(("bytes_up", "bytes_down"), int),
-    **dict.fromkeys(("means", "missing"), list),
+    **dict.fromkeys(("means", "missing", "reasons"), list),
     "certificate": str,
     "seconds": (int, float),
     "gone": bool,
