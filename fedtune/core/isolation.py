@@ -84,7 +84,7 @@ OWN_DISK = "size=1g,nr_inodes=65536,mode=700"  # of memory, which is taken as it
 NETWORKS = (socket.AF_INET, socket.AF_INET6)
 # Whatever a Confinement's means and reasons say, and nothing else.
 WALL = re.compile(
-    r"namespace|seccomp|landlock \d{1,3}|own files|own processes|records elsewhere"
+    r"namespace|seccomp|landlock \d{1,3}|own files|own processes|records elsewhere|no Landlock"
     r"|no (network namespace|view of its own): (unshare|mount|pivot_root|a file): \w{1,20}"
 )
 
@@ -388,7 +388,7 @@ def _restrict_files(
     """Have Linux refuse every file that is not below one of these paths."""
     version = landlock_version()
     if not version:
-        return Confinement(missing=(NO_LANDLOCK,))
+        return Confinement(missing=(NO_LANDLOCK,), reasons=(NO_LANDLOCK,))
     handled = FILES_BY_VERSION[max(least for least in FILES_BY_VERSION if least <= version)]
     scoped = SCOPES if version >= 6 else 0
     fields = 1 + (version >= 4) + (version >= 6)  # files, ports, scopes: what this Linux knows
@@ -398,7 +398,7 @@ def _restrict_files(
         LANDLOCK_CREATE, ctypes.create_string_buffer(rules, len(rules)), len(rules), 0
     )
     if ruleset < 0:
-        return Confinement(missing=(NO_LANDLOCK,))
+        return Confinement(missing=(NO_LANDLOCK,), reasons=(NO_LANDLOCK,))
     try:
         for path in read:
             _allow(ruleset, path, (READ | EXECUTE) & handled)
@@ -407,7 +407,7 @@ def _restrict_files(
         for path in names:
             _allow(ruleset, path, READ_DIR)
         if _prctl(PR_SET_NO_NEW_PRIVS, 1) or libc.syscall(LANDLOCK_RESTRICT, ruleset, 0):
-            return Confinement(missing=(NO_LANDLOCK,))
+            return Confinement(missing=(NO_LANDLOCK,), reasons=(NO_LANDLOCK,))
     finally:
         os.close(ruleset)
     few = () if scoped else ("a Landlock before version 6 does not bound signals",)

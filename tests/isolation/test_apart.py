@@ -201,6 +201,7 @@ def test_without_landlock_a_courier_counts_as_confined_only_where_no_record_is(
         )
         found = json.loads(done.stdout)
         assert ("records elsewhere" in found["means"]) == (not private)
+        assert found["reasons"] == ["no Landlock"]  # said, whether or not anything is open for it
         assert bool(found["missing"]) == bool(private), found
         if private:
             (tmp_path / private).unlink()

@@ -251,8 +251,8 @@ MUTANTS = (
     ),
     one(
         "isolation", "names-of-files-below-fedtunes-own-folder", COURIER,
-        "own_view([*read, *write], folders)",
-        "own_view([*read, *write, Path(boot.PACKAGES)], folders)",
+        "own_view([*read, *write], [",
+        "own_view([*read, *write, Path(boot.PACKAGES)], [",
         T_HALVES + "test_a_courier_reads_no_names_of_files_beside_its_code",
         "images that are called after patients are listed by the half on the network",
     ),
@@ -490,6 +490,24 @@ MUTANTS = (
         "is_elsewhere = not _try_to_read(site).missing", "is_elsewhere = True",
         T_APART + "test_without_landlock_a_courier_counts_as_confined_only_where_no_record_is",
         "a courier beside the records, without Landlock, is shown as one that cannot read them",
+    ),
+    one(
+        "isolation", "a-wall-that-is-not-there-goes-unsaid", COURIER,
+        "left, found.reasons)", "left)",
+        T_APART + "test_without_landlock_a_courier_counts_as_confined_only_where_no_record_is",
+        "a courier in a container of its own, without Landlock or a view, looks like any other",
+    ),
+    one(
+        "isolation", "a-courier-chooses-the-words-of-a-log", "fedtune/observe/log.py",
+        "wall if isinstance(wall, str) and WALL.fullmatch(wall) else OTHER", "str(wall)",
+        T_HALVES + "test_a_courier_does_not_choose_the_words_of_a_log",
+        "the half on the network writes into the log of the other one's machine",
+    ),
+    one(
+        "isolation", "a-couriers-certificate-is-beside-the-ledger", "fedtune/flower/link.py",
+        "(self.own or self.keys / RENEWED)", "(self.keys / RENEWED)",
+        "tests/flower/test_forwarder.py::test_who_only_reads_the_keys_keeps_a_renewal_elsewhere",
+        "in a container of its own it writes in a volume on the ledger's disk",
     ),
     one(
         "isolation", "a-spools-file-is-read-through-a-link", SPOOL,
