@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,7 @@ NAMESPACES = pytest.mark.skipif(
 DIES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGILL)
 LOOKS = """
 import json, os, sys
+from contextlib import nullcontext
 from pathlib import Path
 from fedtune.core import isolation
 from fedtune.core.config import load_site
@@ -100,6 +101,7 @@ def test_what_a_courier_writes_takes_no_space_and_nobody_elses_processes_are_see
 
 SEES = """
 import json, os, sys
+from contextlib import nullcontext
 from pathlib import Path
 from fedtune.core import isolation
 from fedtune.core.config import load_site
@@ -152,6 +154,7 @@ def test_a_courier_sees_neither_how_long_a_file_is_nor_when_it_was_changed(
 
 LINKS = """
 import os, sys
+from contextlib import nullcontext
 from pathlib import Path
 from fedtune.core import isolation
 folder = Path(sys.argv[1])
@@ -214,6 +217,7 @@ def test_what_cannot_be_built_is_said_and_nothing_is_half_there() -> None:
 
 NO_ROOT = """
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from fedtune.core import isolation
 if os.getuid() == 0:
@@ -393,3 +397,18 @@ def test_a_renewed_certificate_is_kept_once_in_a_while_and_nothing_else_in_its_p
     for text in (first, second):
         shown.from_courier("renewed", {"certificate": text})
         assert kept.read_text() == text
+
+
+def test_a_certificate_is_kept_where_no_ledger_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a courier in a container of its own, of whose site's state there are the keys alone:
+    no order is asked for there. Twin: beside a ledger one that is answered is waited for."""
+    site = load_site(a_site(tmp_path))
+    kept = process.keys_folder(site) / "renewed" / "tls.crt"
+    certificate = certs.loopback(tmp_path / "a")[0].read_text()
+    monkeypatch.setattr(launch_site, "between_orders", lambda _: nullcontext(False))
+    for may_write in (True, False):
+        monkeypatch.setattr(os, "access", lambda *_, may_write=may_write: may_write)
+        Shown(site, lambda *_: None).from_courier("renewed", {"certificate": certificate})
+        assert kept.exists() is not may_write
