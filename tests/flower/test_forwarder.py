@@ -119,8 +119,9 @@ def test_who_only_reads_the_keys_keeps_a_renewal_elsewhere(world: World, tmp_pat
     kept = world.link.certificate.read_bytes()
     answer = replace(world.link.answer, certificate=kept.decode())
     reads = replace(world.link, answer=answer, own=own)
-    with world.gateway(), world.forwarder(reads):
+    with world.gateway(), world.forwarder(reads) as way:
         until(lambda: not certs.spent(kit.leaf_of(reads), 0.1))
+        until(lambda: way.away == 0 and status(way).status_code == 200)
     assert world.link.certificate.read_bytes() == kept
     renewed = kit.leaf_of(reads)
     reads.certificate.rename(world.link.certificate)  # as who started it keeps it
