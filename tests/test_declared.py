@@ -324,22 +324,22 @@ def test_a_site_of_a_consortium_pays_each_plan_from_a_ledger_of_its_own(
     path = save(site.changed(data={"declared": "public"}), tmp_path / "site.toml")
     made = begun(tiny_base)
     worker = SiteWorker(load_site(path), path)
-    refused = worker.of_run(made.study.digest).prepare(made.study, made.frozen)
+    refused = worker.begin_run(made.study.digest).prepare(made.study, made.frozen)
     assert "no such declaration" in refused.reason, "checked before it joined, or not at all"
     declare(load_site(path))
-    mine = worker.of_run(made.study.digest)
+    mine = worker.begin_run(made.study.digest)
     admission = mine.prepare(made.study, made.frozen)
     assert admission.admitted and admission.declared == "public"
     trains(mine, made, 1)
     home = Ledger(tmp_path / "state")
     assert home.spending() == [] and mine.key.public == home.key.public
     assert len(mine.ledger.spending("records")) == 1
-    restarted = SiteWorker(load_site(path), path).of_run(made.study.digest)
+    restarted = SiteWorker(load_site(path), path).begin_run(made.study.digest)
     assert len(restarted.ledger.spending("records")) == 1, "a crash forgets no round"
     private = save(site, tmp_path / "site.toml")
     assert "data.declared was changed" in mine.prepare(made.study, made.frozen).reason
     own = SiteWorker(load_site(private), private)
-    assert own.of_run(made.study.digest) is own
+    assert own.begin_run(made.study.digest) is own
 
 
 def test_no_plan_and_no_other_key_makes_private_data_cheap(study: Path, tmp_path: Path) -> None:

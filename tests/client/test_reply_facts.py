@@ -176,6 +176,7 @@ def test_a_refused_plan_of_declared_data_begins_no_ledger(tmp_path: Path, tiny_b
         answer_and_tell(place, request, lambda _, facts, to=told: to.append(facts))  # type: ignore[arg-type,misc]
         assert told[-1]["status"] == ("admitted" if ledgers else "refused")
         assert len(list((tmp_path / "state-north").rglob("ledger.db"))) == 1 + ledgers
+        assert len(place.worker()._of_runs) == ledgers, "nothing is kept of it either"
 
 
 def with_rule(folder: Path, rule: str) -> Path:

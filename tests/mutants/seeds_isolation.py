@@ -443,6 +443,14 @@ MUTANTS = (
         "whoever sends plans fills the disk beside the ledger's room, at no cost",
     ),
     one(
+        "isolation", "a-plan-that-nobody-signed-is-kept", "fedtune/core/vault/answers.py",
+        "        coordinator = check_plan(plan, study.digest)\n",
+        "        site.begin_run(study.digest)\n"
+        "        coordinator = check_plan(plan, study.digest)\n",
+        "tests/client/test_reply_facts.py::test_a_refused_plan_of_declared_data_begins_no_ledger",
+        "whoever sends plans fills the memory of the half with the records, at no cost",
+    ),
+    one(
         "isolation", "an-order-does-not-wait-for-a-log", "fedtune/core/files/room.py",
         "with locks.hold(self.folder / ORDERS), self._given_up():", "with self._given_up():",
         T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",

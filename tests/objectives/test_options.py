@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from fedtune.core import objectives
 from fedtune.core.bases.find import find_base, load_tokenizer
-from fedtune.core.config import Columns, DataFile, ObjectiveTable, PolicyTable
+from fedtune.core.config import Columns, DataFile, LoraTable, ObjectiveTable, PolicyTable
 from fedtune.core.data.load import check_columns
 from fedtune.core.errors import ConfigError, DataError
+from fedtune.core.objectives.distill import Distill
 from fedtune.core.vault.policy import _about_plugins, may_resolve
 from tests.dp.conftest import study
 from tests.objectives.test_contract import every, plain
@@ -34,9 +36,16 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "desirable": ("kto", {"lambda_desirable": 0.0}, "a number above 0"),
     "undesirable": ("kto", {"lambda_undesirable": -1.0}, "a number above 0"),
     "reference point": ("kto", {"reference_point": -0.1}, "at least 0"),
-    "weight": ("orpo", {"weight": -1.0}, "at least 0"),
-    "margin": ("reward", {"margin": -1.0}, "at least 0"),
-    "centring": ("reward", {"centring": -0.1}, "at least 0"),
+    "weight": ("orpo", {"weight": -1.0}, "from 0 to 100"),
+    "margin": ("reward", {"margin": -1.0}, "from 0 to 100"),
+    "centring": ("reward", {"centring": -0.1}, "from 0 to 100"),
+    # What turns the last digits of a record's outputs into another gradient:
+    "a large beta": ("dpo", {"beta": 101.0}, "at most 100"),
+    "a large beta of kto": ("kto", {"beta": 1e9}, "at most 100"),
+    "a large lambda": ("kto", {"lambda_desirable": 1e9}, "at most 100"),
+    "a large weight": ("orpo", {"weight": 1e9}, "from 0 to 100"),
+    "a large margin": ("reward", {"margin": 1e9}, "from 0 to 100"),
+    "a large centring": ("reward", {"centring": 1e9}, "from 0 to 100"),
 }  # fmt: skip
 
 
@@ -116,3 +125,10 @@ def test_a_planted_secret_can_be_ranked_whatever_the_objective(tiny_base: Path, 
         asked = asked.model_copy(update={"lora": None})
     assert len(planted(asked, 2)) == 2
     assert exposure(build(asked), asked, secrets=2, pool=4).pool == 4
+
+
+def test_no_plan_amplifies_an_adapter_more_than_its_entries_may_be_large() -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 1000"):
+        LoraTable(alpha=1e9)
+    with pytest.raises(ConfigError, match=r"from 0\.01"):
+        Distill(teacher="base", digest="sha256:" + "0" * 64, temperature=1e-300)

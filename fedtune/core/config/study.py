@@ -87,7 +87,8 @@ class LoraTable(Table):
     """The shape of a study's LoRA adapter, and which of its factors are trained."""
 
     rank: Rank = 8
-    alpha: Positive = 16.0
+    # Bounded as an adapter's entries are: larger ones turn last digits into another gradient.
+    alpha: Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)] = 16.0
     modules: Names = ("q_proj", "v_proj")
     last_layers: Layers | None = None  # adapters in the last k blocks only; None: all blocks
     train: Literal["B", "AB"] = "B"  # "B": A frozen (FFA-LoRA, Sun et al. 2024)

@@ -231,7 +231,7 @@ def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
         return _computed(events, delta)
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ConfigError(
-            f"no ε can be computed of these steps ({type(error).__name__})",
+            "no ε can be computed of these steps",
             "a noise_multiplier and a sampling_rate of usual size",
             "raise noise_multiplier, or lower max_records_per_unit or rounds",
         ) from error

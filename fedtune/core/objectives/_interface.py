@@ -151,6 +151,11 @@ class Objective(ABC):
         """Compute the loss of each record, (B,) fp32."""
 
 
+# Bound on every number by which an objective multiplies a record's outputs: a larger one would, as
+# a large entry of an adapter does, turn the last digits of a product into another gradient.
+LARGEST = 100.0
+
+
 def require(condition: bool, option: str, expected: str) -> None:
     """Raise ConfigError for `option` unless `condition`."""
     if not condition:

@@ -45,7 +45,7 @@ class Distill(Objective):
         require(bool(self.teacher), "teacher", "a base, or a finished run's folder")
         is_digest = bool(re.fullmatch(r"sha256:[0-9a-f]{64}", self.digest))
         require(is_digest, "digest", "the teacher's, as `fedtune models verify` prints it")
-        require(0 < self.temperature <= 100, "temperature", "a number above 0")
+        require(0.01 <= self.temperature <= 100, "temperature", "a number from 0.01 to 100")
         require(0 <= self.hard < 1, "hard", "at least 0 and below 1")
         is_whole_number = self.top >= 2 and self.top == int(self.top)
         require(is_whole_number, "top", "a whole number of at least 2")

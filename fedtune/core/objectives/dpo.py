@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.core.objectives._interface import Batch, Network, Objective, RecordFormat, require
+from fedtune.core.objectives._interface import (
+    LARGEST,
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    require,
+)
 from fedtune.core.objectives._tokens import likelihood, reference
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ class DPO(Objective):
     variant: str = "sigmoid"
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, "beta", "a number above 0")
+        require(0 < self.beta <= LARGEST, "beta", f"a number above 0, at most {LARGEST:g}")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", "at least 0 and below 0.5")
         require(self.variant in VARIANTS, "variant", " or ".join(VARIANTS))
         is_supported = self.variant == "sigmoid" or self.label_smoothing == 0

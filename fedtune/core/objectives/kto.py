@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.core.objectives._interface import Batch, Network, Objective, RecordFormat, require
+from fedtune.core.objectives._interface import (
+    LARGEST,
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    require,
+)
 from fedtune.core.objectives._tokens import likelihood, reference
 
 if TYPE_CHECKING:
@@ -27,9 +34,10 @@ class KTO(Objective):
     reference_point: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, "beta", "a number above 0")
-        require(self.lambda_desirable > 0, "lambda_desirable", "a number above 0")
-        require(self.lambda_undesirable > 0, "lambda_undesirable", "a number above 0")
+        require(0 < self.beta <= LARGEST, "beta", f"a number above 0, at most {LARGEST:g}")
+        for name in ("lambda_desirable", "lambda_undesirable"):
+            is_weight = 0 < getattr(self, name) <= LARGEST
+            require(is_weight, name, f"a number above 0, at most {LARGEST:g}")
         at_least = "a divergence in nats: at least 0"
         require(self.reference_point >= 0, "reference_point", at_least)
 

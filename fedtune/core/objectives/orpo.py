@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.core.objectives._interface import Batch, Network, Objective, RecordFormat, require
+from fedtune.core.objectives._interface import (
+    LARGEST,
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    require,
+)
 from fedtune.core.objectives._tokens import likelihood
 
 if TYPE_CHECKING:
@@ -26,7 +33,7 @@ class ORPO(Objective):
     weight: float = 0.1  # the paper's λ
 
     def __post_init__(self) -> None:
-        require(self.weight >= 0, "weight", "a number of at least 0")
+        require(0 <= self.weight <= LARGEST, "weight", f"a number from 0 to {LARGEST:g}")
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each pair, (B,) fp32, from its own two passages.

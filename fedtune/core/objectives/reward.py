@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.core.objectives._interface import Batch, Network, Objective, RecordFormat, require
+from fedtune.core.objectives._interface import (
+    LARGEST,
+    Batch,
+    Network,
+    Objective,
+    RecordFormat,
+    require,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +31,8 @@ class Reward(Objective):
     centring: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.margin >= 0, "margin", "a number of at least 0")
-        require(self.centring >= 0, "centring", "a number of at least 0")
+        require(0 <= self.margin <= LARGEST, "margin", f"a number from 0 to {LARGEST:g}")
+        require(0 <= self.centring <= LARGEST, "centring", f"a number from 0 to {LARGEST:g}")
 
     @property
     def outputs(self) -> int:

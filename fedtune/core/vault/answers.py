@@ -106,10 +106,10 @@ def _admission(place: Place, request: Request) -> Answer:
         study = study_from_json(str(plan["study"]))
         if study.digest != plan["digest"]:
             raise ConfigError("the plan received is not the one it claims to be")
-        site = site.of_run(study.digest)
         coordinator = check_plan(plan, study.digest)
         if place.coordinator not in ("", coordinator):
             raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
+        site = site.begin_run(study.digest)
         if plan.get("finished") is True:
             check_end(plan, study.digest, coordinator)
             fields["status"] = "finished"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
-from fedtune.core.config.database import is_over_tcp
+from fedtune.core.config.database import is_over_tcp, kind_of
 from fedtune.core.errors import InfrastructureError, describe, is_fault
 from fedtune.core.processes import STOP_SECONDS, Stopped, alone, end_with_parent, interruptible
 from fedtune.core.progress import listening
@@ -39,14 +39,15 @@ LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after it
 
 
 def families(site: Site, processes: int) -> list[int]:
-    """List the families of sockets that a site's vault opens: none, but for a database, or for the
+    """List the families of sockets that a site's vault opens: none, but for PostgreSQL, or for the
     processes that share its steps."""
     tables = filter(None, (site.data, site.evaluation))
     urls = [table.url for table in tables if table.url]
     if any(map(is_over_tcp, urls)):
         return [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX]
     teams = processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return [socket.AF_UNIX] if teams or urls else []
+    by_socket = any(kind_of(url) == "postgresql" for url in urls)
+    return [socket.AF_UNIX] if teams or by_socket else []
 
 
 def confine(site: Site, processes: int) -> isolation.Confinement:

@@ -46,8 +46,9 @@ _reads: set[str] = process_cache.register("length checks", set())
 
 def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
     """Run the self-test, once per process and kind of study. Errors: SelfTestFailed."""
-    tables = dict.fromkeys(("base", "lora", "objective", "clipping", "privacy"), True)
-    kind = study.model_dump_json(include={**tables, "training": {"engine"}}) + f" {lora_rank}"
+    names = ("base", "lora", "objective", "clipping", "privacy", "secure_aggregation")
+    parts = {"training": {"engine"}, "strategy": {"min_sites"}}  # which share a dose of noise
+    kind = study.model_dump_json(include={**dict.fromkeys(names, True), **parts}) + f" {lora_rank}"
     if kind not in _tested:
         selftest.require(study, network, size, lora_rank)
         _tested.add(kind)

@@ -136,8 +136,13 @@ class SiteWorker:
         return self.room.give_up()
 
     def of_run(self, digest: str) -> SiteWorker:
-        """Return the worker that pays for a plan: this one, unless its data is declared and it has
-        no run's ledger yet, as in a consortium."""
+        """Return the worker that pays for a plan: this one, unless its data is declared and
+        `begin_run` made one for that plan."""
+        return self._of_runs.get(digest, self)
+
+    def begin_run(self, digest: str) -> SiteWorker:
+        """Return the worker that pays for a plan of which the signature was checked: this one,
+        unless its data is declared and it has no run's ledger yet, as in a consortium."""
         if not self.site.data.declared or self.site.site.ledger:
             return self
         if digest not in self._of_runs:
