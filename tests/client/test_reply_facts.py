@@ -159,24 +159,29 @@ def test_a_site_of_declared_data_reads_who_pays(tmp_path: Path, tiny_base: Path)
     assert north["declared"] == "public" and north["epsilon"] > 0
 
 
-def test_a_refused_plan_of_declared_data_begins_no_ledger(tmp_path: Path, tiny_base: Path) -> None:
+@pytest.mark.parametrize("refused_for", ["its signature", "a rule", None])
+def test_a_refused_plan_of_declared_data_begins_no_ledger(
+    tmp_path: Path, tiny_base: Path, refused_for: str | None
+) -> None:
     """There would be one for each name that somebody makes up. Twin: one that is admitted does."""
     study = load_study(lay_out(tmp_path, tiny_base, patients(12)))
     path = tmp_path / "site-north.toml"
     text = path.read_text().replace("[data]", '[data]\ndeclared = "public"')
-    path.write_text(text.replace("[policy]", "[policy]\nallow_declared_data = true"))
+    rule = "allow_declared_data = true\n" + "max_steps = 1\n" * (refused_for == "a rule")
+    path.write_text(text.replace("[policy]", f"[policy]\n{rule}"))
     declare(load_site(path))
     own, begun = SigningKey(), start(study)
-    frozen = pack_arrays(begun.frozen)
-    for key, ledgers in ((SigningKey(), 0), (own, 1)):
-        sent = plan_message(begun.study, begun.frozen, key)
-        told: list[dict[str, Any]] = []
-        request = Request("prepare", {"plan": dict(sent.config_records["plan"])}, frozen)
-        place = Place(site=str(path), coordinator=own.public)
-        answer_and_tell(place, request, lambda _, facts, to=told: to.append(facts))  # type: ignore[arg-type,misc]
-        assert told[-1]["status"] == ("admitted" if ledgers else "refused")
-        assert len(list((tmp_path / "state-north").rglob("ledger.db"))) == 1 + ledgers
-        assert len(place.worker()._of_runs) == ledgers, "nothing is kept of it either"
+    key = SigningKey() if refused_for == "its signature" else own
+    plan = dict(plan_message(begun.study, begun.frozen, key).config_records["plan"])
+    request = Request("prepare", {"plan": plan}, pack_arrays(begun.frozen))
+    told: list[dict[str, Any]] = []
+    place = Place(site=str(path), coordinator=own.public)
+    answer_and_tell(place, request, lambda _, facts: told.append(facts))  # type: ignore[arg-type,return-value]
+    assert told[-1]["status"] == ("refused" if refused_for else "admitted")
+    begun_here = len(list((tmp_path / "state-north").rglob("ledger.db"))) - 1
+    assert begun_here == (refused_for is None)
+    if refused_for == "its signature":
+        assert not place.worker()._of_runs, "nothing is kept of it either"
 
 
 def with_rule(folder: Path, rule: str) -> Path:
