@@ -259,6 +259,7 @@ def ledger(
     from fedtune.core.ledger.declared import check_acceptable
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
+    from fedtune.officer.withdraw import enter_again
 
     loaded = load_site(site)
     folder = loaded.site.ledger or loaded.site.state
@@ -268,6 +269,8 @@ def ledger(
     acts = AuditLog(book.folder, book.key)
     if restore:
         acts.add("restore", "--from" if copy else "--restore")
+        if again := enter_again(loaded.site.state, book) if not loaded.site.ledger else 0:
+            typer.echo(f"{again} withdrawals that it had lost are entered again, by their receipts")
     book.verify()
     if backup:
         acts.add("backup", "--backup")

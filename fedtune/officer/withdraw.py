@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import calendar
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
 
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 RECEIPTS = "withdrawals"  # in the state folder: a receipt for each withdrawal
 _DIGITS = 16  # of the patient's salted hash in a receipt's file name
 
@@ -107,14 +110,7 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     A unit withdraws once, so hash and time name the entry. Receipts of earlier releases, which name
     it by its number too, are checked in the same way.
     Errors: InputError where it is no receipt of this site, or its ledger has no such entry."""
-    receipt = reading.json_in(path, "a receipt of a withdrawal")
-    signature = str(receipt.pop("signature", ""))
-    try:
-        genuine = verifies(ledger.key.public, _signed(receipt), signature)
-    except ValueError:  # NaN or Infinity, which nothing that is signed has
-        genuine = False
-    if not genuine:
-        raise InputError(f"{path}: not signed by this site", "a receipt as this site gave it")
+    receipt = _genuine(path, ledger)
     entry = ledger.withdrawn().get(receipt["unit"])
     if entry is None or _time_of(entry) != receipt["time"]:
         raise InputError(
@@ -123,6 +119,31 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
             "was the ledger restored from before it? Then withdraw again",
         )
     return str(receipt["time"])
+
+
+def enter_again(state: Path, ledger: Ledger) -> int:
+    """Enter in a ledger that was restored the withdrawals that it lost, by the receipts that the
+    site keeps in its state folder; returns how many they are. They hold with the salt under which
+    they were hashed. What is no receipt of this site is passed over."""
+    since: dict[str, int] = {}
+    for path in sorted((state / RECEIPTS).glob("*.json")):
+        with suppress(InputError, KeyError, ValueError):
+            receipt = _genuine(path, ledger)
+            since[receipt["unit"]] = calendar.timegm(time.strptime(receipt["time"], TIME))
+    return ledger.withdraw_again(since)
+
+
+def _genuine(path: Path, ledger: Ledger) -> dict[str, Any]:
+    """Read a receipt that this site signed. Errors: InputError where it is none."""
+    receipt = reading.json_in(path, "a receipt of a withdrawal")
+    signature = str(receipt.pop("signature", ""))
+    try:
+        genuine = verifies(ledger.key.public, _signed(receipt), signature)
+    except ValueError:  # NaN or Infinity, which nothing that is signed has
+        genuine = False
+    if not genuine:
+        raise InputError(f"{path}: not signed by this site", "a receipt as this site gave it")
+    return receipt
 
 
 def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
@@ -142,7 +163,8 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
 
 
 def _time_of(entry: Entry) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.body["time"]))
+    """Return when a unit withdrew, also where a restored ledger was told of it later."""
+    return time.strftime(TIME, time.gmtime(entry.body.get("since", entry.body["time"])))
 
 
 def _signed(receipt: dict[str, Any]) -> bytes:

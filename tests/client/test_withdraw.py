@@ -68,6 +68,23 @@ def test_a_receipt_names_entry_and_releases_and_no_patient(world: Path) -> None:
     assert checked.exit_code == 0 and "stands" in checked.output
 
 
+def test_who_withdrew_stays_out_after_a_restore(world: Path) -> None:
+    """From a backup of before: receipts that the site keeps say who withdrew since, and when."""
+    Ledger(world / "state").backup(world / "copy")
+    path = receipt_of(withdraw(keys=f"{KEY}\n"))
+    before = set(Ledger(world / "state").withdrawn())
+    path.with_name("withdrawal-of-nobody.json").write_text('{"unit": "ab", "time": "2026"}')
+    (world / "state" / "ledger.db").unlink()
+    restored = CliRunner().invoke(
+        app, ["ledger", "site.toml", "--restore", "--from", str(world / "copy")]
+    )
+    assert restored.exit_code == 0, restored.output
+    assert set(Ledger(world / "state").withdrawn()) == before != set()
+    assert "1 withdrawals that it had lost are entered again" in restored.output
+    checked = withdraw("--check", str(path))
+    assert checked.exit_code == 0 and "stands" in checked.output
+
+
 ACCEPTANCE = """
 [acceptance]
 path = "judged.jsonl"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from fedtune.core.ledger import declared
+from fedtune.core.ledger.account import NOT_PRIVATE
 from fedtune.core.ledger.files import salt_at
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.wire.keys import SigningKey
@@ -165,6 +169,26 @@ def test_a_restore_that_forgets_the_losses_is_caught(
     with pytest.raises(LedgerError, match=r"ledger\.head: missing"):
         Ledger(folder)
     assert not covers({1.0: 4}, truth)
+
+
+def test_a_ledger_whose_declared_members_were_edited_is_restored(
+    ledger: Ledger, folder: Path
+) -> None:
+    """They are checked when a ledger is opened: a restore that keeps them is none."""
+    run_round(ledger, 1)
+    truth = total(ledger)
+    declared.declare(ledger, "open", "public", [{b"a record"}])
+    with closing(sqlite3.connect(folder / "ledger.db")) as database, database:
+        database.execute("DELETE FROM members WHERE dataset = ?", (NOT_PRIVATE + "open",))
+    with pytest.raises(LedgerError, match="were edited"):
+        Ledger(folder)
+    opens = True
+    try:
+        restored = Ledger.restore(folder)
+    except LedgerError:
+        opens = False
+    assert opens, "what was put in its place does not open either"
+    assert covers(total(restored), truth)
 
 
 def test_a_backup_is_consistent_private_and_named(used: Ledger, tmp_path: Path) -> None:

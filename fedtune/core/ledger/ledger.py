@@ -442,6 +442,15 @@ class Ledger:
                 writer.append("withdraw", {"unit": unit})
         return self._account.withdrawn[unit]
 
+    def withdraw_again(self, since: Mapping[str, int]) -> int:
+        """Enter the withdrawals that a restore lost, and return how many they are. since: by the
+        hash of a unit's key, when it withdrew, UTC seconds."""
+        with self._store.writing() as writer:
+            lost = sorted(set(since) - set(self._account.withdrawn))
+            for unit in lost:
+                writer.append("withdraw", {"unit": unit, "since": since[unit]})
+        return len(lost)
+
     def withdrawn(self) -> dict[str, Entry]:
         """Map the hash of each unit that withdrew to the entry of its withdrawal."""
         self._read()

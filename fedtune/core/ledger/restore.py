@@ -12,6 +12,8 @@ Restored charges count against every dataset. The sequence skips the lost number
 a lost entry is recognised as charged. 2 alone covers what left the site as long as the step log is
 complete; where log and ledger were rolled back together, 3 assumes that no lost round cost more
 than the costliest one known. No worker of the site may run meanwhile.
+Withdrawals among the lost entries are lost too: whoever restores enters them again, from their
+receipts (officer/withdraw.py).
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
 NewerLedger where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
@@ -32,6 +34,7 @@ from typing import Any
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace, sync_folder
+from fedtune.core.ledger.account import NOT_PRIVATE
 from fedtune.core.ledger.chain import (
     SCHEMA,
     Entry,
@@ -209,6 +212,8 @@ def _verified(folder: Path, public: str) -> _Base | None:
                 entries.append(entry)
                 if entry.kind == "declare":
                     members[entry.body["dataset"]] = entry.body["members"]
+                elif entry.kind == "declaration" and "members" in entry.body:
+                    members[NOT_PRIVATE + entry.body["dataset"]] = entry.body["members"]
             check_members(path, Transaction(connection, None, None), members)
         check_first(path, entries[0], public, salt.read_bytes())
     except NewerLedger:
