@@ -15,13 +15,14 @@ from flwr.app import ConfigRecord, RecordDict
 from matplotlib.image import imread
 
 import fedtune.launch.in_one_process
-from fedtune.core.config import EvaluationTable, Study, load_site, load_study
+from fedtune.core.config import EvaluationTable, Study, load_site, load_study, save
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import events
 from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import budget
+from fedtune.core.vault.declared import declare
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.arrays import bodies
 from fedtune.core.wire.codec import VALUES, encode
@@ -177,6 +178,32 @@ def test_one_question_is_not_asked_about_as_many_adapters_as_a_coordinator_sends
     with pytest.raises(BudgetExceeded, match=f"was paid for {budget.MOST_ATTEMPTS} times"):
         worker.evaluate(made.study.digest, 2, {n: -1 - a for n, a in made.adapter.items()})
     assert len(worker.ledger.charges("held-out")) == budget.MOST_ATTEMPTS
+
+
+def test_records_that_became_private_in_mid_study_are_not_asked_about_for_nothing(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Declared data pays from a ledger of the run. A question is checked as a round is: what the
+    site's file says since would be paid for there, and the ledger for life not know of it."""
+    study = world(tmp_path, tiny_base, 3.0, policy=WILLING + "allow_declared_data = true\n")
+    made, path = start(load_study(study)), tmp_path / "site-north.toml"
+    private = load_site(path)
+    open_to_all = {"declared": "public"}
+    save(private.changed(data=open_to_all, evaluation=open_to_all), path)
+    declare(load_site(path))
+    worker = SiteWorker(load_site(path), path).of_run(made.study.digest)
+    assert worker.prepare(made.study, made.frozen).admitted
+    worker.evaluate(made.study.digest, 2, made.adapter)
+    assert len(worker.ledger.spending("held-out")) == 1
+    save(private, path)
+    other = {name: array + 1 for name, array in made.adapter.items()}
+    refused = ""
+    try:
+        worker.evaluate(made.study.digest, 2, other)
+    except PolicyRefused as refusal:
+        refused = str(refusal)
+    assert "data.declared was changed" in refused
+    assert len(worker.ledger.spending("held-out")) == 1 and worker.home.spending() == []
 
 
 def test_a_question_that_is_refused_reads_no_record(

@@ -14,13 +14,13 @@
     │   ├── StatementError             what ready sites signed (core/secagg/statement.py)
     │   ├── NotGenuine                 signatures of a run or of a log
     │   └── UnknownPatient             who withdraws is in no record here (officer/withdraw.py)
-    ├── Refused               exit 3   a rule said no, before data was read
+    ├── Refused               exit 3   a rule said no, in words that may leave the site
     │   ├── PolicyRefused              the site's policy
     │   │   ├── Unsigned               a plan that waits for a person (core/vault/prepared.py)
     │   │   └── Held                   an answer that waits for a person (core/vault/prepared.py)
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (core/training/selftest.py)
-    │   ├── Unprepared                 the site does not know the plan (core/vault/worker.py)
+    │   ├── Unprepared                 the site does not know the plan (core/vault/prepared.py)
     │   ├── Void                       an attempt at a round is over (core/vault/prepared.py)
     │   └── OtherProtocol              the other side is of another release (core/wire/protocol.py)
     ├── InfrastructureError   exit 4   network, disk, another process
@@ -98,7 +98,10 @@ class NotGenuine(InputError):
 
 
 class Refused(FedtuneError):
-    """A rule said no, before any record was read; the parent of the refusals."""
+    """A rule said no; the parent of the refusals.
+
+    What it says leaves the site (core/vault/answers.py, `guarded`): rules and public values, never
+    what follows from a record, or from how much memory or disk is left."""
 
     exit_code = 3
 

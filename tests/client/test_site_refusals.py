@@ -189,8 +189,9 @@ def test_a_base_that_does_not_say_what_it_can_read_is_tried(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Network, "positions", None)
-    with pytest.raises(ConfigError, match="= 600 tokens here"):
+    with pytest.raises(ConfigError, match="= 600 tokens here") as refused:
         begun(tiny_encoder, lora=None, objective=HEAD | {"max_length": 600})
+    assert "Error" not in str(refused.value), "its class would tell whether memory ran out"
 
 
 def test_what_was_charged_for_another_unit_is_not_composed_with_a_study(

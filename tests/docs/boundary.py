@@ -76,8 +76,11 @@ PARTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 OTHERS = {
     "PIL": ("pillow", "decodes one record's image"),
     "bitsandbytes": ("bitsandbytes", "rounds a base's weights where a plan asks for it"),
-    "cryptography": ("cryptography", "ChaCha20 for the noise, Ed25519, X25519, HKDF, AES"),
-    "dp_accounting": ("dp-accounting", "ε of what was spent; a second computation has to agree"),
+    "cryptography": ("cryptography", "AES for the noise and the masks, Ed25519, X25519, HKDF"),
+    "dp_accounting": (
+        "dp-accounting",
+        "ε of what was spent; reports compare it with RDP's",
+    ),
     "duckdb": ("duckdb", "rows of a DuckDB file"),
     "huggingface_hub": ("huggingface-hub", "fetches a base that the site itself names"),
     "jinja2": ("jinja2", "renders one record's text by a chat template"),

@@ -246,6 +246,24 @@ def test_what_stops_an_oracle_fails_it(patients: Study, monkeypatch: pytest.Monk
     assert failed["sensitivity"] == "ArithmeticError: broken"
 
 
+def test_what_stops_an_oracle_is_told_here_and_to_nobody_else(
+    patients: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal's words reach the coordinator; a library's tell of memory, disks and folders."""
+    words = "/home/ann/cache: cannot allocate 4096 bytes"
+
+    def explode(*_: object) -> torch.Tensor:
+        raise MemoryError(words)
+
+    monkeypatch.setattr(clip, "add_clipped", explode)
+    with pytest.raises(selftest.SelfTestFailed) as caught:
+        selftest.require(patients)
+    told = str(caught.value)
+    assert "sensitivity stopped" in told and "parity stopped" in told
+    assert words not in told and "MemoryError" not in told
+    assert f"the self-test's sensitivity stopped: MemoryError: {words}" in caplog.text
+
+
 def test_an_architecture_that_cannot_be_tested_is_refused(tiny_encoder: Path) -> None:
     """Modules that the base does not have: nothing can be shown, so nothing runs."""
     wrong = of(

@@ -50,4 +50,26 @@ MUTANTS = (
         TESTS + "test_one_record_that_was_tried_for_free_is_enough",
         "a private file is tried for free before it is paid for",
     ),
+    one(
+        "declared", "a-question-takes-data-for-declared-that-is-not",
+        "fedtune/core/vault/evaluation.py",
+        "    permit_declared(current, site.site, site.home)\n", "",
+        "tests/test_private_evaluation.py::"
+        "test_records_that_became_private_in_mid_study_are_not_asked_about_for_nothing",
+        "private held-out records are paid from the ledger of one run",
+    ),
+    one(
+        "declared", "a-restore-keeps-edited-hashes-of-declared-records",
+        "fedtune/core/ledger/restore.py",
+        'if entry.kind == "declaration" and "members" in entry.body:', "if entry.seq < 0:",
+        "tests/dp/test_ledger_restore.py::"
+        "test_a_ledger_whose_declared_members_were_edited_is_restored",
+        "what a restore puts in place does not open, and the site's ledger is at its end",
+    ),
+    one(
+        "consent", "a-restore-forgets-who-withdrew", "fedtune/core/ledger/ledger.py",
+        "lost = sorted(set(since) - set(self._account.withdrawn))", "lost = list[str]()",
+        "tests/client/test_withdraw.py::test_who_withdrew_stays_out_after_a_restore",
+        "a patient who withdrew after the backup trains again, and nobody is told",
+    ),
 )  # fmt: skip

@@ -309,6 +309,22 @@ MUTANTS = (
         T_LENGTH, "the longest record is told by an error",
     ),
     one(
+        33, "a-refused-length-tells-why-it-failed", NETWORK,
+        'f"the base cannot read objective.max_length = {length} tokens here",',
+        'f"the base cannot read objective.max_length = {length} tokens here {error!r}",',
+        "tests/client/test_site_refusals.py::"
+        "test_a_base_that_does_not_say_what_it_can_read_is_tried",
+        "a refusal tells a coordinator whether a site's memory ran out",
+    ),
+    one(
+        33, "a-self-test-tells-what-stopped-it", "fedtune/core/training/selftest.py",
+        "{'stopped' if r.note else format(r.figure, '.3g')}",
+        "{r.note or format(r.figure, '.3g')}",
+        "tests/dp/test_selftest.py::"
+        "test_what_stops_an_oracle_is_told_here_and_to_nobody_else",
+        "a refusal tells a coordinator of a site's memory, disks and folders",
+    ),
+    one(
         33, "the-kind-of-an-error-leaves", ANSWERS,
         'return "failed", FAILED', 'return "failed", type(error).__name__',
         "tests/server/test_apps.py::test_only_a_refusals_words_leave_the_site",

@@ -6,6 +6,7 @@ above it, logits. Adapters are swapped by loading arrays."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -44,6 +45,8 @@ from fedtune.core.models.prefix_store import HiddenStates
 from fedtune.core.models.split import Split, cut
 from fedtune.core.registry.arrays import CLASS_SUMS
 from fedtune.core.run_folder import HEAD
+
+log = logging.getLogger("fedtune.models")
 
 
 class Network:
@@ -113,7 +116,9 @@ class Network:
     @torch.no_grad()
     def check_length(self, length: int) -> None:
         """Check that the base reads texts of `length` tokens here, before any record is read: a
-        record that is too long would fail, and so disclose its length. Errors: ConfigError."""
+        record that is too long would fail, and so disclose its length. Errors: ConfigError, whose
+        words may leave a site: of a library's error they have not even the class, which would tell
+        whether memory ran out."""
         if self.positions is not None and length > self.positions:
             raise ConfigError(
                 f"objective.max_length = {length} is more than the base can read",
@@ -126,9 +131,9 @@ class Network:
         try:
             self.hidden(self.prefix(ids, mask), mask.to(self.device))
         except Exception as error:
+            log.error("a text of %d tokens was not read (%s)", length, type(error).__name__)
             raise ConfigError(
-                f"the base cannot read objective.max_length = {length} tokens here "
-                f"({type(error).__name__})",
+                f"the base cannot read objective.max_length = {length} tokens here",
                 "a length that it reads on this machine",
             ) from None
 

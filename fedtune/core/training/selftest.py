@@ -4,6 +4,7 @@ size and on generated records, through the code that will train."""
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from fedtune.core.objectives import resolve
 from fedtune.core.progress import report, stage
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 
+log = logging.getLogger("fedtune.site")
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
 SAME = 1e-4  # relative: two ways to one fp32 gradient
 ROOM = 1e-5  # relative, on C: the vanishing noise; the others' rows do not move at all
@@ -82,13 +84,20 @@ def require(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> None:
-    """Errors: SelfTestFailed naming each oracle that failed, its figure and its bound."""
+    """Errors: SelfTestFailed naming each oracle that failed, its figure and its bound; of one that
+    stopped, that it did: why is a library's words, which may tell of this machine's memory, disk or
+    folders, and stays in this machine's log. A refusal's words leave the site."""
     results = run(study, network, declared_size, lora_rank)
     failed = [result for result in results if not result.passed]
+    for result in failed:
+        if result.note:
+            log.error("the self-test's %s stopped: %s", result.name, result.note)
     if failed:
         raise SelfTestFailed(
             "the self-test failed: "
-            + ", ".join(f"{r.name} {r.note or format(r.figure, '.3g')}" for r in failed),
+            + ", ".join(
+                f"{r.name} {'stopped' if r.note else format(r.figure, '.3g')}" for r in failed
+            ),
             ", ".join(f"{r.name} at most {r.bound:g}" for r in failed),
             "`fedtune doctor` shows all of it; no ε was spent and no record was read",
         )

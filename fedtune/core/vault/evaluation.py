@@ -26,6 +26,7 @@ from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import Batch, Network
 from fedtune.core.vault import airlock
 from fedtune.core.vault.budget import Budget, check_rounds
+from fedtune.core.vault.declared import permit_declared
 from fedtune.core.vault.policy import admit
 from fedtune.core.vault.prepared import Prepared, step_summary
 from fedtune.core.wire.codec import encode
@@ -50,6 +51,7 @@ def answered(
     the ledger. Errors: as SiteWorker.evaluate."""
     study, current, training = prepared.study, site.current(), prepared.private
     assert training is not None  # a study with queries is private
+    permit_declared(current, site.site, site.home)
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
     check_rounds(len(site.ledger.spending()), current.policy)
