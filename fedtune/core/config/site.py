@@ -62,7 +62,7 @@ class SiteTable(Table):
 
     name: Name
     declared_size: Count  # units, as a person declares it; public; no code derives it from the data
-    state: Place = Path("state")  # step log, received plans and frozen factors
+    state: Place = Path("state")  # ledger, keys, step log, received plans
     base: Source | None = None  # where this site has the base, if elsewhere; its digest must match
     gradient_checkpointing: bool = False  # less memory for activations, a third more time
     cache_memory: NotNegative | None = None  # GiB for states at the cut; None: a quarter of it all
@@ -93,7 +93,7 @@ class ConsentTable(Table):
     values: tuple[Value, ...] = ("yes",)  # that mean yes; white space around them does not count
     opt_outs: Place | None = None
     hashing: Literal["sha256", "salted-sha256", "hmac-sha256"] = "sha256"
-    salt_file: Place | None = None  # for this user alone (0600); white space at its ends is cut
+    salt_file: Place | None = None  # for this user alone (0600); one line end behind it is cut
 
     @model_validator(mode="after")
     def _check_combination(self) -> ConsentTable:

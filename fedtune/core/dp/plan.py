@@ -109,8 +109,9 @@ class DpPlan:
     ) -> torch.Tensor:
         """Run one DP-SGD step: a noised mean gradient, fp32 (dimension,), of `n_rows` rows.
 
-        `gradients` is called once with the sampled rows and yields each of them exactly once; its
-        tensors are zeroed after use. An empty sample is a noise-only step. team: other processes
+        `gradients` is called with the sampled rows and yields each of them exactly once; its
+        tensors are zeroed after use. (By a SitePlan it is called again, for rows that could not
+        be summed together.) An empty sample is a noise-only step. team: other processes
         that sum some of the rows; sampling and noise happen in this process alone, once.
         Errors: RuntimeError when a row is missing or doubled: nothing is released then.
         """

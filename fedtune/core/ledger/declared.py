@@ -123,7 +123,7 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
 
 
 def declared(ledger: Ledger) -> dict[str, str]:
-    """Return what each dataset is declared to be, by name, newest declaration first to count."""
+    """Return what each dataset is declared to be, by name; the newest declaration counts."""
     with ledger._store.writing():
         return dict(ledger._account.not_private)
 

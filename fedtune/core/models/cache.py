@@ -295,7 +295,9 @@ class CachedDataset:
         )
 
     def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Pad the teacher's soft targets of `records` to one shape."""
+        """Pad the teacher's soft targets of `records` to one shape. Their number follows from the
+        records beside one: they are gathered by a record's own positions (objectives/distill.py),
+        and nothing is added up over them."""
         marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
         if not marks:
             return None

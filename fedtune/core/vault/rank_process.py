@@ -1,7 +1,7 @@
 """Data-parallel processes of a site: each clips and sums a share of every step's rows.
 
-    rank 0   the client: talks to Flower, keeps the ledger, reads the records, draws, adds noise,
-             writes the log
+    rank 0   the vault: keeps the ledger, reads the records, draws, adds noise, writes the log of
+             steps
     rank n   receives the plan, the records, the adapter and the rows from rank 0, and returns an
              integer sum; opens neither the records' files nor the ledger
 

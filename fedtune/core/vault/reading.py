@@ -1,8 +1,8 @@
 """Read a site's records as training does, and say at the site what became of them.
 
-Guarantee: what this says stays at the site: on its screen, on the process's own stderr, and in a
-file in its state folder for its own user. No event, log.jsonl, metric, message or tracker gets a
-count of records."""
+Guarantee: what this says stays at the site: on its screen, in the log of the process that reads,
+and in a file in its state folder for its own user. No log.jsonl, metric, message or tracker gets a
+count of records, and no event but the lines of a log that the vault tells who started it."""
 
 from __future__ import annotations
 

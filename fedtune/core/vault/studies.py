@@ -1,6 +1,6 @@
 """The studies that a site was admitted to and that have not ended: a file for each.
 
-    STATE/studies/PLAN.json    {"plan", "study", "since"}; 0600; PLAN: 16 digits of its digest
+    STATE/studies/PLAN.json    {"plan", "study", "since"}; 0600; PLAN: the digits of its digest
 
 The file is there before the coordinator hears that its plan was admitted, and goes when the
 coordinator says that the study has ended, or with `fedtune purge`. It follows from messages and

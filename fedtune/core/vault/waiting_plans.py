@@ -24,8 +24,8 @@ def check_plan_length(plan: str) -> None:
 
 
 def keep_plan(site: Site, study: Study) -> Path:
-    """Keep a plan that nobody here signed, or somebody did, where `fedtune review` finds it. It is
-    public.
+    """Keep a plan where `fedtune review` finds it, whether or not somebody here has signed it. It
+    is public.
 
     At most MOST are kept, and the oldest go. A plan for which the disk has no space beside the
     room of the ledger (files.room) is not kept, which is a warning here: plans that nobody asked

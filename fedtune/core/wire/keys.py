@@ -56,7 +56,7 @@ class SigningKey:
             ) from None
 
     def sign(self, message: bytes) -> str:
-        """Hexadecimal signature of `body`."""
+        """Hexadecimal signature of `message`."""
         return self._private.sign(message).hex()
 
     def derive(self, purpose: str) -> bytes:
@@ -67,7 +67,7 @@ class SigningKey:
 
 @lru_cache(maxsize=256)  # a ledger's head and receipts are read again at every transaction
 def verifies(public: str, message: bytes, signature: str) -> bool:
-    """Whether `signature` over `body` is by the key `public`, both in lower-case hexadecimal;
+    """Whether `signature` over `message` is by the key `public`, both in lower-case hexadecimal;
     malformed: False. One signature has one spelling: upper case and spaces are not hexadecimal
     here."""
     if not (_PUBLIC.fullmatch(public) and _SIGNATURE.fullmatch(signature)):

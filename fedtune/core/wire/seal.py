@@ -30,7 +30,7 @@ class Header:
     """What a site's signature binds an update to. Every field is public.
 
     plan, base: digests; receiver: the coordinator's public key; nonce: as in the order; body:
-    sha256 of the arrays (body_digest); ledger: the site's signed statement of its ledger's head."""
+    body_digest of what is sent; ledger: {token}, its ledger's head, which no one else can read."""
 
     plan: str
     round: int
