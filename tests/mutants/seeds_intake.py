@@ -170,4 +170,18 @@ MUTANTS = (
         T_FHIR + "test_a_visit_of_another_patient_says_nothing",
         "whose a visit is decides which documents of others train",
     ),
+    one(
+        "intake", "arrow-unpacks-columns-in-threads", "fedtune/core/data/sources/arrow.py",
+        "pa.ipc.IpcReadOptions(use_threads=False)", "pa.ipc.IpcReadOptions(use_threads=True)",
+        "tests/data/test_arrow_reading.py::"
+        "test_no_thread_is_started_however_long_a_column_takes",
+        "how many threads start follows from how long each column takes",
+    ),
+    one(
+        "intake", "an-arrow-file-is-mapped", "fedtune/core/data/sources/arrow.py",
+        'pa.PythonFile(data, mode="r")', "pa.memory_map(data.name)",
+        "tests/data/test_arrow_reading.py::"
+        "test_a_file_that_is_cut_off_while_it_is_read_is_its_own_matter",
+        "a file that is cut off while it is read ends the process that holds everybody's records",
+    ),
 )  # fmt: skip

@@ -201,7 +201,8 @@ def load_dataset(
 
     exclude_unit: patients to leave out; is_known_member: of earlier loads of the same dataset;
     strict: for a person who can correct the files; soft_targets: a teacher's, of one record.
-    [public] and [evaluation] files hold no private records: their unit is the record.
+    [public], [selection] and [evaluation] of a study hold no private records: their unit is the
+    record. A site's own held-out records are private, and their unit is the study's.
     Errors: DataError for a path or a shape that cannot be used; if strict, as `rows` has it, and
     where fewer than two units are left.
     Guarantee: if not strict, what a unit trains on, and whether, depends on its own rows and its

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,7 @@ class Arrow(Source):
 
         try:
             with reading.opened(path) as file:
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                batches = _batches(pa.BufferReader(pages))
+                batches = _batches(file)
                 schema = next(batches)
                 columns = asked(schema.names, names)
                 classes = _classes(schema, columns)
@@ -64,7 +63,7 @@ class Arrow(Source):
                     yield from rows_of(batch, columns, classes)
         except MemoryError:  # also of Arrow: not the file's fault
             raise
-        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: an empty file
+        except (pa.ArrowException, OSError) as error:
             kind = type(error).__name__
             raise DataError(
                 f"{names.where}: not a readable Arrow file ({kind})",
@@ -72,18 +71,21 @@ class Arrow(Source):
             ) from None
 
 
-def _batches(data: pa.NativeFile) -> Iterator[pa.Schema | pa.RecordBatch]:
-    """Yield a file's schema, and then its record batches."""
+def _batches(data: BufferedReader) -> Iterator[pa.Schema | pa.RecordBatch]:
+    """Yield a file's schema, and then its record batches.
+
+    Nothing is mapped: a file that is cut off while it is read would end this process (SIGBUS). No
+    thread is started: how many Arrow would start follows from how long each column takes."""
     import pyarrow as pa
 
-    is_file = data.read(len(FILE)) == FILE
-    data.seek(0)
-    if not is_file:
-        with pa.ipc.open_stream(data) as stream:
+    options = pa.ipc.IpcReadOptions(use_threads=False)
+    if data.peek(len(FILE))[: len(FILE)] != FILE:
+        with pa.ipc.open_stream(pa.PythonFile(data, mode="r"), options=options) as stream:
             yield stream.schema
             yield from stream
         return
-    with pa.ipc.open_file(data) as file:
+    whole = pa.BufferReader(data.read())  # of a file Arrow itself reads by threads
+    with pa.ipc.open_file(whole, options=options) as file:
         yield file.schema
         yield from (file.get_batch(number) for number in range(file.num_record_batches))
 
