@@ -100,6 +100,9 @@ class Site:
     def of_run(self, digest: str) -> Site:
         return self
 
+    def begin_run(self, digest: str) -> Site:
+        return self
+
     def current(self) -> Any:
         return self.site
 

@@ -86,6 +86,9 @@ class FakeSite:
     def of_run(self, digest: str) -> FakeSite:
         return self
 
+    def begin_run(self, digest: str) -> FakeSite:
+        return self
+
     @property
     def room(self) -> Room:
         return Room(self.folder, self.size)
