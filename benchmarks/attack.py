@@ -75,7 +75,7 @@ def secrets(seed: int, epsilons: list[float], units: int) -> dict[str, Any]:
     for name, plan in plans.items():
         with network.loaded(network.frozen_factor()):
             one = attack._World(start(made), network, everybody, ONE, count, rounds)
-            exposed = one.trained(plan, MemoryLog())[1]
+            exposed = one.train_models(plan, MemoryLog())[1]
         assert exposed is not None
         found[name] = asdict(exposed)
         if name != "none":

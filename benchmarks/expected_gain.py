@@ -63,7 +63,7 @@ def world(mine: Records, parts: Division, sites: Sites) -> World:
     noise = sites.sigma * math.sqrt(sites.doses)
     k = posterior.directions_for(classes, len(labels), noise, sites.units, named)
     basis = posterior.choose(vectors, mine.names, k, posterior.WEIGHT)
-    known = posterior.public(basis, vectors, labels, classes, mine.names)
+    known = posterior.summarise_public(basis, vectors, labels, classes, mine.names)
     hits = posterior.held_out_hits(basis, vectors, labels, known, mine.names)
     assert hits is not None
     theirs = mine.labels[np.concatenate(parts.units).astype(np.int64)]

@@ -35,7 +35,7 @@ from fedtune.evaluation.evaluator import Evaluator
 from fedtune.presets import Records, write
 from fedtune.public import training as public_start
 from fedtune.public.start import start
-from fedtune.server.step import selecting
+from fedtune.server.step import replace_evaluation
 
 SITES = 3
 ARMS = ("preset", "off", "pooled")
@@ -205,7 +205,9 @@ def pooled(name: str, data: Path, seed: int, out: Path) -> Table:
         process_cache.clear("made from public text")
         with patch.object(public_start, "PENALTY", penalty):
             head = start(study).adapter
-        heads.append((Evaluator(selecting(study), {}).measure(head)["loss"], penalty, head))
+        heads.append(
+            (Evaluator(replace_evaluation(study), {}).measure(head)["loss"], penalty, head)
+        )
     _, penalty, head = min(heads, key=lambda each: each[0])
     after = Evaluator(study, {}).measure(head)
     counted = {"gain": {"records": len(read_jsonl(study.evaluation.path))}}

@@ -333,7 +333,9 @@ def released(
         sums += of_unit / max(1.0, float(np.linalg.norm(of_unit)) / basis.norm)
     deviation = spoken * basis.norm * noise
     sums += deviation * np.random.default_rng(seed).standard_normal(sums.shape)
-    known = posterior.public(basis, mine.vectors[parts.public], labels, classes, mine.names)
+    known = posterior.summarise_public(
+        basis, mine.vectors[parts.public], labels, classes, mine.names
+    )
     found = posterior.head(posterior.Noised(sums, deviation, units), basis, known)
     return np.concatenate([found.weight, found.bias[:, None]], axis=1)
 

@@ -197,8 +197,8 @@ def measure(sites: int, megabytes: float, secure: bool = False) -> dict[int, flo
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(fedtune.core.vault.answers, "worker", by_name.__getitem__),
-        patch.object(secure_round, "ready", Site.ready),
-        patch.object(secure_round, "masked", Site.masked),
+        patch.object(secure_round, "draw_sum", Site.ready),
+        patch.object(secure_round, "mask_sum", Site.masked),
     ):
         rounds.run(grid, start.study, Path(folder) / "out", parts=parts, on_event=on_event)
     return memory_by_sites

@@ -51,7 +51,7 @@ class Hub:
 
     def leaf(self, start: timedelta, end: timedelta, home: Path | None = None) -> None:
         """Put a certificate for HUB and loopback in the place of the gateway's."""
-        key, now = ec.generate_private_key(ec.SECP384R1()), certs.now()
+        key, now = ec.generate_private_key(ec.SECP384R1()), certs.read_clock()
         hosts = [HUB, "localhost", "127.0.0.1"]
         leaf = certs.issue(
             home or self.home, key.public_key(), "hub", hosts, now + start, now + end
@@ -61,6 +61,6 @@ class Hub:
     def site_leaf(self, end: timedelta) -> None:
         """A certificate of the site's that ends then, as issued."""
         key = certs.read_key(self.site.parent / "state" / "keys" / "tls.key").public_key()
-        now = certs.now()
+        now = certs.read_clock()
         leaf = certs.issue(self.home, key, "a", start=now - 30 * DAY, end=now + end)
         (self.home / "leaves" / "a.pem").write_bytes(leaf.public_bytes(certs.PEM))

@@ -15,7 +15,7 @@ from fedtune.core.config import Columns, DataFile
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.models.build import build
 from fedtune.core.run_folder import ANSWERS
-from fedtune.evaluation.answers import answers, chosen
+from fedtune.evaluation.answers import answers, choose_rows
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.predict import predict
 from tests.cli_kit import run as command
@@ -84,11 +84,11 @@ def test_rows_are_spread_over_the_file_and_those_without_a_prompt_left_out(tmp_p
     rows[0], rows[5] = {"q": "", "a": "y"}, "no object"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = DataFile(path=path, columns=Columns(prompt="q", completion="a"))
-    assert [one.row for one in chosen(file, 4)] == [2, 4, 7, 9]
-    assert len(chosen(file, 20)) == 8
+    assert [one.row for one in choose_rows(file, 4)] == [2, 4, 7, 9]
+    assert len(choose_rows(file, 20)) == 8
     path.write_text('{"q": "", "a": "y"}\n')
     with pytest.raises(DataError, match="no row has a prompt"):
-        chosen(file, 4)
+        choose_rows(file, 4)
 
 
 def test_a_conversation_of_one_turn_is_asked(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_conversation_of_one_turn_is_asked(tmp_path: Path) -> None:
     user, told = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     rows = [{"m": [user, told]}, {"m": [user, told, user, told]}, {"m": [user]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = chosen(DataFile(path=path, columns=Columns(messages="m")), 4)
+    found = choose_rows(DataFile(path=path, columns=Columns(messages="m")), 4)
     assert [(one.row, one.prompt, one.expected) for one in found] == [(1, "q", "a"), (3, "q", "")]
 
 

@@ -15,7 +15,14 @@ import torch
 from fedtune.audit import attack
 from fedtune.audit import membership as module
 from fedtune.audit.attack import Attack, Secrets, attack_run, attack_study, ratios
-from fedtune.audit.membership import auc, auc_bound, found, membership, roc, tpr_bound
+from fedtune.audit.membership import (
+    auc,
+    auc_bound,
+    compute_true_positive_rate,
+    membership,
+    roc,
+    tpr_bound,
+)
 from fedtune.audit.secret import Exposure, most_exposed, most_extracted
 from fedtune.core.config import Site, Study, load_site, load_study
 from fedtune.core.data.records import read_records
@@ -42,8 +49,10 @@ def test_the_area_and_the_share_that_is_found() -> None:
     assert auc(column(1, 1), column(1, 1)) == 0.5
     assert auc(column(2, 0), column(1)) == 0.5
     others = column(*range(100))
-    assert found(column(99, 98.5, 98, 200), others) == 0.75  # above the highest but one
-    assert found(column(98), others) == 0.0
+    assert (
+        compute_true_positive_rate(column(99, 98.5, 98, 200), others) == 0.75
+    )  # above the highest but one
+    assert compute_true_positive_rate(column(98), others) == 0.0
     points = roc(column(3, 1), column(2, 0))
     assert points[0] == (0.0, 0.0) and points[-1] == (1.0, 1.0)
     assert points == sorted(points)
@@ -129,7 +138,7 @@ def test_a_models_own_side_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> 
     """It has one reference less there, and a mean of fewer is further from any loss; its twin is
     scored by all references that there are."""
     assert guessing()
-    monkeypatch.setattr(attack, "_drawn", lambda mask, kept, draw: mask)
+    monkeypatch.setattr(attack, "_draw_models", lambda mask, kept, draw: mask)
     assert not guessing()
 
 
@@ -252,7 +261,9 @@ def test_models_start_and_step_as_the_studys_do(
     real, network = attack.local_round, build(public)
 
     def spy(*args: Any) -> Arrays:
-        assert network.preconditioner.keys() == preconditioner.divided(made.frozen)[1].keys()
+        assert (
+            network.preconditioner.keys() == preconditioner.separate_frozen(made.frozen)[1].keys()
+        )
         seen.append((args[5], real(*args)))
         return seen[-1][1]
 
@@ -262,15 +273,15 @@ def test_models_start_and_step_as_the_studys_do(
     attack_study(made.study, canaries=10, models=8, units=20)
     assert all(np.array_equal(network.trainable()[n], a) for n, a in before.items())
     assert len(seen) == 2 * 8 * 3
-    _, factors = preconditioner.divided(made.frozen)
+    _, factors = preconditioner.separate_frozen(made.frozen)
     for first in range(0, len(seen), 3):
         (at, one), (second, two), (third, _) = seen[first : first + 3]
         assert all(np.allclose(at[n], made.adapter[n], atol=1e-4) for n in at)
         step = {n: 2.0 * one[n].astype(np.float64) for n in one}
-        expected = preconditioner.moved(at, step, factors)
+        expected = preconditioner.move_adapter(at, step, factors)
         assert all(np.allclose(second[n], expected[n], atol=1e-6) for n in at)
         step = {n: 2.0 * (0.5 * one[n].astype(np.float64) + two[n]) for n in one}
-        expected = preconditioner.moved(second, step, factors)
+        expected = preconditioner.move_adapter(second, step, factors)
         assert all(np.allclose(third[n], expected[n], atol=1e-6) for n in at)
 
 

@@ -19,7 +19,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.reasons import OTHER, PHRASES
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import coordinator_log
-from fedtune.launch.coordinator import audited
+from fedtune.launch.coordinator import audit_events
 from fedtune.officer.withdraw import RECEIPTS
 from tests.cli_kit import run
 from tests.guarantee.world import lay_out, patients
@@ -319,7 +319,7 @@ def test_the_command_shows_verifies_and_compares(world: Path) -> None:
 
 def test_what_a_study_decides_is_entered(tmp_path: Path) -> None:
     key, heard = SigningKey.at(tmp_path / "signing.key"), list[str]()
-    hear = audited(tmp_path, lambda event, _: heard.append(event))
+    hear = audit_events(tmp_path, lambda event, _: heard.append(event))
     digest = "sha256:" + "1" * 64
     hear("start", {"plan_digest": digest, "study": "fever", "done": 0})
     too_much = "the site says: policy.max_epsilon is 3, Ann Lee"

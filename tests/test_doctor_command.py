@@ -58,15 +58,15 @@ def test_memory_in_a_container_is_the_containers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    whole = machine.available()
+    whole = machine.read_available_memory()
     if whole is None:
         pytest.skip(f"{sys.platform} does not say how much memory is free")
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("700000\n")
     (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\n")
-    assert machine.available() == 500_000
+    assert machine.read_available_memory() == 500_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.available() == pytest.approx(whole, rel=0.2)
+    assert machine.read_available_memory() == pytest.approx(whole, rel=0.2)
 
 
 def test_what_base_and_adapter_take_is_counted_from_the_files(hub: Hub, tiny_base: Path) -> None:

@@ -91,7 +91,7 @@ def done(*words: object) -> str:
     return result.stdout
 
 
-@pytest.mark.skipif(bool(scan_engine.missing()), reason="needs fedtune[scan]")
+@pytest.mark.skipif(bool(scan_engine.name_missing_package()), reason="needs fedtune[scan]")
 @pytest.mark.parametrize("which", ["invented", "fhir_bulk"])
 def test_from_an_export_to_a_dossier(
     which: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch

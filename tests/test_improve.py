@@ -144,7 +144,7 @@ def test_nobody_is_told_that_a_machine_trains(
     monkeypatch.setattr(_telemetry, "_start_telemetry_thread", lambda: None)
     monkeypatch.setattr(_telemetry._TELEMETRY_QUEUE, "put", sent.append)
     if told:
-        monkeypatch.setattr("fedtune.core.bases.wheel.quiet", lambda: None)
+        monkeypatch.setattr("fedtune.core.bases.wheel.silence_libraries", lambda: None)
     once = RlooSettings(steps=1, prompts=2, answers=2, new_tokens=2, learning_rate=3e-2)
     with contextlib.suppress(Refused):
         improve(Run(policy), Run(reward), prompts, tmp_path / "out", eval_every=1, settings=once)

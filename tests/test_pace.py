@@ -37,7 +37,7 @@ def left_after(rounds: list[float], once: list[float], heard: bool = True) -> li
             pace.hear(Step("reading", 512, 512, once=True), at)
             pace.hear(Step("training", 100, 100), at)
         now += seconds
-        said.append(pace.ended(len(rounds) - number, now))
+        said.append(pace.end_round(len(rounds) - number, now))
     return said
 
 
@@ -79,18 +79,22 @@ def test_work_that_is_done_once_before_the_rounds_is_not_taken_off_them() -> Non
     for at, done in ((0.0, 0), (50.0, 9)):
         pace.hear(Step("reading public records", done, 9, once=True), at)
     pace.begin(60.0)
-    assert pace.ended(4, 70.0) is None  # whether that round read records nobody said
-    assert pace.ended(3, 80.0) == 30.0
+    assert pace.end_round(4, 70.0) is None  # whether that round read records nobody said
+    assert pace.end_round(3, 80.0) == 30.0
 
 
 def test_a_long_step_is_timed_from_when_it_was_heard_of() -> None:
     pace = StepPace()
-    assert pace.left(Step("training", 10, 100), 1000.0) is None
-    assert pace.left(Step("training", 20, 100), 1000.0 + SOONEST / 2) is None  # too soon
-    assert pace.left(Step("training", 30, 100), 1020.0) == 70.0
-    assert pace.left(Step("measuring", 1, 2), 1030.0) is None  # another step
-    assert pace.left(Step("training", 5, 100), 1040.0) is None  # and another one of that name
-    assert pace.left(Step("training", 100, 100), 1090.0) is None  # nothing is left
+    assert pace.estimate_remaining(Step("training", 10, 100), 1000.0) is None
+    assert (
+        pace.estimate_remaining(Step("training", 20, 100), 1000.0 + SOONEST / 2) is None
+    )  # too soon
+    assert pace.estimate_remaining(Step("training", 30, 100), 1020.0) == 70.0
+    assert pace.estimate_remaining(Step("measuring", 1, 2), 1030.0) is None  # another step
+    assert (
+        pace.estimate_remaining(Step("training", 5, 100), 1040.0) is None
+    )  # and another one of that name
+    assert pace.estimate_remaining(Step("training", 100, 100), 1090.0) is None  # nothing is left
 
 
 def test_a_time_is_written_to_a_quarter_of_itself() -> None:

@@ -30,8 +30,8 @@ from fedtune.core.models.preconditioner import (
     factor_of_columns,
     identity_part,
     name_for,
-    narrowed,
-    stepped,
+    narrow_factors,
+    step_adapter,
 )
 from fedtune.core.models.rank_slice import pad_update
 from fedtune.core.objectives.causal_lm import CausalLM
@@ -93,7 +93,7 @@ def all_written_out(network: Network) -> dict[str, np.ndarray]:
 def either(network: Network, request: pytest.FixtureRequest) -> Network:
     """With a preconditioner of either form."""
     if request.param:
-        network.load_frozen(network.frozen_factor() | narrowed(network.preconditioner))
+        network.load_frozen(network.frozen_factor() | narrow_factors(network.preconditioner))
     return network
 
 
@@ -141,7 +141,7 @@ def test_of_a_wide_layer_the_columns_give_the_same_m(rank: int) -> None:
 def test_a_narrow_m_is_m_on_its_directions_alone() -> None:
     curvature = moment(24)
     wide = factor_of(curvature, 6, 0.5)
-    (narrow,) = narrowed({"l.lora_M.w": wide}).values()
+    (narrow,) = narrow_factors({"l.lora_M.w": wide}).values()
     whole, m = written_out(wide), written_out(narrow, narrow=True)
     vectors = np.linalg.eigh(curvature)[1]
     kept, others = vectors[:, -6:], vectors[:, :-6]
@@ -202,7 +202,7 @@ def test_a_round_is_the_round_written_out(either: Network, tiny_base: Path, tmp_
             here[name] = given[name] + matrices[name] @ change[name]
     for name, exact in change.items():
         assert np.abs(update[name] - exact).max() < 2e-4 * np.abs(exact).max()
-    adapter = stepped(
+    adapter = step_adapter(
         lambda adapter: {n: a + update[n] for n, a in adapter.items()},
         given,
         network.preconditioner,
@@ -386,7 +386,7 @@ def test_what_a_hostile_coordinator_sends_is_refused(
 )
 def test_a_hostile_narrow_one_is_refused(network: Network, tiny_base: Path, change: Any) -> None:
     plan = made(tiny_base, lora=LORA | {"preconditioner": {"rank": 6, "narrow": True}})
-    sent = narrowed(factors(network))
+    sent = narrow_factors(factors(network))
     network.adopt(plan, sent)
     assert network.preconditioner.keys() == sent.keys()
     name = next(iter(sent))

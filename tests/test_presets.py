@@ -18,7 +18,7 @@ from fedtune.cli.main import app
 from fedtune.core.config import load_site, load_sites, load_study
 from fedtune.core.data.files import rows as data_rows
 from fedtune.core.data.records import source_of
-from fedtune.core.data.sources.csv import Csv, guessed
+from fedtune.core.data.sources.csv import Csv, guess_format
 from fedtune.core.errors import ConfigError, DataError, InfrastructureError
 from fedtune.evaluation.selection import check_apart
 from fedtune.flower import enrol
@@ -85,7 +85,8 @@ def test_each_site_may_declare_a_size_of_its_own(tmp_path: Path) -> None:
     assert load_study(tmp_path / "own" / "study.toml").privacy.delta == 1e-3  # of the largest
     alike = records(tmp_path, size=45)
     rates = [
-        classify.learning_rate(presets.completed("classify", each), 0.9) for each in (own, alike)
+        classify.learning_rate(presets.complete_records("classify", each), 0.9)
+        for each in (own, alike)
     ]
     assert rates[0] == rates[1]  # by the sum
     with pytest.raises(ConfigError, match="3 sizes for 2 sites"):
@@ -172,9 +173,9 @@ def test_a_spreadsheet_of_semicolons_needs_no_word(tmp_path: Path) -> None:
     assert len(found) == 45 and found[0] == {"id": "0", "note": 'Ödem 0, "links"', "desk": "heart"}
     # As usual: no option, and nothing is said.
     assert "read as CSV" not in presets.notes("classify", records(tmp_path))
-    assert guessed(table(tmp_path / "usual.csv", 3), ["note"]) is None
-    assert guessed(tmp_path / "none.csv", ["note"]) is None
-    assert guessed(tmp_path / "nord.csv", ["another"]) == Csv(encoding="cp1252")
+    assert guess_format(table(tmp_path / "usual.csv", 3), ["note"]) is None
+    assert guess_format(tmp_path / "none.csv", ["note"]) is None
+    assert guess_format(tmp_path / "nord.csv", ["another"]) == Csv(encoding="cp1252")
 
 
 def test_few_public_records_all_judge(tmp_path: Path) -> None:

@@ -252,18 +252,18 @@ def of(*sums: tuple[float, float]) -> list[Outcome]:
 
 def test_a_value_that_is_lost_in_the_noise_is_not_shown() -> None:
     nothing = {"likelihood": None, "noise_sd": None}
-    assert queries.pooled([]) == nothing
-    assert queries.pooled(of((1.0, 4.0))) == nothing  # the count's own noise has sd 2.8
-    assert queries.pooled(of((5.0, -100.0))) == nothing
-    assert queries.pooled(of((-5.0, 100.0)))["likelihood"] == 0.0
-    assert queries.pooled(of((120.0, 100.0)))["likelihood"] == 1.0
+    assert queries.pool_answers([]) == nothing
+    assert queries.pool_answers(of((1.0, 4.0))) == nothing  # the count's own noise has sd 2.8
+    assert queries.pool_answers(of((5.0, -100.0))) == nothing
+    assert queries.pool_answers(of((-5.0, 100.0)))["likelihood"] == 0.0
+    assert queries.pool_answers(of((120.0, 100.0)))["likelihood"] == 1.0
 
 
 def test_the_stated_spread_is_that_of_the_noise() -> None:
     draw = np.random.default_rng(3)  # a seed: the same noise each time
     noised = draw.normal((30.0, 120.0), 2 * math.sqrt(2), (4000, 2))
-    values = [queries.pooled(of((float(s), float(n))))["likelihood"] for s, n in noised]
-    stated = queries.pooled(of((30.0, 120.0)))["noise_sd"]
+    values = [queries.pool_answers(of((float(s), float(n))))["likelihood"] for s, n in noised]
+    stated = queries.pool_answers(of((30.0, 120.0)))["noise_sd"]
     assert np.std(values) == pytest.approx(stated, rel=0.06)
 
 

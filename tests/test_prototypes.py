@@ -13,7 +13,7 @@ import torch
 
 from fedtune import load_study
 from fedtune.core.config import Site, Study, load_site
-from fedtune.core.config.load import checked
+from fedtune.core.config.load import validate_study
 from fedtune.core.config.sites import sites_in
 from fedtune.core.data.load import load_dataset
 from fedtune.core.dp.non_private import non_private_plan
@@ -344,7 +344,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
 ) -> None:
     study = load_study(lay_out(tmp_path, tiny_encoder))
     with pytest.raises(ConfigError, match=what):
-        checked(study.changed(**changes))
+        validate_study(study.changed(**changes))
 
 
 def test_too_few_public_records_for_the_directions(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -18,7 +18,7 @@ from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError
 from fedtune.core.models.build import build
 from fedtune.core.models.lora import digest
-from fedtune.core.models.preconditioner import divided, identity_part
+from fedtune.core.models.preconditioner import identity_part, separate_frozen
 from fedtune.core.registry import process_cache
 from fedtune.core.run_folder import load_plan
 from fedtune.evaluation.evaluator import Evaluator
@@ -26,7 +26,7 @@ from fedtune.public import start as start_module
 from fedtune.public import start_cache
 from fedtune.public import training as public_module
 from fedtune.public.start import start
-from fedtune.report.claim import compared
+from fedtune.report.claim import judge_change
 from fedtune.server import store
 from tests.dp.conftest import study
 from tests.simulated import simulate
@@ -65,7 +65,7 @@ def test_a_whole_run_with_both(laid_out: Path, tmp_path: Path) -> None:
     assert plan.lora and plan.lora.preconditioner and plan.start
     progress = store.load(out, load_study(laid_out))
     assert progress is not None
-    _, factors = divided(progress.frozen)
+    _, factors = separate_frozen(progress.frozen)
     assert digest(factors) == plan.lora.preconditioner.digest
     assert all(f.shape[1] == 12 and identity_part(f) > 1 for f in factors.values())
     quality = report["quality"]
@@ -81,7 +81,7 @@ def test_a_whole_run_with_both(laid_out: Path, tmp_path: Path) -> None:
     assert low <= quality["after"]["loss"] - quality["start"]["loss"] <= high
     assert [low, high] != pytest.approx(quality["gain"]["change"], abs=1e-6)
     assert evaluator.measure(progress.origin) == pytest.approx(quality["start"])
-    assert compared("loss", [low, high])[1] in (out / "report.md").read_text()
+    assert judge_change("loss", [low, high])[1] in (out / "report.md").read_text()
 
 
 def test_it_costs_no_epsilon_and_is_bound_by_the_digest(laid_out: Path) -> None:
@@ -109,7 +109,7 @@ def test_steps_before_the_first_round_train_what_a_narrow_round_leaves(laid_out:
     narrow = start(given.changed(lora={"preconditioner": {"narrow": True}}))
     assert all(np.allclose(narrow.adapter[n], a, atol=1e-4) for n, a in whole.adapter.items())
     assert narrow.study.digest != whole.study.digest
-    _, factors = divided(narrow.frozen)
+    _, factors = separate_frozen(narrow.frozen)
     assert factors and all(".lora_U." in name for name in factors)
 
 
@@ -166,7 +166,7 @@ def test_a_head_starts_at_the_optimum_of_a_regression_on_public_records(
 ) -> None:
     """Its gradient is zero there, by torch, from what a network makes of the texts one by one."""
     monkeypatch.setattr(public_module, "PENALTY", 0.01)
-    monkeypatch.setattr(start_cache, "kept", lambda key: None)
+    monkeypatch.setattr(start_cache, "load_arrays", lambda key: None)
     process_cache.clear("made from public text")
     named = start(classes(tiny_encoder))
     table = {"head": "public", "scale": 5.0}
@@ -321,7 +321,7 @@ def test_a_start_that_is_broken_off_goes_on_after_its_last_whole_step(
     whole = start(given)
     assert made == TRAINED[2:]
     process_cache.clear("made from public text")
-    monkeypatch.setattr(start_cache, "kept", lambda key: None)
+    monkeypatch.setattr(start_cache, "load_arrays", lambda key: None)
     anew = start(given)
     for one, other in ((whole.adapter, anew.adapter), (whole.frozen, anew.frozen)):
         assert all(np.allclose(one[name], other[name], atol=1e-4) for name in one)

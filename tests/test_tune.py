@@ -16,7 +16,7 @@ from fedtune.core.errors import ConfigError, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry import process_cache
 from fedtune.launch import tune as module
-from fedtune.launch.tune import Search, Trial, ranked, tune
+from fedtune.launch.tune import Search, Trial, rank_trials, tune
 from tests.cli_kit import run
 
 
@@ -164,9 +164,9 @@ def test_a_trial_that_destroyed_the_text_is_not_the_best() -> None:
     )
     failed = Trial(("c",), "trial-03", error="no")
     given = [failed, wrecked, fine]
-    assert ranked(given, "preference", warned_last=True) == [fine, wrecked, failed]
-    assert ranked(given, "preference", warned_last=False) == [wrecked, fine, failed]
-    assert ranked(given, "loss", warned_last=True) == [fine, wrecked, failed]
+    assert rank_trials(given, "preference", warned_last=True) == [fine, wrecked, failed]
+    assert rank_trials(given, "preference", warned_last=False) == [wrecked, fine, failed]
+    assert rank_trials(given, "loss", warned_last=True) == [fine, wrecked, failed]
     screen = io.StringIO()
     Console(width=160, file=screen).print(trials_table(Search("preference", "x", given)))
     assert f"warning: {wrecked.warning}" in screen.getvalue()

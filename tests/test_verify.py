@@ -32,7 +32,7 @@ def test_epsilon_follows_from_what_the_sites_signed(signed: tuple[Path, Verified
     assert found.private and not found.trusted and found.simulated
     assert found.epsilon == report["privacy"]["epsilon"] and found.delta == 1e-4
     assert found.updates == 4 and {*found.sites} == {"north", "south"}
-    assert "adapter/adapter_model.safetensors" in sign.covered(folder)
+    assert "adapter/adapter_model.safetensors" in sign.list_covered(folder)
     assert not verify(folder, trust=found.signer).trusted  # a simulation's key is nobody's
 
 
@@ -42,7 +42,7 @@ def test_a_changed_byte_anywhere_is_refused(signed, tmp_path: Path, seed: int) -
     folder, _ = signed
     copy = shutil.copytree(folder, tmp_path / "run")
     rng = random.Random(seed)
-    names = [*sign.covered(folder), sign.SIGNATURE]
+    names = [*sign.list_covered(folder), sign.SIGNATURE]
     for number in range(CHANGES // 4):
         path = copy / names[number % len(names)]
         whole = path.read_bytes()

@@ -27,7 +27,7 @@ from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
-from fedtune.report.gain import better
+from fedtune.report.gain import choose_better
 from fedtune.runs.run import Run
 from fedtune.server import store, summary
 from fedtune.server.release import decide
@@ -102,7 +102,7 @@ def test_verify_says_what_is_released_and_signs_the_other_too(misled: Any, clear
     folder, _ = misled
     found = verify(folder)
     assert found.released == "start" and "trained" not in found.not_signed
-    assert {"adapter/head.safetensors", "trained/head.safetensors"} <= {*sign.covered(folder)}
+    assert {"adapter/head.safetensors", "trained/head.safetensors"} <= {*sign.list_covered(folder)}
     shown = command("verify", folder, "--simulation").output
     assert "released     what public text alone gives; trained/, signed too" in shown
     assert verify(clear[0]).released == "trained"
@@ -217,7 +217,7 @@ def test_records_that_lack_a_class_decide_by_what_they_cannot_see(
     decision = report["quality"]["released"]
     assert decision["lacking"] == LABELS[2:] and 0.05 < decision["unseen"] < 0.6
     lost = decision["trained"] - decision["start"]
-    assert decision["model"] == better(lost, decision["unseen"])
+    assert decision["model"] == choose_better(lost, decision["unseen"])
     assert verify(folder).released == decision["model"]
     other = "start" if decision["model"] == "trained" else "trained"
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from examples.continuous.prepare import LIFE, write
 from fedtune import Ledger, Site, Versions, load_sites, load_study, simulate
-from fedtune.core.ledger.spending import heaviest
+from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.registry import process_cache
 from fedtune.server.versions import Version
 
@@ -62,7 +62,7 @@ def _spent(sites: list[Site]) -> float:
     epsilons = []
     for site in sites:
         cohorts = Ledger(site.site.state).cohorts(site.data.name)
-        epsilons.append(heaviest(site.data.name, cohorts, site.policy).epsilon)
+        epsilons.append(find_heaviest_budget(site.data.name, cohorts, site.policy).epsilon)
     return max(epsilons)
 
 

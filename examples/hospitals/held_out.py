@@ -47,7 +47,7 @@ def without_noise(run: Run, folder: Path) -> float:
     """Compute what the sites would have answered without noise: the mean over patients of the mean
     likelihood of their notes' answers."""
     from fedtune.core.config import EvaluationTable
-    from fedtune.core.models.adapter_files import picked
+    from fedtune.core.models.adapter_files import pick_arrays
     from fedtune.evaluation.evaluator import Evaluator
 
     saved, means = run.adapter(), []
@@ -63,7 +63,7 @@ def without_noise(run: Run, folder: Path) -> float:
         evaluator = Evaluator(
             run.study.model_copy(update={"evaluation": table, "lora": shape}), frozen
         )
-        adapter = picked(saved, evaluator.network.parameters(), run.folder / "adapter")
+        adapter = pick_arrays(saved, evaluator.network.parameters(), run.folder / "adapter")
         losses = evaluator.scores(adapter).loss
         by_patient = defaultdict[str, list[float]](list)
         for row, loss in zip(read_jsonl(file), losses, strict=True):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from fedtune.core.dp.accountant import ACCOUNTANT, Steps, cross_check, merged
+from fedtune.core.dp.accountant import ACCOUNTANT, Steps, cross_check, merge_events
 from fedtune.core.errors import InputError
 
 SAME, APART, UNKNOWN, STATED = "same", "apart", "unknown", "stated"
@@ -48,8 +48,8 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
                 parent,
                 name,
                 str(site.get("key") or ""),
-                merged(_events(site)),
-                merged(_fallback(site)),
+                merge_events(_events(site)),
+                merge_events(_fallback(site)),
                 _assumptions(site),
             )
             for name, site in sorted(sites.items())
@@ -103,7 +103,7 @@ def relation(first: Share, second: Share, disjoint: bool = False) -> str:
     return APART if first.key and second.key and first.site and second.site else UNKNOWN
 
 
-def composed(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
+def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
     """Compose a report's "privacy" from those of its parents, all of them private.
 
     Each site is charged what it ran in its own parent and, of every other parent, what the same
@@ -162,11 +162,15 @@ def _events_in_parent(
     """What another parent may have run on the people of `site`, the same by own noise alone, and
     how that was decided."""
 
-    def worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
+    def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
         return max(runs, key=lambda events: cross_check(events, delta))
 
     by_relation = [(relation(site, share, disjoint), share) for share in other]
     for why in (SAME, UNKNOWN):  # a site takes part in a study under one name
         if matching := [share for kind, share in by_relation if kind == why]:
-            return worst([s.events for s in matching]), worst([s.fallback for s in matching]), why
+            return (
+                find_worst([s.events for s in matching]),
+                find_worst([s.fallback for s in matching]),
+                why,
+            )
     return (), (), STATED if disjoint else APART

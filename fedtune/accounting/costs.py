@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.accounting.query_noise import forecast
-from fedtune.core.config import Site, Study, checked
+from fedtune.core.config import Site, Study, validate_study
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.calibration import with_rounds
@@ -108,7 +108,7 @@ def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
     'my-hospital'
 
     Errors: ConfigError where the study is not private, or nothing fits its budget."""
-    study = checked(study)
+    study = validate_study(study)
     named = [
         ("any", site) if isinstance(site, int) else (site.site.name, site.site.declared_size)
         for site in sites

@@ -20,7 +20,7 @@ from fedtune.core.config import Study
 from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.errors import ConfigError, InputError
 from fedtune.core.files.writing import replace as write_file
-from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.build import build
 from fedtune.core.models.tiny import tiny_network
 from fedtune.report.claim import assumption
@@ -63,7 +63,7 @@ def audit_study(
         plan = _as_it_ran(plan, report)
     network = tiny_network(study, find_base(study.base.model, study.base.digest))
     step_audit, run_audit = one_step(plan, trials), one_run(study, network, coins.CANARIES)
-    alone = one_step(_alone(plan), trials) if plan.sites > 1 else None
+    alone = one_step(_plan_one_site(plan), trials) if plan.sites > 1 else None
     audit: dict[str, Any] = {
         "fedtune": __version__,
         "study": study.study.name,
@@ -106,13 +106,13 @@ def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
     )
 
 
-def _alone(plan: DpPlan) -> DpPlan:
+def _plan_one_site(plan: DpPlan) -> DpPlan:
     """Return the plan of a site whose own noised sum somebody opened."""
     return replace(plan, noise_multiplier=plan.own_noise, sites=1, colluding=0)
 
 
 def _exposure(run: Run) -> Exposure:
     network, saved, folder = build(run.study), run.adapter(), run.folder / "adapter"
-    factor = picked(saved, network.frozen_factor(), folder)
-    with network.loaded(factor, picked(saved, network.trainable(), folder)):
+    factor = pick_arrays(saved, network.frozen_factor(), folder)
+    with network.loaded(factor, pick_arrays(saved, network.trainable(), folder)):
         return exposure(network, run.study)

@@ -21,9 +21,9 @@ from fedtune.audit.secret import (
     Exposure,
     as_dataset,
     exposure,
+    generate_secrets,
     most_exposed,
     most_extracted,
-    planted,
     record_losses,
 )
 from fedtune.core import progress
@@ -39,7 +39,7 @@ from fedtune.core.models import preconditioner
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
-from fedtune.core.models.tiny import generated
+from fedtune.core.models.tiny import generate_records
 from fedtune.core.objectives import resolve
 from fedtune.core.strategy import build_strategy
 from fedtune.core.training.local_round import local_round
@@ -141,9 +141,9 @@ def attack_study(
         coins = _coins(canaries, models)
         world = _World(begun, network, everybody, coins, secrets, plan.rounds)
         log = MemoryLog()
-        private, exposed = world.trained(plan, log)
+        private, exposed = world.train_models(plan, log)
         epsilon = accountant.epsilon(events(log.lines[: plan.steps]), plan.delta)
-        bare, bare_exposed = world.trained(non_private_plan(study, units), MemoryLog())
+        bare, bare_exposed = world.train_models(non_private_plan(study, units), MemoryLog())
     result = Attack(
         study=study.study.name,
         canaries=canaries,
@@ -152,8 +152,8 @@ def attack_study(
         rounds=plan.rounds,
         epsilon=epsilon,
         delta=plan.delta,
-        private=_judged(private, coins, epsilon, plan.delta),
-        twin=_judged(bare, coins, None, plan.delta),
+        private=_judge_losses(private, coins, epsilon, plan.delta),
+        twin=_judge_losses(bare, coins, None, plan.delta),
         secrets=_given_away(exposed, bare_exposed, epsilon, plan.delta),
         left_out=("selection",) if study.selection else (),
     )
@@ -234,14 +234,16 @@ def _coins(canaries: int, models: int) -> np.ndarray:
 def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
     """Generate units of one draw each: the canaries first, then those that are in every model, of
     which the last hold a secret each. Returns how many do too."""
-    secrets = _planted(study, network, min(SECRETS, others))
-    random = generated(study, network, [1] * (canaries + others - len(secrets)), stream=3).examples
+    secrets = _generate_secrets(study, network, min(SECRETS, others))
+    random = generate_records(
+        study, network, [1] * (canaries + others - len(secrets)), stream=3
+    ).examples
     units = [replace(e, unit=unit) for unit, e in enumerate([*random, *secrets])]
     examples = [e for e in units for _ in range(study.records_per_draw)]
     return Dataset(examples, canaries + others, Counter()), len(secrets)
 
 
-def _planted(study: Study, network: Network, secrets: int) -> list[Example]:
+def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Example]:
     """Generate a secret a unit; none where the study's model writes no text, or the study cannot
     hold one."""
     objective = resolve(study.objective)
@@ -249,7 +251,7 @@ def _planted(study: Study, network: Network, secrets: int) -> list[Example]:
     if not writes or network.reader.column:
         return []
     try:
-        return list(as_dataset(planted(study, secrets), network, study).examples)
+        return list(as_dataset(generate_secrets(study, secrets), network, study).examples)
     except DataError:
         return []
 
@@ -275,20 +277,20 @@ class _World:
     secrets: int
     rounds: int
 
-    def trained(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
+    def train_models(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
         """Train a model for each row of coins; return each canary's loss in it, (models, canaries),
         and the secrets' exposure in the first of them."""
         network, study, canaries = self.network, self.begun.study, self.coins.shape[1]
         units, losses, exposed = self.everybody.n_units, [], None
-        asked = CachedDataset(network, _only(self.everybody, np.arange(units) < canaries))
+        asked = CachedDataset(network, _select_units(self.everybody, np.arange(units) < canaries))
         for number, row in enumerate(self.coins, 1):
             there = np.concatenate([row, np.ones(units - canaries, dtype=bool)])
-            data = CachedDataset(network, _only(self.everybody, there))
+            data = CachedDataset(network, _select_units(self.everybody, there))
             adapter, server = self.begun.adapter, build_strategy(study)
             with network.loaded(trainable=adapter):
                 for round_ in range(1, self.rounds + 1):
                     server.add(local_round(study, data, plan, log, round_, adapter), 1.0)
-                    adapter = preconditioner.stepped(server.apply, adapter, self.begun.frozen)
+                    adapter = preconditioner.step_adapter(server.apply, adapter, self.begun.frozen)
                 network.load_trainable(adapter)
                 by_unit = record_losses(asked, study).reshape(canaries, -1).mean(axis=1)
                 losses.append(by_unit)
@@ -299,13 +301,15 @@ class _World:
         return np.array(losses), exposed
 
 
-def _only(everybody: Dataset, there: np.ndarray) -> Dataset:
+def _select_units(everybody: Dataset, there: np.ndarray) -> Dataset:
     index = np.cumsum(there) - 1
     examples = [replace(e, unit=int(index[e.unit])) for e in everybody.examples if there[e.unit]]
     return Dataset(examples, int(there.sum()), Counter())
 
 
-def _judged(losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float) -> Membership:
+def _judge_losses(
+    losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float
+) -> Membership:
     """Score each canary in each model by the other models' losses, and judge the scores."""
     scores = ratios(losses, coins)
     inside = np.array([scores[coins[:, c], c] for c in range(coins.shape[1])])
@@ -325,7 +329,7 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
         there[t] = absent[t] = False
         kept = np.minimum(there.sum(axis=0), absent.sum(axis=0))
         inside, outside = (
-            np.where(_drawn(kind, kept, draw), losses, np.nan) for kind in (there, absent)
+            np.where(_draw_models(kind, kept, draw), losses, np.nan) for kind in (there, absent)
         )
         mean_in, mean_out = np.nanmean(inside, axis=0), np.nanmean(outside, axis=0)
         spread = np.nanmean([np.nanvar(inside, axis=0), np.nanvar(outside, axis=0)]) + 1e-12
@@ -333,7 +337,7 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
     return scores
 
 
-def _drawn(mask: np.ndarray, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+def _draw_models(mask: np.ndarray, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """Draw kept[c] of the models that mask (models, canaries) has in column c."""
     order = np.where(mask, draw.random(mask.shape), np.inf)
     return mask & (order.argsort(axis=0).argsort(axis=0) < kept)

@@ -20,7 +20,7 @@ from fedtune.core.dp.steplog import events
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
-from fedtune.core.models.tiny import generated, tiny_network
+from fedtune.core.models.tiny import generate_records, tiny_network
 from fedtune.core.objectives import resolve
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
@@ -84,11 +84,11 @@ def one_run(
     norms = engine.matrix(range(engine.n_rows)).norm(dim=1)
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
     coins = np.unpackbits(np.frombuffer(os.urandom(-(-canaries // 8)), np.uint8))[:canaries] > 0
-    member = CachedDataset(network, _only(canary_units, coins))
+    member = CachedDataset(network, _select_members(canary_units, coins))
     log, attacker, adapter = MemoryLog(), _Attacker(plan, canaries), start
     with network.loaded(trainable=start):
         for round_ in range(1, min(steps, plan.steps) + 1):
-            clipped = _clipped(engine, canary_units, plan)
+            clipped = _clip_units(engine, canary_units, plan)
             update = local_round(loop, member, plan, log, round_, adapter)
             attacker.observe(clipped, _sum(update, plan, training.learning_rate))
             adapter = {name: a + update.get(name, 0) for name, a in adapter.items()}
@@ -146,20 +146,20 @@ class _Attacker:
 
 
 def _canaries(study: Study, network: Network, count: int) -> Dataset:
-    single = generated(study, network, [1] * count, stream=1)
+    single = generate_records(study, network, [1] * count, stream=1)
     copies = study.records_per_draw
     examples = [example for example in single.examples for _ in range(copies)]
     return Dataset(examples, count, Counter())
 
 
-def _only(everyone: Dataset, coins: np.ndarray) -> Dataset:
+def _select_members(everyone: Dataset, coins: np.ndarray) -> Dataset:
     new_index = np.cumsum(coins) - 1
     members = [e for e in everyone.examples if coins[e.unit]]
     renamed = [replace(e, unit=int(new_index[e.unit])) for e in members]
     return Dataset(renamed, int(coins.sum()), Counter())
 
 
-def _clipped(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> torch.Tensor:
+def _clip_units(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> torch.Tensor:
     """Compute each unit's clipped contribution, the sum of its rows; fp64 (canaries, d)."""
     rows = engine.matrix(range(engine.n_rows))
     parts = clip.clip(rows, plan.max_grad_norm, plan.clipping, plan.gamma)

@@ -30,13 +30,13 @@ from fedtune.core.modalities import MODALITIES
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_records import generate_file
-from fedtune.core.models.tiny import generated, random_base, tiny_network
+from fedtune.core.models.tiny import generate_records, random_base, tiny_network
 from fedtune.core.objectives import OBJECTIVES, resolve
 from fedtune.core.registry import Group
 from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_SUMS
 from fedtune.core.strategy import STRATEGIES, Arrays, Strategy
 from fedtune.core.training import selftest
-from fedtune.core.training.selftest import Result, timed
+from fedtune.core.training.selftest import Result, run_check
 from fedtune.observe.trackers import TRACKERS, Tracker
 from fedtune.strategies import _posterior, discriminant
 
@@ -135,10 +135,10 @@ def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Resu
             yield replace(result, name=f"{result.name} ({engine})")
     study = study_for(base, name, options)
     network = tiny_network(study, find_base(base))
-    data = CachedDataset(network, generated(study, network, selftest.SIZES))
-    yield timed("one loss a record", 0, lambda: malformed_losses(study, data))
-    yield timed("repeatable", 0, lambda: unrepeatable(study, data))
-    yield timed("in any company", COMPANY, lambda: moved_by_company(study, data))
+    data = CachedDataset(network, generate_records(study, network, selftest.SIZES))
+    yield run_check("one loss a record", 0, lambda: malformed_losses(study, data))
+    yield run_check("repeatable", 0, lambda: measure_repeatability(study, data))
+    yield run_check("in any company", COMPANY, lambda: moved_by_company(study, data))
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def malformed_losses(study: Study, data: CachedDataset) -> float:
 
 
 @torch.no_grad()
-def unrepeatable(study: Study, data: CachedDataset) -> float:
+def measure_repeatability(study: Study, data: CachedDataset) -> float:
     """Compute the largest difference of a loss when it is computed again."""
     objective, largest = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
@@ -183,13 +183,13 @@ def modality(name: str, base: str) -> Iterator[Result]:
     """
     study = study_for(base, modality=name)
     network = tiny_network(study, find_base(base))
-    yield timed("place-holders", 0, lambda: _placed(study, network))
-    yield timed("too few", 0, lambda: _too_few(study, network))
-    yield timed("tensor", 0, lambda: _tensors(study, network))
+    yield run_check("place-holders", 0, lambda: _count_misplaced(study, network))
+    yield run_check("too few", 0, lambda: _too_few(study, network))
+    yield run_check("tensor", 0, lambda: _tensors(study, network))
     yield from selftest.run(study)
 
 
-def _placed(study: Study, network: Network) -> float:
+def _count_misplaced(study: Study, network: Network) -> float:
     """Count the generated records that fail the modality's own check."""
     wrong = 0
     for seed in range(8):
@@ -248,15 +248,15 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
     | state | carries on after a restart as if there had been none |
     """
     bench = _Bench(made)
-    yield timed("no update", 0, lambda: _no_update(bench))
+    yield run_check("no update", 0, lambda: _no_update(bench))
     if made().averages:
-        yield timed("identical updates", ROUNDING, lambda: _identical(bench))
+        yield run_check("identical updates", ROUNDING, lambda: _compare_identical_updates(bench))
     if made().is_mean:
-        yield timed("weighted mean", ROUNDING, lambda: _mean(bench))
-    yield timed("order of arrival", ROUNDING, lambda: _order(bench))
-    yield timed("inputs", 0, lambda: _inputs(bench))
-    yield timed("names, shapes and type", 0, lambda: _forms(bench))
-    yield timed("state", 0, lambda: _restarted(bench))
+        yield run_check("weighted mean", ROUNDING, lambda: _mean(bench))
+    yield run_check("order of arrival", ROUNDING, lambda: _order(bench))
+    yield run_check("inputs", 0, lambda: _inputs(bench))
+    yield run_check("names, shapes and type", 0, lambda: _forms(bench))
+    yield run_check("state", 0, lambda: _compare_restart(bench))
 
 
 class _Bench:
@@ -267,14 +267,14 @@ class _Bench:
         self._made = made
         self.of_statistics = made().of_statistics
 
-    def fresh(self) -> Strategy:
+    def build_strategy(self) -> Strategy:
         strategy = self._made()
         if self.of_statistics:
             draw = np.random.default_rng(0)
             vectors = draw.standard_normal((4 * CLASSES, HIDDEN))
             labels = np.arange(len(vectors)) % (CLASSES - 1)  # of one class there is no record
             basis = _posterior.choose(vectors, None, DIRECTIONS, 0.5)
-            public = _posterior.public(basis, vectors, labels, CLASSES, None)
+            public = _posterior.summarise_public(basis, vectors, labels, CLASSES, None)
             strategy.load_state(discriminant.state_of(basis, public))
             sent = basis.directions[:DIRECTIONS].astype(np.float32)
             strategy.prepare(statistics_study(), {CLASS_BASIS: sent})
@@ -283,15 +283,15 @@ class _Bench:
     def adapter(self, seed: int) -> Arrays:
         """Draw an adapter."""
         shapes = {discriminant.WEIGHT: (CLASSES, HIDDEN), discriminant.BIAS: (CLASSES,)}
-        return self._drawn(seed, shapes if self.of_statistics else SHAPES)
+        return self._draw_arrays(seed, shapes if self.of_statistics else SHAPES)
 
     def update(self, seed: int) -> Arrays:
         """Draw a site's update."""
-        return self._drawn(
+        return self._draw_arrays(
             seed, {CLASS_SUMS: (CLASSES, DIRECTIONS + 1)} if self.of_statistics else SHAPES
         )
 
-    def _drawn(self, seed: int, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    def _draw_arrays(self, seed: int, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
         draw = np.random.default_rng(seed)
         return {n: draw.standard_normal(shape).astype(np.float32) for n, shape in shapes.items()}
 
@@ -318,7 +318,7 @@ def statistics_study() -> Study:
     return Study.model_validate_json(json.dumps(tables))
 
 
-def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
+def _measure_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
     """Compute the largest relative difference; infinite where the names differ."""
     if a.keys() != b.keys():
         return math.inf
@@ -331,19 +331,25 @@ def _apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
 
 
 def _no_update(bench: _Bench) -> float:
-    fresh, adapter = bench.fresh(), bench.adapter(0)
-    first = _apart(fresh.apply(adapter), adapter) + _apart(fresh.state(), bench.fresh().state())
+    fresh, adapter = bench.build_strategy(), bench.adapter(0)
+    first = _measure_difference(fresh.apply(adapter), adapter) + _measure_difference(
+        fresh.state(), bench.build_strategy().state()
+    )
     moved = bench.round(fresh, adapter, [1])
     state = copy.deepcopy(fresh.state())
-    return first + _apart(fresh.apply(moved), moved) + _apart(fresh.state(), state)
+    return (
+        first
+        + _measure_difference(fresh.apply(moved), moved)
+        + _measure_difference(fresh.state(), state)
+    )
 
 
-def _identical(bench: _Bench) -> float:
+def _compare_identical_updates(bench: _Bench) -> float:
     worst = 0.0
     for count, seed in itertools.product((1, 2, 7), range(5)):
         adapter, update = bench.adapter(seed), bench.update(seed + 1)
-        moved = bench.round_of(bench.fresh(), adapter, [update] * count)
-        worst = max(worst, _apart(moved, {n: adapter[n] + update[n] for n in adapter}))
+        moved = bench.round_of(bench.build_strategy(), adapter, [update] * count)
+        worst = max(worst, _measure_difference(moved, {n: adapter[n] + update[n] for n in adapter}))
     return worst
 
 
@@ -352,16 +358,22 @@ def _mean(bench: _Bench) -> float:
     worst = 0.0
     for seed in range(5):
         adapter, seeds = bench.adapter(seed), [seed + 1, seed + 2]
-        first, second = (bench.round(bench.fresh(), adapter, [s]) for s in seeds)
+        first, second = (bench.round(bench.build_strategy(), adapter, [s]) for s in seeds)
         mean = {name: (first[name] + 2 * second[name].astype(float)) / 3 for name in adapter}
-        worst = max(worst, _apart(bench.round(bench.fresh(), adapter, seeds), mean))
+        worst = max(
+            worst, _measure_difference(bench.round(bench.build_strategy(), adapter, seeds), mean)
+        )
     return worst
 
 
 def _order(bench: _Bench) -> float:
     worst = 0.0
     for count, seed in itertools.product((2, 3, 6), range(5)):
-        in_order, shuffled, adapter = bench.fresh(), bench.fresh(), bench.adapter(999)
+        in_order, shuffled, adapter = (
+            bench.build_strategy(),
+            bench.build_strategy(),
+            bench.adapter(999),
+        )
         updates = [(bench.update(seed + k), 1.0 + k) for k in range(count)]
         for update, weight in updates:
             in_order.add(update, weight)
@@ -369,29 +381,29 @@ def _order(bench: _Bench) -> float:
             shuffled.add(*updates[k])
         for strategy in (in_order, shuffled):
             strategy.describe_round(100.0, 0.01)
-        worst = max(worst, _apart(in_order.apply(adapter), shuffled.apply(adapter)))
-        if _apart(in_order.state(), shuffled.state()) > 1e-12:
+        worst = max(worst, _measure_difference(in_order.apply(adapter), shuffled.apply(adapter)))
+        if _measure_difference(in_order.state(), shuffled.state()) > 1e-12:
             return math.inf
     return worst
 
 
 def _inputs(bench: _Bench) -> float:
     adapter, updates = bench.adapter(0), [bench.update(1), bench.update(2)]
-    bench.round_of(bench.fresh(), adapter, updates)
-    changed = sum(_apart(array, bench.update(k)) for k, array in enumerate(updates, 1))
-    return changed + _apart(adapter, bench.adapter(0))
+    bench.round_of(bench.build_strategy(), adapter, updates)
+    changed = sum(_measure_difference(array, bench.update(k)) for k, array in enumerate(updates, 1))
+    return changed + _measure_difference(adapter, bench.adapter(0))
 
 
 def _forms(bench: _Bench) -> float:
     adapter = bench.adapter(0)
-    moved = bench.round(bench.fresh(), adapter, [1, 2, 3])
+    moved = bench.round(bench.build_strategy(), adapter, [1, 2, 3])
     forms = {name: (array.shape, array.dtype) for name, array in moved.items()}
     expected = {name: (array.shape, np.dtype("float32")) for name, array in adapter.items()}
     return float(forms != expected)
 
 
-def _restarted(bench: _Bench) -> float:
-    through, restarted = bench.fresh(), bench.fresh()
+def _compare_restart(bench: _Bench) -> float:
+    through, restarted = bench.build_strategy(), bench.build_strategy()
     adapter = bench.round(through, bench.adapter(0), [1, 2])
     state = through.state()
     if any(array.dtype != np.float64 for array in state.values()):
@@ -399,7 +411,9 @@ def _restarted(bench: _Bench) -> float:
     restarted.load_state(copy.deepcopy(state))
     first = bench.round(through, adapter, [3, 4])
     second = bench.round(restarted, adapter, [3, 4])
-    return _apart(first, second) + _apart(through.state(), restarted.state())
+    return _measure_difference(first, second) + _measure_difference(
+        through.state(), restarted.state()
+    )
 
 
 # --------------------------------------------------------------------- sources and trackers
@@ -413,12 +427,12 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
     """
     expected = list(rows(file, {}, source=plugin))
     unlisted = [row for row in expected if isinstance(row, str) and row not in REASONS]
-    yield timed("rows", 0, lambda: len(unlisted) if expected else math.inf)
-    yield timed("repeatable", 0, lambda: list(rows(file, {}, source=plugin)) != expected)
+    yield run_check("rows", 0, lambda: len(unlisted) if expected else math.inf)
+    yield run_check("repeatable", 0, lambda: list(rows(file, {}, source=plugin)) != expected)
     with tempfile.TemporaryDirectory(prefix="fedtune-check-") as name:
         copied = Path(name) / f"copy{file.suffix}"
-        yield timed("one row at a time", 0, lambda: _one_less(plugin, file, copied, less))
-        yield timed("broken files", 0, lambda: _broken(plugin, copied))
+        yield run_check("one row at a time", 0, lambda: _one_less(plugin, file, copied, less))
+        yield run_check("broken files", 0, lambda: _count_mishandled_files(plugin, copied))
 
 
 def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Result]:
@@ -429,8 +443,8 @@ def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Res
     units = [[row] for row in rows(file, {}) if isinstance(row, dict)]
     table = ConvertTable(name=name, options=dict(options))
     alone = _convert_all(table, units)
-    yield timed("converts", 0, lambda: alone.count(None) if units else math.inf)
-    yield timed("repeatable", 0, lambda: _count_differing(_convert_all(table, units), alone))
+    yield run_check("converts", 0, lambda: alone.count(None) if units else math.inf)
+    yield run_check("repeatable", 0, lambda: _count_differing(_convert_all(table, units), alone))
     together: list[list[Row] | None] = []
     plugin = CONVERTERS.build(name, options)
     for unit in units:
@@ -439,7 +453,7 @@ def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Res
             together.append(returned_rows(returned_bytes(found)))
         except Exception:
             together.append(None)
-    yield timed("one unit at a time", 0, lambda: _count_differing(together, alone))
+    yield run_check("one unit at a time", 0, lambda: _count_differing(together, alone))
 
 
 def _convert_all(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | None]:
@@ -478,7 +492,7 @@ def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> fl
     return changed
 
 
-def _broken(plugin: Source, copied: Path) -> float:
+def _count_mishandled_files(plugin: Source, copied: Path) -> float:
     """Count the broken files that raise anything but a DataError, or that a message quotes."""
     wrong, draw = 0, np.random.default_rng(0)
     for prefix in (None, b"", draw.bytes(4096), b'"'):
@@ -510,12 +524,12 @@ def tracker(plugin: Tracker) -> Iterator[Result]:
         return 0
 
     before = copy.deepcopy(events)
-    yield timed("events", 0, send_events)
-    yield timed("data", 0, lambda: events != before)
+    yield run_check("events", 0, send_events)
+    yield run_check("data", 0, lambda: events != before)
 
-    def closed() -> float:
+    def close_twice() -> float:
         plugin.close()
         plugin.close()
         return 0
 
-    yield timed("close", 0, closed)
+    yield run_check("close", 0, close_twice)

@@ -115,12 +115,12 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
 
     log, projections = MemoryLog(), np.empty(trials)
     for trial in range(trials):
-        noised = _opened(plan, len(rows), rows.shape[1], gradients, log)
+        noised = _run_opened_step(plan, len(rows), rows.shape[1], gradients, log)
         projections[trial] = float(noised.double() @ toward)
     return projections
 
 
-def _opened(
+def _run_opened_step(
     plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
 ) -> torch.Tensor:
     """Run one step as an attacker sees it: of sites that share noise, the sum of the honest ones,

@@ -69,7 +69,7 @@ def membership(
     for _ in range(RESAMPLES):
         rows_in = inside[draw.integers(len(inside), size=len(inside))]
         rows_out = outside[draw.integers(len(outside), size=len(outside))]
-        resampled.append((auc(rows_in, rows_out), found(rows_in, rows_out)))
+        resampled.append((auc(rows_in, rows_out), compute_true_positive_rate(rows_in, rows_out)))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.array(resampled), [tail, 1 - tail], axis=0)
     bound = None if epsilon is None else (epsilon, delta)
@@ -78,11 +78,11 @@ def membership(
         members=inside.size,
         others=outside.size,
         auc=(auc(inside, outside), float(low[0]), float(high[0])),
-        tpr=(found(inside, outside), float(low[1]), float(high[1])),
+        tpr=(compute_true_positive_rate(inside, outside), float(low[1]), float(high[1])),
         auc_bound=auc_bound(*bound) if bound else 1.0,
         tpr_bound=tpr_bound(FALSE_ALARMS, *bound) if bound else 1.0,
         alarms=alarms,
-        surely_found=least_found(found(inside, outside), len(inside)),
+        surely_found=least_found(compute_true_positive_rate(inside, outside), len(inside)),
         surely_allowed=tpr_bound(alarms, *bound) if bound else 1.0,
         curve=roc(inside, outside),
     )
@@ -96,7 +96,9 @@ def auc(inside: Scores, outside: Scores) -> float:
     return float((below + upto).mean() / 2 / others.size)
 
 
-def found(inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS) -> float:
+def compute_true_positive_rate(
+    inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS
+) -> float:
     """Compute the share of members above the threshold that at most `alarms` of the others pass."""
     others = np.sort(outside.ravel())
     threshold = others[-1 - math.floor(alarms * others.size)]

@@ -237,7 +237,7 @@ def compare_received(
             totals += cosines(study, candidates, updates)
             for update, party in zip(updates, parties.values(), strict=True):
                 server.add(update, party.weight)
-            adapter = preconditioner.stepped(server.apply, adapter, begun.frozen)
+            adapter = preconditioner.step_adapter(server.apply, adapter, begun.frozen)
             progress.report("rounds", round_, rounds)
     return dict(zip(parties, totals / rounds, strict=True))
 

@@ -19,7 +19,7 @@ from fedtune.core.errors import DataError
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.objectives import resolve
-from fedtune.core.objectives._tokens import labelled, likelihood
+from fedtune.core.objectives._tokens import likelihood, select_labelled
 
 # Fixed before anything is measured.
 SECRETS, POOL = 8, 128  # secrets; each is ranked among so many, itself included: at most 7 bits
@@ -56,7 +56,7 @@ class Exposure:
         return self.mean > self.limit
 
 
-def planted(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
+def generate_secrets(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
     """Generate rows that hold the secrets, to put among GENERATED records before a run: prompt and
     completion, or text and label; each its own patient. They follow from the study's public seed,
     so anybody can compute them: never use them in place of real records."""
@@ -64,7 +64,7 @@ def planted(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
 
 
 def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Dataset:
-    """Load generated rows, as of `planted`, for the study's base.
+    """Load generated rows, as of `generate_secrets`, for the study's base.
 
     Errors: DataError where the study's tokenizer or length cannot hold such a record."""
     columns = Columns(**{name: name for name in COLUMNS[resolve(study.objective).record_format]})
@@ -103,7 +103,7 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
         base=float(base.mean()),
         chance=float(np.mean([math.log2(pool / rank) for rank in range(1, pool + 1)])),
         limit=_limit(secrets),
-        extracted=_extracted(network, study, rows[::pool]),
+        extracted=_count_extracted(network, study, rows[::pool]),
     )
 
 
@@ -145,7 +145,7 @@ def _limit(secrets: int) -> float:
 
 
 @torch.no_grad()
-def _extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> int | None:
+def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> int | None:
     """Count the rows whose completion the network writes greedily after their prompt: it does, if
     and only if each token of it is the likeliest after those before it. Whether it then stops does
     not matter. None of a classifier."""
@@ -158,7 +158,7 @@ def _extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> in
     )
     written = np.zeros(len(rows), dtype=bool)
     for batch in cached.batches(range(len(rows))):
-        keep, targets = labelled(batch.target_ids)
+        keep, targets = select_labelled(batch.target_ids)
         hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
         likeliest = network.logits(hidden.flatten(0, 1)).argmax(dim=-1).view(targets.shape)
         ends = (targets == -100) | (targets == eos)

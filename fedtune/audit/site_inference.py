@@ -199,7 +199,7 @@ def infer(outputs: Floats, asked: Asked) -> SiteInference:
     adjusted = tuple(
         Guessed(g.of, g.records, g.share, g.chance, min(1.0, len(seen) * g.p)) for g in seen
     )
-    return SiteInference(guess(outputs, asked), adjusted, _learnt(outputs[:, 0], asked), {})
+    return SiteInference(guess(outputs, asked), adjusted, _compare_falls(outputs[:, 0], asked), {})
 
 
 def of_class(asked: Asked, name: str) -> Asked:
@@ -259,7 +259,7 @@ def _class_share(values: Floats, sites: Ints, number: int) -> Floats:
     return np.asarray((hits / np.maximum(held, 1)).sum(axis=1) / present.sum(axis=1))
 
 
-def _learnt(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
+def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
     """Compare each site's fall of the loss with that of others of its classes."""
     found, p = compare(falls, asked)
     held = np.bincount(asked.sites, minlength=len(asked.names))
@@ -307,12 +307,14 @@ def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
 def lines(found: SiteInference) -> list[str]:
     """Say what was found, for people."""
 
-    def told(one: Guessed) -> str:
+    def format_guess(one: Guessed) -> str:
         return f"{one.share:.0%} where chance is {one.chance:.0%} (p = {one.p:.3g})"
 
-    said = [f"the site of {found.guessed.records} records is guessed: {told(found.guessed)}"]
-    said += [f"  of class {one.of}: {told(one)}" for one in found.by_class if one.of]
-    said += [f"  by {folder}, which did not learn from them: {told(one)}"
+    said = [
+        f"the site of {found.guessed.records} records is guessed: {format_guess(found.guessed)}"
+    ]
+    said += [f"  of class {one.of}: {format_guess(one)}" for one in found.by_class if one.of]
+    said += [f"  by {folder}, which did not learn from them: {format_guess(one)}"
              for folder, one in found.references.items()]  # fmt: skip
     for site in found.learnt:
         said.append(

@@ -202,12 +202,12 @@ def _secrets_line(found: Secrets) -> str:
 
 
 def _line(found: Membership) -> str:
-    def shown(three: tuple[float, float, float]) -> str:
+    def format_interval(three: tuple[float, float, float]) -> str:
         return f"{three[0]:.3f} ({three[1]:.3f} to {three[2]:.3f})"
 
     return (
-        f"area under the curve {shown(found.auc)}, ε allows {found.auc_bound:.3f}; at 1 % false "
-        f"alarms it finds {shown(found.tpr)}, ε allows {found.tpr_bound:.3f}; judged: at least "
-        f"{found.surely_found:.3f}, where ε allows {found.surely_allowed:.3f} at up to "
-        f"{found.alarms:.1%} false alarms"
+        f"area under the curve {format_interval(found.auc)}, ε allows {found.auc_bound:.3f}; "
+        f"at 1 % false alarms it finds {format_interval(found.tpr)}, ε allows "
+        f"{found.tpr_bound:.3f}; judged: at least {found.surely_found:.3f}, where ε allows "
+        f"{found.surely_allowed:.3f} at up to {found.alarms:.1%} false alarms"
     )

@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.cli.tables import Figures
-from fedtune.core.errors import printable
+from fedtune.core.errors import escape_controls
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.report.claim import shared_line, verdict
 from fedtune.report.classes import class_lines
 from fedtune.report.declared import INVENTED, site_lines
 from fedtune.report.delta import chance
-from fedtune.report.figures import short, size_text
+from fedtune.report.figures import format_short, size_text
 from fedtune.report.gain import advice, headline
 from fedtune.report.preference import alarms, pair_lines
 from fedtune.report.teacher import teacher_line
@@ -82,7 +82,10 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
     after = after.get(metric) if isinstance(after, dict) else after
     console.print()
     if metric:
-        console.print(f"{metric}: {short(before)} → [bold]{short(after)}[/bold]", highlight=False)
+        console.print(
+            f"{metric}: {format_short(before)} → [bold]{format_short(after)}[/bold]",
+            highlight=False,
+        )
     for added in headline(quality):
         style = None if added.good else "bold yellow"
         console.print(f"  {added.text}", style=style, highlight=False, markup=False)
@@ -90,7 +93,7 @@ def closing(console: Console, out: Path, report: dict[str, Any]) -> None:
         console.print(f"  {line}", style="bold yellow", highlight=False, markup=False)
     print_pairs(console, quality)
     for name, alone in (report.get("alone") or {}).items():
-        console.print(f"  {name} alone, at the same ε: {short(alone)}", markup=False)
+        console.print(f"  {name} alone, at the same ε: {format_short(alone)}", markup=False)
     if report.get("private"):
         p = report["privacy"]
         console.print(
@@ -217,12 +220,12 @@ def versions_table(index: Index) -> Table:
     table.add_column("decision", overflow="fold")
     for v in index.versions:
         mark = " ←" if v.number == index.champion else ""
-        other = "–" if v.champion is None else f"{short(v.champion_value)} ({v.champion})"
+        other = "–" if v.champion is None else f"{format_short(v.champion_value)} ({v.champion})"
         at = v.at[:16].replace("T", " ") or "–"
         look = "–" if v.look is None else str(v.look)
-        row = [f"{v.number}{mark}", at, short(v.value), other, short(v.p), look]
+        row = [f"{v.number}{mark}", at, format_short(v.value), other, format_short(v.p), look]
         row += [v.public[:8] or "–", f"{v.decision}: {v.why}" if v.why else v.decision]
-        table.add_row(*(escape(printable(cell)) for cell in row))
+        table.add_row(*(escape(escape_controls(cell)) for cell in row))
     return table
 
 
@@ -238,7 +241,7 @@ def acts_table(entries: Sequence[Mapping[str, Any]]) -> Table:
         facts = ", ".join(f"{name} {_digest(value)}" for name, value in entry["facts"].items())
         at = entry["time"][:19].replace("T", " ")
         row = (str(entry["seq"]), at, entry["event"], who, entry["rule"], facts)
-        table.add_row(*(escape(printable(cell)) for cell in row))
+        table.add_row(*(escape(escape_controls(cell)) for cell in row))
     return table
 
 
@@ -268,24 +271,27 @@ def predictions_table(made: Predictions, rows: int) -> Group:
     table = Figures(box=box.SIMPLE_HEAD)
     table.add_column("row", justify="right")
     for name in made.carried:
-        table.add_column(escape(printable(name)))
+        table.add_column(escape(escape_controls(name)))
     table.add_column("prediction" if made.labels else "score")
     table.add_column("probability" if made.labels else "", justify="right")
     shares = made.probabilities.max(axis=1, initial=0.0)
     shown = zip(range(rows), made.predicted, shares, made.scores, made.reasons, strict=False)
     for at, label, share, score, reason in shown:
         cells = (column[at] for column in made.carried.values())
-        head = [Text(str(at + 1)), *(Text(printable("" if c is None else str(c))) for c in cells)]
+        head = [
+            Text(str(at + 1)),
+            *(Text(escape_controls("" if c is None else str(c))) for c in cells),
+        ]
         if reason:
             table.add_row(*head, Text(f"rejected: {reason}", style="dim"))
         elif label is None:
             table.add_row(*head, f"{score:.4f}")
         else:
-            table.add_row(*head, Text(printable(label)), f"{share:.3f}")
+            table.add_row(*head, Text(escape_controls(label)), f"{share:.3f}")
     more = f", the first {rows} above" if 0 < rows < len(made) else ""
     lines = [f"{len(made)} records{more}"]
     counts = Counter(label for label in made.predicted if label is not None)
-    lines += [f"{n:6} {printable(label)}" for label, n in counts.most_common()]
+    lines += [f"{n:6} {escape_controls(label)}" for label, n in counts.most_common()]
     lines += [f"{n:6} rejected: {reason}" for reason, n in made.rejected.most_common()]
     return Group(*([table] if rows else []), Text("\n".join(lines)))
 
@@ -312,9 +318,11 @@ def fit_table(fit: Fit) -> Group:
         if not row.failed:
             cost = (f"{row.parameters / 1e6:,.4g} M", size_text(row.memory))
             speed = f"{row.tokens:,.0f}\n{row.step:,.0f}"
-            predictions = [short((row.predicted or {}).get(e)) for e in epsilons]
+            predictions = [format_short((row.predicted or {}).get(e)) for e in epsilons]
             wire = f"{size_text(row.up)}\n{size_text(row.down)}"
-            table.add_row(escape(row.model), *cost, speed, short(row.base), *predictions, wire)
+            table.add_row(
+                escape(row.model), *cost, speed, format_short(row.base), *predictions, wire
+            )
     unfit = [Text(f"{row.model}: {row.failed}", "yellow") for row in fit.rows if row.failed]
     return Group(table, *unfit)
 
@@ -344,12 +352,17 @@ def answers_table(found: dict[str, Any]) -> Table:
 
     def text(answer: dict[str, Any]) -> Text:
         share = answer.get("probability")
-        said = "all equally likely" if answer["answer"] is None else printable(answer["answer"])
+        said = (
+            "all equally likely" if answer["answer"] is None else escape_controls(answer["answer"])
+        )
         return Text(said if share is None else f"{said} ({share:.2f})")
 
     table = Table("prompt", "expected", "base alone", "with the adapter", show_lines=True)
     for one in found["answers"]:
-        prompt, expected = Text(printable(one["prompt"])), Text(printable(one["expected"]))
+        prompt, expected = (
+            Text(escape_controls(one["prompt"])),
+            Text(escape_controls(one["expected"])),
+        )
         table.add_row(prompt, expected, text(one["base"]), text(one["adapter"]))
     return table
 

@@ -16,7 +16,7 @@ from fedtune.cli.exit_codes import command
 from fedtune.cli.site import PANEL, SITE
 from fedtune.cli.study import SET
 from fedtune.cli.tables import Figures
-from fedtune.core.errors import printable
+from fedtune.core.errors import escape_controls
 
 if TYPE_CHECKING:
     from fedtune.core.config import Site, Study
@@ -158,7 +158,7 @@ def show(console: Console, found: DataReport) -> None:
         for _ in range(max(map(len, rows), default=0)):
             table.add_column(overflow="fold")
         for row in rows:
-            table.add_row(*(escape(printable(cell)) for cell in row))
+            table.add_row(*(escape(escape_controls(cell)) for cell in row))
         console.print(table, highlight=False)
 
 
@@ -186,7 +186,7 @@ def scan(site: SITE, rows: ROWS = False) -> dict[str, Any]:
     console.print(table)
     for row in found.rows if rows else ():
         kinds = ", ".join(f"{kind} {n}" for kind, n in row.kinds.items())
-        typer.echo(f"{printable(row.file)}, row {row.row}: {kinds}")
+        typer.echo(f"{escape_controls(row.file)}, row {row.row}: {kinds}")
     typer.echo(f"{len(found.rows):,} of {found.records:,} records hold what the scan looks for")
     if found.failed:
         typer.echo(f"{found.failed:,} rows cannot be read or scanned: nothing is said of them")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.pace import StepPace
 from fedtune.cli.study import SET
-from fedtune.core.errors import ConfigError, printable
+from fedtune.core.errors import ConfigError, escape_controls
 from fedtune.core.progress import Step, listening, report
 from fedtune.report.figures import duration
 
@@ -116,11 +116,11 @@ def doctor(
             outline = bool(study and plan and is_outline(study, plan))
             findings = examine(file, plan, outline=outline)
         for finding in findings:
-            checking.ended()
+            checking.end_check()
             results.append(finding)
             mark = "[green]ok  [/green]" if finding.good else "[red]BAD [/red]"
             console.print(
-                f"{mark} {finding.name}: {escape(printable(finding.says))}", highlight=False
+                f"{mark} {finding.name}: {escape(escape_controls(finding.says))}", highlight=False
             )
     if bad := sum(not finding.good for finding in results):
         counted = "1 check" if bad == 1 else f"{bad} checks"
@@ -146,11 +146,11 @@ class Checking:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.ended()
+        self.end_check()
         self._status.stop()
         self._listening.__exit__(None, None, None)
 
-    def ended(self) -> None:
+    def end_check(self) -> None:
         """A check has ended: nothing is to be said of it any more."""
         with self._lock:
             if self._timer:
@@ -158,7 +158,7 @@ class Checking:
             self._timer = None
 
     def _hear(self, step: Step) -> None:
-        seconds = self._pace.left(step, time.monotonic())
+        seconds = self._pace.estimate_remaining(step, time.monotonic())
         share = "" if step.share is None else f" {step.share:.0%}"
         self._line = f"{step.text}{share}" + (f", {duration(seconds)} left" if seconds else "")
         self._status.update(escape(self._line))

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 import click
 import typer
 
-from fedtune.core.errors import ConfigError, FedtuneError, printable
+from fedtune.core.errors import ConfigError, FedtuneError, escape_controls
 from fedtune.core.files import reading
 
 P = ParamSpec("P")
@@ -50,7 +50,7 @@ def command(
 
     def register(function: Callable[P, R]) -> Callable[P, None]:
         @functools.wraps(function)
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        def run_command(*args: P.args, **kwargs: P.kwargs) -> None:
             as_json, notes = bool(kwargs.pop(JSON, False)) if adds_json else False, list[str]()
             if os.environ.get(DEBUG) != "1":
                 warnings.simplefilter("ignore")  # other libraries' advice to their own users
@@ -84,16 +84,16 @@ def command(
                     f"{_fault(error)}; to do: set {DEBUG}=1 for the "
                     "traceback, and mind that a traceback may show records"
                 )
-            typer.echo(f"fedtune: {printable(' '.join(line.split()))}", err=True)
+            typer.echo(f"fedtune: {escape_controls(' '.join(line.split()))}", err=True)
             for note in notes:
-                typer.echo(printable(note), err=True)
+                typer.echo(escape_controls(note), err=True)
             raise typer.Exit(code)
 
         adds_json = _returns(function)
         if adds_json:
-            _add_json(guarded, function)
-        on.command(name, rich_help_panel=panel, epilog=epilog)(guarded)
-        return guarded
+            _add_json(run_command, function)
+        on.command(name, rich_help_panel=panel, epilog=epilog)(run_command)
+        return run_command
 
     return register
 
@@ -161,7 +161,7 @@ def _check(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: not valid text", "UTF-8")
     elif isinstance(value, Path) and not reading.is_sound(str(value)):
         raise ConfigError(f"{name}: not valid text", "a path in UTF-8")
-    elif isinstance(value, Path) and (why := reading.unusable(value)):
+    elif isinstance(value, Path) and (why := reading.refuse_path(value)):
         raise ConfigError(f"{str(value)[:80]}: {why}", "a path", "choose another")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name} = {value}", "a finite number")

@@ -246,7 +246,7 @@ def init(
     if task is None:
         paths, told, following = _templates(folder, records, size)
     else:
-        records = _complete(_asked(records, task, size), task)
+        records = _complete(_ask_for_missing(records, task, size), task)
         paths = presets.write(folder, task.value, records)
         told = presets.notes(task.value, records)
         told = "\n".join([told, records.delta_note, *_time(folder, records)])
@@ -324,7 +324,7 @@ def _templates(
     return paths, note, _of_templates(folder, records)
 
 
-def _asked(records: Records, task: Task, sizes: list[int] | None) -> Records:
+def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> Records:
     """What nobody gave is asked for on a terminal; elsewhere the task's own names hold."""
     from fedtune import presets
 

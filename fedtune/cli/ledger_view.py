@@ -16,10 +16,16 @@ from rich.table import Table
 
 from fedtune.cli.tables import Figures
 from fedtune.core.config import PolicyTable
-from fedtune.core.ledger.declared import declared
+from fedtune.core.ledger.declared import read_declarations
 from fedtune.core.ledger.entries import EVERY, RULES, Cohort, Spent
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.ledger.spending import DatasetBudget, StudyLine, budget, heaviest, study_lines
+from fedtune.core.ledger.spending import (
+    DatasetBudget,
+    StudyLine,
+    budget,
+    find_heaviest_budget,
+    study_lines,
+)
 from fedtune.core.registry.rounding import rounded_down, rounded_up
 from fedtune.report.claim import THREE_EPSILONS
 
@@ -38,7 +44,7 @@ def ledger_view(
         parts.append(studies_table(lines, policy.max_delta))
     if any(cohort.arrival for cohort in cohorts):
         parts.append(cohorts_table(dataset, spent, cohorts, policy))
-    parts.append(budget_table(heaviest(dataset, cohorts, policy)))
+    parts.append(budget_table(find_heaviest_budget(dataset, cohorts, policy)))
     parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
     parts.append(footer(ledger, dataset))
     return Group(*parts)
@@ -71,7 +77,7 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
             str(line.steps),
             _span(line.sigma),
             _span(line.rate),
-            _shown(line.epsilon) if line.known else "not known",
+            _format_epsilon(line.epsilon) if line.known else "not known",
             *([_whatever(line)] if shared else []),
         )
     return table
@@ -81,7 +87,7 @@ def _whatever(line: StudyLine) -> str:
     """ε by this site's own noise alone: where a study shares noise with nobody, its ε."""
     if not line.known:
         return "not known"
-    return _shown(line.epsilon if line.fallback is None else line.fallback)
+    return _format_epsilon(line.epsilon if line.fallback is None else line.fallback)
 
 
 def cohorts_table(
@@ -109,7 +115,7 @@ def cohorts_table(
             f"{_date(cohort.time)} ({escape(cohort.name)})" if cohort.arrival else "before",
             str(cohort.units or "?"),
             str(len(charged)),
-            _shown(budget(dataset, cohort.spent, policy).epsilon),
+            _format_epsilon(budget(dataset, cohort.spent, policy).epsilon),
             "spent: left out" if out else "",
         )
     return table
@@ -133,14 +139,14 @@ def budget_table(total: DatasetBudget) -> Table:
     full_delta, half_delta = f"at δ = {2 * total.delta:g}", f"at δ = {total.delta:g}"
     table.add_row(
         "spent",
-        _shown(total.epsilon),
+        _format_epsilon(total.epsilon),
         f"{full_delta}: every study, each chosen after the one before; what the ceiling holds "
         f"({total.how})",
     )
     if total.pld != total.epsilon:  # where the filter costs something
         table.add_row(
             "",
-            _shown(total.pld),
+            _format_epsilon(total.pld),
             f"{half_delta}: the same rounds, had all been planned at once (PLD); no ceiling holds "
             "it",
         )
@@ -150,7 +156,9 @@ def budget_table(total: DatasetBudget) -> Table:
     )
     if total.fallback is not None and total.fallback_remaining is not None:
         whatever = "whatever becomes of secure aggregation, by this site's own noise alone"
-        table.add_row("whatever happens", _shown(total.fallback), f"{full_delta}: {whatever}")
+        table.add_row(
+            "whatever happens", _format_epsilon(total.fallback), f"{full_delta}: {whatever}"
+        )
         table.add_row("ceiling", f"{total.fallback_ceiling:g}", "policy.max_fallback_epsilon")
         none = "" if total.fallback_remaining else "nothing more runs"
         table.add_row("remains", rounded_down(total.fallback_remaining), none)
@@ -195,13 +203,13 @@ def footer(ledger: Ledger, dataset: str) -> str:
     head = ledger.head
     others = [name for name in ledger.datasets if name != dataset]
     beside = f"; other datasets here: {', '.join(others)}" if others else ""
-    for name, what in declared(ledger).items():
+    for name, what in read_declarations(ledger).items():
         beside += f"; {name} is declared {what}: its runs pay from ledgers of their own"
     text = f"{ledger.folder}: entry {head.seq}, {head.hash[:16]}, verified{beside}"
     return escape(text)
 
 
-def _shown(epsilon: float) -> str:
+def _format_epsilon(epsilon: float) -> str:
     return rounded_up(epsilon) if math.isfinite(epsilon) else INFINITE
 
 

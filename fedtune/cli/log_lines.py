@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from fedtune.core.errors import printable
+from fedtune.core.errors import escape_controls
 
 
 class _Stderr(logging.Handler):
@@ -13,7 +13,7 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         name = record.name.partition(".")[0]
-        print(f"{name}: {printable(record.getMessage())}", file=sys.stderr)
+        print(f"{name}: {escape_controls(record.getMessage())}", file=sys.stderr)
 
 
 def use_one_style() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.cli.exit_codes import command
-from fedtune.core.errors import printable
+from fedtune.core.errors import escape_controls
 
 if TYPE_CHECKING:
     from fedtune.core.config import Site, Study
@@ -236,7 +236,7 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
         if len(asked) == 1:
             return enrol.compare(asked[0], heard[0])
         for request in asked:
-            if not any(fingerprints.equal(request.fingerprint, one) for one in heard):
+            if not any(fingerprints.match_fingerprints(request.fingerprint, one) for one in heard):
                 raise Refused(
                     f"the fingerprint of {request.name}'s request is {request.fingerprint}",
                     "one of those that were read out",
@@ -294,7 +294,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
         )
     keys, name = membership.keys_folder(site), site.site.name
     received = membership.read(answer, membership.tls_key(keys), name)
-    known, book = membership.remembered(keys, name), Ledger(site.site.state)
+    known, book = membership.load_answer(keys, name), Ledger(site.site.state)
     signable = _show_plan(site, answer, received, book)
     if fingerprint is None and known is None and sys.stdin.isatty():
         fingerprint = typer.prompt("the coordinator's fingerprint, as it was read out to you")
@@ -328,7 +328,7 @@ def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Stud
         seen = review(study, site, book)
     except FedtuneError as error:
         typer.echo(
-            f"plan   came with the answer, and this site refuses it: {printable(str(error))}"
+            f"plan   came with the answer, and this site refuses it: {escape_controls(str(error))}"
         )
         return None
     rule, typed = site.policy.admission, "typing the coordinator's fingerprint signs it"
@@ -345,7 +345,7 @@ def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Stud
         *seen.refusals,
         f'policy.admission = "{rule}": {does}.',
     ):
-        typer.echo(textwrap.indent(textwrap.fill(printable(line), 89), " " * 7))
+        typer.echo(textwrap.indent(textwrap.fill(escape_controls(line), 89), " " * 7))
     typer.echo(f"       in full: fedtune review {answer} --site {site.file}")
     return None if seen.refusals else study
 

@@ -14,7 +14,7 @@ class StepPace:
     def __init__(self) -> None:
         self._text, self._first, self._done, self._began = "", 0, 0, 0.0
 
-    def left(self, step: Step, now: float) -> float | None:
+    def estimate_remaining(self, step: Step, now: float) -> float | None:
         """Return the seconds that the rest of `step` takes at its pace so far; None while that is
         not known, and where nothing is left. now: seconds on any clock."""
         if step.text != self._text or step.done < self._done:
@@ -49,7 +49,7 @@ class RoundsPace:
         elif step.done == step.total:
             self._once, self._known = self._once + now - self._once_since, True
 
-    def ended(self, left: int, now: float) -> float | None:
+    def end_round(self, left: int, now: float) -> float | None:
         """A round ends. Return the seconds that the `left` rounds to come take, as long as those
         timed took on average; None where none is left, and after the first one alone unless what it
         did once was heard of, as it is where the sites work in this process."""

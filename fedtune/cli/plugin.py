@@ -84,12 +84,12 @@ def check_plugin(
     One line for each check, with what was measured and the bound; docs/extending.md shows a plug-in
     of each kind. A check that passes is a measurement, not a proof."""
     from fedtune.audit.contracts import check
-    from fedtune.core.errors import InputError, printable
+    from fedtune.core.errors import InputError, escape_controls
 
     console, bad, results = Console(), 0, list[dict[str, Any]]()
     for result in check(group, name, _options(option or []), base, file, less):
         mark = "[green]ok  [/green]" if result.passed else "[red]BAD [/red]"
-        detail = printable(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
+        detail = escape_controls(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"
         console.print(f"{mark} {result.name}: {escape(detail)}", highlight=False, soft_wrap=True)
         bad += not result.passed
         results.append(asdict(result))

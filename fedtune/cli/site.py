@@ -17,7 +17,7 @@ from rich.padding import Padding
 
 from fedtune.cli.exit_codes import Told, command
 from fedtune.cli.study import SET, load, say_expected_gain
-from fedtune.core.errors import ConfigError, printable
+from fedtune.core.errors import ConfigError, escape_controls
 
 if TYPE_CHECKING:
     from fedtune.core.config import Site, Study
@@ -159,17 +159,17 @@ def _show_review(outcome: Review, name: str) -> None:
     """Print a review: its sections, then the verdict."""
     console, style = Console(), "bold red" if outcome.refusals else "bold"
 
-    def indented(lines: Sequence[str]) -> None:
+    def print_indented(lines: Sequence[str]) -> None:
         for line in lines:
-            console.print(Padding(escape(printable(line)), (0, 0, 0, 2)), highlight=False)
+            console.print(Padding(escape(escape_controls(line)), (0, 0, 0, 2)), highlight=False)
 
     digest = outcome.digest or "(its digest takes the base and public text: --digest)"
     console.print(f"[bold]{escape(name)}[/bold]  {digest}", highlight=False, soft_wrap=True)
     for heading, lines in outcome.sections:
         console.print(f"\n[bold]{heading}[/bold]")
-        indented(lines)
+        print_indented(lines)
     console.print(f"\n[{style}]{escape(outcome.verdict)}[/{style}]", highlight=False)
-    indented(outcome.refusals)
+    print_indented(outcome.refusals)
 
 
 def let_go(
@@ -199,7 +199,7 @@ def let_go(
     from fedtune.cli.console import waiting_table
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
-    from fedtune.officer.let_go import decide, waiting
+    from fedtune.officer.let_go import decide, list_waiting
 
     loaded = load_site(site)
     if every and answers:
@@ -207,7 +207,7 @@ def let_go(
     if not (every or answers):
         if refuse:
             raise InputError("--refuse, and nothing to refuse", "names from the list, or --all")
-        found = waiting(loaded)
+        found = list_waiting(loaded)
         typer.echo("" if found else "nothing waits here to be let go", nl=not found)
         if found:
             Console().print(waiting_table(found, loaded.policy.max_delta))

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.core import isolation
-from fedtune.core.errors import FedtuneError, printable
+from fedtune.core.errors import FedtuneError, escape_controls
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.evidence.told import Told, lines
 from fedtune.observe.status import BY, GONE, Snapshot, standing
 from fedtune.report.claim import THREE_EPSILONS
-from fedtune.report.figures import duration, short, size_text
+from fedtune.report.figures import duration, format_short, size_text
 from fedtune.report.held_out import Shown
 
 STYLES = {"running": "green", "done": "green", "waiting": "yellow", "stopped": "red", "gone": "red"}
@@ -50,8 +50,8 @@ def view(
     parts.append(events_table(snapshot.status["last"]))
     if held_out is not None:
         parts.append(held_out_table(held_out))
-        parts += [Text(printable(line)) for line in held_out.lines]
-    parts += [Text(printable(line)) for line in lines(told)]
+        parts += [Text(escape_controls(line)) for line in held_out.lines]
+    parts += [Text(escape_controls(line)) for line in lines(told)]
     return Group(*parts)
 
 
@@ -69,7 +69,7 @@ def head(snapshot: Snapshot) -> Text:
     if status.get("private") is False:
         line.append("  NOT PRIVATE", style="bold red")
     for name, value in (status.get("quality") or {}).items():
-        line.append(f"  {name} {short(value)}")
+        line.append(f"  {name} {format_short(value)}")
     if status.get("seconds") is not None:
         line.append(f"  {status['seconds']:.0f} s a round")
         if left := snapshot.seconds_left:
@@ -142,11 +142,11 @@ def sites_table(sites: dict[str, dict[str, Any]]) -> Table:
 
 def held_out_table(shown: Shown) -> Table:
     """Draw the figures of held-out records by class, group and site."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(printable(shown.title)))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(escape_controls(shown.title)))
     for name in shown.head:
-        table.add_column(printable(name), overflow="fold")
+        table.add_column(escape_controls(name), overflow="fold")
     for row in shown.rows:
-        table.add_row(*(Text(printable(text)) for text in row))
+        table.add_row(*(Text(escape_controls(text)) for text in row))
     return table
 
 
@@ -175,7 +175,7 @@ class BudgetView:
         from fedtune.cli.ledger_view import budget_table
         from fedtune.core.config import load_site
         from fedtune.core.ledger.ledger import Ledger
-        from fedtune.core.ledger.spending import heaviest
+        from fedtune.core.ledger.spending import find_heaviest_budget
 
         site = load_site(self._site)
         database = site.site.state / "ledger.db"
@@ -185,7 +185,9 @@ class BudgetView:
         if changed_at != self._at:
             try:
                 cohorts = Ledger(site.site.state).cohorts(site.data.name)
-                self._shown = budget_table(heaviest(site.data.name, cohorts, site.policy))
+                self._shown = budget_table(
+                    find_heaviest_budget(site.data.name, cohorts, site.policy)
+                )
             except FedtuneError as error:
                 self._shown = Text(str(error), style="red")
             self._at = changed_at

@@ -37,10 +37,10 @@ class Figures(Table):
         count = len(self.columns)
         padding = count * (left + right) - (0 if self.pad_edge else left + right)
         between = (count - 1 + 2 * self.show_edge) if self.box else 0
-        return sum(map(_least, self.columns)) + padding + between
+        return sum(map(_compute_least_width, self.columns)) + padding + between
 
 
-def _least(column: Column) -> int:
+def _compute_least_width(column: Column) -> int:
     """The least width of a column: of its widest cell, or where it may wrap of its widest word;
     where words may be broken too, a few letters."""
     texts = [_text(column.header), *map(_text, column.cells)]

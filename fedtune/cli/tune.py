@@ -18,7 +18,7 @@ from fedtune.cli.exit_codes import command
 from fedtune.cli.study import STUDY
 from fedtune.cli.tables import Figures
 from fedtune.core.registry.rounding import rounded_up
-from fedtune.report.figures import short
+from fedtune.report.figures import format_short
 
 if TYPE_CHECKING:
     from fedtune.launch.tune import Search, Trial
@@ -99,7 +99,7 @@ def tune(
     def tell(number: int, of: int, trial: Trial) -> None:
         nonlocal began
         seconds, began = time.monotonic() - began, time.monotonic()
-        result = f"FAILED: {trial.error}" if trial.value is None else short(trial.value)
+        result = f"FAILED: {trial.error}" if trial.value is None else format_short(trial.value)
         line = f"trial {number}/{of}  {' '.join(trial.settings)}  {result}  ({seconds:.0f} s)"
         typer.echo(line)
 
@@ -132,7 +132,7 @@ def trials_table(search: Search) -> Table:
     table.add_column("", overflow="fold")
     for trial in search.trials:
         settings = escape("\n".join(trial.settings))
-        figures = (short(trial.value), short(trial.loss), rounded_up(trial.epsilon))
+        figures = (format_short(trial.value), format_short(trial.loss), rounded_up(trial.epsilon))
         note = trial.error or (f"warning: {trial.warning}" if trial.warning else "")
         table.add_row(trial.folder, settings, *figures, escape(note))
     return table

@@ -11,7 +11,7 @@ import typer
 
 from fedtune.cli import release
 from fedtune.cli.exit_codes import command
-from fedtune.core.errors import printable
+from fedtune.core.errors import escape_controls
 
 if TYPE_CHECKING:
     from fedtune.evidence.verify import Verified
@@ -114,11 +114,11 @@ def _signer_lines(found: Verified) -> list[str]:
 
 def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
     from fedtune.core.errors import Refused
-    from fedtune.evidence.fingerprints import equal
+    from fedtune.evidence.fingerprints import match_fingerprints
 
     have = [one["fingerprint"] for one in found.dossier.get("approvals", ())]
     for fingerprint in wanted:
-        if not any(equal(fingerprint, one) for one in have):
+        if not any(match_fingerprints(fingerprint, one) for one in have):
             raise Refused(f"{path}: nobody with the key {fingerprint} approved it", "an approval")
 
 
@@ -220,4 +220,4 @@ def _lines(found: Verified) -> str:
     if found.exported:
         lines.append("exported     from that run; that these weights come from its adapter is")
         lines.append("             not proven here: export the run again, and compare")
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(escape_controls(line) for line in lines)

@@ -15,7 +15,7 @@ from rich.table import Column
 from fedtune.cli.pace import RoundsPace, StepPace
 from fedtune.core.progress import Step, listening
 from fedtune.core.registry.rounding import rounded_up
-from fedtune.report.figures import duration, short, size_text
+from fedtune.report.figures import duration, format_short, size_text
 
 LINE_SECONDS = 30.0  # between two plain lines of one step
 WIDE = 110  # columns of a screen on which a bar fits beside the words
@@ -88,7 +88,7 @@ class Watch:
         """A report of a long step: in a pipe a line where there was none for QUIET_SECONDS."""
         now, text = time.monotonic(), step.text
         self._rounds.hear(step, now)
-        seconds = self._step.left(step, now)
+        seconds = self._step.estimate_remaining(step, now)
         share = "" if step.share is None else f"{step.share:.0%}"
         share += f", {duration(seconds)} left" if seconds else ""
         said = max(self._at + QUIET_SECONDS, self._lines.get(text, -LINE_SECONDS) + LINE_SECONDS)
@@ -107,7 +107,7 @@ class Watch:
             self._release_held("")
             self._round(data)
         elif event in ("answered", "refused", "failed"):
-            self._answered(event, data)
+            self._show_answer(event, data)
         elif event == "records":
             text = " ".join(str(data.get("text")).split())
             self._stay(text, style="bold yellow" if "WARNING: " in text else None)
@@ -116,7 +116,7 @@ class Watch:
         elif event in ("listening", "ready") or (event in LINKS and "name" in data):
             self._stay(str(data.get("text") or event))
         elif event == "planned":
-            self._planned(data)
+            self._show_plan(data)
         elif event == "begin":
             self._rounds.begin(time.monotonic())
         elif event == "start":
@@ -173,7 +173,7 @@ class Watch:
             )
         self._last, self._at = "", time.monotonic()
 
-    def _planned(self, data: dict[str, Any]) -> None:
+    def _show_plan(self, data: dict[str, Any]) -> None:
         """Say who takes part, which round is next, and what the plan costs."""
         rounds, names = data.get("rounds"), [str(name) for name in data.get("participants") or ()]
         budget = max((data.get("planned") or {}).values(), default=None)
@@ -185,14 +185,14 @@ class Watch:
             f"next{cost}"
         )
 
-    def _left(self, left: int, data: dict[str, Any]) -> str:
+    def _describe_time_left(self, left: int, data: dict[str, Any]) -> str:
         """The time that the rounds to come will take, at most: public records that choose each
         step may end the study before its last round."""
-        seconds = self._rounds.ended(left, time.monotonic())
+        seconds = self._rounds.end_round(left, time.monotonic())
         bound = "≤ " if data.get("selection") else ""
         return f"{bound}{duration(seconds)}" if seconds else ""
 
-    def _answered(self, event: str, data: dict[str, Any]) -> None:
+    def _show_answer(self, event: str, data: dict[str, Any]) -> None:
         """What a site did: a line that stays, and the bar waits again."""
         bad = data.get("status") in ("refused", "failed", "waiting") or event != "answered"
         bad = bad or data.get("signed") is False
@@ -208,12 +208,12 @@ class Watch:
         quality = {f"sel. {n}": v for n, v in (data.get("selection") or {}).items()} or quality
         columns = list(quality)[:COLUMNS] or self._columns or []  # "–" where nothing was measured
         done, total = int(data.get("round", 0)), int(data.get("rounds") or 0)
-        left = self._left(max(0, total - done), data)
+        left = self._describe_time_left(max(0, total - done), data)
         trained = data.get("participants") or []
         count = len(trained) if isinstance(trained, list | tuple | set) else int(trained)
         budget = "" if self._budget is None else rounded_up(self._budget)
         cells = [Cell("round", f"{done:>3}/{total:<3}" if total else str(done), 7)]
-        cells += [Cell(name[:13], short(quality.get(name)), 14) for name in columns]
+        cells += [Cell(name[:13], format_short(quality.get(name)), 14) for name in columns]
         cells += [
             Cell("ε", rounded_up(max(spent.values(), default=None))),
             Cell("planned" if budget else "", budget),

@@ -39,7 +39,7 @@ A message says what happened, what was expected and what to do. It never holds a
 from __future__ import annotations
 
 
-def printable(text: str) -> str:
+def escape_controls(text: str) -> str:
     """Replace control characters, so that a terminal shows text without interpreting it."""
     return "".join(c if c.isprintable() else "?" for c in text)
 

@@ -135,7 +135,7 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
 
 
 @functools.cache
-def available() -> tuple[Confinement, Confinement]:
+def try_confinement() -> tuple[Confinement, Confinement]:
     """Try what this machine gives a vault and a courier, each in a process of its own."""
     found = []
     for half in ("vault", "courier"):

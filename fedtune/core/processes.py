@@ -151,7 +151,7 @@ class Child:
         if pipe and program != "rank":  # a rank starts in the midst of an order: begin_log before
             begin_log(log)
         with ExitStack() as opened:
-            sink = None if pipe else opened.enter_context(open(log, "wb", opener=_private))
+            sink = None if pipe else opened.enter_context(open(log, "wb", opener=_open_private))
             self._process = subprocess.Popen(
                 boot.command("fedtune.core.processes", program, *options),
                 stdin=subprocess.PIPE,
@@ -181,7 +181,7 @@ class Child:
         """Return whether the child's output contains `text`."""
         return text.encode() in self.log.read_bytes()
 
-    def ended(self) -> InfrastructureError:
+    def build_end_error(self) -> InfrastructureError:
         """Build the error that this child ended by itself."""
         return InfrastructureError(
             f"{self._name} ended by itself (exit status {self.status})",
@@ -191,14 +191,14 @@ class Child:
     def wait(self) -> None:
         """Wait until the child has ended. Errors: InfrastructureError unless it ended well."""
         if self._process.wait() != 0:
-            raise self.ended()
+            raise self.build_end_error()
 
     def wait_for_port(self, host: str, port: int, seconds: float = 60.0) -> None:
         """Return once the child listens. Errors: InfrastructureError if it ends or stays silent."""
         deadline = time.monotonic() + seconds
-        while not reachable(host, port):
+        while not is_reachable(host, port):
             if not self.alive:
-                raise self.ended()
+                raise self.build_end_error()
             if time.monotonic() > deadline:
                 raise InfrastructureError(
                     f"{self._name} does not listen on {host}:{port} after {seconds:.0f} s",
@@ -206,7 +206,7 @@ class Child:
                 )
             time.sleep(0.05)
         if not self.alive:  # another program holds the port and answered in its place
-            raise self.ended()
+            raise self.build_end_error()
 
     def stop(self) -> None:
         """End the child: SIGTERM, then SIGKILL after STOP_SECONDS. Safe to call twice."""
@@ -260,7 +260,7 @@ def bypass_proxy() -> None:
     os.environ["no_proxy"] = ",".join(filter(None, [rules, "127.0.0.1", "localhost"]))
 
 
-def reachable(host: str, port: int) -> bool:
+def is_reachable(host: str, port: int) -> bool:
     """Return whether something accepts TCP connections there."""
     try:
         socket.create_connection((host, port), timeout=1.0).close()
@@ -277,7 +277,7 @@ def begin_log(log: Path) -> None:
     has_space = False
     with suppress(OSError):
         private_folder(log.parent)
-        with open(log, "wb", opener=_private) as file:
+        with open(log, "wb", opener=_open_private) as file:
             has_space = reserve(file.fileno(), MOST_LOGGED + len(FULL))
     if not has_space:
         with suppress(OSError):
@@ -313,7 +313,7 @@ def _write_log(output: IO[bytes], log: Path) -> None:
                     sink.write(kept if left else kept + FULL)
 
 
-def _private(path: str, flags: int) -> int:
+def _open_private(path: str, flags: int) -> int:
     """Open a file for this user alone; not through a link, which a courier may have put there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 

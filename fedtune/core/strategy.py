@@ -83,7 +83,7 @@ def require(condition: bool, option: str, expected: str) -> None:
         raise ConfigError(f"strategy.options.{option} is out of range", expected)
 
 
-def moved(adapter: Arrays, step: State) -> Arrays:
+def move_adapter(adapter: Arrays, step: State) -> Arrays:
     """adapter + step, summed in fp64 and returned in fp32."""
     return {n: (a.astype(np.float64) + step[n]).astype(np.float32) for n, a in adapter.items()}
 

@@ -173,7 +173,7 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
     # Limits of its own, which it reads and does not set; the end of a child, not what it used.
     further = _of_call(PRLIMIT, _if_zero(FIRST, THIRD, THIRD + 4))
     further += _of_call(WAIT, _if_zero(FOURTH, FOURTH + 4)) + _of_sockets(families)
-    return _only(OF_COURIER, OF_COURIER_IF, further, UNKNOWN)
+    return _write_filter(OF_COURIER, OF_COURIER_IF, further, UNKNOWN)
 
 
 def filter_of_computing() -> Lines:
@@ -181,10 +181,10 @@ def filter_of_computing() -> Lines:
     nameless: Lines = []
     for numbers in NAMELESS.values():
         nameless += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
-    return _only(COMPUTING, COMPUTING_IF, nameless, REFUSE)
+    return _write_filter(COMPUTING, COMPUTING_IF, nameless, REFUSE)
 
 
-def _only(
+def _write_filter(
     calls: dict[str, Numbers],
     some: dict[str, tuple[Numbers, int, Collection[int]]],
     further: Lines,

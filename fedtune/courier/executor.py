@@ -91,7 +91,7 @@ class Executor:
                 problem = error
             except Exception as error:  # the SuperNode ended, or its wait failed: start another
                 if node.alive and not _was_refused(node):
-                    self._failed("connection", error)
+                    self._report_failure("connection", error)
             finally:
                 runtime.close()
                 refused = _was_refused(node)  # before it says the same because we stop it
@@ -101,7 +101,7 @@ class Executor:
             if forwarder.refusal or refused:
                 return _refusal(forwarder)
             _say_log(node)  # where a person can read it
-            ended = problem or node.ended()
+            ended = problem or node.build_end_error()
             return InfrastructureError(
                 ended.happened, ended.expected, f"read {state / 'courier.log'}"
             )
@@ -151,14 +151,14 @@ class Executor:
             received = unpack(message)
             reply = self._app(received, context)
         except Exception as error:
-            self._failed(kind, error)
+            self._report_failure(kind, error)
             return api.error_reply(message, FAILED)
         if not reply.has_error():
             moved = {"bytes_down": size(received.content), "bytes_up": size(reply.content)}
             self.notify("answered", {"kind": kind, "text": f"{kind}: answered", **moved})
         return reply
 
-    def _failed(self, kind: str, error: Exception) -> None:
+    def _report_failure(self, kind: str, error: Exception) -> None:
         name = type(error).__name__
         self.notify("failed", {"kind": kind, "error": name, "text": f"{kind}: FAILED: {name}"})
 

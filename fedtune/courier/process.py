@@ -46,7 +46,7 @@ ANSWER_SECONDS = (0.05, 0.5)  # between two looks for an answer's file
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
-def readable(site: Site, spool: Spool | None = None) -> list[Path]:
+def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
     """List what a site's courier may read: programs, fedtune, its settings, its network's keys, and
     the answers of a spool."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
@@ -59,13 +59,13 @@ def readable(site: Site, spool: Spool | None = None) -> list[Path]:
     return [*map(Path, SYSTEM), *code, *named, keys_folder(site), *answers]
 
 
-def writable(site: Site, spool: Spool | None = None) -> list[Path]:
+def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
     """List what a site's courier may write."""
     requests = [spool.requests] if spool else []
     return [site.site.state / FOLDER, *requests, *map(Path, DEVICES)]
 
 
-def private(site: Site) -> Iterator[Path]:
+def list_private(site: Site) -> Iterator[Path]:
     """List what a site's courier must not read: its state and ledger, where its records and both
     kinds of held-out records are, what opens their databases, the files that stand beside them, and
     a model that the site trained alone, which no ε covers."""
@@ -89,8 +89,8 @@ def private(site: Site) -> Iterator[Path]:
 
 def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
     """Return what of the site's private files lies below a folder that its courier must read."""
-    shared = [path.resolve() for path in readable(site, spool) if path != keys_folder(site)]
-    own = [path.resolve() for path in private(site)]
+    shared = [path.resolve() for path in list_readable(site, spool) if path != keys_folder(site)]
+    own = [path.resolve() for path in list_private(site)]
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
@@ -104,7 +104,7 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
     """Confine this process to what a site's courier may read and write."""
     # Python looks for a package in a folder's names: here beside whatever else lies there.
     is_elsewhere = not _try_to_read(site).missing
-    read, write = readable(site, spool), writable(site, spool)
+    read, write = list_readable(site, spool), list_writable(site, spool)
     own = isolation.own_view([*read, *write], [site.site.state / FOLDER])
     found = isolation.only_files(read, write, [Path(boot.PACKAGES)])
     found = own & found
@@ -119,7 +119,7 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
 def _try_to_read(site: Site) -> isolation.Confinement:
     """Try to read the site's private files; what can be read is missing from the confinement."""
     reached = []
-    for path in private(site):
+    for path in list_private(site):
         with suppress(OSError):
             if path == site.site.state:
                 if not {*os.listdir(path)} - OWN:

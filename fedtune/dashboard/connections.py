@@ -29,13 +29,13 @@ class Prompt(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None:  # its head is whole
-            self._spoken()
+            self._end_silence()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._spoken()
+        self._end_silence()
         super().connection_lost(exc)
 
-    def _spoken(self) -> None:
+    def _end_silence(self) -> None:
         self._silent.pop(self, None)
         self._timer.cancel()
 

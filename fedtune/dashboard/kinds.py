@@ -27,7 +27,7 @@ def page_of(path: Path, trust: str = "") -> Page:
     | a folder with plan.json, or a status of a run | a run           |
     | a folder with such folders in it             | a folder of runs |
     Errors: InputError for anything else; ConfigError for a site.toml that is none."""
-    if why := reading.unusable(path):
+    if why := reading.refuse_path(path):
         raise InputError(f"{str(path)[:80]}: {why}", EXPECTED)
     if not path.exists():
         raise InputError(f"{path}: not there", EXPECTED, "look again")

@@ -46,7 +46,7 @@ from fedtune.core.registry.rounding import rounded_down, rounded_up
 from fedtune.dashboard import work
 from fedtune.dashboard.connections import Prompt
 from fedtune.dashboard.pages import Page
-from fedtune.report.figures import duration, short, size_text
+from fedtune.report.figures import duration, format_short, size_text
 
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
@@ -147,7 +147,12 @@ class Views:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        filters = {"epsilon": rounded_up, "short": short, "bytes": size_text, "reason": reason_of}
+        filters = {
+            "epsilon": rounded_up,
+            "short": format_short,
+            "bytes": size_text,
+            "reason": reason_of,
+        }
         self._templates.filters |= {
             **filters,
             "duration": duration,
@@ -163,25 +168,25 @@ class Views:
                 Route(f"{prefix}/", self.page),
                 Route(f"{prefix}/live/{{part}}", self.live),
                 Route(f"{prefix}/series", self.series),
-                Route(f"{prefix}/slow/{{what}}", self.slow),
+                Route(f"{prefix}/slow/{{what}}", self.show_slow_part),
                 Route(f"{prefix}/events", self.events),
             ]
         return [*parts, Mount("/static", StaticFiles(directory=HERE / "static"))]
 
     async def page(self, request: Request) -> Response:
-        return await self._rendered(request, "")
+        return await self._render(request, "")
 
     async def live(self, request: Request) -> Response:
         part = request.path_params["part"]
         if part not in self._of(request).parts:
             raise HTTPException(404)
-        return await self._rendered(request, f"_{part}")
+        return await self._render(request, f"_{part}")
 
     async def series(self, request: Request) -> Response:
         found = await run_in_threadpool(self._of(request).series)
         return JSONResponse(found)
 
-    async def slow(self, request: Request) -> Response:
+    async def show_slow_part(self, request: Request) -> Response:
         """Show what a child process computes; anew only where the page's files have changed."""
         page, what = self._of(request), request.path_params["what"]
         if what not in page.slow:
@@ -191,7 +196,7 @@ class Views:
             known, signature = self._results.get(key), page.signature(page.slow_files())
             rests = known is not None and time.monotonic() - known.at < REST_SECONDS
             if known is None or (known.signature != signature and not rests):
-                value = await worked(what, page)
+                value = await run_work(what, page)
                 known = self._results[key] = _Result(signature, time.monotonic(), value)
         template = self._templates.get_template(f"slow_{what}.html")
         return HTMLResponse(template.render(found=known.value, page=page))
@@ -217,7 +222,7 @@ class Views:
             before, told = now, time.monotonic()
             yield "".join(f"event: {kind}\ndata: files\n\n" for kind in changed) or ": here\n\n"
 
-    async def _rendered(self, request: Request, part: str) -> Response:
+    async def _render(self, request: Request, part: str) -> Response:
         page = self._of(request)
         template = self._templates.get_template(f"{page.kind}{part}.html")
 
@@ -225,7 +230,7 @@ class Views:
             if part == "_rounds":
                 page.read_rounds()
             above = self._page.title if page is not self._page else ""
-            return template.render(page=page, above=above, **page.shown())
+            return template.render(page=page, above=above, **page.read_context())
 
         return HTMLResponse(await run_in_threadpool(render))
 
@@ -237,7 +242,7 @@ class Views:
         return page
 
 
-async def worked(what: str, page: Page) -> dict[str, Any]:
+async def run_work(what: str, page: Page) -> dict[str, Any]:
     """Run a function of work.py on a page's path, in a child process of its own."""
     words = boot.command(work.__name__, what, str(page.path), page.trust)
     child = await asyncio.create_subprocess_exec(
@@ -266,10 +271,10 @@ async def worked(what: str, page: Page) -> dict[str, Any]:
 def app_of(page: Page, token: str) -> Starlette:
     """Build the application of one page."""
 
-    async def failed(_: Request, error: Exception) -> Response:
+    async def show_error(_: Request, error: Exception) -> Response:
         return Response(f"{error}\n", 500, media_type="text/plain")
 
-    handlers: dict[Any, Any] = {FedtuneError: failed}
+    handlers: dict[Any, Any] = {FedtuneError: show_error}
     middleware = [Middleware(Guard, token=token)]
     return Starlette(
         routes=Views(page).routes(), middleware=middleware, exception_handlers=handlers

@@ -37,7 +37,7 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
     """What `fedtune review` shows of each plan that waits for a signature here."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
-    from fedtune.officer.review import read_plan, review, unsigned
+    from fedtune.officer.review import is_unsigned, read_plan, review
 
     site = load_site(site_path)
     if not (site.site.state / "ledger.db").exists():
@@ -45,7 +45,7 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
     ledger, found = Ledger(site.site.state), []
     for path in sorted((site.site.state / "plans").glob("*.json")):
         study = read_plan(path, site)
-        if unsigned(study, site, ledger):
+        if is_unsigned(study, site, ledger):
             result = asdict(review(study, site, ledger))
             found.append({"study": study.study.name, "path": str(path), **result})
     return {"plans": found}

@@ -51,7 +51,7 @@ class NoteParts(NamedTuple):
     denied: str
 
 
-def _telegraphic(p: NoteParts, rng: random.Random) -> str:
+def _write_telegraphic(p: NoteParts, rng: random.Random) -> str:
     history, drug, denied = f"PMH {p.history}", f"Rx {p.drug}", f"no {p.denied}"
     lines = _background(history, drug, denied, rng)
     finding = f" O/E {p.finding}." if p.finding else ""
@@ -90,7 +90,7 @@ class Hospital(NamedTuple):
 
 HOSPITALS = (
     Hospital(
-        "harbour", 240, ("heart", "lungs", "bones", "vessels", "blood", "sleep"), _telegraphic
+        "harbour", 240, ("heart", "lungs", "bones", "vessels", "blood", "sleep"), _write_telegraphic
     ),
     Hospital(
         "lakeside",

@@ -50,7 +50,7 @@ def run_demo(
     body: dict[str, Any] = run.report | {"invented": True}
     if alone and not quick:
         body["alone"] = {
-            site.site.name: _alone(study, site, out / "alone" / site.site.name, on_event)
+            site.site.name: _run_alone(study, site, out / "alone" / site.site.name, on_event)
             for site in sites
         }
     report.write(out, body)
@@ -61,12 +61,12 @@ def run_demo(
     return Run(out)
 
 
-def _alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> float:
+def _run_alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> float:
     """Run the study with one hospital, with a ledger of its own: in one ledger the two studies
     would add up, and the hospital's policy would refuse the second."""
     name, state = site.site.name, site.site.state.with_name("state-alone")
 
-    def quietly(event: str, data: dict[str, Any]) -> None:
+    def report_step(event: str, data: dict[str, Any]) -> None:
         if on_event and event == "round":
             text = f"{name} alone, for comparison"
             on_event("step", {"text": text, "done": data["round"], "total": data["rounds"]})
@@ -75,6 +75,6 @@ def _alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> flo
         study.changed(strategy={"min_sites": 1}),
         [site.changed(site={"state": state})],
         out,
-        on_event=quietly,
+        on_event=report_step,
     )
     return float(run.report["quality"]["after"]["accuracy"])

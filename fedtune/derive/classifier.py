@@ -47,23 +47,23 @@ def classifier_of(loaded: LoadedModel, model: Any, labels: tuple[str, ...]) -> A
     if loaded.base.kind == "encoder":
         if config.model_type not in ENCODERS or config.is_decoder:
             return None
-        state = _widened(model, head)
+        state = _widen_encoder(model, head)
         config.hidden_size, config.num_attention_heads = (
             2 * config.hidden_size,
             2 * config.num_attention_heads,
         )
         config.num_hidden_layers += 1
     elif not head.bias.any():
-        state = _prefixed(model.model, "model.") | {"score.weight": head.weight}
+        state = _prefix_state(model.model, "model.") | {"score.weight": head.weight}
     elif config.model_type == "llama" and _fits(config, head):
         state = _with_bias(model, head)
         config.num_hidden_layers, config.mlp_bias = config.num_hidden_layers + 1, True
     else:
         return None
-    return _made(config, state)
+    return _build_model(config, state)
 
 
-def _made(config: Any, state: State) -> Any:
+def _build_model(config: Any, state: State) -> Any:
     import transformers
 
     auto: Any = transformers.AutoModelForSequenceClassification
@@ -74,14 +74,14 @@ def _made(config: Any, state: State) -> Any:
     return model.eval()
 
 
-def _prefixed(module: nn.Module, prefix: str) -> State:
+def _prefix_state(module: nn.Module, prefix: str) -> State:
     return {prefix + name: value for name, value in module.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------- an encoder
 
 
-def _widened(model: Any, head: nn.Linear) -> State:
+def _widen_encoder(model: Any, head: nn.Linear) -> State:
     """The encoder with its states twice over, the layer that pools, and the head."""
     prefix, dense, last = ENCODERS[model.config.model_type]
     state: State = {}
@@ -161,7 +161,7 @@ def _with_bias(model: Any, head: nn.Linear) -> State:
     """A Llama whose last layer computes the head's logits, and whose score reads them off."""
     config, outputs = model.config, head.out_features
     size, inner = config.hidden_size, config.intermediate_size
-    state = _prefixed(model.model, "model.")
+    state = _prefix_state(model.model, "model.")
     for at in range(config.num_hidden_layers):
         for name in ("gate_proj", "up_proj", "down_proj"):
             width = size if name == "down_proj" else inner

@@ -47,7 +47,7 @@ def supports_refit(model: Any) -> bool:
     layers = getattr(backbone, "layers", None)
     if not hasattr(model, "lm_head") or not isinstance(layers, nn.ModuleList):
         return False
-    if not all(isinstance(_last(layer), nn.Linear) for layer in layers):
+    if not all(isinstance(_get_output_matrix(layer), nn.Linear) for layer in layers):
         return False
     split = cut(backbone, LoraTable(rank=1, modules=("down_proj",), last_layers=1))
     return split is not None and split.positionwise
@@ -69,7 +69,7 @@ def choose_pruned_layers(model: Any, width: int, texts: Sequence[np.ndarray]) ->
     for number, first in enumerate(firsts, 1):
         mlp_input, output = activations[first - 1]
         weight = _refit(layers[first - 1], mlp_input, output, activations[first + width - 1][1])
-        with _temporary_weight(_last(layers[first - 1]), weight):
+        with _temporary_weight(_get_output_matrix(layers[first - 1]), weight):
             shorter = drop_layers(model, range(first, first + width))
             pruned = _next_token_log_probs(shorter, held_out)
         divergence = float((original.exp() * (original - pruned)).sum(dim=1).mean())
@@ -101,7 +101,7 @@ def pruned_config(config: Any, kept_layers: Sequence[int], total: int) -> Any:
     return changed
 
 
-def _last(layer: Any) -> Any:
+def _get_output_matrix(layer: Any) -> Any:
     """The MLP's output matrix."""
     return getattr(getattr(layer, "mlp", None), "down_proj", None)
 
@@ -161,7 +161,9 @@ def _refit(
     as nearly as a matrix can. A position counts by how far off it is beside its own size, as the
     norms above see it: else a text's first one, which is a hundred times as large, would be all."""
     inner: list[torch.Tensor] = []
-    handle = _last(layer).register_forward_pre_hook(lambda _, args: inner.append(args[0]))
+    handle = _get_output_matrix(layer).register_forward_pre_hook(
+        lambda _, args: inner.append(args[0])
+    )
     try:
         layer.mlp(mlp_input)
     finally:
@@ -171,7 +173,7 @@ def _refit(
     square, cross = x.T @ (x / size), x.T @ (missing / size)
     ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square))
     correction = torch.linalg.solve((square + ridge).double(), cross.double())
-    weight = _last(layer).weight
+    weight = _get_output_matrix(layer).weight
     fitted: torch.Tensor = (weight.double() + correction.T).to(weight.dtype)
     return fitted
 

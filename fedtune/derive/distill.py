@@ -238,12 +238,12 @@ def _train_student(
         return [divergence(network, b, settings.temperature) for b in batches]
 
     @torch.no_grad()
-    def measured() -> float:
+    def measure_loss() -> float:
         return float(torch.cat(losses(held_out_rows)).mean())
 
-    before = measured()
+    before = measure_loss()
     network.load_trainable(start)
-    history = [{"round": 0, METRIC: measured()}]
+    history = [{"round": 0, METRIC: measure_loss()}]
     best: tuple[float, Arrays] = (history[0][METRIC], start)
     for epoch in range(1, settings.epochs + 1):
         shuffled = draw.permutation(train_rows).tolist()
@@ -257,7 +257,7 @@ def _train_student(
             schedule.step()
             records_done = (epoch - 1) * len(train_rows) + at + len(rows)
             report("the student is learning", records_done, settings.epochs * len(train_rows))
-        history.append({"round": epoch, METRIC: measured()})
+        history.append({"round": epoch, METRIC: measure_loss()})
         if history[-1][METRIC] < best[0]:
             best = history[-1][METRIC], network.trainable()
     network.load_trainable(best[1])

@@ -92,7 +92,7 @@ def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
     if made is not None:
         made.config.pad_token_id = tokenizer.pad_token_id
         made.save_pretrained(str(into))
-        made = _measured(into, passages, expected)
+        made = _read_back(into, passages, expected)
     if made is None:
         shutil.rmtree(into, ignore_errors=True)
         model.save_pretrained(str(into))
@@ -130,7 +130,7 @@ def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokeni
     return tokenizer
 
 
-def _measured(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) -> Any:
+def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) -> Any:
     """The classifier in `folder`, read back; None where it computes other logits."""
     from transformers import AutoModelForSequenceClassification
 

@@ -147,13 +147,13 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.
                     continue
                 tensor: torch.Tensor = file.get_tensor(name).float()
                 if ".q_proj." in name:
-                    tensor = interleaved(tensor, heads)
+                    tensor = interleave_rows(tensor, heads)
                 elif ".k_proj." in name:
-                    tensor = interleaved(tensor, shared)
+                    tensor = interleave_rows(tensor, shared)
                 yield name, tensor
 
 
-def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+def interleave_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """Each head's rows as (first, first of the second half, second, …): (outputs, …)."""
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)

@@ -48,7 +48,7 @@ def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     private = all(report.get("private") for report in reports.values())
     privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}
     if private:
-        privacy = composed_epsilon.composed(list(reports.values()))
+        privacy = composed_epsilon.compose_reports(list(reports.values()))
     entries = [
         {key: value for key, value in p.items() if key != "report"}
         | {"privacy": {k: p["report"].get("privacy", {}).get(k) for k in ("epsilon", "delta")}}

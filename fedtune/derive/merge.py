@@ -11,7 +11,7 @@ from fedtune.accounting import composed_epsilon
 from fedtune.core.config import LoraTable, Study
 from fedtune.core.errors import ConfigError
 from fedtune.core.models import lora
-from fedtune.core.models.adapter_files import picked, save_adapter
+from fedtune.core.models.adapter_files import pick_arrays, save_adapter
 from fedtune.core.models.lora import Arrays
 from fedtune.core.run_folder import check_new, new_folder, read_report
 from fedtune.derive import derived_run
@@ -167,7 +167,7 @@ def _report_sections(
         privacy = {"mode": "off", "warning": f"trained without privacy: {names}"}
     else:
         reports = [parent.report for parent in parents]
-        privacy = composed_epsilon.composed(reports, disjoint=disjoint)
+        privacy = composed_epsilon.compose_reports(reports, disjoint=disjoint)
     return declared_in([parent.report for parent in parents]) | {
         "private": not non_private,
         "privacy": privacy,
@@ -207,8 +207,8 @@ def _measure_parents(
         evaluation = parent.study.evaluation
         if evaluation is None or not evaluation.path.exists():
             continue
-        base, alone = _measured(parent.study, parent.table, parent.arrays)
-        _, merged = _measured(parent.study, table, arrays)
+        base, alone = _measure_metric(parent.study, parent.table, parent.arrays)
+        _, merged = _measure_metric(parent.study, table, arrays)
         gain = alone - base
         kept = (merged - base) / gain if gain else None
         rows.append(
@@ -218,10 +218,10 @@ def _measure_parents(
     return rows
 
 
-def _measured(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
+def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
     """The study's metric of the base and of `arrays`."""
     ready = evaluator(study, table, arrays)
-    trained = picked(arrays, ready.network.parameters(), Path("adapter"))
+    trained = pick_arrays(arrays, ready.network.parameters(), Path("adapter"))
     base, after = ready.measure(None), ready.measure(trained)
     return base[ready.metric], after[ready.metric]
 
@@ -230,7 +230,7 @@ def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
     """The study's evaluation records, for adapters of the shape `table`."""
     from fedtune.evaluation.evaluator import Evaluator
 
-    return Evaluator(_with_saved_factor(study, table), _frozen(arrays))
+    return Evaluator(_with_saved_factor(study, table), _select_frozen(arrays))
 
 
 def _moments(parent: Parent) -> Moments:
@@ -250,8 +250,8 @@ def _moments(parent: Parent) -> Moments:
         )
     network = build(_with_saved_factor(study, parent.table))
     text = load_dataset(study.public, study, network.tokenizer, labelled=False)
-    adapter = picked(parent.arrays, network.parameters(), parent.run.folder / "adapter")
-    with network.loaded(_frozen(parent.arrays), adapter):
+    adapter = pick_arrays(parent.arrays, network.parameters(), parent.run.folder / "adapter")
+    with network.loaded(_select_frozen(parent.arrays), adapter):
         layer_moments = moments(network, text)
     return {
         name.removesuffix(".lora_A.default.weight"): value for name, value in layer_moments.items()
@@ -264,5 +264,5 @@ def _with_saved_factor(study: Study, table: LoraTable) -> Study:
     return study.model_copy(update={"lora": saved})
 
 
-def _frozen(arrays: Arrays) -> Arrays:
+def _select_frozen(arrays: Arrays) -> Arrays:
     return {name: value for name, value in arrays.items() if "lora_A" in name}

@@ -55,7 +55,7 @@ def merge_models(
     non_private = [str(r.get("study")) for r in reports if not r.get("private")]
     privacy = {"mode": "off", "warning": f"trained without privacy: {', '.join(non_private)}"}
     if not non_private:
-        privacy = composed_epsilon.composed(reports, disjoint=disjoint)
+        privacy = composed_epsilon.compose_reports(reports, disjoint=disjoint)
     shares = list(weights) or [1.0] * len(folders)
     densities = densities_of(density, len(folders))
     merged_report: dict[str, Any] = declared_in(reports) | {

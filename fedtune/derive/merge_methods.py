@@ -154,7 +154,7 @@ def _regmean_factors(
     ]
 
 
-def _pruned(part: Factors, density: float, method: Method) -> Factors:
+def _prune_factors(part: Factors, density: float, method: Method) -> Factors:
     """Keep a share of an update, as ties or dare does; its factors are then of full rank."""
     from peft.utils.merge_utils import prune
 
@@ -181,7 +181,7 @@ def _layer(
     if method in ("ties", "dare") and len(set(densities)) > 1:  # PEFT has one for all
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The density .* no pruning will be performed")
-            parts = [_pruned(p, d, method) for p, d in zip(parts, densities, strict=True)]
+            parts = [_prune_factors(p, d, method) for p, d in zip(parts, densities, strict=True)]
         method, density = "ties" if method == "ties" else "svd", 1.0
     model = _peft(parts)
     with warnings.catch_warnings():
@@ -225,12 +225,12 @@ def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, fl
 
     ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ∘ (A₁A₂ᵀ), so no update is ever formed."""
 
-    def inner(p: Factors, q: Factors) -> float:
+    def compute_inner_product(p: Factors, q: Factors) -> float:
         product = (p.b.double().T @ q.b.double()) * (p.a.double() @ q.a.double().T)
         return p.scaling * q.scaling * float(product.sum())
 
-    length = math.sqrt(inner(first, first) * inner(second, second))
-    cosine = inner(first, second) / length if length else 1.0
+    length = math.sqrt(compute_inner_product(first, first) * compute_inner_product(second, second))
+    cosine = compute_inner_product(first, second) / length if length else 1.0
     angle = math.acos(max(-1.0, min(1.0, cosine)))
     if math.sin(angle) < 1e-4:
         return 1 - t, t

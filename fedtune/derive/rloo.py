@@ -31,7 +31,7 @@ def train_rloo(
     a frozen copy of the starting adapter. on_step: called after each step; False ends training.
 
     Errors: ConfigError (trl is not installed)."""
-    wheel.quiet()
+    wheel.silence_libraries()
     try:
         from datasets import Dataset
         from transformers import PrinterCallback, TrainerCallback

@@ -62,10 +62,10 @@ def versions() -> str:
         requirements = [Requirement(text) for text in metadata.requires("fedtune") or ()]
     except metadata.PackageNotFoundError:
         requirements = []
-    shown = {name: _installed(name) for name in SHOWN}
+    shown = {name: _find_version(name) for name in SHOWN}
     for requirement in requirements:
         name, specifier = requirement.name, requirement.specifier
-        version = _installed(name)
+        version = _find_version(name)
         if requirement.marker is None and not specifier.contains(version or "0"):
             raise InfrastructureError(
                 f"{installed}: {name} {version or 'is missing'}",
@@ -75,7 +75,7 @@ def versions() -> str:
     return ", ".join([installed, *(f"{name} {version}" for name, version in shown.items())])
 
 
-def _installed(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -151,7 +151,7 @@ def disk(folder: Path, least: float) -> str:
 
 def memory(least: float) -> str:
     """Check that `least` bytes of memory are available. Errors: InfrastructureError."""
-    free = available()
+    free = read_available_memory()
     if free is None:
         return f"{_gb(least)} wanted; this system does not say what is free"
     if free < least:
@@ -163,7 +163,7 @@ def memory(least: float) -> str:
     return f"{_gb(free)} to be had, {_gb(least)} wanted"
 
 
-def available() -> float | None:
+def read_available_memory() -> float | None:
     """Return the bytes available to a new program, by the system and a container's limit."""
     try:
         lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())

@@ -26,14 +26,14 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 
 
-def presented(dial: Dial, address: str) -> x509.Certificate:
+def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
     """Fetch the certificate that the server behind `dial` presents, without verifying it.
 
     Errors: InfrastructureError where nobody answers, or nobody who speaks TLS 1.3."""
 
     async def fetch() -> bytes | None:
         async with asyncio.timeout(SECONDS):
-            _, writer = await dial(_trusting())
+            _, writer = await dial(_build_trusting_context())
             try:
                 der: bytes | None = writer.get_extra_info("ssl_object").getpeercert(True)
                 return der
@@ -100,7 +100,7 @@ async def _http(
     return status, body
 
 
-def _trusting() -> ssl.SSLContext:
+def _build_trusting_context() -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -112,7 +112,7 @@ def certificate(
 ) -> str:
     """Check that `authority` signed the certificate and that it is valid now and for at least
     `least`. Errors: ConfigError, with `todo`."""
-    start, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, certs.now()
+    start, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, certs.read_clock()
     span = f"valid from {start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}"
     try:
         leaf.verify_directly_issued_by(authority)

@@ -70,7 +70,7 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
             "a run of text that answers with text, or with one of its labels or choices",
             f"`fedtune predict {run.folder} --data FILE` shows what it makes of records",
         )
-    asked = chosen(DataFile(path=table.path, columns=table.columns), count)
+    asked = choose_rows(DataFile(path=table.path, columns=table.columns), count)
     if labelled or len(table.choices) > 1:
         kind, pairs = "label", _labels(run, asked)
     else:
@@ -92,19 +92,19 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
     return found
 
 
-def chosen(file: DataFile, count: int) -> list[Asked]:
+def choose_rows(file: DataFile, count: int) -> list[Asked]:
     """Choose rows of the file that have a prompt, spread evenly. Errors: DataError."""
     columns = file.columns
     parts = {part: getattr(columns, part) for part in ("messages", "prompt", "text")}
     keys = {f"evaluation.columns.{part}": str(name) for part, name in parts.items() if name}
-    usable = list(_usable(columns, list(rows(file.path, keys))))
+    usable = list(_select_usable(columns, list(rows(file.path, keys))))
     if not usable:
         raise DataError(f"{file.path}: no row has a prompt of one turn", "at least one")
     count = min(count, len(usable))
     return [usable[n * len(usable) // count] for n in range(count)]
 
 
-def _usable(columns: Columns, found: Sequence[Row | str]) -> Iterator[Asked]:
+def _select_usable(columns: Columns, found: Sequence[Row | str]) -> Iterator[Asked]:
     for number, row in enumerate(found, 1):
         if not isinstance(row, str):
             try:
@@ -130,10 +130,10 @@ def _words(columns: Columns, row: Row) -> tuple[str, str]:
 def _labels(run: Run, asked: list[Asked]) -> list[Pair]:
     records = [one.record for one in asked]
     base, adapter = (predict(run, records, base_alone=alone) for alone in (True, False))
-    return list(zip(_likeliest(base), _likeliest(adapter), strict=True))
+    return list(zip(_find_likeliest(base), _find_likeliest(adapter), strict=True))
 
 
-def _likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
+def _find_likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
     """Return each record's likeliest label with its probability; of equal ones none is."""
     for label, shares in zip(made.predicted, made.probabilities, strict=True):
         most = float(shares.max()) if label is not None else None

@@ -192,7 +192,7 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     evaluator = Evaluator(study, initial.frozen)
     base = evaluator.measure(None)[evaluator.metric]
     network.load_trainable(initial.adapter)
-    step, predicted = _predicted(study, network, data, sites, size, epsilons)
+    step, predicted = _predict_accuracy(study, network, data, sites, size, epsilons)
     up, down = (
         sum(form.nbytes for form in layout(shapes(initial.adapter), encoding).values())
         for encoding in (study.wire.update, study.wire.adapter)
@@ -224,7 +224,7 @@ def _network(study: Study, frozen: Any) -> Network:
     return network
 
 
-def _predicted(
+def _predict_accuracy(
     study: Study,
     network: Network,
     data: CachedDataset,
@@ -246,7 +246,7 @@ def _predicted(
     n = len(data.dataset.examples)
     halves = [torch.arange(n) % 2 == 0, torch.arange(n) % 2 == 1]
     began = time.perf_counter()
-    sums = [_clipped(engine, half, study) for half in halves]
+    sums = [_sum_clipped(engine, half, study) for half in halves]
     rate = n / (time.perf_counter() - began)
     classes = _classes(study, objective, network, data.dataset)
     if classes is None or table is None or table.metric != "accuracy" or not epsilons:
@@ -276,7 +276,7 @@ def _predicted(
     return rate, {f"{e:g}": float(correct[at]) / n for at, e in enumerate(epsilons)}
 
 
-def _clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
+def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
     """Sum the clipped gradients of the records in `half`, (d,)."""
     from fedtune.core.dp.clip import scales
 

@@ -70,7 +70,7 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return f"{_signed(self.low)} to {_signed(self.high)}"
+        return f"{_format_signed(self.low)} to {_format_signed(self.high)}"
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ class World:
         random = np.random.default_rng(0)
         root = vectors * np.sqrt(np.maximum(values, 0.0))
         self.pool = random.standard_normal((POOL, width)) @ root.T
-        self.pool *= math.sqrt(self._widening(held_out))
+        self.pool *= math.sqrt(self._compute_widening(held_out))
 
     @property
     def rough(self) -> list[int]:
@@ -302,7 +302,7 @@ class World:
         lengths = np.linalg.norm(rows[:, : self.basis.released], axis=1, keepdims=True)
         return rows / np.maximum(1.0, lengths), labels
 
-    def _widening(self, held_out: float) -> float:
+    def _compute_widening(self, held_out: float) -> float:
         """Return the factor of the spread's variances; see WIDENED."""
         low, high, narrow = -math.log(WIDEST) / 4, math.log(WIDEST), self.pool
         for _ in range(SEARCHED):
@@ -331,5 +331,5 @@ def interval(gains: Array) -> Interval:
     return Interval(float(gains.mean()), float(low), float(high))
 
 
-def _signed(figure: float) -> str:
+def _format_signed(figure: float) -> str:
     return f"{figure:+.3f}".replace("-", "−")

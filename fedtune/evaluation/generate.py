@@ -96,15 +96,15 @@ class Writer:
         import torch
 
         from fedtune.core.bases.find import load_backbone
-        from fedtune.core.models.loaded import adapted
+        from fedtune.core.models.loaded import load_peft_adapter
 
         stored = self._run.study.base
         backbone: Any = load_backbone(self._base, torch.float32)
         if stored.quantisation:
-            from fedtune.core.bases.quantise import rounded
+            from fedtune.core.bases.quantise import round_weights
 
-            rounded(backbone, stored.quantisation, getattr(torch, stored.dtype))
-        return backbone, adapted(backbone, self._run.folder / "adapter")
+            round_weights(backbone, stored.quantisation, getattr(torch, stored.dtype))
+        return backbone, load_peft_adapter(backbone, self._run.folder / "adapter")
 
 
 def _completion(

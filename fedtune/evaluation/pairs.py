@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fedtune.core.objectives._shapes import even
-from fedtune.core.objectives._tokens import labelled, likelihood
+from fedtune.core.objectives._shapes import split_evenly
+from fedtune.core.objectives._tokens import likelihood, select_labelled
 from fedtune.evaluation.metrics import mean_interval, wilson
 from fedtune.report.scores import Scores
 
@@ -65,12 +65,12 @@ def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
 
     The sum over the vocabulary is exact at each position; the positions are those of the answers in
     the data, not of answers that the policy wrote. 0 where the adapter changes nothing."""
-    keep, targets = labelled(batch.target_ids)
+    keep, targets = select_labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states).flatten(0, 1)
     with network.base_only():
         states = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states).flatten(0, 1)
     parts = []
-    for rows, new in even(len(hidden), ROWS):
+    for rows, new in split_evenly(len(hidden), ROWS):
         policy = torch.log_softmax(network.logits(hidden[rows]), dim=1)
         with network.base_only():
             base = torch.log_softmax(network.logits(states[rows]), dim=1)

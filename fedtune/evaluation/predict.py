@@ -20,10 +20,10 @@ from fedtune.core.data.load import UnitReader
 from fedtune.core.data.media import Folder
 from fedtune.core.data.records import Record, _messages
 from fedtune.core.data.sources import csv
-from fedtune.core.data.sources._interface import BadCell, Names, Row, unclean
+from fedtune.core.data.sources._interface import BadCell, Names, Row, find_unclean
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files import reading
-from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
@@ -116,7 +116,7 @@ def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
         if isinstance(value, float) and not math.isfinite(value):
             value = None
         if value is not None and not isinstance(value, bool | int | float):
-            value = None if unclean(text := str(value)) else text
+            value = None if find_unclean(text := str(value)) else text
         cells.append(value)
     kinds = {type(cell) for cell in cells if cell is not None}
     large = any(isinstance(cell, int) and abs(cell) >= 2**63 for cell in cells)
@@ -167,11 +167,11 @@ def _rows(records: Records, asked: _Asked) -> list[Row | str]:
         if path.is_dir():
             raise DataError(f"{path}: a folder", "one file, so that its rows can be joined back")
         lines = path.suffix.lower() == LINES
-        source = csv.guessed(path, asked.keys.values())
+        source = csv.guess_format(path, asked.keys.values())
         found = _lines(path, asked) if lines else list(rows(path, asked.keys, source=source))
     else:
         path = Path("records")
-        found = list(_listed(records, asked))
+        found = list(_list_rows(records, asked))
     if not found:
         raise DataError(f"{path}: there are no records", "at least one")
     return found
@@ -188,10 +188,10 @@ def _lines(path: Path, asked: _Asked) -> list[Row | str]:
     content = reading.content(path, "one text a line", kind=DataError, most=LARGEST)
     lines = content.removeprefix(b"\xef\xbb\xbf").splitlines()
     texts = (line.decode("utf-8", "surrogateescape") for line in lines)
-    return [unclean(text) or {asked.columns["text"]: text} for text in texts]
+    return [find_unclean(text) or {asked.columns["text"]: text} for text in texts]
 
 
-def _listed(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
+def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
     """Read rows from memory; a text is the first column's. Errors: DataError (no such column)."""
     names = Names(Path("records"), asked.keys)
     if hasattr(records, "to_dict"):  # a DataFrame: its NaN is a missing value
@@ -224,7 +224,7 @@ class _Predictor:
         study = study.model_copy(update={"objective": asked_of})
         frozen = {name: value for name, value in saved.items() if "lora_A" in name}
         self._frozen = self._network.adopt(study, frozen)
-        trained = picked(saved, self._network.parameters(), run.folder / "adapter")
+        trained = pick_arrays(saved, self._network.parameters(), run.folder / "adapter")
         self._trained = self._network.zero() if base_alone else trained
         tokenizer = self._network.tokenizer
         self.labels = choices or (() if objective.scores else study.objective.labels)

@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.core.config import DataFile, EvaluationTable, Study
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.errors import ConfigError
-from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
 from fedtune.evaluation.evaluator import Evaluator, check_evaluation
@@ -83,7 +83,7 @@ def evaluator_of(
         changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
     frozen = {name: value for name, value in saved.items() if "lora_A" in name}
     evaluator = Evaluator(study.model_copy(update=changes), frozen, read)
-    return evaluator, picked(saved, evaluator.network.parameters(), run.folder / "adapter")
+    return evaluator, pick_arrays(saved, evaluator.network.parameters(), run.folder / "adapter")
 
 
 def _of_the_run(run: Run) -> list[str]:

@@ -57,7 +57,7 @@ def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[
     return content, data
 
 
-def released(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
+def check_release(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
     """Check what the report says is released against the plan's rule, the figures that decided,
     and the files that are signed; return which model it is, "" of a plan that leaves no choice.
 
@@ -78,20 +78,26 @@ def released(run: Path, study: Study, report: dict[str, Any], files: Collection[
     blind = "lacking" in decision and "unseen" not in decision
     if study.selection.release == "better" and not blind:
         metric = study.evaluation.metric if study.evaluation else "loss"
-        _equal(path, "released's metric", decision["metric"], metric)
+        _require_equal(path, "released's metric", decision["metric"], metric)
         sign = 1 if METRICS[metric].higher_is_better else -1
-        unseen = _unseen(quality, decision.get("lacking", []))
+        unseen = _compute_unseen_share(quality, decision.get("lacking", []))
         if "lacking" in decision:
-            _equal(path, "released's unseen", round(decision["unseen"], 6), round(unseen, 6))
-        expected = gain.better(sign * (figures[0] - figures[1]), unseen)
-    _equal(path, "released's model", model, expected)
+            _require_equal(
+                path, "released's unseen", round(decision["unseen"], 6), round(unseen, 6)
+            )
+        expected = gain.choose_better(sign * (figures[0] - figures[1]), unseen)
+    _require_equal(path, "released's model", model, expected)
     if model == START and quality.get("metric"):
-        _equal(path, "the released model's figures", quality.get("after"), quality.get("start"))
-        _equal(path, "the trained model's figures", isinstance(quality.get("trained"), dict), True)
+        _require_equal(
+            path, "the released model's figures", quality.get("after"), quality.get("start")
+        )
+        _require_equal(
+            path, "the trained model's figures", isinstance(quality.get("trained"), dict), True
+        )
     return model
 
 
-def _unseen(quality: dict[str, Any], lacking: Collection[str]) -> float:
+def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> float:
     """Return the share of units in classes that the records which decide lack, by the report's
     noised counts."""
     counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
@@ -149,7 +155,7 @@ def seals(
             ledger={},
         )
         try:
-            seal.opened(entry, key, expected)
+            seal.open_seal(entry, key, expected)
         except seal.SealError as error:
             fail(where, error.happened, "what the site signed")
         log = step_summary.parse(said["events"]) if study.private else []
@@ -162,13 +168,13 @@ def seals(
 def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
     """Return whether a log has all steps of an earlier one, and more."""
 
-    def counted(log: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
+    def count_steps(log: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
         counts: Counter[tuple[Any, ...]] = Counter()
         for e in log:
             counts[e["sigma"], e["q"], e["max_grad_norm"], e["records"]] += e["steps"]
         return counts
 
-    old, new = counted(before), counted(now)
+    old, new = count_steps(before), count_steps(now)
     return old <= new and old.total() < new.total()
 
 
@@ -224,7 +230,7 @@ def _of_all(
     steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
     shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
     costs = dict[str, float]()
-    if steps <= MOST_STEPS and _least(whole, privacy, shares) <= MOST_EPSILON:
+    if steps <= MOST_STEPS and _bound_epsilon(whole, privacy, shares) <= MOST_EPSILON:
         costs["epsilon"] = _steps_epsilon(whole, privacy, shares)
     if table := study.private_evaluation:
         asked = Steps(table.noise_multiplier, 1.0, len(study.queries), 1)
@@ -247,17 +253,17 @@ def privacy(
     }
     if report.get("private") is not study.private:
         fail(path, f"private is {str(report.get('private'))[:24]}", "what the plan says")
-    _equal(path, "study", report.get("study"), study.study.name)
-    _equal(path, "plan_digest", report.get("plan_digest"), study.digest)
+    _require_equal(path, "study", report.get("study"), study.study.name)
+    _require_equal(path, "plan_digest", report.get("plan_digest"), study.digest)
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable):
         return {"sites": shown}
     _logs(run, study, privacy, len(report["rounds"]), events)
     said = report["privacy"]
-    _equal(path, "sites", sorted(said["sites"]), sorted(events["update"]))
+    _require_equal(path, "sites", sorted(said["sites"]), sorted(events["update"]))
     for table in (said, *said["sites"].values()):
         _agree(path, "delta", table.get("delta"), privacy.delta)
-        _equal(path, "unit", table.get("unit"), privacy.unit)
+        _require_equal(path, "unit", table.get("unit"), privacy.unit)
     spent, capped = dict[str, float](), False
     for name, log in events["update"].items():
         site = said["sites"][name]
@@ -270,7 +276,7 @@ def privacy(
         sigma = joint_sigma(own, noise_shares(study))
         _agree(path, f"{name}'s σ", site.get("noise_multiplier"), sigma)
         _fallback(path, name, site.get("secure_aggregation"), study, privacy, log)
-        _equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
+        _require_equal(path, f"{name}'s key", site.get("key"), keys[name]["signing"])
         shown[name] |= {"epsilon": value, "steps": steps}
     largest = max(spent.values())
     _agree(path, "epsilon", said.get("epsilon"), largest)
@@ -307,8 +313,10 @@ def _logs(
             steps=(training.rounds or rounds) * training.local_steps,
         )
         _log(run, name, log, agreed)
-        if _least(log, privacy, shares) <= _cap(study, privacy):
-            _computable(run, name, log, _least(log, privacy))  # its own noise: the fallback too
+        if _bound_epsilon(log, privacy, shares) <= _cap(study, privacy):
+            _refuse_uncomputable(
+                run, name, log, _bound_epsilon(log, privacy)
+            )  # its own noise: the fallback too
     for name, log in events["answer"].items():
         agreed = Agreed(
             sampling_rate=1.0,
@@ -318,7 +326,7 @@ def _logs(
             steps=len(study.queries),
         )
         _log(run, name, log, agreed)
-        _computable(run, name, log, _least(log, privacy))
+        _refuse_uncomputable(run, name, log, _bound_epsilon(log, privacy))
 
 
 def _is_rate(study: Study, rate: float) -> bool:
@@ -335,7 +343,7 @@ def _log(run: Path, name: str, log: list[dict[str, Any]], agreed: Agreed) -> Non
         fail(f"{run / EVIDENCE}, {name[:64]!r}", why)
 
 
-def _computable(run: Path, name: str, log: list[dict[str, Any]], least: float) -> None:
+def _refuse_uncomputable(run: Path, name: str, log: list[dict[str, Any]], least: float) -> None:
     """Refuse a log whose ε the accountant would compute for minutes. least: ε or less."""
     where, sampled = f"{run / EVIDENCE}, {name[:64]!r}", any(e["q"] < 1 for e in log)
     if sampled and sum(e["steps"] for e in log) > MOST_STEPS:
@@ -354,10 +362,10 @@ def _fallback(
 ) -> None:
     """Check what the report says holds if secure aggregation does not."""
     if (table := study.secure_aggregation) is None:
-        return _equal(path, f"{name}'s secure_aggregation", said, None)
+        return _require_equal(path, f"{name}'s secure_aggregation", said, None)
     rule = f"{name}'s secure_aggregation"
-    _equal(path, rule, said.get("sites"), study.strategy.min_sites)
-    _equal(path, rule, said.get("colluding"), table.colluding)
+    _require_equal(path, rule, said.get("sites"), study.strategy.min_sites)
+    _require_equal(path, rule, said.get("colluding"), table.colluding)
     own = min(e["sigma"] for e in log)
     _agree(path, f"{name}'s own σ", said.get("own_noise_multiplier"), own)
     fallback = _steps_epsilon(log, privacy)
@@ -370,7 +378,7 @@ def _queries(
     """Check what the report says of private evaluation against what sites signed of it. Returns the
     largest ε of training and answers together, None without answers."""
     answered, sites = events["answer"], (said or {}).get("sites", {})
-    _equal(path, "evaluation's sites", sorted(sites), sorted(answered))
+    _require_equal(path, "evaluation's sites", sorted(sites), sorted(answered))
     both = dict.fromkeys(answered, 0.0)
     for name, log in answered.items():
         both[name] = _steps_epsilon([*events["update"].get(name, []), *log], privacy)
@@ -393,13 +401,13 @@ def _cap(study: Study, privacy: PrivacyTable) -> float:
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
     """Compute the ε of one unit of a site, and whether it is less than all of the log costs."""
     cap, shares = _cap(study, privacy), noise_shares(study)
-    if _least(log, privacy, shares) > cap:
+    if _bound_epsilon(log, privacy, shares) > cap:
         return cap, True
     spent = _steps_epsilon(log, privacy, shares)
     return min(spent, cap), spent > cap
 
 
-def _least(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
+def _bound_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
     """Bound ε of a site's steps from below, in no time that grows with it."""
     return max(at_least(step, privacy.delta) for step in _steps(log, shares))
 
@@ -423,7 +431,7 @@ def _agree(path: Path, what: str, said: Any, computed: float) -> None:
         )
 
 
-def _equal(path: Path, what: str, said: Any, proven: Any) -> None:
+def _require_equal(path: Path, what: str, said: Any, proven: Any) -> None:
     if said != proven:
         fail(path, f"{what} is {str(said)[:64]!r}", f"{proven!r}, as it was signed")
 

@@ -41,7 +41,7 @@ def of_approver(signing: str) -> str:
     return _fingerprint({"approver": signing})
 
 
-def equal(first: str, second: str) -> bool:
+def match_fingerprints(first: str, second: str) -> bool:
     """Compare two fingerprints as people write them: in groups, with spaces or dashes."""
     return _digits(first) == _digits(second)
 

@@ -58,7 +58,7 @@ def sign(
 
 def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
     """Write signature.json over the folder's files as they are now. Errors: InfrastructureError."""
-    files = {name: sha256(run / name) for name in covered(run)}
+    files = {name: sha256(run / name) for name in list_covered(run)}
     sizes = {name: (run / name).stat().st_size for name in files}
     signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": files, "sizes": sizes}
     signature = key.sign(PURPOSE + canonical(signed))
@@ -78,7 +78,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def covered(run: Path) -> list[str]:
+def list_covered(run: Path) -> list[str]:
     """List the files that a signature must cover: those of FILES that are there, all of the
     adapter, or of the versions of which it is one, and all of the trained one where that was not
     released."""
@@ -93,7 +93,7 @@ def covered(run: Path) -> list[str]:
 
 def carry(run: Path, into: Path) -> None:
     """Copy what is signed of a run, and its signature, to a folder inside an exported model."""
-    for name in (*covered(run), SIGNATURE):
+    for name in (*list_covered(run), SIGNATURE):
         target = into / RUN / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run / name, target)

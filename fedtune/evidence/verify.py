@@ -26,11 +26,11 @@ from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.figures import (
     MALFORMED,
     TODO,
+    check_release,
     count_absent,
     fail,
     headline,
     privacy,
-    released,
     rounds,
     seals,
     signed_json,
@@ -42,7 +42,7 @@ from fedtune.evidence.sign import (
     RUN,
     UNSIGNED,
     VERSIONS,
-    covered,
+    list_covered,
     sha256,
 )
 from fedtune.evidence.versions import check_versions
@@ -125,9 +125,9 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
 def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
     """Verify a run, or that of an exported model; see `verify`."""
-    run, signed, exported = _opened(run)
+    run, signed, exported = _open_run(run)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
-    if trust and not fingerprints.equal(trust, name):
+    if trust and not fingerprints.match_fingerprints(trust, name):
         raise Refused(
             f"{run}: was signed by {name}",
             trust,
@@ -142,7 +142,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
         updates = rounds(run, content, study, report)
         claim = privacy(run, study, report, content["sites"], events)
         lacking = count_absent(content, study, events)
-        chosen = released(run, study, report, signed["files"])
+        chosen = check_release(run, study, report, signed["files"])
         verdicts = check_versions(run, study, report, signed["files"])
         headline(run, report)
     except MALFORMED:
@@ -169,7 +169,7 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
     return found
 
 
-def _opened(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
+def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
     """Find the run: `path`, or inside it where it is an exported model. Returns the run, its
     signature, and the model's folder."""
     inner = path / RUN
@@ -268,7 +268,7 @@ def _signature(run: Path) -> dict[str, Any]:
 
 def _files(run: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
     """Check that the files are those that were signed, and no other lies among the adapter's."""
-    present = covered(run)
+    present = list_covered(run)
     for name in present:
         if name not in files:
             fail(run / name, "was added after the signature", "the files that were signed")
@@ -289,7 +289,7 @@ def _sha256(path: Path) -> str:
 
 def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
     """List what else lies in the folder of a run, or of a model that was made of it."""
-    known = {name.partition("/")[0] for name in covered(run)} | {SIGNATURE, ADAPTER}
+    known = {name.partition("/")[0] for name in list_covered(run)} | {SIGNATURE, ADAPTER}
     known = {RUN} if folder != run else known
     rest = sorted(path.name for path in folder.iterdir() if path.name not in known)
     return (*rest, *sorted(name for name in UNSIGNED if folder == run and (run / name).exists()))
@@ -298,7 +298,7 @@ def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
 def _same_sites(run: Path, found: Verified, sites: Mapping[str, str]) -> None:
     for name, fingerprint in sites.items():
         signed = found.sites.get(name, {}).get("fingerprint", "")
-        if not signed or not fingerprints.equal(signed, fingerprint):
+        if not signed or not fingerprints.match_fingerprints(signed, fingerprint):
             raise Refused(
                 f"{run}: {name!r} signed with keys of fingerprint {signed or 'unknown'}",
                 fingerprint,

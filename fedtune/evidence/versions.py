@@ -101,7 +101,9 @@ class _Replay:
             choice = choices[self._chosen]
             if choice["version"] is not None:
                 if choice["version"] not in self._released:
-                    self._wrong(choice["after"], "a version was chosen that was never released")
+                    self._refuse_version(
+                        choice["after"], "a version was chosen that was never released"
+                    )
                 self.champion = choice["version"]
             self.pinned = choice["version"] is not None
             self._chosen += 1
@@ -110,22 +112,22 @@ class _Replay:
         """Check one version's verdict and decision, and play it."""
         number = int(version["number"])
         if self._numbers and number != self._numbers[-1] + 1:
-            self._wrong(number, "a version before it is missing")
+            self._refuse_version(number, "a version before it is missing")
         self.choose(choices, number)
         self._numbers.append(number)
         if self.champion is None:
             if version["decision"] != FIRST:
-                self._wrong(number, "it is the first", FIRST)
+                self._refuse_version(number, "it is the first", FIRST)
             self.champion = number
             self._released.append(number)
             return
         if version["champion"] != self.champion:
-            self._wrong(number, "it was compared with another version", str(self.champion))
+            self._refuse_version(number, "it was compared with another version", str(self.champion))
         verdict = self._verdict(number, version)
         expected = {"better": RELEASED, "not better": KEPT}.get(verdict, NOT_COMPARED)
         expected = PINNED if self.pinned else expected
         if version["decision"] != expected:
-            self._wrong(number, f"its decision is {version['decision'][:24]!r}", expected)
+            self._refuse_version(number, f"its decision is {version['decision'][:24]!r}", expected)
         if version["decision"] == RELEASED:
             self._released.append(number)
             self.champion = number
@@ -141,7 +143,9 @@ class _Replay:
         known = {name: self._files[name] for name in self._seen}
         taken, why = look_left(self._looked, known, self._apart, public, self._table)
         if why:
-            self._equal(number, version, verdict="outside the plan", why=why, p=None, look=None)
+            self._require_equal(
+                number, version, verdict="outside the plan", why=why, p=None, look=None
+            )
             return "outside the plan"
         self._looked.append(public)
         content = self._content(number)
@@ -149,11 +153,11 @@ class _Replay:
         about |= {"public": public, "look": taken + 1, "metric": self._metric}
         for name, value in about.items():
             if content[name] != value:
-                self._wrong(number, f"its look is of another {name}", str(value)[:64])
+                self._refuse_version(number, f"its look is of another {name}", str(value)[:64])
         judged = judge(
             Look(*(content[name] for name in ("metric", "before", "after", "groups"))), self._table
         )
-        self._equal(
+        self._require_equal(
             number, version, verdict=judged.verdict, why=judged.why, p=judged.p, look=taken + 1,
             value=judged.after, champion_value=judged.before,
             groups=[asdict(group) for group in judged.groups],
@@ -163,15 +167,17 @@ class _Replay:
     def _content(self, number: int) -> dict[str, Any]:
         name = look_file(number)
         if name not in self._signed:
-            self._wrong(number, "what its comparison saw is not here", name)
+            self._refuse_version(number, "what its comparison saw is not here", name)
         return signed_json(self._run / name, FORMAT, LARGE)[0]
 
-    def _equal(self, number: int, version: dict[str, Any], **follows: Any) -> None:
+    def _require_equal(self, number: int, version: dict[str, Any], **follows: Any) -> None:
         for name, value in follows.items():
             if not _same(version[name], value):
-                self._wrong(number, f"its {name} is {str(version[name])[:64]!r}", str(value)[:200])
+                self._refuse_version(
+                    number, f"its {name} is {str(version[name])[:64]!r}", str(value)[:200]
+                )
 
-    def _wrong(self, number: int, happened: str, expected: str = "") -> None:
+    def _refuse_version(self, number: int, happened: str, expected: str = "") -> None:
         follows = f"{expected}, by what the run holds" if expected else ""
         fail(self._run / "report.json", f"version {number}: {happened}", follows)
 

@@ -36,7 +36,7 @@ def read(home: Path) -> Asked | None:
     return {str(name): (int(count), int(most)) for name, (count, most) in allowed.items()}
 
 
-def most(answer: int) -> int:
+def compute_limit(answer: int) -> int:
     """Return the bytes that may be pushed, in all, for an answer of so many."""
     return REPEATS * answer + SLACK
 
@@ -73,7 +73,7 @@ class Quota:
         count, answer = asked.get(name, (0, 0))
         before, spent = self._pushed.get(name, (0, 0))
         spent = size + (spent if before == count else 0)
-        if count == 0 or spent > most(answer):
+        if count == 0 or spent > compute_limit(answer):
             return False
         self._pushed[name] = (count, spent)
         return True

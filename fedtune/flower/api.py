@@ -104,13 +104,13 @@ __all__ = [
     "inflate_object_from_contents",
     "iterate_object_tree",
     "make_message",
+    "make_resumable",
     "message_from_proto",
     "message_to_proto",
     "node_keys",
     "recorddict_from_proto",
     "recorddict_to_proto",
     "register",
-    "resumable",
     "run_program",
     "server_grid",
     "start_run",
@@ -151,7 +151,7 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
         from flwr.supernode.fleet_http_client import FleetHttpClient
 
         start_client_internal.time = Impatient()  # type: ignore[attr-defined, assignment]
-        push = resumable(FleetHttpClient.PushObject)
+        push = make_resumable(FleetHttpClient.PushObject)
         FleetHttpClient.PushObject = push  # type: ignore[method-assign, assignment]
         flower_supernode()
 
@@ -196,7 +196,7 @@ def _control_key(secret: bytes) -> str:
 Push = Callable[[Any, PushObjectRequest], PushObjectResponse]
 
 
-def resumable(push: Push) -> Push:
+def make_resumable(push: Push) -> Push:
     """Wrap a SuperNode's push of one part of a message, so that a cut costs that part alone.
 
     Flower repeats a part whose answer was lost, is told that nobody waits for it (it arrived), and

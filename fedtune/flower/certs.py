@@ -39,7 +39,7 @@ PEM = serialization.Encoding.PEM
 UNDER_CA = ("signing.key", "server.pem", "nodes")  # of a home: made after its CA, never before
 
 
-def now() -> datetime:
+def read_clock() -> datetime:
     return datetime.now(UTC)
 
 
@@ -85,7 +85,7 @@ def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
     if os.path.lexists(file):
         leaf = certificate_in(file, "delete it: a new one is made, for the names given with --name")
         read_key(file)
-        had, fresh = _names(leaf), not spent(leaf, 0.5)
+        had, fresh = _names(leaf), not is_spent(leaf, 0.5)
     required = list(dict.fromkeys([*had, "localhost", "127.0.0.1", *names]))
     if fresh and had == required:
         return file
@@ -110,7 +110,9 @@ def issue(
     use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     builder = (
-        _unsigned(name, authority.subject, key, start or now() - SKEW, end or _days(LEAF_DAYS))
+        _build_unsigned(
+            name, authority.subject, key, start or read_clock() - SKEW, end or _days(LEAF_DAYS)
+        )
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
@@ -122,10 +124,10 @@ def issue(
     return builder.sign(ca_key, hashes.SHA384())
 
 
-def spent(leaf: x509.Certificate, share: float) -> bool:
+def is_spent(leaf: x509.Certificate, share: float) -> bool:
     """Return whether `share` of the leaf's life is over."""
     life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
-    return now() >= leaf.not_valid_before_utc + share * life
+    return read_clock() >= leaf.not_valid_before_utc + share * life
 
 
 def common_name(subject: x509.Name) -> str:
@@ -192,7 +194,9 @@ def loopback(folder: Path) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedtune loopback")
     certificate = (
-        _unsigned("fedtune loopback", name, key.public_key(), now() - SKEW, _days(CA_DAYS))
+        _build_unsigned(
+            "fedtune loopback", name, key.public_key(), read_clock() - SKEW, _days(CA_DAYS)
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectAlternativeName([_general_name("127.0.0.1")]), critical=False)
@@ -206,7 +210,7 @@ def _make_ca(file: Path) -> None:
     key = ec.generate_private_key(ec.SECP384R1())
     name = "fedtune consortium CA"
     certificate = (
-        _unsigned(name, _name(name), key.public_key(), now() - SKEW, _days(CA_DAYS))
+        _build_unsigned(name, _name(name), key.public_key(), read_clock() - SKEW, _days(CA_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA384())
@@ -221,7 +225,7 @@ def _key_at(path: Path, form: serialization.PrivateFormat) -> EC:
     return read_key(path)
 
 
-def _unsigned(
+def _build_unsigned(
     subject: str,
     issuer: x509.Name,
     key: ec.EllipticCurvePublicKey,
@@ -263,7 +267,7 @@ def _names(leaf: x509.Certificate) -> list[str]:
 
 
 def _days(days: float) -> datetime:
-    return now() + timedelta(days=days)
+    return read_clock() + timedelta(days=days)
 
 
 def _name(common: str) -> x509.Name:

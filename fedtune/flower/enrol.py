@@ -183,7 +183,7 @@ def read_request(path: Path) -> Request:
 
 def compare(request: Request, fingerprint: str) -> None:
     """Errors: Refused where the fingerprint that was read out is another one."""
-    if not fingerprints.equal(fingerprint, request.fingerprint):
+    if not fingerprints.match_fingerprints(fingerprint, request.fingerprint):
         raise Refused(
             f"the request's fingerprint is {request.fingerprint}",
             fingerprint,
@@ -203,17 +203,17 @@ def admit(home: Path, request: Request, address: str) -> Answer:
     pem = certs.ca(home)[1].public_bytes(certs.PEM).decode()
     tls = tls_digest(request.tls)
     present = lookup(home, request.name)
-    new = Record(request.name, request.node, tls, request.signing, certs.now().isoformat())
+    new = Record(request.name, request.node, tls, request.signing, certs.read_clock().isoformat())
     if present is None:
-        for other in (*registry(home).values(), *_revoked(home)):
-            _distinct(new, other)
+        for other in (*registry(home).values(), *_read_revoked(home)):
+            _require_distinct(new, other)
         writing.replace(_file(home, request.name), _record_json(new), private=True)
     elif (present.node, present.tls, present.signing) != (new.node, new.tls, new.signing):
         raise Refused(
             f"a site named {request.name} is admitted already, with other keys",
             todo=f"where its keys are lost or changed: fedtune revoke {request.name} first",
         )
-    leaf = _issued(home, request.tls, request.name)
+    leaf = _issue_certificate(home, request.tls, request.name)
     signing = SigningKey.at(home / "signing.key").public
     return Answer(request.name, address, pem, leaf.decode(), signing, **_plan(home))
 
@@ -233,7 +233,7 @@ def revoke(home: Path, name: str) -> Record:
     if record is None:
         names = ", ".join(registry(home)) or "nobody"
         raise ConfigError(f"no site named {name} is admitted", f"one of: {names}")
-    ended = replace(record, revoked=certs.now().isoformat())
+    ended = replace(record, revoked=certs.read_clock().isoformat())
     file = home / "nodes" / "revoked" / f"{name}-{record.tls[:16]}.json"
     writing.replace(file, _record_json(ended), private=True)
     _file(home, name).unlink()
@@ -259,9 +259,9 @@ def lookup(home: Path, name: str) -> Record | None:
         return None
 
 
-def revoked(home: Path) -> list[Record]:
+def list_revoked(home: Path) -> list[Record]:
     """Every record that was ended; a name may be there more than once."""
-    return list(_revoked(home))
+    return list(_read_revoked(home))
 
 
 def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
@@ -276,7 +276,7 @@ def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
 
 def was_revoked(home: Path, tls: str) -> bool:
     """Whether a TLS key (tls_digest) was admitted once, and is not any more."""
-    return any(record.tls == tls for record in _revoked(home))
+    return any(record.tls == tls for record in _read_revoked(home))
 
 
 def renew(home: Path, record: Record, csr: bytes) -> bytes:
@@ -290,7 +290,7 @@ def renew(home: Path, record: Record, csr: bytes) -> bytes:
         raise Refused("not a request for a certificate") from None
     if tls_digest(key) != record.tls or certs.common_name(asked.subject) != record.name:
         raise Refused("a request for another key or name", todo="enroll and admit it")
-    return _issued(home, key, record.name)
+    return _issue_certificate(home, key, record.name)
 
 
 def check_clock(home: Path) -> datetime:
@@ -298,11 +298,11 @@ def check_clock(home: Path) -> datetime:
 
     Errors: ConfigError where the clock was set back: certificates and signed requests are then
     refused as not yet valid."""
-    now, past = certs.now(), dict[str, datetime]()
+    now, past = certs.read_clock(), dict[str, datetime]()
     for name in ("ca.pem", "server.pem"):
         with suppress(ConfigError):  # not there yet, or it is refused below
             past[name] = certs.certificate_in(home / name, "").not_valid_before_utc
-    for record in (*registry(home).values(), *revoked(home)):
+    for record in (*registry(home).values(), *list_revoked(home)):
         leaf, admitted = leaf_of(home, record), datetime.fromisoformat(record.admitted)
         past[record.name] = max(admitted, leaf.not_valid_before_utc) if leaf else admitted
     name, latest = max(past.items(), key=lambda entry: entry[1], default=("", now))
@@ -321,7 +321,7 @@ def tls_digest(key: EC) -> str:
     return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
-def _distinct(new: Record, other: Record) -> None:
+def _require_distinct(new: Record, other: Record) -> None:
     """No key serves two names, and no revoked node or TLS key comes back."""
     taken = {"node": new.node == other.node, "TLS": new.tls == other.tls}
     if other.name != new.name:
@@ -336,7 +336,7 @@ def _distinct(new: Record, other: Record) -> None:
             )
 
 
-def _revoked(home: Path) -> Iterator[Record]:
+def _read_revoked(home: Path) -> Iterator[Record]:
     for file in (home / "nodes" / "revoked").glob("*.json"):
         yield _record(file)
 
@@ -372,7 +372,7 @@ def _record_json(record: Record) -> bytes:
     return _json({"format": FORMAT, **asdict(record)})
 
 
-def _issued(home: Path, key: EC, name: str) -> bytes:
+def _issue_certificate(home: Path, key: EC, name: str) -> bytes:
     """Issue a new certificate (PEM)."""
     leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
     with suppress(InfrastructureError):  # a full disk keeps nobody from a renewal

@@ -72,7 +72,7 @@ class Forwarder:
         self._near.minimum_version = ssl.TLSVersion.TLSv1_3
         self._near.load_cert_chain(self.certificate, key)
         self._trust = ssl.create_default_context(cafile=str(self.certificate))
-        self._leaf = newest(link)
+        self._leaf = find_newest_certificate(link)
         self._far = far_context(link)
         self._proxy = proxy_of(link)
         self._ready = threading.Event()
@@ -140,7 +140,7 @@ class Forwarder:
             try:
                 far_reader, far_writer = await self._open()
             except (OSError, EOFError, ValueError) as error:
-                self._failed(error)
+                self._note_failure(error)
                 writer.write(UNAVAILABLE)
                 return await _close(writer)
             writers.append(far_writer)
@@ -176,9 +176,9 @@ class Forwarder:
         async with asyncio.timeout(CONNECT_SECONDS):
             return await dial(self.link, self._proxy, self._far)
 
-    def _failed(self, error: Exception) -> None:
+    def _note_failure(self, error: Exception) -> None:
         self._since = self._since if self._since is not None else time.monotonic()
-        untimely = _untimely(error, self._leaf)
+        untimely = _describe_untimely(error, self._leaf)
         self.distrust = isinstance(error, ssl.SSLCertVerificationError) and not untimely
         if untimely:
             self.refusal, self.clock = untimely, True
@@ -197,7 +197,7 @@ class Forwarder:
                 try:
                     await self._poll_status(client)
                 except httpx.HTTPError as error:  # closed without a reply
-                    self._failed(error)
+                    self._note_failure(error)
                 except (FedtuneError, OSError):  # a full disk, a lost key: the present leaf counts
                     pass
                 pause = 1.0 if self._since is not None else self._watch_seconds
@@ -206,19 +206,19 @@ class Forwarder:
                         await self._ended.wait()
 
     async def _poll_status(self, client: httpx.AsyncClient) -> None:
-        sent = certs.now()
+        sent = certs.read_clock()
         reply = await client.get(STATUS)
         if reply.status_code == 503:
             return  # our own: the gateway cannot be reached
         self._since = None
         if reply.status_code == 200:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # of another release
-                half = (certs.now() - sent) / 2
+                half = (certs.read_clock() - sent) / 2
                 said = datetime.fromisoformat(reply.json()["now"])
                 self.ahead = (sent + half - said).total_seconds()
         self.refusal = reply.text if reply.status_code == 403 else None
         self.clock = False
-        if self.refusal is None and certs.spent(self._leaf, 2 / 3):
+        if self.refusal is None and certs.is_spent(self._leaf, 2 / 3):
             await self._renew(client)
 
     async def _renew(self, client: httpx.AsyncClient) -> None:
@@ -281,7 +281,7 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
             writer.transport.abort()
 
 
-def newest(link: Link) -> x509.Certificate:
+def find_newest_certificate(link: Link) -> x509.Certificate:
     """Return the certificate that is valid longest: the answer's, or a renewal for the same key.
 
     It is (again) in link.certificate afterwards."""
@@ -303,15 +303,15 @@ def newest(link: Link) -> x509.Certificate:
 UNTIMELY = {9: "not valid yet", 10: "expired"}
 
 
-def _untimely(error: Exception, leaf: x509.Certificate) -> str | None:
+def _describe_untimely(error: Exception, leaf: x509.Certificate) -> str | None:
     """Describe which certificate is outside its validity by this clock: the gateway's, or this
     site's `leaf` (a gateway gives no reason in a handshake)."""
     if isinstance(error, ssl.SSLCertVerificationError):
         problem = UNTIMELY.get(error.verify_code)
         return problem and f"its certificate is {problem} by the clock here: compare the clocks"
-    if leaf.not_valid_after_utc < certs.now():
+    if leaf.not_valid_after_utc < certs.read_clock():
         return "this site's certificate has expired, or the clock here is wrong"
-    if leaf.not_valid_before_utc > certs.now():
+    if leaf.not_valid_before_utc > certs.read_clock():
         return "this site's certificate is not valid yet: compare the clocks"
     return None
 

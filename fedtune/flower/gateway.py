@@ -48,7 +48,7 @@ from fedtune.flower.peers import (
     Limits,
     Peer,
     content_length,
-    decoded,
+    decode_value,
     network_of,
     peer_of,
     tls_reason,
@@ -212,7 +212,7 @@ class Gateway:
         size = content_length(request)
         if call == (b"GET", STATUS):
             about: dict[str, Any] = {"name": record.name, "until": peer.until.isoformat()}
-            about |= {"now": certs.now().isoformat(), **version_fields()}
+            about |= {"now": certs.read_clock().isoformat(), **version_fields()}
             return await self._say(peer, 200, json.dumps(about).encode())
         if call == (b"POST", RENEW):
             if size is None or size > HEAD:
@@ -231,7 +231,7 @@ class Gateway:
         if request.method != b"POST" or call[1] not in FLEET:
             raise Denied(403, "not a path of the Fleet API")
         keys = [value for name, value in request.headers if name == NODE_KEY]
-        if len(keys) != 1 or decoded(keys[0]) != record.node.encode():
+        if len(keys) != 1 or decode_value(keys[0]) != record.node.encode():
             raise Denied(403, "the node key is not the one admitted with this certificate")
         if size is None:
             raise Denied(411, "a request says its length")
@@ -248,7 +248,7 @@ class Gateway:
         if record is None or record.tls != peer.tls:
             revoked = enrol.was_revoked(self.home, peer.tls)
             raise Denied(403, "revoked" if revoked else "not admitted")
-        if peer.until < certs.now():
+        if peer.until < certs.read_clock():
             raise Denied(403, "the certificate has expired")
         if self._open(peer.name) > self.limits.per_site:
             raise Denied(503, "too many connections of this site")
@@ -319,7 +319,7 @@ class Gateway:
         if b"content-length" not in dict(passed):
             passed.append((b"transfer-encoding", b"chunked"))
         old = time.monotonic() - peer.since > self.limits.age
-        if old or peer.until - certs.now() < timedelta(minutes=5):
+        if old or peer.until - certs.read_clock() < timedelta(minutes=5):
             passed.append((b"connection", b"close"))
         return h11.Response(status_code=status, headers=passed)
 
@@ -381,7 +381,12 @@ class Gateway:
         """Count a refusal; print the 1st, 2nd, 4th, 8th ..., so that the disk cannot be filled."""
         count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
-            line = {"at": certs.now().isoformat(), "refused": reason, "site": site, "count": count}
+            line = {
+                "at": certs.read_clock().isoformat(),
+                "refused": reason,
+                "site": site,
+                "count": count,
+            }
             print(json.dumps(line), flush=True)
 
 

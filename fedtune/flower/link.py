@@ -44,7 +44,7 @@ def link(site: Site, path: Path) -> Link:
     expected = table.fingerprint or ""
     if table.answer is not None:
         answer = membership.read(table.answer, membership.tls_key(keys), name, expected)
-    elif kept := membership.remembered(keys, name, expected):
+    elif kept := membership.load_answer(keys, name, expected):
         answer = kept
     else:
         membership.tls_key(keys)

@@ -71,7 +71,7 @@ def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
         host_and_port(received.address)
     except ValueError as error:
         raise ConfigError(f"{path}: its address {error}", todo=AGAIN) from None
-    if expected and not fingerprints.equal(expected, received.fingerprint):
+    if expected and not fingerprints.match_fingerprints(expected, received.fingerprint):
         raise Refused(
             f"{path}: the consortium's fingerprint is {received.fingerprint}",
             f"{expected[:40]}, as it was read out",
@@ -94,7 +94,7 @@ def plan_of(answer: Answer, path: Path) -> Study | None:
     return study
 
 
-def reviewed(answer: Answer) -> str:
+def read_reviewed_plan(answer: Answer) -> str:
     """Return the digest of the plan that an answer brought for review; "" where it brought none, or
     one that this release does not read."""
     try:
@@ -109,7 +109,7 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
 
     fingerprint: None: that of the answer that was kept before, so that a new certificate of the
     same consortium needs no second call. Errors: ConfigError, Refused."""
-    if fingerprint is None and (kept := remembered(keys, name)):
+    if fingerprint is None and (kept := load_answer(keys, name)):
         fingerprint = kept.fingerprint
     if not fingerprint or not fingerprint.strip():
         raise ConfigError(
@@ -124,7 +124,7 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
     return answer
 
 
-def remembered(keys: Path, name: str, expected: str = "") -> Answer | None:
+def load_answer(keys: Path, name: str, expected: str = "") -> Answer | None:
     """Return the answer that was kept when this site joined; None where it has not.
 
     expected: a fingerprint that site.toml holds besides. Errors: ConfigError, Refused."""

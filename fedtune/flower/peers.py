@@ -99,7 +99,7 @@ def content_length(request: h11.Request) -> int | None:
     return int(length) if length is not None and b"transfer-encoding" not in headers else None
 
 
-def decoded(value: bytes) -> bytes:
+def decode_value(value: bytes) -> bytes:
     try:
         return b64decode(value, validate=True)
     except ValueError:

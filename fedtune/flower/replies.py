@@ -116,7 +116,7 @@ class Answer:
         contents, missing = dict[str, bytes](), 0
         for _ in range(len(self._pending)):
             part = self._pending.popleft()
-            content = self._pulled(part)
+            content = self._pull_part(part)
             if content is None:
                 self._pending.append(part)
                 missing += 1
@@ -131,10 +131,10 @@ class Answer:
             return None
         for part in self._parts:  # parts that arrived in an earlier poll
             if part not in contents:
-                contents[part] = self._pulled(part) or b""
+                contents[part] = self._pull_part(part) or b""
         return contents
 
-    def _pulled(self, part: str) -> bytes | None:
+    def _pull_part(self, part: str) -> bytes | None:
         node, run = self._link.node, self._link.run.run_id
         request = PullObjectRequest(node=node, run_id=run, object_id=part)
         response = self._link._runtime_client.PullObject(request)
@@ -150,7 +150,7 @@ class Answer:
             raise TooLong
         sizes: dict[str, int] = {}
 
-        def unfolded(name: str) -> int:
+        def count_bytes(name: str) -> int:
             """Bytes of an object and all that it names, as often as it names it."""
             if name not in sizes:
                 kind, named, _ = kinds[name]
@@ -162,8 +162,8 @@ class Answer:
                         if by_number
                         else list(references.values())
                     )
-                sizes[name] = len(contents[name]) + sum(map(unfolded, named))
+                sizes[name] = len(contents[name]) + sum(map(count_bytes, named))
             return sizes[name]
 
-        if unfolded(self._root) > self._most:
+        if count_bytes(self._root) > self._most:
             raise TooLong

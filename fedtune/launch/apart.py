@@ -136,7 +136,7 @@ class Guest:
     def alive(self) -> bool:
         return not has_ended(self._connection)
 
-    def ended(self) -> InfrastructureError:
+    def build_end_error(self) -> InfrastructureError:
         """Build the error that the courier has left."""
         return CourierLeft("the courier of this site has left")
 

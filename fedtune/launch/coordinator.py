@@ -56,8 +56,8 @@ from fedtune.core.processes import (
     bypass_proxy,
     free_port,
     interruptible,
+    is_reachable,
     own_name,
-    reachable,
 )
 from fedtune.core.progress import OnEvent
 from fedtune.core.registry.reasons import reason_of
@@ -108,13 +108,15 @@ def serve(
                 remove_drafts(folder)
             (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
-            heard = audited(home, _with_plan(study, home, on_event) if on_event else None)
+            heard = audit_events(home, _with_plan(study, home, on_event) if on_event else None)
             rounds = run or _installed_rounds(home, on_event, signing, anyway, shares or {})
             with superlink(home) as link:
                 try:
                     with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
                         if on_event:
-                            on_event("listening", listening(study, home, called(host, port, names)))
+                            on_event(
+                                "listening", listening(study, home, find_address(host, port, names))
+                            )
                         return rounds(grid, study, out, resume=resume, on_event=heard)
                 except (httpx.HTTPError, InfrastructureError) as error:
                     raise _blame(link.child, error) from None
@@ -134,7 +136,7 @@ def prepare(
 
     Errors: ConfigError, InfrastructureError."""
     deadline = time.monotonic() + patience
-    while reachable(own_name(host), port):
+    while is_reachable(own_name(host), port):
         if time.monotonic() > deadline:
             raise InfrastructureError(
                 f"port {port} of {host} is taken", todo="choose another with --port"
@@ -146,10 +148,10 @@ def prepare(
     hosts = [] if host in EVERYWHERE else [host]
     certs.server_leaf(home, [*names, *hosts])
     if names or hosts:
-        replace(home / "address", called(host, port, names).encode(), private=True)
+        replace(home / "address", find_address(host, port, names).encode(), private=True)
 
 
-def called(host: str, port: int, names: Sequence[str] = ()) -> str:
+def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
     """Return the address by which sites connect: the first name, else where the gateway listens."""
     name = [*names, host][0]
     return address_of(name, port)
@@ -310,7 +312,7 @@ def bundle() -> bytes:
 
 def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> InfrastructureError:
     if not link.alive:
-        return link.ended()
+        return link.build_end_error()
     if isinstance(error, InfrastructureError):
         return error
     return InfrastructureError(
@@ -367,7 +369,7 @@ class Members:
         allowance.write(self._home, self._asked)
 
 
-def audited(home: Path, on_event: OnEvent | None) -> OnEvent:
+def audit_events(home: Path, on_event: OnEvent | None) -> OnEvent:
     """Enter what a study decides in the coordinator's audit log, then hand each event on: it began
     and ended, a site refused or its update was dropped, another version is released."""
     acts = AuditLog(home, SigningKey.at(home / "signing.key"))

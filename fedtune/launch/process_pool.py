@@ -130,12 +130,12 @@ class _Worker:
         self.busy, self.message_bytes = "", b""  # the message that it is answering
 
     def send(self, identity: str, message_bytes: bytes) -> None:
-        connection = self.connection or self._started()
+        connection = self.connection or self._start()
         self.busy, self.message_bytes = identity, message_bytes
         with suppress(OSError):  # the process ended: noticed when its reply is awaited
             connection.send_bytes(message_bytes)
 
-    def _started(self) -> Connection:
+    def _start(self) -> Connection:
         ours, theirs = socket.socketpair()
         with theirs:
             options = [str(theirs.fileno()), str(self._number), str(self._processes)]

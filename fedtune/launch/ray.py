@@ -86,7 +86,7 @@ def site_app(sites: list[str], peers: str = "") -> ClientApp:
         return _answer(message, context, sites, peers)
 
     def work(message: Message, context: Context) -> Message:
-        return _prepared(message, context, sites, peers)
+        return _answer_with_plan(message, context, sites, peers)
 
     app.train()(work)
     app.train("ready")(work)
@@ -96,7 +96,7 @@ def site_app(sites: list[str], peers: str = "") -> ClientApp:
     return app
 
 
-def _prepared(message: Message, context: Context, sites: list[str], peers: str) -> Message:
+def _answer_with_plan(message: Message, context: Context, sites: list[str], peers: str) -> Message:
     """Return the site's answer, after sending the plan to a worker that does not know it."""
     reply = _answer(message, context, sites, peers)
     status = reply.content.config_records["site"]["status"]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedtune.core.config import Site, Study, checked, load_site, save
+from fedtune.core.config import Site, Study, load_site, save, validate_study
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError, Refused
 from fedtune.core.files.writing import remove_drafts
 from fedtune.core.progress import OnEvent
@@ -61,9 +61,9 @@ def simulate(
     do not suit it, PolicyRefused where declared data was ever charged as private, and what a run
     may raise: Refused, at once where the sites' budgets do not reach; ModelError,
     InfrastructureError."""
-    from fedtune.core.vault.budget_refusal import explained, remember
+    from fedtune.core.vault.budget_refusal import explain_refusal, remember
 
-    study = checked(study)
+    study = validate_study(study)
     check(study, sites)
     check_rounds(study, rounds)
     _check_engine(study, engine, processes)
@@ -108,7 +108,7 @@ def simulate(
                 _run(*run, _peers(study, sites))
                 return Run(out)
         except Refused as refusal:
-            raise explained(refusal, study, sites) from None
+            raise explain_refusal(refusal, study, sites) from None
         finally:
             if (out / "plan.json").exists():
                 remember(sites, out)
@@ -152,7 +152,7 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
 
     out: the run's folder. Errors: Refused where too few sites are left, with what their budgets
     were spent on."""
-    from fedtune.core.vault.budget_refusal import explained
+    from fedtune.core.vault.budget_refusal import explain_refusal
     from fedtune.officer.budget_check import check_budget
     from fedtune.server.too_few import too_few
 
@@ -166,7 +166,7 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
             refused[site.site.name] = f"refused: {refusal}"
     if refused and len(sites) - len(refused) < least:
         error = too_few(Refused, len(sites) - len(refused), refused, least)
-        raise explained(error, study, sites)
+        raise explain_refusal(error, study, sites)
     return paid
 
 

@@ -41,7 +41,7 @@ from fedtune.courier.process import FOLDER
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import Link
 from fedtune.flower.link import link as read_link
-from fedtune.flower.membership import keys_folder, reviewed
+from fedtune.flower.membership import keys_folder, read_reviewed_plan
 from fedtune.launch.apart import CourierLeft, Door, Guest
 from fedtune.launch.event_reader import EventReader
 
@@ -120,7 +120,7 @@ def join(
 
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
     """Return what a vault is told beside its site file (client.answers.Place)."""
-    reviewed_plan = reviewed(link.answer)
+    reviewed_plan = read_reviewed_plan(link.answer)
     return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 
 
@@ -215,7 +215,7 @@ class Halves:
                     take_events(self.of_vault, shown.from_vault, self.path)
                     if take_events(self.of_courier, shown.from_courier):
                         return None
-                    return half.ended()
+                    return half.build_end_error()
 
 
 def take_events(connection: EventReader, show: Any, fetching: Path | None = None) -> bool:

@@ -144,7 +144,7 @@ class _Half:
             if take_events(self.told, show, self.fetching):
                 return None
             if ended:
-                return self.child.ended()
+                return self.child.build_end_error()
 
 
 def _vault(

@@ -97,7 +97,7 @@ def tune(
     chooser = "[selection]" if loaded.selection else str(records)
     known = _index(out)
     done: list[Trial] = []
-    chosen = _drawn(_grid(loaded, settings, trials), trials, loaded.study.seed)
+    chosen = _draw_combinations(_grid(loaded, settings, trials), trials, loaded.study.seed)
     for number, combination in enumerate(chosen, 1):
         folder = known.setdefault(combination, f"trial-{len(known) + 1:02}")
         table = {name: list(of) for of, name in known.items()}
@@ -106,10 +106,10 @@ def tune(
         done.append(trial)
         if on_trial:
             on_trial(number, len(chosen), trial)
-    return Search(metric, chooser, ranked(done, metric, warned_last=records is not None))
+    return Search(metric, chooser, rank_trials(done, metric, warned_last=records is not None))
 
 
-def ranked(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> list[Trial]:
+def rank_trials(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> list[Trial]:
     """Sort trials, the best first and those that failed last.
 
     warned_last: one that a warning speaks against stands below all others that ran, whatever its
@@ -184,7 +184,9 @@ def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tup
     return list(itertools.product(*lists))
 
 
-def _drawn(grid: list[tuple[str, ...]], trials: int | None, seed: int) -> list[tuple[str, ...]]:
+def _draw_combinations(
+    grid: list[tuple[str, ...]], trials: int | None, seed: int
+) -> list[tuple[str, ...]]:
     if trials is None or len(grid) <= trials:
         return grid
     chosen = set(random.Random(seed).sample(range(len(grid)), trials))
@@ -223,16 +225,16 @@ def _trial(
                 simulate(study, sites, folder, resume=True)
             finally:  # a trial's sites are of no use to the next one
                 process_cache.clear("workers")
-        return _measured(trial, Run(folder), metric)
+        return _read_value(trial, Run(folder), metric)
     except FedtuneError as error:
-        return _failed(trial, error)
+        return _mark_failed(trial, error)
 
 
-def _failed(trial: Trial, error: FedtuneError) -> Trial:
+def _mark_failed(trial: Trial, error: FedtuneError) -> Trial:
     return Trial(**(asdict(trial) | {"error": " ".join(str(error).split())}))
 
 
-def _measured(trial: Trial, run: Run, metric: str) -> Trial:
+def _read_value(trial: Trial, run: Run, metric: str) -> Trial:
     """Read a finished trial's value, on the records that choose."""
     quality: dict[str, Any] = run.report.get("quality") or {}
     after = quality.get("after") or {}

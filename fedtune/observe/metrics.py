@@ -202,7 +202,7 @@ class LedgerFigures:
         site = load_site(self._path)
         most, spent = site.policy.max_epsilon, _Spent("", 0.0, 0.0, 0)
         if (book := self._open(site.site.state)) is not None:
-            spent = self._spent(book, site.data.name, site.policy.max_delta)
+            spent = self._compute_spent(book, site.data.name, site.policy.max_delta)
         return {
             "epsilon_spent": ("Of everything released from the dataset", spent.epsilon),
             "epsilon_remaining": ("Of policy.max_epsilon", max(0.0, most - spent.epsilon)),
@@ -216,7 +216,7 @@ class LedgerFigures:
             self._ledger = Ledger(folder)
         return self._ledger
 
-    def _spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
+    def _compute_spent(self, book: Ledger, dataset: str, delta: float) -> _Spent:
         from fedtune.core.dp.filter import total_epsilon
 
         head = book.head.hash

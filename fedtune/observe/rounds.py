@@ -85,7 +85,7 @@ class Rounds:
         few = not self._many and len(spent.keys() | self.epsilon.keys()) <= FEW
         by_site = {FIELDS["site"](n): v for n, v in zip(spent, values, strict=True)} if few else {}
         self.number.append(round_)
-        self.seconds.append(_real(seconds))
+        self.seconds.append(_to_float(seconds))
         self.largest.append(max(values, default=NAN))
         self.smallest.append(min(values, default=NAN))
         _extend(self.quality, quality, count)
@@ -101,7 +101,7 @@ class Rounds:
 
 
 def _figures(values: Record) -> dict[str, float]:
-    return {name: _real(value) for name, value in values.items() if name in LOGGABLE}
+    return {name: _to_float(value) for name, value in values.items() if name in LOGGABLE}
 
 
 def _extend(columns: dict[str, array[float]], figures: dict[str, float], count: int) -> None:
@@ -112,5 +112,5 @@ def _extend(columns: dict[str, array[float]], figures: dict[str, float], count: 
         column.append(figures.get(name, NAN))
 
 
-def _real(value: Any) -> float:
+def _to_float(value: Any) -> float:
     return NAN if value is None else float(value)

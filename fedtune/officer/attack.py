@@ -20,7 +20,7 @@ from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.models.adapter_files import picked
+from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
@@ -131,8 +131,8 @@ def _scores(network: Network, data: Dataset, run: Run, references: Sequence[Run]
     def losses(of: Run | None) -> Scores:
         saved = run.adapter() if of is None else of.adapter()
         folder = (of or run).folder / "adapter"
-        frozen = picked(saved, network.frozen_factor(), folder)
-        trained = network.zero() if of is None else picked(saved, network.trainable(), folder)
+        frozen = pick_arrays(saved, network.frozen_factor(), folder)
+        trained = network.zero() if of is None else pick_arrays(saved, network.trainable(), folder)
         with network.loaded(frozen, trained):
             return np.asarray(record_losses(cached, run.study))
 

@@ -65,7 +65,7 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     refusals = [*privacy_refusals(study, site, plan), *cost_refusals(study, site, plan, ledger)]
     for refused in refusals:
         raise refused
-    return _paid(study, site, plan, ledger) if plan and ledger else None
+    return _summarise_paid(study, site, plan, ledger) if plan and ledger else None
 
 
 def _plan(study: Study, site: Site) -> DpPlan:
@@ -75,7 +75,7 @@ def _plan(study: Study, site: Site) -> DpPlan:
         raise PolicyRefused(error.happened, error.expected, error.todo) from None
 
 
-def _paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> Paid | None:
+def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> Paid | None:
     charges = ledger.charges(site.data.name)
     if not charges or study.continuous:
         return None

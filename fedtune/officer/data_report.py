@@ -137,7 +137,7 @@ class DataReport:
         if self.years:
             tables.append(("years", [(year, f"{n:,}") for year, n in self.years.items()]))
         if self.failed:
-            tables.append(("rows that cannot be used", self._failed()))
+            tables.append(("rows that cannot be used", self._list_failed()))
         if self.fit:
             tables.append((f"study {self.fit.study}", self._fit(self.fit)))
         return tables
@@ -183,7 +183,7 @@ class DataReport:
             for name, number in self.classes.items()
         ]
 
-    def _failed(self) -> list[tuple[str, ...]]:
+    def _list_failed(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("file", "row", "reason")]
         rows += [(f, f"{row:,}" if row else "all", why) for f, row, why in self.failed[:SHOWN]]
         if len(self.failed) > SHOWN:

@@ -14,7 +14,7 @@ from cryptography import x509
 
 from fedtune.core.bases.find import Base, find_base
 from fedtune.core.config import Site, Study, load_site
-from fedtune.core.config.sheet import lacking, load_sheet
+from fedtune.core.config.sheet import list_lacking, load_sheet
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.dp.plan import plan_for_site
@@ -38,12 +38,12 @@ from fedtune.core.wire.protocol import check_peer
 from fedtune.doctor import machine, tls
 from fedtune.doctor.machine import Finding, findings
 from fedtune.flower import certs
-from fedtune.flower.forwarder import STATUS, dial, far_context, newest, proxy_of
+from fedtune.flower.forwarder import STATUS, dial, far_context, find_newest_certificate, proxy_of
 from fedtune.flower.link import Link, link
 from fedtune.flower.membership import keys_folder
 from fedtune.officer.isolation_here import isolation_here
-from fedtune.officer.let_go import waiting
-from fedtune.officer.review import unsigned, would_refuse
+from fedtune.officer.let_go import list_waiting
+from fedtune.officer.review import is_unsigned, would_refuse
 from fedtune.officer.sheet import check_attested
 from fedtune.report.delta import warning
 
@@ -73,9 +73,9 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
         ]
     )
     if site.data.declared:
-        yield from findings([("declared data", lambda: _declared(site))])
+        yield from findings([("declared data", lambda: _check_declared(site))])
     if site.policy.answers == "held":
-        yield from findings([("held answers", lambda: _held(site))])
+        yield from findings([("held answers", lambda: _count_held(site))])
     if site.policy.data_sheet:
         yield from findings([("data sheet", lambda: _sheet(site))])
     if study is None:
@@ -98,14 +98,14 @@ def _isolation(site: Site) -> str:
     return here.text
 
 
-def _held(site: Site) -> str:
+def _count_held(site: Site) -> str:
     """Count the answers that wait for a person here."""
-    count = len(waiting(site))
+    count = len(list_waiting(site))
     told = f"{count} wait: `fedtune let-go`" if count else "none waits"
     return f"each waits here until a person lets it go (policy.answers); {told}"
 
 
-def _declared(site: Site) -> str:
+def _check_declared(site: Site) -> str:
     """Check that no declared record was ever charged as private, as the client does at its start.
 
     Errors: PolicyRefused."""
@@ -120,7 +120,7 @@ def _sheet(site: Site) -> str:
     """Check that the data sheet holds what the policy asks for, and is attested of these records.
 
     Errors: PolicyRefused."""
-    lacks = lacking(load_sheet(site), site.policy.data_sheet)
+    lacks = list_lacking(load_sheet(site), site.policy.data_sheet)
     if lacks:
         raise PolicyRefused(f"policy.data_sheet: the data sheet lacks {', '.join(lacks)}")
     check_attested(site)
@@ -163,7 +163,7 @@ def _network(site: Site, path: Path) -> Iterator[Finding]:
         site_link = link(site, path)
         answer = site_link.answer
         authority = x509.load_pem_x509_certificate(answer.ca.encode())
-        leaf = newest(site_link)
+        leaf = find_newest_certificate(site_link)
     except FedtuneError as error:
         yield Finding("enrolment", False, str(error))
         return
@@ -173,7 +173,7 @@ def _network(site: Site, path: Path) -> Iterator[Finding]:
     try:
         proxy = proxy_of(site_link)
         connect = lambda context: dial(site_link, proxy, context)  # noqa: E731
-        server_leaf = tls.presented(connect, site_link.address)
+        server_leaf = tls.fetch_certificate(connect, site_link.address)
     except FedtuneError as error:
         yield Finding("coordinator", False, str(error))
         return
@@ -202,9 +202,9 @@ def _greet(site_link: Link, connect: tls.Dial) -> tuple[dict[str, Any], float]:
     """Return the gateway's status and by how many seconds this clock is ahead of its clock.
 
     Errors: InfrastructureError where it does not answer, or turns this site away."""
-    sent = certs.now()
+    sent = certs.read_clock()
     code, body = tls.get(connect, far_context(site_link), site_link.address, STATUS)
-    received = certs.now()
+    received = certs.read_clock()
     if code == 403:
         raise InfrastructureError(f"{site_link.address}: refuses this site: {body.decode()}")
     if code != 200:
@@ -289,7 +289,7 @@ def _plan(study: Study, site: Site, outline: bool) -> str:
     ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
     for refusal in would_refuse(study, site, plan, ledger, outline=outline):
         raise refusal
-    if unsigned(study, site, ledger):
+    if is_unsigned(study, site, ledger):
         raise PolicyRefused(
             f'policy.admission = "{site.policy.admission}" and nobody has signed this plan',
             todo="`fedtune review STUDY --site SITE --sign`",

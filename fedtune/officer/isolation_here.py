@@ -29,13 +29,13 @@ def isolation_here(site: Site) -> Here:
 
     A courier that found no record where it last ran, or shares a folder with the vault and no more,
     is elsewhere: what it would be given here is not said."""
-    of_vault, of_courier = isolation.available()
+    of_vault, of_courier = isolation.try_confinement()
     last = _last(site)
     lacks = [*of_vault.missing, *describe_open_files(site)]
-    text = f"records are read without a network ({_told(of_vault)})"
+    text = f"records are read without a network ({_describe_means(of_vault)})"
     if not last or ELSEWHERE not in last.get("courier", [ELSEWHERE]):
         lacks += of_courier.missing
-        text += f", and what speaks to the network reads none ({_told(of_courier)})"
+        text += f", and what speaks to the network reads none ({_describe_means(of_courier)})"
     if socket.AF_INET in families(site, processes=1):
         lacks.append("a database over TCP keeps the vault on the network")
     text += f"; OPEN: {'; '.join(lacks)}" if lacks else ""
@@ -45,7 +45,7 @@ def isolation_here(site: Site) -> Here:
     return Here(text, tuple(lacks))
 
 
-def _told(tried: isolation.Confinement) -> str:
+def _describe_means(tried: isolation.Confinement) -> str:
     return isolation.describe([*tried.means, *tried.reasons])
 
 

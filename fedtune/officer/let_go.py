@@ -52,7 +52,7 @@ class _Found:
     ledger: Ledger
 
 
-def waiting(site: Site) -> list[Waiting]:
+def list_waiting(site: Site) -> list[Waiting]:
     """List what waits at a site, oldest first. Nothing is begun where there is no ledger. Errors:
     LedgerError."""
     return [found.waiting for found in _find(site)]

@@ -26,7 +26,7 @@ from fedtune.core.dp.query import query_plan
 from fedtune.core.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyRefused, Refused
 from fedtune.core.files import reading
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.ledger.spending import heaviest
+from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe, resolve
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import Budget, check_known
@@ -80,7 +80,7 @@ def read_plan(
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
     study = load_study(path, lambda study: permit_plugins(study, site), settings)
     if not whole:
-        return known_plan(_outlined(study), site)
+        return known_plan(_fill_outline(study), site)
     from fedtune.public.start import start
     from fedtune.runs.teacher_admission import register_teacher
 
@@ -88,7 +88,7 @@ def read_plan(
     return start(study).study
 
 
-def _outlined(study: Study) -> Study:
+def _fill_outline(study: Study) -> Study:
     """Fill in what follows from a study.toml without its base: the rounds, and the digest of a base
     that this release pins."""
     digest = study.base.digest or known_digest(study.base.model)
@@ -137,7 +137,14 @@ def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -
             if plan and plan.sites > 1
             else []
         ),
-        ("What it costs", [*_selected(site), *_declared(site), *_costs(study, site, plan, ledger)]),
+        (
+            "What it costs",
+            [
+                *_describe_selection(site),
+                *_describe_declared(site),
+                *_costs(study, site, plan, ledger),
+            ],
+        ),
     ]
     digest = "" if outline else study.digest
     return Review(digest, sections, refused, _verdict(study, site, plan, ledger, refused))
@@ -158,7 +165,7 @@ def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
     ]
 
 
-def _selected(site: Site) -> list[str]:
+def _describe_selection(site: Site) -> list[str]:
     if not site.free_query:
         return []
     return [
@@ -168,7 +175,7 @@ def _selected(site: Site) -> list[str]:
     ]
 
 
-def _declared(site: Site) -> list[str]:
+def _describe_declared(site: Site) -> list[str]:
     if not site.data.declared:
         return []
     return [
@@ -227,7 +234,7 @@ def cost_refusals(
     return refused
 
 
-def unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
+def is_unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
     """Return whether the plan still waits for a signature here."""
     signed = ledger is not None and ledger.admitted(study.digest)
     return site.policy.admission != "standing" and not signed
@@ -244,7 +251,7 @@ def _verdict(
             "This study is over here: every round is paid for. An update that was sent can be sent "
             "again; nothing more is trained"
         )
-    if unsigned(study, site, ledger):
+    if is_unsigned(study, site, ledger):
         joining = site.policy.admission == "reviewed"
         return "This site takes part as soon as somebody signs the plan: --sign" + (
             ", or joining with the answer that brings it" if joining else ""
@@ -340,18 +347,18 @@ def _leaves(study: Study, site: Site) -> list[str]:
     lines = [
         f"Each round: {what}, signed, with the noise, clipping and sampling figures that the plan "
         "already names, and the head of this site's ledger (a hash).",
-        *_held(study, site),
+        *_describe_held(study, site),
         *_queries(study),
         f"Once: {', '.join(facts)}.",
         "On refusal: the rule that said no. On an error: that there was one.",
         "Never without noise: records, counts, losses, gradients.",
         "Never at all: timings, or who was sampled.",
-        *_accepted(site),
+        *_describe_accepted(site),
     ]
     return lines
 
 
-def _accepted(site: Site) -> list[str]:
+def _describe_accepted(site: Site) -> list[str]:
     """Say what becomes of the site's exact decisions about finished models."""
     if site.acceptance is None:
         return []
@@ -362,7 +369,7 @@ def _accepted(site: Site) -> list[str]:
     ]
 
 
-def _held(study: Study, site: Site) -> list[str]:
+def _describe_held(study: Study, site: Site) -> list[str]:
     """Say what waits for a person here before it leaves."""
     if site.policy.answers != "held":
         return []
@@ -488,7 +495,7 @@ def _room_for_attempts(budget: Budget) -> list[str]:
 def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
     """Of a study without a last round: what one patient pays in all, and who has paid what."""
     policy = site.policy
-    spent = heaviest(site.data.name, ledger.cohorts(site.data.name), policy)
+    spent = find_heaviest_budget(site.data.name, ledger.cohorts(site.data.name), policy)
     most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)
     one = epsilon(plan.events(plan.local_steps), plan.delta)
     return [

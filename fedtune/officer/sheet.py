@@ -259,7 +259,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _sha256(path: Path) -> str:
     try:
-        with reading.opened(path) as file:
+        with reading.open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path.parent}: a file cannot be read ({error.strerror})") from None

@@ -8,7 +8,7 @@ from collections import Counter
 
 from fedtune.core.config import Site, Study
 from fedtune.core.data.records import read_records
-from fedtune.core.errors import printable
+from fedtune.core.errors import escape_controls
 
 MOST = 12  # classes that are named; of more, the column is likely to hold texts
 
@@ -27,7 +27,9 @@ def unknown_classes(study: Study, site: Site) -> str:
     unknown = Counter({label: count for label, count in found.items() if label not in labels})
     if not unknown:
         return ""
-    named = ", ".join(f"{printable(label)[:40]} {n:,}" for label, n in unknown.most_common(MOST))
+    named = ", ".join(
+        f"{escape_controls(label)[:40]} {n:,}" for label, n in unknown.most_common(MOST)
+    )
     more = " …" if len(unknown) > MOST else ""
     are = "is" if unknown.total() == 1 else "are"
     return (

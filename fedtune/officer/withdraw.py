@@ -138,7 +138,7 @@ def _genuine(path: Path, ledger: Ledger) -> dict[str, Any]:
     receipt = reading.json_in(path, "a receipt of a withdrawal")
     signature = str(receipt.pop("signature", ""))
     try:
-        genuine = verifies(ledger.key.public, _signed(receipt), signature)
+        genuine = verifies(ledger.key.public, _encode_receipt(receipt), signature)
     except ValueError:  # NaN or Infinity, which nothing that is signed has
         genuine = False
     if not genuine:
@@ -159,7 +159,7 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
         ],
         "key": ledger.key.public,
     }
-    return receipt | {"signature": ledger.key.sign(_signed(receipt))}
+    return receipt | {"signature": ledger.key.sign(_encode_receipt(receipt))}
 
 
 def _time_of(entry: Entry) -> str:
@@ -167,7 +167,7 @@ def _time_of(entry: Entry) -> str:
     return time.strftime(TIME, time.gmtime(entry.body.get("since", entry.body["time"])))
 
 
-def _signed(receipt: dict[str, Any]) -> bytes:
+def _encode_receipt(receipt: dict[str, Any]) -> bytes:
     return b"fedtune withdrawal\0" + canonical(receipt)
 
 

@@ -31,7 +31,7 @@ from fedtune.presets import (
     vision,
 )
 from fedtune.presets.places import WherePath
-from fedtune.presets.templates import quoted
+from fedtune.presets.templates import quote_string
 from fedtune.report.delta import chance, delta_for
 
 TASKS: dict[str, Any] = {
@@ -133,7 +133,7 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     Errors: ConfigError (no such task, labels missing, the folder holds a study), DataError (a file
     or a column that is not there), InfrastructureError. Nothing is written then."""
     folder = Path(folder)
-    records = completed(task, records)
+    records = complete_records(task, records)
     recipe = TASKS[task]
     for name in ("study.toml", "site.toml", "sites"):
         if (folder / name).exists():
@@ -141,14 +141,18 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     _sites.check(records)
     if records.role != "coordinator":
         for path in records.data:
-            _sites.columns_of(path, asked(task, records, "patient"))
+            _sites.columns_of(path, list_columns(task, records, "patient"))
     contents: dict[str, bytes] = {}
     if records.role != "site":
-        public = _public.divided(records, folder.name, recipe.PARTS, asked(task, records))
+        public = _public.divide_records(
+            records, folder.name, recipe.PARTS, list_columns(task, records)
+        )
         contents["study.toml"] = recipe.study(folder.name, records, public).encode()
         contents |= _public.files(records, public)
     if records.role != "coordinator":
-        texts = _sites.files(records, column_lines(task, records), asked(task, records, "patient"))
+        texts = _sites.files(
+            records, column_lines(task, records), list_columns(task, records, "patient")
+        )
         contents |= {name: text.encode() for name, text in texts.items()}
     paths = [folder / name for name in contents]
     try:
@@ -161,7 +165,7 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
     return paths
 
 
-def completed(task: str, records: Records) -> Records:
+def complete_records(task: str, records: Records) -> Records:
     """Fill in the task's own names of columns, and its ε, where nobody said another.
 
     Errors: ConfigError for a task that there is not, or a column that it does not have."""
@@ -180,7 +184,7 @@ def completed(task: str, records: Records) -> Records:
     return dataclasses.replace(records, **values, epsilon=records.epsilon or TASKS[task].EPSILON)
 
 
-def asked(task: str, records: Records, *more: str) -> dict[str, str]:
+def list_columns(task: str, records: Records, *more: str) -> dict[str, str]:
     """Return the columns that a file of the task must have, by the option that names each; more:
     of further fields, where they are given."""
     fields = [*TASKS[task].COLUMNS, *(field for field in more if getattr(records, field))]
@@ -190,7 +194,9 @@ def asked(task: str, records: Records, *more: str) -> dict[str, str]:
 def column_lines(task: str, records: Records) -> str:
     """Compose the lines of a table of columns, without the patient's."""
     keys = {field: key for field, (key, _) in TASKS[task].COLUMNS.items()}
-    return "\n".join(f"{key} = {quoted(getattr(records, field))}" for field, key in keys.items())
+    return "\n".join(
+        f"{key} = {quote_string(getattr(records, field))}" for field, key in keys.items()
+    )
 
 
 def unit_note(task: str | None, records: Records) -> str:
@@ -201,7 +207,7 @@ def unit_note(task: str | None, records: Records) -> str:
     columns: list[str] = []
     names: dict[str, str] = {}
     if records.role != "coordinator":
-        names = asked(task, completed(task, records), "patient") if task else {}
+        names = list_columns(task, complete_records(task, records), "patient") if task else {}
         if records.patient:
             names |= {"--patient": records.patient}
         columns = [name for path in records.data for name in _sites.columns_of(path, names)]
@@ -209,7 +215,7 @@ def unit_note(task: str | None, records: Records) -> str:
         return f"protected: a patient, by {records.patient!r}: all records of one together"
     # A column that is read already may be called "dialogue", and is nobody's key.
     found = _sites.looks_like_a_patients([c for c in columns if c not in names.values()])
-    hint = f"; {found!r} looks like one: --patient {quoted(found)}" if found else ""
+    hint = f"; {found!r} looks like one: --patient {quote_string(found)}" if found else ""
     return (
         "protected: a record, each by itself, since no --patient names the column that says whose "
         f"it is{hint}"
@@ -221,9 +227,11 @@ def public_note(task: str, records: Records) -> str:
     the plan has; "" where there are no public records, or none of this role's."""
     if records.role == "site":
         return ""
-    records = completed(task, records)
-    lines = _public.notes(records, asked(task, records))
-    lines += _public.classes_notes(records, asked(task, records)) if task == "classify" else []
+    records = complete_records(task, records)
+    lines = _public.notes(records, list_columns(task, records))
+    lines += (
+        _public.classes_notes(records, list_columns(task, records)) if task == "classify" else []
+    )
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -234,8 +242,8 @@ def classes_note(task: str, records: Records) -> str:
     Errors: as `unit_note`."""
     if task != "classify" or records.role == "coordinator":
         return ""
-    records = completed(task, records)
-    known = _public.classes(records, asked(task, records))
+    records = complete_records(task, records)
+    known = _public.classes(records, list_columns(task, records))
     notes = [_sites.classes_note(look, known) for look in _looks(task, records)]
     return "".join(f"{note}\n" for note in notes if note)
 
@@ -247,7 +255,7 @@ def files_note(task: str, records: Records) -> str:
     Errors: as `unit_note`."""
     if records.role == "coordinator":
         return ""
-    records, recipe = completed(task, records), TASKS[task]
+    records, recipe = complete_records(task, records), TASKS[task]
     notes: list[str] = []
     for look, size in zip(_looks(task, records), records.declared_sizes, strict=False):
         notes.append(_sites.size_note(look, size, records.unit))
@@ -256,7 +264,7 @@ def files_note(task: str, records: Records) -> str:
 
 
 def _looks(task: str, records: Records) -> list[_sites.Look]:
-    columns, fields = asked(task, records, "patient"), TASKS[task].COLUMNS
+    columns, fields = list_columns(task, records, "patient"), TASKS[task].COLUMNS
     answers = [getattr(records, name) for name in ("target", "rejected") if name in fields]
     return [
         _sites.look(
@@ -273,18 +281,18 @@ def _looks(task: str, records: Records) -> list[_sites.Look]:
 
 def notes(task: str, records: Records) -> str:
     """Say what was found in the files of a recipe's study, and whom it protects."""
-    given = completed(task, records)
+    given = complete_records(task, records)
     own = given.data if given.role != "coordinator" else ()
     public = (given.evaluation, given.public) if given.role != "site" else ()
     places = [place for place in (*own, *public) if place]
-    ways = "".join(_written.note(place, asked(task, given)) for place in places)
+    ways = "".join(_written.note(place, list_columns(task, given)) for place in places)
     found = public_note(task, records) + classes_note(task, records) + files_note(task, records)
     return ways + found + unit_note(task, records)
 
 
-def listed(texts: Sequence[str]) -> str:
+def format_list(texts: Sequence[str]) -> str:
     """Format a TOML list of strings, one on each line."""
-    return "[\n" + "".join(f"    {quoted(text)},\n" for text in texts) + "]"
+    return "[\n" + "".join(f"    {quote_string(text)},\n" for text in texts) + "]"
 
 
 def head(records: Records, **values: object) -> Mapping[str, object]:

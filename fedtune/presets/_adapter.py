@@ -15,7 +15,7 @@ from fedtune import presets
 from fedtune.core.dp.accountant import calibrate
 from fedtune.core.errors import ConfigError
 from fedtune.presets import _public
-from fedtune.presets.templates import quoted
+from fedtune.presets.templates import quote_string
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
@@ -74,8 +74,8 @@ class Recipe:
         values = presets.head(
             records,
             title=self.title,
-            name=quoted(name),
-            model=quoted(records.base or self.model),
+            name=quote_string(name),
+            model=quote_string(records.base or self.model),
             lora=self.lora,
             objective=self.objective,
             start=self.start,

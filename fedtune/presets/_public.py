@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.core.data.files import rows
-from fedtune.core.errors import DataError, printable
+from fedtune.core.errors import DataError, escape_controls
 from fedtune.presets import _written
-from fedtune.presets.templates import quoted
+from fedtune.presets.templates import quote_string
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
@@ -24,19 +24,19 @@ LICENCE = 'licence = "as its owner allows"  # say which\n'
 MOST_CHOICES = 20
 
 
-def divided(
+def divide_records(
     records: Records, seed: str, parts: Mapping[str, float], asked: Mapping[str, str]
 ) -> dict[str, Rows]:
     """Divide the public records with answers, all of a patient's to one part; {} where there are
     none. asked: option -> the column that it names."""
     public: dict[str, Rows] = {}
     if records.public and "public" in parts:
-        found, _ = _usable(records.public, records.patient, asked)
+        found, _ = _read_usable(records.public, records.patient, asked)
         public["public"] = [row for unit in found for row in unit]
         parts = {name: part for name, part in parts.items() if name != "public"}
     if records.evaluation is None:
         return public
-    units, _ = _usable(records.evaluation, records.patient, asked, public.get("public", []))
+    units, _ = _read_usable(records.evaluation, records.patient, asked, public.get("public", []))
     random.Random(seed).shuffle(units)
     ends = itertools.accumulate(part / sum(parts.values()) for part in parts.values())
     total = sum(map(len, units))
@@ -57,7 +57,7 @@ def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
     for path in (records.public, records.evaluation):
         if path is None:
             continue
-        units, left_out = _usable(path, records.patient, asked, known)
+        units, left_out = _read_usable(path, records.patient, asked, known)
         known = [row for unit in units for row in unit]
         total = len(known) + left_out.total()
         reasons = [f"{number:,} {reason}" for reason, number in left_out.most_common()]
@@ -70,20 +70,20 @@ def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
     """Say which classes the plan has, and of which of them there is no public record."""
     found = _of_files(records, asked)
     planned = planned_classes(records, found)
-    lines = [f"classes: {len(planned)} ({shown(planned)})"] if planned else []
+    lines = [f"classes: {len(planned)} ({format_classes(planned)})"] if planned else []
     if found and (bare := [label for label in planned if label not in found]):
         are = "is" if len(bare) == 1 else "are"
         lines.append(
             f"of {len(bare)} of them there {are} no public record, so nothing is learnt of them "
-            f"before the rounds, and nothing public judges them: {shown(bare)}"
+            f"before the rounds, and nothing public judges them: {format_classes(bare)}"
         )
     return lines
 
 
-def shown(labels: Sequence[str]) -> str:
+def format_classes(labels: Sequence[str]) -> str:
     """List the first classes."""
     more = ["…"] if len(labels) > MOST_CHOICES else []
-    return ", ".join([*map(printable, labels[:MOST_CHOICES]), *more])
+    return ", ".join([*map(escape_controls, labels[:MOST_CHOICES]), *more])
 
 
 def planned_classes(records: Records, found: Iterable[str]) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ def classes(records: Records, asked: Mapping[str, str]) -> set[str]:
 def _of_files(records: Records, asked: Mapping[str, str]) -> set[str]:
     """Return the classes of the public files' records."""
     paths = [path for path in (records.public, records.evaluation) if path]
-    usable = [_usable(path, records.patient, asked)[0] for path in paths]
+    usable = [_read_usable(path, records.patient, asked)[0] for path in paths]
     return {str(row[records.target]).strip() for found in usable for unit in found for row in unit}
 
 
@@ -143,7 +143,7 @@ def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
     choices = sorted({*answers})
     if not 2 <= len(choices) <= min(MOST_CHOICES, len(answers) // 4):
         return 'metric = "loss"\n'
-    listed = ", ".join(quoted(lead + choice) for choice in choices)
+    listed = ", ".join(quote_string(lead + choice) for choice in choices)
     return f'metric = "accuracy"\nchoices = [{listed}]\n'
 
 
@@ -158,7 +158,7 @@ def _medium(given: Path, name: str) -> bytes:
     return path.read_bytes()
 
 
-def _usable(
+def _read_usable(
     path: Path, patient: str | None, asked: Mapping[str, str], but: Sequence[dict[str, Any]] = ()
 ) -> tuple[list[Rows], Counter[str]]:
     """Read the records that have all columns, each once and none of `but`, by patient where the

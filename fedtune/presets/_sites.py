@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 
 from fedtune.core import isolation
 from fedtune.core.bases.find import find_base
-from fedtune.core.config.database import anchored, is_over_tcp, shown
+from fedtune.core.config.database import anchor_url, is_over_tcp, redact_url
 from fedtune.core.data.cells import key_of
 from fedtune.core.data.files import Rejected, placed_rows
 from fedtune.core.data.sources import SOURCES, Source
 from fedtune.core.data.sources._interface import Names
-from fedtune.core.errors import ConfigError, DataError, printable
+from fedtune.core.errors import ConfigError, DataError, escape_controls
 from fedtune.presets import _written
 from fedtune.presets._public import MOST_CHOICES
-from fedtune.presets.places import WherePath, divided, file_at, is_bulk, lines_of, name_of
-from fedtune.presets.templates import NAME, acceptance, ledger_beside, quoted
+from fedtune.presets.places import WherePath, file_at, is_bulk, lines_of, name_of, split_place
+from fedtune.presets.templates import NAME, acceptance, ledger_beside, quote_string
 
 if TYPE_CHECKING:
     from fedtune.presets import Records
@@ -79,7 +79,7 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
 
     asked: option -> the column that it names. Errors: DataError for one that the file does not
     have, which lists those that it has; for a file or a database that cannot be read."""
-    path, names, source = _opened(place, asked)
+    path, names, source = _open_place(place, asked)
     if not sum(1 for _ in placed_rows(path, asked, names=names, source=source)):
         raise DataError(f"{names.where}: no records", "a file of records", "choose another --data")
     return names.shown + names.common
@@ -112,7 +112,7 @@ def look(
 ) -> Look:
     """Read a site's file once. asked: option -> the column that it names; prompt, answers, target,
     patient: columns. Errors: as `columns_of`."""
-    path, names, source = _opened(place, asked)
+    path, names, source = _open_place(place, asked)
     classes, units, lengths, total = Counter[str](), set[str](), list[int](), 0
     for _, row in placed_rows(path, asked, names=names, source=source):
         total += 1
@@ -134,7 +134,9 @@ def classes_note(look: Look, known: set[str]) -> str:
     strange = Counter({label: n for label, n in look.classes.items() if label not in known})
     if not strange:
         return ""
-    shown = ", ".join(f"{printable(c)[:40]} {n:,}" for c, n in strange.most_common(MOST_CHOICES))
+    shown = ", ".join(
+        f"{escape_controls(c)[:40]} {n:,}" for c, n in strange.most_common(MOST_CHOICES)
+    )
     texts = len(strange) > MOST_CHOICES and 2 * len(strange) > look.rows  # a column of texts
     if len(strange) > MOST_CHOICES:  # texts are not for a screen
         shown = f"is {look.target!r} the column of the classes?" if texts else f"{shown} …"
@@ -144,7 +146,9 @@ def classes_note(look: Look, known: set[str]) -> str:
             "the study has not will be left out: compare them with the coordinator's"
         )
     are = "is" if strange.total() == 1 else "are"
-    options = " ".join(f"--also-label {quoted(printable(c)[:40])}" for c in list(strange)[:4])
+    options = " ".join(
+        f"--also-label {quote_string(escape_controls(c)[:40])}" for c in list(strange)[:4]
+    )
     todo = "" if texts else f"; in a new folder, {options} takes such records in"
     return (
         f"{look.where}: {strange.total():,} of {look.rows:,} records {are} of a class that the "
@@ -181,11 +185,11 @@ def length_note(look: Look, most: int, cut: str) -> str:
     )
 
 
-def _opened(place: WherePath, asked: Mapping[str, str]) -> tuple[Path, Names, Source | None]:
+def _open_place(place: WherePath, asked: Mapping[str, str]) -> tuple[Path, Names, Source | None]:
     if isinstance(place, str):
-        url, table = divided(place)
-        options = {"url": anchored(url, Path.cwd()), "table": table}
-        names = Names(shown(url), asked)
+        url, table = split_place(place)
+        options = {"url": anchor_url(url, Path.cwd()), "table": table}
+        names = Names(redact_url(url), asked)
         source: Source | None = SOURCES.build("sql", options)
     else:
         names = Names(place, asked)
@@ -218,7 +222,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
         lines_of(path) + _written.lines(path, asked) if path else 'path = "data.jsonl"'
         for path in paths
     ]
-    patient = f"\npatient = {quoted(records.patient)}" if records.patient else NOBODY
+    patient = f"\npatient = {quote_string(records.patient)}" if records.patient else NOBODY
     return {
         place: SITE.format(
             name=name,
@@ -227,7 +231,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
             size=size,
             delta=f"{records.delta:g}",
             rule=records.delta_rule,
-            declared=f"\ndeclared = {quoted(records.declared)}" if records.declared else "",
+            declared=f"\ndeclared = {quote_string(records.declared)}" if records.declared else "",
             bases=_bases(records.base),
             admission=REVIEWED + HELD + _isolation(path) if records.role == "site" else "",
             columns=columns + patient,
@@ -241,7 +245,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
 
 def _isolation(records: WherePath | None) -> str:
     """Compose the line of [policy] that asks for as much isolation as this machine gives."""
-    lacks = [each for half in isolation.available() for each in half.missing]
+    lacks = [each for half in isolation.try_confinement() for each in half.missing]
     if isinstance(records, str) and is_over_tcp(records):
         lacks.append("a database over TCP")
     if lacks:
@@ -254,14 +258,16 @@ def _bases(model: str) -> str:
     if not model or not Path(model).is_dir():
         return ""
     found = find_base(model).digest
-    return f"bases = [{quoted(found)}]   # of {quoted(model)}, which the study names\n"
+    return f"bases = [{quote_string(found)}]   # of {quote_string(model)}, which the study names\n"
 
 
 def _state(data: WherePath | None) -> str:
     place = ledger_beside(data) if data else None
     if place is None:
         return ""
-    return f"\nstate = {quoted(place)}   # the ledger: every study of these records pays there"
+    return (
+        f"\nstate = {quote_string(place)}   # the ledger: every study of these records pays there"
+    )
 
 
 def names(records: Records) -> list[str]:

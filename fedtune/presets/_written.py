@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedtune.core.data.sources._interface import DELIMITERS
-from fedtune.core.data.sources.csv import Csv, guessed
+from fedtune.core.data.sources.csv import Csv, guess_format
 from fedtune.presets.places import WherePath, file_at
-from fedtune.presets.templates import quoted
+from fedtune.presets.templates import quote_string
 
 Asked = Mapping[str, str]  # option -> the column that it names
 
@@ -15,12 +15,14 @@ Asked = Mapping[str, str]  # option -> the column that it names
 def source(place: WherePath, asked: Asked) -> Csv | None:
     """Guess what reads a file that is no CSV of commas in UTF-8; None for the others."""
     path = file_at(place)
-    return guessed(path, asked.values()) if path else None
+    return guess_format(path, asked.values()) if path else None
 
 
 def lines(place: WherePath, asked: Asked) -> str:
     """Compose the lines of [data] that say so."""
-    told = ", ".join(f"{key} = {quoted(value)}" for key, value in _options(place, asked).items())
+    told = ", ".join(
+        f"{key} = {quote_string(value)}" for key, value in _options(place, asked).items()
+    )
     return f'\nsource = "csv"\noptions = {{ {told} }}' if told else ""
 
 

@@ -15,7 +15,7 @@ from fedtune import presets
 from fedtune.core.dp.accountant import calibrate
 from fedtune.core.errors import ConfigError
 from fedtune.presets import _public
-from fedtune.presets.templates import quoted
+from fedtune.presets.templates import quote_string
 from fedtune.strategies._posterior import WEIGHT, directions_for
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
     fitted = "public" in public
     values = presets.head(
         records,
-        name=quoted(name),
-        model=quoted(records.base or MODEL),
-        labels=presets.listed(labels),
+        name=quote_string(name),
+        model=quote_string(records.base or MODEL),
+        labels=presets.format_list(labels),
         tables=_public.tables(WHAT if fitted else JUDGED, public, columns, 'metric = "accuracy"\n'),
         **(_statistics(records, len(labels), public) if fitted else _steps(records, public)),
     )

@@ -107,11 +107,15 @@ def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> 
         study.lora and study.lora.preconditioner
     )
     reads = 1 + (study.lora is not None and study.lora.a_init == "public")
-    before = LOADING + reads * cost.frozen(public) + steps * cost.gradient(public)
-    before += cost.frozen(evaluation) + cost.forward(evaluation)
+    before = LOADING + reads * cost.estimate_frozen(public) + steps * cost.gradient(public)
+    before += cost.estimate_frozen(evaluation) + cost.forward(evaluation)
     rounds = (study.training.rounds or 1) * study.training.local_steps
     drawn = study.training.sampling_rate or 1.0
-    later = cost.frozen(sites) + cost.frozen(selection) + rounds * drawn * cost.gradient(sites)
+    later = (
+        cost.estimate_frozen(sites)
+        + cost.estimate_frozen(selection)
+        + rounds * drawn * cost.gradient(sites)
+    )
     later += STEPS_TRIED * rounds * cost.forward(selection)
     later += MEASUREMENTS * cost.forward(evaluation) + ROUND * rounds * len(sizes)
     return Forecast(before, later)
@@ -157,7 +161,7 @@ class _Cost:
             return 0
         return self.shape.weights * min(lora.last_layers or self.shape.blocks, self.shape.blocks)
 
-    def frozen(self, records: Records) -> float:
+    def estimate_frozen(self, records: Records) -> float:
         below = self.shape.blocks * self.shape.weights - self._above
         return records.passages * records.tokens * below / (self.speed * FROZEN)
 

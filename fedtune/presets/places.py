@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeAlias
 
-from fedtune.core.config.database import FILES, anchored, checked, file_of, kind_of
+from fedtune.core.config.database import FILES, anchor_url, check_url, file_of, kind_of
 from fedtune.core.errors import ConfigError
 
 WherePath: TypeAlias = Path | str  # a file or a folder; URL#TABLE
@@ -25,9 +25,9 @@ def place_of(text: str) -> WherePath:
     Errors: ConfigError, without the url, which may hold a password."""
     if "://" not in text:
         return Path(text)
-    url, table = divided(text)
+    url, table = split_place(text)
     try:
-        checked(url)
+        check_url(url)
     except ValueError as error:
         raise ConfigError(f"--data: a url {error}", "such as sqlite:///clinic.db#note") from None
     if not table:
@@ -35,7 +35,7 @@ def place_of(text: str) -> WherePath:
     return text
 
 
-def divided(place: str) -> tuple[str, str]:
+def split_place(place: str) -> tuple[str, str]:
     """Return a place's url and its table."""
     url, _, table = place.partition("#")
     return url, table
@@ -45,7 +45,7 @@ def file_at(place: WherePath) -> Path | None:
     """Return the file or folder of a place, None for a database that is none."""
     if isinstance(place, Path):
         return place
-    url, _ = divided(place)
+    url, _ = split_place(place)
     return file_of(url) if kind_of(url) in FILES else None
 
 
@@ -56,17 +56,17 @@ def is_bulk(place: WherePath) -> bool:
 
 def name_of(place: WherePath) -> str:
     """Return what a site may be called after its place."""
-    text = place.stem if isinstance(place, Path) else divided(place)[1]
+    text = place.stem if isinstance(place, Path) else split_place(place)[1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
 
 
 def lines_of(place: WherePath) -> str:
     """Compose the lines of [data] in site.toml that say where the records are."""
     if isinstance(place, Path):
-        return f"path = {_quoted(place.absolute())}" + ('\nsource = "fhir"' * is_bulk(place))
-    url, table = divided(place)
-    return f"url = {_quoted(anchored(url, Path.cwd()))}\noptions = {{ table = {_quoted(table)} }}"
+        return f"path = {_quote(place.absolute())}" + ('\nsource = "fhir"' * is_bulk(place))
+    url, table = split_place(place)
+    return f"url = {_quote(anchor_url(url, Path.cwd()))}\noptions = {{ table = {_quote(table)} }}"
 
 
-def _quoted(text: object) -> str:
+def _quote(text: object) -> str:
     return json.dumps(str(text), ensure_ascii=False)

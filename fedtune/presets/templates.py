@@ -299,17 +299,17 @@ def _site(
     alone: bool,
 ) -> str:
     """Fill in a site's template. alone: of a site that will join a consortium."""
-    text = SITE.replace('"my-hospital"', quoted(name))
+    text = SITE.replace('"my-hospital"', quote_string(name))
     if alone:
         text = text.replace('admission = "standing"', 'admission = "reviewed"')
     if data:
         text = text.replace('path = "data.jsonl"', lines_of(data))
         if place := ledger_beside(data):
-            text = text.replace('state = "state" ', f"state = {quoted(place)} ", 1)
+            text = text.replace('state = "state" ', f"state = {quote_string(place)} ", 1)
     if patient:
-        text = text.replace('# patient = "patient_id"', f"patient = {quoted(patient)}")
+        text = text.replace('# patient = "patient_id"', f"patient = {quote_string(patient)}")
     if declared:
-        text = text.replace('# declared = "generated"', f"declared = {quoted(declared)}")
+        text = text.replace('# declared = "generated"', f"declared = {quote_string(declared)}")
     return text
 
 
@@ -322,7 +322,7 @@ def ledger_beside(data: WherePath) -> Path | None:
     return folder / ".fedtune" / re.sub(r"[^A-Za-z0-9_-]+", "-", file.name).strip("-")
 
 
-def quoted(text: object) -> str:
+def quote_string(text: object) -> str:
     """Quote a TOML string.
 
     >>> quoted('a "b"')

@@ -11,7 +11,7 @@ from fedtune.core.models.lora import Arrays
 from fedtune.core.objectives import resolve
 from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN
 from fedtune.public.training import vectors_of, vectors_of_labels
-from fedtune.strategies._posterior import choose, held_out_hits, public
+from fedtune.strategies._posterior import choose, held_out_hits, summarise_public
 from fedtune.strategies.discriminant import DIRECTIONS, HELD_OUT, MEAN, state_of
 
 
@@ -26,7 +26,7 @@ def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
     reads_text = data.network.reader.column is None
     names = vectors_of_labels(study, data.network) if reads_text else None
     basis = choose(vectors, names, objective.directions, objective.count_weight)
-    known = public(basis, vectors, labels, len(study.objective.labels), names)
+    known = summarise_public(basis, vectors, labels, len(study.objective.labels), names)
     hits = held_out_hits(basis, vectors, labels, known, names)
     return state_of(basis, known) | ({} if hits is None else {HELD_OUT: hits})
 

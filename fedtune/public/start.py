@@ -28,7 +28,7 @@ from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
-from fedtune.core.models.preconditioner import narrowed
+from fedtune.core.models.preconditioner import narrow_factors
 from fedtune.core.objectives import OBJECTIVES, resolve
 from fedtune.core.registry import process_cache
 from fedtune.core.strategy import State
@@ -79,23 +79,23 @@ def start(study: Study) -> Start:
     base = study.base.model_copy(update={"digest": network.base.digest})
     study = study.model_copy(update={"base": base})
     # One data set for both: its states are computed once.
-    answered = functools.cache(functools.partial(_public, study, network))
-    study, frozen, outputs = _frozen(study, network, answered)
+    answered = functools.cache(functools.partial(_read_public, study, network))
+    study, frozen, outputs = _freeze(study, network, answered)
     factor = network.adopt(study, frozen)
     adapter = network.initial(factor)
-    known = _known(study, answered) if network.statistics is not None else {}
+    known = _compute_known(study, answered) if network.statistics is not None else {}
     if study.start:
         if known:
             adapter = public_head(known)
         else:  # steps on public text have no noise: all directions of a narrow M's base are taken
             with network.loaded(frozen=network.frozen_factor() | outputs):
-                adapter = _started(study, network, adapter, answered)
+                adapter = _compute_start(study, network, adapter, answered)
         pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})
         study = study.model_copy(update={"start": pinned})
     return Start(study, adapter, frozen, known)
 
 
-def _frozen(
+def _freeze(
     study: Study, network: Network, answered: Callable[[], CachedDataset]
 ) -> tuple[Study, Arrays, Arrays]:
     """Return the plan with the digests of A and the preconditioner, or of the basis of class
@@ -112,14 +112,16 @@ def _frozen(
         text = load_dataset(
             study.public, study, network.tokenizer, labelled=False, reader=network.reader
         )
-        frozen = _once(study, text, _FACTOR, public_factor, network, text, pinned.rank)
+        frozen = _compute_once(study, text, _FACTOR, public_factor, network, text, pinned.rank)
     factor = network.adopt(unpinned, frozen)
     pinned = pinned.model_copy(update={"a_digest": lora.digest(factor)})
     if table := study.lora.preconditioner:
         data = answered()
         with network.loaded(trainable=network.initial(factor)):  # independent of its last use
-            outputs = _once(study, data.dataset, _OUTPUTS, output_factors, study, data, table)
-        sent = narrowed(outputs) if table.narrow else outputs
+            outputs = _compute_once(
+                study, data.dataset, _OUTPUTS, output_factors, study, data, table
+            )
+        sent = narrow_factors(outputs) if table.narrow else outputs
         table = table.model_copy(update={"digest": lora.digest(sent)})
         pinned, frozen = pinned.model_copy(update={"preconditioner": table}), frozen | sent
     return study.model_copy(update={"lora": pinned}), frozen, outputs
@@ -127,19 +129,19 @@ def _frozen(
 
 def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
     """Return the plan with the digest of its public basis, and the basis."""
-    basis = basis_of(_known(study, answered), resolve(study.objective).directions)
+    basis = basis_of(_compute_known(study, answered), resolve(study.objective).directions)
     pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
     return study.model_copy(update={"objective": pinned}), basis
 
 
-def _known(study: Study, answered: Callable[[], CachedDataset]) -> State:
+def _compute_known(study: Study, answered: Callable[[], CachedDataset]) -> State:
     """Return what public records and the classes' names say, as the strategy keeps it."""
     unpinned = study.objective.model_copy(update={"basis_digest": None})
     study, data = study.model_copy(update={"objective": unpinned}), answered()
-    return _once(study, data.dataset, _HEAD, class_knowledge, study, data)
+    return _compute_once(study, data.dataset, _HEAD, class_knowledge, study, data)
 
 
-def _public(study: Study, network: Network) -> CachedDataset:
+def _read_public(study: Study, network: Network) -> CachedDataset:
     """Read [public] with its answers; without them where a basis alone is built from it."""
     assert study.public is not None  # Study and strategy: required wherever it is read
     labelled = network.statistics is None or (
@@ -151,7 +153,7 @@ def _public(study: Study, network: Network) -> CachedDataset:
     return CachedDataset(network, text)
 
 
-def _started(
+def _compute_start(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
     """Return the adapter and head before the first round."""
@@ -160,25 +162,25 @@ def _started(
         adapter = adapter | head_of_labels(study, network)
     if study.start.head == "public":
         data = answered()
-        adapter = _once(study, data.dataset, _HEAD, head_fitted, data, adapter)
+        adapter = _compute_once(study, data.dataset, _HEAD, head_fitted, data, adapter)
     if study.start.steps:
         data = answered()
-        adapter = _trained(study, data, adapter)
+        adapter = _train(study, data, adapter)
     return adapter
 
 
-def _trained(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
+def _train(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
     """Train on public text step by step, so that each is kept: a run that is broken off goes on
     after the last whole one."""
     assert study.start is not None
     for step in range(study.start.steps):
         so_far = study.start.model_copy(update={"steps": step + 1})
         upto = study.model_copy(update={"start": so_far})
-        adapter = _once(upto, data.dataset, (), trained_on, study, data, adapter, step)
+        adapter = _compute_once(upto, data.dataset, (), trained_on, study, data, adapter, step)
     return adapter
 
 
-def _once(
+def _compute_once(
     study: Study,
     text: Dataset,
     without: Sequence[str],
@@ -191,7 +193,7 @@ def _once(
     key = _key(study, text, without)
     if key not in _kept:
         stays = _is_ours(study)
-        found = start_cache.kept(key) if stays else None
+        found = start_cache.load_arrays(key) if stays else None
         if found is None:
             found = make(*args, **kwargs)
             if stays:

@@ -22,7 +22,7 @@ FOLDER = "public"  # in the cache
 MOST_BYTES = 2**30  # of all of it; what was used longest ago goes first
 
 
-def kept(key: str) -> Arrays | None:
+def load_arrays(key: str) -> Arrays | None:
     """Return the arrays that were kept under `key`; None where there are none that can be read."""
     path = _path(key)
     try:

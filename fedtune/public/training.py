@@ -20,8 +20,8 @@ from fedtune.core.models.network import Network
 from fedtune.core.models.preconditioner import (
     factor_of,
     factor_of_columns,
-    moved,
-    multiplied,
+    move_adapter,
+    multiply_by_m,
     name_for,
 )
 from fedtune.core.objectives import resolve
@@ -75,13 +75,13 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) ->
         label = "training on public text"
         for gradients in _gradients(study, data, label, step, table.steps):
             rows = {
-                n: multiplied(g.double().cpu().numpy(), n, frozen) for n, g in gradients.items()
+                n: multiply_by_m(g.double().cpu().numpy(), n, frozen) for n, g in gradients.items()
             }
             squares = sum((g.reshape(len(g), -1) ** 2).sum(axis=1) for g in rows.values())
             scale = bound / np.maximum(np.sqrt(squares), 1e-30) / len(data.dataset.examples)
             for name, g in rows.items():
                 change[name] -= table.learning_rate * np.tensordot(scale, g, axes=1)
-    stepped = moved(adapter, change, frozen)
+    stepped = move_adapter(adapter, change, frozen)
     return {name: np.clip(array, -LARGEST, LARGEST) for name, array in stepped.items()}
 
 

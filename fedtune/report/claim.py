@@ -96,7 +96,7 @@ def _site_guess(site: dict[str, Any]) -> float:
     return min(bound, 1.0)
 
 
-def compared(metric: str, change: Any) -> tuple[str, str] | None:
+def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
     """Judge a metric's change by its 95 % interval: how the later model compares, and the interval
     in words; None where there is none.
 
@@ -121,7 +121,7 @@ def verdict(quality: dict[str, Any]) -> str:
     from fedtune.report.preference import alarms  # whose tables need this module
 
     metric, gain = quality.get("metric"), quality.get("gain") or {}
-    told = compared(metric, gain.get("change")) if metric else None
+    told = judge_change(metric, gain.get("change")) if metric else None
     if told is None:
         return ""
     claim, interval = told

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 
-def short(value: Any) -> str:
+def format_short(value: Any) -> str:
     """Four significant figures."""
     if not isinstance(value, int | float):
         return "–"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedtune.core.registry.rounding import number
-from fedtune.report.claim import compared, verdict
+from fedtune.report.claim import judge_change, verdict
 from fedtune.report.preference import alarms
 
 TRAINED, START = "trained", "start"  # what is released: a report's quality.released.model
@@ -39,7 +39,7 @@ def headline(quality: dict[str, Any]) -> list[Line]:
 change of loss -0.5 to +0.25, 95 % over 60 records', 'the trained model is better than the base: \
 change of loss -1.5 to -1, 95 % over 60 records']
     """
-    lines = (_over_start(quality), _over_base(quality), _released(quality))
+    lines = (_over_start(quality), _over_base(quality), _describe_release(quality))
     return [line for line in lines if line]
 
 
@@ -48,7 +48,7 @@ def over_start(quality: dict[str, Any]) -> str:
     "not told apart from", "worse than", or with a preference run's alarms "NOT shown to be better
     than"; "" where that was not measured."""
     metric, start = quality.get("metric"), quality.get("start")
-    told = compared(str(metric), (quality.get("gain") or {}).get("over_start"))
+    told = judge_change(str(metric), (quality.get("gain") or {}).get("over_start"))
     if not isinstance(start, dict) or number(start.get(metric)) is None or told is None:
         return ""
     is_doubtful = told[0] == "better than" and alarms(quality)
@@ -61,7 +61,7 @@ def is_start_released(quality: dict[str, Any]) -> bool:
     return isinstance(decision, dict) and decision.get("model") == START
 
 
-def better(gain: float, unseen: float = 0.0) -> str:
+def choose_better(gain: float, unseen: float = 0.0) -> str:
     """Return which model the rule selection.release = "better" releases: TRAINED, unless the start
     is better on the records that decide, and would be even if the trained model were right about
     every unit of the classes that these records lack.
@@ -98,7 +98,7 @@ def _over_start(quality: dict[str, Any]) -> Line | None:
     if not (claim := over_start(quality)):
         return None
     metric, gain = str(quality["metric"]), quality["gain"]
-    told = compared(metric, gain["over_start"])
+    told = judge_change(metric, gain["over_start"])
     assert told is not None  # over_start
     text = (
         f"the trained model is {claim} {PUBLIC} ({number(quality['start'][metric]):.4g}, for no "
@@ -115,7 +115,7 @@ def _over_base(quality: dict[str, Any]) -> Line | None:
     return Line("base", f"{who} is {claim}", good=claim.startswith("better than"))
 
 
-def _released(quality: dict[str, Any]) -> Line | None:
+def _describe_release(quality: dict[str, Any]) -> Line | None:
     decision = quality.get("released")
     if not isinstance(decision, dict) or "model" not in decision:
         return None

@@ -61,12 +61,14 @@ def markdown(report: dict[str, Any]) -> str:
         *teacher(report),
         *merged(report.get("merge") or {}, report.get("privacy") or {}),
         _private_quality(report) if report.get("private") else "",
-        _alone(report["quality"]["metric"], report["alone"]) if report.get("alone") else "",
+        _describe_alone(report["quality"]["metric"], report["alone"])
+        if report.get("alone")
+        else "",
         _sites(report.get("privacy") or {}) if report.get("private") else "",
         _ranks(report.get("lora_ranks") or {}),
         _rounds(report.get("rounds") or []) if ran else "",
         _wire(report.get("wire") or {}, report.get("rounds") or []),
-        _missing(report.get("rounds") or [], report.get("sites") or {}) if ran else "",
+        _list_missing(report.get("rounds") or [], report.get("sites") or {}) if ran else "",
         _absences(report.get("absences") or {}, len(report.get("rounds") or [])),
         _base(report),
         *provenance(report),
@@ -86,7 +88,7 @@ def _claim(report: dict[str, Any]) -> str:
     return (
         f"**This run is differentially private with ε = {epsilon} and δ = {delta} for {who} "
         f"(neighbouring data sets: {cell(p.get('relation'))}).**\n\n"
-        f"{_shared(p)}"
+        f"{_describe_shared(p)}"
         "## What it means\n\n"
         f"Somebody holds the updates that left the sites, the adapter, or text that it wrote, and "
         f"asks whether {protects(unit)} took part. Even an attacker who knows every other record "
@@ -102,7 +104,7 @@ def _claim(report: dict[str, Any]) -> str:
     )
 
 
-def _shared(privacy: dict[str, Any]) -> str:
+def _describe_shared(privacy: dict[str, Any]) -> str:
     """What ε rests on where sites shared noise, and what holds without it; or nothing."""
     whatever = fallback(privacy)
     if whatever is None:
@@ -189,7 +191,7 @@ def _held_out_table(report: dict[str, Any]) -> str:
     return f"\n\n### {cell(shown.title)}\n\n{table(map(cell, shown.head), rows)}\n\n{said}"
 
 
-def _alone(metric: str, alone: dict[str, float]) -> str:
+def _describe_alone(metric: str, alone: dict[str, float]) -> str:
     rows = [[cell(name), figure(value)] for name, value in sorted(alone.items())]
     told = (
         "The same study with one site, at the same ε. These figures are of runs of their own, "
@@ -304,7 +306,7 @@ def _bytes(by_site: Any) -> float:
     return float(sum(by_site.values()) if isinstance(by_site, dict) else by_site or 0)
 
 
-def _missing(rounds: list[dict[str, Any]], sites: dict[str, Any]) -> str:
+def _list_missing(rounds: list[dict[str, Any]], sites: dict[str, Any]) -> str:
     rounds_by_reason: dict[tuple[str, str], list[int]] = {}
     for r in rounds:
         late = {n: f"late: {why}" for n, why in (r.get("late") or {}).items()}

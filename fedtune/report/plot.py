@@ -77,7 +77,7 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
 
     points = _points(quality, metric)
     if not points:
-        return _empty(axes, "Quality", "not measured")
+        return _draw_empty(axes, "Quality", "not measured")
     rounds, values = zip(*points, strict=True)
     selected = [
         (row["round"], value)
@@ -180,7 +180,7 @@ def _epsilon(axes: Any, report: dict[str, Any]) -> None:
                 by_site.setdefault(name, [(0, 0.0)]).append((row["round"], n))
     unit = privacy.get("unit", "record")
     if final is None:
-        return _empty(axes, "ε", "not known")
+        return _draw_empty(axes, "ε", "not known")
     if not by_site:  # the rounds did not carry it: draw the one figure that is known
         last = max([1, *[int(row["round"]) for row in report.get("rounds") or []]])
         by_site = {"": [(last, final)]}
@@ -214,7 +214,7 @@ def _alarm(axes: Any) -> None:
     axes.set_yticks([])
 
 
-def _empty(axes: Any, title: str, text: str) -> None:
+def _draw_empty(axes: Any, title: str, text: str) -> None:
     axes.set_title(title, loc="left", color=INK)
     axes.text(0.5, 0.5, text, ha="center", va="center", color="#777777", transform=axes.transAxes)
     axes.set_xticks([])

@@ -77,13 +77,13 @@ def _rows(pairs: dict[str, Any]) -> list[tuple[str, str]]:
     kind = "implied-reward margin" if beta else "score margin"
     rows = [
         ("pairs in order", f"{_arrow(share)}, 95 % {_range(share.get('interval'))}"),
-        ("held-out loss", _changed(pairs.get("loss") or {})),
+        ("held-out loss", _describe_change(pairs.get("loss") or {})),
         (f"{kind}{beta}", f"{figure(margin.get('after'))}, 95 % {_range(margin.get('interval'))}"),
         ("of these above 0", figure(pairs.get("in_order"))),
     ]
     for key, name in (("chosen_logp", "better"), ("rejected_logp", "worse")):
         if key in pairs:
-            rows.append((f"{name} answers, nats per token", _changed(pairs[key])))
+            rows.append((f"{name} answers, nats per token", _describe_change(pairs[key])))
     if "kl" in pairs:
         rows.append(("KL from the base, nats per token", figure(pairs["kl"])))
     for key in ("longer", "shorter"):
@@ -101,7 +101,7 @@ def _arrow(pair: dict[str, Any]) -> str:
     return f"{figure(pair.get('before'))} → {figure(pair.get('after'))}"
 
 
-def _changed(pair: dict[str, Any]) -> str:
+def _describe_change(pair: dict[str, Any]) -> str:
     return f"{_arrow(pair)}, change {_range(pair.get('change'), '+')}"
 
 

@@ -11,12 +11,12 @@ SHOWN = 16  # digits of a signing key; report.json has them all
 
 def section(report: dict[str, Any]) -> list[str]:
     """Render the sections "ran", "settings" and "signed"; [] where a report has none of them."""
-    parts = [_settings(report.get("settings") or {}), _signed(report.get("signed") or {})]
-    parts.append(_ran(report.get("ran") or {}))
+    parts = [_settings(report.get("settings") or {}), _describe_signed(report.get("signed") or {})]
+    parts.append(_describe_run(report.get("ran") or {}))
     return [part for part in parts if part]
 
 
-def _ran(ran: dict[str, Any]) -> str:
+def _describe_run(ran: dict[str, Any]) -> str:
     machine, versions = ran.get("machine") or {}, ran.get("versions") or {}
     rows = [
         [words, cell(value)]
@@ -58,7 +58,7 @@ def _rate(settings: dict[str, Any]) -> str:
     return figure(settings.get("learning_rate"))
 
 
-def _signed(signed: dict[str, Any]) -> str:
+def _describe_signed(signed: dict[str, Any]) -> str:
     if not signed:
         return ""
     rows = [

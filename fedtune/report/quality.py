@@ -56,7 +56,7 @@ def section(report: dict[str, Any]) -> str:
         + table(head, rows)
         + _pairs(quality)
         + (f"\n\n{by_class}" if (by_class := classes(quality)) else "")
-        + _selected(quality)
+        + _describe_selection(quality)
         + "\n\n![Quality and ε by round](progress.png)"
     )
 
@@ -122,7 +122,7 @@ def _between(bound: list[float] | None, key: str) -> str:
     return f" ({bound[0]:{sign}.4g} to {bound[1]:{sign}.4g})"
 
 
-def _selected(quality: dict[str, Any]) -> str:
+def _describe_selection(quality: dict[str, Any]) -> str:
     """How far the coordinator let each round move the adapter; a paragraph, or nothing."""
     rounds = quality.get("selection")
     if not isinstance(rounds, list) or not rounds:

@@ -32,7 +32,7 @@ def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
     return last if resume else fresh
 
 
-def finished(study: Study, runs: Path = RUNS) -> Path | None:
+def find_finished(study: Study, runs: Path = RUNS) -> Path | None:
     """Find the newest finished run of this study under `runs`, whatever digests were filled in
     when it started; None for a study without a last round."""
     name = study.study.name
@@ -58,7 +58,7 @@ def with_digests_of(study: Study, plan: Study) -> Study:
     itself where it is of this study."""
     from fedtune.core.dp.calibration import with_rounds
 
-    tables = _pinned(study.model_dump(mode="json"), plan.model_dump(mode="json"))
+    tables = _fill_digests(study.model_dump(mode="json"), plan.model_dump(mode="json"))
     return with_rounds(type(study).model_validate_json(json.dumps(tables)))
 
 
@@ -77,14 +77,14 @@ def stopped_line(run: Path) -> str:
     )
 
 
-def _pinned(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """Fill in the digests that a plan has and its study.toml leaves open."""
     # A digest that is left out of a study's JSON while it is open is in its plan's.
     filled = tables | {key: None for key in plan.keys() - tables.keys() if key.endswith("digest")}
     for key, value in filled.items():
         theirs = plan.get(key)
         if isinstance(value, dict) and isinstance(theirs, dict):
-            filled[key] = _pinned(value, theirs)
+            filled[key] = _fill_digests(value, theirs)
         elif value is None and key.endswith("digest"):
             filled[key] = theirs
     return filled
@@ -95,7 +95,7 @@ def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = R
     has something to do. `out`, `resume`, `runs`: as of new_run."""
     run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
     if run is None:
-        return finished(study, runs)
+        return find_finished(study, runs)
     return run if is_finished(run, study) else None
 
 
@@ -120,7 +120,7 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
 
     Errors: ConfigError where no folder was named and this study is finished: run again it would be
     refused, or charged twice."""
-    if out is None and not resume and (run := finished(study, runs)):
+    if out is None and not resume and (run := find_finished(study, runs)):
         raise ConfigError(
             f"this study is finished; {run} is there",
             todo=f"read {run}/report.md. Another study: change study.toml (study.name names its "

@@ -87,7 +87,7 @@ class Run:
 
         Errors: InputError."""
         path = self.folder / "metrics.jsonl"
-        rows = [*map(_flat, reading.json_lines_in(path, "the metrics of a run", PRINTED))]
+        rows = [*map(_flatten, reading.json_lines_in(path, "the metrics of a run", PRINTED))]
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: [row.get(name) for row in rows] for name in names}
 
@@ -133,7 +133,7 @@ class Run:
         return f"{name}: {metric} {before.get(metric):.3g} → {after[metric]:.3g}{added}{warned}"
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
+def _flatten(row: dict[str, Any]) -> dict[str, Any]:
     """Flatten a round's figures to one name each: those of {"epsilon": {"north": …}} by
     "epsilon.north"."""
     flat: dict[str, Any] = {}

@@ -85,7 +85,7 @@ class Roster:
     def __post_init__(self) -> None:
         self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
 
-    def willing(self) -> list[str]:
+    def list_willing(self) -> list[str]:
         """Return the admitted sites that have not refused since, by name."""
         return sorted(set(self.nodes) - set(self.refused))
 
@@ -121,14 +121,14 @@ class Roster:
 
     def raise_if_refused(self) -> None:
         """Raise Refused where refusals alone put strategy.min_sites out of reach."""
-        reachable = len({*self.willing(), *self.absent, *self.waiting})
+        reachable = len({*self.list_willing(), *self.absent, *self.waiting})
         if self.refused and reachable < self.study.strategy.min_sites:
             raise self.too_few(Refused)
 
     def too_few(self, kind: type[FedtuneError]) -> FedtuneError:
         """Build the error that lists the missing sites with their reasons."""
         least = self.study.strategy.min_sites
-        return too_few(kind, len(self.willing()), self.out(), least)
+        return too_few(kind, len(self.list_willing()), self.out(), least)
 
     def prepare(self, nodes: Iterable[int]) -> None:
         """Send the plan to `nodes` and note who admits it."""
@@ -368,7 +368,7 @@ def outcome(
         reported = status if status in ("refused", "unprepared", "void", WAITING) else "failed"
         return Outcome(str(reported), clean(site.get("reason")) or "no reason given")
     try:
-        ledger, evidence = _opened(site, arrays, key, expected)
+        ledger, evidence = _open_update(site, arrays, key, expected)
         update = read(arrays) if read else _numbers(arrays, like, encoding, longest)
         events = _events(site.get("events")) if private else []
         _check_log(events, steps_before, terms)
@@ -383,13 +383,13 @@ class _DroppedUpdate(Exception):
     """An update is dropped, for this reason."""
 
 
-def _opened(
+def _open_update(
     site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Verify a sealed update; return its ledger statement, and what proves later that the site sent
     it. Errors: SealError."""
     digest = seal.arrays_digest(bodies(arrays))
-    ledger = seal.opened(site, key, replace(expected, body=seal.digest_of(digest, site)))
+    ledger = seal.open_seal(site, key, replace(expected, body=seal.digest_of(digest, site)))
     sealed = {name: site[name] for name in seal.OUTSIDE}
     return ledger, sealed | {"arrays": digest, "said": seal.texts_of(site)}
 

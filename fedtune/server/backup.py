@@ -59,7 +59,7 @@ def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> 
     if os.path.lexists(to):
         raise InputError(f"{to}: exists", "a new file", "choose another with --to")
     home_with_ca(home)
-    files = _public(study, plan) | _home(home)
+    files = _collect_public(study, plan) | _home(home)
     links: dict[str, str] = {}
     if run is not None:
         _check_run(run)
@@ -74,7 +74,7 @@ def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> 
         "links": links,
     }
     content = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    with drafted(to) as draft, open(draft, "xb", opener=_private) as sink:
+    with drafted(to) as draft, open(draft, "xb", opener=_open_private) as sink:
         with tarfile.open(fileobj=sink, mode="w") as archive:
             for name, body in ({MANIFEST: content} | files).items():
                 entry = tarfile.TarInfo(name)
@@ -115,7 +115,7 @@ def refuse_second(home: Path) -> None:
     address = reading.text(home / "address", "where sites connect", "give it with --name").strip()
     try:
         host, port = host_and_port(address)
-        leaf = tls.presented(
+        leaf = tls.fetch_certificate(
             lambda context: asyncio.open_connection(host, port, ssl=context), address
         )
         leaf.verify_directly_issued_by(certs.ca(home)[1])
@@ -151,7 +151,7 @@ def home_with_ca(home: Path) -> Path:
     return home
 
 
-def _public(study: Study, plan: Path) -> Files:
+def _collect_public(study: Study, plan: Path) -> Files:
     """study.toml, and the files that it names in its own folder."""
     named = [t.path for t in (study.evaluation, study.selection, study.public) if t]
     folder = plan.resolve().parent
@@ -196,7 +196,7 @@ def _at_rest(run: Path) -> tuple[Files, str]:
             }
         except FileNotFoundError:  # a round was kept meanwhile, and an older one removed
             index, files = {}, {}
-        if files and before == _snapshot(database) and _whole(database, files, before):
+        if files and before == _snapshot(database) and _has_all_arrays(database, files, before):
             # An index that is older than the folders it names is one that a crash leaves.
             files |= {str(p.relative_to(run)): content for p, content in index.items()}
             return files | ({f"{FOLDER}/{DATABASE}": before} if before else {}), link
@@ -225,7 +225,7 @@ def _snapshot(database: Path) -> bytes:
         return copy
 
 
-def _whole(path: Path, files: Files, database: bytes) -> bool:
+def _has_all_arrays(path: Path, files: Files, database: bytes) -> bool:
     """Return whether the arrays that the database names are there, by sha256.
 
     Errors: CheckpointError where it is no checkpoint's."""
@@ -287,10 +287,10 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
 def _plain(name: str) -> bool:
     """Whether a name stays in the folder that it is put into, and a file can have it."""
     path = PurePosixPath(name)
-    if reading.unusable(name) or not name.isprintable():
+    if reading.refuse_path(name) or not name.isprintable():
         return False
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def _private(path: str, flags: int) -> int:
+def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)

@@ -103,17 +103,17 @@ def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float
     decay = eta * t.weight_decay * start
     powers = c ** np.arange(t.local_steps, dtype=np.float64)
     total = float(np.abs(powers).sum())
-    chi = math.sqrt(_squared(1.0, dimension, 0.0, math.log(2 / FAILURE)))
+    chi = math.sqrt(_bound_squared_norm(1.0, dimension, 0.0, math.log(2 / FAILURE)))
     at_once = noise * math.sqrt(float((powers**2).sum())) * chi + total * drift
     at_once += decay * abs(float(powers.sum()))
     stepwise = 0.0
     for _ in range(t.local_steps):
         mean = abs(c) * stepwise + drift + decay
-        stepwise = math.sqrt(_squared(noise, dimension, mean, x))
+        stepwise = math.sqrt(_bound_squared_norm(noise, dimension, mean, x))
     return min(at_once, stepwise), total
 
 
-def _squared(deviation: float, dimension: int, mean: float, x: float) -> float:
+def _bound_squared_norm(deviation: float, dimension: int, mean: float, x: float) -> float:
     """Return a value that ‖mean + N(0, deviation² I)‖² exceeds with probability at most e⁻ˣ."""
     center, spread = deviation**2 * dimension, deviation * math.sqrt(x)
     return center + mean**2 + 2 * spread * math.sqrt(center + 2 * mean**2) + 2 * spread**2

@@ -66,7 +66,7 @@ class Continuous:
                 self._evaluator = self.parts.evaluator(self.progress.study, self.progress.frozen)
                 self._public = public
                 contents = self.parts.contents(self.evaluation)
-                self._looked.files[public] = self._looked.keyed(contents)
+                self._looked.files[public] = self._looked.key_digests(contents)
             except DataError:
                 if self._evaluator is None:
                     raise
@@ -138,7 +138,7 @@ class Continuous:
         if self._looked.apart is None:
             public = taught_by(self.progress.study)
             taught = self.parts.contents(public) if public else ()
-            self._looked.apart = self._looked.keyed(taught)
+            self._looked.apart = self._looked.key_digests(taught)
         self._looked.note()
 
     def report(self) -> dict[str, Any]:

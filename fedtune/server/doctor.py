@@ -18,7 +18,7 @@ from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.calibration import resolve, with_rounds
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.core.files import reading
-from fedtune.core.processes import own_name, reachable
+from fedtune.core.processes import is_reachable, own_name
 from fedtune.doctor import machine, tls
 from fedtune.doctor.machine import Check, Finding, findings
 from fedtune.flower import certs, enrol
@@ -115,7 +115,7 @@ def _for_study(study: Study, place: Place) -> Iterator[Finding]:
 def _consortium(place: Place) -> Iterator[Finding]:
     """Check the CA, the gateway's certificate, the keys and the registry."""
     home = place.home
-    yield from findings([("secrets", lambda: _private(home))])
+    yield from findings([("secrets", lambda: _check_private(home))])
     try:
         authority = certs.certificate_in(home / "ca.pem", RESTORE)
         yield from findings([("CA", lambda: _ca(authority)), ("clock", lambda: _clock(home))])
@@ -131,7 +131,7 @@ def _consortium(place: Place) -> Iterator[Finding]:
     yield from findings(listed)
 
 
-def _private(home: Path) -> str:
+def _check_private(home: Path) -> str:
     names = ("ca.pem", "server.pem", "signing.key", "flower/executor.secret", "flower/loopback.key")
     return machine.secrets(home / name for name in names)
 
@@ -158,7 +158,7 @@ def _sites(home: Path) -> str:
         leaf = enrol.leaf_of(home, record)
         if leaf is None:
             continue
-        remaining = leaf.not_valid_after_utc - certs.now()
+        remaining = leaf.not_valid_after_utc - certs.read_clock()
         if remaining < timedelta(0):
             raise ConfigError(
                 f"{name}: its certificate ran out on {leaf.not_valid_after_utc:%Y-%m-%d}",
@@ -170,7 +170,7 @@ def _sites(home: Path) -> str:
                 "was not renewed",
                 todo=f"ask {name} to start `fedtune client`, which renews it by itself",
             )
-    gone = {record.name for record in enrol.revoked(home)} - set(admitted)
+    gone = {record.name for record in enrol.list_revoked(home)} - set(admitted)
     return f"{len(admitted)} admitted ({', '.join(admitted) or 'nobody'}), {len(gone)} revoked"
 
 
@@ -178,7 +178,7 @@ def _port(place: Place) -> str:
     """Check that the port is free or this gateway's. Errors: InfrastructureError."""
     host, port = place.host, place.port
     at = address_of(host, port)
-    if not reachable(own_name(host), port):
+    if not is_reachable(own_name(host), port):
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             socket.create_server((host, port), family=family).close()
@@ -189,7 +189,7 @@ def _port(place: Place) -> str:
                 todo="choose another with --host or --port",
             ) from None
         return f"{at}: free"
-    shown = tls.presented(
+    shown = tls.fetch_certificate(
         lambda context: asyncio.open_connection(own_name(host), port, ssl=context), at
     )
     file = place.home / "server.pem"

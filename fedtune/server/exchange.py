@@ -88,7 +88,7 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
         count = len(waiting)
         replies.announce(waiting.values())
         for node in list(waiting):
-            reply = _pulled(node, waiting[node], most)
+            reply = _pull_answer(node, waiting[node], most)
             if reply is not None:
                 del waiting[node]
                 yield reply
@@ -103,7 +103,7 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
             return
 
 
-def _pulled(node: int, answer: replies.Answer, most: int) -> Reply | None:
+def _pull_answer(node: int, answer: replies.Answer, most: int) -> Reply | None:
     """Pull a node's answer, if it arrived. One at a time: Flower loses all that it pulled beside a
     message that it cannot read, and two large answers need not be held together."""
     try:

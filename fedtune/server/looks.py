@@ -45,7 +45,7 @@ class Looked:
             self.files = {name: frozenset(each) for name, each in found["files"].items()}
             self.apart = frozenset(found["apart"])
 
-    def keyed(self, digests: Collection[str]) -> frozenset[str]:
+    def key_digests(self, digests: Collection[str]) -> frozenset[str]:
         """Return records' digests under this run's key. Errors: InfrastructureError."""
         path = self._out / KEY
         if not path.exists():

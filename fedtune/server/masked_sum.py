@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.core.secagg.masks import Words, centred, dtype_of
+from fedtune.core.secagg.masks import Words, centre_words, dtype_of
 from fedtune.core.secagg.statement import Ready
 
 
@@ -37,4 +37,4 @@ class MaskedSum:
         there is uniform noise."""
         if self.missing:
             raise ValueError("words of the set are missing")
-        return centred(self._total)
+        return centre_words(self._total)

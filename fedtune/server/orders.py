@@ -77,13 +77,15 @@ def exchange(
     told, held = list[str](), list[str]()  # who got the plan again just now; who waits
     while True:
         nonce, named = secrets.token_hex(16), {roster.nodes[name]: name for name in names}
-        orders = {node: _signed(key, order, name, nonce, beside) for node, name in named.items()}
+        orders = {
+            node: _sign_order(key, order, name, nonce, beside) for node, name in named.items()
+        }
         contents = {
             node: RecordDict({"order": record, **shared}) for node, record in orders.items()
         }
         unprepared = list[str]()
         answers = roster.ask(order.kind, contents, order.group, order.arrays)
-        for reply in _counted(answers, len(contents)):
+        for reply in _count_answers(answers, len(contents)):
             name = named[reply.node]
             sent = shared_bytes + size(RecordDict({"order": orders[reply.node]}))
             expected = _header(progress, key, order.round, name, nonce)
@@ -94,19 +96,19 @@ def exchange(
                 held.append(name)
         if told := unprepared:
             roster.prepare(roster.nodes[name] for name in unprepared)
-            names = [name for name in unprepared if name in roster.willing()]
+            names = [name for name in unprepared if name in roster.list_willing()]
             continue
         waited = time.monotonic() - began
         if not held or waited + before_asking(waited) >= wait:
             return
         time.sleep(before_asking(waited))
         roster.join()
-        there = roster.willing()
+        there = roster.list_willing()
         names = [name for name in held if name in there]
         held = [name for name in held if name not in there and name not in roster.refused]
 
 
-def _counted(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
+def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
     """Yield the answers; where a site works in this process, what it reports says which it is."""
     for number in itertools.count(1):
         with stage(f"site {number} of {sites}"):
@@ -134,7 +136,7 @@ def _digest_beside(shared: RecordDict) -> str:
     return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))
 
 
-def _signed(key: SigningKey, order: Order, name: str, nonce: str, beside: str) -> ConfigRecord:
+def _sign_order(key: SigningKey, order: Order, name: str, nonce: str, beside: str) -> ConfigRecord:
     receipt = order.receipt(name)
     text = json.dumps(receipt) if receipt else ""
     signed = seal.order(key, order.plan, order.round, nonce, text, order.attempt, beside=beside)

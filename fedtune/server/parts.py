@@ -64,12 +64,12 @@ def _start(study: Study) -> Started:
     from fedtune.evaluation.evaluator import check_evaluation
     from fedtune.evaluation.selection import check_apart
     from fedtune.public.start import start
-    from fedtune.server.step import selecting
+    from fedtune.server.step import replace_evaluation
 
     check_evaluation(study)  # in seconds; A from public text takes minutes
     check_apart(study)
     if study.selection:
-        check_evaluation(selecting(study))
+        check_evaluation(replace_evaluation(study))
     with stage("before the rounds"):
         return start(study)
 
@@ -80,7 +80,7 @@ def _evaluator(study: Study, frozen: Arrays) -> Measures:
     return Evaluator(study, frozen)
 
 
-def _expected(
+def _foretell_gain(
     study: Study, known: State, sizes: Sequence[int], shares: Mapping[str, float], records: int
 ) -> Expected | None:
     from fedtune.evaluation.before_paying import foretell
@@ -208,7 +208,7 @@ class Dependencies:
     epsilon: Callable[[Events, float], float] = _epsilon
     budget: Callable[[Study, int], Mechanism] = _budget
     expected: Callable[[Study, State, Sequence[int], Mapping[str, float], int], Expected | None] = (
-        _expected
+        _foretell_gain
     )
     accountant: Callable[[], str] = _accountant
     engine: Callable[[Study], str] = _engine

@@ -22,7 +22,7 @@ CPU = Path("/proc/cpuinfo")
 UTC_SECONDS = "%Y-%m-%dT%H:%M:%SZ"
 
 
-def clocked(started: float) -> dict[str, Any]:
+def clock_round(started: float) -> dict[str, Any]:
     """Return how long a round took since `started` (monotonic), and when it ended (UTC).
 
     >>> sorted(clocked(0.0))
@@ -32,13 +32,13 @@ def clocked(started: float) -> dict[str, Any]:
     return {"seconds": round(time.monotonic() - started, 3), "ended": ended}
 
 
-def made(progress: Progress) -> dict[str, Any]:
+def describe_provenance(progress: Progress) -> dict[str, Any]:
     """Return a report's sections "ran" (times, machine, versions), "settings" (of the plan) and
     "signed" (by site: what it declared, its key, in how many rounds its signed update counted)."""
     return {
         "ran": _times(progress.history) | {"machine": machine(), "versions": versions()},
         "settings": _settings(progress),
-        "signed": _signed(progress),
+        "signed": _describe_signers(progress),
     }
 
 
@@ -108,7 +108,7 @@ def _settings(progress: Progress) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact not in (None, {})}
 
 
-def _signed(progress: Progress) -> dict[str, Any]:
+def _describe_signers(progress: Progress) -> dict[str, Any]:
     rounds = [entry["participants"] for entry in progress.history]
     return {
         name: {

@@ -30,7 +30,7 @@ class Queries:
         self.progress, self.roster, self.key = progress, roster, key
         self.study = progress.study
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Return whether the plan has a query after the last round that was not made yet."""
         return self.progress.phase is Phase.KEPT and self.progress.round in self.study.queries
 
@@ -51,12 +51,15 @@ class Queries:
             self.progress.receipts.get,
         )
         take = partial(self._take, entry, answers, missing)
-        exchange(self.progress, self.roster, self.key, self.roster.willing(), order, take)
+        exchange(self.progress, self.roster, self.key, self.roster.list_willing(), order, take)
         for name, answer in answers.items():
             self.progress.queries[name] = answer.events
             self.progress.receipts[name] = seal.receipt(self.key, answer.ledger)
             entry.setdefault("query_evidence", {})[name] = answer.evidence
-        pool = pooled(answers.values(), self.score) | {"sites": sorted(answers), "missing": missing}
+        pool = pool_answers(answers.values(), self.score) | {
+            "sites": sorted(answers),
+            "missing": missing,
+        }
         if answers:
             pool["table"] = self._table(answers)
         entry["private_quality"] = pool
@@ -123,7 +126,7 @@ class Queries:
         )
 
 
-def pooled(answers: Iterable[Outcome], score: str = "likelihood") -> dict[str, float | None]:
+def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[str, float | None]:
     """Pool the answers: the mean score over all units of all sites, and the noise's standard
     deviation in it, to first order (delta method): √(v · (1 + r²)) / n, for the ratio r of two sums
     whose noise has variance v each, n the pooled count. It leaves out the records' sampling error.

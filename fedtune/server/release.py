@@ -10,7 +10,7 @@ from typing import Any
 from fedtune.core.config import Study
 from fedtune.core.progress import stage
 from fedtune.core.registry.metrics import METRICS
-from fedtune.report.gain import START, TRAINED, better
+from fedtune.report.gain import START, TRAINED, choose_better
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
 from fedtune.server.summary import counts_are_told
@@ -35,7 +35,7 @@ def decide(
         return {}
     if study.selection.release == "trained":
         return {"model": TRAINED, "why": "as the plan says, whatever the public start gives"}
-    unseen = _unseen(study, selector, figures if counts_are_told(progress) else None)
+    unseen = _compute_unseen_share(study, selector, figures if counts_are_told(progress) else None)
     names = ", ".join(selector.lacking)
     if unseen is None:
         why = f"the selection records cannot see what is learnt of {names}, of which they have none"
@@ -46,7 +46,7 @@ def decide(
             for adapter in (progress.origin, progress.adapter)
         )
     gain = (after - before) if METRICS[_metric(study)].higher_is_better else (before - after)
-    model = better(gain, unseen)
+    model = choose_better(gain, unseen)
     verdict = "better" if gain > 0 else "no worse" if gain == 0 else "worse"
     why = f"on the selection records the trained model is {verdict} than its public start"
     if unseen and gain < 0:
@@ -65,7 +65,9 @@ def decide(
     return decision
 
 
-def _unseen(study: Study, selector: Measures, figures: ClassFigures | None) -> float | None:
+def _compute_unseen_share(
+    study: Study, selector: Measures, figures: ClassFigures | None
+) -> float | None:
     """Return the noised share of units in classes that the selection records lack; None where it is
     not known, or not comparable with the metric."""
     if not selector.lacking:

@@ -109,7 +109,7 @@ class _Run:
             partial(parts.enrolled, grid) if parts.enrolled else None,
             partial(parts.expect, grid),
             summary.lora_ranks(progress.history),
-            *summary.stated(progress.history),
+            *summary.collect_declarations(progress.history),
         )
         self.queries = Queries(self.progress, self.roster, self.settings.key)
         own = (self.settings, self.limits, strategy, self._receipt, self._save, self._on_status)
@@ -121,7 +121,7 @@ class _Run:
             self.continuous = Continuous(out, progress, parts, self._event)
         elif self.study.evaluation:
             self._evaluator = parts.evaluator(self.study, progress.frozen)
-        chosen_on = step.selecting(self.study) if self.study.selection else None
+        chosen_on = step.replace_evaluation(self.study) if self.study.selection else None
         self._selector = parts.evaluator(chosen_on, progress.frozen) if chosen_on else None
 
     @property
@@ -143,14 +143,14 @@ class _Run:
         self._event("start", study=self.study.study.name, plan_digest=self.study.digest, done=done)
         if not self._is_over:
             self._admit()
-            self._event("planned", **summary.planned(self.progress, self.roster, self.parts))
+            self._event("planned", **summary.describe_plan(self.progress, self.roster, self.parts))
         if fresh:
             self._foretell()
         write_plan(self.out, self.study)
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
             self._save()
-        if self.queries.due():  # the run broke off between a round and the query after it
+        if self.queries.is_due():  # the run broke off between a round and the query after it
             self.roster.join()
             self._query()
         store.write_metrics(self.out, self.progress.history)
@@ -170,7 +170,7 @@ class _Run:
 
         Errors: ConfigError where that is nothing, and records would be private."""
         sizes, records = self.progress.sizes, len(self._evaluator) if self._evaluator else 0
-        names = self.roster.willing()
+        names = self.roster.list_willing()
         shares, known = self.settings.shares, self.progress.strategy
         expected = self.parts.expected(
             self.study, known, [sizes[name] for name in names], shares, records
@@ -219,7 +219,7 @@ class _Run:
         began, told = time.monotonic(), set[str]()
         while True:
             self.roster.join()
-            if len(self.roster.willing()) >= self.table.min_sites:
+            if len(self.roster.list_willing()) >= self.table.min_sites:
                 return
             late = time.monotonic() - began >= self.settings.patience
             if late and self.roster.refused:
@@ -251,7 +251,7 @@ class _Run:
                 time.sleep(self.settings.pause * attempt)
             self.roster.join()
             self.roster.raise_if_refused()
-            if len({*self.roster.willing(), *tally.participants}) < least:
+            if len({*self.roster.list_willing(), *tally.participants}) < least:
                 continue  # nobody spends budget on a round that cannot count
             if self.progress.phase is not Phase.ASKED:
                 self._enter(Phase.ASKED)
@@ -271,7 +271,7 @@ class _Run:
     def _choose(self, tally: Tally) -> list[str]:
         """Draw the sites to ask from the willing, with the public seed; on a retry, prefer those
         that did not fail. The draw is public, so it never counts as amplification."""
-        willing = self.roster.willing()
+        willing = self.roster.list_willing()
         target = max(self.table.min_sites, math.ceil(self.table.fraction * len(willing) - 1e-9))
         seed = f"{self.study.study.seed}:{tally.number}"
         order = random.Random(seed).sample(willing, len(willing))
@@ -345,19 +345,21 @@ class _Run:
         """Return the largest weight of a site, whatever it declares; constant within a round."""
         if not tally.largest:
             sizes = self.progress.sizes
-            tally.largest = LARGEST * median_low(sizes[name] for name in self.roster.willing())
+            tally.largest = LARGEST * median_low(sizes[name] for name in self.roster.list_willing())
         return tally.largest
 
     def _cap_reason(self, name: str, weight: int, declared: int) -> str:
         reported = any(name in entry.get("weights", {}) for entry in self.progress.history)
-        return "" if reported else summary.capped(weight, declared)
+        return "" if reported else summary.describe_cap(weight, declared)
 
     def _keep(self, tally: Tally) -> None:
         """Apply the round's mean update, measure the adapter and save the checkpoint."""
         progress, number, roster = self.progress, tally.number, self.roster
         if self.strategy.of_statistics:
             self.strategy.describe_round(*self._noise_of_mean(tally))
-        adapter = preconditioner.stepped(self.strategy.apply, progress.adapter, progress.frozen)
+        adapter = preconditioner.step_adapter(
+            self.strategy.apply, progress.adapter, progress.frozen
+        )
         if not all(np.isfinite(array).all() for array in adapter.values()):
             raise InfrastructureError(f"round {number}: the aggregate is not finite")
         extra: dict[str, Any] = {}
@@ -378,7 +380,7 @@ class _Run:
             "epsilon": summary.epsilons(progress, self.parts),
             "bytes_up": dict(sorted(roster.up.items())),
             "bytes_down": dict(sorted(roster.down.items())),
-            **provenance.clocked(tally.started),
+            **provenance.clock_round(tally.started),
         }
         if ranks := roster.lora_ranks:  # empty where the plan leaves sites no choice
             entry["lora_ranks"] = {name: ranks[name] for name in sorted(tally.participants)}
@@ -391,7 +393,7 @@ class _Run:
         progress.history.append(entry)
         entry["quality"] = self._measure(number)
         self._enter(Phase.KEPT)
-        if self.queries.due():
+        if self.queries.is_due():
             self._query()
         store.write_metrics(self.out, progress.history)
         moved = sum(entry["bytes_up"].values()) + sum(entry["bytes_down"].values())
@@ -473,7 +475,9 @@ class _Run:
         if not self.settings.ca:  # no consortium's: `fedtune verify` goes by the same
             report["simulation"] = True
         if self._evaluator:
-            report["quality"] |= summary.judged(self.progress, self._evaluator, self._selector)
+            report["quality"] |= summary.judge_adapter(
+                self.progress, self._evaluator, self._selector
+            )
         if self._decision:
             report["quality"]["released"] = self._decision
         if self._evaluator and is_start_released(report["quality"]):

@@ -100,18 +100,18 @@ class SecureRound:
         exchange(*self._parties(), names, order, partial(self._take_ready, tally, draw))
 
     def _take_ready(self, tally: Tally, draw: Draw, answer: Answer) -> str:
-        read = partial(_agreed, {})
-        result = self._checked(answer, read, record="ready", done="ready")
+        read = partial(_unpack_agreed, {})
+        result = self._check_reply(answer, read, record="ready", done="ready")
         statements = self.progress.attempt["statements"]
         if result.status == "ready":
-            result = self._stated(answer.name, draw, result)
+            result = self._check_statement(answer.name, draw, result)
         if result.status == "ready":
             statements[answer.name] = result.evidence["said"]["ready"]
             self.progress.receipts[answer.name] = seal.receipt(self.settings.key, result.ledger)
             tally.missing.pop(answer.name, None)
-        return self._told(tally, answer, result)
+        return self._note_reply(tally, answer, result)
 
-    def _stated(self, name: str, draw: Draw, result: Outcome) -> Outcome:
+    def _check_statement(self, name: str, draw: Draw, result: Outcome) -> Outcome:
         """Check that a site's statement is about this draw, and says of it what it was admitted
         with."""
         try:
@@ -143,7 +143,7 @@ class SecureRound:
             if repeat:
                 time.sleep(self.settings.pause * repeat)
                 self.roster.join()
-            reachable = [name for name in words.missing if name in self.roster.willing()]
+            reachable = [name for name in words.missing if name in self.roster.list_willing()]
             take = partial(self._take_words, tally, words, evidence, set_digest(statements))
             exchange(*self._parties(), reachable, order, take)
             if not words.missing:
@@ -175,8 +175,8 @@ class SecureRound:
             self.on_status(name, "dropped", "its words are counted already", tally.number)
             return "dropped"
         form = Form(np.dtype(dtype_of(words.bits)).name, (self._dimension,))
-        read = partial(_agreed, {VALUES: form})
-        result = self._checked(answer, read, record="update", done="masked")
+        read = partial(_unpack_agreed, {VALUES: form})
+        result = self._check_reply(answer, read, record="update", done="masked")
         if result.status == "masked" and result.evidence["said"].get("set") != chosen:
             result = Outcome("dropped", "its words are masked for another set of sites")
         if result.status == "masked":
@@ -184,7 +184,7 @@ class SecureRound:
             evidence[name] = replace(result, update={})
             self.progress.receipts[name] = seal.receipt(self.settings.key, result.ledger)
             tally.missing.pop(name, None)
-        return self._told(tally, answer, result)
+        return self._note_reply(tally, answer, result)
 
     # -------------------------------------------------------------------------------------- open
 
@@ -192,13 +192,13 @@ class SecureRound:
         """Take the optimiser's step on the opened sum, and count the sites of the set."""
         sites, total = self._weights(tally, list(words.statements)), words.open()
         if np.abs(total.astype(np.float64)).max(initial=0) >= 2 ** (words.bits - 2):
-            self._poisoned(tally.number, "is outside the range of its words")
+            self._refuse_sum(tally.number, "is outside the range of its words")
         rate, sigma = self._mechanism()
         divisor = rate * self.study.records_per_draw * sum(sites.values())
         flat = total.astype(np.float64) * (grid_of(self.study, sigma, self._dimension) / divisor)
-        update = stepped(self.study, self._split(flat), self._like, tally.number)
-        if codec.length(update) > self._longest(len(sites), rate, sigma, divisor):
-            self._poisoned(tally.number, "is longer than the plan's noise and clipping allow")
+        update = step_adapter(self.study, self._split(flat), self._like, tally.number)
+        if codec.length(update) > self._bound_norm(len(sites), rate, sigma, divisor):
+            self._refuse_sum(tally.number, "is longer than the plan's noise and clipping allow")
         self.strategy.add(update, 1.0)
         self._begin(tally.number, self.progress.attempt["number"])
         for name, result in sorted(evidence.items()):
@@ -213,7 +213,7 @@ class SecureRound:
         tally.weights |= {name: most for name in names if sizes[name] > most}
         return {name: min(sizes[name], most) for name in names}
 
-    def _longest(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
+    def _bound_norm(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
         """Bound the norm of an honest step: the noise of all sites, and all units' rows."""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
@@ -230,7 +230,7 @@ class SecureRound:
         start = codec.length(self.progress.adapter)
         return ROUNDING * norm_bound(self.study, joint, self._dimension, start)
 
-    def _poisoned(self, number: int, what: str) -> NoReturn:
+    def _refuse_sum(self, number: int, what: str) -> NoReturn:
         self._begin(number, self.progress.attempt["number"] + 1)  # or --resume would open it again
         self.save()
         raise InfrastructureError(
@@ -242,7 +242,7 @@ class SecureRound:
 
     # ------------------------------------------------------------------------------------ helpers
 
-    def _checked(
+    def _check_reply(
         self, answer: Answer, read: Callable[[ArrayRecord], Arrays], *, record: str, done: str
     ) -> Outcome:
         """Validate a reply: its seal, its arrays and its log."""
@@ -259,7 +259,7 @@ class SecureRound:
             return Outcome("refused", NOT_ENROLLED)
         return result
 
-    def _told(self, tally: Tally, answer: Answer, result: Outcome) -> str:
+    def _note_reply(self, tally: Tally, answer: Answer, result: Outcome) -> str:
         """Note what became of a reply."""
         name = answer.name
         if result.status not in ("ready", "masked"):
@@ -333,12 +333,12 @@ class SecureRound:
         return parts
 
 
-def _agreed(forms: dict[str, Form], arrays: ArrayRecord) -> Arrays:
+def _unpack_agreed(forms: dict[str, Form], arrays: ArrayRecord) -> Arrays:
     check_agreed(arrays, forms)
     return unpack_arrays(arrays)
 
 
-def stepped(
+def step_adapter(
     study: Study,
     gradient: dict[str, npt.NDArray[np.float64]],
     adapter: Arrays,

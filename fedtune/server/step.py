@@ -26,7 +26,7 @@ SHRINK, LEAST = 2**-0.5, 0.01  # what is kept of the past is tried by these step
 TOLERANCE = 1e-4  # of the loss: lowering it by less is no step
 
 
-def selecting(study: Study) -> Study:
+def replace_evaluation(study: Study) -> Study:
     """Replace a study's [evaluation] by its [selection] records, to be measured alike."""
     table, asked = study.selection, study.evaluation
     assert table is not None
@@ -53,7 +53,7 @@ def choose(
 
     def loss(keep: float, factor: float) -> float:
         if (keep, factor) not in measured:
-            candidate = _combined(origin, adapter, proposed, keep, factor)
+            candidate = _combine(origin, adapter, proposed, keep, factor)
             try:
                 with stage(f"choosing the step, length {next(tries)}"):
                     measured[keep, factor] = evaluator.measure(candidate)
@@ -73,7 +73,7 @@ def choose(
         factor = line_search(lambda f: loss(keep, f), factor or newest)
     if untouched - loss(keep, factor) <= TOLERANCE * abs(untouched):
         keep, factor = 1.0, 0.0
-    chosen = _combined(origin, adapter, proposed, keep, factor)
+    chosen = _combine(origin, adapter, proposed, keep, factor)
     return chosen, {"keep": keep, "step": factor, "selection": measured[keep, factor]}
 
 
@@ -107,7 +107,7 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
     return not chosen or any(entry["step"] or entry["keep"] < 1 for entry in chosen)
 
 
-def _combined(
+def _combine(
     origin: Arrays, adapter: Arrays, proposed: Arrays, keep: float, factor: float
 ) -> Arrays:
     """Combine in fp64, and return fp32; `proposed` itself where both are 1."""

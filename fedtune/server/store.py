@@ -144,7 +144,7 @@ def load(out: Path, study: Study) -> Progress | None:
         if folder.exists() and any(
             p.name not in first and p.suffix != ".new" for p in folder.iterdir()
         ):
-            _damaged(path)
+            _refuse_damaged(path)
         return None
     with sqlite_errors(path, OSError, SafetensorError, ValueError):
         run, rounds, sites = _read(path)
@@ -311,13 +311,13 @@ def _fill(sql: sqlite3.Connection, rows: Rows) -> None:
 def _read(path: Path) -> Rows:
     with closing(connect(path)) as sql:
         if [*sql.execute("PRAGMA integrity_check")] != [("ok",)]:
-            _damaged(path)
+            _refuse_damaged(path)
         ((*run, sha256),) = sql.execute("SELECT * FROM run")
         rounds = [list(row) for row in sql.execute("SELECT * FROM rounds ORDER BY round")]
         sites = [list(row) for row in sql.execute("SELECT * FROM sites ORDER BY name")]
     rows = run, rounds, sites
     if sha256 != _sha256(rows):
-        _damaged(path)
+        _refuse_damaged(path)
     if run[0] != FORMAT:
         raise CheckpointError(
             f"{path}: written by another fedtune (format {run[0]})",
@@ -364,7 +364,7 @@ def _put(path: Path, groups: dict[str, Any]) -> str:
 def _get(path: Path, sha256: str) -> dict[str, Any]:
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        _damaged(path)
+        _refuse_damaged(path)
     return from_bytes(data)
 
 
@@ -387,14 +387,14 @@ def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
                 f"{path}: cannot be written ({error})",
                 todo="free the disk, fix the rights or stop the other process, then --resume",
             ) from None
-        _damaged(path)
+        _refuse_damaged(path)
     except sqlite3.Error:
-        _damaged(path)
+        _refuse_damaged(path)
     except damage:
-        _damaged(path)
+        _refuse_damaged(path)
 
 
-def _damaged(path: Path) -> NoReturn:
+def _refuse_damaged(path: Path) -> NoReturn:
     raise CheckpointError(
         f"{path}: damaged, or not a checkpoint of this version of fedtune",
         "the file as it was written",

@@ -18,7 +18,7 @@ from fedtune.core.wire.arrays import Arrays
 from fedtune.report.gain import TRAINED
 from fedtune.server.admission import Roster
 from fedtune.server.parts import Dependencies, Measures
-from fedtune.server.provenance import made
+from fedtune.server.provenance import describe_provenance
 from fedtune.server.store import Progress
 from fedtune.server.teacher import with_teacher
 from fedtune.strategies._posterior import ClassFigures
@@ -45,10 +45,10 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
     return by_site
 
 
-def planned(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
+def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
     """Describe what is about to run: the study, who takes part, and at most what it costs each of
     them in ε, at the study's δ; of a continuous study, over a patient's life."""
-    study, by_site, names = progress.study, dict[str, float](), roster.willing()
+    study, by_site, names = progress.study, dict[str, float](), roster.list_willing()
     privacy, steps = study.privacy, study.training.local_steps
     if isinstance(privacy, PrivacyTable) and privacy.epsilon is not None:
         by_site = dict.fromkeys(names, privacy.epsilon)
@@ -80,8 +80,8 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
         *("bytes_up", "bytes_down", "seconds", "ended"),
     )
     private = isinstance(study.privacy, PrivacyTable)
-    extra = {"lora_ranks": _ranks(progress), "weights": _capped(progress)}
-    declared, free_query = stated(history)
+    extra = {"lora_ranks": _ranks(progress), "weights": _describe_caps(progress)}
+    declared, free_query = collect_declarations(history)
     extra |= statements(declared, free_query, [*declared])
     body: dict[str, Any] = {key: by_site for key, by_site in extra.items() if by_site} | {
         "fedtune": fedtune.__version__,
@@ -103,7 +103,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
         "absences": absences(history),
         "rounds": [{key: entry[key] for key in keys if key in entry} for entry in history],
         **_held_out(history),
-        **made(progress),
+        **describe_provenance(progress),
     }
     teacher = parts.teacher(study)
     return with_teacher(body, teacher) if teacher else body
@@ -133,7 +133,7 @@ def statements(declared: dict[str, str], free_query: set[str], names: list[str])
     return {key: sites for key, sites in found.items() if sites}
 
 
-def stated(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
+def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
     """Return what each site that took part so far declared its data to be, "" where private; and
     which of them had a query or a view select its records, in any round."""
     declared = {
@@ -190,16 +190,18 @@ def _noise(progress: Progress, name: str) -> float:
     return float(min(e["sigma"] for e in events) / divisor)
 
 
-def capped(weight: int, declared: int) -> str:
+def describe_cap(weight: int, declared: int) -> str:
     return f"counts as {weight} of {declared} declared: no more than a multiple of the median"
 
 
-def _capped(progress: Progress) -> dict[str, str]:
+def _describe_caps(progress: Progress) -> dict[str, str]:
     """Describe the sites whose declared size was capped, as in the newest such round."""
     weights: dict[str, int] = {}
     for entry in progress.history:
         weights |= entry.get("weights", {})
-    return {name: capped(most, progress.sizes[name]) for name, most in sorted(weights.items())}
+    return {
+        name: describe_cap(most, progress.sizes[name]) for name, most in sorted(weights.items())
+    }
 
 
 def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -291,7 +293,9 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
     return {**worst, "with_training": both_files, "sites": sites}
 
 
-def judged(progress: Progress, evaluator: Measures, selector: Measures | None) -> dict[str, Any]:
+def judge_adapter(
+    progress: Progress, evaluator: Measures, selector: Measures | None
+) -> dict[str, Any]:
     """Report the trained adapter's gain over the base and over the public start, with intervals,
     and on how many records each step was chosen, where it was."""
     start = progress.origin if progress.study.start and progress.origin else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedtune.accounting.composed_epsilon import composed
+from fedtune.accounting.composed_epsilon import compose_reports
 from fedtune.core.errors import InputError
 
 UNKNOWN = "not known on this machine"
@@ -38,7 +38,7 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     if not report.get("private"):
         return report | {"teacher": facts}
     try:
-        both = composed([report, parent])
+        both = compose_reports([report, parent])
     except InputError:
         return unknown
     own = report["privacy"]
@@ -62,4 +62,4 @@ def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:
         for name, row in own["evaluation"].get("sites", {}).items()
     }
     asked = {"privacy": own | {"sites": rows}} if rows else None
-    return float(composed([report, parent, *([asked] if asked else [])])["epsilon"])
+    return float(compose_reports([report, parent, *([asked] if asked else [])])["epsilon"])

@@ -52,7 +52,7 @@ def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = 
     if quality.get("version") != index.champion:
         quality = {key: value for key, value in quality.items() if key not in ("gain", "after")}
         try:
-            quality |= _measured(run, index.champion)
+            quality |= _measure_version(run, index.champion)
         except FedtuneError as error:
             reason = str(error)
             stale = figures(index.champion, "") | {"on": NOT_MEASURED, "version": None}
@@ -64,7 +64,7 @@ def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = 
     return reason
 
 
-def _measured(run: Path, champion: int) -> dict[str, Any]:
+def _measure_version(run: Path, champion: int) -> dict[str, Any]:
     from fedtune.core.files.reading import fingerprint
     from fedtune.evaluation.run import evaluate
     from fedtune.runs.run import Run

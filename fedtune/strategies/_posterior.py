@@ -174,14 +174,14 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
 
 def features(basis: Basis, vectors: Array) -> Array:
     """Compute what a site releases of vectors (n, H): features (n, k), each of length 1 at most."""
-    return _clipped(basis, vectors)[:, : basis.released]
+    return _clip_features(basis, vectors)[:, : basis.released]
 
 
-def public(
+def summarise_public(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], classes: int, names: Array | None
 ) -> Public:
     """Summarise public records: vectors (n, H), labels (n,) with -1 for none, names (K, H)."""
-    every = _clipped(basis, vectors)
+    every = _clip_features(basis, vectors)
     known = labels >= 0
     mine, labels = every[known], labels[known]
     one_hot = np.eye(classes)[labels]
@@ -205,7 +205,7 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
     counts = _counts(noised, basis, public)
     means, certainty = _means(noised, basis, public, counts)
     shares = (counts.expected + public.counts) / (counts.expected + public.counts).sum()
-    covariance = _regularised(_covariance(public, means, shares))
+    covariance = _regularise(_covariance(public, means, shares))
     covariance += np.diag(shares @ (1 / certainty))  # of means that are not certain
     weight = np.linalg.solve(covariance, means.T).T
     bias = np.log(shares) - (weight * means).sum(axis=1) / 2
@@ -234,8 +234,8 @@ def held_out_hits(
     """Count how often public things alone are right about a public record that is not among them.
 
     Each of FOLDS parts of the records is judged by what the others say, a basis included. vectors,
-    labels, names: as of `public`, and known is what it made of them. Returns (2,): right ones, and
-    how many were judged; None where fewer than FOLDS have a label."""
+    labels, names: as of `summarise_public`, and known is what it made of them. Returns (2,): right
+    ones, and how many were judged; None where fewer than FOLDS have a label."""
     classes, right, judged = len(known.counts), 0, 0
     order = np.random.default_rng(0).permutation(len(vectors))
     for part in range(FOLDS):
@@ -246,7 +246,7 @@ def held_out_hits(
         if not len(out) or spanned < 1:
             continue
         part_basis = choose(vectors[rest], names, min(basis.released, spanned), basis.weight)
-        said = public(part_basis, vectors[rest], labels[rest], classes, names)
+        said = summarise_public(part_basis, vectors[rest], labels[rest], classes, names)
         nothing = Noised(np.zeros((classes, part_basis.released + 1)), SILENT, 1)
         fitted = head(nothing, part_basis, said)
         found = (vectors[out] @ fitted.weight.T + fitted.bias).argmax(axis=1)
@@ -345,7 +345,7 @@ def _covariance(public: Public, means: Array, shares: Array) -> Array:
     return np.asarray((public.within + RECORDS * unlabelled) / (_freedom(public) + RECORDS))
 
 
-def _regularised(covariance: Array) -> Array:
+def _regularise(covariance: Array) -> Array:
     """Return a covariance (d, d) shrunk to its diagonal, and that raised."""
     shrunk = CORRELATED * covariance
     variances = np.diag(covariance)
@@ -353,7 +353,7 @@ def _regularised(covariance: Array) -> Array:
     return np.asarray(shrunk)
 
 
-def _clipped(basis: Basis, vectors: Array) -> Array:
+def _clip_features(basis: Basis, vectors: Array) -> Array:
     """Return all d features (n, d), of which the released ones are of length 1 at most."""
     every = (vectors - basis.mean) @ basis.directions.T
     lengths = np.linalg.norm(every[:, : basis.released], axis=1, keepdims=True)

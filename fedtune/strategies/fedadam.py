@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fedtune.core.strategy import Arrays, State, Strategy, moved, require, unflatten
+from fedtune.core.strategy import Arrays, State, Strategy, move_adapter, require, unflatten
 from fedtune.strategies._mean import RunningMean
 
 
@@ -53,7 +53,7 @@ class FedAdam(Strategy):
             self._v[name] = v = self.beta2 * v + (1 - self.beta2) * delta**2
             step[name] = m / (np.sqrt(v) + self.tau)
         rate = self.server_learning_rate or _rate(mean, step)
-        return moved(adapter, {name: rate * array for name, array in step.items()})
+        return move_adapter(adapter, {name: rate * array for name, array in step.items()})
 
     def state(self) -> State:
         first = {f"m/{name}": array for name, array in self._m.items()}

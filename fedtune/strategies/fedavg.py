@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.core.strategy import Arrays, State, Strategy, moved, require
+from fedtune.core.strategy import Arrays, State, Strategy, move_adapter, require
 from fedtune.strategies._mean import RunningMean
 
 
@@ -38,7 +38,7 @@ class FedAvg(Strategy):
             old = self._velocity
             mean = {n: self.momentum * old[n] + m if n in old else m for n, m in mean.items()}
             self._velocity = mean
-        return moved(adapter, {n: self.server_learning_rate * v for n, v in mean.items()})
+        return move_adapter(adapter, {n: self.server_learning_rate * v for n, v in mean.items()})
 
     def state(self) -> State:
         return dict(self._velocity)

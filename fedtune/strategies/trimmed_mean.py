@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedtune.core.errors import ConfigError
-from fedtune.core.strategy import Arrays, State, Strategy, moved, require
+from fedtune.core.strategy import Arrays, State, Strategy, move_adapter, require
 
 if TYPE_CHECKING:
     from fedtune.core.config import Study
@@ -58,4 +58,4 @@ class TrimmedMean(Strategy):
         for name in adapter:
             ordered = np.sort(np.stack([update[name] for update in updates]), axis=0)
             step[name] = ordered[k : n - k].mean(axis=0, dtype=np.float64)
-        return moved(adapter, step)
+        return move_adapter(adapter, step)

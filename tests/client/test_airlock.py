@@ -18,7 +18,7 @@ from fedtune.core.vault.policy import refusals
 from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.waiting_plans import keep_plan
 from fedtune.core.vault.worker import SiteWorker, worker
-from fedtune.officer.let_go import ANSWER, decide, waiting
+from fedtune.officer.let_go import ANSWER, decide, list_waiting
 from fedtune.officer.review import review
 from fedtune.public.start import start
 from tests.cli_kit import run as command
@@ -31,7 +31,7 @@ WAITS = 'policy.answers = "held"'
 
 
 def name_of(asked: Asked) -> str:
-    (one,) = waiting(asked.site)
+    (one,) = list_waiting(asked.site)
     return one.name
 
 
@@ -47,9 +47,9 @@ def test_an_answer_waits_until_a_person_lets_it_go(tmp_path: Path, tiny_base: Pa
     assert [one.round for one in decide(asked.site, [name_of(asked)], refuse=False)] == [1]
     sent = asked.train()
     assert sent.status == "trained" and contents(sent)
-    assert asked.paid() == 1 and waiting(asked.site) == []
+    assert asked.paid() == 1 and list_waiting(asked.site) == []
     other = a_site(tmp_path / "twin", tiny_base, "immediate")
-    assert other.train().status == "trained" and waiting(other.site) == []
+    assert other.train().status == "trained" and list_waiting(other.site) == []
 
 
 def test_what_waits_is_kept_over_a_restart_and_sent_as_it_was(
@@ -180,7 +180,7 @@ def test_both_acts_are_entered_in_the_audit_log_and_in_the_ledger(
     asked = a_site(tmp_path, tiny_base)
     for round_ in (1, 1, 2):
         asked.train(round_)
-    first, second = waiting(asked.site)
+    first, second = list_waiting(asked.site)
     decide(asked.site, [first.name], refuse=False)
     decide(asked.site, [second.name], refuse=True)
     asked.train()
@@ -205,7 +205,7 @@ def test_both_acts_are_entered_in_the_audit_log_and_in_the_ledger(
     with pytest.raises(Exception, match="cannot be written"):  # and so it is not done
         decide(asked.site, [], refuse=False, every=True)
     monkeypatch.undo()
-    assert [one.round for one in waiting(asked.site)] == [3]
+    assert [one.round for one in list_waiting(asked.site)] == [3]
 
 
 def test_a_person_is_shown_the_plan_a_length_and_a_cost_and_no_content(
@@ -214,7 +214,7 @@ def test_a_person_is_shown_the_plan_a_length_and_a_cost_and_no_content(
     """The list is the same whatever the records say. Twin: another plan's is not."""
     asked = a_site(tmp_path, tiny_base)
     asked.train()
-    (shown,) = waiting(asked.site)
+    (shown,) = list_waiting(asked.site)
     assert (shown.kind, shown.round) == (ANSWER, 1)
     assert shown.plan == asked.made.study.digest and shown.study == asked.made.study.study.name
     (kept,) = (asked.site.site.state / "outbox").iterdir()
@@ -225,14 +225,14 @@ def test_a_person_is_shown_the_plan_a_length_and_a_cost_and_no_content(
         json.dumps({"who": "p", "note": "x" * 300, "answer": "y"}) + "\n"
     )
     others.train()
-    (theirs,) = waiting(others.site)
+    (theirs,) = list_waiting(others.site)
     facts = ("name", "kind", "study", "plan", "round", "size", "epsilon", "fallback")
     assert [getattr(shown, fact) for fact in facts] == [getattr(theirs, fact) for fact in facts]
     changed = a_site(tmp_path / "third", tiny_base, privacy={
         "epsilon": 3.0, "delta": 1e-4, "unit": "patient",
     })  # fmt: skip
     changed.train()
-    assert waiting(changed.site)[0].epsilon != shown.epsilon
+    assert list_waiting(changed.site)[0].epsilon != shown.epsilon
 
 
 # -------------------------------------------------------------------------------- the commands
@@ -250,7 +250,7 @@ def test_the_command_lists_lets_go_and_refuses(tmp_path: Path, tiny_base: Path) 
     assert listed[0]["name"] in table and "paid" in table
     for wrong in (["--refuse"], ["--all", listed[0]["name"]], ["0" * 12]):
         done = command("let-go", asked.path, *wrong)
-        assert done.exit_code == 2 and len(waiting(asked.site)) == 2, done.output
+        assert done.exit_code == 2 and len(list_waiting(asked.site)) == 2, done.output
     done = command("let-go", asked.path, listed[0]["name"])
     assert done.exit_code == 0 and "round 1: goes when" in done.output
     done = command("let-go", asked.path, "--all", "--refuse", "--json")
@@ -333,7 +333,7 @@ def test_a_process_that_is_killed_at_any_point_sends_nothing_early_and_nothing_t
     if where == "sealed":
         assert file.read_bytes() == kept
     else:
-        assert asked.train().status == "waiting" and len(waiting(asked.site)) == 1
+        assert asked.train().status == "waiting" and len(list_waiting(asked.site)) == 1
         decide(asked.site, [], refuse=False, every=True)
     sent = contents(asked.train())
     assert sent == contents(asked.train()) and asked.paid() == paid

@@ -13,7 +13,7 @@ from fedtune.core.config import Study, study_from_json
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps, affordable_steps, at_least, calibrate, epsilon
 from fedtune.core.errors import ConfigError, PolicyRefused
-from fedtune.core.vault.policy import planned
+from fedtune.core.vault.policy import compute_plan
 from fedtune.core.vault.worker import SiteWorker
 from tests.client.test_site import begun, make_site, notes
 
@@ -34,14 +34,14 @@ def altered(study: Study, changes: dict[str, Any]) -> Study:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The distributions that were computed."""
     made: list[str] = []
-    composed = accountant._composed
+    composed = accountant._compose_distributions
 
     def noted(events: tuple[Steps, ...]) -> Any:
         made.append(str(events))
         return composed(events)
 
     accountant._epsilon.cache_clear()
-    monkeypatch.setattr(accountant, "_composed", noted)
+    monkeypatch.setattr(accountant, "_compose_distributions", noted)
     yield made
     accountant._epsilon.cache_clear()
 
@@ -117,7 +117,7 @@ def test_a_study_without_end_counts_no_more_steps_than_the_policy_has(
     }  # fmt: skip
     study = altered(made, changes | training(rounds=None, sampling_rate=1e-4))
     with pytest.raises(PolicyRefused, match="more than 10000 steps"):
-        planned(study, make_site(tmp_path, patient="who"))
+        compute_plan(study, make_site(tmp_path, patient="who"))
     assert len(counted) < 4
 
 

@@ -288,6 +288,6 @@ def test_a_place_that_is_gone_gives_way_to_one_that_this_process_knows(tmp_path:
     known_here.note(tmp_path, "sha256:1", "mine", mine)
     file = tmp_path / "here" / "1.json"
     file.write_text(json.dumps({"name": "other", "folder": str(gone)}))
-    assert known_here.noted(tmp_path, "sha256:1") == ("mine", mine)
+    assert known_here.look_up(tmp_path, "sha256:1") == ("mine", mine)
     gone.mkdir()
-    assert known_here.noted(tmp_path, "sha256:1") == ("other", gone)
+    assert known_here.look_up(tmp_path, "sha256:1") == ("other", gone)

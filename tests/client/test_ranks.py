@@ -202,7 +202,7 @@ def test_ranks_that_cannot_be_started_cost_time_alone(
 
     made = two_steps(tiny_base)
     worker.prepare(made.study, made.frozen)
-    monkeypatch.setattr(Workers, "_spawned", fails)
+    monkeypatch.setattr(Workers, "_spawn_group", fails)
     assert np.isfinite(vector(worker.train(made.study.digest, 1, made.adapter).delta)).all()
     assert [charge.round for charge in worker.ledger.charges("records")] == [1]
 

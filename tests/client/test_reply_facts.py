@@ -215,7 +215,7 @@ def test_a_plan_that_waits_for_a_person_is_told_once_with_what_it_costs_and_how_
 
     with observer("site", tmp_path / "state-north") as seen:
         through_the_executor(study, hear, on_event, signing=60.0)
-        assert not SitePage(path).shown()["notices"]  # somebody has signed meanwhile
+        assert not SitePage(path).read_context()["notices"]  # somebody has signed meanwhile
     assert "SIGNED" not in " ".join(told)
     (waits,) = [line for line in told if "WAITING" in line]
     assert "Nothing of it runs before a person here signs it" in waits and "ε = " in waits
@@ -243,7 +243,7 @@ def test_a_plan_that_runs_by_a_standing_policy_alone_is_announced_before_it_spen
     with observer("site", tmp_path / "state-north") as seen:
         through_the_executor(study, hear, _quiet)
         assert "nobody here has signed this plan" in run("status", path, "--once").output
-        (notice,) = SitePage(path).shown()["notices"]
+        (notice,) = SitePage(path).read_context()["notices"]
     assert 'NOBODY HERE HAS SIGNED THIS PLAN; it runs by policy.admission = "standing"' in told[0]
     assert "it spends up to ε = " in told[0] and "fedtune review" in told[0]
     assert "nobody here signed it: fedtune review" in notice["text"]

@@ -15,7 +15,7 @@ from fedtune.core.config.sheet import FIELDS, Sheet, load_sheet, template
 from fedtune.core.errors import ConfigError, DataError, PolicyRefused
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.vault.policy import planned, sheet_refusals
+from fedtune.core.vault.policy import compute_plan, sheet_refusals
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.launch.site import join
 from fedtune.officer import sheet as sheets
@@ -149,13 +149,13 @@ def test_a_site_without_the_fields_does_not_join(north: Path) -> None:
                     ("licence", "legal_basis")]  # fmt: skip
     typed(north, licence="x", legal_basis=" ")
     with pytest.raises(PolicyRefused, match=r"policy\.data_sheet: the data sheet lacks legal_ba"):
-        planned(study, site)
+        compute_plan(study, site)
     typed(north, licence="x", legal_basis="y")
     assert [*sheet_refusals(study, site)] == []
     asks = study.changed(study={"data_sheet": ["purpose"]})
     assert asks.digest != study.digest and "data_sheet" not in study.model_dump_json()
     with pytest.raises(PolicyRefused, match=r"study\.data_sheet: the data sheet lacks purpose"):
-        planned(asks, site)
+        compute_plan(asks, site)
 
 
 def test_a_refusal_of_the_sheet_is_the_sites_answer_in_a_simulation(north: Path) -> None:
@@ -187,7 +187,7 @@ def test_records_that_changed_since_keep_a_site_from_joining(north: Path) -> Non
         join(north)  # before it looks for a coordinator, of which it has none
     study = pinned(north)
     assert [*sheet_refusals(study, site)] == []  # what is sent does not know of it
-    assert planned(study, site) is not None
+    assert compute_plan(study, site) is not None
     describe_data(site)
     check_attested(site)
 

@@ -19,7 +19,7 @@ from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.errors import Refused
 from fedtune.core.ledger.account import Account
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.ledger.spending import heaviest
+from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.server.store import load
 from tests.continuous.world import DELTA, LIFE, SIGMA, lay_out, run, write
 from tests.guarantee.test_wire_inventory import outside, shape
@@ -91,7 +91,9 @@ def test_a_late_patient_pays_from_the_arrival_only(tmp_path: Path, tiny_base: Pa
     }
     assert [paid(tmp_path, name) for name in named(0, 12, 14)] == [4, 3, 1]
     site = load_site(tmp_path / "site-north.toml")
-    spent = heaviest("records", Ledger(tmp_path / "state-north").cohorts("records"), site.policy)
+    spent = find_heaviest_budget(
+        "records", Ledger(tmp_path / "state-north").cohorts("records"), site.policy
+    )
     assert spent.epsilon == pytest.approx(epsilon([Steps(SIGMA, 1.0, 4)], DELTA))
 
 

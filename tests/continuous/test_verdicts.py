@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.core.errors import NotGenuine
-from fedtune.evidence.sign import covered
+from fedtune.evidence.sign import list_covered
 from fedtune.evidence.versions import check_versions
 from fedtune.report import paired
 from fedtune.server.version_report import in_use
@@ -42,7 +42,7 @@ def check(life: Life, said: dict[str, Any] | None = None) -> dict[str, int]:
     out, index = life.versions.out, life.versions.index()
     assert index is not None
     report = {"continuous": in_use(index) if said is None else said}
-    return check_versions(out, life.progress.study, report, covered(out))
+    return check_versions(out, life.progress.study, report, list_covered(out))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_verdict_that_was_changed_is_caught_whoever_signs_it(
         with pytest.raises(NotGenuine):
             check_versions(
                 life.versions.out, life.progress.study, {"continuous": said},
-                covered(life.versions.out),
+                list_covered(life.versions.out),
             )  # fmt: skip
     finally:
         index.write_text(whole)

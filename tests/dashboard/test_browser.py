@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.observe import StatusFile
-from fedtune.report.figures import short
+from fedtune.report.figures import format_short
 from tests.browser import AXE, RULES, Visit, needs_axe
 from tests.dashboard.conftest import Serve
 from tests.dashboard.test_pages import MARKUP, answered
@@ -37,7 +37,7 @@ def test_the_figures_are_the_reports_to_the_last_digit_shown(
     visit, metric = Visit(browser, serve(run)), report["quality"]["metric"]
     found = visit.figures()
     assert found["epsilon"] == rounded_up(report["privacy"]["epsilon"])
-    assert found["after"] == short(report["quality"]["after"][metric])
+    assert found["after"] == format_short(report["quality"]["after"][metric])
     for name, site in report["privacy"]["sites"].items():
         assert found[f"epsilon-{name}"] == rounded_up(site["epsilon"])
     visit.until(lambda: visit.page.evaluate("document.documentElement.dataset.drawn") == "2", 10)

@@ -19,7 +19,7 @@ from fedtune.core.run_folder import ANSWERS
 from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import app_of
 from fedtune.observe import StatusFile
-from fedtune.report.figures import short
+from fedtune.report.figures import format_short
 from tests.cli_kit import SITE, tree
 from tests.cli_kit import run as command
 
@@ -60,8 +60,8 @@ def test_the_figures_of_a_run_are_its_reports(tried: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     found, metric = figures(shown(run)), report["quality"]["metric"]
     assert found["epsilon"] == rounded_up(report["privacy"]["epsilon"])
-    assert found["before"] == short(report["quality"]["before"][metric])
-    assert found["after"] == short(report["quality"]["after"][metric])
+    assert found["before"] == format_short(report["quality"]["before"][metric])
+    assert found["after"] == format_short(report["quality"]["after"][metric])
     assert found["round"] == str(len(report["rounds"]))
     for name, site in report["privacy"]["sites"].items():
         assert found[f"epsilon-{name}"] == rounded_up(site["epsilon"])
@@ -222,7 +222,7 @@ def test_markup_in_a_name_is_text(tmp_path: Path) -> None:
 
 
 def lines_of(page: Any) -> list[str]:
-    return [command["line"] for command in page.shown()["commands"]]
+    return [command["line"] for command in page.read_context()["commands"]]
 
 
 def test_every_line_to_copy_is_a_command(tried: Path, released: Path, tmp_path: Path) -> None:

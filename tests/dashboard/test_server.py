@@ -264,7 +264,7 @@ def test_a_slow_figure_is_computed_once_until_its_files_change(
         calls.append(what)
         return {"unsigned": True}
 
-    monkeypatch.setattr(server, "worked", counted)
+    monkeypatch.setattr(server, "run_work", counted)
     monkeypatch.setattr(server, "REST_SECONDS", 0.0)
     browser = client(run)
     browser.get(f"/?token={TOKEN}")

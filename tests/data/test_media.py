@@ -122,8 +122,8 @@ def test_a_label_may_stand_beside_a_file_alone(tmp_path: Path) -> None:
     recording(tmp_path / "a.wav", 0)
     (record,), _ = read(tmp_path, ["a.wav"], SAID)
     assert (record.prompt, record.label) == ("", "1")
-    assert len(media.sound(record.media)) == 2400
-    assert len(media.sound(record.media, 16_000)) == 4800
+    assert len(media.decode_sound(record.media)) == 2400
+    assert len(media.decode_sound(record.media, 16_000)) == 4800
 
 
 def test_long_and_broken_recordings_are_counted(
@@ -161,7 +161,7 @@ def test_every_width_of_pcm_is_the_same_sound(width: int) -> None:
         out.setsampwidth(width)
         out.setframerate(8000)
         out.writeframes(body)
-    found = media.sound(media.Media("audio", file.getvalue(), b""))
+    found = media.decode_sound(media.Media("audio", file.getvalue(), b""))
     assert np.abs(found - tone).max() < 2.5 / 2 ** (8 * width - 1) + 1e-6
 
 

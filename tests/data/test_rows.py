@@ -13,7 +13,7 @@ from fedtune.core.config import Columns, DataFile, SiteData, load_site
 from fedtune.core.data.load import load_dataset
 from fedtune.core.data.records import read_file, read_records
 from fedtune.core.data.sources._encoding import encoding_of
-from fedtune.core.data.sources.csv import Csv, guessed
+from fedtune.core.data.sources.csv import Csv, guess_format
 from fedtune.core.data.sources.jsonl import json_lines
 from fedtune.core.errors import ConfigError, DataError
 from tests.data.data_tokens_kit import LABELLED, SECRET, Jsonl, MakeStudy, Tok
@@ -113,7 +113,7 @@ def test_how_a_public_csv_is_written_is_guessed_and_a_sites_never(tmp_path: Path
         assert [r.completion for r in records] == (["plain"] if mark == "," else [])
     for content in (b"t;u\ra;1\r", b'"t\n";u\n', b"\0", b'"', b""):  # no error but the reader's own
         path.write_bytes(content)
-        assert guessed(path, ["t"]) in (Csv(delimiter=";"), None)
+        assert guess_format(path, ["t"]) in (Csv(delimiter=";"), None)
     path.write_bytes(b"t;u\ra;1\r")  # lines as an old Mac ends them
     assert [r.completion for r in read_records(public)[0]] == ["a"]
 

@@ -27,7 +27,8 @@ from fedtune.officer import data_scan
 from tests.cli_kit import run
 
 installed = pytest.mark.skipif(
-    scan_engine.missing() != "", reason=f"needs fedtune[scan]: no {scan_engine.missing()}"
+    scan_engine.name_missing_package() != "",
+    reason=f"needs fedtune[scan]: no {scan_engine.name_missing_package()}",
 )
 TEXTS = {
     "name": "Seen by Dr Adeyemi this morning.",

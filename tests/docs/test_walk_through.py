@@ -44,8 +44,8 @@ def test_the_consortium_of_both_doors_trains(tmp_path: Path, tiny_encoder: Path)
             ledger = Ledger(site.site.state)
             assert len(ledger.spending("records")) == rounds
             assert site.policy.admission == "reviewed" and ledger.admitted(report["plan_digest"])
-            kept = membership.remembered(membership.keys_folder(site), name)
-            assert kept and membership.reviewed(kept) == report["plan_digest"]
+            kept = membership.load_answer(membership.keys_folder(site), name)
+            assert kept and membership.read_reviewed_plan(kept) == report["plan_digest"]
     finally:
         walk.end()
     counts = {m: sum(machine == m for machine, _ in walk.commands) for m, _ in walk.commands}
@@ -89,6 +89,6 @@ def test_twin_another_fingerprint_on_the_telephone_lets_nobody_in(
             last = consortium_block(COORDINATOR, HOSPITAL).text.split("# each site")[-1]
             walk.run(Block(0, "sh", "# each site" + last, ""))
         site = load_site(tmp_path / "north" / "north" / "site.toml")
-        assert membership.remembered(membership.keys_folder(site), "north") is None
+        assert membership.load_answer(membership.keys_folder(site), "north") is None
     finally:
         walk.end()

@@ -92,6 +92,6 @@ def test_without_fpdf2_there_is_no_pdf_and_the_command_says_so(
 def test_a_long_word_is_broken_and_none_is_lost() -> None:
     digest = "sha256:" + "0123456789abcdef" * 4
     for word in (digest, "run/adapter/adapter_model.safetensors", "a-word"):
-        assert pdf_module._breakable(word).replace(pdf_module.BREAK, "") == word
-    parts = pdf_module._breakable(digest).split(pdf_module.BREAK)
+        assert pdf_module._make_breakable(word).replace(pdf_module.BREAK, "") == word
+    parts = pdf_module._make_breakable(digest).split(pdf_module.BREAK)
     assert max(map(len, parts)) <= pdf_module.LONG

@@ -20,7 +20,7 @@ from fedtune.evidence.dossier import content as dossier_content
 from fedtune.evidence.dossier import openssf, pictures, seal
 from fedtune.evidence.dossier.curve import curve
 from fedtune.evidence.dossier.diagrams import PICTURES
-from fedtune.evidence.dossier.facts import contradicted, documents, facts_in
+from fedtune.evidence.dossier.facts import documents, facts_in, find_contradiction
 from fedtune.evidence.dossier.markdown import TO_FILL, markdown
 from fedtune.evidence.dossier.page import page
 from fedtune.evidence.dossier.release import details_template, read_details, release
@@ -202,9 +202,9 @@ def test_two_measured_points_are_not_joined_and_public_text_alone_has_a_line(sig
     quality["gain"]["over_start"] = [-0.5, 0.25]
     content = dossier_content.build(found, {})
     assert "what public text alone gives (0.25, for no ε)" in markdown(content)
-    assert not contradicted(content, found)
+    assert not find_contradiction(content, found)
     block = next(b for s in content["sections"] for b in s["blocks"] if b["kind"] == "curve")
-    assert "0.25 by public text alone" in pictures.drawn(block).alt
+    assert "0.25 by public text alone" in pictures.draw_block(block).alt
 
 
 def test_a_dossiers_title_has_the_studys_name_in_quotes_and_says_what_the_records_were(
@@ -226,10 +226,10 @@ def test_what_is_built_is_what_the_run_says(signed: Any) -> None:
     """Twin: another run's figures contradict it."""
     found = documents(signed[0])
     content = dossier_content.build(found, {})
-    assert contradicted(content, found) == ""
+    assert find_contradiction(content, found) == ""
     report = found["report.json"]
     other = report | {"privacy": report["privacy"] | {"epsilon": 0.5}}
-    assert "report.json#/privacy" in contradicted(content, found | {"report.json": other})
+    assert "report.json#/privacy" in find_contradiction(content, found | {"report.json": other})
 
 
 def test_no_text_claims_that_a_law_is_met() -> None:

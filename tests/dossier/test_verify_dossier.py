@@ -18,7 +18,7 @@ import pytest
 from fedtune.core.errors import FedtuneError, NotGenuine, Refused
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.dossier import seal
-from fedtune.evidence.dossier.content import dumped
+from fedtune.evidence.dossier.content import dump_content
 from fedtune.evidence.dossier.facts import documents, facts_in, numbers, resolve, show
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.verify import verify
@@ -40,7 +40,7 @@ def test_a_dossier_shows_what_its_run_proves(released: Any, signed: Any) -> None
     assert not verify(folder, trust=found.signer).trusted  # it is a simulation's
     assert found.dossier["run signed by"] == signed[1].signer
     assert found.dossier["approvals"] == [] and found.not_signed == ()
-    assert {"run/adapter/adapter_model.safetensors", "dossier.html"} <= {*seal.covered(folder)}
+    assert {"run/adapter/adapter_model.safetensors", "dossier.html"} <= {*seal.list_covered(folder)}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -52,7 +52,7 @@ def test_a_changed_byte_anywhere_is_refused(released: Any, tmp_path: Path, seed:
     (copy / seal.APPROVALS).mkdir()
     (copy / approved).write_bytes(canonical(one))
     rng = random.Random(seed)
-    names = [*seal.covered(copy), seal.RELEASE, approved]
+    names = [*seal.list_covered(copy), seal.RELEASE, approved]
     for number in range(CHANGES // 4):
         path = copy / names[number % len(names)]
         whole = path.read_bytes()
@@ -155,7 +155,7 @@ def _without_limits(copy: Path) -> None:
     content = json.loads((copy / seal.CONTENT).read_text())
     for section in content["sections"]:
         section["blocks"] = [b for b in section["blocks"] if b["kind"] not in ("note", "list")]
-    (copy / seal.CONTENT).write_text(dumped(content))
+    (copy / seal.CONTENT).write_text(dump_content(content))
     (copy / "dossier.md").write_text(markdown(content))
 
 

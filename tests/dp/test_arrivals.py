@@ -103,7 +103,7 @@ def test_arrivals_by_records_that_others_have_are_caught(
     honest = Arrivals.entry
 
     def coupled(self: Arrivals, dataset: str, known: set[bytes], keys: list[bytes]) -> Any:
-        note = book._salted(b"record no acute findings")
+        note = book._salt_member(b"record no acute findings")
         return honest(self, dataset, known | set(keys) if note in known else known, keys)
 
     monkeypatch.setattr(Arrivals, "entry", coupled)

@@ -238,7 +238,7 @@ def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_pa
     from fedtune.core.data.load import load_dataset
 
     made = of(tiny_base)
-    rows = secret.planted(made, secrets=3)
+    rows = secret.generate_secrets(made, secrets=3)
     path = tmp_path / "planted.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = Columns(prompt="prompt", completion="completion")
@@ -259,10 +259,12 @@ def test_a_memorised_secret_is_exposed(network: Network, tiny_base: Path, tmp_pa
 
 def test_planted_rows_are_the_ranked_secrets(tiny_base: Path) -> None:
     made = of(tiny_base)
-    assert secret.planted(made, 4) == secret.planted(made, 4)
+    assert secret.generate_secrets(made, 4) == secret.generate_secrets(made, 4)
     numbers = secret._numbers(made, 4, 50)
     assert all(len(set(row)) == 50 for row in numbers)
-    assert [r["completion"] for r in secret.planted(made, 4)] == [f" {n}" for n in numbers[:, 0]]
+    assert [r["completion"] for r in secret.generate_secrets(made, 4)] == [
+        f" {n}" for n in numbers[:, 0]
+    ]
 
 
 def test_a_classifier_has_exposure_too(tiny_encoder: Path) -> None:

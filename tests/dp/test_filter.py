@@ -122,9 +122,9 @@ def test_a_long_integral_is_bounded_from_above(
 ) -> None:
     computed = [rdp([event], order) for event in LONG]
     monkeypatch.setattr(filter, "_MOST_TERMS", 0)
-    filter._sampled.cache_clear()
+    filter._compute_sampled_rdp.cache_clear()
     bounded = [rdp([event], order) for event in LONG]
-    filter._sampled.cache_clear()
+    filter._compute_sampled_rdp.cache_clear()
     for event, exact, bound in zip(LONG, computed, bounded, strict=True):
         assert exact <= bound == pytest.approx(rdp([event._replace(sampling_rate=1.0)], order))
 

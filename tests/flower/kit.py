@@ -17,7 +17,7 @@ from cryptography import x509
 from fedtune.core.config import load_site
 from fedtune.core.wire.keys import SigningKey
 from fedtune.flower import certs, enrol
-from fedtune.flower.forwarder import newest
+from fedtune.flower.forwarder import find_newest_certificate
 from fedtune.flower.gateway import Gateway
 from fedtune.flower.link import Link, link
 from fedtune.flower.peers import Limits
@@ -59,7 +59,7 @@ def join_up(home: Path, site: Path, port: int) -> Link:
     answer = enrol.admit(home, ask(site), f"127.0.0.1:{port}")
     (site.parent / "answer.json").write_text(json.dumps(asdict(answer)))
     found = link(load_site(site), site)
-    newest(found)
+    find_newest_certificate(found)
     return found
 
 

@@ -88,4 +88,4 @@ def test_an_answer_of_a_hundred_times_the_agreed_size(
     with capsys.disabled():
         print({k: v for k, v in found.items() if k[0] in "gs"}, f"{stored=}")
     assert found["grown"] < 16 * MIB
-    assert stored < 2 * allowance.most(most)
+    assert stored < 2 * allowance.compute_limit(most)

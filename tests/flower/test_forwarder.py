@@ -19,7 +19,7 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, Refused
-from fedtune.core.processes import Child, free_port, reachable
+from fedtune.core.processes import Child, free_port, is_reachable
 from fedtune.courier.executor import Executor, _refusal
 from fedtune.flower import certs, enrol, gateway
 from fedtune.flower.forwarder import Forwarder
@@ -89,20 +89,20 @@ def test_a_gateway_that_is_killed_is_started_again(world: World) -> None:
                 until(lambda: way.away == 0 and status(way).status_code == 200)
                 children[-1]._process.kill()
                 until(lambda: children[-1].pid != children[1].pid)
-                until(lambda: reachable("127.0.0.1", world.port))
+                until(lambda: is_reachable("127.0.0.1", world.port))
                 until(lambda: status(way).status_code == 200)
             assert [child.alive for child in children] == [True, False, False]
 
 
 def test_a_leaf_is_renewed_before_it_ends_and_used_at_once(world: World) -> None:
-    now = certs.now()
+    now = certs.read_clock()
     kit.reissue(world.home, world.link, now - timedelta(seconds=90), now + timedelta(seconds=6))
     answer = replace(world.link.answer, certificate=world.link.certificate.read_text())
     told: list[bytes] = []  # what is kept on a site's disk, where a courier writes nothing
     found = replace(world.link, answer=answer)
     with world.gateway(), world.forwarder(found, on_renewed=told.append) as way:
-        until(lambda: not certs.spent(kit.leaf_of(world.link), 0.1))
-        until(lambda: certs.now() > now + timedelta(seconds=6.2))  # the old one has ended
+        until(lambda: not certs.is_spent(kit.leaf_of(world.link), 0.1))
+        until(lambda: certs.read_clock() > now + timedelta(seconds=6.2))  # the old one has ended
         assert status(way).status_code == 200
         until(lambda: way.away == 0)
     assert kit.leaf_of(world.link).not_valid_after_utc > now + timedelta(days=29)
@@ -113,14 +113,14 @@ def test_a_leaf_is_renewed_before_it_ends_and_used_at_once(world: World) -> None
 
 def test_who_only_reads_the_keys_keeps_a_renewal_elsewhere(world: World, tmp_path: Path) -> None:
     """As a courier does, which writes beside no ledger; it begins with what was kept for it."""
-    now, own = certs.now(), tmp_path / "own"
+    now, own = certs.read_clock(), tmp_path / "own"
     own.mkdir()
     kit.reissue(world.home, world.link, now - timedelta(seconds=90), now + timedelta(seconds=6))
     kept = world.link.certificate.read_bytes()
     answer = replace(world.link.answer, certificate=kept.decode())
     reads = replace(world.link, answer=answer, own=own)
     with world.gateway(), world.forwarder(reads) as way:
-        until(lambda: not certs.spent(kit.leaf_of(reads), 0.1))
+        until(lambda: not certs.is_spent(kit.leaf_of(reads), 0.1))
         until(lambda: way.away == 0 and status(way).status_code == 200)
     assert world.link.certificate.read_bytes() == kept
     renewed = kit.leaf_of(reads)
@@ -139,7 +139,7 @@ def test_a_leaf_in_its_first_part_is_left_alone(world: World) -> None:
 
 @pytest.mark.parametrize(("begins", "ends", "says"), [(-9, -1, "expired"), (1, 9, "not valid yet")])
 def test_a_leaf_out_of_its_time_is_named(world: World, begins: int, ends: int, says: str) -> None:
-    days = [certs.now() + timedelta(days=each) for each in (begins, ends)]
+    days = [certs.read_clock() + timedelta(days=each) for each in (begins, ends)]
     kit.reissue(world.home, world.link, *days)
     answer = replace(world.link.answer, certificate=world.link.certificate.read_text())
     with world.gateway(), world.forwarder(replace(world.link, answer=answer)) as way:
@@ -178,7 +178,7 @@ def test_a_gateway_out_of_its_time_is_a_matter_of_clocks(
     world: World, begins: int, ends: int, says: str
 ) -> None:
     """A clock that is wrong here makes a good certificate look like this; a stranger's never."""
-    days = [certs.now() + timedelta(days=each) for each in (begins, ends)]
+    days = [certs.read_clock() + timedelta(days=each) for each in (begins, ends)]
     key = certs.read_key(certs.server_leaf(world.home))
     leaf = certs.issue(world.home, key.public_key(), "x", ["localhost", "127.0.0.1"], *days)
     good = (world.home / "server.pem").read_bytes()
@@ -214,8 +214,8 @@ class Shifted:
     def __getattr__(self, name: str) -> Any:
         return getattr(certs, name)
 
-    def now(self) -> datetime:
-        return certs.now() + timedelta(hours=self._hours)
+    def read_clock(self) -> datetime:
+        return certs.read_clock() + timedelta(hours=self._hours)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_new_keys_under_the_name_end_the_old_ones(world: World) -> None:
 
 
 def test_a_certificate_that_runs_out_ends_its_connection_too(world: World) -> None:
-    now = certs.now()
+    now = certs.read_clock()
     kit.reissue(world.home, world.a, now - timedelta(days=1), now + timedelta(seconds=4))
     with world.gateway() as (_, port), connected(port, world.a) as line:
         line.request("POST", PART, b"", {"flwr-public-key": node_key(world.a)})
@@ -157,7 +157,7 @@ def test_a_certificate_that_runs_out_ends_its_connection_too(world: World) -> No
         assert response.headers["connection"] == "close"  # the next one shows a newer leaf
     with world.gateway() as (_, port), connected(port, world.a) as line:
         line.connect()
-        until(lambda: certs.now() > now + timedelta(seconds=4))
+        until(lambda: certs.read_clock() > now + timedelta(seconds=4))
         assert ask(line, node_key(world.a)) == (403, "the certificate has expired")
     assert len(world.upstream.got) == 1
 

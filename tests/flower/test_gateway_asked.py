@@ -117,14 +117,14 @@ def test_the_servers_leaf_is_renewed_and_keeps_its_names(tmp_path: Path) -> None
     first = file.read_bytes()
     assert certs.server_leaf(tmp_path).read_bytes() == first
     assert certs.server_leaf(tmp_path, ["new.example.org"]).read_bytes() != first
-    key, now = certs.read_key(file), certs.now()
+    key, now = certs.read_key(file), certs.read_clock()
     hosts = ["localhost", "127.0.0.1", "fed.example.org"]
     start, end = now - timedelta(days=20), now + timedelta(days=10)
     old = certs.issue(tmp_path, key.public_key(), "fedtune coordinator", hosts, start, end)
     file.write_bytes(old.public_bytes(certs.PEM) + certs._pem(key))
     certs.server_leaf(tmp_path)
     leaf = certs.x509.load_pem_x509_certificate(file.read_bytes())
-    assert not certs.spent(leaf, 0.1) and certs._names(leaf) == hosts
+    assert not certs.is_spent(leaf, 0.1) and certs._names(leaf) == hosts
     assert os.stat(file).st_mode & 0o077 == 0
     leaf.verify_directly_issued_by(certs.ca(tmp_path)[1])
 

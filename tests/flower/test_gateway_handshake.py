@@ -35,13 +35,13 @@ def another_ca(world: World) -> ssl.SSLContext:
 
 
 def past(world: World) -> ssl.SSLContext:
-    now = certs.now()
+    now = certs.read_clock()
     kit.reissue(world.home, world.a, now - timedelta(days=2), now - timedelta(seconds=2))
     return context(world.a)
 
 
 def future(world: World) -> ssl.SSLContext:
-    now = certs.now()
+    now = certs.read_clock()
     kit.reissue(world.home, world.a, now + timedelta(hours=1), now + timedelta(days=2))
     return context(world.a)
 

@@ -145,7 +145,7 @@ def test_the_plan_of_an_answer_is_reviewed_before_the_site_joins(met: Met) -> No
     assert read_plan(met.file, site).digest == met.study.digest
     shown = run("review", met.file, "--site", met.site)
     assert shown.exit_code == 0 and met.study.digest in shown.output, shown.output
-    assert membership.reviewed(met.answer) == met.study.digest
+    assert membership.read_reviewed_plan(met.answer) == met.study.digest
     met.write(replace(met.answer, plan="", signature=""))
     with pytest.raises(ConfigError, match="brings no plan"):
         read_plan(met.file, site)
@@ -165,7 +165,7 @@ def test_an_answer_of_another_release_still_connects(met: Met) -> None:
     kept = json.loads((met.keys / membership.KEPT).read_text())
     (met.keys / membership.KEPT).write_text(json.dumps(kept | {"plan": '{"newer": 1}'}))
     found = link(load_site(met.site), met.site)
-    assert membership.reviewed(found.answer) == ""
+    assert membership.read_reviewed_plan(found.answer) == ""
 
 
 def test_the_plan_of_an_earlier_study_is_in_no_answer(met: Met, monkeypatch) -> None:

@@ -26,7 +26,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedtune.core import processes
 from fedtune.core.config import load_study
 from fedtune.core.errors import ConfigError, InfrastructureError
-from fedtune.core.processes import free_port, reachable
+from fedtune.core.processes import free_port, is_reachable
 from fedtune.core.wire.requests import FAILED
 from fedtune.courier import executor as site_executor
 from fedtune.flower import api, certs, enrol
@@ -131,7 +131,7 @@ class World:
         with ExitStack() as stack:
             names = {"a": (), "b": (), "c": ("once",)}
             with self.coordinator(nodes=3) as process:
-                until(lambda: reachable("127.0.0.1", self.port))
+                until(lambda: is_reachable("127.0.0.1", self.port))
                 sites = {n: stack.enter_context(self.site(n, *once)) for n, once in names.items()}
                 assert process.wait(60) == 0, self.log("coordinator")
             self.body = json.loads((self.root / "body.json").read_text())
@@ -206,7 +206,7 @@ def test_a_task_is_for_the_holder_of_the_secret(world: World) -> None:
 
 
 def test_nothing_is_left_running(world: World) -> None:
-    assert not reachable("127.0.0.1", world.port)
+    assert not is_reachable("127.0.0.1", world.port)
     lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(world.root) not in lines
 
@@ -256,7 +256,7 @@ def test_a_superlink_that_dies_ends_the_study_with_a_reason(
         coordinator.serve(
             alone.root / "study.toml", alone.root, port=alone.port, home=alone.home, run=rounds
         )
-    assert not reachable("127.0.0.1", alone.port)
+    assert not is_reachable("127.0.0.1", alone.port)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -264,10 +264,10 @@ def test_a_coordinator_that_is_stopped_takes_its_superlink_along(
     alone: World, signum: signal.Signals
 ) -> None:
     with alone.coordinator(nodes=9) as process:
-        until(lambda: reachable("127.0.0.1", alone.port))
+        until(lambda: is_reachable("127.0.0.1", alone.port))
         process.send_signal(signum)
         status = process.wait(60)
-        until(lambda: not reachable("127.0.0.1", alone.port), 60)
+        until(lambda: not is_reachable("127.0.0.1", alone.port), 60)
     if signum == signal.SIGINT:  # KeyboardInterrupt, as `fedtune` takes it for 130
         assert status == -signal.SIGINT
     if signum == signal.SIGTERM:
@@ -315,8 +315,8 @@ def test_a_clock_that_was_set_back_is_named_before_anything_starts(
     alone: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its gateway would take no site's certificate, and its sites would not hear why."""
-    six, right = timedelta(hours=6), certs.now
-    monkeypatch.setattr(certs, "now", lambda: right() - six)
+    six, right = timedelta(hours=6), certs.read_clock
+    monkeypatch.setattr(certs, "read_clock", lambda: right() - six)
     with pytest.raises(ConfigError, match=r"UTC here, and \w+ is of .*a clock that goes forward"):
         coordinator.serve(alone.root / "study.toml", alone.root, port=alone.port, home=alone.home)
     assert not (alone.home / "flower" / "superlink.log").exists()

@@ -20,7 +20,7 @@ from flwr.app import ConfigRecord
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.retry import make_simple_http_retry_invoker
 
-from fedtune.core.processes import free_port, reachable
+from fedtune.core.processes import free_port, is_reachable
 from fedtune.core.wire.arrays import unpack_arrays
 from fedtune.flower import api
 from fedtune.launch import coordinator
@@ -64,7 +64,7 @@ def upload(root: Path, at: list[int]) -> tuple[np.ndarray, list[int], int]:
         return {}
 
     with role(root / "proxy.log", "proxy", proxy, *at):
-        until(lambda: reachable("127.0.0.1", proxy))
+        until(lambda: is_reachable("127.0.0.1", proxy))
         with role(root / "site.log", "site", file):
             coordinator.serve(root / "study.toml", root, port=port, home=root / "home", run=rounds)
     *cuts, whole = (int(line.split()[1]) for line in (root / "proxy.log").read_text().splitlines())
@@ -124,13 +124,13 @@ FAULTS = (["breaks on the way"], ["its answer is lost"], ["its answer is lost"] 
 @pytest.mark.parametrize("script", [[], *FAULTS], ids=str)
 def test_a_part_is_sent_until_it_has_arrived(script: list[str]) -> None:
     there = SuperLink(*script)
-    assert sent(api.resumable(there.push)) and not there.waiting
+    assert sent(api.make_resumable(there.push)) and not there.waiting
     assert there.bytes == 4 * (1 + len(script))
 
 
 @pytest.mark.parametrize("script", FAULTS, ids=str)
 def test_flowers_own_gives_the_message_up(script: list[str]) -> None:
-    """The twin, and the reason why `resumable` is there."""
+    """The twin, and the reason why `make_resumable` is there."""
     try:
         arrived = sent(SuperLink(*script).push)
     except httpx.TransportError:
@@ -141,4 +141,4 @@ def test_flowers_own_gives_the_message_up(script: list[str]) -> None:
 def test_a_part_that_nobody_waits_for_is_refused_at_once() -> None:
     there = SuperLink()
     there.waiting.clear()
-    assert not sent(api.resumable(there.push))
+    assert not sent(api.make_resumable(there.push))

@@ -44,7 +44,7 @@ class Coupling:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        honest_noised = DpPlan._noised
+        honest_noised = DpPlan._add_noise_to
         honest_coins, honest_noise = sampling.poisson, noise.gaussian_on_grid
 
         def entered(honest: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +86,7 @@ class Coupling:
         with pytest.MonkeyPatch.context() as patch:
             for name in ("step", "noised_sum"):
                 patch.setattr(DpPlan, name, entered(getattr(DpPlan, name)))
-            patch.setattr(DpPlan, "_noised", noised)
+            patch.setattr(DpPlan, "_add_noise_to", noised)
             patch.setattr(sampling, "poisson", poisson)
             patch.setattr(noise, "gaussian_on_grid", gaussian)
             yield

@@ -36,5 +36,5 @@ SCANNED = {
         places=(replace(CLASSES, scan=action),),
     )
     for action in ("redact", "leave_out")
-    if not scan_engine.missing()
+    if not scan_engine.name_missing_package()
 }

@@ -50,7 +50,7 @@ class ForkedRank:
             self._ended = status if pid else None
         return self._ended is None
 
-    def ended(self) -> InfrastructureError:
+    def build_end_error(self) -> InfrastructureError:
         return InfrastructureError("a process of this site's team ended by itself")
 
     def kill(self) -> None:

@@ -69,7 +69,7 @@ def test_a_courier_gets_its_two_ends_and_the_second_none(door: Door) -> None:
             apart._receive(second)
         assert guest.alive
         first.close()
-        assert not guest.alive and isinstance(guest.ended(), CourierLeft)
+        assert not guest.alive and isinstance(guest.build_end_error(), CourierLeft)
         for end_ in (asks, ours, tells, heard):
             end_.close()
         for number in (given.asks, given.tells):

@@ -30,7 +30,12 @@ from fedtune.core.wire.arrays import pack_arrays
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.requests import Answer, Request, RequestError
 from fedtune.courier import process
-from fedtune.courier.process import ELSEWHERE, describe_open_files, open_to_courier, private
+from fedtune.courier.process import (
+    ELSEWHERE,
+    describe_open_files,
+    list_private,
+    open_to_courier,
+)
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Shown
 from fedtune.observe.status import StatusFile, read_status
@@ -41,7 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFINES = pytest.mark.skipif(
     not isolation.landlock_version()
     or os.uname().machine not in system_calls.MACHINES
-    or isolation.NO_VIEW in isolation.available()[1].missing,
+    or isolation.NO_VIEW in isolation.try_confinement()[1].missing,
     reason="this Linux has no Landlock, no namespaces, or another machine's system calls",
 )
 
@@ -241,7 +246,9 @@ def test_doctor_tries_for_a_courier_that_is_elsewhere_nothing_here(
     site that ran. Twin: a courier that runs beside the records."""
     site = a_site(tmp_path)
     none = isolation.Confinement(missing=(isolation.NO_VIEW,))
-    monkeypatch.setattr(isolation, "available", lambda: (isolation.Confinement(("seccomp",)), none))
+    monkeypatch.setattr(
+        isolation, "try_confinement", lambda: (isolation.Confinement(("seccomp",)), none)
+    )
     assert isolation_here(load_site(site)).lacks == (isolation.NO_VIEW,)
     come_up(site, ["landlock 7", "seccomp"])
     assert isolation_here(load_site(site)).lacks == (isolation.NO_VIEW,)
@@ -364,7 +371,7 @@ def test_a_courier_is_kept_from_all_that_is_private(tmp_path: Path) -> None:
     data = site.data.model_copy(update={"url": url, "consent": consent})
     table = site.site.model_copy(update={"ledger": tmp_path / "book"})
     tables = {"data": data, "site": table, "evaluation": held_out, "acceptance": accepted}
-    names = {path.name for path in private(site.model_copy(update=tables))}
+    names = {path.name for path in list_private(site.model_copy(update=tables))}
     kept_from = {"state", "book", "clinic.db", "out.txt", "salt.txt", "held.jsonl"}
     assert names == kept_from | {"judged.jsonl", "own-run"}
 

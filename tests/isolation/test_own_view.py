@@ -28,7 +28,7 @@ from fedtune.launch.site import Shown
 from tests.isolation.test_halves import CONFINES, ROOT, a_site
 
 NAMESPACES = pytest.mark.skipif(
-    isolation.NO_VIEW in isolation.available()[1].missing,
+    isolation.NO_VIEW in isolation.try_confinement()[1].missing,
     reason="this machine gives no namespaces of mounts and processes",
 )
 # abort(): a first process of a namespace takes no SIGABRT from itself, and ends by the next thing.

@@ -328,9 +328,9 @@ def test_the_shrunk_base_is_the_same_architecture(folder: Path, make: Callable[.
     plan = study(base={"model": str(base.path)}, lora={"modules": modules, "last_layers": 1})
     small = tiny.tiny_network(plan, base)
     assert small.kind == base.kind and small.hidden_size == 32
-    records = tiny.generated(plan, small, [1, 2, 1])
+    records = tiny.generate_records(plan, small, [1, 2, 1])
     assert all(example.media for example in records.examples)
-    again = tiny.generated(plan, small, [1, 2, 1])
+    again = tiny.generate_records(plan, small, [1, 2, 1])
     assert [e.media.digest for e in records.examples if e.media] == [
         e.media.digest for e in again.examples if e.media
     ]

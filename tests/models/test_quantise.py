@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from fedtune.core.bases import quantise as quantise_module
 from fedtune.core.bases.find import find_base
-from fedtune.core.bases.quantise import rounded
+from fedtune.core.bases.quantise import round_weights
 from fedtune.core.config import LoraTable, QuantisationTable, Study
 from fedtune.core.data.dataset import NO_TARGET
 from fedtune.core.errors import ConfigError
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
-from fedtune.core.models.tiny import generated
+from fedtune.core.models.tiny import generate_records
 from fedtune.core.objectives import resolve
 from fedtune.core.training import selftest
 from fedtune.core.training.local_round import check_trains
@@ -106,13 +106,13 @@ def test_gradients_are_those_of_the_dequantised_weights(tiny_base: Path) -> None
     """nf4: every record's gradient against transformers and plain autograd, in fp64."""
     study = study_of(tiny_base, "nf4")
     network = moved(build(study))
-    data = generated(study, network, [1, 1, 1, 1, 1])
+    data = generate_records(study, network, [1, 1, 1, 1, 1])
     engine = UnitGradientEngine(CachedDataset(network, data), resolve(study.objective))
     assert engine.name == "one-pass"
     found = engine.matrix(range(5)).double()
     plain: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     assert study.base.quantisation is not None
-    rounded(plain, study.base.quantisation, torch.float32)
+    round_weights(plain, study.base.quantisation, torch.float32)
     plain = plain.double()
     named = {n: p.detach().double().requires_grad_() for n, p in network.parameters().items()}
     for name, layer in list(plain.named_modules()):
@@ -139,7 +139,7 @@ def test_a_pass_without_gradients_changes_no_gradient(tiny_base: Path, method: s
     """bitsandbytes repacks 4-bit weights at the first such pass on some processors, for good."""
     study = study_of(tiny_base, method)
     network = moved(build(study))
-    data = CachedDataset(network, generated(study, network, [1, 1, 1]))
+    data = CachedDataset(network, generate_records(study, network, [1, 1, 1]))
     engine = UnitGradientEngine(data, resolve(study.objective))
     before = engine.matrix(range(3))
     (batch, *_) = data.batches([0])
@@ -193,7 +193,7 @@ def test_states_and_networks_are_not_shared_with_other_ways_of_quantising(tiny_b
 def test_a_public_factor_is_built_on_what_is_trained(tiny_base: Path) -> None:
     study = study_of(tiny_base, "nf4")
     network = build(study)
-    factor = public_factor(network, generated(study, network, [1] * 9), 4)
+    factor = public_factor(network, generate_records(study, network, [1] * 9), 4)
     assert set(factor) == set(network.frozen_factor())
 
 
@@ -232,7 +232,7 @@ def test_rounded_weights_are_those_that_are_trained_on(method: Any, dtype: torch
     small = torch.nn.Sequential(torch.nn.Linear(128, 96, bias=False)).to(dtype)
     small.load_state_dict(whole.state_dict())
     quantise_module.quantise(small, table, dtype)
-    rounded(whole, table, dtype)
+    round_weights(whole, table, dtype)
     weight = small[0].weight
     if method == "nf4":
         held = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)

@@ -53,7 +53,7 @@ def off(found: Heard) -> float:
     (_, begins), (_, ends) = found[0], found[-1]
     for step, products in found:
         now = SECONDS * (products - begins) / (ends - begins)
-        left = pace.left(step, SOONEST + now)
+        left = pace.estimate_remaining(step, SOONEST + now)
         if left is not None and FIRST * SECONDS < now < SECONDS:
             worst = max(worst, left / (SECONDS - now), (SECONDS - now) / left)
     return worst

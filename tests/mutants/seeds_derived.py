@@ -97,14 +97,14 @@ MADE_MUTANTS = (
     ),
     _one(
         "parents", "one-parent-pays-for-all", "fedtune/derive/lineage.py",
-        "privacy = composed_epsilon.composed(list(reports.values()))",
+        "privacy = composed_epsilon.compose_reports(list(reports.values()))",
         "privacy = next(iter(reports.values()))[\"privacy\"]",
         "tests/test_improve.py::test_the_reward_rises_within_max_kl",
         "what two runs spent on the same people is not added up",
     ),
     _one(
         "parents", "the-students-teacher-was-free", "fedtune/server/teacher.py",
-        "both = composed([report, parent])", "both = composed([report])",
+        "both = compose_reports([report, parent])", "both = compose_reports([report])",
         "tests/server/test_teacher.py::test_a_student_pays_for_its_teacher_too",
         "a student claims less than what its teacher and it spent on one person",
     ),
@@ -168,7 +168,7 @@ MERGE_MUTANTS = (
     ),
     _one(
         "export", "rotary-halves-stay-apart", "fedtune/derive/gguf.py",
-        "tensor = interleaved(tensor, shared)", "pass",
+        "tensor = interleave_rows(tensor, shared)", "pass",
         "tests/test_export.py::test_transformers_own_reader_gives_the_same_logits",
         "a file that loads and writes nonsense",
     ),

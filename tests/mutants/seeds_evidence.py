@@ -64,8 +64,8 @@ MUTANTS = (
     ),
     _one(
         "evidence", "worse-is-hidden", "fedtune/report/gain.py",
-        "    lines = (_over_start(quality), _over_base(quality), _released(quality))",
-        "    lines = (_over_base(quality), _released(quality))",
+        "    lines = (_over_start(quality), _over_base(quality), _describe_release(quality))",
+        "    lines = (_over_base(quality), _describe_release(quality))",
         T_GAIN + "test_what_was_added_to_public_text_is_said_everywhere",
         "what public text alone gave is said nowhere",
     ),
@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     _one(
         "evidence", "whatever-is-released-passes", FIGURES,
-        """    _equal(path, "released's model", model, expected)\n""", "",
+        """    _require_equal(path, "released's model", model, expected)\n""", "",
         T_RELEASED + "test_an_edited_line_of_what_is_released_is_refused",
         "the figures that decided say another model",
     ),
@@ -129,7 +129,8 @@ MUTANTS = (
     ),
     _one(
         "evidence", "whoever-signed-is-trusted", VERIFY,
-        "    if trust and not fingerprints.equal(trust, name):", "    if trust is None:",
+        "    if trust and not fingerprints.match_fingerprints(trust, name):",
+        "    if trust is None:",
         T + "test_who_replaces_every_key_is_refused_by_trust_alone", "a forger's own keys",
     ),
     _one(

@@ -86,8 +86,8 @@ MUTANTS = (
     ),
     one(
         "consent", "a-receipt-for-anybody", "fedtune/officer/withdraw.py",
-        "genuine = verifies(ledger.key.public, _signed(receipt), signature)",
-        "genuine = bool(_signed(receipt))",
+        "genuine = verifies(ledger.key.public, _encode_receipt(receipt), signature)",
+        "genuine = bool(_encode_receipt(receipt))",
         "tests/client/test_withdraw.py::test_a_changed_receipt_is_none",
         "a receipt that somebody wrote passes for the site's",
     ),

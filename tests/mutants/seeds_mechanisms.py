@@ -140,7 +140,7 @@ NOISE_MUTANTS = (
     ),
     _one(
         "clock", "a-template-writes-addresses", "fedtune/core/data/chat.py",
-        '_used(parsed) & {"cycler", "joiner"}', "set[str]()",
+        '_list_used_names(parsed) & {"cycler", "joiner"}', "set[str]()",
         "tests/data/test_chat.py"
         "::test_a_template_that_writes_where_an_object_lies_is_refused",
         "what earlier records left in memory decides about a record's tokens",

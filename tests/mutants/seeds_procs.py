@@ -53,10 +53,10 @@ MUTANTS = (
     ),
     one(
         "ranks", "a-rank-that-dies-costs-the-rows", PLAN,
-        "                self._free_after(error)\n        return summed(sampled)\n",
+        "                self._free_after(error)\n        return sum_rows(sampled)\n",
         "                import torch\n"
         "                return torch.zeros(dimension, dtype=torch.int64)\n"
-        "        return summed(sampled)\n",
+        "        return sum_rows(sampled)\n",
         T_RANKS + "test_a_rank_that_dies_costs_time_alone_and_the_next_round_has_a_new_one",
         "what ends a process, as records that do not fit into its memory, is seen in the update",
     ),

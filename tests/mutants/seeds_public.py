@@ -145,9 +145,9 @@ MUTANTS: list[Mutant] = [
     one(
         "csv", "a-site-guesses-how-its-file-is-written", "fedtune/core/data/records.py",
         "    if not isinstance(file, SiteData):\n"
-        "        return guessed(file.path, keys_of(file).values())",
+        "        return guess_format(file.path, keys_of(file).values())",
         "    if not getattr(file, 'source', '') and not getattr(file, 'url', ''):\n"
-        "        return guessed(file.path, filter(None, file.columns.model_dump().values()))",
+        "        return guess_format(file.path, filter(None, file.columns.model_dump().values()))",
         "tests/data/test_rows.py::test_how_a_public_csv_is_written_is_guessed_and_a_sites_never",
         "one patient's accent changes how every other patient's text is read",
     ),

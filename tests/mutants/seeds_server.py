@@ -71,7 +71,7 @@ SIZE_MUTANTS = (
     ),
     _one(
         "size", "a-part-counts-once", "fedtune/flower/replies.py",
-        "        if unfolded(self._root) > self._most:\n            raise TooLong\n", "",
+        "        if count_bytes(self._root) > self._most:\n            raise TooLong\n", "",
         T_EXCHANGE + LONGER, "a small message unfolds into a large one",
     ),
     _one(

@@ -270,8 +270,8 @@ MUTANTS = (
     ),
     one(
         32, "every-file-must-have-every-column", FILES,
-        "                yield Place(path.name, names.row or number), _checked(row)\n",
-        "                yield Place(path.name, names.row or number), _checked(row)\n"
+        "                yield Place(path.name, names.row or number), _check_row(row)\n",
+        "                yield Place(path.name, names.row or number), _check_row(row)\n"
         "            own = Names(where, keys)\n"
         "            list(readers[path.suffix.lower()].rows(path, own))\n"
         "            own.require()\n",
@@ -416,7 +416,7 @@ MUTANTS = (
     ),
     one(
         36, "who-is-in-both-takes-part-in-both", LEDGER,
-        "return lambda key: self._salted(key) in hashes", "return lambda key: False",
+        "return lambda key: self._salt_member(key) in hashes", "return lambda key: False",
         T_LEDGER + "test_what_counts_against_whom_follows_from_declarations_alone",
         "a patient in two disjoint datasets pays in one",
     ),

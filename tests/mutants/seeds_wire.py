@@ -131,7 +131,8 @@ ENCODING_MUTANTS = (
     ),
     _one(
         "wire", "the-adapter-is-kept-as-it-was-sent", ROUNDS,
-        "adapter = preconditioner.stepped(self.strategy.apply, progress.adapter, progress.frozen)",
+        "adapter = preconditioner.step_adapter("
+        "self.strategy.apply, progress.adapter, progress.frozen)",
         "adapter = codec.decode(codec.encode(\n"
         "            self.strategy.apply(progress.adapter), self.study.wire.adapter),\n"
         "            codec.shapes(progress.adapter))",

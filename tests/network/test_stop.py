@@ -7,7 +7,7 @@ import json
 import signal
 from pathlib import Path
 
-from fedtune.core.processes import free_port, reachable
+from fedtune.core.processes import free_port, is_reachable
 from tests.network.kit import OFF, Consortium, consortium, done, until
 
 
@@ -15,7 +15,7 @@ def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_ba
     with consortium(tmp_path, "127.0.0.1", free_port()) as made:
         made.lay_out(tiny_base, OFF, rounds=2)
         server = made.server()
-        until(lambda: reachable("127.0.0.1", made.port), 90, made.told)
+        until(lambda: is_reachable("127.0.0.1", made.port), 90, made.told)
         until(lambda: "waiting      for sites" in made.log("hub").read_text(), 60, made.told)
         told = made.log("hub").read_text()
         assert f"at 127.0.0.1:{made.port}\n" in told and "admitted     nobody yet" in told

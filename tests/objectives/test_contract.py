@@ -21,7 +21,7 @@ from fedtune.core.data.dataset import Dataset
 from fedtune.core.dp import clip
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
-from fedtune.core.models.tiny import generated, tiny_network
+from fedtune.core.models.tiny import generate_records, tiny_network
 from fedtune.core.objectives import _tokens
 from fedtune.core.objectives._interface import Batch, Objective, RecordFormat
 from fedtune.core.objectives.distill import divergence
@@ -94,7 +94,7 @@ def case_of(
     if key not in NETWORKS:
         NETWORKS[key] = tiny_network(made, find_base(str(base)))
     network = NETWORKS[key]
-    return Case(made, found, network, generated(made, network, SIZES), wanted, by)
+    return Case(made, found, network, generate_records(made, network, SIZES), wanted, by)
 
 
 def every(name: str, options: dict[str, float | str] | None = None) -> dict[str, float | str]:
@@ -182,7 +182,7 @@ def apart(ours: torch.Tensor, plain: torch.Tensor) -> float:
 def moved(case: Case, unit: int = 4) -> tuple[float, float]:
     """How far rows move when `unit` gets other records: its own most, and anyone else's most."""
     before = case.rows()
-    after = case.rows(selftest._edited(case.data, unit, case.study, case.network))
+    after = case.rows(selftest._edit_unit(case.data, unit, case.study, case.network))
     each = (after - before).norm(dim=1) / before.norm(dim=1)
     own = case.data.by_unit[unit] if case.by == "record" else [unit]
     others = [row for row in range(len(each)) if row not in own]
@@ -228,7 +228,7 @@ def test_a_loss_is_the_same_in_any_company_and_at_any_time(case: Case) -> None:
     """(B,), fp32; no dropout, nothing of the batch: alone, together and again."""
     data = CachedDataset(case.network, case.data)
     assert contracts.malformed_losses(case.study, data) == 0
-    assert contracts.unrepeatable(case.study, data) == 0
+    assert contracts.measure_repeatability(case.study, data) == 0
     assert contracts.moved_by_company(case.study, data) <= contracts.COMPANY
 
 
@@ -390,7 +390,7 @@ def double(network: Network, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("broken", "check"),
     [
-        (dropped, contracts.unrepeatable),
+        (dropped, contracts.measure_repeatability),
         (summed, contracts.malformed_losses),
         (double, contracts.malformed_losses),
         (batch_mean, contracts.moved_by_company),

@@ -113,7 +113,7 @@ def test_what_an_objective_does_and_reads_is_said_in_words() -> None:
 
 @pytest.mark.parametrize("name", objectives.names())
 def test_a_planted_secret_can_be_ranked_whatever_the_objective(tiny_base: Path, name: str) -> None:
-    from fedtune.audit.secret import exposure, planted
+    from fedtune.audit.secret import exposure, generate_secrets
     from fedtune.core.models.build import build
 
     asked = study(
@@ -123,7 +123,7 @@ def test_a_planted_secret_can_be_ranked_whatever_the_objective(tiny_base: Path, 
     )
     if plain(name).directions:
         asked = asked.model_copy(update={"lora": None})
-    assert len(planted(asked, 2)) == 2
+    assert len(generate_secrets(asked, 2)) == 2
     assert exposure(build(asked), asked, secrets=2, pool=4).pool == 4
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedtune.core.models.adapter_files import picked
-from fedtune.core.models.loaded import adapted
+from fedtune.core.models.adapter_files import pick_arrays
+from fedtune.core.models.loaded import load_peft_adapter
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.pairs import PairScores, pair_facts
 from fedtune.evaluation.run import evaluate
@@ -122,7 +122,7 @@ def test_the_figures_are_those_of_the_objective_and_of_transformers(
     _, out = trained(tmp_path / "study", fluent_base, "dpo", 5.0)
     saved = Run(out).adapter()
     evaluator = Evaluator(Run(out).study, {n: a for n, a in saved.items() if "lora_A" in n})
-    adapter = picked(saved, evaluator.network.parameters(), out / "adapter")
+    adapter = pick_arrays(saved, evaluator.network.parameters(), out / "adapter")
     before, after = evaluator.untouched, evaluator.scores(adapter, with_kl=True)
     assert before.pairs is not None and after.pairs is not None
     ratios = after.pairs.logps - before.pairs.logps
@@ -133,7 +133,7 @@ def test_the_figures_are_those_of_the_objective_and_of_transformers(
     assert facts["longer"]["records"] + facts["shorter"]["records"] == 40
 
     base = AutoModelForCausalLM.from_pretrained(fluent_base, dtype=torch.float32).eval()
-    policy = adapted(copy.deepcopy(base), out / "adapter")
+    policy = load_peft_adapter(copy.deepcopy(base), out / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(fluent_base)
     found, tokens = 0.0, 0
     for line in (tmp_path / "study" / "test.jsonl").read_text().splitlines():

@@ -20,7 +20,7 @@ from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import app_of
 from fedtune.evidence.dossier import content as dossier_content
 from fedtune.evidence.dossier.card import card
-from fedtune.evidence.dossier.facts import contradicted, documents
+from fedtune.evidence.dossier.facts import documents, find_contradiction
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.page import page
 from fedtune.report import gain, plot
@@ -75,7 +75,7 @@ def on_dashboard(path: Path) -> str:
 def in_dossier(run: Path) -> dict[str, Any]:
     found = documents(run)
     content = dossier_content.build(found, {})
-    assert not contradicted(content, found)
+    assert not find_contradiction(content, found)
     return content
 
 

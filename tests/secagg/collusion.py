@@ -111,7 +111,7 @@ def _masked(totals: list[np.ndarray]) -> MaskedSum:
 
 def _first_message(totals: list[np.ndarray]) -> np.ndarray:
     keys, said = _parties(len(totals))
-    return masks.centred(masks.mask(totals[0], keys[0], said[0], said, 32))
+    return masks.centre_words(masks.mask(totals[0], keys[0], said[0], said, 32))
 
 
 def draw(out: Path, found: list[Audit]) -> None:

@@ -309,7 +309,7 @@ class World:
         name, unit = data.site.site.site.name, round(NORM / plan.plan.grid_at(DIMENSION))
         vector = torch.zeros(DIMENSION, dtype=torch.int64)
         vector[NAMES.index(name)] = unit * self.units[name]
-        noised = plan.plan._noised(vector.clone(), log, round_)
+        noised = plan.plan._add_noise_to(vector.clone(), log, round_)
         return (noised if self.noisy[name] else vector).numpy()
 
     def at_work(self) -> ExitStack:
@@ -317,7 +317,7 @@ class World:
         stack = ExitStack()
         real_keep, real_destroy = Draws.keep, Draws.destroy
         real_mask, real_open = secure_round.masks.mask, MaskedSum.open
-        real = {"ready": secure_round.ready, "masked": secure_round.masked}
+        real = {"ready": secure_round.draw_sum, "masked": secure_round.mask_sum}
         at_work: list[UnitWorker] = []
 
         def kept(draws: Draws, waiting: Waiting) -> None:
@@ -361,8 +361,8 @@ class World:
             (Draws, "keep", kept),
             (Draws, "destroy", destroyed),
             (secure_round.masks, "mask", masked),
-            (secure_round, "ready", lambda *a: done_by("ready", *a)),
-            (secure_round, "masked", lambda *a: done_by("masked", *a)),
+            (secure_round, "draw_sum", lambda *a: done_by("ready", *a)),
+            (secure_round, "mask_sum", lambda *a: done_by("masked", *a)),
             (MaskedSum, "open", opened),
             (exchange, "time", clock),
             (polling, "time", clock),

@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.secagg import draw, masks
-from fedtune.core.secagg.masks import centred
+from fedtune.core.secagg.masks import centre_words
 from fedtune.core.secagg.statement import Ready, set_digest
 from fedtune.core.wire.keys import SigningKey
 from fedtune.server.admission import plan_message
@@ -54,10 +54,10 @@ def test_sites_that_are_told_different_sets_open_nothing(world: World) -> None:
     assert world.ask_words("a", said) == "masked"
     assert all(world.ask_words(n, said[1:]) == "masked" for n in ("b", "c", "d"))
     exact = sum(world.draws[r.masking].waiting.total for r in said)
-    mixed = centred(sum(words_of(world, r) for r in said))
+    mixed = centre_words(sum(words_of(world, r) for r in said))
     # Eight words of 32 bits: one is as near by chance in 8 of a million runs; opened, all are 0.
     assert np.abs(mixed - exact).min() > 2**11, "a's words open in no sum"
-    three = centred(sum(words_of(world, r) for r in said[1:]))
+    three = centre_words(sum(words_of(world, r) for r in said[1:]))
     assert (three == exact - world.draws[said[0].masking].waiting.total).all()
 
 

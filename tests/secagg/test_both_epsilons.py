@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from fedtune.accounting import costs
-from fedtune.accounting.composed_epsilon import composed
-from fedtune.audit import _alone
+from fedtune.accounting.composed_epsilon import compose_reports
+from fedtune.audit import _plan_one_site
 from fedtune.audit.gaussian import one_step
 from fedtune.cli.console import closing
 from fedtune.cli.ledger_view import ledger_view
@@ -173,8 +173,10 @@ def test_an_officer_sees_both_totals_and_every_fingerprint_to_compare(
 
 def test_a_fingerprint_is_of_the_key_and_of_its_purpose() -> None:
     first, second = map(fingerprints.of_peer, KEYS)
-    assert first != second and not fingerprints.equal(first, fingerprints.of_approver(KEYS[0]))
-    assert fingerprints.equal(first, first.replace(" ", "-").upper())
+    assert first != second and not fingerprints.match_fingerprints(
+        first, fingerprints.of_approver(KEYS[0])
+    )
+    assert fingerprints.match_fingerprints(first, first.replace(" ", "-").upper())
 
 
 # ------------------------------------------------------------------------- ledger and the ceiling
@@ -318,7 +320,7 @@ def test_of_a_merged_run_both_are_composed(ran: Path) -> None:
     for table in (plain["privacy"], *plain["privacy"]["sites"].values()):
         del table["secure_aggregation"]
     for parents, pairs in (([report, report], [[3, 1]]), ([report, plain], [[3, 1]])):
-        both = composed(parents)
+        both = compose_reports(parents)
         site = both["sites"]["north"]
         delta, claimed = both["delta"], report["privacy"]["noise_multiplier"]
         own = report["privacy"]["sites"]["north"]["secure_aggregation"]["own_noise_multiplier"]
@@ -327,10 +329,12 @@ def test_of_a_merged_run_both_are_composed(ran: Path) -> None:
         assert site["secure_aggregation"]["assumptions"] == pairs
         assert site["secure_aggregation"]["fallback_epsilon"] == pytest.approx(expected)
         assert site["epsilon"] == pytest.approx(accountant.epsilon([Steps(claimed, 1.0, 2)], delta))
-        again = composed([both | {"privacy": both}, plain])  # of a run that was merged itself
+        again = compose_reports(
+            [both | {"privacy": both}, plain]
+        )  # of a run that was merged itself
         assert again["secure_aggregation"]["fallback_epsilon"] > expected
         assert shared_line(both).startswith("if at most 1 of the 3 sites")
-    assert "secure_aggregation" not in composed([plain, plain])
+    assert "secure_aggregation" not in compose_reports([plain, plain])
 
 
 # ------------------------------------------------------------------------------------------ audit
@@ -342,7 +346,7 @@ def test_an_audit_of_the_opened_sum_and_of_one_site_alone(study: Study) -> None:
     shared, own = (chance.mu_at(claim, plan.delta) for claim in claims)
     near = chance.mu_at(0.7 * plan.epsilon, plan.delta)
     trials = chance.audit_for(shared, reach=near), chance.audit_for(own, reach=shared)
-    opened, alone = one_step(plan, trials[0]), one_step(_alone(plan), trials[1])
+    opened, alone = one_step(plan, trials[0]), one_step(_plan_one_site(plan), trials[1])
     assert opened.passed and alone.passed
     assert opened.claimed < alone.claimed == pytest.approx(plan.fallback_epsilon)
     assert opened.audited > 0.7 * opened.claimed and alone.audited > opened.claimed

@@ -25,7 +25,7 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.protocol import version_fields
 from fedtune.core.wire.requests import Answer, Request
 from fedtune.core.wire.seal import digest_beside, order, sign_plan
-from fedtune.officer.let_go import DRAW, decide, waiting
+from fedtune.officer.let_go import DRAW, decide, list_waiting
 from fedtune.public.start import Start, start
 from tests.secagg.world import lay_out
 
@@ -93,11 +93,11 @@ def test_a_draw_waits_before_it_is_made_and_paid_for(round_: Round) -> None:
         reply = round_.ready(north)
         assert reply.status == "waiting" and "ready" not in reply.fields
     assert ledger.charges("records") == [] and log.steps() == []
-    (shown,) = waiting(at(north))
+    (shown,) = list_waiting(at(north))
     assert (shown.kind, shown.round, shown.study) == (DRAW, 1, round_.made.study.study.name)
     decide(at(north), [shown.name], refuse=False)
     reply = round_.ready(north)
-    assert reply.status == "ready" and waiting(at(north)) == []
+    assert reply.status == "ready" and list_waiting(at(north)) == []
     statements.insert(0, str(reply.fields["ready"]))
     words = [round_.masked(path, statements) for path in round_.sites]
     assert [sent.status for sent in words] == ["masked"] * 3
@@ -119,7 +119,7 @@ def test_a_refused_draw_costs_nothing_and_is_never_made(round_: Round) -> None:
     north = round_.sites[0]
     round_.ready(north)
     decide(at(north), [], refuse=True, every=True)
-    assert round_.ready(north).status == "void" and waiting(at(north)) == []
+    assert round_.ready(north).status == "void" and list_waiting(at(north)) == []
     assert Ledger(at(north).site.state).charges("records") == []
 
 
@@ -127,7 +127,7 @@ def test_a_restart_keeps_what_waits_and_what_was_let_go(round_: Round) -> None:
     north = round_.sites[0]
     round_.ready(north)
     process_cache.clear("workers")
-    assert round_.prepare(north) == "admitted" and len(waiting(at(north))) == 1
+    assert round_.prepare(north) == "admitted" and len(list_waiting(at(north))) == 1
     decide(at(north), [], refuse=False, every=True)
     process_cache.clear("workers")
     assert round_.prepare(north) == "admitted" and round_.ready(north).status == "ready"
@@ -146,5 +146,5 @@ def test_draws_that_nobody_pays_for_take_no_more_than_their_room(
         for age, path in enumerate(sorted((at(north).site.state / ASKED).iterdir())):
             assert path.stat().st_mode & 0o777 == 0o600
             os.utime(path, (age, age))
-    assert len(waiting(at(north))) == 3
+    assert len(list_waiting(at(north))) == 3
     assert Ledger(at(north).site.state).head == before

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import chi2
 
 from fedtune.core.secagg import masks
-from fedtune.core.secagg.masks import centred
+from fedtune.core.secagg.masks import centre_words
 from fedtune.core.secagg.statement import Draw, Ready
 from fedtune.core.wire.keys import SigningKey
 from fedtune.server.masked_sum import MaskedSum
@@ -72,7 +72,7 @@ def test_one_message_and_all_but_one_are_uniform(what: str, bits: int) -> None:
     sent = masked([total] * 3, bits)
     assert is_uniform(sent[0])
     assert is_uniform(sent[0] + sent[1]), "without the third"
-    assert (centred(sent[0] + sent[1] + sent[2]) == 3 * total).all()
+    assert (centre_words(sent[0] + sent[1] + sent[2]) == 3 * total).all()
 
 
 def test_the_test_of_uniformity_sees_a_sum_that_is_not_masked() -> None:
@@ -135,5 +135,5 @@ def test_a_truncated_keystream_does_not_cancel(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(masks, "_keystream", short)
     lying = masks.mask(zero, keys[2], said[2], said, 32)
-    opened = centred(sent[0] + sent[1] + lying)
+    opened = centre_words(sent[0] + sent[1] + lying)
     assert (opened[:500] == 0).all() and (np.abs(opened[500:]) > 2**16).mean() > 0.99

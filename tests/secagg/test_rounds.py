@@ -117,7 +117,7 @@ def test_a_coordinator_stopped_between_ready_and_sum_goes_on_with_the_draws_that
 def test_a_missing_message_voids_the_attempt_and_the_next_is_a_new_paid_draw(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, failed = secure_round.masked, list[int]()
+    honest, failed = secure_round.mask_sum, list[int]()
 
     def masked(site: SiteWorker, digest: str, round_: int, attempt: int, *rest: Any) -> Any:
         if site.site.site.name == "south" and attempt == 1 and round_ == 1:
@@ -125,7 +125,7 @@ def test_a_missing_message_voids_the_attempt_and_the_next_is_a_new_paid_draw(
             raise FedtuneError("the machine is busy")
         return honest(site, digest, round_, attempt, *rest)
 
-    monkeypatch.setattr(secure_round, "masked", masked)
+    monkeypatch.setattr(secure_round, "mask_sum", masked)
     study, sites = lay_out(tmp_path, tiny_base, epsilon=3.0)
     run = fedtune.simulate(study, sites, tmp_path / "run")
     assert failed == [1, 1, 1, 1]

@@ -144,12 +144,12 @@ def test_a_site_that_counts_is_caught(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: one more field, with how many steps a site logged."""
-    honest = secure_round._stated
+    honest = secure_round._build_statement
 
     def stated(text: str, events: str) -> Update:
         told = honest(text, events)
         return Update(told.delta, told.events, {**told.said, "units": str(len(events))})
 
-    monkeypatch.setattr(secure_round, "_stated", stated)
+    monkeypatch.setattr(secure_round, "_build_statement", stated)
     with pytest.raises(AssertionError, match="units"):
         test_nothing_leaves_but_what_the_list_names(run(tmp_path, tiny_base))

@@ -194,7 +194,7 @@ GOOD |= version_fields()
 
 
 def test_a_good_answer_is_admitted():
-    assert admitted_by(GOOD).willing() == ["a"]
+    assert admitted_by(GOOD).list_willing() == ["a"]
 
 
 def test_only_an_enrolled_key_is_admitted_and_a_revoked_one_is_not_counted(trial):
@@ -252,7 +252,7 @@ def test_a_site_that_enrolled_with_one_coordinator_prepares_no_other_ones_plan(t
 )
 def test_an_odd_answer_is_not(change):
     roster = admitted_by(GOOD | change)
-    assert roster.willing() == [] and roster.out()
+    assert roster.list_willing() == [] and roster.out()
 
 
 def test_no_answer_is_not():

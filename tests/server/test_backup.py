@@ -155,8 +155,8 @@ def test_twin_a_backup_that_does_not_look_whether_the_arrays_are_the_databases(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PAUSE", 0.0)
-    whole, snapshot = module._whole, module._snapshot
-    monkeypatch.setattr(module, "_whole", lambda *_: True)
+    whole, snapshot = module._has_all_arrays, module._snapshot
+    monkeypatch.setattr(module, "_has_all_arrays", lambda *_: True)
     first: list[bytes] = []
 
     def stale(database: Path) -> bytes:
@@ -173,7 +173,7 @@ def test_twin_a_backup_that_does_not_look_whether_the_arrays_are_the_databases(
     restore(taken(hub, "torn"), hub.parent / "torn-new")
     with pytest.raises(InputError):
         store.load(hub.parent / "torn-new/runs/small", load_study(hub / "study.toml"))
-    monkeypatch.setattr(module, "_whole", whole)
+    monkeypatch.setattr(module, "_has_all_arrays", whole)
     monkeypatch.setattr(module, "TRIES", 2)
     with pytest.raises(InfrastructureError, match="changed each of 2 times"):
         taken(hub, "refused")

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from fedtune.core.errors import InfrastructureError
-from fedtune.core.wire.seal import opened
+from fedtune.core.wire.seal import open_seal
 from fedtune.server.admission import Tally
 from tests.server.model import AT_LEAST, NAMES, ROUNDS, World
 
@@ -244,10 +244,10 @@ def test_the_twin_that_takes_any_round_and_nonce_is_caught(
 ):
     def lax(site: Any, key: str, wanted: Any) -> Any:
         said = json.loads(site["header"])
-        return opened(site, key, replace(wanted, nonce=said["nonce"], round=said["round"]))
+        return open_seal(site, key, replace(wanted, nonce=said["nonce"], round=said["round"]))
 
     world.advance(1)
-    monkeypatch.setattr("fedtune.core.wire.seal.opened", lax)
+    monkeypatch.setattr("fedtune.core.wire.seal.open_seal", lax)
     world.network.faults[world.nodes["a"]] = "replay"
     world.advance(1)
     world.check()  # the step log shows no new step: a second line of defence

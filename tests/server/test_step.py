@@ -181,7 +181,7 @@ def test_new_noise_is_averaged_with_old():
 def test_the_records_that_choose_are_the_selections():
     """Measured as the evaluation records are: the same metric and choices."""
     study = make_study().model_copy(update={"selection": SELECTION})
-    asked, table = step.selecting(study).evaluation, study.evaluation
+    asked, table = step.replace_evaluation(study).evaluation, study.evaluation
     assert asked and table and asked.path == SELECTION.path and asked.columns == SELECTION.columns
     assert (asked.metric, asked.choices) == (table.metric, table.choices)
 

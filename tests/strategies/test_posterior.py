@@ -19,7 +19,7 @@ from fedtune.strategies._posterior import (
     directions_for,
     features,
     head,
-    public,
+    summarise_public,
 )
 
 Array = npt.NDArray[np.float64]
@@ -66,7 +66,7 @@ def start(world: World) -> tuple[Basis, Public]:
     """A basis and public statistics of 30 labelled records, none of the class MISSING."""
     vectors, labels = world.records(30, MISSING)
     basis = choose(vectors, world.names, DIRECTIONS, WEIGHT)
-    return basis, public(basis, vectors, labels, CLASSES, world.names)
+    return basis, summarise_public(basis, vectors, labels, CLASSES, world.names)
 
 
 def test_features_are_of_length_one_at_most() -> None:
@@ -109,8 +109,8 @@ def test_without_labels_names_are_what_the_means_begin_at() -> None:
     world = World()
     vectors, _ = world.records(30)
     basis = choose(vectors, world.names, DIRECTIONS, WEIGHT)
-    known = public(basis, vectors, NONE, CLASSES, world.names)
-    nameless = public(basis, vectors, NONE, CLASSES, None)
+    known = summarise_public(basis, vectors, NONE, CLASSES, world.names)
+    nameless = summarise_public(basis, vectors, NONE, CLASSES, None)
     few = release(basis, *world.records(20), deviation=2.0)
     vectors, labels = world.records(2000)
     named = right(head(few, basis, known), vectors, labels).mean()
@@ -126,7 +126,7 @@ def test_names_that_say_nothing_are_not_believed() -> None:
     basis = choose(vectors, lies, DIRECTIONS, WEIGHT)
     silent = Noised(np.zeros((CLASSES, basis.released + 1)), 1e9, 600)
     heads = [
-        head(silent, basis, public(basis, vectors, labels, CLASSES, names))
+        head(silent, basis, summarise_public(basis, vectors, labels, CLASSES, names))
         for names in (lies, None)
     ]
     vectors, labels = world.records(2000)
@@ -163,7 +163,7 @@ def test_names_alone_span_a_basis() -> None:
     world = World()
     nobody = np.empty((0, WIDTH))
     basis = choose(nobody, world.names, CLASSES - 1, WEIGHT)
-    known = public(basis, nobody, np.empty(0, dtype=np.int64), CLASSES, world.names)
+    known = summarise_public(basis, nobody, np.empty(0, dtype=np.int64), CLASSES, world.names)
     fitted = head(release(basis, *world.records(600), deviation=2.0), basis, known)
     assert right(fitted, *world.records(2000)).mean() > 0.6
 
@@ -173,7 +173,7 @@ def test_hardly_any_public_records_are_enough_beside_names(count: int) -> None:
     world = World()
     vectors, labels = world.records(count)
     basis = choose(vectors, world.names, CLASSES - 1, WEIGHT)
-    known = public(basis, vectors, labels, CLASSES, world.names)
+    known = summarise_public(basis, vectors, labels, CLASSES, world.names)
     fitted = head(release(basis, *world.records(600), deviation=2.0), basis, known)
     assert np.isfinite(fitted.weight).all()
     assert np.isfinite(fitted.bias).all()

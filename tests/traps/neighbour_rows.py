@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedtune.core.models.tiny import generated
+from fedtune.core.models.tiny import generate_records
 from tests.objectives.test_contract import ADAPTERS, NAMES, case_of, suits
 
 SIZES = [1] * 28 + [2, 3] * 6
@@ -23,7 +23,7 @@ def differing(base: Path, counts: list[int], names: Sequence[str] = NAMES) -> li
         for adapter in (adapter for adapter in ADAPTERS if suits(name, adapter)):
             for wanted in ("auto", "opacus"):
                 case = case_of(base, name, adapter, wanted=wanted)  # type: ignore[arg-type]
-                engine = case.engine(generated(case.study, case.network, SIZES))
+                engine = case.engine(generate_records(case.study, case.network, SIZES))
                 every = engine.matrix(range(engine.n_rows))
                 for count in counts:
                     some = draw.permutation(engine.n_rows)[: count + 1].tolist()

@@ -171,7 +171,7 @@ def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
 POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  # in a config
 
 
-def pooled(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
+def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
     """Pool hidden states to one vector per record, (B, H) fp32: the last token's, or of an encoder
     the mean over tokens."""
     if kind != "encoder":

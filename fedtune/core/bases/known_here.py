@@ -29,7 +29,7 @@ def note(cache: Path, digest: str, name: str, folder: Path) -> None:
         replace(file, json.dumps({"name": name, "folder": str(location[1])}).encode())
 
 
-def noted(cache: Path, digest: str) -> tuple[str, Path] | None:
+def look_up(cache: Path, digest: str) -> tuple[str, Path] | None:
     """Return name and folder as noted; its present content is not checked. Where the folder noted
     last is gone, the one that this process noted."""
     with suppress(OSError, ValueError, KeyError, TypeError):

@@ -59,7 +59,7 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
     marked.is_loaded_in_8bit = table.method == "int8"
 
 
-def rounded(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
+def round_weights(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
     """Return the weights that `quantise` makes of a base loaded in `dtype`, as plain numbers of the
     type that `model` is in: what an adapter trained on it belongs to. Errors: as `quantise`."""
     functional = _library(table).functional

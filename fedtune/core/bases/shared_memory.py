@@ -52,11 +52,13 @@ def share(model: nn.Module, path: Path) -> None:
     Guarantee: not one bit of the model changes; a file that holds anything else (altered, cut off,
     of another version) is written anew. Where it cannot be written the model keeps its copy."""
     parameters = dict(model.named_parameters())
-    if _taken(parameters, path) or (_written(parameters, path) and _taken(parameters, path)):
+    if _map_parameters(parameters, path) or (
+        _write_parameters(parameters, path) and _map_parameters(parameters, path)
+    ):
         _give_back()
 
 
-def _written(parameters: dict[str, nn.Parameter], path: Path) -> bool:
+def _write_parameters(parameters: dict[str, nn.Parameter], path: Path) -> bool:
     draft = path.with_suffix(".new")
     try:
         save_file({n: p.detach().contiguous() for n, p in parameters.items()}, draft)
@@ -71,7 +73,7 @@ def _written(parameters: dict[str, nn.Parameter], path: Path) -> bool:
     return True
 
 
-def _taken(parameters: dict[str, nn.Parameter], path: Path) -> bool:
+def _map_parameters(parameters: dict[str, nn.Parameter], path: Path) -> bool:
     """Map each parameter that `path` holds bit for bit; return whether it holds all of them."""
     try:
         with safe_open(path, framework="pt") as file:

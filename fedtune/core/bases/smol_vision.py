@@ -94,14 +94,14 @@ def _tower(outputs: int) -> dict[str, Any]:
 
     draw = np.random.Generator(np.random.PCG64(SEED))
 
-    def normal(shape: tuple[int, ...], deviation: float) -> torch.Tensor:
+    def draw_normal(shape: tuple[int, ...], deviation: float) -> torch.Tensor:
         values = torch.from_numpy(draw.standard_normal(shape) * deviation)
         return values.to(torch.bfloat16).float()
 
     tower, made = "model.vision_model", {}
 
     def linear(name: str, inputs: int, size: int) -> None:
-        made[f"{name}.weight"] = normal((size, inputs), 1 / math.sqrt(inputs))
+        made[f"{name}.weight"] = draw_normal((size, inputs), 1 / math.sqrt(inputs))
         made[f"{name}.bias"] = torch.zeros(size)
 
     def norm(name: str) -> None:
@@ -110,10 +110,10 @@ def _tower(outputs: int) -> dict[str, Any]:
     pixels = (3, PATCH, PATCH)
     patches = f"{tower}.embeddings.patch_embedding"
     # Wider than the other weights, so that patches differ.
-    made[f"{patches}.weight"] = normal((WIDTH, *pixels), 2 / math.sqrt(math.prod(pixels)))
+    made[f"{patches}.weight"] = draw_normal((WIDTH, *pixels), 2 / math.sqrt(math.prod(pixels)))
     made[f"{patches}.bias"] = torch.zeros(WIDTH)
     places = (SIDE // PATCH) ** 2
-    made[f"{tower}.embeddings.position_embedding.weight"] = normal((places, WIDTH), 0.02)
+    made[f"{tower}.embeddings.position_embedding.weight"] = draw_normal((places, WIDTH), 0.02)
     for block in range(BLOCKS):
         at = f"{tower}.encoder.layers.{block}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
@@ -124,5 +124,7 @@ def _tower(outputs: int) -> dict[str, Any]:
         norm(f"{at}.layer_norm2")
     norm(f"{tower}.post_layernorm")
     inputs = WIDTH * SCALE**2
-    made["model.connector.modality_projection.proj.weight"] = normal((outputs, inputs), PROJECTOR)
+    made["model.connector.modality_projection.proj.weight"] = draw_normal(
+        (outputs, inputs), PROJECTOR
+    )
     return made

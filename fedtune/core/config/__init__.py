@@ -8,7 +8,7 @@ a refusal by it.
 """
 
 from fedtune.core.config.held_out import PrivateEvaluationTable
-from fedtune.core.config.load import checked, load_site, load_study, study_from_json
+from fedtune.core.config.load import load_site, load_study, study_from_json, validate_study
 from fedtune.core.config.secure import SecureAggregationTable, noise_shares
 from fedtune.core.config.site import (
     BASES,
@@ -81,7 +81,6 @@ __all__ = [
     "TrainingTable",
     "VaultTable",
     "WireTable",
-    "checked",
     "format_duration",
     "load_site",
     "load_sites",
@@ -89,4 +88,5 @@ __all__ = [
     "noise_shares",
     "save",
     "study_from_json",
+    "validate_study",
 ]

@@ -23,7 +23,7 @@ LIBPQ = (
 USER = re.compile(r"[\w.~%-]*")
 
 
-def checked(value: str) -> str:
+def check_url(value: str) -> str:
     """Check a database's url. Errors: ValueError, without the url, which may hold a password."""
     try:
         parts = urlsplit(value)
@@ -50,7 +50,7 @@ def checked(value: str) -> str:
     return value
 
 
-Url = Annotated[str, AfterValidator(checked)]
+Url = Annotated[str, AfterValidator(check_url)]
 
 
 def kind_of(url: str) -> str:
@@ -58,7 +58,7 @@ def kind_of(url: str) -> str:
     return urlsplit(url).scheme
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """Return a checked url for messages: without its user, and without what is behind a question
     mark."""
     parts = urlsplit(url)
@@ -97,7 +97,7 @@ def file_of(url: str) -> Path:
     return Path(unquote(urlsplit(url).path)[1:])
 
 
-def anchored(url: str, folder: Path) -> str:
+def anchor_url(url: str, folder: Path) -> str:
     """Make the file of a database that is one absolute, a relative one against `folder`."""
     kind = kind_of(url)
     if kind not in FILES:

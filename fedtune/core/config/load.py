@@ -68,7 +68,7 @@ def load_site(path: Path | str) -> Site:
     return site
 
 
-def checked(study: Study) -> Study:
+def validate_study(study: Study) -> Study:
     """Validate a study as one from a file is: `model_copy` validates nothing.
 
     Errors: ConfigError naming the key."""
@@ -120,7 +120,7 @@ def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
     return loaded.anchored(path.resolve().parent)
 
 
-def _nearest(kind: type[BaseModel], steps: list[str]) -> str:
+def _suggest_key(kind: type[BaseModel], steps: list[str]) -> str:
     """Suggest the known key that a mistyped one resembles, e.g. ' (did you mean rounds?)'."""
     table: Any = kind
     for step in steps[:-1]:
@@ -143,7 +143,7 @@ def _first(error: ValidationError, kind: type[BaseModel]) -> str:
     if first["type"] == "missing":
         message = "key is missing"
     elif first["type"] == "extra_forbidden":
-        message = "unknown key" + (_nearest(kind, steps) if len(key) < MOST_KEY else "")
+        message = "unknown key" + (_suggest_key(kind, steps) if len(key) < MOST_KEY else "")
     elif first["type"] == "string_pattern_mismatch":
         message = WORDS.get(first["ctx"]["pattern"], message)
     elif key == "privacy":

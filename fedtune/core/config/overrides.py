@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedtune.core.config.types import merged
+from fedtune.core.config.types import merge_tables
 from fedtune.core.errors import ConfigError
 from fedtune.core.files.reading import tables
 
@@ -34,7 +34,7 @@ def overridden(tables: Mapping[str, Any], settings: Iterable[str]) -> dict[str, 
         change = _value(setting, text.strip())
         for name in reversed(key.split(".")):
             change = {name: change}
-        changed = merged(changed, change)
+        changed = merge_tables(changed, change)
     return changed
 
 

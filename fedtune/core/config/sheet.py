@@ -112,7 +112,7 @@ def template() -> str:
     return "\n".join(lines) + "\n"
 
 
-def lacking(sheet: Sheet | None, asked: tuple[SheetField, ...]) -> tuple[str, ...]:
+def list_lacking(sheet: Sheet | None, asked: tuple[SheetField, ...]) -> tuple[str, ...]:
     """Return the fields that are asked for and of which nothing was typed."""
     held = sheet.held if sheet else ()
     return tuple(name for name in asked if name not in held)

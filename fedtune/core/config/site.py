@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from fedtune.core.config.database import Url, anchored, shown
+from fedtune.core.config.database import Url, anchor_url, redact_url
 from fedtune.core.config.known_bases import KNOWN
 from fedtune.core.config.scan import ScanTable
 from fedtune.core.config.types import (
@@ -162,7 +162,7 @@ class SiteData(DataFile):
     @property
     def where(self) -> Path | str:
         """Where the records are, for messages at the site."""
-        return shown(self.url) if self.url else self.path
+        return redact_url(self.url) if self.url else self.path
 
     @property
     def free_query(self) -> bool:
@@ -174,7 +174,7 @@ class SiteData(DataFile):
         table, options = super().anchored(folder), dict(self.options)
         if (secret := options.get(PASSWORD_FILE)) and isinstance(secret, str):
             options[PASSWORD_FILE] = str(folder / secret)
-        url = anchored(self.url, folder) if self.url else None
+        url = anchor_url(self.url, folder) if self.url else None
         return table.model_copy(update={"url": url, "options": options})
 
     @property

@@ -34,7 +34,7 @@ def _between(least: float, most: float) -> AfterValidator:
 
 
 def _file(value: Any) -> Any:
-    if isinstance(value, str | Path) and (why := reading.unusable(value)):
+    if isinstance(value, str | Path) and (why := reading.refuse_path(value)):
         raise ValueError(f"is no path: {why}")
     if value == "":
         raise ValueError("must not be empty")
@@ -105,7 +105,7 @@ BY_COUNT = (
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def _every(value: Any) -> Any:
+def _parse_duration(value: Any) -> Any:
     """Parse a duration such as "1h" to seconds."""
     if isinstance(value, str):
         if COUNTS.search(value):
@@ -133,15 +133,15 @@ def _moment(value: str) -> str:
     return at.isoformat()
 
 
-Every = Annotated[int, BeforeValidator(_every), Field(ge=1, le=31_622_400)]
+Every = Annotated[int, BeforeValidator(_parse_duration), Field(ge=1, le=31_622_400)]
 Moment = Annotated[str, AfterValidator(_moment)]
 
 
-def merged(table: Any, changes: Any) -> Any:
+def merge_tables(table: Any, changes: Any) -> Any:
     """Return `changes` laid over `table`, table by table."""
     if not isinstance(changes, dict) or not isinstance(table, dict):
         return changes
-    return table | {key: merged(table.get(key), value) for key, value in changes.items()}
+    return table | {key: merge_tables(table.get(key), value) for key, value in changes.items()}
 
 
 def _json_value(value: Any) -> Any:
@@ -163,7 +163,7 @@ class Table(BaseModel):
         in `study.changed(training={"rounds": 3}, privacy={"epsilon": 3.0})`.
 
         Errors: pydantic.ValidationError."""
-        table = merged(self.model_dump(mode="json"), changes)
+        table = merge_tables(self.model_dump(mode="json"), changes)
         return type(self).model_validate_json(json.dumps(table, default=_json_value))
 
     def anchored(self, folder: Path) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.sources._interface import unclean
+from fedtune.core.data.sources._interface import find_unclean
 
 
 def text_of(value: object) -> str:
@@ -20,7 +20,7 @@ def string_of(value: object) -> str:
         raise Rejected("missing value")
     if not isinstance(value, str):
         raise Rejected("wrong type")
-    if reason := unclean(value):
+    if reason := find_unclean(value):
         raise Rejected(reason)
     return value
 

@@ -52,13 +52,13 @@ def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
             _OTHERWISE,
         ) from None
     draws = any(map(_may_draw, parsed.find_all(nodes.Filter)))
-    if draws or _used(parsed) & {"lipsum"}:
+    if draws or _list_used_names(parsed) & {"lipsum"}:
         raise ConfigError(
             "the base's chat template draws at random",
             "a template without `random` and `lipsum`, whose `map` names a filter",
             _OTHERWISE,
         )
-    if _used(parsed) & {"cycler", "joiner"}:
+    if _list_used_names(parsed) & {"cycler", "joiner"}:
         raise ConfigError(
             "the base's chat template uses objects whose text is an address in memory",
             "a template without `cycler` and `joiner`",
@@ -77,5 +77,5 @@ def _may_draw(used: nodes.Filter) -> bool:
     return mapped is not None and (not isinstance(mapped, str) or mapped in ("random", "map"))
 
 
-def _used(parsed: nodes.Template) -> set[str]:
+def _list_used_names(parsed: nodes.Template) -> set[str]:
     return {name.name for name in parsed.find_all(nodes.Name)}

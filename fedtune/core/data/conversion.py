@@ -30,7 +30,13 @@ from fedtune.core import boot
 from fedtune.core.config.site import ConvertTable
 from fedtune.core.data.sources._interface import Row
 from fedtune.core.data.typed_rows import BYTES, given_bytes, returned_rows
-from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, describe, printable
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    describe,
+    escape_controls,
+)
 
 log = logging.getLogger("fedtune.data")
 PROGRAM = "fedtune.core.data.conversion_process"
@@ -152,7 +158,7 @@ class Conversion:
         if told["kind"] == "ready":
             return
         self._stop()
-        text = printable(str(told["text"]))[:SAID]
+        text = escape_controls(str(told["text"]))[:SAID]
         if told["kind"] == "machine":
             raise InfrastructureError(
                 f"data.convert.name = {self._table.name!r} cannot be confined here ({text})",

@@ -305,7 +305,7 @@ def _list_required(point: metadata.EntryPoint) -> set[str]:
 def _requirements(distribution: metadata.Distribution | None) -> list[str]:
     lines = (distribution.requires if distribution else None) or []
     matches = (_NAME.match(line) for line in lines if "extra ==" not in line)
-    return [_normal(match[0]) for match in matches if match]
+    return [_normalise_name(match[0]) for match in matches if match]
 
 
 def _top_levels(required: set[str]) -> list[str]:
@@ -313,10 +313,10 @@ def _top_levels(required: set[str]) -> list[str]:
     if not required:
         return []
     named = metadata.packages_distributions().items()
-    return [top for top, owners in named if required & {_normal(owner) for owner in owners}]
+    return [top for top, owners in named if required & {_normalise_name(owner) for owner in owners}]
 
 
-def _normal(name: str) -> str:
+def _normalise_name(name: str) -> str:
     """Return a distribution's name in the form in which names are compared."""
     return re.sub(r"[-_.]+", "-", name).lower()
 

@@ -72,7 +72,7 @@ def placed_rows(
     """
     names = names or Names(where, keys)
     if isinstance(source, Collection):
-        yield from _collected(where, source, names, strict)
+        yield from _collect_rows(where, source, names, strict)
         return
     readers = by_suffix() if source is None else dict.fromkeys(source.suffixes, source)
     for path in _paths(where, readers):
@@ -81,7 +81,7 @@ def placed_rows(
             if not os.path.isfile(path):  # a pipe, which would be waited for
                 raise OSError
             for number, row in enumerate(readers[path.suffix.lower()].rows(path, names), 1):
-                yield Place(path.name, names.row or number), _checked(row)
+                yield Place(path.name, names.row or number), _check_row(row)
         except NotWellFormed:
             if strict:
                 raise
@@ -90,26 +90,30 @@ def placed_rows(
             raise
         except Exception as error:  # whatever one file makes a library do is that file's matter
             if strict and os.path.isfile(where):
-                data_error = error if isinstance(error, DataError) else _unreadable(where, error)
+                data_error = (
+                    error if isinstance(error, DataError) else _build_read_error(where, error)
+                )
                 raise data_error from None
             yield Place(path.name, 0), "unreadable file"
     if strict:
         names.require()
 
 
-def _collected(
+def _collect_rows(
     where: Path, source: Collection, names: Names, strict: bool
 ) -> Iterator[tuple[Place, Row | str]]:
     """Yield the rows of a place that is read as a whole, as placed_rows does."""
     file = ""
     try:
         for number, (file, row) in enumerate(source.collect(where, names), 1):
-            yield Place(file, names.row or number), _checked(row)
+            yield Place(file, names.row or number), _check_row(row)
     except MemoryError:
         raise
     except Exception as error:
         if strict:
-            data_error = error if isinstance(error, DataError) else _unreadable(names.where, error)
+            data_error = (
+                error if isinstance(error, DataError) else _build_read_error(names.where, error)
+            )
             raise data_error from None
         if isinstance(error, DataError):  # which holds no content
             log.warning("%s", error)
@@ -119,7 +123,7 @@ def _collected(
     names.require()
 
 
-def _checked(row: object) -> Row | str:
+def _check_row(row: object) -> Row | str:
     """Return a source's row or its reason; a fixed reason in place of anything else."""
     if isinstance(row, str):
         if row in REASONS:
@@ -130,7 +134,7 @@ def _checked(row: object) -> Row | str:
     return row if isinstance(row, dict) else "wrong type"
 
 
-def _unreadable(where: Path | str, error: Exception) -> DataError:
+def _build_read_error(where: Path | str, error: Exception) -> DataError:
     return DataError(f"{where}: cannot be read ({type(error).__name__})")
 
 
@@ -150,7 +154,7 @@ def _paths(where: Path, readers: Mapping[str, Source]) -> list[Path]:
     try:
         entries = sorted(where.iterdir())
     except OSError as error:
-        raise _unreadable(where, error) from None
+        raise _build_read_error(where, error) from None
     files = [  # os.path.isfile: Path.is_file raises for some links, and the others are read
         p
         for p in entries

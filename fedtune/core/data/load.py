@@ -80,15 +80,15 @@ class UnitReader:
         rejected: list[tuple[Record, str]] = []
         nameless = [replace(record, unit="", place=None) for record in records]
         made = per_unit(self._examples, (Example, str))(nameless)
-        usable = _passed(_beside(records, made), rejected)
+        usable = _select_passed(_beside(records, made), rejected)
         over_cap = len(usable)
         if self.max_records is not None:
-            usable = _capped(usable, self.max_records, is_kept)
+            usable = _cap_records(usable, self.max_records, is_kept)
         over_cap -= len(usable)
         if self.soft_targets is not None:
             pairs = [(replace(record, unit="", place=None), example) for record, example in usable]
             made = per_unit(self._examples_with_targets, (Example, str))(pairs)
-            usable = _passed(_beside([record for record, _ in usable], made), rejected)
+            usable = _select_passed(_beside([record for record, _ in usable], made), rejected)
         return Unit([record for record, _ in usable], [e for _, e in usable], rejected, over_cap)
 
     def _examples(self, records: list[Record]) -> list[Example | str]:
@@ -164,7 +164,7 @@ def _beside(
     return list(zip(records, made or ["cannot be read"] * len(records), strict=True))
 
 
-def _passed(
+def _select_passed(
     outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
 ) -> list[tuple[Record, Example]]:
     """Select the usable examples; the others are appended to `rejected` with their reasons."""
@@ -172,7 +172,7 @@ def _passed(
     return [(record, example) for record, example in outcomes if not isinstance(example, str)]
 
 
-def _capped(
+def _cap_records(
     usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
 ) -> list[tuple[Record, Example]]:
     """Select at most `limit` of one unit's records, in order: those kept before, then those of

@@ -97,7 +97,7 @@ def load(path: Path, kind: Kind) -> Media:
     """Read the file at `path`, and decode it once to check that this is possible. Errors: as
     Folder.read."""
     try:
-        with reading.opened(path) as file:
+        with reading.open_regular(path) as file:
             content = file.read(BYTES + 1)
     except OSError:
         raise Rejected(f"unreadable {kind}") from None
@@ -107,7 +107,7 @@ def load(path: Path, kind: Kind) -> Media:
     if kind == "image":
         picture(media)
     else:
-        sound(media)
+        decode_sound(media)
     return media
 
 
@@ -145,7 +145,7 @@ def _eight_bits(image: Any) -> Image:
     return Image.fromarray(((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8))
 
 
-def sound(media: Media, rate: int | None = None) -> Samples:
+def decode_sound(media: Media, rate: int | None = None) -> Samples:
     """Decode the recording to one channel in ±1, (samples,), at `rate` a second if given, else its
     own.
 

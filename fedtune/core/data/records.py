@@ -30,7 +30,7 @@ from fedtune.core.data.media import Folder, Kind, Media, import_decoders
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
 from fedtune.core.data.sources._interface import Names, Row
-from fedtune.core.data.sources.csv import guessed
+from fedtune.core.data.sources.csv import guess_format
 from fedtune.core.errors import ConfigError, DataError
 
 TRUTH = ("true", "false", "1", "0", "yes", "no")  # a judgement: desirable or not, in turn
@@ -382,7 +382,7 @@ def source_of(file: DataFile) -> Source | None:
     Errors: ConfigError where it is not installed, does not have the options, or knows patients and
     data.columns.patient does not name their column."""
     if not isinstance(file, SiteData):
-        return guessed(file.path, keys_of(file).values())
+        return guess_format(file.path, keys_of(file).values())
     if file.url:
         return SOURCES.build(SQL, {**file.options, "url": file.url})
     source = SOURCES.build(file.source, file.options) if file.source else None

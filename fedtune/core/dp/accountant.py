@@ -61,14 +61,14 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
     differential privacy", corollary 3.3 (Gaussians compose to one); Balle & Wang 2018, theorem 8
     (its ε).
     """
-    return _epsilon(merged(events), delta)
+    return _epsilon(merge_events(events), delta)
 
 
 def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
     """Compose ε by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
 
     Errors: as `epsilon`; and ValueError where RDP is not defined here (k > 1 with q < 1)."""
-    return _rdp_epsilon(merged(events), delta)
+    return _rdp_epsilon(merge_events(events), delta)
 
 
 @lru_cache(maxsize=4096)  # sites of one study ran the same steps
@@ -103,7 +103,7 @@ def cross_check(events: Iterable[Steps], delta: float) -> float:
 
     | RDP not defined (k > 1, q < 1) | PLD's ε; an independent integral checks it in the tests |
     Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
-    folded = merged(events)
+    folded = merge_events(events)
     pld_epsilon = epsilon(folded, delta)
     if any(event.records > 1 and event.sampling_rate < 1 for event in folded):
         return pld_epsilon
@@ -124,11 +124,11 @@ def calibrate(
 
     Guarantee: computed with the accountant that reports, and checked after rounding."""
 
-    def enough(thousandths: int) -> bool:
+    def is_enough(thousandths: int) -> bool:
         return epsilon([Steps(thousandths / 1000, sampling_rate, steps, records)], delta) <= target
 
     start = 1000 * max(records, records * sampling_rate * math.sqrt(steps) / _shift(target, delta))
-    smallest = _first(enough, start, MOST)
+    smallest = _first(is_enough, start, MOST)
     if smallest is None:
         raise ConfigError(
             f"no noise_multiplier up to {MOST // 1000} reaches epsilon = {target}",
@@ -187,7 +187,7 @@ def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | N
 # -------------------------------------------------------------------------------------- events
 
 
-def merged(events: Iterable[Steps]) -> tuple[Steps, ...]:
+def merge_events(events: Iterable[Steps]) -> tuple[Steps, ...]:
     """Merge events of equal (σ, q, k) and sort them, so that a log always gives the same ε."""
     counts: dict[tuple[float, float, int], int] = {}
     for event in events:
@@ -228,7 +228,7 @@ def _checked_delta(delta: float) -> None:
 def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
     _checked_delta(delta)
     try:
-        return _computed(events, delta)
+        return _compute_epsilon(events, delta)
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ConfigError(
             "no ε can be computed of these steps",
@@ -237,10 +237,10 @@ def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
         ) from error
 
 
-def _computed(events: tuple[Steps, ...], delta: float) -> float:
+def _compute_epsilon(events: tuple[Steps, ...], delta: float) -> float:
     if all(event.sampling_rate == 1 for event in events):
         return _gaussian(math.hypot(*(_mu(event) for event in events)), delta)
-    return float(_composed(events).get_epsilon_for_delta(delta))
+    return float(_compose_distributions(events).get_epsilon_for_delta(delta))
 
 
 def _mu(event: Steps) -> float:
@@ -265,7 +265,7 @@ def _gaussian(mu: float, delta: float) -> float:
 
 
 @lru_cache(maxsize=8)
-def _composed(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribution:
+def _compose_distributions(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribution:
     interval = max(_interval(event) for event in events)  # distributions compose on one grid only
     total = pld.identity(value_discretization_interval=interval)
     for event in events:

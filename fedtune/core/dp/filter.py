@@ -32,7 +32,7 @@ from scipy.special import logsumexp  # type: ignore[import-untyped]
 from scipy.stats import binom  # type: ignore[import-untyped]
 
 from fedtune.core.dp import accountant
-from fedtune.core.dp.accountant import Steps, merged
+from fedtune.core.dp.accountant import Steps, merge_events
 
 # Fine where ε is large (small orders), wide where it is small.
 ORDERS = (
@@ -54,7 +54,7 @@ def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
     Errors: ValueError when epsilon or delta is out of range, or no order leaves any budget."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError("epsilon must be positive and finite")
-    planned = merged(events) or (Steps(1.0, 1.0, 1),)
+    planned = merge_events(events) or (Steps(1.0, 1.0, 1),)
     room = {a: budget(epsilon, a, delta) / max(rdp(planned, a), 1e-300) for a in ORDERS}
     best = max(room, key=lambda order: room[order])
     if room[best] <= 0:
@@ -73,17 +73,17 @@ def rdp(events: Iterable[Steps], order: float) -> float:
     Errors: ValueError on an impossible event or an order ≤ 1.
     Reference: Mironov, Talwar & Zhang 2019 (k = 1); Choquette-Choo et al. 2024, corollary 4.7 (the
     dominating pair); Zhu, Dong & Wang 2022 (domination carries over to Rényi)."""
-    order, total = _checked(order), 0.0
-    for sigma, rate, steps, records in merged(events):
+    order, total = _check_order(order), 0.0
+    for sigma, rate, steps, records in merge_events(events):
         if rate == 1:
             total += order * steps * (records / sigma) ** 2 / 2
         else:
-            total += steps * _sampled(sigma, rate, records, order)
+            total += steps * _compute_sampled_rdp(sigma, rate, records, order)
     return total
 
 
 @lru_cache(maxsize=65536)
-def _sampled(sigma: float, rate: float, records: int, order: float) -> float:
+def _compute_sampled_rdp(sigma: float, rate: float, records: int, order: float) -> float:
     """Compute ρ(order) of one step with q < 1; where that takes too long, which needs σ far below
     k, the divergence of a step that takes all k rows, since the Rényi divergence is quasi-convex
     (van Erven & Harremoës 2014, theorem 13)."""
@@ -126,7 +126,7 @@ def epsilon_of(rdp: float, order: float, delta: float) -> float:
     Reference: Canonne, Kamath & Steinke 2020, proposition 12."""
     if not (rdp >= 0 and 0 < delta < 1):
         raise ValueError("a divergence must be ≥ 0 and delta in (0, 1)")
-    return float(compute_epsilon([_checked(order)], [rdp], delta)[0])
+    return float(compute_epsilon([_check_order(order)], [rdp], delta)[0])
 
 
 def budget(epsilon: float, order: float, delta: float) -> float:
@@ -145,7 +145,7 @@ def filtered_epsilon(events: Iterable[Steps], order: float, delta: float) -> flo
     return epsilon_of(rdp(events, order), order, delta)
 
 
-def _checked(order: float) -> float:
+def _check_order(order: float) -> float:
     if not (order > 1 and math.isfinite(order)):
         raise ValueError("a Rényi order must be above 1 and finite")
     return float(order)

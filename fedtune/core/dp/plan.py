@@ -131,7 +131,7 @@ class DpPlan:
 
         Guarantee: of one site alone (own_noise, q); of a sum over `sites` such sites, of which
         `colluding` reveal theirs, (noise_multiplier, q)."""
-        return self._noised(self._drawn_sum(n_rows, dimension, gradients, team), log, round_)
+        return self._add_noise_to(self._drawn_sum(n_rows, dimension, gradients, team), log, round_)
 
     def _drawn_sum(
         self, n_rows: int, dimension: int, gradients: RowGradients, team: Team | None
@@ -163,10 +163,10 @@ class DpPlan:
         return Bound(self.max_grad_norm, self.clipping, self.gamma, self.grid_at(dimension))
 
     def _add_noise(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
-        noised = self._noised(total, log, round_)
+        noised = self._add_noise_to(total, log, round_)
         return (noised.double() * (self.grid_at(len(total)) / self.divisor)).float()
 
-    def _noised(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
+    def _add_noise_to(self, total: torch.Tensor, log: StepLog, round_: int) -> torch.Tensor:
         """Log the step and add the noise as `mechanism.noised_sum` does, in place."""
 
         def log_step() -> None:
@@ -214,16 +214,16 @@ class SitePlan:
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
         """Sum the clipped rows, int64 (dimension,), in this process alone where the team fails."""
 
-        def summed(rows: list[int]) -> torch.Tensor:
+        def sum_rows(rows: list[int]) -> torch.Tensor:
             return self._together_or_alone(rows, dimension, clipped_sum)
 
         if self.team is not None:
             try:
-                return self.team.total(sampled, dimension, summed)
+                return self.team.total(sampled, dimension, sum_rows)
             except Exception as error:
                 _log.error("the other processes did not sum a step (%s)", describe(error))
                 self._free_after(error)
-        return summed(sampled)
+        return sum_rows(sampled)
 
     def _together_or_alone(
         self, rows: list[int], dimension: int, clipped_sum: ClippedSum

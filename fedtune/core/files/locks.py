@@ -65,7 +65,7 @@ def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
     who: what such a process is called, and `folder` what it uses, for the error. Yields whether
     the last one that held it was killed. Errors: InfrastructureError naming who holds it."""
     with mapping_errors(path):
-        descriptor = _held(path)
+        descriptor = _lock_file(path)
     if descriptor is None:
         raise InfrastructureError(
             f"another {who} (process {_holder(path)}) uses {folder}",
@@ -97,7 +97,7 @@ def mapping_errors(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _held(path: Path) -> int | None:
+def _lock_file(path: Path) -> int | None:
     """Lock the file that has the name at that moment; None where another process has it locked.
 
     Errors: OSError."""

@@ -36,7 +36,7 @@ _NEXT = rf"(?:[ \t]*+\.[ \t]*+{_PART})"
 _KEY = re.compile(rf"{_PART}{_NEXT}{{0,{DEPTH - 1}}}+({_NEXT})?")
 
 
-def unusable(path: str | Path) -> str:
+def refuse_path(path: str | Path) -> str:
     """Say why no file can have this path, or ""."""
     try:
         name = os.fsencode(path)
@@ -53,7 +53,7 @@ class NotRegular(OSError):
     """What has the name of a file is a folder, a pipe, a device or a socket."""
 
 
-def opened(path: Path) -> io.BufferedReader:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading, without waiting for whatever else may have its name by now,
     as a pipe without a writer. Errors: OSError, of which NotRegular."""
     return open(descriptor(path), "rb")
@@ -73,7 +73,7 @@ def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
     """Check that `path` is a readable regular file; returns it. Errors: as above."""
-    os.close(_opened(path, expected, todo, kind))
+    os.close(_open_descriptor(path, expected, todo, kind))
     return path
 
 
@@ -82,7 +82,7 @@ def content(
 ) -> bytes:
     """Read the file's bytes. expected, todo: for the error. Errors: as above."""
     try:
-        with open(_opened(path, expected, todo, kind), "rb") as file:
+        with open(_open_descriptor(path, expected, todo, kind), "rb") as file:
             data = file.read(most + 1)
     except OSError as error:
         raise kind(f"{path}: cannot be read ({error.strerror})", expected, todo) from None
@@ -194,9 +194,9 @@ def _table(
     return parsed
 
 
-def _opened(path: Path, expected: str, todo: str, kind: Kind) -> int:
+def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
     """A descriptor of a regular file. Errors: as above."""
-    if why := unusable(path):
+    if why := refuse_path(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
         return descriptor(path)

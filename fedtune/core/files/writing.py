@@ -28,7 +28,7 @@ def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
 
     A missing folder is made. private: file (0600) and a folder made here for this user alone.
     Errors: InfrastructureError where the write fails; the file is then unchanged."""
-    return _placed(path, content, os.replace, private)
+    return _place_file(path, content, os.replace, private)
 
 
 def create(path: Path, content: bytes, *, private: bool = False) -> Path:
@@ -36,7 +36,7 @@ def create(path: Path, content: bytes, *, private: bool = False) -> Path:
     create one file, the first counts, and its content stays. Returns `path`.
 
     Errors: InfrastructureError where the write fails; no file is then left."""
-    return _placed(path, content, _link, private)
+    return _place_file(path, content, _link, private)
 
 
 def check_replaceable(path: Path, *suffixes: str) -> Path:
@@ -64,7 +64,9 @@ def open_own(path: Path, flags: int) -> int:
     return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
 
 
-def _placed(path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool) -> Path:
+def _place_file(
+    path: Path, content: bytes, place: Callable[[Path, Path], None], private: bool
+) -> Path:
     _check_regular(path)
     draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{os.getpid()}.new")
     try:

@@ -112,11 +112,11 @@ class AuditLog:
         A last line that a crash cut short was never acted upon: it is taken away first.
         Errors: NotAuditable; InfrastructureError where the disk refuses: what was to be logged
         should then not be done."""
-        said = {"event": event, "facts": _checked(event, rule, facts), "rule": rule}
+        said = {"event": event, "facts": _check_facts(event, rule, facts), "rule": rule}
         said |= {"login": login(), "person": person()}
         try:
             with _locked(self.folder):
-                newest = _newest(self.folder)
+                newest = _read_newest(self.folder)
                 for entry, _ in reversed(newest[-once:] if once else []):
                     if said == {name: entry[name] for name in said}:
                         return int(entry["seq"])
@@ -140,7 +140,7 @@ class AuditLog:
         """The newest entry, as "SEQ:HASH"; "" where there is none. Errors: InfrastructureError."""
         try:
             with _locked(self.folder):
-                newest = _newest(self.folder)[-1:]
+                newest = _read_newest(self.folder)[-1:]
         except OSError as error:
             raise InfrastructureError(f"{self.folder / FILE}: {error.strerror}") from None
         return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
@@ -266,7 +266,7 @@ def _holds(folder: Path, head: str) -> bool:
     return False
 
 
-def _checked(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Check that nothing but names and numbers is logged. Errors: NotAuditable."""
     if event not in EVENTS:
         raise NotAuditable("event")
@@ -302,7 +302,7 @@ def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
         yield
 
 
-def _newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
+def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
     """Return the newest entries and their lines, oldest first; a torn line after them is cut off.
 
     Errors: NotGenuine; OSError, also where the file is a link."""

@@ -110,7 +110,7 @@ def named(folder: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise _operational(folder, error) from None
+        raise _build_operational_error(folder, error) from None
     except sqlite3.Error as error:
         raise LedgerError(
             f"{folder / DATABASE}: cannot be read as a ledger ({error})", todo=RESTORE
@@ -126,7 +126,7 @@ def named(folder: Path) -> Iterator[None]:
         raise LedgerError(*error.args) from None
 
 
-def _operational(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
+def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> LedgerError:
     message, path = str(error), folder / DATABASE
     if "locked" in message:
         return LedgerError(
@@ -246,7 +246,7 @@ class Database:
                     last = Head(entry.seq, entry.hash)
                     check_signature(self.path, self.key.public, last, signature)
                 if last != self.head:
-                    raise _damaged(self.path, "entries were taken out")
+                    raise _build_damaged_error(self.path, "entries were taken out")
             finally:
                 connection.close()
 
@@ -277,13 +277,13 @@ class Database:
                 ) from None
             self._head = head
         if last is None:
-            raise _damaged(self.path, "entries were taken out")
+            raise _build_damaged_error(self.path, "entries were taken out")
         check_signature(self.path, self.key.public, *last)
         self._check_anchor(connection)
 
     def _create(self, connection: sqlite3.Connection) -> None:
         if not (self.folder / NEW).exists():
-            raise _damaged(self.path, "it is empty")
+            raise _build_damaged_error(self.path, "it is empty")
         for statement in SCHEMA:
             connection.execute(statement)
         first = Transaction(connection, self.key, None)
@@ -363,20 +363,22 @@ def chain(
         except (ValueError, TypeError, AttributeError, KeyError):
             valid = False
         if not valid:
-            raise _damaged(path, f"entry {seq} was edited, moved or follows a deleted one")
+            raise _build_damaged_error(
+                path, f"entry {seq} was edited, moved or follows a deleted one"
+            )
         last = Head(seq, hash_)
         yield Entry(seq, kind, body, hash_), signature
     if after is not None and last is after:
-        raise _damaged(path, f"entry {after.seq} was deleted")
+        raise _build_damaged_error(path, f"entry {after.seq} was deleted")
 
 
-def _damaged(path: Path, detail: str) -> LedgerError:
+def _build_damaged_error(path: Path, detail: str) -> LedgerError:
     return LedgerError(f"{path}: damaged: {detail}", todo=RESTORE)
 
 
 def check_signature(path: Path, public: str, head: Head, signature: str) -> None:
     if not (isinstance(signature, str) and verifies(public, signed_entry(head.hash), signature)):
-        raise _damaged(path, f"entry {head.seq} is not signed by this site's key")
+        raise _build_damaged_error(path, f"entry {head.seq} is not signed by this site's key")
 
 
 def check_first(path: Path, entry: Entry, public: str, salt: bytes) -> None:
@@ -393,4 +395,4 @@ def check_members(path: Path, reader: Transaction, members: Mapping[str, str]) -
     """Check each dataset's members against its newest declaration. Errors: LedgerError."""
     for dataset, digest in members.items():
         if reader.members(dataset) != digest:
-            raise _damaged(path, f"the members of dataset {dataset!r} were edited")
+            raise _build_damaged_error(path, f"the members of dataset {dataset!r} were edited")

@@ -46,7 +46,7 @@ def declare(
         charged = {spent.dataset for spent in ledger._account.spent()}
         check_name(charged, dataset, what)
         known = set().union(*(writer.hashes(name) for name in charged))
-        private = sum(any(ledger._salted(m) in known for m in record) for record in records)
+        private = sum(any(ledger._salt_member(m) in known for m in record) for record in records)
         if private:
             raise PolicyRefused(
                 f"data.declared = {what!r}, and {private} of {len(records)} records of dataset "
@@ -57,7 +57,7 @@ def declare(
         if not sign:
             return
         name = NOT_PRIVATE + dataset
-        writer.add_members(name, {ledger._salted(m) for record in records for m in record})
+        writer.add_members(name, {ledger._salt_member(m) for record in records for m in record})
         entry = {"dataset": dataset, "what": what, "members": writer.members(name)}
         was = ledger._account.not_private.get(dataset), ledger._account.members.get(name)
         if was != (what, entry["members"]):
@@ -73,7 +73,7 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
     with ledger._store.writing() as writer:
         names = _not_accepted(ledger, dataset)
         known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
-        shared = sum(any(ledger._salted(m) in known for m in record) for record in records)
+        shared = sum(any(ledger._salt_member(m) in known for m in record) for record in records)
     if shared:
         raise PolicyRefused(
             f"{shared} of {len(records)} records of dataset {dataset!r} were declared public or "
@@ -122,7 +122,7 @@ def check_name(charged: Collection[str], dataset: str, what: Declared) -> None:
         )
 
 
-def declared(ledger: Ledger) -> dict[str, str]:
+def read_declarations(ledger: Ledger) -> dict[str, str]:
     """Return what each dataset is declared to be, by name; the newest declaration counts."""
     with ledger._store.writing():
         return dict(ledger._account.not_private)
@@ -133,7 +133,7 @@ def check_declared(ledger: Ledger, dataset: str, what: Declared) -> None:
 
     It follows from what a person declared, never from a record. Errors: PolicyRefused."""
     check_name({spent.dataset for spent in ledger.spending()}, dataset, what)
-    if declared(ledger).get(dataset) != what:
+    if read_declarations(ledger).get(dataset) != what:
         raise PolicyRefused(
             f"data.declared = {what!r}, and this site's ledger has no such declaration",
             "a declaration that was signed before the site joined",

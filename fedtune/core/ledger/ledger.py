@@ -127,12 +127,12 @@ class Ledger:
         kept. A key that was never a member arrives now, in a cohort of all such keys, whatever its
         or other units' records are.
         Errors: NoRoom, and nothing is entered, where the disk has too little for it."""
-        hashes = sorted({self._salted(member) for member in members})
+        hashes = sorted({self._salt_member(member) for member in members})
         with self._store.writing() as writer:
             previous = self._account.declared.get(dataset, {})
             arrival = None
             if keys is not None:
-                salted_keys = [self._salted(key) for key in keys]
+                salted_keys = [self._salt_member(key) for key in keys]
                 arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), salted_keys)
             writer.add_members(dataset, hashes)
             declaration: dict[str, Any] = {
@@ -156,7 +156,7 @@ class Ledger:
         """Build a test of whether a member was ever declared as the dataset's, as it stands now."""
         with self._store.writing() as writer:
             hashes = writer.hashes(dataset)
-        return lambda member: self._salted(member) in hashes
+        return lambda member: self._salt_member(member) in hashes
 
     def disjoint_member_test(self, dataset: str) -> Callable[[bytes], bool]:
         """Build a test of whether a dataset disjoint from `dataset` has a patient's key: a patient
@@ -167,7 +167,7 @@ class Ledger:
                 name for name in self._account.declared if self._account.disjoint(dataset, name)
             ]
             hashes = set().union(*(writer.hashes(name) for name in names))
-        return lambda key: self._salted(key) in hashes
+        return lambda key: self._salt_member(key) in hashes
 
     @property
     def disjoint(self) -> list[tuple[str, str]]:
@@ -431,7 +431,7 @@ class Ledger:
 
     def hashed(self, unit_key: bytes) -> str:
         """Hash a unit's key with this site's salt."""
-        return self._salted(unit_key).hex()
+        return self._salt_member(unit_key).hex()
 
     def withdraw(self, unit_key: bytes) -> Entry:
         """Enter that a unit's consent was withdrawn, once; returns that entry. Charges stay, since
@@ -487,7 +487,7 @@ class Ledger:
         with self._store.writing():
             return self._store.head
 
-    def _salted(self, member: bytes) -> bytes:
+    def _salt_member(self, member: bytes) -> bytes:
         return hmac.digest(self._store.salt, member, "sha256")
 
     def _path(self, slot: Slot) -> Path:

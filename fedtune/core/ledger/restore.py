@@ -184,12 +184,12 @@ def _key(folder: Path, from_: Path | None) -> SigningKey:
 
 
 def _base(folder: Path, from_: Path | None, public: str) -> _Base:
-    local = _verified(folder, public)
+    local = _verify_ledger(folder, public)
     if from_ is None:
         salt = folder / SALT
         salt_bytes = salt.read_bytes() if salt.exists() else b""
         return local or _Base(None, salt_bytes if len(salt_bytes) == 32 else os.urandom(32))
-    backup = _verified(from_, public)
+    backup = _verify_ledger(from_, public)
     if backup is None:
         raise LedgerError(
             f"{from_}: not a whole backup of this site's ledger",
@@ -199,7 +199,7 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
     return local if local is not None and local.seq > backup.seq else backup
 
 
-def _verified(folder: Path, public: str) -> _Base | None:
+def _verify_ledger(folder: Path, public: str) -> _Base | None:
     """The ledger of a folder if every entry, signature and member digest in it verifies."""
     path, salt = folder / DATABASE, folder / SALT
     if not (path.exists() and salt.exists()):
@@ -243,7 +243,7 @@ def _restore_body(
     if (not log_complete and (lost or not counted)) or (unexplained and not known_charges):
         charges.append(EXHAUSTED)
     elif unexplained:
-        charges.append(_costliest(known_charges, unexplained))
+        charges.append(_bound_charge(known_charges, unexplained))
     # The rules of a lost charge are those of the release that made it; in doubt, the oldest known.
     rules = min((c.rules for c in (*base.charges, *readable)), default=RULES)
     charges = [dataclasses.replace(charge, rules=rules) for charge in charges]
@@ -341,7 +341,7 @@ def _round_key(charge: Charge) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _costliest(charges: list[Charge], times: int) -> Charge:
+def _bound_charge(charges: list[Charge], times: int) -> Charge:
     """A charge at least as costly as `times` of any round in `charges`: ε decreases in σ and
     increases in q, steps and k."""
     return Charge(

@@ -11,7 +11,7 @@ from fedtune.core.config import PolicyTable
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import total_epsilon
-from fedtune.core.ledger.declared import declared
+from fedtune.core.ledger.declared import read_declarations
 from fedtune.core.ledger.entries import Cohort, Spent
 from fedtune.core.ledger.ledger import Ledger
 
@@ -88,14 +88,14 @@ def facts(
     """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit: of
     whom the site's file names the records."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
-    total = heaviest(dataset, cohorts, policy)
+    total = find_heaviest_budget(dataset, cohorts, policy)
     return {
         "dataset": dataset,
         "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
         "budget": asdict(total)
         | {"remaining": total.remaining, "fallback_remaining": total.fallback_remaining},
         "not_known": ledger.unknown(dataset, unit) if unit else [],
-        "declared": declared(ledger),
+        "declared": read_declarations(ledger),
         "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
     }
 
@@ -119,11 +119,13 @@ def _line(group: Sequence[Spent], delta: float, unit: str | None) -> StudyLine:
         first=min(entry.time for entry in group),
         last=max(entry.time for entry in group),
         known=all(charge.is_known_for(unit or charge.unit) for charge in charges),
-        fallback=_epsilon([c.fallback for c in charges], delta) if _shared(group) else None,
+        fallback=_epsilon([c.fallback for c in charges], delta)
+        if _is_noise_shared(group)
+        else None,
     )
 
 
-def _shared(spent: Sequence[Spent]) -> bool:
+def _is_noise_shared(spent: Sequence[Spent]) -> bool:
     """Return whether some charge has secure aggregation, so that there are two ε."""
     return any(entry.charge.sites > 1 for entry in spent)
 
@@ -137,14 +139,16 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
     found = DatasetBudget(
         dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta
     )
-    if not _shared(spent):
+    if not _is_noise_shared(spent):
         return found
     alone = total_epsilon([entry.charge.fallback for entry in spent], order, policy.max_delta)
     ceiling = policy.max_fallback_epsilon
     return replace(found, fallback=alone.epsilon, fallback_ceiling=ceiling)
 
 
-def heaviest(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
+def find_heaviest_budget(
+    dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
+) -> DatasetBudget:
     """The dataset's budget: that of the cohort with the largest ε, and the largest fallback."""
     budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
     most = max(budgets, key=lambda total: total.epsilon)

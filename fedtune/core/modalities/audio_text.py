@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from fedtune.core.bases.find import Base
 from fedtune.core.config import ObjectiveTable
 from fedtune.core.data.files import Rejected
-from fedtune.core.data.media import Media, sound
+from fedtune.core.data.media import Media, decode_sound
 from fedtune.core.data.records import Record
 from fedtune.core.errors import ModelError
 from fedtune.core.modalities._interface import Modality
@@ -44,7 +44,7 @@ class Speech:
             raise Rejected("missing value")
         if record.prompt and resolve(objective).record_format != "label":
             raise Rejected("a speech base takes no prompt")
-        samples = sound(record.media, self._rate)
+        samples = decode_sound(record.media, self._rate)
         if len(samples) > self._extractor.n_samples and objective.overflow == "reject":
             raise Rejected("audio too long")
         said = record.completion
@@ -56,7 +56,7 @@ class Speech:
 
     def tensor(self, media: Media) -> torch.Tensor:
         """Compute the log-mel spectrogram, (1, mel bins, frames)."""
-        samples = sound(media, self._rate)
+        samples = decode_sound(media, self._rate)
         features = self._extractor(samples, sampling_rate=self._rate, return_tensors="np")
         return torch.from_numpy(np.asarray(features["input_features"], dtype=np.float32))
 

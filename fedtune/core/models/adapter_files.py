@@ -43,7 +43,7 @@ def load_adapter(folder: Path) -> Arrays:
     return adapter
 
 
-def picked(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
+def pick_arrays(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
     """Pick the saved arrays that a network calls by these names. Errors: ModelError."""
     wanted = list(names)
     if missing := [name for name in wanted if name not in saved]:

@@ -287,14 +287,14 @@ class CachedDataset:
             target_ids=targets.to(device),
             label=torch.tensor([examples[i].label for i in records], device=device),
             index=torch.tensor(records),
-            soft=self._soft(records),
+            soft=self._pad_soft_targets(records),
             tower_states=tower_states,
             tiles=bucket.tiles,
             count=count,
             reference_logps=self._logps,
         )
 
-    def _soft(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _pad_soft_targets(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Pad the teacher's soft targets of `records` to one shape. Their number follows from the
         records beside one: they are gathered by a record's own positions (objectives/distill.py),
         and nothing is added up over them."""

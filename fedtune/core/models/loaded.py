@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.bases import known_here
-from fedtune.core.bases.architecture import pooled
+from fedtune.core.bases.architecture import pool_states
 from fedtune.core.bases.find import (
     Base,
     base_of_plan,
@@ -27,7 +27,7 @@ from fedtune.core.bases.find import (
     load_tokenizer,
     place_of,
 )
-from fedtune.core.bases.quantise import rounded
+from fedtune.core.bases.quantise import round_weights
 from fedtune.core.config import BaseTable, Study
 from fedtune.core.errors import ModelError
 from fedtune.core.files.reading import regular
@@ -79,7 +79,7 @@ class LoadedModel:
         """Score several passages in one pass, (n, outputs): for public text alone."""
         if self.head is None:
             raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
-        logits: torch.Tensor = self.head(pooled(*self._states(passages), self.base.kind))
+        logits: torch.Tensor = self.head(pool_states(*self._states(passages), self.base.kind))
         return logits
 
     @property
@@ -144,11 +144,11 @@ def load(
     if base.kind == "causal":
         network.lm_head.register_forward_pre_hook(_in_one_piece)
     if study is not None and study.base.quantisation:
-        rounded(network, study.base.quantisation, getattr(torch, study.base.dtype))
+        round_weights(network, study.base.quantisation, getattr(torch, study.base.dtype))
     head = None
     if adapter is not None:
         if (adapter / ADAPTER).is_file():
-            network = adapted(network, adapter, trainable)
+            network = load_peft_adapter(network, adapter, trainable)
         head = _head(adapter)
     return LoadedModel(base, network, load_tokenizer(base), head, study, actual_digest)
 
@@ -176,7 +176,7 @@ def room(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
 
 
-def adapted(model: Any, adapter: Path, trainable: bool = False) -> Any:
+def load_peft_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:
     """Load the adapter in a folder onto `model`, by PEFT. Errors: ModelError."""
     from peft import PeftModel
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fedtune.core.objectives._shapes import even
+from fedtune.core.objectives._shapes import split_evenly
 
 _CHUNK_BYTES = 32 * 2**20  # fp32 logits held at once: enough rows for a matrix product to be quick
 
@@ -39,7 +39,7 @@ class _HeadLoss(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradients = torch.empty_like(states) if needs_gradient else None
         rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
-        for part, _ in even(len(states), rows):
+        for part, _ in split_evenly(len(states), rows):
             logits = (states[part] @ weight.T).float()
             at = targets[part, None]
             total = torch.logsumexp(logits, dim=1, keepdim=True)

@@ -29,7 +29,7 @@ from fedtune.core.bases.architecture import (
     fill,
     parts_of,
     plane_positions,
-    pooled,
+    pool_states,
     positions_of,
 )
 from fedtune.core.bases.find import Base, load_backbone, load_tokenizer
@@ -203,7 +203,7 @@ class Network:
         if self.pooled and self._parts.crossed:
             assert tower_states is not None  # a head on the tower itself: the mean over all frames
             frames = tower_states[:, 0]
-            return pooled(frames, torch.ones_like(frames[..., 0]), "encoder")[:, None]
+            return pool_states(frames, torch.ones_like(frames[..., 0]), "encoder")[:, None]
         if not (self.pooled or self._split):
             return self._embed(input_ids, tower_states)
         inputs = {"input_ids": input_ids}
@@ -213,7 +213,7 @@ class Network:
         inputs |= self._cross_inputs(tower_states)
         if self._split:
             return self._run(self._split.prefix, mask, **inputs)
-        return pooled(self._run(self._backbone, mask, **inputs), mask, self.kind)[:, None]
+        return pool_states(self._run(self._backbone, mask, **inputs), mask, self.kind)[:, None]
 
     def _embed(self, input_ids: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
         embed: nn.Module = self.model.get_input_embeddings()
@@ -296,7 +296,7 @@ class Network:
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool to one vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
         A head alone on a speech base: the mean over the tower's frames."""
-        return hidden[:, 0] if self.pooled else pooled(hidden, mask, self.kind)
+        return hidden[:, 0] if self.pooled else pool_states(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         # Records are padded on the right, so in a causal base no token can see padding: leaving
@@ -371,7 +371,7 @@ class Network:
             return self._adopt_basis(study, received)
         if study.lora is None:
             return {}
-        factor, outputs = preconditioner.divided(received)
+        factor, outputs = preconditioner.separate_frozen(received)
         if study.lora.a_init == "seed":
             factor = self.draw_factor(study.study.seed)
         outputs = lora_module.frozen_of_plan(study.lora, factor, outputs, self.parameters())
@@ -410,7 +410,7 @@ class Network:
             return self.statistics.load(arrays)
         versions = self._factor_versions()
         if self._loaded is None or self._loaded[0] is not arrays or self._loaded[1] != versions:
-            factor, self.preconditioner = preconditioner.divided(arrays)
+            factor, self.preconditioner = preconditioner.separate_frozen(arrays)
             load_into(self._factor, factor)
             self._loaded = arrays, self._factor_versions()
 

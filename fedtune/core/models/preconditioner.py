@@ -47,7 +47,7 @@ def is_factor(name: str) -> bool:
     return _IN_M in name or _IN_NARROW in name
 
 
-def divided(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arrays]:
+def separate_frozen(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arrays, Arrays]:
     """Separate a plan's frozen arrays into LoRA's A and the preconditioner's W or U."""
     factors = {name: array for name, array in frozen.items() if is_factor(name)}
     return {n: a for n, a in frozen.items() if n not in factors}, factors
@@ -109,13 +109,13 @@ def check_narrow(factor: npt.NDArray[np.float32]) -> None:
         )
 
 
-def narrowed(factors: Arrays) -> Arrays:
+def narrow_factors(factors: Arrays) -> Arrays:
     """Return U of M = U Uᵀ for each W: on the directions of W as M = b I - W Wᵀ is, up to the scale
     that makes the mean square of its eigenvalues 1, and zero elsewhere."""
-    return {name.replace(_IN_M, _IN_NARROW): _narrowed(w) for name, w in factors.items()}
+    return {name.replace(_IN_M, _IN_NARROW): _narrow_factor(w) for name, w in factors.items()}
 
 
-def _narrowed(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _narrow_factor(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     vectors, singular, _ = np.linalg.svd(factor.astype(np.float64), full_matrices=False)
     values = identity_part(factor) - singular**2  # of M, on W's directions
     values[singular <= 1e-6 * singular.max(initial=1e-30)] = 0.0  # a direction that W has not
@@ -129,24 +129,26 @@ def rank_of(outputs: int, rank: int) -> int:
     return min(rank, outputs - 1)
 
 
-def stepped(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
+def step_adapter(apply: Callable[[Arrays], Arrays], adapter: Arrays, frozen: Arrays) -> Arrays:
     """Step the adapter by one round: the result of `apply`, each B's change multiplied by its M,
     summed in fp64. Without a preconditioner in `frozen`: apply(adapter)."""
-    _, factors = divided(frozen)
+    _, factors = separate_frozen(frozen)
     if not factors:
         return apply(adapter)
-    return moved(adapter, apply({n: np.zeros_like(a) for n, a in adapter.items()}), factors)
+    return move_adapter(adapter, apply({n: np.zeros_like(a) for n, a in adapter.items()}), factors)
 
 
-def moved(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays) -> Arrays:
+def move_adapter(adapter: Arrays, step: Mapping[str, npt.NDArray[Any]], factors: Arrays) -> Arrays:
     """Move `adapter` by M times `step`, summed in fp64."""
     return {
-        name: (array + multiplied(step[name].astype(np.float64), name, factors)).astype(np.float32)
+        name: (array + multiply_by_m(step[name].astype(np.float64), name, factors)).astype(
+            np.float32
+        )
         for name, array in adapter.items()
     }
 
 
-def multiplied(
+def multiply_by_m(
     values: npt.NDArray[np.float64], name: str, factors: Arrays
 ) -> npt.NDArray[np.float64]:
     """Multiply M by `values` (…, outputs, columns) of the trained tensor `name`; unchanged if it
@@ -166,7 +168,7 @@ def factor_of(
     moment: G (outputs, outputs), the sum of g gᵀ over public gradients; ḡ: its mean eigenvalue. The
     `rank` largest eigenvalues of G are kept; the others count as one, by their root mean square.
     Errors: ModelError where G is zero or not finite."""
-    values, vectors = np.linalg.eigh(_finite(moment))  # ascending
+    values, vectors = np.linalg.eigh(_require_finite(moment))  # ascending
     return _factor(values, vectors, rank, damping)
 
 
@@ -175,11 +177,11 @@ def factor_of_columns(
 ) -> npt.NDArray[np.float32]:
     """Compute W as `factor_of` does, of G = columns columnsᵀ for (outputs, n) with n < outputs: of
     a wide layer G itself would take too much memory. Errors: as `factor_of`."""
-    vectors, singular, _ = np.linalg.svd(_finite(columns), full_matrices=False)
+    vectors, singular, _ = np.linalg.svd(_require_finite(columns), full_matrices=False)
     return _factor(singular[::-1] ** 2, vectors[:, ::-1], rank, damping)
 
 
-def _finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _require_finite(array: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if np.isfinite(array).all() and array.any():
         return array
     raise ModelError(

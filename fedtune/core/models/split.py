@@ -61,7 +61,7 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
     candidates.append(
         Split(prefix, with_parts(model, layers=layers[first_adapted:], **without_positions), False)
     )
-    return next((split for split in candidates if _exact(model, split)), None)
+    return next((split for split in candidates if _is_exact(model, split)), None)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Mlp(nn.Module):
 
 
 @torch.no_grad()
-def _exact(model: Any, split: Split) -> bool:
+def _is_exact(model: Any, split: Split) -> bool:
     probe = (torch.arange(1, 17) % model.config.vocab_size).unsqueeze(0).to(model.device)
     inputs: dict[str, Any] = {"use_cache": False}
     if hasattr(model.config, "max_source_positions"):  # cross-attention to a recording

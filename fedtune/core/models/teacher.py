@@ -71,7 +71,7 @@ def find_teacher(spec: Teacher) -> LoadedModel:
 def folder_of(spec: Teacher) -> Path | None:
     """Return the folder of the teacher's digest on this machine, if there is one."""
     cached = cache_dir() / "teachers" / spec.digest.removeprefix("sha256:")
-    noted = known_here.noted(cache_dir(), spec.digest)
+    noted = known_here.look_up(cache_dir(), spec.digest)
     places = [cached, *([noted[1]] if noted else [])]
     return next((folder for folder in places if folder.is_dir()), None)
 

@@ -18,7 +18,7 @@ from fedtune.core.bases.find import Base, auto_class, find_base
 from fedtune.core.config import LoraTable, Study
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.core.models.network import Network
-from fedtune.core.models.preconditioner import factor_of, name_for, narrowed
+from fedtune.core.models.preconditioner import factor_of, name_for, narrow_factors
 from fedtune.core.models.random_records import GeneratedFile, generate_file, random_ids
 from fedtune.core.models.random_targets import with_random_targets
 from fedtune.core.models.rank_slice import ALL, rank_slice
@@ -46,7 +46,7 @@ def tiny_network(study: Study, base: Base) -> Network:
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
         objective = resolve(study.objective)
-        lora = study.lora and _scaled(study.lora, *layers)
+        lora = study.lora and _scale_lora(study.lora, *layers)
         small = find_base(name)
         stored, modality = study.base.quantisation, study.base.modality
         network = Network(
@@ -60,7 +60,9 @@ def tiny_network(study: Study, base: Base) -> Network:
             for name, b in network.trainable().items()
             if ".lora_B." in name
         }
-        network.load_frozen(network.frozen_factor() | (narrowed(made) if table.narrow else made))
+        network.load_frozen(
+            network.frozen_factor() | (narrow_factors(made) if table.narrow else made)
+        )
     network.load_trainable(
         {n: draw.normal(size=a.shape).astype(np.float32) for n, a in network.trainable().items()}
     )
@@ -82,7 +84,9 @@ def tiny_columns(study: Study, lora_rank: int | None) -> slice:
     return rank_slice(tiny, min(lora_rank, tiny.rank - 1), round_=2)
 
 
-def generated(study: Study, network: Network, sizes: Sequence[int], stream: int = 0) -> Dataset:
+def generate_records(
+    study: Study, network: Network, sizes: Sequence[int], stream: int = 0
+) -> Dataset:
     """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of different
     units share batches; after a file of noise, where the base reads files. The same study and
     stream give the same records."""
@@ -189,7 +193,7 @@ def _shrink(config: Any) -> None:
             setattr(config, name, value)
 
 
-def _scaled(lora: LoraTable, before: int, layers: int) -> LoraTable:
+def _scale_lora(lora: LoraTable, before: int, layers: int) -> LoraTable:
     last = lora.last_layers
     if last is not None and last < before:
         in_proportion = round(last * layers / before)

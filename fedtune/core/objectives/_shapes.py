@@ -16,7 +16,7 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def even(total: int, limit: int) -> Iterator[tuple[slice, int]]:
+def split_evenly(total: int, limit: int) -> Iterator[tuple[slice, int]]:
     """Split 0 to `total` into parts of one size, at most `limit`: a row's result in a matrix
     product depends on the number of rows. The last part overlaps the one before; each comes with
     the number of its last places that are new."""

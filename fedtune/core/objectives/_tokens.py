@@ -33,7 +33,7 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
     """
     import torch
 
-    keep, targets = labelled(batch.target_ids)
+    keep, targets = select_labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
     is_target = targets != -100
     target_ids = targets.masked_fill(~is_target, 0).flatten()
@@ -60,7 +60,7 @@ def reference(network: Network, batch: Batch) -> Likelihood:
     return Likelihood(cached.flatten().to(targets.device), targets)
 
 
-def labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+def select_labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Select the positions with a target, first in each row, (R, K), and their targets, -100 on
     padding; all positions, as None, where most of them have one: choosing would cost more than it
     saves. K is the same for every record of a bucket."""

@@ -14,8 +14,8 @@ from fedtune.core.objectives._interface import (
     Teacher,
     require,
 )
-from fedtune.core.objectives._shapes import even
-from fedtune.core.objectives._tokens import labelled
+from fedtune.core.objectives._shapes import split_evenly
+from fedtune.core.objectives._tokens import select_labelled
 
 if TYPE_CHECKING:
     import torch
@@ -88,14 +88,14 @@ def divergence(
             functional.cross_entropy(logits, batch.label, reduction="none") if hard else soft_loss
         )
         return (1 - hard) * soft_loss + hard * hard_loss
-    keep, targets = labelled(batch.target_ids)
+    keep, targets = select_labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states)
     is_target = targets != -100
     nth = (is_target.cumsum(dim=1) - 1).clamp_min(0)[:, :, None].expand(-1, -1, tokens.shape[2])
     states, target_ids = hidden.flatten(0, 1), targets.masked_fill(~is_target, 0).flatten()
     tokens, teacher_logp = (soft.gather(1, nth).flatten(0, 1) for soft in (tokens, teacher_logp))
     parts = []
-    for rows, new in even(len(states), ROWS):
+    for rows, new in split_evenly(len(states), ROWS):
         block = (states[rows], target_ids[rows], tokens[rows], teacher_logp[rows])
         parts.append(_next_tokens(network, *block, (temperature, hard))[-new:])
     soft_loss = torch.cat(parts).view(targets.shape)
@@ -118,7 +118,7 @@ def _next_tokens(
 
     temperature, hard = weights
 
-    def chosen(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute_chosen(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = network.logits(states)
         scaled = logits / temperature
         student_logp = scaled.gather(1, tokens) - torch.logsumexp(scaled, dim=1, keepdim=True)
@@ -130,7 +130,7 @@ def _next_tokens(
         return student_logp, hard_loss
 
     student_logp, hard_loss = checkpoint(
-        chosen, states, use_reentrant=False, preserve_rng_state=False
+        compute_chosen, states, use_reentrant=False, preserve_rng_state=False
     )
     soft_loss = _divergence(_with_rest(teacher_logp), _with_rest(student_logp)) * temperature**2
     loss: torch.Tensor = (1 - hard) * soft_loss + hard * hard_loss

@@ -78,7 +78,7 @@ def _keystream(key: bytes, size: int, bits: int) -> Iterator[Words]:
         yield np.frombuffer(stream, dtype=dtype_of(bits))
 
 
-def centred(words: Words) -> npt.NDArray[np.int64]:
+def centre_words(words: Words) -> npt.NDArray[np.int64]:
     """Read words as integers in [-2ᵇ⁻¹, 2ᵇ⁻¹)."""
     signed = words.astype(words.dtype.newbyteorder("="))
     return signed.view(np.int32 if words.dtype.itemsize == 4 else np.int64).astype(np.int64)

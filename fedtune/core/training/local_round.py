@@ -59,7 +59,7 @@ def local_round(
     optimizer = _optimizer(study, engine.trained, round_)
     start = [t.clone() for t in engine.trained]
     for step in range(study.training.local_steps):
-        rows = _reported(engine, step, study.training.local_steps)
+        rows = _report_progress(engine, step, study.training.local_steps)
         with network.recomputing(recompute and engine.name == "one-pass"):
             noised = plan.step(engine.n_rows, engine.dimension, rows, log, round_)
         gradients = torch.split(noised, [t.numel() for t in engine.trained])
@@ -98,14 +98,14 @@ def local_sum(
     heard = None if objective.directions else losses  # of class statistics it says nothing
     engine = UnitGradientEngine(data, objective, unit, name, losses=heard)
     with network.recomputing(recompute and engine.name == "one-pass"):
-        rows = _reported(engine, 0, 1)
+        rows = _report_progress(engine, 0, 1)
         total = plan.noised_sum(engine.n_rows, engine.dimension, rows, log, round_)
     parts = torch.split(total, [t.numel() for t in engine.trained])
     by_name = dict(zip(network.update_parameters(), parts, strict=True))
     return np.concatenate([by_name[key].numpy() for key in sorted(by_name)])
 
 
-def _reported(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
+def _report_progress(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
     """Report on this machine's screen how much of a round is done, in per cent of a step: how many
     rows were drawn is shown nowhere."""
 

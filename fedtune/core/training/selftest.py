@@ -30,7 +30,7 @@ from fedtune.core.models.preconditioner import multiplier_of
 from fedtune.core.models.random_records import generate_file
 from fedtune.core.models.random_targets import with_random_targets
 from fedtune.core.models.rank_slice import trained_slice
-from fedtune.core.models.tiny import generated, tiny_columns, tiny_network
+from fedtune.core.models.tiny import generate_records, tiny_columns, tiny_network
 from fedtune.core.objectives import resolve
 from fedtune.core.progress import report, stage
 from fedtune.core.training.unit_gradients import UnitGradientEngine
@@ -141,11 +141,11 @@ def run(
     for number, (name, run) in enumerate(oracles.items()):
         with stage("self-test"):
             report(name, number, len(oracles))
-            results.append(timed(name, bounds[name], partial(run, bench)))
+            results.append(run_check(name, bounds[name], partial(run, bench)))
     return results
 
 
-def timed(name: str, bound: float, measure: Callable[[], float]) -> Result:
+def run_check(name: str, bound: float, measure: Callable[[], float]) -> Result:
     """What `measure` finds, of which at most `bound` passes; whatever it raises does not pass."""
     started, note = time.perf_counter(), ""
     try:
@@ -172,7 +172,7 @@ class _Bench:
         assert not isinstance(privacy, str)
         cap = privacy.max_records_per_unit if privacy.unit == "patient" else 1
         self.by = privacy.sampling
-        self.data = generated(study, network, [min(n, cap) for n in SIZES])
+        self.data = generate_records(study, network, [min(n, cap) for n in SIZES])
         self.still = replace(plan, sampling_rate=1.0, noise_multiplier=VANISHING)
         norms = torch.linalg.vector_norm(self.rows(self.data).double(), dim=1)
         # Every clipping threshold must bite: gradients as long as 2 C at the median.
@@ -237,7 +237,7 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
         loss = objective.losses(bench.network, batch).sum()
         grads = torch.autograd.grad(loss, list(named.values()))
         parts = [
-            _preconditioned(bench, name, trained_slice(name, gradient, bench.columns).double())
+            _precondition(bench, name, trained_slice(name, gradient, bench.columns).double())
             for name, gradient in zip(named, grads, strict=True)
         ]
         gradients.append(torch.cat([part.flatten() for part in parts]).cpu())
@@ -248,7 +248,7 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
     )
 
 
-def _preconditioned(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
+def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
     """M times the gradient of a B, M written out in full, fp64."""
     found = multiplier_of(name, bench.network.preconditioner)
     if found is None:
@@ -272,7 +272,7 @@ def _isolation(bench: _Bench) -> float:
         moved = (engine.matrix(rows) - before[rows]).norm(dim=1) / norms[rows]
         worst = max(worst, float(moved.max()))
     for unit in range(bench.data.n_units):
-        edited = bench.rows(_edited(bench.data, unit, bench.study, bench.network))
+        edited = bench.rows(_edit_unit(bench.data, unit, bench.study, bench.network))
         moved = (edited - before).norm(dim=1) / norms
         rows = bench.rows_of(bench.data, unit)
         if float(moved[rows].max()) < 100 * SAME:
@@ -282,7 +282,7 @@ def _isolation(bench: _Bench) -> float:
     return worst
 
 
-def _edited(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
+def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
     """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
     length."""
     draw, examples = np.random.default_rng(unit), list(data.examples)

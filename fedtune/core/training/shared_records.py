@@ -54,12 +54,12 @@ def pack_records(dataset: Dataset) -> tuple[dict[str, Any], list[torch.Tensor]]:
     arrays = [
         np.array(of_example, np.int64).reshape(len(examples), 4),
         np.array([len(passage.input_ids) for passage in passages], np.int64),
-        _joined([passage.input_ids for passage in passages], np.int32),
-        _joined([passage.target_ids for passage in passages], np.int32),
+        _join_arrays([passage.input_ids for passage in passages], np.int32),
+        _join_arrays([passage.target_ids for passage in passages], np.int32),
         np.array([len(mark.tokens) for mark in soft], np.int64),
-        _joined([mark.tokens.ravel() for mark in soft], np.int32),
-        _joined([mark.logp.ravel() for mark in soft], np.float32),
-        _joined([np.frombuffer(file.body, np.uint8) for file in media], np.uint8),
+        _join_arrays([mark.tokens.ravel() for mark in soft], np.int32),
+        _join_arrays([mark.logp.ravel() for mark in soft], np.float32),
+        _join_arrays([np.frombuffer(file.body, np.uint8) for file in media], np.uint8),
     ]
     return header, [torch.from_numpy(array) for array in arrays]
 
@@ -103,7 +103,7 @@ def unpack_records(header: dict[str, Any], tensors: Sequence[torch.Tensor]) -> D
     return Dataset(examples, header["units"], Counter())
 
 
-def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def _join_arrays(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.concatenate([np.asarray(part, dtype) for part in parts] or [np.empty(0, dtype)])
 
 

@@ -169,14 +169,14 @@ class UnitGradientEngine:
             for part in (single, *parts)
         ]
 
-        def heard(part: int) -> OnWork:
+        def report_part(part: int) -> OnWork:
             before, total = sum(work[:part]), sum(work)
             return lambda done, _: on_work(before + done, total) if on_work else None
 
         with self._engine.watching():
-            yield from self._single_records(single, heard(0))
+            yield from self._single_records(single, report_part(0))
             for number, part in enumerate(parts, 1):
-                yield self._means(part, heard(number))
+                yield self._means(part, report_part(number))
 
     def matrix(self, rows: Sequence[int]) -> torch.Tensor:
         """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests and

@@ -77,8 +77,8 @@ class Order:
 
 ORDERS: dict[Kind, Order] = {
     "train": Order(work.train, "update", "trained"),
-    "ready": Order(work.ready, "ready", "ready", ":ready"),
-    "masked": Order(work.masked, "update", "masked", ":masked"),
+    "ready": Order(work.draw_sum, "ready", "ready", ":ready"),
+    "masked": Order(work.mask_sum, "update", "masked", ":masked"),
     "evaluate": Order(work.evaluate, "answer", "answered", ":evaluation"),
 }
 
@@ -87,7 +87,7 @@ def answer(place: Place, request: Request) -> Answer:
     """Answer one request; whatever goes wrong is an answer too."""
     if request.kind == "prepare":
         return _admission(place, request)
-    return _sealed(place, request, ORDERS[request.kind])
+    return _answer_and_seal(place, request, ORDERS[request.kind])
 
 
 def _admission(place: Place, request: Request) -> Answer:
@@ -124,7 +124,7 @@ def _admission(place: Place, request: Request) -> Answer:
         if admission.waits:  # where the ledger's room is its own again
             keep_plan(site.current(), study)
 
-    if failure := guarded(attempt, place):
+    if failure := run_guarded(attempt, place):
         fields["status"], fields["reason"] = failure
         if fields["key"]:  # before it, there may be no ledger here, and none is made for a refusal
             note_refusal(place, failure, kind="plan")
@@ -132,7 +132,7 @@ def _admission(place: Place, request: Request) -> Answer:
     return Answer("admission", fields)
 
 
-def _sealed(place: Place, request: Request, kind: Order) -> Answer:
+def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
     """Check an order, do its work and seal the result."""
     fields = {"name": "", "status": kind.done, "reason": "", "events": "[]"}
     fields |= {"header": "", "signature": ""}
@@ -163,7 +163,7 @@ def _sealed(place: Place, request: Request, kind: Order) -> Answer:
             fields.update(complete, **site.sealed(digest, number, nonce, content_digest))
         arrays = packed
 
-    if failure := guarded(attempt, place):
+    if failure := run_guarded(attempt, place):
         fields["status"], fields["reason"] = failure
         note_refusal(place, failure, kind=kind.arrays)
     return Answer("site", fields, kind.arrays, arrays)
@@ -216,7 +216,7 @@ def _plan_of(named: Any, suffix: str) -> str:
     return digest.removesuffix(suffix)
 
 
-def guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None:
+def run_guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | None:
     """Run `attempt` and return the status and reason of its failure, None if it succeeded.
 
     Guarantee: only a refusal's text leaves the site (rules and public values); of any other failure

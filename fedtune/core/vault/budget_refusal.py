@@ -64,7 +64,7 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
     return [*told, f"what fits: {fitting or 'nothing of this study'}"]
 
 
-def explained(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
+def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
     """Return the refusal of a simulated study with notes of what its sites' ledgers tell, all on
     this machine; itself, where no budget refused."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):
@@ -94,7 +94,7 @@ def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
     if not isinstance(privacy, PrivacyTable) or study.continuous:
         return ""
     if privacy.noise_multiplier is None and privacy.epsilon is not None:
-        most = _largest(
+        most = _find_largest(
             privacy.epsilon,
             lambda value: _within(study.changed(privacy={"epsilon": value}), site, charges),
         )
@@ -106,11 +106,11 @@ def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
         changes = {"training": {"rounds": int(value)}, "privacy": {"epsilon": None}}
         return int(value) > 0 and _within(study.changed(**changes), site, charges)
 
-    most = int(_largest(rounds, of_rounds))
+    most = int(_find_largest(rounds, of_rounds))
     return f"training.rounds up to {most} (--set training.rounds={most})" if most else ""
 
 
-def _largest(asked: float, fit: Callable[[float], bool]) -> float:
+def _find_largest(asked: float, fit: Callable[[float], bool]) -> float:
     """Search between 0 and `asked` for the largest value that fits; 0 where none was found."""
     low, high = 0.0, float(asked)
     for _ in range(SEARCH):

@@ -41,7 +41,7 @@ def check_private(site: Site) -> None:
     for data in filter(None, (site.data, site.evaluation)):
         if not data.declared and (site.site.state / DATABASE).exists():
             ledger = Ledger(site.site.state)
-            if ledger_entries.declared(ledger):
+            if ledger_entries.read_declarations(ledger):
                 known = identities(data, patients=False)
                 ledger_entries.check_private(ledger, data.name, known)
 

@@ -44,7 +44,7 @@ def plan_of_queries(study: Study, round_: int) -> DpPlan:
     return query_plan(study)
 
 
-def answered(
+def answer_query(
     site: SiteWorker, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays
 ) -> bytes:
     """Evaluate `adapter` on the held-out records with noise; returns what is sent, as it stands in
@@ -94,7 +94,7 @@ def check_budget(
 
     Errors: BudgetExceeded."""
     trained = any(charge.study == study.digest for charge in charges)
-    if trained or not _apart(site):
+    if trained or not _is_disjoint(site):
         remaining = Budget(site.policy, training, charges).remaining()
         if remaining > 0:
             ahead = replace(charge_of(study, training, site, 0, charges), steps=remaining)
@@ -102,7 +102,7 @@ def check_budget(
     Budget(site.policy, plan, charges).check(plan.local_steps)
 
 
-def _apart(site: Site) -> bool:
+def _is_disjoint(site: Site) -> bool:
     """Return whether the site declared both files disjoint, which the ledger enforces."""
     held_out, data = site.evaluation, site.data
     assert held_out is not None

@@ -23,20 +23,20 @@ def evaluate(site: SiteWorker, digest: str, request: Request) -> Update:
     return site.evaluate(digest, round_, _adapter(site, digest, request), receipt)
 
 
-def ready(site: SiteWorker, digest: str, request: Request) -> Update:
+def draw_sum(site: SiteWorker, digest: str, request: Request) -> Update:
     """Draw a noised sum from the adapter that came with the order."""
     round_, receipt = _order(request)
     asked = json.loads(str(request.tables["set"]["asked"]))
     adapter = _adapter(site, digest, request)
     attempt = _attempt(request)
-    return secure_round.ready(site, digest, round_, attempt, adapter, receipt, list(asked))
+    return secure_round.draw_sum(site, digest, round_, attempt, adapter, receipt, list(asked))
 
 
-def masked(site: SiteWorker, digest: str, request: Request) -> Update:
+def mask_sum(site: SiteWorker, digest: str, request: Request) -> Update:
     """Mask this site's draw for the set that came with the order."""
     round_, receipt = _order(request)
     statements = str(request.tables["set"]["statements"])
-    return secure_round.masked(site, digest, round_, _attempt(request), statements, receipt)
+    return secure_round.mask_sum(site, digest, round_, _attempt(request), statements, receipt)
 
 
 def _order(request: Request) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from fedtune.core.config import (
     Study,
     noise_shares,
 )
-from fedtune.core.config.sheet import lacking, load_sheet
+from fedtune.core.config.sheet import list_lacking, load_sheet
 from fedtune.core.dp import accountant
 from fedtune.core.dp.calibration import sampling_rate
 from fedtune.core.dp.plan import DpPlan, plan_for_site
@@ -40,7 +40,7 @@ def base_for(study: Study, site: Site) -> Base:
     return base_of_plan(study.base.digest, site.site.base, listed)
 
 
-def planned(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
+def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
     """Compute the plan that the site would run; None where privacy = "off". The study's stated
     figures are checked first, since computing anything from unbounded ones may take for ever.
 
@@ -117,7 +117,7 @@ def sheet_refusals(study: Study, site: Site) -> Iterator[PolicyRefused]:
     }
     sheet = load_sheet(site) if any(asked.values()) else None
     for whose, fields in asked.items():
-        for name in lacking(sheet, fields):
+        for name in list_lacking(sheet, fields):
             yield PolicyRefused(
                 f"{whose}: the data sheet lacks {name}",
                 "a data sheet in which a person filled it",

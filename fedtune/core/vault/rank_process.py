@@ -92,7 +92,7 @@ class Workers:
         self, study: Study, plan: DpPlan, data: CachedDataset, frozen: Arrays, columns: slice
     ) -> Team | None:
         try:
-            group = self._group = self._group or self._started()
+            group = self._group = self._group or self._start_group()
             self._prepare(group, study, plan, str(data.network.dtype), frozen)
             self._hand_out(group, data.dataset)
         except Exception as error:
@@ -130,12 +130,12 @@ class Workers:
         self.close()
         self._sharing.close()
 
-    def _started(self) -> Group:
-        group = self._with_torchruns() if self._torchrun else self._spawned()
+    def _start_group(self) -> Group:
+        group = self._with_torchruns() if self._torchrun else self._spawn_group()
         self._open.callback(group.close)
         return group
 
-    def _spawned(self) -> Group:
+    def _spawn_group(self) -> Group:
         home = load_site(self._site).site.state / "ranks"
         folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="fedtune-ranks-"))
         socket_path = Path(folder, "team")
@@ -143,15 +143,15 @@ class Workers:
             options = [str(self._site), str(rank), str(self.size), str(socket_path)]
             child = Child("rank", options, home=home, log=self._log_of(rank))
             self.children.append(self._open.enter_context(child))
-        return Group(0, self.size, self._timeout, socket_path, self._alive)
+        return Group(0, self.size, self._timeout, socket_path, self._require_alive)
 
     def _log_of(self, rank: int) -> Path:
         return load_site(self._site).site.state / f"rank-{rank}.log"
 
-    def _alive(self) -> None:
+    def _require_alive(self) -> None:
         for child in self.children:
             if not child.alive:
-                raise child.ended()
+                raise child.build_end_error()
 
     def _with_torchruns(self) -> Group:
         """Listen in a temporary folder, since a socket's path must be short, and write that path to

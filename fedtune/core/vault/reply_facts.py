@@ -45,11 +45,11 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
             where = f"round {number}" + (f" of {rounds}" if rounds else "")
         # A refused plan begins no ledger: there would be one for each name that somebody makes up.
         is_known = status in ("admitted", WAITING) or site.has_ledger
-        if is_known and (spent := _spent(study, site)) is not None:
+        if is_known and (spent := _compute_spent(study, site)) is not None:
             facts["epsilon"] = {site.site.site.name: spent.epsilon}
             if spent.fallback is not None:
                 facts["fallback"] = {site.site.site.name: spent.fallback}
-            if (planned := _planned(study, site)) is not None:
+            if (planned := _compute_planned(study, site)) is not None:
                 facts["planned"] = {site.site.site.name: planned}
     facts["text"] = f"{name}: {f'{where} ' if where else ''}{_line(facts)}"
     if status == WAITING and HELD in reason:
@@ -59,7 +59,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
         joined_with = status == "admitted" and reviewed == study.digest
         facts["signed"] = joined_with or site.home.admitted(study.digest)
         if not facts["signed"] and status in ("admitted", WAITING):
-            facts["text"] += f". {_unsigned(study, site, place, facts)}"
+            facts["text"] += f". {_describe_unsigned(study, site, place, facts)}"
     refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])
     if study is not None and refused:
         ledger = site.ledger if site.has_ledger else site.home
@@ -71,7 +71,7 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
     return facts
 
 
-def _unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any]) -> str:
+def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any]) -> str:
     """Say that nobody here signed a plan, what it would spend, and how to read or sign it."""
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
     for planned in facts.get("planned", {}).values():
@@ -112,7 +112,7 @@ class _Spent(NamedTuple):
     fallback: float | None
 
 
-def _spent(study: Study, site: SiteWorker) -> _Spent | None:
+def _compute_spent(study: Study, site: SiteWorker) -> _Spent | None:
     charges = [c for c in site.ledger.charges(site.site.data.name) if c.study == study.digest]
     if isinstance(study.privacy, str) or not all(c.noise_multiplier for c in charges):
         return None
@@ -122,7 +122,7 @@ def _spent(study: Study, site: SiteWorker) -> _Spent | None:
     return _Spent(accountant.epsilon([charge.event for charge in charges], delta), fallback)
 
 
-def _planned(study: Study, site: SiteWorker) -> float | None:
+def _compute_planned(study: Study, site: SiteWorker) -> float | None:
     """Return ε of the whole plan here; in a study without a last round, of a patient's life."""
     try:
         plan = plan_for_site(study, site.site.site.declared_size)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedtune.site")
 
 
-def ready(
+def draw_sum(
     site: SiteWorker,
     digest: str,
     round_: int,
@@ -59,19 +59,19 @@ def ready(
     pinned here costs nothing.
     Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, before
     anything is paid for, where a person at the site has yet to let the draw go."""
-    prepared = _prepared(site, digest, round_, attempt, receipt)
+    prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     draw = Draw(digest, round_, attempt, arrays_digest(adapter))
     if (answered := site.ledger.released(digest, round_, draw.label)) is not None:
-        return _stated(metadata_of(answered)["ready"], metadata_of(answered)["events"])
+        return _build_statement(metadata_of(answered)["ready"], metadata_of(answered)["events"])
     waiting = site.draws.find(draw)
     if waiting is None:
         _check_asked(site, prepared, asked)
         _check_let_go(site, prepared, draw)
-        waiting = _drawn(site, prepared, draw, adapter)
-    return _stated(waiting.ready.text(), waiting.events)
+        waiting = _draw_masked(site, prepared, draw, adapter)
+    return _build_statement(waiting.ready.text(), waiting.events)
 
 
-def masked(
+def mask_sum(
     site: SiteWorker, digest: str, round_: int, attempt: int, statements: str, receipt: str
 ) -> Update:
     """Mask this site's draw for a set of sites and return the words; asked again for the same set,
@@ -80,7 +80,7 @@ def masked(
     Guarantee: the words leave for one set only, by the ledger's entry under its write lock; and for
     none that lacks strategy.min_sites sites pinned here.
     Errors: Unprepared, Void (the attempt is over for this site), PolicyRefused, LedgerError."""
-    prepared = _prepared(site, digest, round_, attempt, receipt)
+    prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     try:
         asked = parse_set(statements)
         mine = next((r for r in asked if r.signing == site.key.public), None)
@@ -118,7 +118,9 @@ def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) 
     return payload
 
 
-def _prepared(site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str) -> Prepared:
+def _prepare_draw(
+    site: SiteWorker, digest: str, round_: int, attempt: int, receipt: str
+) -> Prepared:
     prepared = site.begin(digest, round_, receipt)
     if prepared.study.secure_aggregation is None:
         raise PolicyRefused("the plan has no [secure_aggregation]")
@@ -151,7 +153,7 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
     airlock.hold_draw(site, slot, charge, numbers * bits // 8)
 
 
-def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
+def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
     """Charge a draw, compute its noised sum, and keep it with its key until its set is fixed."""
     study = prepared.study
     data, reserved = site.reserve(prepared, draw.round, adapter, draw.label)
@@ -169,7 +171,7 @@ def _drawn(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) ->
     return waiting
 
 
-def _stated(text: str, events: str) -> Update:
+def _build_statement(text: str, events: str) -> Update:
     return Update({}, json.loads(events), {"ready": parse(text).text()})
 
 

@@ -44,7 +44,7 @@ from fedtune.core.vault.policy import (
     LAST_ROUND,
     admit,
     base_for,
-    planned,
+    compute_plan,
 )
 from fedtune.core.vault.prepared import (
     Admission,
@@ -158,7 +158,7 @@ class SiteWorker:
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
-            plan = planned(study, self.current(), coordinator)
+            plan = compute_plan(study, self.current(), coordinator)
             self.permit(study, plan, coordinator)
             studies.check_number(self.home.folder, study)
             prepared = self._prepared.get(study.digest)
@@ -343,7 +343,7 @@ class SiteWorker:
         airlock.check_not_refused(self.ledger, slot)
         payload = self.ledger.released(*slot)
         if payload is None:
-            payload = self._trained(prepared, round_, adapter, slot[2])
+            payload = self._train(prepared, round_, adapter, slot[2])
         else:
             check_waiting_update(prepared, round_, payload)
         airlock.check_let_go(self.ledger, slot)
@@ -394,7 +394,7 @@ class SiteWorker:
         prepared.network.load_frozen(prepared.frozen)
         return data, reserved
 
-    def _trained(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
+    def _train(self, prepared: Prepared, round_: int, adapter: Arrays, digest: str) -> bytes:
         study, plan = prepared.study, prepared.private
         data, reserved = self.reserve(prepared, round_, adapter, digest)
         recompute = self.site.site.gradient_checkpointing
@@ -449,7 +449,7 @@ class SiteWorker:
         airlock.check_not_refused(self.ledger, slot)
         payload = self.ledger.released(*slot)
         if payload is None:
-            payload = evaluation.answered(self, prepared, plan, round_, adapter)
+            payload = evaluation.answer_query(self, prepared, plan, round_, adapter)
         airlock.check_let_go(self.ledger, slot)
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 

@@ -87,10 +87,10 @@ Record = Mapping[str, Travelling]
 def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Packed]:
     """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16, int8 nor
     words becomes fp32."""
-    return {name: _packed(array) for name, array in sorted(arrays.items())}
+    return {name: _pack_array(array) for name, array in sorted(arrays.items())}
 
 
-def _packed(array: npt.NDArray[Any]) -> Packed:
+def _pack_array(array: npt.NDArray[Any]) -> Packed:
     plain = np.array(array, dtype=_TYPES.get(array.dtype.name, "<f4"), order="C")
     written = io.BytesIO()
     np.lib.format.write_array(written, plain, version=(1, 0), allow_pickle=False)

@@ -126,7 +126,7 @@ def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
     if scales is None and values.dtype != np.float32:
         raise WireError("numbers without their scales")
     if scales is not None:
-        values = _scaled(values, scales, _starts(agreed))
+        values = _scale_values(values, scales, _starts(agreed))
     tensors, at = Arrays(), 0
     for name, shape in sorted(agreed.items()):
         tensors[name] = values[at : at + math.prod(shape)].reshape(shape)
@@ -134,7 +134,7 @@ def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
     return tensors
 
 
-def _scaled(
+def _scale_values(
     values: npt.NDArray[Any], scales: npt.NDArray[Any], starts: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
     if values.dtype.name not in ("float16", "int8") or scales.dtype != np.float32:

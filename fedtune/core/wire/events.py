@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fedtune.core import errors
-from fedtune.core.errors import FedtuneError, InfrastructureError, printable
+from fedtune.core.errors import FedtuneError, InfrastructureError, escape_controls
 from fedtune.core.progress import Step
 
 MOST = 1 << 20  # bytes of one event
@@ -180,9 +180,9 @@ def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
         if isinstance(value, str):
             # A certificate is lines of letters, and whoever reads it checks it.
             is_lines = name == "certificate" and value.isascii()
-            shown[name] = value[:CERTIFICATE] if is_lines else printable(value)[:LONGEST]
+            shown[name] = value[:CERTIFICATE] if is_lines else escape_controls(value)[:LONGEST]
         elif isinstance(value, list):
-            shown[name] = [printable(str(each))[:LONGEST] for each in value[:20]]
+            shown[name] = [escape_controls(str(each))[:LONGEST] for each in value[:20]]
         elif isinstance(value, int | float) and 0 <= value < 2**53:  # neither NaN nor infinite
             shown[name] = value
     return shown

@@ -82,7 +82,7 @@ def seal(key: SigningKey, header: Header) -> dict[str, str]:
     return {"header": signed.decode(), "signature": key.sign(b"fedtune update\0" + signed)}
 
 
-def opened(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
+def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
     """Verify a seal by `public` with the `expected` header; returns the site's ledger statement.
 
     `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError."""

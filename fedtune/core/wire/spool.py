@@ -148,7 +148,7 @@ class Spool:
             new = [
                 (status.st_mtime_ns, name)
                 for name, status in found.items()
-                if NAME.match(name) and self._refused.get(name) != _seen(status)
+                if NAME.match(name) and self._refused.get(name) != _identify(status)
                 if stat.S_ISREG(status.st_mode) and not _is_there(answers, name)
             ]
         return [name for _, name in sorted(new)]
@@ -297,7 +297,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _look(folder: int, name: str) -> Seen | None:
     try:
-        return _seen(os.stat(name, dir_fd=folder, follow_symlinks=False))
+        return _identify(os.stat(name, dir_fd=folder, follow_symlinks=False))
     except FileNotFoundError:
         return None
 
@@ -306,7 +306,7 @@ def _is_there(folder: int, name: str) -> bool:
     return _look(folder, name) is not None
 
 
-def _seen(status: os.stat_result) -> Seen:
+def _identify(status: os.stat_result) -> Seen:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -31,7 +31,7 @@ class Page(ABC):
         """List the files that are watched; some may not be there."""
 
     @abstractmethod
-    def shown(self) -> dict[str, Any]:
+    def read_context(self) -> dict[str, Any]:
         """Read what the template shows, in milliseconds. Errors: FedtuneError."""
 
     def series(self) -> dict[str, Any] | None:

@@ -66,9 +66,9 @@ class CoordinatorPage(Page):
         if run := self.run():
             run.read_rounds()
 
-    def shown(self) -> dict[str, Any]:
+    def read_context(self) -> dict[str, Any]:
         snapshot, run = self._snapshot(), self.run()
-        shown = run.shown() if run else {}
+        shown = run.read_context() if run else {}
         report = shown.get("report") or NOTHING
         members, notices = self._members(sites_of(snapshot, report))
         notices += shown.get("notices") or alarms(snapshot, report, sites_of(snapshot, report))
@@ -107,11 +107,11 @@ class CoordinatorPage(Page):
                 leaf = enrol.leaf_of(self.path, record)
             row["admitted"] = record.admitted
             if leaf is not None:
-                row["days"] = (leaf.not_valid_after_utc - certs.now()).days
+                row["days"] = (leaf.not_valid_after_utc - certs.read_clock()).days
                 if row["days"] < SOON_DAYS:
                     text = f"{name}: its certificate ends in {row['days']} days"
                     notices.append(Notice("bad" if row["days"] < 0 else "warn", text))
-        for record in enrol.revoked(self.path):
+        for record in enrol.list_revoked(self.path):
             row = rows.setdefault(record.name, {**empty, "name": record.name, "days": None})
             row["revoked"] = record.revoked
         return [rows[name] for name in sorted(rows)], notices

@@ -32,7 +32,7 @@ class ReleasePage(Page):
     def slow_files(self) -> Iterable[Path]:
         return self.files()
 
-    def shown(self) -> dict[str, Any]:
+    def read_context(self) -> dict[str, Any]:
         path, content, body = shlex.quote(str(self.path)), dict[str, Any](), ""
         notices: list[Notice] = []
         try:

@@ -56,7 +56,7 @@ class RunPage(Page):
         names = ("report.json", "signature.json", "evidence.json", "versions/index.json")
         return [self.path / name for name in names]
 
-    def shown(self) -> dict[str, Any]:
+    def read_context(self) -> dict[str, Any]:
         snapshot: Snapshot | None = None
         report, notices = NOTHING, list[Notice]()
         with suppress(FedtuneError):
@@ -97,7 +97,7 @@ class RunPage(Page):
     def series(self) -> dict[str, Any]:
         """Read the rounds: one number a round for each curve; null where it was not measured."""
         self.read_rounds()
-        rounds, shown = self.rounds, self.shown()
+        rounds, shown = self.rounds, self.read_context()
         quality = {name: _plain(values) for name, values in rounds.quality.items()}
         metric = shown["quality"].get("metric")
         epsilon = {name: _plain(values) for name, values in rounds.epsilon.items()}

@@ -39,9 +39,9 @@ class RunsPage(Page):
         for run in runs_in(self.path):
             yield from (run / name for name in ("status.json", "status.lock", "report.json"))
 
-    def shown(self) -> dict[str, Any]:
+    def read_context(self) -> dict[str, Any]:
         pages = [self._page(run.name) for run in [*runs_in(self.path)][:MOST]]
-        return {"runs": [{"name": page.title, **page.shown()} for page in pages if page]}
+        return {"runs": [{"name": page.title, **page.read_context()} for page in pages if page]}
 
     def child(self, name: str) -> Page | None:
         return self._page(name)

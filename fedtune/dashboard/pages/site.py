@@ -48,14 +48,14 @@ class SitePage(Page):
         others = [site.site.state / name for name in ("plans", "audit.jsonl")]
         return [self.path, *others, *(ledger / name for name in names)]
 
-    def shown(self) -> dict[str, Any]:
+    def read_context(self) -> dict[str, Any]:
         site, snapshot, notices = self._site(), None, list[Notice]()
         with suppress(FedtuneError):
             snapshot = read_status(site.site.state)
         if snapshot and snapshot.state == "gone":
             notices.append(Notice("bad", f"Killed: {GONE}"))
         path = shlex.quote(str(self.path))
-        notices += _unsigned(snapshot, site, path)
+        notices += _warn_of_unsigned_plan(snapshot, site, path)
         if snapshot and snapshot.held and not snapshot.over:
             text = "An answer waits until a person here lets it go: fedtune let-go"
             notices.append(Notice("warn", f"{text} {path}"))
@@ -82,7 +82,7 @@ class SitePage(Page):
         return load_site(self.path)
 
 
-def _unsigned(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
+def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
     """Say that nobody here has signed the plan of the newest study."""
     status = snapshot.status if snapshot else {}
     digest, study = status.get("plan_digest"), status.get("study")

@@ -13,8 +13,8 @@ from fedtune.core.files import reading
 from fedtune.evidence import fingerprints
 from fedtune.evidence.dossier import pictures
 from fedtune.evidence.dossier.card import card
-from fedtune.evidence.dossier.content import FORMAT, build, dumped
-from fedtune.evidence.dossier.facts import contradicted, documents, numbers
+from fedtune.evidence.dossier.content import FORMAT, build, dump_content
+from fedtune.evidence.dossier.facts import documents, find_contradiction, numbers
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.page import page
 from fedtune.evidence.dossier.seal import (
@@ -39,7 +39,7 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
         raise NotGenuine(f"{folder}: is a dossier that is not signed", RELEASE, TODO)
     signed, digest = read_release(folder)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
-    if trust and not fingerprints.equal(trust, name):
+    if trust and not fingerprints.match_fingerprints(trust, name):
         raise Refused(
             f"{folder}: was signed by {name}",
             trust,
@@ -48,14 +48,14 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
     check_files(folder, signed["files"], signed["sizes"])
     found = verify_run(folder / RUN, sites=sites)
     # A simulation's key is kept nowhere, so its dossier has another, which covers the run's files.
-    if signed["ca"] and not fingerprints.equal(found.signer, name):
+    if signed["ca"] and not fingerprints.match_fingerprints(found.signer, name):
         fail(folder / RUN, f"was signed by {found.signer}", f"{name}, who signed the dossier")
     if not signed["ca"] and not found.simulated:
         fail(folder / RELEASE, "is signed as a simulation's", "the run's own coordinator")
     compared = _pages(folder, signed)
     outside = [name for name in signed["files"] if not name.startswith(f"{RUN}/")]
     by_key = {site["key"]: site_name for site_name, site in found.sites.items()}
-    approved = [_shown(body, by_key) for body in approvals(folder, digest)]
+    approved = [_describe_approval(body, by_key) for body in approvals(folder, digest)]
     dossier = {
         "files": len(signed["files"]),
         "made": signed["made"],
@@ -88,13 +88,13 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
         fail(path, "is of another format", FORMAT)
     found: dict[str, Any] = documents(folder / RUN)
     try:
-        if wrong := contradicted(content, found):
+        if wrong := find_contradiction(content, found):
             fail(path, f"says {wrong}", "what the run says")
         if same_release:
             found |= {"simulated": not signed["ca"]}
             found |= {AUDIT: True} if (folder / AUDIT).is_file() else {}
-            content = build(found, _typed(content))
-            if text != dumped(content):
+            content = build(found, _collect_typed(content))
+            if text != dump_content(content):
                 fail(path, "is not what fedtune writes of this run", "release the run again")
         written = {
             "dossier.md": markdown(content),
@@ -116,13 +116,13 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
     return [CONTENT, *compared]
 
 
-def _typed(content: Mapping[str, Any]) -> dict[str, str]:
+def _collect_typed(content: Mapping[str, Any]) -> dict[str, str]:
     """Return what a person typed for the blanks, as the dossier has it."""
     blocks = [block for section in content["sections"] for block in section["blocks"]]
     return {str(b["blank"]): str(b["typed"]) for b in blocks if b["kind"] == "blank"}
 
 
-def _shown(body: Mapping[str, Any], by_key: Mapping[str, str]) -> dict[str, Any]:
+def _describe_approval(body: Mapping[str, Any], by_key: Mapping[str, str]) -> dict[str, Any]:
     """Describe an approval: site: the site whose key signed it, which signed its updates too."""
     shown = {key: body[key] for key in ("name", "role", "reason", "date")}
     key = str(body["key"])

@@ -26,7 +26,7 @@ from typing import Any
 
 from fedtune.core.config.held_out import CLASS
 from fedtune.core.registry.metrics import METRICS
-from fedtune.evidence.dossier.facts import MISSING, escaped, resolve, show
+from fedtune.evidence.dossier.facts import MISSING, escape_key, resolve, show
 from fedtune.report.claim import fallback, limits
 from fedtune.report.gain import headline, is_start_released
 
@@ -42,7 +42,7 @@ def _report(found: Documents, *keys: str) -> Any:
     return value
 
 
-def _said(found: Documents) -> set[str]:
+def _collect_subjects(found: Documents) -> set[str]:
     return {line.about for line in headline(_report(found, "quality") or {})}
 
 
@@ -73,9 +73,9 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "simulated": lambda found: bool(found.get("simulated")),
     "consortium": lambda found: not found.get("simulated"),
     "invented": lambda found: bool(_report(found, "invented")),
-    "started": lambda found: "start" in _said(found),
+    "started": lambda found: "start" in _collect_subjects(found),
     "classes": lambda found: bool(_report(found, "quality", "classes")),
-    "released": lambda found: "released" in _said(found),
+    "released": lambda found: "released" in _collect_subjects(found),
     "held out": lambda found: bool(_report(found, "held_out")),
     "resolved": lambda found: bool(_report(found, "held_out", "resolved")),
     "none resolved": lambda found: WHEN["held out"](found) and not WHEN["resolved"](found),
@@ -122,7 +122,7 @@ def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def dumped(content: Mapping[str, Any]) -> str:
+def dump_content(content: Mapping[str, Any]) -> str:
     """Spell dossier.json's content."""
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
@@ -131,7 +131,7 @@ def _blocks(
     blocks: list[Block], found: Documents, typed: Mapping[str, str]
 ) -> Iterator[dict[str, Any]]:
     for block in blocks:
-        if not all(WHEN[when](found) for when in _listed(block.get("when", []))):
+        if not all(WHEN[when](found) for when in _as_list(block.get("when", []))):
             continue
         if "fact" in block:
             fact = _fact(found, block["at"], block.get("show", "plain"))
@@ -165,7 +165,7 @@ def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
     curve."""
     quality, rounds = _report(found, "quality") or {}, _report(found, "rounds") or []
     metric, private = quality.get("metric"), WHEN["private"](found)
-    name = escaped(str(metric))
+    name = escape_key(str(metric))
     places = {row["round"]: place for place, row in enumerate(rounds)}
     points = []
     for place, row in enumerate(quality.get("by_round") or []):
@@ -193,7 +193,7 @@ def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
         }
 
 
-def _listed(value: str | list[str]) -> list[str]:
+def _as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
@@ -214,7 +214,8 @@ def _table(block: Block, found: Documents) -> dict[str, Any]:
     rows = []
     for key in keys:
         cells = [
-            _fact(found, source.replace("{key}", escaped(key)), how) for _, source, how in columns
+            _fact(found, source.replace("{key}", escape_key(key)), how)
+            for _, source, how in columns
         ]
         rows.append([key, *cells] if "key" in block else cells)
     head = [*([block["key"]] if "key" in block else []), *(name for name, _, _ in columns)]

@@ -55,7 +55,7 @@ def curve(
     for name, value in lines.items():
         height = at(0, value)[1]
         page.dashes(LEFT, height, RIGHT, height)
-        labels.append(_apart(height, labels))
+        labels.append(_place_label(height, labels))
         page.text(RIGHT + 8, labels[-1] + 4, name, "soft")
     places = [at(*point) for point in points]
     for before, after in pairwise(places) if len(places) > 2 else ():
@@ -65,11 +65,11 @@ def curve(
     x, y = places[-1]
     if interval:
         page.line(x, at(0, interval[0])[1], x, at(0, interval[1])[1], "leaves")
-    page.text(x + 8, _apart(y, labels) + 4, f"{values[-1]:.3g}", "bold bad")
+    page.text(x + 8, _place_label(y, labels) + 4, f"{values[-1]:.3g}", "bold bad")
     return page
 
 
-def _apart(height: float, taken: Sequence[float]) -> float:
+def _place_label(height: float, taken: Sequence[float]) -> float:
     """Return the height nearest to `height` at which a label overlaps none of those taken.
 
     >>> _apart(100.0, [104.0]), _apart(100.0, [104.0, 96.0]), _apart(100.0, [])

@@ -145,7 +145,7 @@ def masked_sum(page: Picture) -> None:
     page.list(440, 426, 460, notes)
 
 
-def masked(unit: str = "patient") -> Picture:
+def draw_masked_round(unit: str = "patient") -> Picture:
     """A round with masked sums: three sites share one dose of noise."""
     page = Picture(920, 560, "A round whose sum alone is opened")
     places = {"coordinator": 110.0, "north": 370.0, "south": 590.0, "west": 810.0}
@@ -237,6 +237,6 @@ def trust(unit: str = "patient") -> Picture:
 PICTURES: dict[str, Callable[..., Picture]] = {
     "data-line": data_line,
     "round": round_,
-    "masked-round": masked,
+    "masked-round": draw_masked_round,
     "trust": trust,
 }

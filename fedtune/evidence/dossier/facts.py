@@ -60,7 +60,7 @@ def resolve(found: Mapping[str, Any], source: str) -> Any:
     return value
 
 
-def escaped(key: str) -> str:
+def escape_key(key: str) -> str:
     """Spell a key as a part of a JSON pointer."""
     return key.replace("~", "~0").replace("/", "~1")
 
@@ -92,7 +92,7 @@ def _interval(value: Any) -> str:
     return f"{_plain(float(low))} to {_plain(float(high))}"
 
 
-def _said(quality: Any, about: str) -> str:
+def _find_line(quality: Any, about: str) -> str:
     """Return the line of gain.headline about one thing."""
     found = (line.text for line in headline(quality) if line.about == about)
     return next(found, "not measured")
@@ -125,9 +125,9 @@ SHOWN: dict[str, Callable[[Any], str]] = {
     "assumptions": lambda value: assumptions(fallback(value) or {}) or "nothing",
     "fallback": lambda value: rounded_up((fallback(value) or value)["epsilon"]),
     "protects": lambda value: protects(str(value)),
-    "gain over public text": lambda value: _said(value, "start"),
-    "gain over the base": lambda value: _said(value, "base"),
-    "released": lambda value: _said(value, "released"),
+    "gain over public text": lambda value: _find_line(value, "start"),
+    "gain over the base": lambda value: _find_line(value, "base"),
+    "released": lambda value: _find_line(value, "released"),
     "declared": lambda value: declared_line({"declared": value}) or "none",
     "upstream": _upstream,
     "base": lambda value: base_name(str(value)),
@@ -153,7 +153,7 @@ def facts_in(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             pending += value
 
 
-def contradicted(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def find_contradiction(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Return the first fact of a dossier that its run does not say, as "shown (source)"; "" where
     the run says every one."""
     for fact in facts_in(content):

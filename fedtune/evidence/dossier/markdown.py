@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedtune.evidence.dossier.facts import MOST
-from fedtune.evidence.dossier.pictures import drawn
+from fedtune.evidence.dossier.pictures import draw_block
 from fedtune.report.text import cell, table
 
 TO_FILL = "TO BE FILLED BY A PERSON"
@@ -44,7 +44,7 @@ def anchor(title: str) -> str:
     return kept.replace(" ", "-")
 
 
-def grouped(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def group_facts(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Put facts that follow each other into one table: (kind, blocks)."""
     facts: list[dict[str, Any]] = []
     for block in blocks:
@@ -60,7 +60,7 @@ def grouped(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, 
 
 
 def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
-    for kind, group in grouped(blocks):
+    for kind, group in group_facts(blocks):
         block = group[0]
         if kind == "facts":
             rows = [[b["label"], *_fact(b["fact"])] for b in group]
@@ -78,7 +78,7 @@ def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
         elif kind == "blank":
             yield _blank(block)
         elif kind in ("picture", "curve"):
-            found = drawn(block)
+            found = draw_block(block)
             yield f"![{cell_long(found.alt)}]({found.file})"
             yield f"*{block.get('caption') or block['curve']}*"
         elif kind == "table" and block["rows"]:

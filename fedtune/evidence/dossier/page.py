@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped, title
-from fedtune.evidence.dossier.pictures import drawn
+from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, group_facts, title
+from fedtune.evidence.dossier.pictures import draw_block
 
 STYLE = """
 :root { color-scheme: light; }
@@ -86,7 +86,7 @@ def _links(content: Mapping[str, Any]) -> str:
 
 
 def _section(blocks: list[dict[str, Any]]) -> Iterator[str]:
-    for kind, group in grouped(blocks):
+    for kind, group in group_facts(blocks):
         block = group[0]
         if kind == "facts":
             yield _facts(group)
@@ -132,7 +132,7 @@ def _table(caption: str, head: list[str], rows: list[list[Any]], *, sources: boo
 
 
 def _picture(block: Mapping[str, Any]) -> str:
-    found = drawn(block)
+    found = draw_block(block)
     data = base64.b64encode(found.svg().encode()).decode()
     shown = f'<img alt="{escape(found.alt)}" src="data:image/svg+xml;base64,{data}">'
     caption = _prose(block.get("caption") or block["curve"])

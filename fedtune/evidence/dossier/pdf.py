@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, grouped, title
+from fedtune.evidence.dossier.markdown import NOT_RECORDED, TO_FILL, TYPED, group_facts, title
 from fedtune.evidence.dossier.pdf_picture import draw
-from fedtune.evidence.dossier.pictures import drawn
+from fedtune.evidence.dossier.pictures import draw_block
 
 SANS, MONO = "DejaVu", "DejaVuMono"
 FILES = {
@@ -36,17 +36,17 @@ def pdf(content: Mapping[str, Any]) -> bytes:
     """Write a dossier's content as a PDF (A4), its pictures in it.
 
     Errors: ModuleNotFoundError without fpdf2."""
-    document = _new(title(content))
+    document = _create_document(title(content))
     document.set_font(SANS, "B", SIZES["title"])
     document.multi_cell(0, 9, document.title, new_x="LMARGIN", new_y="NEXT")
     for section in content["sections"]:
         _heading(document, section["title"], 0)
-        for kind, group in grouped(section["blocks"]):
+        for kind, group in group_facts(section["blocks"]):
             _block(document, kind, group)
     return bytes(document.output())
 
 
-def _new(title: str) -> Any:
+def _create_document(title: str) -> Any:
     from fpdf import FPDF
 
     class Document(FPDF):  # type: ignore[misc]
@@ -113,14 +113,14 @@ def _text(
     document.set_font(font, style, SIZES[size])
     document.set_x(document.l_margin + indent)
     width = document.epw - indent
-    plain = _breakable(text.replace("`", ""))
+    plain = _make_breakable(text.replace("`", ""))
     document.multi_cell(width, 4.8, plain, align="L", new_x="LMARGIN", new_y="NEXT")
     document.ln(1.2)
 
 
-def _boxed(document: Any, text: str, colour: tuple[int, int, int], style: str) -> None:
+def _draw_box(document: Any, text: str, colour: tuple[int, int, int], style: str) -> None:
     document.set_font(SANS, style, SIZES["text"])
-    plain = _breakable(text.replace("`", ""))
+    plain = _make_breakable(text.replace("`", ""))
     lines = document.get_string_width(plain) / document.epw + 2
     if document.will_page_break(min(5 * lines + 6, 60)):  # a box stays in one piece
         document.add_page()
@@ -140,19 +140,19 @@ def _blank(document: Any, block: Mapping[str, str]) -> None:
         _text(document, f"{block['label']} ({TYPED}):", style="B")
         _text(document, block["typed"], indent=4)
         return
-    _boxed(document, f"☐ {TO_FILL}: {block['label']}. {block['help']}", AMBER, "")
+    _draw_box(document, f"☐ {TO_FILL}: {block['label']}. {block['help']}", AMBER, "")
 
 
 def _picture(document: Any, block: Mapping[str, Any]) -> None:
     document.ln(1)
-    draw(document, drawn(block).picture, SANS)
+    draw(document, draw_block(block).picture, SANS)
     document.ln(1)
     _text(document, block.get("caption") or block["curve"], size="small")
 
 
 DRAWN: dict[str, Callable[[Any, Mapping[str, Any]], None]] = {
     "text": lambda document, block: _text(document, block["text"]),
-    "note": lambda document, block: _boxed(document, block["note"], RED, "B"),
+    "note": lambda document, block: _draw_box(document, block["note"], RED, "B"),
     "code": lambda document, block: _text(document, block["code"], indent=4, font=MONO),
     "blank": _blank,
     "picture": _picture,
@@ -166,7 +166,9 @@ def _widths(document: Any, head: list[str], rows: list[list[Any]]) -> tuple[floa
     least, means = [], []
     for n, name in enumerate(head):
         cells = [_cell(row[n]) for row in rows]
-        words = [w for text in (name, *cells) for w in _breakable(text).replace(BREAK, " ").split()]
+        words = [
+            w for text in (name, *cells) for w in _make_breakable(text).replace(BREAK, " ").split()
+        ]
         least.append(max(map(document.get_string_width, words)) + 4)
         means.append(min(sum(map(len, cells)) / max(len(cells), 1), 60.0) + 1)
     rest = max(document.epw - sum(least), 0.0)
@@ -185,9 +187,9 @@ def _table(document: Any, head: list[str], rows: list[list[Any]]) -> None:
     with document.table(
         col_widths=widths, headings_style=style, line_height=4, padding=1, text_align="LEFT"
     ) as table:
-        table.row([_breakable(name) for name in head])
+        table.row([_make_breakable(name) for name in head])
         for row in rows:
-            table.row([_breakable(_cell(value)) for value in row])
+            table.row([_make_breakable(_cell(value)) for value in row])
     document.set_draw_color(0)
     document.ln(2.5)
 
@@ -198,7 +200,7 @@ def _cell(value: Any) -> str:
     return NOT_RECORDED if value is None else str(value).replace("`", "")
 
 
-def _breakable(text: str) -> str:
+def _make_breakable(text: str) -> str:
     """Let long words be broken: paths after their parts, digests anywhere."""
     return " ".join(_word(word) if len(word) > LONG else word for word in text.split(" "))
 

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
         return self.picture.svg(LIGHT + RULES)
 
 
-def drawn(block: Mapping[str, Any]) -> Drawn:
+def draw_block(block: Mapping[str, Any]) -> Drawn:
     """Draw a block of a dossier's content whose kind is "picture" or "curve".
 
     Errors: KeyError (a picture that this release does not know), ValueError."""
@@ -50,7 +50,7 @@ def drawn(block: Mapping[str, Any]) -> Drawn:
 
 def files(content: Mapping[str, Any]) -> dict[str, str]:
     """Draw every picture of a dossier's content, by its path in the dossier."""
-    return {one.file: one.svg() for one in map(drawn, _blocks(content))}
+    return {one.file: one.svg() for one in map(draw_block, _blocks(content))}
 
 
 def _blocks(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

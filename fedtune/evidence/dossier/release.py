@@ -19,7 +19,7 @@ from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.dossier import openssf, pictures
 from fedtune.evidence.dossier.card import card
-from fedtune.evidence.dossier.content import blanks, build, dumped
+from fedtune.evidence.dossier.content import blanks, build, dump_content
 from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.page import page
@@ -144,7 +144,7 @@ def _sign_weights(draft: Path, home: Path | None) -> None:
 
 def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) -> None:
     content = build(found, details)
-    replace(draft / CONTENT, dumped(content).encode())
+    replace(draft / CONTENT, dump_content(content).encode())
     replace(draft / "dossier.md", markdown(content).encode())
     replace(draft / "dossier.html", page(content).encode())
     (draft / pictures.FOLDER).mkdir(exist_ok=True)

@@ -24,10 +24,10 @@ def bill_of_materials(report: Mapping[str, Any]) -> dict[str, Any]:
     recorded.setdefault("fedtune", str(report.get("fedtune", "")))
     python = recorded.pop("python", None)
     components = [_library(name, version, RECORDED) for name, version in sorted(recorded.items())]
-    named = {_normal(name) for name in recorded}
+    named = {_normalise_name(name) for name in recorded}
     components += [
         _library(name, version, INSTALLED)
-        for name, version in sorted(_installed().items())
+        for name, version in sorted(_list_installed().items())
         if name not in named
     ]
     if python:
@@ -53,22 +53,22 @@ def bill_of_materials(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _installed() -> dict[str, str]:
+def _list_installed() -> dict[str, str]:
     """Return the installed distributions by their normal names."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
         if name and distribution.version:
-            found.setdefault(_normal(name), distribution.version)
+            found.setdefault(_normalise_name(name), distribution.version)
     return found
 
 
-def _normal(name: str) -> str:
+def _normalise_name(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()  # PEP 503
 
 
 def _library(name: str, version: str, source: str) -> dict[str, Any]:
-    normal = _normal(name)
+    normal = _normalise_name(name)
     locator = f"pkg:pypi/{normal}@{str(version).replace('+', '%2B')}"
     return {
         "type": "library",

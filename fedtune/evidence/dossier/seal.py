@@ -44,12 +44,12 @@ def around(run: Path) -> Path | None:
     return folder if run.name == RUN and (folder / RELEASE).is_file() else None
 
 
-def now() -> str:
+def format_now() -> str:
     """Return this moment, UTC, to the second."""
     return datetime.now(UTC).strftime(MOMENT)
 
 
-def covered(folder: Path) -> list[str]:
+def list_covered(folder: Path) -> list[str]:
     """List every file that a dossier's signature must cover, by its path in the folder; a link is
     listed too. Only the run's own link to its version in use is not: the run's report names it."""
     names = []
@@ -68,12 +68,12 @@ def _links(folder: Path) -> bool:
 
 def sign(folder: Path, key: SigningKey, ca: str) -> None:
     """Write release.json over the folder as it is. Errors: InfrastructureError."""
-    names = covered(folder)
+    names = list_covered(folder)
     body = {
         "format": FORMAT,
         "ca": ca,
         "coordinator": key.public,
-        "made": now(),
+        "made": format_now(),
         "fedtune": __version__,
         "files": {name: sha256(folder / name) for name in names},
         "sizes": {name: (folder / name).stat().st_size for name in names},
@@ -98,7 +98,7 @@ def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]
     """Check that the folder's files are those that were signed, byte by byte, and no other.
 
     Errors: NotGenuine."""
-    present = covered(folder)
+    present = list_covered(folder)
     for name in present:
         if name not in files:
             fail(folder / name, "was added after the signature", "the files that were signed")
@@ -123,7 +123,7 @@ def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -
         "name": name,
         "role": role,
         "reason": reason,
-        "date": now(),
+        "date": format_now(),
         "key": key.public,
     }
     return body | {"signature": key.sign(APPROVING + canonical(body))}

@@ -17,10 +17,10 @@ def build(words: Sequence[str]) -> list[Tracker]:
     """Build the trackers that a command line names, each as NAME or NAME:OPTION=VALUE,….
 
     Errors: ConfigError for a name, an option or a package that is not there."""
-    return [_built(word) for word in words]
+    return [_build_tracker(word) for word in words]
 
 
-def _built(word: str) -> Tracker:
+def _build_tracker(word: str) -> Tracker:
     name, _, rest = word.partition(":")
     options = dict(pair.partition("=")[::2] for pair in rest.split(",") if pair)
     if not all(options.values()):

@@ -45,7 +45,7 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
         "different": judgement.different,
         "resamples": RESAMPLES,
         "seed": SEED,
-        "worst": worst(scores, held_out, scored.labels),
+        "worst": list_worst(scores, held_out, scored.labels),
     }
     if scores.confidence is not None:
         figures["reliability"] = _reliability(scores)
@@ -79,7 +79,7 @@ def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
     return found
 
 
-def worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> list[dict[str, Any]]:
+def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> list[dict[str, Any]]:
     """List where the worst errors stand: of classes the wrong answers of which the model was the
     surest, else the records of highest loss."""
     if scores.confidence is not None:

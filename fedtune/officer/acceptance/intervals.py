@@ -88,13 +88,13 @@ class Sample:
             drawn = drawn - (np.nanmean(drawn) - figure)
         half = (1 - level) / 2
         low, high = (float(bound) for bound in np.nanquantile(drawn, (half, 1 - half)))
-        unseen = self.unseen(measure, level)
+        unseen = self.bound_unseen(measure, level)
         low, high = min(low, figure) - unseen, max(high, figure) + unseen
         if measure.errs:
             low, high = max(low, 0.0), min(high, 1.0)
         return Measured(figure, Interval(low, high), self.patients, self.records, self.patients)
 
-    def unseen(self, measure: Measure, level: float) -> float:
+    def bound_unseen(self, measure: Measure, level: float) -> float:
         """Bound the share of records that are otherwise than all of these, where all of these are
         right, or all wrong; 0 of any other measure."""
         right = (self._scores.chosen == self._scores.gold)[self._rows]
@@ -159,7 +159,9 @@ def differences(
         if measure.share:
             found.append(_of_shares(measure, group, others, level))
             continue
-        half = next(halves) + group.unseen(measure, level) + others.unseen(measure, level)
+        half = (
+            next(halves) + group.bound_unseen(measure, level) + others.bound_unseen(measure, level)
+        )
         found.append(Difference(difference, Interval(difference - half, difference + half)))
     return found
 

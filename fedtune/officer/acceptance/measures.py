@@ -54,11 +54,18 @@ def measures_of(scores: Scores, labels: Sequence[str]) -> dict[str, Measure]:
         exact = _mean("exact_match", lambda s: s.exact.astype(float), share=True)
         return {m.name: m for m in (_LOSS, _PERPLEXITY, exact)}
     classes = [_recall(index, name) for index, name in enumerate(labels)]
-    found = (_mean("accuracy", _right, share=True), _f1(len(labels)), _LOSS, _ECE, _GAP, *classes)
+    found = (
+        _mean("accuracy", _mark_right, share=True),
+        _f1(len(labels)),
+        _LOSS,
+        _ECE,
+        _GAP,
+        *classes,
+    )
     return {m.name: m for m in found}
 
 
-def _right(scores: Scores) -> Array:
+def _mark_right(scores: Scores) -> Array:
     return np.asarray(scores.chosen == scores.gold, dtype=float)
 
 
@@ -109,7 +116,7 @@ def bins_of(scores: Scores) -> Array:
     assert scores.confidence is not None
     at = np.minimum((scores.confidence * BINS).astype(int), BINS - 1)
     cells = np.zeros((len(at), BINS, 3))
-    said = np.stack([np.ones(len(at)), scores.confidence, _right(scores)], axis=1)
+    said = np.stack([np.ones(len(at)), scores.confidence, _mark_right(scores)], axis=1)
     cells[np.arange(len(at)), at] = said
     return cells
 
@@ -132,4 +139,4 @@ def _token_losses(scores: Scores) -> Array:
 _LOSS = _mean("loss", lambda scores: scores.loss)
 _PERPLEXITY = Measure("perplexity", False, _token_losses, _perplexity)
 _ECE = Measure("ece", False, lambda s: bins_of(s).reshape(len(s.loss), -1), _ece, errs=True)
-_GAP = _mean(GAP, lambda s: np.asarray(s.confidence) - _right(s))
+_GAP = _mean(GAP, lambda s: np.asarray(s.confidence) - _mark_right(s))

@@ -64,7 +64,7 @@ def page(figures: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         f"<header>\n<h1>{name}</h1>\n</header>",
         '<main id="main" tabindex="-1">',
         f'<p class="note">{escape(PRIVATE.format(site=figures["site"]))}</p>',
-        f'<p class="verdict {kind}"><strong>{escape(_said(figures))}</strong> '
+        f'<p class="verdict {kind}"><strong>{escape(_describe_decision(figures))}</strong> '
         f"{escape(_because(figures))}</p>",
         pictures,
         sections(content, pictures=False),
@@ -72,7 +72,7 @@ def page(figures: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def _said(figures: Mapping[str, Any]) -> str:
+def _describe_decision(figures: Mapping[str, Any]) -> str:
     return {"accepted": "Accepted.", "refused": "Refused."}.get(
         figures["decision"], "Not resolved."
     )
@@ -90,7 +90,7 @@ def _because(figures: Mapping[str, Any]) -> str:
         where = "wholly on the wrong side" if figures["decision"] == "refused" else "undecided"
         parts = [f"{where[0].upper()}{where[1:]}: {told}."]
     if figures["different"]:
-        parts.append(f"Groups that differ from all others: {'; '.join(_different(figures))}.")
+        parts.append(f"Groups that differ from all others: {'; '.join(_name_different(figures))}.")
     elif figures["comparisons"]:
         parts.append("No group was found to differ from all others.")
     resolved = {(c["column"], c["value"]) for c in figures["compared"] if c["found"] is not None}
@@ -100,7 +100,7 @@ def _because(figures: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _different(figures: Mapping[str, Any]) -> Iterator[str]:
+def _name_different(figures: Mapping[str, Any]) -> Iterator[str]:
     """Name each group that differs, once, with the measures in which it does."""
     found: dict[str, list[str]] = {}
     for one in figures["compared"]:
@@ -121,7 +121,13 @@ def _what(one: Mapping[str, Any]) -> str:
 def _sections(figures: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     units = f"{figures['unit']}s"
     rows = [
-        [one["measure"], one["of"] or "all", _bound(one, figures), _told(one), _decided(one)]
+        [
+            one["measure"],
+            one["of"] or "all",
+            _bound(one, figures),
+            _format_figure(one),
+            _format_decision(one),
+        ]
         for one in figures["judged"]
     ]
     yield _section("judged", "What was judged", [
@@ -140,7 +146,7 @@ def _sections(figures: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator
     if figures["compared"]:
         yield _section("groups", "By group", _groups(figures))
     yield _section("records", f"Which {units}", _records(figures))
-    yield _section("worst", "The worst errors", _worst(figures))
+    yield _section("worst", "The worst errors", _show_worst(figures))
     yield _section("telling", "What telling it reveals", [_text(TELLING)])
     yield _section("record", "The record", _record(figures, record))
 
@@ -154,12 +160,12 @@ def _models(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
         _table(
             "Each model on the same records, with 95 % intervals",
             ["Figure", *models],
-            [[name, *(_told(models[m][name]) for m in models)] for name in names],
+            [[name, *(_format_figure(models[m][name]) for m in models)] for name in names],
         ),
         _table(
             "This model less each other, by the same resamples",
             ["Figure", *(f"less {name}" for name in others)],
-            [[name, *(_changed(models[m][name]) for m in others)] for name in names],
+            [[name, *(_format_change(models[m][name]) for m in others)] for name in names],
         ),
     ]
     if classes:
@@ -168,7 +174,7 @@ def _models(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                 name.removeprefix(RECALL),
                 str(models[MODEL][name]["patients"]),
                 str(models[MODEL][name]["records"]),
-                *(_told(models[m][name]) for m in models),
+                *(_format_figure(models[m][name]) for m in models),
             ]
             for name in classes
         ]
@@ -188,7 +194,7 @@ def _groups(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
             unresolved.setdefault(of_group, {}).setdefault(one["why"], []).append(one["measure"])
             continue
         found = ("differs, worse" if one["worse"] else "differs") if one["found"] else "not found"
-        of = f"{_told(group)}, of {group['patients']}"
+        of = f"{_format_figure(group)}, of {group['patients']}"
         less = f"{_with_sign(told['figure'])} {_interval(told['interval'], signed=True)}"
         rows.append([of_group, one["measure"], of, less, found])
     head = ["Group", "Figure", "In the group (95 %)", "Less all others", "A difference"]
@@ -238,7 +244,7 @@ def _records(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     return blocks
 
 
-def _worst(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _show_worst(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = figures["worst"]
     if not rows:
         return [_text("No record was taken for a wrong class.")]
@@ -296,15 +302,15 @@ def _bound(one: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     return f"at {'least' if higher else 'most'} {one['bound']:g}"
 
 
-def _decided(one: Mapping[str, Any]) -> str:
+def _format_decision(one: Mapping[str, Any]) -> str:
     return f"{one['decision']}{': ' if one['why'] else ''}{one['why']}"
 
 
-def _told(found: Mapping[str, Any]) -> str:
+def _format_figure(found: Mapping[str, Any]) -> str:
     return f"{_number(found['figure'])} {_interval(found['interval'])}"
 
 
-def _changed(found: Mapping[str, Any]) -> str:
+def _format_change(found: Mapping[str, Any]) -> str:
     return f"{_with_sign(found['change'])} {_interval(found['change_interval'], signed=True)}"
 
 

@@ -87,7 +87,8 @@ def read_held_out(
         raise DataError(
             f"{table.where}: no record is left to judge the model by",
             "usable records of patients whom this site did not train on",
-            f"left out: {_told(Counter(reasons.values()))}; rejected: {_told(rejected)}",
+            f"left out: {_format_counts(Counter(reasons.values()))}; "
+            f"rejected: {_format_counts(rejected)}",
         )
     keys = {unit: number for number, unit in enumerate(dict.fromkeys(r.unit for r in kept))}
     units = np.array([keys[record.unit] for record in kept])
@@ -98,7 +99,7 @@ def read_held_out(
         dataset=Dataset(examples, len(keys), rejected),
         units=units,
         places=[record.place for record in kept],
-        keyed=_keyed(kept, ledger),
+        keyed=_digest_records(kept, ledger),
         compared_by="patients" if patients else "contents",
         training_read=_is_there(site),
         groups=_groups(table, [record.place for record in kept]),
@@ -107,7 +108,7 @@ def read_held_out(
     )
 
 
-def _told(counts: Counter[str]) -> str:
+def _format_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in counts.most_common()) or "none"
 
 
@@ -125,7 +126,9 @@ def _left_out(records: list[Record], site: Site, ledger: Ledger, patients: bool)
     reasons: dict[str, str] = {}
     for record in records:
         members = identity_of(record, patients)
-        if patients and _longest(record) < LONG:  # others may have a short text of the same words
+        if (
+            patients and _measure_longest(record) < LONG
+        ):  # others may have a short text of the same words
             members -= {record_member(record)}
         if ledger.hashed(unit_member(record.unit)) in withdrawn:
             reasons[record.unit] = WITHDREW
@@ -142,12 +145,12 @@ def _is_there(site: Site) -> bool:
     return bool(site.data.url) or Path(site.data.path).exists()
 
 
-def _longest(record: Record) -> int:
+def _measure_longest(record: Record) -> int:
     texts = (record.prompt, record.completion, record.rejected, *(c for _, c in record.messages))
     return max(map(len, texts))
 
 
-def _keyed(records: list[Record], ledger: Ledger) -> str:
+def _digest_records(records: list[Record], ledger: Ledger) -> str:
     """Digest whose records these are and what they say, under the site's salt."""
     each = sorted(hashlib.sha256(r.unit.encode() + b"\0" + content_of(r)).digest() for r in records)
     return ledger.hashed(b"acceptance\0" + hashlib.sha256(b"".join(each)).digest())

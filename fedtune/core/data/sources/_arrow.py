@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Classes = Mapping[str, Sequence[str]]  # of a column of class numbers, their names
 
 
-def asked(present: Sequence[str], names: Names) -> list[str]:
+def list_asked_columns(present: Sequence[str], names: Names) -> list[str]:
     """Tell `names` which columns a file has, and list those of them that are asked for."""
     _import_what_cells_need()
     names.header(list(present))

@@ -86,12 +86,12 @@ def number_text(cell: Cell, kind: str) -> Cell:
     return repr(value) if isinstance(value, float) else f"{value.normalize(EXACT):f}"
 
 
-def quoted(*names: str) -> str:
+def quote_name(*names: str) -> str:
     """Quote a name, or a schema's and a table's."""
     return ".".join('"' + name.replace('"', '""') + '"' for name in names)
 
 
-def installed(kind: str) -> None:
+def require_driver(kind: str) -> None:
     """Errors: ConfigError where a database's driver is not installed."""
     driver = DRIVERS.get(kind)
     if driver and importlib.util.find_spec(driver) is None:
@@ -149,7 +149,7 @@ class _Sqlite:
         if made is None or schema not in ("", "main"):
             return [], False
         ordinary = made[0] == "table" and not re.match(r"\s*CREATE\s+VIRTUAL", str(made[1]), re.I)
-        columns = self.connection.execute(f"PRAGMA table_xinfo({quoted(name)})")
+        columns = self.connection.execute(f"PRAGMA table_xinfo({quote_name(name)})")
         return [str(column[1]) for column in columns], ordinary
 
     def columns_of_query(self, query: str) -> list[str]:
@@ -308,11 +308,11 @@ class _Postgresql:
             cursor.itersize = BATCH
             cursor.execute(body)
             for row in cursor:
-                yield [_decoded(cell, codec) for cell in row]
+                yield [_decode_cell(cell, codec) for cell in row]
         self.connection.execute("SET LOCAL client_encoding = 'UTF8'")  # as it was
 
 
-def _decoded(cell: Any, codec: str) -> Cell:
+def _decode_cell(cell: Any, codec: str) -> Cell:
     if not isinstance(cell, bytes):
         return cell if cell is None or isinstance(cell, str) else Unusable("wrong type")
     try:

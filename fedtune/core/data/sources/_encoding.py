@@ -51,7 +51,7 @@ def all_of_a_byte(path: Path) -> bool:
     if found_encoding(path) != "not UTF-8":
         return False
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    with reading.opened(path) as file:
+    with reading.open_regular(path) as file:
         return not any(
             _BEYOND_ASCII.search(decoder.decode(chunk))
             for chunk in iter(partial(file.read, 2**20), b"")
@@ -61,7 +61,7 @@ def all_of_a_byte(path: Path) -> bool:
 def found_encoding(path: Path) -> str:
     """Describe a text file's encoding as its bytes show it. Errors: OSError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with reading.opened(path) as file:
+    with reading.open_regular(path) as file:
         head = file.read(3)
         if head.startswith(UTF_16):
             return "UTF-16"

@@ -176,7 +176,7 @@ def is_header(cells: list[str], keys: Keys) -> bool:
     return all(COLUMN.fullmatch(cell) for cell in cells) and bool(words & WORDS)
 
 
-def unclean(text: str) -> str:
+def find_unclean(text: str) -> str:
     """Return why a string is unusable in any column, or "". Lone surrogates count as not UTF-8."""
     if "\0" in text:
         return "NUL byte"

@@ -9,7 +9,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.core.data.sources._arrow import Classes, asked, rows_of
+from fedtune.core.data.sources._arrow import Classes, list_asked_columns, rows_of
 from fedtune.core.data.sources._interface import Names, Row, Source
 from fedtune.core.errors import DataError
 from fedtune.core.files import reading
@@ -32,7 +32,7 @@ class Arrow(Source):
 
     def files(self, folder: Path) -> list[Path] | None:
         if (folder / SPLITS).is_file():
-            listed = _described(folder / SPLITS).get("splits")
+            listed = _read_description(folder / SPLITS).get("splits")
             splits = [name for name in listed if _plain(name)] if isinstance(listed, list) else []
             raise DataError(
                 f"{folder}: several data sets, one in each folder",
@@ -41,7 +41,7 @@ class Arrow(Source):
             )
         if not (folder / STATE).is_file():
             return None
-        listed = _described(folder / STATE).get("_data_files")
+        listed = _read_description(folder / STATE).get("_data_files")
         if listed is None:  # some other program's
             return None
         files = listed if isinstance(listed, list) else []
@@ -54,10 +54,10 @@ class Arrow(Source):
         import pyarrow as pa
 
         try:
-            with reading.opened(path) as file:
+            with reading.open_regular(path) as file:
                 batches = _batches(file)
                 schema = next(batches)
-                columns = asked(schema.names, names)
+                columns = list_asked_columns(schema.names, names)
                 classes = _classes(schema, columns)
                 for batch in batches:
                     yield from rows_of(batch, columns, classes)
@@ -105,7 +105,7 @@ def _classes(schema: pa.Schema, columns: list[str]) -> Classes:
     return found
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _read_description(path: Path) -> dict[str, Any]:
     return reading.json_in(path, "as `Dataset.save_to_disk` writes it", kind=DataError)
 
 

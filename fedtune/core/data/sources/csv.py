@@ -18,8 +18,8 @@ from fedtune.core.data.sources._interface import (
     NotWellFormed,
     Row,
     Source,
+    find_unclean,
     is_header,
-    unclean,
 )
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files import reading
@@ -45,7 +45,7 @@ class Csv(Source):
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         csv.field_size_limit(2**31 - 1)
         encoding = encoding_of(self.encoding)
-        with reading.opened(path) as file:
+        with reading.open_regular(path) as file:
             # Of the header's line, which is no record.
             if file.peek(2).startswith(UTF_16):
                 raise DataError(
@@ -70,7 +70,7 @@ class Csv(Source):
             # is not read, and a no may be among it.
             for number, cells in list(lines):
                 names.row = number
-                reason = unclean("".join(cells))
+                reason = find_unclean("".join(cells))
                 if reason == "not UTF-8" and encoding != "utf-8":
                     reason = "not in the encoding"
                 if reason or len(cells) != len(header):
@@ -122,7 +122,7 @@ LINE = 2**16  # bytes of a header at most
 WESTERN = "cp1252"  # what a spreadsheet in western Europe writes that is not UTF-8
 
 
-def guessed(path: Path, wanted: Iterable[str]) -> Csv | None:
+def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
     """Guess how a CSV is written: the delimiter by the names that its header must have, the
     encoding by its bytes. None where it is written as usual, and for whatever is no CSV.
 
@@ -142,7 +142,7 @@ def guessed(path: Path, wanted: Iterable[str]) -> Csv | None:
     try:
         if all_of_a_byte(path):
             encoding = decoding = WESTERN
-        with reading.opened(path) as file:
+        with reading.open_regular(path) as file:
             line = file.readline(LINE).decode(decoding, "replace")
     except OSError:  # whoever reads it says so
         return None

@@ -56,7 +56,7 @@ class Fhir(Collection):
         is_document = self.resource == "DocumentReference"
         encounters, people = _encounters(where), _people(where)
         conditions = _conditions(where) if is_document else {}
-        replaced = _replaced(files) if is_document else set()
+        replaced = _list_replaced(files) if is_document else set()
         for path in files:
             try:
                 for number, line in json_lines(path):
@@ -119,7 +119,7 @@ class Fhir(Collection):
         if self.resource == "Condition":
             code = _table(line.get("code"))
             return row | {
-                "text": _said(code) or None,
+                "text": _name_concept(code) or None,
                 "code": _codes(code) or None,
                 "clinical_status": _codes(_table(line.get("clinicalStatus"))) or None,
                 "verification_status": _codes(_table(line.get("verificationStatus"))) or None,
@@ -134,8 +134,8 @@ class Fhir(Collection):
             "status": line.get("status"),
             "doc_status": line.get("docStatus"),
             "replaced": "yes" if (patient, str(line.get("id"))) in replaced else "no",
-            "type": _said(_table(line.get("type"))) or None,
-            "category": next(map(_said, _tables(line.get("category"))), "") or None,
+            "type": _name_concept(_table(line.get("type"))) or None,
+            "category": next(map(_name_concept, _tables(line.get("category"))), "") or None,
             "date": line.get("date"),
             "age": _age(born, line.get("date")),
             "custodian": _reference(custodian, "Organization") or None,
@@ -160,7 +160,7 @@ class Fhir(Collection):
             if data is None and url.startswith("#"):
                 data = contained.get(url[1:], {}).get("data")
             if data is not None:
-                return _decoded(str(data))
+                return _decode_attachment(str(data))
         return None
 
 
@@ -243,7 +243,7 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
     for line in _resources(where, "Condition"):
         try:
             key = _patient(line), _reference(line.get("encounter"), "Encounter")
-            said = _said(_table(line.get("code")))
+            said = _name_concept(_table(line.get("code")))
             in_error = _condition_status(line) != "current"
         except ODD:
             continue
@@ -252,7 +252,7 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
     return found
 
 
-def _replaced(files: list[Path]) -> set[Key]:
+def _list_replaced(files: list[Path]) -> set[Key]:
     """List the documents that a document of the same patient replaces. Another patient's does not:
     whether it is there would decide what becomes of this one's."""
     found: set[Key] = set()
@@ -297,7 +297,7 @@ def _condition_status(line: Any) -> str:
     return "entered-in-error" if "entered-in-error" in codes.split() else "current"
 
 
-def _said(concept: dict[str, Any]) -> str:
+def _name_concept(concept: dict[str, Any]) -> str:
     """Return what a concept is called: its text, or the first of its codings that has a name."""
     text = concept.get("text")
     if isinstance(text, str) and text.strip():
@@ -319,7 +319,7 @@ def _tables(value: Any) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
-def _decoded(data: str) -> str:
+def _decode_attachment(data: str) -> str:
     """Decode an attachment. Errors: ValueError where it is not base64; what is not UTF-8 keeps its
     bytes as lone surrogates, and is rejected as such."""
     try:

@@ -30,7 +30,7 @@ class Jsonl(Source):
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         encoding = encoding_of(self.encoding)
-        with reading.opened(path) as handle:
+        with reading.open_regular(path) as handle:
             for number, line in enumerate(_lines(handle), 1):
                 if number == 1 and line.startswith(UTF_16):
                     names.suspect("the file seems to be UTF-16: iconv -f UTF-16 -t UTF-8 FILE")
@@ -47,7 +47,7 @@ class Jsonl(Source):
 def json_lines(path: Path) -> Iterator[tuple[int, Row | str]]:
     """Yield the number of each line of a file that is not empty, from 1, and its object, or why it
     is none. Errors: OSError."""
-    with reading.opened(path) as handle:
+    with reading.open_regular(path) as handle:
         for number, line in enumerate(_lines(handle), 1):
             line = line.removeprefix(BOM)
             if line.strip():

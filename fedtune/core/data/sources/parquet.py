@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedtune.core.data.sources._arrow import asked, rows_of
+from fedtune.core.data.sources._arrow import list_asked_columns, rows_of
 from fedtune.core.data.sources._interface import Names, Row, Source
 from fedtune.core.errors import DataError
 from fedtune.core.files import reading
@@ -29,8 +29,8 @@ class Parquet(Source):
         import pyarrow.parquet as pq
 
         try:
-            with reading.opened(path) as file, pq.ParquetFile(file) as source:
-                columns = asked(source.schema_arrow.names, names)
+            with reading.open_regular(path) as file, pq.ParquetFile(file) as source:
+                columns = list_asked_columns(source.schema_arrow.names, names)
                 for group in range(source.num_row_groups):
                     yield from _rows_of_group(source, group, columns)
         except MemoryError:  # also of Arrow: not the file's fault

@@ -13,11 +13,11 @@ from fedtune.core.data.sources._databases import (
     Database,
     Unusable,
     connected,
-    installed,
     number_text,
-    quoted,
+    quote_name,
+    require_driver,
 )
-from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row, unclean
+from fedtune.core.data.sources._interface import BadCell, Collection, Names, Row, find_unclean
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files import reading
 
@@ -65,7 +65,7 @@ class Sql(Collection):
             raise ConfigError("data.options has two passwords", "password_file or password_env")
         if kind_of(self.url) not in KINDS:
             raise ConfigError(f'source = "sql" needs data.url, of {", ".join(KINDS)}')
-        installed(kind_of(self.url))
+        require_driver(kind_of(self.url))
 
     def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
         with connected(self.url, self._password(), names.where) as database:
@@ -83,8 +83,8 @@ class Sql(Collection):
             own, other = database.columns_of_query(self.query), []
             source = f"({self.query}) AS t"
         else:
-            own = self._described(database, self.table, names)
-            other = self._described(database, self.join, names) if self.join else []
+            own = self._describe_table(database, self.table, names)
+            other = self._describe_table(database, self.join, names) if self.join else []
             source = _source(self.table)
         present = list(dict.fromkeys([*own, *other]))
         names.header(present)
@@ -97,7 +97,7 @@ class Sql(Collection):
         rows = list(_texts(database, source, [*by, *columns]))
         if self.join:
             beside = _texts(database, _source(self.join), [*by, *more])
-            rows = list(_joined(rows, beside, len(by), len(more)))
+            rows = list(_join_rows(rows, beside, len(by), len(more)))
         return columns + more, rows
 
     def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
@@ -115,7 +115,7 @@ class Sql(Collection):
         by = dict.fromkeys((self.on, patient))
         return list(by)
 
-    def _described(self, database: Database, table: str, names: Names) -> list[str]:
+    def _describe_table(self, database: Database, table: str, names: Names) -> list[str]:
         columns, is_table = database.describe(table)
         if not columns:
             raise DataError(f"{names.where}: has no table that data.options names", "its name")
@@ -148,24 +148,28 @@ class Sql(Collection):
 
 
 def _source(table: str) -> str:
-    return f"{quoted(*table.split('.'))} AS t"
+    return f"{quote_name(*table.split('.'))} AS t"
 
 
 def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
     """Yield the cells of some columns as text; equal numbers of a column are equal texts."""
-    cells = [f"t.{quoted(column)}" for column in columns]
+    cells = [f"t.{quote_name(column)}" for column in columns]
     kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
     text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
     for row in database.read(text, len(columns)):
         yield tuple(number_text(cell, kind) for cell, kind in zip(row, kinds, strict=True))
 
 
-def _joined(rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int) -> Iterator[Cells]:
+def _join_rows(
+    rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int
+) -> Iterator[Cells]:
     """Yield each row with the cells of those that have the same first `by` cells; one alone with
     none. Not by the database's own =, to which "AB" and "ab" may be one patient."""
 
     def key(row: Cells) -> tuple[str, ...] | None:
-        usable = [cell.strip() for cell in row[:by] if isinstance(cell, str) and not unclean(cell)]
+        usable = [
+            cell.strip() for cell in row[:by] if isinstance(cell, str) and not find_unclean(cell)
+        ]
         return tuple(usable) if len(usable) == by and all(usable) else None
 
     keys = [key(row) for row in rows]

@@ -109,7 +109,7 @@ def _forward_of(
         original = type(module).forward
         if not _is_vanilla_lora(module):
             return None
-        return partial(_adapted, module, original, sink, columns)
+        return partial(_forward_adapted, module, original, sink, columns)
     if type(module) is nn.Linear and module.weight.requires_grad:
         return partial(_linear, module, sink)
     return None
@@ -131,7 +131,7 @@ def _is_vanilla_lora(layer: Any) -> bool:
     )
 
 
-def _adapted(
+def _forward_adapted(
     layer: Any, original: Any, sink: GradientSink, columns: slice, x: torch.Tensor, **more: Any
 ) -> torch.Tensor:
     if layer.disable_adapters or layer.merged or not torch.is_grad_enabled() or more:
