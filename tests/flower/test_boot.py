@@ -18,7 +18,8 @@ PARENT = """
 import os, subprocess, sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from fedtune.core.processes import Child
+from fedtune.core.processes import Child, begin_log
+begin_log(Path({home!r}, "log"))
 with Child("rank", ["x"], home=Path({home!r}), log=Path({home!r}, "log")) as child:
     child._process.wait(60)
 """

@@ -133,7 +133,7 @@ class World:
             with self.coordinator(nodes=3) as process:
                 until(lambda: is_reachable("127.0.0.1", self.port))
                 sites = {n: stack.enter_context(self.site(n, *once)) for n, once in names.items()}
-                assert process.wait(60) == 0, self.log("coordinator")
+                assert process.wait(240) == 0, self.log("coordinator")
             self.body = json.loads((self.root / "body.json").read_text())
             self.come_back()
             sites["a"].terminate()
