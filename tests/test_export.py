@@ -228,13 +228,13 @@ def base_of(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("forgotten", ["interleaved", "_rope_factors"])
+@pytest.mark.parametrize("forgotten", ["interleave_rows", "_rope_factors"])
 def test_llama_cpp_would_notice(
     forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin: without the interleaving, or Llama 3's factors, it writes something else."""
     folder = base_of(tmp_path / "base", "llama-bpe")
-    same = {"interleaved": lambda tensor, heads: tensor, "_rope_factors": lambda config: None}
+    same = {"interleave_rows": lambda tensor, heads: tensor, "_rope_factors": lambda config: None}
     monkeypatch.setattr(gguf_file, forgotten, same[forgotten])
     write_gguf(folder, tmp_path / "model.gguf", "float32", {"name": "x"}, "mit")
     ids = list(range(40, 140))

@@ -191,7 +191,7 @@ def test_records_that_became_private_in_mid_study_are_not_asked_about_for_nothin
     open_to_all = {"declared": "public"}
     save(private.changed(data=open_to_all, evaluation=open_to_all), path)
     declare(load_site(path))
-    worker = SiteWorker(load_site(path), path).of_run(made.study.digest)
+    worker = SiteWorker(load_site(path), path).begin_run(made.study.digest)
     assert worker.prepare(made.study, made.frozen).admitted
     worker.evaluate(made.study.digest, 2, made.adapter)
     assert len(worker.ledger.spending("held-out")) == 1
