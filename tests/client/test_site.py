@@ -30,6 +30,7 @@ from fedtune.core.training.local_round import local_round
 from fedtune.core.training.shared_records import fingerprint
 from fedtune.core.vault.budget import MOST_ATTEMPTS
 from fedtune.core.vault.prepared import Unprepared
+from fedtune.core.vault.site_checks import self_test
 from fedtune.core.vault.waiting_plans import keep_plan
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.codec import layout, shapes
@@ -385,6 +386,26 @@ def test_each_study_must_learn_before_it_costs_anything_and_is_tried_once(
         with pytest.raises(ModelError):
             worker.prepare(bad.study, bad.frozen)
     assert tried == [good.study.digest, bad.study.digest, bad.study.digest]
+
+
+def test_a_plan_of_another_kind_of_noise_is_tested_for_itself(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shared noise lies on a grid of its own, by how many sites share it."""
+    process_cache.clear("self-tests")
+    tested: list[Study] = []
+    monkeypatch.setattr(
+        "fedtune.core.vault.site_checks.selftest.require",
+        lambda study, *_: tested.append(study),
+    )
+    alone = begun(tiny_base, strategy={"min_sites": 3}).study
+    shared = [
+        begun(tiny_base, secure_aggregation={}, strategy={"min_sites": sites}).study
+        for sites in (3, 4)
+    ]
+    for plan in (alone, alone.changed(study={"name": "another"}), *shared, *shared):
+        self_test(plan, build(alone), 20, None)
+    assert tested == [alone, *shared]
 
 
 def test_a_failed_self_test_refuses_the_round(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from fedtune.core.config import AcceptanceTable, ConsentTable, SiteEvaluation, l
 from fedtune.core.config.known_bases import KNOWN
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.core.processes import Child, Program
+from fedtune.core.vault import process as vault_process
 from fedtune.core.wire import events, requests
 from fedtune.core.wire.arrays import pack_arrays
 from fedtune.core.wire.keys import SigningKey
@@ -64,6 +66,22 @@ def a_site(folder: Path, data: str = 'path = "data.jsonl"', policy: str = "") ->
         f'[data]\n{data}\ncolumns = {{ text = "text" }}\n[policy]\n{policy}\n'
     )
     return path
+
+
+@pytest.mark.parametrize(
+    ("url", "families"),
+    [
+        ("sqlite:///records.db", []),
+        ("duckdb:///records.duckdb", []),
+        ("postgresql:///records?host=/run/postgresql", [socket.AF_UNIX]),
+        ("postgresql://hub/records", [socket.AF_INET, socket.AF_INET6, socket.AF_UNIX]),
+    ],
+)
+def test_a_vault_opens_the_sockets_that_its_database_needs(
+    tmp_path: Path, url: str, families: list[int]
+) -> None:
+    data = f'url = "{url}"\noptions = {{ table = "n" }}'
+    assert vault_process.families(load_site(a_site(tmp_path, data)), 1) == families
 
 
 def confined(half: str, site: Path, *spool: Path) -> dict[str, Any]:

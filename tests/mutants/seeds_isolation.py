@@ -20,6 +20,20 @@ T_AIRLOCK, T_DRAW = "tests/client/test_airlock.py::", "tests/secagg/test_held.py
 
 MUTANTS = (
     one(
+        "isolation", "any-database-opens-sockets", VAULT,
+        'any(kind_of(url) == "postgresql" for url in urls)', "bool(urls)",
+        T_HALVES + "test_a_vault_opens_the_sockets_that_its_database_needs",
+        "a vault whose records are a file reaches every Unix socket of the machine",
+    ),
+    one(
+        "isolation", "shared-noise-is-tested-as-noise-of-one-site",
+        "fedtune/core/vault/site_checks.py",
+        ', "privacy", "secure_aggregation")', ', "privacy")',
+        "tests/client/test_site.py::"
+        "test_a_plan_of_another_kind_of_noise_is_tested_for_itself",
+        "noise on the grid that sites share leaves a site untested",
+    ),
+    one(
         "isolation", "a-held-answer-is-handed-over-early", AIRLOCK,
         "    if ledger.is_held(slot):\n", "    if False:\n",
         T_AIRLOCK + "test_an_answer_waits_until_a_person_lets_it_go",

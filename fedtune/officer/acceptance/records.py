@@ -126,9 +126,8 @@ def _left_out(records: list[Record], site: Site, ledger: Ledger, patients: bool)
     reasons: dict[str, str] = {}
     for record in records:
         members = identity_of(record, patients)
-        if (
-            patients and _measure_longest(record) < LONG
-        ):  # others may have a short text of the same words
+        # Others may have a short text of the same words.
+        if patients and _measure_longest(record) < LONG:
             members -= {record_member(record)}
         if ledger.hashed(unit_member(record.unit)) in withdrawn:
             reasons[record.unit] = WITHDREW
