@@ -13,7 +13,10 @@ from typing import Any
 from fedtune.core.dp.accountant import ACCOUNTANT, Steps, cross_check, merge_events
 from fedtune.core.errors import InputError
 
-SAME, APART, UNKNOWN, STATED = "same", "apart", "unknown", "stated"
+SAME = "same"
+APART = "apart"
+UNKNOWN = "unknown"
+STATED = "stated"
 DESCRIPTIONS = {
     SAME: "the same site took part in both (by name or signing key): composed",
     APART: "sites of other names and other signing keys: the larger",

@@ -112,7 +112,9 @@ def _plan_one_site(plan: DpPlan) -> DpPlan:
 
 
 def _exposure(run: Run) -> Exposure:
-    network, saved, folder = build(run.study), run.adapter(), run.folder / "adapter"
+    network = build(run.study)
+    saved = run.adapter()
+    folder = run.folder / "adapter"
     factor = pick_arrays(saved, network.frozen_factor(), folder)
     with network.loaded(factor, pick_arrays(saved, network.trainable(), folder)):
         return exposure(network, run.study)

@@ -280,8 +280,12 @@ class _World:
     def train_models(self, plan: StepPlan, log: MemoryLog) -> tuple[Scores, Exposure | None]:
         """Train a model for each row of coins; return each canary's loss in it, (models, canaries),
         and the secrets' exposure in the first of them."""
-        network, study, canaries = self.network, self.begun.study, self.coins.shape[1]
-        units, losses, exposed = self.everybody.n_units, [], None
+        network = self.network
+        study = self.begun.study
+        canaries = self.coins.shape[1]
+        units = self.everybody.n_units
+        losses = []
+        exposed = None
         asked = CachedDataset(network, _select_units(self.everybody, np.arange(units) < canaries))
         for number, row in enumerate(self.coins, 1):
             there = np.concatenate([row, np.ones(units - canaries, dtype=bool)])

@@ -85,7 +85,9 @@ def one_run(
     plan = replace(plan, max_grad_norm=float(norms.median()) / 4)
     coins = np.unpackbits(np.frombuffer(os.urandom(-(-canaries // 8)), np.uint8))[:canaries] > 0
     member = CachedDataset(network, _select_members(canary_units, coins))
-    log, attacker, adapter = MemoryLog(), _Attacker(plan, canaries), start
+    log = MemoryLog()
+    attacker = _Attacker(plan, canaries)
+    adapter = start
     with network.loaded(trainable=start):
         for round_ in range(1, min(steps, plan.steps) + 1):
             clipped = _clip_units(engine, canary_units, plan)

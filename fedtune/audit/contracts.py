@@ -45,7 +45,10 @@ GROUPS: dict[str, Group[Any]] = {
     for group in (OBJECTIVES, STRATEGIES, MODALITIES, SOURCES, CONVERTERS, TRACKERS)
 }
 SHAPES = {"layer.B": (3, 2), "head.weight": (5,)}  # of an adapter that strategies are tried on
-CLASSES, DIRECTIONS, HIDDEN = 4, 3, 6  # of class statistics, and of the base's vectors
+# Sizes of class statistics, and of the base's vectors.
+CLASSES = 4
+DIRECTIONS = 3
+HIDDEN = 6
 ROUNDING = 2e-7  # relative: one rounding to fp32
 COMPANY = 1e-4  # relative: a loss beside others, in fp32
 SECRET = "Zaphod-Beeblebrox-1979"  # in a file that cannot be read; no message may repeat it
@@ -369,11 +372,9 @@ def _mean(bench: _Bench) -> float:
 def _order(bench: _Bench) -> float:
     worst = 0.0
     for count, seed in itertools.product((2, 3, 6), range(5)):
-        in_order, shuffled, adapter = (
-            bench.build_strategy(),
-            bench.build_strategy(),
-            bench.adapter(999),
-        )
+        in_order = bench.build_strategy()
+        shuffled = bench.build_strategy()
+        adapter = bench.adapter(999)
         updates = [(bench.update(seed + k), 1.0 + k) for k in range(count)]
         for update, weight in updates:
             in_order.add(update, weight)

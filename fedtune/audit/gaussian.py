@@ -18,7 +18,10 @@ from fedtune.core.training.selftest import HUGE, MemoryLog
 # Fixed before anything is measured.
 CONFIDENCE = 0.95  # of the bound that is reported
 CEILING = 0.999  # a bound above the claim at this confidence is a broken claim
-FLOOR, FLOOR_FROM, FLOOR_TRIALS = 0.8, 3.0, 10_000  # reach 80 % of a claim of at least 3
+# An audit must reach 80 % of a claim of at least 3.
+FLOOR = 0.8
+FLOOR_FROM = 3.0
+FLOOR_TRIALS = 10_000
 DIMENSION, OTHERS = 64, 3
 
 

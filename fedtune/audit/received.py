@@ -223,7 +223,9 @@ def compare_received(
 
     candidates: records of a unit each, over the parties' network, which is left as it was."""
     study, network = begun.study, candidates.network
-    adapter, server, log = begun.adapter, build_strategy(study), MemoryLog()
+    adapter = begun.adapter
+    server = build_strategy(study)
+    log = MemoryLog()
     server.prepare(study, begun.frozen)
     rounds = min(_rounds(study, party) for party in parties.values())
     totals = np.zeros((len(parties), len(candidates.dataset.examples)))

@@ -148,7 +148,10 @@ def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator,
     study = run.study
     choices = study.evaluation.choices if study.evaluation else ()
     labels = study.objective.labels or tuple(choice.strip() for choice in choices)
-    readers, sites, classes, units = list[tuple[Evaluator, Arrays]](), list[int](), [], []
+    readers = list[tuple[Evaluator, Arrays]]()
+    sites = list[int]()
+    classes = []
+    units = []
     for number, (name, file) in enumerate(given.items()):
         columns = {"path": file.path, "columns": file.columns, "choices": choices}
         metric = "accuracy" if len(labels) > 1 else "loss"

@@ -134,7 +134,9 @@ class Checking:
     elsewhere as a line where there was none for SLOW_SECONDS, and then every AGAIN_SECONDS."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._line, self._pace = console, "", StepPace()
+        self._console = console
+        self._line = ""
+        self._pace = StepPace()
         self._status = console.status("")
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None

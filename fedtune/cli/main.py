@@ -71,7 +71,9 @@ app = typer.Typer(
     help="Fine-tune a language model across hospitals without moving a record.\n\n"
     "Start with **fedtune demo**: three invented hospitals, one adapter, a report.",
 )
-TRY, RUN, USE = "Try it here", "Between machines", "Use a run"
+TRY = "Try it here"
+RUN = "Between machines"
+USE = "Use a run"
 
 
 SITES = Annotated[

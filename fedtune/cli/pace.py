@@ -12,13 +12,18 @@ class StepPace:
     and in what time."""
 
     def __init__(self) -> None:
-        self._text, self._first, self._done, self._began = "", 0, 0, 0.0
+        self._text = ""
+        self._first = 0
+        self._done = 0
+        self._began = 0.0
 
     def estimate_remaining(self, step: Step, now: float) -> float | None:
         """Return the seconds that the rest of `step` takes at its pace so far; None while that is
         not known, and where nothing is left. now: seconds on any clock."""
         if step.text != self._text or step.done < self._done:
-            self._text, self._first, self._began = step.text, step.done, now
+            self._text = step.text
+            self._first = step.done
+            self._began = now
         self._done = step.done
         worked, seconds = step.done - self._first, now - self._began
         if seconds < SOONEST or worked <= 0 or step.done >= step.total:

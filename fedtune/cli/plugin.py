@@ -86,7 +86,9 @@ def check_plugin(
     from fedtune.audit.contracts import check
     from fedtune.core.errors import InputError, escape_controls
 
-    console, bad, results = Console(), 0, list[dict[str, Any]]()
+    console = Console()
+    bad = 0
+    results = list[dict[str, Any]]()
     for result in check(group, name, _options(option or []), base, file, less):
         mark = "[green]ok  [/green]" if result.passed else "[red]BAD [/red]"
         detail = escape_controls(result.note) or f"{result.figure:.3g}, at most {result.bound:g}"

@@ -320,7 +320,9 @@ def withdraw(
         when = check_receipt(check, Ledger(loaded.site.state))
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
         return {"receipt": check, "time": when}
-    keys, unknown, results = _keys(file), 0, list[dict[str, Any]]()
+    keys = _keys(file)
+    unknown = 0
+    results = list[dict[str, Any]]()
     book = Ledger(loaded.site.state)
     for number, key in enumerate(keys, 1):
         try:

@@ -131,7 +131,9 @@ def say_looks(console: Console, study: Study) -> None:
     from fedtune.evaluation.groups import count_groups
     from fedtune.report.paired import CHANGED, LEAST_GROUP, least_gain
 
-    table, file, records = study.schedule, study.evaluation, 0
+    table = study.schedule
+    file = study.evaluation
+    records = 0
     with suppress(DataError):
         records = len(read_records(file, unit="record", labelled=True)[0])
     sizes = list[tuple[int, float]]()

@@ -63,7 +63,9 @@ class FedtuneError(Exception):
     exit_code = 4
 
     def __init__(self, happened: str, expected: str = "", todo: str = "") -> None:
-        self.happened, self.expected, self.todo = happened, expected, todo
+        self.happened = happened
+        self.expected = expected
+        self.todo = todo
         super().__init__(happened, expected, todo)
 
     def __str__(self) -> str:

@@ -20,13 +20,21 @@ from collections.abc import Collection, Sequence
 Lines = list[tuple[int, int, int, int]]
 Numbers = tuple[int | None, int | None]  # on x86-64 and on 64-bit ARM, which has not all of them
 
-LOAD, MASK, IF_EQUAL, IF_AT_LEAST, GIVE = 0x20, 0x54, 0x15, 0x35, 0x06
+LOAD = 0x20
+MASK = 0x54
+IF_EQUAL = 0x15
+IF_AT_LEAST = 0x35
+GIVE = 0x06
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 REFUSE = 0x00050000 | errno.EPERM
 UNKNOWN = 0x00050000 | errno.ENOSYS  # a library then tries an older call
 ZERO = 0x00050000  # "no error": the call is not made, and gives 0
 CALL, MACHINE = 0, 4  # where a call's number and its machine's are read
-FIRST, SECOND, THIRD, FOURTH = 16, 24, 32, 40  # and its arguments
+# Offsets of the arguments of a system call.
+FIRST = 16
+SECOND = 24
+THIRD = 32
+FOURTH = 40
 X32 = 0x40000000  # system calls of x86-64's other kind have this bit
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # Linux's numbers of the two
 

@@ -42,7 +42,9 @@ class Executor:
     """Answers the tasks of one SuperNode after another."""
 
     def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
-        self._app, self.notify, self._once = app, notify, once
+        self._app = app
+        self.notify = notify
+        self._once = once
         self.joined = False  # whether the coordinator accepted the last SuperNode
         self._worked = False
 

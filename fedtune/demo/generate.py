@@ -36,7 +36,10 @@ DESKS = tuple("ABCDEFGHIJKLMNOPQR")
 OWN_SHARE = 0.7  # of a hospital's patients, from departments of its own
 STRAY_SHARE = 0.05  # of a patient's notes, about another department than the patient's own
 NOTES = (2, 2, 2, 3, 4)  # a patient has one of these numbers of notes
-VALIDATION, TEST, PUBLIC = 297, 297, 180  # at most
+# The most records of each set.
+VALIDATION = 297
+TEST = 297
+PUBLIC = 180
 
 
 class NoteParts(NamedTuple):
@@ -52,7 +55,9 @@ class NoteParts(NamedTuple):
 
 
 def _write_telegraphic(p: NoteParts, rng: random.Random) -> str:
-    history, drug, denied = f"PMH {p.history}", f"Rx {p.drug}", f"no {p.denied}"
+    history = f"PMH {p.history}"
+    drug = f"Rx {p.drug}"
+    denied = f"no {p.denied}"
     lines = _background(history, drug, denied, rng)
     finding = f" O/E {p.finding}." if p.finding else ""
     return f"{p.age}{'F' if p.woman else 'M'}, {p.complaint}.{finding} {'. '.join(lines)}."
@@ -60,7 +65,9 @@ def _write_telegraphic(p: NoteParts, rng: random.Random) -> str:
 
 def _sentences(p: NoteParts, rng: random.Random) -> str:
     who, she = ("woman", "She") if p.woman else ("man", "He")
-    history, drug, denied = f"has known {p.history}", f"takes {p.drug}", f"denies {p.denied}"
+    history = f"has known {p.history}"
+    drug = f"takes {p.drug}"
+    denied = f"denies {p.denied}"
     lines = _background(history, drug, denied, rng)
     finding = f" We found {p.finding}." if p.finding else ""
     article = "An" if 80 <= p.age <= 89 else "A"

@@ -26,7 +26,10 @@ State = dict[str, torch.Tensor]
 # Powers of two, so that scaling by them does not round. LOUD drowns a residual in fp32; SMALL is
 # where tanh is the identity; CONSTANT is beside logits so large that their squares vanish; GATE is
 # where SiLU and GELU are the identity.
-LOUD, SMALL, CONSTANT, GATE = 2.0**38, 2.0**-20, 2.0**20, 32.0
+LOUD = 2.0**38
+SMALL = 2.0**-20
+CONSTANT = 2.0**20
+GATE = 32.0
 # model_type: the encoder's name in the classifier, and the two layers of the classifier's head.
 ENCODERS = {
     "bert": ("bert", "bert.pooler.dense", "classifier"),
@@ -124,7 +127,9 @@ def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
 
 def _pooling(size: int, inner: int, eps: float) -> State:
     """The layer that writes [m, -m] · √H / |m| at every token, m the mean over all of them."""
-    zero, none, both = torch.zeros(2 * size, 2 * size), torch.zeros(2 * size), torch.ones(2 * size)
+    zero = torch.zeros(2 * size, 2 * size)
+    none = torch.zeros(2 * size)
+    both = torch.ones(2 * size)
     one, mirrored = torch.eye(size), torch.eye(size) * LOUD
     state = {
         f"attention.self.{name}.{kind}": zero if kind == "weight" else none
@@ -173,7 +178,9 @@ def _with_bias(model: Any, head: nn.Linear) -> State:
         if name.startswith(first)
     }
     up, up_bias = torch.zeros(inner, size), torch.zeros(inner)
-    up[:outputs], up_bias[:outputs], up_bias[outputs] = head.weight, head.bias, CONSTANT
+    up[:outputs] = head.weight
+    up_bias[:outputs] = head.bias
+    up_bias[outputs] = CONSTANT
     read = torch.arange(outputs + 1)
     layer[last + "mlp.down_proj.weight"][read, read] = LOUD / GATE
     layer[last + "mlp.gate_proj.bias"] += GATE

@@ -266,7 +266,9 @@ class PolicyEvaluator:
     def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
         """(score, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
         records = records[:MAX_EVALUATED]
-        objective, settings, tokenizer = self.study.objective, self.settings, self.policy.tokenizer
+        objective = self.study.objective
+        settings = self.settings
+        tokenizer = self.policy.tokenizer
         prompt_tokens = [prompt_ids(record.prompt, objective, tokenizer) for record in records]
         stream = b"%d\n%d\n%s" % (settings.seed, len(records), draws)
         written = write_all(

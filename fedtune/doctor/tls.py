@@ -86,7 +86,9 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
 async def _http(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, path: str, host: str
 ) -> tuple[int, bytes]:
-    http, status, body = h11.Connection(h11.CLIENT), 0, b""
+    http = h11.Connection(h11.CLIENT)
+    status = 0
+    body = b""
     headers = [("host", host), ("connection", "close")]
     for event in (h11.Request(method="GET", target=path, headers=headers), h11.EndOfMessage()):
         writer.write(http.send(event) or b"")
@@ -112,7 +114,9 @@ def certificate(
 ) -> str:
     """Check that `authority` signed the certificate and that it is valid now and for at least
     `least`. Errors: ConfigError, with `todo`."""
-    start, end, now = leaf.not_valid_before_utc, leaf.not_valid_after_utc, certs.read_clock()
+    start = leaf.not_valid_before_utc
+    end = leaf.not_valid_after_utc
+    now = certs.read_clock()
     span = f"valid from {start:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M}"
     try:
         leaf.verify_directly_issued_by(authority)

@@ -313,7 +313,9 @@ def _choice_tokens(
 
     Errors: ConfigError (choices that are no choices), DataError (a completion that is none)."""
     ids = choice_ids(tokenizer, choices)
-    end, gold, cut = [tokenizer.eos_token_id], [], 0
+    end = [tokenizer.eos_token_id]
+    gold = []
+    cut = 0
     # White space after a completion or a choice does not count, unless it tells two choices apart.
     texts = [str(tokenizer.decode(i)).rstrip() for i in ids]
     texts = texts if len(set(texts)) == len(texts) else []

@@ -304,7 +304,9 @@ class World:
 
     def _compute_widening(self, held_out: float) -> float:
         """Return the factor of the spread's variances; see WIDENED."""
-        low, high, narrow = -math.log(WIDEST) / 4, math.log(WIDEST), self.pool
+        low = -math.log(WIDEST) / 4
+        high = math.log(WIDEST)
+        narrow = self.pool
         for _ in range(SEARCHED):
             middle = (low + high) / 2
             self.pool = narrow * math.exp(middle / 2)

@@ -137,7 +137,9 @@ def seals(
         fail(run / EVIDENCE, "has one key for two sites")
     for entry in content["updates"]:
         where = f"{run / EVIDENCE}, round {int(entry['round'])}, {str(entry['site'])[:64]!r}"
-        key, kind, said = content["sites"][entry["site"]]["signing"], entry["kind"], entry["said"]
+        key = content["sites"][entry["site"]]["signing"]
+        kind = entry["kind"]
+        said = entry["said"]
         done = DONE[kind][bool(study.secure_aggregation)]
         if (said["status"], said["name"]) != (done, entry["site"]):
             fail(where, "is of another kind of work, or of another site", done)
@@ -296,7 +298,9 @@ def _logs(
     run: Path, study: Study, privacy: PrivacyTable, rounds: int, events: dict[str, Events]
 ) -> None:
     """Check that every step log is one of this plan, before ε is computed of any."""
-    training, table, clipping = study.training, study.private_evaluation, study.clipping
+    training = study.training
+    table = study.private_evaluation
+    clipping = study.clipping
     shares = noise_shares(study)
     for name, log in events["update"].items():
         rate, sigma = log[0]["q"], log[0]["sigma"]  # where they follow from the site's size and ε

@@ -80,7 +80,9 @@ class _Replay:
 
     def __init__(self, run: Path, study: Study, files: Collection[str]) -> None:
         assert study.schedule is not None and study.evaluation is not None
-        self._run, self._study, self._signed = run, study, files
+        self._run = run
+        self._study = study
+        self._signed = files
         self._table: ScheduleTable = study.schedule
         self._metric = study.evaluation.metric
         self.champion: int | None = None

@@ -50,7 +50,9 @@ class Quota:
     (`burst` at once, `rate` a second), and the bytes that the coordinator asked it for."""
 
     def __init__(self, home: Path, burst: int, rate: float) -> None:
-        self._home, self._burst, self._rate = home, burst, rate
+        self._home = home
+        self._burst = burst
+        self._rate = rate
         self.tokens: dict[str, tuple[float, float]] = {}  # site -> what is left, and when
         self._pushed: dict[str, tuple[int, int]] = {}  # site -> which asking, bytes since
 

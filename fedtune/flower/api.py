@@ -116,7 +116,9 @@ __all__ = [
     "start_run",
 ]
 
-SERVER_APP, CLIENT_APP, AGENT_APP = TaskType.SERVER_APP, TaskType.CLIENT_APP, TaskType.AGENT_APP
+SERVER_APP = TaskType.SERVER_APP
+CLIENT_APP = TaskType.CLIENT_APP
+AGENT_APP = TaskType.AGENT_APP
 SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink has accepted it
 # What a SuperNode logs that the SuperLink does not accept: of 401 the second alone, on which it
 # interrupts itself.
@@ -373,7 +375,9 @@ def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
 
 def _identify(task_id: int, run_id: int, node_id: int) -> None:
     """What Flower stamps on every message that this process creates."""
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run_id, node_id
+    TaskIdentity.task_id = task_id
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = node_id
 
 
 @contextmanager

@@ -40,7 +40,9 @@ class Link:
 def link(site: Site, path: Path) -> Link:
     """Read the link from the answer that site.toml's [coordinator] table names, or that was kept
     when the site joined. Errors: ConfigError, Refused."""
-    table, keys, name = site.coordinator or CoordinatorTable(), keys_folder(site), site.site.name
+    table = site.coordinator or CoordinatorTable()
+    keys = keys_folder(site)
+    name = site.site.name
     expected = table.fingerprint or ""
     if table.answer is not None:
         answer = membership.read(table.answer, membership.tls_key(keys), name, expected)

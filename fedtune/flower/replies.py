@@ -63,7 +63,9 @@ class Answer:
     Nobody is waited for: while parts are still arriving there is no answer, and none are held."""
 
     def __init__(self, grid: Grid, asked: str, most: int) -> None:
-        self._grid, self._asked, self._most = grid, asked, most
+        self._grid = grid
+        self._asked = asked
+        self._most = most
         self._root, self._received = "", 0
         self._tree: Any = None  # of its parts, as announced
         self._parts, self._pending = list[str](), deque[str]()
@@ -107,7 +109,9 @@ class Answer:
     def _note_parts(self) -> None:
         if self._tree is not None:
             parts = dict.fromkeys(t.object_id for t in iterate_object_tree(self._tree))
-            self._parts, self._pending, self._tree = list(parts), deque(parts), None
+            self._parts = list(parts)
+            self._pending = deque(parts)
+            self._tree = None
         if len(self._parts) > PARTS + self._most // PART:
             raise TooLong
 

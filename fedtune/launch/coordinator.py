@@ -243,7 +243,9 @@ def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator
 
     def supervise() -> None:
         nonlocal gateway
-        last_start, next_start, pause = time.monotonic(), 0.0, WATCH_SECONDS
+        last_start = time.monotonic()
+        next_start = 0.0
+        pause = WATCH_SECONDS
         while not done.wait(WATCH_SECONDS):
             now = time.monotonic()
             with suppress(httpx.HTTPError, ConfigError, OSError):  # the next pass tries again
@@ -328,7 +330,9 @@ class Members:
     "admitted", "revoked", "connected" and "disconnected" {name}."""
 
     def __init__(self, home: Path, on_event: OnEvent | None = None) -> None:
-        self._home, self._keys, self._asked = home, dict[int, str](), dict[str, tuple[int, int]]()
+        self._home = home
+        self._keys = dict[int, str]()
+        self._asked = dict[str, tuple[int, int]]()
         self._on_event, self._here = on_event, set[str]()
         self._admitted: set[str] | None = None
         allowance.write(home, self._asked)

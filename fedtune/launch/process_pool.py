@@ -123,7 +123,10 @@ class _Worker:
 
     def __init__(self, number: int, sites: Sites, processes: int, logs: Path, peers: str) -> None:
         self._peers = peers
-        self._number, self.sites, self._processes, self._logs = number, sites, processes, logs
+        self._number = number
+        self.sites = sites
+        self._processes = processes
+        self._logs = logs
         self._child: Child | None = None
         self.connection: Connection | None = None
         self.queue: deque[str] = deque()

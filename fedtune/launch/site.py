@@ -287,7 +287,9 @@ class Allowance:
     What is shown may be kept, such as in a container's log, on any disk of the machine."""
 
     def __init__(self) -> None:
-        self._left, self._since, self._left_out = float(BURST), time.monotonic(), 0
+        self._left = float(BURST)
+        self._since = time.monotonic()
+        self._left_out = 0
 
     def permits(self, facts: dict[str, Any]) -> bool:
         """Return whether an event may be shown; what was left out before is then counted."""
@@ -314,7 +316,9 @@ class Shown:
     def __init__(
         self, site: Site, notify: OnEvent, halves: Sequence[str] = ("vault", "courier")
     ) -> None:
-        self._site, self.notify, self._halves = site, notify, halves
+        self._site = site
+        self.notify = notify
+        self._halves = halves
         self._facts: deque[tuple[float, dict[str, Any]]] = deque()  # that wait for the courier
         self._last: dict[str, Any] = {}  # the facts of the newest answer
         self._confined: dict[str, dict[str, Any]] = {}  # of the halves that run now

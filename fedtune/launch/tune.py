@@ -154,7 +154,9 @@ def _check_chooser(study: Study, records: Path | None) -> None:
 def _values(setting: str) -> list[str]:
     """Split the value of "key=a,b" at its commas, but for those in brackets, braces and quotes."""
     _, _, text = setting.partition("=")
-    values, depth, quote = [""], 0, ""
+    values = [""]
+    depth = 0
+    quote = ""
     for letter in text:
         if quote:
             quote = "" if letter == quote else quote

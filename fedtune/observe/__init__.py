@@ -50,7 +50,9 @@ class Observer:
         run: Path | None = None,
     ) -> None:
         self._run = run
-        self._sinks, self._late, self._then = list(sinks), list(late), then
+        self._sinks = list(sinks)
+        self._late = list(late)
+        self._then = then
         self._early: list[tuple[str, dict[str, Any]]] = []
         self._ended = False
         self._warned: set[str] = set()
@@ -65,7 +67,9 @@ class Observer:
                 for sink in self._late:
                     for pair in self._early:
                         self._pass(sink, *pair)
-                self._sinks, self._late, self._early = [*self._sinks, *self._late], [], []
+                self._sinks = [*self._sinks, *self._late]
+                self._late = []
+                self._early = []
         if self._then:
             self._then(event, data)
 

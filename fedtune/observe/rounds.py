@@ -45,7 +45,9 @@ class Rounds:
         self.epsilon: dict[str, array[float]] = {}
         self.largest, self.smallest = array("d"), array("d")
         self.newest: deque[Record] = deque(maxlen=NEWEST)
-        self._at, self._last, self._many = 0, b"", False
+        self._at = 0
+        self._last = b""
+        self._many = False
 
     def __len__(self) -> int:
         return len(self.number)

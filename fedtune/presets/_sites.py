@@ -113,7 +113,10 @@ def look(
     """Read a site's file once. asked: option -> the column that it names; prompt, answers, target,
     patient: columns. Errors: as `columns_of`."""
     path, names, source = _open_place(place, asked)
-    classes, units, lengths, total = Counter[str](), set[str](), list[int](), 0
+    classes = Counter[str]()
+    units = set[str]()
+    lengths = list[int]()
+    total = 0
     for _, row in placed_rows(path, asked, names=names, source=source):
         total += 1
         cells = row if isinstance(row, dict) else {}

@@ -26,7 +26,9 @@ MEASURED = 0.2  # seconds of the measurement
 CHARACTERS = 4.0  # of a token
 # Of the speed of one large product of matrices, what passes reach that read a few hundred
 # positions at a time, in products of a forward pass. Measured with SmolLM2 on a Xeon.
-FROZEN, FORWARD, GRADIENT = 0.7, 0.6, 0.35
+FROZEN = 0.7
+FORWARD = 0.6
+GRADIENT = 0.35
 STEPS_TRIED = 12  # lengths of a step, and of what is kept, that selection records are measured with
 MEASUREMENTS = 4  # of the evaluation records, in a run
 RECORDS = 2.5  # of a patient, where the plan reads several
@@ -126,7 +128,9 @@ def measured_speed() -> float:
     fp32, and take the share of the processors that a long run gets beside what runs now."""
     left, right = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
     left @ right  # the first one starts threads
-    began, used, count = time.perf_counter(), time.process_time(), 0
+    began = time.perf_counter()
+    used = time.process_time()
+    count = 0
     while time.perf_counter() - began < MEASURED or not count:
         left @ right
         count += 1
@@ -183,7 +187,9 @@ def _records(study: Study, table: DataFile | PublicTable | None) -> Records:
     most, columns = study.objective.max_length, table.columns
     answers = [name for name in (columns.completion, columns.chosen, columns.rejected) if name]
     reads = [name for name in (columns.prompt, columns.text) if name]
-    passages, tokens, targets = 0, 0.0, 0.0
+    passages = 0
+    tokens = 0.0
+    targets = 0.0
     for row in rows(table.path, {}, strict=False):
         if not isinstance(row, dict):
             continue

@@ -180,7 +180,9 @@ def vectors_of_labels(study: Study, network: Network) -> npt.NDArray[np.float64]
 @torch.no_grad()
 def vectors_of(data: CachedDataset) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
     """Compute the network's vectors (n, H) of all records, and return their labels (n,)."""
-    network, vectors, labels = data.network, [], []
+    network = data.network
+    vectors = []
+    labels = []
     for batch in data.batches(range(len(data.dataset.examples))):
         hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         vectors.append(network.pool(hidden, batch.mask).double().cpu().numpy())

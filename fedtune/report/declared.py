@@ -91,7 +91,9 @@ def declared_in(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     first, one that used a query in one of them is in the second; the third, and "invented", hold
     where they hold of one of them."""
     declared: dict[str, str] = {}
-    private, uncovered, marks = set[str](), set[str](), dict[str, bool]()
+    private = set[str]()
+    uncovered = set[str]()
+    marks = dict[str, bool]()
     for report in reports:
         marks |= {mark: True for mark in ("simulation", "invented") if report.get(mark)}
         uncovered |= {*report.get("free_query", ())}

@@ -14,7 +14,11 @@ from fedtune.report.quality import intervals
 
 WIDE = 130  # characters of a line of the caption
 ROOM = 1.18  # of the axis of rounds: the last figure stands beside its point
-INK, FAINT, GOOD, COST, ALARM = "#222222", "#b8b8b8", "#1f6feb", "#b35900", "#c00000"
+INK = "#222222"
+FAINT = "#b8b8b8"
+GOOD = "#1f6feb"
+COST = "#b35900"
+ALARM = "#c00000"
 
 
 def png(report: dict[str, Any]) -> bytes:

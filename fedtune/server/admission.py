@@ -153,7 +153,9 @@ class Roster:
 
     def _on_admission_reply(self, reply: Reply) -> None:
         claim, earlier_nodes = _parse_admission(reply), set(self.nodes.values())
-        name, status, reason = self._name_of(reply.node, claim), claim.status, claim.reason
+        name = self._name_of(reply.node, claim)
+        status = claim.status
+        reason = claim.reason
         rank = _lora_rank(reply, self.study.lora)
         if status == "admitted" and (objection := self._objection(reply.node, name, claim, rank)):
             status, reason = "refused", objection
@@ -260,7 +262,9 @@ def _parse_admission(reply: Reply) -> _Claim:
         check_peer("the site", record, "this coordinator")
     except OtherProtocol as refusal:
         return _Claim("refused", str(refusal))
-    name, declared, key = record.get("name"), record.get("declared_size"), record.get("key")
+    name = record.get("name")
+    declared = record.get("declared_size")
+    key = record.get("key")
     named = isinstance(name, str) and NAME.fullmatch(name) is not None
     keyed = isinstance(key, str) and KEY.fullmatch(key) is not None
     if not named or not keyed or type(declared) is not int or not 1 <= declared <= MOST_UNITS:

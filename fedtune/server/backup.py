@@ -42,7 +42,10 @@ from fedtune.server.store import DATABASE, FOLDER, sqlite_errors
 from fedtune.server.versions import LINK
 
 FORMAT = "fedtune-backup-1"
-MANIFEST, PLAN, HOME, RESTORED = "manifest.json", "study.toml", "coordinator", "restored.json"
+MANIFEST = "manifest.json"
+PLAN = "study.toml"
+HOME = "coordinator"
+RESTORED = "restored.json"
 NOT_KEPT = {"flower", "status.json", "status.lock", "lock", "audit.lock"}
 TRIES, PAUSE = 30, 0.5
 TODO = "name a file that `fedtune backup` wrote, or an older one of them"

@@ -38,7 +38,9 @@ class Continuous:
     def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Emit) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None
         self.table, self.evaluation = progress.study.schedule, progress.study.evaluation
-        self.progress, self.parts, self.event = progress, parts, event
+        self.progress = progress
+        self.parts = parts
+        self.event = event
         self.versions = Versions(out)
         self.slot: int | None = progress.history[-1]["slot"] if progress.history else None
         self._evaluator: Measures | None = None

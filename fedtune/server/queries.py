@@ -27,7 +27,9 @@ class Queries:
     """The queries of one run; a pooled answer goes into the newest entry of its history."""
 
     def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
-        self.progress, self.roster, self.key = progress, roster, key
+        self.progress = progress
+        self.roster = roster
+        self.key = key
         self.study = progress.study
 
     def is_due(self) -> bool:

@@ -90,8 +90,13 @@ class _Run:
         strategy: Strategy,
         progress: Progress,
     ) -> None:
-        self.grid, self.out, self.parts, self.on_event = grid, out, parts, on_event
-        self.strategy, self.progress, self.study = strategy, progress, progress.study
+        self.grid = grid
+        self.out = out
+        self.parts = parts
+        self.on_event = on_event
+        self.strategy = strategy
+        self.progress = progress
+        self.study = progress.study
         self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
         self.table = self.study.strategy
         self.limits = Limits(self.study, parts.budget)
@@ -284,7 +289,9 @@ class _Run:
 
         The sites train from the adapter as it was encoded; their updates are applied to the fp32
         adapter here, so that rounding errors do not accumulate over rounds."""
-        wire, adapter, number = self.study.wire, self.progress.adapter, tally.number
+        wire = self.study.wire
+        adapter = self.progress.adapter
+        number = tally.number
         agreed = codec.layout(codec.shapes(self.strategy.update_like(adapter)), wire.update)
         arrays = sum(form.nbytes for form in agreed.values())
         order = Order("train", self.study.digest, number, str(number), self._receipt, arrays)
@@ -354,7 +361,9 @@ class _Run:
 
     def _keep(self, tally: Tally) -> None:
         """Apply the round's mean update, measure the adapter and save the checkpoint."""
-        progress, number, roster = self.progress, tally.number, self.roster
+        progress = self.progress
+        number = tally.number
+        roster = self.roster
         if self.strategy.of_statistics:
             self.strategy.describe_round(*self._noise_of_mean(tally))
         adapter = preconditioner.step_adapter(

@@ -246,7 +246,9 @@ class SecureRound:
         self, answer: Answer, read: Callable[[ArrayRecord], Arrays], *, record: str, done: str
     ) -> Outcome:
         """Validate a reply: its seal, its arrays and its log."""
-        name, reply, events = answer.name, answer.reply, self.progress.events
+        name = answer.name
+        reply = answer.reply
+        events = self.progress.events
         self.roster.down[name] += answer.sent
         self.roster.up[name] += reply.size
         before = sum(event["steps"] for event in events.get(name, []))

@@ -45,7 +45,9 @@ def choose(
 
     Less of the past and as much of the new is an average of both: it has less noise than either.
     The search starts at the newest round's step, and from the loss with which that round ended."""
-    origin, adapter, history = progress.origin, progress.adapter, progress.history
+    origin = progress.origin
+    adapter = progress.adapter
+    history = progress.history
     measured: dict[tuple[float, float], dict[str, float]] = {}
     if history:
         measured[1.0, 0.0] = history[-1]["selection"]

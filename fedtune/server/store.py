@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 FORMAT = "fedtune-run-3"
 BUSY = 60.0  # seconds to wait for another process, as for a ledger
-FOLDER, DATABASE, FROZEN = "checkpoint", "run.db", "frozen.safetensors"
+FOLDER = "checkpoint"
+DATABASE = "run.db"
+FROZEN = "frozen.safetensors"
 PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in core/ledger/chain.py
 PER_SITE = ("sizes", "keys", "receipts", "events", "queries", "admission")
 SCHEMA = (

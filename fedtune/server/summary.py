@@ -48,7 +48,9 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
 def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
     """Describe what is about to run: the study, who takes part, and at most what it costs each of
     them in ε, at the study's δ; of a continuous study, over a patient's life."""
-    study, by_site, names = progress.study, dict[str, float](), roster.list_willing()
+    study = progress.study
+    by_site = dict[str, float]()
+    names = roster.list_willing()
     privacy, steps = study.privacy, study.training.local_steps
     if isinstance(privacy, PrivacyTable) and privacy.epsilon is not None:
         by_site = dict.fromkeys(names, privacy.epsilon)
@@ -150,12 +152,16 @@ def _ranks(progress: Progress) -> dict[str, Any]:
     site training them (None: no noise, AdamW, or a strategy that takes no mean).
 
     The divisor is all sites' weight, so the signal falls with the share, and noise by less."""
-    study, history, ranks = progress.study, progress.history, lora_ranks(progress.history)
+    study = progress.study
+    history = progress.history
+    ranks = lora_ranks(progress.history)
     if study.lora is None or set(ranks.values()) <= {study.lora.rank}:
         return {}
     declared = study.strategy.weights == "declared"
     weights = {name: progress.sizes[name] if declared else 1 for name in ranks}
-    share, noise, most = np.zeros(study.lora.rank), np.zeros(study.lora.rank), 0.0
+    share = np.zeros(study.lora.rank)
+    noise = np.zeros(study.lora.rank)
+    most = 0.0
     for entry in history:
         trained = entry["lora_ranks"]
         counted = weights | entry.get("weights", {})

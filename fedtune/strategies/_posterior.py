@@ -236,7 +236,9 @@ def held_out_hits(
     Each of FOLDS parts of the records is judged by what the others say, a basis included. vectors,
     labels, names: as of `summarise_public`, and known is what it made of them. Returns (2,): right
     ones, and how many were judged; None where fewer than FOLDS have a label."""
-    classes, right, judged = len(known.counts), 0, 0
+    classes = len(known.counts)
+    right = 0
+    judged = 0
     order = np.random.default_rng(0).permutation(len(vectors))
     for part in range(FOLDS):
         out = order[part::FOLDS]

@@ -27,9 +27,15 @@ LEAST_VARIANCE = 1e-12  # of a round without noise, so that rounds can be weighe
 # the classes' names (K, d), if there are any. Of all rounds so far: sums (K, k + 1) over their
 # noise's variance, and what these weights add up to, alone and times the units.
 DIRECTIONS, MEAN = "basis/directions", "basis/mean"
-SUMS, COUNTS, WITHIN = "public/sums", "public/counts", "public/within"
-MOMENT, RECORDS, NAMES = "public/moment", "public/records", "public/names"
-NOISED, PRECISION, UNITS = "noised/sums", "noised/precision", "noised/units"
+SUMS = "public/sums"
+COUNTS = "public/counts"
+WITHIN = "public/within"
+MOMENT = "public/moment"
+RECORDS = "public/records"
+NAMES = "public/names"
+NOISED = "noised/sums"
+PRECISION = "noised/precision"
+UNITS = "noised/units"
 # Of labelled public records that were each left out once: of how many what is then known is right,
 # and how many they are. The rest of the state says nothing of it.
 HELD_OUT = "public/held-out"

@@ -23,8 +23,8 @@ NAME_MUTANTS = (
         (
             ('return _Claim(status, clean(record.get("reason")) or "no reason given")',
              'return _Claim(status, clean(record.get("reason")), str(record.get("name")))'),
-            ("self._name_of(reply.node, claim), claim.status",
-             "claim.name or self._name_of(reply.node, claim), claim.status"),
+            ("name = self._name_of(reply.node, claim)\n        status",
+             "name = claim.name or self._name_of(reply.node, claim)\n        status"),
         ),
         (NOBODY,), "one admitted site throws another out of the run",
     ),

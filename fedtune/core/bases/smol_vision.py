@@ -11,8 +11,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-SIDE, PATCH, SCALE = 128, 16, 2  # pixels; 16 image tokens for an image
-WIDTH, HIDDEN, HEADS, BLOCKS = 192, 768, 6, 2
+# Sizes in pixels; an image becomes 16 image tokens.
+SIDE = 128
+PATCH = 16
+SCALE = 2
+WIDTH = 192
+HIDDEN = 768
+HEADS = 6
+BLOCKS = 2
 TOKENS = ("<fake_token_around_image>", "<global-img>", "<image>")
 SEED = 0
 # Of the projector's weights: on noise, its output then is as large as word embeddings.

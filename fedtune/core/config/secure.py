@@ -22,7 +22,9 @@ class SecureAggregationTable(Table):
 
 def check_secure(study: Study) -> None:
     """Check that a study's sum can be opened alone. Errors: ValueError with the reason."""
-    table, t, n = study.secure_aggregation, study.training, study.strategy.min_sites
+    table = study.secure_aggregation
+    t = study.training
+    n = study.strategy.min_sites
     if table is None:
         return
     if n - table.colluding < 2:

@@ -193,7 +193,10 @@ class EvaluationTable(DataFile):
     every: Count = 1
 
 
-ALPHA, LOOKS, FILES = 0.05, 16, 5  # of a schedule: what a plan need not say
+# Values of a schedule that a plan need not say.
+ALPHA = 0.05
+LOOKS = 16
+FILES = 5
 
 
 class ScheduleTable(Table):

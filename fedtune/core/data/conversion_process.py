@@ -199,7 +199,9 @@ class _PlugIn:
     def __init__(
         self, name: str, value: str, options: Mapping[str, Any], modules: _Modules
     ) -> None:
-        self._name, self._value, self._options = name, value, options
+        self._name = name
+        self._value = value
+        self._options = options
         self._modules = modules
 
     def convert(self, given: bytes) -> bytes:

@@ -111,7 +111,9 @@ class UnitReader:
 
     def _example(self, record: Record) -> Example:
         record = self.scan(record) if self.scan else record
-        placed, tiles, starts = record, 1, False
+        placed = record
+        tiles = 1
+        starts = False
         if self.reader:
             placed, tiles = self.reader.place(record, self.objective)
             starts = self.reader.starts

@@ -167,7 +167,9 @@ def _waveform(body: bytes) -> tuple[Samples, int]:
     """Decode PCM WAV by the standard library; all else by soundfile, where it is installed."""
     try:
         with wave.open(io.BytesIO(body)) as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            width = file.getsampwidth()
+            channels = file.getnchannels()
+            rate = file.getframerate()
             if file.getnframes() > SECONDS * max(rate, 1):
                 raise Rejected("audio too long")
             raw = file.readframes(file.getnframes())

@@ -158,7 +158,9 @@ def read_file(
         raise no_patients(table)
     reading = _Reading(file, unit, labelled, groups)
     names, keep = Names(file.where, keys_of(file) | groups.keys), kept_of(file)
-    count, filtered_in, withheld_in = 0, Counter[str](), Counter[str]()
+    count = 0
+    filtered_in = Counter[str]()
+    withheld_in = Counter[str]()
     declared_size = file.declared_size if isinstance(file, SiteData) else 0
     with converting(file, declared_size) as convert:
         waiting: dict[str, list[tuple[Place, Row]]] = {}

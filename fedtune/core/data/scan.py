@@ -67,7 +67,10 @@ class Scanner:
     def redacted(self, text: str) -> str:
         """Replace each finding by its kind, as in "[name]"; overlapping ones as a whole."""
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
-        chosen, parts, at, next_ = self(text), list[str](), 0, 0
+        chosen = self(text)
+        parts = list[str]()
+        at = 0
+        next_ = 0
         for start, end in _unite_findings(hits):
             first = next_  # the chosen ones are hits, so that each lies in one of the spans
             while next_ < len(chosen) and chosen[next_].start < end:

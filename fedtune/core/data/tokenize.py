@@ -355,7 +355,9 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
             chat.render(tokenizer, turns[:count], tokenize=False, add_generation_prompt=header)
         )
 
-    full, eos, at = render(len(turns)), tokenizer.eos_token, 0
+    full = render(len(turns))
+    eos = tokenizer.eos_token
+    at = 0
     segments: list[Segment] = []
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
@@ -393,7 +395,9 @@ def _join_segments(
 ) -> Joined:
     """Tokenise segments one by one, until there are more than max_length tokens. continued: as if
     after other text, for tokenizers that put a space in front of a text."""
-    ids, hits, prefix = list(start), [False] * len(start), ""
+    ids = list(start)
+    hits = [False] * len(start)
+    prefix = ""
     ends: list[int] = []
     for text, hit in segments:
         if len(ids) > max_length:

@@ -260,7 +260,9 @@ def plan_for_site(study: Study, declared_size: int, most: int | None = None) -> 
     Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
     than `most`."""
     calibration = resolve(study, declared_size, most)
-    privacy, clipping, secure = study.privacy, study.clipping, study.secure_aggregation
+    privacy = study.privacy
+    clipping = study.clipping
+    secure = study.secure_aggregation
     assert not isinstance(privacy, str) and clipping is not None  # checked by resolve and Study
     return DpPlan(
         study=study.digest,

@@ -163,7 +163,9 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
 
     public: the key that must have signed it (hexadecimal). head: "SEQ:HASH" as noted earlier, which
     must be in the chain. Errors: NotGenuine; InputError where there is no log."""
-    entries, hashes, prev = list[dict[str, Any]](), list[str](), START
+    entries = list[dict[str, Any]]()
+    hashes = list[str]()
+    prev = START
     try:
         with _locked(folder, shared=True):  # while it is read alone: nothing leaves meanwhile
             contents = [(folder / name, _content(folder / name)) for name in files(folder)]

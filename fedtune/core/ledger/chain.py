@@ -147,7 +147,9 @@ class Transaction:
     def __init__(
         self, connection: sqlite3.Connection, key: SigningKey | None, head: Head | None
     ) -> None:
-        self.sql, self._key, self.head = connection, key, head
+        self.sql = connection
+        self._key = key
+        self.head = head
         self.pending: list[Entry] = []
 
     def append(self, kind: str, body: dict[str, Any], seq: int | None = None) -> int:
@@ -197,7 +199,9 @@ class Database:
     """The files in `folder`, made on first use; `fold` sees every entry once, verified."""
 
     def __init__(self, folder: Path, fold: Callable[[Entry], None]) -> None:
-        self.folder, self.path, self._fold = folder, folder / DATABASE, fold
+        self.folder = folder
+        self.path = folder / DATABASE
+        self._fold = fold
         self._mutex = threading.RLock()
         self._head: Head | None = None
         self._gaps: list[tuple[int, int]] = []  # lost entries that a restore charged for

@@ -26,8 +26,13 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.entries import Slot
 
 DATABASE = LEDGER  # the room beside it makes up for its length
-HEAD, RECEIPT, NEW = "ledger.head", "ledger.receipt", "ledger.new"
-KEY, SALT, OUTBOX, STEPS = "site.key", "salt", "outbox", "steps.jsonl"
+HEAD = "ledger.head"
+RECEIPT = "ledger.receipt"
+NEW = "ledger.new"
+KEY = "site.key"
+SALT = "salt"
+OUTBOX = "outbox"
+STEPS = "steps.jsonl"
 ASKED = "asked"  # beside a ledger: draws that wait for a person, a file each; 0600
 RUNS = "runs"  # in the state folder: a ledger for each run of declared data in a consortium
 RESTORE = "`fedtune ledger --restore` (it charges what cannot be read as spent)"

@@ -65,7 +65,9 @@ def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None
     assert table is not None
     config = LoraConfig.from_pretrained(str(like))
     numbers = {int(part) for n in arrays for part in n.split(".") if part.isdigit()}
-    config.r, config.lora_alpha, config.use_rslora = table.rank, table.rank, False
+    config.r = table.rank
+    config.lora_alpha = table.rank
+    config.use_rslora = False
     config.target_modules = set(table.modules)
     config.layers_to_transform = sorted(numbers) if table.last_layers else None
     name_base(config, config.base_model_name_or_path or study.base.model)

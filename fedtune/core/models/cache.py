@@ -73,7 +73,9 @@ class CachedDataset:
     """
 
     def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
-        self.network, self.dataset, self._memory = network, dataset, memory
+        self.network = network
+        self.dataset = dataset
+        self._memory = memory
         self._threads = torch.get_num_threads()  # of all passes: blocks' shapes follow from it
         # k passages of each record, record by record.
         self._passages = [s for example in dataset.examples for s in example.passages]
@@ -150,7 +152,9 @@ class CachedDataset:
             self._prefix_block(bucket) * (bucket.length + self.network.frames(bucket.tiles))
             for bucket, _ in groups
         ]
-        done, total, label = 0, sum(work), "reading records once through the frozen layers"
+        done = 0
+        total = sum(work)
+        label = "reading records once through the frozen layers"
         if total:
             report(label, done, total, once=True)
         for (_, rows), positions in zip(groups, work, strict=True):

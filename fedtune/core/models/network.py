@@ -67,7 +67,9 @@ class Network:
         basis, where class statistics are trained for that head, else 0."""
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
-        self.base, self.dtype, self.kind = base, dtype, base.kind
+        self.base = base
+        self.dtype = dtype
+        self.kind = base.kind
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(base)
         self.reader = modalities.reader(base, self.tokenizer, modality)
         backbone = load_backbone(base, dtype)

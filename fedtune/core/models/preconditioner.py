@@ -34,7 +34,9 @@ from fedtune.core.errors import ModelError
 Arrays = dict[str, npt.NDArray[np.float32]]
 LEAST = 1e-2  # no eigenvalue of M is smaller; by its form and scale none is larger than √(d/(d-k))
 SCALE = 0.01  # by which the mean square of a narrow M's eigenvalues may differ from 1
-_IN_B, _IN_M, _IN_NARROW = ".lora_B.", ".lora_M.", ".lora_U."
+_IN_B = ".lora_B."
+_IN_M = ".lora_M."
+_IN_NARROW = ".lora_U."
 
 
 def name_for(name: str, *, narrow: bool = False) -> str:

@@ -199,7 +199,9 @@ class _File:
     leaves it behind. The room of an unreferenced block is used again for one of its size."""
 
     def __init__(self, folder: Path) -> None:
-        self.owner, self._end, self._used = os.getpid(), 0, 0
+        self.owner = os.getpid()
+        self._end = 0
+        self._used = 0
         self.dropped: deque[tuple[int, int]] = deque()
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         folder.mkdir(parents=True, exist_ok=True)

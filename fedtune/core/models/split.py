@@ -160,7 +160,9 @@ class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, halves: _Halves) -> None:
         super().__init__()
-        self.first, self.norm, self.mlp = halves.first, halves.norm, halves.mlp
+        self.first = halves.first
+        self.norm = halves.norm
+        self.mlp = halves.mlp
 
     def forward(
         self,
@@ -180,7 +182,9 @@ class _Mlp(nn.Module):
 
     def __init__(self, halves: _Halves, last: Any) -> None:
         super().__init__()
-        self.norm, self.mlp, self.last = halves.norm, halves.mlp, last
+        self.norm = halves.norm
+        self.mlp = halves.mlp
+        self.last = last
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> SimpleNamespace:
         out = inputs_embeds + self.mlp(self.norm(inputs_embeds))

@@ -25,7 +25,12 @@ from fedtune.core.models.rank_slice import ALL, rank_slice
 from fedtune.core.models.tiny_media import shrink
 from fedtune.core.objectives import resolve
 
-HIDDEN, INNER, HEADS, LAYERS, VOCABULARY, RANK = 32, 64, 4, 4, 96, 4
+HIDDEN = 32
+INNER = 64
+HEADS = 4
+LAYERS = 4
+VOCABULARY = 96
+RANK = 4
 _NAMES = ("<pad>", "<start>", "<end>", "<unknown>")
 _SIZES = {  # of a tower
     "hidden_size": HIDDEN,

@@ -46,7 +46,9 @@ class Group:
         socket_path: Path,
         check_alive: Callable[[], None] = lambda: None,
     ) -> None:
-        self.rank, self.size, self._is_leader = rank, size, rank == 0
+        self.rank = rank
+        self.size = size
+        self._is_leader = rank == 0
         with _as_infrastructure_error():
             if self._is_leader:
                 self._peers = _accept_peers(socket_path, size, timeout, check_alive)

@@ -166,7 +166,9 @@ class _Bench:
     def __init__(
         self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
     ) -> None:
-        self.study, self.network, self.plan = study, network, plan
+        self.study = study
+        self.network = network
+        self.plan = plan
         self.columns = tiny_columns(study, lora_rank)
         privacy = study.privacy
         assert not isinstance(privacy, str)

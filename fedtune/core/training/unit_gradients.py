@@ -91,7 +91,9 @@ class UnitGradientEngine:
         columns: slice = ALL,
         losses: RoundLoss | None = None,
     ) -> None:
-        self.data, self.objective, self._losses = data, objective, losses
+        self.data = data
+        self.objective = objective
+        self._losses = losses
         named = data.network.update_parameters()
         self.parameters = list(named.values())
         views = [trained_slice(name, p.detach(), columns) for name, p in named.items()]
@@ -214,7 +216,9 @@ class UnitGradientEngine:
         A record's passages, and in a projector the tiles of their images, are summed here, before
         any norm is taken. The number of tiles is declared by batch and network, never inferred
         from a gradient's shape."""
-        flat, n_records, n_passages = [], len(batch.index), len(batch.mask)
+        flat = []
+        n_records = len(batch.index)
+        n_passages = len(batch.mask)
         losses = self.objective.losses(self.data.network, batch)
         gradients = self._engine(losses)
         layers = zip(self.parameters, self.trained, gradients, self._factors, strict=True)

@@ -49,7 +49,9 @@ def answer_query(
 ) -> bytes:
     """Evaluate `adapter` on the held-out records with noise; returns what is sent, as it stands in
     the ledger. Errors: as SiteWorker.evaluate."""
-    study, current, training = prepared.study, site.current(), prepared.private
+    study = prepared.study
+    current = site.current()
+    training = prepared.private
     assert training is not None  # a study with queries is private
     permit_declared(current, site.site, site.home)
     held_out = check_release(study, current, plan, prepared.coordinator)

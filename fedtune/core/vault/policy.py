@@ -285,7 +285,9 @@ class _StatedFigures(NamedTuple):
 
 
 def _stated_figures(study: Study, size: int) -> _StatedFigures:
-    privacy, clipping, training = study.privacy, study.clipping, study.training
+    privacy = study.privacy
+    clipping = study.clipping
+    training = study.training
     assert isinstance(privacy, PrivacyTable) and clipping is not None  # Study: required
     return _StatedFigures(
         privacy.noise_multiplier,

@@ -61,7 +61,9 @@ class Workers:
     def __init__(
         self, site: Path, size: int, *, torchrun: bool = False, timeout: float = TIMEOUT
     ) -> None:
-        self._site, self.size, self._torchrun = site, size, torchrun
+        self._site = site
+        self.size = size
+        self._torchrun = torchrun
         self._timeout = timeout
         self._open, self._sharing = ExitStack(), ExitStack()
         self._group: Group | None = None
@@ -112,7 +114,9 @@ class Workers:
     def close(self) -> None:
         """End the other ranks by closing their connections."""
         self._open.close()
-        self._group, self._prepared, self._records = None, (), ""
+        self._group = None
+        self._prepared = ()
+        self._records = ""
         self.children = []
 
     def __enter__(self) -> Workers:
@@ -202,7 +206,9 @@ class _Lead:
     """fedtune.core.dp.plan.Team, at rank 0."""
 
     def __init__(self, workers: Workers, group: Group, network: Network, columns: slice) -> None:
-        self._workers, self._group, self._network = workers, group, network
+        self._workers = workers
+        self._group = group
+        self._network = network
         self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:

@@ -25,7 +25,9 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
 
     epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ;
     fallback: with secure aggregation the same by this site's own noise alone."""
-    site, status, reason = worker(place.site), answer.status, str(answer.fields["reason"])
+    site = worker(place.site)
+    status = answer.status
+    reason = str(answer.fields["reason"])
     facts: dict[str, Any] = {"site": site.site.site.name, "status": status, "reason": reason}
     study, facts["plan_digest"] = _study(request, site)
     name, where = "a plan", ""

@@ -147,7 +147,9 @@ class SiteWorker:
             return self
         if digest not in self._of_runs:
             of_run = SiteWorker(paid_by_run(self.site, run_ledger(self.site, digest)), self._path)
-            of_run.home, of_run.ranks, of_run.peers = self.home, self.ranks, self.peers
+            of_run.home = self.home
+            of_run.ranks = self.ranks
+            of_run.peers = self.peers
             of_run.simulated = self.simulated
             self._of_runs[digest] = of_run
         return self._of_runs[digest]

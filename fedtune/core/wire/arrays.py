@@ -43,7 +43,9 @@ __all__ = [
 ]
 
 NPY = "numpy.ndarray"  # Flower's name of the form of an array's bytes
-MATRICES, LONGEST_NAME, WIDEST = 10_000, 512, 1 << 20  # of a frozen factor
+MATRICES = 10_000
+LONGEST_NAME = 512
+WIDEST = 1 << 20  # of a frozen factor
 _MAGIC = b"\x93NUMPY\x01\x00"
 _START = len(_MAGIC) + 2  # then the header's length, little-endian
 _LONGEST_HEADER = 512  # bytes; NumPy pads to a multiple of 64

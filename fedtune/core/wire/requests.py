@@ -103,7 +103,9 @@ def receive_request(connection: Way) -> Request:
 def receive_answer(connection: Way) -> Answer:
     """Receive an answer. Errors: as of `receive_request`."""
     header, arrays = _receive(connection)
-    table, fields, name = header.get("table"), header.get("fields"), header.get("arrays_name")
+    table = header.get("table")
+    fields = header.get("fields")
+    name = header.get("arrays_name")
     if not (isinstance(table, str) and isinstance(name, str) and isinstance(fields, dict)):
         raise RequestError("not an answer", "one table of values, and arrays")
     if not _is_table(("", fields)) or not {"status", "reason"} <= set(fields):

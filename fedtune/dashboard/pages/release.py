@@ -33,7 +33,9 @@ class ReleasePage(Page):
         return self.files()
 
     def read_context(self) -> dict[str, Any]:
-        path, content, body = shlex.quote(str(self.path)), dict[str, Any](), ""
+        path = shlex.quote(str(self.path))
+        content = dict[str, Any]()
+        body = ""
         notices: list[Notice] = []
         try:
             content = reading.json_in(

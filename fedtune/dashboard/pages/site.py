@@ -49,7 +49,9 @@ class SitePage(Page):
         return [self.path, *others, *(ledger / name for name in names)]
 
     def read_context(self) -> dict[str, Any]:
-        site, snapshot, notices = self._site(), None, list[Notice]()
+        site = self._site()
+        snapshot = None
+        notices = list[Notice]()
         with suppress(FedtuneError):
             snapshot = read_status(site.site.state)
         if snapshot and snapshot.state == "gone":
@@ -138,7 +140,9 @@ def _losses(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         with suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
-            plan, name, round_ = row["plan"], row["study"], row["round"]
+            plan = row["plan"]
+            name = row["study"]
+            round_ = row["round"]
             if PLAN.fullmatch(plan) and NAME.fullmatch(name) and _is_count(round_):
                 study = studies.pop(plan, {"study": name, "losses": {}})
                 loss = number(row["loss"])

@@ -10,7 +10,10 @@ from fedtune.core.registry.metrics import metric as known_metric
 from fedtune.evidence.dossier.drawing import Picture
 
 WIDTH, HEIGHT = 920, 330
-LEFT, RIGHT, TOP, BOTTOM = 90.0, 800.0, 52.0, 274.0
+LEFT = 90.0
+RIGHT = 800.0
+TOP = 52.0
+BOTTOM = 274.0
 TICKS = 5
 POINT = 7  # pixels: a side of the square of a point
 GAP = 16.0  # pixels between two labels, one above the other

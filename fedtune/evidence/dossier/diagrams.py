@@ -82,7 +82,9 @@ def call(
 def round_(unit: str = "patient") -> Picture:
     """The protocol of a round between the coordinator and one site."""
     page = Picture(920, 520, "A round, between the coordinator and one site")
-    hub, site, disk = 120.0, 470.0, 800.0
+    hub = 120.0
+    site = 470.0
+    disk = 800.0
     lanes(page, {"coordinator": hub, "site": site, "site's ledger, disk": disk}, 504)
     call(page, hub, site, 86, "plan, round, adapter; receipt for the last")
     page.box(

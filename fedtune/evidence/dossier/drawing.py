@@ -34,7 +34,10 @@ HEADS = "".join(
     "</marker>"
     for name, color in (("arrow", "--soft"), ("leaves", "--out-line"))
 )
-SIZE, STEP, CHARACTER = 12, 17, 0.54  # of a text: size, from line to line, mean width by size
+# Of a text: its size, the distance of its lines, its mean width by its size.
+SIZE = 12
+STEP = 17
+CHARACTER = 0.54
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,9 @@ class Picture:
     """A picture in the making; all places are in pixels from the upper left corner."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
-        self.width, self.height, self.title = width, height, title
+        self.width = width
+        self.height = height
+        self.title = title
         self.shapes: list[Text | Box | Line] = []
 
     def text(

@@ -21,7 +21,9 @@ FILES = {
 }
 SIZES = {"title": 20, "section": 15, "heading": 11.5, "text": 9.5, "table": 8, "small": 7}
 LINES = (138, 138, 138)
-GREY, RED, AMBER = (90, 90, 90), (156, 28, 28), (122, 82, 0)
+GREY = (90, 90, 90)
+RED = (156, 28, 28)
+AMBER = (122, 82, 0)
 BREAK = "\u200b"  # where a long word may be broken: after each of these characters
 BROKEN_AFTER = "/_.#-"
 LONG = 24  # letters of a word that is broken wherever it must be

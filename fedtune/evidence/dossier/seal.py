@@ -26,7 +26,9 @@ from fedtune.evidence.figures import TODO, fail, signed_json
 from fedtune.evidence.sign import RUN, sha256
 
 RELEASE, APPROVALS = "release.json", "approvals"
-CONTENT, AUDIT, PDF = "dossier.json", "audit.md", "dossier.pdf"
+CONTENT = "dossier.json"
+AUDIT = "audit.md"
+PDF = "dossier.pdf"
 # What a dossier may have beside the run's folder.
 FILES = {
     *(CONTENT, AUDIT, PDF, "dossier.md", "dossier.html", "README.md", "sbom.cdx.json"),

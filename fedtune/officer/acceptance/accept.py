@@ -184,7 +184,9 @@ def read_record(path: Path, public: str) -> dict[str, Any]:
 def looks(state: Path, public: str, keyed: str) -> dict[str, int]:
     """Count the earlier decisions at this site about the same records: in all, and of models and
     settings that differ. Each further look makes it likelier that one passes by chance."""
-    models, settings, number = set[str](), set[str](), 0
+    models = set[str]()
+    settings = set[str]()
+    number = 0
     for path in sorted((state / ACCEPTANCE).glob(f"*/{RECORD}")):
         try:
             record = read_record(path, public)

@@ -7,7 +7,10 @@ from typing import Any
 
 from fedtune.evidence.dossier.drawing import Picture
 
-SIDE, LEFT, TOP = 330.0, 60.0, 44.0  # of the square of a reliability picture
+# Where the square of a reliability picture stands.
+SIDE = 330.0
+LEFT = 60.0
+TOP = 44.0
 ROW, NAMES, WIDE = (
     24.0,
     190.0,

@@ -17,7 +17,10 @@ from fedtune.report.gain import is_start_released
 from fedtune.report.scores import Scores
 from fedtune.runs.run import Run, open_run
 
-MODEL, START, ALONE, BASE = "this model", "public start", "site alone", "base alone"
+MODEL = "this model"
+START = "public start"
+ALONE = "site alone"
+BASE = "base alone"
 
 
 @dataclass

@@ -181,7 +181,10 @@ class _Lora(torch.autograd.Function):
         else:  # one rounding, as in PEFT: the sum in fp32, then the base's type
             flat.add_(thin @ b.T)
         ctx.save_for_backward(low, x if a.requires_grad else None, weight)
-        ctx.factors, ctx.scaling, ctx.sink, ctx.columns = (a, b), scaling, sink, columns
+        ctx.factors = (a, b)
+        ctx.scaling = scaling
+        ctx.sink = sink
+        ctx.columns = columns
         return result
 
     @staticmethod
