@@ -23,14 +23,18 @@ from fedtune.core.config.sites import sites_in
 from fedtune.core.data.dataset import Dataset, Example, Passage, SoftTargets
 from fedtune.core.data.media import Media
 from fedtune.core.dp import noise, sampling
+from fedtune.core.errors import InfrastructureError
+from fedtune.core.files.room import Room
+from fedtune.core.models.prefix_store import LEAST_FREE, PREFIX_STORE
 from fedtune.core.processes import free_port
 from fedtune.core.training.shared_records import fingerprint, pack_records, unpack_records
-from fedtune.core.vault.rank_process import Workers, team
+from fedtune.core.vault.rank_process import Workers, follow, team
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.vault.worker import worker as worker_of
 from fedtune.core.wire.codec import VALUES
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
+from tests.client.site_kit import make_site
 from tests.client.test_site import begun, notes
 from tests.server.test_simulate import world as world_of_two
 from tests.simulated import simulate
@@ -343,3 +347,25 @@ def test_processes_that_hold_other_worse_answers_do_not_agree() -> None:
         return fingerprint(Dataset([one], 1, Counter()))
 
     assert pair_with(ids) == pair_with(ids) != pair_with(ids[::-1].copy())
+
+
+def test_states_of_every_process_leave_free_what_the_room_of_the_ledger_lends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a site whose room lends more than the file of states leaves free in any case."""
+    site = make_site(tmp_path, patient="who")
+    site = site.model_copy(update={"site": site.site.model_copy(update={"declared_size": 40_000})})
+    lent = Room(site.site.state, 40_000).of_an_answer
+    assert lent > LEAST_FREE
+
+    class Ended:
+        def receive(self) -> None:
+            raise InfrastructureError("rank 0 has ended", "its requests")
+
+    monkeypatch.setattr(PREFIX_STORE, "least_free", LEAST_FREE)
+    SiteWorker(site)
+    assert PREFIX_STORE.least_free == LEAST_FREE + lent
+    monkeypatch.setattr(PREFIX_STORE, "least_free", LEAST_FREE)
+    with pytest.raises(InfrastructureError, match="has ended"):
+        follow(Ended(), site)  # type: ignore[arg-type]
+    assert PREFIX_STORE.least_free == LEAST_FREE + lent

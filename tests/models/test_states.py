@@ -22,6 +22,7 @@ from fedtune.core.models.prefix_store import PREFIX_STORE, Altered, PrefixStore
 from fedtune.core.objectives._interface import Batch
 from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.training.unit_gradients import UnitGradientEngine
+from tests.disks import disk
 from tests.dp.conftest import records
 from tests.models.states_kit import EVERYTHING, NOTHING, gradients, without_a_cache
 
@@ -266,12 +267,33 @@ def test_a_file_that_cannot_be_made_or_may_not_grow(
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "file"))
     else:
-        monkeypatch.setattr(prefix_store, "LEAST_FREE", 2**60)
+        monkeypatch.setattr(PREFIX_STORE, "least_free", 2**60)
     for one, two in zip(
         held, gradients(network, CachedDataset(network, dataset, NOTHING)), strict=True
     ):
         assert torch.equal(one, two)
     assert PREFIX_STORE.on_disk == 0 and "cache_memory" in caplog.text
+
+
+@pytest.mark.parametrize("beside", [0, 4 * 2**20])
+def test_what_the_ledgers_room_gave_up_is_not_the_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: int
+) -> None:
+    """On a disk that has room for the states and LEAST_FREE, and 4 MiB that are lent. Twin: a store
+    that was told of no room."""
+    monkeypatch.setattr(prefix_store, "LEAST_FREE", 2**20)
+    with disk(tmp_path / "disk") as small:
+        monkeypatch.setenv("FEDTUNE_CACHE", str(small.path))
+        store, states = PrefixStore(), torch.ones(512, 1024)  # 2 MiB
+        store.leave_free(beside)
+        with small.with_room_for(4 * 2**20):
+            one = store.keep(states, b"one", NOTHING)
+            assert store.on_disk == 0 if beside else store.on_disk > states.nbytes
+        store.leave_free(0)
+        with small.with_room_for(8 * 2**20):
+            two = store.keep(states, b"two", NOTHING)
+            assert store.on_disk > states.nbytes, "it writes where there is space for both"
+        del one, two
 
 
 def test_memory_that_runs_out_is_taken_from_the_states(

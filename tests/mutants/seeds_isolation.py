@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutants.mutant import one
+from tests.mutants.places import STATES
 
 CALLS = "fedtune/core/system_calls.py"
 ISOLATION, COURIER = "fedtune/core/isolation.py", "fedtune/courier/process.py"
@@ -499,6 +500,19 @@ MUTANTS = (
         "text.ljust(whole)", "text",
         T_DECIDES + "test_counts_of_records_take_as_much_whatever_they_are",
         "how full the disk is beside the room follows from how many rows were rejected",
+    ),
+    one(
+        "resources", "states-take-what-the-room-lends", STATES,
+        "< size + least_free:", "< size + LEAST_FREE:",
+        "tests/models/test_states.py::test_what_the_ledgers_room_gave_up_is_not_the_states",
+        "how long all records are decides whether the next order is answered",
+    ),
+    one(
+        "resources", "a-site-does-not-say-what-its-room-lends", "fedtune/core/vault/worker.py",
+        "        PREFIX_STORE.leave_free(self.room.of_an_answer)\n", "",
+        "tests/client/test_ranks.py::"
+        "test_states_of_every_process_leave_free_what_the_room_of_the_ledger_lends",
+        "how long all records are decides whether the next order is answered",
     ),
     one(
         "isolation", "a-second-courier-is-let-in", APART,

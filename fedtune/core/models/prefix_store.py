@@ -8,7 +8,8 @@ Whoever drops a State has erased it, wherever its bytes still lie.
 Guarantee: a store that is full changes how long a step takes, and nothing else. How much room the
 states need follows from the length of every record of a site, so a write that is refused is no
 error: the states are computed again whenever they are read (`Unavailable`). The file leaves
-`LEAST_FREE` bytes of its disk to what has to be written: the ledger and its outbox."""
+`LEAST_FREE` bytes of its disk to what has to be written, the ledger and its outbox, and beside them
+what the ledger's room gives up while an order is answered (`PrefixStore.leave_free`)."""
 
 from __future__ import annotations
 
@@ -77,6 +78,7 @@ class PrefixStore:
         self._memory_is_short = False
         self._refusals: set[str] = set()  # why the file was not written, each said once
         self.processes = 1  # that share this machine and do the same work
+        self.least_free = LEAST_FREE  # bytes that the file leaves free on its disk
 
     @property
     def in_memory(self) -> int:
@@ -108,7 +110,7 @@ class PrefixStore:
                 self._file is None or self._file.owner != os.getpid()
             ):  # a fork shares the file's end
                 self._file = _File(cache_dir())
-            return _seal(states, record, self._file)
+            return _seal(states, record, self._file, self.least_free)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             if reason not in self._refusals:
@@ -122,6 +124,11 @@ class PrefixStore:
                 )
             self._refusals.add(reason)
             return _Nothing()
+
+    def leave_free(self, beside: int) -> None:
+        """Leave `beside` bytes more than LEAST_FREE of the file's disk free: those which the
+        ledger's room has given up are free while states are written, and not theirs."""
+        self.least_free = max(self.least_free, LEAST_FREE + beside)
 
     def release_memory(self) -> None:
         """Drop all states held in memory, for good where memory ran out: how much is left for a row
@@ -184,11 +191,11 @@ class _Sealed:
         return torch.frombuffer(bytearray(plaintext), dtype=self.dtype).view(self.shape)
 
 
-def _seal(states: torch.Tensor, record: bytes, file: _File) -> _Sealed:
+def _seal(states: torch.Tensor, record: bytes, file: _File, least_free: int) -> _Sealed:
     key = AESGCM.generate_key(256)
     plaintext = states.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     block = AESGCM(key).encrypt(_NONCE, plaintext, record)
-    at = file.write(block)
+    at = file.write(block, least_free)
     sealed = _Sealed(file, at, len(block), key, record, states.shape, states.dtype)
     weakref.finalize(sealed, file.dropped.append, (at, len(block))).atexit = False
     return sealed
@@ -222,8 +229,9 @@ class _File:
         """Return the file's descriptor."""
         return self._file.fileno()
 
-    def write(self, block: bytes) -> int:
-        """Write a block and return its offset. Errors: OSError, and the file is as it was."""
+    def write(self, block: bytes, least_free: int) -> int:
+        """Write a block and return its offset. Errors: OSError, also where the disk would have less
+        than `least_free` bytes afterwards, and the file is as it was."""
         if self.used == 0:  # everything was dropped, and goes from the disk too
             self._free.clear()
             self._end = 0
@@ -231,7 +239,7 @@ class _File:
         size, free = len(block), self._free[len(block)]
         if not free:
             disk = os.fstatvfs(self.number)
-            if disk.f_bavail * disk.f_frsize < size + LEAST_FREE:
+            if disk.f_bavail * disk.f_frsize < size + least_free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         at = free[-1] if free else self._end
         if os.pwrite(self.number, block, at) != size:

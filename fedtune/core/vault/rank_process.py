@@ -32,6 +32,7 @@ from fedtune.core.config import Site, Study, load_site, study_from_json
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.dp.plan import ClippedSum, DpPlan, Team
 from fedtune.core.errors import InfrastructureError, describe
+from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
@@ -233,6 +234,7 @@ def follow(group: Group, site: Site) -> NoReturn:
 
     Guarantee: opens neither the records' files nor the ledger, charges nothing, draws nothing, adds
     no noise, writes no step log."""
+    PREFIX_STORE.leave_free(Room(site.site.state, site.site.declared_size).of_an_answer)
     prepared: _StudyAtRank | None = None
     while True:
         header, tensors = group.receive()

@@ -30,7 +30,7 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.lora import digest as arrays_digest
 from fedtune.core.models.network import Network
-from fedtune.core.models.prefix_store import make_room_after
+from fedtune.core.models.prefix_store import PREFIX_STORE, make_room_after
 from fedtune.core.models.rank_slice import rank_slice
 from fedtune.core.models.teacher import teacher_for
 from fedtune.core.registry import process_cache
@@ -99,6 +99,7 @@ class SiteWorker:
         # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
         self._of_runs: dict[str, SiteWorker] = {}  # by plan, of declared data in a consortium
+        PREFIX_STORE.leave_free(self.room.of_an_answer)
 
     @cached_property
     def home(self) -> Ledger:
