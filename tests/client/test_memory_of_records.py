@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from fedtune.core.files.room import ROOM
+from fedtune.core.data.load import REMEMBERED
+from fedtune.core.files.room import ROOM, Room
+from fedtune.core.ledger.ledger import MEMBER_BYTES
 from fedtune.core.vault.reading import OF_COUNTS
 from fedtune.core.vault.worker import SiteWorker
 from tests.client.site_kit import begun, make_site, notes, room_of
@@ -35,6 +38,45 @@ def test_a_full_disk_keeps_which_records_of_whom_were_trained_on(
             assert dataset.trained and all(map(known, dataset.trained))
             assert all(map(known, dataset.members)) is space
             assert (state / ROOM).stat().st_size == room_of(worker.site)
+
+
+@pytest.mark.parametrize("free", [OF_COUNTS + 4096, 2**20, 8 * 2**20])
+def test_what_the_cap_goes_by_follows_from_no_space_on_the_disk(
+    tmp_path: Path, tiny_base: Path, free: int
+) -> None:
+    """A cap that a coordinator chooses puts no brink where what is remembered of everybody changes:
+    of each patient as many records as the room holds. And a smaller cap then takes some of them."""
+    rows = 2 * REMEMBERED
+    privacy = {"epsilon": 6.0, "delta": 1e-4, "unit": "patient", "max_records_per_unit": rows}
+    made = begun(tiny_base, privacy=privacy)
+    fewer = begun(tiny_base, privacy=privacy | {"max_records_per_unit": 5})
+    with disk(tmp_path / "disk", megabytes=32) as small:
+        notes(small.path)
+        lines = [
+            json.dumps({"who": f"p{p}", "note": f"fever, hour {n}", "answer": "yes"})
+            for p in range(4)
+            for n in range(rows)
+        ]
+        (small.path / "notes.jsonl").write_text("\n".join(lines))
+        worker = SiteWorker(make_site(small.path, patient="who"))
+        with worker.room_to_answer():
+            assert worker.ledger.folder.is_dir()
+        with small.with_room_for(free), worker.room_to_answer():
+            assert worker.prepare(made.study, made.frozen).admitted
+            network = worker._prepared[made.study.digest].network
+            dataset = worker.data_in_study(made.study, network, worker.site.data).dataset
+        assert dataset.n_units == 4 and len(dataset.examples) == 4 * rows
+        known = worker.ledger.member_test("records")
+        assert sum(map(known, dataset.trained)) == len(dataset.trained) == 4 * (REMEMBERED + 1)
+        assert worker.prepare(fewer.study, fewer.frozen).admitted
+        network = worker._prepared[fewer.study.digest].network
+        again = worker.data_in_study(fewer.study, network, worker.site.data).dataset
+        assert len(again.examples) == 4 * 5 and again.trained < dataset.trained
+
+
+def test_the_room_holds_what_is_remembered_of_a_unit() -> None:
+    few, many = (Room(Path("state"), units).of_an_answer for units in (1_000, 2_000))
+    assert many - few >= MEMBER_BYTES * (REMEMBERED + 1) * 1_000
 
 
 def test_a_disk_without_room_for_who_takes_part_is_noise_alone(

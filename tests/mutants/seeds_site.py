@@ -139,11 +139,17 @@ MUTANTS = (
     ),
     one(
         "resources", "one-patients-texts-decide-what-is-remembered-of-all", SITE,
-        "        if beside <= 0 or room.has_space(beside):\n",
-        "        if room.has_space(MEMBER_BYTES * new):\n",
+        "        members = dataset.trained\n", "        members = frozenset(dataset.keys)\n",
         "tests/client/test_memory_of_records.py::"
         "test_a_full_disk_keeps_which_records_of_whom_were_trained_on",
         "which records the cap keeps of everybody follows from how many one patient has",
+    ),
+    one(
+        "resources", "a-plans-cap-is-a-rod-for-the-disk", "fedtune/core/data/load.py",
+        "_cap_records(usable, REMEMBERED, is_kept)", "usable",
+        "tests/client/test_memory_of_records.py::"
+        "test_what_the_cap_goes_by_follows_from_no_space_on_the_disk",
+        "more is remembered than the room holds, so that free space decides what is",
     ),
     one(
         "resources", "a-room-of-one-length", "fedtune/core/files/room.py",

@@ -96,8 +96,9 @@ class Dataset:
 
     keys: of each unit, as the ledger hashes it; members: what the site's ledger remembers, hashed,
     of the records that train: keys, contents, and which records of whom; trained: those of them by
-    which a later reading chooses: patients' keys, and which records of whom; content_hash: of all
-    members, in no order; counts: what became of the rows."""
+    which a later reading chooses: patients' keys, and which records of whom, of each so many as the
+    ledger's room holds; content_hash: of all members, in no order; counts: what became of the rows.
+    """
 
     examples: list[Example]
     n_units: int

@@ -41,14 +41,22 @@ LONG = 40  # characters from which a text is taken to be its record's own
 _PAIR = ("chosen", "rejected")
 
 
+# Records of a unit that a ledger remembers as trained on. With the unit's key they take the 8 KiB
+# that the ledger's room lends for each unit, so that the disk is not asked whether there is space:
+# how much is free may follow from records, and under a plan's cap so would what is remembered.
+REMEMBERED = 39
+
+
 class Unit(NamedTuple):
     """One unit's records that train and their examples, numbered later; the others with the reasons
-    why they were rejected; and how many are over the cap."""
+    why they were rejected; how many are over the cap; and which of those that train the ledger
+    remembers as such, at most REMEMBERED of them."""
 
     records: list[Record]
     examples: list[Example]
     rejected: list[tuple[Record, str]]
     over_cap: int
+    remembered: list[Record]
 
 
 @dataclass(frozen=True, repr=False)
@@ -89,7 +97,14 @@ class UnitReader:
             pairs = [(replace(record, unit="", place=None), example) for record, example in usable]
             made = per_unit(self._examples_with_targets, (Example, str))(pairs)
             usable = _select_passed(_beside([record for record, _ in usable], made), rejected)
-        return Unit([record for record, _ in usable], [e for _, e in usable], rejected, over_cap)
+        remembered = _cap_records(usable, REMEMBERED, is_kept)
+        return Unit(
+            records=[record for record, _ in usable],
+            examples=[example for _, example in usable],
+            rejected=rejected,
+            over_cap=over_cap,
+            remembered=[record for record, _ in remembered],
+        )
 
     def _examples(self, records: list[Record]) -> list[Example | str]:
         return [self._attempt(self._example, record) for record in records]
@@ -246,7 +261,8 @@ def load_dataset(
     member = unit_member if unit == "patient" else _row_member
     keys = tuple(map(member, units))
     training = [record for unit_result in units.values() for record in unit_result.records]
-    trained = frozenset(map(_trained_member, training))
+    remembered = [record for unit_result in units.values() for record in unit_result.remembered]
+    trained = frozenset(map(_trained_member, remembered))
     trained |= frozenset(keys) if unit == "patient" else frozenset()
     members = trained | _members(training)
     return Dataset(examples, len(units), rejected, members, keys, counts, trained)

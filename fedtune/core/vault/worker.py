@@ -265,23 +265,19 @@ class SiteWorker:
         return cached
 
     def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> None:
-        """Enter a dataset's content in the ledger, as much of it as its disk has room for.
+        """Enter a dataset's content in the ledger.
 
         Guarantee: whether a later reading knows which records of whom were trained on, and so which
-        it chooses under the cap, follows from the space on the disk and from public figures, not
-        from how many records or texts a patient has. What only a declaration of public data is
-        compared with is entered where it leaves the ledger's room whole.
-        Errors: LedgerError; NoRoom where the disk does not take the units' keys either."""
+        it chooses under the cap, follows from that unit's own records and history, and from no
+        space on the disk: at most REMEMBERED records of a unit are entered, for which the ledger's
+        room has space. What only a declaration of public data is compared with is entered where it
+        leaves that room whole.
+        Errors: LedgerError; NoRoom where the disk does not take what the room holds."""
         folder, known = self.ledger.folder, self.ledger.member_test(data.name)
-        of_a_unit = 1 + (study.max_records_per_unit or 1)
         new = sum(not known(member) for member in dataset.members)
-        members = frozenset(dataset.keys)
-        room = self.room
-        beside = MEMBER_BYTES * self._size * of_a_unit - room.of_an_answer
-        if beside <= 0 or room.has_space(beside):
-            members = dataset.trained
-            if not new or room.has_space(MEMBER_BYTES * new):
-                members = dataset.members
+        members = dataset.trained
+        if not new or self.room.has_space(MEMBER_BYTES * new):
+            members = dataset.members
         if len(members) < len(dataset.members):
             log.warning(
                 "%s: the disk has no room for all that the ledger remembers of records; until it "
