@@ -341,6 +341,9 @@ def _main(program: Program) -> None:
         warnings.simplefilter("ignore")
         # A module's byte code is a new file in a folder whose names the courier may list.
         sys.dont_write_bytecode = True
+        # Else the first text that is tokenised starts as many threads as there are processors, and
+        # a plan's labels decide whose text that is. Every account counts numbers of threads.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     boot.hide_quantisation()
     import_module(PROGRAMS[program][0]).main(sys.argv[1:])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.core.processes import AT_A_SITE
 from tests.conftest import tiny_llama
 
 ALONE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
@@ -48,3 +49,33 @@ def test_a_short_note_uses_up_no_number_of_a_process(base: Path, tmp_path: Path)
     shipped_with, twin_with = used_up(base, tmp_path / "with", "--short")
     assert shipped_with == shipped
     assert twin_with != twin
+
+
+TOKENISES = """
+import os, sys, types
+from fedtune.core import processes
+def main(words):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(words[0])
+    before = len(os.listdir("/proc/self/task"))
+    tokenizer("of one record")
+    print(before, len(os.listdir("/proc/self/task")))
+sys.modules["tokenises"] = types.SimpleNamespace(main=main)
+processes.PROGRAMS = dict.fromkeys(processes.PROGRAMS, ("tokenises", "a program"))
+processes._main(sys.argv.pop(1))
+"""
+
+
+@pytest.mark.parametrize("program", [*AT_A_SITE, "superlink"])
+@pytest.mark.parametrize("wanted", ["", "true"])
+def test_no_first_text_starts_threads(tiny_base: Path, program: str, wanted: str) -> None:
+    """Whatever a person's environment asks for. Twin: a program that reads no records."""
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    environment |= {"TOKENIZERS_PARALLELISM": wanted} if wanted else {}
+    with subprocess.Popen(
+        [sys.executable, "-c", TOKENISES, program, str(tiny_base)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    ) as run:  # fmt: skip
+        assert run.stdout is not None
+        before, after = map(int, run.stdout.read().split())
+    assert (after == before) is (program in AT_A_SITE or os.cpu_count() == 1)

@@ -434,6 +434,12 @@ MUTANTS = (
         "a container's log grows on the ledger's disk, when the courier likes",
     ),
     one(
+        "isolation", "the-first-text-starts-threads", "fedtune/core/processes.py",
+        '        os.environ["TOKENIZERS_PARALLELISM"] = "false"\n', "",
+        "tests/guarantee/test_process_numbers.py::test_no_first_text_starts_threads",
+        "how many numbers of threads an order uses up says whether anybody has a label",
+    ),
+    one(
         "isolation", "a-vault-writes-byte-code", "fedtune/core/processes.py",
         "        sys.dont_write_bytecode = True\n", "",
         T_DECIDES + "test_a_librarys_warning_is_in_no_log_of_a_site",
@@ -441,7 +447,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-cell-has-a-module-imported", "fedtune/core/data/sources/_arrow.py",
-        "    _import_what_cells_need()\n", "",
+        "    _import_what_cells_need([schema.field(name).type for name in columns])\n", "",
         "tests/data/test_modules_of_cells.py::test_no_cell_has_a_module_imported",
         "which files are read follows from one record's value",
     ),

@@ -16,21 +16,36 @@ if TYPE_CHECKING:
 Classes = Mapping[str, Sequence[str]]  # of a column of class numbers, their names
 
 
-def list_asked_columns(present: Sequence[str], names: Names) -> list[str]:
+def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
     """Tell `names` which columns a file has, and list those of them that are asked for."""
-    _import_what_cells_need()
-    names.header(list(present))
-    return sorted(set(names.keys.values()) & set(present))
+    names.header(list(schema.names))
+    columns = sorted(set(names.keys.values()) & set(schema.names))
+    _import_what_cells_need([schema.field(name).type for name in columns])
+    return columns
 
 
-def _import_what_cells_need() -> None:
-    """Import what Arrow makes some cells with, such as nanoseconds or a time with a zone, before
-    the first is read: which modules a process imports must not follow from a record."""
+def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
+    """Import what Arrow makes some cells with, such as nanoseconds or a time with a zone, and look
+    up the zones of these types, before the first cell is read: which modules a process imports, and
+    which files of zones it reads, must not follow from a record."""
     import zoneinfo  # noqa: F401
 
+    import pyarrow as pa
+
+    for zone in set().union(*map(_zones, types)):
+        with suppress(Exception):  # of a zone that nobody knows, as for its cells
+            pa.scalar(0, pa.timestamp("us", zone)).as_py()
     for name in ("pandas", "pytz", "pyarrow.pandas_compat", "pyarrow.vendored.version"):
         with suppress(ImportError):
             import_module(name)
+
+
+def _zones(type_: pa.DataType) -> set[str]:
+    """Return the zones of the times that a cell of this type may hold."""
+    parts = [type_.field(index).type for index in range(type_.num_fields)]
+    parts += [type_.value_type] if hasattr(type_, "value_type") else []
+    own = {type_.tz} if getattr(type_, "tz", None) else set()
+    return own.union(*map(_zones, parts))
 
 
 def rows_of(

@@ -57,7 +57,7 @@ class Arrow(Source):
             with reading.open_regular(path) as file:
                 batches = _batches(file)
                 schema = next(batches)
-                columns = list_asked_columns(schema.names, names)
+                columns = list_asked_columns(schema, names)
                 classes = _classes(schema, columns)
                 for batch in batches:
                     yield from rows_of(batch, columns, classes)

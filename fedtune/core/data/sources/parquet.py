@@ -30,7 +30,7 @@ class Parquet(Source):
 
         try:
             with reading.open_regular(path) as file, pq.ParquetFile(file) as source:
-                columns = list_asked_columns(source.schema_arrow.names, names)
+                columns = list_asked_columns(source.schema_arrow, names)
                 for group in range(source.num_row_groups):
                     yield from _rows_of_group(source, group, columns)
         except MemoryError:  # also of Arrow: not the file's fault
