@@ -36,6 +36,7 @@ from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
 from tests.client.site_kit import make_site
 from tests.client.test_site import begun, notes
+from tests.conftest import tiny_llama
 from tests.server.test_simulate import world as world_of_two
 from tests.simulated import simulate
 
@@ -166,6 +167,27 @@ def test_records_read_before_the_first_round_have_the_threads_of_every_process(
             (_, data), *_ = worker._cached.values()
             assert data._threads == torch.get_num_threads() == 2
         assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_process_that_was_given_no_row_starts_no_thread_with_its_first(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread takes a number of the machine's one counter: how many were drawn is secret."""
+    made, before = two_steps(tiny_llama(tmp_path / "wider", hidden=256)), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        worker = SiteWorker(load_site(path), path)
+        with Workers(path, 2, timeout=60.0) as worker.ranks:
+            worker.prepare(made.study, made.frozen)
+            threads = []
+            for round_, drawn in enumerate(([], list(range(12))), 1):
+                monkeypatch.setattr(sampling, "poisson", lambda rows, rate, drawn=drawn: drawn)
+                worker.train(made.study.digest, round_, made.adapter)
+                (child,) = worker.ranks.children
+                threads.append(len(os.listdir(f"/proc/{child.pid}/task")))
+        assert threads[0] == threads[1] > 1
     finally:
         torch.set_num_threads(before)
 

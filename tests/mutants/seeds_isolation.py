@@ -434,6 +434,13 @@ MUTANTS = (
         "a container's log grows on the ledger's disk, when the courier likes",
     ),
     one(
+        "isolation", "a-ranks-first-row-starts-its-threads",
+        "fedtune/core/vault/rank_process.py", "        self._start_threads()\n", "",
+        "tests/client/test_ranks.py::"
+        "test_a_process_that_was_given_no_row_starts_no_thread_with_its_first",
+        "how many numbers of threads an order uses up says whether two were drawn",
+    ),
+    one(
         "isolation", "the-first-text-starts-threads", "fedtune/core/processes.py",
         '        os.environ["TOKENIZERS_PARALLELISM"] = "false"\n', "",
         "tests/guarantee/test_process_numbers.py::test_no_first_text_starts_threads",

@@ -40,6 +40,7 @@ from fedtune.core.models.lora import Arrays
 from fedtune.core.models.lora import digest as arrays_digest
 from fedtune.core.models.network import Network
 from fedtune.core.models.prefix_store import PREFIX_STORE
+from fedtune.core.models.random_records import random_records
 from fedtune.core.models.rank_slice import ALL
 from fedtune.core.objectives import resolve
 from fedtune.core.processes import Child, begin_log
@@ -285,7 +286,18 @@ class _StudyAtRank:
         # As many as rank 0: which rows share a block follows from it, and so do a row's last bits.
         torch.set_num_threads(int(header["threads"]))
         self._study, self._site = study, site.site
+        self._start_threads()
         self._data = CachedDataset(self.network, Dataset([], 0, Counter()))
+
+    def _start_threads(self) -> None:
+        """Compute generated units' gradients, as rank 0 has in its self-test. A process that is
+        given no row in an order would start its threads in a later one, and each takes a number of
+        the machine's one counter: how many rows were drawn, or are there, would follow from it."""
+        generated = CachedDataset(self.network, random_records(self.network, self._study))
+        engine = UnitGradientEngine(
+            generated, resolve(self._study.objective), engine=self._study.training.engine
+        )
+        engine.matrix(range(generated.dataset.n_units))
 
     def take(self, dataset: Dataset) -> None:
         """Train on these records from now on; states of records that are in it no more go."""
