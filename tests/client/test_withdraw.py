@@ -18,9 +18,11 @@ from fedtune.cli.main import app
 from fedtune.core.config import load_site
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import InputError
+from fedtune.core.files.room import LEDGER, Room
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import canonical
 from fedtune.officer import withdraw as withdrawals
+from tests.disks import disk
 from tests.guarantee.search import Finder, forms
 
 SITE = """
@@ -172,6 +174,35 @@ def test_who_withdraws_twice_gets_the_same_receipt(world: Path) -> None:
     before = first.read_bytes()
     assert receipt_of(withdraw(keys=f" {KEY} \n")) == first and first.read_bytes() == before
     assert receipt_of(withdraw(keys="b\n")) != first
+
+
+@pytest.mark.parametrize("made_up_for", [True, False])
+@pytest.mark.parametrize("during", [True, False])
+def test_a_withdrawal_takes_no_space_beside_the_ledgers_room(
+    world: Path, monkeypatch: pytest.MonkeyPatch, during: bool, made_up_for: bool
+) -> None:
+    """Between two orders or while one is answered: how much is free afterwards follows from no
+    withdrawal, nor does which later order finds the disk full. Twin: a room that makes up for the
+    ledger's length alone."""
+    if not made_up_for:
+        monkeypatch.setattr("fedtune.core.files.room.GROWS", (LEDGER,))
+    with disk(world / "disk", megabytes=24) as small:
+        state = small.path / "state"
+        Path("site.toml").write_text(SITE.replace('"state"', f'"{state}"'))
+        room = Room(state, 20)
+        free = []
+        for key in ("", KEY, "b"):
+            with room.give_up():
+                ledger = Ledger(state, room)
+                ledger.declare("records", [], cohort="first")
+                if key and during:
+                    receipt_of(withdraw(keys=f"{key}\n"))
+            if key and not during:
+                receipt_of(withdraw(keys=f"{key}\n"))
+                with room.give_up():
+                    pass
+            free.append(small.free)
+    assert (len(set(free)) == 1) is made_up_for
 
 
 def test_who_never_agreed_is_known_and_may_withdraw_too(world: Path) -> None:

@@ -101,14 +101,14 @@ def test_a_crash_before_the_release_is_paid_twice(ledger: Ledger, folder: Path) 
 def test_an_update_that_is_not_as_released_is_paid_again_not_sent(
     used: Ledger, damage: str
 ) -> None:
-    (path,) = (used.folder / "outbox").glob("*-3-*.bin")
+    (path,) = (used.folder / "outbox").glob("*-5-*.bin")
     if damage == "missing":
         path.unlink()
     else:
         path.write_bytes(b"other" if damage == "altered" else path.read_bytes()[:-1])
-    assert used.released(STUDY, 3, "adapter 3") is None
-    body = run_round(used, 3)
-    assert used.released(STUDY, 3, "adapter 3") == body
+    assert used.released(STUDY, 5, "adapter 5") is None
+    body = run_round(used, 5)
+    assert used.released(STUDY, 5, "adapter 5") == body
     assert len(used.charges("notes")) == 6
 
 

@@ -9,13 +9,15 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedtune.core.config import SiteTable
 from fedtune.core.ledger import chain, files
-from fedtune.core.ledger.files import Head, Receipt, ReceiptLog, sealed_token
+from fedtune.core.ledger.files import sealed_token
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.vault import studies
 from fedtune.core.wire.keys import SigningKey, canonical
@@ -300,32 +302,25 @@ def kept(ledger: Ledger) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in (ledger.folder / "outbox").iterdir())
 
 
-def test_updates_before_a_counted_one_are_kept_no_longer_and_never_free_again(
-    used: Ledger, folder: Path
+@pytest.mark.parametrize("has_space", [True, False])
+def test_of_each_study_the_newest_update_alone_is_sent_again_whatever_the_disk_has(
+    used: Ledger, folder: Path, monkeypatch: pytest.MonkeyPatch, has_space: bool
 ) -> None:
-    coordinator, stranger = SigningKey(), SigningKey()
-    used.accept_receipt(receipt(coordinator, used.head_statement()), coordinator.public)
-    for round_ in (6, 7):
-        run_round(used, round_)
-    newest = used.released(STUDY, 5, "adapter 5")
-    used.prune(STUDY, stranger.public)
-    used.prune("sha256:" + "9" * 64, coordinator.public)
-    assert kept(used) == [1, 2, 3, 4, 5, 6, 7]
-    Ledger(folder).prune(STUDY, coordinator.public)
-    assert kept(used) == [5, 6, 7]
-    assert newest is not None and used.released(STUDY, 5, "adapter 5") == newest
-    assert used.released(STUDY, 4, "adapter 4") is None
+    """An earlier round asked for again is charged again: an update's length, which a plan chooses,
+    is no rod for the space that is free. Another study's update stays."""
+    other = "sha256:" + "9" * 64
+    monkeypatch.setattr(used, "_room", SimpleNamespace(has_space=lambda _: has_space))
+    number = used.reserve("notes", replace(charge(1), study=other), "adapter 1", yes)
+    used.release(number, b"of another study")
+    newest = run_round(used, 6)
+    assert used.released(STUDY, 6, "adapter 6") == newest
+    assert [used.released(STUDY, n, f"adapter {n}") for n in range(1, 6)] == [None] * 5
+    assert used.released(other, 1, "adapter 1") == b"of another study"
+    assert kept(used) == ([1, 6] if has_space else [])
     run_round(used, 4)
+    assert used.released(STUDY, 6, "adapter 6") is None, "released before it, and no longer newest"
     assert len(used.charges("notes")) == 8
     used.verify()
-
-
-def test_pruning_without_a_receipt_is_caught(used: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin: the coordinator may have lost what is pruned, and the site pays for it again."""
-    head = Receipt("a", Head(10**9, ""), "")
-    monkeypatch.setattr(chain.Database, "check_receipts", lambda *_: ReceiptLog((head,)))
-    used.prune(STUDY, "a")
-    assert kept(used) == [5]
 
 
 def test_an_altered_receipt_file_is_noticed(used: Ledger, folder: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_disk_without_room_for_members_or_an_update(
         monkeypatch.setattr(SiteWorker, "_remember", remembers_at_any_price)
         monkeypatch.setattr(SiteWorker, "room_to_answer", lambda _: contextlib.nullcontext())
     elif broken:
-        monkeypatch.setattr(Room, "_ledger", 0)
+        monkeypatch.setattr(Room, "_grown", 0)
     with contextlib.nullcontext() if not broken else pytest.raises(AssertionError, match="is seen"):
         for size in sizes:
             compare(pins.MEMBERS, bases, size)

@@ -153,10 +153,26 @@ MUTANTS = (
     ),
     one(
         "resources", "a-room-of-one-length", "fedtune/core/files/room.py",
-        "return min(_length(self.folder / LEDGER), self.of_the_ledger)\n", "return 0\n",
+        "return min(grown, self.of_the_ledger)\n", "return 0\n",
         "tests/test_room.py::"
         "test_what_the_disk_has_space_for_does_not_follow_from_the_ledger[True]",
         "on a full disk the ledger's own growth decides what is remembered of whom",
+    ),
+    one(
+        "resources", "an-earlier-update-is-sent-again-where-the-disk-has-room",
+        "fedtune/core/ledger/ledger.py",
+        "for other in self._list_stored(slot[0]):", "for other in []:",
+        "tests/dp/test_ledger_files.py::"
+        "test_of_each_study_the_newest_update_alone_is_sent_again_whatever_the_disk_has",
+        "whether an earlier round comes again with the same bytes measures the free space",
+    ),
+    one(
+        "resources", "the-room-does-not-make-up-for-receipts", "fedtune/core/files/room.py",
+        'GROWS = (LEDGER, "audit.jsonl", "audit-*.jsonl", "withdrawals/*.json")',
+        "GROWS = (LEDGER,)",
+        "tests/client/test_withdraw.py::"
+        "test_a_withdrawal_takes_no_space_beside_the_ledgers_room",
+        "on a full disk the next order is not answered once somebody withdrew",
     ),
     one(
         "resources", "an-order-is-answered-without-room", "fedtune/core/files/room.py",

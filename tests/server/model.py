@@ -86,7 +86,6 @@ class UnitSite(FakeSite):
             raise LedgerError("its ledger was rolled back")
         if receipt:
             self.ledger.accept_receipt(json.loads(receipt), self.coordinator)
-            self.ledger.prune(digest, self.coordinator)
         given = arrays_digest(adapter)
         body = self.ledger.released(digest, round_, given)
         if body is None:

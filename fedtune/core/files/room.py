@@ -1,11 +1,11 @@
 """Room that a site keeps on its disk, so that what must be written there can be.
 
-A site's ledger grows with its records, by a few bytes for each. On a disk that is nearly full it
-would follow from how many records there are whether a round can be charged, or which records are
-remembered. So beside the ledger lies a file that is as much shorter as the ledger is longer: both
-together take a number of bytes that is public. Whether the disk has that number, and how much is
-left beside it, follows from what else is on the disk alone. Where it has not, no order is
-answered."""
+A site's ledger grows with its records, by a few bytes for each, and each withdrawal leaves a
+receipt and an entry of the audit log. On a disk that is nearly full it would follow from them
+whether a round can be charged, or which records are remembered. So beside them lies a file that is
+as much shorter as they are longer: all together take a number of bytes that is public. Whether the
+disk has that number, and how much is left beside it, follows from what else is on the disk alone.
+Where it has not, no order is answered."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ ORDERS = "orders.lock"  # held while an order is answered
 LEDGER = "ledger.db"
 ROUNDS = 2048  # that a ledger pays for in its life, where its site does not say otherwise
 OF_A_ROUND = 4 * 2**10  # bytes of all entries that one round makes, at most
+OF_A_UNIT = 2 * 8 * 2**10  # what a ledger remembers of it; its receipt, should it withdraw
+BLOCK = 4096  # bytes of a disk that a file takes at once
+GROWS = (LEDGER, "audit.jsonl", "audit-*.jsonl", "withdrawals/*.json")  # with a site's records
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Room:
 
     >>> room = Room(Path("state"), 100)
     >>> room.of_an_answer, room.size
-    (1867776, 11075584)
+    (1867776, 11894784)
     """
 
     folder: Path
@@ -51,13 +54,13 @@ class Room:
 
     @property
     def of_the_ledger(self) -> int:
-        """Bytes up to which a ledger's length is made up for: 4 KiB for each round that it may ever
-        pay for, and again 8 KiB for each unit."""
-        return OF_A_ROUND * self.rounds + 8 * 2**10 * self.declared_size
+        """Bytes up to which the files that grow are made up for: 4 KiB for each round that a ledger
+        may ever pay for, and 16 KiB for each unit."""
+        return OF_A_ROUND * self.rounds + OF_A_UNIT * self.declared_size
 
     @property
     def size(self) -> int:
-        """Bytes that the ledger and the file take together."""
+        """Bytes that the files that grow and the room's own take together."""
         return self.of_an_answer + self.of_the_ledger
 
     def has_space(self, beside: int = 0) -> bool:
@@ -74,7 +77,7 @@ class Room:
         finally:
             os.close(descriptor)
         free = disk.f_bavail * disk.f_frsize
-        return free + _length(self.folder / ROOM) + self._ledger >= self.size + beside
+        return free + _length(self.folder / ROOM) + self._grown >= self.size + beside
 
     @contextmanager
     def give_up(self) -> Iterator[None]:
@@ -90,7 +93,7 @@ class Room:
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:
-        path, kept = self.folder / ROOM, self.size - self._ledger
+        path, kept = self.folder / ROOM, self.size - self._grown
         try:
             _allocate(path, kept)
             _allocate(path, kept - self.of_an_answer)
@@ -100,7 +103,7 @@ class Room:
             yield
         finally:
             try:
-                _allocate(path, self.size - self._ledger)
+                _allocate(path, self.size - self._grown)
             except OSError as error:
                 log.warning(
                     "%s: the ledger's room cannot be taken back (%s); no order is answered until "
@@ -117,9 +120,10 @@ class Room:
         )
 
     @property
-    def _ledger(self) -> int:
-        """Bytes of the ledger that the room makes up for."""
-        return min(_length(self.folder / LEDGER), self.of_the_ledger)
+    def _grown(self) -> int:
+        """Bytes of the files that grow, in whole blocks, as far as the room makes up for them."""
+        grown = sum(_length(path) for name in GROWS for path in self.folder.glob(name))
+        return min(grown, self.of_the_ledger)
 
 
 @contextmanager
@@ -147,9 +151,9 @@ def reserve(descriptor: int, size: int) -> bool:
 
 
 def _length(path: Path) -> int:
-    """Return a file's bytes; 0 where there is none."""
+    """Return a file's bytes in whole blocks; 0 where there is none."""
     with suppress(OSError):
-        return path.stat(follow_symlinks=False).st_size
+        return -(-path.stat(follow_symlinks=False).st_size // BLOCK) * BLOCK
     return 0
 
 

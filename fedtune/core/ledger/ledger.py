@@ -92,7 +92,7 @@ class Ledger:
         self.folder, self._room = folder, room
         self._account = Account()
         self._store = Database(folder, self._account.fold)
-        self._unstored: dict[str, tuple[Slot, bytes]] = {}  # by study, the newest
+        self._unstored: dict[str, tuple[Slot, bytes]] = {}  # by study, where it has no file
         with self._store.writing() as writer:
             self._check_members(writer)
 
@@ -411,24 +411,6 @@ class Ledger:
             self._store.check_receipts(writer.sql)  # as every transaction does from now on
         return str(statement["audit"])
 
-    def prune(self, study: str, coordinator_public: str) -> None:
-        """Remove the bytes of every round of `study` before the newest that the coordinator gave a
-        receipt for: it counts a round only after all earlier ones.
-
-        A later request for one of them is handled as for missing bytes: the round is charged
-        again."""
-        with self._store.writing() as writer:
-            accepted = self._store.check_receipts(writer.sql).accepted
-            heads = [r.head.seq for r in accepted if r.coordinator == coordinator_public]
-            upto = max(heads, default=-1)
-            mine = [slot for slot in self._account.sent if slot[0] == study]
-            counted = max(
-                (slot[1] for slot in mine if self._account.released[slot] <= upto), default=0
-            )
-            for slot in mine:
-                if slot[1] < counted:
-                    self._path(slot).unlink(missing_ok=True)
-
     def hashed(self, unit_key: bytes) -> str:
         """Hash a unit's key with this site's salt."""
         return self._salt_member(unit_key).hex()
@@ -498,9 +480,16 @@ class Ledger:
         return newer_name(new, old)
 
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
-        """Write an update to the outbox, or keep it in memory, one of each study, where that fails
-        for want of room."""
+        """Write an update to the outbox, or keep it in memory where that fails for want of room; of
+        each study the newest alone, in either place.
+
+        Guarantee: while this object lives, which rounds are sent again as they were does not follow
+        from what room the disk has, which records' files take some of."""
         path, kept = self._path(slot), (slot, update)
+        with suppress(OSError):
+            for other in self._list_stored(slot[0]):
+                if other != path:
+                    other.unlink(missing_ok=True)
         if self._room is None or self._room.has_space(len(update)):
             try:
                 replace(path, update, private=True)
@@ -517,6 +506,11 @@ class Ledger:
             "space",
             self.folder,
         )
+
+    def _list_stored(self, study: str) -> list[Path]:
+        """List the outbox's files of a study, as this and earlier releases named them."""
+        names = f"{outbox_name(study)}-*.bin", f"{outbox_prefix(study)}-*.bin"
+        return [path for name in names for path in (self.folder / OUTBOX).glob(name)]
 
     def _released_bytes(self, slot: Slot) -> bytes | None:
         if (sha256 := self._account.sent.get(slot)) is None:

@@ -22,5 +22,4 @@ def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None
     Errors: LedgerError."""
     if receipt:
         head = site.home.accept_receipt(json.loads(receipt), coordinator)
-        site.ledger.prune(study, coordinator)
         acts(site).check(head)
