@@ -78,6 +78,7 @@ AXES: dict[str, list[Any]] = {
     "shared": [False, False, True],
     "receipts": [False, False, True],
 }
+ON_THE_NEXT = ("drop", "hold", "kill")  # of what a hostile courier does
 Axes = dict[str, Any]
 CLIP = 0.02  # of most rows the gradient is longer
 ADAPTERS = (0, 1, 1, 2, 3)  # of property_world.crafted
@@ -469,3 +470,45 @@ STORIES = {
     "two sets": _two_sets,
     "units change": _units_change,
 }
+
+# ----------------------------------------------------------------------------- a hostile courier
+
+NUMBERS = st.integers(0, 2**16 - 1)
+ASKED_AT_ANY_TIME = ("prepare", "train", "alone", "query", "ready", "masked", "end")
+ODD_ROUNDS = (1, 1, 2, 3, 0, 4, -1, 10**9)
+ODD_ATTEMPTS = (1, 2, 3, 0, -1, 10**7)
+
+
+@st.composite
+def hostile_cases(draw: st.DrawFn, **fixed: Any) -> Case:
+    """A case with a courier that is hostile (property_courier), between any two messages and in
+    place of some, and with a coordinator who signs whatever it wants to ask."""
+    case = draw(cases(**fixed))
+    many = st.sampled_from((0, 0, 1, 1, 2))
+    ops: list[Op] = []
+    for op in case.ops:
+        ops += [draw(_hostile_act(len(case.plans))) for _ in range(draw(many))]
+        if op[0] in ASKED_AT_ANY_TIME:
+            what = draw(st.sampled_from((None, None, *ON_THE_NEXT)))
+            if what is not None:
+                ops += [("courier", what, draw(NUMBERS)), op]
+                ops += [("prepare", op[1])] if what == "kill" else []
+        ops.append(op)
+    ops += [draw(_hostile_act(len(case.plans))) for _ in range(3)]
+    return replace(case, ops=tuple(ops))
+
+
+@st.composite
+def _hostile_act(draw: st.DrawFn, plans: int) -> Op:
+    act = draw(st.sampled_from(("replay", "replay", "forge", "forge", "garble", "odd", "odd")))
+    if act != "odd":
+        return "courier", act, draw(NUMBERS)
+    kind, plan = draw(st.sampled_from(ASKED_AT_ANY_TIME)), draw(st.integers(0, plans - 1))
+    round_, adapter = draw(st.sampled_from(ODD_ROUNDS)), draw(st.sampled_from(ADAPTERS))
+    given = {
+        "prepare": (),
+        "end": (),
+        "masked": (round_, draw(st.sampled_from((0, 1, 2)))),
+        "ready": (round_, adapter, draw(st.sampled_from(ODD_ATTEMPTS))),
+    }
+    return kind, plan, *given.get(kind, (round_, adapter))

@@ -7,12 +7,15 @@ to the last bit, and what was summed before it is seen as it was. Where noise is
 noise is the same in both worlds and the noised sums are not: no answer but words that open in the
 sum of all sites may depend on them.
 
+What reaches the vault goes through a courier (property_courier), which may be hostile.
+
 | on the wire                                  | equal: statuses, reasons, counts, arrays, sizes   |
 | what the ledger charges                      | equal                                             |
 | words, opened with those of two peers        | the sum that was noised, whatever it is           |
 | the exact sum, where the unit is charged     | differs by at most C (k C where records are drawn)|
 | where it is not there, has withdrawn or      | differs by nothing                                |
 | opted out, or has no budget left             |                                                   |
+| what is drawn                                | never more noise than was charged in its operation|
 | all that a patient moved (q = 1)             | its true ε is at most what the ledger says, under |
 |                                              | the assumption of shared noise and without it     |
 """
@@ -51,16 +54,19 @@ from fedtune.core.registry import process_cache
 from fedtune.core.secagg.draw import FOLDER as DRAWS
 from fedtune.core.secagg.statement import Ready, parse, set_text
 from fedtune.core.vault.rank_process import team
+from fedtune.core.vault.studies import under_way
 from fedtune.core.vault.worker import worker
 from fedtune.core.wire.arrays import bodies
 from fedtune.core.wire.codec import encode
-from fedtune.core.wire.seal import digest_beside, order, receipt
+from fedtune.core.wire.seal import digest_beside, order, receipt, sign_end
+from fedtune.courier.app import client_app
 from fedtune.flower.records import to_record
 from fedtune.officer.sheet import ATTESTED, _typed_hash, describe_data, load_sheet
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
 from fedtune.server.admission import plan_message
 from tests.guarantee.property_coupling import Coupling, Sum
+from tests.guarantee.property_courier import Courier
 from tests.guarantee.property_disk import LimitedDisk
 from tests.guarantee.property_files import PREFIX, WRITERS, agreeing, write_opt_outs
 from tests.guarantee.property_plans import (
@@ -87,6 +93,8 @@ WOBBLE = 1e-6  # of C: room for a last bit of another row's fp32
 # What the coordinator does, with the number of a plan and of an adapter:
 #   ("prepare", plan) ("train", plan, round, adapter) ("query", plan, round, adapter)
 #   ("ready", plan, round, adapter, attempt) ("masked", plan, round, set)
+# whatever the plan says, ("alone", plan, round, adapter), for one site's update, and ("end", plan);
+# what its courier does, ("courier", act, number);
 # and what happens at the site: its files change, somebody withdraws, its process ends and another
 # begins, with the checks of `fedtune client` ("start") or without, under another site.toml
 # ("place"); a process of its team is killed; its folder is copied and put back.
@@ -117,6 +125,10 @@ class Clock:
     def time(self) -> int:
         return next(self._seconds)
 
+    def skip(self) -> None:
+        """Go on after the seconds of a process that was killed."""
+        self._seconds = itertools.count(next(self._seconds) + 1000)
+
 
 class World:
     """The site in a folder of its own; `without`: the unit whose rows no file has."""
@@ -132,6 +144,11 @@ class World:
         self.folder, self.case, self.without = folder, case, without
         self.coupling = Coupling()
         self.disk = LimitedDisk(folder / "state", case.disk, limit)
+        self._courier = Courier(self.coupling, self.disk)
+        self._app = client_app(self._courier.ask)
+        self._clock = Clock()
+        self._paid = 0  # steps
+        self._sent_plans = set[int]()
         self.version, self.place = 0, 0
         self._read = {0}  # versions of the files that this process may have read and keeps
         self._team = contextlib.ExitStack()
@@ -190,7 +207,7 @@ class World:
     def live(self) -> list[Seen]:
         with self.coupling.at_work(), self.disk.in_use(), contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(chain, "time", Clock())
+            patch.setattr(chain, "time", self._clock)
             stack.enter_context(forked_ranks() if self.case.forked else contextlib.nullcontext())
             stack.callback(self._end_process)
             self._start_process()
@@ -206,9 +223,13 @@ class World:
         process_cache.clear("workers")
 
     def _do(self, op: Op) -> Seen:
-        self.coupling.sums = []
+        self.coupling.sums, self._is_unsigned = [], False
         said = self._event(op) if op[0] in EVENTS else self._messages(op)
         with self.disk.lifted():
+            before, self._paid = self._paid, self._count_paid()
+            drawn, paid = len(self.coupling.sums), self._paid - before
+            assert drawn == 0 or drawn <= paid, f"{op}: {drawn} draws of noise, {paid} charged"
+            assert paid == 0 or not self._is_unsigned, f"{op}: charged, and nobody signed it"
             return Seen(op, said, self._charged(), self.coupling.sums, self._pays())
 
     def _event(self, op: Op) -> dict[str, Any]:
@@ -224,7 +245,7 @@ class World:
             self._end_process()
             self._read = {self.version}
             self.place = rest[0] if kind == "place" else self.place
-            if kind == "start" and self._admitted:
+            if kind == "start" and self._admitted and under_way(self._state):
                 watch = any(plan.life is not None for plan in self.case.plans)
                 with self.disk.lifted():
                     self._is_there = joins(self._site, watch)
@@ -260,30 +281,47 @@ class World:
         """Send what the coordinator sends; all that an observer of the wire sees."""
         if not self._is_there:
             return {"answer": "nobody is there"}
-        kind, *rest = op
-        shared = self.begun[rest[0]].study.secure_aggregation
-        if kind == "train" and shared:
-            asked = [self._ready(*rest), self._masked(*rest[:2])]
-        elif kind == "ready":
-            asked = [self._ready(*rest)]
-        elif kind == "masked":
-            asked = [self._masked(*rest)]
-        else:
-            asked = [self.ask(kind, *rest)]
+        asked = self._asked(op)
+        if op[0] != "courier" and op[1] in self._sent_plans and any(map(_is_unprepared, asked)):
+            asked += [self.ask("prepare", op[1]), *self._asked(op)]  # as a coordinator does
         said: dict[str, Any] = {}
         for number, (reply, size) in enumerate(answered for answered in asked if answered):
             said |= {f"{number}: {k}": v for k, v in facts(reply).items()}
             said[f"{number}: bytes"] = size
+        said |= self._courier.said()
         full = self.disk.is_limited  # then an update may wait in memory instead
         return said if full else said | {"files": self._files()}
+
+    def _go_on(self) -> None:
+        """Start the vault again, as its client does, where it has ended or was killed."""
+        if self._courier.ended:
+            self._courier.ended = False
+            self._clock.skip()
+            self._event(("restart",))
+
+    def _asked(self, op: Op) -> list[tuple[Message, int] | None]:
+        """Send an operation's messages, or have the courier do its own."""
+        kind, *rest = op
+        if kind == "courier":
+            self._is_unsigned = self._courier.do(self._site, *rest)
+            self._go_on()
+            return []
+        if kind == "train" and self.begun[rest[0]].study.secure_aggregation:
+            return [self._ready(*rest), self._masked(*rest[:2])]
+        if kind == "ready":
+            return [self._ready(*rest)]
+        return [self._masked(*rest) if kind == "masked" else self.ask(kind, *rest)]
 
     def ask(
         self, kind: str, plan: int, round_: int = 1, adapter: int | Crafted = 0
     ) -> tuple[Message, int]:
         """The site's reply to a coordinator's message, and its bytes as Flower sends it."""
         made = self.begun[plan]
-        if kind == "prepare":
+        if kind in ("prepare", "end"):
             content, name = plan_message(made.study, made.frozen, COORDINATOR), "query.prepare"
+            if kind == "end":
+                content.config_records["plan"].update(sign_end(COORDINATOR, made.study.digest))
+            self._sent_plans.add(plan)
             reply, size = self._sent(name, content)
             admission = {} if reply.has_error() else reply.content["admission"]
             self._admitted = self._admitted or bool(admission.get("admitted"))
@@ -291,7 +329,7 @@ class World:
         digest = made.study.digest + (":evaluation" if kind == "query" else "")
         arrays = to_record(encode(crafted(made, adapter), made.study.wire.adapter))
         content = self._ordered(digest, round_, adapter=arrays)
-        return self._sent("train" if kind == "train" else "query.evaluate", content)
+        return self._sent("query.evaluate" if kind == "query" else "train", content)
 
     def _ordered(self, digest: str, round_: int, attempt: int = 0, **beside: Any) -> RecordDict:
         """An order as the coordinator signs it, with its receipt of the newest answer, and what
@@ -344,9 +382,10 @@ class World:
         return sorted((p.name, p.stat().st_size) for folder in folders for p in folder.glob("*"))
 
     def _sent(self, name: str, content: RecordDict) -> tuple[Message, int]:
-        grid = Recorder([self._site])
+        grid = Recorder([self._site], self._app)
         (node,) = grid.get_node_ids()
         (reply,) = grid.send_and_receive([grid.create_message(content, name, node, "1")])
+        self._go_on()
         sealed = {} if reply.has_error() else reply.content.get("site", {})
         if self.case.receipts and sealed.get("header"):
             self._receipt = receipt(COORDINATOR, json.loads(str(sealed["header"]))["ledger"])
@@ -362,6 +401,13 @@ class World:
             }
         except LedgerError as error:
             return {"not read": type(error).__name__}
+
+    def _count_paid(self) -> int:
+        """Count the steps that the ledger charges, of all studies; 0 where it cannot be read."""
+        try:
+            return sum(spent.charge.steps for spent in self.ledger.spending())
+        except LedgerError:
+            return 0
 
     def _pays(self) -> bool:
         """Whether the newest round, whatever it was of, is one that the unit is charged for."""
@@ -443,6 +489,14 @@ class World:
                 body = body | {"file": made.name}
             found.append(body)
         return found
+
+
+def _is_unprepared(answered: tuple[Message, int] | None) -> bool:
+    """Whether a site asks for the plan."""
+    if answered is None or answered[0].has_error():
+        return False
+    site = answered[0].content.config_records.get("site", {})
+    return site.get("status") == "unprepared"
 
 
 def crafted(made: Start, adapter: int | Crafted) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedtune.core.config import load_study
 from fedtune.core.registry import process_cache
@@ -84,11 +85,12 @@ class Recorder(InProcessGrid):
     """The in-process grid, keeping every message as it crosses the wire, in both directions."""
 
     files: Sequence[Path]
+    answered_by: ClientApp = app
     sent: list[bytes] = field(default_factory=list)
     replies: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__(self.files, app)
+        super().__init__(self.files, self.answered_by)
 
     def _answer(self, body: bytes) -> Message:
         reply = super()._answer(body)
