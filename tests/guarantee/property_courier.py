@@ -15,7 +15,7 @@ number that is the same in both worlds:
 |                | through its answer; what it wrote stays, what it only had in memory is gone   |
 
 That it asks anything at any time, with a coordinator who signs it, are messages of the story like
-others (property_world.ODD). Guarantee of each answer, beside what the two worlds compare:
+others (property_cases.hostile_cases). Guarantee of each answer, beside what the two worlds compare:
 
 | one that failed                            | says that it did, and nothing else               |
 | any                                        | quotes no record, no file and no error           |
@@ -82,8 +82,6 @@ STATUSES = {
 }
 # What no answer says: words of a record, of a folder, or of an error of Python's or a library's.
 PRIVATE = re.compile(r"fever, day|No acute|Blood pressure|cough|property-|/state|Error\b|Traceback")
-
-
 Parts = list[bytes]
 
 

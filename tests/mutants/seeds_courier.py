@@ -84,7 +84,7 @@ MUTANTS = (
         '    except Refused as error:\n        return "refused", str(error)\n',
         '    except Refused as error:\n        return "refused", str(error)\n'
         '    except (KeyError, ValueError, TypeError) as error:\n'
-        '        return "failed", describe(error)\n',
+        '        return "refused", describe(error)\n',
         f"{T}[asked-for-anything]",
         "a library's text about what it read leaves the site",
     ),
@@ -95,15 +95,5 @@ MUTANTS = (
         "    return answer_and_tell(place, request, tell)\n",
         f"{T}[asked-for-anything]",
         "a vault argues with whoever sends it bytes",
-    ),
-    one(
-        "courier", "a-round-is-paid-once", SITE,
-        "            reserved = self.ledger.reserve(self._dataset, charge, slot, permit)\n",
-        "            paid = [s for s in self.ledger.spending(self._dataset)\n"
-        "                    if s.charge.study == study.digest and s.charge.round == round_]\n"
-        "            reserved = paid[-1].seq if paid else self.ledger.reserve(\n"
-        "                self._dataset, charge, slot, permit)\n",
-        f"{T}[killed-while-it-draws]",
-        "a round is paid once, however often it is drawn",
     ),
 )
