@@ -107,7 +107,7 @@ def test_what_has_no_answer_in_words_is_refused(tmp_path: Path, tiny_base: Path)
     run = writer(tmp_path, tiny_base)
     reward = run.study.objective.model_copy(update={"name": "reward"})
     run.study = run.study.model_copy(update={"objective": reward})
-    with pytest.raises(ConfigError, match="answers with a score"):
+    with pytest.raises(ConfigError, match="its answers are scores"):
         answers(run)
     assert not (run.folder / ANSWERS).exists()
 

@@ -273,12 +273,12 @@ def test_other_kinds_of_base_are_refused_in_words(tmp_path: Path, tiny_base: Pat
     body = json.loads((folder / "tokenizer.json").read_text())
     body["normalizer"] = {"type": "NFC"}
     (folder / "tokenizer.json").write_text(json.dumps(body))
-    with pytest.raises(ConfigError, match="splitting text"):
+    with pytest.raises(ConfigError, match="splits text"):
         write_gguf(folder, tmp_path / "x.gguf", "float32", {}, "mit")
 
 
 def test_refusals_leave_nothing(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a storage of GGUF"):
+    with pytest.raises(ConfigError, match="a number format of GGUF"):
         export(Run(finished), tmp_path / "out", "hf", "q8_0")
     with pytest.raises(InputError, match="not a run folder"):
         export(Run(tmp_path), tmp_path / "out", "hf")

@@ -72,6 +72,6 @@ def test_a_query_that_comes_in_mid_study_waits_for_a_restart(
     worker = SiteWorker(load_site(north), north)
     assert worker.prepare(begun.study, begun.frozen).admitted
     north.write_text(text.replace('table = "note"', 'query = "SELECT * FROM note"'))
-    assert "since this site joined" in worker.prepare(begun.study, begun.frozen).reason
+    assert "it did not when the site joined" in worker.prepare(begun.study, begun.frozen).reason
     again = SiteWorker(load_site(north), north).prepare(begun.study, begun.frozen)
     assert again.admitted and again.free_query

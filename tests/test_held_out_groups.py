@@ -205,7 +205,7 @@ def test_a_column_that_the_site_does_not_name_is_not_read(
     "table, reason",
     [
         ('groups = { class = ["a"] }', "objective.labels"),
-        ('groups = { age = ["a"] }\nbands = { age = [3] }', "is a column of groups too"),
+        ('groups = { age = ["a"] }\nbands = { age = [3] }', "the column is named in groups too"),
         ("groups = { sex = [] }", "at least one"),
         ('groups = { sex = ["a", " a"] }', "each value once"),
         ("bands = { age = [65, 18] }", "must rise"),

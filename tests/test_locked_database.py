@@ -70,7 +70,7 @@ def test_a_run_whose_database_stays_locked_says_so_and_is_resumed(
     database = world.run / store.FOLDER / store.DATABASE
     with pytest.raises(InfrastructureError, match=r"cannot be written .database is locked") as said:
         after_round_one(world, database, lock, threading.Event())
-    assert "stop the other process, then --resume" in str(said.value)
+    assert "stop the other process, then use --resume" in str(said.value)
     world.simulate(resume=True)
     world.check(private=False)
     assert all(np.array_equal(a, world.adapter()[n]) for n, a in whole.adapter().items())

@@ -178,7 +178,7 @@ def test_refusals_leave_nothing(tmp_path: Path, parents: list[Path], merged: Pat
         merge_runs([Run(parents[0]), Run(parents[0])], out)
     with pytest.raises(InputError, match="not a run folder"):
         merge_runs([Run(parents[0]), Run(tmp_path)], out)
-    with pytest.raises(ConfigError, match="one weight each"):
+    with pytest.raises(ConfigError, match="one weight for each"):
         merge_runs([*map(Run, parents)], out, weights=[1.0])
     assert list(tmp_path.iterdir()) == []
 

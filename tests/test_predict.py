@@ -279,7 +279,7 @@ def test_what_is_no_file_of_records_says_so(run: fedtune.Run, tmp_path: Path) ->
         predict(run, tmp_path)
     with pytest.raises(DataError, match="no records"):
         predict(run, [])
-    with pytest.raises(ConfigError, match="its own classes"):
+    with pytest.raises(ConfigError, match="its head already has classes"):
         predict(run, ["fever"], [" yes", " no"])
     with pytest.raises(ConfigError, match="fedtune predict"):
         generate(run, "fever")
@@ -356,8 +356,8 @@ def test_columns_of_the_file_go_with_the_predictions(run: fedtune.Run, tmp_path:
     ("name", "column", "said"),
     [
         ("new.jsonl", "mrn", "no column 'mrn', which --id mrn names; expected one of 'note', 'id'"),
-        ("new.jsonl", "reason", "--id reason: the predictions have a column of this name"),
-        ("new.jsonl", "probability.a", "the predictions have a column of this name"),
+        ("new.jsonl", "reason", "--id reason: the predictions already have a column of this name"),
+        ("new.jsonl", "probability.a", "the predictions already have a column of this name"),
         ("new.txt", "id", "lines of text, and this run reads text, --id id"),
     ],
 )

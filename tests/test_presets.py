@@ -201,7 +201,7 @@ def test_each_role_gets_its_own_files(tmp_path: Path) -> None:
         ({"labels": ("heart", "lungs")}, ConfigError, "'skin' is none of --label"),
         ({"target": "desc"}, DataError, "desc"),
         ({"data": (Path("nowhere.csv"),)}, DataError, "no such file"),
-        ({"data": ("evaluation",)}, ConfigError, "in one file"),
+        ({"data": ("evaluation",)}, ConfigError, "and as public records"),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_written(tmp_path, changes, error, words):
@@ -355,8 +355,8 @@ def test_a_site_is_told_whom_the_study_protects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("--role", "site", "--name", "a b"), "no site's name"),
-        (("--role", "site", "--name", '"]\n[policy]'), "no site's name"),
+        (("--role", "site", "--name", "a b"), "not a valid site name"),
+        (("--role", "site", "--name", '"]\n[policy]'), "not a valid site name"),
         (("--enroll",), "is for a site"),
         (("--serve", "a"), "for a coordinator with a recipe"),
         (("--task", "classify", "--role", "site", "--serve", "a"), "for a coordinator"),

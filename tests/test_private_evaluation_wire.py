@@ -269,7 +269,7 @@ def test_the_stated_spread_is_that_of_the_noise() -> None:
 
 def test_without_privacy_there_is_no_private_evaluation() -> None:
     body = make_study().model_dump() | {"privacy": "off"}
-    with pytest.raises(ValueError, match="only in a private study"):
+    with pytest.raises(ValueError, match="private_evaluation: not allowed with"):
         Study.model_validate({**body, "private_evaluation": {"noise_multiplier": 1.0}})
 
 

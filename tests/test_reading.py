@@ -39,8 +39,8 @@ def test_whatever_waits_or_never_ends_is_refused_at_once(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for path, words in {
-        tmp_path / "pipe": "no regular file",
-        Path("/dev/zero"): "no regular file",
+        tmp_path / "pipe": "not a regular file",
+        Path("/dev/zero"): "not a regular file",
         tmp_path: "a folder",
         tmp_path / "loop": "symbolic links",
         tmp_path / "none": "no such file",

@@ -55,7 +55,9 @@ def audit_study(
     out = Path(out)
     if not study.private:
         raise ConfigError(
-            'privacy = "off": there is no ε to audit', "a [privacy] table", "audit the private twin"
+            'privacy = "off": there is no ε to audit',
+            "a [privacy] table",
+            "audit the study with a [privacy] table, of which this one is the twin",
         )
     report = _report(run, study) if run else None
     plan = plan_for_site(study, declared_size)
@@ -90,7 +92,7 @@ def audit_study(
 
 def _report(run: Run, study: Study) -> dict[str, Any]:
     if run.study.study.name != study.study.name:
-        raise InputError(f"{run.folder}: is a run of another study", f"one of {study.study.name}")
+        raise InputError(f"{run.folder}: is a run of another study", f"a run of {study.study.name}")
     return run.report
 
 

@@ -209,7 +209,7 @@ def begin_again(study: Study) -> Start:
         raise ConfigError(
             f"the study starts from public text, which cannot be read here: {error}",
             "the files of [public], as at the coordinator",
-            "attack it where they are",
+            "run the attack on the machine that has them",
         ) from None
 
 

@@ -81,11 +81,17 @@ def check(
         yield from tracker(plugin)
     elif group == "converters":
         if file is None:
-            raise ConfigError("a converter is checked on a file", "--file, each row of it a unit")
+            raise ConfigError(
+                "a converter is checked on a file, and none was given",
+                "--file FILE; each row of it is one unit",
+            )
         yield from converter(name, options, file)
     elif file is None:
         suffixes = ", ".join(plugin.suffixes)
-        raise ConfigError("a source is checked on a file", f"--file, of {suffixes}")
+        raise ConfigError(
+            "a source is checked on a file, and none was given",
+            f"--file FILE with the suffix {suffixes}",
+        )
     else:
         yield from source(plugin, file, less)
 
@@ -484,7 +490,10 @@ def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> fl
     lines = file.read_bytes().splitlines(keepends=True)
     first = len(lines) - len(expected)
     if first not in (0, 1):
-        raise DataError("its rows are not its lines", "--less, the file with one record left out")
+        raise DataError(
+            "the records of this file are not one line each",
+            "--less FILE: the same file with one record left out",
+        )
     changed = 0
     for at in range(first, min(len(lines), first + 50)):
         copied.write_bytes(b"".join(lines[:at] + lines[at + 1 :]))

@@ -113,15 +113,16 @@ def attack_received(
     given, objective = given_of(run.study, records), resolve(run.study.objective)
     if objective.teacher_spec or objective.record_format == "unpaired_preference":
         raise ConfigError(
-            f"objective {run.study.objective.name}: what it trains on is not in such files",
+            f"objective {run.study.objective.name} trains on something that "
+            "evaluation records do not hold",
             "an objective that trains on records as they are evaluated",
         )
     shared, least = run.study.secure_aggregation, run.study.strategy.min_sites
     if shared and len(given) < least:
         raise ConfigError(
             f"records of {len(given)} sites, and the noise is shared by {least}",
-            f"of {least} or more",
-            "--records NAME=FILE for each",
+            f"records of {least} sites or more",
+            "give --records NAME=FILE for each",
         )
     readers, asked = read(run, given)
     examples = [example for evaluator, _ in readers for example in evaluator.examples]

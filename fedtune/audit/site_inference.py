@@ -122,7 +122,11 @@ def attack_sites(
 def given_of(study: Study, records: Mapping[str, DataFile | Path | str]) -> dict[str, DataFile]:
     """Describe each site's file, in the order of their names. Errors: ConfigError."""
     if len(records) < 2:
-        raise ConfigError("records of one site", "of two or more", "--records NAME=FILE for each")
+        raise ConfigError(
+            "records of one site only",
+            "records of two or more sites",
+            "give --records NAME=FILE for each",
+        )
     return {
         name: file if isinstance(file, DataFile) else with_columns_of(study, Path(file))
         for name, file in sorted(records.items())
@@ -182,8 +186,8 @@ def _units(file: DataFile, usable: int) -> list[str]:
     if len(read) != usable:
         raise DataError(
             f"{file.path}: {len(read) - usable} records cannot be read by this model",
-            "records that it can read, where they have patients",
-            "take them out",
+            "only records that the model can read, if they name patients",
+            "take the unreadable records out of the file",
         )
     return [record.unit for record in read]
 

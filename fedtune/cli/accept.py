@@ -22,25 +22,30 @@ def accept(
         typer.Argument(metavar="RUN|DOSSIER", help="A finished run, or its dossier."),
     ],
     site: Annotated[
-        Path, typer.Option("--site", metavar="SITE", help="The site.toml with [acceptance].")
+        Path,
+        typer.Option(
+            "--site", metavar="SITE", help="The site.toml, which must hold an [acceptance] table."
+        ),
     ] = Path("site.toml"),
     tell: Annotated[
         Path | None,
         typer.Option(
             "--tell",
             metavar="FILE",
-            help="Judge nothing: write a signed statement of what was last decided about this "
-            "model, accepted, refused or not resolved, for the coordinator.",
+            help="Judge nothing. Write a signed statement for the coordinator that says "
+            "what was last decided about this model: accepted, refused or not "
+            "resolved.",
             show_default=False,
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Judge a finished model at this site, on its own held-out patients: accepted, refused, or not
-    resolved, by what [acceptance] in site.toml says.
+    """Judge a finished model at this site, on its own held-out patients.
 
-    Writes a page, all figures and a signed record to the site's state folder. Exact figures,
-    without noise: they stay here. Nothing of them leaves with the ledger, a dossier or the status;
-    telling the decision is a person's act, outside any ε."""
+    The verdict is accepted, refused or not resolved, by the rules of [acceptance] in site.toml. The
+    command writes a page, all figures and a signed record to the site's state folder. The figures
+    are
+    exact, without noise, so they stay at the site: none of them is in the ledger, a dossier or the
+    status. If a person tells somebody else the decision, no ε covers that."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.core.config.state_files import PAGE

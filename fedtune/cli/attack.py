@@ -25,7 +25,7 @@ SITE = Annotated[
     typer.Option(
         "--site",
         metavar="SITE",
-        help="At a site: its site.toml. Its own records are the members.",
+        help="Attack at a site: its site.toml. The site's records are the members.",
         show_default=False,
     ),
 ]
@@ -34,7 +34,8 @@ HELD_OUT = Annotated[
     typer.Option(
         "--held-out",
         metavar="FILE",
-        help="At a site: records like its own that no site trained on. Without it: [evaluation].",
+        help="With --site: non-members, records like the site's on which no site trained. "
+        "Default: the file of [evaluation].",
         show_default=False,
     ),
 ]
@@ -43,8 +44,8 @@ REFERENCES = Annotated[
     typer.Option(
         "--reference",
         metavar="RUN",
-        help="At a site, or with --records: a run of the same adapter that did not see these "
-        "records; repeat it.",
+        help="With --site or --records: a run of the same adapter that did not train on "
+        "these records; may be repeated.",
         show_default=False,
     ),
 ]
@@ -53,8 +54,8 @@ RECORDS = Annotated[
     typer.Option(
         "--records",
         metavar="NAME=FILE",
-        help="Tell sites instead: records of this site, with the study's columns; repeat it for "
-        "each of two or more.",
+        help="Attack sites instead of units: a file of one site's records, with the "
+        "study's columns; give it once for each of two or more sites.",
         show_default=False,
     ),
 ]
@@ -62,21 +63,33 @@ RECEIVED = Annotated[
     bool,
     typer.Option(
         "--received",
-        help="With --records: train the study again on half of each site's records, and tell which "
-        "site's each update was made from that its coordinator receives.",
+        help="With --records: train the study again on half of each site's records, and "
+        "infer from each update that the coordinator receives which site sent it.",
     ),
 ]
 OUT = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Where attack.json and attack.png go.")
+    Path, typer.Option("--out", metavar="DIR", help="Folder for attack.json and attack.png.")
 ]
 CANARIES = Annotated[
-    int, typer.Option(min=10, max=10_000, metavar="N", help="Without --site: canary units.")
+    int,
+    typer.Option(
+        min=10, max=10_000, metavar="N", help="Without --site: the number of canary units."
+    ),
 ]
 MODELS = Annotated[
-    int, typer.Option(min=8, max=1000, metavar="N", help="Without --site: models of each kind.")
+    int,
+    typer.Option(
+        min=8,
+        max=1000,
+        metavar="N",
+        help="Without --site: the number of models to train, with noise and again without.",
+    ),
 ]
 UNITS = Annotated[
-    int, typer.Option(min=20, metavar="N", help="Without --site: units that a model sees.")
+    int,
+    typer.Option(
+        min=20, metavar="N", help="Without --site: the number of units on which each model trains."
+    ),
 ]
 
 
@@ -97,20 +110,23 @@ def attack(
     models: MODELS = 16,
     units: UNITS = 100,
 ) -> dict[str, Any]:
-    """Try to tell who was trained on, and say how well it went beside what ε allows.
+    """Try to tell which units a model was trained on, and compare the success with what ε allows.
 
-    **At a site** (--site): its own units against held-out ones, in this run. The result counts
-    private records exactly, and stays here.
+    **At a site** (--site): tell the site's own units from held-out ones, in this run. The result
+    counts private records exactly, and stays at the site.
 
-    **Anywhere**: trains models on generated records as the run's sites did, each with half of the
-    canaries, and the same without noise, where the attack must succeed; of a study on text also
-    how much a model tells of planted secrets, and whether it writes them. Reads no record; no ε.
+    **Anywhere**: train models on generated records as the run's sites did, each with half of the
+    canaries, with noise and again without, where the attack must succeed. For a study on text, also
+    measure how much a model reveals of planted secrets, and whether it writes them. This reads no
+    record and costs no ε.
 
-    **Sites** (--records for each): whether the model's outputs tell which site a record is from,
-    and whose records it learnt, against exchanges of the sites' names; with --received also whether
-    the updates that a coordinator receives do. ε does not cover that.
+    **Between sites** (--records for each site): tell from the model's outputs which site a record
+    is
+    from and whose records it learnt, tested against permutations of the sites' names; with
+    --received
+    also from the updates that a coordinator receives. ε does not cover this attack.
 
-    A result beyond what ε allows means that something is broken: exit 3."""
+    A result beyond what ε allows means that something is broken: exit code 3."""
     from fedtune.cli.watch import Watch
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.runs.run import Run
@@ -118,9 +134,11 @@ def attack(
     if records:
         return _attack_sites(run, records, references or [], out, site or held_out, received)
     if received:
-        raise ConfigError("--received is for --records", "--records NAME=FILE with it")
+        raise ConfigError(
+            "--received without --records", "--received together with --records NAME=FILE"
+        )
     if site is None and (held_out or references):
-        raise ConfigError("--held-out and --reference are for a site", "--site SITE with them")
+        raise ConfigError("--held-out or --reference without --site", "--site SITE with them")
     loaded = Run(run)
     result: SiteAttack | Attack
     with Watch(Console(), "attacking"):
@@ -174,8 +192,9 @@ def _attack_sites(
     named = {name: path for name, _, path in (text.partition("=") for text in records)}
     if other or len(named) < len(records) or not all(named) or not all(named.values()):
         raise ConfigError(
-            "--records: two of one name, no NAME=FILE, or --site or --held-out beside it",
-            "NAME=FILE for each site, and --reference alone beside it",
+            "--records: a name is given twice, NAME=FILE is not complete, or --site "
+            "or --held-out is given too",
+            "NAME=FILE once for each site, and no other option but --reference",
         )
     others = [open_run(folder) for folder in references]
     with Watch(Console(), "attacking"):

@@ -1,4 +1,4 @@
-"""Commands for a coordinator that may be lost: a backup while it runs, and its return."""
+"""Commands that back a coordinator up while it runs, and restore it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,26 @@ def add_to(app: typer.Typer) -> None:
 
 def backup(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The coordinator's study.toml.")],
-    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="The backup, a new file.")],
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FILE", help="The file to write; it must not exist yet.")
+    ],
     home: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="The coordinator's home. Without it: beside STUDY."),
+        typer.Option(
+            metavar="DIR",
+            help="The coordinator's home. Default: the folder coordinator beside STUDY.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="The run. Without it: the last runs/NAME."),
+        typer.Option("--out", metavar="DIR", help="The run folder. Default: the newest runs/NAME."),
     ] = None,
 ) -> dict[str, Any]:
-    """Copy a coordinator into one file, also while it runs: plan, CA, keys, registry, log, run.
+    """Copy a coordinator into one file, even while it runs: plan, CA, keys, registry, log and run.
 
-    The file holds the consortium's private keys: only its owner can read it. Each round deserves
-    a new one: what came after a backup is done again, and sites are charged for it again."""
+    The file holds the consortium's private keys: only its owner can read it. Make a new backup
+    after
+    each round: whatever came after a backup is done again, and sites are charged for it again."""
     from fedtune.core.config import load_study
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.wire.keys import SigningKey
@@ -53,13 +59,16 @@ def backup(
 
 
 def restore(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `fedtune backup` wrote.")],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The file that `fedtune backup` wrote.")
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The folder to create.")],
 ) -> dict[str, Any]:
-    """Lay out a coordinator from its backup; `fedtune server DIR/study.toml --resume` goes on.
+    """Restore a coordinator from its backup; `fedtune server DIR/study.toml --resume` continues it.
 
-    Never run the old one beside it: at its start the server asks at the old address whether a
-    coordinator of this consortium still answers there, and refuses if one does."""
+    Never run the old coordinator beside it: the server asks at its start whether a coordinator of
+    this
+    consortium still answers at the old address, and refuses to start if one does."""
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.wire.keys import SigningKey
     from fedtune.server.backup import HOME

@@ -1,4 +1,4 @@
-"""The columns of a data file, as they are named on the command line."""
+"""Parse column names that were given on the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def named_columns(data: Path, pairs: list[str]) -> DataFile:
-    """`data` with its columns named by KEY=NAME pairs; without any, prompt alone.
+    """Return `data` with its columns named by KEY=NAME pairs; without any pair, the prompt column
+    alone.
 
     Errors: ConfigError."""
     from pydantic import ValidationError
@@ -42,7 +43,8 @@ COLUMNS = Annotated[
     typer.Option(
         "--column",
         metavar="KEY=NAME",
-        help="prompt=question: the file's name for a part of a record; repeat it.",
+        help="A part of a record and its column in the file, such as prompt=question; may "
+        "be repeated.",
     ),
 ]
 

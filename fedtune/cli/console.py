@@ -1,4 +1,4 @@
-"""What commands print in a terminal: tables, and a run's closing block."""
+"""Print what commands show in a terminal: tables, and the closing lines of a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def warn_not_private(console: Console) -> None:
 
 
 def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
-    """Show what waits at a site for a person: plan facts, lengths and costs."""
+    """Build the table of answers that wait at a site for a person: facts of the plan, lengths and
+    costs."""
     table = Figures(
         caption=f"ε: of this round alone, at policy.max_delta = {delta:g}. Times are UTC.",
         caption_justify="left",
@@ -158,7 +159,8 @@ def uses_of(out: Path) -> list[tuple[str, str]]:
 
 
 def print_verdict(console: Console, quality: dict[str, Any]) -> None:
-    """Print whether the model is better than the base; of pairs, what else moved and warnings."""
+    """Print whether the model is better than the base, and for pairs also further metrics and
+    warnings."""
     claim = verdict(quality)
     style = None if claim.startswith("better") else "bold yellow"
     console.print(f"  {claim}", style=style, highlight=False, markup=False)
@@ -166,7 +168,7 @@ def print_verdict(console: Console, quality: dict[str, Any]) -> None:
 
 
 def print_pairs(console: Console, quality: dict[str, Any]) -> None:
-    """Print of a preference run what else moved, and warnings; nothing of another."""
+    """Print further metrics and warnings of a preference run; print nothing for another run."""
     for line in pair_lines(quality):
         console.print(f"  {line}", highlight=False, markup=False)
     for alarm in alarms(quality):
@@ -174,7 +176,7 @@ def print_pairs(console: Console, quality: dict[str, Any]) -> None:
 
 
 def plan_table(study: Study, plan: Plan) -> Table:
-    """One row per site: what it will run and what that costs."""
+    """Build the table of what each site will run and what it costs, one row per site."""
     unit, most = plan.unit, max(site.declared_size for site in plan.sites)
     table = Figures(
         title=f"{escape(plan.study)}: what it costs",
@@ -202,7 +204,7 @@ def plan_table(study: Study, plan: Plan) -> Table:
 
 
 def versions_table(index: Index) -> Table:
-    """Every version of a run and what was decided about it; the one in use is marked."""
+    """Build the table of a run's versions with the decision about each, and mark the one in use."""
     table = Figures(
         caption="against: the version in use then, on the same public records. p: how likely one "
         "as good would be by chance; look: which comparison on those records it was. public: their "
@@ -267,7 +269,8 @@ def evaluation_table(result: dict[str, Any]) -> Table:
 
 
 def predictions_table(made: Predictions, rows: int) -> Group:
-    """The first `rows` predictions; how often each label is predicted; what was rejected."""
+    """Build the table of the first `rows` predictions, of how often each label is predicted, and
+    what was rejected."""
     table = Figures(box=box.SIMPLE_HEAD)
     table.add_column("row", justify="right")
     for name in made.carried:
@@ -297,7 +300,8 @@ def predictions_table(made: Predictions, rows: int) -> Group:
 
 
 def fit_table(fit: Fit) -> Group:
-    """Build one row per candidate, smallest first; below, those that cannot be used, and why."""
+    """Build one row per candidate base, smallest first; list below it the bases that cannot be
+    used."""
     epsilons = next((list(row.predicted) for row in fit.rows if row.predicted), [])
     table = Figures(
         title=f"bases, by size; {fit.metric}",
@@ -348,7 +352,7 @@ def side_by_side(before: str, after: str) -> Table:
 
 
 def answers_table(found: dict[str, Any]) -> Table:
-    """Each prompt with both answers, and the probability of a label."""
+    """Build the table of prompts with both answers, and the probability of a label."""
 
     def text(answer: dict[str, Any]) -> Text:
         share = answer.get("probability")
@@ -368,7 +372,7 @@ def answers_table(found: dict[str, Any]) -> Table:
 
 
 def models_lines(rows: Sequence[Row]) -> str:
-    """Each base on three lines, so that its digest can be copied whole."""
+    """Format each base on three lines, so that its digest can be copied in one piece."""
     return "\n".join(
         f"{row.name}  ({row.kind}, {row.parameters / 1e6:.0f} M parameters, {row.licence}; "
         f"{'on this machine' if row.cached else 'not fetched yet'})\n    {row.digest}\n"

@@ -27,23 +27,24 @@ def dashboard(
     port: Annotated[
         int,
         typer.Option(
-            min=0, max=65535, metavar="N", help="Port on 127.0.0.1. Without it: any free one."
+            min=0, max=65535, metavar="N", help="Port on 127.0.0.1. Default: any free port."
         ),
     ] = 0,
     trust: Annotated[
         str,
         typer.Option(
             metavar="FINGERPRINT",
-            help="The consortium's, as its coordinator reads it out: runs and dossiers are "
-            "verified against it.",
+            help="The consortium's fingerprint, as its coordinator read it out: runs and "
+            "dossiers are verified against it.",
             show_default=False,
         ),
     ] = "",
 ) -> None:
-    """Show how a study is doing in a browser, live: progress, quality, ε, sites, budget, dossier.
+    """Show the progress of a study in a browser: rounds, quality, ε, sites, budget and dossier.
 
-    Reads files and writes none, asks nobody, and answers on this machine alone, to whoever has the
-    address that it prints. Runs until Ctrl-C."""
+    The dashboard reads files and writes none, sends no request, and answers only on this machine,
+    to
+    anybody who has the address that it prints. It runs until Ctrl-C."""
     from fedtune.dashboard.kinds import page_of
     from fedtune.dashboard.server import serve
 

@@ -22,19 +22,23 @@ if TYPE_CHECKING:
     from fedtune.core.config import Site, Study
     from fedtune.officer.data_report import DataReport
 
-data_app = typer.Typer(no_args_is_help=True, help="A site's own files: what they hold, in counts.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Report on and describe the files of a site's records."
+)
 PLAN = Annotated[
     Path | None,
     typer.Option(
         metavar="STUDY",
-        help="study.toml: also tokens, and what this study would cut or leave out.",
+        help="A study.toml: also count tokens, and what this study would cut or leave out.",
         show_default=False,
     ),
 ]
 HTML = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Also write one page, for this user alone (0600).", show_default=False
+        metavar="FILE",
+        help="Also write the report as one HTML page that only this user can read (0600).",
+        show_default=False,
     ),
 ]
 DATE = Annotated[
@@ -51,7 +55,12 @@ ACTIONS = {
     "redact": "training reads each finding as its kind, such as [name] ([data.scan])",
     "leave_out": "training leaves these records out ([data.scan])",
 }
-ROWS = Annotated[bool, typer.Option("--rows", help="List the rows, and what was found in each.")]
+ROWS = Annotated[
+    bool,
+    typer.Option(
+        "--rows", help="List the rows, and the kinds of identifier that were found in each."
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -66,22 +75,25 @@ def report(
     site: SITE,
     study: PLAN = None,
     html: HTML = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
     date: DATE = None,
     settings: SET = None,
 ) -> None:
-    """Report on this site's records: columns, rows that cannot be used, classes, lengths,
-    duplicates, records of a patient; with --study also what it would cut, cap or reject.
+    """Report on this site's records: columns, unusable rows, classes, lengths, duplicates and
+    records
+    per patient; with --study also what that study would cut, cap or reject.
 
-    Counts of private records, without noise, and no record's content: for the site alone. Nothing
-    leaves this machine."""
+    The report holds exact counts of private records, and no record's content: it is for the site
+    alone. Nothing leaves this machine."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import ConfigError
     from fedtune.core.files.writing import check_replaceable
     from fedtune.officer.data_report import data_report
 
     if settings and study is None:
-        raise ConfigError("--set is given, and no study.toml is read", "--study STUDY with it")
+        raise ConfigError(
+            "--set is given, but no study.toml is read", "--study STUDY together with --set"
+        )
     loaded = load_site(site)
     if html:
         check_replaceable(html, ".html", ".htm")
@@ -103,17 +115,21 @@ def describe(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also write what a person typed, and nothing computed from records: the one sheet "
-            "that may leave, where policy.release lists it.",
+            help="Also write the public sheet: what a person typed, and nothing computed "
+            "from records. It is the only sheet that may leave the site, and only if "
+            'policy.release lists "sheet".',
             show_default=False,
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Write this site's data sheet (Croissant) beside its records, and attest that they are these.
+    """Write this site's data sheet (Croissant) beside its records, and attest that it describes
+    them.
 
-    What only people know is in sheet.toml beside site.toml: where there is none, it is written, to
-    be filled. Where policy.data_sheet asks for fields, `fedtune client` joins only with them, and
-    only while sheet and records are as they were attested."""
+    sheet.toml, beside site.toml, holds what only people know; if it does not exist, it is written
+    as a
+    form to fill in. If policy.data_sheet asks for fields, `fedtune client` joins a study only once
+    they
+    are filled in, and only while sheet and records are unchanged since they were attested."""
     from fedtune.core.config import load_site
     from fedtune.core.config.sheet import FIELDS
     from fedtune.officer.sheet import describe_data
@@ -131,7 +147,7 @@ def describe(
 
 
 def _plan(path: Path, site: Site, settings: list[str]) -> Study:
-    """Load a study.toml as it is, or a plan; neither starts it: the adapter is not needed."""
+    """Load a study.toml, or a plan, without starting it: the adapter is not needed."""
     from fedtune.core.config import load_study
     from fedtune.core.vault.policy import permit_plugins
     from fedtune.officer.review import read_plan
@@ -163,11 +179,12 @@ def show(console: Console, found: DataReport) -> None:
 
 
 def scan(site: SITE, rows: ROWS = False) -> dict[str, Any]:
-    """Scan this site's records for what identifies a person: names, dates, addresses, numbers.
+    """Scan this site's records for what identifies a person: names, dates, addresses and numbers.
 
-    Counts by kind, and with --rows which rows; never a piece of a text. Nothing leaves this
-    machine. What becomes of such records in training is said in [data.scan] of site.toml: warn,
-    redact or leave_out. It is a scan: what it misses stays. Needs fedtune[scan]; English."""
+    The scan prints counts by kind, and with --rows the rows concerned, but never a piece of a text.
+    Nothing leaves this machine. [data.scan] in site.toml decides what happens to such records in
+    training: warn, redact or leave_out. A scan can miss identifiers, and those stay. It needs
+    fedtune[scan], and reads English."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.officer.data_scan import data_scan

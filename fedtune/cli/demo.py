@@ -1,4 +1,4 @@
-"""`fedtune demo`: the whole thing once, on generated records."""
+"""`fedtune demo`: a whole study on generated records."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ def add_to(app: typer.Typer, panel: str) -> None:
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where the run goes. Without it: runs/NAME."),
+        typer.Option("--out", metavar="DIR", help="The run folder to create. Default: runs/NAME."),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A third of it, to see that an installation works.")
+        bool,
+        typer.Option(
+            "--quick", help="Run a third of the demo, to check that an installation works."
+        ),
     ] = False,
 ) -> dict[str, Any]:
-    """Three invented hospitals train one private adapter, here, in a few minutes.
+    """Run a whole study in a few minutes: three invented hospitals train one private adapter.
 
-    The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. It ends with
-    the quality before and after, the ε that was spent, and a report to read."""
+    The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. At the end
+    the
+    demo shows the quality before and after, the ε that was spent, and a report to read."""
     from rich.console import Console
 
     from fedtune.cli.console import closing

@@ -1,4 +1,4 @@
-"""Commands that make something of models and finished runs."""
+"""Commands that make new models, preferences and comparisons from models and finished runs."""
 
 from __future__ import annotations
 
@@ -25,23 +25,29 @@ def add_to(app: typer.Typer) -> None:
 
 DISTILL_TEACHERS = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN…", help="Finished runs; of several, the mean is taught."),
+    typer.Argument(
+        metavar="RUN…",
+        help="Folders of finished runs, the teachers; the student learns the mean of several.",
+    ),
 ]
 DISTILL_PROMPTS = Annotated[
-    Path, typer.Option(metavar="FILE", help="Public prompts, with or without completions.")
+    Path,
+    typer.Option(metavar="FILE", help="A file of public prompts, with or without completions."),
 ]
 DISTILL_LICENCE = Annotated[
-    str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+    str,
+    typer.Option(metavar="NAME", help="Licence of the prompts, for the report, such as CC0-1.0."),
 ]
 DISTILL_OUT = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    Path, typer.Option("--out", metavar="DIR", help="The run folder to create.", show_default=False)
 ]
 DISTILL_LAYERS = Annotated[
     int | None,
     typer.Option(
         min=2,
         metavar="N",
-        help="The student: the teacher with N of its layers, those that are missed least.",
+        help="Make the student from N layers of the first teacher, and drop the layers "
+        "that matter least.",
         show_default=False,
     ),
 ]
@@ -49,12 +55,15 @@ DISTILL_STUDENT = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Or another base: pypi:NAME, a folder, a hub id.",
+        help="Use another base as the student: pypi:NAME, a folder, or a hub id.",
         show_default=False,
     ),
 ]
 DISTILL_EPOCHS = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Over the prompts; 0: it stays as it begins.")
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Passes over the prompts; 0 leaves the student untrained."
+    ),
 ]
 DISTILL_RANK = Annotated[
     int | None,
@@ -62,7 +71,7 @@ DISTILL_RANK = Annotated[
         min=1,
         max=8192,
         metavar="N",
-        help="Of the student's adapter.",
+        help="LoRA rank of the student's adapter.",
         show_default="the teacher's",
     ),
 ]
@@ -71,17 +80,32 @@ DISTILL_LAST_LAYERS = Annotated[
     typer.Option(
         min=0,
         metavar="N",
-        help="Adapters in the last N layers; 0: in all.",
+        help="Put adapters in the last N layers only; 0: in all layers.",
         show_default="the teacher's; with --student all",
     ),
 ]
-DISTILL_LEARNING_RATE = Annotated[float, typer.Option(metavar="RATE", help="AdamW's, at its peak.")]
-DISTILL_TEMPERATURE = Annotated[float, typer.Option(metavar="T", help="Of both distributions.")]
+DISTILL_LEARNING_RATE = Annotated[
+    float, typer.Option(metavar="RATE", help="Peak learning rate of AdamW.")
+]
+DISTILL_TEMPERATURE = Annotated[
+    float, typer.Option(metavar="T", help="Softmax temperature of teacher and student.")
+]
 DISTILL_NEW_TOKENS = Annotated[
     int,
-    typer.Option(min=1, metavar="N", help="The teacher's answer to a bare prompt, at most."),
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Maximum number of new tokens in a teacher's answer to a prompt without a completion.",
+    ),
 ]
-DISTILL_SEED = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of answers, order and adapter.")]
+DISTILL_SEED = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=SEEDS,
+        help="Seed of the teacher's answers, the order of the prompts and the student's adapter.",
+    ),
+]
 
 
 def distill(
@@ -100,13 +124,16 @@ def distill(
     new_tokens: DISTILL_NEW_TOKENS = DistillSettings.new_tokens,
     seed: DISTILL_SEED = DistillSettings.seed,
 ) -> dict[str, Any]:
-    """Teach a small student what finished runs say, on public prompts, at the coordinator.
+    """Distil finished runs into a small student on public prompts, at the coordinator.
 
-    The student learns the teachers' whole distribution (next tokens, or classes), not their answer
-    alone. With --layers it begins as the first teacher, and the layer before those that are left
-    out is fitted to do their work. Post-processing: it costs no ε, and the report carries over what
-    the runs spent. The result looks like a run: evaluate, generate and merge take it; plain
-    transformers and PEFT load it."""
+    The student learns the teachers' whole distribution (next tokens, or classes), not only their
+    answers. With --layers the student starts as the first teacher without some of its layers, and
+    the
+    layer before the dropped ones is refitted to replace them. This is post-processing: it costs no
+    ε,
+    and the report carries over what the runs spent. The result is a run folder: evaluate, generate
+    and
+    merge accept it, and plain transformers and PEFT load it."""
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.derive.distill import distill as teach
@@ -128,25 +155,25 @@ def distill(
 MERGE_RUNS = Annotated[
     list[Path],
     typer.Argument(
-        metavar="RUN…", help="Folders of finished runs, or of exported models; two or more."
+        metavar="RUN…", help="Folders of two or more finished runs, or of exported models."
     ),
 ]
 MERGE_OUT = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    Path, typer.Option("--out", metavar="DIR", help="The run folder to create.", show_default=False)
 ]
 MERGE_METHOD = Annotated[
     Literal["linear", "svd", "ties", "dare", "slerp", "regmean"],
     typer.Option(
         metavar="METHOD",
-        help="linear: the updates add up, exactly. svd: the same at a smaller rank. "
-        "ties, dare: part of each update. slerp: two, along the arc between them. regmean: "
-        "each acts on what its own public text looks like.",
+        help="linear: the exact sum of the updates. svd: the same sum at a smaller rank. "
+        "ties, dare: the sum of a part of each update. slerp: the arc between two "
+        "updates. regmean: least squares on the public texts of each run.",
     ),
 ]
 MERGE_WEIGHTS = Annotated[
     str | None,
     typer.Option(
-        metavar="W,W,…", help="One number for each run. Without it: 1 each.", show_default=False
+        metavar="W,W,…", help="One weight for each run. Default: 1 each.", show_default=False
     ),
 ]
 MERGE_DENSITY = Annotated[
@@ -154,29 +181,30 @@ MERGE_DENSITY = Annotated[
     typer.Option(
         "--density",
         metavar="SHARE",
-        help="ties, dare: how much of each update stays; repeat it for one of each run, in their "
-        "order. Without it: 0.5.",
+        help="ties, dare: share of each update's entries to keep; may be repeated, once "
+        "for each run in their order. Default: 0.5.",
         show_default=False,
     ),
 ]
 MERGE_RANK = Annotated[
     int | None,
-    typer.Option(min=1, max=8192, metavar="N", help="svd, ties, dare: the merged rank."),
+    typer.Option(min=1, max=8192, metavar="N", help="svd, ties, dare: rank of the merged adapter."),
 ]
 MERGE_SEED = Annotated[
-    int, typer.Option(min=0, max=SEEDS, metavar="N", help="dare: which part stays.")
+    int,
+    typer.Option(min=0, max=SEEDS, metavar="N", help="dare: seed that chooses which entries stay."),
 ]
 MERGE_DISJOINT = Annotated[
     bool,
     typer.Option(
         "--disjoint",
-        help="You state that no person's records are in two of the runs: their ε do not add "
-        "up. The report says that you stated it.",
+        help="State that no person's records are in two of the runs, so that their ε need "
+        "not be added up. The report says that you stated it.",
     ),
 ]
 MERGE_MEASURE = Annotated[
     bool,
-    typer.Option(help="Measure what is kept, on the parents' evaluation files."),
+    typer.Option(help="Measure the merged adapter on the parents' evaluation files."),
 ]
 
 
@@ -193,8 +221,10 @@ def merge(
 ) -> dict[str, Any]:
     """Merge the adapters of finished runs of one base into one, with a report of its own.
 
-    Reads no record of a site and spends nothing. Its ε: what ran at the same site is composed, and
-    so is what may have been the same site. Exported models are merged whole, by mergekit."""
+    This reads no record of a site and costs no ε. The report composes the ε of runs of the same
+    site,
+    and of runs that may have been of the same site. Whole exported models are merged by mergekit.
+    """
     from rich.markdown import Markdown
 
     from fedtune.cli.console import closing
@@ -220,7 +250,7 @@ def merge(
 
 
 def numbers(text: str | None) -> list[float]:
-    """ "0.5, 1" as numbers. Errors: ConfigError."""
+    """Parse numbers separated by commas, such as "0.5, 1". Errors: ConfigError."""
     from fedtune.core.errors import ConfigError
 
     try:
@@ -234,26 +264,27 @@ def export(
         Path, typer.Argument(metavar="RUN", help="The folder of a finished run, or its dossier.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="PATH", help="The new folder, or .gguf file.")
+        Path, typer.Option("--out", metavar="PATH", help="The folder or .gguf file to create.")
     ],
     to: Annotated[
         Literal["hf", "gguf"],
-        typer.Option(help="hf: a transformers folder. gguf: one file for llama.cpp, Ollama."),
+        typer.Option(help="hf: a transformers folder. gguf: one file for llama.cpp and Ollama."),
     ] = "hf",
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16", "q8_0"] | None,
         typer.Option(
             metavar="DTYPE",
-            help="How weights are stored: float32, float16, bfloat16 or q8_0 (gguf alone). Without "
-            "it: float32 (hf), float16 (gguf).",
+            help="Number format of the weights: float32, float16, bfloat16 or q8_0 (gguf "
+            "only). Default: float32 (hf), float16 (gguf).",
             show_default=False,
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Make base and adapter of a run one model that other programs load.
+    """Merge base and adapter of a run into one model that other programs load.
 
-    Spends nothing. The model's guarantee, its limits and the base's licence go with it, and a
-    dossier with all that it holds."""
+    This costs no ε. The model's guarantee, its limits and the base's licence are copied with it;
+    from
+    a dossier, so is everything that the dossier holds."""
     from fedtune.derive.export import export as write
     from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.dossier.seal import RELEASE
@@ -271,37 +302,52 @@ def export(
 def choose_base(
     study: STUDY,
     target: Annotated[
-        float, typer.Option(metavar="X", help="What the study's metric should reach.")
+        float,
+        typer.Option(
+            metavar="X", help="The value of the study's metric that the base should reach."
+        ),
     ],
     models: Annotated[
         list[str] | None,
         typer.Option(
             "--base",
             metavar="MODEL",
-            help="A candidate; repeat it. Without: the study's base and those of `models list`.",
+            help="A base to measure; may be repeated. Default: the study's base and those "
+            "of `models list`.",
         ),
     ] = None,
     quantised: Annotated[
         list[str] | None,
         typer.Option(
-            "--quantised", metavar="METHOD", help="Measure each base in nf4 or int8 too; repeat it."
+            "--quantised",
+            metavar="METHOD",
+            help="Also measure each base quantised to nf4 or int8; may be repeated.",
         ),
     ] = None,
-    sites: Annotated[int, typer.Option(min=1, metavar="N", help="Sites to predict for.")] = 3,
-    size: Annotated[int, typer.Option(min=1, metavar="N", help="Declared size of each.")] = 200,
+    sites: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Number of sites in the prediction.")
+    ] = 3,
+    size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Declared size of each of these sites.")
+    ] = 200,
     epsilons: Annotated[
         list[float] | None,
-        typer.Option("--epsilon", min=1e-9, metavar="E", help="Predict at this ε too; repeat it."),
+        typer.Option(
+            "--epsilon", min=1e-9, metavar="E", help="Also predict at this ε; may be repeated."
+        ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="The same as JSON.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write the result to FILE as JSON."),
     ] = None,
     settings: SET = None,
 ) -> None:
-    """Measure bases on this machine, and name the smallest that meets a target.
+    """Measure bases on this machine, and name the smallest one that meets a target.
 
-    Reads the study's public text and evaluation records; no record of a site. What it says of ε is
-    a prediction from one pass: it tells hopeless from learnable, and little more."""
+    This reads the study's public text and evaluation records, and no record of a site. The ε is
+    only
+    predicted, from one pass over the records: the prediction tells bases that cannot learn the task
+    from those that can, and little more."""
     from fedtune.cli.console import fit_table
     from fedtune.cli.watch import Watch
     from fedtune.core.files.writing import check_replaceable, replace

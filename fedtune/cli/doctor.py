@@ -1,4 +1,4 @@
-"""The command that looks for what could go wrong on this machine."""
+"""The command that checks this machine for problems."""
 
 from __future__ import annotations
 
@@ -36,29 +36,40 @@ DOCTOR_STUDY = Annotated[
     typer.Option(
         "--study",
         metavar="STUDY",
-        help="Site: also base, plan, records for it, and the self-test of the guarantee.",
+        help="At a site: also check the base, the plan under the policy, the records for "
+        "this plan, and run the self-test of the guarantee.",
     ),
 ]
 DOCTOR_HOME = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Coordinator: its home. Without it: coordinator, beside FILE."
+        metavar="DIR",
+        help="At the coordinator: its home. Default: the folder coordinator beside FILE.",
     ),
 ]
 DOCTOR_HOST = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="Coordinator: where it listens. As of `server`."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="At the coordinator: the address to listen on, as for `fedtune server`.",
+    ),
 ]
 DOCTOR_PORT = Annotated[
     int | None,
-    typer.Option(min=1, max=65535, metavar="N", help="Coordinator: the port. As of `server`."),
+    typer.Option(
+        min=1,
+        max=65535,
+        metavar="N",
+        help="At the coordinator: the port to listen on, as for `fedtune server`.",
+    ),
 ]
 DOCTOR_NAMES = Annotated[
     list[str] | None,
     typer.Option(
         "--name",
         metavar="NAME",
-        help="Coordinator: what sites call it by. Without it: what answers say.",
+        help="At the coordinator: the name by which sites call this machine. Default: the "
+        "name in the answers.",
         show_default=False,
     ),
 ]
@@ -73,16 +84,18 @@ def doctor(
     names: DOCTOR_NAMES = None,
     settings: SET = None,
 ) -> dict[str, Any]:
-    """Look for what could go wrong on this machine, before it does; say what to do about it.
+    """Check this machine for problems before a study meets them, and say what to do about each.
 
-    **At a site** (site.toml): records against the declared size, ledger, keys and
-    certificate, the way to the coordinator, its names and its clock; with --study also the base,
+    **At a site** (site.toml): records against the declared size, ledger, keys and certificate, the
+    connection to the coordinator, the coordinator's names and clock; with --study also the base,
+    the
     memory, the plan under the policy, and the self-test.
 
-    **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, the
-    port, and the registry of sites. Give it the options that `fedtune server` gets.
+    **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, port, and the
+    registry of sites. Give it the same options as `fedtune server`.
 
-    Both: versions, disk, memory, who can read the secrets. No record leaves this machine."""
+    **At both**: versions, disk, memory, and who can read the secrets. No record leaves this
+    machine."""
     options = {"--study": study, "--home": home, "--host": host, "--port": port, "--name": names}
     coordinator = _kind(file) == "study"
     for option, value in options.items():
@@ -93,7 +106,9 @@ def doctor(
                 todo=f"leave {option} out, or name the other file",
             )
     if settings and not (coordinator or study):
-        raise ConfigError("--set: no study.toml is read", todo="name it with --study")
+        raise ConfigError(
+            "--set is given, but no study.toml is read", todo="name the study with --study"
+        )
     console = Console()
     console.print(f"checking {file}", markup=False, highlight=False, soft_wrap=True)
     results = []
@@ -130,8 +145,8 @@ def doctor(
 
 
 class Checking:
-    """Shows which check runs and how far it is, as it reports itself: on a terminal always,
-    elsewhere as a line where there was none for SLOW_SECONDS, and then every AGAIN_SECONDS."""
+    """Shows which check runs and its progress: always on a terminal; elsewhere as a line after
+    SLOW_SECONDS without one, and then every AGAIN_SECONDS."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -153,7 +168,7 @@ class Checking:
         self._listening.__exit__(None, None, None)
 
     def end_check(self) -> None:
-        """A check has ended: nothing is to be said of it any more."""
+        """Note that a check has ended, so that nothing more is shown of it."""
         with self._lock:
             if self._timer:
                 self._timer.cancel()
@@ -184,7 +199,7 @@ class Checking:
 
 
 def _kind(file: Path) -> str:
-    """ "site" or "study", by the file's tables. Errors: ConfigError."""
+    """Return "site" or "study", by the file's tables. Errors: ConfigError."""
     from fedtune.core.files import reading
 
     expected, todo = "a site.toml or a study.toml", "`fedtune init DIR` writes one of each"

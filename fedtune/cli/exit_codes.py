@@ -1,4 +1,4 @@
-"""From an exception to one line on stderr and an exit code."""
+"""Turn an exception into one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ NOT_READ = 141  # 128 + SIGPIPE: as a shell shows it of any program whose output
 
 
 class Told(Exception):
-    """A result that is told although the command ends with an error, such as failed checks."""
+    """Carries a result that is printed although the command ends with an error, such as failed
+    checks."""
 
     def __init__(self, result: Any, error: FedtuneError) -> None:
         self.result, self.error = result, error
@@ -44,9 +45,10 @@ def command(
     """Register a command whose errors become one line on stderr, with their notes below it, and an
     exit code.
 
-    What none can use is refused before it runs: a path that no file has, no text, no number.
-    A function that returns a result, rather than None, gets --json: the result as JSON is then all
-    that is on stdout, and what it prints for people goes to stderr."""
+    Arguments that no command can use are refused before it runs: a path that no file can have, a
+    text
+    or a number that is not valid. A function that returns a result, rather than None, gets --json:
+    stdout then holds the result as JSON alone, and what it prints for people goes to stderr."""
 
     def register(function: Callable[P, R]) -> Callable[P, None]:
         @functools.wraps(function)
@@ -100,8 +102,9 @@ def command(
 
 @contextlib.contextmanager
 def quiet_if_unread() -> Iterator[None]:
-    """End a command with NOT_READ, without a word, where nobody reads what it prints, as behind
-    `| head`: click and rich end it with 1 for that."""
+    """End a command with NOT_READ, without a message, if nobody reads its output, as behind `|
+    head`;
+    click and rich would end it with 1."""
     try:
         yield
     except SystemExit as error:
@@ -123,20 +126,22 @@ def _is_unread() -> bool:
 
 
 def wants_json() -> bool:
-    """Whether the command that runs was given --json."""
+    """Return whether the running command was given --json."""
     context = click.get_current_context(silent=True)
     return bool(context and context.params.get(JSON))
 
 
 def _returns(function: Callable[..., Any]) -> bool:
-    """Whether a command has a result, and no --json of its own."""
+    """Return whether a command has a result and does not define --json itself."""
     hints = function.__annotations__
     return hints.get("return") not in (None, "None") and JSON not in hints
 
 
 def _add_json(guarded: Any, function: Callable[..., Any]) -> None:
-    """Give the command the option --json beside its own."""
-    option = typer.Option("--json", help="Print the result as JSON; all else goes to stderr.")
+    """Add the option --json to the command's own options."""
+    option = typer.Option(
+        "--json", help="Print the result as JSON on stdout; everything else goes to stderr."
+    )
     hint = Annotated[bool, option]
     own = inspect.signature(function, eval_str=True)
     flag = inspect.Parameter(
@@ -153,7 +158,7 @@ def _print_json(result: Any) -> None:
 
 
 def _check(name: str, value: Any) -> None:
-    """Errors: ConfigError."""
+    """Check that a command can use this argument. Errors: ConfigError."""
     if isinstance(value, list | tuple):
         for item in value:
             _check(name, item)
@@ -168,7 +173,8 @@ def _check(name: str, value: Any) -> None:
 
 
 def _fault(error: Exception) -> str:
-    """Describe what the system refused, in its words; else name an internal error."""
+    """Describe what the operating system refused, in its words; for any other exception, name an
+    internal error."""
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     if isinstance(error, OSError) and error.errno:

@@ -1,4 +1,4 @@
-"""AI feedback: preferences from a judge, and reinforcement learning towards a reward model."""
+"""Commands for AI feedback: label preferences with a judge, and train against a reward model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,21 @@ LABEL_SOURCE = Annotated[
 
 
 LABEL_OUT = Annotated[
-    Path, typer.Option("--out", metavar="FILE", help="The preferences, .jsonl; mode 0600.")
+    Path,
+    typer.Option(
+        "--out",
+        metavar="FILE",
+        help="The .jsonl file of preferences to create; only this user can read it (0600).",
+    ),
 ]
 
 
 LABEL_GENERATOR = Annotated[
     str,
-    typer.Option(metavar="MODEL", help="Writes: pypi:NAME, a folder, a hub id, or a run."),
+    typer.Option(
+        metavar="MODEL",
+        help="The model that writes the answers: pypi:NAME, a folder, a hub id, or a run.",
+    ),
 ]
 
 
@@ -37,8 +45,8 @@ LABEL_JUDGE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Judges: the same kinds; a run of objective reward judges by its score. Without "
-        "it: the generator.",
+        help="The model that compares the answers: the same kinds as --generator; a run "
+        "of objective reward compares their scores. Default: the generator.",
         show_default=False,
     ),
 ]
@@ -46,18 +54,26 @@ LABEL_JUDGE = Annotated[
 
 LABEL_GENERATOR_DIGEST = Annotated[
     str | None,
-    typer.Option(metavar="SHA256", help="What the generator must be; else refused."),
+    typer.Option(
+        metavar="SHA256",
+        help="The digest that the generator must have; any other model is refused.",
+    ),
 ]
 
 
 LABEL_JUDGE_DIGEST = Annotated[
-    str | None, typer.Option(metavar="SHA256", help="What the judge must be; else refused.")
+    str | None,
+    typer.Option(
+        metavar="SHA256", help="The digest that the judge must have; any other model is refused."
+    ),
 ]
 
 
 LABEL_RUBRIC = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Public text: what the judge should look at."),
+    typer.Option(
+        metavar="FILE", help="A file of public text that tells the judge by what to compare."
+    ),
 ]
 
 
@@ -65,21 +81,34 @@ LABEL_TEMPLATE = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
-        help='Round the prompt, "… {text}"; the same in the DPO study. Without it: a chat turn '
-        "of the generator's, if it has a chat template; a run's own.",
+        help='Template around the prompt, such as "Question: {text}"; use the same in the '
+        "DPO study. Default: the template of the run, else a chat turn of the "
+        "generator if it has a chat template.",
         show_default=False,
     ),
 ]
 
 
-LABEL_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer, at most.")]
+LABEL_NEW_TOKENS = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens in an answer.")
+]
 LABEL_TEMPERATURE = Annotated[
-    float, typer.Option(min=0.1, metavar="T", help="Of both answers; lower is tamer.")
+    float,
+    typer.Option(
+        min=0.1,
+        metavar="T",
+        help="Sampling temperature of both answers; a lower one gives more likely answers.",
+    ),
 ]
 
 
 LABEL_SEED = Annotated[
-    int, typer.Option(min=0, max=SEEDS, help="Of the answers, with each record's own prompt.")
+    int,
+    typer.Option(
+        min=0,
+        max=SEEDS,
+        help="Seed of the sampled answers, used together with each record's prompt.",
+    ),
 ]
 
 
@@ -97,11 +126,13 @@ def label(
     seed: LABEL_SEED = LabelSettings.seed,
     columns: COLUMNS = None,
 ) -> dict[str, Any]:
-    """Make preferences from this site's prompts with models on this machine (RLAIF).
+    """Make preference pairs from this site's prompts with models on this machine (RLAIF).
 
-    A generator writes two answers to each record's prompt, a judge says which is better, asked in
-    both orders. No text leaves. Each record is seen alone, without examples of others, so a
-    patient's preferences are that patient's own: name the same patient column in the DPO study.
+    A generator writes two answers to each record's prompt, and a judge, asked in both orders, says
+    which is better. No text leaves the site. Each record is labelled without examples of others, so
+    a
+    patient's preferences depend on that patient alone: name the same patient column in the DPO
+    study.
     Withdrawn patients are left out. A run that was trained without privacy is refused."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
@@ -151,58 +182,88 @@ def _public_text(path: Path) -> str:
 
 
 IMPROVE_RUN = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A finished run that writes.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="The finished run whose model is the starting policy; its model must generate text.",
+        show_default=False,
+    ),
 ]
 
 
 IMPROVE_REWARD = Annotated[
-    Path, typer.Option(metavar="RUN", help="A finished run of objective reward.")
+    Path, typer.Option(metavar="RUN", help="A finished run of objective reward: the reward model.")
 ]
 
 
 IMPROVE_LICENCE = Annotated[
-    str, typer.Option(metavar="NAME", help="Of the prompts, for the report; e.g. CC0-1.0.")
+    str,
+    typer.Option(metavar="NAME", help="Licence of the prompts, for the report, such as CC0-1.0."),
 ]
 
 
 IMPROVE_OUT = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="The new run folder.", show_default=False)
+    Path, typer.Option("--out", metavar="DIR", help="The run folder to create.", show_default=False)
 ]
 
 
 IMPROVE_MAX_KL = Annotated[
-    float, typer.Option(metavar="NATS", help="Largest KL of an answer from the run.")
+    float,
+    typer.Option(
+        metavar="NATS",
+        help="Stop the training when the policy's mean KL from the starting policy exceeds "
+        "this, in nats per answer.",
+    ),
 ]
 
 
 IMPROVE_KL_COEF = Annotated[
     float,
-    typer.Option(min=0, metavar="PRICE", help="Penalty of a nat of KL, in standard rewards."),
+    typer.Option(
+        min=0,
+        metavar="PRICE",
+        help="KL coefficient: standard deviations of the reward that one nat of KL costs.",
+    ),
 ]
 
 
 IMPROVE_EVAL_EVERY = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Steps between evaluations.")
+    int, typer.Option(min=1, metavar="N", help="Number of steps between evaluations.")
 ]
 
 
-IMPROVE_BATCH = Annotated[int, typer.Option(min=1, metavar="N", help="Prompts in a step.")]
-IMPROVE_ANSWERS = Annotated[int, typer.Option(min=2, metavar="N", help="To each prompt.")]
-IMPROVE_NEW_TOKENS = Annotated[int, typer.Option(min=1, metavar="N", help="Of an answer.")]
-IMPROVE_LEARNING_RATE = Annotated[float, typer.Option(metavar="RATE", help="AdamW's.")]
-IMPROVE_SEED = Annotated[int, typer.Option(min=0, max=SEEDS, help="Of prompts and answers.")]
+IMPROVE_BATCH = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Number of prompts in a step.")
+]
+IMPROVE_ANSWERS = Annotated[
+    int, typer.Option(min=2, metavar="N", help="Number of answers sampled for each prompt.")
+]
+IMPROVE_NEW_TOKENS = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens in an answer.")
+]
+IMPROVE_LEARNING_RATE = Annotated[
+    float, typer.Option(metavar="RATE", help="Learning rate of AdamW.")
+]
+IMPROVE_SEED = Annotated[
+    int,
+    typer.Option(
+        min=0, max=SEEDS, help="Seed of the order of the prompts and of the sampled answers."
+    ),
+]
 
 
 def improve(
     run: IMPROVE_RUN,
     reward: IMPROVE_REWARD,
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Public prompts.")],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="A file of public prompts.")],
     licence: IMPROVE_LICENCE,
     out: IMPROVE_OUT,
     columns: COLUMNS = None,
     max_kl: IMPROVE_MAX_KL = 4.0,
     kl_coef: IMPROVE_KL_COEF = RlooSettings.kl_coef,
-    steps: Annotated[int, typer.Option(min=1, metavar="N", help="At most.")] = RlooSettings.steps,
+    steps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of steps.")
+    ] = RlooSettings.steps,
     eval_every: IMPROVE_EVAL_EVERY = 10,
     batch: IMPROVE_BATCH = RlooSettings.prompts,
     answers: IMPROVE_ANSWERS = RlooSettings.answers,
@@ -210,13 +271,16 @@ def improve(
     learning_rate: IMPROVE_LEARNING_RATE = RlooSettings.learning_rate,
     seed: IMPROVE_SEED = RlooSettings.seed,
 ) -> dict[str, Any]:
-    """Let a run's model learn what a federated reward model likes, on public prompts (RLOO).
+    """Train a run's policy against a federated reward model, on public prompts (RLOO).
 
-    At the coordinator, and post-processing: it reads two finished runs and public prompts, so it
-    costs no ε, and the report carries over what both runs spent. The reward is counted from the
-    run's own mean on the public prompts. Training ends when the policy's
-    KL from the run exceeds --max-kl; what is kept is the checkpoint below it with the highest
-    KL-penalised reward, or nothing. Needs fedtune[rl]."""
+    This runs at the coordinator and is post-processing: it reads two finished runs and public
+    prompts,
+    so it costs no ε, and the report carries over what both runs spent. Rewards are measured from
+    the
+    starting policy's mean on the public prompts. The training ends when the policy's KL from the
+    starting policy exceeds --max-kl; the checkpoint below it with the highest KL-penalised reward
+    is
+    kept, or none. Needs fedtune[rl]."""
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.derive.improve import improve as learn

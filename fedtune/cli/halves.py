@@ -1,4 +1,4 @@
-"""Commands that run a site: both its halves, or each by itself, as in two containers."""
+"""Commands that run a site: vault and courier together, or each by itself, as in two containers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedtune.core.errors import InputError
 SITE = Annotated[
     Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
 ]
-ONCE = Annotated[bool, typer.Option("--once", help="Leave when the coordinator has finished.")]
+ONCE = Annotated[bool, typer.Option("--once", help="Exit when the coordinator has finished.")]
 PROCESSES = Annotated[
     int,
     typer.Option(min=1, metavar="N", help="Share each step among N processes on this machine."),
@@ -25,8 +25,9 @@ WATCH = Annotated[
     bool,
     typer.Option(
         "--watch",
-        help="Take part in studies with a [schedule] and no last round, and in no others: "
-        "records are read again before each round, and who has spent a budget is left out.",
+        help="Take part only in studies that have a [schedule] and no last round: records "
+        "are read again before each round, and units whose budget is used up are "
+        "left out.",
     ),
 ]
 SOCKET = Annotated[
@@ -34,7 +35,7 @@ SOCKET = Annotated[
     typer.Option(
         "--socket",
         metavar="PATH",
-        help="The Unix socket at which the vault and the courier meet; the vault makes it.",
+        help="The Unix socket through which the vault and the courier talk; the vault creates it.",
         show_default=False,
     ),
 ]
@@ -43,8 +44,8 @@ SPOOL = Annotated[
     typer.Option(
         "--spool",
         metavar="DIR",
-        help="In place of a socket: the folder in which the courier writes requests and the vault "
-        "answers. Nobody else may write there.",
+        help="Talk through this folder instead of a socket: the courier writes requests "
+        "there, and the vault answers. Nobody else may be able to write there.",
         show_default=False,
     ),
 ]
@@ -65,12 +66,11 @@ def client(
     answer: network.ANSWER = None,
     fingerprint: network.HEARD = None,
 ) -> None:
-    """Take part as a site: train here, on this site's records, under this site's policy.
+    """Take part as a site: train on this site's records, on this machine, under this site's policy.
 
-    The first time with --answer: what `fedtune admit` wrote. It is kept beside this site's keys.
-
-    Runs until stopped (Ctrl-C), also when a study is finished, and reconnects by itself. Only
-    clipped and noised sums leave.
+    Give --answer the first time: the file that `fedtune admit` wrote. It is kept beside this site's
+    keys. The client runs until stopped (Ctrl-C), also after a study has finished, and reconnects by
+    itself. Only clipped and noised sums leave.
 
     Under torchrun, rank 0 is the client and the other ranks share its steps."""
     if os.environ.get("RANK", "0") != "0":
@@ -89,7 +89,7 @@ def vault(
         typer.Option(
             "--request",
             metavar="NAME",
-            help="Answer this request of the spool alone, and end: what vault.run starts.",
+            help="Answer one request of the spool and exit; vault.run uses this.",
             show_default=False,
         ),
     ] = None,
@@ -100,31 +100,41 @@ def vault(
     answer: network.ANSWER = None,
     fingerprint: network.HEARD = None,
 ) -> None:
-    """Take part as a site whose courier runs elsewhere, as in a container of its own: all of
-    `fedtune client` that holds records, ledger and keys, and that needs no network.
+    """Take part as a site whose courier runs elsewhere, such as in another container.
 
-    It checks the site, then waits at --socket for one `fedtune courier` of the same user, as often
-    as needed, or answers the requests in --spool. The rest is as of `fedtune client`."""
+    The vault is the part of `fedtune client` that holds records, ledger and keys, and it needs no
+    network. It checks the site, then waits at --socket for a `fedtune courier` of the same user, as
+    often as one connects, or answers the requests in --spool. Otherwise it works as `fedtune
+    client`."""
     _check_where(socket, spool)
     if request and not spool:
-        raise InputError("--request without --spool", "the folder in which the request is")
+        raise InputError(
+            "--request is given without --spool", "--spool DIR, the folder that holds the request"
+        )
     if once and spool:
-        raise InputError("--once and --spool", "--once at the courier, which sees the coordinator")
+        raise InputError(
+            "--once cannot be combined with --spool",
+            "--once at the courier, which is connected to the coordinator",
+        )
     given = socket, spool, request
     _take_part(site, once, processes, watch, metrics_port, answer, fingerprint, *given)
 
 
 def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE = False) -> None:
-    """Carry what passes between a `fedtune vault` and the coordinator: Flower and TLS, where no
-    record is.
+    """Carry messages between a `fedtune vault` and the coordinator: Flower and TLS, without
+    records.
 
-    It reads site.toml, the coordinator's answer and the keys of this site's network, writes the
+    The courier reads site.toml, the coordinator's answer and this site's network keys, writes the
     folder `flower` in the state folder, and waits for the vault as often as needed. It runs until
-    stopped, or until a vault with --once has finished; with --spool it reads answers and writes
-    requests there, keeps a renewed certificate beside the keys, and --once is its own."""
+    stopped, or until a vault with --once has finished. With --spool it reads answers and writes
+    requests in that folder, keeps a renewed certificate beside the keys, and has a --once of its
+    own."""
     _check_where(socket, spool)
     if once and socket:
-        raise InputError("--once and --socket", "--once at the vault, which tells the courier")
+        raise InputError(
+            "--once cannot be combined with --socket",
+            "--once at the vault, which passes it on to the courier",
+        )
     from rich.console import Console
 
     from fedtune.cli.watch import Watch
@@ -146,10 +156,11 @@ def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE =
 
 
 def _check_where(socket: Path | None, spool: Path | None) -> None:
-    """Check that one place is named where the halves meet. Errors: InputError."""
+    """Check that exactly one meeting place of vault and courier is named. Errors: InputError."""
     if (socket is None) == (spool is None):
         raise InputError(
-            "where vault and courier meet is " + ("not named" if socket is None else "named twice"),
+            "the meeting place of vault and courier is "
+            + ("not named" if socket is None else "named twice"),
             "--socket PATH or --spool DIR",
         )
 

@@ -1,4 +1,4 @@
-"""The command that starts a study of one's own."""
+"""The command that writes the files of a new study."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Task(StrEnum):
 
 
 class Declared(StrEnum):
-    """What a person may say that records are, which no patient is in."""
+    """The ways in which a person may declare records that hold no patient."""
 
     PUBLIC = "public"
     GENERATED = "generated"
@@ -46,15 +46,17 @@ class Role(StrEnum):
     SITE = "site"
 
 
-FOLDER = Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)]
+FOLDER = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The folder to create.", show_default=False)
+]
 TASK = Annotated[
     Task | None,
     typer.Option(
         metavar="TASK",  # the names are below: click's list of them is wider than its column
-        help="A measured recipe, one of  \nclassify: classes of texts;  \n"
-        "answer: answers to questions;  \ninstruct: longer responses to instructions;  \n"
-        "preference: of two answers the better;  \nvision: questions about images;  \n"
-        "speech: what is said in recordings.",
+        help="A measured recipe, one of \nclassify: put texts into classes; \nanswer: "
+        "answer questions; \ninstruct: write longer responses to instructions; "
+        "\npreference: prefer the better of two answers; \nvision: answer questions "
+        "about images; \nspeech: transcribe recordings.",
         show_default=False,
     ),
 ]
@@ -62,17 +64,17 @@ DATA = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE",
-        help="A site's records: .csv, .jsonl, .parquet, .arrow, or a folder of them, of a Hugging "
-        "Face data set or of a FHIR bulk export; or a database, URL#TABLE. Repeat it for more "
-        "sites.",
+        help="A site's records: a .csv, .jsonl, .parquet or .arrow file; a folder of "
+        "them, of a Hugging Face data set, or of a FHIR bulk export; or a database "
+        "table, URL#TABLE. Repeat it for more sites.",
     ),
 ]
 EVALUATION = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records with answers: a part is learnt from for no ε, a fifth chooses each "
-        "step, the others judge.",
+        help="Public records with answers. One part is trained on before the first round, "
+        "for no ε; a fifth chooses the size of each step; the rest evaluate.",
         show_default=False,
     ),
 ]
@@ -80,45 +82,52 @@ PUBLIC = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Other public records to learn from, for no ε; then none of --evaluation are.",
+        help="Other public records to train on before the first round, for no ε; then no "
+        "records of --evaluation are trained on.",
         show_default=False,
     ),
 ]
 TEXT = Annotated[
     str | None,
-    typer.Option(metavar="COLUMN", help="What is read. Without it: text, question, prompt …"),
+    typer.Option(
+        metavar="COLUMN", help="Column of the input text. Default: text, question, prompt …"
+    ),
 ]
 TARGET = Annotated[
     str | None,
     typer.Option(
-        metavar="COLUMN", help="What is learnt. Without it: label, answer, response, chosen, text."
+        metavar="COLUMN",
+        help="Column of the target to learn. Default: label, answer, response, chosen, text.",
     ),
 ]
 REJECTED = Annotated[
     str | None,
-    typer.Option(metavar="COLUMN", help="Task preference: the worse answer. Without it: rejected."),
+    typer.Option(
+        metavar="COLUMN", help="Task preference: column of the worse answer. Default: rejected."
+    ),
 ]
 MEDIA = Annotated[
     str | None,
     typer.Option(
         metavar="COLUMN",
-        help="Tasks vision, speech: the path of an image or a recording, relative to its file of "
-        "records. Without it: image, audio.",
+        help="Tasks vision and speech: column of the path of an image or a recording, "
+        "relative to the file of records. Default: image, audio.",
     ),
 ]
 BASE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The base, as base.model. Without it: the recipe's, from a wheel.",
+        help="The base, as base.model in study.toml. Default: the recipe's base, from a wheel.",
         show_default=False,
     ),
 ]
 DECLARED = Annotated[
     Declared | None,
     typer.Option(
-        help="For a rehearsal: no patient is in the sites' records. Such runs cost nothing for "
-        "life, and say so everywhere.",
+        help="For a rehearsal: state that no patient is in the sites' records. Such runs "
+        "cost no lifetime budget, and everything that they write says that the data "
+        "was declared.",
         show_default=False,
     ),
 ]
@@ -126,7 +135,7 @@ PATIENT = Annotated[
     str | None,
     typer.Option(
         metavar="COLUMN",
-        help="Whose record it is: all of a patient's are protected together.",
+        help="Column of the patient: all records of a patient are protected together.",
         show_default=False,
     ),
 ]
@@ -135,13 +144,15 @@ ALSO = Annotated[
     typer.Option(
         "--also-label",
         metavar="TEXT",
-        help="A further class, which the public records lack; repeat it.",
+        help="One more class, which the public records lack; may be repeated.",
     ),
 ]
 LABELS = Annotated[
     list[str] | None,
     typer.Option(
-        "--label", metavar="TEXT", help="A class; repeat it. Without it: those of --evaluation."
+        "--label",
+        metavar="TEXT",
+        help="A class; may be repeated. Default: the labels in --evaluation.",
     ),
 ]
 SIZE = Annotated[
@@ -150,24 +161,25 @@ SIZE = Annotated[
         "--size",
         min=10,
         metavar="N",
-        help="Patients (or records) of a site, as it states in public: once for all sites, or once "
-        "for each, in the order of --data. Without it: 200.",
+        help="Declared size: the number of patients (or records) that a site states in "
+        "public. Give it once for all sites, or once for each in the order of "
+        "--data. Default: 200.",
     ),
 ]
 EPSILON = Annotated[
     float | None,
     typer.Option(
-        min=0.01, help="ε of the whole study. Without it: the recipe's.", show_default=False
+        min=0.01, help="ε of the whole study. Default: the recipe's ε.", show_default=False
     ),
 ]
-WHOSE = Annotated[Role, typer.Option("--role", help="Whose files to write.")]
+WHOSE = Annotated[Role, typer.Option("--role", help="The role whose files are written.")]
 SITES = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=1000,
         metavar="N",
-        help="How many sites take part. Without it: one for each --data.",
+        help="Number of sites that take part. Default: one for each --data.",
         show_default=False,
     ),
 ]
@@ -175,21 +187,25 @@ NAME = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="A site's own name, with --role site. Without it: the folder's.",
+        help="With --role site: the name of the site. Default: the name of the folder.",
         show_default=False,
     ),
 ]
 ENROLL = Annotated[
     bool,
-    typer.Option("--enroll", help="With --role site: also make its keys and request, as enroll."),
+    typer.Option(
+        "--enroll",
+        help="With --role site: also make the site's keys and its request, as `fedtune "
+        "enroll` does.",
+    ),
 ]
 SERVE = Annotated[
     str | None,
     typer.Option(
         "--serve",
         metavar="NAME",
-        help="With --role coordinator and --task: start at once, as server does, for sites that "
-        "call this machine NAME or NAME:PORT (8443).",
+        help="With --role coordinator and --task: start the server at once, for sites "
+        "that reach this machine as NAME or NAME:PORT (8443).",
         show_default=False,
     ),
 ]
@@ -223,11 +239,12 @@ def init(
     enroll: ENROLL = False,
     serve: SERVE = None,
 ) -> dict[str, Any]:
-    """Write the files that start a study of your own.
+    """Write the files of a new study.
 
-    With --task: a recipe that was measured, for your files and their columns; on a terminal you are
-    asked for what is missing. Without: study.toml and site.toml with every key, commented line by
-    line. Each role gets its own files alone."""
+    With --task: a recipe that was measured, filled in for your files and their columns; on a
+    terminal
+    you are asked for what is missing. Without --task: study.toml and site.toml with every key,
+    commented line by line. Each role gets only its own files."""
     from fedtune import presets
     from fedtune.cli import server
     from fedtune.presets.places import place_of
@@ -269,7 +286,8 @@ def init(
 
 
 def _time(folder: Path, records: Records) -> list[str]:
-    """Say how long the study that was written will take here; nothing for a site alone."""
+    """Print how long the study that was written will take on this machine; nothing for a site
+    alone."""
     from fedtune.core.config import load_study
     from fedtune.presets.duration import forecast
 
@@ -292,10 +310,11 @@ def _check(role: Role, enroll: bool, name: str | None, serve: str | None, recipe
 def _templates(
     folder: Path, records: Records, size: list[int] | None
 ) -> tuple[list[Path], str, str]:
-    """Write the commented files of a study without a recipe; what was written, and what is next.
+    """Write the commented files of a study without a recipe. Return what was written, and what is
+    next.
 
-    Errors: ConfigError for an option of a recipe, DataError for a column or a file that is not
-    there."""
+    Errors: ConfigError for an option of a recipe, DataError for a column or a file that does not
+    exist."""
     from fedtune import presets
     from fedtune.core.errors import ConfigError
     from fedtune.presets import templates
@@ -325,7 +344,7 @@ def _templates(
 
 
 def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> Records:
-    """What nobody gave is asked for on a terminal; elsewhere the task's own names hold."""
+    """Ask for missing values on a terminal; elsewhere use the task's default names."""
     from fedtune import presets
 
     asking = sys.stdin.isatty()
@@ -341,8 +360,7 @@ def _ask_for_missing(records: Records, task: Task, sizes: list[int] | None) -> R
 
 
 def _complete(records: Records, task: Task) -> Records:
-    """On a terminal, ask for the files, the classes and the number of sites that a study of this
-    role needs."""
+    """On a terminal, ask for the files, classes and number of sites that this role needs."""
     if not sys.stdin.isatty():
         return records
     from fedtune.presets.places import place_of

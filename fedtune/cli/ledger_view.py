@@ -1,6 +1,6 @@
-"""What `fedtune ledger` prints: what was spent on a dataset, by which study, and what remains.
+"""Print what was spent on a dataset, by which study, and what remains (`fedtune ledger`).
 
-Every ε is shown rounded up and what remains rounded down, so that a person who adds the columns up
+Every ε is rounded up and what remains is rounded down, so that a person who adds the columns up
 never finds more room than there is."""
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ INFINITE = "∞ (not private)"
 def ledger_view(
     ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
 ) -> Group:
-    """The whole print-out for one dataset, other datasets that count against it included. unit: of
-    whom the site's file names the records."""
+    """Build the whole print-out for one dataset, including other datasets that count against it.
+
+    unit: whether the site's file identifies patients or single records."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     if spent:
@@ -84,7 +85,7 @@ def studies_table(lines: Sequence[StudyLine], delta: float) -> Table:
 
 
 def _whatever(line: StudyLine) -> str:
-    """ε by this site's own noise alone: where a study shares noise with nobody, its ε."""
+    """Return ε by this site's own noise alone; for a study without shared noise this is its ε."""
     if not line.known:
         return "not known"
     return _format_epsilon(line.epsilon if line.fallback is None else line.fallback)
@@ -93,7 +94,8 @@ def _whatever(line: StudyLine) -> str:
 def cohorts_table(
     dataset: str, spent: Sequence[Spent], cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> Table:
-    """Build the table of cohorts: arrival, size, ε of each unit, and which are left out by now."""
+    """Build the table of cohorts: arrival, size, ε of each unit, and which ones are left out by
+    now."""
     last = max((entry.seq for entry in spent if entry.dataset == dataset), default=0)
     table = Figures(
         title="patients by arrival",

@@ -21,7 +21,7 @@ HEAD = Annotated[
     str,
     typer.Option(
         metavar="SEQ:HASH",
-        help="A head that was noted earlier: it must be in the chain.",
+        help="A log head that somebody noted earlier: it must be in the chain.",
         show_default=False,
     ),
 ]
@@ -29,7 +29,8 @@ SIGNER = Annotated[
     str,
     typer.Option(
         metavar="KEY",
-        help="The public key that must have signed it, for a copy without the key beside it.",
+        help="The public key that must have signed the log, for a copy of a log without "
+        "the key beside it.",
         show_default=False,
     ),
 ]
@@ -40,7 +41,8 @@ RUN = Annotated[
     typer.Option(
         "--run",
         metavar="PATH",
-        help="A run or dossier of which this site signed updates: they hold the log's head.",
+        help="A run or dossier in which this site signed updates: they name the log's "
+        "head at that time.",
         show_default=False,
     ),
 ]
@@ -54,21 +56,24 @@ def add_to(app: typer.Typer, panel: str) -> None:
 def log(
     path: PATH,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Print the verdict alone, not the entries.")
+        bool, typer.Option("--verify", help="Print the verdict only, without the entries.")
     ] = False,
     head: HEAD = "",
     run: RUN = None,
     signer: SIGNER = "",
     event: Annotated[
-        str, typer.Option(metavar="NAME", help="Show entries of this kind alone.")
+        str, typer.Option(metavar="NAME", help="Show entries of this kind only.")
     ] = "",
 ) -> dict[str, Any]:
     """Show who did what at this site or coordinator, when, and under which rule.
 
-    Every entry is signed and names the one before it; all of them are checked first, and a log that
-    was changed ends with exit code 2. Nobody can tell from the log alone that its newest entries
-    were cut off. A site's log is compared with what its own updates in a run say of it (--run),
-    wherever that run is kept; any log with a head that somebody noted (--head)."""
+    Every entry is signed and holds the hash of the one before it. All entries are checked first; a
+    log
+    that was changed ends with exit code 2. The log alone cannot show that its newest entries were
+    cut
+    off: compare a site's log with a run in which the site took part (--run), wherever that run is
+    kept,
+    and any log with a head that somebody noted (--head)."""
     from rich.console import Console
 
     from fedtune.cli.console import acts_table
@@ -76,7 +81,7 @@ def log(
     from fedtune.core.ledger import audit_log
 
     if run is not None and head:
-        raise ConfigError("--head and --run", "one of the two")
+        raise ConfigError("--head and --run are both given", "only one of the two")
     if event and event not in audit_log.EVENTS:
         raise InputError(
             f"--event {event[:40]}: not known", ", ".join(sorted(audit_log.EVENTS)), "choose one"

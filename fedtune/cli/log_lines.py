@@ -1,4 +1,4 @@
-"""Warnings of a command's libraries, written as its errors are."""
+"""Write warnings of libraries in the form of fedtune's own errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedtune.core.errors import escape_controls
 
 
 class _Stderr(logging.Handler):
-    """Writes to what stderr is at the time, which a progress bar replaces while it is drawn."""
+    """Writes to the current stderr, which a progress bar replaces while it is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         name = record.name.partition(".")[0]

@@ -81,21 +81,20 @@ SITES = Annotated[
     typer.Option(
         "--sites",
         metavar="PATH",
-        help="A site.toml, or a folder that holds some; may be repeated. "
-        "Without it: the study's own folder.",
+        help="A site.toml, or a folder of them; may be repeated. Default: the study's folder.",
     ),
 ]
 MORE = Annotated[
     list[Path] | None,
     typer.Argument(
         metavar="[SITE…]",
-        help="The same as --sites, so that a shell may fill in sites/*/site.toml.",
+        help="The same as --sites, so that a shell can expand sites/*/site.toml.",
         show_default=False,
     ),
 ]
 OUT = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="Where the run goes. Without it: runs/NAME."),
+    typer.Option("--out", metavar="DIR", help="The run folder to create. Default: runs/NAME."),
 ]
 
 
@@ -118,7 +117,10 @@ def main() -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -138,21 +140,24 @@ def plan(
             "--size",
             min=1,
             metavar="N",
-            help="A site's declared size; may be repeated.",
+            help="Declared size of a site; may be repeated.",
         ),
     ] = None,
     sites: SITES = None,
     share: SHARE = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Without the expected gain, which needs the base.")
+        bool,
+        typer.Option("--quick", help="Leave out the expected gain, for which the base is needed."),
     ] = False,
     settings: SET = None,
 ) -> dict[str, Any]:
-    """Show what a study costs before it runs, σ, ε and rounds for sites of given sizes, and what
-    it is expected to gain over public records alone.
+    """Show what a study costs before it runs (σ, ε and rounds for sites of given sizes), and what
+    it is
+    expected to gain over public records alone.
 
-    Reads no record of a site: it needs the public plan and the sizes that the sites declare, and
-    for the expected gain the base and the plan's public files."""
+    This reads no record of a site: it needs the public plan and the sizes that the sites declare,
+    and
+    for the expected gain also the base and the plan's public files."""
     from fedtune.cli.console import plan_table, warn_not_private
 
     loaded = load(study, settings)
@@ -192,33 +197,39 @@ def simulate(
     resume: RESUME = False,
     engine: Annotated[
         Literal["in-process", "ray"],
-        typer.Option(help="in-process: no network. ray: Flower's own engine."),
+        typer.Option(help="in-process: one process, no network. ray: Flower's simulation engine."),
     ] = "in-process",
     processes: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Sites in N processes that share the base's memory."),
+        typer.Option(
+            min=1, metavar="N", help="Run the sites in N processes that share the base's memory."
+        ),
     ] = 1,
     rounds: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Of a study with a [schedule]: stop after round N; no time is waited.",
+            help="For a study with a [schedule]: stop after round N, and wait for no "
+            "scheduled time.",
             show_default=False,
         ),
     ] = None,
     yes: Annotated[
         bool,
-        typer.Option("--yes", help="Pay again for a study that was paid for, without asking."),
+        typer.Option(
+            "--yes", help="Pay again, without asking, for a study that was paid for before."
+        ),
     ] = False,
     anyway: ANYWAY = False,
     share: SHARE = None,
     settings: SET = None,
     tracker: TRACKER = None,
 ) -> dict[str, Any]:
-    """Run a whole study on this machine: every site, every round, the same code as in the field.
+    """Run a whole study on this machine: every site and every round, with the code of a real study.
 
-    Each site reads its own site.toml, keeps its own policy and pays from its own privacy budget."""
+    Each site reads its own site.toml, applies its own policy and pays from its own privacy budget.
+    """
     from fedtune.cli.console import closing, warn_not_private
     from fedtune.cli.watch import Watch
 

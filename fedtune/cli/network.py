@@ -1,4 +1,4 @@
-"""Commands that make and end a site's membership in a consortium."""
+"""Commands by which a site joins a consortium, and by which the coordinator removes it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ PLAN_SECONDS = 0.5  # between two looks for the plan that a server is making
 HOME = Annotated[
     Path | None,
     typer.Option(
-        "--home", metavar="DIR", help="The coordinator's home. Without it: coordinator, here."
+        "--home",
+        metavar="DIR",
+        help="The coordinator's home. Default: the folder coordinator, here.",
     ),
 ]
 
 ANSWER = Annotated[
     Path | None,
-    typer.Option("--answer", metavar="FILE", help="The coordinator's answer, to join with it."),
+    typer.Option("--answer", metavar="FILE", help="The coordinator's answer: join with it first."),
 ]
 HEARD = Annotated[
     str | None,
     typer.Option(
         metavar="F",
-        help="The coordinator's, as it was read out to you. Without it: you are asked.",
+        help="The coordinator's fingerprint, as it was read out to you. Default: you are "
+        "asked for it.",
     ),
 ]
 
@@ -55,19 +58,24 @@ def enroll(
     ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE", help="The request. Without it: SITE-NAME.request."),
+        typer.Option(
+            "--out", metavar="FILE", help="The request to write. Default: SITE-NAME.request."
+        ),
     ] = None,
     new_keys: Annotated[
         bool,
         typer.Option("--new-keys", help="Put the present keys aside and make new ones."),
     ] = False,
 ) -> dict[str, Any]:
-    """Make this site's keys, here, and a request to take part that holds public halves alone.
+    """Make this site's keys, and a request to take part that holds their public halves only.
 
-    Send the file to the coordinator, and read the fingerprint out over the phone. Run again, it
-    asks with the same keys: for a certificate that ran out while the client was off. Keys that are
-    lost, stolen or due for rotation: the coordinator revokes the site, then --new-keys, then admit.
-    The signing key stays: it belongs to the ledger."""
+    Send the file to the coordinator, and read the fingerprint out over the phone. Run again, the
+    command writes a request with the same keys, for a certificate that expired while the client was
+    off. If keys are lost, stolen or due for rotation, the coordinator revokes the site, you run
+    this
+    command with --new-keys, and the coordinator admits the new request. The signing key stays,
+    because
+    it belongs to the ledger."""
     return ask(site, out, new_keys=new_keys)
 
 
@@ -108,8 +116,8 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
 
 
 def _home(told: Path | None) -> Path:
-    """The coordinator's home: where it is told, else beside the study.toml of this folder. A second
-    one is never made by being in another folder. Errors: ConfigError."""
+    """Return the coordinator's home: the one given, else the one beside this folder's study.toml. A
+    second home is never made because a command ran in another folder. Errors: ConfigError."""
     home = told or Path("coordinator")
     if told is None and not home.is_dir() and not Path("study.toml").exists():
         from fedtune.core.errors import ConfigError
@@ -131,25 +139,33 @@ def _log(home: Path) -> AuditLog:
 
 ADMIT_REQUESTS = Annotated[
     list[Path],
-    typer.Argument(metavar="REQUEST…", help="Sites' requests; one or several.", show_default=False),
+    typer.Argument(
+        metavar="REQUEST…", help="One or several requests of sites.", show_default=False
+    ),
 ]
 ADMIT_FINGERPRINTS = Annotated[
     list[str] | None,
     typer.Option(
         "--fingerprint",
         metavar="F",
-        help="As a site read it out; once for each request. Without it: you are asked.",
+        help="The fingerprint that a site read out; give it once for each request. "
+        "Default: you are asked for it.",
         show_default=False,
     ),
 ]
 ADMIT_ADDRESS = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="Where sites connect. Without it: the server's."),
+    typer.Option(
+        metavar="HOST:PORT",
+        help="The address to which sites connect. Default: the address of the server.",
+    ),
 ]
 ADMIT_OUT = Annotated[
     Path | None,
     typer.Option(
-        "--out", metavar="FILE", help="The answer to a single request. Without it: NAME.answer."
+        "--out",
+        metavar="FILE",
+        help="The answer to write, for a single request. Default: NAME.answer.",
     ),
 ]
 
@@ -161,17 +177,23 @@ def admit(
     address: ADMIT_ADDRESS = None,
     out: ADMIT_OUT = None,
 ) -> dict[str, Any]:
-    """Admit sites whose fingerprints you heard from somebody you know; write the answers they need.
+    """Admit sites whose fingerprints you heard from somebody you know, and write their answers.
 
-    Each request's fingerprint is compared before any site is admitted. Where the server runs, this
-    waits for its plan, which the answers bring for review; a site can then connect at once. A name
-    that is admitted already is refused with other keys: `fedtune revoke` it first."""
+    Each request's fingerprint is compared before any site is admitted. While a server makes its
+    plan,
+    this command waits for it, because the answers hold the plan for review; a site can then connect
+    at
+    once. An admitted name is refused with other keys: `fedtune revoke` it first."""
     from fedtune.core.errors import ConfigError
     from fedtune.core.files.writing import replace
     from fedtune.flower import enrol
 
     if out and len(requests) > 1:
-        raise ConfigError("--out and several requests", "one request", "leave --out out")
+        raise ConfigError(
+            "--out is given for several requests",
+            "a single request with --out",
+            "leave --out out, or admit the requests one by one",
+        )
     home, asked = _home(home), [enrol.read_request(path) for path in requests]
     files = {request.name: out or Path(f"{request.name}.answer") for request in asked}
     for file in files.values():
@@ -204,7 +226,7 @@ def admit(
 
 
 def _wait_for_plan(home: Path) -> None:
-    """Wait while a server here makes the plan, which the answers bring. Ctrl-C admits nobody."""
+    """Wait while a server here makes the plan that the answers hold. Ctrl-C admits nobody."""
     from fedtune.flower.enrol import PLAN
     from fedtune.observe.status import held
 
@@ -220,9 +242,10 @@ def _wait_for_plan(home: Path) -> None:
 
 
 def _compare(asked: list[Request], heard: list[str] | None) -> None:
-    """Compare every request's fingerprint with what the sites read out, before any is admitted.
+    """Compare every request's fingerprint with what the sites read out, before any site is
+    admitted.
 
-    Errors: ConfigError where nobody did; Refused where one differs."""
+    Errors: ConfigError if no fingerprint was given; Refused if one differs."""
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence import fingerprints
     from fedtune.flower import enrol
@@ -251,35 +274,41 @@ def _compare(asked: list[Request], heard: list[str] | None) -> None:
         )
         if not (sys.stdin.isatty() and typer.confirm("is it the same, all of it?")):
             raise ConfigError(
-                "not admitted: nobody compared the fingerprint",
+                "nobody compared the fingerprint, so the site is not admitted",
                 "a person who heard it from the site",
                 "give it with --fingerprint",
             )
 
 
 def _address_in(home: Path) -> str:
-    """Read where sites connect from the coordinator's home. Errors: ConfigError."""
+    """Read the address to which sites connect from the coordinator's home. Errors: ConfigError."""
     from fedtune.core.errors import ConfigError
     from fedtune.core.files import reading
 
     file = home / "address"
     if not file.exists():
-        raise ConfigError("it is not known where sites connect", todo="give --address HOST:PORT")
+        raise ConfigError(
+            "the address to which sites connect is not known", todo="give --address HOST:PORT"
+        )
     return reading.text(file, "where sites connect", "give --address HOST:PORT").strip()
 
 
 def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
-    """Keep the coordinator's answer at this site, under the fingerprint that a person heard; None:
-    the one that is kept already.
+    """Store the coordinator's answer at this site, under the fingerprint that a person heard. None:
+    use
+    the stored answer.
 
-    On a terminal, and where this site has not joined this consortium before, the fingerprint is
-    asked for; it is not shown. Who gives it signs the plan that came with the answer, unless the
-    policy asks for `fedtune review --sign` or refuses it. Errors: ConfigError, Refused."""
+    On a terminal, a site that has not joined this consortium before is asked for the fingerprint,
+    which
+    is not shown. Giving it signs the plan that came with the answer, unless the policy asks for
+    `fedtune review --sign` or refuses the plan. Errors: ConfigError, Refused."""
     from fedtune.core.errors import ConfigError
 
     if answer is None:
         if fingerprint is not None:
-            raise ConfigError("--fingerprint without --answer", todo="name the answer's file too")
+            raise ConfigError(
+                "--fingerprint is given without --answer", todo="name the answer's file too"
+            )
         return  # nothing that reads a ledger is imported: this process stays as long as the site
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.ledger.ledger import Ledger
@@ -288,9 +317,9 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
 
     if site.coordinator and site.coordinator.answer:
         raise ConfigError(
-            f"--answer, and {site.coordinator.answer} in site.toml",
-            "one of the two",
-            "delete coordinator.answer and coordinator.fingerprint there",
+            f"an answer is named by --answer and by {site.coordinator.answer} in site.toml",
+            "only one of the two",
+            "delete coordinator.answer and coordinator.fingerprint in site.toml",
         )
     keys, name = membership.keys_folder(site), site.site.name
     received = membership.read(answer, membership.tls_key(keys), name)
@@ -313,8 +342,9 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
 
 
 def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Study | None:
-    """Print what the plan in an answer would cost, and what joining does about it. Return the plan
-    where joining may sign it: it is one, and this site's rules allow it."""
+    """Print what the plan in an answer would cost, and what joining means for it. Return the plan
+    if
+    joining may sign it: the answer holds one, and this site's rules allow it."""
     from fedtune.core.errors import FedtuneError
     from fedtune.flower import membership
     from fedtune.officer.review import review
@@ -351,12 +381,14 @@ def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Stud
 
 
 def revoke(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The site.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the site.", show_default=False)
+    ],
     home: HOME = None,
 ) -> dict[str, Any]:
-    """End a site's part, also in the middle of a run; its connections are closed within a second.
+    """Remove a site, even in the middle of a run; its connections are closed within a second.
 
-    Its keys are refused for good; new ones may be admitted under the same name."""
+    Its keys are refused for good; new keys may be admitted under the same name."""
     from fedtune.flower import enrol
 
     record = enrol.revoke(_home(home), name)

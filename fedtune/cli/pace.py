@@ -8,8 +8,8 @@ SOONEST = 10.0  # seconds of a step before its pace is known
 
 
 class StepPace:
-    """The pace of the step that is reported: what it did of its work since it was first heard of,
-    and in what time."""
+    """The pace of the running step: how much work it has done since its first report, and in what
+    time."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -18,8 +18,9 @@ class StepPace:
         self._began = 0.0
 
     def estimate_remaining(self, step: Step, now: float) -> float | None:
-        """Return the seconds that the rest of `step` takes at its pace so far; None while that is
-        not known, and where nothing is left. now: seconds on any clock."""
+        """Return the seconds that the rest of `step` takes at its pace so far; None while the pace
+        is unknown
+        or if nothing is left. now: seconds on any clock."""
         if step.text != self._text or step.done < self._done:
             self._text = step.text
             self._first = step.done
@@ -32,8 +33,9 @@ class StepPace:
 
 
 class RoundsPace:
-    """The pace of a study's rounds. The first one here also reads records through the frozen
-    layers, which those after it find read: what it does once does not count."""
+    """The pace of a study's rounds. The first round in this process also computes the frozen
+    layers'
+    outputs for all records, which later rounds reuse; that time is not counted."""
 
     def __init__(self) -> None:
         self._began: float | None = None  # of the rounds timed
@@ -41,12 +43,12 @@ class RoundsPace:
         self._once, self._once_since = 0.0, 0.0  # seconds of it, and since when it goes on
 
     def begin(self, now: float) -> None:
-        """A round begins; the time between two rounds is the later one's."""
+        """Note that a round begins; the time between two rounds counts for the later one."""
         if self._began is None:
             self._began = now
 
     def hear(self, step: Step, now: float) -> None:
-        """Take in a report of a long step."""
+        """Record a report of a long step."""
         if not step.once or self._began is None:
             return
         if step.done == 0:
@@ -55,9 +57,11 @@ class RoundsPace:
             self._once, self._known = self._once + now - self._once_since, True
 
     def end_round(self, left: int, now: float) -> float | None:
-        """A round ends. Return the seconds that the `left` rounds to come take, as long as those
-        timed took on average; None where none is left, and after the first one alone unless what it
-        did once was heard of, as it is where the sites work in this process."""
+        """Note that a round has ended. Return the seconds that the `left` remaining rounds take at
+        the
+        average time so far; None if none is left, or after the first round alone, unless the time
+        of its
+        one-off work is known, as it is where the sites work in this process."""
         if self._began is None:
             return None
         if not self._known:

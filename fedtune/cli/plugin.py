@@ -1,4 +1,4 @@
-"""The command for whoever writes a plug-in."""
+"""The command that checks a plug-in."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def add_to(app: typer.Typer) -> None:
 
 CHECK_PLUGIN_NAME = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="Of this release, or an entry point that is installed."),
+    typer.Argument(metavar="NAME", help="A plug-in of this release, or an installed entry point."),
 ]
 CHECK_PLUGIN_GROUP = Annotated[
     Groups,
     typer.Option(
         metavar="GROUP",
-        help="objectives, strategies, modalities, converters or trackers: its entry point's group "
-        "is fedtune.GROUP; or sources, of this release.",
+        help="Kind of the plug-in: objectives, strategies, modalities, converters or "
+        "trackers (the entry point's group is fedtune.GROUP), or sources (of this "
+        "release only).",
     ),
 ]
 CHECK_PLUGIN_OPTION = Annotated[
@@ -44,8 +45,8 @@ CHECK_PLUGIN_BASE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Whose architecture an objective or a modality is tried on, at tiny size. "
-        "Without it: a small random text model.",
+        help="The model whose architecture, at tiny size, an objective or a modality is "
+        "tried on. Default: a small random text model.",
         show_default=False,
     ),
 ]
@@ -53,7 +54,7 @@ CHECK_PLUGIN_FILE = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Generated records that a source reads, or whose rows a converter is given.",
+        help="Generated records for a source to read, or whose rows a converter gets.",
         show_default=False,
     ),
 ]
@@ -61,7 +62,8 @@ CHECK_PLUGIN_LESS = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The same with one record left out; needed where a line is not a record.",
+        help="The same records with one left out; needed for a source whose records are "
+        "not one line each.",
         show_default=False,
     ),
 ]
@@ -75,14 +77,19 @@ def check_plugin(
     file: CHECK_PLUGIN_FILE = None,
     less: CHECK_PLUGIN_LESS = None,
 ) -> dict[str, Any]:
-    """Hold a plug-in to what every one of its kind must keep, on generated records.
+    """Check a plug-in, on generated records, against the rules that every plug-in of its kind must
+    keep.
 
-    objectives and modalities: rows equal a loop of one record, no record moves another's row, a
-    removed unit moves the sum by at most C, losses repeat to the last bit. strategies: no update,
-    order of arrival, restart. sources: one row at a time, broken files. converters:
-    one unit at a time. trackers: events.
-    One line for each check, with what was measured and the bound; docs/extending.md shows a plug-in
-    of each kind. A check that passes is a measurement, not a proof."""
+    - objectives and modalities: rows equal a loop of one record, no record moves another's row, a
+      removed unit moves the sum by at most C, losses repeat to the last bit
+    - strategies: a round without updates, order of arrival, restart
+    - sources: one row at a time, broken files
+    - converters: one unit at a time
+    - trackers: events
+
+    One line is printed for each check, with the measured value and the bound. docs/extending.md
+    shows a
+    plug-in of each kind. A check that passes is a measurement, not a proof."""
     from fedtune.audit.contracts import check
     from fedtune.core.errors import InputError, escape_controls
 
@@ -103,7 +110,7 @@ def check_plugin(
 
 
 def _options(options: list[str]) -> dict[str, Any]:
-    """{"beta": 0.1} of beta=0.1; a text stays one. Errors: ConfigError."""
+    """Parse options such as beta=0.1 to {"beta": 0.1}; a text stays a text. Errors: ConfigError."""
     from fedtune.core.errors import ConfigError
 
     values: dict[str, Any] = {}

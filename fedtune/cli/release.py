@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.wire.keys import SigningKey
 
-NAMED = Annotated[Path, typer.Option(metavar="DIR", help="The new folder.", show_default=False)]
+NAMED = Annotated[
+    Path, typer.Option(metavar="DIR", help="The folder to create.", show_default=False)
+]
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -32,8 +34,8 @@ def release(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="What only people can say. Where there is no such file, it is written, to be "
-            "filled, and nothing else is done.",
+            help="The file of what only people can state. If it does not exist, it is "
+            "written as a form to fill in, and nothing else is done.",
             show_default=False,
         ),
     ] = None,
@@ -41,16 +43,20 @@ def release(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="The coordinator's home, whose key signs. Without it: beside the folder of runs.",
+            help="The coordinator's home, whose key signs. Default: beside the folder of runs.",
             show_default=False,
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Package a finished run as one signed dossier: weights, model card, privacy report, what an
-    ethics board and a data protection officer ask for, and a bill of materials.
+    """Package a finished run as one signed dossier: weights, model card, privacy report, the
+    answers for
+    an ethics board and a data protection officer, and a bill of materials.
 
-    A run that does not verify is refused. What only people can say is marked as a blank, unless
-    --details says it. `fedtune versions` chooses the version first, in a study with a schedule."""
+    A run that does not verify is refused. Statements that only people can make are marked as
+    blanks,
+    unless --details holds them. In a study with a schedule, choose the version with `fedtune
+    versions`
+    first."""
     from fedtune.core.files.writing import create
     from fedtune.evidence.dossier import release as dossier
     from fedtune.evidence.dossier import seal
@@ -82,17 +88,21 @@ def approve(
     trust: Annotated[
         str,
         typer.Option(
-            metavar="FINGERPRINT", help="The consortium's, as its coordinator reads it out."
+            metavar="FINGERPRINT",
+            help="The consortium's fingerprint, as its coordinator read it out.",
         ),
     ],
-    name: Annotated[str, typer.Option(metavar="TEXT", help="Who approves.")],
-    role: Annotated[str, typer.Option(metavar="TEXT", help="In which role.")],
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; on one line.")],
+    name: Annotated[str, typer.Option(metavar="TEXT", help="Name of the person who approves.")],
+    role: Annotated[str, typer.Option(metavar="TEXT", help="Role of the person who approves.")],
+    reason: Annotated[
+        str, typer.Option(metavar="TEXT", help="Reason for the approval, on one line.")
+    ],
     key: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The approver's own signing key; made, for this user alone, where there is none.",
+            help="The approver's signing key. If it does not exist, it is created, "
+            "readable by this user only.",
             show_default=False,
         ),
     ] = None,
@@ -100,7 +110,7 @@ def approve(
         Path | None,
         typer.Option(
             metavar="SITE",
-            help="site.toml: sign with this site's key, as it signed its updates.",
+            help="A site.toml: sign with the site's key, which also signed its updates.",
             show_default=False,
         ),
     ] = None,
@@ -120,7 +130,7 @@ def approve(
 
 
 def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, AuditLog | None]:
-    """Find the key that approves; of a site, also its audit log."""
+    """Return the key that approves; for a site, also its audit log."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import ConfigError
     from fedtune.core.ledger.audit_log import AuditLog
@@ -128,7 +138,7 @@ def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, Audit
     from fedtune.core.ledger.ledger import Ledger
 
     if (path is None) == (site is None):
-        raise ConfigError("--key or --site", "one of the two")
+        raise ConfigError("--key and --site are both given, or neither", "exactly one of the two")
     if path is not None:
         return path, None
     assert site is not None

@@ -1,4 +1,4 @@
-"""What `fedtune --help` shows: the commands of the daily path, by who runs them.
+"""Group the commands that `fedtune --help` shows, those of the daily path, by who runs them.
 
 `fedtune more` shows every command; a command's own --help is the same either way."""
 

@@ -29,20 +29,23 @@ HOME = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Certificates and admitted sites; made at the first start. "
-        "Without it: coordinator, beside STUDY.",
+        help="Folder of certificates and admitted sites, created at the first start. "
+        "Default: the folder coordinator beside STUDY.",
     ),
 ]
 HOST = Annotated[
     str,
-    typer.Option(metavar="ADDRESS", help="Where to listen; 127.0.0.1: this machine alone."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="The address to listen on; 127.0.0.1: reachable from this machine only.",
+    ),
 ]
 NAMES = Annotated[
     list[str] | None,
     typer.Option(
         "--name",
         metavar="NAME",
-        help="A name or address that sites call this machine by; repeatable.",
+        help="A name or address by which sites reach this machine; may be repeated.",
         show_default=False,
     ),
 ]
@@ -52,12 +55,12 @@ SIGN_WITHIN = Annotated[
     typer.Option(
         min=0,
         metavar="DAYS",
-        help="How long to wait at the start for sites whose people have yet to sign the plan.",
+        help="How long to wait at the start for sites where nobody has signed the plan yet.",
     ),
 ]
 OUT = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where the run goes. Without it: runs/NAME, beside STUDY."),
+    typer.Option(metavar="DIR", help="The run folder to create. Default: runs/NAME beside STUDY."),
 ]
 
 
@@ -71,7 +74,9 @@ def server(
     study: STUDY,
     home: HOME = None,
     host: HOST = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="The port.")] = 8443,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, metavar="N", help="The port to listen on.")
+    ] = 8443,
     names: NAMES = None,
     out: OUT = None,
     resume: RESUME = False,
@@ -82,12 +87,13 @@ def server(
     anyway: ANYWAY = False,
     share: SHARE = None,
 ) -> dict[str, Any]:
-    """Coordinate a study over mutual TLS with the sites that were admitted, before or meanwhile.
+    """Coordinate a study over mutual TLS with admitted sites; sites may also be admitted while it
+    runs.
 
-    A study with a [schedule] has a round at each of its times, until this is stopped.
-
-    Sends tensors and numbers, never code, and sees noised sums only. One port is open, and lets
-    through what an admitted site may ask, nothing else."""
+    A study with a [schedule] has a round at each scheduled time, until this command is stopped. The
+    server sends tensors and numbers, never code, and sees noised sums only. It opens one port,
+    which
+    lets through what an admitted site may ask, and nothing else."""
     from rich.console import Console
 
     from fedtune.cli.console import closing, warn_not_private
@@ -139,7 +145,7 @@ def server(
 
 
 def address(told: str) -> tuple[str, int]:
-    """NAME or NAME:PORT of --serve. Errors: ConfigError."""
+    """Parse NAME or NAME:PORT of --serve. Errors: ConfigError."""
     found = re.fullmatch(r"([A-Za-z0-9.-]{1,253})(?::([0-9]{1,5}))?", told)
     if not found or not 1 <= int(port := found[2] or "8443") <= 65535:
         raise ConfigError("--serve: no address", "NAME or NAME:PORT, as sites call this machine")
@@ -147,7 +153,7 @@ def address(told: str) -> tuple[str, int]:
 
 
 def start(study: Path, name: str, port: int) -> dict[str, Any]:
-    """Start as `init --serve` does: for every machine that calls this one `name`."""
+    """Start the server as `init --serve` does, for machines that reach this one as `name`."""
     host = "127.0.0.1" if name in ("127.0.0.1", "localhost") else "0.0.0.0"
     words = f"--host {host} --port {port} --name {name}"
     typer.echo(f"\nafter a stop   fedtune server {study} {words} --resume\n")

@@ -1,4 +1,4 @@
-"""Commands of the person who answers for a site's data."""
+"""Commands for the person who answers for a site's data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SITE = Annotated[
 ]
 PLAN = Annotated[
     Path,
-    typer.Argument(metavar="STUDY", help="study.toml, or a plan as JSON.", show_default=False),
+    typer.Argument(metavar="STUDY", help="A study.toml, or a plan as JSON.", show_default=False),
 ]
 
 
@@ -43,7 +43,10 @@ def add_to(app: typer.Typer) -> None:
 def review(
     study: PLAN,
     site: Annotated[
-        Path, typer.Option("--site", metavar="SITE", help="The site.toml it would run under.")
+        Path,
+        typer.Option(
+            "--site", metavar="SITE", help="The site.toml under which the plan would run."
+        ),
     ] = Path("site.toml"),
     sign: Annotated[
         bool, typer.Option("--sign", help="Admit exactly this plan, under your login's name.")
@@ -52,26 +55,29 @@ def review(
         bool,
         typer.Option(
             "--anyway",
-            help="With --sign: also a plan that the site refuses as yet. It goes on refusing it "
-            "until site.toml allows it.",
+            help="With --sign: also sign a plan that the site refuses today. The site "
+            "goes on refusing it until site.toml allows it.",
         ),
     ] = False,
     whole: Annotated[
         bool,
         typer.Option(
             "--digest",
-            help="Of a study.toml: also compute what public text adds to the plan, and so the "
-            "digest that is signed; minutes to an hour. --sign does too.",
+            help="For a study.toml: also compute what its public text adds to the plan, "
+            "and with it the digest that is signed; this takes minutes to an hour. "
+            "--sign does it too.",
         ),
     ] = False,
     settings: SET = None,
 ) -> dict[str, Any]:
     """Say in plain words what a study would run here, what would leave, and what it costs.
 
-    Reads no public text of a study.toml: price and rules follow without, and --digest has its gain
-    foretold too; of the records it counts, for this screen alone, those of a class that the plan
-    has not. A site whose policy.admission is "reviewed" or "signed" keeps each plan that it was
-    sent in its state folder, under plans/; --sign admits it."""
+    No public text of a study.toml is read, because price and rules follow without it; --digest also
+    predicts the gain. On this screen only, the command counts this site's records of classes that
+    the
+    plan does not name. A site whose policy.admission is "reviewed" or "signed" keeps each plan that
+    it
+    was sent in its state folder, under plans/; --sign admits it."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.core.errors import PolicyRefused
@@ -120,8 +126,9 @@ def review(
 
 
 def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | None:
-    """Say what a private plan may gain over public records, or who says it; at_hand: whether its
-    base and its public files are this machine's own. Returns the forecast, if one was made."""
+    """Print what a private plan may gain over public records, or where to find out. Return the
+    forecast,
+    if one was made. at_hand: whether the plan's base and public files are on this machine."""
     from fedtune.core.errors import PolicyRefused
     from fedtune.core.vault.policy import permit_plugins
     from fedtune.evaluation.before_paying import who_foretells
@@ -140,7 +147,8 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
 
 
 def _left_out(plan: Study, site: Site) -> str:
-    """Print how many of the site's records the plan leaves out for their class, as far as they can
+    """Print how many of the site's records the plan leaves out because of their class, as far as
+    they can
     be read here."""
     from fedtune.core.errors import FedtuneError
     from fedtune.officer.unknown_classes import unknown_classes
@@ -178,24 +186,27 @@ def let_go(
         list[str] | None,
         typer.Argument(
             metavar="[ANSWER…]",
-            help="Names from the list. Without any: the list.",
+            help="Names of answers from the list. Default: print the list.",
             show_default=False,
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Whatever waits now.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="All answers that wait now.")] = False,
     refuse: Annotated[
         bool,
         typer.Option(
-            "--refuse", help="Refuse them for good instead; what was paid for them stays paid."
+            "--refuse", help="Refuse these answers for good; what was paid for them stays paid."
         ),
     ] = False,
 ) -> dict[str, Any]:
-    """List the answers that wait here to be sent, and let them go, or refuse them.
+    """List the answers that wait at this site to be sent, and release them or refuse them.
 
-    Of a site with policy.answers = "held". Shows what the plan and the ledger say of each answer,
-    its length and its cost: never what it holds, since a refusal that followed from the records
-    would tell the coordinator of them. A draw of shared noise is let go before it is made and paid
-    for. Both acts are entered, under your login's name, in the audit log and in the ledger."""
+    This is for a site with policy.answers = "held". For each answer it shows what plan and ledger
+    say,
+    its length and its cost, but never its content: a refusal that followed from the records would
+    tell
+    the coordinator about them. A draw of shared noise is released before it is made and paid for.
+    Both
+    acts are entered, under your login's name, in the audit log and in the ledger."""
     from fedtune.cli.console import waiting_table
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
@@ -203,10 +214,12 @@ def let_go(
 
     loaded = load_site(site)
     if every and answers:
-        raise InputError("--all, and names beside it", "either")
+        raise InputError("--all is given together with names", "either --all or names")
     if not (every or answers):
         if refuse:
-            raise InputError("--refuse, and nothing to refuse", "names from the list, or --all")
+            raise InputError(
+                "--refuse is given without any answer", "names from the list, or --all"
+            )
         found = list_waiting(loaded)
         typer.echo("" if found else "nothing waits here to be let go", nl=not found)
         if found:
@@ -224,35 +237,43 @@ def let_go(
 def ledger(
     site: SITE,
     backup: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Copy the ledger to a new folder.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Copy the ledger to a folder, which is created."),
     ] = None,
     restore: Annotated[
         bool,
-        typer.Option("--restore", help="Begin again after damage; what is lost counts as spent."),
+        typer.Option(
+            "--restore",
+            help="Start the ledger again after damage; whatever is lost counts as spent.",
+        ),
     ] = False,
     copy: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="DIR", help="What to restore from. Without it: what is left."
+            "--from",
+            metavar="DIR",
+            help="The backup to restore from. Default: what is left of the ledger.",
         ),
     ] = None,
     accept: Annotated[
         str | None,
         typer.Option(
             metavar="DATASET",
-            help="Enter, under your login's name, that rounds whose cost nobody knows do not keep "
+            help="Note, under your login's name, that rounds of unknown cost do not keep "
             "this dataset from further studies.",
             show_default=False,
         ),
     ] = None,
     reason: Annotated[
-        str, typer.Option(metavar="TEXT", help="With --accept: why, for whoever reads it later.")
+        str, typer.Option(metavar="TEXT", help="With --accept: the reason, for later readers.")
     ] = "",
 ) -> dict[str, Any]:
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
-    Reads the whole ledger and checks every signature first. Rounds of an earlier release or another
-    unit are shown as not known; nothing runs on top of them until --accept."""
+    The command reads the whole ledger and checks every signature first. Rounds of an earlier
+    release or
+    of another unit are shown as unknown; no further study runs until somebody accepts them
+    (--accept)."""
     from fedtune.cli.ledger_view import ledger_view
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog, login
@@ -290,25 +311,33 @@ def withdraw(
     site: SITE,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Patient keys, one a line. Without it: asked for."),
+        typer.Option(
+            metavar="FILE",
+            help="A file of patient keys, one per line. Default: you are asked for one.",
+        ),
     ] = None,
     unseen: Annotated[
         bool,
-        typer.Option("--unseen", help="Also a key that is in no record as yet."),
+        typer.Option("--unseen", help="Also accept a key that no record has yet."),
     ] = False,
     check: Annotated[
         Path | None,
         typer.Option(
-            metavar="RECEIPT", help="Check a receipt instead: is it this site's, and does it stand?"
+            metavar="RECEIPT",
+            help="Check a receipt instead: whether it is this site's, and whether it is "
+            "still valid.",
         ),
     ] = None,
 ) -> dict[str, Any]:
     """Leave a patient who withdraws consent out of every later round.
 
-    Asks for the patient's key (the value in the patient column) without showing it, so that it
-    enters no command history. Says which released adapters were trained with the patient, and
-    writes a signed receipt for each. A key that no record and no study here has is not entered,
-    and ends with exit code 2."""
+    The command asks for the patient's key (the value in the patient column) without showing it, so
+    that
+    the key enters no command history. It says which released adapters were trained with the
+    patient,
+    and writes a signed receipt for each. A key that no record and no study here has is not entered,
+    and
+    the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
     from fedtune.core.ledger.ledger import Ledger
@@ -346,7 +375,7 @@ def withdraw(
 
 
 def _show(withdrawal: Withdrawal, path: Path | str) -> None:
-    """Say what a withdrawal could not undo, and where its receipt lies."""
+    """Print what a withdrawal could not undo, and where its receipt lies."""
     from fedtune.core.registry.rounding import rounded_up
 
     if withdrawal.in_file is None:
@@ -368,7 +397,7 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
 
 
 def _keys(file: Path | None) -> list[str]:
-    """Patient keys from a file, a terminal or a pipe. Errors: InputError where there is none."""
+    """Read patient keys from a file, a terminal or a pipe. Errors: InputError if there is none."""
     from fedtune.core.errors import InputError
     from fedtune.core.files import reading
 
@@ -394,17 +423,20 @@ def purge(
         typer.Option(
             "--study",
             metavar="NAME|DIGEST",
-            help="Only the updates and the plan of this study. Without it: of all, and every log.",
+            help="Delete only the updates and the plan of this study. Default: those of "
+            "all studies, and every log.",
             show_default=False,
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
 ) -> dict[str, Any]:
-    """Delete what this site keeps of studies beside the ledger; lists it first, and asks.
+    """Delete what this site keeps of studies beside the ledger, after listing it and asking.
 
-    Released updates, plans, logs and leftovers go; the ledger, the step log and this site's keys
-    stay. A round whose update is gone is trained, and paid for, again if it is asked for again, so
-    do it after a study."""
+    Released updates, plans, logs and leftovers are deleted; the ledger, the step log and this
+    site's
+    keys stay. If the coordinator asks again for a round whose update is deleted, the round is
+    trained
+    and paid for again, so run this after a study."""
     from fedtune.cli.console import files_table
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
@@ -424,7 +456,7 @@ def purge(
         "trained, and paid for, again"
     )
     if not yes and not (sys.stdin.isatty() and typer.confirm("delete these files?")):
-        raise InputError("nothing was deleted", "a person who says yes", "run it with --yes")
+        raise InputError("nothing was deleted", "a person who agrees", "run it with --yes")
     purger.purge(listing)
     typer.echo(f"deleted {len(listing.files)} files; the ledger is whole")
     return {"deleted": listing.deletable, "unknown": listing.unknown}
@@ -433,23 +465,24 @@ def purge(
 def audit(
     study: PLAN,
     trials: Annotated[
-        int, typer.Option(min=1000, metavar="N", help="Of the one-step audit.")
+        int, typer.Option(min=1000, metavar="N", help="Number of trials of the one-step audit.")
     ] = 10_000,
     run: Annotated[
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Of a finished run, which is probed too, and gets audit.md.",
+            help="The folder of a finished run, which is also probed and gets an audit.md.",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where audit.json goes.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for audit.json.")] = Path(
         "audit"
     ),
     settings: SET = None,
 ) -> dict[str, Any]:
-    """Attack a plan on generated records: a lower bound on ε beside the ε that is claimed.
+    """Attack a plan on generated records, and print a lower bound on ε beside the claimed ε.
 
-    No site's records are read. A bound above the claim means that something is broken: exit 3."""
+    No site's records are read. A bound above the claim means that something is broken: exit code 3.
+    """
     from rich.markdown import Markdown
 
     from fedtune.core.errors import Refused

@@ -1,4 +1,4 @@
-"""`fedtune status`: how a run, a coordinator or a site is doing."""
+"""`fedtune status`: the progress of a run, a coordinator or a site."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ def status(
             show_default=False,
         ),
     ],
-    once: Annotated[bool, typer.Option("--once", help="Print it once and leave.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the status once and exit.")] = False,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Say nothing but ok, or end with 4: for a health check."),
+        typer.Option("--check", help="For a health check: print only ok, or exit with code 4."),
     ] = False,
     metrics: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write a run's rounds so far to a .csv or .parquet file, one row a round.",
+            help="Write the rounds so far to a .csv or .parquet file, one row per round.",
             show_default=False,
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Show how a run or a site is doing, live, until it ends. Reads files; asks nobody."""
+    """Show the progress of a run or a site until it ends. The command reads files and sends no
+    request."""
     from fedtune.core.errors import FedtuneError, InfrastructureError
 
     if metrics:

@@ -30,9 +30,11 @@ def view(
     told: Sequence[Told] = (),
     held_out: Shown | None = None,
 ) -> Group:
-    """Draw a status. Values are those that read_status let through, and are shown as text. site:
-    the site.toml, of a site's; told: what sites told of a run's model; held_out: what it is worth
-    on their held-out records."""
+    """Draw a status. Values passed read_status's checks, and are shown as plain text.
+
+    - site: the site.toml, for a site's status
+    - told: figures that sites reported of a run's model
+    - held_out: figures of the model on the sites' held-out records"""
     parts: list[RenderableType] = [head(snapshot)]
     if site is not None and (line := unsigned_line(snapshot, site)):
         parts.append(Text(line, style="bold yellow"))
@@ -91,7 +93,7 @@ def head(snapshot: Snapshot) -> Text:
 
 
 def confined_text(status: Mapping[str, Any]) -> str:
-    """Say how the halves of a site were confined when they last came up."""
+    """Return how the two halves of a site were confined when they last started."""
     halves = sorted(status["confined"].items())
     told = "; ".join(f"{half}: {isolation.describe(walls)}" for half, walls in halves)
     still_open = f"; {status['open']} OPEN, as its start and `fedtune doctor` say"
@@ -99,8 +101,9 @@ def confined_text(status: Mapping[str, Any]) -> str:
 
 
 def unsigned_line(snapshot: Snapshot, path: Path) -> str:
-    """Say that nobody at a site has signed the plan that its client was sent, and how to read it;
-    "" where somebody has, or no client runs."""
+    """Return a line that says that nobody at a site has signed the plan that its client was sent,
+    and how
+    to read the plan; "" if somebody has, or no client runs."""
     from fedtune.core.config import load_site
 
     status = snapshot.status
@@ -114,7 +117,8 @@ def unsigned_line(snapshot: Snapshot, path: Path) -> str:
 
 
 def _epsilon_of(site: dict[str, Any]) -> str:
-    """ε so far, and of the whole plan; with secure aggregation also by the site's own noise."""
+    """Return ε so far and of the whole plan; with secure aggregation also by the site's noise
+    alone."""
     spent, planned, fallback = (site.get(key) for key in ("epsilon", "planned", "fallback"))
     told = "–" if spent is None else rounded_up(spent)
     told += "" if planned is None else f" of {rounded_up(planned)}"

@@ -1,5 +1,6 @@
-"""What every command that reads a study.toml is given: the file, and values in its place; and what
-those that run it say."""
+"""Options that every command on a study.toml has (the file, and values in its place), and messages
+of
+the commands that run a study."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ TRACKER = Annotated[
     typer.Option(
         "--tracker",
         metavar="NAME",
-        help="tensorboard, mlflow or wandb (offline): also tell it each round's figures, as "
-        "NAME or NAME:OPTION=VALUE; repeat it.",
+        help="A tracker that also gets each round's figures: tensorboard, mlflow or wandb "
+        "(offline), as NAME or NAME:OPTION=VALUE; may be repeated.",
         show_default=False,
     ),
 ]
@@ -40,19 +41,20 @@ METRICS = Annotated[
         min=1,
         max=65535,
         metavar="N",
-        help="Prometheus metrics on 127.0.0.1:N.",
+        help="Serve Prometheus metrics on 127.0.0.1:N.",
         show_default=False,
     ),
 ]
 RESUME = Annotated[
-    bool, typer.Option("--resume", help="Continue the run in --out after its last whole round.")
+    bool, typer.Option("--resume", help="Continue the run in --out after its last complete round.")
 ]
 SET = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="A value in place of study.toml's, such as training.rounds=4; may be repeated.",
+        help="Use this value instead of the one in study.toml, such as training.rounds=4; "
+        "may be repeated.",
         show_default=False,
     ),
 ]
@@ -63,21 +65,22 @@ SHARE = Annotated[
     typer.Option(
         "--share",
         metavar="CLASS=SHARE",
-        help="Of a class that the public records lack: its share of the sites' units, such as "
-        "'genetic changes=0.1', for the expected gain; may be repeated.",
+        help="For the expected gain: the share of the sites' units that are of a class "
+        "which the public records lack, such as 'genetic changes=0.1'; may be "
+        "repeated.",
         show_default=False,
     ),
 ]
 ANYWAY = Annotated[
     bool,
     typer.Option(
-        "--anyway", help="Also a study that is not expected to gain over public records alone."
+        "--anyway", help="Also run a study that is not expected to gain over public records alone."
     ),
 ]
 
 
 def shares_of(given: list[str] | None) -> dict[str, float]:
-    """Read the values of --share. Errors: ConfigError."""
+    """Parse the values of --share. Errors: ConfigError."""
     found: dict[str, float] = {}
     for text in given or ():
         name, _, share = text.rpartition("=")
@@ -100,9 +103,10 @@ def load(study: Path, settings: list[str] | None) -> Study:
 def say_what_to_expect(
     console: Console, study: Study, sizes: Sequence[int], *, every: bool = True
 ) -> None:
-    """Say before a study starts how long it will take, and warn of a δ that is too large for sites
-    of these declared sizes, or of a recipe's learning rate that no longer fits. every: whether
-    these are all of its sites, on which the rate depends."""
+    """Print before a study starts how long it will take; warn of a δ that is too large for sites of
+    these
+    declared sizes, or of a recipe's learning rate that no longer fits. every: whether these are all
+    sites of the study, on which the rate depends."""
     from fedtune.presets.duration import forecast
     from fedtune.presets.rate import rate_note
     from fedtune.report.delta import warning
@@ -120,8 +124,9 @@ def say_what_to_expect(
 
 
 def say_looks(console: Console, study: Study) -> None:
-    """Say of a study without a last round how often versions are compared, and which gain is found
-    on as many public records as there are now; nothing of them where they cannot be read here.
+    """Print, for a study without a last round, how often versions are compared, and which gain is
+    detected
+    on the present number of public records; print nothing of them if they cannot be read here.
 
     Errors: DataError (public records without the plan's columns of groups)."""
     if study.schedule is None or study.evaluation is None:
@@ -159,7 +164,7 @@ def say_looks(console: Console, study: Study) -> None:
 def say_expected_gain(
     console: Console, study: Study, sizes: Sequence[int], shares: Mapping[str, float]
 ) -> dict[str, Any] | None:
-    """Say what a study is expected to gain over public records alone; returns it for --json."""
+    """Print what a study is expected to gain over public records alone; return it for --json."""
     from rich.console import Console as Screen
 
     from fedtune.cli.watch import Watch
@@ -181,22 +186,23 @@ def say_expected_gain(
 
 
 def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
-    """Say what sites' records have paid before a run begins; on a terminal, ask before a study is
-    paid for a second time. Errors: InputError where nobody agrees."""
+    """Print what sites' records have paid before a run begins; on a terminal, ask before a study is
+    paid
+    for a second time. Errors: InputError if nobody agrees."""
     for site in paid:
         typer.echo(str(site))
     asks = ask and any(site.again for site in paid) and sys.stdin.isatty() and sys.stdout.isatty()
     if asks and not typer.confirm("pay again?"):
         raise InputError(
             "nothing was run, and nothing paid",
-            "a person who says yes",
-            "--resume goes on with a run that was broken off; --yes pays without a question",
+            "a person who agrees",
+            "to continue an interrupted run, use --resume; to pay without a question, use --yes",
         )
 
 
 @contextmanager
 def stopping(run: Path) -> Iterator[None]:
-    """Let Ctrl-C say what the run in this folder keeps."""
+    """On Ctrl-C, print what the run in this folder keeps."""
     try:
         yield
     except KeyboardInterrupt:

@@ -28,8 +28,8 @@ SITES = Annotated[
     typer.Option(
         "--sites",
         metavar="PATH",
-        help="A site.toml, or a folder that holds some; may be repeated. Each declares its data "
-        "public or generated. Without it: the study's own folder.",
+        help="A site.toml, or a folder of them; may be repeated. Each must declare its "
+        "data public or generated. Default: the study's folder.",
     ),
 ]
 TRIALS = Annotated[
@@ -38,7 +38,7 @@ TRIALS = Annotated[
         min=1,
         max=1000,
         metavar="N",
-        help="At most so many. Without it: 5 learning rates, or every combination of --set.",
+        help="Maximum number of trials. Default: 5 learning rates, or every combination of --set.",
         show_default=False,
     ),
 ]
@@ -47,8 +47,8 @@ SETTINGS = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=A,B,…",
-        help="Values to try in place of study.toml's; may be repeated. Without several values: "
-        "training.learning_rate around the plan's.",
+        help="Values to try instead of the one in study.toml; may be repeated. If no key "
+        "has several values, learning rates around the plan's are tried.",
         show_default=False,
     ),
 ]
@@ -56,8 +56,8 @@ RECORDS = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Public records to choose by, with [evaluation]'s columns, if there is no "
-        "[selection]: those of [evaluation] choose nothing.",
+        help="Public records to choose by, with the columns of [evaluation], for a study "
+        "without [selection]. The records of [evaluation] are never chosen by.",
         show_default=False,
     ),
 ]
@@ -65,7 +65,7 @@ OUT = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Where the trials go. Without it: runs/NAME-tune.",
+        help="Folder for the trials. Default: runs/NAME-tune.",
         show_default=False,
     ),
 ]
@@ -84,9 +84,9 @@ def tune(
     records: RECORDS = None,
     out: OUT = None,
 ) -> dict[str, Any]:
-    """Search settings on public or generated data, where a trial costs no hospital its budget.
+    """Search settings on public or generated data, where a trial costs no hospital's budget.
 
-    Each trial is a run like any other, in DIR/trial-NN; finished ones are read, not run again."""
+    Each trial is an ordinary run in DIR/trial-NN; finished trials are read, not run again."""
     from fedtune.core.config import load_sites, load_study
     from fedtune.launch.tune import _values
     from fedtune.launch.tune import tune as search

@@ -1,4 +1,4 @@
-"""Commands that read a finished run: measure it, write with it, choose its version."""
+"""Commands that use a finished run: evaluate, predict, generate, and choose its version."""
 
 from __future__ import annotations
 
@@ -27,19 +27,21 @@ def add_to(app: typer.Typer, panel: str) -> None:
 
 def evaluate(
     run: RUN_FOLDER,
-    data: Annotated[Path, typer.Option(metavar="FILE", help="Records: .jsonl, .csv or .parquet.")],
+    data: Annotated[
+        Path, typer.Option(metavar="FILE", help="A file of records: .jsonl, .csv or .parquet.")
+    ],
     metric: Annotated[
         MetricName | None,
         typer.Option(
             metavar="METRIC",
-            help=f"One of {', '.join(get_args(MetricName))}. Without it: the study's own.",
+            help=f"One of {', '.join(get_args(MetricName))}. Default: the metric of the study.",
             show_default=False,
         ),
     ] = None,
     choices: Annotated[
         list[str] | None,
         typer.Option(
-            "--choice", metavar="TEXT", help="accuracy, f1: a possible completion; repeat it."
+            "--choice", metavar="TEXT", help="accuracy, f1: a possible completion; may be repeated."
         ),
     ] = None,
     columns: Annotated[
@@ -47,11 +49,12 @@ def evaluate(
         typer.Option(
             "--column",
             metavar="KEY=NAME",
-            help="prompt=question: the file's name for a part; repeat it. Without: the study's.",
+            help="A part of a record and its column in the file, such as prompt=question; "
+            "may be repeated. Default: the columns of the study.",
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Measure base and adapter on records of your own, with 95 % intervals."""
+    """Measure base and adapter on your own records, with 95 % intervals."""
     from fedtune.cli.console import evaluation_table, print_verdict
 
     with Console().status("measuring base and adapter"):
@@ -72,7 +75,8 @@ PREDICT_OUT = Annotated[
     typer.Option(
         "--out",
         metavar="FILE",
-        help="All predictions, a row each: .csv, .jsonl or .parquet. Without: a short table.",
+        help="File for all predictions, one row each: .csv, .jsonl or .parquet. Default: "
+        "a short table on the screen.",
         show_default=False,
     ),
 ]
@@ -83,8 +87,8 @@ PREDICT_IDS = Annotated[
     typer.Option(
         "--id",
         metavar="COLUMN",
-        help="A column of the file that goes with each prediction, such as a key to join them by; "
-        "repeat it.",
+        help="A column of the file to copy into each prediction, such as a key to join "
+        "them by; may be repeated.",
     ),
 ]
 
@@ -95,7 +99,8 @@ def predict(
         Path,
         typer.Option(
             metavar="FILE",
-            help="Records: .jsonl, .csv or .parquet; .txt: one text a line. No label is read.",
+            help="A file of records: .jsonl, .csv or .parquet, or .txt with one text per "
+            "line. Labels are not read.",
         ),
     ],
     out: PREDICT_OUT = None,
@@ -104,8 +109,8 @@ def predict(
         typer.Option(
             "--choice",
             metavar="TEXT",
-            help="Of a run without a head: a completion to choose from; repeat it. "
-            "Without: the study's.",
+            help="For a run without a head: a completion to choose from; may be repeated. "
+            "Default: the choices of the study.",
         ),
     ] = None,
     columns: Annotated[
@@ -113,24 +118,28 @@ def predict(
         typer.Option(
             "--column",
             metavar="KEY=NAME",
-            help="text=note: the file's name for a part; repeat it. Without: the study's.",
+            help="A part of a record and its column in the file, such as text=note; may "
+            "be repeated. Default: the columns of the study.",
         ),
     ] = None,
     ids: PREDICT_IDS = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="All of it as JSON, instead of the table.")
+        bool, typer.Option("--json", help="Print everything as JSON instead of the table.")
     ] = False,
 ) -> None:
     """Predict the label of each record, or a reward's score, with a run's head or choices.
 
-    One row for each record of the file, in its order: its number, the columns named by --id, the
-    label, the probability of each label, and the reason where a record cannot be used."""
+    The output has one row for each record of the file, in order: its number, the columns named by
+    --id,
+    the label, the probability of each label, and the reason if a record cannot be used."""
     from fedtune.cli.console import predictions_table
     from fedtune.core.errors import ConfigError
     from fedtune.evaluation.predictions import check_out
 
     if out and check_out(out).resolve() == data.resolve():
-        raise ConfigError(f"{out}: holds the records", "another file", "choose another --out")
+        raise ConfigError(
+            f"{out}: is the file of the records", "another file", "choose another --out"
+        )
     with Console(stderr=as_json).status("predicting"):
         from fedtune.evaluation.predict import predict as compute
         from fedtune.runs.run import Run
@@ -156,18 +165,19 @@ def versions(
             "--rollback",
             min=0,
             metavar="N",
-            help="Release version N again, and nothing else until --unpin.",
+            help="Release version N again, and no other version until --unpin.",
             show_default=False,
         ),
     ] = None,
     unpin: Annotated[
-        bool, typer.Option("--unpin", help="After a rollback: release better versions again.")
+        bool,
+        typer.Option("--unpin", help="After a rollback: let better versions be released again."),
     ] = False,
 ) -> dict[str, Any]:
     """List the versions of a study with a [schedule], and choose which one is released.
 
-    RUN/adapter is always the released one, and the report is of it: after a choice it is measured
-    on the public records. The study may go on meanwhile."""
+    RUN/adapter is always the released version, and the report describes it: after a choice it is
+    measured on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.core.errors import ConfigError, InputError
     from fedtune.core.run_folder import read_report
@@ -177,7 +187,7 @@ def versions(
     from fedtune.server.versions import Versions
 
     if rollback is not None and unpin:
-        raise ConfigError("--rollback and --unpin", "one of the two")
+        raise ConfigError("--rollback and --unpin are both given", "only one of the two")
     book = Versions(run)
     signed_by = key_of(run) if rollback is not None or unpin else None
     acts = coordinator_log(run) if rollback is not None or unpin else None
@@ -216,7 +226,7 @@ GENERATE_CHAT = Annotated[
     bool | None,
     typer.Option(
         "--chat/--plain",
-        help="Put it into the model's chat template, or not. Without: as in training.",
+        help="Whether to put the prompt into the model's chat template. Default: as in training.",
         show_default=False,
     ),
 ]
@@ -224,9 +234,13 @@ GENERATE_CHAT = Annotated[
 
 def generate(
     run: RUN_FOLDER,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to continue or answer.")] = "",
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="The prompt to continue or answer.")
+    ] = "",
     file: GENERATE_FILE = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many.")] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")
+    ] = 64,
     chat: GENERATE_CHAT = None,
 ) -> dict[str, Any]:
     """Let the base and the adapter answer the same prompt, side by side."""
@@ -243,15 +257,19 @@ def generate(
 
 def answers(
     run: RUN_FOLDER,
-    count: Annotated[int, typer.Option(min=1, max=20, metavar="N", help="So many prompts.")] = 4,
+    count: Annotated[int, typer.Option(min=1, max=20, metavar="N", help="Number of prompts.")] = 4,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Of text: at most so many.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Maximum number of new tokens in an answer that is text."
+        ),
     ] = 64,
 ) -> dict[str, Any]:
     """Let the base and the adapter answer a few of the study's own public prompts.
 
-    The prompts are rows of [evaluation], spread evenly over the file. Prompts and answers are
-    kept in RUN/answers.json, which the dashboard shows; no export and no release takes it along."""
+    The prompts are rows of [evaluation], spread evenly over the file. Prompts and answers are kept
+    in
+    RUN/answers.json, which the dashboard shows; export and release never copy it."""
     from fedtune.cli.console import answers_table
 
     with Console().status("answering"):

@@ -1,4 +1,4 @@
-"""The command that checks what a run's folder proves."""
+"""The command that verifies a run's folder."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ TRUST = Annotated[
     str,
     typer.Option(
         metavar="FINGERPRINT",
-        help="The consortium's, as its coordinator reads it out: one copied from the folder or "
-        "from this command proves nothing. Without it nobody is trusted.",
+        help="The consortium's fingerprint, as its coordinator read it out. A fingerprint "
+        "that was copied from the folder or from this command proves nothing. "
+        "Without it no signature is trusted.",
         show_default=False,
     ),
 ]
@@ -36,7 +37,7 @@ SITES = Annotated[
     typer.Option(
         "--site",
         metavar="NAME=FINGERPRINT",
-        help="A site's, as it reads it out; repeat it.",
+        help="A site's fingerprint, as the site read it out; may be repeated.",
     ),
 ]
 APPROVED = Annotated[
@@ -44,7 +45,7 @@ APPROVED = Annotated[
     typer.Option(
         "--approved",
         metavar="FINGERPRINT",
-        help="Of a dossier: refuse it unless this approver's key signed; repeat it.",
+        help="For a dossier: refuse it unless this approver's key signed it; may be repeated.",
     ),
 ]
 
@@ -53,7 +54,7 @@ SIMULATION = Annotated[
     bool,
     typer.Option(
         "--simulation",
-        help="Of a simulation, for which nobody vouches: end with 0 if nothing was changed.",
+        help="For a simulation, for which nobody vouches: exit with 0 if nothing was changed.",
     ),
 ]
 
@@ -70,39 +71,43 @@ def verify(
     sites: SITES = None,
     approved: APPROVED = None,
     simulation: SIMULATION = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
 
-    Of a dossier also that each of its figures is the run's, and who approved it.
-
-    Offline, from the folder alone. Anything that was changed is named: exit 2. A folder carries its
-    own keys, so it only proves something to who knows whose they are: without --trust, or signed by
-    somebody else, exit 3. A simulation's key is nobody's: exit 3, whatever --trust says."""
+    For a dossier, also verify that each of its figures is the run's, and who approved it. This
+    works
+    offline, from the folder alone. Everything that was changed is named: exit code 2. A folder
+    carries
+    its own keys, so it proves something only to a reader who knows whose they are: without --trust,
+    or
+    if somebody else signed, exit code 3. Nobody vouches for a simulation's key: exit code 3,
+    whatever
+    --trust says."""
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence.verify import verify as check
 
     pairs = dict(text.partition("=")[::2] for text in sites or ())
     if not all(pairs.values()):
-        raise ConfigError("--site: no fingerprint", "NAME=FINGERPRINT")
+        raise ConfigError("--site without a fingerprint", "NAME=FINGERPRINT")
     found = check(path, trust, pairs)
     _check_approved(path, found, approved or [])
     typer.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else _lines(found))
     if found.simulated and not simulation:
         raise Refused(
-            "unchanged, and a simulation: anybody can sign such a folder, so nobody vouches for it",
+            "unchanged, but a simulation: anybody can sign such a folder, so nobody vouches for it",
             "a consortium's run",
-            "--simulation, where it is enough that nothing was changed",
+            "use --simulation if it is enough to know that nothing was changed",
         )
     if not (found.trusted or found.simulated):
         raise Refused(
             "consistent, signer unknown: whoever made this folder may have made its keys too",
-            "--trust FINGERPRINT, read out by the coordinator, not copied from here",
+            "give --trust FINGERPRINT as the coordinator reads it out, not copied from here",
         )
 
 
 def _signer_lines(found: Verified) -> list[str]:
-    """Say whose key signed, and what the fingerprint that was given proves."""
+    """Say whose key signed, and what the given fingerprint proves."""
     if found.simulated:
         return [f"signed by    a simulation's own key {found.signer}: anybody can make one"]
     lines = [f"signed by    the coordinator of consortium {found.signer}"]
@@ -119,7 +124,10 @@ def _check_approved(path: Path, found: Verified, wanted: list[str]) -> None:
     have = [one["fingerprint"] for one in found.dossier.get("approvals", ())]
     for fingerprint in wanted:
         if not any(match_fingerprints(fingerprint, one) for one in have):
-            raise Refused(f"{path}: nobody with the key {fingerprint} approved it", "an approval")
+            raise Refused(
+                f"{path}: nobody with the key {fingerprint} approved it",
+                "a dossier that this key approved",
+            )
 
 
 def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
@@ -139,7 +147,7 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
 
 
 def _absent_lines(found: Verified) -> list[str]:
-    """Say what of the plan is not in the folder, and what it would cost."""
+    """Say which sites or rounds of the plan are not in the folder, and what they would cost."""
     from fedtune.core.registry.rounding import rounded_up
 
     lines = []

@@ -1,4 +1,4 @@
-"""A run while it goes on: a bar and the lines that stay; without a terminal, plain lines."""
+"""Show a running study: a progress bar and permanent lines; without a terminal, plain lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINKS = ("admitted", "revoked", "connected", "disconnected")  # with a name: at 
 
 @dataclass(frozen=True)
 class Cell:
-    """A column of the table of rounds and what a round has in it."""
+    """A column of the table of rounds, and how a round's cell in it is written."""
 
     head: str
     text: str
@@ -36,10 +36,11 @@ class Cell:
 
 
 class Watch:
-    """Draws the events of a run (`on_event`); use as a context manager. Where no terminal is, the
-    bar's words are lines, each once and at most every LINE_SECONDS as they go on.
+    """Draws the events of a run (`on_event`); use it as a context manager. Without a terminal, the
+    bar's
+    words are printed as lines, each once and at most every LINE_SECONDS while they continue.
 
-    hold: refusals wait for the end of the run, which may say them itself.
+    hold: print refusals at the end of the run, which may report them itself.
     Site names and reasons come from other machines: they are shown as plain text."""
 
     def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
@@ -85,7 +86,8 @@ class Watch:
         self._release_held(str(error))
 
     def _long(self, step: Step) -> None:
-        """A report of a long step: in a pipe a line where there was none for QUIET_SECONDS."""
+        """Show a report of a long step; without a terminal, print a line every QUIET_SECONDS at
+        most."""
         now, text = time.monotonic(), step.text
         self._rounds.hear(step, now)
         seconds = self._step.estimate_remaining(step, now)
@@ -126,7 +128,7 @@ class Watch:
             self._other(event, data)
 
     def _other(self, event: str, data: dict[str, Any]) -> None:
-        """Any other step: {"text", "done", "total"}, each optional."""
+        """Show any other step: {"text", "done", "total"}, each optional."""
         text = str(data.get("text") or event)
         done, total = data.get("done"), data.get("total")
         count = f"{done:,}/{total:,}" if done is not None and total else ""
@@ -156,7 +158,9 @@ class Watch:
                 self.console.print(line, style="yellow", markup=False, soft_wrap=True)
 
     def _print_line(self, text: str, share: str = "") -> None:
-        """share: in per cent, since a service's log keeps no count of a site's records."""
+        """Without a terminal, print a line of progress. share: in per cent, since a service's log
+        keeps no count of a site's
+        records."""
         if self.console.is_terminal:
             return
         now = time.monotonic()
@@ -166,7 +170,7 @@ class Watch:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _stay(self, text: str, style: str | None = None) -> None:
-        """Print what stays on a terminal too."""
+        """Print a line that stays on a terminal too."""
         for line in text.split("\n"):
             self.console.print(
                 line.rstrip(), style=style, markup=False, highlight=False, soft_wrap=True
@@ -186,14 +190,15 @@ class Watch:
         )
 
     def _describe_time_left(self, left: int, data: dict[str, Any]) -> str:
-        """The time that the rounds to come will take, at most: public records that choose each
-        step may end the study before its last round."""
+        """Return the most time that the remaining rounds will take: public records that choose each
+        step may
+        end the study before its last round."""
         seconds = self._rounds.end_round(left, time.monotonic())
         bound = "≤ " if data.get("selection") else ""
         return f"{bound}{duration(seconds)}" if seconds else ""
 
     def _show_answer(self, event: str, data: dict[str, Any]) -> None:
-        """What a site did: a line that stays, and the bar waits again."""
+        """Show what a site did in a line that stays; the bar then waits again."""
         bad = data.get("status") in ("refused", "failed", "waiting") or event != "answered"
         bad = bad or data.get("signed") is False
         line = " ".join(str(data.get("text") or event).split())

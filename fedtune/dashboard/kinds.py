@@ -30,7 +30,7 @@ def page_of(path: Path, trust: str = "") -> Page:
     if why := reading.refuse_path(path):
         raise InputError(f"{str(path)[:80]}: {why}", EXPECTED)
     if not path.exists():
-        raise InputError(f"{path}: not there", EXPECTED, "look again")
+        raise InputError(f"{path}: not there", EXPECTED, "check the path")
     if path.is_file() and path.suffix == ".toml":
         return SitePage(path)
 
@@ -48,5 +48,7 @@ def page_of(path: Path, trust: str = "") -> Page:
     if path.is_dir() and any(True for _ in runs_in(path)):
         return RunsPage(path, trust)
     raise InputError(
-        f"{path}: nothing to show there", EXPECTED, "name the folder that a run printed"
+        f"{path}: holds nothing that the dashboard shows",
+        EXPECTED,
+        "name the folder that a run printed",
     )

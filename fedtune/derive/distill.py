@@ -67,7 +67,9 @@ def distill(
     first = _first_study(teachers)
     models = [load(run.folder) for run in teachers]
     if (student is None) == (layers is None):
-        raise ConfigError("both or neither of --student and --layers", "exactly one of the two")
+        raise ConfigError(
+            "--student and --layers are both given, or neither", "exactly one of the two"
+        )
     read_prompts = read(prompts)
     with told(on_event), new_folder(out) as draft:
         kept_layers = None
@@ -105,7 +107,8 @@ def _first_study(teachers: Sequence[Run]) -> Study:
     objective = resolve(study.objective)
     if objective.scores:
         raise ConfigError(
-            f"{teachers[0].folder}: a reward model teaches no answers", "a model that answers"
+            f"{teachers[0].folder}: a reward model gives no answers to learn",
+            "a run whose model answers",
         )
     return study
 
@@ -120,8 +123,9 @@ def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
     for model in models:
         if model.tokenizer.get_vocab() != vocabulary:
             raise ConfigError(
-                f"the student {base.name} and the teacher {model.base.name} have other tokens",
-                "one tokenizer",
+                f"the student {base.name} and the teacher {model.base.name} have "
+                "different tokenizers",
+                "the same tokenizer",
                 "choose a student of the same family, or --layers",
             )
 

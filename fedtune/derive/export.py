@@ -46,7 +46,9 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
     `out` exists; the format cannot hold it), ModelError, InfrastructureError."""
     stored = stored or ("float32" if to == "hf" else "float16")
     if to == "hf" and stored == "q8_0":
-        raise ConfigError("--dtype q8_0: a storage of GGUF", "float32, bfloat16 or float16")
+        raise ConfigError(
+            "--dtype q8_0 is a number format of GGUF only", "float32, bfloat16 or float16"
+        )
     out = Path(out)
     if out.exists():
         raise ConfigError(f"{out}: exists", "a new name", "choose another --out")
@@ -85,7 +87,7 @@ def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
     predict = f"`fedtune predict {run.folder} --data FILE` uses it as it is"
     if headed and to == "gguf":
         raise ConfigError(
-            f"{run.folder}: trained a head, which is no part of a language model",
+            f"{run.folder}: trained a head, which a language model cannot hold",
             "a run of a language model, or --to hf",
             predict,
         )

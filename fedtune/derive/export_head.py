@@ -78,10 +78,10 @@ def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
     loaded = load(run.folder, dtype=torch.float32)
     if loaded.base.kind not in ("encoder", "causal") or loaded.head is None:
         raise ConfigError(
-            f"{run.folder}: its base reads images or recordings, which no classifier of "
-            "transformers does",
+            f"{run.folder}: its base reads images or recordings, for which "
+            "transformers has no classifier",
             "a run of a text base",
-            f"`fedtune predict {run.folder} --data FILE` uses it as it is",
+            f"use it as it is: `fedtune predict {run.folder} --data FILE`",
         )
     labels = _labels(run, loaded)
     tokenizer = _tokenizer(loaded, run, bool(labels))

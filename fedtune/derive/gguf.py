@@ -52,7 +52,7 @@ def write_gguf(
     for name, tensor in _tensors(folder, config):
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
         if gguf_name is None:
-            raise ConfigError(f"tensor {name}: GGUF has no name for it", "a plain Llama")
+            raise ConfigError(f"tensor {name}: GGUF has no name for it", "a plain Llama model")
         _add(writer, gguf_name, tensor, stored)
     if (frequencies := _rope_factors(config)) is not None:
         writer.add_tensor("rope_freqs.weight", frequencies)
@@ -238,8 +238,8 @@ def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
         if parts[0].get("behavior") == "Isolated" and pattern in _SPLITS:
             return _SPLITS[pattern]
     raise ConfigError(
-        "GGUF: llama.cpp has no name for this tokenizer's way of splitting text",
-        "a byte-level BPE as SmolLM2, Llama 3, Qwen 2 or GPT-2 have it",
+        "GGUF: llama.cpp has no name for the way in which this tokenizer splits text",
+        "a byte-level BPE like that of SmolLM2, Llama 3, Qwen 2 or GPT-2",
         "export --to hf, then llama.cpp's own convert_hf_to_gguf.py",
     )
 

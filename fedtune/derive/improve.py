@@ -97,7 +97,7 @@ def improve(
     InfrastructureError."""
     out, settings = Path(out), settings or RlooSettings()
     if not max_kl > 0:
-        raise ConfigError(f"--max-kl {max_kl}", "nats above 0")
+        raise ConfigError(f"--max-kl {max_kl}", "a number of nats above 0")
     dtype = dtype_of("auto")  # of the bases; adapters and head stay in fp32
     policy, start = (load(run.folder, dtype=dtype, trainable=learns) for learns in (True, False))
     judge = load(reward_run.folder, dtype=dtype)
@@ -140,7 +140,9 @@ def _no_better_checkpoint(max_kl: float, settings: RlooSettings) -> Refused:
 
 def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -> Study:
     if not policy.adapted or resolve(run.study.objective).outputs:
-        raise ConfigError(f"{run.folder}: no run that writes", "a finished run with an adapter")
+        raise ConfigError(
+            f"{run.folder}: not a run that can generate text", "a finished run with an adapter"
+        )
     if judge.study is None or not resolve(judge.study.objective).scores:
         raise ConfigError(
             f"{reward_run.folder}: no reward model", "a finished run of objective reward"
@@ -160,7 +162,7 @@ def _split_prompts(
     ]
     prompts.about["too_long"] = len(prompts.records) - len(fit)
     if len(fit) < 4:
-        raise DataError(f"{len(fit)} prompts leave room for an answer", "at least 4")
+        raise DataError(f"only {len(fit)} prompts leave room for an answer", "at least 4")
     order = np.random.default_rng(settings.seed).permutation(len(fit)).tolist()
     held_out_count = max(1, round(HELD_OUT * len(fit)))
     return [fit[i] for i in order[held_out_count:]], [fit[i] for i in order[:held_out_count]]

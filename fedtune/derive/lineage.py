@@ -24,7 +24,7 @@ def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ())
     raise Refused(
         f'the {role} is a run with privacy = "off" ({model.digest})',
         "a base, or a run that was trained under (ε, δ)",
-        "if it never saw a private record, declare its digest as public",
+        "if it never saw a private record, declare its digest public",
     )
 
 

@@ -128,16 +128,17 @@ def _check_same_base(parents: Sequence[Parent]) -> None:
             raise ConfigError(
                 f"{both}: trained on different bases ({mine}, {other})",
                 "runs whose plans pin the same base.digest",
-                "an adapter is a difference from its own base and means nothing on another",
+                "an adapter is a change of its own base, and has no meaning on another",
             )
         if parent.study.base.quantisation != first.study.base.quantisation:
-            raise ConfigError(f"{both}: bases quantised in other ways")
+            raise ConfigError(f"{both}: their bases are quantised in different ways")
     folder_by_digest: dict[str, Path] = {}
     for parent in parents:
         digest, folder = lora.digest(parent.arrays), parent.run.folder
         if digest in folder_by_digest:
             raise ConfigError(
-                f"{folder_by_digest[digest]} and {folder}: hold the same adapter", "two"
+                f"{folder_by_digest[digest]} and {folder}: hold the same adapter",
+                "two different adapters",
             )
         folder_by_digest[digest] = folder
 
@@ -246,7 +247,7 @@ def _moments(parent: Parent) -> Moments:
         raise ConfigError(
             f"{parent.run.folder}: regmean needs the public text of its study",
             "a [public] table, and its file on this machine",
-            "merge where the study ran, or by another method",
+            "merge on the machine where the study ran, or use another method",
         )
     network = build(_with_saved_factor(study, parent.table))
     text = load_dataset(study.public, study, network.tokenizer, labelled=False)

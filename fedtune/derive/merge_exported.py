@@ -108,19 +108,21 @@ def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
         raise ConfigError(f"{len(folders)} model given", "two or more to merge")
     if not all(map(is_exported, folders)):
         odd = next(folder for folder in folders if not is_exported(folder))
-        raise ConfigError(f"{odd}: no exported model", "runs alone, or exported models alone")
+        raise ConfigError(f"{odd}: not an exported model", "only runs, or only exported models")
     if any(map(_classifies, folders)):
         raise ConfigError(
-            "an exported classifier: its head is part of its weights",
+            "an exported classifier cannot be merged: its head is part of its weights",
             "exported language models",
         )
     reports = [read_report(folder, "base", "base.name", "base.digest") for folder in folders]
     if len({report_body["base"]["digest"] for report_body in reports}) != 1:
         raise ConfigError(
-            "the models were made of different bases", "exported runs of one base.digest"
+            "the models were made from different bases", "exported runs of one base.digest"
         )
     if any(report_body["base"].get("quantisation") for report_body in reports):
-        raise ConfigError("a model of a quantised base: its differences are from other weights")
+        raise ConfigError(
+            "a model of a quantised base cannot be merged: it differs from other weights"
+        )
     return reports
 
 
@@ -142,11 +144,11 @@ def _run_mergekit(
     Errors: ConfigError (no such method for whole models, or mergekit is missing)."""
     if method not in _NAMES:
         raise ConfigError(
-            f"--method {method}: works on adapters", f"one of {', '.join(_NAMES)}",
-            "merge the runs themselves, before they are exported",
+            f"--method {method} works on adapters only", f"one of {', '.join(_NAMES)}",
+            "merge the runs themselves before they are exported",
         )  # fmt: skip
     if method == "slerp" and len(models) != 2:
-        raise ConfigError("slerp: an arc has two ends", "two models", "use linear")
+        raise ConfigError("slerp merges exactly two models", "two models", "use linear")
     try:
         with warnings.catch_warnings():  # of its own use of NumPy's inner names
             warnings.simplefilter("ignore", DeprecationWarning)

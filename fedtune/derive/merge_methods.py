@@ -49,7 +49,7 @@ class Adapter:
             if not match:
                 raise ConfigError(
                     f"an adapter holds {name.removesuffix('.weight')}, which cannot be merged",
-                    "LoRA adapters alone",
+                    "adapters with LoRA layers only",
                     "heads of two studies name different classes: keep the runs apart",
                 )
             parts.setdefault(match[1], {})[match[2]] = torch.from_numpy(np.array(array))
@@ -108,27 +108,31 @@ def densities_of(density: float | Sequence[float], adapters: int) -> list[float]
     given = [density] if isinstance(density, int | float) else list(density)
     if len(given) not in (1, adapters):
         raise ConfigError(
-            f"{len(given)} densities for {adapters} adapters", "one, or one for each in their order"
+            f"{len(given)} densities for {adapters} adapters",
+            "one density, or one for each adapter in order",
         )
     for share in given:
         if not 0 < share <= 1:
-            raise ConfigError(f"density = {share}", "above 0, at most 1")
+            raise ConfigError(f"density = {share}", "a share above 0 and at most 1")
     return given * (adapters if len(given) == 1 else 1)
 
 
 def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: Method) -> None:
     if len(adapters) < 2 or len(weights) != len(adapters):
         raise ConfigError(
-            f"{len(adapters)} adapters and {len(weights)} weights", "two or more, one weight each"
+            f"{len(adapters)} adapters and {len(weights)} weights",
+            "two or more adapters, and one weight for each",
         )
     if not all(math.isfinite(w) for w in weights):
         raise ConfigError("weights: not finite", "a number for each adapter")
     if method == "slerp" and (len(adapters) != 2 or min(weights) < 0 or sum(weights) <= 0):
         raise ConfigError(
-            "slerp: an arc has two ends", "two adapters with weights of at least 0", "use linear"
+            "slerp merges exactly two adapters",
+            "two adapters with weights of at least 0",
+            "use linear",
         )
     if method == "regmean" and min(weights) <= 0:
-        raise ConfigError("regmean: weights say how much each adapter counts", "above 0")
+        raise ConfigError("regmean: a weight is how much an adapter counts", "weights above 0")
 
 
 def _zero_update(like: Factors) -> Factors:

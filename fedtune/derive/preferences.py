@@ -172,7 +172,7 @@ def write_preferences(
         report("writing and judging", number + 1, len(records))
     if not lines:
         counts = ", ".join(f"{n} {reason}" for reason, n in left_out.most_common())
-        raise DataError(f"{file.path}: no preference came out ({counts})", "at least 1")
+        raise DataError(f"{file.path}: gave no preference pair ({counts})", "at least 1 pair")
     about = {
         "unit": unit,
         "preferences": len(lines),
@@ -202,7 +202,7 @@ def preference(
     if not first.strip() or not second.strip():
         raise Rejected("an empty answer")
     if first == second:
-        raise Rejected("two answers alike")
+        raise Rejected("two equal answers")
     margin = judge.margin(record.prompt, first, second)
     if margin == 0 or margin != margin:
         raise Rejected("no preference")
@@ -216,5 +216,7 @@ def _text(writer: LoadedModel, ids: list[int]) -> str:
 
 def _require_writer(model: LoadedModel, role: str) -> LoadedModel:
     if model.base.kind != "causal" or model.head is not None:
-        raise ConfigError(f"the {role} {model.base.name} writes no text", "a language model")
+        raise ConfigError(
+            f"the {role} {model.base.name} does not generate text", "a language model"
+        )
     return model

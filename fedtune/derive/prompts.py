@@ -30,7 +30,7 @@ def read(file: PublicTable) -> Prompts:
 
     Errors: DataError (file), ConfigError (no licence, no prompt column)."""
     if not file.licence.strip():
-        raise ConfigError("--licence is empty", "under what the prompts may be used, e.g. CC0-1.0")
+        raise ConfigError("--licence is empty", "the licence of the prompts, such as CC0-1.0")
     if file.columns.messages or not (file.columns.prompt or file.columns.text):
         raise ConfigError("the prompts have no prompt column", "--column prompt=NAME")
     records, rejected = read_records(file, labelled=False)
@@ -40,7 +40,7 @@ def read(file: PublicTable) -> Prompts:
         for part in (record.prompt, record.completion):
             digest.update(hashlib.sha256(part.encode()).digest())
     if len(records) < 4:
-        raise DataError(f"{file.path}: {len(records)} usable prompts", "at least 4")
+        raise DataError(f"{file.path}: {len(records)} usable prompts", "at least 4 prompts")
     about = {
         "digest": "sha256:" + digest.hexdigest(),
         "licence": file.licence,

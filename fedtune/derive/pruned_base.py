@@ -37,7 +37,7 @@ def write_pruned_base(
     layer_list = getattr(holder, name)
     total = len(layer_list)
     if not 1 < layers < total:
-        raise ConfigError(f"--layers {layers}: {base.name} has {total}", f"2 to {total - 1}")
+        raise ConfigError(f"--layers {layers}: {base.name} has {total}", f"2 to {total - 1} layers")
     dropped = range(layers - 1, total - 1)
     if texts and supports_refit(model):
         pruned = choose_pruned_layers(model, total - layers, texts)
@@ -62,4 +62,4 @@ def _layers(model: nn.Module, base: Base) -> tuple[Any, str]:
         holder = getattr(model, path, None)
         if isinstance(getattr(holder, name, None), nn.ModuleList):
             return holder, name
-    raise ModelError(f"{base.name}: not an architecture whose layers can be left out")
+    raise ModelError(f"{base.name}: layers of this architecture cannot be dropped")

@@ -56,8 +56,8 @@ def write_all(
             if "probability tensor" not in str(error):
                 raise
             raise ModelError(
-                f"{model.base.name}: what it computes is not finite",
-                "a whole model",
+                f"{model.base.name}: its outputs are not finite",
+                "an intact model",
                 "fetch or copy it again",
             ) from None
     completions = [_until_eos(model, row[width:].tolist()) for row in out]

@@ -89,7 +89,7 @@ def secrets(files: Iterable[Path]) -> str:
         if path.stat().st_mode & OPEN:
             raise ConfigError(
                 f"{path}: other users can read it",
-                "a file for this user alone",
+                "a file that only this user can read",
                 "treat it as lost, or chmod 600 if nobody else was on this machine",
             )
     return f"{len(existing)} files, for this user alone"

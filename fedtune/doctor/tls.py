@@ -46,7 +46,7 @@ def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
     except (ssl.SSLError, ValueError):
         raise InfrastructureError(
             f"{address}: answers, but not as a gateway does", "TLS 1.3 with a certificate",
-            "another program has that port, or a proxy stands before it",
+            "another program uses that port, or a proxy stands in between",
         ) from None  # fmt: skip
     except (OSError, EOFError):
         raise InfrastructureError(
@@ -77,8 +77,8 @@ def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[i
         ) from None
     except (OSError, EOFError, h11.ProtocolError):
         raise InfrastructureError(
-            f"{address}: hangs up on this site",
-            "a certificate of this site that it takes",
+            f"{address}: closes the connection to this site",
+            "a certificate of this site that the gateway accepts",
             "see `certificate` above; the coordinator's flower/gateway.log has the reason",
         ) from None
 
@@ -122,11 +122,11 @@ def certificate(
         leaf.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
         raise ConfigError(
-            "not signed by this consortium's CA", "one that it signed", todo
+            "not signed by this consortium's CA", "a certificate that this CA signed", todo
         ) from None
     if now < start:
         raise ConfigError(
-            f"{span}: not yet", f"a clock that is right; here it is {now:%Y-%m-%d %H:%M}",
+            f"{span}: not valid yet", f"a correct clock; this machine's shows {now:%Y-%m-%d %H:%M}",
             "set the clocks of both ends (NTP)",
         )  # fmt: skip
     if now > end:

@@ -61,14 +61,17 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
     ModelError, InfrastructureError (disk)."""
     study = run.study
     if (table := study.evaluation) is None:
-        raise ConfigError(f"{run.folder}: its study has no [evaluation] records", "some")
+        raise ConfigError(
+            f"{run.folder}: its study has no [evaluation] records",
+            "a study with [evaluation] records",
+        )
     objective = resolve(study.objective)
     labelled = objective.record_format == "label"
     if table.columns.media or (objective.outputs and not labelled):
         raise ConfigError(
-            f"{run.folder}: is not asked in words, or answers with a score",
+            f"{run.folder}: its prompts are not text, or its answers are scores",
             "a run of text that answers with text, or with one of its labels or choices",
-            f"`fedtune predict {run.folder} --data FILE` shows what it makes of records",
+            f"to see its predictions: `fedtune predict {run.folder} --data FILE`",
         )
     asked = choose_rows(DataFile(path=table.path, columns=table.columns), count)
     if labelled or len(table.choices) > 1:
@@ -99,7 +102,7 @@ def choose_rows(file: DataFile, count: int) -> list[Asked]:
     keys = {f"evaluation.columns.{part}": str(name) for part, name in parts.items() if name}
     usable = list(_select_usable(columns, list(rows(file.path, keys))))
     if not usable:
-        raise DataError(f"{file.path}: no row has a prompt of one turn", "at least one")
+        raise DataError(f"{file.path}: no row has a prompt of one turn", "at least one such row")
     count = min(count, len(usable))
     return [usable[n * len(usable) // count] for n in range(count)]
 

@@ -111,10 +111,13 @@ def _by_class(shares: Mapping[str, float], labels: Sequence[str]) -> dict[int, f
     for name, share in shares.items():
         if name not in labels:
             raise ConfigError(
-                f"--share {name}: no class of the plan", f"one of {', '.join(labels)}"
+                f"--share {name}: not a class of the plan", f"one of {', '.join(labels)}"
             )
         if not 0 < share < 1:
-            raise ConfigError(f"--share {name}={share:g}", "more than 0 and less than 1")
+            raise ConfigError(f"--share {name}={share:g}", "a share above 0 and below 1")
     if sum(shares.values()) >= 1:
-        raise ConfigError("the shares add up to 1 or more", "less than 1: other classes have units")
+        raise ConfigError(
+            "the shares add up to 1 or more",
+            "less than 1, because the other classes have units too",
+        )
     return {labels.index(name): share for name, share in shares.items()}

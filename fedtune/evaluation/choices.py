@@ -25,7 +25,7 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> li
     """Return the tokens of each choice. Errors: ConfigError (two are the same, or one is empty)."""
     ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
     if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
-        raise ConfigError("evaluation.choices: two are the same to this base, or one is empty")
+        raise ConfigError("evaluation.choices: two choices have the same tokens, or one is empty")
     return ids
 
 

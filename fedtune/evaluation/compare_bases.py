@@ -93,7 +93,9 @@ def choose_base(
     Errors: ConfigError (no [evaluation], no such file)."""
     models = models or known_bases(study)
     if study.evaluation is None:
-        raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
+        raise ConfigError(
+            "the study has no [evaluation] table", "an [evaluation] table with path and columns"
+        )
     if unknown := set(quantised) - {"nf4", "int8"}:
         raise ConfigError(f"--quantised {min(unknown)}: no such method", "nf4 or int8")
     all_epsilons = sorted({*epsilons, *_study_epsilons(study)}, reverse=True)

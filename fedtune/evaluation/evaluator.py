@@ -84,7 +84,9 @@ class Evaluator:
     ) -> None:
         table = study.evaluation
         if table is None:
-            raise ConfigError("the study has no [evaluation] table", "one, with path and columns")
+            raise ConfigError(
+                "the study has no [evaluation] table", "an [evaluation] table with path and columns"
+            )
         self._objective = resolve(study.objective)
         self.metric, self.classify = table.metric, self._objective.record_format == "label"
         self._labels = study.objective.labels if self.classify else ()

@@ -163,7 +163,7 @@ def _media_and_prompt(
 
     if reader.column is None:
         if file is not None:
-            raise ConfigError("--file is given, and the base reads text alone", "--prompt")
+            raise ConfigError("--file is given, but the base reads text only", "--prompt")
         if not prompt:
             raise ConfigError("no prompt", "--prompt TEXT")
         return None, prompt

@@ -83,12 +83,12 @@ def predict(
     offered = () if headed else tuple(choices) or (table.choices if table else ())
     if len(offered) < 2 and not headed:
         raise ConfigError(
-            f"{run.folder}: has no head, and no choices were named",
+            f"{run.folder}: has no head, and no choices were given",
             "a run that trained a head, or at least two choices",
-            "--choice TEXT for each, with its leading space; or `fedtune generate`, for text",
+            "--choice TEXT for each, with its leading space; for free text, use `fedtune generate`",
         )
     if headed and choices:
-        raise ConfigError(f"{run.folder}: its head has its own classes", "no --choice")
+        raise ConfigError(f"{run.folder}: its head already has classes", "no --choice")
     ids = tuple(dict.fromkeys(ids))
     check_ids(ids)
     asked = _Asked.of(study, records, headed, ids)
@@ -173,7 +173,7 @@ def _rows(records: Records, asked: _Asked) -> list[Row | str]:
         path = Path("records")
         found = list(_list_rows(records, asked))
     if not found:
-        raise DataError(f"{path}: there are no records", "at least one")
+        raise DataError(f"{path}: there are no records", "at least one record")
     return found
 
 

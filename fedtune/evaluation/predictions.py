@@ -124,7 +124,7 @@ def check_ids(columns: Sequence[str]) -> None:
     for column in columns:
         if column in ("row", "prediction", "score", "reason") or column.startswith(SHARE):
             raise ConfigError(
-                f"--id {column}: the predictions have a column of this name",
+                f"--id {column}: the predictions already have a column of this name",
                 "another column of the records",
                 "rename it in the file",
             )

@@ -49,5 +49,6 @@ def check_apart(study: Study) -> None:
             raise DataError(
                 f"{shared} records of [{first}] are in [{second}] too",
                 "files that share no record",
-                f"move them out of one of the two: what {did} the adapter cannot also {then}",
+                f"move them out of one of the two: records that {did} the adapter "
+                f"cannot also {then}",
             )

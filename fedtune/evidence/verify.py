@@ -253,7 +253,8 @@ def _signature(run: Path) -> dict[str, Any]:
         raise NotGenuine(
             f"{run}: is not signed",
             f"{SIGNATURE}, which a coordinator writes when a run ends",
-            "a model that was made of other runs is verified by those; an unfinished run: --resume",
+            "a model made from other runs is verified by those runs; an unfinished "
+            "run is continued with --resume",
         )
     content, _ = signed_json(path, FORMAT)
     kinds = dict.fromkeys(("format", "ca", "coordinator", "signature"), "str")

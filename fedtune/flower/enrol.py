@@ -146,9 +146,9 @@ def check_out(out: Path, fields: Set[str], what: str) -> None:
         same = False
     if not same:
         raise ConfigError(
-            f"{out}: exists, and is no {what}",
+            f"{out}: exists, and is not a {what}",
             f"a new file, or an earlier {what}, which is replaced",
-            "choose another with --out",
+            "choose another file with --out",
         )
 
 
@@ -171,8 +171,8 @@ def read_request(path: Path) -> Request:
         valid = False
     if not valid:
         raise ConfigError(
-            f"{path}: the request was altered, or is not complete",
-            "one that each of its keys signed",
+            f"{path}: the request was altered, or is incomplete",
+            "a request that each of its keys signed",
             "ask the site for it again",
         )
     if not _is_name(fields["name"]):
@@ -211,7 +211,7 @@ def admit(home: Path, request: Request, address: str) -> Answer:
     elif (present.node, present.tls, present.signing) != (new.node, new.tls, new.signing):
         raise Refused(
             f"a site named {request.name} is admitted already, with other keys",
-            todo=f"where its keys are lost or changed: fedtune revoke {request.name} first",
+            todo=f"if the site lost or changed its keys: fedtune revoke {request.name} first",
         )
     leaf = _issue_certificate(home, request.tls, request.name)
     signing = SigningKey.at(home / "signing.key").public
@@ -308,8 +308,9 @@ def check_clock(home: Path) -> datetime:
     name, latest = max(past.items(), key=lambda entry: entry[1], default=("", now))
     if now < latest - certs.SKEW:
         raise ConfigError(
-            f"{now:%Y-%m-%d %H:%M} UTC here, and {name} is of {latest:%Y-%m-%d %H:%M}",
-            "a clock that goes forward",
+            f"the clock here shows {now:%Y-%m-%d %H:%M} UTC, but {name} was written "
+            f"at {latest:%Y-%m-%d %H:%M}",
+            "a clock that never goes back",
             "set this machine's clock (NTP)",
         )
     return now
@@ -389,7 +390,7 @@ def texts_in(path: Path, most: int = MAX_BYTES) -> dict[str, str]:
     expected, todo = "a file of `fedtune enroll` or `fedtune admit`", "ask for it again"
     fields = reading.json_in(path, expected, todo, ConfigError, most)
     if not all(isinstance(value, str) for value in fields.values()):
-        raise ConfigError(f"{path}: holds something else than texts", expected, todo)
+        raise ConfigError(f"{path}: holds a value that is not a text", expected, todo)
     return fields
 
 

@@ -90,7 +90,7 @@ class Forwarder:
         self._thread.start()
         self._ready.wait()
         if not self.port:
-            raise InfrastructureError("no port of 127.0.0.1 can be listened on")
+            raise InfrastructureError("no port of 127.0.0.1 is free to listen on")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -216,7 +216,7 @@ class Gateway:
             return await self._say(peer, 200, json.dumps(about).encode())
         if call == (b"POST", RENEW):
             if size is None or size > HEAD:
-                raise Denied(413, "a signing request is smaller")
+                raise Denied(413, "a signing request must state its length and be smaller")
             signing_request = b"".join([chunk async for chunk in self._body(peer)])
             before, now = self._renewed.get(record.name), time.monotonic()
             if before is not None and now - before < self.limits.renewal:
@@ -234,12 +234,12 @@ class Gateway:
         if len(keys) != 1 or decode_value(keys[0]) != record.node.encode():
             raise Denied(403, "the node key is not the one admitted with this certificate")
         if size is None:
-            raise Denied(411, "a request says its length")
+            raise Denied(411, "a request must state its length")
         most = self.limits.request_bytes if call[1] == PART else self.limits.words
         if size > most:
             raise Denied(413, f"a request has at most {most} bytes")
         if call[1] in PUSHES and not self._quota.push(record.name, size):
-            raise Denied(413, "more than the coordinator asked for")
+            raise Denied(413, "the site sends more than the coordinator asked for")
         await self._forward(peer, request, call[1])
 
     def _admit(self, peer: Peer) -> enrol.Record:
@@ -251,9 +251,9 @@ class Gateway:
         if peer.until < certs.read_clock():
             raise Denied(403, "the certificate has expired")
         if self._open(peer.name) > self.limits.per_site:
-            raise Denied(503, "too many connections of this site")
+            raise Denied(503, "too many connections from this site")
         if not self._quota.request(peer.name):
-            raise Denied(429, "too many requests of this site")
+            raise Denied(429, "too many requests from this site")
         return record
 
     def _open(self, name: str) -> int:

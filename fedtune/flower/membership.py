@@ -60,7 +60,7 @@ def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
         leaf = x509.load_pem_x509_certificate(received.certificate.encode())
         leaf.verify_directly_issued_by(x509.load_pem_x509_certificate(received.ca.encode()))
     except (ValueError, TypeError, InvalidSignature):
-        raise ConfigError(f"{path}: its certificate is not by its CA", todo=AGAIN) from None
+        raise ConfigError(f"{path}: its certificate was not signed by its CA", todo=AGAIN) from None
     if received.name != name or leaf.public_key() != tls:
         raise ConfigError(
             f"{path}: the answer to another request",
@@ -90,7 +90,9 @@ def plan_of(answer: Answer, path: Path) -> Study | None:
         study = study_from_json(answer.plan)
         check_plan({"coordinator": answer.coordinator, "signature": answer.signature}, study.digest)
     except FedtuneError as error:
-        raise ConfigError(f"{path}: its plan is none: {error.happened}", todo=AGAIN) from None
+        raise ConfigError(
+            f"{path}: its plan cannot be read: {error.happened}", todo=AGAIN
+        ) from None
     return study
 
 

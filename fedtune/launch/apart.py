@@ -107,10 +107,12 @@ class Door:
         except FileNotFoundError:
             return
         if not is_socket:
-            raise ConfigError(f"--socket {self.path}: is there, and no socket", "a free name")
+            raise ConfigError(f"--socket {self.path}: exists, and is not a socket", "a free name")
         with socket.socket(socket.AF_UNIX) as probe, suppress(ConnectionError):
             probe.connect(str(self.path))
-            raise ConfigError(f"--socket {self.path}: another vault listens there", "one at a time")
+            raise ConfigError(
+                f"--socket {self.path}: another vault listens there", "one vault at a time"
+            )
         self.path.unlink()
 
 
@@ -256,7 +258,7 @@ def _receive(vault: socket.socket) -> Received:
     try:
         words: dict[str, Any] = json.loads(told or b'{"refused": "it has ended"}')
         if "refused" in words:
-            raise Turned(str(words["refused"]))
+            raise Turned(str(words["the connection was refused"]))
         if words["release"] != __version__:
             raise Turned(f"it is of release {words['release']}, and this of {__version__}")
         asks, tells = ends
@@ -265,5 +267,5 @@ def _receive(vault: socket.socket) -> Received:
         for end in ends:
             os.close(end)
         if isinstance(error, ValueError | KeyError | TypeError):
-            raise Turned("what listens there is no vault") from None
+            raise Turned("another program than a vault listens there") from None
         raise

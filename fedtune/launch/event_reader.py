@@ -58,5 +58,5 @@ class EventReader:
         (length,) = HEADER.unpack_from(self._had)
         if not 0 <= length <= MOST:
             self._ended = True
-            raise OSError("an event of a length that none has")
+            raise OSError("an event is longer than any event may be")
         return HEADER.size + int(length) - len(self._had)

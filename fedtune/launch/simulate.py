@@ -307,7 +307,7 @@ def check(study: Study, sites: Sequence[Site]) -> None:
         name, state = site.site.name, site.site.state.absolute()
         if other := names.get(name):
             both = f"{_where(other)} and {_where(site)}: both are called {name}"
-            raise ConfigError(both, "its own name")
+            raise ConfigError(both, "a name of its own for each site")
         if other := states.get(state):
             raise ConfigError(
                 f"{_where(other)} and {_where(site)}: both keep their ledger in {state}",

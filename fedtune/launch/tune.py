@@ -148,7 +148,9 @@ def _check_chooser(study: Study, records: Path | None) -> None:
             "set some public records apart from those of [evaluation]",
         )
     if study.selection and records is not None:
-        raise ConfigError("--records, and the study has [selection]", "one of the two")
+        raise ConfigError(
+            "--records is given, but the study has [selection]", "only one of the two"
+        )
 
 
 def _values(setting: str) -> list[str]:
@@ -199,7 +201,9 @@ def _index(out: Path) -> dict[tuple[str, ...], str]:
     """Read which trial has which settings. Errors: ConfigError where `out` is no search's."""
     if not (out / INDEX).exists():
         if out.exists() and any(out.iterdir()):
-            raise ConfigError(f"{out}: holds something else", "a new folder, or a search's")
+            raise ConfigError(
+                f"{out}: holds something else", "a new folder, or the folder of an earlier search"
+            )
         return {}
     table = reading.json_in(out / INDEX, "what `fedtune tune` wrote", "choose another --out")
     return {tuple(map(str, settings)): str(name) for name, settings in table.items()}

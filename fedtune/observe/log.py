@@ -236,7 +236,7 @@ def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
         except (KeyError, TypeError):
             dropped.add(key if isinstance(key, str) and KEY.fullmatch(key) else "unnamed")
     if dropped and strict:
-        raise NotLoggable(f"not to be logged, or of another type: {', '.join(sorted(dropped))}")
+        raise NotLoggable(f"not allowed in a log, or of another type: {', '.join(sorted(dropped))}")
     return {**record, "dropped": sorted(dropped)} if dropped else record
 
 
@@ -310,6 +310,6 @@ class JsonLog:
         file = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
         try:
             if not reserve(file, OF_SITE + OF_A_LINE):
-                raise OSError(errno.ENOSPC, "no space for a log beforehand")
+                raise OSError(errno.ENOSPC, "no disk space to reserve for a log")
         finally:
             os.close(file)

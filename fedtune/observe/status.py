@@ -307,7 +307,9 @@ def folder_of(path: Path) -> Path:
 
         return load_site(path).site.state
     raise InputError(
-        f"{path}: not there", "a run's folder, a coordinator's home, or a site.toml", "look again"
+        f"{path}: not there",
+        "a run's folder, a coordinator's home, or a site.toml",
+        "check the path",
     )
 
 

@@ -82,7 +82,7 @@ def attack_site(
         if dataset.n_units < LEAST:
             raise DataError(
                 f"{where}: {dataset.n_units} usable {study.unit}s",
-                f"at least {LEAST}",
+                f"at least {LEAST} units",
                 "give more held-out records with --held-out",
             )
     told = [_scores(network, data, run, references) for data in (inside, outside)]

@@ -66,8 +66,8 @@ def check_conversion(site: Site) -> None:
         otherwise = count_otherwise_alone(data, SAMPLE)
         if otherwise:
             raise DataError(
-                f"{data.where}: {otherwise} of at most {SAMPLE} units that were tried are "
-                "converted otherwise when they are alone",
-                "a conversion that follows from a unit's own rows",
-                "hold it to its contracts: fedtune check-plugin --group converters",
+                f"{data.where}: {otherwise} of at most {SAMPLE} units that were "
+                "tried are converted differently when they are converted alone",
+                "a conversion that depends on a unit's own rows only",
+                "check the plug-in: fedtune check-plugin --group converters",
             )

@@ -92,7 +92,7 @@ def _isolation(site: Site) -> str:
     here = isolation_here(site)
     if here.lacks and site.policy.isolation == "required":
         raise PolicyRefused(
-            f'policy.isolation = "required", and here {"; ".join(here.lacks)}',
+            f'policy.isolation = "required", but on this machine {"; ".join(here.lacks)}',
             todo='run the client elsewhere, or set policy.isolation = "preferred"',
         )
     return here.text
@@ -238,12 +238,12 @@ def _records(site: Site) -> str:
     if read.failed:
         counts += f"; left out: {by_reason(read.rejected)}: {rows_of(read.failed)}"
     if units < 2:
-        raise FedtuneError(counts, "at least 2", "without them this site sends noise alone")
+        raise FedtuneError(counts, "at least 2 units", "otherwise this site sends noise only")
     if not declared / 2 < units < 2 * declared:
         raise FedtuneError(
             counts,
             "a declared size within a factor of two",
-            "declare another round figure by hand; what is declared is public",
+            "state another round figure by hand; the declared size is public",
         )
     return "; ".join([counts, *declared_wrongly(units, declared, unit.removesuffix("s"))])
 

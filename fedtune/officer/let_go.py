@@ -70,7 +70,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
         raise InputError(
             f"nothing waits here under {', '.join(sorted(unknown))[:200]}",
             "names as `fedtune let-go SITE` lists them",
-            "list them again: what was let go or refused waits no more",
+            "list them again: an answer that was released or refused no longer waits",
         )
     if not chosen:
         return []

@@ -30,5 +30,8 @@ def noted_in(run: Path, state: Path) -> str:
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
     if not (known := heads - {""}):
-        raise InputError(f"{run}: no update of this site with a head of its log", "such a run")
+        raise InputError(
+            f"{run}: holds no update of this site that names a head of its log",
+            "a run with such an update",
+        )
     return max(known, key=lambda head: int(head.partition(":")[0]))

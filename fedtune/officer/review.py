@@ -72,9 +72,7 @@ def read_plan(
     plug-in that the site's policy does not, of which nothing is imported."""
     if path.suffix in SENT:
         if settings:
-            raise ConfigError(
-                f"--set and {path}: a plan as it was sent is not changed", "a study.toml"
-            )
+            raise ConfigError(f"--set cannot change {path}, a plan as it was sent", "a study.toml")
         if path.suffix == ".answer":
             return _in_answer(path, site)
         return study_from_json(reading.text(path, "a plan as JSON, or study.toml"))
@@ -116,10 +114,11 @@ def _in_answer(path: Path, site: Site) -> Study:
     study = membership.plan_of(answer, path)
     if study is None:
         raise ConfigError(
-            f"{path}: brings no plan",
+            f"{path}: holds no plan",
             "an answer that `fedtune admit` wrote while `fedtune server` runs",
-            "join without it: what this site's client is sent lies in "
-            f"{site.site.plan_file('').parent} until somebody signs it; or ask for a new answer",
+            "join without a plan: plans that this site's client is sent lie in "
+            "{site.site.plan_file('').parent} until somebody signs them; or ask for "
+            "a new answer",
         )
     return study
 

@@ -104,7 +104,8 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
     typed, path = load_sheet(site), sheet_path(site)
     if public and "sheet" not in site.policy.release:
         raise PolicyRefused(
-            'policy.release does not list "sheet"', todo="the site decides what may leave it"
+            'policy.release does not list "sheet"',
+            todo="a policy that allows the public sheet to leave the site",
         )
     if public:
         check_replaceable(public, ".json")
@@ -212,8 +213,8 @@ def check_sheet(site: Site) -> None:
     typed = load_sheet(site)
     if typed is None or not (site.site.state / ATTESTED).exists():
         raise PolicyRefused(
-            "policy.data_sheet asks for a sheet, and nobody attested one here",
-            "an attested one",
+            "policy.data_sheet asks for a data sheet, and nobody has attested one here",
+            "an attested data sheet",
             _ATTEST,
         )
     _check_unchanged(site, "sheet", _typed_hash(typed))
@@ -235,7 +236,7 @@ def _check_unchanged(site: Site, what: str, now: str) -> None:
     if attested.get(what) != now:
         raise PolicyRefused(
             f"{what}: changed since the data sheet was attested (policy.data_sheet)",
-            "those that somebody attested to",
+            "the records and the sheet that somebody attested",
             _ATTEST,
         )
 

@@ -75,7 +75,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
             "data.columns.patient in site.toml",
-            "take the record out of the file",
+            "take the patient's records out of the file",
         )
     key = unit_member(patient.strip())
     tables = [table for table in (site.data, site.evaluation) if table]
@@ -91,9 +91,9 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     if not (datasets or in_file or unseen):
         raise UnknownPatient(
             "no usable record and no study here has this key; nothing was entered",
-            f"a key as it stands in the column {site.data.columns.patient!r}",
-            "type it again; --unseen enters it all the same, for a patient who has no usable "
-            "record as yet",
+            f"a key as it is written in the column {site.data.columns.patient!r}",
+            "type it again; --unseen enters it all the same, for a patient who has "
+            "no usable record yet",
         )
     entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
     receipt = _receipt(site, ledger, entry, releases)
@@ -114,9 +114,9 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     entry = ledger.withdrawn().get(receipt["unit"])
     if entry is None or _time_of(entry) != receipt["time"]:
         raise InputError(
-            f"{path}: this site's ledger has no such entry",
+            f"{path}: this site's ledger does not have this withdrawal",
             f"the withdrawal of {receipt['time']}",
-            "was the ledger restored from before it? Then withdraw again",
+            "if the ledger was restored from an earlier backup, withdraw the patient again",
         )
     return str(receipt["time"])
 

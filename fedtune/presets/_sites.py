@@ -58,7 +58,7 @@ def check(records: Records) -> None:
         )
     if records.name is not None and not re.fullmatch(NAME, records.name):
         raise ConfigError(
-            f"--name {records.name[:80]!r}: no site's name",
+            f"--name {records.name[:80]!r}: not a valid site name",
             "1 to 64 letters, digits, dots, dashes or underscores",
         )
     for place in records.data:
@@ -69,8 +69,8 @@ def check(records: Records) -> None:
             raise DataError(f"{path}: no such file", "each site's file of records")
         if path.resolve() in {p.resolve() for p in (records.evaluation, records.public) if p}:
             raise ConfigError(
-                f"{path}: a site's records and public ones in one file",
-                "public records that are no site's",
+                f"{path}: is named as a site's records and as public records",
+                "public records that are not a site's records",
             )
 
 

@@ -52,7 +52,7 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
         )
     if unknown := sorted({*found} - {*labels}):
         raise ConfigError(
-            f"--evaluation: the label {unknown[0]!r} is none of --label", "one of them"
+            f"--evaluation: the label {unknown[0]!r} is not one of --label", "one of them"
         )
     columns = presets.column_lines("classify", records)
     fitted = "public" in public

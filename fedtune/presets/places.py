@@ -31,7 +31,9 @@ def place_of(text: str) -> WherePath:
     except ValueError as error:
         raise ConfigError(f"--data: a url {error}", "such as sqlite:///clinic.db#note") from None
     if not table:
-        raise ConfigError("--data: a url names no table", "URL#TABLE, as sqlite:///clinic.db#note")
+        raise ConfigError(
+            "--data: the url names no table", "URL#TABLE, as sqlite:///clinic.db#note"
+        )
     return text
 
 

@@ -257,7 +257,9 @@ def init(
     InfrastructureError."""
     folder = Path(folder)
     if not re.fullmatch(NAME, name):
-        raise ConfigError(f"name {name[:80]!r}: no site's name", "letters, digits, dots, dashes")
+        raise ConfigError(
+            f"name {name[:80]!r}: not a valid site name", "letters, digits, dots, dashes"
+        )
     files: dict[Path, str] = {}
     if role != "site":
         least = sites if role == "coordinator" else 1
@@ -277,7 +279,9 @@ def init(
         }
     for path in files:
         if path.exists():
-            raise ConfigError(f"{path} exists", "a folder without it", "choose another folder")
+            raise ConfigError(
+                f"{path} exists", "a folder that does not hold this file", "choose another folder"
+            )
     try:
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)

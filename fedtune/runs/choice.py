@@ -123,9 +123,10 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
     if out is None and not resume and (run := find_finished(study, runs)):
         raise ConfigError(
             f"this study is finished; {run} is there",
-            todo=f"read {run}/report.md. Another study: change study.toml (study.name names its "
-            "folder); it is paid from what `fedtune ledger SITE` shows as left. The same again, "
-            "paid again where it must be trained again: --out DIR",
+            todo=f"read {run}/report.md. For another study, change study.toml (study.name "
+            "names its folder); it is paid from what `fedtune ledger SITE` shows as "
+            "left. To run the same study again, and pay again for whatever must be "
+            "trained again, give --out DIR",
         )
     return out or folder_for(study.study.name, resume=resume, runs=runs)
 

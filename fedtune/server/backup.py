@@ -127,7 +127,7 @@ def refuse_second(home: Path) -> None:
     raise InfrastructureError(
         f"another coordinator of this consortium answers at {address}",
         "one coordinator at a time",
-        "stop it, also where it was only cut off; then start this one again",
+        "stop the other one, even if only its connection was cut; then start this one again",
     )
 
 
@@ -137,7 +137,7 @@ def _check_run(run: Path) -> None:
         raise InputError(
             f"{run}: not a run folder",
             "the folder of a run that has begun",
-            "name it with --out; without --out it is the last runs/NAME beside study.toml",
+            "name it with --out; the default is the newest runs/NAME beside study.toml",
         )
 
 
@@ -146,8 +146,8 @@ def home_with_ca(home: Path) -> Path:
     no backup. Errors: InputError, ConfigError."""
     if not (home / "ca.pem").is_file():
         raise InputError(
-            f"{home}: no coordinator's home",
-            "ca.pem in it, as `fedtune server` makes it",
+            f"{home}: not a coordinator's home",
+            "a folder with ca.pem, as `fedtune server` makes it",
             "name the home with --home",
         )
     certs.ca(home)
@@ -283,7 +283,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
             raise ValueError
     except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
             RecursionError, OverflowError):  # fmt: skip
-        raise InputError(f"{file}: damaged, or no backup", expected, TODO) from None
+        raise InputError(f"{file}: damaged, or not a backup", expected, TODO) from None
     return manifest, files
 
 

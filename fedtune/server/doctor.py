@@ -161,7 +161,7 @@ def _sites(home: Path) -> str:
         remaining = leaf.not_valid_after_utc - certs.read_clock()
         if remaining < timedelta(0):
             raise ConfigError(
-                f"{name}: its certificate ran out on {leaf.not_valid_after_utc:%Y-%m-%d}",
+                f"{name}: its certificate expired on {leaf.not_valid_after_utc:%Y-%m-%d}",
                 todo=f"ask {name} to run `fedtune enroll` again, and admit the request",
             )
         if remaining < tls.LEAF_LEFT:
@@ -195,8 +195,8 @@ def _port(place: Place) -> str:
     file = place.home / "server.pem"
     if not file.exists() or certs.certificate_in(file, "").public_key() != shown.public_key():
         raise InfrastructureError(
-            f"{at}: taken by a server with another certificate",
-            "nobody there, or this consortium's gateway",
+            f"{at}: a server with another certificate uses it",
+            "a free port, or this consortium's gateway",
             "choose another with --port, or name that gateway's --home",
         )
     return f"{at}: the gateway answers, with the certificate above"

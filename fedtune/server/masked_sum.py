@@ -28,7 +28,7 @@ class MaskedSum:
     def add(self, site: str, words: Words) -> None:
         """Add the words of a site of the set. A site's words count once."""
         if site not in self.statements or site in self._added:
-            raise ValueError(f"{site}: no words of it are awaited")
+            raise ValueError(f"{site}: sends masked words that were not asked for")
         self._total += words
         self._added.add(site)
 
@@ -36,5 +36,5 @@ class MaskedSum:
         """Return the noised integer sum, (d,). Errors: ValueError while words are missing: what is
         there is uniform noise."""
         if self.missing:
-            raise ValueError("words of the set are missing")
+            raise ValueError("masked words of the set are missing")
         return centre_words(self._total)

@@ -187,8 +187,8 @@ class _Run:
         if expected.is_none and private and not self.settings.anyway:
             raise ConfigError(
                 "; ".join(expected.lines()),
-                "a study that its sites' records can add something to",
-                "spend no ε on it, or --anyway, which runs it all the same",
+                "a study to which its sites' records can add something",
+                "spend no ε on it; --anyway runs it all the same",
             )
         for line in expected.lines():
             loud = "WARNING: " if line == expected.warning else ""
@@ -270,7 +270,7 @@ class _Run:
             f"round {number}: {len(tally.participants)} sites delivered after {RETRIES} retries "
             f"({reasons or 'nobody could be asked'})",
             f"at least strategy.min_sites = {self.table.min_sites}",
-            f"see to these sites, then --resume goes on after round {number - 1}",
+            f"check these sites; --resume continues after round {number - 1}",
         )
 
     def _choose(self, tally: Tally) -> list[str]:

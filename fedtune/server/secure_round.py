@@ -234,9 +234,9 @@ class SecureRound:
         self._begin(number, self.progress.attempt["number"] + 1)  # or --resume would open it again
         self.save()
         raise InfrastructureError(
-            f"round {number}: the sum of the sites' updates {what}; one of them sent something "
-            "else, and which one cannot be told",
-            "sums of updates as the plan makes them",
+            f"round {number}: the sum of the sites' updates {what}; one of the sites "
+            "sent something else, and it cannot be known which one",
+            "a sum of updates as the plan defines them",
             "ask each site for its version and its log; nothing of this round was kept",
         )
 

@@ -161,7 +161,7 @@ def load(out: Path, study: Study) -> Progress | None:
         raise CheckpointError(
             f"{path}: belongs to another study ({asked[:19]}…)",
             f"this one ({study.digest[:19]}…)",
-            "go back to the study it was made with, or choose another --out",
+            "continue the study with which it was made, or choose another --out",
         )
     names = ("public", "selection", "evaluation")
     tables = {name: getattr(study, name) for name in names}  # files may have moved
@@ -193,7 +193,7 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InfrastructureError(
-            f"{out}: cannot be made ({error.strerror})", todo="free the disk or fix the rights"
+            f"{out}: cannot be made ({error.strerror})", todo="free the disk or fix the permissions"
         ) from None
     return load(out, study) if resume else None
 
@@ -242,7 +242,7 @@ class Receipts:
         raise CheckpointError(
             f"{self.path}: damaged",
             "the receipts as they were written",
-            "restore it from a copy; without it a site that was rolled back is noticed later",
+            "restore it from a copy; otherwise a site that was rolled back is noticed later",
         )
 
     def keep(self, receipts: dict[str, dict[str, Any]]) -> None:
@@ -387,7 +387,8 @@ def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in DISK:
             raise InfrastructureError(
                 f"{path}: cannot be written ({error})",
-                todo="free the disk, fix the rights or stop the other process, then --resume",
+                todo="free the disk, fix the permissions or stop the other process, then "
+                "use --resume",
             ) from None
         _refuse_damaged(path)
     except sqlite3.Error:

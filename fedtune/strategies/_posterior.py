@@ -162,7 +162,7 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
     every = np.concatenate([named, rest])[:MOST]
     if len(every) < directions:
         raise ConfigError(
-            f"{len(vectors)} public records, and the classes' names, span {len(every)} directions",
+            f"{len(vectors)} public records and the classes' names span {len(every)} directions",
             f"at least objective.options.directions = {directions}",
             "add public records, labelled or not, or take fewer directions",
         )

@@ -129,7 +129,9 @@ class Discriminant(Strategy):
             expected['clipping.mode = "flat"'] = study.clipping.mode == "flat"
         for what, is_so in expected.items():
             if not is_so:
-                raise ConfigError('strategy.name = "discriminant" reads sums by class', what)
+                raise ConfigError(
+                    'strategy.name = "discriminant" works on sums by class only', what
+                )
 
     def prepare(self, study: Study, frozen: Arrays) -> None:
         self._released = len(frozen[CLASS_BASIS])

@@ -379,7 +379,7 @@ def test_a_sites_own_model_is_measured_beside(world: Path, tiny_encoder: Path) -
     assert own["figure"] == models["this model"]["accuracy"]["figure"]
     shutil.rmtree("own")
     made_run(Path("own"), tiny_encoder, {**CLASSIFY, "labels": ["a", "b", "c"]})
-    with pytest.raises(ConfigError, match="its classes are other ones"):
+    with pytest.raises(ConfigError, match="its classes differ from those"):
         judged()
 
 

@@ -163,7 +163,7 @@ def test_each_further_comparison_widens_them_all() -> None:
     ("settings", "message"),
     [
         ({}, "name at least one"),
-        ({"thresholds": {"accuracy": 0.5}, "bands": {"age": [3]}}, "no column of groups"),
+        ({"thresholds": {"accuracy": 0.5}, "bands": {"age": [3]}}, "is not named in groups"),
         (
             {"thresholds": {"accuracy": 0.5}, "groups": ["age"], "bands": {"age": [9, 3]}},
             "must rise",
@@ -171,7 +171,7 @@ def test_each_further_comparison_widens_them_all() -> None:
         ({"thresholds": {"accuracy": 0.5}, "least_group": 3}, "least_group"),
         ({"thresholds": {"auroc": 0.5}}, "thresholds"),
         ({"thresholds": {"accuracy": 70}}, "between 0 and 1"),
-        ({"thresholds": {"loss": 3}, "differences": {"ece": 0.1}}, "bound another figure"),
+        ({"thresholds": {"loss": 3}, "differences": {"ece": 0.1}}, "use another figure"),
     ],
 )
 def test_settings_that_say_nothing_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -170,7 +170,7 @@ def test_a_refusal_of_the_sheet_is_the_sites_answer_in_a_simulation(north: Path)
 def test_records_that_changed_since_keep_a_site_from_joining(north: Path) -> None:
     """On this machine alone, before anything is sent: the answer would depend on the records."""
     site = load_site(north)
-    with pytest.raises(PolicyRefused, match="nobody attested"):
+    with pytest.raises(PolicyRefused, match="nobody has attested"):
         check_attested(site)
     typed(north, **TYPED)
     describe_data(site)

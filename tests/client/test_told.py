@@ -98,7 +98,7 @@ def test_a_statement_of_another_model_is_not_taken_for_this_ones(world: Path) ->
     weights.write_bytes(weights.read_bytes() + b" ")
     (one,) = read_told(Path("other"))
     assert one.problem == "of another model than this run's" and not one.decision
-    with pytest.raises(InputError, match="decided nothing about this model"):
+    with pytest.raises(InputError, match="made no decision about this model"):
         tell("other", load_site("site.toml"), "new.json")
 
 

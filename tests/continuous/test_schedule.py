@@ -78,9 +78,9 @@ def test_a_round_that_a_count_begins_is_refused(tmp_path: Path, line: str) -> No
 
 
 REFUSED = [
-    ("noise_multiplier = 2.5\n", "", "noise_multiplier, which fixes what each round costs"),
-    ("epsilon = 3.0\n", "", "all that one patient ever pays"),
-    ("sampling_rate = 1.0", "sampling_rate = 1.0\nrounds = 4", "no last round; leave it out"),
+    ("noise_multiplier = 2.5\n", "", "noise_multiplier, which sets the cost of each round"),
+    ("epsilon = 3.0\n", "", "the most that one patient ever pays"),
+    ("sampling_rate = 1.0", "sampling_rate = 1.0\nrounds = 4", "such a study has no last round"),
     ('unit = "patient"', 'unit = "record"', 'needs privacy.unit = "patient"'),
     ('every = "1h"', 'every = "soon"', "must be seconds"),
     ('every = "1h"', "every = 0", "every"),

@@ -241,5 +241,5 @@ def test_white_space_around_a_label_does_not_count(
     data = load_dataset(dataset(jsonl(*rows), LABELLED), plan, encoder_tokenizer)
     assert [example.label for example in data.examples] == [0, 0, 1, 1]
     assert data.counts.failed == (("data.jsonl", 5, "unknown label"),)
-    with pytest.raises(ValueError, match="labels: two are the same"):
+    with pytest.raises(ValueError, match="labels: two labels are equal"):
         study(name="classify", labels=["a", "a "])

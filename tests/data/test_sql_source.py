@@ -120,16 +120,16 @@ def test_a_row_of_another_patient_is_not_joined(made: Made) -> None:
     found = read(made, options=join, filter={"care_site_id": "3"})
     assert records(found) == [("7", "cough", "lung")]
     made.table("shared", ("visit_id", "care_site_id"), [("v1", "3")])
-    with pytest.raises(DataError, match="bring one patient's row to another's"):
+    with pytest.raises(DataError, match="join rows of different patients"):
         read(made, options={"join": "shared", "on": "visit_id"})
-    with pytest.raises(DataError, match="no column of both tables"):
+    with pytest.raises(DataError, match="not a column of both tables"):
         read(made, options={"join": "shared", "on": "note_id"})
 
 
 def test_a_view_is_refused_until_the_site_says_that_it_is_one(made: Made) -> None:
     made.table("note", NOTE, ROWS)
     made.execute("CREATE VIEW newest AS SELECT * FROM note ORDER BY note_id DESC LIMIT 2")
-    with pytest.raises(DataError, match="no ordinary table"):
+    with pytest.raises(DataError, match="not an ordinary table"):
         read(made, "newest")
     assert read(made, "newest", strict=False).rejected == {"unreadable file": 1}
     said = data(made, "newest", options={"view": True})
@@ -303,7 +303,7 @@ def test_row_level_security_counts_as_a_view(server: str, tmp_path: Path) -> Non
     made = databases.made("postgresql", tmp_path, server)
     made.table("note", NOTE, ROWS)
     made.execute("ALTER TABLE note ENABLE ROW LEVEL SECURITY")
-    with pytest.raises(DataError, match="no ordinary table"):
+    with pytest.raises(DataError, match="not an ordinary table"):
         read(made)
     assert read(made, options={"view": True}).rows == len(ROWS)
 
@@ -334,7 +334,7 @@ def test_path_or_url_and_nothing_beside_it() -> None:
     for options, said in (
         ({}, "table, or query"),
         ({"table": "a", "query": "b"}, "table, or query"),
-        ({"table": "a", "join": "b"}, "join and on"),
+        ({"table": "a", "join": "b"}, "table and join, and on"),
         ({"table": "a", "password_env": "A", "password_file": "b"}, "two passwords"),
         ({"tabel": "a"}, "one of url, table"),
     ):

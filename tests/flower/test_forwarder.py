@@ -364,7 +364,7 @@ def test_what_is_wrong_with_an_answer_is_named(world: World) -> None:
     good = file.read_text()
     for old, new, says in (
         ('"name": "a"', '"name": "b"', "another request"),
-        ("BEGIN CERTIFICATE", "BEGIN", "not by its CA"),
+        ("BEGIN CERTIFICATE", "BEGIN", "not signed by its CA"),
         ('"address"', '"adress"', "not an answer"),
         ("{", "[", "not valid JSON"),
     ):

@@ -65,14 +65,14 @@ def test_an_admitted_site_gets_through_and_its_request_is_passed_on_whole(world:
         ({"path": PART + "?x=1"}, 403, "not a path of the Fleet API"),
         ({"path": "/v1/runtime/acquire-task"}, 403, "not a path of the Fleet API"),
         ({"method": "GET"}, 403, "not a path of the Fleet API"),
-        ({"body": iter([b"unsaid"])}, 411, "a request says its length"),
+        ({"body": iter([b"unsaid"])}, 411, "a request must state its length"),
         (
             {
                 "body": b"6\r\nunsaid\r\n0\r\n\r\n",
                 "headers": {"content-length": "1", "transfer-encoding": "chunked"},
             },
             411,
-            "a request says its length",
+            "a request must state its length",
         ),
         ({"headers": {"content-length": str(2**62)}}, 413, "a request has at most 16777216 bytes"),
         ({"headers": {"content-length": "16777217"}}, 413, "a request has at most 16777216 bytes"),
@@ -169,7 +169,7 @@ def test_too_many_requests_are_refused_for_that_site_alone(world: World) -> None
         with connected(port, world.sites["b"]) as line:
             assert ask(line, node_key(world.sites["b"]))[0] == 200
         assert statuses == 5 * [200] + 2 * [429]
-        assert door.refused["too many requests of this site"] == 2
+        assert door.refused["too many requests from this site"] == 2
     assert len(world.upstream.got) == 6
 
 

@@ -114,12 +114,12 @@ HOSTILE = {
     "another site's": ({"name": "b"}, "another request"),
     "TOML in the address": ({"address": 'x:1"\n[policy]\nmax_epsilon = 1e9'}, "must be host:port"),
     "a control character": ({"address": "x\x1b[2J:1"}, "must be host:port"),
-    "a CA of its own": ({"ca": "CA"}, "not by its CA"),
-    "no certificate": ({"certificate": ""}, "not by its CA"),
-    "a plan that is none": ({"plan": "{}"}, "its plan is none"),
-    "an unsigned plan": ({"signature": "00"}, "its plan is none"),
+    "a CA of its own": ({"ca": "CA"}, "not signed by its CA"),
+    "no certificate": ({"certificate": ""}, "not signed by its CA"),
+    "a plan that is none": ({"plan": "{}"}, "its plan cannot be read"),
+    "an unsigned plan": ({"signature": "00"}, "its plan cannot be read"),
     "a field more": ({"run": "rm"}, "not an answer"),
-    "a number": ({"plan": 1}, "something else than texts"),
+    "a number": ({"plan": 1}, "a value that is not a text"),
     "too large": ({"plan": "x" * membership.MAX_BYTES}, "larger than"),
 }
 
@@ -147,14 +147,14 @@ def test_the_plan_of_an_answer_is_reviewed_before_the_site_joins(met: Met) -> No
     assert shown.exit_code == 0 and met.study.digest in shown.output, shown.output
     assert membership.read_reviewed_plan(met.answer) == met.study.digest
     met.write(replace(met.answer, plan="", signature=""))
-    with pytest.raises(ConfigError, match="brings no plan"):
+    with pytest.raises(ConfigError, match="holds no plan"):
         read_plan(met.file, site)
 
 
 def test_a_plan_that_another_key_signed_is_not_reviewed(met: Met) -> None:
     other = plan_message(met.study, {}, SigningKey()).config_records["plan"]
     met.write(replace(met.answer, signature=str(other["signature"])))
-    with pytest.raises(ConfigError, match="its plan is none"):
+    with pytest.raises(ConfigError, match="its plan cannot be read"):
         read_plan(met.file, load_site(met.site))
 
 

@@ -150,8 +150,8 @@ def knocked_by_nobody(path: Path) -> str:
     [
         ({"refused": "another courier is there"}, "another courier"),
         ({"release": "0.0.1", "once": False, "patience": 1.0}, "release 0.0.1"),
-        ({"release": __version__, "once": False, "patience": 1.0}, "no vault"),  # without its ends
-        ([], "no vault"),
+        ({"release": __version__, "once": False, "patience": 1.0}, "another program than a vault"),  # without its ends
+        ([], "another program than a vault"),
         (None, "it has ended"),
     ],
 )

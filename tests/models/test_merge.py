@@ -230,11 +230,11 @@ def test_the_global_generator_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("weights", "method", "density", "says"),
     [
-        ([1.0], "linear", 0.5, "one weight each"),
+        ([1.0], "linear", 0.5, "one weight for each"),
         ([1.0, math.nan], "linear", 0.5, "not finite"),
-        ([1.0, -1.0], "slerp", 0.5, "an arc has two ends"),
+        ([1.0, -1.0], "slerp", 0.5, "merges exactly two adapters"),
         ([1.0, 1.0], "ties", 0.0, "density"),
-        ([1.0, 0.0], "regmean", 0.5, "how much each adapter counts"),
+        ([1.0, 0.0], "regmean", 0.5, "how much an adapter counts"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -349,7 +349,7 @@ def test_garbled_words_stop_the_run_and_the_next_attempt_is_a_new_draw(world: Wo
     """A swapped keystream: what is opened is uniform, and nobody can tell whose fault it was."""
     world.sites["a"].lie = "garbled words"
     world.advance(1)
-    assert "one of them sent something else" in str(world.error)
+    assert "one of the sites sent something else" in str(world.error)
     kept = world.progress()
     assert kept.round == 0 and kept.attempt["number"] == 2 and not kept.attempt["closed"]
     world.garbled = False

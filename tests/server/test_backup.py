@@ -213,7 +213,7 @@ def packed(bodies: dict[str, bytes], to: Path) -> Path:
 
 def refused(bad: Path, into: Path) -> None:
     done = command("restore", bad, "--to", into)
-    assert done.exit_code == 2 and "damaged, or no backup" in done.stderr, done.stderr
+    assert done.exit_code == 2 and "damaged, or not a backup" in done.stderr, done.stderr
     assert not into.exists()
 
 

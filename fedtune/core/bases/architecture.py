@@ -155,7 +155,9 @@ def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     Errors: RuntimeError where a row has another number of place-holders than features."""
     holes = states[..., 0].isnan()
     if bool((holes.sum(dim=1) != features.shape[1]).any()):
-        raise RuntimeError("a record has other place-holders than its image has tokens")
+        raise RuntimeError(
+            "a record has a different number of place-holders than its image has tokens"
+        )
     order = (holes.cumsum(dim=1) - 1).clamp_min(0)
     ordered = features.gather(1, order[:, :, None].expand(-1, -1, features.shape[2]))
     return torch.where(holes[:, :, None], ordered.to(states.dtype), states)

@@ -118,10 +118,10 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
     if noted and noted[1].is_dir() and digest_of(noted[1]) == digest:
         return _in_folder(*noted)
     raise PolicyRefused(
-        f"this site does not have the plan's base, {digest or 'of no digest'}, and fetches nothing "
-        "that a plan names",
-        "a base that the site has",
-        "have the site name it in site.base, or fetch it with `fedtune models fetch`",
+        f"this site does not have the plan's base ({digest or 'no digest'}), and it "
+        "never downloads a model that a plan names",
+        "a base that is on this site's machine",
+        "the site names the base in site.base, or fetches it with `fedtune models fetch`",
     )
 
 
@@ -287,9 +287,9 @@ def _from_hub(model: str, fetch: bool) -> Path:
         if not fetch:
             raise _build_absent_error(model) from None
         raise ModelError(
-            f"{model}: no such folder, and not to be had from Hugging Face "
+            f"{model}: no such folder, and Hugging Face does not provide it "
             f"({type(error).__name__})",
-            "a model that this machine can reach",
+            "a model that this machine can read",
             "give a local folder, or one of " + ", ".join(PREFIX + name for name in KNOWN),
         ) from error
     return Path(folder)

@@ -97,7 +97,8 @@ def _library(table: QuantisationTable) -> Any:
         import bitsandbytes
     except ImportError:
         raise ConfigError(
-            f'base.quantisation.method = "{table.method}" needs bitsandbytes, which is not here',
+            f'base.quantisation.method = "{table.method}" needs bitsandbytes, which '
+            "is not installed",
             todo="pip install 'fedtune[qlora]', here and at every site, or leave the table out",
         ) from None
     return bitsandbytes

@@ -36,17 +36,21 @@ class PrivateEvaluationTable(Table):
     @model_validator(mode="after")
     def _check_axes(self) -> PrivateEvaluationTable:
         if CLASS in self.groups or CLASS in self.bands:
-            raise ValueError(f'groups, bands: "{CLASS}" is what objective.labels are called here')
+            raise ValueError(f'groups, bands: "{CLASS}" is reserved for objective.labels')
         if both := sorted(set(self.groups) & set(self.bands)):
-            raise ValueError(f"bands.{both[0]}: is a column of groups too")
+            raise ValueError(f"bands.{both[0]}: the column is named in groups too")
         for column, values in self.groups.items():
             if not values or len({value.strip() for value in values}) < len(values):
-                raise ValueError(f"groups.{column}: name each value once, and at least one")
+                raise ValueError(
+                    f"groups.{column}: must name at least one value, and each value once"
+                )
         for column, edges in self.bands.items():
             if list(edges) != sorted(set(edges)):
-                raise ValueError(f"bands.{column}: must rise, as in [18, 65, 80]")
+                raise ValueError(f"bands.{column}: edges must rise, as in [18, 65, 80]")
         if len(self.groups) + len(self.bands) + self.classes > MOST_AXES:
-            raise ValueError(f"groups, bands: at most {MOST_AXES} columns; each makes more noise")
+            raise ValueError(
+                f"groups, bands: at most {MOST_AXES} columns, because each one adds noise"
+            )
         return self
 
     @property

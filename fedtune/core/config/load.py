@@ -90,7 +90,8 @@ def _check_modules(study: Study, where: str) -> None:
         if strategy.of_statistics != (objective.directions > 0):
             raise ConfigError(
                 f"objective.name = {study.objective.name!r} and strategy.name = "
-                f"{study.strategy.name!r} do not fit: one is of class statistics, one of changes",
+                f"{study.strategy.name!r} do not fit: one works on class statistics, "
+                "the other on adapter updates",
                 'objective "prototypes" with strategy "discriminant", or neither',
             )
     except ConfigError as error:

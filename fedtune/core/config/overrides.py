@@ -28,7 +28,7 @@ def overridden(tables: Mapping[str, Any], settings: Iterable[str]) -> dict[str, 
         if not equals or not KEY.fullmatch(key := key.strip()):
             raise ConfigError(
                 f"--set {setting[:80]}: not KEY=VALUE",
-                "a key with its tables before dots, and a value",
+                "KEY=VALUE, where dots separate a key from its tables",
                 "such as --set training.rounds=4",
             )
         change = _value(setting, text.strip())

@@ -33,6 +33,6 @@ def _line(number: int, row: Any) -> str:
     except (TypeError, ValueError):
         kind = ", ".join(sorted({type(value).__name__ for value in row.values()}))
     raise DataError(
-        f"row {number} is no record ({kind})",
+        f"row {number} is not a record ({kind})",
         "a dict of text and numbers by column name, or a DataFrame",
     )

@@ -29,8 +29,9 @@ def check_secure(study: Study) -> None:
         return
     if n - table.colluding < 2:
         raise ValueError(
-            f"secure_aggregation.colluding = {table.colluding}: needs strategy.min_sites of at "
-            f"least {table.colluding + 2}, not {n}; the noise is shared by all sites but these"
+            f"secure_aggregation.colluding = {table.colluding}: needs "
+            f"strategy.min_sites of at least {table.colluding + 2}, not {n}; the "
+            "noise is shared by all sites except these"
         )
     reasons = {
         "training.local_steps: must be 1: several steps at a site need its own noised "

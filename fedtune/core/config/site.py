@@ -100,9 +100,9 @@ class ConsentTable(Table):
         if not (self.column or self.opt_outs):
             raise ValueError("name a column, or a file of opt_outs")
         if not self.values:
-            raise ValueError("values: without one nobody agrees")
+            raise ValueError("values: is empty, so that no patient would consent")
         if bool(self.salt_file) != (self.hashing != "sha256"):
-            raise ValueError("salt_file: belongs to a salted hashing, which needs it")
+            raise ValueError("salt_file: must be given with a salted hashing, and with no other")
         return self
 
     @property
@@ -148,15 +148,17 @@ class SiteData(DataFile):
         if self.url is None and "path" not in self.model_fields_set:
             raise ValueError("path: key is missing")
         if A_URL.match(str(self.path)):  # which is not repeated: it may hold a password
-            raise ValueError("path: is a url; name it as url, without a password")
+            raise ValueError("path: is a url; give it as url, without a password")
         if self.url and self.source not in (None, SQL):
-            raise ValueError(f'url: is read by source = "{SQL}"')
+            raise ValueError(f'url: is read only by source = "{SQL}"')
         if self.options and self.source is None and not self.url:
             raise ValueError('options: belong to a source; name it, as in source = "csv"')
         if any(value == () for value in self.filter.values()):
-            raise ValueError("filter: a column without a value leaves nothing")
+            raise ValueError("filter: a column has no value, so that no row would match")
         if self.consent and self.consent.opt_outs and not self.columns.patient:
-            raise ValueError("consent.opt_outs: lists patients; name columns.patient")
+            raise ValueError(
+                "consent.opt_outs: is a list of patients, so columns.patient is needed"
+            )
         return self
 
     @property
@@ -225,17 +227,19 @@ class AcceptanceTable(SiteData):
     @model_validator(mode="after")
     def _check_acceptance(self) -> AcceptanceTable:
         if not (self.thresholds or self.recall):
-            raise ValueError("thresholds: name at least one, or the recall of a class")
+            raise ValueError("thresholds: name at least one bound, here or in recall")
         for name, bound in (*self.thresholds.items(), *self.differences.items()):
             if name not in ("loss", "perplexity") and not 0 <= bound <= 1:
                 raise ValueError(f"{name} = {bound:g}: must be between 0 and 1")
         if "ece" in self.differences:  # the fewer records, the larger
-            raise ValueError("differences.ece: groups are not compared by it; bound another figure")
+            raise ValueError(
+                "differences.ece: groups cannot be compared by ece; use another figure"
+            )
         if unknown := set(self.bands) - set(self.groups):
-            raise ValueError(f"bands.{min(unknown)}: is no column of groups")
+            raise ValueError(f"bands.{min(unknown)}: is not named in groups")
         for column, edges in self.bands.items():
             if not edges or list(edges) != sorted(set(edges)):
-                raise ValueError(f"bands.{column}: must rise, as in [18, 65, 80]")
+                raise ValueError(f"bands.{column}: edges must rise, as in [18, 65, 80]")
         return self
 
     @property
@@ -300,7 +304,7 @@ class VaultTable(Table):
             if self.command:
                 return self
         except ValueError:
-            raise ValueError("run: a quotation that does not end") from None
+            raise ValueError("run: a quotation mark is not closed") from None
         raise ValueError("run: name a command")
 
     @property
@@ -399,19 +403,24 @@ class Site(Table):
     def _check_combination(self) -> Site:
         if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # in total: core/dp/filter.py
             raise ValueError(
-                f"policy.max_delta = {self.policy.max_delta}: twice it, where max_epsilon holds, "
-                "must be below 1 / site.declared_size: a larger one lets a whole record out"
+                f"policy.max_delta = {self.policy.max_delta}: twice this value, at "
+                "which max_epsilon holds, must be below 1 / site.declared_size; a "
+                "larger δ would allow a mechanism to release a whole record"
             )
         if self.evaluation and self.evaluation.name == self.data.name:
-            raise ValueError("evaluation.name: must not be data.name; each has its own budget")
+            raise ValueError(
+                "evaluation.name: must differ from data.name, because each dataset has "
+                "its own budget"
+            )
         if self.evaluation and bool(self.evaluation.declared) != bool(self.data.declared):
             raise ValueError(
-                "evaluation.declared: the two datasets of a site are both declared, or both "
-                "private: a run pays from one ledger"
+                "evaluation.declared: either both datasets of a site are declared, "
+                "or both are private, because a run pays from one ledger"
             )
         if self.evaluation and bool(self.evaluation.consent) != bool(self.data.consent):
             raise ValueError(
-                "evaluation.consent: who is asked for consent in one dataset is asked in the other"
+                "evaluation.consent: either both datasets of a site have a consent "
+                "table, or neither has"
             )
         if self.site.ledger and not self.data.declared:
             raise ValueError("site.ledger: private data is paid from the ledger in site.state")

@@ -104,11 +104,12 @@ class LoraTable(Table):
     @model_validator(mode="after")
     def _check_combination(self) -> LoraTable:
         if self.min_rank is not None and self.min_rank > self.rank:
-            raise ValueError("min_rank: at most rank")
+            raise ValueError("min_rank: must be at most rank")
         if self.min_rank is not None and self.train == "AB":
             raise ValueError(
-                'min_rank: sites of different ranks need train = "B"; where A is trained too, the '
-                "mean of the sites' B·A is not the product of the mean B and the mean A"
+                'min_rank: sites of different ranks need train = "B"; if A is '
+                "trained too, the mean of the sites' B·A is not the product of the "
+                "mean B and the mean A"
             )
         return self
 
@@ -140,7 +141,7 @@ class ObjectiveTable(Table):
     @model_validator(mode="after")
     def _check_labels(self) -> ObjectiveTable:
         if len({label.strip() for label in self.labels}) < len(self.labels):
-            raise ValueError("labels: two are the same, white space aside")
+            raise ValueError("labels: two labels are equal (white space is ignored)")
         return self
 
 
@@ -365,7 +366,7 @@ class Study(Table):
             self._check_continuous()
         if isinstance(self.privacy, str):
             if self.private_evaluation is not None:
-                raise ValueError("private_evaluation: only in a private study")
+                raise ValueError('private_evaluation: not allowed with privacy = "off"')
             if t.rounds is None:
                 raise ValueError('training.rounds is required where privacy = "off"')
         else:
@@ -385,10 +386,14 @@ class Study(Table):
                 )
             if self.records_per_draw > MOST_ROWS:
                 raise ValueError(
-                    f"privacy.max_records_per_unit: at most {MOST_ROWS} where records are drawn"
+                    f"privacy.max_records_per_unit: at most {MOST_ROWS} with "
+                    'privacy.sampling = "record"'
                 )
             if self.clipping.unit is not None:
-                raise ValueError("clipping.unit: a private study names its unit in privacy.unit")
+                raise ValueError(
+                    "clipping.unit: not allowed in a private study, which names its unit "
+                    "in privacy.unit"
+                )
         return self
 
     def _check_queries(self) -> None:
@@ -413,56 +418,61 @@ class Study(Table):
         if start.head == "public" and not self.public:
             raise ValueError('start.head = "public": needs a [public] table, texts with labels')
         if unknown := sorted(set(start.descriptions) - set(self.objective.labels)):
-            raise ValueError(f"start.descriptions: {unknown[0]!r} is none of objective.labels")
+            raise ValueError(f"start.descriptions: {unknown[0]!r} is not in objective.labels")
         if self.lora and self.lora.preconditioner:
             if not self.public:
                 raise ValueError("lora.preconditioner: needs a [public] table, text with answers")
             if self.training.weight_decay:
                 raise ValueError(
-                    "training.weight_decay: must be 0 with lora.preconditioner, whose steps are "
-                    "taken in other coordinates than the adapter's"
+                    "training.weight_decay: must be 0 with lora.preconditioner, "
+                    "which steps in other coordinates than the adapter's"
                 )
 
     def _check_continuous(self) -> None:
         """Check a study with a [schedule]. Errors: ValueError where it cannot run without end."""
         privacy = self.privacy
         if isinstance(privacy, str):
-            raise ValueError("schedule: only in a private study")
+            raise ValueError('schedule: not allowed with privacy = "off"')
         if self.training.rounds is not None:
             raise ValueError(
-                "training.rounds: a study with a [schedule] has no last round; leave it out"
+                "training.rounds: not allowed with a [schedule], because such a "
+                "study has no last round"
             )
         if self.training.learning_rate_schedule != "constant":
             raise ValueError(
-                "training.learning_rate_schedule: a study with a [schedule] has no last round by "
-                "which the rate could fall; leave it out"
+                "training.learning_rate_schedule: not allowed with a [schedule], "
+                "because such a study has no last round by which the rate could fall"
             )
         if privacy.noise_multiplier is None or privacy.epsilon is None:
             raise ValueError(
-                "schedule: give privacy.noise_multiplier, which fixes what each round costs, and "
-                "privacy.epsilon, all that one patient ever pays; rounds have no number to divide "
-                "a budget by"
+                "schedule: give privacy.noise_multiplier, which sets the cost of "
+                "each round, and privacy.epsilon, the most that one patient ever "
+                "pays; a budget cannot be divided by an unknown number of rounds"
             )
         if privacy.unit != "patient":
             raise ValueError(
-                'schedule: needs privacy.unit = "patient": a budget for life is somebody\'s, and a '
-                "corrected record would be a new one"
+                'schedule: needs privacy.unit = "patient": a lifetime budget belongs '
+                "to a patient; with record units a corrected record would get a "
+                "fresh budget"
             )
         if self.evaluation is None:
             raise ValueError(
-                "schedule: needs an [evaluation] table; a new adapter is released only where it "
-                "is better on those public records"
+                "schedule: needs an [evaluation] table: a new adapter is released "
+                "only if it is better on those public records"
             )
         schedule, metric = self.schedule, self.evaluation.metric
         if schedule and (schedule.margin or schedule.groups) and not METRICS[metric].share:
             shares = ", ".join(name for name, one in METRICS.items() if one.share)
             raise ValueError(
-                f"schedule.margin, schedule.groups: not of {metric}; of a share of records alone "
-                f"a margin is tested at any number of them: evaluation.metric = {shares}"
+                f"schedule.margin, schedule.groups: cannot be tested for {metric}, "
+                f"only for a share of records: evaluation.metric = {shares}"
             )
         if self.selection is not None:
-            raise ValueError("selection: not with a [schedule], which keeps the better adapter")
+            raise ValueError(
+                "selection: not allowed with a [schedule], which keeps the better adapter by itself"
+            )
         if self.private_evaluation is not None:
             raise ValueError(
-                "private_evaluation: not with a [schedule]; each round would ask, and be paid for"
+                "private_evaluation: not allowed with a [schedule], in which each "
+                "round would query and pay"
             )

@@ -35,7 +35,7 @@ def _between(least: float, most: float) -> AfterValidator:
 
 def _file(value: Any) -> Any:
     if isinstance(value, str | Path) and (why := reading.refuse_path(value)):
-        raise ValueError(f"is no path: {why}")
+        raise ValueError(f"is not a path: {why}")
     if value == "":
         raise ValueError("must not be empty")
     return value
@@ -210,11 +210,11 @@ class Columns(Table):
         if self.completion and not self.prompt:
             raise ValueError("completion needs prompt")
         if bool(self.chosen) != bool(self.rejected) or (self.chosen and not self.prompt):
-            raise ValueError("chosen and rejected need each other, and prompt")
+            raise ValueError("chosen and rejected need each other and prompt")
         if self.chosen and self.completion:
-            raise ValueError("name completion, or chosen and rejected")
+            raise ValueError("name either completion, or chosen and rejected")
         if self.label and not (self.text or self.completion or self.media):
-            raise ValueError("label needs text, or prompt and completion, or image or audio")
+            raise ValueError("label needs text, or prompt and completion, or image, or audio")
         return self
 
 

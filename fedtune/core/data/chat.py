@@ -54,8 +54,8 @@ def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     draws = any(map(_may_draw, parsed.find_all(nodes.Filter)))
     if draws or _list_used_names(parsed) & {"lipsum"}:
         raise ConfigError(
-            "the base's chat template draws at random",
-            "a template without `random` and `lipsum`, whose `map` names a filter",
+            "the base's chat template uses random numbers",
+            "a template without `random` and `lipsum`, in which every `map` names a filter",
             _OTHERWISE,
         )
     if _list_used_names(parsed) & {"cycler", "joiner"}:

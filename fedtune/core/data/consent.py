@@ -77,9 +77,9 @@ def _digests(path: Path) -> Iterator[bytes]:
             continue
         if not DIGEST.fullmatch(text):
             raise DataError(
-                f"{path} line {number}: no sha256 of a key",
+                f"{path} line {number}: not a sha256 of a key",
                 "64 hexadecimal digits on each line",
-                "hash the keys as data.consent.hashing says; nobody trains meanwhile",
+                "hash the keys as data.consent.hashing says; until then this site does not train",
             )
         yield bytes.fromhex(text)
 

@@ -357,7 +357,7 @@ def check_columns(
             raise DataError(f"objective {objective.name} cannot use these columns", expected)
         return "unpaired_preference" if judged else "preference"
     if labelled and columns.prompt and not columns.completion:
-        raise DataError(f"{at}.prompt is given without {at}.completion", "both")
+        raise DataError(f"{at}.prompt is given without {at}.completion", "both columns")
     return "text"
 
 
@@ -368,7 +368,7 @@ def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | Non
         if getattr(file.columns, kind) and kind != required:
             raise DataError(
                 f"{at}.{kind} is given, and the base reads no {kind}",
-                f"{at}.{required}" if required else "text alone",
+                f"{at}.{required}" if required else "no such column",
                 "name a base that reads it, or leave the column out",
             )
         if kind == required and not getattr(file.columns, kind):

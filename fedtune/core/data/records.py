@@ -391,8 +391,9 @@ def source_of(file: DataFile) -> Source | None:
     if isinstance(source, Collection) and source.patient not in ("", file.columns.patient):
         table = table_of(file)
         raise ConfigError(
-            f"{table}.source = {file.source!r} tells patients apart, and nobody's records would be "
-            "protected together",
+            f"{table}.source = {file.source!r} has a patient column, and "
+            f"{table}.columns.patient is not set, so that a patient's records would "
+            "not be protected together",
             f'{table}.columns.patient = "{source.patient}"',
         )
     return source

@@ -111,7 +111,7 @@ def cross_check(events: Iterable[Steps], delta: float) -> float:
     if not pld_epsilon <= 1.01 * bound + 1e-3:
         raise AccountantsDisagree(
             f"PLD gives ε = {pld_epsilon:.6g} and RDP only {bound:.6g}",
-            "PLD at most RDP",
+            "PLD to give at most the ε of RDP",
             "reinstall dp-accounting at the pinned version and run the tests; release nothing",
         )
     return pld_epsilon
@@ -231,8 +231,8 @@ def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
         return _compute_epsilon(events, delta)
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:
         raise ConfigError(
-            "no ε can be computed of these steps",
-            "a noise_multiplier and a sampling_rate of usual size",
+            "ε of these steps cannot be computed",
+            "a noise_multiplier and a sampling_rate of the usual size",
             "raise noise_multiplier, or lower max_records_per_unit or rounds",
         ) from error
 

@@ -98,7 +98,7 @@ def word_bits(
         if largest < 2.0 ** (bits - 2):
             return bits
     raise ConfigError(
-        "the sites' declared sizes need words of more than 64 bits",
-        "sizes of which the largest possible sum fits",
-        "ask the site that declares by far the most",
+        "the sites' declared sizes are so large that a word needs more than 64 bits",
+        "declared sizes whose largest possible sum fits into 64 bits",
+        "ask the site with by far the largest declared size",
     )

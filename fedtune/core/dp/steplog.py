@@ -54,7 +54,7 @@ class StepLog:
         except OSError as error:
             raise InfrastructureError(
                 f"{self.path}: the step log cannot be written ({error.strerror})",
-                todo="free the disk or fix the permissions; no step runs without its line",
+                todo="free the disk or fix the permissions; no step runs unless it is logged",
             ) from None
         self._round, self._ahead = step, of_round - 1
 
@@ -80,7 +80,7 @@ class StepLog:
 
 def _check_count(count: object) -> int:
     if type(count) is not int or count < 1:
-        raise ValueError("not a number of steps")
+        raise ValueError("the number of steps is not a number")
     return count
 
 

@@ -68,7 +68,7 @@ def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
     if stat.S_ISREG(mode):
         return number
     os.close(number)
-    raise NotRegular(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "no regular file")
+    raise NotRegular(errno.EINVAL, "a folder" if stat.S_ISDIR(mode) else "not a regular file")
 
 
 def regular(path: Path, expected: str, todo: str = "", kind: Kind = InputError) -> Path:
@@ -99,7 +99,7 @@ def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL
     data = content(path, expected, kind=kind, most=most)
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise kind(
-            f"{path}: others may read it, and it is a secret", "mode 0600", f"chmod 600 {path}"
+            f"{path}: is a secret, and other users can read it", "mode 0600", f"chmod 600 {path}"
         )
     return data
 

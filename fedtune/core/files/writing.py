@@ -47,13 +47,13 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
     if os.path.lexists(path) and not its_kind:
         raise InputError(
             f"{path}: exists, and is not what would replace it",
-            f"a new file, or one that ends in {' or '.join(suffixes)}",
+            f"a new file, or one whose name ends in {' or '.join(suffixes)}",
             "choose another",
         )
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         raise InputError(
-            f"{path}: {above.name} is no folder", "a file in a folder", "choose another"
+            f"{path}: {above.name} is not a folder", "a file in a folder", "choose another"
         )
     return path
 

@@ -180,7 +180,7 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
                 raise NotGenuine(
                     f"{where}: does not follow the entry before it",
                     f"entry {len(entries)}",
-                    f"an entry was changed, moved or taken out: {BACKUP}",
+                    f"an entry was changed, moved or removed: {BACKUP}",
                 )
             signed = {key: value for key, value in entry.items() if key != "signature"}
             if not verifies(public, PURPOSE + canonical(signed), entry["signature"]):
@@ -199,7 +199,7 @@ def signer_at(folder: Path) -> str:
         if (folder / name).exists():
             return SigningKey.at(folder / name).public
     raise ConfigError(
-        f"{folder}: no signing key here, so nobody is known who should have signed",
+        f"{folder}: no signing key here, so it is not known who should have signed",
         "a site's state folder or a coordinator's home",
         "give the public key with --signer; `fedtune log` shows it where the key is",
     )
@@ -223,8 +223,8 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
     if rest or not lines:
         raise NotGenuine(
             f"{path}: the last line is cut short",
-            "whole lines",
-            "after a crash the next entry takes it away: nothing was done under it",
+            "complete lines",
+            "after a crash the next entry removes this line: nothing was done under it",
         )
     for number, line in enumerate(lines, 1):
         yield f"{path}: line {number}", line
@@ -247,11 +247,13 @@ def _check_head(folder: Path, head: str, hashes: list[str]) -> None:
         return
     number, _, hash_ = head.partition(":")
     if not number.isdecimal() or len(number) > 9 or not HASH.fullmatch(hash_):
-        raise InputError(f"{head[:80]}: no head of an audit log", "SEQ:HASH, as `fedtune log` says")
+        raise InputError(
+            f"{head[:80]}: not a head of an audit log", "SEQ:HASH, as `fedtune log` prints it"
+        )
     if int(number) >= len(hashes) or hashes[int(number)] != hash_:
         raise NotGenuine(
             f"{folder / FILE}: entry {number} is not the one that was noted",
-            "a log that goes on from there",
+            "a log that continues from that entry",
             f"it was cut off, or begun anew: {BACKUP}",
         )
 

@@ -105,10 +105,12 @@ def _admission(place: Place, request: Request) -> Answer:
         check_plan_length(str(plan["study"]))
         study = study_from_json(str(plan["study"]))
         if study.digest != plan["digest"]:
-            raise ConfigError("the plan received is not the one it claims to be")
+            raise ConfigError("the plan received does not have the digest that it claims")
         coordinator = check_plan(plan, study.digest)
         if place.coordinator not in ("", coordinator):
-            raise PolicyRefused("the plan is not signed by the coordinator this site enrolled with")
+            raise PolicyRefused(
+                "the plan is not signed by the coordinator with which this site enrolled"
+            )
         site = site.begin_run(study.digest)
         if plan.get("finished") is True:
             check_end(plan, study.digest, coordinator)
@@ -212,7 +214,7 @@ def note_refusal(place: Place, failure: tuple[str, str], **facts: Any) -> None:
 def _plan_of(named: Any, suffix: str) -> str:
     digest = str(named)
     if not digest.endswith(suffix):
-        raise SealError("the order is for another kind of work")
+        raise SealError("the order asks for another kind of work")
     return digest.removesuffix(suffix)
 
 

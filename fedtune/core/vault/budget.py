@@ -80,7 +80,9 @@ class Budget:
         ahead = at_least if plan.lifetime is not None else max(self.remaining(), at_least)
         events = [*(charge.event for charge in self._of_plan()), *plan.events(ahead)]
         if plan.lifetime is not None and accountant.epsilon(events, plan.delta) > plan.lifetime:
-            raise BudgetExceeded("the round would go past privacy.epsilon, the plan's own lifetime")
+            raise BudgetExceeded(
+                "the round would exceed privacy.epsilon, a patient's lifetime budget in this plan"
+            )
         beside = [charge.event for charge in self._of_study() if charge.study != plan.study]
         if accountant.epsilon([*beside, *events], plan.delta) > policy.max_epsilon_per_study:
             raise BudgetExceeded(
@@ -89,7 +91,7 @@ class Budget:
                 f"at most ε = {policy.max_epsilon_per_study} at this site",
                 QUERIES_TODO
                 if beside
-                else "lower epsilon or rounds, or ask the site to raise its ceiling",
+                else "lower epsilon or rounds, or ask the site to raise this limit",
             )
         if self.total(ahead).epsilon > policy.max_epsilon:
             raise BudgetExceeded(
@@ -102,7 +104,7 @@ class Budget:
                 "the study would take this dataset past policy.max_fallback_epsilon, the ε that "
                 "holds even if secure aggregation does not",
                 f"at most ε = {policy.max_fallback_epsilon} in total",
-                "lower epsilon: shared by several sites it stays below what each would spend alone",
+                "lower epsilon: with shared noise it stays below what each site would spend alone",
             )
 
     def check_attempts(self, round_: int) -> None:
@@ -115,7 +117,7 @@ class Budget:
         if paid >= MOST_ATTEMPTS:
             raise BudgetExceeded(
                 f"round {round_} was paid for {MOST_ATTEMPTS} times, interrupted attempts included",
-                f"at most {MOST_ATTEMPTS} times a round of a plan",
+                f"at most {MOST_ATTEMPTS} payments for a round of a plan",
                 "the coordinator continues from its newest checkpoint, or plans another study",
             )
 
@@ -143,10 +145,11 @@ def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
     raise BudgetExceeded(
-        f"what one {unit} spent in earlier rounds on this dataset is not known: "
+        f"the cost of earlier rounds on this dataset is unknown for one {unit}: "
         + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
-        "a dataset whose every charge is of the study's own unit, by this release's rules",
-        f"the site reads `fedtune ledger` and, if it accepts that, signs with --accept {dataset}",
+        "a dataset whose charges are all for the study's unit, by this release's rules",
+        "a person at the site reads `fedtune ledger` and, to accept this, runs it "
+        f"with --accept {dataset}",
     )
 
 
@@ -156,7 +159,7 @@ def check_rounds(paid: int, policy: PolicyTable) -> None:
     everybody's budget is used up. paid: all charges of the ledger. Errors: BudgetExceeded."""
     if paid >= policy.max_rounds:
         raise BudgetExceeded(
-            "this site's ledger paid for policy.max_rounds rounds, those of all studies together",
+            "this site's ledger has paid for policy.max_rounds rounds of all studies together",
             f"at most {policy.max_rounds}",
-            "the site may raise policy.max_rounds: 4 KiB more on its disk for each round",
+            "the site may raise policy.max_rounds, for 4 KiB more disk per round",
         )

@@ -67,7 +67,7 @@ def permit_declared(current: Site, loaded: Site, home: Ledger) -> None:
         if getattr(data, "declared", None) != getattr(was, "declared", None):
             raise PolicyRefused(
                 "data.declared was changed while this site takes part",
-                todo="stop this site and start it again; then it is checked anew",
+                todo="stop this site and start it again, so that it is checked anew",
             )
         if data is not None and data.declared:
             if current.site.ledger is None:
@@ -80,9 +80,9 @@ def as_stated(current: Site, loaded: Site) -> Site:
     records since the site joined, of which the coordinator was told nothing."""
     if current.free_query and not loaded.free_query:
         raise PolicyRefused(
-            "a query or a view selects records since this site joined",
+            "a query or a view selects this site's records, which it did not when the site joined",
             "what the site stated when it joined",
-            "stop this site and start it again; then the coordinator is told",
+            "stop this site and start it again, so that the coordinator is informed",
         )
     return current
 
@@ -94,7 +94,7 @@ def allow_declared(site: Site) -> None:
     if site.data.declared and not site.policy.allow_declared_data:
         raise PolicyRefused(
             f"data.declared = {site.data.declared!r} and policy.allow_declared_data is not set",
-            "policy.allow_declared_data = true, to take part with data that no patient is in",
-            "take `declared` out of site.toml to train on private records; `fedtune simulate` "
-            "rehearses with declared data on this machine",
+            "policy.allow_declared_data = true, to take part with data that holds no patient",
+            "remove `declared` from site.toml to train on private records; to "
+            "rehearse with declared data on this machine, use `fedtune simulate`",
         )

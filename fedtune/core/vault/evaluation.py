@@ -40,7 +40,7 @@ log = logging.getLogger("fedtune.site")
 def plan_of_queries(study: Study, round_: int) -> DpPlan:
     """Return the plan of the study's queries. Errors: PolicyRefused: none follows `round_`."""
     if round_ not in study.queries:
-        raise PolicyRefused(f"a query after round {round_} is not in the plan")
+        raise PolicyRefused(f"the plan has no query after round {round_}")
     return query_plan(study)
 
 
@@ -83,7 +83,7 @@ def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> S
     if "evaluation" not in site.policy.release:
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
-        raise PolicyRefused("site.evaluation is not given")
+        raise PolicyRefused("site.toml has no [evaluation] table")
     admit(study, site.model_copy(update={"data": site.evaluation}), plan, coordinator)
     return site.evaluation
 

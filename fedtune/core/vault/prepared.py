@@ -96,7 +96,7 @@ def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> Non
     if shapes(load(payload)) != {name: form.shape for name, form in expected.items()}:
         raise PolicyRefused(
             "site.lora_rank was changed while an update of this round waits to be sent",
-            todo="set it back for this study",
+            todo="set it back until this study has ended",
         )
 
 

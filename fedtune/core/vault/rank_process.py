@@ -367,7 +367,7 @@ def _await_rank_0(site: Path) -> Path:
             if socket_path.exists():  # else an earlier team left the file
                 return socket_path
         time.sleep(0.1)
-    raise InfrastructureError("rank 0 of this site's team does not say where it is")
+    raise InfrastructureError("rank 0 of this site's team does not publish its address")
 
 
 def main(options: list[str]) -> None:

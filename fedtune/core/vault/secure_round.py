@@ -85,7 +85,7 @@ def mask_sum(
         asked = parse_set(statements)
         mine = next((r for r in asked if r.signing == site.key.public), None)
         if mine is None:
-            raise StatementError("the set of ready sites does not hold this site")
+            raise StatementError("this site is not in the set of ready sites")
         draw = Draw(digest, round_, attempt, mine.draw.adapter)
         answered = site.ledger.released(digest, round_, draw.label)
         if answered is None:
@@ -105,8 +105,9 @@ def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) 
     waiting, study = site.draws.find(draw), prepared.study
     if waiting is None:
         raise StatementError(
-            "this site has no draw of this attempt",
-            "an attempt that was not given up, at a site that did not restart since it was ready",
+            "this site has no draw for this attempt",
+            "an attempt that was not abandoned, at a site that has not restarted "
+            "since it was ready",
         )
     check_set(asked, waiting.ready, site.current().policy.peers, study.strategy.min_sites)
     sigma = prepared.private.noise_multiplier if prepared.private else None
@@ -125,7 +126,7 @@ def _prepare_draw(
     if prepared.study.secure_aggregation is None:
         raise PolicyRefused("the plan has no [secure_aggregation]")
     if not 1 <= attempt <= 10**6:
-        raise PolicyRefused(f"attempt {attempt} is not one of a round")
+        raise PolicyRefused(f"attempt {attempt} does not belong to a round")
     return prepared
 
 

@@ -85,11 +85,11 @@ def check_watch(study: Study, watch: object) -> None:
         return
     if watch:
         raise PolicyRefused(
-            "this site runs with --watch and the plan has no [schedule]",
+            "this site runs with --watch, and the plan has no [schedule]",
             "a study without a last round",
             "start `fedtune client` without --watch for studies with a number of rounds",
         )
     raise PolicyRefused(
-        "the plan has a [schedule] and no last round, and this site does not run with --watch",
-        todo="`fedtune review` says what it means; then `fedtune client SITE --watch`",
+        "the plan has a [schedule] and no last round, and this site runs without --watch",
+        todo="read what it means with `fedtune review`; then run `fedtune client SITE --watch`",
     )

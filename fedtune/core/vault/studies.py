@@ -29,9 +29,9 @@ def check_number(state: Path, study: Study) -> None:
     ]
     if len(others) >= MOST:
         raise PolicyRefused(
-            "too many studies are under way at this site",
+            "too many studies are running at this site",
             f"at most {MOST}",
-            "end those that are over; `fedtune purge` at the site forgets one",
+            "end finished studies; `fedtune purge` at the site removes one",
         )
 
 

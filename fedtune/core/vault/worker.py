@@ -337,7 +337,9 @@ class SiteWorker:
         Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, where it
         is paid for and waits for a person at the site; Void, where that person refused it."""
         if (prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:
-            raise PolicyRefused("the plan opens the sum of all sites alone, never one update")
+            raise PolicyRefused(
+                "under this plan only the sum of all sites is opened, never one site's update"
+            )
         slot = digest, round_, arrays_digest(adapter)
         airlock.check_not_refused(self.ledger, slot)
         payload = self.ledger.released(*slot)

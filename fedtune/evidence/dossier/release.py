@@ -74,7 +74,11 @@ def release(
     _refuse_derived(run)
     proven = verify_run(run)
     if proven.exported:
-        raise ConfigError(f"{run}: is an exported model", "the run itself", "release the run")
+        raise ConfigError(
+            f"{run}: is an exported model",
+            "a run folder",
+            "release the run from which it was exported",
+        )
     home = home or home_beside(run)
     key, ca = _key(run, home, proven)
     if not proven.simulated:
@@ -165,7 +169,7 @@ def read_details(path: Path) -> dict[str, str]:
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}", ", ".join(sorted(known)))
         if not isinstance(value, str):
-            raise ConfigError(f"{path}: {key} is no text", 'a text, as in contact = "…"')
+            raise ConfigError(f"{path}: {key} is not a text", 'a text, as in contact = "…"')
     return table
 
 
@@ -219,12 +223,12 @@ def approve(
                 "a text on one line",
             )
     if not verify(folder, trust).dossier:
-        raise InputError(f"{folder}: is no dossier", "a folder that `fedtune release` wrote")
+        raise InputError(f"{folder}: is not a dossier", "a folder that `fedtune release` wrote")
     _, digest = read_release(folder)
     key = key if isinstance(key, SigningKey) else SigningKey.at(Path(key))
     path = folder / APPROVALS / file_name(key.public)
     if path.exists():
-        raise InputError(f"{path}: this key approved this release already", "one approval a key")
+        raise InputError(f"{path}: this key approved this release already", "one approval per key")
     if log:
         log.add("approve", release=digest)
     replace(path, canonical(approval(digest, key, name, role, reason)))

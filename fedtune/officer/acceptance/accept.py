@@ -71,9 +71,9 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     run = run if isinstance(run, Run) else open_run(run)
     if (table := site.acceptance) is None:
         raise ConfigError(
-            "this site has not written down by what it judges a model",
+            "site.toml states no rules by which to judge a model",
             "[acceptance] in site.toml, with records and thresholds",
-            "write it before anybody looks at a figure: docs/acceptance.md",
+            "write the rules before anybody sees a figure: docs/acceptance.md",
         )
     ledger = Ledger(site.site.ledger or site.site.state)
     scored = score_models(run, table, site, ledger)
@@ -113,8 +113,8 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
             records[record["time"], path.stat().st_mtime_ns] = record
     if not records:
         raise InputError(
-            f"{run.folder}: this site has decided nothing about this model",
-            "a decision, which a person has read",
+            f"{run.folder}: this site has made no decision about this model",
+            "a decision that a person has read",
             "fedtune accept RUN --site SITE, without --tell",
         )
     if to.exists():

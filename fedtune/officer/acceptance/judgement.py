@@ -106,7 +106,7 @@ def _list_bounds(table: AcceptanceTable, known: Mapping[str, Measure]) -> dict[s
     for name in (*named, *table.differences):
         if name not in known:
             raise ConfigError(
-                f"acceptance: {name!r} cannot be measured of this run's records",
+                f"acceptance: {name!r} cannot be measured on this run's records",
                 f"one of {', '.join(sorted(known))}",
             )
     return named

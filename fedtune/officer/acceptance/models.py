@@ -60,8 +60,9 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
         own = open_run(table.alone)
         if (of_own := _labels(own.study, _describe_records(table, own.study))) != labels:
             raise ConfigError(
-                f"{table.alone}: its classes are other ones than this model's",
-                f"{len(labels)} of the same names and order, and it has {len(of_own)}",
+                f"{table.alone}: its classes differ from those of this model",
+                f"{len(labels)} classes with the same names in the same order; it "
+                f"has {len(of_own)}",
                 "name another run as acceptance.alone, or none",
             )
         reader, adapter = evaluator_of(
@@ -72,7 +73,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
         scores[ALONE] = reader.scores(adapter)
         if len(scores[ALONE].loss) != len(scores[MODEL].loss):
             raise DataError(
-                f"{table.alone}: its base cannot read all of the records that this model reads",
+                f"{table.alone}: its base cannot read all records that this model reads",
                 "a run on the same base, with the same objective",
                 "name another run as acceptance.alone, or none",
             )

@@ -85,7 +85,7 @@ def read_held_out(
             examples += unit.examples
     if not kept:
         raise DataError(
-            f"{table.where}: no record is left to judge the model by",
+            f"{table.where}: no record is left by which to judge the model",
             "usable records of patients whom this site did not train on",
             f"left out: {_format_counts(Counter(reasons.values()))}; "
             f"rejected: {_format_counts(rejected)}",

@@ -141,7 +141,7 @@ def _value(cell: pa.Scalar) -> Any:
     if isinstance(cell, pa.DictionaryScalar):  # as_py would read before the dictionary's beginning
         number = cell.index.as_py()
         if not 0 <= number < len(cell.dictionary):
-            raise ValueError("a cell that the dictionary does not have")
+            raise ValueError("a cell points outside the dictionary")
         return _value(cell.dictionary[number])
     if isinstance(cell, pa.StructScalar):
         return {name: _value(cell[name]) for name in cell}
@@ -155,5 +155,5 @@ def _class(labels: Sequence[str], number: int) -> str | None:
     if number == -1:
         return None
     if not 0 <= number < len(labels):
-        raise ValueError("no class has this number")
+        raise ValueError("no class has the number in a cell")
     return labels[number]

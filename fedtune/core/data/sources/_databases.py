@@ -116,8 +116,8 @@ def connected(url: str, password: str | None, where: object) -> Iterator[Databas
         code = f" {state}" if isinstance(state, str) and re.fullmatch(r"[0-9A-Z]{5}", state) else ""
         raise DataError(
             f"{where}: the database cannot be read ({type(error).__name__}{code})",
-            "a database that is there, and whose table this user may read",
-            "the database's own client says why, with the same url",
+            "an existing database with a table that this user may read",
+            "open the same url with the database's own client, which says why",
         ) from None
 
 

@@ -35,7 +35,7 @@ class Arrow(Source):
             listed = _read_description(folder / SPLITS).get("splits")
             splits = [name for name in listed if _plain(name)] if isinstance(listed, list) else []
             raise DataError(
-                f"{folder}: several data sets, one in each folder",
+                f"{folder}: holds several data sets, one per folder",
                 f"the folder of one of them: {', '.join(map(str, splits[:9])) or 'none is listed'}",
                 "name it in data.path",
             )

@@ -171,7 +171,8 @@ def _files(where: Path, resource: str) -> list[Path]:
     found = sorted(p for p in where.iterdir() if p.suffix == SUFFIX and resource in p.name)
     if not found:
         raise DataError(
-            f"{where}: no file of {resource}", f"its name in a file's, as {resource}.000{SUFFIX}"
+            f"{where}: no file of {resource}",
+            f"files with the resource in their name, such as {resource}.000{SUFFIX}",
         )
     return [path for path in found if os.path.isfile(path)]
 

@@ -57,12 +57,16 @@ class Sql(Collection):
             raise ConfigError("data.options of a database", "table, or query", "name one of them")
         if bool(self.join) != bool(self.on) or (self.query and self.join):
             raise ConfigError(
-                "data.options.join of a database", "table, join and on, the column of both tables"
+                "data.options.join of a database", "table and join, and on, a column of both tables"
             )
         if ";" in self.query:
-            raise ConfigError("data.options.query has a semicolon", "one SELECT, without one")
+            raise ConfigError(
+                "data.options.query has a semicolon", "one SELECT without a semicolon"
+            )
         if self.password_file and self.password_env:
-            raise ConfigError("data.options has two passwords", "password_file or password_env")
+            raise ConfigError(
+                "data.options has two passwords", "only one of password_file and password_env"
+            )
         if kind_of(self.url) not in KINDS:
             raise ConfigError(f'source = "sql" needs data.url, of {", ".join(KINDS)}')
         require_driver(kind_of(self.url))
@@ -105,10 +109,10 @@ class Sql(Collection):
         whose row it is may else decide what becomes of another's. Errors: DataError."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
-            raise DataError(f"{names.where}: data.options.on is no column of both tables")
+            raise DataError(f"{names.where}: data.options.on is not a column of both tables")
         if patient != self.on and not (patient in own and patient in other):
             raise DataError(
-                f"{names.where}: data.options.join would bring one patient's row to another's",
+                f"{names.where}: data.options.join would join rows of different patients",
                 "tables that both have the column which data.columns.patient names",
                 "join by that column, or leave the other table out",
             )
@@ -121,11 +125,12 @@ class Sql(Collection):
             raise DataError(f"{names.where}: has no table that data.options names", "its name")
         if not (is_table or self.view):
             raise DataError(
-                f"{names.where}: what data.options names is no ordinary table, and a view may make "
-                "one patient's rows depend on another's",
+                f"{names.where}: data.options names something that is not an "
+                "ordinary table; in a view one patient's rows may depend on "
+                "another's",
                 "a table",
-                "name the table, with data.filter; or set data.options.view, which "
-                "policy.allow_free_query must allow",
+                "name a table, and select rows with data.filter; or set "
+                "data.options.view, which policy.allow_free_query must allow",
             )
         return columns
 
@@ -134,7 +139,7 @@ class Sql(Collection):
             password = os.environ.get(self.password_env)
             if not password:
                 raise DataError(
-                    "data.options.password_env: names nothing that is in the environment",
+                    "data.options.password_env: there is no such environment variable",
                     "the name of a variable, not the password",
                 )
             return password
@@ -195,8 +200,8 @@ def _require_patient(present: Sequence[str], names: Names) -> None:
     telling = [column for column in present if column.lower() in PATIENTS]
     if telling and not _patient(names):
         raise DataError(
-            f"{names.where}: has a column {telling[0]!r}, and data.columns.patient names none",
-            "the column that tells one patient from another",
+            f"{names.where}: has a column {telling[0]!r}, but data.columns.patient is not set",
+            "the column that identifies the patient",
             f'columns = {{ …, patient = "{telling[0]}" }}',
         )
 
