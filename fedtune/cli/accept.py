@@ -43,9 +43,8 @@ def accept(
 
     The verdict is accepted, refused or not resolved, by the rules of [acceptance] in site.toml. The
     command writes a page, all figures and a signed record to the site's state folder. The figures
-    are
-    exact, without noise, so they stay at the site: none of them is in the ledger, a dossier or the
-    status. If a person tells somebody else the decision, no ε covers that."""
+    are exact, without noise, so they stay at the site: none of them is in the ledger, a dossier or
+    the status. If a person tells somebody else the decision, no ε covers that."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.core.config.state_files import PAGE

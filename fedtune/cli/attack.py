@@ -121,10 +121,8 @@ def attack(
     record and costs no ε.
 
     **Between sites** (--records for each site): tell from the model's outputs which site a record
-    is
-    from and whose records it learnt, tested against permutations of the sites' names; with
-    --received
-    also from the updates that a coordinator receives. ε does not cover this attack.
+    is from and whose records it learnt, tested against permutations of the sites' names; with
+    --received also from the updates that a coordinator receives. ε does not cover this attack.
 
     A result beyond what ε allows means that something is broken: exit code 3."""
     from fedtune.cli.watch import Watch

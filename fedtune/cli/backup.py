@@ -38,8 +38,8 @@ def backup(
     """Copy a coordinator into one file, even while it runs: plan, CA, keys, registry, log and run.
 
     The file holds the consortium's private keys: only its owner can read it. Make a new backup
-    after
-    each round: whatever came after a backup is done again, and sites are charged for it again."""
+    after each round: whatever came after a backup is done again, and sites are charged for it
+    again."""
     from fedtune.core.config import load_study
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.wire.keys import SigningKey
@@ -67,8 +67,7 @@ def restore(
     """Restore a coordinator from its backup; `fedtune server DIR/study.toml --resume` continues it.
 
     Never run the old coordinator beside it: the server asks at its start whether a coordinator of
-    this
-    consortium still answers at the old address, and refuses to start if one does."""
+    this consortium still answers at the old address, and refuses to start if one does."""
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.wire.keys import SigningKey
     from fedtune.server.backup import HOME

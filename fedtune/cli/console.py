@@ -45,8 +45,8 @@ def warn_not_private(console: Console) -> None:
 
 
 def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
-    """Build the table of answers that wait at a site for a person: facts of the plan, lengths and
-    costs."""
+    """Build the table of answers that wait at a site for a person: facts of the plan, lengths
+    and costs."""
     table = Figures(
         caption=f"ε: of this round alone, at policy.max_delta = {delta:g}. Times are UTC.",
         caption_justify="left",

@@ -43,8 +43,7 @@ def dashboard(
     """Show the progress of a study in a browser: rounds, quality, ε, sites, budget and dossier.
 
     The dashboard reads files and writes none, sends no request, and answers only on this machine,
-    to
-    anybody who has the address that it prints. It runs until Ctrl-C."""
+    to anybody who has the address that it prints. It runs until Ctrl-C."""
     from fedtune.dashboard.kinds import page_of
     from fedtune.dashboard.server import serve
 

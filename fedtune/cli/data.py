@@ -80,8 +80,7 @@ def report(
     settings: SET = None,
 ) -> None:
     """Report on this site's records: columns, unusable rows, classes, lengths, duplicates and
-    records
-    per patient; with --study also what that study would cut, cap or reject.
+    records per patient; with --study also what that study would cut, cap or reject.
 
     The report holds exact counts of private records, and no record's content: it is for the site
     alone. Nothing leaves this machine."""
@@ -126,10 +125,9 @@ def describe(
     them.
 
     sheet.toml, beside site.toml, holds what only people know; if it does not exist, it is written
-    as a
-    form to fill in. If policy.data_sheet asks for fields, `fedtune client` joins a study only once
-    they
-    are filled in, and only while sheet and records are unchanged since they were attested."""
+    as a form to fill in. If policy.data_sheet asks for fields, `fedtune client` joins a study only
+    once they are filled in, and only while sheet and records are unchanged since they were
+    attested."""
     from fedtune.core.config import load_site
     from fedtune.core.config.sheet import FIELDS
     from fedtune.officer.sheet import describe_data

@@ -31,8 +31,7 @@ def demo(
     """Run a whole study in a few minutes: three invented hospitals train one private adapter.
 
     The notes are generated, the base is SmolLM2-135M, and nothing leaves this machine. At the end
-    the
-    demo shows the quality before and after, the ε that was spent, and a report to read."""
+    the demo shows the quality before and after, the ε that was spent, and a report to read."""
     from rich.console import Console
 
     from fedtune.cli.console import closing

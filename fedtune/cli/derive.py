@@ -128,12 +128,9 @@ def distill(
 
     The student learns the teachers' whole distribution (next tokens, or classes), not only their
     answers. With --layers the student starts as the first teacher without some of its layers, and
-    the
-    layer before the dropped ones is refitted to replace them. This is post-processing: it costs no
-    ε,
-    and the report carries over what the runs spent. The result is a run folder: evaluate, generate
-    and
-    merge accept it, and plain transformers and PEFT load it."""
+    the layer before the dropped ones is refitted to replace them. This is post-processing: it costs
+    no ε, and the report carries over what the runs spent. The result is a run folder: evaluate,
+    generate and merge accept it, and plain transformers and PEFT load it."""
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.derive.distill import distill as teach
@@ -222,8 +219,8 @@ def merge(
     """Merge the adapters of finished runs of one base into one, with a report of its own.
 
     This reads no record of a site and costs no ε. The report composes the ε of runs of the same
-    site,
-    and of runs that may have been of the same site. Whole exported models are merged by mergekit.
+    site, and of runs that may have been of the same site. Whole exported models are merged by
+    mergekit.
     """
     from rich.markdown import Markdown
 
@@ -283,8 +280,7 @@ def export(
     """Merge base and adapter of a run into one model that other programs load.
 
     This costs no ε. The model's guarantee, its limits and the base's licence are copied with it;
-    from
-    a dossier, so is everything that the dossier holds."""
+    from a dossier, so is everything that the dossier holds."""
     from fedtune.derive.export import export as write
     from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.dossier.seal import RELEASE
@@ -345,9 +341,8 @@ def choose_base(
     """Measure bases on this machine, and name the smallest one that meets a target.
 
     This reads the study's public text and evaluation records, and no record of a site. The ε is
-    only
-    predicted, from one pass over the records: the prediction tells bases that cannot learn the task
-    from those that can, and little more."""
+    only predicted, from one pass over the records: the prediction tells bases that cannot learn the
+    task from those that can, and little more."""
     from fedtune.cli.console import fit_table
     from fedtune.cli.watch import Watch
     from fedtune.core.files.writing import check_replaceable, replace

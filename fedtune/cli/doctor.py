@@ -88,8 +88,7 @@ def doctor(
 
     **At a site** (site.toml): records against the declared size, ledger, keys and certificate, the
     connection to the coordinator, the coordinator's names and clock; with --study also the base,
-    the
-    memory, the plan under the policy, and the self-test.
+    the memory, the plan under the policy, and the self-test.
 
     **At the coordinator** (study.toml): plan, base, CA and certificate, names, clock, port, and the
     registry of sites. Give it the same options as `fedtune server`.

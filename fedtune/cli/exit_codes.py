@@ -46,9 +46,9 @@ def command(
     exit code.
 
     Arguments that no command can use are refused before it runs: a path that no file can have, a
-    text
-    or a number that is not valid. A function that returns a result, rather than None, gets --json:
-    stdout then holds the result as JSON alone, and what it prints for people goes to stderr."""
+    text or a number that is not valid. A function that returns a result, rather than None, gets
+    --json: stdout then holds the result as JSON alone, and what it prints for people goes to
+    stderr."""
 
     def register(function: Callable[P, R]) -> Callable[P, None]:
         @functools.wraps(function)
@@ -103,8 +103,7 @@ def command(
 @contextlib.contextmanager
 def quiet_if_unread() -> Iterator[None]:
     """End a command with NOT_READ, without a message, if nobody reads its output, as behind `|
-    head`;
-    click and rich would end it with 1."""
+    head`; click and rich would end it with 1."""
     try:
         yield
     except SystemExit as error:

@@ -130,10 +130,8 @@ def label(
 
     A generator writes two answers to each record's prompt, and a judge, asked in both orders, says
     which is better. No text leaves the site. Each record is labelled without examples of others, so
-    a
-    patient's preferences depend on that patient alone: name the same patient column in the DPO
-    study.
-    Withdrawn patients are left out. A run that was trained without privacy is refused."""
+    a patient's preferences depend on that patient alone: name the same patient column in the DPO
+    study. Withdrawn patients are left out. A run that was trained without privacy is refused."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.derive.label import label as make
@@ -274,13 +272,10 @@ def improve(
     """Train a run's policy against a federated reward model, on public prompts (RLOO).
 
     This runs at the coordinator and is post-processing: it reads two finished runs and public
-    prompts,
-    so it costs no ε, and the report carries over what both runs spent. Rewards are measured from
-    the
-    starting policy's mean on the public prompts. The training ends when the policy's KL from the
-    starting policy exceeds --max-kl; the checkpoint below it with the highest KL-penalised reward
-    is
-    kept, or none. Needs fedtune[rl]."""
+    prompts, so it costs no ε, and the report carries over what both runs spent. Rewards are
+    measured from the starting policy's mean on the public prompts. The training ends when the
+    policy's KL from the starting policy exceeds --max-kl; the checkpoint below it with the highest
+    KL-penalised reward is kept, or none. Needs fedtune[rl]."""
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.derive.improve import improve as learn

@@ -242,9 +242,8 @@ def init(
     """Write the files of a new study.
 
     With --task: a recipe that was measured, filled in for your files and their columns; on a
-    terminal
-    you are asked for what is missing. Without --task: study.toml and site.toml with every key,
-    commented line by line. Each role gets only its own files."""
+    terminal you are asked for what is missing. Without --task: study.toml and site.toml with every
+    key, commented line by line. Each role gets only its own files."""
     from fedtune import presets
     from fedtune.cli import server
     from fedtune.presets.places import place_of

@@ -68,12 +68,9 @@ def log(
     """Show who did what at this site or coordinator, when, and under which rule.
 
     Every entry is signed and holds the hash of the one before it. All entries are checked first; a
-    log
-    that was changed ends with exit code 2. The log alone cannot show that its newest entries were
-    cut
-    off: compare a site's log with a run in which the site took part (--run), wherever that run is
-    kept,
-    and any log with a head that somebody noted (--head)."""
+    log that was changed ends with exit code 2. The log alone cannot show that its newest entries
+    were cut off: compare a site's log with a run in which the site took part (--run), wherever that
+    run is kept, and any log with a head that somebody noted (--head)."""
     from rich.console import Console
 
     from fedtune.cli.console import acts_table

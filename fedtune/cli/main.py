@@ -152,12 +152,10 @@ def plan(
     settings: SET = None,
 ) -> dict[str, Any]:
     """Show what a study costs before it runs (σ, ε and rounds for sites of given sizes), and what
-    it is
-    expected to gain over public records alone.
+    it is expected to gain over public records alone.
 
     This reads no record of a site: it needs the public plan and the sizes that the sites declare,
-    and
-    for the expected gain also the base and the plan's public files."""
+    and for the expected gain also the base and the plan's public files."""
     from fedtune.cli.console import plan_table, warn_not_private
 
     loaded = load(study, settings)

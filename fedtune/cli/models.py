@@ -55,8 +55,7 @@ def verify(
     ],
 ) -> dict[str, Any]:
     """Hash a base, or a run's base and adapter, again, and print the digest for study.toml. This
-    fetches
-    nothing."""
+    fetches nothing."""
     with Console().status(escape(f"verifying {model}")):
         from fedtune.runs.verify_model import verify as check
 

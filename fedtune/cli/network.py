@@ -72,10 +72,8 @@ def enroll(
     Send the file to the coordinator, and read the fingerprint out over the phone. Run again, the
     command writes a request with the same keys, for a certificate that expired while the client was
     off. If keys are lost, stolen or due for rotation, the coordinator revokes the site, you run
-    this
-    command with --new-keys, and the coordinator admits the new request. The signing key stays,
-    because
-    it belongs to the ledger."""
+    this command with --new-keys, and the coordinator admits the new request. The signing key stays,
+    because it belongs to the ledger."""
     return ask(site, out, new_keys=new_keys)
 
 
@@ -116,8 +114,9 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
 
 
 def _home(told: Path | None) -> Path:
-    """Return the coordinator's home: the one given, else the one beside this folder's study.toml. A
-    second home is never made because a command ran in another folder. Errors: ConfigError."""
+    """Return the coordinator's home: the one given, else the one beside this folder's
+    study.toml. A second home is never made because a command ran in another folder. Errors:
+    ConfigError."""
     home = told or Path("coordinator")
     if told is None and not home.is_dir() and not Path("study.toml").exists():
         from fedtune.core.errors import ConfigError
@@ -180,10 +179,8 @@ def admit(
     """Admit sites whose fingerprints you heard from somebody you know, and write their answers.
 
     Each request's fingerprint is compared before any site is admitted. While a server makes its
-    plan,
-    this command waits for it, because the answers hold the plan for review; a site can then connect
-    at
-    once. An admitted name is refused with other keys: `fedtune revoke` it first."""
+    plan, this command waits for it, because the answers hold the plan for review; a site can then
+    connect at once. An admitted name is refused with other keys: `fedtune revoke` it first."""
     from fedtune.core.errors import ConfigError
     from fedtune.core.files.writing import replace
     from fedtune.flower import enrol
@@ -295,13 +292,11 @@ def _address_in(home: Path) -> str:
 
 def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     """Store the coordinator's answer at this site, under the fingerprint that a person heard. None:
-    use
-    the stored answer.
+    use the stored answer.
 
     On a terminal, a site that has not joined this consortium before is asked for the fingerprint,
-    which
-    is not shown. Giving it signs the plan that came with the answer, unless the policy asks for
-    `fedtune review --sign` or refuses the plan. Errors: ConfigError, Refused."""
+    which is not shown. Giving it signs the plan that came with the answer, unless the policy asks
+    for `fedtune review --sign` or refuses the plan. Errors: ConfigError, Refused."""
     from fedtune.core.errors import ConfigError
 
     if answer is None:
@@ -342,9 +337,8 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
 
 
 def _show_plan(site: Site, answer: Path, received: Answer, book: Ledger) -> Study | None:
-    """Print what the plan in an answer would cost, and what joining means for it. Return the plan
-    if
-    joining may sign it: the answer holds one, and this site's rules allow it."""
+    """Print what the plan in an answer would cost, and what joining means for it. Return the
+    plan if joining may sign it: the answer holds one, and this site's rules allow it."""
     from fedtune.core.errors import FedtuneError
     from fedtune.flower import membership
     from fedtune.officer.review import review

@@ -8,8 +8,8 @@ SOONEST = 10.0  # seconds of a step before its pace is known
 
 
 class StepPace:
-    """The pace of the running step: how much work it has done since its first report, and in what
-    time."""
+    """The pace of the running step: how much work it has done since its first report, and in
+    what time."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -18,9 +18,8 @@ class StepPace:
         self._began = 0.0
 
     def estimate_remaining(self, step: Step, now: float) -> float | None:
-        """Return the seconds that the rest of `step` takes at its pace so far; None while the pace
-        is unknown
-        or if nothing is left. now: seconds on any clock."""
+        """Return the seconds that the rest of `step` takes at its pace so far; None while the
+        pace is unknown or if nothing is left. now: seconds on any clock."""
         if step.text != self._text or step.done < self._done:
             self._text = step.text
             self._first = step.done
@@ -34,8 +33,7 @@ class StepPace:
 
 class RoundsPace:
     """The pace of a study's rounds. The first round in this process also computes the frozen
-    layers'
-    outputs for all records, which later rounds reuse; that time is not counted."""
+    layers' outputs for all records, which later rounds reuse; that time is not counted."""
 
     def __init__(self) -> None:
         self._began: float | None = None  # of the rounds timed
@@ -57,11 +55,9 @@ class RoundsPace:
             self._once, self._known = self._once + now - self._once_since, True
 
     def end_round(self, left: int, now: float) -> float | None:
-        """Note that a round has ended. Return the seconds that the `left` remaining rounds take at
-        the
-        average time so far; None if none is left, or after the first round alone, unless the time
-        of its
-        one-off work is known, as it is where the sites work in this process."""
+        """Note that a round has ended. Return the seconds that the `left` remaining rounds take
+        at the average time so far; None if none is left, or after the first round alone, unless
+        the time of its one-off work is known, as it is where the sites work in this process."""
         if self._began is None:
             return None
         if not self._known:

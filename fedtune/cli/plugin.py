@@ -88,8 +88,7 @@ def check_plugin(
     - trackers: events
 
     One line is printed for each check, with the measured value and the bound. docs/extending.md
-    shows a
-    plug-in of each kind. A check that passes is a measurement, not a proof."""
+    shows a plug-in of each kind. A check that passes is a measurement, not a proof."""
     from fedtune.audit.contracts import check
     from fedtune.core.errors import InputError, escape_controls
 

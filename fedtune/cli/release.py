@@ -49,14 +49,11 @@ def release(
     ] = None,
 ) -> dict[str, Any]:
     """Package a finished run as one signed dossier: weights, model card, privacy report, the
-    answers for
-    an ethics board and a data protection officer, and a bill of materials.
+    answers for an ethics board and a data protection officer, and a bill of materials.
 
     A run that does not verify is refused. Statements that only people can make are marked as
-    blanks,
-    unless --details holds them. In a study with a schedule, choose the version with `fedtune
-    versions`
-    first."""
+    blanks, unless --details holds them. In a study with a schedule, choose the version with
+    `fedtune versions` first."""
     from fedtune.core.files.writing import create
     from fedtune.evidence.dossier import release as dossier
     from fedtune.evidence.dossier import seal

@@ -92,8 +92,7 @@ def server(
 
     A study with a [schedule] has a round at each scheduled time, until this command is stopped. The
     server sends tensors and numbers, never code, and sees noised sums only. It opens one port,
-    which
-    lets through what an admitted site may ask, and nothing else."""
+    which lets through what an admitted site may ask, and nothing else."""
     from rich.console import Console
 
     from fedtune.cli.console import closing, warn_not_private

@@ -74,10 +74,8 @@ def review(
 
     No public text of a study.toml is read, because price and rules follow without it; --digest also
     predicts the gain. On this screen only, the command counts this site's records of classes that
-    the
-    plan does not name. A site whose policy.admission is "reviewed" or "signed" keeps each plan that
-    it
-    was sent in its state folder, under plans/; --sign admits it."""
+    the plan does not name. A site whose policy.admission is "reviewed" or "signed" keeps each plan
+    that it was sent in its state folder, under plans/; --sign admits it."""
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.core.errors import PolicyRefused
@@ -127,8 +125,8 @@ def review(
 
 def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | None:
     """Print what a private plan may gain over public records, or where to find out. Return the
-    forecast,
-    if one was made. at_hand: whether the plan's base and public files are on this machine."""
+    forecast, if one was made. at_hand: whether the plan's base and public files are on this
+    machine."""
     from fedtune.core.errors import PolicyRefused
     from fedtune.core.vault.policy import permit_plugins
     from fedtune.evaluation.before_paying import who_foretells
@@ -148,8 +146,7 @@ def _say_gain(plan: Study, site: Site, *, at_hand: bool) -> dict[str, Any] | Non
 
 def _left_out(plan: Study, site: Site) -> str:
     """Print how many of the site's records the plan leaves out because of their class, as far as
-    they can
-    be read here."""
+    they can be read here."""
     from fedtune.core.errors import FedtuneError
     from fedtune.officer.unknown_classes import unknown_classes
 
@@ -201,12 +198,9 @@ def let_go(
     """List the answers that wait at this site to be sent, and release them or refuse them.
 
     This is for a site with policy.answers = "held". For each answer it shows what plan and ledger
-    say,
-    its length and its cost, but never its content: a refusal that followed from the records would
-    tell
-    the coordinator about them. A draw of shared noise is released before it is made and paid for.
-    Both
-    acts are entered, under your login's name, in the audit log and in the ledger."""
+    say, its length and its cost, but never its content: a refusal that followed from the records
+    would tell the coordinator about them. A draw of shared noise is released before it is made and
+    paid for. Both acts are entered, under your login's name, in the audit log and in the ledger."""
     from fedtune.cli.console import waiting_table
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
@@ -271,9 +265,8 @@ def ledger(
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
     The command reads the whole ledger and checks every signature first. Rounds of an earlier
-    release or
-    of another unit are shown as unknown; no further study runs until somebody accepts them
-    (--accept)."""
+    release or of another unit are shown as unknown; no further study runs until somebody accepts
+    them (--accept)."""
     from fedtune.cli.ledger_view import ledger_view
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog, login
@@ -332,12 +325,9 @@ def withdraw(
     """Leave a patient who withdraws consent out of every later round.
 
     The command asks for the patient's key (the value in the patient column) without showing it, so
-    that
-    the key enters no command history. It says which released adapters were trained with the
-    patient,
-    and writes a signed receipt for each. A key that no record and no study here has is not entered,
-    and
-    the command ends with exit code 2."""
+    that the key enters no command history. It says which released adapters were trained with the
+    patient, and writes a signed receipt for each. A key that no record and no study here has is not
+    entered, and the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
     from fedtune.core.ledger.ledger import Ledger
@@ -433,10 +423,8 @@ def purge(
     """Delete what this site keeps of studies beside the ledger, after listing it and asking.
 
     Released updates, plans, logs and leftovers are deleted; the ledger, the step log and this
-    site's
-    keys stay. If the coordinator asks again for a round whose update is deleted, the round is
-    trained
-    and paid for again, so run this after a study."""
+    site's keys stay. If the coordinator asks again for a round whose update is deleted, the round
+    is trained and paid for again, so run this after a study."""
     from fedtune.cli.console import files_table
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError

@@ -101,9 +101,8 @@ def confined_text(status: Mapping[str, Any]) -> str:
 
 
 def unsigned_line(snapshot: Snapshot, path: Path) -> str:
-    """Return a line that says that nobody at a site has signed the plan that its client was sent,
-    and how
-    to read the plan; "" if somebody has, or no client runs."""
+    """Return a line that says that nobody at a site has signed the plan that its client was
+    sent, and how to read the plan; "" if somebody has, or no client runs."""
     from fedtune.core.config import load_site
 
     status = snapshot.status

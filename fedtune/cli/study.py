@@ -1,6 +1,5 @@
-"""Options that every command on a study.toml has (the file, and values in its place), and messages
-of
-the commands that run a study."""
+"""Options that every command on a study.toml has (the file, and values in its place), and
+messages of the commands that run a study."""
 
 from __future__ import annotations
 
@@ -103,10 +102,9 @@ def load(study: Path, settings: list[str] | None) -> Study:
 def say_what_to_expect(
     console: Console, study: Study, sizes: Sequence[int], *, every: bool = True
 ) -> None:
-    """Print before a study starts how long it will take; warn of a δ that is too large for sites of
-    these
-    declared sizes, or of a recipe's learning rate that no longer fits. every: whether these are all
-    sites of the study, on which the rate depends."""
+    """Print before a study starts how long it will take; warn of a δ that is too large for sites
+    of these declared sizes, or of a recipe's learning rate that no longer fits. every: whether
+    these are all sites of the study, on which the rate depends."""
     from fedtune.presets.duration import forecast
     from fedtune.presets.rate import rate_note
     from fedtune.report.delta import warning
@@ -125,8 +123,8 @@ def say_what_to_expect(
 
 def say_looks(console: Console, study: Study) -> None:
     """Print, for a study without a last round, how often versions are compared, and which gain is
-    detected
-    on the present number of public records; print nothing of them if they cannot be read here.
+    detected on the present number of public records; print nothing of them if they cannot be read
+    here.
 
     Errors: DataError (public records without the plan's columns of groups)."""
     if study.schedule is None or study.evaluation is None:
@@ -186,9 +184,8 @@ def say_expected_gain(
 
 
 def say_what_was_paid(paid: Sequence[Paid], *, ask: bool) -> None:
-    """Print what sites' records have paid before a run begins; on a terminal, ask before a study is
-    paid
-    for a second time. Errors: InputError if nobody agrees."""
+    """Print what sites' records have paid before a run begins; on a terminal, ask before a study
+    is paid for a second time. Errors: InputError if nobody agrees."""
     for site in paid:
         typer.echo(str(site))
     asks = ask and any(site.again for site in paid) and sys.stdin.isatty() and sys.stdout.isatty()

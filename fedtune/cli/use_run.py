@@ -130,8 +130,7 @@ def predict(
     """Predict the label of each record, or a reward's score, with a run's head or choices.
 
     The output has one row for each record of the file, in order: its number, the columns named by
-    --id,
-    the label, the probability of each label, and the reason if a record cannot be used."""
+    --id, the label, the probability of each label, and the reason if a record cannot be used."""
     from fedtune.cli.console import predictions_table
     from fedtune.core.errors import ConfigError
     from fedtune.evaluation.predictions import check_out
@@ -268,8 +267,7 @@ def answers(
     """Let the base and the adapter answer a few of the study's own public prompts.
 
     The prompts are rows of [evaluation], spread evenly over the file. Prompts and answers are kept
-    in
-    RUN/answers.json, which the dashboard shows; export and release never copy it."""
+    in RUN/answers.json, which the dashboard shows; export and release never copy it."""
     from fedtune.cli.console import answers_table
 
     with Console().status("answering"):

@@ -76,14 +76,10 @@ def verify(
     """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
 
     For a dossier, also verify that each of its figures is the run's, and who approved it. This
-    works
-    offline, from the folder alone. Everything that was changed is named: exit code 2. A folder
-    carries
-    its own keys, so it proves something only to a reader who knows whose they are: without --trust,
-    or
-    if somebody else signed, exit code 3. Nobody vouches for a simulation's key: exit code 3,
-    whatever
-    --trust says."""
+    works offline, from the folder alone. Everything that was changed is named: exit code 2. A
+    folder carries its own keys, so it proves something only to a reader who knows whose they are:
+    without --trust, or if somebody else signed, exit code 3. Nobody vouches for a simulation's key:
+    exit code 3, whatever --trust says."""
     from fedtune.core.errors import ConfigError, Refused
     from fedtune.evidence.verify import verify as check
 

@@ -37,11 +37,10 @@ class Cell:
 
 class Watch:
     """Draws the events of a run (`on_event`); use it as a context manager. Without a terminal, the
-    bar's
-    words are printed as lines, each once and at most every LINE_SECONDS while they continue.
+    bar's words are printed as lines, each once and at most every LINE_SECONDS while they continue.
 
-    hold: print refusals at the end of the run, which may report them itself.
-    Site names and reasons come from other machines: they are shown as plain text."""
+    hold: print refusals at the end of the run, which may report them itself. Site names and reasons
+    come from other machines: they are shown as plain text."""
 
     def __init__(self, console: Console, title: str, *, hold: bool = False) -> None:
         self.console, self._title = console, title
@@ -158,9 +157,8 @@ class Watch:
                 self.console.print(line, style="yellow", markup=False, soft_wrap=True)
 
     def _print_line(self, text: str, share: str = "") -> None:
-        """Without a terminal, print a line of progress. share: in per cent, since a service's log
-        keeps no count of a site's
-        records."""
+        """Without a terminal, print a line of progress. share: in per cent, since a service's
+        log keeps no count of a site's records."""
         if self.console.is_terminal:
             return
         now = time.monotonic()
@@ -190,9 +188,8 @@ class Watch:
         )
 
     def _describe_time_left(self, left: int, data: dict[str, Any]) -> str:
-        """Return the most time that the remaining rounds will take: public records that choose each
-        step may
-        end the study before its last round."""
+        """Return the most time that the remaining rounds will take: public records that choose
+        each step may end the study before its last round."""
         seconds = self._rounds.end_round(left, time.monotonic())
         bound = "≤ " if data.get("selection") else ""
         return f"{bound}{duration(seconds)}" if seconds else ""

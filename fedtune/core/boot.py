@@ -23,12 +23,12 @@ STANDARD = os.path.dirname(os.__file__)
 
 
 def command(module: str, *options: str) -> list[str]:
-    """The command line that runs `module` as __main__, under `environment`."""
+    """Return the command line that runs `module` as __main__, under `environment`."""
     return [sys.executable, "-P", __file__, module, *options]
 
 
 def environment() -> dict[str, str]:
-    """This process' environment, without import paths that reach the current folder."""
+    """Return this process's environment without import paths that reach the current folder."""
     current = os.path.realpath(os.curdir)
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     allowed = [path for path in paths if os.path.isabs(path) and os.path.realpath(path) != current]
@@ -48,11 +48,11 @@ SPINS = "10000"  # half a millisecond or so
 
 
 def limit_spinning() -> None:
-    """Let a thread that waits for others in a product of matrices spin for a moment, then sleep.
+    """Let a thread that waits for others in a matrix product spin for a moment only, then sleep.
 
     GNU OpenMP lets it spin for some 15 ms, which beside other work costs several times the product
-    itself. Whoever sets OMP_WAIT_POLICY or GOMP_SPINCOUNT has chosen. No effect where PyTorch was
-    imported before fedtune."""
+    itself. A user who sets OMP_WAIT_POLICY or GOMP_SPINCOUNT keeps that setting. No effect if
+    PyTorch was imported before fedtune."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
@@ -61,7 +61,7 @@ OURS = "FEDTUNE_OFFLINE"  # set where fedtune switched the hub off, not the user
 
 
 def cut_off() -> None:
-    """Switch model hubs and their code off, in this process and its children."""
+    """Switch off model hubs, and code from them, in this process and its children."""
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         os.environ[OURS] = "1"
     os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "0"}
@@ -73,8 +73,8 @@ _hidden = False
 
 
 def hide_quantisation() -> None:
-    """Keep PEFT from importing bitsandbytes in this process, which is fedtune's own, until a plan
-    quantises its base: wherever it is installed it comes with PyTorch's compiler, some 570 modules
+    """Keep PEFT from importing bitsandbytes in this process until a plan quantises its base.
+    Wherever bitsandbytes is installed, importing it loads PyTorch's compiler, some 570 modules
     that a study without it never uses."""
     global _hidden
     if QUANTISES not in sys.modules:
@@ -83,7 +83,8 @@ def hide_quantisation() -> None:
 
 
 def show_quantisation() -> None:
-    """Undo `hide_quantisation`, also where PEFT has asked already. No effect where nothing hid."""
+    """Undo `hide_quantisation`, even if PEFT has already looked for bitsandbytes. No effect if
+    it was not hidden."""
     global _hidden
     if not _hidden:
         return

@@ -87,7 +87,7 @@ REFUSED = [
     ("2026-01-05T00:00:00Z", "2026-01-05T00:00:00", "with an offset"),
     ("2026-01-05T00:00:00Z", "Monday", "with an offset"),
     ('every = "1h"', 'every = "1h"\nalpha = 0.6', "alpha"),
-    ("[evaluation]", "[private_evaluation]\nnoise_multiplier = 9.0\n[evaluation]", "not with a"),
+    ("[evaluation]", "[private_evaluation]\nnoise_multiplier = 9.0\n[evaluation]", "not allowed with a"),
 ]
 
 

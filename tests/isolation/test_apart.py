@@ -150,7 +150,7 @@ def knocked_by_nobody(path: Path) -> str:
     [
         ({"refused": "another courier is there"}, "another courier"),
         ({"release": "0.0.1", "once": False, "patience": 1.0}, "release 0.0.1"),
-        ({"release": __version__, "once": False, "patience": 1.0}, "another program than a vault"),  # without its ends
+        ({"release": __version__, "once": False, "patience": 1.0}, "another program than a vault"),
         ([], "another program than a vault"),
         (None, "it has ended"),
     ],

@@ -1,1 +1,1 @@
-"""A base model: where it is found, and what its parts are."""
+"""Find, verify and load base models, and locate their parts."""

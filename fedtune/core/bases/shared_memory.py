@@ -1,7 +1,7 @@
 """Share one copy of a base's weights among all processes of this machine.
 
-Where a base is used in the type in which it is stored, the loader maps its files, and processes
-share the pages. Where it is converted, each process would hold a copy of its own; so the converted
+If a base is used in the type in which it is stored, the loader maps its files, and processes
+share the pages. If it is converted, each process would hold its own copy; so the converted
 weights are written once, beside the cache of bases, and mapped from there."""
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def stored_as(files: list[Path], dtype: torch.dtype) -> bool:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Run the block in one process of this machine at a time, so that not all hold a copy while
-    they convert; without a lock where nothing can be written beside `path`."""
+    """Run the block in one process of this machine at a time, so that not all of them hold a
+    copy while they convert; without a lock if nothing can be written beside `path`."""
     with ExitStack() as held:
         with suppress(OSError, InfrastructureError):
             path.parent.mkdir(parents=True, exist_ok=True)

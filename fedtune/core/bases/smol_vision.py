@@ -1,7 +1,8 @@
-"""SmolLM2 inside SmolVLM's architecture (Idefics3), with a vision tower of random features.
+"""Compose a base from SmolLM2 and a vision tower of random features, in SmolVLM's architecture
+(Idefics3).
 
-Nobody taught the tower to see. It stands where no trained one can be had without a model hub, and a
-trained SmolVLM takes its place by the name of its folder.
+The tower is not trained. It serves machines that cannot reach a model hub; a trained SmolVLM
+replaces it when base.model names its folder.
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def compose(language: Path, into: Path) -> None:
 
 
 def _tower(outputs: int) -> dict[str, Any]:
-    """Draw the tower's weights and the projector's; the same bits on every machine, since numpy's
-    stream is, and each is rounded to bfloat16."""
+    """Draw the weights of the tower and the projector. They have the same bits on every machine,
+    since numpy's stream has, and each is rounded to bfloat16."""
     import numpy as np
     import torch
 

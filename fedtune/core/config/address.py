@@ -9,7 +9,7 @@ _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_.])?")  # DNS'
 
 
 def is_host(name: str) -> bool:
-    """Whether `name` is a valid host name or IP address."""
+    """Return whether `name` is a valid host name or IP address."""
     return (bool(_HOST.fullmatch(name)) and max(map(len, name.split("."))) <= 63) or _is_v6(name)
 
 
@@ -27,7 +27,7 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def address_of(host: str, port: int) -> str:
-    """Format what `host_and_port` splits.
+    """Join host and port to the text that `host_and_port` splits.
 
     >>> address_of("::1", 8443), address_of("hub.example.org", 8443)
     ('[::1]:8443', 'hub.example.org:8443')

@@ -1,4 +1,4 @@
-"""Where a site's database is: a url without a secret."""
+"""Parse and check the url of a site's database, which must hold no secret."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ USER = re.compile(r"[\w.~%-]*")
 
 
 def check_url(value: str) -> str:
-    """Check a database's url. Errors: ValueError, without the url, which may hold a password."""
+    """Check a database's url. Errors: ValueError, whose text leaves out the url, which may hold
+    a password."""
     try:
         parts = urlsplit(value)
         asked, password = parse_qs(parts.query, keep_blank_values=True), parts.password
@@ -54,13 +55,12 @@ Url = Annotated[str, AfterValidator(check_url)]
 
 
 def kind_of(url: str) -> str:
-    """Return what a checked url is of: sqlite, duckdb or postgresql."""
+    """Return the kind of database in a checked url: sqlite, duckdb or postgresql."""
     return urlsplit(url).scheme
 
 
 def redact_url(url: str) -> str:
-    """Return a checked url for messages: without its user, and without what is behind a question
-    mark."""
+    """Return a checked url for messages, without its user and without its query string."""
     parts = urlsplit(url)
     if parts.scheme in FILES:
         return url
@@ -68,8 +68,8 @@ def redact_url(url: str) -> str:
 
 
 def is_over_tcp(url: str) -> bool:
-    """Return whether a checked url's database is reached over a network: a PostgreSQL server that
-    is named by a host, and not by the folder of its Unix socket."""
+    """Return whether a checked url's database is reached over a network: a PostgreSQL server
+    that is named by a host, and not by the folder of its Unix socket."""
     parts = urlsplit(url)
     if parts.scheme in FILES:
         return False
@@ -80,8 +80,8 @@ def is_over_tcp(url: str) -> bool:
 
 
 def secrets_of(url: str) -> Iterator[Path]:
-    """List the files in which libpq looks for a password or a key for a checked url, if they are
-    there: those that the url or the environment names, else those of this user's home."""
+    """List the existing files in which libpq looks for a password or a key for a checked url:
+    those that the url or the environment names, else those of this user's home."""
     if kind_of(url) in FILES:
         return
     asked = parse_qs(urlsplit(url).query)
@@ -93,12 +93,13 @@ def secrets_of(url: str) -> Iterator[Path]:
 
 
 def file_of(url: str) -> Path:
-    """Return the file of a database that is one; as in a url of three slashes it is relative."""
+    """Return the path of a database that is a file; a url of three slashes gives a relative
+    path."""
     return Path(unquote(urlsplit(url).path)[1:])
 
 
 def anchor_url(url: str, folder: Path) -> str:
-    """Make the file of a database that is one absolute, a relative one against `folder`."""
+    """Make the path of a file database absolute; a relative one is relative to `folder`."""
     kind = kind_of(url)
     if kind not in FILES:
         return url

@@ -1,4 +1,4 @@
-"""Table [private_evaluation] of study.toml: what sites are asked about their held-out records."""
+"""Table [private_evaluation] of study.toml: the query to sites about their held-out records."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ class PrivateEvaluationTable(Table):
     """A DP query to the sites about the model on their held-out records: the sum of the units'
     scores and the number of units, with noise, charged to the ledger.
 
-    score: the likelihood of a record's answer, or whether the likeliest of objective.labels is the
-    record's; classes: also for each of objective.labels apart; groups: also for each of these
-    values of a column apart; bands: also for each band of a column of numbers, between these edges.
-    Guarantee: what is told apart is named here, in a public plan; no record adds to it."""
+    - score: the likelihood of a record's answer, or whether the likeliest of objective.labels is
+      the record's
+    - classes: also for each of objective.labels
+    - groups: also for each of these values of a column
+    - bands: also for each band of a column of numbers, between these edges
+
+    Guarantee: every class, group and band is named here, in a public plan; no record adds one."""
 
     noise_multiplier: Noise  # σ, in multiples of a unit's row: √2 for each axis, the whole included
     every: Count = 1  # rounds; the last one is always queried

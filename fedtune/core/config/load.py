@@ -35,9 +35,9 @@ def load_study(
 ) -> Study:
     """Read a study from study.toml; relative paths in it are relative to the file.
 
-    settings: values to use in place of the file's, each "KEY=VALUE" as of `--set`.
-    permit: raises where the plug-ins that the study names may not be imported; by default they
-    may, as for a study that the caller wrote.
+    settings: values that replace those of the file, each "KEY=VALUE" as for `--set`. permit:
+    called with the study before its plug-ins are imported, and raises if they may not be; by
+    default they may, as for a study that the caller wrote.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -69,7 +69,7 @@ def load_site(path: Path | str) -> Site:
 
 
 def validate_study(study: Study) -> Study:
-    """Validate a study as one from a file is: `model_copy` validates nothing.
+    """Validate a study like one from a file: `model_copy` validates nothing.
 
     Errors: ConfigError naming the key."""
     try:

@@ -1,4 +1,5 @@
-"""Values of a study.toml that are given beside the file, as in `--set training.rounds=4`."""
+"""Replace values of a study.toml by those given beside the file, as in `--set
+training.rounds=4`."""
 
 from __future__ import annotations
 

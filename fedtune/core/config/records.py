@@ -1,4 +1,4 @@
-"""Write records from memory to the file that a site reads."""
+"""Write records from memory to the file from which a site reads them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RECORDS = "records.jsonl"
 
 
 def write_records(path: Path, records: Iterable[Mapping[str, Any]] | Any) -> None:
-    """Write a DataFrame, or dicts by column name, as JSONL for this user alone; a value that is
-    missing in a DataFrame is null.
+    """Write a DataFrame, or dicts by column name, as JSONL that only this user can read. A missing
+    value of a DataFrame becomes null.
 
     Errors: DataError naming the row and its types, never a value; InfrastructureError."""
     if hasattr(records, "to_json"):  # a DataFrame; pandas is no dependency

@@ -1,4 +1,4 @@
-"""[data.scan] of site.toml: what becomes of records in which the scan finds an identifier."""
+"""Table [data.scan] of site.toml: what happens to records in which the scan finds an identifier."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS: dict[Kind, str] = {
 
 
 class ScanTable(Table):
-    """What becomes of a record in which an identifier is found; fedtune[scan]."""
+    """What happens to a record in which the scan finds an identifier; needs fedtune[scan]."""
 
     action: Literal["warn", "redact", "leave_out"]  # warn: it trains as it is; reports count it
     kinds: tuple[Kind, ...] = tuple(KINDS)

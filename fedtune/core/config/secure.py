@@ -11,17 +11,18 @@ if TYPE_CHECKING:
 
 
 class SecureAggregationTable(Table):
-    """Sites mask what they send, so that nobody opens more than a round's sum, and share the noise
-    of one site: of n = strategy.min_sites each adds σ/√(n - t).
+    """Sites mask what they send, so that nobody can open more than a round's sum, and share the
+    noise of one site: with n = strategy.min_sites, each adds σ/√(n - t).
 
-    colluding: t, the sites whose knowledge the coordinator may have. At least one: every site knows
-    the noise that it added itself, and the released adapter."""
+    colluding: t, the number of sites that may collude with the coordinator. At least one, because
+    every site knows the released adapter and the noise that it added itself."""
 
     colluding: Number = 1
 
 
 def check_secure(study: Study) -> None:
-    """Check that a study's sum can be opened alone. Errors: ValueError with the reason."""
+    """Check that a study's plan allows only its sum to be opened. Errors: ValueError with the
+    reason."""
     table = study.secure_aggregation
     t = study.training
     n = study.strategy.min_sites
@@ -55,9 +56,10 @@ def check_secure(study: Study) -> None:
 
 
 def noise_shares(study: Study) -> int:
-    """Return over how many sites the noise of one is spread: n - t, 1 without [secure_aggregation].
+    """Return the number of sites that share one site's noise: n - t, 1 without
+    [secure_aggregation].
 
-    Guarantee: of n sites at least so many are honest where at most t collude, so that their noise
-    alone is that of one site."""
+    Guarantee: if at most t of n sites collude, at least this many are honest, and their noise alone
+    is that of one site."""
     table = study.secure_aggregation
     return study.strategy.min_sites - table.colluding if table else 1

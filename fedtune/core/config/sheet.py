@@ -1,6 +1,7 @@
-"""A site's data sheet: what a person typed about its records, in a TOML file beside site.toml.
+"""The data sheet of a site: what a person typed about its records, in a TOML file beside
+site.toml.
 
-Nothing in it is computed from records: it may be required of a site, and may leave it."""
+Nothing in it is computed from records: a plan may require it, and it may leave the site."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ Said = Annotated[str, Field(max_length=LONGEST)]
 
 
 class Sheet(Table):
-    """What a person typed about a site's records; "" where nothing was.
+    """The fields that a person typed about a site's records; an empty field is "".
 
     >>> import fedtune
     >>> fedtune.Sheet(licence="CC0-1.0").held
@@ -69,13 +70,13 @@ class Sheet(Table):
 
     @property
     def held(self) -> tuple[str, ...]:
-        """The fields in which something was typed."""
+        """The names of the fields that are filled in."""
         return tuple(name for name in FIELDS if getattr(self, name).strip())
 
 
 def sheet_path(site: Site) -> Path:
-    """Return where a site's sheet is: sheet.toml beside site.toml, NAME-sheet.toml beside another
-    NAME.toml, and in the state folder of a site that is in no file."""
+    """Return the path of a site's sheet: sheet.toml beside site.toml, NAME-sheet.toml beside
+    another NAME.toml, and in the state folder for a site that was not loaded from a file."""
     file = site.file
     if file is None:
         return site.site.state / NAME
@@ -83,7 +84,7 @@ def sheet_path(site: Site) -> Path:
 
 
 def load_sheet(site: Site) -> Sheet | None:
-    """Read a site's sheet; None where there is none. Errors: ConfigError."""
+    """Read a site's sheet; None if there is none. Errors: ConfigError."""
     path = sheet_path(site)
     if not path.exists() and not path.is_symlink():
         return None
@@ -113,6 +114,6 @@ def template() -> str:
 
 
 def list_lacking(sheet: Sheet | None, asked: tuple[SheetField, ...]) -> tuple[str, ...]:
-    """Return the fields that are asked for and of which nothing was typed."""
+    """Return the required fields that are empty."""
     held = sheet.held if sheet else ()
     return tuple(name for name in asked if name not in held)

@@ -76,18 +76,20 @@ class SiteTable(Table):
         return None if self.cache_memory is None else int(self.cache_memory * 2**30)
 
     def plan_file(self, digest: str) -> Path:
-        """Return where the site keeps a plan that it was sent, for `fedtune review`. The name is
-        the whole digest, so that no other plan takes the file's place while somebody reads it."""
+        """Return the path at which the site keeps a plan that it was sent, for `fedtune review`.
+        The name is the whole digest, so that no other plan takes the file's place while somebody
+        reads it."""
         return self.state / "plans" / f"{digest.removeprefix('sha256:')}.json"
 
 
 class ConsentTable(Table):
-    """Who agreed to the use of their records. A patient of whom one row does not say yes in
-    `column`, or whose key is on the list `opt_outs`, is left out before anything is computed, and
-    again before each round. Guarantee: nobody outside the site can tell who, or how many.
+    """Patients' consent to the use of their records. A patient with any row that does not say yes
+    in `column`, or whose key is on the list `opt_outs`, is left out before anything is computed,
+    and again before each round. Guarantee: nobody outside the site can tell who, or how many.
 
-    opt_outs: a file of hashed keys, a line each, for this user alone (0600); hashing: how, of the
-    key as text: its sha256, sha256 of the salt before the key, or HMAC-SHA256 keyed by the salt."""
+    opt_outs: a file of hashed keys, one per line, that only this user can read (0600). hashing: how
+    a key, as text, is hashed: its sha256, the sha256 of the salt followed by the key, or
+    HMAC-SHA256 keyed by the salt."""
 
     column: str | None = None
     values: tuple[Value, ...] = ("yes",)  # that mean yes; white space around them does not count
@@ -112,7 +114,7 @@ class ConsentTable(Table):
 
 
 class ConvertTable(Table):
-    """A plug-in that converts each unit's rows, by itself (fedtune.converters)."""
+    """A plug-in that converts the rows of each unit, one unit at a time (fedtune.converters)."""
 
     name: Name
     options: dict[str, bool | Finite | str] = Field(default_factory=dict)
@@ -120,7 +122,7 @@ class ConvertTable(Table):
 
 class SiteData(DataFile):
     """The site's records, as one dataset with one privacy budget: files at `path`, or a table of
-    the database at `url`; beside a url, `path` is the folder of images and recordings."""
+    the database at `url`; with a url, `path` is the folder of images and recordings."""
 
     path: Place = Path()
     url: Url | None = None  # sqlite:///, duckdb:/// or postgresql://, without a password
@@ -140,7 +142,7 @@ class SiteData(DataFile):
 
     @property
     def declared_size(self) -> int:
-        """The site's declared number of units, which is public; 0 where no site has this table."""
+        """The site's declared number of units, which is public; 0 if no site has this table."""
         return self._declared_size
 
     @model_validator(mode="after")
@@ -163,16 +165,17 @@ class SiteData(DataFile):
 
     @property
     def where(self) -> Path | str:
-        """Where the records are, for messages at the site."""
+        """The place of the records, as messages at the site name it."""
         return redact_url(self.url) if self.url else self.path
 
     @property
     def free_query(self) -> bool:
-        """Whether a person selects the records by what may depend on several patients."""
+        """Whether a person selects the records by something that may depend on several patients."""
         return bool(self.options.get("query") or self.options.get("view"))
 
     def anchored(self, folder: Path) -> Self:
-        """Make every path in the table absolute, that of a database and of its password too."""
+        """Make every path in the table absolute, including those of a database and of its
+        password."""
         table, options = super().anchored(folder), dict(self.options)
         if (secret := options.get(PASSWORD_FILE)) and isinstance(secret, str):
             options[PASSWORD_FILE] = str(folder / secret)
@@ -194,8 +197,8 @@ class SiteData(DataFile):
 
 class SiteEvaluation(SiteData):
     """The site's held-out records, for noised and paid queries; a dataset with its own budget.
-    groups: by what a plan may tell patients apart here, and in which column of these files it
-    stands; whatever else a plan names, nobody is in.
+    groups: the plan's name of a group → the column of these files that holds it; in a group that
+    is not named here, no patient counts.
 
     Unless one of the two names the other in disjoint_from, what is spent on either counts against
     both, as between any two datasets of a site."""
@@ -205,15 +208,19 @@ class SiteEvaluation(SiteData):
 
 
 class AcceptanceTable(SiteData):
-    """By what a person at this site judges a finished model on records of its own, written before
-    anybody looks: which records, which figures at which bounds, and of whom apart.
+    """The rules by which a person at this site judges a finished model on the site's records,
+    written before anybody sees a figure.
 
-    thresholds: of a metric that is better when higher at least so much, of any other at most;
-    recall: of a class, at least; groups: columns whose values are looked at apart; bands: lower
-    edges that make groups of a column of numbers, such as an age; least_group: of patients, or of
-    records without a patient column: a figure of fewer decides nothing; differences: by how much a
-    group may be worse than all others; alone: the run of a model that this site trained alone.
-    Guarantee: `fedtune accept` alone reads this table and its records."""
+    - thresholds: a lower bound of a metric for which higher is better, an upper bound of any other
+    - recall: a lower bound of a class's recall
+    - groups: columns whose values are evaluated separately
+    - bands: lower edges that divide a column of numbers, such as an age, into groups
+    - least_group: in patients, or in records without a patient column: a figure of a smaller group
+      decides nothing
+    - differences: the most by which a group may be worse than all others
+    - alone: the run of a model that this site trained alone
+
+    Guarantee: only `fedtune accept` reads this table and its records."""
 
     name: Name = "acceptance"
     thresholds: dict[AcceptedMetric, Finite] = Field(default_factory=dict)
@@ -244,13 +251,14 @@ class AcceptanceTable(SiteData):
 
     @property
     def digest(self) -> str:
-        """A digest of everything in this table, which stands in the record of a decision."""
+        """A digest of everything in this table, which is part of a decision's record."""
         content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 class PolicyTable(Table):
-    """Which plans this site admits. Deny by default: what is not allowed here is refused."""
+    """The plans that this site admits. Deny by default: a plan that is not allowed here is
+    refused."""
 
     max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released, plus the study
     max_epsilon_per_study: Positive = 8.0  # at the study's own δ
@@ -292,7 +300,8 @@ class PolicyTable(Table):
 
 
 class VaultTable(Table):
-    """How the half of a site that holds its records is started, where requests lie in a spool."""
+    """The command that starts the vault, the half of a site with its records, if requests lie in
+    a spool."""
 
     # A command that ends with fedtune, as it is called where the records are: for each request it
     # is started with the words of `fedtune vault` after it. No shell reads it.
@@ -309,12 +318,12 @@ class VaultTable(Table):
 
     @property
     def command(self) -> list[str]:
-        """The words of the command."""
+        """The command, split into its words."""
         return shlex.split(self.run)
 
 
 class CoordinatorTable(Table):
-    """How a site reaches its coordinator, and how it authenticates it."""
+    """The address of the coordinator, and what authenticates it to the site."""
 
     answer: Place | None = None  # its answer to `fedtune enroll`; without it, as --answer kept it
     address: Address | None = None  # host:port; without it, the answer's
@@ -324,7 +333,7 @@ class CoordinatorTable(Table):
 
 
 class Site(Table):
-    """One site's settings: where its records are, and what it allows. Guarantee: never sent.
+    """The settings of one site: where its records are, and what it allows. Guarantee: never sent.
 
     Two sites are equal when their tables are, whatever file they were loaded from.
 
@@ -355,10 +364,11 @@ class Site(Table):
         columns: Columns,
         **tables: Any,
     ) -> Site:
-        """Make a site of records in memory: a pandas DataFrame, or dicts by column name.
+        """Make a site from records in memory: a pandas DataFrame, or dicts by column name.
 
-        They are written to records.jsonl in the site's state folder, for this user alone (0600),
-        and are read from there as any other site's. tables: policy, evaluation, coordinator.
+        They are written to records.jsonl in the site's state folder, which only this user can
+        read (0600), and are read from there like any other site's. tables: policy, evaluation,
+        coordinator.
 
         >>> import fedtune
         >>> site = fedtune.Site.from_records(
@@ -380,13 +390,13 @@ class Site(Table):
 
     @property
     def free_query(self) -> bool:
-        """Whether a query or a view selects the records, trained on or held out: then one patient
-        may decide what becomes of another's, which no ε covers."""
+        """Whether a query or a view selects the training records or the held-out ones: one
+        patient may then decide what happens to another's records, which no ε covers."""
         return any(table.free_query for table in (self.data, self.evaluation) if table)
 
     @property
     def file(self) -> Path | None:
-        """The site.toml that it was loaded from, which may have changed since."""
+        """The site.toml from which it was loaded, and which may have changed since."""
         return self._file
 
     def with_peers(self, keys: tuple[str, ...]) -> Self:

@@ -12,8 +12,8 @@ from fedtune.core.files import reading
 
 
 def sites_in(place: Path | Iterable[Path]) -> list[Path]:
-    """List site files: those named, and of a folder every *.toml in it and every site*.toml one
-    level down that has a [site] table, sorted. Errors: ConfigError (none, or one is broken)."""
+    """List the given site files; of a folder, list every *.toml in it, and every site*.toml one
+    level down that has a [site] table, sorted. Errors: ConfigError (no file, or one is broken)."""
     if not isinstance(place, Path):
         return [path for entry in place for path in sites_in(entry)]
     if place.is_file():
@@ -29,15 +29,15 @@ def sites_in(place: Path | Iterable[Path]) -> list[Path]:
 
 
 def load_sites(place: Path | str | Iterable[Path]) -> list[Site]:
-    """Read every site of a folder: its *.toml files with a [site] table, and site*.toml one level
-    down, in the order of their names; or the files that are named.
+    """Read every site of a folder: its *.toml files with a [site] table, and site*.toml one
+    level down, in the order of their names; or read the files that are named.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
     >>> [site.site.name for site in fedtune.load_sites(site_file.parent)]
     ['my-hospital']
 
-    Errors: ConfigError where there is none, or one is broken."""
+    Errors: ConfigError if there is none, or one is broken."""
     return [load_site(path) for path in sites_in(Path(place) if isinstance(place, str) else place)]
 
 

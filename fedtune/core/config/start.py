@@ -1,4 +1,4 @@
-"""Tables of study.toml for what the coordinator does with public records: for no ε."""
+"""Tables of study.toml for the coordinator's computations on public records, which cost no ε."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PreconditionerTable(Table):
 
 
 class StartTable(Table):
-    """What is trained before the first round, from public things alone: for no ε."""
+    """Training before the first round, on public records only, for no ε."""
 
     # Steps on all of [public] with its answers, each as a site without noise would take it.
     steps: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -44,9 +44,9 @@ class StartTable(Table):
 
 
 class SelectionTable(DataFile):
-    """Public records by which the coordinator chooses how far each round moves the adapter, and
-    what is released. None of them may be in [evaluation], whose figures would then be of records
-    that chose the adapter."""
+    """Public records by which the coordinator chooses the step size of each round, and what is
+    released. None of them may be in [evaluation], whose figures would then be of records that
+    chose the adapter."""
 
     patience: Count = 3  # rounds in a row of which no step lowers the loss; then the study ends
     # "better": of the trained adapter and its public start ([start]) the one with the better metric

@@ -1,4 +1,4 @@
-"""Names of files in a site's state folder that the site's people read or delete."""
+"""Names of the files in a site's state folder that the site's people read or delete."""
 
 from __future__ import annotations
 

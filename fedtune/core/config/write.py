@@ -1,4 +1,4 @@
-"""study.toml and site.toml, written."""
+"""Write study.toml and site.toml."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fedtune.core.files.writing import replace
 def save(table: Study | Site, path: Path | str) -> Path:
     """Save a study or a site as TOML that loads as an equal object; returns the path.
 
-    Every key is written, defaults too, so that a later release reads the same. Relative paths are
-    taken from the current folder and written absolute. A site's file is for this user alone (0600).
+    Every key is written, defaults too, so that a later release reads the same. Relative paths
+    are taken from the current folder and written absolute. Only this user can read a site's file
+    (0600).
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")

@@ -1,1 +1,1 @@
-"""Differential privacy: sampling, clipping, noise and accounting, joined by `plan` alone."""
+"""Differential privacy: sampling, clipping, noise and accounting, which only `plan` combines."""

@@ -1,4 +1,5 @@
-"""ε of the steps that ran, by privacy loss distributions (PLD) of dp-accounting, rounded up."""
+"""Compute ε of the steps that ran, from privacy loss distributions (PLD) of dp-accounting,
+rounded up."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ class AccountantsDisagree(FedtuneError):
 class Steps(NamedTuple):
     """`steps` noised steps with one noise multiplier σ (in multiples of C) and sampling rate q.
 
-    records: k, the most rows of one unit in a step, each drawn with q and clipped to C on its own;
-    1 where units are drawn."""
+    records: k, the most rows of one unit in a step, each drawn with q and clipped to C separately;
+    1 if units are drawn."""
 
     noise_multiplier: float
     sampling_rate: float
@@ -145,9 +146,9 @@ def affordable_steps(
     records: int = 1,
     most: int = MOST,
 ) -> int:
-    """Find the most steps with ε ≤ target; 0 when not even one fits.
+    """Find the most steps with ε ≤ target; 0 if not even one fits.
 
-    Errors: ConfigError where more fit than `most`."""
+    Errors: ConfigError if more than `most` fit."""
 
     def too_many(steps: int) -> bool:
         return epsilon([Steps(sigma, sampling_rate, steps, records)], delta) > target
@@ -171,8 +172,8 @@ def _shift(target: float, delta: float) -> float:
 
 
 def _first(predicate: Callable[[int], bool], start: float, most: int) -> int | None:
-    """Find the smallest n from 1 to `most` with predicate(n), for a monotone predicate, from about
-    `start` on; None: there is none."""
+    """Find the smallest n from 1 to `most` with predicate(n), for a monotone predicate,
+    searching from about `start`; None if there is none."""
     low, high = 0, int(min(max(start, 1), most))
     while not predicate(high):
         if high == most:
@@ -244,12 +245,13 @@ def _compute_epsilon(events: tuple[Steps, ...], delta: float) -> float:
 
 
 def _mu(event: Steps) -> float:
-    """Number of standard deviations that a unit moves the sum of steps with q = 1."""
+    """Return by how many standard deviations a unit moves the sum of steps with q = 1."""
     return event.records * math.sqrt(event.steps) / event.noise_multiplier
 
 
 def _gaussian(mu: float, delta: float) -> float:
-    """ε of the Gaussian mechanism that a unit moves by `mu` standard deviations, rounded up."""
+    """Return ε of the Gaussian mechanism that a unit moves by `mu` standard deviations, rounded
+    up."""
     if mu == 0:
         return 0.0
     loss = GaussianPrivacyLoss(standard_deviation=1.0, sensitivity=mu)
@@ -284,7 +286,7 @@ def _compose_distributions(events: tuple[Steps, ...]) -> pld.PrivacyLossDistribu
 def _one_step(
     sigma: float, rate: float, records: int, interval: float
 ) -> pld.PrivacyLossDistribution:
-    """PoissonSampledDpEvent(q, Gaussian(σ)), or MixtureOfGaussiansDpEvent for k > 1."""
+    """Return PoissonSampledDpEvent(q, Gaussian(σ)), or MixtureOfGaussiansDpEvent for k > 1."""
     if records == 1:
         return pld.from_gaussian_mechanism(
             sigma, sampling_prob=rate, value_discretization_interval=interval
@@ -296,7 +298,8 @@ def _one_step(
 
 
 def _interval(event: Steps) -> float:
-    """The grid of privacy losses: 10⁻⁴ · 2ⁿ with the smallest n that keeps the points few."""
+    """Return the grid of privacy losses: 10⁻⁴ · 2ⁿ with the smallest n that keeps the points
+    few."""
     sigma, rate, _, records = event
     if rate == 1:
         mu = _mu(event)
@@ -309,7 +312,7 @@ def _interval(event: Steps) -> float:
 
 
 def _mixture_span(sigma: float, rate: float, records: int) -> float:
-    """About the largest privacy loss of one mixture step that is not cut off with the tail:
+    """Estimate the largest privacy loss of one mixture step that is not cut off with the tail:
     the log of Σ p_j exp((j·x − j²/2)/σ²) at the largest output x."""
     rows = np.arange(records + 1)
     most = int(np.argmax(binom.sf(rows, records, rate) < 1e-22))

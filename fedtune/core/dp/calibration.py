@@ -26,10 +26,10 @@ def sampling_rate(study: Study, declared_size: int) -> float:
 
 def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibration:
     """Compute q, σ and rounds for a site with `declared_size` units, rounded so that ε is not
-    exceeded. most: stop counting affordable steps here.
+    exceeded. most: the limit up to which affordable steps are counted.
 
-    Errors: ConfigError where the study is not private, nothing fits the budget, or more steps do
-    than `most`."""
+    Errors: ConfigError if the study is not private, nothing fits the budget, or more than `most`
+    steps do."""
     privacy = study.privacy
     if isinstance(privacy, str):
         raise ConfigError('privacy = "off" has no ε', "a [privacy] table")
@@ -55,7 +55,7 @@ def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibr
 
 
 def with_rounds(study: Study) -> Study:
-    """Fill in training.rounds where ε and σ were given; ε then follows from the other two and is
+    """Fill in training.rounds if ε and σ were given; ε then follows from the other two and is
     left out of the plan.
 
     Errors: ConfigError where rounds would differ between sites."""

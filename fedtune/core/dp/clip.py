@@ -1,7 +1,7 @@
-"""Clip each unit's gradient and add it up on the integer grid on which sums are exact.
+"""Clip each unit's gradient and add it to an integer sum, on a grid on which sums are exact.
 
-torch is imported where tensors are computed, not before: the commands that show what a plan costs
-need the numbers alone, and answer in a second without it."""
+torch is imported only where tensors are computed: the commands that show what a plan costs need
+only the numbers, and answer in a second without it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ _MORE = 2**16  # GPUs want more at once
 
 @dataclass(frozen=True, repr=False)
 class Chunk:
-    """Gradients of some rows. rows: indices into the drawn rows, in the chunk's order; parts: for
-    each parameter in the update's order, (len(rows), its size); fp32 or fp64."""
+    """Gradients of some rows.
+
+    rows: indices into the drawn rows, in the chunk's order. parts: for each parameter in the
+    update's order, (len(rows), its size); fp32 or fp64."""
 
     rows: Sequence[int]
     parts: Sequence[torch.Tensor]

@@ -1,9 +1,9 @@
-"""Account for adaptively chosen studies with privacy filters.
+"""Bound ε of adaptively chosen studies with privacy filters.
 
 Steps that take every unit (q = 1) are Gaussian mechanisms, and a filter that adds up the squares
-of their shifts k/σ costs no more than had all been planned at once (Smith & Thakurta 2022): whoever
-chooses what is next, by whatever was seen, is left with the same Gaussian as what remains of the
-budget. Sampled steps have no such filter; beside them all steps are bounded by their Rényi
+of their shifts k/σ costs no more than had all been planned at once (Smith & Thakurta 2022):
+however the next step is chosen from earlier results, the rest of the budget is that of the same
+Gaussian. Sampled steps have no such filter; beside them all steps are bounded by their Rényi
 divergence.
 
 Why one order, and why before any result: a filter adds up ρ_i(α), where event i may have been
@@ -121,7 +121,7 @@ def _terms(sigma: float, records: int, order: float) -> float:
 
 
 def epsilon_of(rdp: float, order: float, delta: float) -> float:
-    """Convert the Rényi divergence `rdp` at `order` to ε at `delta`; 0 when rdp is 0.
+    """Convert the Rényi divergence `rdp` at `order` to ε at `delta`; 0 if rdp is 0.
 
     Reference: Canonne, Kamath & Steinke 2020, proposition 12."""
     if not (rdp >= 0 and 0 < delta < 1):
@@ -130,7 +130,7 @@ def epsilon_of(rdp: float, order: float, delta: float) -> float:
 
 
 def budget(epsilon: float, order: float, delta: float) -> float:
-    """Compute the largest ρ at `order` that converts to at most `epsilon`; ≤ 0: there is none."""
+    """Compute the largest ρ at `order` that converts to at most `epsilon`; ≤ 0 if there is none."""
     if not 0 < delta < 1:
         raise ValueError("delta must be in (0, 1)")
     return epsilon - math.log1p(-1 / order) + math.log(delta * order) / (order - 1)

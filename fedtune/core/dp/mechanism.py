@@ -1,4 +1,5 @@
-"""The two functions through which everything passes that is computed from units' gradients.
+"""Clip and sum units' gradients, and noise the sum: every result from units' gradients passes
+here.
 
     gradients of rows ── clipped_sum ──> sum that no row moves by more than C ── noised_sum ──>
 
@@ -24,8 +25,10 @@ RowGradients = Callable[[list[int]], Iterator[Chunk]]
 
 @dataclass(frozen=True)
 class Bound:
-    """What one row may add to a sum. norm: C, in the L2 norm; mode, gamma: of the clipping; grid:
-    the unit of the sum, in gradient units."""
+    """The bound on what one row may add to a sum.
+
+    norm: C, in the L2 norm. mode, gamma: of the clipping. grid: the unit of the sum, in gradient
+    units."""
 
     norm: float
     mode: clip.Mode

@@ -58,8 +58,8 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
 
 
 def _pairs(bits: npt.NDArray[np.uint64], scale: float) -> npt.NDArray[np.float64]:
-    """Make as many Gaussians of standard deviation `scale` as there are words: the cosines of all
-    pairs, then the sines."""
+    """Make as many Gaussians of standard deviation `scale` as there are words: first the cosines
+    of all pairs, then the sines."""
     half = len(bits) // 2
     uniform = (bits >> np.uint64(11)).astype(np.float64)
     radius = scale * np.sqrt(-2.0 * np.log((uniform[:half] + 1.0) * 2.0**-53))  # of (0, 1]

@@ -1,7 +1,7 @@
-"""Take a NON-PRIVATE step, without noise or accounting, for `privacy = "off"` alone.
+"""Take a NON-PRIVATE step, without noise or accounting, only for `privacy = "off"`.
 
-It serves to measure the cost of privacy, is marked in every output, and the default policy refuses
-it.
+Such a step serves to measure the cost of privacy. Every output marks it, and the default policy
+refuses it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class NonPrivatePlan:
         return mechanism.clipped_sum(gradients, sampled, dimension, bound)
 
     def grid_at(self, dimension: int) -> float:
-        """The unit of a sum without noise, as with a noise of C."""
+        """The unit of the integer sum without noise, as if the noise were C."""
         assert self.clipping is not None
         norm = self.clipping.max_grad_norm
         return shared_noise.grid(norm, norm, dimension)

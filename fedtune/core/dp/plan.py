@@ -26,7 +26,7 @@ RELATION: clip.Relation = "add or remove one unit"
 
 
 class StepPlan(Protocol):
-    """A plan's method that training calls, private or not."""
+    """The interface of a plan's methods that training calls, private or not."""
 
     def step(
         self, n_rows: int, dimension: int, gradients: RowGradients, log: StepLog, round_: int
@@ -39,14 +39,18 @@ class StepPlan(Protocol):
 
 @dataclass(frozen=True)
 class DpPlan:
-    """One site's share of a private study.
+    """One site's part of a private study.
 
-    noise_multiplier: σ in multiples of one row's clipping bound C; delta: for the whole study;
-    steps: over all rounds; divisor: the constant expected batch q · k · declared size, never the
-    true count; records: k, the most rows of one unit (1 where units are drawn); lifetime: where the
-    study has no last round, the ε that no unit goes past, and rounds and steps are then the most
-    that one unit takes part in; sites, colluding: with secure aggregation n and t. This site then
-    adds σ/√(n - t), and (σ, ε) are of the sum that anybody opens, in which n - t honest sites did.
+    - noise_multiplier: σ in multiples of one row's clipping bound C
+    - delta: δ of the whole study
+    - steps: over all rounds
+    - divisor: the constant expected batch q · k · declared size, never the true count
+    - records: k, the most rows of one unit (1 where units are drawn)
+    - lifetime: in a study without a last round, the ε that no unit exceeds; rounds and steps are
+      then the most in which one unit takes part
+    - sites, colluding: with secure aggregation n and t. This site then adds σ/√(n - t), and (σ, ε)
+      are those of the sum that anybody opens, to which n - t honest sites added noise
+
     Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
     Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
     else; its line is in the log before its result is returned.
@@ -95,7 +99,7 @@ class DpPlan:
         return accountant.epsilon(self.fallback_events(self.steps), self.delta)
 
     def fallback_events(self, steps: int) -> list[Steps]:
-        """The steps as they hold if nothing but this site's own noise does."""
+        """The steps with this site's noise only, from which the fallback ε is computed."""
         return [Steps(self.own_noise, self.sampling_rate, steps, self.records)]
 
     def step(
@@ -109,11 +113,11 @@ class DpPlan:
     ) -> torch.Tensor:
         """Run one DP-SGD step: a noised mean gradient, fp32 (dimension,), of `n_rows` rows.
 
-        `gradients` is called with the sampled rows and yields each of them exactly once; its
-        tensors are zeroed after use. (By a SitePlan it is called again, for rows that could not
-        be summed together.) An empty sample is a noise-only step. team: other processes
-        that sum some of the rows; sampling and noise happen in this process alone, once.
-        Errors: RuntimeError when a row is missing or doubled: nothing is released then.
+        `gradients` is called with the sampled rows and yields the gradient of each exactly once;
+        its tensors are zeroed after use. (A SitePlan calls it again for rows that could not be
+        summed together.) An empty sample is a noise-only step. team: other processes that sum
+        some of the rows; sampling and noise happen only in this process, once. Errors:
+        RuntimeError if a row is missing or doubled; nothing is released then.
         """
         total = self._drawn_sum(n_rows, dimension, gradients, team)
         return self._add_noise(total, log, round_)
@@ -127,7 +131,8 @@ class DpPlan:
         round_: int,
         team: Team | None = None,
     ) -> torch.Tensor:
-        """Run one step as `step` does; the noised sum in multiples of `grid_at(dimension)`, int64.
+        """Run one step as `step` does, but return the noised sum in multiples of
+        `grid_at(dimension)`, int64.
 
         Guarantee: of one site alone (own_noise, q); of a sum over `sites` such sites, of which
         `colluding` reveal theirs, (noise_multiplier, q)."""
@@ -144,7 +149,8 @@ class DpPlan:
 
     @property
     def grid(self) -> float:
-        """The unit of a lone site's integer sum, in gradient units."""
+        """The unit of the integer sum of a site whose sum is opened by itself, in gradient
+        units."""
         return clip.grid_for(self.noise_multiplier * self.max_grad_norm)
 
     def grid_at(self, dimension: int) -> float:
@@ -228,8 +234,8 @@ class SitePlan:
     def _together_or_alone(
         self, rows: list[int], dimension: int, clipped_sum: ClippedSum
     ) -> torch.Tensor:
-        """Sum the clipped rows; where that fails, with each row's sum made alone, and none of a row
-        for which that fails too. The same integers: no row's sum depends on who is beside it."""
+        """Sum the clipped rows; if that fails, sum each row alone, and leave out a row for which
+        that fails too. The integers are the same: no row's sum depends on the rows beside it."""
         import torch
 
         try:

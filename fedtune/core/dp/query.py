@@ -1,4 +1,4 @@
-"""Answer a query: a noised sum of the model's scores on held-out records.
+"""Answer a query: compute a noised sum of the model's scores on held-out records.
 
 A unit's row is (score, 1), its score in [0, 1]: the geometric mean probability of a record's
 targets, or the probability of its label (exp of minus the loss), or whether its label is the
@@ -36,7 +36,8 @@ TOGETHER = 64  # rows that are made at once
 
 
 def query_plan(study: Study) -> DpPlan:
-    """Plan all queries of a private study with [private_evaluation]; a round of it is one query."""
+    """Plan all queries of a private study with [private_evaluation]; one round of this plan is
+    one query."""
     table, privacy = study.private_evaluation, study.privacy
     assert table is not None and isinstance(privacy, PrivacyTable)
     return DpPlan(
@@ -55,7 +56,7 @@ def query_plan(study: Study) -> DpPlan:
 
 
 class Rows(Protocol):
-    """The rows of a question, one a unit, made for the units that are asked for."""
+    """The rows of a query, one per unit, made for the units that are asked for."""
 
     @property
     def dimension(self) -> int: ...

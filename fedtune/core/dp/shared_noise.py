@@ -1,4 +1,4 @@
-"""The public arithmetic of one dose of noise that several sites share: grid and word size.
+"""Compute the grid and the word size of one dose of noise that several sites share.
 
 Every site rounds to one grid, so that sums are exact integers and fit the words that are masked.
 Each figure follows from the plan and from sizes that people declared."""
@@ -21,13 +21,14 @@ ROWS = 2  # times the declared size that a site may hold before a sum could wrap
 
 
 def own_sigma(sigma: float, shares: int) -> float:
-    """Return the σ that each site adds where `shares` of them make up σ; σ itself for one."""
+    """Return the σ that each of `shares` sites adds so that their noise together has σ; σ itself
+    for one."""
     return sigma if shares == 1 else math.nextafter(sigma / math.sqrt(shares), math.inf)
 
 
 def joint_sigma(own: float, shares: int) -> float:
-    """Return the σ of a sum in which `shares` sites each added `own`: at least the σ of which
-    `own_sigma` gave a share.
+    """Return the σ of a sum in which `shares` sites each added `own`: at least the σ that was
+    split by `own_sigma`.
 
     >>> all(joint_sigma(own_sigma(s / 7, n), n) >= s / 7 for s in range(1, 50) for n in range(1, 9))
     True
@@ -52,8 +53,8 @@ def grid(noise_std: float, max_grad_norm: float, dimension: int) -> float:
 
 
 def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
-    """Return the grid of a study with [secure_aggregation] whose sum has noise σ (None: privacy is
-    off, and the grid is as with a noise of C)."""
+    """Return the grid of a study with [secure_aggregation] whose sum has noise σ. None: privacy
+    is off, and the grid is as if the noise were C."""
     assert study.clipping is not None
     norm = study.clipping.max_grad_norm
     own = 1.0 if sigma is None else own_sigma(sigma, noise_shares(study))
@@ -61,7 +62,7 @@ def grid_of(study: Study, sigma: float | None, dimension: int) -> float:
 
 
 def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: int) -> int:
-    """Return the bits of a word for sites of these declared sizes; see `word_bits`."""
+    """Return the number of bits of a word for sites of these declared sizes; see `word_bits`."""
     assert study.clipping is not None
     norm, noise = study.clipping.max_grad_norm, 0.0 if sigma is None else sigma
     step = grid_of(study, sigma, dimension)
@@ -70,8 +71,10 @@ def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: 
 
 
 def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
-    """Return the most numbers of an adapter whose sum over sites of these declared sizes fits the
-    narrower words: the grid gets finer with each; 0 where there is none."""
+    """Return the largest number of adapter parameters for which the sum over sites of these
+    declared sizes fits the narrower words: the grid gets finer with each parameter. 0 if there
+    is no such number.
+    """
     numbers = range(1, LARGEST)
     return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))
 
@@ -79,10 +82,10 @@ def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int
 def word_bits(
     units: Iterable[float], rows: int, max_grad_norm: float, noise_std: float, step: float
 ) -> int:
-    """Return the bits of a word that holds twice the largest sum: 32 or 64.
+    """Return the number of bits of a word that holds twice the largest sum: 32 or 64.
 
-    units: each site's declared size; rows: of one unit; noise_std: of each site's own noise; step:
-    the grid. No coordinate of a clipped row is above C.
+    units: each site's declared size; rows: the most rows of one unit; noise_std: standard
+    deviation of each site's noise; step: the grid. No coordinate of a clipped row exceeds C.
 
     >>> word_bits([400, 400, 200], 1, 1.0, 1.0, 2.0**-16)
     32
