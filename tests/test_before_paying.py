@@ -180,7 +180,7 @@ def test_what_is_not_worth_its_price_is_refused_unless_somebody_insists(
     assert report["quality"]["expected"]["gain"]["high"] < LEAST
     with pytest.raises(ConfigError, match="no class"):
         before_paying(load_study(path), [12], {"fevers": 0.1})
-    with pytest.raises(ConfigError, match="more than 0"):
+    with pytest.raises(ConfigError, match="above 0"):
         before_paying(load_study(path), [12], {"rash": 1.5})
 
 

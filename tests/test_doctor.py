@@ -105,7 +105,11 @@ WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
     "little memory": (lambda h: h.patch.setattr(machine, "ROOM", 1e18), "memory", "to be had"),
     "readable CA": (lambda h: (h.home / "ca.pem").chmod(0o644), "secrets", "ca.pem.*chmod 600"),
     "readable key": (lambda h: (h.home / "signing.key").chmod(0o640), "secrets", "signing.key"),
-    "a site ran out": (lambda h: h.site_leaf(-DAY), "sites", "a: its certificate ran out.*again"),
+    "a site ran out": (
+        lambda h: h.site_leaf(-DAY),
+        "sites",
+        "a: its certificate expired on.*again",
+    ),
     "a site is off": (lambda h: h.site_leaf(DAY), "sites", "a: its certificate ends.*start"),
     "newer registry": (newer_record, "sites", "newer fedtune"),
     "other flwr": (other_version, "versions", "flwr 1.43.0; expected flwr<1.43"),

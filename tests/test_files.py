@@ -109,7 +109,7 @@ def test_a_file_that_a_person_names_is_replaced_by_its_own_kind_alone(tmp_path: 
         with pytest.raises(InputError, match="exists"):
             writing.check_replaceable(tmp_path / name, ".html")
     writing.check_replaceable(tmp_path / "new" / "folders" / "a.html", ".html")
-    with pytest.raises(InputError, match="key is no folder"):
+    with pytest.raises(InputError, match="key is not a folder"):
         writing.check_replaceable(tmp_path / "key" / "below" / "a.html", ".html")
 
 

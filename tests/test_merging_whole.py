@@ -62,7 +62,7 @@ def test_refusals(parents: list[Path], models: list[Path], tmp_path: Path) -> No
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="works on adapters"):
         merge_models(models, out, method="svd")
-    with pytest.raises(ConfigError, match="other: no exported model"):
+    with pytest.raises(ConfigError, match="other: not an exported model"):
         merge_models([models[0], parents[1]], out)
     with pytest.raises(ConfigError, match="are the same"):
         merge_models([models[0], models[0]], out)

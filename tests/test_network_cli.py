@@ -72,12 +72,12 @@ def test_neither_a_request_nor_an_answer_replaces_anything_else(site: Path) -> N
     admit = ("admit", here / "a.request", "--fingerprint", heard, "--address", "hub.example:8443")
     for out in (*taken, here / "a.request"):
         done = run(*admit, "--out", out)
-        assert done.exit_code == 2 and "exists, and is no answer" in done.stderr, done.stderr
+        assert done.exit_code == 2 and "exists, but holds no answer" in done.stderr, done.stderr
     assert not Path("coordinator").exists()
     assert run(*admit).exit_code == 0
     for out in (*taken, Path("a.answer")):
         done = run("enroll", site, "--new-keys", "--out", out)
-        assert done.exit_code == 2 and "exists, and is no request" in done.stderr, done.stderr
+        assert done.exit_code == 2 and "exists, but holds no request" in done.stderr, done.stderr
     assert {path: path.read_bytes() for path in before} == before
     assert (here / "state" / "keys" / "node.key").read_bytes() == keys
     assert (here / "pipe").is_fifo() and (here / "link").is_symlink()

@@ -264,7 +264,7 @@ def test_what_cannot_predict_says_what_does(tmp_path: Path, tiny_base: Path) -> 
     with pytest.raises(ConfigError, match=r"has no head.*--choice"):
         predict(run, ["fever"])
     assert predict(run, ["Is it so?"], [" yes", " no"]).labels == (" yes", " no")
-    with pytest.raises(ConfigError, match="two are the same"):
+    with pytest.raises(ConfigError, match="two choices have the same tokens"):
         predict(run, ["Is it so?"], [" yes", " yes"])
     (tmp_path / "in.txt").write_text("fever\n")
     with pytest.raises(DataError, match="this run reads prompt"):

@@ -198,7 +198,7 @@ def test_each_role_gets_its_own_files(tmp_path: Path) -> None:
     ("changes", "error", "words"),
     [
         ({"evaluation": None}, ConfigError, "the classes are not known"),
-        ({"labels": ("heart", "lungs")}, ConfigError, "'skin' is none of --label"),
+        ({"labels": ("heart", "lungs")}, ConfigError, "'skin' is not one of --label"),
         ({"target": "desc"}, DataError, "desc"),
         ({"data": (Path("nowhere.csv"),)}, DataError, "no such file"),
         ({"data": ("evaluation",)}, ConfigError, "and as public records"),

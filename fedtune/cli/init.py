@@ -53,10 +53,10 @@ TASK = Annotated[
     Task | None,
     typer.Option(
         metavar="TASK",  # the names are below: click's list of them is wider than its column
-        help="A measured recipe, one of \nclassify: put texts into classes; \nanswer: "
-        "answer questions; \ninstruct: write longer responses to instructions; "
-        "\npreference: prefer the better of two answers; \nvision: answer questions "
-        "about images; \nspeech: transcribe recordings.",
+        help="A measured recipe, one of  \nclassify: put texts into classes;  \nanswer: "
+        "answer questions;  \ninstruct: write longer responses to instructions;  "
+        "\npreference: prefer the better of two answers;  \nvision: answer questions "
+        "about images;  \nspeech: transcribe recordings.",
         show_default=False,
     ),
 ]

@@ -80,12 +80,10 @@ def check_plugin(
     """Check a plug-in, on generated records, against the rules that every plug-in of its kind must
     keep.
 
-    - objectives and modalities: rows equal a loop of one record, no record moves another's row, a
-      removed unit moves the sum by at most C, losses repeat to the last bit
-    - strategies: a round without updates, order of arrival, restart
-    - sources: one row at a time, broken files
-    - converters: one unit at a time
-    - trackers: events
+    For objectives and modalities: rows equal a loop of one record, no record moves another's row, a
+    removed unit moves the sum by at most C, losses repeat to the last bit. For strategies: a round
+    without updates, order of arrival, restart. For sources: one row at a time, broken files. For
+    converters: one unit at a time. For trackers: events.
 
     One line is printed for each check, with the measured value and the bound. docs/extending.md
     shows a plug-in of each kind. A check that passes is a measurement, not a proof."""

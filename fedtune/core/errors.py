@@ -45,14 +45,15 @@ def escape_controls(text: str) -> str:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Return whether an exception is a fault of what was called, and no wish that this process end:
-    every Exception, and a panic of a library's Rust code, which is none."""
+    """Return whether an exception is a fault of the called code, and not a request to end this
+    process: every Exception is, and so is a panic of a library's Rust code, which is not an
+    Exception."""
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 
 def describe(error: BaseException) -> str:
-    """Describe an error for the log of the machine where it happened: its class, and the message of
-    a FedtuneError alone, since a library's may quote a record."""
+    """Describe an error for the log of the machine on which it happened: its class, and the
+    message only of a FedtuneError, since a library's message may quote a record."""
     message = f": {error}" if isinstance(error, FedtuneError) else ""
     return type(error).__name__ + message
 
@@ -78,17 +79,18 @@ class FedtuneError(Exception):
 
 
 class InputError(FedtuneError):
-    """Something that a person wrote or named must change; the parent of the errors of input."""
+    """Input that a person wrote or named must change; the parent class of input errors."""
 
     exit_code = 2
 
 
 class ConfigError(InputError):
-    """A wrong key, type or combination in study.toml or site.toml; names file and key."""
+    """A wrong key, type or combination in study.toml or site.toml; the message names file and
+    key."""
 
 
 class DataError(InputError):
-    """Records that cannot be used; counts and reasons, never content."""
+    """Records that cannot be used; the message holds counts and reasons, never content."""
 
 
 class ModelError(InputError):
@@ -100,20 +102,20 @@ class NotGenuine(InputError):
 
 
 class Refused(FedtuneError):
-    """A rule said no; the parent of the refusals.
+    """A rule of the site refused; the parent class of refusals.
 
-    What it says leaves the site (core/vault/answers.py, `guarded`): rules and public values, never
-    what follows from a record, or from how much memory or disk is left."""
+    The message leaves the site (core/vault/answers.py, `guarded`): it holds rules and public
+    values, never anything that follows from a record, or from how much memory or disk is left."""
 
     exit_code = 3
 
 
 class PolicyRefused(Refused):
-    """A rule of the site's policy; the rule is named, no private value is."""
+    """A rule of the site's policy refused; the message names the rule, and no private value."""
 
 
 class BudgetExceeded(Refused):
-    """The round would take the site's privacy budget past its ceiling."""
+    """The round would exceed a limit of the site's privacy budget."""
 
 
 class InfrastructureError(FedtuneError):

@@ -1,4 +1,4 @@
-"""Confine this process by what Linux gives: no network, or no files but some.
+"""Confine this process with Linux's means: no network, or only some files.
 
     vault       holds the records: a network of its own, and no socket but what it inherits
     courier     speaks to the network: reads and writes the files that it is given, and no other
@@ -108,16 +108,19 @@ CLOCK_PAGES = "[vvar"  # where Linux writes the time into each process's memory
 
 @dataclass(frozen=True)
 class Confinement:
-    """What is in force in this process. means: "namespace", "seccomp", "landlock 7"; missing: what
-    stays open, in words; reasons: which wall is not there, and why Linux refuses it, whether or not
-    anything stays open for that."""
+    """The confinement that is in force in this process.
+
+    - means: "namespace", "seccomp", "landlock 7"
+    - missing: what stays open, in words
+    - reasons: which means is not in force, and why Linux refuses it, whether or not anything stays
+      open because of that"""
 
     means: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, list[str]]:
-        """Return it as an event's facts."""
+        """Return the confinement as the facts of an event."""
         return {name: list(words) for name, words in vars(self).items()}
 
     def __and__(self, other: Confinement) -> Confinement:
@@ -127,15 +130,15 @@ class Confinement:
 
 
 def describe(walls: Sequence[str]) -> str:
-    """Say by what a half is confined, and which wall is not there."""
+    """Describe how a half is confined, and which means is not in force."""
     return ", ".join(walls) or "NOT CONFINED"
 
 
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
     """Cut this process off every network. sockets: families of which it may still open sockets;
-    with AF_INET among them (a database over TCP) it stays on the network, and this says so.
+    with AF_INET among them (a database over TCP) it stays on the network, and the result says so.
 
-    Errors: InfrastructureError where threads run already, which would stay as they are."""
+    Errors: InfrastructureError if threads already run, which would stay as they are."""
     families = sorted({int(family) for family in sockets})
     _check_alone()
     if socket.AF_INET in families:
@@ -148,7 +151,8 @@ def no_network(sockets: Iterable[int] = ()) -> Confinement:
 
 @functools.cache
 def try_confinement() -> tuple[Confinement, Confinement]:
-    """Try what this machine gives a vault and a courier, each in a process of its own."""
+    """Try which confinement of vault and courier this machine supports, each in a process of its
+    own."""
     found = []
     for half in ("vault", "courier"):
         command = boot.command("fedtune.core.isolation", half)
@@ -166,10 +170,10 @@ def try_confinement() -> tuple[Confinement, Confinement]:
 def only_files(
     read: Iterable[Path], write: Iterable[Path], names: Iterable[Path] = ()
 ) -> Confinement:
-    """Leave this process the files below these paths, and sockets of the network alone.
+    """Restrict this process to the files below these paths, and to sockets of the network.
 
-    names: folders of which it may read the names of files, and no file.
-    Errors: InfrastructureError as of `no_network`."""
+    names: folders of which it may read the names of files, and no file. Errors: InfrastructureError
+    as for `no_network`."""
     _check_alone()
     _close_itself()
     of_files = _restrict_files(list(read), list(write), list(names))
@@ -177,17 +181,18 @@ def only_files(
 
 
 def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
-    """Give this process a view of the machine of its own: of all files and folders `shown` alone is
-    there; what it writes in the folders `own` stays in memory, on a disk that nobody else has, and
-    goes with it; processes have other numbers than outside, of none but its own.
+    """Give this process a private view of the machine. Of all files and folders it sees only
+    those `shown`; what it writes in the folders `own` stays in memory, on a disk that nobody
+    else has, and is lost with it; processes have other numbers than outside, and it sees only
+    its own.
 
-    How long a file is and when it was changed, how full a disk is, and which numbers processes get,
-    follows from what else a machine does: at a site, from records. Whoever can write on the
-    ledger's disk can also take its space in the midst of an order.
+    The length of a file and the time of its last change, the free space of a disk and the
+    numbers of processes depend on what else the machine does: at a site, on records. A process
+    that can write on the ledger's disk could also take its space in the middle of an order.
 
-    It goes on in a child, at "/"; this process waits for it, passes signals on, and ends as it
-    ends. Small files that lay in the folders `own` are there again. Call before `only_files`.
-    Errors: InfrastructureError as of `no_network`."""
+    The work continues in a child process, at "/"; this process waits for the child, passes
+    signals on, and ends with its status. Small files of the folders `own` are copied into the
+    view. Call this before `only_files`. Errors: InfrastructureError as for `no_network`."""
     _check_alone()
     kept = {folder: _files_in(folder) for folder in own}
     if refused := _unshare(CLONE_NEWNS | CLONE_NEWPID):
@@ -206,7 +211,7 @@ def own_view(shown: Iterable[Path], own: Sequence[Path]) -> Confinement:
 
 
 def only_computing() -> Confinement:
-    """Leave this process its memory, the descriptors that it has open, and its own end.
+    """Restrict this process to its memory, the descriptors that it has open, and ending itself.
 
     It opens no file or socket, starts no process or thread, signals nobody, and learns neither its
     own number nor the time: what it computes follows from its memory and what it reads. A thread
@@ -217,7 +222,7 @@ def only_computing() -> Confinement:
 
 
 def landlock_version() -> int:
-    """Return the version of Landlock that this machine gives; 0 for none."""
+    """Return the version of Landlock that this machine supports; 0 for none."""
     version = int(_libc().syscall(LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION))
     return max(version, 0)
 
@@ -249,8 +254,8 @@ def _own_network() -> Confinement:
 
 
 def _unshare(spaces: int) -> str:
-    """Move into new namespaces; as a user other than root into one of users too. Return why Linux
-    refuses it; "" where it does not."""
+    """Move into new namespaces; a user other than root also into a user namespace. Return why
+    Linux refuses it; "" if it does not."""
     user, group = os.getuid(), os.getgid()
     libc = _libc()
     if user == 0 and libc.unshare(spaces) == 0:
@@ -265,10 +270,10 @@ def _unshare(spaces: int) -> str:
 
 
 def _bound_processes() -> None:
-    """Bound how many processes this one and its children are: how many the whole machine, or this
-    user, may still start follows from how many others have.
+    """Bound the number of this process and its children: how many processes the whole machine, or
+    this user, may still start depends on how many others have.
 
-    From Linux 5.14 on a user namespace counts its own alone; root has no such limit."""
+    From Linux 5.14 on a user namespace counts its own processes only; root has no such limit."""
     release = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
     if os.getuid() != 0 and release >= (5, 14):
         most = resource.getrlimit(resource.RLIMIT_NPROC)[1]
@@ -277,7 +282,7 @@ def _bound_processes() -> None:
 
 
 def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes]]) -> None:
-    """Build a root in memory, move there, and let go of the one before. own: folders in memory, and
+    """Build a root in memory, move there, and detach the old root. own: folders in memory, and
     the files in them. Errors: OSError."""
     _mount(None, Path("/"), None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", ROOT, "tmpfs", IN_MEMORY, OWN_DISK)  # which hides what is not needed any more
@@ -300,9 +305,9 @@ def _go_to_own_root(shown: Iterable[Path], own: Mapping[Path, Mapping[str, bytes
 
 
 def _place(path: Path, there: list[Path]) -> Path | None:
-    """Make the place below ROOT where a file or folder is to be mounted, and every link that leads
-    to it. there: what is mounted already; the true path is added to it. None: the path leads
-    nowhere, or to what is there. Errors: OSError."""
+    """Make the mount point of a file or folder below ROOT, and every link that leads to it.
+    there: what is mounted already; the true path is added to it. None: the path leads nowhere,
+    or to something that is mounted. Errors: OSError."""
     found, left = Path("/"), list(path.absolute().parts[1:])
     while left:
         here = Path(os.path.normpath(found / left.pop(0)))
@@ -337,8 +342,8 @@ def _mount(source: str | None, target: Path, kind: str | None, flags: int, data:
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
-    """Read the small files that lie in a folder, such as certificates, and no log; none through a
-    link, behind which may be what is to be hidden."""
+    """Read the small files in a folder, such as certificates, but no log; and none through a
+    link, which may lead to what is to be hidden."""
     with suppress(OSError):
         files = (path for path in folder.iterdir() if path.is_file() and not path.is_symlink())
         return {path.name: path.read_bytes() for path in files if path.stat().st_size <= SMALL}
@@ -346,8 +351,8 @@ def _files_in(folder: Path) -> dict[str, bytes]:
 
 
 def _go_on_in_a_child() -> None:
-    """Return in a child, the first process of a new namespace; this one waits for it, passes
-    signals on, and ends as it ends. When this one is killed, so is the child."""
+    """Return in a child, the first process of a new namespace; the parent waits for it, passes
+    signals on, and ends with its status. If the parent is killed, so is the child."""
     child = os.fork()
     if child == 0:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -376,8 +381,8 @@ def _install(filter_of: Callable[..., Lines], *arguments: object) -> Confinement
 
 
 def _stop_clocks() -> Confinement:
-    """Take the time out of this process's memory, so that it has to be asked for by a system call;
-    and have the processor refuse to count its cycles."""
+    """Remove the time from this process's memory, so that only a system call can tell it; and
+    have the processor refuse to count its cycles."""
     memory = ctypes.CDLL(None, use_errno=True).mmap
     memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     memory.restype = ctypes.c_void_p
@@ -427,7 +432,7 @@ def _restrict_files(
 
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:
-    """Add a path to a ruleset; one that is not there is left out."""
+    """Add a path to a ruleset; a path that does not exist is left out."""
     try:
         opened = os.open(path, O_PATH | os.O_CLOEXEC)
     except OSError:

@@ -1,8 +1,8 @@
-"""Child processes: started by handle, watched, stopped; none outlives the process that started it.
+"""Start, watch and stop child processes; none outlives the process that started it.
 
-A child reads its standard input. When that ends its parent is gone, even by SIGKILL, and the child
-stops itself. A child is its own session, so a terminal's Ctrl-C reaches the parent alone, which
-then stops its children in order.
+A child reads its standard input. When that ends, its parent has ended, even by SIGKILL, and the
+child stops itself. Each child has a session of its own, so a terminal's Ctrl-C reaches only the
+parent, which then stops its children in order.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
 
 
 class Stopped(BaseException):
-    """Exception for SIGTERM or SIGINT: unwind, stop what was started."""
+    """SIGTERM or SIGINT arrived: unwind, and stop what was started."""
 
     def __init__(self, signum: int) -> None:
         self.name = signal.Signals(signum).name
@@ -78,9 +78,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise Stopped in the block at the first SIGTERM or SIGINT; later ones wait for its clean-up.
+    """Raise Stopped in the block at the first SIGTERM or SIGINT; later signals wait for its
+    clean-up.
 
-    In a thread that is not the main one, signals are left as they are."""
+    In any thread but the main one, signals are left as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -104,8 +105,8 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def until_stopped(notify: OnEvent) -> Iterator[None]:
-    """Run a command's block until a signal comes: SIGTERM is told as "stopped" and ends it without
-    an error; SIGINT is KeyboardInterrupt, as every command takes it."""
+    """Run a command's block until a signal arrives: SIGTERM prints "stopped" and ends it without
+    an error; SIGINT is KeyboardInterrupt, as in every command."""
     try:
         with interruptible():
             yield
@@ -182,14 +183,14 @@ class Child:
         return text.encode() in self.log.read_bytes()
 
     def build_end_error(self) -> InfrastructureError:
-        """Build the error that this child ended by itself."""
+        """Build the error for a child that ended by itself."""
         return InfrastructureError(
             f"{self._name} ended by itself (exit status {self.status})",
             todo=f"read {self.log}",
         )
 
     def wait(self) -> None:
-        """Wait until the child has ended. Errors: InfrastructureError unless it ended well."""
+        """Wait until the child has ended. Errors: InfrastructureError unless it succeeded."""
         if self._process.wait() != 0:
             raise self.build_end_error()
 
@@ -229,10 +230,10 @@ class Child:
 
 @contextmanager
 def alone(folder: Path, who: str) -> Iterator[bool]:
-    """Hold `folder`, which is made if it is missing, for one process that is called `who`; the lock
-    goes with the process, whatever ends it. Yields whether the last one that held it was killed.
+    """Lock `folder`, which is made if it is missing, for one process called `who`; the lock is
+    released when the process ends, for whatever reason. Yields whether the last holder was killed.
 
-    Errors: InfrastructureError naming the process that holds it, or where the disk refuses."""
+    Errors: InfrastructureError naming the process that holds it, or if the disk refuses."""
     lock = folder / "lock"
     with locks.mapping_errors(lock):
         private_folder(folder.parent)
@@ -242,13 +243,13 @@ def alone(folder: Path, who: str) -> Iterator[bool]:
 
 
 def private_folder(path: Path) -> Path:
-    """Create `path` for this user alone, if it does not exist."""
+    """Create `path`, readable by this user only, if it does not exist."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
 
 
 def free_port() -> int:
-    """A loopback port that nothing listens on at this moment."""
+    """Return a loopback port on which nothing listens at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -261,7 +262,7 @@ def bypass_proxy() -> None:
 
 
 def is_reachable(host: str, port: int) -> bool:
-    """Return whether something accepts TCP connections there."""
+    """Return whether something accepts TCP connections at this address."""
     try:
         socket.create_connection((host, port), timeout=1.0).close()
     except (OSError, UnicodeError):  # UnicodeError: of a name that no machine has
@@ -270,10 +271,11 @@ def is_reachable(host: str, port: int) -> bool:
 
 
 def begin_log(log: Path) -> None:
-    """Empty the log of a process of a site, and give it the MOST_LOGGED bytes that it may take.
-    There is no such file where its disk has not these: it would take what is left for the ledger.
+    """Empty the log of a process of a site, and reserve the MOST_LOGGED bytes that it may take.
+    There is no such file if its disk does not have these: it would take what is left for the
+    ledger.
 
-    It must not run in the midst of an order, whose space that would be."""
+    Do not call it in the middle of an order, whose space that would be."""
     has_space = False
     with suppress(OSError):
         private_folder(log.parent)
@@ -291,14 +293,14 @@ def begin_log(log: Path) -> None:
 
 
 def keep_output(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Add what a process says, through a pipe, to the log that `begin_log` has begun."""
+    """Append what a process prints, through a pipe, to the log that `begin_log` has begun."""
     assert process.stdout
     threading.Thread(target=_write_log, args=(process.stdout, log), daemon=True).start()
 
 
 def _write_log(output: IO[bytes], log: Path) -> None:
-    """Add what a process of a site says to its log until it ends: up to the MOST_LOGGED bytes that
-    the file has on its disk since `begin_log`, and that there is no room for what comes after."""
+    """Append what a process of a site prints to its log until the process ends, up to the
+    MOST_LOGGED bytes that `begin_log` reserved; what comes after is dropped."""
     with output, ExitStack() as opened:
         sink, left = None, 0
         with suppress(FileNotFoundError):
@@ -314,7 +316,8 @@ def _write_log(output: IO[bytes], log: Path) -> None:
 
 
 def _open_private(path: str, flags: int) -> int:
-    """Open a file for this user alone; not through a link, which a courier may have put there."""
+    """Open a file readable by this user only, and not through a link, which a courier may have
+    put there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 

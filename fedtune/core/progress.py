@@ -14,9 +14,10 @@ OnWork = Callable[[int, int], None]  # done, total
 
 @dataclass(frozen=True)
 class Step:
-    """What a long step has done of its work. done, total: in any unit that takes equally long each
-    time, so that the time left follows from the time taken; total 0: nobody counts. once: the
-    rounds after this one do not repeat it."""
+    """The progress of a long step.
+
+    done, total: in any unit of equal duration, so that the time left follows from the time taken;
+    total 0: nobody counts. once: the rounds after this one do not repeat the step."""
 
     text: str
     done: int = 0
@@ -25,7 +26,7 @@ class Step:
 
     @property
     def share(self) -> float | None:
-        """The part that is done; None where nobody counts."""
+        """The share that is done; None if nobody counts."""
         return self.done / self.total if self.total else None
 
 
@@ -36,15 +37,16 @@ _stages: ContextVar[tuple[str, ...]] = ContextVar("stages", default=())
 
 
 def report(text: str, done: int = 0, total: int = 0, *, once: bool = False) -> None:
-    """Notify the listener, if there is one, of counts of work, never of content; they go to this
-    machine's screen alone. done, total, once: as of Step."""
+    """Notify the listener, if there is one, of counts of work, never of content; they go only to
+    this machine's screen. done, total, once: as for Step."""
     if listener := _listener.get():
         stages = ", ".join(_stages.get())
         listener(Step(f"{stages}: {text}" if stages else text, done, total, once))
 
 
 def reporter(text: str, before: int = 0, passes: int = 1) -> OnWork:
-    """Return what reports the work of one of `passes` equal passes, of which `before` are done."""
+    """Return a function that reports the work of one of `passes` equal passes, of which `before`
+    are done."""
 
     def on_work(done: int, total: int) -> None:
         report(text, before * total + done, passes * total)
@@ -54,7 +56,7 @@ def reporter(text: str, before: int = 0, passes: int = 1) -> OnWork:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Begin what is reported in the block with `name`, after the stages around it."""
+    """Prefix the reports in the block with `name`, after the names of the stages around it."""
     token = _stages.set((*_stages.get(), name))
     try:
         yield

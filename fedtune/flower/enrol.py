@@ -146,7 +146,7 @@ def check_out(out: Path, fields: Set[str], what: str) -> None:
         same = False
     if not same:
         raise ConfigError(
-            f"{out}: exists, and is not a {what}",
+            f"{out}: exists, but holds no {what}",
             f"a new file, or an earlier {what}, which is replaced",
             "choose another file with --out",
         )

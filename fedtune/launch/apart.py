@@ -258,7 +258,7 @@ def _receive(vault: socket.socket) -> Received:
     try:
         words: dict[str, Any] = json.loads(told or b'{"refused": "it has ended"}')
         if "refused" in words:
-            raise Turned(str(words["the connection was refused"]))
+            raise Turned(str(words["refused"]))
         if words["release"] != __version__:
             raise Turned(f"it is of release {words['release']}, and this of {__version__}")
         asks, tells = ends

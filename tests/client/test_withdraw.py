@@ -238,7 +238,7 @@ def test_a_receipt_whose_entry_was_lost_is_not_taken_for_a_withdrawal(world: Pat
         file.unlink()
     Ledger.restore(site.site.state, world / "copy")
     checked = withdraw("--check", str(kept))
-    assert checked.exit_code == 2 and "no such entry" in checked.output
+    assert checked.exit_code == 2 and "does not have this withdrawal" in checked.output
 
 
 WRONG: tuple[Any, ...] = (None, [], {}, 5, -1.5, 10**400, "", "x" * 100_000, "\0", [[[[]]]])

@@ -54,7 +54,7 @@ def test_a_column_that_is_not_there_is_named_before_the_study(
 
 def test_a_margin_of_what_is_no_share_is_refused(tmp_path: Path, tiny_base: Path) -> None:
     path = laid_out(tmp_path, tiny_base, PLAN.replace('metric = "exact_match"\n', ""))
-    with pytest.raises(ConfigError, match=r"schedule\.groups: not of loss"):
+    with pytest.raises(ConfigError, match=r"schedule\.groups: cannot be tested for loss"):
         load_study(path)
 
 

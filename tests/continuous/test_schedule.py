@@ -87,7 +87,11 @@ REFUSED = [
     ("2026-01-05T00:00:00Z", "2026-01-05T00:00:00", "with an offset"),
     ("2026-01-05T00:00:00Z", "Monday", "with an offset"),
     ('every = "1h"', 'every = "1h"\nalpha = 0.6', "alpha"),
-    ("[evaluation]", "[private_evaluation]\nnoise_multiplier = 9.0\n[evaluation]", "not allowed with a"),
+    (
+        "[evaluation]",
+        "[private_evaluation]\nnoise_multiplier = 9.0\n[evaluation]",
+        "not allowed with a",
+    ),
 ]
 
 
@@ -114,7 +118,7 @@ def test_a_site_takes_part_only_in_what_it_was_started_for() -> None:
     check_watch(continuous(), True)
     check_watch(make_study(), False)
     check_watch(continuous(), None)  # simulation: there is nobody to ask
-    with pytest.raises(PolicyRefused, match="does not run with --watch"):
+    with pytest.raises(PolicyRefused, match="this site runs without --watch"):
         check_watch(continuous(), False)
     with pytest.raises(PolicyRefused, match=r"no \[schedule\]"):
         check_watch(make_study(), True)
@@ -127,7 +131,7 @@ def test_the_choice_reaches_the_plan(trial: Any) -> None:
         for context in grid._contexts.values():
             context.node_config["watch"] = watch
         if fails:
-            with pytest.raises(Exception, match="does not run with --watch"):
+            with pytest.raises(Exception, match="this site runs without --watch"):
                 run.run(study, grid=grid, parts=parts(1), out=run.folder / "refused")
         else:
             run.run(study, grid=grid, parts=parts(1))

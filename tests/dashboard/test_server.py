@@ -166,7 +166,7 @@ def test_looking_changes_no_file_and_nothing_of_a_record_is_shown(
     assert set(shown) == {"run", "runs", "site", "release"}
     assert all("is it so" not in text for text in shown.values())
     assert "spent of 8 for life" in shown["site"] and "entries, whole and signed" in shown["site"]
-    assert all("Unchanged, and a simulation" in shown[kind] for kind in ("run", "release"))
+    assert all("Unchanged, but a simulation" in shown[kind] for kind in ("run", "release"))
     assert read_status(tried / "runs" / "tried").state == "done"
 
 

@@ -105,19 +105,19 @@ def test_who_is_on_a_list_of_hashed_keys_is_left_out(tmp_path: Path, hashing: st
 def test_a_list_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
     path = listed(tmp_path, sha256("a"))
     path.chmod(mode)
-    with pytest.raises(DataError, match=r"others may read it.*chmod 600"):
+    with pytest.raises(DataError, match=r"other users can read it.*chmod 600"):
         read(tmp_path, [row("a")], consent={"opt_outs": path})
     path.chmod(0o600)
     salt = listed(tmp_path, "salt", name="salt")
     salt.chmod(mode)
     consent = {"opt_outs": path, "hashing": "hmac-sha256", "salt_file": salt}
-    with pytest.raises(DataError, match="others may read it"):
+    with pytest.raises(DataError, match="other users can read it"):
         read(tmp_path, [row("a")], consent=consent)
 
 
 def test_a_list_that_cannot_be_read_trains_nobody_and_quotes_no_line(tmp_path: Path) -> None:
     path = listed(tmp_path, sha256("a"), "4321 Zaphod")
-    with pytest.raises(DataError, match="line 2: no sha256 of a key") as caught:
+    with pytest.raises(DataError, match="line 2: not a sha256 of a key") as caught:
         read(tmp_path, [row("a")], consent={"opt_outs": path})
     assert "Zaphod" not in str(caught.value)
     with pytest.raises(DataError, match="no such file"):
@@ -142,7 +142,7 @@ def test_of_a_damaged_list_no_line_is_left_out(tmp_path: Path, content: bytes) -
     """Who is on a line that cannot be read would else be trained on."""
     path = listed(tmp_path)
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"line \d: no sha256 of a key"):
+    with pytest.raises(DataError, match=r"line \d: not a sha256 of a key"):
         read(tmp_path, [row("a")], consent={"opt_outs": path})
 
 
@@ -150,7 +150,7 @@ def test_of_a_damaged_list_no_line_is_left_out(tmp_path: Path, content: bytes) -
     ("changes", "said"),
     [
         ({"consent": {}}, "name a column"),
-        ({"consent": COLUMN | {"values": ()}}, "nobody agrees"),
+        ({"consent": COLUMN | {"values": ()}}, "no patient would consent"),
         ({"consent": {"opt_outs": "x", "salt_file": "y"}}, "salt_file"),
         ({"consent": {"opt_outs": "x", "hashing": "hmac-sha256"}}, "salt_file"),
         ({"consent": {"opt_outs": "x"}, "columns": Columns(text="note")}, "columns.patient"),

@@ -148,7 +148,7 @@ def test_a_query_is_read_where_the_site_names_one(made: Made) -> None:
 def test_a_table_that_tells_patients_apart_is_read_by_patient(made: Made) -> None:
     made.table("note", NOTE, ROWS)
     alone = data(made, columns=Columns(text="note_text", label="desk"))
-    with pytest.raises(DataError, match=r"has a column 'person_id', and data.columns.patient"):
+    with pytest.raises(DataError, match=r"has a column 'person_id', but data.columns.patient"):
         read_file(alone, unit="record")
 
 
@@ -225,7 +225,7 @@ def test_a_password_comes_from_a_file_or_the_environment(
     path.write_text(SECRET + "\n")
     assert read(locked, options={"password_file": str(path)}).rows == len(ROWS)
     path.chmod(0o640)
-    with pytest.raises(DataError, match="others may read it"):
+    with pytest.raises(DataError, match="other users can read it"):
         read(locked, options={"password_file": str(path)})
     monkeypatch.setenv("CLINIC_PASSWORD", "wrong" + SECRET)
     with pytest.raises(DataError, match="cannot be read") as caught:

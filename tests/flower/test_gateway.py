@@ -182,9 +182,9 @@ def test_too_many_connections_are_refused_for_that_site_alone(world: World) -> N
             connected(port, world.sites["b"]) as other,
         ):
             assert [ask(line, node_key(world.a))[0] for line in (one, two)] == [200, 200]
-            assert ask(three, node_key(world.a)) == (503, "too many connections of this site")
+            assert ask(three, node_key(world.a)) == (503, "too many connections from this site")
             assert ask(other, node_key(world.sites["b"]))[0] == 200
-        assert door.refused["too many connections of this site"] == 1
+        assert door.refused["too many connections from this site"] == 1
 
 
 def test_a_stalled_body_is_let_go(world: World) -> None:

@@ -92,12 +92,12 @@ def test_a_socket_that_a_killed_vault_left_is_replaced_and_a_file_is_not(tmp_pat
     with Door(path) as door, knock(door):
         pass
     path.write_text("a person's file")
-    with pytest.raises(ConfigError, match="no socket"), Door(path):
+    with pytest.raises(ConfigError, match="not a socket"), Door(path):
         pass
     assert path.read_text() == "a person's file"
     path.unlink()
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="no socket"), Door(path):
+    with pytest.raises(ConfigError, match="not a socket"), Door(path):
         pass
     with pytest.raises(ConfigError, match="listened on"), Door(tmp_path / ("long" * 30)):
         pass

@@ -1,1 +1,2 @@
-"""A site's records: read, check, tokenise, cap per unit. Content never reaches a message."""
+"""Read, check and tokenise a site's records, and cap them per unit. Content never reaches a
+message."""

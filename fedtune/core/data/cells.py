@@ -1,4 +1,4 @@
-"""Cells of a row: texts, and keys in the form in which they are compared."""
+"""Read the cells of a row: texts, and keys in the form in which they are compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from fedtune.core.data.sources._interface import find_unclean
 
 
 def text_of(value: object) -> str:
-    """Return the string unchanged, spaces included. Errors: Rejected where it holds nothing."""
+    """Return the string unchanged, spaces included. Errors: Rejected if it is empty or white
+    space."""
     text = string_of(value)
     if not text.strip():
         raise Rejected("empty text")

@@ -1,7 +1,8 @@
-"""Render a conversation by a base's chat template, which sees no clock and draws nothing.
+"""Render a conversation by a base's chat template without access to a clock or random numbers.
 
-A template that names today's date (Llama 3.1 and later, SmolLM3) would give a record other tokens
-before midnight than after it, and when a record is read follows from how long earlier ones took."""
+A template that names today's date (Llama 3.1 and later, SmolLM3) would give a record different
+tokens before midnight and after it, and the time at which a record is read depends on earlier
+records."""
 
 from __future__ import annotations
 
@@ -37,9 +38,9 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **op
 
 
 def check_draws_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template that draws at random, or that may write where an object lies in memory: the
-    generator and the memory are the whole process' own, so that what one record takes from them
-    another does not get. Errors: ConfigError."""
+    """Refuse a template that uses random numbers, or that may write an object's address in
+    memory: the generator and the memory belong to the whole process, so that what one record
+    takes from them another does not get. Errors: ConfigError."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     template = str(tokenizer.get_chat_template())

@@ -1,4 +1,5 @@
-"""Who agreed to the use of their records, decided before anything is computed from them.
+"""Leave out patients who did not consent to the use of their records, before anything is
+computed.
 
 Guarantee: whether a patient is left out follows from that patient's own rows and the list of
 opt-outs alone, and changes nothing of any other patient's records."""
@@ -26,7 +27,8 @@ LARGEST = 2**30  # bytes of a list: 16 million opt-outs
 def with_consent(
     rows: Iterable[tuple[Place, Row | str]], data: SiteData
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield the rows in order, with NO_CONSENT in place of each whose patient did not agree.
+    """Yield the rows in order, with NO_CONSENT in place of each row whose patient did not
+    consent.
 
     | one row of a patient does not say yes        | all of that patient's rows are left out   |
     | a missing value, or one that is none         | is no yes                                 |
@@ -52,7 +54,8 @@ def with_consent(
 
 
 def opted_out(table: ConsentTable) -> Callable[[str], bool] | None:
-    """Read the list of opt-outs; returns whether a patient's key is on it. None: there is no list.
+    """Read the list of opt-outs; return a test of whether a patient's key is on it. None: there is
+    no list.
 
     Errors: DataError, without a line of the list."""
     if table.opt_outs is None:
@@ -94,12 +97,12 @@ def _agrees(row: Row, table: ConsentTable) -> bool:
 
 
 def _cells_of(row: Row | str) -> Row | None:
-    """Return the cells of a row that can be read; None where it has none, not even whose it is."""
+    """Return the readable cells of a row; None if not even the cell of its patient can be read."""
     return row.cells if isinstance(row, BadCell) else row if isinstance(row, dict) else None
 
 
 def _key_in(row: Row | None, column: str | None) -> str:
-    """Return whose row it is, "" where nobody can tell."""
+    """Return the key of the row's patient, "" if it cannot be known."""
     try:
         return key_of(row.get(column)) if row and column else ""
     except Rejected:

@@ -1,16 +1,17 @@
-"""Run a plug-in's conversion on one unit's rows at a time, each in a process that ends with it.
+"""Run a plug-in's conversion on one unit's rows at a time, each in a process that ends
+afterwards.
 
     this process ── two pipes for each unit ──> conversion_process ── forks ──> a child for the unit
 
 The process that forks is started anew, without this one's memory; it never reads a row, nor runs
-a line of the plug-in. A child imports the plug-in, reads its unit's rows, writes the rows that come
-of them, and ends. It is confined before the plug-in is imported (isolation.only_computing).
+a line of the plug-in. A child imports the plug-in, reads its unit's rows, writes the converted
+rows, and ends. It is confined before the plug-in is imported (isolation.only_computing).
 
-Guarantee: what comes of a unit's rows follows from those rows and public settings. Neither memory
-nor a file, a process, a clock or a count passes from the conversion of one unit to that of another.
-Whatever goes wrong in a child, that unit is empty, and no other (docs/guarantee.md says what is not
-covered). How many children a reading has follows from how many units its site declares, where
-there are at most a quarter more (`count_children`)."""
+Guarantee: the conversion of a unit's rows depends only on those rows and public settings.
+Neither memory nor a file, a process, a clock or a count passes from the conversion of one unit
+to that of another. Whatever goes wrong in a child, that unit is empty, and no other
+(docs/guarantee.md says what is not covered). How many children a reading has follows from how
+many units its site declares, where there are at most a quarter more (`count_children`)."""
 
 from __future__ import annotations
 
@@ -48,15 +49,15 @@ MACHINE = "Linux on x86-64 or 64-bit ARM, where a seccomp filter can be installe
 
 
 class Unconverted(Exception):
-    """Error of one unit whose conversion did not end well; it says nothing of the rows."""
+    """The conversion of one unit failed; the error says nothing about the rows."""
 
 
 class Conversion:
     """The conversions of one plug-in, for a `with` block in which a site's rows are read.
 
-    declared_size: units of the site whose whole dataset is read; when the block ends, children
-    without rows make up for units that are not there.
-    Errors: ConfigError where the plug-in is not installed or does not take its options;
+    declared_size: declared number of units of the site whose whole dataset is read; when the
+    block ends, children without rows run in place of units that do not exist. Errors:
+    ConfigError where the plug-in is not installed or does not take its options;
     InfrastructureError where this machine cannot confine it. Both before a row is passed."""
 
     def __init__(self, table: ConvertTable, declared_size: int = 0) -> None:
@@ -82,15 +83,16 @@ class Conversion:
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         """Convert one unit's rows.
 
-        Errors: Unconverted where the plug-in raises, hangs, ends, needs more memory, or returns
-        what is no list of rows of plain finite values, or more than typed_rows.BYTES of them."""
+        Errors: Unconverted if the plug-in raises, hangs, exits or needs more memory, or if it
+        returns something other than a list of rows of plain finite values, or more than
+        typed_rows.BYTES of them."""
         try:
             return returned_rows(self._convert(given_bytes(rows)))
         except (ValueError, RecursionError):  # too long, or not of these types
             raise Unconverted from None
 
     def _make_up(self) -> None:
-        """Run children without rows, until as many ran in all as `count_children` says."""
+        """Run children without rows, until the total is what `count_children` says."""
         if self._units > count_children(0, self._declared_size) > 0:
             log.warning(
                 "the records hold more units than site.declared_size allows for, so that how many "
@@ -101,7 +103,7 @@ class Conversion:
                 self._convert(b"")
 
     def _convert(self, given: bytes) -> bytes:
-        """Return what a child made of these bytes. Errors: Unconverted if it did not end well."""
+        """Return what a child computed from these bytes. Errors: Unconverted if it failed."""
         if self._control is None:  # the process that forks was killed, for want of memory
             try:
                 self._start()
@@ -168,7 +170,7 @@ class Conversion:
         raise ConfigError(text)
 
     def _try(self) -> dict[str, str]:
-        """Have a child import the plug-in and take its options, before there is a row."""
+        """Have a child import the plug-in and check its options, before there is a row."""
         try:
             (found,) = returned_rows(self._convert(b""))
             return {"kind": str(found["kind"]), "text": str(found.get("text", ""))}
@@ -189,13 +191,14 @@ class Conversion:
 
 
 def count_children(units: int, declared_size: int) -> int:
-    """Count the children of a reading of so many units, at a site that declares `declared_size`: a
-    quarter more than that, and twice or four times as many where there are more units.
+    """Return the number of children for a reading of so many units, at a site that declares
+    `declared_size`: a quarter more than that, and twice or four times as many if there are more
+    units.
 
     >>> count_children(0, 200), count_children(250, 200), count_children(251, 200)
     (250, 250, 500)
 
-    0 declared, since these are not all records of a site: one for each unit."""
+    With 0 declared, because these are not all records of a site, it is one for each unit."""
     children = declared_size + declared_size // 4
     while 0 < children < units:
         children *= 2
@@ -224,8 +227,8 @@ class _Pipe:
 
 
 def _exchange(writing: int, reading: int, given: bytes) -> bytes | None:
-    """Write the rows and read the result; None where it is too long or late. `writing` is closed
-    by the caller, so the rows' length goes before them."""
+    """Write the rows and read the result; None if it is too long or late. The caller closes
+    `writing`, so the rows' length goes before them."""
     os.set_blocking(writing, False)
     rest = memoryview(len(given).to_bytes(8, "big") + given)
     content, deadline = bytearray(), time.monotonic() + SECONDS
@@ -250,7 +253,7 @@ def _exchange(writing: int, reading: int, given: bytes) -> bytes | None:
 
 
 def _line(control: socket.socket) -> bytes:
-    """Read one line, byte by byte: what follows it belongs to the next message."""
+    """Read one line byte by byte: what follows it belongs to the next message."""
     line = bytearray()
     while not line.endswith(b"\n") and (byte := control.recv(1)):
         line += byte
@@ -258,8 +261,9 @@ def _line(control: socket.socket) -> bytes:
 
 
 def _environment() -> Mapping[str, str]:
-    """The environment of the process that forks: the same on every machine, but for where Python's
-    packages are. PYTHONHASHSEED: sets have one order, so that a unit is converted alike again."""
+    """Return the environment of the process that forks: the same on every machine, except for
+    the location of Python's packages. PYTHONHASHSEED: sets have one order, so that a unit is
+    always converted alike."""
     paths = dict.fromkeys(path for path in sys.path if os.path.isabs(path))
     return {
         "PYTHONPATH": os.pathsep.join(paths),

@@ -1,8 +1,8 @@
-"""The process that forks a child for each unit's conversion; `core/data/conversion.py` starts it.
+"""Fork a child for each unit's conversion; `core/data/conversion.py` starts this process.
 
-It has no network, reads no row, and runs nothing of a plug-in: it finds the plug-in's modules and
-keeps their text, since a child may open no file. It forks a child when it is told to, ends it when
-it is told to or after its time, and says whether the child ended well."""
+It has no network, reads no row, and runs nothing of a plug-in: it finds the plug-in's modules
+and keeps their text, since a child may open no file. On request it forks a child, ends it on
+request or after its time, and reports whether the child succeeded."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _encodings() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Limits:
-    """Of one child: seconds from its start to its end, and of a processor's time."""
+    """Limits of one child: seconds from its start to its end, and seconds of processor time."""
 
     seconds: float
     cpu_seconds: int
@@ -114,9 +114,9 @@ class _Limits:
 def _fork_and_wait(
     control: socket.socket, plugin: _PlugIn, reading: int, writing: int, limits: _Limits
 ) -> bool:
-    """Run a child on these pipes to its end, and return whether it ended well.
+    """Run a child on these pipes to its end, and return whether it succeeded.
 
-    Forked by the system call itself: a library's fork keeps the child's number in its memory."""
+    The fork is the system call itself: a library's fork keeps the child's number in its memory."""
     clone = ctypes.PyDLL(None).syscall
     pid = clone(CLONE[platform.machine()], signal.SIGCHLD, 0, 0, 0, 0)
     if pid == 0:
@@ -147,7 +147,7 @@ def _fork_and_wait(
 
 
 def _child(plugin: _PlugIn, reading: int, writing: int, cpu_seconds: int) -> None:
-    """Be the child of one unit; does not return."""
+    """Run as the child of one unit; does not return."""
     code = 1
     try:
         _limit(reading, writing, cpu_seconds)
@@ -194,7 +194,7 @@ def _read(reading: int) -> bytes:
 
 
 class _PlugIn:
-    """A plug-in by its entry point, which a child alone imports."""
+    """A plug-in, found by its entry point; only a child imports it."""
 
     def __init__(
         self, name: str, value: str, options: Mapping[str, Any], modules: _Modules
@@ -205,7 +205,8 @@ class _PlugIn:
         self._modules = modules
 
     def convert(self, given: bytes) -> bytes:
-        """Return the rows that come of these; of no bytes, whether it takes its options."""
+        """Return the converted rows; without bytes, return whether the plug-in accepts its
+        options."""
         sys.meta_path = [BuiltinImporter, FrozenImporter, self._modules]
         if given:
             return returned_bytes(self._build().convert(given_rows(given)))
@@ -232,8 +233,8 @@ class _PlugIn:
 
 
 class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
-    """A distribution's modules, and those that it requires: found, read and compiled here, and run
-    by a child."""
+    """The modules of a distribution and of those that it requires: found, read and compiled
+    here, and run by a child."""
 
     def __init__(self, point: metadata.EntryPoint) -> None:
         self._texts, self._packages = dict[str, bytes](), set[str]()
@@ -293,7 +294,8 @@ class _Modules(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
 
 
 def _list_required(point: metadata.EntryPoint) -> set[str]:
-    """Return the distributions that a plug-in's own requires, however far; fedtune is here."""
+    """Return the distributions that the plug-in's distribution requires, directly or indirectly;
+    fedtune is left out."""
     waiting, found = _requirements(point.dist), set[str]()
     while waiting:
         name = waiting.pop()

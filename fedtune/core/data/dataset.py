@@ -1,4 +1,4 @@
-"""Tokenised records and the dataset that training reads."""
+"""Tokenised records, and the dataset that training reads."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ NO_TARGET = -100
 
 
 class Passage(NamedTuple):
-    """A token sequence and its targets: input_ids (L,) int32; target_ids (L,) int32: the token that
-    position t must predict, or -100 where there is no loss."""
+    """A token sequence and its targets.
+
+    input_ids: (L,) int32. target_ids: (L,) int32, the token that position t must predict, or -100
+    without a loss."""
 
     input_ids: Ids
     target_ids: Ids
 
 
 class SoftTargets(NamedTuple):
-    """A teacher's outcomes (P, k) int32 (tokens, or labels) and their log-probabilities (P, k) fp32
-    at each of a record's P targets; for a label, P = 1."""
+    """A teacher's outcomes (P, k) int32 (tokens, or labels) and their log-probabilities (P, k)
+    fp32 at each of a record's P targets; for a label, P = 1."""
 
     tokens: Ids
     logp: npt.NDArray[np.float32]
@@ -36,11 +38,16 @@ class SoftTargets(NamedTuple):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Example:
-    """A tokenised record. input_ids, target_ids: as in Passage; label: index in objective.labels, 1
-    or 0 of what is desirable or not, or -100; unit in 0..n_units-1; rejected: of a pair, the same
-    prompt with the worse completion; media: the record's image or recording, of `tiles` tiles;
-    soft: a teacher's targets; cut: how many tokens were left out, to fit objective.max_length;
-    groups: of a held-out record, its group on each axis that a plan names, -1 where in none.
+    """A tokenised record.
+
+    - input_ids, target_ids: as for Passage
+    - label: index in objective.labels; 1 or 0 for desirable or not; or -100
+    - unit: in 0..n_units-1
+    - rejected: for a preference pair, the same prompt with the worse completion
+    - media: the record's image or recording, of `tiles` tiles
+    - soft: a teacher's targets
+    - cut: the number of tokens left out, to fit objective.max_length
+    - groups: for a held-out record, its group on each axis that a plan names, -1 if in none
 
     The last target is not an input, since no loss reads its state."""
 
@@ -57,14 +64,16 @@ class Example:
 
     @property
     def passages(self) -> tuple[Passage, ...]:
-        """Return the record's passages: one, or the two of a pair."""
+        """Return the record's passages: one, or the two of a preference pair."""
         passage = Passage(self.input_ids, self.target_ids)
         return (passage,) if self.rejected is None else (passage, self.rejected)
 
 
 class Failed(NamedTuple):
-    """A rejected row, for the site's own screen. file: its name alone, which may bear a patient's;
-    row: as a spreadsheet counts (the header is row 1), of JSONL the line, of Parquet from 1."""
+    """A rejected row, for the site's own screen.
+
+    file: only its name, which may hold a patient's; row: as a spreadsheet counts (the header is row
+    1), for JSONL the line, for Parquet from 1."""
 
     file: str
     row: int
@@ -73,10 +82,13 @@ class Failed(NamedTuple):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Counts:
-    """What became of a file's rows, for the site's own eyes. filtered: left out by data.filter;
-    withheld: whose patients did not agree to their use; over_cap: usable, and over the
-    max_records_per_unit of their patient; duplicates: records that say what an earlier one said,
-    whoever's; excluded: of units that were left out as a whole.
+    """What happened to a file's rows; only people at the site see it.
+
+    - filtered: left out by data.filter
+    - withheld: rows of patients who did not consent
+    - over_cap: usable, but over their patient's max_records_per_unit
+    - duplicates: records with the content of an earlier record, of any patient
+    - excluded: records of units that were left out as a whole
 
     Guarantee: nothing that leaves the site, and nothing that trains, follows from these."""
 
@@ -91,14 +103,16 @@ class Counts:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Dataset:
-    """Examples, a unit's together, units in the order of their first record; and the rejected
-    records counted by reason.
+    """Examples, with those of a unit together and units in the order of their first record; and the
+    number of rejected records by reason.
 
-    keys: of each unit, as the ledger hashes it; members: what the site's ledger remembers, hashed,
-    of the records that train: keys, contents, and which records of whom; trained: those of them by
-    which a later reading chooses: patients' keys, and which records of whom, of each so many as the
-    ledger's room holds; content_hash: of all members, in no order; counts: what became of the rows.
-    """
+    - keys: the key of each unit, as the ledger hashes it
+    - members: what the site's ledger remembers, hashed, of the records that train: keys, contents,
+      and which records belong to whom
+    - trained: the members by which a later reading chooses: patients' keys, and which records
+      belong to whom, of each patient as many as the ledger's reserve holds
+    - content_hash: of all members, in no order
+    - counts: what happened to the rows"""
 
     examples: list[Example]
     n_units: int
@@ -115,7 +129,7 @@ class Dataset:
 
     @property
     def share_read(self) -> float:
-        """Return how much of a median record is read; 1 where there is none."""
+        """Return the share of a median record that is read; 1 if there is none."""
         shares = [
             len(example.input_ids) / (len(example.input_ids) + example.cut)
             for example in self.examples

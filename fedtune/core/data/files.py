@@ -1,9 +1,9 @@
-"""Rows of files, of a folder of them, or of a database (data/sources).
+"""Read rows from files, from a folder of files, or from a database (data/sources).
 
-A bad row is a reason from a fixed list, never an exception. A bad file is a DataError for a person
-who can still correct it, and a reason like any other once a site takes part: no row, and no file of
-a folder, decides whether the others are read. Neither holds content, and no library's error is
-chained, since its message may quote a row.
+A bad row gives a reason from a fixed list, never an exception. A bad file gives a DataError to a
+person who can still correct it, but a reason like a row's once a site takes part: no row, and no
+file of a folder, decides whether the others are read. Neither holds content, and no library's
+error is chained, since its message may quote a row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPREADSHEET = (
 
 
 class Rejected(Exception):
-    """Error of one unusable record; the only argument is the reason, a fixed string."""
+    """One record is unusable; the only argument is the reason, a fixed string."""
 
     @property
     def reason(self) -> str:
@@ -35,8 +35,7 @@ class Rejected(Exception):
 
 
 class Place(NamedTuple):
-    """Where a row stands. file: its name alone; row: as dataset.Failed counts; 0: the whole
-    file."""
+    """The place of a row. file: only its name; row: as dataset.Failed counts; 0: the whole file."""
 
     file: str
     row: int
@@ -45,7 +44,7 @@ class Place(NamedTuple):
 def rows(
     where: Path, keys: Keys, *, strict: bool = True, source: Source | None = None
 ) -> Iterator[Row | str]:
-    """Yield each row as a dict, or the reason why it is rejected, as placed_rows does."""
+    """Yield each row as a dict, or the reason for its rejection, as placed_rows does."""
     for _, row in placed_rows(where, keys, strict=strict, source=source):
         yield row
 
@@ -58,17 +57,18 @@ def placed_rows(
     source: Source | None = None,
     names: Names | None = None,
 ) -> Iterator[tuple[Place, Row | str]]:
-    """Yield where each row stands, and the row as a dict or the reason why it is rejected, in the
+    """Yield the place of each row, and the row as a dict or the reason for its rejection, in the
     order of the sorted files.
 
-    strict: for a person who can correct the files before they are used. source: what reads them;
-    None: by each file's suffix. names: filled with the columns that were met.
-    Errors: DataError for a path that is missing or of another kind; if strict also for a single
-    file that is unreadable, for CSV that is not well-formed, and for a column that `keys` names and
-    no file has. Only `where` is named: a file inside a folder may bear a patient's name.
-    Guarantee: if not strict, what is said of a row follows from that row alone, in CSV from a
-    well-formed file's; a file that cannot be read is one rejected row. MemoryError is no row's and
-    no file's fault, since what is held of others decides when it comes: it ends the reading.
+    strict: raise errors, for a person who can correct the files before they are used. source:
+    the source that reads them; None: chosen by each file's suffix. names: filled with the
+    columns that were met. Errors: DataError for a path that is missing or of another kind; if
+    strict also for a single file that is unreadable, for CSV that is not well-formed, and for a
+    column that `keys` names and no file has. Only `where` is named: a file inside a folder may
+    bear a patient's name. Guarantee: if not strict, what is said of a row follows from that row
+    alone, in CSV from a well-formed file's; a file that cannot be read is one rejected row. A
+    MemoryError ends the reading: it is not the fault of one row or file, since it depends on
+    what is held of others.
     """
     names = names or Names(where, keys)
     if isinstance(source, Collection):
@@ -124,7 +124,7 @@ def _collect_rows(
 
 
 def _check_row(row: object) -> Row | str:
-    """Return a source's row or its reason; a fixed reason in place of anything else."""
+    """Return a source's row or its reason; anything else is replaced by a fixed reason."""
     if isinstance(row, str):
         if row in REASONS:
             return row

@@ -1,4 +1,4 @@
-"""Which of a plan's groups a held-out record is in, by its own row alone."""
+"""Find the plan's groups to which a held-out record belongs, from its own row alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ NO_GROUP = -1
 
 @dataclass(frozen=True)
 class GroupReader:
-    """Finds a row's groups. It holds public settings and the names of a site's columns alone.
+    """Finds a row's groups. It holds only public settings and the names of a site's columns.
 
-    columns: of each axis, the file's column ("": the site names none), the plan's values and, of a
-    column of numbers, its edges.
+    columns: for each axis, the file's column ("": the site names none), the plan's values and,
+    for a column of numbers, its edges.
     | no column, a missing cell, a value that the plan does not name | NO_GROUP |
     """
 
@@ -26,11 +26,11 @@ class GroupReader:
 
     @property
     def keys(self) -> dict[str, str]:
-        """Map the name of each axis, as of a configuration key, to the file's column."""
+        """Map the configuration key of each axis to the file's column."""
         return {f"evaluation.groups.{column}": column for column, _, _ in self.columns if column}
 
     def __call__(self, row: Row) -> tuple[int, ...]:
-        """Return, of each axis, the place of the row's value among the plan's."""
+        """Return, for each axis, the index of the row's value among the plan's values."""
         return tuple(
             _place(row.get(column) if column else None, values, edges)
             for column, values, edges in self.columns
@@ -41,7 +41,8 @@ NO_GROUPS = GroupReader()
 
 
 def group_reader(file: DataFile, study: Study | None) -> GroupReader:
-    """Build what finds the groups of a site's held-out rows; of any other file there are none."""
+    """Build the finder of groups for a site's held-out rows; for any other file there are no
+    groups."""
     table = study.private_evaluation if study else None
     if table is None or not isinstance(file, SiteEvaluation):
         return NO_GROUPS

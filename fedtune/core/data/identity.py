@@ -1,4 +1,5 @@
-"""By what a site's ledger knows a record again, whatever file, dataset or format it stands in."""
+"""Compute the identifiers by which the ledger recognises a record across files, datasets and
+formats."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ from fedtune.core.data.tokenize import _texts
 
 
 def identity_of(record: Record, by_patient: bool) -> set[bytes]:
-    """Return the members that identify a record: all that it says; its image or recording; its
-    longest text, if that is long enough to be its own; and, by_patient, whose it is.
+    """Return the members that identify a record: its whole content; its image or recording; its
+    longest text, if it is long enough to be unique; and, with by_patient, its patient.
 
-    Only the longest: a question or an instruction that many records share identifies none."""
+    Only the longest text counts: a question or an instruction that many records share identifies
+    none."""
     members = {record_member(record)}
     if record.media:
         members.add(b"media\0" + record.media.digest)
@@ -25,10 +27,10 @@ def identity_of(record: Record, by_patient: bool) -> set[bytes]:
 
 
 def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
-    """Read a site's dataset and return what identifies each usable record. patients: whose it is,
-    too.
+    """Read a site's dataset and return the identifiers of each usable record. patients: include the
+    patient.
 
-    Errors: DataError, ConfigError, as `read_records` has them."""
+    Errors: DataError, ConfigError, as in `read_records`."""
     by_patient = data.columns.patient is not None
     read = read_file(data, unit="patient" if by_patient else "record")
     return [identity_of(record, by_patient and patients) for record in read.records]

@@ -1,4 +1,4 @@
-"""Turn records into tokens and targets, and cap the contribution of each unit."""
+"""Convert records to tokens and targets, and cap the records of each unit."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ REMEMBERED = 39
 
 
 class Unit(NamedTuple):
-    """One unit's records that train and their examples, numbered later; the others with the reasons
-    why they were rejected; how many are over the cap; and which of those that train the ledger
-    remembers as such, at most REMEMBERED of them."""
+    """One unit's records: those that train with their examples, which are numbered later; the
+    others with the reasons for their rejection; the number of records over the cap; and which of
+    those that train the ledger remembers as such, at most REMEMBERED of them."""
 
     records: list[Record]
     examples: list[Example]
@@ -83,8 +83,8 @@ class UnitReader:
     def __call__(
         self, records: Sequence[Record], is_kept: Callable[[Record], bool] = lambda record: False
     ) -> Unit:
-        """Read the records of one unit, in the file's order. is_kept: whether this unit trained on
-        a record before; the cap prefers these, then those of the smallest sha256."""
+        """Read the records of one unit, in the file's order. is_kept: whether this unit trained
+        on a record before; the cap prefers these, then those of the smallest sha256."""
         rejected: list[tuple[Record, str]] = []
         nameless = [replace(record, unit="", place=None) for record in records]
         made = per_unit(self._examples, (Example, str))(nameless)
@@ -165,7 +165,7 @@ class UnitReader:
 
 
 def _lead(record: Record, placed: Record) -> str:
-    """Return what a base puts in front of the record's own text."""
+    """Return the text that a base puts in front of the record's own text."""
     if record.messages:
         texts = zip(record.messages, placed.messages, strict=True)
         own, text = next((own, text) for (role, own), (_, text) in texts if role == "user")
@@ -177,14 +177,14 @@ def _lead(record: Record, placed: Record) -> str:
 def _beside(
     records: Sequence[Record], made: list[Example | str] | None
 ) -> list[tuple[Record, Example | str]]:
-    """Put each record beside what came of it; of an empty unit beside the reason."""
+    """Pair each record with its conversion's result; records of an empty unit with the reason."""
     return list(zip(records, made or ["cannot be read"] * len(records), strict=True))
 
 
 def _select_passed(
     outcomes: list[tuple[Record, Example | str]], rejected: list[tuple[Record, str]]
 ) -> list[tuple[Record, Example]]:
-    """Select the usable examples; the others are appended to `rejected` with their reasons."""
+    """Select the usable examples; append the others to `rejected` with their reasons."""
     rejected += [(record, example) for record, example in outcomes if isinstance(example, str)]
     return [(record, example) for record, example in outcomes if not isinstance(example, str)]
 
@@ -192,8 +192,8 @@ def _select_passed(
 def _cap_records(
     usable: list[tuple[Record, Example]], limit: int, is_kept: Callable[[Record], bool]
 ) -> list[tuple[Record, Example]]:
-    """Select at most `limit` of one unit's records, in order: those kept before, then those of
-    the smallest sha256."""
+    """Select at most `limit` of one unit's records, in order: those trained on before, then
+    those of the smallest sha256."""
     order = sorted(
         (not is_kept(record), hashlib.sha256(content_of(record)).hexdigest(), index)
         for index, (record, _) in enumerate(usable)
@@ -213,17 +213,17 @@ def load_dataset(
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
     reader: Reader | None = None,
 ) -> Dataset:
-    """Read, tokenise and cap. reader: how the base reads records, where it reads more than text
-    (modalities). labelled=False admits records that have nothing to predict.
+    """Read, tokenise and cap a dataset. reader: how the base reads records, if it reads more
+    than text (modalities). labelled=False admits records that have nothing to predict.
 
-    exclude_unit: patients to leave out; is_known_member: of earlier loads of the same dataset;
-    strict: for a person who can correct the files; soft_targets: a teacher's, of one record.
-    [public], [selection] and [evaluation] of a study hold no private records: their unit is the
-    record. A site's own held-out records are private, and their unit is the study's.
-    Errors: DataError for a path or a shape that cannot be used; if strict, as `rows` has it, and
-    where fewer than two units are left.
-    Guarantee: if not strict, what a unit trains on, and whether, depends on its own rows and its
-    own history alone (UnitReader): adding or removing a unit changes nothing of the others."""
+    exclude_unit: patients to leave out; is_known_member: test for members of earlier loads of
+    the same dataset; strict: raise errors, for a person who can correct the files; soft_targets:
+    a teacher's targets for one record. [public], [selection] and [evaluation] of a study hold no
+    private records: their unit is the record. A site's own held-out records are private, and
+    their unit is the study's. Errors: DataError for a path or a format that cannot be used; if
+    strict, also as in `rows`, and if fewer than two units are left. Guarantee: if not strict,
+    what a unit trains on, and whether, depends on its own rows and its own history alone
+    (UnitReader): adding or removing a unit changes nothing of the others."""
     table = table_of(file)
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"
@@ -269,7 +269,7 @@ def load_dataset(
 
 
 def _counts(read: Read, units: Sequence[Unit]) -> Counts:
-    """Count what became of the rows of a file; `units`: those that were not left out."""
+    """Count what happened to the rows of a file. `units`: those that were not left out."""
     rejected = [(record.place, reason) for unit in units for record, reason in unit.rejected]
     over_cap = sum(unit.over_cap for unit in units)
     here = sum(len(unit.records) for unit in units) + len(rejected) + over_cap
@@ -285,7 +285,7 @@ def _counts(read: Read, units: Sequence[Unit]) -> Counts:
 
 
 def count_duplicates(records: Sequence[Record]) -> int:
-    """Count the records that say what an earlier one says, whoever's they are."""
+    """Count the records with the content of an earlier record, of any patient."""
     return len(records) - len({hashlib.sha256(content_of(record)).digest() for record in records})
 
 
@@ -295,7 +295,7 @@ def dataset_of(
     tokenizer: PreTrainedTokenizerBase,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Build a dataset of public records, each a unit; labels are optional. Errors: DataError."""
+    """Build a dataset of public records, one per unit; labels are optional. Errors: DataError."""
     objective = resolve(study.objective)
     labelled, scored = objective.record_format != "label", objective.outputs > 0
     unit_reader = UnitReader(
@@ -322,9 +322,9 @@ def check_columns(
     labelled: bool = True,
     reader: Reader | None = None,
 ) -> RecordFormat:
-    """Check that the file's columns suit the study, and return their format; reads no file.
+    """Check that the file's columns fit the study, and return their format; reads no file.
 
-    Evaluation records of a study on pairs or judgements are pairs. Errors: DataError."""
+    Evaluation records of a study on preference pairs or judgements are pairs. Errors: DataError."""
     table = table_of(file)
     columns, objective = file.columns, study.objective
     at = f"{table}.columns"
@@ -396,8 +396,8 @@ def _trained_member(record: Record) -> bytes:
 
 
 def _members(records: list[Record]) -> frozenset[bytes]:
-    """Return each record's members whatever its unit: the record, its file and its longer texts, by
-    which `fedtune doctor` compares datasets even where a text or file stands in another column or
+    """Return each record's members whatever its unit: the record, its file and its longer texts.
+    `fedtune doctor` compares datasets by them even if a text or file is in another column or
     format."""
     members = set()
     for record in records:

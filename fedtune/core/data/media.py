@@ -1,7 +1,8 @@
-"""Image and audio files that records name: read once, checked, known by their digest.
+"""Read and check the image and audio files that records name, once each; they are known by their
+digest.
 
-A path is relative to the data file's folder and must lie inside it once every link is followed. A
-file that cannot be used is a reason from a fixed list, as for a row; neither its name nor its
+A path is relative to the data file's folder and must lie inside it once every link is followed.
+A file that cannot be used gives a reason from a fixed list, like a row; neither its name nor its
 content is shown."""
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ EXTRA = "pip install 'fedtune[media]'"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Media:
-    """An image or audio file. body: the file as it lies on disk; it decodes. digest: sha256 of
-    body."""
+    """An image or audio file. body: the bytes of the file, which can be decoded. digest: sha256
+    of body."""
 
     kind: Kind
     body: bytes
@@ -55,7 +56,7 @@ class Folder:
         self._root, self._cache = root.resolve(), dict[tuple[Path, str], Media | str]()
 
     def read(self, name: str, kind: Kind) -> Media:
-        """Read and check one file. Errors: Rejected; ConfigError where the extra that decodes it is
+        """Read and check one file. Errors: Rejected; ConfigError if the extra that decodes it is
         not installed."""
         path = self._inside(name)
         if (path, kind) not in self._cache:
@@ -81,8 +82,8 @@ class Folder:
 
 
 def import_decoders(kind: Kind) -> None:
-    """Import all that decodes files of a kind, before the first is read: which modules a process
-    imports is seen from the files that are read from disk, and must not follow from a record."""
+    """Import everything that decodes files of a kind before the first is read: reads from disk
+    show which modules a process imports, and that must not depend on a record."""
     with suppress(ImportError, OSError):  # where one is not installed, its files are rejected
         if kind == "image":
             from PIL import Image, ImageOps  # noqa: F401
@@ -146,8 +147,8 @@ def _eight_bits(image: Any) -> Image:
 
 
 def decode_sound(media: Media, rate: int | None = None) -> Samples:
-    """Decode the recording to one channel in ±1, (samples,), at `rate` a second if given, else its
-    own.
+    """Decode the recording to one channel in ±1, (samples,), at `rate` per second if given, else at
+    its own rate.
 
     Errors: Rejected."""
     samples, file_rate = _waveform(media.body)
@@ -164,7 +165,8 @@ def decode_sound(media: Media, rate: int | None = None) -> Samples:
 
 
 def _waveform(body: bytes) -> tuple[Samples, int]:
-    """Decode PCM WAV by the standard library; all else by soundfile, where it is installed."""
+    """Decode PCM WAV with the standard library; other formats with soundfile, if it is
+    installed."""
     try:
         with wave.open(io.BytesIO(body)) as file:
             width = file.getsampwidth()

@@ -1,8 +1,8 @@
-"""The one place through which everything passes that turns a unit's rows into what it trains on.
+"""Convert one unit's rows to what it trains on; every such conversion passes through `per_unit`.
 
-Rows of a file or table are split into units by our own code, which is small for each format. What
-then becomes of a unit's rows (a plug-in's conversion, records, scans, templates, tokens) is a
-function of that unit's rows and of public settings, called by `per_unit` alone."""
+fedtune's own code, which is small for each format, splits the rows of a file or table into
+units. What then happens to a unit's rows (a plug-in's conversion, records, scans, templates,
+tokens) is a function of that unit's rows and of public settings, and only `per_unit` calls it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ V = TypeVar("V")
 def per_unit(
     convert: Callable[[list[R]], list[V]], kinds: type | tuple[type, ...]
 ) -> Callable[[Sequence[R]], list[V] | None]:
-    """Make the function that converts one unit's rows, from one that is given nothing but them.
+    """Wrap a conversion so that it gets the rows of one unit and nothing else.
 
-    convert: takes a list of one unit's rows, and holds public settings alone; a frozen dataclass or
-    a function of this release, or a Conversion, which runs a plug-in's in a process of its own.
-    kinds: of what it returns a list of. None: the unit is empty.
+    convert: takes a list of one unit's rows, and holds only public settings; a frozen dataclass
+    or a function of this release, or a Conversion, which runs a plug-in's conversion in a
+    separate process. kinds: the types in the list that it returns. None: the unit is empty.
 
-    Guarantee: what comes of a unit follows from its rows and public settings. `convert` learns
+    Guarantee: the result for a unit depends only on its rows and public settings. `convert` learns
     neither whose rows they are, nor which unit it is, nor how many there are; whatever is wrong
     with what it does or returns concerns this unit alone.
     | an exception, a panic of a library's, other types | None                                    |

@@ -1,4 +1,4 @@
-"""Interface by which a base reads a record with an image or audio file."""
+"""Interface with which a base reads a record that has an image or audio file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 class Reader(Protocol):
     """One base's way of reading records.
 
-    column: what [data].columns must name besides the text; starts: the place-holders are the
-    text's own beginning, so the tokenizer adds none; avoid: token ids that no other text may hold.
+    column: the column that [data].columns must name besides the text; starts: whether the text
+    begins with the place-holders, so that the tokenizer adds no start tokens; avoid: token ids
+    that no other text may hold.
     """
 
     starts: bool
@@ -27,16 +28,17 @@ class Reader(Protocol):
     def column(self) -> Literal["image", "audio"] | None: ...
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
-        """Return the record with place-holders in its text, and its number of tiles (1 where a base
-        has none). Errors: Rejected."""
+        """Return the record with place-holders in its text, and its number of tiles (1 if a base
+        has none).
+        Errors: Rejected."""
 
     def check(self, ids: list[int], tiles: int) -> None:
-        """Check token ids. Errors: Rejected unless `ids` hold the place-holders of so many tiles,
-        and no others."""
+        """Check token ids. Errors: Rejected unless `ids` hold the place-holders of exactly this
+        many tiles."""
 
     def tensor(self, media: Media) -> torch.Tensor:
-        """Compute the tower's input, fp32, (tiles, ...), of this file alone."""
+        """Compute the tower's input, fp32, (tiles, ...), from this file alone."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate a file of noise, for checks that must not read a real one; with as many tiles as
-        `like`. None where no file is read."""
+        """Generate a file of noise, for checks that must not read a real one, with as many tiles
+        as `like`. None if no file is read."""

@@ -1,4 +1,4 @@
-"""Records: validated rows of a data file. An unusable record is counted, never shown."""
+"""Validate the rows of a data file as records. An unusable record is counted, never shown."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Messages = tuple[tuple[str, str], ...]  # (role, content)
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Record:
-    """One record; "" or () where the file has no such field.
+    """One record; a field that the file does not have is "" or ().
 
     | columns          | fields                 |
     |------------------|------------------------|
@@ -54,9 +54,9 @@ class Record:
     | prompt + completion + label | prompt, completion, label |
     | label alone, beside image or audio | label |
 
-    media: the file that image or audio names; place: where it stands, for the site's own screen;
-    groups: of a held-out record, as of Example.
-    Guarantee: repr shows neither content nor the unit's key."""
+    media: the file that image or audio names; place: its place in the file, for the site's own
+    screen; groups: groups of a held-out record, as for Example. Guarantee: repr shows neither
+    content nor the unit's key."""
 
     unit: str
     prompt: str = ""
@@ -71,9 +71,9 @@ class Record:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Read:
-    """What a data file holds: its usable records in order, the rejected rows in order, how many
-    rows there are in all, how many of each file data.filter left out and how many data.consent,
-    and what its columns are called."""
+    """The content of a data file: its usable records in order, the rejected rows in order, the
+    total number of rows, the numbers of each file's rows that data.filter and data.consent left
+    out, and the names of its columns."""
 
     records: list[Record]
     failed: list[Failed]
@@ -89,7 +89,7 @@ class Read:
 
     @property
     def withheld(self) -> int:
-        """Count the rows whose patients did not agree to their use."""
+        """Count the rows of patients who did not consent."""
         return self.withheld_in.total()
 
     @property
@@ -112,7 +112,8 @@ def content_of(record: Record) -> bytes:
 
 
 def record_member(record: Record) -> bytes:
-    """Return what a record says, whoever's it is, in the form that the site's ledger hashes."""
+    """Return a record's content, whichever patient it belongs to, in the form that the site's
+    ledger hashes."""
     return b"record\0" + content_of(record)
 
 
@@ -131,12 +132,12 @@ def read_records(
 ) -> tuple[list[Record], Counter[str]]:
     """Read the usable records in file order, and count the rejected ones by reason.
 
-    labelled=False admits records without completion, label or assistant turn (public text). Where
-    the unit is the record, it goes by what it says and, of several that say the same, by which of
-    them it is: a row number would change when another row is added or taken out.
-    Errors: DataError as `rows` has it, and if strict where the file holds no record; ConfigError
-    where a site names a source that is not installed, or options that it does not have.
-    Guarantee: if not strict, a record is made of its own row alone, whatever the others are."""
+    labelled=False admits records without completion, label or assistant turn (public text). If
+    the unit is the record, its key is its content and, among several with the same content, its
+    number among them: a row number would change when another row is added or removed. Errors:
+    DataError as in `rows`, and if strict when the file holds no record; ConfigError if a site
+    names a source that is not installed, or options that it does not have. Guarantee: if not
+    strict, a record is made of its own row alone, whatever the others are."""
     read = read_file(file, unit=unit, labelled=labelled, strict=strict)
     return read.records, read.rejected
 
@@ -149,8 +150,8 @@ def read_file(
     strict: bool = True,
     groups: GroupReader = NO_GROUPS,
 ) -> Read:
-    """Read a data file as read_records does, and keep where each row stands. groups: finds those of
-    a row, whose columns are read too.
+    """Read a data file as read_records does, and keep the place of each row. groups: finds a
+    row's groups, whose columns are read too.
 
     Errors, Guarantee: those of read_records."""
     table = table_of(file)
@@ -186,8 +187,8 @@ def read_file(
 
 
 class _Reading:
-    """A data file's records as they are made, each of its own row, and the rows of which there is
-    none."""
+    """The records of a data file as they are made, each from its own row, and the rows without a
+    record."""
 
     def __init__(
         self,
@@ -209,12 +210,12 @@ class _Reading:
         self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
 
     def reject(self, place: Place, reason: str) -> None:
-        """Count a row as one of which there is no record."""
+        """Count a row without a record."""
         self.failed.append(Failed(*place, str(reason)))  # without a row's cells
 
     def key_in(self, place: Place, row: Row) -> str:
-        """Return which unit a row is of before it is converted; "" where nobody can tell: it is
-        rejected then. Where the unit is the record, each row is one."""
+        """Return the unit of a row before it is converted; "" if it cannot be known, and the row
+        is then rejected. If the unit is the record, each row is a unit."""
         self._rows += 1
         if not self._by_patient:
             return str(self._rows)
@@ -225,7 +226,8 @@ class _Reading:
             return ""
 
     def take(self, place: Place, row: Row, key: str = "") -> None:
-        """Add the record of a row, or reject it. key: its patient's; "": by the row's own cell."""
+        """Add the record of a row, or reject the row. key: its patient's; "": taken from the
+        row's own cell."""
         try:
             if self._by_patient and not key:
                 key = key_of(row.get(self._columns.patient or ""))
@@ -259,11 +261,12 @@ class _Reading:
         return self._by_patient
 
     def patient_of(self, row: Row) -> str:
-        """Return the key of the patient whose row it is; "" where the unit is the record."""
+        """Return the key of the patient to whom the row belongs; "" if the unit is the record."""
         return key_of(row.get(self._columns.patient or "")) if self._by_patient else ""
 
     def names_media_of(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
-        """Return whether a converted row names an image or recording of these rows, if any."""
+        """Return whether the image or recording of a converted row, if any, is named by these
+        rows."""
         column = self._columns.media
         own = {value for row in rows for value in row.values() if isinstance(value, str)}
 
@@ -276,8 +279,8 @@ class _Reading:
 
 @dataclass(frozen=True)
 class _RowReader:
-    """Makes the records of some rows, each of its own row alone, without what they have in common:
-    whose they are, and where they stand. A text is the reason why a row is rejected."""
+    """Makes the records of some rows, each from its own row alone, without what the rows have in
+    common: their patient, and their places. A text is the reason for a row's rejection."""
 
     columns: Columns
     labelled: bool
@@ -299,10 +302,10 @@ Convert = Callable[[Sequence[Row]], "list[Row] | None"]
 
 @contextmanager
 def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | None]:
-    """Start what converts each unit's rows before they are read; None where a site names nothing.
-    declared_size: as of Conversion.
+    """Start the converter of each unit's rows before they are read; None if a site names none.
+    declared_size: as for Conversion.
 
-    Errors: ConfigError, InfrastructureError as of Conversion."""
+    Errors: ConfigError, InfrastructureError as for Conversion."""
     if not isinstance(file, SiteData) or file.convert is None:
         yield None
         return
@@ -311,10 +314,11 @@ def converting(file: DataFile, declared_size: int = 0) -> Iterator[Convert | Non
 
 
 def count_otherwise_alone(file: SiteData, sample: int) -> int:
-    """Count those of the first `sample` units that a site's plug-in converts otherwise when each is
-    alone, in a process that converts no other: for a person, before a study. 0 without a plug-in.
+    """Count those of the first `sample` units that a site's plug-in converts differently when each
+    is alone, in a process that converts no other: for a person, before a study. 0 without a
+    plug-in.
 
-    Errors: as of read_records, if not strict."""
+    Errors: as for read_records, if not strict."""
     if file.convert is None:
         return 0
     unit: Literal["record", "patient"] = "patient" if file.columns.patient else "record"
@@ -340,7 +344,7 @@ def count_otherwise_alone(file: SiteData, sample: int) -> int:
 def _take_converted(
     reading: _Reading, placed: list[tuple[Place, Row]], convert: Convert | None
 ) -> None:
-    """Add the records that come of one unit's rows; where none can, each row is rejected."""
+    """Add the records that are made from one unit's rows; if there are none, reject each row."""
     assert convert is not None
     rows = [row for _, row in placed]
     converted = convert(rows)
@@ -358,8 +362,8 @@ def _take_converted(
 
 
 def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
-    """Return which values of which columns data.filter asks for, with what the source asks for
-    where it does not say."""
+    """Return the values by column for which data.filter asks, with those of the source for
+    columns that it does not name."""
     if not isinstance(file, SiteData):
         return {}
     source = source_of(file)
@@ -368,8 +372,8 @@ def kept_of(file: DataFile) -> Mapping[str, tuple[str, ...]]:
 
 
 def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Place, Row | str]]:
-    """Yield a file's rows as placed_rows does, with NO_CONSENT in place of those of a site whose
-    patients did not agree to their use.
+    """Yield a file's rows as placed_rows does, with NO_CONSENT in place of rows of patients at a
+    site who did not consent.
 
     Errors: as read_records."""
     rows = placed_rows(file.path, names.keys, strict=strict, source=source_of(file), names=names)
@@ -377,12 +381,12 @@ def site_rows(file: DataFile, names: Names, strict: bool) -> Iterator[tuple[Plac
 
 
 def source_of(file: DataFile) -> Source | None:
-    """Build the source that site.toml names for a file; None: it goes by the suffix. How a public
-    CSV is written is guessed; a site's never, where one row would have a say in how others are
-    read.
+    """Build the source that site.toml names for a file; None: chosen by the suffix. The dialect of
+    a public CSV is guessed; that of a site's CSV never is, since one row would then affect how
+    others are read.
 
-    Errors: ConfigError where it is not installed, does not have the options, or knows patients and
-    data.columns.patient does not name their column."""
+    Errors: ConfigError if the source is not installed, does not have the options, or has a patient
+    column that data.columns.patient does not name."""
     if not isinstance(file, SiteData):
         return guess_format(file.path, keys_of(file).values())
     if file.url:
@@ -413,7 +417,7 @@ def keys_of(file: DataFile) -> dict[str, str]:
 
 
 def _is_kept(row: Row, keep: Mapping[str, Sequence[str]]) -> bool:
-    """Return whether the row has one of the values that data.filter asks for, in each of its
+    """Return whether the row has one of the values for which data.filter asks, in each of its
     columns."""
     for column, values in keep.items():
         try:
@@ -459,7 +463,7 @@ def _characters(record: Record) -> int:
 
 
 def _truth(value: object) -> str:
-    """Return whether a completion is desirable, "1" or "0"."""
+    """Return whether a completion is desirable, as "1" or "0"."""
     value_text = str(value).lower() if isinstance(value, bool) else key_of(value).lower()
     if value_text not in TRUTH:
         raise Rejected("unknown label")
@@ -468,7 +472,7 @@ def _truth(value: object) -> str:
 
 def _messages(value: object, labelled: bool) -> Messages:
     """Read chat messages. Roles: an optional system message, then user first; an assistant turn
-    where labelled."""
+    if labelled."""
     if isinstance(value, str):  # a CSV cell, or a Parquet string column
         try:
             value = json.loads(value)

@@ -1,12 +1,12 @@
 """Scan texts for what identifies a person, before they are trained on; optional: fedtune[scan].
 
-presidio-analyzer finds names and places with spaCy's en_core_web_md (MIT), which comes from the
-package index as a wheel of a pinned hash, and the rest by pattern, with check digits where there
-are any. English. Nothing is fetched at training, and no text leaves the process.
+presidio-analyzer finds names and places with spaCy's en_core_web_md (MIT), a wheel of a pinned
+hash from the package index, and other identifiers by patterns, with their check digits. It reads
+English. Nothing is fetched at training, and no text leaves the process.
 
-Guarantee: what a record becomes depends on that record's text and on public values alone, so a
-scan can be part of training: one record more or less changes none of the others.
-It is a scan, not de-identification: what it misses stays (docs/intake.md has figures).
+Guarantee: the result for a record depends on that record's text and on public values alone, so a
+scan can be part of training: one record more or less changes none of the others. It is a scan,
+not de-identification: identifiers that it misses stay (docs/intake.md has figures).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _findings: dict[bytes, tuple[Finding, ...]] = process_cache.register("scanned", 
 
 
 class Finding(NamedTuple):
-    """kind: one of KINDS; start, end: in characters of the text; score: 0 to 1."""
+    """One identifier in a text. kind: one of KINDS; start, end: in characters of the text;
+    score: 0 to 1."""
 
     kind: str
     start: int
@@ -48,13 +49,13 @@ class Finding(NamedTuple):
 class Scanner:
     """Finds identifiers of `kinds` with a score of at least `threshold`.
 
-    Errors: ModelError where the extra or the model is missing."""
+    Errors: ModelError if the extra or the model is missing."""
 
     kinds: tuple[Kind, ...] = tuple(KINDS)
     threshold: float = 0.35
 
     def __call__(self, text: str) -> list[Finding]:
-        """Find identifiers; where two overlap, the one with the higher score, then the longer."""
+        """Find identifiers; if two overlap, keep the one with the higher score, then the longer."""
         best = list[Finding]()  # by start; no two overlap, so that a hit has two neighbours
         hits = [f for f in _scan(text) if f.kind in self.kinds and f.score >= self.threshold]
         for hit in sorted(hits, key=lambda f: (-f.score, f.start - f.end, f.start)):
@@ -90,7 +91,7 @@ def _start(finding: Finding) -> int:
 
 
 def _unite_findings(findings: Iterable[Finding]) -> list[tuple[int, int]]:
-    """Unite overlapping findings, so that nothing of any of them stays."""
+    """Unite overlapping findings, so that no part of any of them stays."""
     spans = list[tuple[int, int]]()
     for finding in sorted(findings, key=lambda f: f.start):
         if spans and finding.start < spans[-1][1]:
@@ -107,17 +108,17 @@ def texts_of(record: Record) -> list[str]:
 
 
 def check_length(record: Record) -> None:
-    """Check that the scan takes a record of this length. Errors: Rejected."""
+    """Check that the record is not too long to be scanned. Errors: Rejected."""
     if sum(map(len, texts_of(record))) > MOST:
         raise Rejected(TOO_LONG)
 
 
 def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
-    """Return what a site's [data.scan] makes of one record; None where it asks for nothing.
+    """Apply a site's [data.scan] to one record; None if it asks for nothing.
 
-    redact: the record with its identifiers replaced; leave_out: raises Rejected where there is
-    one; warn: the record as it is (`fedtune data scan` and `data report` count). Both raise
-    Rejected for a record of more than MOST characters."""
+    redact: the record with its identifiers replaced; leave_out: raises Rejected if there is one;
+    warn: the record as it is (`fedtune data scan` and `data report` count it). redact and
+    leave_out raise Rejected for a record of more than MOST characters."""
     if table is None or table.action == "warn":
         return None
     scanner = Scanner(table.kinds, table.threshold)
@@ -141,7 +142,7 @@ def record_scan(table: ScanTable | None) -> Callable[[Record], Record] | None:
 
 
 def _scan(text: str) -> tuple[Finding, ...]:
-    """Find identifiers of every kind, whatever the score; remembered by the text's hash."""
+    """Find identifiers of every kind with any score; results are cached by the text's hash."""
     if not text:
         return ()
     key = hashlib.sha256(text.encode()).digest()

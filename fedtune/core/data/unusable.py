@@ -1,4 +1,4 @@
-"""Errors of a dataset in which too little is left to train on, for a person who can correct it."""
+"""Raise errors for a dataset with too little left to train on, for a person who can correct it."""
 
 from __future__ import annotations
 

@@ -27,10 +27,11 @@ class Step:
 
 
 class StepLog:
-    """A JSONL file of `Step`. Guarantee: a line is whole and on disk before a noised sum that it is
-    of exists anywhere else, so a crash can only over-report what was spent. What a crash or a full
-    disk left of a line after the last newline is no step: none ran, and the next line takes its
-    place.
+    """A JSONL file of `Step`.
+
+    Guarantee: a step's line is complete and on disk before the noised sum of that step exists
+    anywhere else, so a crash can only over-report what was spent. Whatever a crash or a full disk
+    left after the last newline is not a step: none ran, and the next line replaces it.
 
     All steps of a round are one line, written before the first: a disk that is full by then lets no
     step run, and how much is written in a round does not grow with a plan's figures.
@@ -43,7 +44,7 @@ class StepLog:
         self._ahead = 0  # and how many of its steps have yet to run
 
     def append(self, step: Step, of_round: int = 1) -> None:
-        """Log one step of a round that has `of_round` equal ones."""
+        """Log one of the `of_round` equal steps of a round."""
         if step == self._round and self._ahead:
             self._ahead -= 1
             return
@@ -59,8 +60,8 @@ class StepLog:
         self._round, self._ahead = step, of_round - 1
 
     def steps(self, study: str | None = None) -> list[Step]:
-        """Read all steps, or those of one plan digest, in order; of a round that broke off, all
-        that it was to have."""
+        """Read all steps, or those of one plan digest, in order. A round that was interrupted
+        counts with all its planned steps."""
         if not self.path.exists():
             return []
         steps = list[Step]()

@@ -1,1 +1,1 @@
-"""Reading and writing files: bounded, whole, or not at all."""
+"""Read and write files with bounds, completely or not at all."""

@@ -1,7 +1,7 @@
-"""Lock files: held by a process, and let go with it, whatever ends it.
+"""Lock files, each held by one process and released when that process ends, for whatever reason.
 
-In a folder that others may write the name of a lock may mean anything: a link, a pipe or a device
-is refused, and not waited for."""
+In a folder that other users can write, the name of a lock may be a link, a pipe or a device:
+each is refused without waiting."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fedtune.core.files import reading, writing
 
 @contextmanager
 def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Wait for the lock, and hold it; its file is made if it is missing.
+    """Wait for the lock and hold it; the lock file is made if it is missing.
 
-    shared: with others that share it, where the file is only read. Errors: InfrastructureError."""
+    shared: share the lock with other readers. Errors: InfrastructureError."""
     with mapping_errors(path):
         if shared:
             descriptor = reading.descriptor(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -35,8 +35,8 @@ def hold(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hold_if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock in the block, unless somebody does: yields which; its file is made if it is
-    missing. Errors: InfrastructureError."""
+    """Hold the lock in the block, unless another process does. Yields whether it is held; the
+    lock file is made if it is missing. Errors: InfrastructureError."""
     with mapping_errors(path):
         descriptor = writing.open_own(path, os.O_RDWR)
     try:
@@ -60,10 +60,10 @@ def _let_go(descriptor: int) -> None:
 
 @contextmanager
 def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
-    """Hold the lock as the only process of its kind; its file is removed when it is let go.
+    """Hold the lock as the only process of its kind; the lock file is removed on release.
 
-    who: what such a process is called, and `folder` what it uses, for the error. Yields whether
-    the last one that held it was killed. Errors: InfrastructureError naming who holds it."""
+    who, folder: the name of such a process, and the folder it uses, for the error. Yields whether
+    the last holder was killed. Errors: InfrastructureError naming the process that holds it."""
     with mapping_errors(path):
         descriptor = _lock_file(path)
     if descriptor is None:
@@ -86,7 +86,7 @@ def hold_alone(path: Path, who: str, folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def mapping_errors(path: Path) -> Iterator[None]:
-    """Raise InfrastructureError, naming the lock, for what the system refuses."""
+    """Turn errors of the operating system into InfrastructureError, naming the lock."""
     try:
         yield
     except OSError as error:
@@ -98,7 +98,7 @@ def mapping_errors(path: Path) -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> int | None:
-    """Lock the file that has the name at that moment; None where another process has it locked.
+    """Lock the file that has the name now; None if another process has locked it.
 
     Errors: OSError."""
     while True:

@@ -37,7 +37,7 @@ _KEY = re.compile(rf"{_PART}{_NEXT}{{0,{DEPTH - 1}}}+({_NEXT})?")
 
 
 def refuse_path(path: str | Path) -> str:
-    """Say why no file can have this path, or ""."""
+    """Return why no file can have this path, or ""."""
     try:
         name = os.fsencode(path)
     except UnicodeEncodeError:
@@ -50,19 +50,20 @@ def refuse_path(path: str | Path) -> str:
 
 
 class NotRegular(OSError):
-    """What has the name of a file is a folder, a pipe, a device or a socket."""
+    """A folder, a pipe, a device or a socket has the name of a file."""
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading, without waiting for whatever else may have its name by now,
-    as a pipe without a writer. Errors: OSError, of which NotRegular."""
+    """Open a regular file for reading, without waiting for something else of that name, such as
+    a pipe without a writer. Errors: OSError, including NotRegular."""
     return open(descriptor(path), "rb")
 
 
 def descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Open what is there, and look at that: the name may mean something else a moment later.
+    """Open the file first and check its type then: the name may refer to something else a moment
+    later.
 
-    O_NONBLOCK: a pipe without a writer is opened at once. Errors: OSError, of which NotRegular."""
+    O_NONBLOCK: a pipe without a writer is opened at once. Errors: OSError, including NotRegular."""
     number = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(number).st_mode
     if stat.S_ISREG(mode):
@@ -94,8 +95,8 @@ def content(
 
 
 def secret(path: Path, expected: str, kind: Kind = InputError, most: int = SMALL) -> bytes:
-    """Read the bytes of a file that must be for this user alone. Errors: as above; also where
-    others may read it."""
+    """Read the bytes of a file that only this user may read. Errors: as above; also if others
+    can read it."""
     data = content(path, expected, kind=kind, most=most)
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise kind(
@@ -122,7 +123,7 @@ def json_in(
 
 
 def json_lines_in(path: Path, expected: str, todo: str = "") -> list[dict[str, Any]]:
-    """Read the JSON objects in the file, one a line. Errors: as above."""
+    """Read the JSON objects in the file, one per line. Errors: as above."""
 
     def parse(source: str) -> dict[str, Any]:
         rows = [json.loads(line) for line in source.splitlines()]
@@ -141,14 +142,16 @@ def toml_in(path: Path, expected: str, todo: str = "", kind: Kind = InputError) 
 
 
 def tables(source: str) -> dict[str, Any]:
-    """Parse TOML. Errors: ValueError, RecursionError; no time that explodes with what is in it."""
+    """Parse TOML. Errors: ValueError, RecursionError; the time does not explode with the
+    content."""
     if any(key[1] for key in _KEY.finditer(source)):
         raise RecursionError  # tomllib takes a time that is quadratic in a key's parts
     return tomllib.loads(source)
 
 
 def is_sound(parsed: Any) -> bool:
-    """Whether a parsed value is nested no deeper than DEPTH and its text encodes as UTF-8."""
+    """Return whether a parsed value is nested no deeper than DEPTH and its text encodes as
+    UTF-8."""
     level = [parsed]
     for _ in range(DEPTH):
         if not level:
@@ -195,7 +198,7 @@ def _table(
 
 
 def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
-    """A descriptor of a regular file. Errors: as above."""
+    """Return a descriptor of a regular file. Errors: as above."""
     if why := refuse_path(path):
         raise kind(f"{str(path)[:80]}: {why}", expected, todo)
     try:
@@ -209,7 +212,7 @@ def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of a file, or of the files in a folder by name; "" where there is none."""
+    """Return the sha256 of a file, or of the files in a folder by name; "" if there is none."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     total = hashlib.sha256()
     for file in files:

@@ -1,11 +1,11 @@
-"""Room that a site keeps on its disk, so that what must be written there can be.
+"""Reserve disk space at a site, so that writes which must succeed do.
 
 A site's ledger grows with its records, by a few bytes for each, and each withdrawal leaves a
-receipt and an entry of the audit log. On a disk that is nearly full it would follow from them
-whether a round can be charged, or which records are remembered. So beside them lies a file that is
-as much shorter as they are longer: all together take a number of bytes that is public. Whether the
-disk has that number, and how much is left beside it, follows from what else is on the disk alone.
-Where it has not, no order is answered."""
+receipt and an entry of the audit log. On a disk that is nearly full, the number of these would
+decide whether a round can be charged, or which records are remembered. So a file beside them
+shrinks as they grow: all together take a public number of bytes. Whether the disk has these bytes,
+and how much it has besides, then depends only on the other files on the disk. If it does not have
+them, no order is answered."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ GROWS = (LEDGER, "audit.jsonl", "audit-*.jsonl", "withdrawals/*.json")  # with a
 
 @dataclass(frozen=True)
 class Room:
-    """The room in `folder`, beside a ledger that pays for at most `rounds` rounds, of a site that
-    declares `declared_size` units.
+    """The space in `folder`, beside a ledger that pays for at most `rounds` rounds, of a site
+    that declares `declared_size` units.
 
     >>> room = Room(Path("state"), 100)
     >>> room.of_an_answer, room.size
@@ -48,24 +48,24 @@ class Room:
 
     @property
     def of_an_answer(self) -> int:
-        """Bytes that give way while an order is answered: 1 MiB for entries and updates, and for
-        each unit 8 KiB, in which a ledger remembers some forty records."""
+        """Bytes that are freed while an order is answered: 1 MiB for entries and updates, and
+        for each unit 8 KiB, in which a ledger remembers some forty records."""
         return 2**20 + 8 * 2**10 * self.declared_size
 
     @property
     def of_the_ledger(self) -> int:
-        """Bytes up to which the files that grow are made up for: 4 KiB for each round that a ledger
-        may ever pay for, and 16 KiB for each unit."""
+        """Bytes of growth of these files that the room compensates: 4 KiB for each round that a
+        ledger may ever pay for, and 16 KiB for each unit."""
         return OF_A_ROUND * self.rounds + OF_A_UNIT * self.declared_size
 
     @property
     def size(self) -> int:
-        """Bytes that the files that grow and the room's own take together."""
+        """Bytes that the growing files and the room's own file take together."""
         return self.of_an_answer + self.of_the_ledger
 
     def has_space(self, beside: int = 0) -> bool:
-        """Return whether the disk has the room whole and `beside` bytes more; True where it does
-        not say, and a write will."""
+        """Return whether the disk has the whole space and `beside` bytes more; True if the file
+        system does not say, and a write will show it."""
         try:
             descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
@@ -81,9 +81,10 @@ class Room:
 
     @contextmanager
     def give_up(self) -> Iterator[None]:
-        """Give up the room of an answer while the block writes there, and take it back.
+        """Free the space of an answer while the block writes there, and reserve it again
+        afterwards.
 
-        Errors: InfrastructureError, before the block, where the disk has not the whole room."""
+        Errors: InfrastructureError, before the block, if the disk does not have the whole space."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -121,15 +122,15 @@ class Room:
 
     @property
     def _grown(self) -> int:
-        """Bytes of the files that grow, in whole blocks, as far as the room makes up for them."""
+        """Bytes of the growing files, in whole blocks, as far as the room compensates them."""
         grown = sum(_length(path) for name in GROWS for path in self.folder.glob(name))
         return min(grown, self.of_the_ledger)
 
 
 @contextmanager
 def between_orders(folder: Path) -> Iterator[bool]:
-    """Keep the site whose state is in `folder` from answering an order while the block runs; yields
-    whether none is being answered: a file that takes space then takes none of the ledger's.
+    """Keep the site with its state in `folder` from answering an order while the block runs; yields
+    whether no order is being answered: a file that takes space then takes none of the ledger's.
 
     Errors: InfrastructureError."""
     with locks.hold_if_free(folder / ORDERS) as is_free:
@@ -137,8 +138,8 @@ def between_orders(folder: Path) -> Iterator[bool]:
 
 
 def reserve(descriptor: int, size: int) -> bool:
-    """Give a file `size` bytes of its disk without a change of its length, where its file system
-    does that; return whether the disk has them. Where it has not, the file takes none of them."""
+    """Reserve `size` bytes on disk for a file without changing its length, if the file system
+    supports it; return whether the disk has them. If it has not, the file takes none of them."""
     of_no_more_length = 1  # FALLOC_FL_KEEP_SIZE
     sizes = ctypes.c_longlong(0), ctypes.c_longlong(size)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -151,15 +152,15 @@ def reserve(descriptor: int, size: int) -> bool:
 
 
 def _length(path: Path) -> int:
-    """Return a file's bytes in whole blocks; 0 where there is none."""
+    """Return a file's bytes in whole blocks; 0 if there is no file."""
     with suppress(OSError):
         return -(-path.stat(follow_symlinks=False).st_size // BLOCK) * BLOCK
     return 0
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Make the file `size` bytes long, which are its own on the disk. Errors: OSError, also where
-    something else is in its place; the file has then the length that it had."""
+    """Make the file `size` bytes long, with disk blocks of its own. Errors: OSError, also if
+    something else is in its place; the file then keeps its length."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o600)
     try:

@@ -1,7 +1,8 @@
-"""Atomic writes: a file is replaced as a whole or unchanged, a new one complete or absent.
+"""Write files atomically: a file is replaced as a whole or unchanged; a new file is complete or
+absent.
 
-A draft is called NAME.PID.new, after the process that writes it. One that was killed leaves its
-draft; what works in the folder next removes it (`remove_drafts`).
+A draft is called NAME.PID.new, after the process that writes it. A process that is killed leaves
+its draft, and the next process that works in the folder removes it (`remove_drafts`).
 
 Guarantee: nothing but a regular file is replaced: no link, no pipe, no device."""
 
@@ -26,23 +27,22 @@ DRAFT = re.compile(r"\.([0-9]+)\.new\Z")
 def replace(path: Path, content: bytes, *, private: bool = False) -> Path:
     """Write `content` to `path` atomically and durably (fsync); returns `path`.
 
-    A missing folder is made. private: file (0600) and a folder made here for this user alone.
-    Errors: InfrastructureError where the write fails; the file is then unchanged."""
+    A missing folder is made. private: only this user can read the file (0600) and a folder made
+    here. Errors: InfrastructureError if the write fails; the file is then unchanged."""
     return _place_file(path, content, os.replace, private)
 
 
 def create(path: Path, content: bytes, *, private: bool = False) -> Path:
-    """Write `content` to `path` as `replace` does, unless `path` exists: of several processes that
-    create one file, the first counts, and its content stays. Returns `path`.
+    """Write `content` to `path` as `replace` does, unless `path` exists: if several processes
+    create one file, the content of the first stays. Returns `path`.
 
     Errors: InfrastructureError where the write fails; no file is then left."""
     return _place_file(path, content, _link, private)
 
 
 def check_replaceable(path: Path, *suffixes: str) -> Path:
-    """Check that a file that a person named to be written is new, or one of its own kind by its
-    name, which may be replaced, and that there can be a folder for it; returns it. Errors:
-    InputError."""
+    """Check that an output file that a person named is new, or has the suffix of the kind that
+    it replaces, and that there can be a folder for it; returns it. Errors: InputError."""
     its_kind = path.suffix.lower() in suffixes and path.is_file() and not path.is_symlink()
     if os.path.lexists(path) and not its_kind:
         raise InputError(
@@ -59,8 +59,9 @@ def check_replaceable(path: Path, *suffixes: str) -> Path:
 
 
 def open_own(path: Path, flags: int) -> int:
-    """Open a file of one's own to add to it or to lock it, made if it is missing, for this user
-    alone (0600). Errors: OSError where a link, a pipe or a device is in its place."""
+    """Open one of the program's files to append to it or to lock it; it is made if it is
+    missing, and only this user can read it (0600). Errors: OSError if a link, a pipe or a device
+    is in its place."""
     return descriptor(path, flags | os.O_CREAT | os.O_NOFOLLOW)
 
 
@@ -88,7 +89,8 @@ def _place_file(
 
 
 def _check_regular(path: Path) -> None:
-    """Check that no link, pipe or device has the name. Errors: InfrastructureError."""
+    """Check that the name does not belong to a link, a pipe or a device. Errors:
+    InfrastructureError."""
     try:
         mode = os.lstat(path).st_mode
     except (OSError, ValueError):  # none has it, or writing says what is wrong
@@ -108,10 +110,10 @@ def _link(draft: Path, path: Path) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append `line` and a newline durably to `path`, which is made for this user alone, and its
-    folder with it. What a crash or a full disk left after the last newline is cut off first.
+    """Append `line` and a newline durably to `path`; the file and its folder are made for this user
+    only. Whatever a crash or a full disk left after the last newline is cut off first.
 
-    Errors: OSError; the line is then no whole one, and the next call cuts it off."""
+    Errors: OSError; the line is then incomplete, and the next call cuts it off."""
     made = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = open_own(path, os.O_RDWR | os.O_APPEND)
@@ -163,8 +165,8 @@ def write_all(descriptor: int, content: bytes) -> None:
 
 @contextmanager
 def drafted(out: Path) -> Iterator[Path]:
-    """Yield a path beside `out`, for a file or a folder, that is renamed to it on success and
-    removed on an exception. Errors: InfrastructureError."""
+    """Yield a draft path beside `out`, for a file or a folder. It is renamed to `out` on success
+    and removed on an exception. Errors: InfrastructureError."""
     _check_regular(out)
     draft = out.with_name(f"{out.name}.{os.getpid()}.new")
     try:
@@ -186,7 +188,8 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Return whether `draft` is named as one, of a process that does not run, or of this one."""
+    """Return whether `draft` is named as a draft of a process that does not run, or of this
+    process."""
     named = DRAFT.search(draft.name)
     try:
         if named and int(named[1]) != os.getpid():  # in a container both may be process 1
@@ -200,10 +203,11 @@ def is_abandoned(draft: Path) -> bool:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove the drafts that processes which were killed left in `folder` and what lies in it.
+    """Remove the drafts of killed processes from `folder` and from what lies in it.
 
-    For a process that begins to work there, before it writes: a draft in this process's own name is
-    of an earlier one with the same number. What cannot be removed stays, and does no harm."""
+    Call it when a process begins to work there, before it writes: a draft in this process's name is
+    of an earlier process with the same number. A draft that cannot be removed stays, and does no
+    harm."""
     for root, _, files in os.walk(folder):
         for path in (Path(root) / name for name in files):
             if is_abandoned(path):

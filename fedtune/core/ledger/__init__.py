@@ -1,1 +1,1 @@
-"""What a site has spent, on disk, before anything is released."""
+"""The privacy ledger: what a site has spent, on disk before anything is released."""

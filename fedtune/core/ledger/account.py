@@ -1,4 +1,4 @@
-"""The state that a ledger's verified entries fold into: charges, cohorts, declarations.
+"""Fold a ledger's verified entries into its state: charges, cohorts and declarations.
 
 Nothing here reads or writes a file; ledger.py does, and folds every entry in once."""
 
@@ -96,12 +96,12 @@ class Account:
 
     @property
     def members(self) -> dict[str, str]:
-        """The digest of each dataset's members, by the name that they are stored under."""
+        """The digest of each dataset's members, by the name under which they are stored."""
         declared = {name: body["members"] for name, body in self.declared.items()}
         return declared | self.not_private_members
 
     def disjoint(self, first: str, second: str) -> bool:
-        """Whether the two datasets are currently declared disjoint."""
+        """Return whether the two datasets are currently declared disjoint."""
         return frozenset((first, second)) in self.apart_since
 
     def against(self, dataset: str) -> list[Spent]:
@@ -128,7 +128,8 @@ class Account:
         ]
 
     def _is_charged(self, spent: Spent, dataset: str, arrival: int) -> bool:
-        """Whether the cohort of `dataset` that arrived with entry `arrival` bears the charge."""
+        """Return whether the charge counts against the cohort of `dataset` that arrived with
+        entry `arrival`."""
         if spent.dataset != dataset:
             return True
         return spent.seq > arrival and arrival not in self.reserved[spent.seq].out

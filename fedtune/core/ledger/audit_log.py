@@ -1,4 +1,4 @@
-"""Keep a role's audit log: who did what, when and under which rule, each entry signed and chained.
+"""Keep the audit log of a role: who did what, when and under which rule, signed and chained.
 
     audit.jsonl          in a site's state folder or the coordinator's home: one entry a line
     audit-000000123.jsonl  an earlier file, named by its first entry; never deleted
@@ -68,12 +68,12 @@ HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class NotAuditable(TypeError):
-    """A fact that no audit log may hold; it names the fact, never the value."""
+    """A fact that no audit log may hold; the message names the fact, never the value."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `verify` found: the entries, whose key signed them, and the newest one's head."""
+    """The result of `verify`: the entries, whose key signed them, and the newest one's head."""
 
     entries: list[dict[str, Any]]
     signer: str
@@ -81,7 +81,8 @@ class Verified:
 
 
 def login() -> str:
-    """Name the user that the operating system runs this process as; no variable changes it."""
+    """Return the name of the user as whom the operating system runs this process; no variable
+    changes it."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # as in a container without a password file
@@ -107,11 +108,10 @@ class AuditLog:
     def add(self, event: str, rule: str = "", *, once: int = 0, **facts: Any) -> int:
         """Write an entry durably and return its number.
 
-        once: not where one of so many of the newest entries says the same, as when a coordinator
-        repeats what was refused.
-        A last line that a crash cut short was never acted upon: it is taken away first.
-        Errors: NotAuditable; InfrastructureError where the disk refuses: what was to be logged
-        should then not be done."""
+        once: write nothing if one of this many newest entries says the same, as when a
+        coordinator repeats a refused request. A last line that a crash cut short was never acted
+        upon, and is removed first. Errors: NotAuditable; InfrastructureError if the disk
+        refuses: the act that was to be logged must then not be done."""
         said = {"event": event, "facts": _check_facts(event, rule, facts), "rule": rule}
         said |= {"login": login(), "person": person()}
         try:
@@ -137,7 +137,7 @@ class AuditLog:
 
     @property
     def head(self) -> str:
-        """The newest entry, as "SEQ:HASH"; "" where there is none. Errors: InfrastructureError."""
+        """The newest entry, as "SEQ:HASH"; "" if there is none. Errors: InfrastructureError."""
         try:
             with _locked(self.folder):
                 newest = _read_newest(self.folder)[-1:]
@@ -146,8 +146,8 @@ class AuditLog:
         return "".join(f"{e['seq']}:{hashlib.sha256(line).hexdigest()}" for e, line in newest)
 
     def check(self, head: str) -> None:
-        """Enter that this log lacks the entry that was noted outside as `head`, where it does: it
-        was cut off. What is done under it goes on, since the ledger has a check of its own."""
+        """Append a `cut` entry if `head`, known from a receipt, is missing from this log: the
+        log was cut off. The caller's work continues, since the ledger has a check of its own."""
         if not head:
             return
         with _locked(self.folder):
@@ -193,7 +193,7 @@ def verify(folder: Path, public: str, head: str = "") -> Verified:
 
 
 def signer_at(folder: Path) -> str:
-    """Return the public key of the role whose folder this is. Errors: ConfigError where there is no
+    """Return the public key of the role whose folder this is. Errors: ConfigError if there is no
     key; InfrastructureError."""
     for name in KEY_FILES:
         if (folder / name).exists():
@@ -218,7 +218,7 @@ def _content(path: Path) -> bytes:
 
 
 def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield each line and where it is. Errors: NotGenuine."""
+    """Yield each line and its place. Errors: NotGenuine."""
     *lines, rest = content.split(b"\n")
     if rest or not lines:
         raise NotGenuine(
@@ -231,7 +231,7 @@ def _lines(path: Path, content: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _read(line: bytes, where: str) -> dict[str, Any]:
-    """Parse an entry in its one spelling. Errors: NotGenuine."""
+    """Parse an entry, which must be in canonical form. Errors: NotGenuine."""
     try:
         entry = json.loads(line)
         if set(entry) == KEYS and type(entry["seq"]) is int and canonical(entry) == line:
@@ -271,7 +271,7 @@ def _holds(folder: Path, head: str) -> bool:
 
 
 def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that nothing but names and numbers is logged. Errors: NotAuditable."""
+    """Check that only names and numbers are logged. Errors: NotAuditable."""
     if event not in EVENTS:
         raise NotAuditable("event")
     named = {k: _name(v) if isinstance(v, Path) else v for k, v in facts.items()}
@@ -283,12 +283,12 @@ def _check_facts(event: str, rule: str, facts: Mapping[str, Any]) -> dict[str, A
 
 
 def _name(path: Path) -> str:
-    """Return a file's or folder's own name, what no name should hold replaced."""
+    """Return the last part of a path, with characters replaced that no name should hold."""
     return "".join(c if TEXT.fullmatch(c) else "?" for c in path.name)[:200]
 
 
 def person() -> str:
-    """Return whom $FEDTUNE_PERSON names. Errors: InputError."""
+    """Return the person that $FEDTUNE_PERSON names. Errors: InputError."""
     name = os.environ.get(PERSON, "").strip()
     if not TEXT.fullmatch(name):
         raise InputError(f"{PERSON}: not a name", "at most 200 letters, digits and signs")
@@ -297,7 +297,7 @@ def person() -> str:
 
 @contextmanager
 def _locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other processes from writing meanwhile. Errors: InfrastructureError; OSError."""
+    """Keep other processes from writing in the block. Errors: InfrastructureError; OSError."""
     if shared and not (folder / LOCK).exists():  # a copy: nobody writes to it
         yield
         return
@@ -331,7 +331,7 @@ def _read_newest(folder: Path) -> list[tuple[dict[str, Any], bytes]]:
 
 
 def _append(folder: Path, line: bytes) -> None:
-    """Errors: OSError, NotAuditable."""
+    """Append one line to the newest file. Errors: OSError, NotAuditable."""
     if len(line) > LONGEST:
         raise NotAuditable("all facts together")
     path = folder / FILE

@@ -81,7 +81,7 @@ def entry_hash(prev: str, kind: str, body: bytes) -> str:
 
 
 def signed_entry(hash_: str) -> bytes:
-    """The bytes that an entry's signature signs."""
+    """Return the bytes that an entry's signature signs."""
     return canonical({"ledger_entry": hash_})
 
 
@@ -106,7 +106,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def named(folder: Path) -> Iterator[None]:
-    """Raise SQLite's and the system's errors as LedgerErrors that say what to do."""
+    """Turn SQLite's and the system's errors into LedgerErrors that say what to do."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -142,7 +142,7 @@ def _build_operational_error(folder: Path, error: sqlite3.OperationalError) -> L
 
 
 class Transaction:
-    """One writer's view. Appended entries exist for others only when `writing` has returned."""
+    """The view of one writer. Others see its appended entries only after `writing` has returned."""
 
     def __init__(
         self, connection: sqlite3.Connection, key: SigningKey | None, head: Head | None
@@ -221,8 +221,8 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Transaction]:
-        """Open a transaction of one writer at a time. When the block is left, its entries are on
-        disk and the anchor names the newest; an exception in the block rolls it back."""
+        """Open a transaction; there is one writer at a time. When the block is left, its entries
+        are on disk and the anchor names the newest; an exception in the block rolls them back."""
         with self._mutex, named(self.folder):
             connection = connect(self.path)
             try:
@@ -318,7 +318,7 @@ class Database:
         return {"seq": head.seq, "hash": head.hash, "signature": signature}
 
     def knows(self, connection: sqlite3.Connection, head: Head) -> bool:
-        """Whether this chain holds `head`, or a restore charged for it."""
+        """Return whether this chain holds `head`, or a restore that charged for it."""
         if head in self._settled or any(low <= head.seq <= high for low, high in self._gaps):
             return True
         return head.hash == Transaction(connection, None, None).hash_at(head.seq)
@@ -347,8 +347,8 @@ def first_body(public: str, salt: bytes) -> dict[str, Any]:
 def chain(
     connection: sqlite3.Connection, path: Path, after: Head | None
 ) -> Iterator[tuple[Entry, str]]:
-    """Yield entries from `after` on (inclusive; from the start where None), each checked against
-    the one before it, its signature unchecked. Errors: LedgerError at the first broken link."""
+    """Yield entries from `after` on (inclusive; None: from the start), each checked against the
+    one before it, without checking its signature. Errors: LedgerError at the first broken link."""
     query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
     last = after
     for seq, kind, packed, prev, hash_, signature in connection.execute(

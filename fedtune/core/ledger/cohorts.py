@@ -1,4 +1,4 @@
-"""Arrivals of units: a dataset's units by the ledger entry that first names them.
+"""Record when units arrived: each unit by the ledger entry that first names it.
 
 Only studies without a last round keep arrivals. A unit without a known arrival is treated as
 present since the first charge, so it is charged for everything."""
@@ -14,7 +14,8 @@ FIRST = 0  # the arrival of a unit that no entry names
 
 
 class Arrival(NamedTuple):
-    """cohort: its name; time: UTC seconds; units: how many, 0 where not counted."""
+    """An arrival of units. cohort: its name; time: UTC seconds; units: how many, 0 if not
+    counted."""
 
     cohort: str
     time: int
@@ -22,7 +23,7 @@ class Arrival(NamedTuple):
 
 
 class Arrivals:
-    """Folded from the entries of kind "arrive"."""
+    """The arrivals of a dataset, folded from the entries of kind "arrive"."""
 
     def __init__(self) -> None:
         self._of: dict[str, dict[str, int]] = {}  # dataset -> unit's hash -> entry

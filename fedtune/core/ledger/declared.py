@@ -1,10 +1,10 @@
-"""A site's declarations that a dataset is public or generated, as signed entries of its ledger.
+"""Sign a site's declarations that a dataset is public or generated, as entries of its ledger.
 
 The hashes of declared records are kept as well, and records that were declared do not become
 private unless a person accepts it.
 Guarantee: a name that was ever charged as private can never be declared, and neither can a record
-that is in a dataset so charged, by the salted hashes that the ledger keeps of each: what it says,
-its file, its longest text, its patient. The hashes stay, also of patients who withdrew.
+of a dataset so charged, by the salted hashes that the ledger keeps of each record: of its content,
+its file, its longest text and its patient. The hashes stay, also of patients who withdrew.
 | a ledger that lost charges and was restored | nothing is declared: any name may be among them |
 | a short text under other column names       | is not known again                              |
 Read and written at the site alone, before it connects: a refusal ends the command here.
@@ -36,12 +36,12 @@ def declare(
     records: Sequence[Collection[bytes]],
     sign: bool = True,
 ) -> None:
-    """Sign the declaration that `dataset` is public or generated; the same one again is no entry.
+    """Sign the declaration that `dataset` is public or generated; repeating a declaration adds
+    no entry.
 
-    records: of each record, the members by which the ledger knows it again (`data.identity`); sign:
-    False to check alone.
-    Errors: PolicyRefused where the name, or any of the records, was charged as private; nothing is
-    entered."""
+    records: for each record, the identifiers by which the ledger recognises it
+    (`data.identity`); sign: False to check only. Errors: PolicyRefused if the name, or any of
+    the records, was charged as private; nothing is entered."""
     with ledger._store.writing() as writer:
         charged = {spent.dataset for spent in ledger._account.spent()}
         check_name(charged, dataset, what)
@@ -65,11 +65,11 @@ def declare(
 
 
 def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[bytes]]) -> None:
-    """Check that no private record was ever declared public or generated: such runs cost nothing
-    for life, so that a private file would be tried for free before it is paid for.
+    """Check that no private record was ever declared public or generated: declared runs cost
+    nothing for life, so a private file could be tried for free before it is paid for.
 
-    records: as in `declare`, but for whose they are: invented patients have any numbers.
-    Errors: PolicyRefused, until a person accepts it (`Ledger.accept`)."""
+    records: as for `declare`, but without the patients' keys, since invented patients may have
+    any keys. Errors: PolicyRefused, until a person accepts it (`Ledger.accept`)."""
     with ledger._store.writing() as writer:
         names = _not_accepted(ledger, dataset)
         known = set().union(*(writer.hashes(NOT_PRIVATE + name) for name in names))
@@ -85,7 +85,7 @@ def check_private(ledger: Ledger, dataset: str, records: Sequence[Collection[byt
 
 
 def to_accept(ledger: Ledger, dataset: str) -> bool:
-    """Return whether a declaration is in the ledger that nobody has accepted for `dataset`."""
+    """Return whether the ledger holds a declaration that nobody has accepted for `dataset`."""
     with ledger._store.writing():
         return bool(_not_accepted(ledger, dataset))
 
@@ -131,7 +131,7 @@ def read_declarations(ledger: Ledger) -> dict[str, str]:
 def check_declared(ledger: Ledger, dataset: str, what: Declared) -> None:
     """Check that `dataset` was declared as `what`, and never charged as private since.
 
-    It follows from what a person declared, never from a record. Errors: PolicyRefused."""
+    The result follows from what a person declared, never from a record. Errors: PolicyRefused."""
     check_name({spent.dataset for spent in ledger.spending()}, dataset, what)
     if read_declarations(ledger).get(dataset) != what:
         raise PolicyRefused(

@@ -1,4 +1,4 @@
-"""The contents of a ledger: charges, acceptances and cohorts."""
+"""The entries of a ledger as objects: charges, acceptances and cohorts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ Permit = Callable[[list["Charge"]], None]
 
 @dataclass(frozen=True)
 class Charge:
-    """One round's noised steps, as reserved. Every value is public: it follows from the plan.
+    """The noised steps of one round, as reserved. Every value is public: it follows from the plan.
 
-    noise_multiplier: σ that this site adds, in multiples of C, 0.0 without privacy; sampling_rate:
-    q; records: k, rows of one unit in a step; order: the Rényi order of the site's filter when this
-    was charged; rules: RULES of the release that charged; sites, colluding: with secure
-    aggregation n and t, so that under its assumption the noise of n - t sites is on what anybody
-    opens."""
+    - noise_multiplier: σ that this site adds, in multiples of C; 0.0 without privacy
+    - sampling_rate: q
+    - records: k, rows of one unit in a step
+    - order: the Rényi order of the site's filter at the time of the charge
+    - rules: RULES of the release that charged
+    - sites, colluding: with secure aggregation n and t, so that under its assumption the noise of n
+      - t sites is on what anybody opens"""
 
     study: str  # plan digest
     name: str
@@ -51,33 +53,35 @@ class Charge:
         return cls(**{"rules": 1, **fields})
 
     def fields(self) -> dict[str, Any]:
-        """Return what a ledger entry holds; without secure aggregation as ever."""
+        """Return the fields of a ledger entry; without secure aggregation the same as in earlier
+        releases."""
         fields = asdict(self)
         if self.sites == 1:
             del fields["sites"], fields["colluding"]
         return fields
 
     def is_known_for(self, unit: str) -> bool:
-        """Whether its ε holds for one `unit`: not where it is of another unit, or where the
-        records were chosen by the RULES of an earlier release."""
+        """Return whether its ε holds for one `unit`: not if the charge is for another unit, or
+        if the records were chosen by the RULES of an earlier release."""
         return self.rules == RULES and self.unit in (unit, "any")
 
     @property
     def event(self) -> Steps:
         """The charge as the accountant composes it: under the assumption of secure aggregation,
-        where there is one."""
+        if it was used."""
         sigma = joint_sigma(self.noise_multiplier, self.sites - self.colluding)
         return self.fallback._replace(noise_multiplier=sigma)
 
     @property
     def fallback(self) -> Steps:
-        """The charge if nothing but this site's own noise holds."""
+        """The charge with this site's own noise only."""
         return Steps(self.noise_multiplier, self.sampling_rate, self.steps, self.records)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """A charge in the ledger: which entry, when (UTC seconds), and whether its update was released.
+    """A charge in the ledger: its entry, its time (UTC seconds), and whether its update was
+    released.
 
     kind: reserve, or restore (charged for what was lost)."""
 
@@ -92,8 +96,10 @@ class Spent:
 
 @dataclass(frozen=True)
 class Held:
-    """A released answer that waits for a person at the site. charge: what was paid for it; adapter:
-    with the charge's study and round its slot; size: in bytes; since: UTC seconds."""
+    """A released answer that waits for a person at the site.
+
+    charge: what was paid for it; adapter: names its slot, together with the charge's study and
+    round; size: in bytes; since: UTC seconds."""
 
     charge: Charge
     adapter: str
@@ -107,7 +113,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Accepted:
-    """A person's decision to go on although the ε of charges up to entry `upto` is not known.
+    """A person's decision to continue although the ε of charges up to entry `upto` is not known.
 
     time: UTC seconds; why: in that person's words."""
 
@@ -121,8 +127,8 @@ class Accepted:
 class Cohort:
     """Units of a dataset that arrived together, and the charges that count against each of them.
 
-    arrival: the entry that records it; 0: with the first charge, or at an unknown time; units is
-    then 0 as well."""
+    arrival: the entry that records it; 0: with the first charge, or at an unknown time, and units
+    is then 0 too."""
 
     arrival: int
     name: str

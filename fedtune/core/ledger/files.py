@@ -1,4 +1,4 @@
-"""The ledger's plain files: signing and reading the anchor, the receipts and the salt.
+"""Sign and read the plain files of a ledger: the anchor, the receipts and the salt.
 
 Guarantee: a head that this site's key did not sign is never returned.
 Errors: LedgerError; OSError (chain.named makes it one).
@@ -39,11 +39,11 @@ RESTORE = "`fedtune ledger --restore` (it charges what cannot be read as spent)"
 
 
 class LedgerError(InfrastructureError):
-    """The privacy ledger cannot be read, written or verified; nothing is trained meanwhile."""
+    """The privacy ledger cannot be read, written or verified; nothing is trained until it can."""
 
 
 class NoRoom(LedgerError):
-    """The disk has no room for what was to be entered, and nothing was."""
+    """The disk has no space for an entry, and nothing was entered."""
 
 
 class NewerLedger(LedgerError):
@@ -56,12 +56,12 @@ class Head(NamedTuple):
 
 
 def signed_head(seq: int, hash_: str) -> bytes:
-    """The bytes that the anchor and a head statement sign."""
+    """Return the bytes that the anchor and a head statement sign."""
     return canonical({"ledger_hash": hash_, "ledger_seq": seq})
 
 
 def head_in(statement: Any, public: str) -> Head | None:
-    """The head in {seq, hash, signature}; None where it is not one signed by `public`."""
+    """Return the head in {seq, hash, signature}; None if `public` did not sign it."""
     try:
         head = Head(statement["seq"], statement["hash"])
         if type(head.seq) is int and isinstance(head.hash, str):
@@ -73,18 +73,19 @@ def head_in(statement: Any, public: str) -> Head | None:
 
 
 def sealed_token(key: SigningKey, statement: dict[str, Any], audit: str = "") -> str:
-    """Encrypt a head statement so that this site alone can read it; of constant length (hex).
+    """Encrypt a head statement so that only this site can read it; of constant length (hex).
 
-    audit: the head of the site's audit log too, so that who keeps the token, unread, keeps both.
-    In clear its sequence number would reveal to the coordinator that the data changed, or that a
-    patient withdrew. AES-256-GCM under a key derived from the site's own."""
+    audit: the head of the site's audit log, so that a coordinator that stores the token, unread,
+    stores both. In clear text the sequence number would reveal to the coordinator that the data
+    changed, or that a patient withdrew. AES-256-GCM under a key derived from the site's own."""
     text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
     nonce = os.urandom(12)
     return (nonce + AESGCM(key.derive("ledger token")).encrypt(nonce, text, None)).hex()
 
 
 def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
-    """The statement in a token, and the audit log's head; {} where it is not one of this site's."""
+    """Return the statement in a token, and the audit log's head; {} if the token is not one of
+    this site's."""
     try:
         raw = bytes.fromhex(str(token))
         text = AESGCM(key.derive("ledger token")).decrypt(raw[:12], raw[12:], None).decode()
@@ -95,7 +96,7 @@ def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
 
 
 def read_head(path: Path, public: str) -> Head | None:
-    """The head in the anchor file; None where it is torn, edited or of another key."""
+    """Return the head in the anchor file; None if it is torn, edited or of another key."""
     try:
         return head_in(json.loads(_content(path)), public)
     except (ValueError, RecursionError):
@@ -115,7 +116,8 @@ class Receipt(NamedTuple):
 
 
 class ReceiptLog(NamedTuple):
-    """accepted: each coordinator's newest; refused: those whose entry the chain lacked."""
+    """Receipts of coordinators. accepted: each coordinator's newest; refused: those whose entry
+    the chain lacked."""
 
     accepted: tuple[Receipt, ...] = ()
     refused: tuple[Receipt, ...] = ()
@@ -125,7 +127,7 @@ class ReceiptLog(NamedTuple):
         return self.accepted + self.refused
 
     def plus(self, new: Receipt, in_chain: bool) -> ReceiptLog:
-        """Add `new`; an accepted one only where it is its coordinator's newest."""
+        """Add `new`; an accepted receipt only if it is its coordinator's newest."""
         if not in_chain:
             return self._replace(refused=(*(r for r in self.refused if r != new), new))
         older = [r for r in self.accepted if r.coordinator == new.coordinator]
@@ -148,7 +150,7 @@ class ReceiptLog(NamedTuple):
 
 
 def read_receipts(path: Path, public: str) -> ReceiptLog | None:
-    """The receipts kept in `path`, none where there is no file; None where it was altered."""
+    """Return the receipts stored in `path`, none if there is no file; None if it was altered."""
     if not path.exists():
         return ReceiptLog()
     lists: list[tuple[Receipt, ...]] = []
@@ -203,8 +205,9 @@ def salt_at(path: Path) -> bytes:
 
 
 def outbox_name(digest: str) -> str:
-    """The hexadecimal digits of a digest for a file name; of another string, of its sha256. All of
-    them: a coordinator who chooses what is hashed finds two digests with the same 16."""
+    """Return the hexadecimal digits of a digest for a file name; for another string, of its
+    sha256. All digits are used: a coordinator who chooses what is hashed can find two digests
+    with the same 16."""
     tail = digest.rpartition(":")[2]
     good = 16 <= len(tail) <= 64 and all(c in "0123456789abcdef" for c in tail)
     return tail if good else hashlib.sha256(digest.encode()).hexdigest()
@@ -216,17 +219,19 @@ def outbox_prefix(digest: str) -> str:
 
 
 def newer_name(new: Path, old: Path) -> Path:
-    """Return `new`, or `old`, as an earlier release named that file, where it is there alone."""
+    """Return `new`, or `old`, the name that an earlier release gave the file, if only that one
+    exists."""
     return old if old.exists() and not new.exists() else new
 
 
 def asked_path(folder: Path, slot: Slot) -> Path:
-    """Return where a draw that waits for a person is noted, beside the ledger in `folder`."""
+    """Return the path of the note of a draw that waits for a person, beside the ledger in
+    `folder`."""
     start, name = folder / ASKED / outbox_prefix(slot[0]), name_of(slot)
     return newer_name(Path(f"{start}-{name}.json"), Path(f"{start}-{name[:12]}.json"))
 
 
 def name_of(slot: Slot) -> str:
-    """Name a slot for a person's command: 32 hexadecimal digits, so that nobody who chooses what is
-    asked finds two of one name."""
+    """Name a slot for a person's command: 32 hexadecimal digits, so that nobody who chooses the
+    requests can find two slots with the same name."""
     return hashlib.sha256(json.dumps(slot).encode()).hexdigest()[:32]

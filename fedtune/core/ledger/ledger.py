@@ -1,4 +1,4 @@
-"""The site's privacy ledger: charges each round to a dataset before the round trains.
+"""The privacy ledger of a site: it charges each round to a dataset before the round trains.
 
 Guarantee: a reservation is on disk before `reserve` returns, and counts from then on, released or
 not; an update that left the site has an entry, and its bytes can be sent again but never trained
@@ -84,9 +84,11 @@ MEMBER_BYTES = 200  # at most, of one member in the database
 
 
 class Ledger:
-    """The ledger in `folder`, begun on first use. One object may serve several threads, and several
-    processes may open one folder. room: beside it, by which it is decided whether an update is
-    stored; without one it is tried."""
+    """The ledger in `folder`, created on first use. One object may serve several threads, and
+    several processes may open one folder.
+
+    room: the reserved disk space, which decides whether an update is stored; without it, storing is
+    tried."""
 
     def __init__(self, folder: Path, room: Room | None = None) -> None:
         self.folder, self._room = folder, room
@@ -122,11 +124,11 @@ class Ledger:
         """Sign a declaration of `dataset`: the others it shares no patient with, its content's
         hash, and its members (patient keys, record bytes), of which only salted hashes are kept.
 
-        Cheap where nothing changed; a member that was ever in the dataset stays its member; without
-        a content hash, content and cohort stay as they were. keys: of each unit, where arrivals are
-        kept. A key that was never a member arrives now, in a cohort of all such keys, whatever its
-        or other units' records are.
-        Errors: NoRoom, and nothing is entered, where the disk has too little for it."""
+        The call is cheap if nothing changed. A member that was ever in the dataset stays its
+        member; without a content hash, content and cohort stay as they were. keys: the key of
+        each unit, if arrivals are recorded. A key that was never a member arrives now, in a
+        cohort of all such keys, whatever its or other units' records are. Errors: NoRoom if the
+        disk has too little space; nothing is entered."""
         hashes = sorted({self._salt_member(member) for member in members})
         with self._store.writing() as writer:
             previous = self._account.declared.get(dataset, {})
@@ -149,19 +151,20 @@ class Ledger:
                 writer.append("arrive", {**arrival, "cohort": cohort})
 
     def holds(self, dataset: str, member: bytes) -> bool:
-        """Whether `member` was ever declared as the dataset's."""
+        """Return whether `member` was ever declared as the dataset's."""
         return self.member_test(dataset)(member)
 
     def member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Build a test of whether a member was ever declared as the dataset's, as it stands now."""
+        """Build a test of whether a member was ever declared as the dataset's, by the ledger's
+        present state."""
         with self._store.writing() as writer:
             hashes = writer.hashes(dataset)
         return lambda member: self._salt_member(member) in hashes
 
     def disjoint_member_test(self, dataset: str) -> Callable[[bytes], bool]:
-        """Build a test of whether a dataset disjoint from `dataset` has a patient's key: a patient
-        in both takes part where the key was first, or, if they were declared disjoint afterwards,
-        in neither."""
+        """Build a test of whether a dataset disjoint from `dataset` has a patient's key. A
+        patient in both takes part in the dataset that had the key first, or, if the datasets
+        were declared disjoint afterwards, in neither."""
         with self._store.writing() as writer:
             names = [
                 name for name in self._account.declared if self._account.disjoint(dataset, name)
@@ -176,26 +179,26 @@ class Ledger:
         return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
 
     def overlap(self, first: str, second: str) -> int:
-        """Count the members that the two datasets ever shared: patients, records, files and longer
-        texts. Shown to a person at the site; no charge depends on it."""
+        """Count the members that the two datasets ever shared: patients, records, files and
+        longer texts. The count is shown to a person at the site; no charge depends on it."""
         with self._store.writing() as writer:
             return writer.overlap(first, second)
 
     def unknown(self, dataset: str, unit: str) -> list[Spent]:
-        """List charges against `dataset` whose ε for one `unit` is not known, and that nobody at
+        """List charges against `dataset` whose ε for one `unit` is unknown and that nobody at
         the site has accepted."""
         upto = max((acceptance.upto for acceptance in self.accepted(dataset)), default=-1)
         spending = self.spending(dataset)
         return [s for s in spending if s.seq > upto and not s.charge.is_known_for(unit)]
 
     def accepted(self, dataset: str) -> list[Accepted]:
-        """List the acceptances of charges whose ε is not known, oldest first."""
+        """List the acceptances of charges of unknown ε, oldest first."""
         self._read()
         return list(self._account.accepted.get(dataset, []))
 
     def accept(self, dataset: str, who: str, reason: str = "") -> None:
-        """Enter that a person at the site accepts that the ε spent on `dataset` until now is not
-        known."""
+        """Enter that a person at the site accepts that the ε spent on `dataset` until now is
+        unknown."""
         with self._store.writing() as writer:
             upto = self._store.head.seq
             writer.append("accept", {"dataset": dataset, "upto": upto, "by": who, "why": reason})
@@ -231,8 +234,8 @@ class Ledger:
         return sorted(self._account.declared)
 
     def ask(self, dataset: str, permit: Permit, *, of_newcomers: bool = False) -> None:
-        """Ask `permit` what `reserve` asks it, or `reserve_for` of newcomers, and charge nothing:
-        before records are read, each reading of which may be an entry.
+        """Call `permit` as `reserve`, or `reserve_for` for newcomers, would, and charge nothing.
+        This comes before records are read, since each reading may add an entry.
 
         Errors: what `permit` raises; LedgerError."""
         with self._store.writing():
@@ -257,9 +260,9 @@ class Ledger:
         """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
 
         `permit` gets all charges that count against a dataset, without the new one, and raises
-        to refuse. It is called for `dataset` and for every other that the charge would count
-        against, under the write lock; it must not call this ledger. Returns the entry's number.
-        Errors: what `permit` raises (nothing is charged); LedgerError."""
+        to refuse. It is called for `dataset` and for every other dataset against which the
+        charge would count, under the write lock; it must not call this ledger. Returns the
+        entry's number. Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
             self._ask(dataset, permit)
             entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
@@ -287,14 +290,14 @@ class Ledger:
             return writer.append("reserve", {**entry, "out": sorted(out)}), frozenset(out)
 
     def release(self, reservation: int, update: bytes, *, held: bool = False) -> None:
-        """Store an update's bytes, then enter that it may be sent; held: when a person at the site
-        has let it go. Send it only afterwards.
+        """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
+        held: whether it may be sent only when a person at the site has released it.
 
-        Where its disk has no room for them they are kept by this object alone: whether an update
-        is sent must not follow from what else, such as how many records, fills the disk. Whoever
-        asks again after a restart is then answered by another round, which is charged again.
-        Errors: LedgerError where the reservation is unknown or used, or another process released
-        this round first (send what `released` returns)."""
+        If the disk has no space for the bytes, only this object keeps them: whether an update is
+        sent must not depend on what fills the disk, such as the number of records. A request
+        after a restart is then answered by another round, which is charged again. Errors:
+        LedgerError if the reservation is unknown or used, or if another process released this
+        round first (send what `released` returns)."""
         with self._store.writing() as writer:
             reserved = self._account.reserved.get(reservation)
             if reserved is None or reservation in self._account.done:
@@ -318,8 +321,8 @@ class Ledger:
         return account.released.get(slot) in account.held and not self._is_let_go(slot)
 
     def is_let_go(self, slot: Slot) -> bool:
-        """Return whether a person at the site let go what was released for a slot; where nothing
-        was, a draw that is yet to be made for it."""
+        """Return whether a person at the site released the answer in a slot; without an answer,
+        whether the person released a draw that is yet to be made for it."""
         self._read()
         return self._is_let_go(slot)
 
@@ -329,8 +332,8 @@ class Ledger:
         return slot in self._account.refused
 
     def list_held(self) -> list[Held]:
-        """List the answers that wait for a person at the site, oldest first: those whose bytes are
-        here, or may be in the memory of the site's process, as the newest of their study."""
+        """List the answers that wait for a person at the site, oldest first: those whose bytes
+        are here, or may be in the memory of the site's process, as the newest of their study."""
         self._read()
         account = self._account
         newest = {slot[0]: slot for slot in account.released}
@@ -344,7 +347,7 @@ class Ledger:
         ]
 
     def let_go(self, slot: Slot, who: str) -> None:
-        """Enter that a person lets a slot's answer go, of these bytes and no others."""
+        """Enter that a person released a slot's answer, with these bytes and no others."""
         with self._store.writing() as writer:
             if slot in self._account.refused:
                 raise InputError(
@@ -355,8 +358,8 @@ class Ledger:
                 writer.append("let-go", {**_of_slot(slot), "sha256": sha256, "by": who})
 
     def refuse(self, slot: Slot, who: str) -> None:
-        """Enter that a person refuses a slot's answer for good, and remove its bytes. What was paid
-        for it stays paid. Errors: InputError where somebody let it go before."""
+        """Enter that a person refuses a slot's answer for good, and remove its bytes. What was
+        paid for it stays paid. Errors: InputError if somebody released it before."""
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(
@@ -371,23 +374,25 @@ class Ledger:
         return (slot, self._account.sent.get(slot, "")) in self._account.let_go
 
     def released(self, study: str, round_: int, adapter: str) -> bytes | None:
-        """The bytes released for this round and adapter, or None.
+        """Return the bytes released for this round and adapter, or None.
 
-        None as well where the bytes are missing or altered: the round is then charged again."""
+        The result is also None if the bytes are missing or altered: the round is then charged
+        again."""
         self._read()
         return self._released_bytes((study, round_, adapter))
 
     def head_statement(self, audit: str = "") -> dict[str, Any]:
-        """{token}: the newest entry and the audit log's head, to countersign unread."""
+        """Return {token}: the newest entry and the audit log's head, for the coordinator to
+        countersign unread."""
         return {"token": sealed_token(self.key, self._store.statement(self._read()), audit)}
 
     def accept_receipt(self, receipt: Mapping[str, Any], coordinator_public: str) -> str:
         """Check a countersigned head against this ledger, and keep it if it is the newest. Returns
-        the audit log's head in it, "" where it holds none.
+        the audit log's head in it, "" if it holds none.
 
-        Errors: LedgerError where it is not a receipt of this site by that coordinator (ignored),
-        or where the ledger lacks the entry: it was rolled back, and reserves nothing from now on,
-        in any process, until it is restored."""
+        Errors: LedgerError if it is not a receipt of this site by that coordinator (it is ignored),
+        or if the ledger lacks the entry: the ledger was rolled back, and reserves nothing from now
+        on, in any process, until it is restored."""
         token = {"token": receipt.get("token")}
         statement = opened_token(self.key, token["token"])
         head = head_in(statement, self.key.public)
@@ -416,8 +421,8 @@ class Ledger:
         return self._salt_member(unit_key).hex()
 
     def withdraw(self, unit_key: bytes) -> Entry:
-        """Enter that a unit's consent was withdrawn, once; returns that entry. Charges stay, since
-        releases stay released."""
+        """Enter that a unit's consent was withdrawn, once; returns that entry. Charges stay,
+        since releases stay released."""
         unit = self.hashed(unit_key)
         with self._store.writing() as writer:
             if unit not in self._account.withdrawn:
@@ -425,8 +430,8 @@ class Ledger:
         return self._account.withdrawn[unit]
 
     def withdraw_again(self, since: Mapping[str, int]) -> int:
-        """Enter the withdrawals that a restore lost, and return how many they are. since: by the
-        hash of a unit's key, when it withdrew, UTC seconds."""
+        """Enter the withdrawals that a restore lost, and return their number. since: the time of
+        withdrawal in UTC seconds, by the hash of the unit's key."""
         with self._store.writing() as writer:
             lost = sorted(set(since) - set(self._account.withdrawn))
             for unit in lost:
@@ -450,8 +455,9 @@ class Ledger:
         return plan_digest in self._account.admitted
 
     def backup(self, to: Path, key: bool = False) -> None:
-        """Copy entries and salt consistently into the new folder `to`; the private key only where
-        `key`. Errors: LedgerError, also where `to` already holds a ledger."""
+        """Copy entries and salt consistently into the new folder `to`, and the private key only if
+        `key` is set.
+        Errors: LedgerError, also if `to` already holds a ledger."""
         from fedtune.core.ledger.restore import backup
 
         with self._store.writing():
@@ -459,7 +465,8 @@ class Ledger:
 
     @classmethod
     def restore(cls, folder: Path, from_: Path | None = None) -> Ledger:
-        """Restore from a backup (or from the files left), charging lost entries as spent."""
+        """Restore from a backup, or from the files that are left, charging lost entries as
+        spent."""
         from fedtune.core.ledger.restore import restore
 
         restore(folder, from_)
@@ -480,8 +487,8 @@ class Ledger:
         return newer_name(new, old)
 
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
-        """Write an update to the outbox, or keep it in memory where that fails for want of room; of
-        each study the newest alone, in either place.
+        """Write an update to the outbox, or keep it in memory if there is no space; only the newest
+        one of each study is kept, in either place.
 
         Guarantee: while this object lives, which rounds are sent again as they were does not follow
         from what room the disk has, which records' files take some of."""

@@ -200,7 +200,7 @@ def _base(folder: Path, from_: Path | None, public: str) -> _Base:
 
 
 def _verify_ledger(folder: Path, public: str) -> _Base | None:
-    """The ledger of a folder if every entry, signature and member digest in it verifies."""
+    """Return the ledger of a folder if every entry, signature and member digest in it verifies."""
     path, salt = folder / DATABASE, folder / SALT
     if not (path.exists() and salt.exists()):
         return None
@@ -226,7 +226,7 @@ def _verify_ledger(folder: Path, public: str) -> _Base | None:
 def _restore_body(
     folder: Path, base: _Base, receipts: ReceiptLog | None, public: str
 ) -> dict[str, Any]:
-    """The body of the restore entry."""
+    """Return the body of the restore entry."""
     log = receipts or ReceiptLog()
     anchor = read_head(folder / HEAD, public) if (folder / HEAD).exists() else None
     readable, top = _readable_charges(folder / DATABASE)
@@ -275,7 +275,8 @@ def _most_entries_lost(base: _Base, anchor: Head | None, receipts: ReceiptLog, t
 
 
 def _readable_charges(path: Path) -> tuple[list[Charge], int]:
-    """Charges and the highest sequence number in the readable rows of a damaged ledger."""
+    """Return the charges and the highest sequence number in the readable rows of a damaged
+    ledger."""
     charges: list[Charge] = []
     top = 0
     if not path.exists():
@@ -292,8 +293,8 @@ def _readable_charges(path: Path) -> tuple[list[Charge], int]:
 
 
 def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]:
-    """Charges for the rounds with more noised steps in the log than the base charged, and whether
-    the log exists and holds every step that the base released."""
+    """Return charges for the rounds with more noised steps in the log than the base charged, and
+    whether the log exists and holds every step that the base released."""
     try:
         steps = StepLog(path).steps()
     except InfrastructureError:
@@ -319,7 +320,7 @@ def _unpaid_logged_charges(path: Path, base: _Base) -> tuple[list[Charge], bool]
 
 
 def _charge_of_step(step: Step) -> Charge:
-    """The charge that a line of the log belongs to (without its number of steps)."""
+    """Return the charge to which a line of the log belongs (without its number of steps)."""
     return Charge(
         study=step.study,
         name="",
@@ -342,8 +343,8 @@ def _round_key(charge: Charge) -> tuple[Any, ...]:
 
 
 def _bound_charge(charges: list[Charge], times: int) -> Charge:
-    """A charge at least as costly as `times` of any round in `charges`: ε decreases in σ and
-    increases in q, steps and k."""
+    """Return a charge at least as costly as `times` of any round in `charges`: ε decreases in σ
+    and increases in q, steps and k."""
     return Charge(
         study="restore",
         name="lost",

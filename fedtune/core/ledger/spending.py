@@ -1,4 +1,4 @@
-"""Summarise a dataset's spending: by study, and in total against the policy."""
+"""Summarise what was spent on a dataset: by study, and in total against the policy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from fedtune.core.ledger.ledger import Ledger
 
 @dataclass(frozen=True)
 class StudyLine:
-    """One study's share of a dataset's budget. epsilon: of this study alone, at the δ asked for.
+    """What one study spent of a dataset's budget.
 
-    rounds: distinct rounds; charged: reservations, more than rounds where one was paid twice;
-    first, last: UTC seconds; known: whether ε is known (Charge.is_known_for); fallback: with secure
-    aggregation the ε that holds whatever happens, by this site's own noise alone, else None."""
+    - epsilon: ε of this study alone, at the δ asked for
+    - rounds: distinct rounds
+    - charged: reservations, more than rounds if one was paid twice
+    - first, last: UTC seconds
+    - known: whether ε is known (Charge.is_known_for)
+    - fallback: with secure aggregation the ε that holds whatever happens, by this site's own noise
+      alone, else None"""
 
     name: str
     study: str
@@ -44,13 +48,13 @@ class StudyLine:
 
 @dataclass(frozen=True)
 class DatasetBudget:
-    """A dataset's total ε as the privacy filter bounds it, and the same composed by PLD.
+    """The total ε of a dataset as the privacy filter bounds it, and the same composed by PLD.
 
-    fallback: what the filter gives by this site's own noise alone, against fallback_ceiling; None
-    where no charge has secure aggregation, and the two are one.
-
-    epsilon: at 2 · delta; pld: at delta, which is policy.max_delta; remaining: of
-    policy.max_epsilon, never below 0."""
+    - epsilon: at 2 · delta
+    - pld: at delta, which is policy.max_delta
+    - remaining: of policy.max_epsilon, never below 0
+    - fallback: what the filter gives by this site's own noise alone, against fallback_ceiling; None
+      if no charge has secure aggregation, so that the two are one"""
 
     dataset: str
     epsilon: float
@@ -74,8 +78,8 @@ class DatasetBudget:
 
 
 def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -> list[StudyLine]:
-    """One line per study and dataset, in the order of their first charge. unit: whose ε; None: that
-    of each study."""
+    """Build one line per study and dataset, in the order of their first charge. unit: the unit
+    for which ε is stated; None: that of each study."""
     groups: dict[tuple[str, str], list[Spent]] = {}
     for entry in spent:
         groups.setdefault((entry.charge.study, entry.dataset), []).append(entry)
@@ -85,8 +89,8 @@ def study_lines(spent: Sequence[Spent], delta: float, unit: str | None = None) -
 def facts(
     ledger: Ledger, dataset: str, policy: PolicyTable, unit: str | None = None
 ) -> dict[str, Any]:
-    """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit: of
-    whom the site's file names the records."""
+    """Return what `fedtune ledger` shows of a dataset: studies, budget, the ledger's head. unit:
+    whether the site's file identifies patients or single records."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     total = find_heaviest_budget(dataset, cohorts, policy)
     return {
@@ -131,7 +135,7 @@ def _is_noise_shared(spent: Sequence[Spent]) -> bool:
 
 
 def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> DatasetBudget:
-    """Compose the charges in `spent`, against the policy's ceilings."""
+    """Compose the charges in `spent`, against the policy's limits."""
     events = [entry.charge.event for entry in spent]
     order = spent[0].charge.order if spent else 2.0
     total = total_epsilon(events, order, policy.max_delta)
@@ -149,7 +153,8 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
 def find_heaviest_budget(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
 ) -> DatasetBudget:
-    """The dataset's budget: that of the cohort with the largest ε, and the largest fallback."""
+    """Return the dataset's budget: that of the cohort with the largest ε, and the largest
+    fallback."""
     budgets = [budget(dataset, cohort.spent, policy) for cohort in cohorts]
     most = max(budgets, key=lambda total: total.epsilon)
     shared = [total for total in budgets if total.fallback is not None]

@@ -1,6 +1,7 @@
-"""Modalities: one module each, a frozen dataclass. A record becomes tensors.
+"""Modalities turn a record into tensors: one module each, a frozen dataclass.
 
-The base's kind says which one reads its records, unless the study names another (base.modality)."""
+The kind of the base decides which modality reads its records, unless the study names another
+(base.modality)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ MODALITIES = Group("modalities", "base.modality", __name__, Modality)  # type: i
 
 
 def reader(base: Base, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> Reader:
-    """Build the reader of records for `base`. name: the study's base.modality.
+    """Build the reader of records for `base`. name: the value of the study's base.modality.
 
     Errors: ModelError, ConfigError (no such modality, or an extra is not installed)."""
     for candidate in [name] if name else MODALITIES.release():

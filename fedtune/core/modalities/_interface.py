@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Modality(ABC):
     """Turns a record into tensors.
 
-    It writes place-holders into a record's text and turns its file into the tensor that the frozen
-    tower reads. Targets, caps, units and gradients are as for text. kinds: of base that it
-    serves. A plan has no options for it, so fields of a subclass have defaults."""
+    It writes place-holders into a record's text and turns its file into the tensor that the
+    frozen tower reads. Targets, caps, units and gradients are as for text. kinds: the kinds of
+    base that it serves. A plan has no options for it, so fields of a subclass have defaults."""
 
     kinds: ClassVar[tuple[Kind, ...]]
 

@@ -26,9 +26,9 @@ _START = "<|startoftranscript|>"
 
 
 class Speech:
-    """Reads recordings; those longer than the base's window are rejected, or with
-    overflow = "truncate" cut. A transcript begins with a space, as all of Whisper's own do, in the
-    scripts that put spaces between words."""
+    """Reads recordings; those longer than the base's window are rejected, or cut with overflow =
+    "truncate". A transcript begins with a space, like Whisper's own transcripts, in scripts that
+    put spaces between words."""
 
     column: Literal["audio"] = "audio"
     starts = True
@@ -88,7 +88,7 @@ class AudioText(Modality):
 
 
 def _start(tokenizer: Any) -> str:
-    """Return the tokens that the decoder's text begins with, as text."""
+    """Return the tokens with which the decoder's text begins, as text."""
     ids = getattr(tokenizer, "prefix_tokens", None)
     if ids:
         return "".join(tokenizer.convert_ids_to_tokens(ids))

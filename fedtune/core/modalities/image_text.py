@@ -26,8 +26,8 @@ _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
 
 class Images:
-    """Reads an image as LLaVA does, as one tile. The place-holders go in front of the prompt (of a
-    conversation's first user message), inside objective.template."""
+    """Reads an image as LLaVA does, as one tile. The place-holders go in front of the prompt
+    (for a conversation, of the first user message), inside objective.template."""
 
     column: Literal["image"] = "image"
     starts = False
@@ -80,7 +80,8 @@ class Images:
         return int(patches) + int(config.vision_feature_select_strategy == "full")
 
     def _layout(self, media: Media) -> tuple[int, int]:
-        """Count rows and columns of tiles besides the whole image; 0, 0 where it is not split."""
+        """Count rows and columns of tiles besides the whole image; 0, 0 if the image is not
+        split."""
         return 0, 0
 
     def _text(self, rows: int, columns: int) -> str:

@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True)
 class TextModality(Modality):
-    """Text alone: nothing to place."""
+    """Reads text alone; there are no place-holders."""
 
     kinds = ("causal", "encoder")
 

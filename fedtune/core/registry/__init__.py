@@ -1,4 +1,4 @@
-"""Plug-ins: resolve a name in study.toml or site.toml to a class.
+"""Resolve the name of a plug-in in study.toml or site.toml to a class.
 
 A plug-in is a dataclass whose fields are its options. It is a module of this release, or an entry
 point of a distribution that is installed beside it, and is imported when asked for by its name."""
@@ -22,12 +22,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group(Generic[T]):
-    """All plug-ins of one kind. key: where a configuration names one, as "objective.name"; package:
-    with one module for each of this release; kind: what their classes extend.
+    """All plug-ins of one kind.
 
-    A foreign one is an entry point of the group "fedtune.NAME", where `foreign` allows one. A name
-    of this release always means the release's own.
-    Guarantee: a foreign plug-in is imported by `load` and `build` alone, and then the one asked
+    - key: where a configuration names one, as "objective.name"
+    - package: holds one module for each plug-in of this release
+    - kind: the class that plug-ins extend
+
+    A foreign plug-in is an entry point of the group "fedtune.NAME", if `foreign` allows one. A name
+    of this release always means the release's own plug-in.
+    Guarantee: a foreign plug-in is imported only by `load` and `build`, and then only the one asked
     for."""
 
     name: str
@@ -141,10 +144,10 @@ class Group(Generic[T]):
 
 
 def _toml_kind(value: object) -> type:
-    """The kind of value that TOML distinguishes: text, boolean, number."""
+    """Return the kind of value as TOML distinguishes it: text, boolean, number."""
     return type(value) if isinstance(value, str | bool) else float
 
 
 def summary(plugin: type) -> str:
-    """The first paragraph of the class's docstring, on one line."""
+    """Return the first paragraph of the class's docstring, on one line."""
     return " ".join((plugin.__doc__ or "").partition("\n\n")[0].split())

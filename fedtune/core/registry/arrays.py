@@ -1,4 +1,4 @@
-"""Names of arrays that more than one room reads: as they are sent, and stored in checkpoints."""
+"""Names of arrays that several packages read: on the wire and in checkpoints."""
 
 # Class statistics (objective.directions): what a site sends (K, k + 1), and the public basis (k, H)
 # and mean (H,) of its features.

@@ -1,4 +1,4 @@
-"""Groups of a column of numbers, such as an age: between edges that a person named."""
+"""Group a column of numbers, such as an age, into bands between edges that a person named."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def band_names(edges: Sequence[float]) -> tuple[str, ...]:
 
 
 def band_of(text: str, edges: Sequence[float]) -> int | None:
-    """Find which of `band_names` a number is in; None where the text is no finite number.
+    """Find which of `band_names` a number is in; None if the text is not a finite number.
 
     >>> [band_of(age, (18, 65)) for age in ("3", "18", "64.5", "70", "unknown", "nan")]
     [0, 1, 1, 2, None, None]

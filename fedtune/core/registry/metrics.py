@@ -1,4 +1,4 @@
-"""One table of the metrics that a report may hold: direction, bounds, interval, loggable."""
+"""The table of the metrics that a report may hold: direction, bounds, interval, loggable."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ MetricName = Literal["loss", "perplexity", "exact_match", "accuracy", "f1", "pre
 
 @dataclass(frozen=True)
 class Metric:
-    """higher_is_better: the direction; bounded: whether it lies between 0 and 1; share: whether it
-    is a share of records, whose interval is Wilson's; by_class: whether it needs a class of each
-    record; loggable: whether a log may hold it, since it is measured on public records each round.
+    """A metric's properties.
+
+    - higher_is_better: the direction
+    - bounded: whether it lies between 0 and 1
+    - share: whether it is a share of records, whose interval is Wilson's
+    - by_class: whether it needs a class of each record
+    - loggable: whether a log may hold it, since it is measured on public records each round
     """
 
     higher_is_better: bool
@@ -44,5 +48,5 @@ OTHER = Metric(higher_is_better=True, loggable=False)  # of a report by another 
 
 
 def metric(name: object) -> Metric:
-    """Look up a metric by name; OTHER where this release does not know it."""
+    """Look up a metric by name; OTHER if this release does not know it."""
     return METRICS.get(str(name), OTHER)

@@ -1,7 +1,7 @@
-"""Converters: a plug-in each, which turns one unit's rows into the rows that are read.
+"""Converters are plug-ins that turn one unit's rows into the rows that are read.
 
-None is of this release. One that another distribution brings is named in a site's own site.toml
-(data.convert), and is never imported by the process that holds the records (../conversion.py)."""
+This release has none. A converter of another distribution is named in site.toml (data.convert),
+and the process that holds the records never imports it (../conversion.py)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Converter(ABC):
     def convert(self, rows: list[Row]) -> list[Row]:
         """Return the rows that are read in place of these.
 
-        rows: all of one unit, in the order of the file: a patient's, or a single row where the unit
-        is the record, of which at most one row comes. They are dicts by column of texts, numbers,
-        truth values, None, bytes, and lists and dicts of these; what it returns holds no bytes. An
-        image or recording has to be one that these rows name.
-        It runs in a process of its own, which ends with it, and has no file, clock or network; what
-        it raises, or does not finish within the limits of core/data/conversion.py, leaves this unit
-        without a record, and no other."""
+        rows: all rows of one unit, in the order of the file: a patient's rows, or a single row
+        if the unit is the record, from which at most one row may result. They are dicts by
+        column of texts, numbers, truth values, None, bytes, and lists and dicts of these; the
+        result holds no bytes. An image or recording must be one that these rows name. The method
+        runs in a process that ends with it, and that has no file, clock or network. If it
+        raises, or does not finish within the limits of core/data/conversion.py, this unit has no
+        record, and no other unit is affected."""
 
 
 CONVERTERS = Group("converters", "data.convert.name", __name__, Converter)  # type: ignore[type-abstract]

@@ -1,8 +1,9 @@
-"""Data sources: one module each, a frozen dataclass whose fields are [data.options].
+"""Data sources read files of records: one module each, a frozen dataclass with [data.options] as
+fields.
 
-A file's suffix says which one reads it. A site may name one (data.source in its own site.toml), to
-give it options. All are of this release: they see the rows of many units. What another distribution
-brings is a converter, which sees one unit's (data/converters)."""
+A file's suffix decides which source reads it. A site may name one (data.source in site.toml), to
+give it options. All are part of this release, since they see the rows of many units. Another
+distribution can provide a converter, which sees one unit's rows (data/converters)."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Classes = Mapping[str, Sequence[str]]  # of a column of class numbers, their nam
 
 
 def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
-    """Tell `names` which columns a file has, and list those of them that are asked for."""
+    """Tell `names` which columns a file has, and list the requested ones among them."""
     names.header(list(schema.names))
     columns = sorted(set(names.keys.values()) & set(schema.names))
     _import_what_cells_need([schema.field(name).type for name in columns])
@@ -25,9 +25,9 @@ def list_asked_columns(schema: pa.Schema, names: Names) -> list[str]:
 
 
 def _import_what_cells_need(types: Sequence[pa.DataType]) -> None:
-    """Import what Arrow makes some cells with, such as nanoseconds or a time with a zone, and look
-    up the zones of these types, before the first cell is read: which modules a process imports, and
-    which files of zones it reads, must not follow from a record."""
+    """Import everything with which Arrow makes some cells, such as nanoseconds or a time with a
+    zone, and look up the zones of these types, before the first cell is read: the modules that a
+    process imports, and the files of zones that it reads, must not depend on a record."""
     import zoneinfo  # noqa: F401
 
     import pyarrow as pa
@@ -53,9 +53,9 @@ def rows_of(
 ) -> Iterator[Row | str]:
     """Yield each row of a batch, or why it cannot be used.
 
-    Errors: pyarrow.ArrowInvalid, before any row, where an offset of the file points elsewhere than
-    to its own cell: another patient's text, or memory beyond the file; DataError for a column of a
-    type that is not read. Guarantee: neither follows from a value, which is its own row's matter.
+    Errors: pyarrow.ArrowInvalid, before any row, if an offset of the file points outside its own
+    cell: to another patient's text, or to memory beyond the file; DataError for a column of a
+    type that is not read. Guarantee: neither depends on a value, which affects only its own row.
     """
     cells = {name: batch.column(name) for name in columns}
     for column in cells.values():
@@ -120,7 +120,8 @@ def _check(column: pa.Array) -> None:
 
 
 def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
-    """Check where each list begins and ends, as lists of nulls, and then what the lists are of."""
+    """Check where each list begins and ends, as lists of nulls, and then the elements of the
+    lists."""
     import pyarrow as pa
 
     values = column.values
@@ -133,7 +134,7 @@ def _check_lists(column: pa.Array, of_nulls: pa.DataType) -> None:
 
 
 def _value(cell: pa.Scalar) -> Any:
-    """Return a cell as Python has it. Errors: any, of a value of this cell."""
+    """Return a cell as a Python value. Errors: any that this cell's value causes."""
     import pyarrow as pa
 
     if not cell.is_valid:
@@ -151,7 +152,7 @@ def _value(cell: pa.Scalar) -> Any:
 
 
 def _class(labels: Sequence[str], number: int) -> str | None:
-    """Name a class by its number; -1 is a data set's own mark of a missing one."""
+    """Return the name of a class number; -1 is a data set's mark of a missing class."""
     if number == -1:
         return None
     if not 0 <= number < len(labels):

@@ -1,8 +1,8 @@
-"""Databases as the SQL source reads them: in one transaction that can write nothing, each cell as
-text, by itself.
+"""Read databases for the SQL source: in one transaction that can write nothing, each cell as a
+text.
 
-Guarantee: no cell decides what becomes of another row; no message holds a cell or a password, since
-no database's own words are kept."""
+Guarantee: no cell decides what happens to another row; no message holds a cell or a password, since
+the database's own messages are dropped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LOCKED = {  # of DuckDB: a file is read, and nothing else
 
 @dataclass(frozen=True)
 class Unusable:
-    """A cell that is no text; reason: one of REASONS."""
+    """A cell is not a text; reason: one of REASONS."""
 
     reason: str
 
@@ -53,23 +53,23 @@ class Database(Protocol):
     """A connection in a transaction that can write nothing."""
 
     def describe(self, table: str) -> tuple[list[str], bool]:
-        """List a table's columns ([] where there is none), and say whether it is an ordinary one:
-        a row of it is a row that somebody wrote."""
+        """List a table's columns ([] if there is no table), and return whether it is an ordinary
+        table, whose rows somebody wrote."""
 
     def columns_of_query(self, query: str) -> list[str]: ...
 
     def numbers(self, text: str) -> list[str]:
-        """List of what kind of number each column of a statement is: FLOAT, DECIMAL or ""."""
+        """List the kind of number of each column of a statement: FLOAT, DECIMAL or ""."""
 
     def as_text(self, cell: str) -> str:
-        """Return the expression of a cell as text."""
+        """Return the SQL expression that reads a cell as text."""
 
     def read(self, text: str, width: int) -> Iterator[Sequence[Cell]]:
         """Yield the rows of a statement that reads `width` columns."""
 
 
 def number_text(cell: Cell, kind: str) -> Cell:
-    """Return a number's text so that equal ones are one key, as in files: 7, 7.0 and 7.00."""
+    """Return a number's text, so that equal numbers are one key, as in files: 7, 7.0 and 7.00."""
     if not kind or not isinstance(cell, str):
         return cell
     try:
@@ -92,7 +92,7 @@ def quote_name(*names: str) -> str:
 
 
 def require_driver(kind: str) -> None:
-    """Errors: ConfigError where a database's driver is not installed."""
+    """Check that a database's driver is installed. Errors: ConfigError."""
     driver = DRIVERS.get(kind)
     if driver and importlib.util.find_spec(driver) is None:
         raise ConfigError(
@@ -104,7 +104,7 @@ def require_driver(kind: str) -> None:
 def connected(url: str, password: str | None, where: object) -> Iterator[Database]:
     """Connect to a database and begin its one transaction.
 
-    Errors: DataError, by the kind of error alone: a database's own words may quote a cell."""
+    Errors: DataError, which names only the kind of error: a database's message may quote a cell."""
     opened = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}[kind_of(url)]
     try:
         with opened(url, password) as database:
@@ -185,7 +185,7 @@ def _plain(cell: Any) -> Cell:
 
 
 def _file(url: str) -> Path:
-    """Return the file of a database. Errors: DataError where it is not there."""
+    """Return the file of a database. Errors: DataError if it does not exist."""
     path = file_of(url)
     if not path.is_file():
         raise DataError(f"{path}: no such file", "a database")

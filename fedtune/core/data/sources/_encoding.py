@@ -1,4 +1,5 @@
-"""Encodings in which one row's bytes cannot change how another row is read."""
+"""Check that a text encoding is one in which a row's bytes cannot change how another row is
+read."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ ASCII = "".join(map(chr, range(128)))
 
 
 def encoding_of(name: str) -> str:
-    """Return Python's name of an encoding: UTF-8, or one of a byte for each character, that has
+    """Return Python's name of an encoding: UTF-8, or one with a byte for each character that has
     ASCII's characters in ASCII's places.
 
     | utf-16, utf-7, shift_jis | ConfigError: a byte more or less shifts what follows |
@@ -46,8 +47,8 @@ _BEYOND_ASCII = re.compile("[\x80-\ud7ff\ue000-\U0010ffff]")
 
 
 def all_of_a_byte(path: Path) -> bool:
-    """Whether the text is not UTF-8, and no character of it is UTF-8 of several bytes: then each of
-    its bytes is a character. Errors: OSError."""
+    """Return whether the text is not UTF-8 and holds no UTF-8 character of several bytes: then
+    each of its bytes is a character. Errors: OSError."""
     if found_encoding(path) != "not UTF-8":
         return False
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -59,7 +60,7 @@ def all_of_a_byte(path: Path) -> bool:
 
 
 def found_encoding(path: Path) -> str:
-    """Describe a text file's encoding as its bytes show it. Errors: OSError."""
+    """Guess a text file's encoding from its bytes. Errors: OSError."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with reading.open_regular(path) as file:
         head = file.read(3)

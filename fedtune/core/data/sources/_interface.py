@@ -1,4 +1,4 @@
-"""Interface of a data source."""
+"""Define the interface of a data source."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # the byte order marks
 
 
 class BadCell(str):
-    """Why a row cannot be used, with the cells that can be read: a patient's no is heard whatever
-    else stands beside it."""
+    """The reason why a row cannot be used, with its readable cells: a patient's refusal of
+    consent counts whatever other cells hold."""
 
     cells: Row
 
@@ -51,9 +51,9 @@ class BadCell(str):
 
 @dataclass
 class Names:
-    """Column names of a dataset: where it is, the columns asked of it, and the column names met in
-    all its files; of these, which a message may show: a key of a few JSON records may itself be
-    content, and so may the first line of a CSV file without one."""
+    """Column names of a dataset: where it is, the requested columns, and the column names met in
+    all its files; and which of these a message may show: a key of a few JSON records may itself
+    be content, and so may the first line of a CSV file without a header."""
 
     where: Path | str
     keys: Keys
@@ -75,9 +75,9 @@ class Names:
 
     @property
     def listed(self) -> list[str]:
-        """List the column names that a message may show: those of a header, and keys of half of
-        several records, or beside one that is asked for, that have no space in them: one with a
-        space may be a person's name."""
+        """List the column names that a message may show: those of a header; and keys without a
+        space that half of several records have, or that stand beside a requested key: a key with
+        a space may be a person's name."""
         common = self.common
         if self.objects < FEW and not is_header(common, self.keys):
             common = []
@@ -85,7 +85,7 @@ class Names:
 
     @property
     def common(self) -> list[str]:
-        """List the keys that half of the records have: for whoever has the records."""
+        """List the keys that half of the records have, for a person who may see the records."""
         return [name for name, n in self.keys_met.items() if 2 * n >= self.objects]
 
     def header(self, names: list[str], shown: bool = True) -> None:
@@ -95,12 +95,12 @@ class Names:
             self.shown += [name for name in names if name not in self.shown]
 
     def object(self, row: Row) -> None:
-        """Add the keys of one row, of a format whose files have no header."""
+        """Add the keys of one row, for a format whose files have no header."""
         self.objects += 1
         self.keys_met.update(row.keys())
 
     def require(self) -> None:
-        """Check the requested columns. Errors: DataError for one that no file has."""
+        """Check the requested columns. Errors: DataError for a column that no file has."""
         present = self.headers | set(self.keys_met)
         absent = [(key, column) for key, column in self.keys.items() if column not in present]
         if not absent or not (present or self.hints):
@@ -119,39 +119,42 @@ class Names:
 
 
 class NotWellFormed(DataError):
-    """Error of CSV with broken quoting: the boundaries of its records are unknown."""
+    """CSV with broken quoting: the boundaries of its records are unknown."""
 
 
 @dataclass(frozen=True)
 class Source(ABC):
     """A data source: it reads the rows of one kind of file.
 
-    Subclasses are frozen dataclasses whose fields are [data.options] of site.toml. suffixes: of the
-    files that it reads, in small letters."""
+    Subclasses are frozen dataclasses whose fields are [data.options] of site.toml. suffixes: the
+    suffixes of the files that it reads, in lower case."""
 
     suffixes: ClassVar[tuple[str, ...]]
 
     def files(self, folder: Path) -> list[Path] | None:
-        """List which files of a folder are read, where something beside them says so; None: each
-        with one of `suffixes`. Errors: DataError."""
+        """List the files of a folder to read, if a file beside them lists them; None: each with one
+        of `suffixes`.
+        Errors: DataError."""
         return None
 
     @abstractmethod
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
-        """Yield each row of `path` in order, as a dict by column, or as one of REASONS if rejected,
-        a BadCell where some of its cells can be read.
+        """Yield each row of `path` in order, as a dict by column, or as one of REASONS if it is
+        rejected (a BadCell if some of its cells can be read).
 
         It tells `names` which columns the file has (`Names.header`), and reads one row at a time:
-        what is said of a row follows from that row alone. Whatever it raises makes the file one
-        that cannot be read; a DataError must name `names.where`, never `path`, which may bear a
-        patient's name, and no content."""
+        the result for a row depends on that row alone. If it raises any exception, the file counts
+        as unreadable; a DataError must name `names.where`, never `path`, which may hold a patient's
+        name, and no content."""
 
 
 @dataclass(frozen=True)
 class Collection(Source):
     """A source that reads a place as a whole: a database, or a folder of files that refer to each
-    other. kept: what data.filter is for a column that site.toml does not name there; patient: the
-    column that data.columns.patient must name, where there is but one."""
+    other.
+
+    kept: the filter for columns that data.filter does not name; patient: the column that
+    data.columns.patient must name, if there is only one."""
 
     suffixes = ()
     kept: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -161,15 +164,15 @@ class Collection(Source):
     def collect(self, where: Path, names: Names) -> Iterator[tuple[str, Row | str]]:
         """Yield each row, or one of REASONS, behind the name of its file or table.
 
-        What is said of a row follows from that patient's rows alone. Otherwise as `rows`."""
+        The result for a row depends on that patient's rows alone. Otherwise as `rows`."""
 
     def rows(self, path: Path, names: Names) -> Iterator[Row | str]:
         return (row for _, row in self.collect(path, names))
 
 
 def is_header(cells: list[str], keys: Keys) -> bool:
-    """Return whether a file's first line may be shown: it has a column that is asked for, or looks
-    like names of columns throughout."""
+    """Return whether a file's first line may be shown: it has a requested column, or consists of
+    what look like column names."""
     if any(column in cells for column in keys.values()):
         return True
     words = {word for cell in cells for word in re.split(r"[_.-]", cell.lower())}

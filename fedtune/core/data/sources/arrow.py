@@ -24,8 +24,8 @@ FILE = b"ARROW1"  # how an Arrow file begins; else it is a stream, as `save_to_d
 @dataclass(frozen=True)
 class Arrow(Source):
     """Arrow files, and the folder that `Dataset.save_to_disk` of Hugging Face writes: the files
-    that its state.json lists, and no cache that lies beside them. Class numbers are read as the
-    names that the data set gives them. Nothing of `datasets` runs, so no code of a data set does.
+    that its state.json lists, and no cache beside them. Class numbers are read as the names that
+    the data set gives them. Nothing of `datasets` runs, so no code of a data set does.
     """
 
     suffixes = (".arrow",)
@@ -74,8 +74,9 @@ class Arrow(Source):
 def _batches(data: BufferedReader) -> Iterator[pa.Schema | pa.RecordBatch]:
     """Yield a file's schema, and then its record batches.
 
-    Nothing is mapped: a file that is cut off while it is read would end this process (SIGBUS). No
-    thread is started: how many Arrow would start follows from how long each column takes."""
+    Files are not mapped: a file that is truncated while it is read would end this process (SIGBUS).
+    No thread is started: the number that Arrow would start depends on how long each column takes.
+    """
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)
@@ -110,5 +111,5 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _plain(name: object) -> bool:
-    """Whether a name is that of a file in the folder itself."""
+    """Return whether a name is that of a file in the folder itself."""
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name

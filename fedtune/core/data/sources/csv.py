@@ -102,8 +102,7 @@ class Csv(Source):
                 )
 
     def _lines(self, handle: TextIO, where: Path | str) -> Iterator[tuple[int, list[str]]]:
-        """Yield the rows that are not empty, each with its number, from 1, as a spreadsheet shows
-        it."""
+        """Yield the non-empty rows, each with its number, from 1, as a spreadsheet shows it."""
         reader = csv.reader(handle, strict=True, delimiter=self.delimiter)
         try:
             yield from ((number, cells) for number, cells in enumerate(reader, 1) if cells)
@@ -123,12 +122,11 @@ WESTERN = "cp1252"  # what a spreadsheet in western Europe writes that is not UT
 
 
 def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
-    """Guess how a CSV is written: the delimiter by the names that its header must have, the
-    encoding by its bytes. None where it is written as usual, and for whatever is no CSV.
+    """Guess the dialect of a CSV: the delimiter by the names that its header must have, the
+    encoding by its bytes. None for the usual dialect, and for a file that is not CSV.
 
-    For a person with a file of their own, such as the one whose site.toml then says it: a
-    spreadsheet in much of Europe separates cells by semicolons. While a site takes part nothing is
-    guessed.
+    This is for a person's own file, whose site.toml then states the dialect: in much of Europe a
+    spreadsheet separates cells by semicolons. While a site takes part nothing is guessed.
 
     >>> from pathlib import Path
     >>> file = Path("nord.csv")
@@ -153,7 +151,8 @@ def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
 
 
 def _header(text: str, mark: str) -> list[str]:
-    """Split the first row of a text; [] where it is none, as whoever reads the file will say."""
+    """Split the first row of a text; [] if it is not CSV, which the reader of the file will
+    report."""
     try:
         first = next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), [])
     except csv.Error:

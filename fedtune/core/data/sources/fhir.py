@@ -83,7 +83,7 @@ class Fhir(Collection):
         replaced: set[Key],
         people: dict[str, dict[str, str]],
     ) -> Row | BadCell:
-        """Return a resource as a row, or why it cannot be used."""
+        """Return a resource as a row, or the reason why it cannot be used."""
         given = encounters, conditions, replaced, people
         try:
             return self._cells(line, *given)
@@ -145,7 +145,7 @@ class Fhir(Collection):
         }
 
     def _text(self, line: Any) -> str | None:
-        """Return the document's text; None where it has none here. Errors: ValueError."""
+        """Return the document's text; None if the export does not hold it. Errors: ValueError."""
         contained = {
             str(one.get("id")): one
             for one in _tables(line.get("contained"))
@@ -165,7 +165,8 @@ class Fhir(Collection):
 
 
 def _files(where: Path, resource: str) -> list[Path]:
-    """List a folder's files of one resource. Errors: DataError where it is none, or has none."""
+    """List a folder's files of one resource. Errors: DataError if it is not a folder, or has no
+    such file."""
     if not where.is_dir():
         raise DataError(f"{where}: no folder", f"a bulk export's folder of {SUFFIX} files")
     found = sorted(p for p in where.iterdir() if p.suffix == SUFFIX and resource in p.name)
@@ -178,7 +179,7 @@ def _files(where: Path, resource: str) -> list[Path]:
 
 
 def _resources(where: Path, resource: str) -> Iterator[Any]:
-    """Yield the resources of one kind beside the documents; what cannot be read is nobody's."""
+    """Yield the resources of one kind beside the documents; unreadable ones belong to nobody."""
     for path in sorted(where.iterdir()):
         if path.suffix == SUFFIX and resource in path.name and os.path.isfile(path):
             yield from _lines(path, resource)
@@ -194,8 +195,8 @@ def _lines(path: Path, resource: str) -> Iterator[Any]:
 
 
 def _encounters(where: Path) -> dict[Key, dict[str, str]]:
-    """Map each patient's encounters to the site that had them; of several with one id, the first by
-    what they say."""
+    """Map each patient's encounters to the site of each; of several with one id, the first by
+    content counts."""
     found: dict[Key, dict[str, str]] = {}
     for line in _resources(where, "Encounter"):
         try:
@@ -213,8 +214,8 @@ def _encounters(where: Path) -> dict[Key, dict[str, str]]:
 
 
 def _people(where: Path) -> dict[str, dict[str, str]]:
-    """Map each patient's id to gender and date of birth, as far as they are said; of several
-    resources with one id, the first by what they say."""
+    """Map each patient's id to gender and date of birth, if they are given; of several resources
+    with one id, the first by content counts."""
     found: dict[str, dict[str, str]] = {}
     for line in _resources(where, "Patient"):
         told = {"gender": line.get("gender"), "born": line.get("birthDate")}
@@ -228,8 +229,8 @@ def _people(where: Path) -> dict[str, dict[str, str]]:
 
 
 def _age(born: str, date: Any) -> int | None:
-    """Return a patient's age at a date, in whole years; None where one of them is not said to the
-    day."""
+    """Return a patient's age at a date, in whole years; None if one of the dates is not given to
+    the day."""
     days = [DAY.match(value) if isinstance(value, str) else None for value in (born, date)]
     if not all(days):
         return None
@@ -254,8 +255,8 @@ def _conditions(where: Path) -> dict[Key, list[str]]:
 
 
 def _list_replaced(files: list[Path]) -> set[Key]:
-    """List the documents that a document of the same patient replaces. Another patient's does not:
-    whether it is there would decide what becomes of this one's."""
+    """List the documents that a document of the same patient replaces. Another patient's
+    document does not count: its presence would decide what happens to this one's."""
     found: set[Key] = set()
     for path in files:
         for line in _lines(path, "DocumentReference"):
@@ -279,8 +280,8 @@ def _patient(line: Any) -> str:
 
 
 def _reference(value: Any, kind: str) -> str:
-    """Return the id in a reference, of whatever server and version: "" where there is none, or one
-    to another kind of resource, or into the resource itself."""
+    """Return the id in a reference, for any server and version; "" if there is none, or if it
+    refers to another kind of resource, or into the resource itself."""
     text = _table(value).get("reference")
     if not isinstance(text, str) or text.startswith("#"):
         return ""
@@ -299,7 +300,7 @@ def _condition_status(line: Any) -> str:
 
 
 def _name_concept(concept: dict[str, Any]) -> str:
-    """Return what a concept is called: its text, or the first of its codings that has a name."""
+    """Return the name of a concept: its text, or the first of its codings that has a name."""
     text = concept.get("text")
     if isinstance(text, str) and text.strip():
         return text
@@ -321,8 +322,8 @@ def _tables(value: Any) -> list[dict[str, Any]]:
 
 
 def _decode_attachment(data: str) -> str:
-    """Decode an attachment. Errors: ValueError where it is not base64; what is not UTF-8 keeps its
-    bytes as lone surrogates, and is rejected as such."""
+    """Decode an attachment. Errors: ValueError if it is not base64. Bytes that are not UTF-8
+    become lone surrogates, and are rejected as such."""
     try:
         raw = base64.b64decode("".join(data.split()), validate=True)
     except binascii.Error as error:

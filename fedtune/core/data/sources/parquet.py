@@ -45,9 +45,9 @@ class Parquet(Source):
 
 
 def _rows_of_group(source: ParquetFile, group: int, columns: list[str]) -> Iterator[Row | str]:
-    """Yield the rows of a row group. Where rows cannot be decoded together, as Arrow cannot where
-    the texts of a nested column are more than 2 GiB in one batch, they are decoded one by one: of
-    others nothing is lost, unless one row alone is that long. Errors: pyarrow.ArrowException."""
+    """Yield the rows of a row group. If rows cannot be decoded together, as when Arrow meets
+    more than 2 GiB of nested texts in one batch, they are decoded one by one, so that no other
+    row is lost unless one row alone is that long. Errors: pyarrow.ArrowException."""
     import pyarrow as pa
 
     def batches(size: int) -> Iterator[pa.RecordBatch]:

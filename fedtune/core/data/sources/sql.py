@@ -105,8 +105,8 @@ class Sql(Collection):
         return columns + more, rows
 
     def _by(self, own: list[str], other: list[str], names: Names) -> list[str]:
-        """List the columns by which another table's rows are joined, the patient's among them:
-        whose row it is may else decide what becomes of another's. Errors: DataError."""
+        """List the columns by which another table's rows are joined, including the patient's:
+        without it, a row's patient could decide what happens to another's. Errors: DataError."""
         patient = _patient(names)
         if not (self.on in own and self.on in other):
             raise DataError(f"{names.where}: data.options.on is not a column of both tables")
@@ -157,7 +157,7 @@ def _source(table: str) -> str:
 
 
 def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[Cells]:
-    """Yield the cells of some columns as text; equal numbers of a column are equal texts."""
+    """Yield the cells of some columns as text; equal numbers in a column are equal texts."""
     cells = [f"t.{quote_name(column)}" for column in columns]
     kinds = database.numbers(f"SELECT {', '.join(cells)} FROM {source}")
     text = f"SELECT {', '.join(map(database.as_text, cells))} FROM {source}"
@@ -168,8 +168,9 @@ def _texts(database: Database, source: str, columns: Sequence[str]) -> Iterator[
 def _join_rows(
     rows: Sequence[Cells], beside: Iterable[Cells], by: int, more: int
 ) -> Iterator[Cells]:
-    """Yield each row with the cells of those that have the same first `by` cells; one alone with
-    none. Not by the database's own =, to which "AB" and "ab" may be one patient."""
+    """Yield each row with the cells of the other table's rows whose first `by` cells are the
+    same, or alone if there are none. The database's own = is not used: to it "AB" and "ab" may
+    be one patient."""
 
     def key(row: Cells) -> tuple[str, ...] | None:
         usable = [
@@ -190,13 +191,13 @@ def _join_rows(
 
 
 def _patient(names: Names) -> str:
-    """Return the column that tells patients apart, "" where none is named."""
+    """Return the patient column, "" if none is named."""
     named = (".columns.patient", "--patient")  # in a file, or on the command line
     return next((c for key, c in names.keys.items() if key.endswith(named)), "")
 
 
 def _require_patient(present: Sequence[str], names: Names) -> None:
-    """Errors: DataError where a table tells patients apart and site.toml does not say so."""
+    """Check that site.toml names the patient column of a table that has one. Errors: DataError."""
     telling = [column for column in present if column.lower() in PATIENTS]
     if telling and not _patient(names):
         raise DataError(
@@ -207,7 +208,7 @@ def _require_patient(present: Sequence[str], names: Names) -> None:
 
 
 def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
-    """Return a row as a dict, or why one of its cells cannot be used."""
+    """Return a row as a dict, or the reason why one of its cells cannot be used."""
     by_column = dict(zip(columns, cells, strict=True))
     row: Row = {name: c for name, c in by_column.items() if not isinstance(c, Unusable)}
     reason = next((cell.reason for cell in cells if isinstance(cell, Unusable)), "")
@@ -215,7 +216,7 @@ def _row(columns: Sequence[str], cells: Sequence[Cell]) -> Row | str:
 
 
 def _order(cells: Sequence[Cell]) -> list[tuple[int, str]]:
-    """Order rows by what they hold: cells without a value first, those that are unusable last."""
+    """Order rows by content: cells without a value first, unusable cells last."""
     return [
         (2, cell.reason) if isinstance(cell, Unusable) else (int(cell is not None), cell or "")
         for cell in cells
