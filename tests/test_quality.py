@@ -234,7 +234,7 @@ def test_what_cannot_be_measured_says_why(tiny_base: Path, tmp_path: Path) -> No
         Evaluator(study_of(tiny_base, file, "loss").model_copy(update={"evaluation": None}))
     with pytest.raises(ConfigError, match=r"needs evaluation\.choices"):
         Evaluator(study_of(tiny_base, file, "accuracy"))
-    with pytest.raises(ConfigError, match="two are the same"):
+    with pytest.raises(ConfigError, match="two choices have the same tokens"):
         Evaluator(study_of(tiny_base, file, "accuracy", (" yes", " yes")))
     with pytest.raises(DataError, match="of 24 completions are none of") as caught:
         Evaluator(study_of(tiny_base, file, "accuracy", (" yes", " no")))

@@ -1,4 +1,4 @@
-"""A run's folder: what lies in it, and its plan and report."""
+"""Read and write a run's folder: its layout, its plan and its report."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def has_head(run: Path) -> bool:
 
 
 def pipeline_tag(run: Path) -> str:
-    """Return the hub's name for what a finished run's model does: one with a head gives labels or a
+    """Return the hub's task name for a finished run's model: one with a head gives labels or a
     score, any other writes text."""
     return "text-classification" if has_head(run) else "text-generation"
 
 
 def without_places(study: Study) -> Study:
-    """Copy a plan with the names alone of the files on the coordinator's machine."""
+    """Copy a plan, keeping only the names of the files on the coordinator's machine."""
     tables = {name: getattr(study, name) for name in FILED}
     changes = {
         name: table.model_copy(update={"path": Path(table.path.name)})
@@ -53,8 +53,8 @@ def without_places(study: Study) -> Study:
 
 
 def write_plan(run: Path, study: Study) -> None:
-    """Write a run's plan.json, which its signature covers and which others read, and apart from it
-    where the plan's files are on this machine. Errors: InfrastructureError."""
+    """Write a run's plan.json, which its signature covers and which others read; and, in a
+    separate note, the paths of the plan's files on this machine. Errors: InfrastructureError."""
     tables = {name: getattr(study, name) for name in FILED}
     places = {name: str(table.path.absolute()) for name, table in tables.items() if table}
     if places:
@@ -65,9 +65,9 @@ def write_plan(run: Path, study: Study) -> None:
 
 
 def _with_places(study: Study, run: Path) -> Study:
-    """Copy a run's plan with where its files are: as noted beside it, if the note is of this very
-    folder, else in the run's own folder. Of a path in the plan itself the name alone counts, and no
-    link is followed: a run that was handed over names no file of this machine."""
+    """Copy a run's plan with the paths of its files: as noted beside it, if the note belongs to
+    this very folder, else in the run's own folder. Of a path in the plan itself only the name
+    counts, and no link is followed: a run that was handed over can name no file of this machine."""
     tables = {name: table for name in FILED if (table := getattr(study, name)) is not None}
     noted: dict[str, Any] = {}
     if tables and (run / PLACES).exists():
@@ -84,8 +84,8 @@ def _with_places(study: Study, run: Path) -> Study:
 
 
 def _identity(folder: Path) -> int:
-    """Return what tells this folder from any copy of it: whoever hands a run over cannot choose the
-    number of the inode that it gets here. (The number of the device changes with a restart.)"""
+    """Return what tells this folder from any copy of it: whoever hands a run over cannot choose
+    the inode number that it gets here. (The number of the device changes with a restart.)"""
     return folder.stat().st_ino
 
 

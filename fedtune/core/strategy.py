@@ -1,7 +1,8 @@
-"""What an aggregation strategy is: updates are added as they arrive, then applied once per round.
+"""Define the interface of an aggregation strategy: add updates as they arrive, apply them once
+per round.
 
 A strategy is a dataclass whose fields are study.strategy.options, one module each in
-fedtune/strategies. A site's vault knows of them that the policy may name them, and loads none."""
+fedtune/strategies. A site's vault only knows their names, for its policy, and loads none."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ State = dict[str, npt.NDArray[np.float64]]
 class Strategy(ABC):
     """Turns a round's updates (fp32 differences from the adapter that was sent) into an adapter.
 
-    Subclasses are dataclasses whose fields are the options of study.strategy.options; what they
-    keep of a round, and from round to round, is not among the fields.
+    Subclasses are dataclasses whose fields are the options of study.strategy.options; the state
+    that they keep within a round, and from round to round, is not among the fields.
     | no update was added      | `apply` returns the adapter as it was, and the state stays |
     | updates in another order | the same result, to 1e-12 of the largest value             |
     Guarantee: post-processing of what the sites sent; costs no ε.
@@ -40,19 +41,19 @@ class Strategy(ABC):
     of_statistics: ClassVar[bool] = False
 
     def check(self, study: Study) -> None:  # noqa: B027 - a hook that most leave empty
-        """Errors: ConfigError where the rest of the study does not fit this strategy."""
+        """Check that the rest of the study fits this strategy. Errors: ConfigError."""
 
     def prepare(self, study: Study, frozen: Arrays) -> None:  # noqa: B027 - as `check`
-        """Take in the plan as it runs, and what of it is public and never trained. Called once,
-        before any update is added."""
+        """Take in the plan as it runs, and its public arrays that are never trained. Called
+        once, before any update is added."""
 
     def update_like(self, adapter: Arrays) -> Arrays:
         """Return arrays with the names and shapes of an update: by default the adapter's."""
         return adapter
 
     def describe_round(self, units: float, deviation: float) -> None:  # noqa: B027 - as `check`
-        """Hear of how many declared units the round's weighted mean is, and which standard
-        deviation the noise has in each of its numbers (0: none). Called before `apply`."""
+        """Take in the number of declared units in the round's weighted mean, and the standard
+        deviation of the noise in each of its numbers (0: none). Called before `apply`."""
 
     @abstractmethod
     def add(self, update: Arrays, weight: float) -> None:
@@ -60,36 +61,36 @@ class Strategy(ABC):
 
     @abstractmethod
     def apply(self, adapter: Arrays) -> Arrays:
-        """The next adapter; forgets the round's updates."""
+        """Return the next adapter, and forget the round's updates."""
 
     def class_figures(self) -> ClassFigures | None:
-        """Return what the releases so far say of each class; None of a strategy, or before a
-        round, that says nothing of classes."""
+        """Return what the releases so far show about each class; None for a strategy without
+        classes, or before a round."""
         return None
 
     def state(self) -> State:
-        """What must survive a restart between rounds."""
+        """Return the state that must survive a restart between rounds."""
         return {}
 
     def load_state(self, state: State) -> None:
-        """The inverse of `state`. Errors: ConfigError where it is another strategy's state."""
+        """Restore what `state` returned. Errors: ConfigError if it is another strategy's state."""
         if state:
             raise ConfigError("the checkpoint holds another strategy's state")
 
 
 def require(condition: bool, option: str, expected: str) -> None:
-    """Errors: ConfigError unless `condition`."""
+    """Check `condition`. Errors: ConfigError unless it holds."""
     if not condition:
         raise ConfigError(f"strategy.options.{option} is out of range", expected)
 
 
 def move_adapter(adapter: Arrays, step: State) -> Arrays:
-    """adapter + step, summed in fp64 and returned in fp32."""
+    """Return adapter + step, summed in fp64 and returned in fp32."""
     return {n: (a.astype(np.float64) + step[n]).astype(np.float32) for n, a in adapter.items()}
 
 
 def unflatten(state: State, groups: tuple[str, ...]) -> dict[str, State]:
-    """{"m/name": a} to {"m": {"name": a}}. Errors: ConfigError on a key outside `groups`."""
+    """Turn {"m/name": a} into {"m": {"name": a}}. Errors: ConfigError on a key outside `groups`."""
     found: dict[str, State] = {group: {} for group in groups}
     for key, array in state.items():
         group, _, name = key.partition("/")

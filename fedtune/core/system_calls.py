@@ -1,9 +1,8 @@
-"""Linux's system calls by name, and which of them each kind of process may make.
+"""List Linux's system calls by name, and which of them each kind of process may make.
 
-    vault       every call but NEVER; sockets of some families alone
-    courier     OF_COURIER, and no other: what this list does not know is refused, also calls that a
-                newer Linux has
-    conversion  COMPUTING, and no other
+vault every call but NEVER; sockets of some families alone courier OF_COURIER, and no other: a
+call that is not listed is refused, also calls that a newer Linux has conversion COMPUTING, and
+no other
 
 A filter reads a call's number and the lower half of its arguments (linux/seccomp.h), never what a
 pointer leads to. `Lines` are of linux/filter.h: (code, jump if true, jump if false, constant).
@@ -166,8 +165,8 @@ def is_known() -> bool:
 
 
 def filter_of_vault(families: Sequence[int]) -> Lines:
-    """Write the filter of a process that opens sockets of `families` alone, and changes no limit of
-    others."""
+    """Build the filter of a process that opens only sockets of `families`, and changes no limits
+    of others."""
     lines = _start()
     for numbers in NEVER.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, REFUSE)])
@@ -176,7 +175,7 @@ def filter_of_vault(families: Sequence[int]) -> Lines:
 
 
 def filter_of_courier(families: Sequence[int]) -> Lines:
-    """Write the filter of a process on a network of `families`, which makes no call that is not in
+    """Build the filter of a process on a network of `families`, which makes no call outside
     OF_COURIER."""
     # Limits of its own, which it reads and does not set; the end of a child, not what it used.
     further = _of_call(PRLIMIT, _if_zero(FIRST, THIRD, THIRD + 4))
@@ -185,7 +184,7 @@ def filter_of_courier(families: Sequence[int]) -> Lines:
 
 
 def filter_of_computing() -> Lines:
-    """Write the filter of a process that makes no call that is not in COMPUTING."""
+    """Build the filter of a process that makes no call outside COMPUTING."""
     nameless: Lines = []
     for numbers in NAMELESS.values():
         nameless += _of_call(numbers, [(GIVE, 0, 0, ZERO)])
@@ -198,8 +197,8 @@ def _write_filter(
     further: Lines,
     given: int,
 ) -> Lines:
-    """Write a filter that allows `calls`, `some` by an argument, what `further` says, and gives
-    `given` for any other."""
+    """Build a filter that allows `calls`, `some` depending on an argument, and what `further`
+    says, and returns `given` for any other call."""
     lines = _start()
     for numbers in calls.values():
         lines += _of_call(numbers, [(GIVE, 0, 0, ALLOW)])
@@ -209,8 +208,8 @@ def _write_filter(
 
 
 def _start() -> Lines:
-    """Write a filter's first lines: calls of another machine are refused, and the call's number is
-    loaded."""
+    """Build a filter's first lines: calls of another machine are refused, and the call's number
+    is loaded."""
     return [
         (LOAD, 0, 0, MACHINE),
         (IF_EQUAL, 1, 0, MACHINES[platform.machine()]),
@@ -222,13 +221,13 @@ def _start() -> Lines:
 
 
 def _of_call(numbers: Numbers, lines: Lines) -> Lines:
-    """Write what is done for one call: `lines`, which end with what is given."""
+    """Build the lines for one call: `lines`, which end with the filter's result."""
     number = numbers[list(MACHINES).index(platform.machine())]
     return [] if number is None else [(IF_EQUAL, 0, len(lines), number), *lines]
 
 
 def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines:
-    """Allow a call where an argument is one of `values`, under a mask if there is one."""
+    """Allow a call if an argument is one of `values`, under a mask if there is one."""
     lines: Lines = [(LOAD, 0, 0, argument)]
     if mask:
         lines.append((MASK, 0, 0, mask))
@@ -238,7 +237,7 @@ def _if_argument(argument: int, values: Collection[int], mask: int = 0) -> Lines
 
 
 def _if_zero(*words: int) -> Lines:
-    """Allow a call where these halves of its arguments are all 0; of a pointer, both."""
+    """Allow a call if these halves of its arguments are all 0; for a pointer, both halves."""
     lines: Lines = []
     for word in words:
         lines += [(LOAD, 0, 0, word), (IF_EQUAL, 1, 0, 0), (GIVE, 0, 0, REFUSE)]
@@ -246,7 +245,7 @@ def _if_zero(*words: int) -> Lines:
 
 
 def _of_sockets(families: Sequence[int]) -> Lines:
-    """Allow sockets of `families`, of streams and datagrams: to root a raw one hands every packet
+    """Allow stream and datagram sockets of `families`: a raw socket would give root every packet
     of the machine. A pair of datagram sockets can still send to a path, so pairs are of streams."""
     pairs = _if_argument(SECOND, (socket.SOCK_STREAM,), KIND)
     kinds: Lines = [

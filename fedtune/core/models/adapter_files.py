@@ -1,4 +1,4 @@
-"""An adapter's files in a run folder: PEFT's own, and a head beside them."""
+"""Load and save an adapter's files in a run folder: PEFT's own, and a head beside them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pick_arrays(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
 
 
 def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
-    """Save `arrays` as PEFT does, with the settings of the adapter in `like` but for its shape.
+    """Save `arrays` as PEFT does, with the settings of the adapter in `like` except for its shape.
     Errors: OSError."""
     from peft import LoraConfig
     from safetensors.numpy import save

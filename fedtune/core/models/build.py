@@ -1,4 +1,4 @@
-"""The network of a study: one in a process for each setting, shared by simulated sites."""
+"""Build the network of a study: one per process and setting, shared by simulated sites."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fedtune.core.registry import process_cache
 
 
 def build(study: Study, base: Base | None = None) -> Network:
-    """The network of a study; one per process and setting, so that simulated sites share it.
-    base: without it, the one that the study names, fetched if need be: for one's own studies.
+    """Build the network of a study; one per process and setting, so that simulated sites share
+    it. base: by default the base that the study names, fetched if needed, which is for one's own
+    studies only.
 
     Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
     base = base or find_base(study.base.model, study.base.digest)
@@ -39,22 +40,22 @@ def _build(
     quantisation: QuantisationTable | None,
     modality: str | None,
 ) -> Network:
-    """trained: the objective's outputs and directions."""
+    """Build the network. trained: the objective's outputs and directions."""
     report(f"loading the base {base.name}")
     outputs, directions = trained
     return Network(base, dtype, lora, outputs, quantisation, modality, directions)
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """bfloat16 where it is faster here, unless the study says otherwise."""
+    """Return the number format: bfloat16 if it is faster here, unless the study names another."""
     fast = _bf16_is_faster() if name == "auto" else name == "bfloat16"
     return torch.bfloat16 if fast else torch.float32
 
 
 @process_cache.cached("speed of bf16")
 def _bf16_is_faster() -> bool:
-    """Whether the GPU or processor multiplies bf16 natively; for the processor, whether that is
-    faster, measured once per process."""
+    """Return whether the GPU or processor multiplies bf16 natively; for the processor, whether
+    that is faster, measured once per process."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     if not torch.cpu._is_avx512_bf16_supported():

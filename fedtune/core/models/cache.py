@@ -1,9 +1,9 @@
-"""Micro-batches of a dataset, with the states below the cut computed once per record.
+"""Form micro-batches of a dataset, with the states below the cut computed once per record.
 
 The kernel of a matrix product, and its order of addition, depend on the matrices' shapes, so the
-last digits of a record's figures depend on the number of records beside it. What is summed under
-the guarantee is therefore computed in blocks: micro-batches whose every shape is a function of the
-record's own bucket (docs/decisions/0025-fixed-shapes.md)."""
+last digits of a record's figures depend on the number of records beside it. Whatever is summed
+under the guarantee is therefore computed in blocks: micro-batches whose every shape is a
+function of the record's own bucket (docs/decisions/0025-fixed-shapes.md)."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ THREADS = 2
 
 
 class Bucket(NamedTuple):
-    """Shapes shared by the records of a micro-batch; a function of each record alone. length: of
-    its longest passage, padded; targets: most targets of a passage, padded likewise; full: for an
-    encoder, which reads a padding mask, whether there is no padding."""
+    """Shapes shared by the records of a micro-batch, which depend on each record alone.
+
+    length: padded length of its longest passage; targets: most targets of a passage, also padded;
+    full: for an encoder, which reads a padding mask, whether there is no padding."""
 
     length: int
     tiles: int = 1
@@ -58,14 +59,14 @@ class Bucket(NamedTuple):
 class CachedDataset:
     """A dataset with cached prefix states of a network.
 
-    Where something below the adapters is frozen, each record's states are computed once, kept
-    unpadded (2 · positions · H bytes in bf16; prefix_store.py), and every later step starts
-    at the cut. Exact: there is no dropout and no adapter below it. All positions are kept or,
-    where no layer above the cut mixes positions, those with a target (else the record's last).
-    Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from products
-    whose shapes follow from the record's own bucket, whoever else is in the dataset.
-    memory: bytes of states that the process may hold before more go to the encrypted file; None: a
-    quarter of the machine's.
+    If something below the adapters is frozen, each record's states are computed once and kept
+    unpadded (2 · positions · H bytes in bf16; prefix_store.py), and every later step starts at
+    the cut. This is exact: there is no dropout and no adapter below it. All positions are kept
+    or, if no layer above the cut mixes positions, those with a target (else the record's last).
+    Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from
+    products whose shapes follow from the record's own bucket, whoever else is in the dataset.
+    memory: bytes of states that the process may hold before more go to the encrypted file; None:
+    a quarter of the machine's.
 
     Datasets that hold the same record over the same network share its states, under the digest of
     token ids, kept positions and file: the ids reflect tokenizer, template and length, and a
@@ -100,7 +101,7 @@ class CachedDataset:
 
     @property
     def states(self) -> list[HiddenStates]:
-        """Return the states computed so far: whoever holds them keeps them from being erased."""
+        """Return the states computed so far; while the caller holds them they are not erased."""
         return [state for state in self._states if state is not None]
 
     def _positions_to_keep(self, passage: Passage) -> npt.NDArray[np.int64]:
@@ -167,8 +168,8 @@ class CachedDataset:
             self._tower_states.clear()
 
     def _compute_or_skip(self, rows: list[int]) -> None:
-        """Compute states as `_compute`; a record that makes a library raise is left out alone, and
-        fails again when it is read."""
+        """Compute states as `_compute`; a record for which a library raises is left out by
+        itself, and fails again when it is read."""
         try:
             self._compute(rows)
         except Exception as error:  # its words may quote a record
@@ -195,8 +196,8 @@ class CachedDataset:
     ) -> Iterator[Batch]:
         """Yield the records `indices`, each once, in micro-batches of one bucket and at most
         `token_budget` positions (always at least one record). For public or local results: their
-        last digits depend on the batch. on_work: hears how much of all is done, each time that the
-        next is requested."""
+        last digits depend on the batch. on_work: called with the share of the work that is done,
+        each time that the next micro-batch is requested."""
         self._ensure_warm(indices)
 
         def size(bucket: Bucket) -> int:
@@ -213,9 +214,9 @@ class CachedDataset:
     def blocks(
         self, indices: Indices, limit: int | None = None, on_work: OnWork | None = None
     ) -> Iterator[Batch]:
-        """Yield micro-batches of a fixed shape, blocks: always as many records of a bucket, at most
-        `limit`, filled up with the first. For whatever is summed over units and noised. on_work: as
-        of `batches`."""
+        """Yield micro-batches of a fixed shape, blocks: always the same number of records of a
+        bucket, at most `limit`, filled up with the first. Use it for everything that is summed
+        over units and noised. on_work: as for `batches`."""
         self._ensure_warm(indices)
         groups = self._block_groups(indices, limit)
         done, total = 0, sum(self._work(bucket, size) for bucket, size, _ in groups)
@@ -227,7 +228,7 @@ class CachedDataset:
                 on_work(done, total)
 
     def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
-        """Return the total that `on_work` of `blocks` hears for these records."""
+        """Return the total that `blocks` reports to `on_work` for these records."""
         return sum(
             self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
         )
@@ -235,7 +236,8 @@ class CachedDataset:
     def _block_groups(
         self, indices: Indices, limit: int | None
     ) -> list[tuple[Bucket, int, list[int]]]:
-        """Group `indices` into blocks: the bucket, how many records its blocks have, and which."""
+        """Group `indices` into blocks: for each its bucket, its number of records, and their
+        indices."""
 
         def size(bucket: Bucket) -> int:
             if self._one_record_per_block or (
@@ -250,8 +252,8 @@ class CachedDataset:
         return [(bucket, size(bucket), records) for bucket, records in groups]
 
     def _work(self, bucket: Bucket, records: int) -> int:
-        """Count the products of a pass of so many records of a bucket above the cut: the time that
-        it takes follows from them, and so does that of a gradient. Only ratios matter."""
+        """Count the products of a pass of so many records of a bucket above the cut. The time of
+        the pass, and that of a gradient, is proportional to them; only ratios matter."""
         of_position, of_target = self.network.products
         positions = self._positions_per_record(bucket)
         targets = self._n_passages * bucket.targets
@@ -259,7 +261,7 @@ class CachedDataset:
 
     @property
     def _one_record_per_block(self) -> bool:
-        """Whether PyTorch uses more threads than may share a block of several records."""
+        """Return whether PyTorch uses more threads than may share a block of several records."""
         return self.network.device.type == "cpu" and self._threads > THREADS
 
     def _ensure_warm(self, indices: Indices) -> None:
@@ -299,9 +301,9 @@ class CachedDataset:
         )
 
     def _pad_soft_targets(self, records: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Pad the teacher's soft targets of `records` to one shape. Their number follows from the
-        records beside one: they are gathered by a record's own positions (objectives/distill.py),
-        and nothing is added up over them."""
+        """Pad the teacher's soft targets of `records` to one shape. Their number depends on the
+        records in the block, but each record gathers them by its own positions
+        (objectives/distill.py), and nothing is summed over them."""
         marks = [mark for i in records if (mark := self.dataset.examples[i].soft) is not None]
         if not marks:
             return None
@@ -363,8 +365,8 @@ class CachedDataset:
         return padded
 
     def _read(self, rows: list[int]) -> list[torch.Tensor]:
-        """Read the states of passages; those that the store has lost are computed again, in blocks
-        of the same shapes as the first time."""
+        """Read the states of passages; states that the store has lost are computed again, in
+        blocks of the same shapes as the first time."""
         read: dict[int, torch.Tensor] = {}
         lost: list[int] = []
         for index in dict.fromkeys(rows):  # a block may be filled with its first record
@@ -415,6 +417,7 @@ def _fill_block(indices: list[int], size: int) -> list[int]:
 
 
 def _name(passage: Passage, positions: npt.NDArray[np.int64], media: bytes = b"") -> bytes:
-    """Digest that names a passage's states: of token ids, kept positions and file, separately."""
+    """Return the digest that names a passage's states: of token ids, kept positions and file,
+    separately."""
     parts = (passage.input_ids.tobytes(), positions.tobytes(), *([media] if media else []))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()

@@ -1,8 +1,8 @@
-"""What a site sums of its records by class: their vectors in a public basis, and how many they are.
+"""Sum a site's records by class: their vectors in a public basis, and their number.
 
-The basis is public and fixed before a record is read; it decides how useful the sums are, and has
-no say in how far a record moves them: features are bounded here, and a unit's sums are clipped and
-noised as every gradient is."""
+The basis is public and fixed before a record is read. It decides how useful the sums are, but
+not how far a record moves them: features are bounded here, and a unit's sums are clipped and
+noised like every gradient."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class ClassStatistics(nn.Module):
         return torch.cat([features, count_weight * is_finite.float()], dim=1)
 
     def load(self, arrays: Mapping[str, npt.NDArray[np.float32]]) -> None:
-        """Load basis and mean. Errors: ModelError where they are not of this shape, not finite, or
-        an entry is larger than LARGEST; nothing is loaded then."""
+        """Load basis and mean. Errors: ModelError if they do not have this shape, are not
+        finite, or have an entry larger than LARGEST; nothing is loaded then."""
         held = {CLASS_BASIS: self.basis, CLASS_MEAN: self.mean}
         if arrays.keys() != held.keys():
             raise ModelError(
@@ -93,7 +93,8 @@ class ClassStatistics(nn.Module):
         return {name: tensor.cpu().numpy().copy() for name, tensor in held.items()}
 
     def draw(self, seed: int) -> None:
-        """Draw a basis from a public seed, uniform in ±1/√H: what there is before a plan's own."""
+        """Draw a basis from a public seed, uniform in ±1/√H, for use before the plan's own basis
+        is known."""
         generator = torch.Generator().manual_seed(seed)
         bound = self.basis.shape[1] ** -0.5
         drawn = torch.empty(self.basis.shape).uniform_(-bound, bound, generator=generator)

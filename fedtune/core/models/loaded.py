@@ -1,6 +1,8 @@
-"""Whole models as users load them: a base in transformers, a run's adapter by PEFT, a run's head
-beside them. For scores and soft targets, one record at a time: no result of a record depends on
-other records."""
+"""Load complete models as users do: a base in transformers, a run's adapter by PEFT, and a run's
+head.
+
+They serve scores and soft targets, one record at a time: no result of a record depends on other
+records."""
 
 from __future__ import annotations
 
@@ -40,9 +42,10 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class LoadedModel:
-    """A base or run, ready to use. model: a transformers model, or a PeftModel round it, in eval
-    mode; head: a trained one, if the run has it; study: the run's plan; digest: of everything that
-    it computes with."""
+    """A base or run, ready to use.
+
+    model: a transformers model, or a PeftModel around it, in eval mode; head: the trained head, if
+    the run has one; study: the run's plan; digest: of everything that it computes with."""
 
     base: Base
     model: Any
@@ -61,8 +64,8 @@ class LoadedModel:
     def next_tokens_all(
         self, passages: Sequence[np.ndarray], at: Sequence[np.ndarray]
     ) -> Iterator[torch.Tensor]:
-        """Compute next-token log-probabilities of several passages in one pass: for public text
-        alone."""
+        """Compute next-token log-probabilities of several passages in one pass, for public text
+        only."""
         weight = self._inner.lm_head.weight
         for states, places in zip(self._states(passages)[0], at, strict=True):
             chosen = states[torch.from_numpy(places)]
@@ -76,7 +79,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def scores_all(self, passages: Sequence[np.ndarray]) -> torch.Tensor:
-        """Score several passages in one pass, (n, outputs): for public text alone."""
+        """Score several passages in one pass, (n, outputs), for public text only."""
         if self.head is None:
             raise ModelError(f"{self.base.name}: has no trained head", "a run that trained one")
         logits: torch.Tensor = self.head(pool_states(*self._states(passages), self.base.kind))
@@ -117,12 +120,12 @@ def load(
     trainable: bool = False,
     sent: bool = False,
 ) -> LoadedModel:
-    """Load the base or the run folder that `source` names. sent: the run was received, so its base
-    is found by digest, or is in the run itself.
+    """Load the base or the run folder that `source` names. sent: whether the run was received,
+    so that its base is found by digest, or is in the run itself.
 
-    Guarantee: with `digest` given, what computes anything else is refused.
-    Errors: ModelError (not found, other digest, not to be loaded), ConfigError (plan.json);
-    PolicyRefused (sent, and its base is not here)."""
+    Guarantee: with `digest` given, a model that computes anything else is refused. Errors:
+    ModelError (not found, another digest, or it cannot be loaded), ConfigError (plan.json);
+    PolicyRefused (sent, and its base is not on this machine)."""
     run = place_of(str(source))
     study = load_plan(run) if (run / PLAN).is_file() else None
     if study and sent:
@@ -154,8 +157,8 @@ def load(
 
 
 def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:
-    """Return the base's digest; with an adapter folder, one of the base and all arrays in it, and
-    of how the base is quantised, if it is."""
+    """Return the base's digest; with an adapter folder, a digest of the base, of all arrays in
+    the folder, and of the quantisation of the base, if there is one."""
     if adapter is None:
         return base.digest
     both = f"{base.digest}\n{lora.digest(load_adapter(adapter))}"

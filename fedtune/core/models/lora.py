@@ -1,4 +1,4 @@
-"""The adapter: PEFT's LoRA with A frozen and only B trained by default (FFA-LoRA).
+"""Attach the adapter: PEFT's LoRA with A frozen and only B trained by default (FFA-LoRA).
 
 With A fixed and shared, the mean of the sites' B is exactly the mean of their updates B·A, updates
 are half as large, and noise never multiplies noise (Sun et al. 2024, section 3)."""
@@ -29,8 +29,8 @@ Arrays = dict[str, np.ndarray]
 def attach(
     model: PreTrainedModel, lora: LoraTable, base_name: str, parts: Components | None = None
 ) -> PeftModel:
-    """Attach PEFT's LoRA to `model` with B zero; only `lora.train` is trainable. parts: for a base
-    with a tower, which never gets an adapter.
+    """Attach PEFT's LoRA to `model` with B zero; only `lora.train` is trainable. parts: the
+    parts of a base with a tower, which never gets an adapter.
 
     Errors: ConfigError when a named module does not exist in this architecture."""
     text = parts.text if parts else model
@@ -66,15 +66,15 @@ def attach(
 
 
 def name_base(config: PeftConfig, base_name: str) -> None:
-    """Name the base in an adapter's config; a wheel's by its id and revision on the hub, which PEFT
-    resolves without fedtune. fedtune itself goes by the run's plan."""
+    """Name the base in an adapter's config; a wheel's base by its id and revision on the hub,
+    which PEFT resolves without fedtune. fedtune itself uses the run's plan."""
     upstream = upstream_of(base_name)
     config.base_model_name_or_path = upstream.model if upstream else base_name
     config.revision = upstream.revision if upstream else config.revision
 
 
 def blocks(text: torch.nn.Module) -> int:
-    """Count the transformer blocks that an adapter can be put on."""
+    """Count the transformer blocks that can get an adapter."""
     layers = getattr(text, "layers", None)
     if isinstance(layers, torch.nn.ModuleList):
         return len(layers)
@@ -84,7 +84,8 @@ def blocks(text: torch.nn.Module) -> int:
 def _by_name(
     model: PreTrainedModel, parts: Components, lora: LoraTable, layers: list[int] | None
 ) -> list[str]:
-    """Full names of the target modules, since a tower's layers share the text's last names."""
+    """Return the full names of the target modules, since a tower's layers share the last names
+    of the text's."""
     named = {id(module): name for name, module in model.named_modules()}
     text, modules = list(parts.text.named_modules()), list[torch.nn.Module]()
     for name in lora.modules:
@@ -100,7 +101,7 @@ def _by_name(
 
 
 def _within(name: str, layers: list[int] | None) -> bool:
-    """Whether a module of the text lies in one of the blocks `layers`."""
+    """Return whether a module of the text model lies in one of the blocks `layers`."""
     match = re.match(r"layers\.(\d+)\.", name)
     return layers is None or (match is not None and int(match[1]) in layers)
 
@@ -128,8 +129,8 @@ def draw(factor: Mapping[str, torch.nn.Parameter], seed: int) -> Arrays:
 def frozen_of_plan(
     table: LoraTable, factor: Arrays, outputs: Arrays, trained: Mapping[str, nn.Parameter]
 ) -> Arrays:
-    """Check that A (`factor`) and W or U (`outputs`) are the plan's, and return these: empty where
-    the plan has no preconditioner. trained: the trainable parameters by name.
+    """Check that A (`factor`) and W or U (`outputs`) are the plan's, and return the latter: empty
+    if the plan has no preconditioner. trained: the trainable parameters by name.
 
     Errors: ModelError; no record was read before it."""
     if table.a_digest not in (None, digest(factor)):

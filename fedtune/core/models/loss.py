@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen head, without ever holding positions × vocabulary.
+"""Compute cross-entropy with a frozen head, without ever holding positions × vocabulary.
 
 The head is the largest layer of a small model and it is not trained: all that training needs of it
 is the gradient at its input. That is formed together with the loss, some positions at a time."""

@@ -1,4 +1,4 @@
-"""One copy of the base in memory, cut into a frozen prefix and a trainable part.
+"""Hold one copy of the base in memory, cut into a frozen prefix and a trainable part.
 
 Sites and coordinator use the same methods, whatever the base: states at the cut, hidden states
 above it, logits. Adapters are swapped by loading arrays."""
@@ -50,8 +50,10 @@ log = logging.getLogger("fedtune.models")
 
 
 class Network:
-    """A frozen base with its adapter or head. Shapes: B records, L positions, H hidden, V classes
-    or vocabulary. Adapters and heads are fp32 whatever the base."""
+    """A frozen base with its adapter or head.
+
+    Shapes: B records, L positions, H hidden, V classes or vocabulary. Adapters and heads are fp32
+    whatever the base."""
 
     def __init__(
         self,
@@ -63,8 +65,8 @@ class Network:
         modality: str | None = None,
         directions: int = 0,
     ) -> None:
-        """labels: outputs of the trained head, 0 for the model's own; directions: of the public
-        basis, where class statistics are trained for that head, else 0."""
+        """Build the network. labels: outputs of the trained head, 0 for the model's own head;
+        directions: of the public basis, if class statistics are trained for that head, else 0."""
         if not lora and not labels:
             raise ConfigError("nothing to train", "a [lora] table, or objective classify or reward")
         self.base = base
@@ -112,15 +114,15 @@ class Network:
 
     @cached_property
     def positions(self) -> int | None:
-        """Longest text of the base in tokens; None where its config does not say."""
+        """The longest text of the base in tokens; None if its config does not say."""
         return positions_of(self._backbone)
 
     @torch.no_grad()
     def check_length(self, length: int) -> None:
-        """Check that the base reads texts of `length` tokens here, before any record is read: a
-        record that is too long would fail, and so disclose its length. Errors: ConfigError, whose
-        words may leave a site: of a library's error they have not even the class, which would tell
-        whether memory ran out."""
+        """Check that the base reads texts of `length` tokens on this machine, before any record
+        is read: a record that is too long would fail, and so disclose its length. Errors:
+        ConfigError, whose message may leave a site: it does not even hold the class of a
+        library's error, which would tell whether memory ran out."""
         if self.positions is not None and length > self.positions:
             raise ConfigError(
                 f"objective.max_length = {length} is more than the base can read",
@@ -141,7 +143,7 @@ class Network:
 
     @property
     def cached(self) -> bool:
-        """Whether states at the cut are worth keeping (something is frozen below it)."""
+        """Whether caching states at the cut helps (something below the cut is frozen)."""
         return self.pooled or self._split is not None
 
     @property
@@ -157,7 +159,8 @@ class Network:
         return self._fills or self._parts.crossed
 
     def frames(self, tiles: int) -> int:
-        """Number of the tower's states for a file of `tiles` tiles; 0 without a tower."""
+        """Return the number of the tower's states for a file of `tiles` tiles; 0 without a
+        tower."""
         return self._parts.frames * tiles
 
     def has_row_per_tile(self, parameter: nn.Parameter) -> bool:
@@ -168,7 +171,7 @@ class Network:
 
     @property
     def trained(self) -> nn.Module:
-        """The module that holds every trainable parameter, for the gradient engine to watch."""
+        """The module that holds every trainable parameter, which the gradient engine watches."""
         holder = nn.ModuleDict()
         if not self.pooled:
             holder["backbone"] = self._split.tail if self._split else self._backbone
@@ -182,8 +185,8 @@ class Network:
 
     @cached_property
     def products(self) -> tuple[int, int]:
-        """Count the multiplications that one position takes in the layers above the cut, and one
-        target in the base's own head: how long a pass takes follows from both."""
+        """Count the multiplications of one position in the layers above the cut, and of one
+        target in the base's own head: the time of a pass follows from both."""
         above = 0 if self.pooled else _weights(self._split.tail if self._split else self._backbone)
         scored = self.head is None and self._lm_head is not None
         return above, self.hidden_size * self.vocabulary if scored else 0
@@ -226,7 +229,8 @@ class Network:
         return states if self._fills else self._fill(states, tower_states)
 
     def _position_ids(self, is_placeholder: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Position ids for a base whose positions are two-dimensional (M-RoPE); else nothing."""
+        """Return position ids for a base whose positions are two-dimensional (M-RoPE); else
+        nothing."""
         return {"position_ids": plane_positions(is_placeholder)} if self._parts.plane else {}
 
     def _fill(self, states: torch.Tensor, tower_states: torch.Tensor | None) -> torch.Tensor:
@@ -270,8 +274,8 @@ class Network:
         return states.gather(1, keep[:, :, None].expand(-1, -1, states.shape[2]))
 
     def logits(self, selected: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """Compute next-token logits (n, V) fp32 of states (n, H), over `tokens` alone if given;
-        where a head is trained, its class logits."""
+        """Compute next-token logits (n, V) fp32 of states (n, H), only of `tokens` if given; if
+        a head is trained, its class logits."""
         if self.head is not None:
             scores: torch.Tensor = self.head(selected.float())
             return scores
@@ -288,16 +292,16 @@ class Network:
         return head_loss(selected, self._lm_head.weight, targets)  # type: ignore[arg-type]
 
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute the products (B, V) fp32 of vectors' class statistics with what is trained of
-        them. Errors: ModelError where the network has no such statistics."""
+        """Compute the products (B, V) fp32 of vectors' class statistics with their trained sums.
+        Errors: ModelError if the network has no such statistics."""
         if self.statistics is None:
             raise ModelError("this network has no class statistics", "an objective with directions")
         products: torch.Tensor = self.statistics(vectors, count_weight)
         return products
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Pool to one vector per record (B, H) fp32: mean over tokens (encoder) or the last one.
-        A head alone on a speech base: the mean over the tower's frames."""
+        """Pool to one vector per record (B, H) fp32: the mean over tokens (encoder) or the last
+        token. For a head alone on a speech base: the mean over the tower's frames."""
         return hidden[:, 0] if self.pooled else pool_states(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
@@ -324,7 +328,7 @@ class Network:
                 del block.forward
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name, in name order: the layout of every update."""
+        """Return the trainable parameters by name, in name order: the layout of every update."""
         return self._trainable
 
     @cached_property
@@ -335,8 +339,8 @@ class Network:
         return dict(sorted(named.items()))
 
     def update_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters whose change a site sends, by name, in name order: the adapter's own, or the
-        class statistics of which the coordinator makes it."""
+        """Return the parameters whose change a site sends, by name, in name order: the adapter's
+        own, or the class statistics from which the coordinator computes the adapter."""
         if self.statistics is None:
             return self.parameters()
         return {CLASS_SUMS: cast(nn.Parameter, self.statistics.sums.weight)}
@@ -345,7 +349,7 @@ class Network:
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self.parameters().items()}
 
     def zero(self) -> Arrays:
-        """Return zero trainable arrays, those of the base itself: a head starts at zero too."""
+        """Return zero trainable arrays, which are the base itself: a head starts at zero too."""
         return {n: np.zeros(tuple(p.shape), np.float32) for n, p in self.parameters().items()}
 
     def load_trainable(self, arrays: Arrays) -> None:
@@ -366,9 +370,9 @@ class Network:
         return drawn
 
     def adopt(self, study: Study, received: Arrays) -> Arrays:
-        """Load and return what `study` never trains: A, drawn from the public seed or as received,
-        and the preconditioner, if the plan has one; or the basis of class statistics. Errors:
-        ModelError where it is another's."""
+        """Load and return what `study` never trains: A, drawn from the public seed or as
+        received, and the preconditioner, if the plan has one; or the basis of class statistics.
+        Errors: ModelError if it is not the plan's."""
         if self.statistics is not None:
             return self._adopt_basis(study, received)
         if study.lora is None:
@@ -383,8 +387,8 @@ class Network:
         return whole
 
     def _adopt_basis(self, study: Study, received: Arrays) -> Arrays:
-        """Load the basis of class statistics; one from the public seed where the plan has none, as
-        for a run that is over. Errors: ModelError."""
+        """Load the basis of class statistics; without one in the plan, draw it from the public
+        seed, as for a finished run. Errors: ModelError."""
         assert self.statistics is not None
         expected = study.objective.basis_digest
         if not received and expected is None:
@@ -395,19 +399,20 @@ class Network:
         return received
 
     def initial(self, factor: Arrays) -> Arrays:
-        """Return round 0's trainable arrays: B and head zero; A as in `factor` where it trains."""
+        """Return round 0's trainable arrays: B and head zero; A as in `factor` if it is trained."""
         return {n: factor.get(n, array) for n, array in self.zero().items()}
 
     def frozen_factor(self) -> Arrays:
-        """Return LoRA's A by name, or the basis of class statistics; empty for a head alone."""
+        """Return LoRA's A by name, or the basis of class statistics; empty if only a head is
+        trained."""
         if self.statistics is not None:
             return self.statistics.arrays()
         return {n: p.detach().float().cpu().numpy().copy() for n, p in self._factor.items()}
 
     def load_frozen(self, arrays: Arrays) -> None:
-        """Load A, and the preconditioner among `arrays` or none; does nothing where the same were
-        loaded last and A is unchanged since. Of class statistics the basis. Errors: as
-        `load_trainable`."""
+        """Load A, and the preconditioner if it is among `arrays`; for class statistics, the
+        basis. Does nothing if the same arrays were loaded last and A is unchanged since. Errors:
+        as `load_trainable`."""
         if self.statistics is not None:
             return self.statistics.load(arrays)
         versions = self._factor_versions()
@@ -436,7 +441,7 @@ class Network:
             self.load_trainable(trained)
 
     def _factor_versions(self) -> list[int]:
-        """Versions of A's tensors: PyTorch counts writes to a tensor."""
+        """Return the versions of A's tensors: PyTorch counts writes to a tensor."""
         return [parameter._version for parameter in self._factor.values()]
 
     @cached_property
@@ -470,7 +475,7 @@ class Network:
 
 
 def _weights(part: nn.Module) -> int:
-    """Count the weights of a part's linear layers, whose parameters are fewer where they are stored
-    in few bits."""
+    """Count the weights of a part's linear layers; quantised layers have fewer parameters than
+    weights."""
     layers = (module for module in part.modules() if isinstance(module, nn.Linear))
     return sum(layer.in_features * layer.out_features for layer in layers)

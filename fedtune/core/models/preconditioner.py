@@ -1,4 +1,5 @@
-"""Public output preconditioner: it is to a layer's output what whitening A is to its input.
+"""Scale B's gradient by the inverse square root of the output's curvature, estimated on public
+text.
 
 Gradients of B are large along a few directions of a layer's output and small along most, and noise
 is the same along all. With M = b I - W Wᵀ, public before a record is read, a site clips
@@ -10,10 +11,11 @@ been applied to what is added to B.
 Only W (outputs, rank) travels, so M is symmetric by its form. b follows from W: the mean square of
 M's eigenvalues is 1, so that a step is as long as without M.
 
-Of private records hardly more than W's directions can be learnt where noise is large: there the
-gradients of units agree most. A narrow preconditioner is M = U Uᵀ, of the same eigenvectors and the
-same proportions among W's directions, and zero elsewhere: a unit's gradient is clipped on what it
-has in them, and noise elsewhere moves nothing. U travels in W's place, by another name.
+If noise is large, hardly more than W's directions can be learnt from private records: there the
+gradients of units agree most. A narrow preconditioner is M = U Uᵀ, with the same eigenvectors
+and the same proportions among W's directions, and zero elsewhere: a unit's gradient is clipped
+by its part in these directions, and noise elsewhere moves nothing. U is sent in place of W,
+under another name.
 
 References: Martens and Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
 curvature", section 3 (the output factor); Li et al. 2022, "Private adaptive optimization with side
@@ -40,7 +42,7 @@ _IN_NARROW = ".lora_U."
 
 
 def name_for(name: str, *, narrow: bool = False) -> str:
-    """Name the factor W of the B called `name`; of a narrow preconditioner U."""
+    """Return the name of the factor W for the B called `name`; of U for a narrow preconditioner."""
     return name.replace(_IN_B, _IN_NARROW if narrow else _IN_M)
 
 
@@ -57,7 +59,7 @@ def separate_frozen(frozen: Mapping[str, npt.NDArray[np.float32]]) -> tuple[Arra
 
 @dataclass(frozen=True, repr=False)
 class Multiplier:
-    """M = identity · I + sign · wide wideᵀ. wide: W or U, (outputs, rank)."""
+    """The matrix M = identity · I + sign · wide wideᵀ. wide: W or U, (outputs, rank)."""
 
     identity: float
     sign: int
@@ -65,7 +67,7 @@ class Multiplier:
 
 
 def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> Multiplier | None:
-    """Return M of the trained tensor `name`; None where it has none among `factors`.
+    """Return M of the trained tensor `name`; None if `factors` has none for it.
 
     Errors: ModelError for one out of range."""
     if _IN_B not in name:
@@ -80,8 +82,8 @@ def multiplier_of(name: str, factors: Mapping[str, npt.NDArray[np.float32]]) -> 
 def identity_part(factor: npt.NDArray[np.float32]) -> float:
     """Compute b of M = b I - W Wᵀ, so that the mean square of M's d eigenvalues is 1.
 
-    Errors: ModelError where no M of this scale has all its eigenvalues at LEAST or above: W comes
-    from the coordinator and may be anything."""
+    Errors: ModelError if no M of this scale has all its eigenvalues at LEAST or above: W comes
+    from the coordinator and is not trusted."""
     outputs, rank = factor.shape
     values = np.linalg.eigvalsh(factor.T.astype(np.float64) @ factor.astype(np.float64))
     total, squares = float(values.sum()), float((values**2).sum())
@@ -99,7 +101,7 @@ def identity_part(factor: npt.NDArray[np.float32]) -> float:
 def check_narrow(factor: npt.NDArray[np.float32]) -> None:
     """Check that the mean square of the d eigenvalues of M = U Uᵀ is 1, so that none is above √d.
 
-    Errors: ModelError: U comes from the coordinator and may be anything."""
+    Errors: ModelError: U comes from the coordinator and is not trusted."""
     outputs, rank = factor.shape
     wide = factor.astype(np.float64)
     squares = float(((wide.T @ wide) ** 2).sum())
@@ -112,8 +114,8 @@ def check_narrow(factor: npt.NDArray[np.float32]) -> None:
 
 
 def narrow_factors(factors: Arrays) -> Arrays:
-    """Return U of M = U Uᵀ for each W: on the directions of W as M = b I - W Wᵀ is, up to the scale
-    that makes the mean square of its eigenvalues 1, and zero elsewhere."""
+    """Return U of M = U Uᵀ for each W: in the directions of W equal to M = b I - W Wᵀ, up to the
+    scale that makes the mean square of its eigenvalues 1, and zero elsewhere."""
     return {name.replace(_IN_M, _IN_NARROW): _narrow_factor(w) for name, w in factors.items()}
 
 
@@ -127,7 +129,7 @@ def _narrow_factor(factor: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def rank_of(outputs: int, rank: int) -> int:
-    """Return W's number of columns for a layer's outputs: fewer than there are outputs."""
+    """Return W's number of columns for a layer's outputs: fewer than the layer has outputs."""
     return min(rank, outputs - 1)
 
 
@@ -177,8 +179,8 @@ def factor_of(
 def factor_of_columns(
     columns: npt.NDArray[np.float64], rank: int, damping: float
 ) -> npt.NDArray[np.float32]:
-    """Compute W as `factor_of` does, of G = columns columnsᵀ for (outputs, n) with n < outputs: of
-    a wide layer G itself would take too much memory. Errors: as `factor_of`."""
+    """Compute W as `factor_of` does, with G = columns columnsᵀ for (outputs, n) with n <
+    outputs: for a wide layer G itself would take too much memory. Errors: as `factor_of`."""
     vectors, singular, _ = np.linalg.svd(_require_finite(columns), full_matrices=False)
     return _factor(singular[::-1] ** 2, vectors[:, ::-1], rank, damping)
 

@@ -1,15 +1,16 @@
-"""Store of records' states at the cut: in memory up to a limit, then in an encrypted file without a
+"""Store records' states at the cut: in memory up to a limit, then in an encrypted file without a
 name.
 
-Hidden states can be turned back into text, so what does not fit into memory is sealed before it is
-written: AES-256-GCM, for each block a key of its own that exists in this process' memory alone.
-Whoever drops a State has erased it, wherever its bytes still lie.
+Hidden states can be turned back into text, so states that do not fit into memory are encrypted
+before they are written: AES-256-GCM, with a key per block that exists only in this process's
+memory. Dropping a HiddenStates object erases its states, wherever their bytes still lie.
 
-Guarantee: a store that is full changes how long a step takes, and nothing else. How much room the
-states need follows from the length of every record of a site, so a write that is refused is no
+Guarantee: a store that is full changes how long a step takes, and nothing else. The space that
+the states need follows from the length of every record of a site, so a refused write is not an
 error: the states are computed again whenever they are read (`Unavailable`). The file leaves
-`LEAST_FREE` bytes of its disk to what has to be written, the ledger and its outbox, and beside them
-what the ledger's room gives up while an order is answered (`PrefixStore.leave_free`)."""
+`LEAST_FREE` bytes of its disk free for files that must be written, the ledger and its outbox, and
+beside them the bytes that the ledger's reserve gives up while an order is answered
+(`PrefixStore.leave_free`)."""
 
 from __future__ import annotations
 
@@ -40,11 +41,11 @@ LEAST_FREE = 256 * 2**20  # bytes that the file of states leaves free on its dis
 
 
 class Unavailable(InfrastructureError):
-    """States that the store does not hold: whoever reads them computes them again."""
+    """The store does not hold these states: the reader computes them again."""
 
 
 class Altered(Unavailable):
-    """Error of a block that was changed in the file; nothing of it was used."""
+    """A block was changed in the file; nothing of it was used."""
 
 
 class HiddenStates(Protocol):
@@ -65,9 +66,9 @@ def default_limit() -> int:
 
 
 class PrefixStore:
-    """Hidden states kept by this process; the limit is the process', for all records together.
+    """Hidden states kept by this process; the limit is for the process and all records together.
 
-    First come, first in memory: every record is drawn equally often, so it does not matter which
+    The first states go to memory: every record is drawn equally often, so it does not matter which
     ones are there, and nothing is moved."""
 
     def __init__(self) -> None:
@@ -96,7 +97,8 @@ class PrefixStore:
         """Store `states` (positions, H) of `record`: in memory if the process then holds at most
         `limit` bytes (None: its share of a quarter of the machine's memory), else in the file.
 
-        Where that cannot be written, what is returned holds nothing: its `read` is Unavailable."""
+        If the file cannot be written, the returned object holds nothing: its `read` raises
+        Unavailable."""
         available = default_limit() // self.processes if limit is None else limit
         if not self._memory_is_short and self.in_memory + states.nbytes <= available:
             self._used += states.nbytes
@@ -131,7 +133,7 @@ class PrefixStore:
         self.least_free = max(self.least_free, LEAST_FREE + beside)
 
     def release_memory(self) -> None:
-        """Drop all states held in memory, for good where memory ran out: how much is left for a row
+        """Drop all states held in memory, for good if memory ran out: the memory left for a row
         then does not depend on how many records were read before it."""
         self._memory_is_short = True
         for stored in list(self._in_memory):
@@ -142,15 +144,15 @@ PREFIX_STORE = PrefixStore()
 
 
 class _Nothing:
-    """States for which there was no room."""
+    """States for which there was no space."""
 
     def read(self) -> torch.Tensor:
         raise Unavailable("there was no room for these states at the cut")
 
 
 class _InMemory:
-    """States in this process' memory, until they are dropped. forget: takes them out of the store's
-    account, once."""
+    """States in this process's memory, until they are dropped. forget: removes them from the
+    store's count, once."""
 
     forget: weakref.finalize[[int], _InMemory]
 
@@ -169,8 +171,8 @@ class _InMemory:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class _Sealed:
-    """States in an encrypted block. record: bound into the seal, so that no block passes for
-    another record's."""
+    """States in an encrypted block. record: bound into the encryption, so that no block passes
+    for another record's."""
 
     file: _File
     at: int
@@ -202,8 +204,8 @@ def _seal(states: torch.Tensor, record: bytes, file: _File, least_free: int) -> 
 
 
 class _File:
-    """Blocks in a file of mode 0600 that has no name (where the platform permits), so that no crash
-    leaves it behind. The room of an unreferenced block is used again for one of its size."""
+    """Blocks in a file of mode 0600 without a name (if the platform permits), so that no crash
+    leaves it behind. The space of an unreferenced block is reused for a block of its size."""
 
     def __init__(self, folder: Path) -> None:
         self.owner = os.getpid()
@@ -230,8 +232,8 @@ class _File:
         return self._file.fileno()
 
     def write(self, block: bytes, least_free: int) -> int:
-        """Write a block and return its offset. Errors: OSError, also where the disk would have less
-        than `least_free` bytes afterwards, and the file is as it was."""
+        """Write a block and return its offset. Errors: OSError, also if the disk would have less
+        than `least_free` bytes afterwards; the file is unchanged."""
         if self.used == 0:  # everything was dropped, and goes from the disk too
             self._free.clear()
             self._end = 0
@@ -254,16 +256,16 @@ class _File:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out, of the machine or of its GPU. PyTorch has a class for the
-    latter alone."""
+    """Return whether the memory of the machine or of its GPU ran out. PyTorch has a class only
+    for the latter."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def make_room_after(error: BaseException) -> None:
-    """Drop the states held in memory where `error` says that memory ran out, so that what is
-    computed next has room."""
+    """Drop the states held in memory if `error` says that memory ran out, so that the next
+    computation has room."""
     if is_out_of_memory(error):
         log.warning("memory ran out; states at the cut are kept in memory no longer")
         PREFIX_STORE.release_memory()

@@ -1,4 +1,4 @@
-"""Generated records: random tokens that never saw any data, for checks before training."""
+"""Generate records of random tokens that never saw any data, for checks before training."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fedtune.core.objectives import resolve
 
 
 class GeneratedFile(NamedTuple):
-    """A generated file, the ids of its place-holders, and its number of tiles; of a base that reads
-    text alone: None, nothing, 1."""
+    """A generated file, the ids of its place-holders, and its number of tiles; for a base that
+    reads only text: None, nothing, 1."""
 
     media: Media | None
     ids: list[int]

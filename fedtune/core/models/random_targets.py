@@ -1,4 +1,4 @@
-"""Random soft targets for generated records, in place of a teacher's."""
+"""Generate random soft targets for generated records, in place of a teacher's."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fedtune.core.objectives import resolve
 
 
 def with_random_targets(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Dataset:
-    """Add random soft targets to `data` where the study has a teacher: for checks on generated
-    records. Each record's follow from its tokens."""
+    """Add random soft targets to `data` if the study has a teacher, for checks on generated
+    records. The targets of each record follow from its tokens."""
     if resolve(study.objective).teacher_spec is None:
         return data
     labels = len(study.objective.labels)

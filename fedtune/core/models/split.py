@@ -1,10 +1,10 @@
-"""Split of a decoder into a frozen prefix and a tail, sharing every weight with the whole model.
+"""Split a decoder into a frozen prefix and a tail that share every weight with the whole model.
 
-With adapters in the last k blocks only, the states at the cut are the same in every step: they are
-computed once per record, and each later step runs the tail alone. With adapters in the last
-block's MLP only, the cut lies behind that block's attention: from there on every position stands
-for itself, so the tail runs at the positions that have a target and nowhere else. A tail that
-begins earlier still narrows there: the last block's MLP runs where a loss is asked for."""
+With adapters in the last k blocks only, the states at the cut are the same in every step: they
+are computed once per record, and each later step runs the tail alone. With adapters in the last
+block's MLP only, the cut lies behind that block's attention: above it no layer mixes positions,
+so the tail runs only at the positions that have a target. A tail that begins earlier still
+narrows there: the last block's MLP runs only where a loss is needed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def cut(model: Any, lora: LoraTable) -> Split | None:
 @dataclass(frozen=True)
 class _Halves:
     """A pre-norm block: first (attention, with its residual), then x + mlp(norm(x)). inside: the
-    last names of the modules that the MLP alone has."""
+    last names of the modules that only the MLP has."""
 
     first: nn.Module
     norm: nn.Module
@@ -98,15 +98,15 @@ def _last_names(module: nn.Module) -> set[str]:
 
 
 class _Nowhere(nn.Module):
-    """Position embedding of zero: positions were added already."""
+    """A position embedding of zero: positions were added already."""
 
     def forward(self, embedded: torch.Tensor, **_: Any) -> torch.Tensor:
         return torch.zeros_like(embedded)
 
 
 class _Crossed(nn.Module):
-    """The first half of Whisper's decoder block: both attentions. The block is a module of _Feed's
-    alone, since hooks would run twice on what two modules hold."""
+    """The first half of Whisper's decoder block: both attentions. Only a _Feed holds the block
+    as a module, since hooks would run twice on a block that two modules hold."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class _Attention(nn.Module):
 
 
 class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
-    """A pre-norm block whose second half runs at some positions alone."""
+    """A pre-norm block whose second half runs at some positions only."""
 
     def __init__(self, halves: _Halves) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class _Narrow(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
 
 
 class _Mlp(nn.Module):
-    """The second half of a pre-norm block, and the model's last norm."""
+    """The second half of a pre-norm block, followed by the model's last norm."""
 
     def __init__(self, halves: _Halves, last: Any) -> None:
         super().__init__()

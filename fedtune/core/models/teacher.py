@@ -1,4 +1,4 @@
-"""Soft targets of a frozen teacher for a record, computed from that record alone.
+"""Compute soft targets of a frozen teacher for a record, from that record alone.
 
 Soft targets are stored with the record, not with the network, so that no cache and no batch
 couples records through the teacher.
@@ -31,7 +31,8 @@ TeacherFunction = Callable[[Record, Example], SoftTargets]
 def teacher_for(study: Study) -> TeacherFunction | None:
     """Return the function that computes a record's soft targets; None without a teacher.
 
-    Errors: ModelError (no teacher here, or of another digest), ConfigError (of another kind)."""
+    Errors: ModelError (the teacher is not on this machine, or has another digest), ConfigError
+    (it is of another kind)."""
     spec = resolve(study.objective).teacher_spec
     return None if spec is None else soft_targets_of([find_teacher(spec)], study.objective, spec)
 
@@ -39,8 +40,8 @@ def teacher_for(study: Study) -> TeacherFunction | None:
 def soft_targets_of(
     models: Sequence[LoadedModel], objective: ObjectiveTable, spec: Teacher
 ) -> TeacherFunction:
-    """Average several teachers' probabilities at temperature `spec.temperature`; of next tokens the
-    `spec.top` likeliest. Errors: ConfigError where they do not fit this objective."""
+    """Average several teachers' probabilities at temperature `spec.temperature`; for next tokens
+    keep the `spec.top` likeliest. Errors: ConfigError if they do not fit this objective."""
     labels = objective.labels
     for model in models:
         _check(model, labels)
@@ -60,10 +61,10 @@ def soft_targets_of(
 
 @process_cache.cached("teachers")
 def find_teacher(spec: Teacher) -> LoadedModel:
-    """Find the teacher by its digest alone, among models named on this machine before, or in the
-    cache under teachers/DIGEST; the plan's name for it is ignored.
+    """Find the teacher by its digest alone, among models that were named on this machine before,
+    or in the cache under teachers/DIGEST; the plan's name for it is ignored.
 
-    Errors: PolicyRefused where it is not here; ModelError."""
+    Errors: PolicyRefused if it is not on this machine; ModelError."""
     path = folder_of(spec) or base_of_plan(spec.digest, None).path
     return load(path, spec.digest, sent=True)
 

@@ -1,5 +1,5 @@
-"""Tiny base of a study's own architecture with random weights: for quick checks without real
-records."""
+"""Build a tiny base of a study's own architecture with random weights, for quick checks without
+real records."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def tiny_network(study: Study, base: Base) -> Network:
     """Build `base`'s architecture with hidden 32 and at most 4 layers, fp32, and the study's
     adapter on it (rank at most 4; last_layers in proportion, so that the same cut is used).
 
-    Weights come from the study's public seed; the trained ones are moved far from zero, because a
-    guarantee must hold at any weights, not only at the start, and a loss that couples records
-    through how far the policy has come (a batch's divergence) shows only there.
-    Errors: whatever transformers raises where the architecture cannot be made this small."""
+    Weights come from the study's public seed; the trained ones are moved far from zero, because
+    a guarantee must hold at any weights, not only at the start, and a loss that couples records
+    through the policy's distance from the start (a batch's divergence) shows only there. Errors:
+    whatever transformers raises if the architecture cannot be made this small."""
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
         objective = resolve(study.objective)
@@ -81,8 +81,8 @@ def _moment(draw: np.random.Generator, size: int) -> npt.NDArray[np.float64]:
 
 
 def tiny_columns(study: Study, lora_rank: int | None) -> slice:
-    """Return the columns of the tiny adapter that a site of `lora_rank` trains: fewer than all, and
-    not the first, where it is so in the study."""
+    """Return the columns of the tiny adapter that a site of `lora_rank` trains: fewer than all,
+    and not the first ones, if that is so in the study."""
     if study.lora is None or lora_rank is None or lora_rank >= study.lora.rank:
         return ALL
     tiny = study.lora.model_copy(update={"rank": min(study.lora.rank, RANK)})
@@ -92,9 +92,9 @@ def tiny_columns(study: Study, lora_rank: int | None) -> slice:
 def generate_records(
     study: Study, network: Network, sizes: Sequence[int], stream: int = 0
 ) -> Dataset:
-    """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of different
-    units share batches; after a file of noise, where the base reads files. The same study and
-    stream give the same records."""
+    """Generate `sizes[u]` records of 9 to 24 random tokens for unit u, so that records of
+    different units share batches; each after a file of noise, if the base reads files. The same
+    study and stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
     record_format = resolve(study.objective).record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
@@ -118,7 +118,8 @@ def generate_records(
 
 
 def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
-    """Write the tiny base to `folder`; returns (layers of the real one, layers of this one)."""
+    """Write the tiny base to `folder`; return the numbers of layers of the real base and of this
+    one."""
     from transformers import AutoConfig
 
     auto = auto_class(base.kind)
@@ -134,8 +135,8 @@ def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
 
 
 def random_base(folder: Path, seed: int = 0) -> Path:
-    """Write a random Llama of this size to `folder`: for checks that need some base, and no file of
-    a real one."""
+    """Write a random Llama of this size to `folder`, for checks that need some base and no file
+    of a real one."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
@@ -174,8 +175,8 @@ def _renumber(config: Any) -> None:
 
 
 def _shrink(config: Any) -> None:
-    """Shrink a config: sizes and the weights' scale change; activation, norms, tying, positions and
-    masks stay the base's own."""
+    """Shrink a config: sizes and the weights' scale change; activation, norms, tying, positions
+    and masks stay those of the base."""
     layers = int(config.num_hidden_layers)
     layers_left = min(LAYERS, layers)
     heads = int(config.num_attention_heads)

@@ -1,5 +1,5 @@
-"""Tiny image and audio parts of a base: the tower, the projector, and the processor that prepares a
-file for them (the text part: tiny.py)."""
+"""Build tiny image and audio parts of a base: the tower, the projector, and the processor that
+prepares a file for them (the text part: tiny.py)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _PATCH, _TILE = 4, 2  # pixels of a patch; of image tokens of one tile, the root
 
 
 def shrink(config: Any, base: Base, folder: Path, sizes: dict[str, int], names: int) -> list[str]:
-    """Shrink the tower in `config`, write the processor's files to `folder`, and return the tokens
-    that the vocabulary needs besides `names` others. Text is shrunk by the caller."""
+    """Shrink the tower in `config`, write the processor's files to `folder`, and return the
+    tokens that the vocabulary needs besides `names` others. The caller shrinks the text part."""
     if base.kind == "image_text":
         return _images(config, base, folder, sizes, names)
     if base.kind == "speech":

@@ -2,9 +2,10 @@
 study.objective.options.
 
 A record's loss comes from its own passages alone, so that no record's loss depends on another
-(the built-in loss of a language model averages over the batch's tokens and breaks the sensitivity
-bound). What couples units in other tools (KTO's batch estimate, reward centring) is a constant.
-No objective's module imports torch before a loss is computed: a plan is made without it."""
+(the built-in loss of a language model averages over the batch's tokens and breaks the
+sensitivity bound). Quantities that couple units in other tools (KTO's batch estimate, reward
+centring) are constants here. No objective's module imports torch before a loss is computed: a
+plan is made without it."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def names() -> list[str]:
 def resolve(table: ObjectiveTable) -> Objective:
     """Build the objective that a study names, with its options and labels.
 
-    Errors: ConfigError listing what exists: the objectives, or this one's options."""
+    Errors: ConfigError listing the existing objectives, or this one's options."""
     return OBJECTIVES.build(table.name, table.options, labels=table.labels)
 
 

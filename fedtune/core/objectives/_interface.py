@@ -1,4 +1,4 @@
-"""Interface of a training objective."""
+"""Define the interface of a training objective."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Network(Protocol):
         """Compute the negative log-likelihood (nats) of next tokens, (n,) fp32."""
 
     def class_sums(self, vectors: torch.Tensor, count_weight: float) -> torch.Tensor:
-        """Compute (B, V) fp32, linear in the class sums that are trained: the gradient of entry c
-        of a record is its bounded features, and `count_weight`, in row c."""
+        """Compute (B, V) fp32, linear in the trained class sums: the gradient of entry c of a
+        record is its bounded features, and `count_weight`, in row c."""
 
     def base_only(self) -> AbstractContextManager[None]:
         """Disable the adapter within the block."""
@@ -50,8 +50,9 @@ class Network(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Batch:
-    """B records of k passages each, record by record, padded on the right to one length L: R = B·k
-    rows. On the network's device, but for index and reference_logps, which are on the CPU.
+    """B records of k passages each, record by record, padded on the right to one length L: R =
+    B·k rows. All tensors are on the network's device, except index and reference_logps, which
+    are on the CPU.
 
     prefix           (R, L, H) states at the cut
     mask             (R, L) bool, False on padding
@@ -107,18 +108,18 @@ class Teacher:
 class Objective(ABC):
     """A training objective: a per-record loss, and the record format that it reads.
 
-    Subclasses are frozen dataclasses. The fields that they add are study.objective.options, typed
-    by their defaults; `__post_init__` checks their range. A site is shown the first paragraph of
-    their docstring before it signs. labels: objective.labels.
-    Guarantee that a subclass must keep, and `fedtune check-plugin` measures: a record's loss
-    depends on that record alone, and is deterministic."""
+    Subclasses are frozen dataclasses. The fields that they add are study.objective.options,
+    typed by their defaults; `__post_init__` checks their range. A site reads the first paragraph
+    of their docstring before it signs. labels: objective.labels. Guarantee that a subclass must
+    keep, and that `fedtune check-plugin` measures: a record's loss depends on that record alone,
+    and is deterministic."""
 
     labels: tuple[str, ...] = ()
 
     @property
     @abstractmethod
     def record_format(self) -> RecordFormat:
-        """Format of a record. Most subclasses have a class attribute."""
+        """The format of a record. Most subclasses define it as a class attribute."""
 
     @property
     def outputs(self) -> int:
@@ -127,13 +128,13 @@ class Objective(ABC):
 
     @property
     def directions(self) -> int:
-        """Number of public directions in which a site sums its records' vectors by class; 0: what
-        is sent is a change of the adapter."""
+        """Number of public directions in which a site sums its records' vectors by class; 0: the
+        site sends a change of the adapter instead."""
         return 0
 
     @property
     def count_weight(self) -> float:
-        """What a record adds to its class's count, where class statistics are sent."""
+        """What a record adds to its class's count, if class statistics are sent."""
         return 0.0
 
     @property
@@ -143,7 +144,7 @@ class Objective(ABC):
 
     @property
     def teacher_spec(self) -> Teacher | None:
-        """The teacher whose soft targets each record carries."""
+        """The teacher whose soft targets each record carries; None without one."""
         return None
 
     @abstractmethod

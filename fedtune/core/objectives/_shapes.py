@@ -1,5 +1,4 @@
-"""Tensor shapes that follow from one record or from a constant, never from the records beside
-it."""
+"""Compute tensor shapes from one record or from a constant, never from the records beside it."""
 
 from __future__ import annotations
 
@@ -7,9 +6,9 @@ from collections.abc import Iterator
 
 
 def padded_length(length: int) -> int:
-    """Return the length to which this many positions are padded: a function of their number alone.
-    An eighth is padding at most, above 64; finer steps cost in small micro-batches what they save
-    (benchmarks/padding.py)."""
+    """Return the length to which this many positions are padded: a function of their number
+    alone. Above 64 at most an eighth is padding; finer steps cost in small micro-batches what
+    they save (benchmarks/padding.py)."""
     if length <= 8:
         return 1 << (length - 1).bit_length()
     step = max(8, (1 << length.bit_length()) // 16)
@@ -18,8 +17,8 @@ def padded_length(length: int) -> int:
 
 def split_evenly(total: int, limit: int) -> Iterator[tuple[slice, int]]:
     """Split 0 to `total` into parts of one size, at most `limit`: a row's result in a matrix
-    product depends on the number of rows. The last part overlaps the one before; each comes with
-    the number of its last places that are new."""
+    product depends on the number of rows. The last part overlaps the one before; each part comes
+    with the number of its last places that are new."""
     size = -(-total // max(1, -(-total // limit)))
     for start in range(0, total, max(1, size)):
         stop = min(start + size, total)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of the labelled positions, from which every objective on text is computed."""
+"""Compute log-likelihoods of the labelled positions, on which every objective on text is based."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Likelihood(NamedTuple):
-    """Log-likelihood of each passage's targets (R,), nats in fp32, and how many targets."""
+    """The log-likelihood of each passage's targets (R,), nats in fp32, and the number of
+    targets."""
 
     total: torch.Tensor
     targets: torch.Tensor
@@ -26,8 +27,8 @@ class Likelihood(NamedTuple):
 
 def likelihood(network: Network, batch: Batch) -> Likelihood:
     """Compute each passage's log-likelihood. The head runs on labelled positions, and on as many
-    more as fill the bucket: a gather of the batch's labelled ones would have a shape that follows
-    from all its records.
+    more as fill the bucket: a gather of only the batch's labelled positions would have a shape
+    that depends on all its records.
 
     | a passage without targets | 0.0, and no gradient |
     """
@@ -43,9 +44,9 @@ def likelihood(network: Network, batch: Batch) -> Likelihood:
 
 
 def reference(network: Network, batch: Batch) -> Likelihood:
-    """Compute likelihoods under the policy at the study's start: the frozen base, adapter off.
-    Never a second model, and never one that saw a record. So it is the same in every step, and is
-    computed at a record's first use."""
+    """Compute likelihoods under the policy at the study's start: the frozen base with the
+    adapter off. It is never a second model, and never one that saw a record. So the result is
+    the same in every step, and is computed at a record's first use."""
 
     import torch
 
@@ -62,8 +63,8 @@ def reference(network: Network, batch: Batch) -> Likelihood:
 
 def select_labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Select the positions with a target, first in each row, (R, K), and their targets, -100 on
-    padding; all positions, as None, where most of them have one: choosing would cost more than it
-    saves. K is the same for every record of a bucket."""
+    padding; return None for all positions if most of them have a target, since selecting would
+    cost more than it saves. K is the same for every record of a bucket."""
     import torch
 
     is_target = target_ids != -100

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalLM(Objective):
-    """Next-token cross-entropy on the labelled positions alone."""
+    """Next-token cross-entropy on the labelled positions only."""
 
     record_format: ClassVar[RecordFormat] = "text"
 

@@ -31,9 +31,9 @@ class Distill(Objective):
     fitted to the records makes each record's target depend on all the others, and no clipping of
     the student's gradients bounds that.
 
-    hard: how much of the loss is the record's own answer; top: how many of the teacher's next
-    tokens are heard.
-    References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016, section 3."""
+    hard: weight of the usual loss on the record's own answer; top: number of the teacher's next
+    tokens that are used. References: Hinton et al. 2015, section 2 (T²); Kim and Rush 2016,
+    section 3."""
 
     teacher: str = ""
     digest: str = ""

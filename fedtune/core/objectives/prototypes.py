@@ -17,10 +17,10 @@ class Prototypes(Objective):
     """Sums of the records' vectors by class, and the classes' counts, from which the coordinator
     makes a linear classifier.
 
-    A record's vector by the frozen base is projected on `directions` public directions, bounded to
+    The frozen base's vector of a record is projected on `directions` public directions, bounded to
     length 1, and followed by `count_weight`, in the row of the record's class. The loss is minus
-    the inner product of that with what is trained, so that its gradient is the record's statistics
-    whatever was trained before; what is done with their noised sum is post-processing.
+    the inner product of this with the trained sums, so that its gradient is the record's statistics
+    whatever was trained before; everything done with their noised sum is post-processing.
     | a label that is none of the classes, a vector that is not finite | statistics of zero |
 
     Reference: Snell et al. 2017, "Prototypical networks for few-shot learning", section 2.3 (class
@@ -42,8 +42,8 @@ class Prototypes(Objective):
         return len(self.labels)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        """Compute minus the inner product of each record's statistics with what is trained, (B,)
-        fp32."""
+        """Compute minus the inner product of each record's statistics with the trained sums,
+        (B,) fp32."""
         hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         vectors = network.pool(hidden, batch.mask)
         products = network.class_sums(vectors, self.count_weight)

@@ -42,8 +42,9 @@ class Reward(Objective):
         """Compute the loss of each pair, (B,) fp32, from its own two passages.
 
         -log σ(r_better - r_worse - margin) + centring · (r_better + r_worse)²
-        Both are constants of the plan: rewards are drawn towards zero pair by pair, never by the
-        mean of a batch."""
+
+        margin and centring are constants of the plan: rewards are drawn towards zero pair by pair,
+        never by the mean of a batch."""
         from torch.nn.functional import logsigmoid
 
         better, worse = rewards(network, batch).view(-1, 2).unbind(dim=1)

@@ -1,4 +1,4 @@
-"""Caches that live as long as the process, registered by name so that one call clears them."""
+"""Keep caches that live as long as the process, registered by name so that one call clears them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _clear: dict[str, Callable[[], None]] = {}
 
 
 def register(name: str, cache: T) -> T:
-    """Register a dict or a set under `name`; returns it."""
+    """Register a dict or a set under `name`, and return it."""
     _clear[name] = cache.clear
     return cache
 
 
 def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
-    """Keep a function's last results, as functools.lru_cache does, under `name`."""
+    """Cache a function's last results, as functools.lru_cache does, under `name`."""
 
     def decorate(function: F) -> F:
         wrapped: Any = lru_cache(maxsize=maxsize)(function)
@@ -30,6 +30,6 @@ def cached(name: str, maxsize: int | None = 1) -> Callable[[F], F]:
 
 
 def clear(*names: str) -> None:
-    """Empty the caches of these names, or every cache: as if the process had just begun."""
+    """Empty the caches of these names, or every cache, as if the process had just begun."""
     for name in names or _clear:
         _clear[name]()

@@ -1,8 +1,9 @@
-"""A site's noised sums that wait for their set of sites, with the masking keys of their draws.
+"""Hold a site's noised sums until their set of sites is known, with the masking keys of their
+draws.
 
-They are kept in the memory of the site's process alone, so that no copy of its folder holds one: a
-folder put back to an earlier moment cannot mask a draw a second time, for another set. A process
-that ends takes its draws along, and their attempts are void at this site."""
+They are only in the memory of the site's process, so that no copy of its folder holds one: a
+folder that is put back to an earlier moment cannot mask a draw a second time, for another set.
+When a process ends its draws are lost, and their attempts are void at this site."""
 
 from __future__ import annotations
 
@@ -22,8 +23,10 @@ FOLDER = "draws"  # in a state folder, where earlier releases kept them
 
 @dataclass(frozen=True, repr=False)
 class Waiting:
-    """A draw that is ready and not masked. total: the noised integer sum, (d,); reservation: the
-    ledger's entry that pays for it; events: the step log's summary, as it is sent."""
+    """A draw that is ready and not yet masked.
+
+    total: the noised integer sum, (d,); reservation: the ledger's entry that pays for it; events:
+    the step log's summary, as it is sent."""
 
     total: npt.NDArray[np.int64]
     key: X25519PrivateKey
@@ -33,7 +36,7 @@ class Waiting:
 
 
 class Draws:
-    """The draws of one site that wait for their set; empty when its process starts."""
+    """The draws of one site that wait for their set of sites; empty when its process starts."""
 
     def __init__(self) -> None:
         self._waiting: dict[Draw, Waiting] = {}
@@ -43,21 +46,21 @@ class Draws:
         self._waiting[waiting.ready.draw] = waiting
 
     def find(self, draw: Draw) -> Waiting | None:
-        """Return the draw that waits for its set; None where this process has none: another attempt
-        is a new draw."""
+        """Return the draw that waits for its set of sites; None if this process has none:
+        another attempt is a new draw."""
         return self._waiting.get(draw)
 
     def destroy(self, plan: str, before: tuple[float, float] = (math.inf, 0)) -> None:
         """Drop the plan's draws of (round, attempt) up to `before`, with their keys: those that
-        were masked, and those of attempts that the coordinator gave up; all draws of the plan where
-        no round is named."""
+        were masked, and those of attempts that the coordinator gave up. Without a round, drop
+        all draws of the plan."""
         for draw in [*self._waiting]:
             if draw.plan == plan and (draw.round, draw.attempt) <= before:
                 del self._waiting[draw]
 
 
 def remove_stored(folder: Path) -> None:
-    """Remove the draws that earlier releases kept in a site's folder, with their keys. Errors:
+    """Remove the draws, and their keys, that earlier releases stored in a site's folder. Errors:
     OSError."""
     places = folder / FOLDER
     if places.is_dir():

@@ -1,8 +1,8 @@
-"""Pairwise masks: words that look random one by one, and cancel in the sum.
+"""Mask words pairwise, so that each looks random and the masks cancel in the sum.
 
-For each pair of sites of a set P, HKDF-SHA256 over their X25519 secret and H(P) gives a key, whose
-AES-256-CTR keystream one of the two adds and the other subtracts, modulo 2ᵇ. What is left in the
-sum over all of P is the sum of what was masked; with one message missing, uniform words are left.
+For each pair of sites of a set P, HKDF-SHA256 over their X25519 secret and H(P) gives a key,
+whose AES-256-CTR keystream one of the two adds and the other subtracts, modulo 2ᵇ. The sum over
+all of P is the sum of the unmasked words; with one message missing it is uniform.
 
 References: Bonawitz et al. 2017, "Practical secure aggregation", section 4 (pairwise masks, here
 without recovery of dropouts); RFC 7748 (X25519), RFC 5869 (HKDF)."""
@@ -26,7 +26,7 @@ Words = npt.NDArray[Any]  # uint32 or uint64
 
 
 def dtype_of(bits: int) -> npt.DTypeLike:
-    """Return the type of words of so many bits, as it travels: little-endian."""
+    """Return the little-endian type in which words of so many bits travel."""
     return {32: "<u4", 64: "<u8"}[bits]
 
 
@@ -50,8 +50,8 @@ def mask(
 
     Guarantee: without the words of every other site of the set, or their keys, the result is
     computationally indistinguishable from uniform words. The sum is reduced modulo 2ᵇ and never
-    clamped, checked or rejected: whatever a site said about its noised sum would be an answer with
-    its own noise alone behind it. `key` must be used for one set only."""
+    clamped, checked or rejected: any answer of a site about its noised sum would be protected by
+    its own noise only. `key` must be used for one set only."""
     words = total.astype(np.uint64).astype(dtype_of(bits))  # modulo 2⁶⁴, then modulo 2ᵇ
     digest = set_digest(statements)
     for other in statements:

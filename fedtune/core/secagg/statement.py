@@ -1,4 +1,4 @@
-"""What a site signs when it is ready, and the set of sites that a round is opened for."""
+"""Sign and check statements of ready sites, and the set of sites for which a round is opened."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _ANY = X25519PrivateKey.from_private_bytes(bytes(32))
 
 
 class StatementError(InputError):
-    """A statement, or a set of them, that is not what the sites of this attempt signed."""
+    """A statement, or a set of them, is not what the sites of this attempt signed."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Which draw of noise a statement is about. adapter: digest of the adapter that was sent;
-    attempt: how often the round was begun, the first being 1."""
+    """The draw of noise that a statement is about.
+
+    adapter: digest of the adapter that was sent; attempt: how often the round was begun, the first
+    being 1."""
 
     plan: str
     round: int
@@ -41,17 +43,20 @@ class Draw:
 
     @property
     def label(self) -> str:
-        """Name the adapter and the attempt, for the ledger: two attempts are two charges."""
+        """The adapter and the attempt as one text, for the ledger: two attempts are two charges."""
         return f"{self.adapter}:{self.attempt}"
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A site's signed statement that its noised sum for `draw` is complete.
+    """The signed statement of a site that its noised sum for `draw` is complete.
 
-    site, size: name and declared size; signing: its public signing key; masking: the X25519 key
-    (hexadecimal) that it made for this draw alone; noise: σ that it added itself, in multiples of
-    C, 0 without privacy. All public: σ follows from the plan, and the grid of the sum from σ."""
+    - site, size: name and declared size
+    - signing: its public signing key
+    - masking: the X25519 key (hexadecimal) that it made for this draw only
+    - noise: σ that it added itself, in multiples of C, 0 without privacy
+
+    All of it is public: σ follows from the plan, and the grid of the sum from σ."""
 
     draw: Draw
     site: str
@@ -82,8 +87,8 @@ class Ready:
 
 
 def parse(text: Any) -> Ready:
-    """Parse and verify a statement. Errors: StatementError where it is malformed, spelled another
-    way, not signed by the key that it names, or names a masking key that gives no secret."""
+    """Parse and verify a statement. Errors: StatementError if it is malformed, not in canonical
+    form, not signed by the key that it names, or names a masking key that gives no secret."""
     try:
         if not isinstance(text, str) or len(text) > LONGEST:
             raise ValueError
@@ -104,8 +109,8 @@ def parse(text: Any) -> Ready:
 
 
 def _gives_a_secret(masking: str) -> bool:
-    """Return whether a masking key is no point of low order: with such a one any other key makes
-    the secret zero, which everybody knows, so that one key tells it of all."""
+    """Return whether a masking key is not a point of low order: with such a point the secret is
+    zero for any other key, and everybody knows it."""
     try:
         _ANY.exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(masking)))
     except ValueError:
@@ -114,7 +119,7 @@ def _gives_a_secret(masking: str) -> bool:
 
 
 def _check_fields(ready: Ready) -> None:
-    """Errors: ValueError, TypeError where a field is of another kind than it must be."""
+    """Check the types of a statement's fields. Errors: ValueError, TypeError."""
     texts = (
         (ready.site, _NAME),
         (ready.signing, _KEY),
@@ -151,7 +156,7 @@ def set_text(statements: Sequence[Ready]) -> str:
 
 
 def set_digest(statements: Sequence[Ready]) -> str:
-    """Hash a set of statements, in any order: sha256 over what its sites signed."""
+    """Hash a set of statements, in any order: sha256 of what its sites signed."""
     total = hashlib.sha256(SET)
     for text in sorted(ready.text() for ready in statements):
         total.update(f"{len(text)}:{text}".encode())
@@ -189,7 +194,7 @@ def check_set(
 def check_pinned(
     signing: Collection[str], own: str, pinned: Collection[str], at_least: int
 ) -> None:
-    """Check that enough of some sites' signing keys are pinned here. Errors: StatementError."""
+    """Check that this site pins enough of these sites' signing keys. Errors: StatementError."""
     known = len({*signing} & {*pinned, own})
     if known < at_least:
         raise StatementError(

@@ -1,1 +1,1 @@
-"""A round at a site: per-unit gradients, clipped, noised and summed."""
+"""A round at a site: per-unit gradients are clipped, summed and noised."""

@@ -1,11 +1,11 @@
-"""Data parallelism at one site: several processes compute one step under one process' guarantee.
+"""Share one step among several processes of a site, under the guarantee of one process.
 
     rank 0       samples the rows, distributes them, adds the noise, writes the step log
     other ranks  clip and sum the rows assigned to them, no more
 
-Integer addition is exact, so the sum is the one that a single process makes. A Unix socket in a
-folder of the site's user carries it: JSON and raw tensors, no pickle. (PyTorch's gloo listens on
-ports that every account of the machine can connect to, without authentication.)"""
+Integer addition is exact, so the sum is the one that a single process computes. It travels over
+a Unix socket in a folder of the site's user, as JSON and raw tensors, without pickle. (PyTorch's
+gloo listens on ports that every account of the machine can connect to, without authentication.)"""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ RENDEZVOUS_SECONDS = 1800.0  # how long a rank without a timeout tries to reach 
 class Group:
     """Connect process `rank` of `size` to the others; returns once all are connected.
 
-    socket_path: in a folder of this user alone; rank 0 creates it and the others connect to it;
-    timeout: seconds to wait for the others in each exchange (None: for ever); check_alive: called
-    while rank 0 waits for the others to connect, and raises where one of them has ended.
-    Guarantee: no other user of this machine joins, reads or sends: the folder's permissions keep
-    them out, and the kernel reports the user of the connecting process.
-    Errors, of every method: InfrastructureError where another process is gone or silent."""
+    socket_path: in a folder that only this user can open; rank 0 creates it and the others
+    connect to it; timeout: seconds to wait for the others in each exchange (None: for ever);
+    check_alive: called while rank 0 waits for the others to connect, and raises if one of them
+    has ended. Guarantee: no other user of this machine joins, reads or sends: the folder's
+    permissions keep them out, and the kernel reports the user of the connecting process. Errors,
+    of every method: InfrastructureError where another process is gone or silent."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ def _accept_peers(
 
 
 def _handshake(peer: socket.socket) -> int:
-    """Read the rank of a connecting process; 0: not one of this group."""
+    """Read the rank of a connecting process; 0: it does not belong to this group."""
     peer.settimeout(5.0)
     with suppress(OSError):
         if _peer_user(peer) == os.getuid():
@@ -166,7 +166,7 @@ def _connect(socket_path: Path, rank: int, timeout: float | None) -> socket.sock
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
     if not tensor.numel():
         return memoryview(b"")
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
@@ -189,7 +189,8 @@ def sum_over_workers(
     group: Group, sampled: list[int], dimension: int, clipped_sum: ClippedSum
 ) -> torch.Tensor:
     """Sum the clipped rows over all processes: each calls it with the same `sampled`, and rank 0
-    gets the sum. A process without rows, or one that fails, contributes zeros: nobody waits.
+    gets the sum. A process without rows, or one that fails, contributes zeros, so that no other
+    waits for it.
 
     Errors: as `Team.total`."""
     # After the sum, one counter per row: how often it was added. A total alone could not tell one
@@ -230,8 +231,8 @@ def _as_infrastructure_error() -> Iterator[None]:
 
 
 def share_machine(index: int, processes: int) -> None:
-    """Limit process `index` of `processes` equal ones on this machine to its share of the cores and
-    of the memory for prefix states, and to a GPU of its own while there are enough."""
+    """Limit process `index` of `processes` equal ones on this machine to its share of the cores
+    and of the memory for prefix states, and to a GPU of its own while there are enough."""
     PREFIX_STORE.processes = processes
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""A site's local round: noised steps on its copy of the adapter, and the resulting update."""
+"""Train a site's local round: noised steps on its copy of the adapter give the update."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ def local_round(
     columns: slice = ALL,
     losses: RoundLoss | None = None,
 ) -> Arrays:
-    """Train `local_steps` steps from `adapter`; returns trained minus `adapter`, fp32 by name; of
-    a B with a public preconditioner M that change before M, on which the noise is the same in every
-    direction.
-    recompute: activation checkpointing; ignored with Opacus' hooks, which cannot do it. columns:
-    the only columns of each B that are trained and returned. losses: gets the records' losses,
-    which are private and no part of the result.
+    """Train `local_steps` steps from `adapter`, and return trained minus `adapter`, fp32 by name.
+
+    - For a B with a public preconditioner M, the returned change is the one before M, on which the
+      noise is the same in every direction.
+    - recompute: activation checkpointing; ignored with Opacus' hooks, which cannot do it
+    - columns: the only columns of each B that are trained and returned
+    - losses: gets the records' losses, which are private and not part of the result
 
     Only the noised mean gradient reaches the optimiser, so momentum, decay and the proximal term
-    (Li et al. 2020) are post-processing. The optimiser starts afresh each round: a round
-    leaves no state but its update."""
+    (Li et al. 2020) are post-processing. The optimiser starts afresh each round: a round leaves no
+    state but its update."""
     network = data.network
     network.load_trainable(adapter)
     objective = resolve(study.objective)
@@ -87,8 +88,9 @@ def local_sum(
     recompute: bool = False,
     losses: RoundLoss | None = None,
 ) -> npt.NDArray[np.int64]:
-    """Compute a site's part of a round whose sum alone is opened: its noised sum of clipped rows in
-    multiples of the plan's grid, int64 (d,), the tensors end to end in name order as on the wire.
+    """Compute a site's part of a round of which only the sum is opened: its noised sum of
+    clipped rows in multiples of the plan's grid, int64 (d,), the tensors end to end in name
+    order as on the wire.
 
     The optimiser runs at the coordinator, on the mean of all sites."""
     network = data.network
@@ -106,8 +108,8 @@ def local_sum(
 
 
 def _report_progress(engine: UnitGradientEngine, step: int, steps: int) -> RowGradients:
-    """Report on this machine's screen how much of a round is done, in per cent of a step: how many
-    rows were drawn is shown nowhere."""
+    """Report on this machine's screen how much of a round is done, in per cent of a step: the
+    number of drawn rows is never shown."""
 
     def on_work(done: int, total: int) -> None:
         report("training", 100 * step + 100 * done // total, 100 * steps)
@@ -123,11 +125,11 @@ def _optimizer(study: Study, parameters: list[torch.Tensor], round_: int) -> tor
 
 def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     """Check that a σ = 0 step on generated records lowers their loss and, in a private study, that
-    a row's gradient does not depend on how many rows there are.
+    a row's gradient does not depend on the number of rows.
 
-    Under DP the noise moves every adapter, so movement in a real round proves nothing; a wiring
-    fault that would spend ε without learning shows here, before any is spent.
-    Errors: ModelError."""
+    Under DP the noise moves every adapter, so movement in a real round proves nothing; this check
+    shows a wiring fault that would spend ε without learning, before any is spent. Errors:
+    ModelError."""
     data = CachedDataset(network, random_records(network, study))
     objective, engine_name = resolve(study.objective), study.training.engine
     engine = UnitGradientEngine(data, objective, engine=engine_name, columns=columns)

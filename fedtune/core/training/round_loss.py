@@ -1,4 +1,4 @@
-"""The mean loss of a round's drawn records, for the site's own eyes."""
+"""Compute the mean loss of a round's drawn records, which only people at the site see."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 
 
 class RoundLoss:
-    """Adds up losses as the engine computes them for its gradients, without a pass of its own.
+    """Adds up losses as the engine computes them for its gradients, without an extra pass.
 
-    Private: it is not clipped and has no noise, so it must leave neither the site nor the file that
-    core/vault/own_loss.py keeps. Guarantee: adding never raises for a value, and changes no tensor,
-    so that no gradient follows from whether somebody looks."""
+    Private: the sum is not clipped and has no noise, so it must leave neither the site nor the file
+    that core/vault/own_loss.py keeps. Guarantee: adding never raises for a value, and changes no
+    tensor, so that gradients do not depend on whether the loss is recorded."""
 
     def __init__(self) -> None:
         self._total, self._count = 0.0, 0
 
     def add(self, losses: torch.Tensor) -> None:
-        """Add the losses of one block's records, (n,); what is not finite is left out."""
+        """Add the losses of one block's records, (n,); values that are not finite are left out."""
         values = losses.detach().double()
         finite = values[torch.isfinite(values)]
         self._total += float(finite.sum())
@@ -24,5 +24,5 @@ class RoundLoss:
 
     @property
     def mean(self) -> float | None:
-        """Return the mean over what was added; None where nothing was."""
+        """Return the mean of the added losses; None if there are none."""
         return self._total / self._count if self._count else None

@@ -1,5 +1,5 @@
-"""Four oracles that a site runs before its first round, on the study's own architecture at tiny
-size and on generated records, through the code that will train."""
+"""Run four oracles before a site's first round, on the study's own architecture at tiny size and
+on generated records, through the code that will train."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ HUGE = 1e6
 
 @dataclass(frozen=True)
 class Result:
-    """One oracle: `figure` was measured, at most `bound` passes. note: what went wrong, if it
-    stopped; it speaks of generated records alone."""
+    """The result of one oracle: `figure` was measured, and passes if it is at most `bound`.
+    note: what went wrong, if the oracle stopped; it mentions generated records only."""
 
     name: str
     passed: bool
@@ -65,8 +65,8 @@ class SelfTestFailed(Refused):
 
 
 class MemoryLog(StepLog):
-    """A step log that keeps its lines in memory, for generated records alone: what it records cost
-    nobody anything, and the site's own log is not touched."""
+    """A step log that keeps its lines in memory, for generated records only: what it records
+    costs nobody anything, and the site's own log is not touched."""
 
     def __init__(self) -> None:
         self.lines: list[Step] = []
@@ -84,9 +84,10 @@ def require(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> None:
-    """Errors: SelfTestFailed naming each oracle that failed, its figure and its bound; of one that
-    stopped, that it did: why is a library's words, which may tell of this machine's memory, disk or
-    folders, and stays in this machine's log. A refusal's words leave the site."""
+    """Check the oracles' results. Errors: SelfTestFailed naming each oracle that failed, its
+    figure and its bound. For an oracle that stopped, the message says only that it did: the
+    reason is a library's message, which may reveal this machine's memory, disk or folders, and
+    stays in this machine's log. A refusal's message leaves the site."""
     results = run(study, network, declared_size, lora_rank)
     failed = [result for result in results if not result.passed]
     for result in failed:
@@ -109,9 +110,9 @@ def run(
     declared_size: int = 100,
     lora_rank: int | None = None,
 ) -> list[Result]:
-    """The oracles for `study`; [] where it promises no privacy. `network`: the study's own, to take
-    the architecture from; its weights, adapter and caches are not touched. lora_rank: of a site
-    that trains no more.
+    """Run the oracles for `study`; [] if it promises no privacy. `network`: the study's own,
+    from which the architecture is taken; its weights, adapter and caches are not touched.
+    lora_rank: of a site that trains no more.
 
     Guarantee: reads no record, writes no file but a tiny base in a temporary folder.
     | parity      | rows and their clipped sum against a loop of one record, plain autograd |
@@ -146,7 +147,7 @@ def run(
 
 
 def run_check(name: str, bound: float, measure: Callable[[], float]) -> Result:
-    """What `measure` finds, of which at most `bound` passes; whatever it raises does not pass."""
+    """Run `measure`, and let at most `bound` pass; whatever it raises does not pass."""
     started, note = time.perf_counter(), ""
     try:
         figure = measure()
@@ -160,8 +161,8 @@ def _describe_error(error: Exception) -> str:
 
 
 class _Bench:
-    """The study at tiny size: its network, generated records, and its plan with every row in every
-    step and vanishing noise."""
+    """The study at tiny size: its network, generated records, and its plan with every row in
+    every step and vanishing noise."""
 
     def __init__(
         self, study: Study, network: Network, plan: DpPlan, lora_rank: int | None = None
@@ -194,8 +195,8 @@ class _Bench:
         return data.by_unit[unit] if self.by == "record" else [unit]
 
     def total(self, data: Dataset, hostile: dict[int, float] | None = None) -> torch.Tensor:
-        """The clipped sum that one shipped step makes of `data`, fp32; `hostile`: rows (by number)
-        that are overwritten with a value before the step sees them."""
+        """Return the clipped sum of `data` from one shipped step, fp32. `hostile`: rows (by
+        number) that are overwritten with a value before the step sees them."""
         engine = self.engine(data)
 
         def gradients(rows: list[int]) -> Iterator[Chunk]:
@@ -214,7 +215,7 @@ class _Bench:
 
 
 def _parity(bench: _Bench) -> float:
-    """Oracle (a): the largest relative difference of a row, or of the clipped sum."""
+    """Oracle (a): measure the largest relative difference of a row, or of the clipped sum."""
     measured, reference = bench.rows(bench.data).double(), _one_by_one(bench)
     rows = float(
         ((measured - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-12)).max()
@@ -229,7 +230,7 @@ def _parity(bench: _Bench) -> float:
 
 
 def _one_by_one(bench: _Bench) -> torch.Tensor:
-    """Each row by plain autograd, one record at a time, fp64."""
+    """Compute each row by plain autograd, one record at a time, fp64."""
     data = CachedDataset(bench.network, bench.data)
     objective = resolve(bench.study.objective)
     named = bench.network.update_parameters()
@@ -251,7 +252,7 @@ def _one_by_one(bench: _Bench) -> torch.Tensor:
 
 
 def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Tensor:
-    """M times the gradient of a B, M written out in full, fp64."""
+    """Multiply the gradient of a B by M, with M written out in full, fp64."""
     found = multiplier_of(name, bench.network.preconditioner)
     if found is None:
         return gradient
@@ -261,11 +262,11 @@ def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Ten
 
 
 def _isolation(bench: _Bench) -> float:
-    """Oracle (b): every unit in turn gets other records, and every row has fewer rows beside it;
-    the most that anyone else's row moves, relative. Not by a bit: products of matrices must come
-    out the same on this machine whoever else is multiplied.
+    """Oracle (b): give other records to every unit in turn, and fewer neighbours to every row;
+    measure the most that anyone else's row moves, relatively. It must not move by a bit: matrix
+    products must come out the same on this machine whatever else is multiplied.
 
-    Errors: RuntimeError where the changed unit's own row stays, since then nothing was tested."""
+    Errors: RuntimeError if the changed unit's own row stays, since then nothing was tested."""
     engine = bench.engine(bench.data)
     before, worst = engine.matrix(range(engine.n_rows)), 0.0
     norms = before.norm(dim=1).clamp_min(1e-12)
@@ -285,8 +286,8 @@ def _isolation(bench: _Bench) -> float:
 
 
 def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:
-    """The same records but for `unit`'s: reversed, other targets, another file, the next label, one
-    length."""
+    """Return the same records except `unit`'s, which get reversed tokens, other targets, another
+    file, the next label and one length."""
     draw, examples = np.random.default_rng(unit), list(data.examples)
     record_format = resolve(study.objective).record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
@@ -336,8 +337,9 @@ def _remove_unit(data: Dataset, unit: int) -> Dataset:
 def _noise(bench: _Bench) -> float:
     """Oracle (d): |σ̂/σ - 1| with the plan's own σ, q and C.
 
-    Three chunks without signal go in, so noise added for each chunk shows; steps must be mutually
-    independent, so noise that a seed replays shows; each step must leave one line of the log."""
+    Three chunks without signal are summed, so that noise added for each chunk is detected; steps
+    must be mutually independent, so that noise which a seed replays is detected; each step must
+    leave one line of the log."""
     plan, log = replace(bench.plan, divisor=3.0), MemoryLog()
     noises = [
         plan.step(3, COORDINATES, _silence, log, round_ + 1).numpy() * 3.0

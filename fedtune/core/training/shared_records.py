@@ -1,7 +1,7 @@
-"""A dataset as one process of a site hands it to the others: header and tensors, no pickle.
+"""Hand a dataset from one process of a site to the others: header and tensors, no pickle.
 
-Guarantee: a site's records are read once, by the process that keeps its ledger. What another
-process trains on is what that one read, whatever its files hold by then."""
+Guarantee: a site's records are read once, by the process that keeps its ledger. Other processes
+train on what that process read, whatever the files hold by then."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fedtune.core.data.media import Media
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Hash every record as it trains, in order (sha256): with equal fingerprints the same row is
-    the same record."""
+    """Hash every record as it trains, in order (sha256): if fingerprints are equal, the same row
+    is the same record."""
     total = hashlib.sha256(f"{dataset.n_units} ".encode())
     for example in dataset.examples:
         media = example.media.digest.hex() if example.media else ""
@@ -35,8 +35,8 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def pack_records(dataset: Dataset) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Return a header (JSON) and tensors that hold what `dataset` trains on: token ids, targets,
-    labels, units, soft targets and media files. Keys, counts and members stay behind."""
+    """Return a header (JSON) and tensors with everything on which `dataset` trains: token ids,
+    targets, labels, units, soft targets and media files. Keys, counts and members are left out."""
     examples = dataset.examples
     passages = [passage for example in examples for passage in example.passages]
     soft = [example.soft for example in examples if example.soft is not None]

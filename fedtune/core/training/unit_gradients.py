@@ -1,4 +1,4 @@
-"""Gradients of units or single records, from per-record gradients."""
+"""Compute gradients of units or single records from per-record gradients."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
 
 
 class _Factor(NamedTuple):
-    """M = identity · I + sign · wide wideᵀ, on the output of a B; wide: (1, outputs, rank)."""
+    """The matrix M = identity · I + sign · wide wideᵀ on the output of a B. wide: (1, outputs,
+    rank)."""
 
     identity: float
     sign: int
     wide: torch.Tensor
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Multiply (n, outputs, columns) by M in place. One product a row: no row's result depends
-        on where it stands or who is beside it."""
+        """Multiply (n, outputs, columns) by M in place, with one product per row: no row's
+        result depends on its position or on its neighbours."""
         wide = self.wide.expand(len(gradient), -1, -1)
         low = torch.bmm(wide.transpose(1, 2), gradient)
         projected = torch.bmm(wide, low)
@@ -45,7 +46,7 @@ class _Factor(NamedTuple):
 
 
 class _Move(NamedTuple):
-    """A B's trained columns as they are and were, and the change to them before M."""
+    """A B's trained columns now and before, and the change to them before M."""
 
     view: torch.Tensor
     before: torch.Tensor
@@ -54,7 +55,7 @@ class _Move(NamedTuple):
 
 
 def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | None:
-    """The preconditioner of the trainable tensor `name`; None where it has none."""
+    """Return the preconditioner of the trainable tensor `name`; None if it has none."""
     found = multiplier_of(name, network.preconditioner)
     if found is None:
         return None
@@ -63,19 +64,20 @@ def _factor(network: Network, name: str, parameter: torch.Tensor) -> _Factor | N
 
 
 class NoRowGradient(ModelError):
-    """A trainable layer whose gradient is not one for each record: found on generated records,
-    before any is read."""
+    """A trainable layer does not give one gradient per record: found on generated records,
+    before any record is read."""
 
 
 class UnitGradientEngine:
-    """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a patient
-    with the mean over that patient's records (clipped once, later); "record": a row is one record.
-    (Charles et al. 2024, user-level and example-level sampling.) columns: of each B these alone.
-    losses: gets the losses that the gradients are of, for the site alone.
+    """Computes the gradients of rows. sampling_unit "unit": a row is a unit: a record, or a
+    patient with the mean over that patient's records (clipped once, later); "record": a row is
+    one record. (Charles et al. 2024, user-level and example-level sampling.) columns: the
+    columns of each B to compute. losses: gets the losses of these gradients, which stay at the
+    site.
 
-    trained: what a step updates, in the update's order: views into the network's parameters; of a B
-    with a public preconditioner M the change to it before M, zero at first, whose gradient is M g.
-    `write` brings that change to the network.
+    trained: the tensors that a step updates, in the update's order: views into the network's
+    parameters; for a B with a public preconditioner M the change to it before M, zero at first,
+    whose gradient is M g. `write` brings that change to the network.
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
     whose shapes follow from the record's bucket alone, summed in the unit's order. Every
@@ -125,8 +127,8 @@ class UnitGradientEngine:
         return len(self._members)
 
     def __call__(self, rows: list[int], on_work: OnWork | None = None) -> Iterator[Chunk]:
-        """Yield the gradients of `rows`, each once, in whatever order and chunks are quickest.
-        on_work: hears how much of the work is done, block by block.
+        """Yield the gradients of `rows`, each once, in the order and chunks that are fastest.
+        on_work: called with the share of the work that is done, block by block.
 
         A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
         other rows are unaffected. Errors: NoRowGradient, which the network's layers decide."""
@@ -245,7 +247,7 @@ class UnitGradientEngine:
 
 
 def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
-    """Select `columns` where an engine returned more than `width`; the others are wiped."""
+    """Select `columns` if an engine returned more than `width`; the others are wiped."""
     if gradient.shape[-1] == width:
         return gradient
     selected = gradient[..., columns].clone()

@@ -1,4 +1,4 @@
-"""Engines that compute per-record gradients in one backward pass: one module each.
+"""Engines compute per-record gradients in one backward pass: one module each.
 
 | one_pass | LoRA on linear layers, and linear layers themselves: the fastest, and the default |
 | opacus   | Opacus' hooks, for every layer that it knows; chosen where one_pass does not fit |
@@ -28,8 +28,8 @@ class PerRecord(Protocol):
     def watching(self) -> AbstractContextManager[None]: ...
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
-        """Compute for each trained parameter the gradients of `losses` (B,), as (B, *shape); None
-        where a layer gave none. The caller wipes them."""
+        """Compute the gradients of `losses` (B,) for each trained parameter, as (B, *shape);
+        None if a layer gave none. The caller wipes them."""
         ...
 
 
@@ -39,8 +39,8 @@ def choose(
     parameters: Sequence[nn.Parameter],
     columns: slice = ALL,
 ) -> PerRecord:
-    """Choose the engine for a model whose trainable parameters are `parameters`. columns: those of
-    each B that are needed; an engine may return all."""
+    """Choose the engine for a model whose trainable parameters are `parameters`. columns: the
+    columns of each B that are needed; an engine may return all."""
     from fedtune.core.training.engines.one_pass import OnePass
     from fedtune.core.training.engines.opacus import OpacusHooks
 

@@ -1,4 +1,5 @@
-"""Per-record gradients of LoRA's small factors, as batched matrix products in the backward pass.
+"""Compute per-record gradients of LoRA's small factors, as batched matrix products in the
+backward pass.
 
 A record's gradient of B is a (outputs, rank) matrix and that of A a (rank, inputs) one: far smaller
 than the activations they come from. So they are formed layer by layer during the backward pass,
@@ -95,7 +96,7 @@ class OnePass:
 
 
 def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Σ over a record's positions of left ⊗ right: (B, L, m) and (B, L, n) to (B, m, n)."""
+    """Sum left ⊗ right over a record's positions: (B, L, m) and (B, L, n) to (B, m, n)."""
     if left.shape[2] > right.shape[2]:  # the product is two to three times quicker this way round
         return per_record(right, left).transpose(1, 2)
     return torch.bmm(left.transpose(1, 2), right)
@@ -116,7 +117,7 @@ def _forward_of(
 
 
 def _is_vanilla_lora(layer: Any) -> bool:
-    """Whether the layer is one vanilla LoRA adapter."""
+    """Return whether the layer is one vanilla LoRA adapter."""
     if type(layer).__name__ not in _LORA or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
@@ -160,12 +161,12 @@ def _apply(kind: Any, *inputs: Any) -> Any:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, …, n) as (B, positions, n), fp32."""
+    """Reshape (B, …, n) to (B, positions, n), fp32."""
     return x.reshape(len(x), -1, x.shape[-1]).float()
 
 
 class _Lora(torch.autograd.Function):
-    """out + s·(x Aᵀ)Bᵀ, where out is given, or x Wᵀ + bias with W frozen."""
+    """Compute out + s·(x Aᵀ)Bᵀ if out is given, or x Wᵀ + bias with W frozen."""
 
     @staticmethod
     def forward(
@@ -208,7 +209,8 @@ class _Lora(torch.autograd.Function):
 def _input_gradient(
     grad: torch.Tensor, thin: torch.Tensor, a: torch.Tensor, weight: torch.Tensor | None
 ) -> torch.Tensor:
-    """The gradient at the layer's input: through A, and through W where it is the layer's own."""
+    """Return the gradient at the layer's input: through A, and through W if it is the layer's
+    own."""
     shape = (*grad.shape[:-1], a.shape[1])
     flat = thin.view(-1, thin.shape[-1])
     if weight is None:
@@ -220,7 +222,7 @@ def _input_gradient(
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + bias, both trained."""
+    """Compute x Wᵀ + bias, both trained."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Opacus' per-sample gradients, by its hooks on the trainable layers."""
+"""Compute Opacus' per-sample gradients with its hooks on the trainable layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class OpacusHooks:
-    """Any layer that Opacus knows. Gradients of frozen activations are recorded by module hooks,
+    """Serves any layer that Opacus knows. Module hooks record the gradients of frozen activations,
     so a layer that is recomputed in the backward pass gives none.
 
     Reference: Yousefpour et al. 2021, "Opacus", section 3."""
