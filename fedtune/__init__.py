@@ -1,6 +1,6 @@
 """fedtune: fine-tune a language model across hospitals without moving a record.
 
-What `__all__` names is the library; a name is imported when it is first used."""
+`__all__` lists the names of the library; each is imported when it is first used."""
 
 import importlib
 import logging

@@ -178,7 +178,7 @@ def test_what_is_not_worth_its_price_is_refused_unless_somebody_insists(
     assert not (tmp_path / "run" / "plan.json").exists()
     report = simulate(path, sites_in(tmp_path), tmp_path / "run", shares=shares, anyway=True)
     assert report["quality"]["expected"]["gain"]["high"] < LEAST
-    with pytest.raises(ConfigError, match="no class"):
+    with pytest.raises(ConfigError, match="not a class"):
         before_paying(load_study(path), [12], {"fevers": 0.1})
     with pytest.raises(ConfigError, match="above 0"):
         before_paying(load_study(path), [12], {"rash": 1.5})

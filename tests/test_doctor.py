@@ -84,9 +84,9 @@ BASE_TABLE = 'dtype = "float32"'
 WRONG: dict[str, tuple[Callable[[Hub], Any], str, str]] = {
     "expired": (lambda h: h.leaf(-30 * DAY, -DAY), "certificate", "expired.*fedtune server"),
     "near its end": (lambda h: h.leaf(-30 * DAY, DAY), "certificate", "about to expire"),
-    "not yet valid": (lambda h: h.leaf(DAY, 30 * DAY), "certificate", "not yet.*NTP"),
-    "set back": (lambda h: h.leaf(DAY, 30 * DAY), "clock", "server.pem is of"),
-    "set back since": (from_the_future, "clock", "a is of.*goes forward"),
+    "not yet valid": (lambda h: h.leaf(DAY, 30 * DAY), "certificate", "not valid yet.*NTP"),
+    "set back": (lambda h: h.leaf(DAY, 30 * DAY), "clock", "server.pem was written at"),
+    "set back since": (from_the_future, "clock", "a was written at.*never goes back"),
     "another CA": (another_ca, "certificate", "not signed by this consortium's CA"),
     "no CA": (lambda h: (h.home / "ca.pem").write_bytes(b""), "certificates", "from a backup"),
     "lost CA": (lambda h: (h.home / "ca.pem").unlink(), "certificates", "ca.pem.*from a backup"),

@@ -235,7 +235,7 @@ def test_two_sites_never_share_a_ledger(tmp_path: Path, tiny_base: Path) -> None
 
 @pytest.mark.parametrize("row", [{"q": object()}, ["q"], {"q": float("nan")}])
 def test_what_is_no_record_is_said_without_its_content(tmp_path: Path, row: Any) -> None:
-    with pytest.raises(DataError, match="row 2 is no record") as error:
+    with pytest.raises(DataError, match="row 2 is not a record") as error:
         site("north", tmp_path, [rows(1)[0], row])
     assert "fever" not in str(error.value) and not (tmp_path / "north").exists()
 

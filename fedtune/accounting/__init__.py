@@ -1,1 +1,1 @@
-"""What a study costs, and how much of its answers is noise, computed before it runs."""
+"""Compute what a study costs, and how much of its answers is noise, before it runs."""

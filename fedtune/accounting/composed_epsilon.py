@@ -27,9 +27,12 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Share:
-    """One site's part in one parent. key: the site's public signing key, "" where the report has
-    none; events: what ran there; fallback: the same by the site's own noise alone, where sites
-    shared theirs; assumptions: (n, t) of each run that the first rests on."""
+    """One site's part in one parent.
+
+    - key: the site's public signing key, "" if the report has none
+    - events: the steps that ran there
+    - fallback: the same by the site's own noise alone, if sites shared theirs
+    - assumptions: (n, t) of each run on which the first rests"""
 
     parent: int
     site: str
@@ -40,9 +43,9 @@ class Share:
 
 
 def shares(report: dict[str, Any], parent: int) -> list[Share]:
-    """List the sites of a parent's report.json; one of an unknown name where it names none.
+    """List the sites of a parent's report.json; one site of unknown name if it names none.
 
-    Errors: InputError where the report does not say what ran."""
+    Errors: InputError if the report does not say what ran."""
     privacy = report["privacy"]
     try:
         sites = privacy.get("sites") or {"": privacy}
@@ -69,7 +72,8 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """What a site ran; of an adapter that was itself derived, all that its own parents ran."""
+    """Return what a site ran; for an adapter that was itself derived, everything that its own
+    parents ran."""
     if "events" in site:
         return tuple(Steps(*event) for event in site["events"])
     if not site.get("steps"):
@@ -79,7 +83,7 @@ def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
 
 
 def _fallback(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """What a site ran, if nothing but its own noise holds."""
+    """Return what a site ran, with nothing but its own noise."""
     table = site.get("secure_aggregation")
     if not table:
         return _events(site)
@@ -107,14 +111,14 @@ def relation(first: Share, second: Share, disjoint: bool = False) -> str:
 
 
 def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
-    """Compose a report's "privacy" from those of its parents, all of them private.
+    """Compose a report's "privacy" from those of its parents, all of which are private.
 
-    Each site is charged what it ran in its own parent and, of every other parent, what the same
-    site ran there, or else the worst of the sites that may share people with it. ε by PLD at the
-    smallest of the parents' δ; the weakest of their units. disjoint: the caller states that no
-    person is in two parents. Where sites of a parent shared noise, a second ε is composed of what
-    holds by each site's own noise alone.
-    Guarantee: at least the ε of everything that any one person, at any one site, took part in."""
+    Each site is charged for what it ran in its own parent and, for every other parent, for what
+    the same site ran there, or else for the worst of the sites that may share people with it. ε
+    by PLD at the smallest of the parents' δ; the weakest of their units. disjoint: the caller
+    states that no person is in two parents. If sites of a parent shared noise, a second ε is
+    composed from each site's own noise alone. Guarantee: at least the ε of everything that any
+    one person, at any one site, took part in."""
     by_parent = [shares(report, number) for number, report in enumerate(reports)]
     privacy = [report["privacy"] for report in reports]
     delta = min(float(p["delta"]) for p in privacy)
@@ -162,8 +166,8 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
 def _events_in_parent(
     site: Share, other: Sequence[Share], delta: float, disjoint: bool
 ) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
-    """What another parent may have run on the people of `site`, the same by own noise alone, and
-    how that was decided."""
+    """Return what another parent may have run on the people of `site`, the same by own noise
+    alone, and how this was decided."""
 
     def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
         return max(runs, key=lambda events: cross_check(events, delta))

@@ -1,4 +1,4 @@
-"""Compute what a study costs before it runs: `fedtune plan`, as data."""
+"""Compute what a study costs before it runs, as data (`fedtune plan`)."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from fedtune.report.claim import assumption, best_guess
 
 @dataclass(frozen=True)
 class SitePlan:
-    """One site's rounds, steps and noise, and their ε.
+    """The rounds, steps and noise of one site, and their ε.
 
-    sampling_rate: q; batch: the expected batch, q · declared size; noise_multiplier: σ; risk: the
-    highest accuracy with which an attacker who knows all other records guesses a unit's presence;
-    with [secure_aggregation], fallback_epsilon: what holds by own_noise_multiplier, the σ that this
-    site adds itself, alone. It is also the ε of a study without it that learns as well.
+    - sampling_rate: q
+    - batch: the expected batch, q · declared size
+    - noise_multiplier: σ
+    - risk: the highest accuracy with which an attacker who knows all other records guesses a
+      unit's presence
+    - own_noise_multiplier: with [secure_aggregation], the σ that this site adds itself
+    - fallback_epsilon: with [secure_aggregation], the ε by this noise alone, which is also the ε of
+      a study without it that learns as well
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -52,7 +56,8 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study's cost at each of some sites. unit: whom ε protects; objective: in words.
+    """The cost of a study at each of some sites. unit: the unit that ε protects; objective: in
+    words.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -72,10 +77,10 @@ class Plan:
 
 
 def query_lines(study: Study, sites: int) -> list[str]:
-    """Say, a line each, what a plan's private evaluation costs and how much of its answer is noise
-    with so many sites, from public numbers; [] without one.
+    """Describe, in one line each, what a plan's private evaluation costs and how much of its
+    answer is noise with so many sites, from public numbers; [] without one.
 
-    Errors: ConfigError where the study is not private."""
+    Errors: ConfigError if the study is not private."""
     table = study.private_evaluation
     if table is None:
         return []
@@ -107,7 +112,7 @@ def plan(study: Study, sites: Iterable[Site | int]) -> Plan:
     >>> costs.sites[0].site
     'my-hospital'
 
-    Errors: ConfigError where the study is not private, or nothing fits its budget."""
+    Errors: ConfigError if the study is not private, or nothing fits its budget."""
     study = validate_study(study)
     named = [
         ("any", site) if isinstance(site, int) else (site.site.name, site.site.declared_size)
@@ -137,10 +142,11 @@ def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
 
 
 def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
-    """Say, a line each, on what ε rests in a study with [secure_aggregation], what holds without
-    it, what is gained, and how wide its words are for sites of these declared sizes; [] without.
+    """Describe, in one line each, the assumption of ε in a study with [secure_aggregation], the
+    ε without it, the gain, and the width of its words for sites of these declared sizes; []
+    without.
 
-    Errors: ConfigError where nothing fits its budget."""
+    Errors: ConfigError if nothing fits its budget."""
     if study.secure_aggregation is None or not study.private:
         return []
     of_site = plan_for_site(study, max(sizes))
@@ -164,7 +170,7 @@ def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
 
 
 def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
-    """Offer ε = 1 where more is planned; nothing where no σ gives it."""
+    """Suggest ε = 1 if more is planned; nothing if no σ gives it."""
     if of_site.epsilon <= 1 or study.training.rounds is None:
         return []
     try:
@@ -181,7 +187,7 @@ def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
 
 
 def _attempts(of_site: DpPlan) -> str:
-    """Say what an attempt at a round costs that comes to nothing, and two of them, in both ε."""
+    """Describe the cost of one failed attempt at a round, and of two of them, in both ε."""
     costs = []
     for more in (1, 2):
         steps = of_site.steps + more * of_site.local_steps
@@ -196,8 +202,8 @@ def _attempts(of_site: DpPlan) -> str:
 
 
 def _of_two(of_site: DpPlan, *, shared: bool) -> float:
-    """Compute ε of a unit with records at two sites: twice the rows in one sum, each drawn by
-    itself, or the same mechanism twice."""
+    """Compute ε of a unit with records at two sites: twice the rows in one sum, each drawn
+    independently, or the same mechanism twice."""
     (steps,) = of_site.events(of_site.steps)
     twice: Steps = (
         steps._replace(records=2 * steps.records)

@@ -1,8 +1,8 @@
-"""How much of a private evaluation's answer is noise, from public numbers alone.
+"""Compute how much of a private evaluation's answer is noise, from public numbers alone.
 
 A site's two sums, Σ score and Σ 1 over its held-out units, each have Gaussian noise of standard
-deviation σ√(2 · axes), where the whole is an axis, and so are the classes and each column of
-groups; the answer is the ratio of both, pooled over the sites."""
+deviation σ√(2 · axes), where all records are one axis, the classes are one, and so is each
+column of groups; the answer is the ratio of the two sums, pooled over the sites."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HELD_OUT = (30, 100, 300)  # units at each site that a forecast is given for
 
 def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None:
     """Return the noise's standard deviation in a pooled answer, to first order (delta method):
-    √(v · (1 + r²)) / n; None where the count is lost in its own noise.
+    √(v · (1 + r²)) / n; None if the count is lost in its own noise.
 
     variance: of the noise in each pooled sum; count: n, pooled; ratio: r, the answer, 1 at most.
 
@@ -30,9 +30,9 @@ def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None
 
 
 def forecast(sigma: float, sites: int, axes: int = 1) -> dict[int, float | None]:
-    """Return twice `answer_sd`, at most, by the held-out units at each of `sites` sites, for
-    HELD_OUT and for the fewest that answer at all. sigma: private_evaluation.noise_multiplier;
-    axes: by what units are told apart, the whole included.
+    """Return at most twice `answer_sd`, by the number of held-out units at each of `sites`
+    sites, for HELD_OUT and for the fewest units that give an answer at all. sigma:
+    private_evaluation.noise_multiplier; axes: number of axes, the one of all records included.
 
     >>> forecast(2.0, 3)[30] < 0.16 and forecast(8.0, 1)[30] is None
     True

@@ -1,1 +1,2 @@
-"""A site's half that speaks to the network: Flower, TLS, reconnecting. It holds no record."""
+"""The half of a site that talks to the network: Flower, TLS and reconnecting. It holds no
+record."""

@@ -1,4 +1,5 @@
-"""The ClientApp: hands a coordinator's messages on as requests, and sends the answers back."""
+"""Define the ClientApp: it passes a coordinator's messages on as requests, and sends the answers
+back."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def as_request(message: Message) -> Request:
 
 
 def as_message(answer: Answer, message: Message) -> Message:
-    """Put an answer into the reply to a message; one that only failed is an error of Flower's."""
+    """Put an answer into the reply to a message; an answer that only reports a failure becomes a
+    Flower error."""
     if not answer.table:
         return api.error_reply(message, FAILED)
     content = RecordDict()

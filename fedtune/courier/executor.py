@@ -2,8 +2,8 @@
 
     gateway <── forwarder <── SuperNode ── loopback, secret ──> Executor: this process
 
-It stands where Flower would start a process per message that unpacks the coordinator's app bundle
-and runs it. Guarantee: only the app that it was given runs; a bundle is never opened. Other tasks
+It replaces the process that Flower would start for each message, which unpacks the coordinator's
+app bundle and runs it. Guarantee: only the given app runs; a bundle is never opened. Other tasks
 and other kinds of message get a refusal."""
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Executor:
 
     def run_supernodes(self, state: Path, forwarder: Forwarder, patience: float) -> None:
         """Run one SuperNode after another until `once` is fulfilled. Errors: InfrastructureError
-        when the coordinator goes on refusing this site for `patience` seconds."""
+        if the coordinator still refuses this site after `patience` seconds."""
         failures: list[float] = []  # when, since the last success or long wait
         while True:
             began = time.monotonic()
@@ -68,7 +68,7 @@ class Executor:
             time.sleep(wait)
 
     def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
-        """Run one SuperNode until it ends and return the reason; None: `once` is fulfilled."""
+        """Run one SuperNode until it ends and return the reason; None if `once` is fulfilled."""
         self.joined, problem = False, None
         if forwarder.refusal:
             return _refusal(forwarder)  # asked again by the forwarder, until that changes
@@ -142,8 +142,8 @@ class Executor:
         self._worked = True
 
     def reply(self, task_kind: str, message: Message, context: Context) -> Message:
-        """Return the app's reply, or a refusal; of an exception that there was one. Of `context`,
-        which is the coordinator's, nothing counts here."""
+        """Return the app's reply, or a refusal; for an exception, only that there was one.
+        `context` comes from the coordinator and is ignored."""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ASKED:
             self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
@@ -200,6 +200,7 @@ def _distrust(link: Link) -> InfrastructureError:
 
 
 def _say_log(node: Child) -> None:
-    """Say the end of a SuperNode's log in this process's own, since that log goes with it."""
+    """Copy the end of a SuperNode's log to this process's log, since the SuperNode's is deleted
+    with it."""
     with suppress(OSError):
         print(node.log.read_bytes()[-SAID:].decode(errors="replace"), flush=True)

@@ -1,9 +1,9 @@
-"""The process of a site that speaks to the network; `fedtune client` starts it.
+"""Run the courier: the process of a site that talks to the network; `fedtune client` starts it.
 
 It is confined before it imports Flower: it reads code, the site file and the keys of its network,
-writes what Flower leaves and its certificate on a disk in memory, and opens no other file. It
-asks the vault over the socket that it inherits, or by the files of a spool: there it writes
-requests and reads answers.
+writes Flower's files and its certificate on a disk in memory, and opens no other file. It asks the
+vault over the socket that it inherits, or through the files of a spool: there it writes requests
+and reads answers.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List what a site's courier may read: programs, fedtune, its settings, its network's keys, and
-    the answers of a spool."""
+    """List what a site's courier may read: programs, fedtune, its settings, its network's keys,
+    and the answers of a spool."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
     code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]
@@ -66,9 +66,9 @@ def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def list_private(site: Site) -> Iterator[Path]:
-    """List what a site's courier must not read: its state and ledger, where its records and both
-    kinds of held-out records are, what opens their databases, the files that stand beside them, and
-    a model that the site trained alone, which no ε covers."""
+    """List what a site's courier must not read: its state and ledger, its records and both kinds
+    of held-out records, the passwords of their databases, the files beside them, and a model
+    that the site trained alone, which no ε covers."""
     yield site.site.state
     if site.site.ledger:
         yield site.site.ledger
@@ -88,14 +88,14 @@ def list_private(site: Site) -> Iterator[Path]:
 
 
 def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
-    """Return what of the site's private files lies below a folder that its courier must read."""
+    """Return the private files of the site that lie below a folder which its courier must read."""
     shared = [path.resolve() for path in list_readable(site, spool) if path != keys_folder(site)]
     own = [path.resolve() for path in list_private(site)]
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
 def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
-    """Say which of the site's private files its courier reads, by where they lie."""
+    """Describe, by their place, the private files of the site that its courier can read."""
     read = open_to_courier(site, spool)
     return [f"{path} lies where the courier reads its code" for path in read]
 
@@ -117,7 +117,8 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
 
 
 def _try_to_read(site: Site) -> isolation.Confinement:
-    """Try to read the site's private files; what can be read is missing from the confinement."""
+    """Try to read the site's private files; those that can be read are listed as missing from
+    the confinement."""
     reached = []
     for path in list_private(site):
         with suppress(OSError):
@@ -177,15 +178,15 @@ def by_socket(vault: Connection) -> Ask:
 
 
 def by_file(spool: Spool) -> Ask:
-    """Ask a vault by the files of a spool. What an earlier courier asked there is withdrawn: nobody
-    waits for it any more."""
+    """Ask a vault through the files of a spool. Requests of an earlier courier are withdrawn:
+    nobody waits for them."""
     from fedtune.flower.polling import Poll
 
     spool.withdraw_all()
 
     def ask(_: Context, request: Request, seconds: float) -> Answer:
-        """Errors: InfrastructureError where the coordinator waits no longer; the request is then
-        withdrawn too."""
+        """Ask one request. Errors: InfrastructureError if the coordinator no longer waits; the
+        request is then withdrawn too."""
         ends, poll = time.monotonic() + seconds, Poll(*ANSWER_SECONDS)
         name = spool.ask(request)
         try:
@@ -209,7 +210,7 @@ def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: f
     state = site.site.state / FOLDER
 
     def keep(certificate: bytes) -> None:
-        """Have a renewed certificate kept on the site's disk, where this half writes nothing."""
+        """Have a renewed certificate stored on the site's disk, where this half cannot write."""
         tell("renewed", {"certificate": certificate.decode()})
 
     with Forwarder(replace(link(site, path), own=state), state, on_renewed=keep) as forwarder:

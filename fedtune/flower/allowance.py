@@ -1,8 +1,8 @@
-"""Upload limits: how much a site may push, by what it was last asked for; the server informs the
-gateway.
+"""Limit uploads: a site may push as much as it was last asked for, of which the server informs
+the gateway.
 
 home/flower/allowance.json: site -> [how often it was asked, bytes of the answer that the plan
-implies]. Written before a message goes out, so that whoever answers finds it.
+implies]. It is written before a message goes out, so that it is there when the site answers.
 
 | asked again             | it counts from zero                                              |
 | parts that are repeated | REPEATS times the answer, and SLACK more: a cut costs two parts  |
@@ -28,7 +28,7 @@ def write(home: Path, asked: Asked) -> None:
 
 
 def read(home: Path) -> Asked | None:
-    """Read the allowances. Errors: OSError, ValueError where the file cannot be read."""
+    """Read the allowances. Errors: OSError, ValueError if the file cannot be read."""
     try:
         allowed = json.loads(_file(home).read_bytes())
     except FileNotFoundError:
@@ -37,7 +37,7 @@ def read(home: Path) -> Asked | None:
 
 
 def compute_limit(answer: int) -> int:
-    """Return the bytes that may be pushed, in all, for an answer of so many."""
+    """Return the total number of bytes that may be pushed for an answer of this size."""
     return REPEATS * answer + SLACK
 
 
@@ -57,7 +57,7 @@ class Quota:
         self._pushed: dict[str, tuple[int, int]] = {}  # site -> which asking, bytes since
 
     def request(self, name: str) -> bool:
-        """Count a request; False: it is one too many."""
+        """Count a request; False if it is one too many."""
         tokens, then = self.tokens.get(name, (float(self._burst), 0.0))
         now = time.monotonic()
         tokens = min(self._burst, tokens + (now - then) * self._rate) - 1
@@ -65,7 +65,7 @@ class Quota:
         return tokens >= 0
 
     def push(self, name: str, size: int) -> bool:
-        """Count what a site pushes against what it was asked for; False: it is more than that."""
+        """Count what a site pushes against what it was asked for; False if it is more."""
         try:
             asked = read(self._home)
         except (OSError, ValueError, TypeError):

@@ -1,8 +1,9 @@
-"""Every import of a private Flower module, in one place; flwr is pinned to 1.42 because of it.
+"""Import everything that is private in Flower, in this one file; flwr is pinned to 1.42 because
+of it.
 
-A Runtime API hands out tasks: the SuperLink's a ServerApp task per run, a SuperNode's a ClientApp
-task per message. Whoever claims one holds its token, keeps it alive with heartbeats, and says how
-it ended."""
+A Runtime API hands out tasks: the SuperLink's a ServerApp task per run, a SuperNode's a
+ClientApp task per message. The claimant holds the task's token, keeps it alive with heartbeats,
+and reports how it ended."""
 
 from __future__ import annotations
 
@@ -159,8 +160,9 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
 
 
 class Locked:
-    """A SuperLink's app for whoever holds its key; for the others only what checks for itself who
-    asks: a site's calls (its node key signs each) and an executor's (the secret, a task's token).
+    """ASGI wrapper that requires the coordinator's secret on every route, except those that
+    authenticate their own caller: a site's calls (signed by its node key) and an executor's (the
+    secret, a task's token).
 
     Flower's Control API, which registers nodes, starts and stops runs and lists them, lets in
     everybody who has an account on this machine."""
@@ -181,7 +183,7 @@ class Locked:
 
 
 class _Key:
-    """Transport that adds a locked SuperLink's secret to each request."""
+    """A transport that adds a locked SuperLink's secret to each request."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = _control_key(secret)
@@ -199,13 +201,14 @@ Push = Callable[[Any, PushObjectRequest], PushObjectResponse]
 
 
 def make_resumable(push: Push) -> Push:
-    """Wrap a SuperNode's push of one part of a message, so that a cut costs that part alone.
+    """Make a SuperNode's push of one part of a message resumable, so that a broken connection
+    costs that part alone.
 
-    Flower repeats a part whose answer was lost, is told that nobody waits for it (it arrived), and
-    then drops the whole message: here that answer to a repeated part counts as "stored". It also
-    takes a connection that breaks in mid-TLS for a certificate that does not verify, and gives up:
-    the error is told in other words. Where the part is really lost, the coordinator notices that it
-    is missing, and asks for the update again."""
+    Flower repeats a part whose answer was lost, is told that nobody waits for it (it arrived),
+    and then drops the whole message: here that answer to a repeated part counts as "stored".
+    Flower also takes a connection that breaks during TLS for a certificate that does not verify,
+    and gives up: the error is replaced by another. If the part is really lost, the coordinator
+    notices that it is missing, and asks for the update again."""
     begun: set[tuple[str, str]] = set()
 
     def again(client: Any, request: PushObjectRequest) -> PushObjectResponse:
@@ -224,7 +227,7 @@ def make_resumable(push: Push) -> Push:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claimed task: what kind of task it is, and the token that stands for it."""
+    """A claimed task: the kind of task, and the token that stands for it."""
 
     kind: str
     token: str
@@ -233,7 +236,7 @@ class Claim:
 class Runtime:
     """A Runtime API as an executor sees it: it gives out tasks to holders of the secret.
 
-    ca: PEM that the server's certificate must chain to; None: plain HTTP, for loopback only."""
+    ca: PEM to which the server's certificate must chain; None: plain HTTP, for loopback only."""
 
     def __init__(self, address: str, secret: bytes, ca: bytes | None = None) -> None:
         self._client = RuntimeHttpClient.from_server_address(
@@ -290,7 +293,8 @@ def server_grid(
 ) -> Iterator[Grid]:
     """Open the Grid of a claimed ServerApp task; leaving the block ends the run.
 
-    An outage is waited out for OUTAGE_SECONDS, or until give_up() says that it will not end."""
+    During an outage it waits for OUTAGE_SECONDS, or until give_up() says that the outage will
+    not end."""
     from flwr.superlink.grid import HttpGrid  # brings the SuperLink's web server along
 
     logging.getLogger("flwr").setLevel(logging.WARNING)  # its own handler shows more, not ours
@@ -321,8 +325,8 @@ def node_keys(grid: Grid) -> dict[int, str]:
 class ClientTask:
     """A claimed task at a site's own SuperNode; leaving the block ends it.
 
-    A failed request is repeated for OUTAGE_SECONDS, or until give_up(): an update that was paid for
-    should arrive. The app bundle comes along with the task's input and is dropped unopened."""
+    A failed request is repeated for OUTAGE_SECONDS, or until give_up(): an update that was paid
+    for should arrive. The task's input also holds the app bundle, which is dropped unopened."""
 
     def __init__(self, address: str, claim: Claim, give_up: Callable[[], bool]) -> None:
         self._patience = _patience(give_up)
@@ -363,7 +367,8 @@ def error_reply(message: Message, reason: str) -> Message:
 
 
 def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
-    """Retry temporary errors. Flower's own never gives up, and sends SIGINT when a task is lost."""
+    """Build a retry policy for temporary errors. Flower's own never gives up, and sends SIGINT
+    if a task is lost."""
     return RetryInvoker(
         lambda: exponential(max_delay=5),
         httpx.HTTPError,
@@ -374,7 +379,7 @@ def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
 
 
 def _identify(task_id: int, run_id: int, node_id: int) -> None:
-    """What Flower stamps on every message that this process creates."""
+    """Set what Flower stamps on every message that this process creates."""
     TaskIdentity.task_id = task_id
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
@@ -393,7 +398,8 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 def _beat(client: RuntimeHttpClient) -> bool:
-    """Whether a heartbeat arrived; a task that is gone needs none (Flower would send SIGINT)."""
+    """Return whether a heartbeat arrived; for a task that is gone none is needed (Flower would
+    send SIGINT)."""
     try:
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     except httpx.HTTPError as error:

@@ -1,7 +1,8 @@
-"""Keys and certificates of a consortium: its CA, the gateway's leaf, the leaves of the sites.
+"""Keys and certificates of a consortium: its CA, the certificate of the gateway, and those of
+the sites.
 
-One CA for the consortium's whole life; leaves are short-lived and issued again without a new kit.
-Every key here is P-384. A secret file is readable by its owner alone.
+There is one CA for the consortium's whole life; the other certificates (leaves) are short-lived
+and renewed automatically. Every key here is P-384. A secret file is readable by its owner alone.
 
     ca(home)                        ca.pem: key and certificate; made first of all in a new home,
                                     never replaced
@@ -44,10 +45,10 @@ def read_clock() -> datetime:
 
 
 def ca(home: Path) -> tuple[EC, x509.Certificate]:
-    """Return the consortium's CA in home/ca.pem (key and certificate); made in a home that is new.
+    """Return the consortium's CA in home/ca.pem (key and certificate); it is made in a new home.
 
-    Errors: ConfigError where it is missing beside what only a CA leaves: a second one would cut off
-    every site that was admitted under the first."""
+    Errors: ConfigError if it is missing from a home that has been used: a second CA would cut
+    off every site that was admitted under the first."""
     file, begun = home / "ca.pem", has_begun(home)
     if not os.path.lexists(file):
         if begun:
@@ -62,16 +63,16 @@ def ca(home: Path) -> tuple[EC, x509.Certificate]:
 
 
 def has_begun(home: Path) -> bool:
-    """Return whether the home holds what is made after its CA alone."""
+    """Return whether the home holds files that are made only after its CA."""
     return any((home / name).exists() for name in UNDER_CA)
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
-    """Return home/server.pem for `names` (what sites call the coordinator by) and the names that it
-    had.
+    """Return home/server.pem for `names` (by which sites reach the coordinator) and the names that
+    it had.
 
-    A new key and leaf where there is none, where a name is missing, or at half of its life.
-    Errors: ConfigError."""
+    A new key and certificate are made if there is none, if a name is missing, or at half of its
+    life. Errors: ConfigError."""
     for name in names:
         if not is_host(name):
             raise ConfigError(
@@ -125,24 +126,24 @@ def issue(
 
 
 def is_spent(leaf: x509.Certificate, share: float) -> bool:
-    """Return whether `share` of the leaf's life is over."""
+    """Return whether `share` of the certificate's life is over."""
     life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
     return read_clock() >= leaf.not_valid_before_utc + share * life
 
 
 def common_name(subject: x509.Name) -> str:
-    """Return the one common name of a subject; "" where there is none."""
+    """Return the one common name of a subject; "" if there is none."""
     names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if len(names) == 1 else ""
 
 
 def node_key(path: Path) -> EC:
-    """Return the site's Flower key in `path` (OpenSSH format); made where there is none."""
+    """Return the site's Flower key in `path` (OpenSSH format); it is made if there is none."""
     return _key_at(path, serialization.PrivateFormat.OpenSSH)
 
 
 def tls_key(path: Path) -> EC:
-    """Return the site's TLS key in `path` (PKCS 8); made where there is none."""
+    """Return the site's TLS key in `path` (PKCS 8); it is made if there is none."""
     return _key_at(path, serialization.PrivateFormat.PKCS8)
 
 
@@ -190,7 +191,8 @@ def request(key: EC, name: str) -> bytes:
 
 
 def loopback(folder: Path) -> tuple[Path, Path]:
-    """Make a certificate for 127.0.0.1 and its key in `folder`; only its reader trusts it."""
+    """Make a certificate for 127.0.0.1 and its key in `folder`; only the process that reads it
+    there trusts it."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedtune loopback")
     certificate = (

@@ -1,4 +1,5 @@
-"""Enrolment: who is a site, by which keys, and who says so. Private keys never leave their machine.
+"""Enrol sites: tie a site's name to its keys, confirmed by phone. Private keys never leave their
+machine.
 
     site          enroll(site.toml)         keys, and a request file: public halves alone
     phone         fingerprint(request)      read out by the site, compared by the coordinator
@@ -16,8 +17,8 @@ key (seals). The request is signed by each of them, so nobody enrols a key that 
 | a certificate near its end                   | the running client renews it; see forwarder.py   |
 | a certificate past its end                   | enroll and admit again, with the same keys       |
 
-A record carries the FORMAT that it was written in; one of a newer release is refused, not guessed.
-leaves/NAME.pem is each site's newest certificate, for `fedtune doctor` to read: nothing else does.
+A record holds the FORMAT in which it was written; one of a newer release is refused.
+leaves/NAME.pem is each site's newest certificate, which only `fedtune doctor` reads.
 
 Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
 preimage. It stays the same however often a site asks.
@@ -62,7 +63,7 @@ ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # and its plan
 
 
 class Member(NamedTuple):
-    """Who a node is. key: its signing key; "" where nobody knows it."""
+    """A node's member. key: its signing key; "" if nobody knows it."""
 
     name: str
     key: str = ""
@@ -70,8 +71,10 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """An admitted site. node: its key as Flower sends it (PEM); tls: sha256 of its TLS public key;
-    signing: its Ed25519 key, hexadecimal; revoked: when, or "" while it may take part."""
+    """An admitted site.
+
+    node: its key as Flower sends it (PEM); tls: sha256 of its TLS public key; signing: its Ed25519
+    key, hexadecimal; revoked: when it was revoked, or "" while it may take part."""
 
     name: str
     node: str
@@ -83,7 +86,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Request:
-    """A request that is what its signatures say."""
+    """A request to take part whose signatures were verified."""
 
     name: str
     node: str
@@ -97,7 +100,7 @@ class Answer:
     """What a site learns from the coordinator: certificates in PEM, keys in hexadecimal.
 
     plan, signature: the study's plan as JSON, for review, and the coordinator's signature of its
-    digest; "" where the coordinator had none as yet."""
+    digest; "" if the coordinator had no plan yet."""
 
     name: str
     address: str
@@ -109,14 +112,14 @@ class Answer:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the consortium: the same for every site, to be compared by phone as
-        well."""
+        """The fingerprint of the consortium: the same for every site, to be compared by phone
+        too."""
         return fingerprints.of_consortium(self.ca, self.coordinator)
 
 
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
-    """Make the keys that `keys` lacks (node.key, tls.key), and the folder of a renewed certificate,
-    which a courier in a container of its own finds there; write a request to `out`.
+    """Make the missing keys in `keys` (node.key, tls.key), and the folder of a renewed certificate,
+    where a courier in another container finds it; write a request to `out`.
 
     Returns the fingerprint to read out."""
     for folder in (keys, keys / RENEWED):
@@ -136,8 +139,8 @@ def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
 
 
 def check_out(out: Path, fields: Set[str], what: str) -> None:
-    """Check that a file to be written is new, or an earlier one of the same kind, with these
-    fields. Errors: ConfigError."""
+    """Check that an output file is new, or an earlier file of the same kind, with these fields.
+    Errors: ConfigError."""
     if not os.path.lexists(out):
         return
     try:
@@ -153,7 +156,7 @@ def check_out(out: Path, fields: Set[str], what: str) -> None:
 
 
 def read_request(path: Path) -> Request:
-    """Read and verify a request. Errors: ConfigError where a signature or a key is not valid."""
+    """Read and verify a request. Errors: ConfigError if a signature or a key is not valid."""
     fields = texts_in(path)
     if set(fields) != REQUEST:
         raise ConfigError(f"{path}: not a request", "the file that `fedtune enroll` wrote")
@@ -182,7 +185,8 @@ def read_request(path: Path) -> Request:
 
 
 def compare(request: Request, fingerprint: str) -> None:
-    """Errors: Refused where the fingerprint that was read out is another one."""
+    """Compare a request's fingerprint with the one that was read out. Errors: Refused if they
+    differ."""
     if not fingerprints.match_fingerprints(fingerprint, request.fingerprint):
         raise Refused(
             f"the request's fingerprint is {request.fingerprint}",
@@ -193,7 +197,7 @@ def compare(request: Request, fingerprint: str) -> None:
 
 def admit(home: Path, request: Request, address: str) -> Answer:
     """Register the site and sign its certificate. Errors: Refused, as the table above says;
-    ConfigError where `address` is none, or a consortium's CA is missing."""
+    ConfigError if `address` is not an address, or a consortium's CA is missing."""
     try:
         host_and_port(address)
     except ValueError as error:
@@ -219,7 +223,7 @@ def admit(home: Path, request: Request, address: str) -> Answer:
 
 
 def _plan(home: Path) -> dict[str, str]:
-    """The running study's plan and its signature, for an answer; {} where there is none."""
+    """Return the running study's plan and its signature, for an answer; {} if there is none."""
     if not (home / PLAN).exists():
         return {}
     kept = texts_in(home / PLAN, 2 * MAX_PLAN)
@@ -241,7 +245,7 @@ def revoke(home: Path, name: str) -> Record:
 
 
 def registry(home: Path) -> dict[str, Record]:
-    """The sites that may take part now, by name."""
+    """Return the sites that may take part now, by name."""
     return {
         record.name: record
         for file in sorted((home / "nodes").glob("*.json"))
@@ -250,7 +254,8 @@ def registry(home: Path) -> dict[str, Record]:
 
 
 def lookup(home: Path, name: str) -> Record | None:
-    """The record of one site, as it is on disk at this moment; None: not admitted, or revoked."""
+    """Return the record of one site, as it is on disk now; None if it is not admitted, or is
+    revoked."""
     if not _is_name(name):
         return None
     try:
@@ -260,12 +265,12 @@ def lookup(home: Path, name: str) -> Record | None:
 
 
 def list_revoked(home: Path) -> list[Record]:
-    """Every record that was ended; a name may be there more than once."""
+    """List every revoked record; a name may occur more than once."""
     return list(_read_revoked(home))
 
 
 def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
-    """Return the newest certificate signed for the record's key; None: not known."""
+    """Return the newest certificate signed for the record's key; None if not known."""
     try:
         leaf = x509.load_pem_x509_certificate(_leaf(home, record.name).read_bytes())
     except (OSError, ValueError):
@@ -275,12 +280,12 @@ def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
 
 
 def was_revoked(home: Path, tls: str) -> bool:
-    """Whether a TLS key (tls_digest) was admitted once, and is not any more."""
+    """Return whether a TLS key (tls_digest) was admitted earlier, and is no longer."""
     return any(record.tls == tls for record in _read_revoked(home))
 
 
 def renew(home: Path, record: Record, csr: bytes) -> bytes:
-    """A new certificate (PEM) for the key that the record has. Errors: Refused."""
+    """Issue a new certificate (PEM) for the record's key. Errors: Refused."""
     try:
         asked = x509.load_pem_x509_csr(csr)
         key = asked.public_key()
@@ -294,9 +299,10 @@ def renew(home: Path, record: Record, csr: bytes) -> bytes:
 
 
 def check_clock(home: Path) -> datetime:
-    """Return the time, which is not before any date on record in a coordinator's home.
+    """Return the time, after checking that it is not before any date recorded in a coordinator's
+    home.
 
-    Errors: ConfigError where the clock was set back: certificates and signed requests are then
+    Errors: ConfigError if the clock was set back: certificates and signed requests are then
     refused as not yet valid."""
     now, past = certs.read_clock(), dict[str, datetime]()
     for name in ("ca.pem", "server.pem"):
@@ -317,13 +323,13 @@ def check_clock(home: Path) -> datetime:
 
 
 def tls_digest(key: EC) -> str:
-    """sha256 of a public key, as records hold it."""
+    """Return the sha256 of a public key, as records hold it."""
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
 
 def _require_distinct(new: Record, other: Record) -> None:
-    """No key serves two names, and no revoked node or TLS key comes back."""
+    """Check that no key serves two names, and no revoked node or TLS key is used again."""
     taken = {"node": new.node == other.node, "TLS": new.tls == other.tls}
     if other.name != new.name:
         taken["signing"] = new.signing == other.signing
@@ -343,7 +349,7 @@ def _read_revoked(home: Path) -> Iterator[Record]:
 
 
 def _record(file: Path) -> Record:
-    """Errors: FileNotFoundError; ConfigError."""
+    """Read a site's record. Errors: FileNotFoundError; ConfigError."""
     expected, todo = "a record of `fedtune admit`", "restore a backup"
     try:
         fields = reading.json_in(file, expected, todo, ConfigError, MAX_BYTES)
@@ -414,5 +420,6 @@ def _p384(key: object) -> EC:
 
 
 def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
-    """Compute a site's fingerprint over its name and three keys; equal for each of its requests."""
+    """Compute a site's fingerprint from its name and three keys; it is equal for each of its
+    requests."""
     return fingerprints.of_site(name, node, tls_digest(tls), signing)

@@ -2,16 +2,16 @@
 
     SuperNode ── TLS, loopback ──> forwarder ── [HTTP CONNECT proxy] ── TLS 1.3, mTLS ──> gateway
 
-Flower's SuperNode cannot show a client certificate, and insists on TLS, so the loopback leg has a
-throw-away certificate. Bytes are passed on as they are, 64 KiB at a time. Nothing listens but
-127.0.0.1; whoever else is on this machine still needs the node key for every request.
-Trust: the consortium's CA alone, and the coordinator's host name; no system CA counts. A proxy's
-own certificate (https:// proxies) is checked against proxy_ca or the system's CAs; a proxy that
-breaks TLS open is refused like any other stranger, and must let this address through.
-Upkeep: asks the gateway for its status every WATCH_SECONDS (every second while it is away), and
-renews the certificate over the present one when two thirds of its life are over.
-Errors: none are raised to the SuperNode's side: it gets 503 and tries again, with its own back-off.
-What is wrong is in `away`, `refusal`, `distrust`, `clock` and `ahead`.
+Flower's SuperNode cannot show a client certificate, and insists on TLS, so the loopback leg has
+a throw-away certificate. Bytes are passed on as they are, 64 KiB at a time. It listens on
+127.0.0.1 only; other users of this machine still need the node key for every request. Trust: the
+consortium's CA alone, and the coordinator's host name; no system CA counts. A proxy's own
+certificate (https:// proxies) is checked against proxy_ca or the system's CAs; a proxy that
+breaks TLS open is refused like any other stranger, and must let this address through. Upkeep:
+asks the gateway for its status every WATCH_SECONDS (every second while it is away), and renews
+the certificate over the present one when two thirds of its life are over. Errors: none are
+raised to the SuperNode's side: it gets 503 and tries again, with its own back-off. What is wrong
+is in `away`, `refusal`, `distrust`, `clock` and `ahead`.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Forwarder:
 
 
 async def _cut(tasks: set[asyncio.Task[None]]) -> None:
-    """Cancel tasks that began during shutdown: handshakes, and the relays that follow them."""
+    """Cancel tasks that began during shutdown: handshakes, and the relays after them."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -271,7 +271,7 @@ async def dial(
 
 
 async def _close(*writers: asyncio.StreamWriter) -> None:
-    """Close in order, for a moment at most; a cut connection is closed at once."""
+    """Close in order, for a moment at most; a broken connection is closed at once."""
     for writer in writers:
         writer.close()
         try:
@@ -282,9 +282,8 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
 
 
 def find_newest_certificate(link: Link) -> x509.Certificate:
-    """Return the certificate that is valid longest: the answer's, or a renewal for the same key.
-
-    It is (again) in link.certificate afterwards."""
+    """Return the certificate with the latest expiry: the answer's, or a renewal for the same
+    key, and set link.certificate to it."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
     before = link.keys / link.certificate.name  # where earlier releases kept it

@@ -1,4 +1,5 @@
-"""The gateway: the coordinator's only exposed port. It lets enrolled sites reach the Fleet API.
+"""Run the gateway: the coordinator's only exposed port, through which admitted sites reach the
+Fleet API.
 
     site's forwarder ── TLS 1.3, client certificate ──> gateway ── loopback ──> SuperLink
 
@@ -14,11 +15,12 @@ is valid now. Each request is then refused unless
 
 Two calls are the gateway's own: GET STATUS (with its clock and protocol, for `fedtune doctor`),
 and POST RENEW (a signing request for the same key; one in Limits.renewal seconds, else 429).
-Guarantee: bodies are streamed and never held; memory grows with open connections alone, and these
-are bounded, in total and per site. Revocation closes a site's open connections within a second.
-Who has shown no certificate keeps nobody out: of unfinished handshakes the oldest gives way, first
-among those of its own network. Nothing of a request is parsed but its head; h11 does that.
-Errors: a refusal is counted by its reason in Gateway.refused, and told to the site in one line.
+Guarantee: bodies are streamed and never held; memory grows with open connections alone, and
+these are bounded, in total and per site. Revocation closes a site's open connections within a
+second. Peers without a certificate cannot keep others out: the oldest unfinished handshake is
+dropped first, starting with those of the same network. Only the head of a request is parsed; h11
+does that. Errors: a refusal is counted by its reason in Gateway.refused, and told to the site in
+one line.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ RENEWAL_SECONDS = 3600.0  # between two looks at the server's own certificate
 
 
 class Gateway:
-    """Server for one coordinator's home. upstream: the SuperLink's URL; trust: its certificate."""
+    """A server for one coordinator's home. upstream: the SuperLink's URL; trust: its
+    certificate."""
 
     def __init__(
         self, home: Path, upstream: str, trust: Path, limits: Limits | None = None
@@ -124,7 +127,7 @@ class Gateway:
             await asyncio.sleep(0.01)  # sockets of failed handshakes close in the next turn
 
     def _make_room(self, network: str) -> None:
-        """Make room for a new unfinished handshake: above the limit the oldest one ends."""
+        """Make space for a new unfinished handshake: above the limit the oldest one is ended."""
         same = [task for task, its in self._shaking.items() if its == network]
         if len(same) >= self.limits.per_network or len(self._shaking) >= self.limits.handshakes:
             oldest = same[0] if len(same) >= self.limits.per_network else next(iter(self._shaking))
@@ -178,7 +181,8 @@ class Gateway:
             transport.abort()  # does nothing where it is closed
 
     async def _first_byte(self, accepted: socket.socket) -> None:
-        """Wait until the other side has said something. Errors: TimeoutError; then it is closed."""
+        """Wait for the first byte of the other side. Errors: TimeoutError; the connection is
+        then closed."""
         loop, heard = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(accepted, heard.set)
         try:
@@ -349,7 +353,7 @@ class Gateway:
                     pass
 
     async def _watch(self) -> None:
-        """Close what was revoked; renew the server's own certificate."""
+        """Close connections of revoked sites; renew the server's own certificate."""
         looked = time.monotonic()
         while True:
             await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""A Flower Grid in one process: the same apps, the same bytes, no server, no Ray."""
+"""A Flower Grid in one process: the same apps and the same bytes, without a server or Ray."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ PEERS = "peers"  # in a simulated node's config: the signing keys of all sites o
 class InProcessGrid(Grid):
     """Each site file is a node; its ClientApp is called when its reply is pulled.
 
-    Messages in both directions go through Flower's wire format, so what passes here passes on the
-    network. `bytes_down` and `bytes_up` count them by node, metadata included.
-    Guarantee: at most one reply is held at a time; an exception in the ClientApp becomes an error
-    reply that names its class alone (and a FedtuneError's own words).
+    Messages in both directions go through Flower's wire format, so what passes here passes on
+    the network. `bytes_down` and `bytes_up` count them by node, metadata included. Guarantee: at
+    most one reply is held at a time; an exception in the ClientApp becomes an error reply that
+    names only its class (and a FedtuneError's own message).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def members(self) -> dict[int, Member]:
-        """Identify each node by its site file; one whose file cannot be read is left out."""
+        """Identify each node by its site file; a node whose file cannot be read is left out."""
         members = {}
         for node, context in self._contexts.items():
             with suppress(FedtuneError):
@@ -130,7 +130,7 @@ def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context
 
 
 def answer(app: ClientApp, contexts: Mapping[int, Context], message_bytes: bytes) -> bytes:
-    """Return the reply of the node that `body` is for; an exception is an error reply."""
+    """Return the reply of the node that `body` is for; an exception becomes an error reply."""
     message = decode(message_bytes)
     try:
         reply = app(message, contexts[message.metadata.dst_node_id])

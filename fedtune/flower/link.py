@@ -1,4 +1,4 @@
-"""How a site reaches its coordinator: the address, the answer and the keys, read and checked."""
+"""Read and check how a site reaches its coordinator: the address, the answer and the keys."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from fedtune.flower.membership import keys_folder
 
 @dataclass(frozen=True)
 class Link:
-    """How a site reaches its coordinator. keys: the folder with node.key and tls.key; own: where
-    the newest certificate is written instead, by who only reads the keys."""
+    """How a site reaches its coordinator.
+
+    keys: the folder with node.key and tls.key; own: the folder for the newest certificate, if the
+    process can only read the keys."""
 
     name: str
     host: str
@@ -38,8 +40,9 @@ class Link:
 
 
 def link(site: Site, path: Path) -> Link:
-    """Read the link from the answer that site.toml's [coordinator] table names, or that was kept
-    when the site joined. Errors: ConfigError, Refused."""
+    """Read the link from the answer that site.toml's [coordinator] table names, or that was stored
+    when the site joined.
+    Errors: ConfigError, Refused."""
     table = site.coordinator or CoordinatorTable()
     keys = keys_folder(site)
     name = site.site.name

@@ -1,4 +1,4 @@
-"""A site's place in a consortium: the coordinator's answer, read, checked and remembered.
+"""Read, check and store a site's membership in a consortium: the coordinator's answer.
 
     read(file, ...)        an answer that is complete, for this site, and by its own CA
     join(file, ...)        the same under a fingerprint that a person heard; kept beside the keys
@@ -14,7 +14,7 @@ with what the coordinator read out: neither the address nor the plan that it bri
 | another consortium than the fingerprint's               | Refused                              |
 
 Guarantee: a fingerprint comes from a person, never from the answer; nothing is kept before it
-agrees. What is kept lies beside the keys that it is for, so new keys want a new answer.
+agrees. The answer is stored beside the keys that it is for, so new keys need a new answer.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
 
 
 def plan_of(answer: Answer, path: Path) -> Study | None:
-    """Return the plan for review that an answer brings; None where it brings none.
+    """Return the plan for review in an answer; None if there is none.
 
-    Errors: ConfigError where it is no plan, or the answer's coordinator did not sign it."""
+    Errors: ConfigError if it is not a plan, or the answer's coordinator did not sign it."""
     if not answer.plan:
         return None
     try:
@@ -97,8 +97,8 @@ def plan_of(answer: Answer, path: Path) -> Study | None:
 
 
 def read_reviewed_plan(answer: Answer) -> str:
-    """Return the digest of the plan that an answer brought for review; "" where it brought none, or
-    one that this release does not read."""
+    """Return the digest of the plan for review in an answer; "" if there is none, or this
+    release cannot read it."""
     try:
         study = plan_of(answer, Path(KEPT))
     except ConfigError:
@@ -107,10 +107,10 @@ def read_reviewed_plan(answer: Answer) -> str:
 
 
 def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
-    """Check an answer under the fingerprint that a person heard, and keep it beside the keys.
+    """Check an answer under the fingerprint that a person heard, and store it beside the keys.
 
-    fingerprint: None: that of the answer that was kept before, so that a new certificate of the
-    same consortium needs no second call. Errors: ConfigError, Refused."""
+    fingerprint: None: the one of the answer that was stored before, so that a new certificate of
+    the same consortium needs no second call. Errors: ConfigError, Refused."""
     if fingerprint is None and (kept := load_answer(keys, name)):
         fingerprint = kept.fingerprint
     if not fingerprint or not fingerprint.strip():
@@ -127,9 +127,9 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
 
 
 def load_answer(keys: Path, name: str, expected: str = "") -> Answer | None:
-    """Return the answer that was kept when this site joined; None where it has not.
+    """Return the answer that was stored when this site joined; None if it has not joined.
 
-    expected: a fingerprint that site.toml holds besides. Errors: ConfigError, Refused."""
+    expected: a fingerprint that site.toml also holds. Errors: ConfigError, Refused."""
     if not (keys / KEPT).exists():
         return None
     return read(keys / KEPT, tls_key(keys), name, expected)

@@ -1,4 +1,4 @@
-"""Put a short message into one part, since Flower moves a message part by part.
+"""Pack a short message into one part, since Flower moves a message part by part.
 
 An order and a small adapter, or an update, are eight parts: the message, its dictionary, two
 records, and an array and a chunk each for the numbers and their scales. A part is a request from
@@ -40,7 +40,8 @@ def size(content: RecordDict) -> int:
 
 
 def _is_short(message: Message) -> bool:
-    """Return whether its arrays fit, before a large one is copied to learn the exact size."""
+    """Return whether the arrays are small enough, before a large message is copied to learn its
+    exact size."""
     arrays = (
         array for record in message.content.array_records.values() for array in record.values()
     )
@@ -50,7 +51,8 @@ def _is_short(message: Message) -> bool:
 def unpack(message: Message) -> Message:
     """Unpack the content of a message, in place; one that is not packed stays as it is.
 
-    Errors: ValueError, DecodeError and what else a crafted message makes Flower's reader raise."""
+    Errors: ValueError, DecodeError, and any other error that a crafted message causes in
+    Flower's reader."""
     if message.has_content() and list(message.content) == [PACKED]:
         packed = message.content[PACKED]
         if not isinstance(packed, ConfigRecord) or not isinstance(packed[PACKED], bytes):

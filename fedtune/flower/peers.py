@@ -1,4 +1,4 @@
-"""Peers of the gateway: identity from the certificate, and limits."""
+"""Identify the gateway's peers by their certificates, and limit them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def tls_reason(error: ssl.SSLError) -> str:
 
 
 def content_length(request: h11.Request) -> int | None:
-    """Read the body's announced length (h11 admits digits alone); None: not, or not only, so."""
+    """Read the body's announced length (h11 admits digits only); None if the request does not
+    announce one, or announces something else too."""
     headers = dict(request.headers)
     length = headers.get(b"content-length")
     return int(length) if length is not None and b"transfer-encoding" not in headers else None

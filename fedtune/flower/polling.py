@@ -1,4 +1,4 @@
-"""Pauses between two looks for something that another process brings."""
+"""Pause between two checks for a result of another process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ REPLY_SECONDS = (0.02, 0.5)  # between its looks for an answer in its own memory
 
 
 class Poll:
-    """Pauses that grow with the wait: what came soon is seen soon, and a long wait costs little.
+    """Pauses that grow with the wait: an early result is found soon, and a long wait costs
+    little.
 
     Each is a tenth of the wait so far, but no less than `least` and no more than `most` seconds, so
     that polling makes a wait longer by a tenth, or by `most`."""
@@ -20,19 +21,20 @@ class Poll:
         self.again()
 
     def again(self) -> None:
-        """A new wait begins."""
+        """Begin a new wait."""
         self._began = time.monotonic()
 
     def pause(self) -> None:
-        """Sleep until the next look."""
+        """Sleep until the next check."""
         waited = time.monotonic() - self._began
         time.sleep(min(max(waited / 10, self._least), self._most))
 
 
 class Impatient:
-    """The module `time` with other sleeps: a round waits for the site that polls last.
+    """A replacement of the module `time` with other sleeps, since a round waits for the site that
+    polls last.
 
-    Flower sleeps 3 s where there is no work, and shorter where an answer is not there yet."""
+    Flower sleeps 3 s if there is no work, and shorter if an answer is not there yet."""
 
     def __init__(self) -> None:
         self._last = 0.0

@@ -1,4 +1,4 @@
-"""Arrays as records of Flower's messages."""
+"""Convert arrays to records of Flower's messages."""
 
 from __future__ import annotations
 

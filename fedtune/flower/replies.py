@@ -1,4 +1,4 @@
-"""Answers to the coordinator's messages, put together within a bound that is agreed before."""
+"""Assemble answers to the coordinator's messages within a bound that is fixed before."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ MISSING = 20  # parts that one look for an answer may find to be still on their 
 
 
 class TooLong(Exception):
-    """Error of an answer of more bytes than were agreed."""
+    """An answer has more bytes than were agreed."""
 
 
 class Lost(Exception):
-    """Error of a lost part of an answer: its upload was given up."""
+    """A part of an answer is lost: its upload was given up."""
 
 
 def announce(answers: Collection[Answer]) -> None:
-    """Ask the SuperLink, in one call for all, which of the answers have arrived or are about to.
-    An answer of sites in this process or Ray's needs no announcement."""
+    """Ask the SuperLink, in one call for all, which of the answers have arrived or are arriving.
+    An answer of sites in this process, or Ray's, needs no announcement."""
     unknown = {answer._asked: answer for answer in answers if not answer._root}
     grid: Any = next((answer._grid for answer in unknown.values()), None)
     if not remote(grid):
@@ -51,16 +51,16 @@ def announce(answers: Collection[Answer]) -> None:
 
 
 def remote(grid: Any) -> bool:
-    """Return whether a SuperLink is asked: not sites in this process, or Ray's."""
+    """Return whether a SuperLink is asked, and not sites in this process, or Ray's."""
     return getattr(grid, "_runtime_client", None) is not None
 
 
 class Answer:
     """The answer to one message, part by part from the SuperLink.
 
-    Guarantee: at most `most` bytes and one part are fetched and held at a time, and no more than
-    `most` come of them when they are put together, though one part may be named many times.
-    Nobody is waited for: while parts are still arriving there is no answer, and none are held."""
+    Guarantee: at most `most` bytes and one part are fetched and held at a time, and the
+    assembled answer has no more than `most` bytes, even if one part is named many times. It
+    never waits: while parts are still arriving there is no answer, and none are held."""
 
     def __init__(self, grid: Grid, asked: str, most: int) -> None:
         self._grid = grid
@@ -73,7 +73,7 @@ class Answer:
     def take(self) -> Message | None:
         """Return the message once it has arrived, which `announce` says first.
 
-        Errors: TooLong, Lost; whatever a crafted message makes Flower's reader raise."""
+        Errors: TooLong, Lost, and any error that a crafted message causes in Flower's reader."""
         if not remote(self._grid):
             messages = self._grid.pull_messages([self._asked])
             return next(
@@ -116,7 +116,7 @@ class Answer:
             raise TooLong
 
     def _contents(self) -> dict[str, bytes] | None:
-        """Fetch every part; None where one is still missing. None is fetched more than twice."""
+        """Fetch every part; None if one is still missing. No part is fetched more than twice."""
         contents, missing = dict[str, bytes](), 0
         for _ in range(len(self._pending)):
             part = self._pending.popleft()
@@ -147,7 +147,8 @@ class Answer:
         return response.object_content if response.object_available else None
 
     def _check(self, contents: dict[str, bytes]) -> None:
-        """Check the size besides arrays and after assembly. Errors: TooLong."""
+        """Check the size of everything beside the arrays, and again after assembly. Errors:
+        TooLong."""
         kinds = {n: get_object_head_values_from_object_content(c) for n, c in contents.items()}
         words = sum(len(contents[n]) for n, (kind, *_) in kinds.items() if kind != "ArrayChunk")
         if words > WORDS:
@@ -155,7 +156,8 @@ class Answer:
         sizes: dict[str, int] = {}
 
         def count_bytes(name: str) -> int:
-            """Bytes of an object and all that it names, as often as it names it."""
+            """Count the bytes of an object and of everything that it names, as often as it names
+            it."""
             if name not in sizes:
                 kind, named, _ = kinds[name]
                 if kind in ("RecordDict", "ArrayRecord", "Array"):

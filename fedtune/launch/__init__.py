@@ -1,1 +1,1 @@
-"""Client, server and Flower together: on one machine or on many."""
+"""Run client, server and Flower together, on one machine or on many."""

@@ -1,13 +1,13 @@
-"""A site whose halves are started apart, as two containers: `fedtune vault` and `fedtune courier`.
+"""Run a site's two halves apart, as in two containers: `fedtune vault` and `fedtune courier`.
 
     fedtune vault ── listens at PATH ──────────── its own child: the vault
         │  hands over, by descriptor: one end of requests, one of events
         ▼
     fedtune courier ── connects to PATH ───────── its own child: the courier
 
-Once the two have met, what passes between the vault and the courier passes over the same sockets
-as between the children of one `fedtune client`. Each meeting has sockets of its own: a half that
-was started again never reads the rest of what an earlier one was sent.
+Once the two are connected, vault and courier talk over the same kind of sockets as the children
+of one `fedtune client`. Each connection has its own sockets: a half that was restarted never
+reads the rest of what an earlier one was sent.
 
 | a peer that is another user          | not spoken to, at either end                         |
 | a second courier while one is there  | turned away; it tries again                          |
@@ -48,13 +48,13 @@ PEER = struct.Struct("3i")  # process, user, group: Linux's struct ucred
 
 
 class CourierLeft(InfrastructureError):
-    """The courier of this site, which somebody else starts, has ended its connection."""
+    """The courier of this site, which was started elsewhere, has ended its connection."""
 
 
 class Door:
-    """The socket at which a vault is met by its courier; a context manager that removes it.
+    """The socket at which a vault meets its courier; a context manager that removes it.
 
-    Errors: ConfigError where PATH cannot be listened on, or another vault listens there."""
+    Errors: ConfigError if PATH cannot be listened on, or another vault listens there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,14 +94,14 @@ class Door:
             connection.close()
 
     def turn_away(self) -> None:
-        """Refuse whoever waits at the door while a courier is there already."""
+        """Refuse further couriers while one is connected."""
         connection, _ = self.listener.accept()
         with connection, suppress(OSError):
             if is_same_user(connection):
                 connection.sendall(json.dumps({"refused": "another courier is there"}).encode())
 
     def _remove_stale(self) -> None:
-        """Remove a socket that a vault which was killed has left. Errors: ConfigError."""
+        """Remove a socket that a killed vault has left. Errors: ConfigError."""
         try:
             is_socket = stat.S_ISSOCK(self.path.lstat().st_mode)
         except FileNotFoundError:
@@ -117,7 +117,7 @@ class Door:
 
 
 class Guest:
-    """A courier that came to the door; a context manager that ends the connection."""
+    """A courier that has connected; a context manager that ends the connection."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -130,7 +130,7 @@ class Guest:
         return self
 
     def dismiss(self) -> None:
-        """Tell the courier that it need not come again."""
+        """Tell the courier that it need not connect again."""
         with suppress(OSError):
             self._connection.sendall(DONE)
 
@@ -139,7 +139,7 @@ class Guest:
         return not has_ended(self._connection)
 
     def build_end_error(self) -> InfrastructureError:
-        """Build the error that the courier has left."""
+        """Build the error for a courier that has left."""
         return CourierLeft("the courier of this site has left")
 
     def __enter__(self) -> Guest:
@@ -150,7 +150,8 @@ class Guest:
 
 
 def is_same_user(connection: socket.socket) -> bool:
-    """Return whether the process at the other end of a Unix socket is of this user, by Linux."""
+    """Return whether the process at the other end of a Unix socket belongs to this user, as
+    Linux reports it."""
     told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size)
     _, user, _ = PEER.unpack(told)
     return bool(user == os.getuid())
@@ -171,7 +172,8 @@ def has_ended(connection: socket.socket) -> bool:
 
 @dataclass(frozen=True)
 class Received:
-    """What a courier is received with. asks, tells: descriptors; once, patience: as of `join`."""
+    """What a courier receives when it connects. asks, tells: descriptors; once, patience: as for
+    `join`."""
 
     asks: int
     tells: int
@@ -180,13 +182,13 @@ class Received:
 
 
 def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
-    """Run the courier of a site whose vault listens at `door`, until a signal comes; wait for the
-    vault as often as needed.
+    """Run the courier of a site whose vault listens at `door`, until a signal comes; wait for
+    the vault as often as needed.
 
-    It reads site.toml, the coordinator's answer and the keys of the site's network, writes its own
-    folder, and needs no record, ledger or signing key where it runs.
-    Events: "waiting", "connected", "reconnecting", "stopped". Errors: ConfigError, Refused of the
-    answer and the keys; KeyboardInterrupt at Ctrl-C."""
+    It reads site.toml, the coordinator's answer and the keys of the site's network, writes its
+    own folder, and needs no record, ledger or signing key on its machine. Events: "waiting",
+    "connected", "reconnecting", "stopped". Errors: ConfigError, Refused for the answer and the
+    keys; KeyboardInterrupt at Ctrl-C."""
     site = load_site(site_path)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
@@ -235,23 +237,23 @@ def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Rec
 
 
 class Turned(Exception):
-    """The vault, or who listens in its place, does not receive this courier."""
+    """The vault, or another program in its place, does not accept this courier."""
 
 
 def _is_readable(vault: socket.socket, seconds: float) -> bool:
-    """Wait for a word of the vault's, or for the end of its connection."""
+    """Wait for a message of the vault, or for the end of its connection."""
     return bool(select.select([vault], [], [], seconds)[0])
 
 
 def _is_dismissed(vault: socket.socket, seconds: float) -> bool:
-    """Return whether the vault's last word, waited for so long, is that all is done."""
+    """Return whether the vault's last message, for which it waits briefly, is that all is done."""
     with suppress(OSError):
         return _is_readable(vault, seconds) and vault.recv(len(DONE)) == DONE
     return False
 
 
 def _receive(vault: socket.socket) -> Received:
-    """Take the ends that the vault hands over. Errors: OSError; Turned."""
+    """Receive the ends that the vault hands over. Errors: OSError; Turned."""
     if not is_same_user(vault):
         raise Turned("another user listens there")
     told, ends, _, _ = socket.recv_fds(vault, MOST, 2)

@@ -1,4 +1,4 @@
-"""The coordinator: `fedtune server`, which runs a study over TLS with sites on other machines.
+"""Run the coordinator (`fedtune server`): a study over TLS with sites on other machines.
 
     serve() ── starts ──> gateway (the only exposed port) <── site ── `fedtune client`
        ├── starts ──> SuperLink (loopback, node keys) <── gateway
@@ -90,12 +90,16 @@ def serve(
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted, now or while it runs; return the report.
 
-    signing: seconds to wait at the start for sites of which a person has yet to sign the plan.
-    anyway: run a study that is not expected to gain anything. shares: of the sites' units by class,
-    for that forecast.
-    host, port: where the gateway listens. names: by which sites connect (they go into its
-    certificate). run: in place of server/rounds.py's. Errors: ConfigError; InfrastructureError when
-    the SuperLink ends, nothing can listen, or SIGTERM stops the study; KeyboardInterrupt."""
+    - signing: seconds to wait at the start for sites where nobody has signed the plan yet
+    - anyway: run a study that is not expected to gain anything
+    - shares: shares of the sites' units by class, for that forecast
+    - host, port: where the gateway listens
+    - names: names by which sites connect, which are written into the gateway's certificate
+    - run: replaces the function of server/rounds.py
+
+    Errors: ConfigError; InfrastructureError if the SuperLink ends, nothing can listen, or SIGTERM
+    stops the study; KeyboardInterrupt.
+    """
     bypass_proxy()
     refuse_second(home)
     try:
@@ -132,7 +136,7 @@ def prepare(
     home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
 ) -> None:
     """Create what is missing in the home; see the layout above. patience: seconds until the port
-    must be free; the gateway of a server that was killed ends by itself.
+    must be free, since the gateway of a killed server ends by itself.
 
     Errors: ConfigError, InfrastructureError."""
     deadline = time.monotonic() + patience
@@ -158,7 +162,7 @@ def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
 
 
 def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
-    """Describe a coordinator that has begun to listen, with what its operator does next."""
+    """Describe a coordinator that has begun to listen, and what its operator does next."""
     ca = _ca(home)
     fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
@@ -175,7 +179,8 @@ def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
 
 
 def plan_made(study: Study, home: Path) -> str:
-    """Say what the operator of a coordinator does once the plan is there, which answers bring."""
+    """Describe what the operator of a coordinator does once the plan, which answers hold, is
+    there."""
     lines = ["plan         is made; a site's answer brings it for review"]
     if len(enrol.registry(home)) < study.strategy.min_sites:
         lines.append(
@@ -188,8 +193,8 @@ def plan_made(study: Study, home: Path) -> str:
 
 @dataclass(frozen=True)
 class Link:
-    """A running SuperLink: its process, its loopback address, its throw-away certificate, and the
-    secret that opens it."""
+    """A running SuperLink: its process, its loopback address, its throw-away certificate, and
+    its secret."""
 
     child: Child
     address: str
@@ -203,9 +208,9 @@ class Link:
 
 @contextmanager
 def superlink(home: Path) -> Iterator[Link]:
-    """Run a SuperLink on loopback that admits registered nodes only, and starts no process.
+    """Run a SuperLink on loopback that admits only registered nodes and starts no process.
 
-    Its database is new each time: what must outlive it is in the study's own folder."""
+    Its database is new each time: everything that must outlive it is in the study's own folder."""
     state, port = home / "flower", free_port()
     for old in state.glob("state.db*"):
         old.unlink()
@@ -298,7 +303,8 @@ def study_grid(link: Link, home: Path) -> Iterator[Grid]:
 
 
 def bundle() -> bytes:
-    """Build the app bundle of every run: names and no code, since every machine has its own."""
+    """Build the app bundle of every run: it holds names and no code, since every machine has its
+    own."""
     project = (
         '[project]\nname = "fedtune"\nversion = "1.0.0"\n'
         '[tool.flwr.app]\npublisher = "fedtune"\n'
@@ -323,11 +329,11 @@ def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> Infrast
 
 
 class Members:
-    """Identifies each node's member at present: the SuperLink knows a node's key, the registry the
-    key's site. A node keeps its key, so one that has just left is still known.
+    """Identifies each node's present member: the SuperLink knows a node's key, and the registry
+    knows the key's site. A node keeps its key, so one that has just left is still known.
 
-    on_event: hears whom the registry and the SuperLink have gained or lost since the last call, as
-    "admitted", "revoked", "connected" and "disconnected" {name}."""
+    on_event: called with the changes in registry and SuperLink since the last call, as "admitted",
+    "revoked", "connected" and "disconnected" {name}."""
 
     def __init__(self, home: Path, on_event: OnEvent | None = None) -> None:
         self._home = home
@@ -374,8 +380,8 @@ class Members:
 
 
 def audit_events(home: Path, on_event: OnEvent | None) -> OnEvent:
-    """Enter what a study decides in the coordinator's audit log, then hand each event on: it began
-    and ended, a site refused or its update was dropped, another version is released."""
+    """Enter a study's decisions in the coordinator's audit log, then pass each event on: it
+    began and ended, a site refused or its update was dropped, another version is released."""
     acts = AuditLog(home, SigningKey.at(home / "signing.key"))
 
     def hear(event: str, data: dict[str, Any]) -> None:
@@ -400,7 +406,7 @@ def _ca(home: Path) -> str:
 
 
 def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
-    """Say after "start", with which the plan is kept for answers, what is next."""
+    """After "start", when the plan is stored for answers, say what is next."""
 
     def hear(event: str, data: dict[str, Any]) -> None:
         on_event(event, data)

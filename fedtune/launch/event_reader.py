@@ -1,4 +1,4 @@
-"""Read what the halves of a site tell without ever waiting for them."""
+"""Read the events of a site's halves without ever waiting for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class EventReader:
     `multiprocessing.connection.wait` takes it, and whoever reads a Connection.
 
     Guarantee: `poll` and `recv_bytes` return at once. A Connection would wait for the rest of an
-    event of which a courier sends half: who shows the vault's events would stand still."""
+    event of which a courier sends half, and the vault's events would no longer be shown."""
 
     def __init__(self, connection: Connection) -> None:
-        """connection: is closed with this."""
+        """Read events from `connection`, which is closed with this object."""
         self._connection = connection
         self._had, self._ended = bytearray(), False
         os.set_blocking(connection.fileno(), False)
@@ -28,8 +28,8 @@ class EventReader:
         self._connection.close()
 
     def poll(self, _timeout: float = 0.0) -> bool:
-        """Read what has arrived of one event; return whether it is whole, or none comes any more.
-        Errors: OSError where it is longer than one may be."""
+        """Read what has arrived of one event; return whether it is complete, or no more can
+        arrive. Errors: OSError if it is longer than an event may be."""
         while not self._ended and (lacking := self._lacking()):
             try:
                 read = os.read(self.fileno(), lacking)
@@ -40,7 +40,8 @@ class EventReader:
         return True
 
     def recv_bytes(self, _most: int | None = None) -> bytes:
-        """Return an event after `poll` said that it is whole. Errors: EOFError after the last."""
+        """Return an event after `poll` returned that it is complete. Errors: EOFError after the
+        last."""
         if self._ended:
             raise EOFError
         event = bytes(self._had[HEADER.size :])
@@ -48,7 +49,7 @@ class EventReader:
         return event
 
     def send_bytes(self, reply: bytes) -> None:
-        """Send a half what it waits for. Errors: OSError where it does not."""
+        """Send a half the result that it waits for. Errors: OSError if it does not wait."""
         self._connection.send_bytes(reply)
 
     def _lacking(self) -> int:

@@ -1,4 +1,4 @@
-"""The ClientApp of a site whose two halves are one process, as in a simulation."""
+"""Define the ClientApp of a site whose two halves are one process, as in a simulation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["app", "place_of", "site_errors"]
 
 
 def place_of(context: Context) -> Place:
-    """Read from a node's config where its messages are answered. Errors: ConfigError where it does
-    not say which site it is."""
+    """Read from a node's config where its messages are answered. Errors: ConfigError if it does
+    not name its site."""
     node = context.node_config
     watch = node.get("watch")
     return Place(

@@ -1,9 +1,10 @@
-"""The in-process Grid with its sites in several processes, which train at the same time.
+"""Run the in-process Grid with its sites in several processes, which train at the same time.
 
     coordinator: ProcessGrid ── socket pair, bytes of Flower's own messages ──> main(): some sites
 
-Each site has one process for the whole run: its data and its ledger are opened there alone. The
-base's weights are mapped, so that all processes share one copy. No pickle passes: JSON and bytes.
+Each site has one process for the whole run: its data and its ledger are opened only there. The
+base's weights are mapped, so that all processes share one copy. Messages are JSON and bytes,
+never pickle.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class ProcessGrid(InProcessGrid):
     """A grid whose sites answer in `processes` processes; a context manager that ends them.
     site_errors: the sites' own errors, by site file.
 
-    Guarantee: at most one reply is held here, one more in each process. A process that ends is the
-    failure of the site that it was working for; the next message to its sites starts a new one."""
+    Guarantee: at most one reply is held here, one more in each process. If a process ends, the
+    site that it was working for has failed; the next message to its sites starts a new process."""
 
     def __init__(self, sites: Sequence[Path], processes: int, logs: Path, peers: str = "") -> None:
         super().__init__(sites, app)

@@ -39,10 +39,10 @@ def simulate_ray(
     processes: int = 1,
     peers: str = "",
 ) -> dict[str, Any]:
-    """Simulate in Flower's own runtime; each of `processes` Ray workers keeps its own copy of the
-    base in memory.
+    """Simulate in Flower's own runtime; each of `processes` Ray workers keeps its own copy of
+    the base in memory.
 
-    Errors: as server.rounds.run; InfrastructureError where Ray is not installed or fails."""
+    Errors: as server.rounds.run; InfrastructureError if Ray is not installed or fails."""
     if importlib.util.find_spec("ray") is None:
         raise InfrastructureError(
             "the ray engine is not installed", todo="pip install 'fedtune[ray]'"

@@ -43,7 +43,7 @@ def simulate(
     """Run a whole study on this machine, with the server, client and ledgers of a deployment.
 
     Args:
-        out: the run's folder; without it runs/NAME, by the study's name.
+        out: the run's folder; default: runs/NAME, by the study's name.
         resume: continue the run in `out` after its last whole round.
         on_event: called with ("round", {…}) and the like, in this process.
         engine: "ray" is Flower's own simulation runtime.
@@ -147,10 +147,10 @@ def _run(
 
 
 def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
-    """Check what the study costs each site's records, in a second and before anything is loaded or
-    computed from public text. Returns what they have paid so far, of sites that have.
+    """Check what the study costs each site's records, in a second and before anything is loaded
+    or computed from public text. Returns what they have paid so far, for sites that have paid.
 
-    out: the run's folder. Errors: Refused where too few sites are left, with what their budgets
+    out: the run's folder. Errors: Refused if too few sites are left, with what their budgets
     were spent on."""
     from fedtune.core.vault.budget_refusal import explain_refusal
     from fedtune.officer.budget_check import check_budget
@@ -171,7 +171,7 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
-    """Return what says on this machine's screen what is done before a run begins."""
+    """Return a function that shows on this machine's screen what is done before a run begins."""
     if on_event is None:
         return lambda text: None
     notify = on_event
@@ -179,8 +179,8 @@ def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
 
 
 def _peers(study: Study, sites: Sequence[Site]) -> str:
-    """Return the sites' signing keys, which pin each other in a simulation: all of them are made on
-    this machine. A site whose policy.peers names keys goes by these alone."""
+    """Return the sites' signing keys, which pin each other in a simulation: all of them are made
+    on this machine. If a site's policy.peers names keys, only these count for it."""
     if study.secure_aggregation is None:
         return ""
     from fedtune.core.ledger.ledger import Ledger
@@ -190,8 +190,8 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
 
 @contextmanager
 def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
-    """Provide the sites, those of declared data by a copy that pays from this run's ledger; a run
-    that never began leaves none. Errors: InfrastructureError."""
+    """Provide the sites; a site with declared data is replaced by a copy that pays from this
+    run's ledger. A run that never began leaves none. Errors: InfrastructureError."""
     from fedtune.core.vault.declared import paid_by_run
 
     paying, new = list[Site](), not (out / "plan.json").exists()
@@ -213,7 +213,7 @@ def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
 
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
-    """Send what becomes of a site's rows as "records", an event for this screen alone."""
+    """Send what happens to a site's rows as "records", an event for this screen only."""
     from fedtune.core.vault.reading import describe, shown
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
@@ -222,7 +222,7 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
 
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
-    """Send how much of a private evaluation's answer will be noise, for this screen alone."""
+    """Send how much of a private evaluation's answer will be noise, for this screen only."""
     from fedtune.accounting.costs import query_lines
 
     if on_event:
@@ -231,15 +231,16 @@ def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> Non
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
-    """Return the first site's error, where every site error is about its files."""
+    """Return the first site's error, if every site's error is about its files."""
     found_errors = [error for path in files if (error := errors.get(str(path)))]
     all_inputs = all(isinstance(error, InputError) for error in found_errors)
     return found_errors[0] if found_errors and all_inputs else None
 
 
 def site_file(site: Site) -> Path:
-    """Return the file that a site's worker reads: the one it was loaded from, if unchanged, else
-    site.toml in the site's state folder, written now. Errors: InfrastructureError."""
+    """Return the file that a site's worker reads: the one from which it was loaded, if
+    unchanged, else site.toml in the site's state folder, written now. Errors:
+    InfrastructureError."""
     if site.file is not None:
         with suppress(ConfigError):
             if load_site(site.file) == site:
@@ -260,8 +261,8 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 
 
 def _check_engine(study: Study, engine: str, processes: int) -> None:
-    """Check that a site's messages reach the process that keeps its draws: Ray hands them to any of
-    its workers. Errors: ConfigError."""
+    """Check that a site's messages reach the process that keeps its draws: Ray hands them to any
+    of its workers. Errors: ConfigError."""
     if study.secure_aggregation and engine == "ray" and processes > 1:
         raise ConfigError(
             f"[secure_aggregation] under Ray with {processes} processes: a ready site keeps "
@@ -275,7 +276,7 @@ def _check_engine(study: Study, engine: str, processes: int) -> None:
 def _grid(
     files: list[Path], processes: int, out: Path, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """Provide the sites' grid and its table of their errors by site file."""
+    """Provide the sites' grid, and a table of their errors by site file."""
     from fedtune.core.vault.worker import drop_if_changed
 
     for path in files:

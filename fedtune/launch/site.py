@@ -1,11 +1,13 @@
-"""Run a site (`fedtune client`): its two halves, and what they tell the person at the screen.
+"""Run a site (`fedtune client`): start its two halves, and show their events to the person at
+the screen.
 
     gateway <── courier: Flower, TLS ── socket ──> vault: records, ledger, keys
                     └────────── events ──> join(): this process <── events ──┘
 
-This process starts both, since a parent rules its child's environment, and neither may rule the
-other: the vault first, then the courier. Each confines itself before it does anything else
-(isolation.py). When one of them ends, so does the other, and both are started again."""
+This process starts both, since a parent controls its child's environment, and neither half may
+control the other: first the vault, then the courier. Each confines itself before it does
+anything else (isolation.py). When one of them ends, so does the other, and both are started
+again."""
 
 from __future__ import annotations
 
@@ -73,19 +75,18 @@ def join(
 ) -> None:
     """Take part in the coordinator's studies until a signal comes; reconnect as often as needed.
 
-    once: return when a coordinator that gave this site work has gone. watch: take part in studies
-    without a last round, and in no others. processes: share each step among so many. patience:
-    seconds to go on being refused; after a crash Flower refuses a site for about 60 s, until the
-    old session has expired. door: a socket at which a courier that somebody else starts meets the
-    vault (launch/apart.py); None: it is started here.
-    Events: "isolation" {confined, open}, "joined", "answered" {kind, and client.reply_facts'},
-    "refused" {kind}, "failed" {kind, error}, "waiting" {address; study, done: of one that is
-    finished}, "connected" (again), "reconnecting" {seconds}, "stopped" {reason}; each has a text
-    for people.
-    Before it connects, site file, data sheet and records are checked (`check_before_joining`),
-    and data that the site declares public or generated is signed for.
-    Errors: those of that check; PolicyRefused where policy.isolation asks for more than this
-    machine gives; InfrastructureError when the coordinator goes on refusing this site, or its
+    once: return when a coordinator that gave this site work has gone. watch: take part only in
+    studies without a last round. processes: number of processes that share each step. patience:
+    seconds for which to retry while refused; after a crash Flower refuses a site for about 60 s,
+    until the old session has expired. door: a socket at which a courier that is started
+    elsewhere meets the vault (launch/apart.py); None: the courier is started here. Events:
+    "isolation" {confined, open}, "joined", "answered" {kind, and client.reply_facts'}, "refused"
+    {kind}, "failed" {kind, error}, "waiting" {address; study, done: of one that is finished},
+    "connected" (again), "reconnecting" {seconds}, "stopped" {reason}; each has a text for
+    people. Before it connects, site file, data sheet and records are checked
+    (`check_before_joining`), and data that the site declares public or generated is signed for.
+    Errors: those of that check; PolicyRefused if policy.isolation asks for more than this
+    machine supports; InfrastructureError if the coordinator still refuses this site, or its
     halves end again and again; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
     site = load_site(site_path)
     shown = Shown(site, on_event or ignore)
@@ -119,14 +120,14 @@ def join(
 
 
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
-    """Return what a vault is told beside its site file (client.answers.Place)."""
+    """Return what a vault is told besides its site file (client.answers.Place)."""
     reviewed_plan = read_reviewed_plan(link.answer)
     return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 
 
 def check(site: Site, path: Path) -> None:
-    """Check what a person at the site should put right first (`check_before_joining`), in a process
-    of its own. Errors: as there; InfrastructureError where that process ends otherwise."""
+    """Check what a person at the site should correct first (`check_before_joining`), in a
+    separate process. Errors: as there; InfrastructureError if that process ends in another way."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
         of_child, tells = connection_for(ours, theirs)
@@ -147,8 +148,8 @@ def check(site: Site, path: Path) -> None:
 class Halves:
     """The vault and the courier of a site, as processes; a context manager that ends both.
 
-    path: the site file; place: of client.answers.Place, what the vault is told beside it; once,
-    patience: as of `join`; door: where a courier that was started elsewhere is waited for."""
+    path: the site file; place: of client.answers.Place, what the vault is told besides it; once,
+    patience: as for `join`; door: where a courier that was started elsewhere connects."""
 
     site: Site
     path: Path
@@ -195,10 +196,10 @@ class Halves:
         self._open.close()
 
     def watch(self, shown: Shown) -> InfrastructureError | None:
-        """Show what both tell until the courier has done its work (None), or one of them ends by
-        itself: return how.
+        """Show the events of both until the courier has done its work (return None), or one of them
+        ends by itself (return how).
 
-        Errors: the courier's; PolicyRefused where their confinement does not suffice."""
+        Errors: the courier's; PolicyRefused if their confinement does not suffice."""
         listeners = [self.door.listener] if self.door else []
         while True:
             of_vault, of_courier = self.of_vault.fileno(), self.of_courier.fileno()
@@ -219,8 +220,8 @@ class Halves:
 
 
 def take_events(connection: EventReader, show: Any, fetching: Path | None = None) -> bool:
-    """Show what has arrived of one half; True: that was the last of it. fetching: of a vault, the
-    site file for which a base is fetched."""
+    """Show the events of one half that have arrived; return True after the last. fetching: for a
+    vault, the site file for which a base is fetched."""
     try:
         for _ in range(EVENTS_AT_ONCE):  # the other half's wait otherwise
             if not connection.poll(0):
@@ -254,15 +255,15 @@ def _fetch(path: Path, base: str) -> dict[str, str]:
 
 
 class Again:
-    """Says whether the halves are started again after one of them has ended by itself: as often as
-    needed where they had lasted, and where they end at once no more than FEW times in a row."""
+    """Decides whether the halves are started again after one of them has ended by itself: always
+    if they had lasted; if they end at once, no more than FEW times in a row."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown, self.wanted = shown, True
         self._began, self._short = time.monotonic(), 0
 
     def after(self, ended: InfrastructureError | None) -> bool:
-        """Return whether to start again; None: their work is done. Errors: `ended`, where they did
+        """Return whether to start again; None: their work is done. Errors: `ended`, if they did
         not last."""
         if ended is None:
             return False
@@ -282,9 +283,10 @@ class Again:
 
 
 class Allowance:
-    """How much of what a courier tells is shown: BURST characters, and PER_SECOND more each second.
+    """Limits how much of a courier's events is shown: BURST characters, and PER_SECOND more each
+    second.
 
-    What is shown may be kept, such as in a container's log, on any disk of the machine."""
+    Shown text may be stored, such as in a container's log, on any disk of the machine."""
 
     def __init__(self) -> None:
         self._left = float(BURST)
@@ -292,7 +294,7 @@ class Allowance:
         self._left_out = 0
 
     def permits(self, facts: dict[str, Any]) -> bool:
-        """Return whether an event may be shown; what was left out before is then counted."""
+        """Return whether an event may be shown; the events left out before are then counted."""
         now = time.monotonic()
         self._left = min(BURST, self._left + (now - self._since) * PER_SECOND)
         self._since = now
@@ -308,10 +310,10 @@ class Allowance:
 
 
 class Shown:
-    """Shows the person at the site what its halves tell.
+    """Shows the events of the halves to the person at the site.
 
-    Of each answer the vault tells the facts, and then the courier what it weighed; they are shown
-    as one event. halves: those that tell it here; with a spool each is by itself."""
+    For each answer the vault sends the facts, and then the courier the number of bytes; they are
+    shown as one event. halves: those that report here; with a spool each reports by itself."""
 
     def __init__(
         self, site: Site, notify: OnEvent, halves: Sequence[str] = ("vault", "courier")
@@ -327,11 +329,11 @@ class Shown:
         self._allowance = Allowance()
 
     def begin(self) -> None:
-        """Take in that the halves are started again."""
+        """Note that the halves are started again."""
         self._confined.clear()
 
     def from_vault(self, event: str, facts: dict[str, Any]) -> bool:
-        """Show an event of the vault's. Errors: PolicyRefused, as `Halves.watch` says."""
+        """Show an event of the vault. Errors: PolicyRefused, as for `Halves.watch`."""
         if event == "answered":
             self._facts.append((time.monotonic(), facts))
             if "courier" not in self._halves:
@@ -345,8 +347,8 @@ class Shown:
         return False
 
     def from_courier(self, event: str, facts: dict[str, Any]) -> bool:
-        """Show an event of the courier's; True: it has ended. Errors: the one that it ended with;
-        PolicyRefused, as `Halves.watch` says."""
+        """Show an event of the courier; return True if it has ended. Errors: the one with which
+        it ended; PolicyRefused, as for `Halves.watch`."""
         told = events.from_courier(event, facts)
         is_counted = event in FREELY or (event == "answered" and self._facts)
         if not is_counted and not self._allowance.permits(told or {}):
@@ -375,9 +377,9 @@ class Shown:
         return False
 
     def _keep(self, told: dict[str, Any]) -> None:
-        """Keep a renewed certificate where the courier reads it at its next start, as soon as no
-        order is answered; once in a while, so that the courier decides little of what is on the
-        disk when."""
+        """Store a renewed certificate where the courier reads it at its next start, as soon as
+        no order is being answered, and only once in a while: the courier should not decide when
+        something is written to the disk."""
         now = time.monotonic()
         if self._renewed is not None and now - self._renewed < RENEWALS:
             return
@@ -400,8 +402,8 @@ class Shown:
             log.warning("a renewed certificate cannot be kept; it is asked for again")
 
     def flush(self, seconds: float) -> None:
-        """Show the vault's facts that have waited so long for the courier's, and write what waited
-        for the end of an order."""
+        """Show the vault's facts that have waited for the courier's for long enough, and write
+        what waited for the end of an order."""
         while self._facts and time.monotonic() - self._facts[0][0] >= seconds:
             self._show(self._facts.popleft()[1])
         if self._certificate is not None:
@@ -433,9 +435,10 @@ class Shown:
         return {"study": last["study"], "done": rounds, "text": text}
 
     def _isolation(self, half: str, facts: dict[str, Any]) -> None:
-        """Take in how one half is confined, which it tells once and before it does anything else;
-        of both, show and enter it. A courier that told it again would choose when, and how much of
-        the disk an audit log takes. Errors: PolicyRefused; those of `_enter_isolation`."""
+        """Note how one half is confined, which it reports once and before it does anything else;
+        when both have reported, show and enter it. A courier that reported it again would choose
+        when, and how much of the disk an audit log takes. Errors: PolicyRefused; those of
+        `_enter_isolation`."""
         if half in self._confined:
             log.warning("the %s tells a second time how it is confined: left out", half)
             return
@@ -458,10 +461,10 @@ class Shown:
                 self._enter_isolation(confined, still_open)
 
     def _enter_isolation(self, confined: dict[str, list[str]], still_open: int) -> None:
-        """Enter in the site's audit log how both halves are confined, where its disk has the space
-        beside the ledger's room: a courier that somebody else starts, as in a container of its own,
-        may come and go as often as it likes, and say something else each time. Errors: LedgerError;
-        InfrastructureError where the disk refuses."""
+        """Enter in the site's audit log how both halves are confined, if its disk has the space
+        beside the ledger's reserve: a courier that is started elsewhere, as in another
+        container, may reconnect as often as it likes, and report something else each time.
+        Errors: LedgerError; InfrastructureError if the disk refuses."""
         site = self._site
         walls = {half: isolation.describe(each) for half, each in confined.items()}
         acts = AuditLog(site.site.state, SigningKey.at(site.site.state / KEY))  # from its enrolment
@@ -476,7 +479,7 @@ class Shown:
 
 
 def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
-    """Say how the halves are confined, and what stays open."""
+    """Describe how the halves are confined, and what stays open."""
     said, missing = [], []
     for half, text in SAYS.items():
         if half in confined:
@@ -493,7 +496,8 @@ def connection_for(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]
 
 
 def _say_again(event: str, facts: dict[str, Any]) -> bool:
-    """Log or report here what another process of ours logged or reported; False: it is neither."""
+    """Log or report here what another of our processes logged or reported; return False if it is
+    neither."""
     if event == "log":
         events.log_again(facts)
     elif event == "step":

@@ -1,4 +1,5 @@
-"""A site whose halves share a folder and no socket: `fedtune vault` and `fedtune courier --spool`.
+"""Run a site whose halves share a folder and no socket: `fedtune vault` and `fedtune courier
+--spool`.
 
     fedtune vault SITE --spool DIR ──── its own child: the vault; or, with vault.run, for each
         │                               request a command that starts one, as by a scheduler
@@ -11,8 +12,8 @@
 |                                 | from the ledger                                                |
 | nobody answers                  | the courier waits as long as the coordinator does, and goes on |
 
-Guarantee: what the courier can write starts nothing but the vault of this site, with the name of a
-request, of 64 hexadecimal digits; it never is a word of a command otherwise."""
+Guarantee: files of the courier can only start the vault of this site, with the name of a
+request, of 64 hexadecimal digits; otherwise nothing that it writes becomes a word of a command."""
 
 from __future__ import annotations
 
@@ -56,8 +57,8 @@ AGAIN_SECONDS = (2.0, 10.0, 60.0, 300.0)  # after a command that brought no answ
 
 
 def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> None:
-    """Run the courier of a site whose vault answers in the spool `folder`, until a signal comes, or
-    `once`: until a coordinator that gave this site work has gone.
+    """Run the courier of a site whose vault answers in the spool `folder`, until a signal comes,
+    or with `once` until a coordinator that gave this site work has gone.
 
     It reads site.toml, the coordinator's answer, the keys of the site's network and the answers,
     and writes its own folder, a renewed certificate and the requests. Events: as of
@@ -81,8 +82,8 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
 def answer_requests(
     site_path: Path, folder: Path, *, watch: bool = False, processes: int = 1, on_event: OnEvent
 ) -> None:
-    """Answer the requests in the spool `folder` until a signal comes. watch, processes, and what is
-    checked first: as of `launch.site.join`.
+    """Answer the requests in the spool `folder` until a signal comes. watch, processes, and the
+    checks at the start: as for `launch.site.join`.
 
     Events: as there, of the vault. Errors: of the check; ConfigError where the folder cannot be
     used, or vault.run names no program; PolicyRefused where policy.isolation asks for more than
@@ -112,11 +113,11 @@ def answer_request(
     processes: int = 1,
     on_event: OnEvent,
 ) -> None:
-    """Answer one request in the spool `folder` and return: what vault.run starts. The site was
-    checked by who starts it.
+    """Answer one request in the spool `folder` and return; vault.run starts this. The process
+    that starts it has checked the site.
 
-    Errors: InfrastructureError where there is no such request, or no answer could be written; else
-    as of `answer_requests`."""
+    Errors: InfrastructureError if there is no such request, or no answer could be written; else
+    as for `answer_requests`."""
     site, spool = load_site(site_path), Spool.at(folder)
     shown = Shown(site, on_event, halves=("vault",))
     with (
@@ -130,14 +131,15 @@ def answer_request(
 
 @dataclass(frozen=True)
 class _Half:
-    """A half of a site as a process. told: what it tells; fetching: of a vault, its site file."""
+    """One half of a site as a process. told: its events; fetching: for a vault, its site file."""
 
     child: Child
     told: EventReader
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
-        """Show what it tells until it has done its work (None), or ends by itself: return how."""
+        """Show its events until it has done its work (return None), or ends by itself (return
+        how)."""
         while True:
             wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
@@ -150,7 +152,7 @@ class _Half:
 def _vault(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, name: str = ""
 ) -> Any:
-    """Start a vault that answers in a spool; name: of the only request that it answers."""
+    """Start a vault that answers in a spool. name: of the only request to answer."""
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), *filter(None, [name])]
     return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
@@ -176,10 +178,10 @@ def _child(
 def _start_for_each(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, notify: OnEvent
 ) -> None:
-    """Start vault.run for one request after another. One for which no answer came is tried again
-    later, after the others; it is waited for as long as its courier does.
+    """Start vault.run for one request after another. A request without an answer is tried again
+    later, after the others, for as long as its courier waits.
 
-    Errors: ConfigError where vault.run names no program."""
+    Errors: ConfigError if vault.run names no program."""
     assert site.vault
     command = site.vault.command
     if shutil.which(command[0]) is None and not (path.parent / command[0]).is_file():
@@ -206,7 +208,8 @@ def _start_for_each(
 
 
 def _run(command: list[str], folder: Path, log: Path) -> str:
-    """Run a command to its end; say how it ended. It is stopped where this process is."""
+    """Run a command to its end and return how it ended. If this process is stopped, the command
+    is stopped too."""
     begin_log(log)
     try:
         started = subprocess.Popen(

@@ -26,10 +26,14 @@ POINTS, SPAN = 5, 10.0  # of the grid without --set: from the plan's rate / SPAN
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a search. settings: as `--set` takes them; value: the metric on the records that
-    choose, None where the run failed, with its error; loss: on the same records, which decides
-    between equal values; epsilon: of the site that paid most; warning: of a preference run, what
-    speaks against it on the records of its report (report.preference.alarms)."""
+    """One run of a search.
+
+    - settings: as `--set` takes them
+    - value: the metric on the records that choose; None if the run failed, with its error
+    - loss: on the same records; it decides between equal values
+    - epsilon: of the site that paid most
+    - warning: for a preference run, what speaks against it on the records of its report
+      (report.preference.alarms)"""
 
     settings: tuple[str, ...]
     folder: str
@@ -44,7 +48,7 @@ class Trial:
 class Search:
     """A finished search: its trials, the best first and those that failed last.
 
-    metric: what they are sorted by; records: the records that it was measured on."""
+    metric: the metric by which they are sorted; records: the records on which it was measured."""
 
     metric: str
     records: str
@@ -52,7 +56,7 @@ class Search:
 
     @property
     def best(self) -> Trial | None:
-        """Return the best trial; None where all failed."""
+        """Return the best trial; None if all failed."""
         return next((trial for trial in self.trials if trial.value is not None), None)
 
 
@@ -112,8 +116,8 @@ def tune(
 def rank_trials(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> list[Trial]:
     """Sort trials, the best first and those that failed last.
 
-    warned_last: one that a warning speaks against stands below all others that ran, whatever its
-    value is; only where the warning is of the records that choose."""
+    warned_last: a trial with a warning comes after all others that ran, whatever its value; use
+    it only if the warning is about the records that choose."""
     sign = -1 if known_metric(metric).higher_is_better else 1
 
     def key(trial: Trial) -> tuple[bool, bool, float, float]:
@@ -154,7 +158,7 @@ def _check_chooser(study: Study, records: Path | None) -> None:
 
 
 def _values(setting: str) -> list[str]:
-    """Split the value of "key=a,b" at its commas, but for those in brackets, braces and quotes."""
+    """Split the value of "key=a,b" at its commas, except those in brackets, braces and quotes."""
     _, _, text = setting.partition("=")
     values = [""]
     depth = 0
@@ -198,7 +202,8 @@ def _draw_combinations(
 
 
 def _index(out: Path) -> dict[tuple[str, ...], str]:
-    """Read which trial has which settings. Errors: ConfigError where `out` is no search's."""
+    """Read which trial has which settings. Errors: ConfigError if `out` is not a search's
+    folder."""
     if not (out / INDEX).exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(
@@ -217,7 +222,7 @@ def _trial(
     records: Path | None,
     metric: str,
 ) -> Trial:
-    """Run one trial, or read it where it is finished."""
+    """Run one trial, or read it if it is finished."""
     from fedtune.core.registry import process_cache
     from fedtune.launch.simulate import simulate
 

@@ -1,11 +1,11 @@
-"""Answers that wait at a site until a person there lets them go: policy.answers = "held".
+"""Hold answers at a site until a person there releases them: policy.answers = "held".
 
     trained, evaluated   charged → computed → in the ledger's outbox, held → let go → sealed, sent
     shared noise         held → let go → charged → computed → "ready" → masked → sent
 
-Of shared noise a draw waits before it is made, so that no other site is left with one that nobody
-masks. What is let go is these bytes, or this draw, and no others; what is refused stays refused,
-and paid. The officer's side is let_go.py.
+A draw of shared noise waits before it is made, so that no other site is left with a draw that
+nobody masks. A person releases these bytes, or this draw, and no others; what is refused stays
+refused, and paid. The officer's side is let_go.py.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ LET_GO = "ask the site to run `fedtune let-go`"
 
 
 def holds_answers(site: SiteWorker) -> bool:
-    """Return whether the site's answers wait for a person. Who simulates a study runs its sites
-    too, and nothing leaves the machine: there none waits."""
+    """Return whether the site's answers wait for a person. In a simulation none waits: whoever
+    simulates a study runs its sites too, and nothing leaves the machine."""
     return site.current().policy.answers == "held" and not site.simulated
 
 
 def check_not_refused(ledger: Ledger, slot: Slot) -> None:
-    """Errors: Void where a person at the site refused this answer for good."""
+    """Check that nobody at the site refused this answer for good. Errors: Void."""
     if ledger.is_refused(slot):
         raise Void("a person at the site refused to let this answer go")
 
 
 def check_let_go(ledger: Ledger, slot: Slot) -> None:
-    """Return if what was released for a slot may leave the site. Errors: Held, Void."""
+    """Check that what was released for a slot may leave the site. Errors: Held, Void."""
     check_not_refused(ledger, slot)
     if ledger.is_held(slot):
         raise Held(WAITS, todo=LET_GO)
@@ -53,15 +53,15 @@ def check_let_go(ledger: Ledger, slot: Slot) -> None:
 def hold_draw(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> NoReturn:
     """Note that a draw of shared noise waits for a person, before it is made.
 
-    charge: what it will cost; size: bytes of the masked words. Errors: Held, always."""
+    charge: what it will cost; size: bytes of the masked words. Errors: always Held."""
     _keep_asked(site, slot, charge, size)
     raise Held(WAITS, todo=LET_GO)
 
 
 def _keep_asked(site: SiteWorker, slot: Slot, charge: Charge, size: int) -> None:
-    """Note a draw that waits where `fedtune let-go` finds it. At most MOST are kept, and the oldest
-    go: a coordinator may ask for any number, and none is paid for as yet. One for which the disk
-    has no space beside the ledger's room is not kept."""
+    """Note a waiting draw where `fedtune let-go` finds it. At most MOST are kept, and the oldest
+    are dropped: a coordinator may ask for any number, and none is paid for yet. A draw for which
+    the disk has no space beside the ledger's reserve is not kept."""
     path = asked_path(site.ledger.folder, slot)
     if path.exists():
         return

@@ -41,11 +41,15 @@ Work = Callable[[SiteWorker, str, Request], Update]
 
 @dataclass(frozen=True)
 class Place:
-    """Where requests are answered. site: its site file; coordinator: the signing key that it
-    enrolled with, "" where any may ask (a simulation); watch: whether it takes part in studies
-    without a last round, None where nobody was asked; reviewed: the digest of the plan that the
-    coordinator's answer brought for review; simulated: whether the person who runs the study runs
-    this site too, and then the signing keys of all sites, `peers`."""
+    """The site at which requests are answered.
+
+    - site: its site file
+    - coordinator: the signing key with which it enrolled, "" if any coordinator may ask (a
+      simulation)
+    - watch: whether it takes part in studies without a last round, None if nobody was asked
+    - reviewed: the digest of the plan that the coordinator's answer held for review
+    - simulated: whether the person who runs the study runs this site too; then `peers` holds the
+      signing keys of all sites"""
 
     site: str
     coordinator: str = ""
@@ -65,9 +69,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Order:
-    """A kind of order. work: what it makes the site do; arrays: the name of the answer's arrays;
-    done: its status; suffix: what follows the plan's digest in such an order, so that an order for
-    one kind is never taken for another."""
+    """A kind of order.
+
+    work: what it makes the site do; arrays: the name of the answer's arrays; done: the status of
+    success; suffix: what follows the plan's digest in such an order, so that an order for one kind
+    is never taken for another."""
 
     work: Work
     arrays: str
@@ -84,7 +90,7 @@ ORDERS: dict[Kind, Order] = {
 
 
 def answer(place: Place, request: Request) -> Answer:
-    """Answer one request; whatever goes wrong is an answer too."""
+    """Answer one request; whatever goes wrong also gives an answer."""
     if request.kind == "prepare":
         return _admission(place, request)
     return _answer_and_seal(place, request, ORDERS[request.kind])
@@ -173,11 +179,11 @@ def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
 
 def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
     """Enter an act of the site's process in its audit log, if the disk has space for it beside the
-    room that the ledger needs (files.room): a coordinator can ask for acts without end, each at no
-    cost, and takes nothing from a charge or a withdrawal with them. What is not entered is a
-    warning here, and the coordinator's answer is the same.
+    reserve that the ledger needs (files.room): a coordinator can ask for acts without end, each at
+    no cost, and these must not take the space of a charge or a withdrawal. If an act is not
+    entered, the site prints a warning, and the coordinator's answer is the same.
 
-    Errors: InfrastructureError, with which what was to be done is not done."""
+    Errors: InfrastructureError; the act is then not done."""
     if site.room.has_space(ENTRY):
         acts(site).add(event, rule, once=REPEATS, **facts)
     else:
@@ -189,8 +195,8 @@ def note(site: SiteWorker, event: str, rule: str, **facts: Any) -> None:
 
 
 def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None:
-    """Enter in the audit log that a plan was admitted, and whether a person here signed it, or that
-    it waits for one. Errors: PolicyRefused where the site refuses it; as `note`."""
+    """Enter in the audit log that a plan was admitted, and whether a person here signed it, or
+    that it waits for one. Errors: PolicyRefused if the site refuses it; as `note`."""
     about = {"plan": study.digest, "study": study.study.name}
     if admission.admitted:
         rule, signed = site.current().policy.admission, site.home.admitted(study.digest)
@@ -202,7 +208,7 @@ def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None
 
 
 def note_refusal(place: Place, failure: tuple[str, str], **facts: Any) -> None:
-    """Enter a refusal, with the rule that said no; the coordinator is answered in any case."""
+    """Enter a refusal, with the rule that refused; the coordinator is answered in any case."""
     status, reason = failure
     if status == "refused":
         try:
@@ -222,8 +228,8 @@ def run_guarded(attempt: Callable[[], None], place: Place) -> tuple[str, str] | 
     """Run `attempt` and return the status and reason of its failure, None if it succeeded.
 
     Guarantee: only a refusal's text leaves the site (rules and public values); of any other failure
-    that there was one. Once a record was read, a round does not fail by what it holds: what cannot
-    be summed is a step of noise alone (dp.plan.SitePlan), and is charged."""
+    only the fact leaves. Once a record was read, a round does not fail because of its content: what
+    cannot be summed becomes a step of noise alone (dp.plan.SitePlan), and is charged."""
     try:
         attempt()
     except Unprepared as error:

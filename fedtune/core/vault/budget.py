@@ -1,7 +1,8 @@
-"""What a dataset's records have paid, and what a site's ceilings leave of it for one plan.
+"""Compute what a dataset's records have paid, and what a site's limits leave of the budget for
+one plan.
 
-Whoever asks a site's ledger to pay asks here first. All of it is a function of the plan, the policy
-and the charges alone, so a coordinator may see each refusal."""
+Every charge to a site's ledger is checked here first. The result is a function of the plan, the
+policy and the charges alone, so a coordinator may see each refusal."""
 
 from __future__ import annotations
 
@@ -25,15 +26,15 @@ QUERIES_TODO = (
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of one dataset, seen from one plan that would spend of it.
+    """The budget of one dataset, as seen by one plan that would spend from it.
 
-    policy: the site's, as its file is now; plan: of a study's training, or of its queries; charges:
-    all that count against the dataset, or for a plan without a last round against one cohort, in
-    the ledger's order.
-    Guarantee: while `check` passes before every charge, all that was released from the dataset is
-    (policy.max_epsilon, 2 · policy.max_delta)-DP under the assumption of secure aggregation where
-    studies have it, and (policy.max_fallback_epsilon, 2 · policy.max_delta)-DP without, whatever
-    the choice of studies depended on; see `fedtune.core.dp.filter`."""
+    policy: the site's policy, as its file is now; plan: of a study's training, or of its
+    queries; charges: all that count against the dataset, or for a plan without a last round
+    against one cohort, in the ledger's order. Guarantee: while `check` passes before every
+    charge, all that was released from the dataset is (policy.max_epsilon, 2 ·
+    policy.max_delta)-DP under the assumption of secure aggregation where studies have it, and
+    (policy.max_fallback_epsilon, 2 · policy.max_delta)-DP without, whatever the choice of
+    studies depended on; see `fedtune.core.dp.filter`."""
 
     policy: PolicyTable
     plan: DpPlan
@@ -41,8 +42,8 @@ class Budget:
 
     @property
     def order(self) -> float:
-        """The privacy filter's order: that of the dataset's first charge, fixed before any result;
-        for a dataset without charges, the one that admits most steps of this plan."""
+        """The privacy filter's order: the one of the dataset's first charge, fixed before any
+        result; for a dataset without charges, the one that admits most steps of this plan."""
         if self.charges:
             return self.charges[0].order
         planned = self.plan.events(self.plan.steps)
@@ -56,25 +57,26 @@ class Budget:
         return total_epsilon(events, self.order, self.policy.max_delta)
 
     def fallback(self, ahead: int) -> Total:
-        """Compute the same if nothing but this site's own noise holds.
+        """Compute the same with this site's own noise only.
 
-        A filter of its own: its order too was fixed with the first charge, before any result."""
+        This is a separate filter: its order too was fixed with the first charge, before any result.
+        """
         events = [charge.fallback for charge in self.charges]
         events += self.plan.fallback_events(ahead) if ahead else []
         return total_epsilon(events, self.order, self.policy.max_delta)
 
     def remaining(self) -> int:
-        """Count the plan's steps that no charge paid for."""
+        """Count the plan's steps that are not paid for yet."""
         return max(self.plan.steps - sum(charge.steps for charge in self._of_plan()), 0)
 
     def check(self, at_least: int = 0) -> None:
-        """Check that the charges and the plan's remaining steps keep below every ceiling.
+        """Check that the charges and the plan's remaining steps stay below every limit.
 
-        at_least: steps about to run, which count even where the plan's are all spent: a round
-        trained again is paid for again, one sent again is not. Where the plan has no last round
-        only these are ahead, and the plan's own lifetime is a ceiling too.
-        A study's training and its queries count together against policy.max_epsilon_per_study, as
-        far as both are charged to the same people: a coordinator may ask either first.
+        at_least: steps about to run, which count even if all of the plan's steps are spent: a round
+        that is trained again is paid for again, one that is sent again is not. If the plan has no
+        last round, only these steps are ahead, and the plan's own lifetime is a limit too. A
+        study's training and its queries count together against policy.max_epsilon_per_study, as far
+        as both are charged to the same people: a coordinator may ask either first.
         Errors: BudgetExceeded."""
         plan, policy = self.plan, self.policy
         ahead = at_least if plan.lifetime is not None else max(self.remaining(), at_least)
@@ -108,9 +110,9 @@ class Budget:
             )
 
     def check_attempts(self, round_: int) -> None:
-        """Check that a round of the plan may be paid for once more. It is paid for again where it
-        was interrupted, and where the coordinator orders it from another adapter: without a bound a
-        plan that a person signed for its own ε would spend up to the site's ceilings.
+        """Check that a round of the plan may be paid for once more. It is paid for again if it was
+        interrupted, or if the coordinator orders it from another adapter: without a bound, a plan
+        that a person signed for its own ε could spend up to the site's limits.
 
         Errors: BudgetExceeded."""
         paid = sum(charge.round == round_ for charge in self._of_plan())
@@ -123,7 +125,7 @@ class Budget:
 
     @property
     def is_shared(self) -> bool:
-        """Whether secure aggregation lowers any part of the total, so that a second one holds
+        """Whether secure aggregation lowers any part of the total, so that a second total holds
         without it."""
         return self.plan.sites > 1 or any(charge.sites > 1 for charge in self.charges)
 
@@ -154,9 +156,10 @@ def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
 
 
 def check_rounds(paid: int, policy: PolicyTable) -> None:
-    """Check that the ledger may pay for one more round, whichever study's: it has room for so many
-    (files.room). A coordinator numbers the rounds of a schedule, and orders them at no cost once
-    everybody's budget is used up. paid: all charges of the ledger. Errors: BudgetExceeded."""
+    """Check that the ledger may pay for one more round of any study: it has space for a fixed
+    number (files.room). A coordinator numbers the rounds of a schedule, and orders them at no
+    cost once everybody's budget is used up. paid: all charges of the ledger. Errors:
+    BudgetExceeded."""
     if paid >= policy.max_rounds:
         raise BudgetExceeded(
             "this site's ledger has paid for policy.max_rounds rounds of all studies together",

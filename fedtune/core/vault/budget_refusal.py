@@ -1,7 +1,7 @@
-"""Say at a site what a budget was spent on when it refuses a plan, and what would still fit.
+"""Explain at a site what a budget was spent on when it refuses a plan, and what would still fit.
 
-Guarantee: none of it leaves the site. What goes to the coordinator is the refusal's own text, which
-names a rule and public values; what other studies spent is the site's (decision 0010)."""
+Guarantee: none of it leaves the site. The coordinator gets only the refusal's own text, which
+names a rule and public values; what other studies spent stays at the site (decision 0010)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ TODO = (
 
 
 def remember(sites: Sequence[Site], run: Path) -> None:
-    """Note in the sites' state folders where the run of a plan lies. A disk that refuses is
-    ignored, and so is a damaged plan: this is told, and nothing depends on it."""
+    """Note in the sites' state folders where the run of a plan lies. Errors of the disk are
+    ignored, and so is a damaged plan: the note is only shown, and nothing depends on it."""
     with suppress(FedtuneError, OSError):
         digest = load_plan(run).digest
         for site in sites:
@@ -45,9 +45,9 @@ def remember(sites: Sequence[Site], run: Path) -> None:
 
 
 def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
-    """Describe what was spent of a site's budget, then a line for each study that spent it with
-    where its run lies, as far as this site knows, then what would fit; for the site's own screen.
-    ledger: None where none has begun here."""
+    """Describe what was spent of a site's budget, then each study that spent it with the place
+    of its run, as far as this site knows it, then what would fit; for the site's own screen.
+    ledger: None if there is none yet."""
     policy, name = site.policy, site.data.name
     spent = ledger.spending(name) if ledger else []
     total = budget(name, spent, policy)
@@ -65,8 +65,8 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
 
 
 def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Return the refusal of a simulated study with notes of what its sites' ledgers tell, all on
-    this machine; itself, where no budget refused."""
+    """Return the refusal of a simulated study with notes from its sites' ledgers, all on this
+    machine; return it unchanged if no budget refused."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):
         return refusal
     told: list[str] = []
@@ -88,8 +88,8 @@ def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Re
 
 
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
-    """Find the largest privacy.epsilon, or where σ is given the most rounds, that keeps within the
-    budget, to about a hundredth of what the plan asks for; "" where there is none."""
+    """Find the largest privacy.epsilon, or if σ is given the most rounds, that stays within the
+    budget, to about a hundredth of what the plan asks for; "" if there is none."""
     privacy = study.privacy
     if not isinstance(privacy, PrivacyTable) or study.continuous:
         return ""
@@ -111,7 +111,7 @@ def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
 
 
 def _find_largest(asked: float, fit: Callable[[float], bool]) -> float:
-    """Search between 0 and `asked` for the largest value that fits; 0 where none was found."""
+    """Search between 0 and `asked` for the largest value that fits; 0 if there is none."""
     low, high = 0.0, float(asked)
     for _ in range(SEARCH):
         middle = (low + high) / 2
@@ -137,7 +137,7 @@ def _study(line: StudyLine, runs: dict[str, str]) -> str:
 
 
 def places(site: Site) -> dict[str, str]:
-    """Return where simulated runs of this site's records lie, by their plan's digest."""
+    """Return the folders of simulated runs of this site's records, by their plan's digest."""
     try:
         table = json.loads((site.site.state / PLACES).read_text(encoding="utf-8"))
         return {str(key): str(value) for key, value in table.items()}

@@ -1,5 +1,5 @@
-"""Data that a site declares public or generated: checked and signed before it joins, and paid from
-a ledger of the run."""
+"""Check and sign declarations that a site's data is public or generated, before it joins; such
+data pays from a ledger of the run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from fedtune.core.ledger.ledger import Ledger
 
 def declare(site: Site, sign: bool = True) -> None:
     """Check a site's declared datasets and its private ones; see `sign_declarations` and
-    `check_private`. To be called before the site connects: what it answers depends on records, and
-    stays here."""
+    `check_private`. Call it before the site connects: its result depends on records, and stays
+    at the site."""
     sign_declarations(site, sign)
     check_private(site)
 
 
 def sign_declarations(site: Site, sign: bool = True) -> None:
-    """Check a site's declared datasets against its ledger for life, and sign the declarations.
+    """Check a site's declared datasets against its lifetime ledger, and sign the declarations.
 
-    sign: False to check alone.
-    Errors: PolicyRefused where one was ever charged as private; DataError where it cannot be read;
-    LedgerError."""
+    sign: False to check only. Errors: PolicyRefused if a dataset was ever charged as private;
+    DataError if it cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
             ledger = Ledger(site.site.state)
@@ -34,10 +33,10 @@ def sign_declarations(site: Site, sign: bool = True) -> None:
 
 
 def check_private(site: Site) -> None:
-    """Check that none of a site's private data was ever declared; no record is read where the site
+    """Check that none of a site's private data was ever declared; no record is read if the site
     never declared any.
 
-    Errors: PolicyRefused where some was; DataError where it cannot be read; LedgerError."""
+    Errors: PolicyRefused if some was; DataError if it cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if not data.declared and (site.site.state / DATABASE).exists():
             ledger = Ledger(site.site.state)
@@ -59,10 +58,10 @@ def run_ledger(site: Site, digest: str) -> Path:
 
 def permit_declared(current: Site, loaded: Site, home: Ledger) -> None:
     """Check that declared data may take part: it was declared in `home` before the site joined, and
-    in a consortium its policy allows it. Nothing of it follows from a record.
+    in a consortium its policy allows it. The result never depends on a record.
 
-    current: the site file as it is now; loaded: as it was when the site joined.
-    Errors: PolicyRefused."""
+    current: the site file as it is now; loaded: as it was when the site joined. Errors:
+    PolicyRefused."""
     for data, was in ((current.data, loaded.data), (current.evaluation, loaded.evaluation)):
         if getattr(data, "declared", None) != getattr(was, "declared", None):
             raise PolicyRefused(
@@ -76,8 +75,8 @@ def permit_declared(current: Site, loaded: Site, home: Ledger) -> None:
 
 
 def as_stated(current: Site, loaded: Site) -> Site:
-    """Return the site file as it is now. Errors: PolicyRefused where a query or a view selects its
-    records since the site joined, of which the coordinator was told nothing."""
+    """Return the site file as it is now. Errors: PolicyRefused if a query or a view selects its
+    records since the site joined, of which the coordinator was not informed."""
     if current.free_query and not loaded.free_query:
         raise PolicyRefused(
             "a query or a view selects this site's records, which it did not when the site joined",

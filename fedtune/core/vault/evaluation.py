@@ -1,5 +1,6 @@
-"""A site's rules for a private evaluation query: the plan has to ask for it, the policy has to
-release it, and the held-out records' budget pays, less what the study's training still needs."""
+"""Apply a site's rules for a private evaluation query. The plan must contain the query, the
+policy must allow its release, and the budget of the held-out records pays for it, less what the
+study's training still needs."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ log = logging.getLogger("fedtune.site")
 
 
 def plan_of_queries(study: Study, round_: int) -> DpPlan:
-    """Return the plan of the study's queries. Errors: PolicyRefused: none follows `round_`."""
+    """Return the plan of the study's queries. Errors: PolicyRefused if no query follows
+    `round_`."""
     if round_ not in study.queries:
         raise PolicyRefused(f"the plan has no query after round {round_}")
     return query_plan(study)
@@ -47,7 +49,7 @@ def plan_of_queries(study: Study, round_: int) -> DpPlan:
 def answer_query(
     site: SiteWorker, prepared: Prepared, plan: DpPlan, round_: int, adapter: Arrays
 ) -> bytes:
-    """Evaluate `adapter` on the held-out records with noise; returns what is sent, as it stands in
+    """Evaluate `adapter` on the held-out records with noise; return what is sent, as it is in
     the ledger. Errors: as SiteWorker.evaluate."""
     study = prepared.study
     current = site.current()
@@ -91,8 +93,8 @@ def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> S
 def check_budget(
     site: Site, study: Study, training: DpPlan, plan: DpPlan, charges: Sequence[Charge]
 ) -> None:
-    """Check that the remaining queries keep below both ceilings; where the same people may be in
-    the training records, together with all that the study's training has spent and has yet to.
+    """Check that the remaining queries stay below both limits; if the same people may be in the
+    training records, together with everything that the study's training has spent and will spend.
 
     Errors: BudgetExceeded."""
     trained = any(charge.study == study.digest for charge in charges)
@@ -135,8 +137,8 @@ def charge_of(
 
 
 def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
-    """Score the held-out records; no unit has a row where that fails, whatever the cause: the
-    answer is then noise alone, since an error would tell of the records."""
+    """Score the held-out records. If that fails, for whatever reason, no unit has a row: the
+    answer is then noise alone, since an error would reveal something about the records."""
     try:
         return UnitRows(study, data)
     except Exception as error:
@@ -147,14 +149,14 @@ def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
 class UnitRows:
     """The rows of a question about held-out records, made for the units that are asked for.
 
-    A unit's row is the mean of its records' (score, 1) with the loaded adapter, and the part of it
-    in each class and group of the plan: fp64 (2 · cells,), cell by cell, un-noised. Between two
-    calls there are two numbers a record, and no row: how much memory an answer takes at once
-    follows from the plan, not from how many units there are. `wipe` zeroes these numbers."""
+    A unit's row is the mean of its records' (score, 1) with the loaded adapter, and the part of
+    it in each class and group of the plan: fp64 (2 · cells,), cell by cell, un-noised. Between
+    two calls only two numbers per record are stored, and no row: the memory that an answer takes
+    at once follows from the plan, not from the number of units. `wipe` zeroes these numbers."""
 
     @torch.no_grad()
     def __init__(self, study: Study, data: CachedDataset | None) -> None:
-        """data: None for no units."""
+        """Score the records. data: None for no units."""
         axes = study.query_axes
         self._by_class = CLASS in axes
         self._starts = list(itertools.accumulate(map(len, axes.values()), initial=1))
@@ -185,7 +187,7 @@ class UnitRows:
         self._pairs.zero_()
 
     def _cells(self, record: int) -> list[int]:
-        """Return the cells of the plan that a record is in: all, and at most one an axis."""
+        """Return the cells of the plan in which a record is: all, and at most one per axis."""
         example = self._examples[record]
         groups = ((example.label,) if self._by_class else ()) + example.groups
         placed = zip(self._starts, groups, strict=False)
@@ -196,7 +198,7 @@ def _scores(
     study: Study, data: CachedDataset, records: Sequence[int]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield indices of some of `records` with their scores, fp64; NaN for a record whose score
-    cannot be computed, which affects its unit alone."""
+    cannot be computed, which affects only its unit."""
     pending = dict.fromkeys(records)
     try:
         for batch in data.blocks(records):
@@ -217,7 +219,7 @@ def _scores(
 
 
 def _scores_of(study: Study, network: Network, batch: Batch) -> torch.Tensor:
-    """Compute each record's score, (B,), in [0, 1]; NaN where the model gives none."""
+    """Compute each record's score, (B,), in [0, 1]; NaN if the model gives none."""
     objective, table = resolve(study.objective), study.private_evaluation
     if objective.record_format != "label":
         return torch.exp(-objective.losses(network, batch).double())

@@ -1,9 +1,9 @@
-"""Plans that this site was admitted to, as they were asked: STATE/kept-plans/PLAN.request; 0600.
+"""Store plans that this site was admitted to, as requests: STATE/kept-plans/PLAN.request; 0600.
 
-A vault that is started for one request has prepared no study. It answers the request that brought
-the plan once more, as a vault does that was started again: every rule is asked again, and what that
-answer says goes nowhere. Then it does its order. A plan is kept as long as its study is under way;
-it follows from messages alone, never from a record."""
+A vault that is started for one request has no prepared study. It first answers again the request
+that held the plan, like a vault that was restarted: every rule is checked again, and this answer is
+dropped. Then it does its order. A plan is stored as long as its study is running; which plans are
+stored depends on messages alone, never on a record."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> None:
-    """Keep a plan that was admitted, and forget those whose studies have ended. Called where the
-    ledger's room is its own (files.room), which it cannot be written into. One for which the disk
-    has no space is not kept, which is a warning here: its orders are answered as of a plan that
-    this site does not know."""
+    """Store a plan that was admitted, and forget those whose studies have ended. Called while
+    the ledger's space is reserved (files.room), so that it cannot be written into. A plan for
+    which the disk has no space is not stored, and the site prints a warning: its orders are
+    answered as for an unknown plan."""
     folder = site.site.state / FOLDER
     try:
         if request.kind == "prepare" and answer.status == "admitted":
@@ -45,8 +45,8 @@ def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> 
 
 
 def find_asked(site: Site, request: Request) -> Request | None:
-    """Return the request that brought an order's plan; None where there is none, or an earlier
-    release has kept it: the coordinator is then asked for it."""
+    """Return the request that held an order's plan; None if there is none, or an earlier release
+    stored it: the coordinator is then asked for it."""
     named = PLAN.match(str(request.tables.get("order", {}).get("plan", "")))
     path = named and _path(site.site.state / FOLDER, named[0])
     if not (path and path.is_file()):

@@ -1,4 +1,4 @@
-"""Compare a site's ledger and audit log with what a coordinator noted of them."""
+"""Compare a site's ledger and audit log with the receipts that a coordinator returned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def acts(site: SiteWorker) -> AuditLog:
 
 
 def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None:
-    """Compare the ledger, and the audit log, with the receipt that an order brings; "" is none.
+    """Compare the ledger, and the audit log, with the receipt in an order; "" if there is none.
 
     Errors: LedgerError."""
     if receipt:

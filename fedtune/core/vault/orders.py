@@ -1,4 +1,4 @@
-"""Do what an order asks of the site's worker, and return what is to be sealed."""
+"""Do the work of an order with the site's worker, and return what is to be sealed."""
 
 from __future__ import annotations
 

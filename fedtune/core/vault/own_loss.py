@@ -1,8 +1,10 @@
-"""A site's training loss by round, in a file of its own: losses.jsonl in the state folder (0600).
+"""Store a site's training loss by round in a separate file: losses.jsonl in the state folder
+(0600).
 
-Private: no ε covers it. It is in no message, log, status, metric or ledger, and no error of its own
-is told; `fedtune dashboard` draws it for the site's people, and `fedtune purge` deletes it. Every
-line has the same length, whatever the loss is, and there is one whether or not a record was drawn.
+The loss is private: no ε covers it. It is in no message, log, status, metric or ledger, and its
+errors are not reported; `fedtune dashboard` draws it for the site's people, and `fedtune purge`
+deletes it. Every line has the same length, whatever the loss is, and there is one whether or not
+a record was drawn.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from fedtune.core.training.round_loss import RoundLoss
 
 @contextmanager
 def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
-    """Provide what a round adds its losses to; its mean is kept when the round has trained.
+    """Provide an object to which a round adds its losses; its mean is stored when the round has
+    trained.
 
-    A disk that refuses the file changes nothing: the round goes on without a word."""
+    If the disk refuses the file, the round continues without a message."""
     losses = RoundLoss()
     yield losses
     with suppress(OSError):

@@ -1,6 +1,6 @@
-"""The site's rules about a plan. Deny by default; checked before any record is read.
+"""Check a plan against the site's rules before any record is read. Deny by default.
 
-A refusal names the rule and public values only, so the coordinator may see it."""
+A refusal names only the rule and public values, so the coordinator may see it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base_for(study: Study, site: Site) -> Base:
 
 def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | None:
     """Compute the plan that the site would run; None where privacy = "off". The study's stated
-    figures are checked first, since computing anything from unbounded ones may take for ever.
+    figures are checked first, since computing anything from unbounded figures may never end.
 
     Errors: PolicyRefused."""
     for refusal in sheet_refusals(study, site):
@@ -57,10 +57,10 @@ def compute_plan(study: Study, site: Site, coordinator: str = "") -> DpPlan | No
 
 
 def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") -> None:
-    """Return if the site's rules admit the study, else raise. plan: None where it is not computed
-    yet, or privacy = "off".
+    """Check that the site's rules admit the study. plan: None if it is not computed yet, or privacy
+    = "off".
 
-    Errors: PolicyRefused naming the first rule that says no."""
+    Errors: PolicyRefused naming the first rule that refuses."""
     for refusal in refusals(study, site, plan, coordinator):
         raise refusal
 
@@ -73,9 +73,9 @@ def refusals(
     *,
     outline: bool = False,
 ) -> Iterator[PolicyRefused]:
-    """Yield a refusal for every rule that the plan breaks, without reading any data. outline: of a
-    study.toml, whose digests are filled in when the study starts; a site asked to run a plan
-    refuses one that leaves them open."""
+    """Yield a refusal for every rule that the plan breaks, without reading any data. outline:
+    whether the plan is of a study.toml, whose digests are filled in when the study starts; a
+    site that is asked to run a plan refuses one that leaves them open."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
@@ -109,8 +109,9 @@ def refusals(
 
 
 def sheet_refusals(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Yield a refusal for each field that this site's data sheet must hold and does not: of what a
-    person typed alone. Asked when the site joins, not in mid-study. Errors: ConfigError."""
+    """Yield a refusal for each required field of this site's data sheet that is empty; it
+    depends only on what a person typed. Checked when the site joins, not during a study. Errors:
+    ConfigError."""
     asked = {
         "policy.data_sheet": site.policy.data_sheet,
         "study.data_sheet": study.study.data_sheet,
@@ -126,7 +127,7 @@ def sheet_refusals(study: Study, site: Site) -> Iterator[PolicyRefused]:
 
 
 def permit_plugins(study: Study, site: Site) -> None:
-    """Return if the site's policy names every plug-in of the study, before one is imported.
+    """Check that the site's policy names every plug-in of the study, before one is imported.
 
     Errors: PolicyRefused."""
     for refusal in _about_plugins(study, site.policy):
@@ -140,7 +141,8 @@ def may_resolve(study: Study, policy: PolicyTable) -> bool:
 
 
 def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Compare names alone: importing another distribution's plug-in would run its code."""
+    """Yield refusals about plug-ins by their names alone: importing another distribution's
+    plug-in would run its code."""
     asked: list[tuple[Group[Any], str | None, Sequence[str]]] = [
         (OBJECTIVES, study.objective.name, policy.objectives),
         (STRATEGIES, study.strategy.name, policy.strategies),
@@ -155,7 +157,7 @@ def _about_plugins(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
 
 
 def _about_query(site: Site) -> Iterator[PolicyRefused]:
-    """Refuse where a query or a view, which the guarantee does not cover, selects the records."""
+    """Refuse if a query or a view, which the guarantee does not cover, selects the records."""
     if site.free_query and not site.policy.allow_free_query:
         yield PolicyRefused(
             "a query or a view selects this site's records, so that one patient may decide what "
@@ -165,8 +167,8 @@ def _about_query(site: Site) -> Iterator[PolicyRefused]:
 
 
 def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Refuse to share noise with sites that nobody here compared fingerprints with: a coordinator
-    could enrol them itself, and then knows their noise."""
+    """Refuse to share noise with sites whose fingerprints nobody here has compared: a
+    coordinator could enrol such sites itself, and would know their noise."""
     least = study.strategy.min_sites
     if study.secure_aggregation and len({*policy.peers}) < least - 1:
         yield PolicyRefused(
@@ -179,8 +181,8 @@ def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
 
 
 def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
-    """Refuse to share noise where a vault lives for one request: a draw's key is in memory alone,
-    and would be gone before the draw is masked."""
+    """Refuse to share noise if a vault lives for one request: a draw's key is only in memory,
+    and would be lost before the draw is masked."""
     if study.secure_aggregation and site.vault:
         yield PolicyRefused(
             "vault.run starts this site's vault for one request at a time, and a plan that shares "
@@ -190,7 +192,7 @@ def _about_run(study: Study, site: Site) -> Iterator[PolicyRefused]:
 
 
 def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
-    """Refuse where the site trains fewer LoRA ranks than the plan's minimum."""
+    """Refuse if the site's LoRA rank is below the plan's minimum."""
     rank = lora.rank_at(most)
     least = lora.rank if lora.min_rank is None else lora.min_rank
     if rank >= least:
@@ -211,7 +213,8 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 
 
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
-    """Refuse a teacher, which sets each record's target, if it may have seen them without noise."""
+    """Refuse a teacher, which sets each record's target, if it may have seen the records without
+    noise."""
     spec = resolve(study.objective).teacher_spec
     if spec is None or spec.digest in policy.teachers:
         return
@@ -275,7 +278,7 @@ def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[
 
 
 class _StatedFigures(NamedTuple):
-    """The figures that a private study states, before those left open are computed."""
+    """The figures that a private study states, before the others are computed."""
 
     noise_multiplier: float | None
     max_grad_norm: float

@@ -1,4 +1,4 @@
-"""A site's state for a plan that it admitted, and its answers: admission and update."""
+"""Hold a site's state for a plan that it admitted, and its answers: admission and update."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from fedtune.core.wire.codec import Encoded, layout, shapes
 
 
 class Unprepared(Refused):
-    """This site does not know the plan (it was restarted, or joined late): send it again."""
+    """This site does not know the plan (it was restarted, or joined late): the coordinator sends
+    it again."""
 
 
 class Unsigned(PolicyRefused):
-    """A person at the site has yet to sign the plan; until then nothing of it runs here."""
+    """Nobody at the site has signed the plan; until then nothing of it runs here."""
 
 
 class Held(PolicyRefused):
-    """An answer that waits until a person at the site lets it go (core/vault/airlock.py)."""
+    """An answer waits until a person at the site releases it (core/vault/airlock.py)."""
 
 
 class Void(Refused):
-    """This attempt at a round is over for this site; another is a new draw of noise."""
+    """This attempt at a round is over for this site; another attempt is a new draw of noise."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Admission:
     waits: bool = False  # not admitted, for a person at the site has yet to sign the plan
 
     def fields(self) -> dict[str, str | int]:
-        """Return what the answer states beside its status, and of a plan that waits for a person
-        the status too; of what is not the rule, nothing."""
+        """Return what the answer states beside its status, and for a plan that waits for a
+        person also the status; fields with their usual value are left out."""
         fields: dict[str, str | int] = {"name": self.name, "declared_size": self.declared_size}
         fields |= {} if self.lora_rank is None else {"lora_rank": self.lora_rank}
         fields |= {} if self.declared is None else {"declared": self.declared}
@@ -61,8 +62,10 @@ class Admission:
 
 @dataclass(frozen=True, repr=False)
 class Update:
-    """delta: trained minus received adapter, in the plan's encoding; events: the steps that this
-    study ran here so far; said: text that is sealed with them."""
+    """An update of a site.
+
+    delta: trained minus received adapter, in the plan's encoding; events: the steps that this study
+    ran here so far; said: text that is sealed with them."""
 
     delta: Encoded
     events: list[dict[str, float | int]]
@@ -88,7 +91,7 @@ class Prepared:
 def check_waiting_update(prepared: Prepared, round_: int, payload: bytes) -> None:
     """Check that a stored update still has the shapes that this site would send.
 
-    Errors: PolicyRefused where the site was restarted with another rank after it trained."""
+    Errors: PolicyRefused if the site was restarted with another rank after it trained."""
     columns = rank_slice(prepared.study.lora, prepared.lora_rank, round_)
     sent = prepared.network.update_parameters().items()
     trained = {name: tuple(trained_slice(name, values, columns).shape) for name, values in sent}

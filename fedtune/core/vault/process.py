@@ -1,9 +1,9 @@
-"""The process of a site that holds its records; `fedtune client` starts it.
+"""Run the vault: the process of a site that holds its records; `fedtune client` starts it.
 
-It has no network: it answers the courier over the socket that it inherits, or by the files of a
-spool, and opens no other (policy.isolation and `isolation.no_network` say how, and where a database
-over TCP keeps it on the network). It reads records, keeps the ledger and the keys, and draws its
-own progress."""
+It has no network: it answers the courier over the socket that it inherits, or through the files of
+a spool, and opens no other socket (policy.isolation and `isolation.no_network` say how, and when a
+database over TCP keeps it on the network). It reads records, keeps the ledger and the keys, and
+draws its own progress."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ LAST_MOMENTS = 2 * STOP_SECONDS  # seconds that a vault may take to end after it
 
 
 def families(site: Site, processes: int) -> list[int]:
-    """List the families of sockets that a site's vault opens: none, but for PostgreSQL, or for the
-    processes that share its steps."""
+    """List the families of sockets that a site's vault opens: none, except for PostgreSQL or for
+    the processes that share its steps."""
     tables = filter(None, (site.data, site.evaluation))
     urls = [table.url for table in tables if table.url]
     if any(map(is_over_tcp, urls)):
@@ -51,12 +51,12 @@ def families(site: Site, processes: int) -> list[int]:
 
 
 def confine(site: Site, processes: int) -> isolation.Confinement:
-    """Cut this process off the network, and try that it is."""
+    """Cut this process off the network, and check that it is."""
     return isolation.no_network(families(site, processes)) & _try_networks()
 
 
 def _try_networks() -> isolation.Confinement:
-    """Try to reach a network; what works is missing from the confinement."""
+    """Try to reach a network; what works is listed as missing from the confinement."""
     reached = []
     for family, where in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -68,8 +68,8 @@ def _try_networks() -> isolation.Confinement:
 def main(options: list[str]) -> None:
     """Answer requests until the courier has ended, or a signal comes.
 
-    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. REQUESTS: a descriptor, or the folder of a
-    spool; PLACE: as JSON; NAME: of a spool's request, the only one that is answered."""
+    options: SITE REQUESTS EVENTS PROCESSES PLACE [NAME]. REQUESTS: a descriptor, or the folder
+    of a spool; PLACE: as JSON; NAME: name of the only request of a spool to answer."""
     path, requests, events, processes, given, *name = options
     site = load_site(Path(path))
     means = confine(site, int(processes))
@@ -99,8 +99,8 @@ def main(options: list[str]) -> None:
 
 @contextmanager
 def _alone(state: Path) -> Iterator[None]:
-    """Hold the lock of a site's vault. One whose client was killed may live on for a moment: it is
-    waited for. Errors: InfrastructureError where it goes on."""
+    """Hold the lock of a site's vault. A vault whose client was killed may live on for a moment,
+    and is waited for. Errors: InfrastructureError if it does not end."""
     deadline = time.monotonic() + LAST_MOMENTS
     with ExitStack() as held:
         while True:
@@ -117,7 +117,8 @@ def _alone(state: Path) -> Iterator[None]:
 def serve(
     path: Path, courier: Connection, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
-    """Answer the courier's requests until it has ended, or sends what is no request at all."""
+    """Answer the courier's requests until it has ended, or sends something that is not a
+    request."""
     from fedtune.core.vault.answers import Place
     from fedtune.core.vault.rank_process import team
 
@@ -130,8 +131,8 @@ def serve(
 def serve_spool(
     path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object]
 ) -> None:
-    """Answer the requests of a spool, the oldest first, until a signal comes. One whose answer
-    cannot be written is answered again later: from the ledger, with the same bytes."""
+    """Answer the requests of a spool, the oldest first, until a signal comes. A request whose
+    answer cannot be written is answered again later: from the ledger, with the same bytes."""
     from fedtune.core.vault.answers import Place
     from fedtune.core.vault.rank_process import team
 
@@ -154,9 +155,9 @@ def serve_spool(
 def serve_request(
     path: Path, spool: Spool, tell: Teller, processes: int, given: dict[str, object], name: str
 ) -> None:
-    """Answer one request of a spool; the plan of an order is taken in again before it.
+    """Answer one request of a spool, after taking in the plan of its order again.
 
-    Errors: InfrastructureError where it is not there, or its answer cannot be written."""
+    Errors: InfrastructureError if it is not there, or its answer cannot be written."""
     from fedtune.core.vault.answers import Place, answer
     from fedtune.core.vault.kept_plans import find_asked, keep_asked
     from fedtune.core.vault.rank_process import team
@@ -181,7 +182,7 @@ def serve_request(
 
 
 def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer:
-    """Answer the request that is received now; what is none is a failure."""
+    """Answer the request that is received now; if it is not a request, answer with a failure."""
     try:
         request = receive()
     except RequestError as error:
@@ -191,7 +192,7 @@ def _reply(receive: Callable[[], Request], place: Place, tell: Teller) -> Answer
 
 
 def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
-    """Answer a request, and tell the person at the site what became of it."""
+    """Answer a request, and tell the person at the site the outcome."""
     from fedtune.core.vault.answers import answer
     from fedtune.core.vault.reply_facts import answer_facts
 
@@ -213,5 +214,5 @@ def answer_and_tell(place: Place, request: Request, tell: Teller) -> Answer:
 
 
 def failure() -> Answer:
-    """Say that there was a failure, and nothing of it."""
+    """Build an answer that says that there was a failure, and nothing else."""
     return Answer("", {"status": "failed", "reason": FAILED})

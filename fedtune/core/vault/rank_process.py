@@ -1,12 +1,12 @@
-"""Data-parallel processes of a site: each clips and sums a share of every step's rows.
+"""Run the data-parallel processes of a site: each clips and sums a share of every step's rows.
 
     rank 0   the vault: keeps the ledger, reads the records, draws, adds noise, writes the log of
              steps
     rank n   receives the plan, the records, the adapter and the rows from rank 0, and returns an
              integer sum; opens neither the records' files nor the ledger
 
-Where the other ranks cannot serve, whatever the cause, rank 0 sums all rows itself: the same sum,
-later. No failure of theirs changes what the coordinator gets.
+If the other ranks cannot serve, for whatever reason, rank 0 sums all rows itself: the sum is the
+same, but later. Their failures never change what the coordinator gets.
 
 `fedtune client SITE --processes N` starts them itself; under torchrun they are there already."""
 
@@ -56,9 +56,9 @@ TIMEOUT = 1800.0  # seconds that rank 0 waits for the others in one exchange
 
 class Workers:
     """A site's worker processes: rank 0 starts them with the first round that needs them, and again
-    after a failure. A context manager that ends them.
+    after a failure. Use it as a context manager, which ends them.
 
-    size: processes, this one included; torchrun: torchrun started them."""
+    size: number of processes, this one included; torchrun: torchrun started them."""
 
     def __init__(
         self, site: Path, size: int, *, torchrun: bool = False, timeout: float = TIMEOUT
@@ -82,9 +82,9 @@ class Workers:
         frozen: Arrays,
         columns: slice = ALL,
     ) -> Iterator[Team | None]:
-        """Provide the team for one round of `study`, all ranks with the same plan, factor and
-        records; None where the others cannot serve, and this process does the round alone.
-        plan: by which all of them clip, whatever the site file says since; columns: as in
+        """Provide the team for one round of `study`, with the same plan, factor and records in
+        all ranks; None if the others cannot serve, and this process does the round alone. plan:
+        the plan by which all ranks clip, whatever the site file has said since; columns: as for
         local_round. Any error in the block ends the team."""
         try:
             yield self._team(study, plan, data, frozen, columns)
@@ -105,7 +105,8 @@ class Workers:
         return _Lead(self, group, data.network, columns)
 
     def give_up(self, error: Exception) -> None:
-        """End a team that cannot serve, and say so at this site; the next round starts another."""
+        """End a team that cannot serve, and report it at this site; the next round starts
+        another."""
         log.error(
             "the other processes of this site do not share the round (%s): this one does all of "
             "it, which takes longer; read rank-*.log in the site's state folder",
@@ -122,8 +123,8 @@ class Workers:
         self.children = []
 
     def __enter__(self) -> Workers:
-        """Share the machine from the start: records that are read before the first round have the
-        threads, and so the blocks, of every other process."""
+        """Share the machine from the start: records that are read before the first round use the
+        same threads, and so the same blocks, as every other process."""
         if self.size > 1:
             for rank in () if self._torchrun else range(1, self.size):
                 begin_log(self._log_of(rank))
@@ -172,7 +173,7 @@ class Workers:
         self, group: Group, study: Study, plan: DpPlan, dtype: str, frozen: Arrays
     ) -> None:
         """Have every rank build the network of `study` and take the plan by which this process
-        clips, unless it has. Errors: InfrastructureError."""
+        clips, unless it has done so. Errors: InfrastructureError."""
         wanted = study.digest, json.dumps(asdict(plan)), arrays_digest(frozen)
         if self._prepared == wanted:
             return
@@ -205,7 +206,7 @@ class Workers:
 
 
 class _Lead:
-    """fedtune.core.dp.plan.Team, at rank 0."""
+    """The team of a step (fedtune.core.dp.plan.Team) at rank 0."""
 
     def __init__(self, workers: Workers, group: Group, network: Network, columns: slice) -> None:
         self._workers = workers
@@ -214,7 +215,7 @@ class _Lead:
         self._columns = [columns.start, columns.stop]
 
     def total(self, sampled: list[int], dimension: int, clipped_sum: ClippedSum) -> torch.Tensor:
-        """Sum the clipped rows over all processes; where that fails, the team has ended."""
+        """Sum the clipped rows over all processes; if that fails, the team has ended."""
         parameters = self._network.update_parameters().values()
         flat = torch.cat([p.detach().flatten().cpu() for p in parameters])
         rows = torch.tensor(sampled, dtype=torch.int64)
@@ -233,8 +234,8 @@ class _Lead:
 def follow(group: Group, site: Site) -> NoReturn:
     """Serve rank 0's requests until InfrastructureError says that it has ended.
 
-    Guarantee: opens neither the records' files nor the ledger, charges nothing, draws nothing, adds
-    no noise, writes no step log."""
+    Guarantee: it opens neither the records' files nor the ledger, charges nothing, draws
+    nothing, adds no noise and writes no step log."""
     PREFIX_STORE.leave_free(Room(site.site.state, site.site.declared_size).of_an_answer)
     prepared: _StudyAtRank | None = None
     while True:
@@ -271,7 +272,7 @@ def _add(
 
 
 class _StudyAtRank:
-    """One study at one rank: network, records, engine and the plan's own clipping."""
+    """One study at one rank: network, records, engine and the plan's clipping."""
 
     def __init__(self, site: Site, header: dict[str, Any], frozen: list[torch.Tensor]) -> None:
         study = study_from_json(header["study"])
@@ -300,12 +301,13 @@ class _StudyAtRank:
         engine.matrix(range(generated.dataset.n_units))
 
     def take(self, dataset: Dataset) -> None:
-        """Train on these records from now on; states of records that are in it no more go."""
+        """Train on these records from now on; cached states of records that are no longer among
+        them are dropped."""
         self._data = CachedDataset(self.network, dataset, self._site.cache_bytes)
 
     def summing_with(self, flat: torch.Tensor, columns: slice) -> ClippedSum:
-        """Return a function that sums rows' clipped gradients at the parameters `flat`, all in
-        order, where these columns of each B are trained."""
+        """Return a function that sums rows' clipped gradients at the parameters `flat`, all of
+        them in order, with only these columns of each B trained."""
 
         def clipped_sum(rows: list[int]) -> torch.Tensor:
             engine = UnitGradientEngine(
@@ -333,7 +335,8 @@ def _rendezvous_file(site: Path) -> Path:
 
 @contextmanager
 def team(site: Path, processes: int) -> Iterator[None]:
-    """Share the rounds of this process' worker for `site` among `processes`, or torchrun's."""
+    """Share the rounds of this process's worker for `site` among `processes`, or among
+    torchrun's."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ranks = Workers(site, max(size, processes), torchrun=size > 1)
     with ranks:

@@ -1,8 +1,9 @@
-"""Read a site's records as training does, and say at the site what became of them.
+"""Read a site's records as training does, and report at the site what happened to them.
 
-Guarantee: what this says stays at the site: on its screen, in the log of the process that reads,
-and in a file in its state folder for its own user. No log.jsonl, metric, message or tracker gets a
-count of records, and no event but the lines of a log that the vault tells who started it."""
+Guarantee: this report stays at the site: on its screen, in the log of the process that reads,
+and in a file in its state folder for its own user. No log.jsonl, metric, message or tracker gets
+a count of records, and no event except the log lines that the vault sends to the process that
+started it."""
 
 from __future__ import annotations
 
@@ -45,10 +46,10 @@ def read_for_training(
     ledger: Ledger | None,
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
-    """Read a site's dataset less the patients who withdrew or take part in another dataset.
+    """Read a site's dataset without the patients who withdrew or take part in another dataset.
 
-    ledger: None where the site has none as yet. soft_targets: a teacher's.
-    Errors: DataError for a path or columns that cannot be used, which no record decides."""
+    ledger: None if the site has none yet. soft_targets: a teacher's targets. Errors: DataError for
+    a path or columns that cannot be used, which no record decides."""
     if ledger is None:
         return load_dataset(
             data, study, tokenizer, strict=False, soft_targets=soft_targets, reader=reader
@@ -72,14 +73,14 @@ def read_for_training(
 
 
 def without_withdrawn(cached: CachedDataset, ledger: Ledger) -> CachedDataset:
-    """Return what was read less the patients who withdrew since; the same object where none did."""
+    """Return the dataset without the patients who withdrew since; the same object if none did."""
     withdrawn, dataset = ledger.withdrawn(), cached.dataset
     left = dataset.exclude_units(lambda key: ledger.hashed(key) in withdrawn)
     return cached if left.n_units == dataset.n_units else cached.of(left)
 
 
 def describe(dataset: Dataset, study: Study, declared: int) -> str:
-    """Describe in one line what became of a dataset's rows, for the site's own screen."""
+    """Describe in one line what happened to a dataset's rows, for the site's own screen."""
     counts, unit = dataset.counts, study.unit
     of_units = f" of {dataset.n_units:,} patients" if unit == "patient" else ""
     parts = [f"{len(dataset.examples):,} of {counts.rows:,} rows train{of_units}"]
@@ -104,7 +105,7 @@ def describe(dataset: Dataset, study: Study, declared: int) -> str:
 
 
 def _remedy(rejected: Counter[str]) -> str:
-    """What a person may do about the reason that is fedtune's to name."""
+    """Return what a person may do about a reason that fedtune names itself."""
     remedies = {
         "unknown label": "labels that the plan does not name",
         "not UTF-8": '[data] encoding = "latin-1", or another, reads it',
@@ -119,8 +120,8 @@ def by_reason(rejected: Counter[str]) -> str:
 
 
 def rows_of(failed: Sequence[Failed]) -> str:
-    """List the first rejected rows by file and row; "" without any. For the site's screen alone: a
-    file may be called after a patient."""
+    """List the first rejected rows by file and row; "" without any. For the site's screen only:
+    a file's name may hold a patient's."""
     listed: dict[tuple[str, str], list[str]] = {}
     for file, row, reason in failed[:SHOWN]:
         listed.setdefault((file, reason), []).append(str(row) if row else "all")
@@ -132,8 +133,8 @@ def rows_of(failed: Sequence[Failed]) -> str:
 
 
 def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
-    """Say that the declared size is far from the true one, where it is; off by a factor of two or
-    more it is a warning."""
+    """Report a declared size that is far from the true one; off by a factor of two or more it is
+    a warning."""
     if abs(declared - units) > FAR * declared:
         twice = units >= 2 * declared or 2 * units <= declared
         yield (
@@ -144,11 +145,11 @@ def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
 
 
 def keep_counts(site: Site, data: SiteData, study: Study, dataset: Dataset) -> None:
-    """Write what became of a dataset's rows to counts.json in the state folder, for this user alone
-    (0600), and warn on this process's own stderr of records that are left out or cut. The file
-    takes as much of the disk whatever the counts are.
+    """Write what happened to a dataset's rows to counts.json in the state folder, readable by this
+    user only (0600), and warn on this process's own stderr of records that are left out or cut. The
+    file takes the same space on disk whatever the counts are.
 
-    A disk that refuses the file is one warning."""
+    If the disk refuses the file, there is one warning."""
     counts = dataset.counts
     facts: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

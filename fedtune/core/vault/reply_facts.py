@@ -1,4 +1,4 @@
-"""Describe each of a site's answers to its operator, on this machine alone; nothing is sent."""
+"""Describe each of a site's answers to its operator, only on this machine; nothing is sent."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DONE = ("admitted", "trained", "ready", "masked", "answered")
 
 
 def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, Any]:
-    """Return an answer's study, round, status and reason, the study's ε so far and as planned, and
-    a line of text.
+    """Return an answer's study, round, status and reason, the study's ε so far and as planned,
+    and a line of text.
 
     epsilon: of all charged rounds of the study, interrupted ones included, at the plan's δ;
     fallback: with secure aggregation the same by this site's own noise alone."""
@@ -74,7 +74,8 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
 
 
 def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict[str, Any]) -> str:
-    """Say that nobody here signed a plan, what it would spend, and how to read or sign it."""
+    """Describe a plan that nobody here has signed: what it would spend, and how to read or sign
+    it."""
     rule, spends = site.current().policy.admission, "it has no ε: no noise is added"
     for planned in facts.get("planned", {}).values():
         spends = f"it spends up to ε = {rounded_up(planned)} of {site.site.data.name!r}"
@@ -92,7 +93,7 @@ def _describe_unsigned(study: Study, site: SiteWorker, place: Place, facts: dict
 
 
 def _study(request: Request, site: SiteWorker) -> tuple[Study | None, str | None]:
-    """Return the study that a request is about, and its digest; None where unknown."""
+    """Return the study that a request is about, and its digest; None if unknown."""
     tables = request.tables
     try:
         if "plan" in tables:
@@ -125,7 +126,7 @@ def _compute_spent(study: Study, site: SiteWorker) -> _Spent | None:
 
 
 def _compute_planned(study: Study, site: SiteWorker) -> float | None:
-    """Return ε of the whole plan here; in a study without a last round, of a patient's life."""
+    """Compute ε of the whole plan here; for a study without a last round, ε of a patient's life."""
     try:
         plan = plan_for_site(study, site.site.site.declared_size)
     except FedtuneError:  # the plan fits no site of this size, and the reply says so

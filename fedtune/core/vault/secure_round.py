@@ -1,10 +1,10 @@
-"""A site's part of a round whose sum alone is opened: ready, then masked once.
+"""Take a site's part in a round of which only the sum is opened: ready, then masked once.
 
     ready    reserve → noised sum and a masking key, in memory → a signed statement
     masked   check the set → masked words into the ledger's outbox → key destroyed → words
 
-Both answer again with the same bytes: what was masked after a restart too, what waits for its set
-until this process ends. The attempt is void then: docs/secure-aggregation.md."""
+Both answer again with the same bytes: a masked draw even after a restart, a draw that waits for
+its set only until this process ends. The attempt is void then: docs/secure-aggregation.md."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def draw_sum(
     asked: list[str],
 ) -> Update:
     """Draw this site's noised sum for an attempt at a round, and state that it is ready; or return
-    the statement of the draw that was made for it.
+    the statement of the draw that was already made for it.
 
-    asked: signing keys of the sites that are asked, so that a round for which too few of them are
-    pinned here costs nothing.
+    asked: signing keys of the sites that are asked, so that a round for which this site pins too
+    few of them costs nothing.
     Errors: Unprepared, Void, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, before
-    anything is paid for, where a person at the site has yet to let the draw go."""
+    anything is paid for, if a person at the site must release the draw first."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     draw = Draw(digest, round_, attempt, arrays_digest(adapter))
     if (answered := site.ledger.released(digest, round_, draw.label)) is not None:
@@ -74,12 +74,12 @@ def draw_sum(
 def mask_sum(
     site: SiteWorker, digest: str, round_: int, attempt: int, statements: str, receipt: str
 ) -> Update:
-    """Mask this site's draw for a set of sites and return the words; asked again for the same set,
-    the same bytes.
+    """Mask this site's draw for a set of sites and return the words; for the same set always the
+    same bytes.
 
-    Guarantee: the words leave for one set only, by the ledger's entry under its write lock; and for
-    none that lacks strategy.min_sites sites pinned here.
-    Errors: Unprepared, Void (the attempt is over for this site), PolicyRefused, LedgerError."""
+    Guarantee: the words leave for one set only, by the ledger's entry under its write lock; and
+    for no set with fewer than strategy.min_sites sites pinned here. Errors: Unprepared, Void
+    (the attempt is over for this site), PolicyRefused, LedgerError."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     try:
         asked = parse_set(statements)
@@ -100,8 +100,8 @@ def mask_sum(
 
 
 def _mask(site: SiteWorker, prepared: Prepared, draw: Draw, asked: list[Ready]) -> bytes:
-    """Mask the draw that waits, and put the words into the ledger's outbox. Errors: StatementError
-    where the set is not one to mask for, or this process has no such draw; LedgerError."""
+    """Mask the waiting draw, and put the words into the ledger's outbox. Errors: StatementError
+    if this set may not be masked for, or this process has no such draw; LedgerError."""
     waiting, study = site.draws.find(draw), prepared.study
     if waiting is None:
         raise StatementError(
@@ -139,8 +139,8 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 
 
 def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
-    """Check that a person at the site let a draw go, where its policy asks for one; of a draw that
-    no budget permits nobody is asked. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
+    """Check that a person at the site released a draw, if its policy asks for one; nobody is
+    asked about a draw that no budget permits. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
     slot = draw.plan, draw.round, draw.label
     airlock.check_not_refused(site.ledger, slot)
     if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def check_data(site: Site, study: Study, base: Base | None = None) -> Dataset:
-    """Check that the site's records suit the study, and return them as they are read; only the site
-    may know. base: by default the one that the study names, for one's own studies.
+    """Check that the site's records fit the study, and return them as they are read; only the site
+    may know the result. base: by default the one that the study names, which is for one's own
+    studies only.
 
     Errors: DataError."""
     base = base or find_base(site.site.base or study.base.model, study.base.digest)
@@ -77,7 +78,8 @@ def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
 
 
 def check_watch(study: Study, watch: object) -> None:
-    """Refuse a continuous study unless the client runs with --watch, and any other where it does.
+    """Refuse a continuous study unless the client runs with --watch, and any other study if it
+    does.
 
     watch: whether `fedtune client` was started with --watch; None: nobody was asked (simulation).
     Errors: PolicyRefused."""

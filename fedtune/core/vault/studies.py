@@ -1,10 +1,10 @@
-"""The studies that a site was admitted to and that have not ended: a file for each.
+"""List the studies that a site was admitted to and that have not ended, in one file each.
 
     STATE/studies/PLAN.json    {"plan", "study", "since"}; 0600; PLAN: the digits of its digest
 
-The file is there before the coordinator hears that its plan was admitted, and goes when the
-coordinator says that the study has ended, or with `fedtune purge`. It follows from messages and
-from what people do, never from a record."""
+The file is written before the coordinator learns that its plan was admitted, and removed when
+the coordinator says that the study has ended, or by `fedtune purge`. It depends on messages and
+on what people do, never on a record."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST = 64  # studies under way at once: their files lie in the room that the led
 
 
 def check_number(state: Path, study: Study) -> None:
-    """Check that there is a place for one more study under way. Errors: PolicyRefused."""
+    """Check that one more study may run at this site. Errors: PolicyRefused."""
     others = [
         path for path in (state / FOLDER).glob("*.json") if path != _path(state, study.digest)
     ]
@@ -36,7 +36,7 @@ def check_number(state: Path, study: Study) -> None:
 
 
 def begin(state: Path, study: Study) -> None:
-    """Note that a study is under way at the site. Errors: InfrastructureError."""
+    """Note that a study is running at the site. Errors: InfrastructureError."""
     path = _path(state, study.digest)
     if not path.exists():
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -50,8 +50,8 @@ def end(state: Path, plan_digest: str) -> None:
 
 
 def under_way(state: Path) -> dict[str, str]:
-    """Map the digest of each plan that is under way to its study's name; a file that cannot be read
-    counts as one, by its own name."""
+    """Map the digest of each running plan to its study's name; a file that cannot be read counts
+    as a study, under the file's name."""
     names = {}
     for path in sorted((state / FOLDER).glob("*.json")):
         try:

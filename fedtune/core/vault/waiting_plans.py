@@ -1,4 +1,4 @@
-"""Plans that wait for somebody at the site to sign them: STATE/plans/PLAN.json, public."""
+"""Store plans that wait for a person at the site to sign them: STATE/plans/PLAN.json, public."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def check_plan_length(plan: str) -> None:
 
 
 def keep_plan(site: Site, study: Study) -> Path:
-    """Keep a plan where `fedtune review` finds it, whether or not somebody here has signed it. It
+    """Store a plan where `fedtune review` finds it, whether or not somebody here has signed it. It
     is public.
 
-    At most MOST are kept, and the oldest go. A plan for which the disk has no space beside the
-    room of the ledger (files.room) is not kept, which is a warning here: plans that nobody asked
-    for take nothing from a charge or a withdrawal, and the coordinator's answer is the same. Called
-    where the room is not given up, so that a plan cannot be written into it."""
+    At most MOST are stored, and the oldest are dropped. A plan for which the disk has no space
+    beside the ledger's reserve (files.room) is not stored, and the site prints a warning: plans
+    that nobody asked for must not take the space of a charge or a withdrawal, and the coordinator's
+    answer is the same. Called while the space is reserved, so that a plan cannot be written into
+    it."""
     path = site.site.plan_file(study.digest)
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

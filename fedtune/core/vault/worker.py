@@ -1,4 +1,4 @@
-"""A site's worker: plan -> policy -> data -> reserve -> noised steps -> release -> seal."""
+"""Run a site's worker: plan -> policy -> data -> reserve -> noised steps -> release -> seal."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ _workers: dict[str, SiteWorker] = process_cache.register("workers", {})
 
 
 def worker(path: str) -> SiteWorker:
-    """The one worker of a site file in this process: data and model stay loaded between rounds."""
+    """Return the one worker of a site file in this process: data and model stay loaded between
+    rounds."""
     if path not in _workers:
         _workers[path] = SiteWorker(load_site(Path(path)), Path(path))
     return _workers[path]
@@ -84,8 +85,10 @@ def drop_if_changed(path: Path) -> None:
 
 
 class SiteWorker:
-    """Guarantee: a plan is checked against the policy before data is read; every round is reserved
-    in the ledger before it trains; an update is on disk and in the ledger before it is sent, and is
+    """The worker of a site.
+
+    Guarantee: a plan is checked against the policy before data is read; every round is reserved in
+    the ledger before it trains; an update is on disk and in the ledger before it is sent, and is
     sent again rather than trained again."""
 
     def __init__(self, site: Site, path: Path | None = None) -> None:
@@ -103,12 +106,12 @@ class SiteWorker:
 
     @cached_property
     def home(self) -> Ledger:
-        """The site's ledger for life: its key, receipts, declarations, signatures, withdrawals."""
+        """The site's lifetime ledger: its key, receipts, declarations, signatures, withdrawals."""
         return Ledger(self.site.site.state, self.room)
 
     @cached_property
     def ledger(self) -> Ledger:
-        """The ledger that pays: of the site's life, or of one run of declared data."""
+        """The ledger that pays: the site's lifetime ledger, or that of one run of declared data."""
         of_run = self.site.site.ledger
         ledger = Ledger(of_run, self.room) if of_run else self.home
         remove_stored(ledger.folder)
@@ -116,8 +119,8 @@ class SiteWorker:
 
     @property
     def has_ledger(self) -> bool:
-        """Whether the ledger that pays is there already; that of a run is made with its first
-        plan that is admitted."""
+        """Whether the ledger that pays exists; that of a run is made with its first admitted
+        plan."""
         of_run = self.site.site.ledger
         return of_run is None or (of_run / LEDGER).exists()
 
@@ -127,13 +130,14 @@ class SiteWorker:
 
     @property
     def room(self) -> Room:
-        """The room beside the site's ledger, by which it is decided what its disk has space for."""
+        """The space reserved beside the site's ledger, which decides what its disk has space
+        for."""
         return Room(self.site.site.state, self._size, self.site.policy.max_rounds)
 
     def room_to_answer(self) -> AbstractContextManager[None]:
-        """Have room on the state folder's disk for what an order writes there, whatever else fills
-        it, and however many records the ledger remembers. Errors: InfrastructureError, without
-        which nothing is read, charged or sent."""
+        """Provide disk space in the state folder for what an order writes there, whatever else
+        fills the disk, and however many records the ledger remembers. Errors:
+        InfrastructureError; nothing is then read, charged or sent."""
         return self.room.give_up()
 
     def of_run(self, digest: str) -> SiteWorker:
@@ -142,8 +146,8 @@ class SiteWorker:
         return self._of_runs.get(digest, self)
 
     def begin_run(self, digest: str) -> SiteWorker:
-        """Return the worker that pays for a plan of which the signature was checked: this one,
-        unless its data is declared and it has no run's ledger yet, as in a consortium."""
+        """Return the worker that pays for a plan whose signature was checked: this one, unless
+        its data is declared and it has no run's ledger yet, as in a consortium."""
         if not self.site.data.declared or self.site.site.ledger:
             return self
         if digest not in self._of_runs:
@@ -156,8 +160,8 @@ class SiteWorker:
         return self._of_runs[digest]
 
     def prepare(self, study: Study, frozen: Arrays, coordinator: str = "") -> Admission:
-        """Admit or refuse `study`; on admission, build the model, and note that the study is under
-        way here. No record is read: a round that is paid for reads them.
+        """Admit or refuse `study`; on admission, build the model, and note that the study is
+        running here. No record is read: a round that is paid for reads them.
 
         Errors: DataError, ModelError: the site cannot take part (details stay local)."""
         try:
@@ -185,7 +189,8 @@ class SiteWorker:
         return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
 
     def finish(self, digest: str) -> None:
-        """Take in that a study has ended, by the coordinator's own word. Errors: LedgerError."""
+        """Take in that a study has ended, by the coordinator's signed statement. Errors:
+        LedgerError."""
         self.draws.destroy(digest)  # of attempts that were given up
         studies.end(self.home.folder, digest)
 
@@ -207,7 +212,8 @@ class SiteWorker:
         self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
     ) -> Site:
         """Check the study against the site file as it is now, and return that site, so that a round
-        reads it once. Errors: Refused."""
+        reads the file once.
+        Errors: Refused."""
         site = self.current()
         permit_declared(site, self.site, self.home)
         admit(study, site, plan, coordinator)
@@ -225,15 +231,16 @@ class SiteWorker:
     def declare(self, data: SiteData, study: Study) -> None:
         """Enter the site's declarations about a dataset before its charges are read.
 
-        Errors: BudgetExceeded where the cost of earlier rounds on it is not known."""
+        Errors: BudgetExceeded if the cost of earlier rounds on it is unknown."""
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
         check_known(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
     def require_signature(self, study: Study, site: Site) -> None:
-        """Check that a person signed the plan, where the site's policy asks for one. Who simulates
-        a study has its plan and the site's file in hand: there "reviewed" asks for no more.
+        """Check that a person signed the plan, if the site's policy asks for it. In a simulation
+        "reviewed" asks for nothing more, since the same person has the plan and the site's file.
 
-        Errors: Unsigned; who answers the coordinator keeps the plan for `fedtune review`."""
+        Errors: Unsigned; the caller that answers the coordinator stores the plan for `fedtune
+        review`."""
         rule = site.policy.admission
         if rule == "standing" or self.home.admitted(study.digest):
             return
@@ -246,10 +253,11 @@ class SiteWorker:
 
     def data_for(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load one dataset for `study`; studies with the same view share the states at the cut. A
-        continuous study and data.consent read the files anew each round; else who withdrew is taken
-        out of what was read, since rows that came meanwhile would tell of the withdrawal.
+        continuous study, or data.consent, reads the files anew each round; otherwise patients who
+        withdrew are removed from the dataset that was read, since new rows that arrived meanwhile
+        would reveal the withdrawal.
 
-        Errors: DataError where the columns do not suit the study, or there is no file."""
+        Errors: DataError if the columns do not fit the study, or there is no file."""
         anew = study.continuous or bool(data.consent)
         groups = group_reader(data, study)
         view = (data, network, study.objective, study.unit, study.max_records_per_unit, groups)
@@ -270,9 +278,9 @@ class SiteWorker:
         Guarantee: whether a later reading knows which records of whom were trained on, and so which
         it chooses under the cap, follows from that unit's own records and history, and from no
         space on the disk: at most REMEMBERED records of a unit are entered, for which the ledger's
-        room has space. What only a declaration of public data is compared with is entered where it
-        leaves that room whole.
-        Errors: LedgerError; NoRoom where the disk does not take what the room holds."""
+        reserve has space. Hashes that only a declaration of public data is compared with are
+        entered if they leave that reserve intact. Errors: LedgerError; NoRoom if the disk does not
+        take what the reserve holds."""
         folder, known = self.ledger.folder, self.ledger.member_test(data.name)
         new = sum(not known(member) for member in dataset.members)
         members = dataset.trained
@@ -290,10 +298,10 @@ class SiteWorker:
         self.ledger.declare(*about, members, data.cohort, arrivals)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
-        """Load a dataset as `data_for` does, in a study that this site takes part in; no records
-        where they cannot be read now, whatever the cause, or the ledger's disk has no room for who
-        takes part: the round is then noise alone, and charged. Errors: LedgerError, without which
-        nothing can be charged."""
+        """Load a dataset as `data_for` does, in a study in which this site takes part. There are
+        no records if they cannot be read now, for whatever reason, or if the ledger's disk has
+        no space for the list of participants: the round is then noise alone, and charged.
+        Errors: LedgerError, without which nothing can be charged."""
         try:
             return self.data_for(study, network, data)
         except BaseException as error:
@@ -309,9 +317,10 @@ class SiteWorker:
             return CachedDataset(network, Dataset([], 0, Counter()))
 
     def _read(self, study: Study, network: Network, data: SiteData) -> Dataset:
-        """Read the dataset less the patients who withdrew. One record more or less, or a broken
-        one, cannot be observed from outside; with too few units the site sends noise alone. Errors:
-        DataError (no file, or columns that do not suit the study), which no record decides."""
+        """Read the dataset without the patients who withdrew. One record more or less, or a
+        broken one, cannot be observed from outside; with too few units the site sends noise
+        alone. Errors: DataError (no file, or columns that do not fit the study), which no record
+        decides."""
         self._check_source(study, network, data)
         try:
             dataset = read_for_training(
@@ -325,7 +334,7 @@ class SiteWorker:
         return dataset
 
     def _check_source(self, study: Study, network: Network, data: SiteData) -> None:
-        """Check that there is a source whose columns suit the study; reads no record. Errors:
+        """Check that there is a source whose columns fit the study; reads no record. Errors:
         DataError."""
         check_columns(data, study, network.tokenizer, reader=network.reader)
         if not (data.url or data.path.exists()):
@@ -334,8 +343,8 @@ class SiteWorker:
     def train(self, digest: str, round_: int, adapter: Arrays, receipt: str = "") -> Update:
         """Train one local round from this adapter, or return its stored update if it was trained.
 
-        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held, where it
-        is paid for and waits for a person at the site; Void, where that person refused it."""
+        Errors: Unprepared, BudgetExceeded, PolicyRefused, ModelError, LedgerError; Held if it is
+        paid for and waits for a person at the site; Void if that person refused it."""
         if (prepared := self.begin(digest, round_, receipt)).study.secure_aggregation:
             raise PolicyRefused(
                 "under this plan only the sum of all sites is opened, never one site's update"
@@ -351,7 +360,7 @@ class SiteWorker:
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
-        """Check that a round is one of the plan's, and take in the coordinator's receipt.
+        """Check that a round is in the plan, and take in the coordinator's receipt.
 
         Errors: Unprepared, PolicyRefused, LedgerError."""
         prepared = self._require(digest)
@@ -365,8 +374,8 @@ class SiteWorker:
     def reserve(
         self, prepared: Prepared, round_: int, adapter: Arrays, slot: str
     ) -> tuple[CachedDataset, int]:
-        """Charge a round in the ledger, for what is released under `slot`; returns the records that
-        take part and the reservation.
+        """Charge a round in the ledger, for the answer in `slot`; return the records that take part
+        and the reservation.
 
         Errors: as `train`; nothing is charged then."""
         study, plan = prepared.study, prepared.private
@@ -414,8 +423,8 @@ class SiteWorker:
         return step_summary(self.log.steps(prepared.study.digest)) if prepared.private else []
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
-        """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be observed
-        from outside: batch, noise and divisor do not depend on the true count."""
+        """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be
+        observed from outside: batch, noise and divisor do not depend on the true count."""
         arrival = self.ledger.arrival(self._dataset)
         remaining = data.dataset.exclude_units(lambda key: arrival(key) in spent)
         if remaining.n_units < min(2, data.dataset.n_units):

@@ -1,1 +1,1 @@
-"""What crosses the wire is signed: keys, canonical bytes, seals and receipts."""
+"""Encode and sign everything that crosses the wire: arrays, keys, seals, receipts and requests."""

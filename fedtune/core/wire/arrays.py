@@ -1,7 +1,7 @@
-"""Arrays as they travel: NumPy .npy bodies, each with the type and shape that it declares.
+"""Encode arrays for the wire: NumPy .npy bodies, each with the type and shape that it declares.
 
-No pickle, and no more memory than was sent. Nothing here knows Flower: its own record of arrays is
-such a table of `Packed` (flower/records.py)."""
+Decoding uses no pickle, and no more memory than was sent. Nothing here uses Flower: Flower's
+record of arrays is a table of `Packed` (flower/records.py)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ _HEADER = re.compile(
 
 
 class Travelling(Protocol):
-    """An array on its way, not parsed: Flower's `Array` is one, and so is `Packed`."""
+    """An array in transit, not parsed: Flower's `Array` is one, and so is `Packed`."""
 
     @property
     def dtype(self) -> str: ...
@@ -75,7 +75,7 @@ class Travelling(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Packed:
-    """An array on its way. dtype: NumPy's name of its type; stype: how `data` is written."""
+    """An array in transit. dtype: NumPy's name of its type; stype: how `data` is encoded."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ Record = Mapping[str, Travelling]
 
 
 def pack_arrays(arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, Packed]:
-    """Encode arrays by name as little-endian NumPy .npy bodies; what is neither fp16, int8 nor
+    """Encode arrays by name as little-endian NumPy .npy bodies; any type but fp16, int8 and
     words becomes fp32."""
     return {name: _pack_array(array) for name, array in sorted(arrays.items())}
 
@@ -100,7 +100,7 @@ def _pack_array(array: npt.NDArray[Any]) -> Packed:
 
 
 def bodies(record: Record) -> dict[str, bytes]:
-    """Return the bytes of each array as they travel, not parsed: what a seal covers."""
+    """Return the unparsed bytes of each array in transit: what a seal covers."""
     return {name: array.data for name, array in record.items()}
 
 
@@ -125,8 +125,9 @@ def check_agreed(record: Record, agreed: Mapping[str, Form]) -> None:
 
 
 def read_agreed(record: Record, agreed: Shapes) -> Arrays:
-    """Decode tensors of the `agreed` shapes, in whichever encoding they travel; nothing is read
-    before check_agreed has passed. Errors: WireError."""
+    """Decode tensors of the `agreed` shapes, in any of the encodings; nothing is read before
+    check_agreed has passed.
+    Errors: WireError."""
     encoding = record[VALUES].dtype if VALUES in record else ""
     if encoding not in GROWTH:
         raise WireError("numbers in no known encoding")
@@ -135,9 +136,9 @@ def read_agreed(record: Record, agreed: Shapes) -> Arrays:
 
 
 def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False) -> Arrays:
-    """Decode the frozen arrays of a plan, fp32, checked before any is read: LoRA's A, of `rank`
-    rows, where it comes from public text, and the preconditioner's W or U; or basis and mean of
-    class statistics, where the plan names their digest. Errors: WireError."""
+    """Decode the frozen arrays of a plan, fp32, which are checked before any is read: LoRA's A,
+    of `rank` rows, if it comes from public text, and the preconditioner's W or U; or basis and
+    mean of class statistics, if the plan names their digest. Errors: WireError."""
     shapes = {name: tuple(array.shape) for name, array in record.items()}
     if has_basis and lora is None:
         _check_basis(shapes)
@@ -155,7 +156,7 @@ def read_frozen(record: Record, lora: LoraTable | None, has_basis: bool = False)
 
 
 def _check_basis(shapes: Shapes) -> None:
-    """Check that there are basis (k, H) and mean (H,) of class statistics. Errors: WireError."""
+    """Check that basis (k, H) and mean (H,) of class statistics are there. Errors: WireError."""
     basis, mean = shapes.get(CLASS_BASIS, ()), shapes.get(CLASS_MEAN, ())
     if set(shapes) != {CLASS_BASIS, CLASS_MEAN} or len(basis) != 2 or mean != basis[1:]:
         raise WireError("no basis of class statistics, which the plan names")

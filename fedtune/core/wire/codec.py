@@ -4,9 +4,10 @@
     float16   each BLOCK numbers over a power of two that brings the largest just below 2¹⁵
     int8      each BLOCK numbers over 1/127 of their largest, rounded to the nearest
 
-All tensors travel as one array VALUES, end to end in name order: names and shapes follow from the
-plan, and Flower's cost is by the array. What a block was divided by travels beside it, in one fp32
-array SCALES. A block ends with its tensor, so that a small one beside a large one keeps its digits.
+All tensors travel as one array VALUES, end to end in name order: names and shapes follow from
+the plan, and Flower's cost is per array. The divisors of the blocks travel beside it, in one
+fp32 array SCALES. A block ends with its tensor, so that a small tensor beside a large one keeps
+its digits.
 
 For a number x, m the largest magnitude in its block, both finite:
 
@@ -49,7 +50,8 @@ _SMALLEST = np.float32(2.0**-126)  # of a scale; smaller ones would not be norma
 
 
 class WireError(InputError):
-    """Arrays received that do not have the agreed form; names and shapes, no values."""
+    """Received arrays do not have the agreed form; the message holds names and shapes, no
+    values."""
 
 
 class Form(NamedTuple):
@@ -78,14 +80,15 @@ def digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
 
 
 def length(arrays: Arrays) -> float:
-    """Euclidean norm over all numbers, in fp64; not finite where one of them is not."""
+    """Compute the Euclidean norm over all numbers, in fp64; not finite if one of them is not."""
     # No sum of squares of fp32 numbers overflows in fp64. A dot product would wake BLAS' threads.
     squares = (np.square(array, dtype=np.float64).sum() for array in arrays.values())
     return math.sqrt(sum(map(float, squares)))
 
 
 def layout(agreed: Shapes, encoding: Encoding) -> dict[str, Form]:
-    """Type and shape of the arrays that `encode` makes of tensors of the `agreed` shapes."""
+    """Return type and shape of the arrays that `encode` makes from tensors of the `agreed`
+    shapes."""
     forms = {VALUES: Form(encoding, (_size(agreed),))}
     if encoding != "float32":
         forms[SCALES] = Form("float32", _starts(agreed).shape)
@@ -113,7 +116,7 @@ def encode(arrays: Mapping[str, npt.NDArray[np.float32]], encoding: Encoding) ->
 
 
 def decode(encoded: Encoded, agreed: Shapes) -> Arrays:
-    """Decode what `encode` made, in fp32; the encoding follows from the arrays' type.
+    """Decode what `encode` encoded, in fp32; the encoding follows from the arrays' type.
 
     Guarantee: how many numbers and blocks there are follows from the `agreed` shapes alone.
     Errors: WireError where there are other numbers than agreed, or the scales are not one positive
@@ -154,7 +157,7 @@ def _size(agreed: Shapes) -> int:
 
 
 def _starts(agreed: Shapes) -> npt.NDArray[np.int64]:
-    """Where each block starts."""
+    """Return where each block starts."""
     starts, at = list[int](), 0
     for _, shape in sorted(agreed.items()):
         starts += range(at, at + math.prod(shape), BLOCK)
@@ -165,12 +168,13 @@ def _starts(agreed: Shapes) -> npt.NDArray[np.int64]:
 def _spread(
     scale: npt.NDArray[np.float32], starts: npt.NDArray[np.int64], size: int
 ) -> npt.NDArray[np.float32]:
-    """Each number's scale."""
+    """Return each number's scale."""
     return np.repeat(scale, np.diff(starts, append=size))
 
 
 def _int8_scale(largest: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The largest fp32 scale with 127 · scale ≤ `largest`, so that decoding cannot overflow."""
+    """Return the largest fp32 scale with 127 · scale ≤ `largest`, so that decoding cannot
+    overflow."""
     exact = largest.astype(np.float64)
     scale = (exact / 127).astype(np.float32)
     above = scale.astype(np.float64) * 127 > exact

@@ -1,7 +1,8 @@
-"""What a site's halves tell the person at its screen: events, steps of long work, lines of the log.
+"""Send events from a site's halves to the person at its screen: progress of long work, and lines of
+the log.
 
-Each half has a pipe of its own to the process that started it. What comes from the courier may be
-hostile: it is bounded, of known names and types, and its text is made printable."""
+Each half has its own pipe to the process that started it. Events of the courier may be hostile:
+they are bounded, have known names and types, and their text is made printable."""
 
 from __future__ import annotations
 
@@ -39,19 +40,19 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 class Receives(Protocol):
-    """What events are received from: a Connection, or what reads one without waiting."""
+    """The source of events: a Connection, or an object that reads one without waiting."""
 
     def recv_bytes(self, maxlength: int | None = None, /) -> bytes: ...
 
 
 class Teller:
-    """Sends events over a connection; where nobody reads them any more, they are dropped.
+    """Sends events over a connection; if nobody reads them any more, they are dropped.
 
-    Guarantee: an event is never waited for. Where who started this process stands still, such as
-    on a terminal that nobody scrolls, what does not fit into the connection is left out and
-    counted: how many events there are follows from records, and so would when a vault that waited
-    stopped answering. `fetch` and `error` wait: the one for what it asks for, the other because
-    its process answers nobody after it."""
+    Guarantee: the sender never waits for an event to be read. If the process that started this one
+    stands still, such as on a terminal that nobody scrolls, events that do not fit into the
+    connection are left out and counted: the number of events depends on records, and so would the
+    moment at which a waiting vault stopped answering. `fetch` and `error` wait: `fetch` for its
+    result, `error` because its process answers nobody after it."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._mutex = connection, threading.Lock()
@@ -68,7 +69,7 @@ class Teller:
                 self._left_out += 1
 
     def fetch(self, base: str) -> None:
-        """Have the process that started this one fetch a base. Errors: as it found them."""
+        """Have the process that started this one fetch a base. Errors: those of the fetch."""
         with self._waiting():
             self("fetch", {"base": base})
             told = json.loads(self._connection.recv_bytes(MOST))
@@ -76,16 +77,17 @@ class Teller:
             raise error_of(told)
 
     def step(self, step: Step) -> None:
-        """Tell what a long step has done of its work."""
+        """Send the progress of a long step."""
         self("step", {"text": step.text, "done": step.done, "total": step.total})
 
     def error(self, error: FedtuneError) -> None:
-        """Tell the error with which this half ends."""
+        """Send the error with which this half ends."""
         with self._waiting():
             self("error", facts_of(error))
 
     def _send(self, event: str) -> bool:
-        """Send an event, or as much of it as there is room for; return False for none of it."""
+        """Send an event, or as much of it as there is space for; return False if nothing was
+        sent."""
         if not self._send_rest():
             return False
         content = event.encode()
@@ -97,7 +99,7 @@ class Teller:
         return False
 
     def _send_rest(self) -> bool:
-        """Send what is left of an event; return whether that was all."""
+        """Send the rest of an event; return whether that was all."""
         try:
             while self._rest:
                 self._rest = self._rest[os.write(self._connection.fileno(), self._rest) :]
@@ -107,7 +109,7 @@ class Teller:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Wait in the block until there is room, and for what is answered."""
+        """Wait in the block until there is space, and for the answer."""
         with suppress(OSError):
             os.set_blocking(self._connection.fileno(), True)
         try:
@@ -123,15 +125,15 @@ def _not_shown(events: int) -> str:
 
 
 def facts_of(error: FedtuneError) -> dict[str, str]:
-    """Return an error's class, the nearest that errors.py has, and its words, from which `error_of`
-    makes it anew."""
+    """Return an error's class, the nearest that errors.py has, and its message, from which
+    `error_of` builds it again."""
     kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
     words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
     return {"error": kind.__name__, **words}
 
 
 def error_of(facts: Mapping[str, Any]) -> FedtuneError:
-    """Make an error anew that another process told; another class than ours is one of ours."""
+    """Build an error again that another process sent; an unknown class becomes one of ours."""
     kind = getattr(errors, str(facts.get("error")), None)
     is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
     words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))
@@ -139,13 +141,13 @@ def error_of(facts: Mapping[str, Any]) -> FedtuneError:
 
 
 def pass_warnings_on(tell: Callable[[str, dict[str, Any]], None]) -> None:
-    """Have the process that started this one log what fedtune's own loggers warn of here. What a
-    library logs may quote a record: it stays in this process' own log."""
+    """Have the process that started this one log the warnings of fedtune's own loggers here. A
+    library's log may quote a record, and stays in this process's own log."""
     logging.getLogger("fedtune").addHandler(_ToTeller(tell))
 
 
 class _ToTeller(logging.Handler):
-    """Tells each warning as an event."""
+    """Sends each warning as an event."""
 
     def __init__(self, tell: Callable[[str, dict[str, Any]], None]) -> None:
         super().__init__(logging.WARNING)
@@ -156,8 +158,8 @@ class _ToTeller(logging.Handler):
 
 
 def receive(connection: Receives) -> tuple[str, dict[str, Any]]:
-    """Receive one event. Errors: EOFError, OSError where its sender has ended or sends more than an
-    event; ValueError where it is not of this form."""
+    """Receive one event. Errors: EOFError, OSError if its sender has ended or sends more than an
+    event; ValueError if it does not have the form of an event."""
     told = connection.recv_bytes(MOST)
     try:
         event, facts = json.loads(told)
@@ -169,7 +171,7 @@ def receive(connection: Receives) -> tuple[str, dict[str, Any]]:
 
 
 def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what may be shown of a courier's event; None where it is none that it may tell."""
+    """Return what may be shown of a courier's event; None if the courier may not send it."""
     if event not in FROM_COURIER:
         return None
     shown: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A site's or a coordinator's signing key (Ed25519), and canonical bytes to sign."""
+"""Sign with a site's or a coordinator's key (Ed25519), and define the canonical bytes to sign."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY, RESTORE = "32 bytes, made by fedtune", "restore it from a backup"
 
 
 class SigningKey:
-    """An Ed25519 key. Guarantee: the private half is in one 0600 file and in this object alone;
+    """An Ed25519 key. Guarantee: the private half is only in one 0600 file and in this object;
     repr shows the public half."""
 
     def __init__(self, private: Ed25519PrivateKey | None = None) -> None:
@@ -36,10 +36,11 @@ class SigningKey:
 
     @classmethod
     def at(cls, path: Path) -> SigningKey:
-        """The key in `path` (32 raw bytes); made, for this user alone, where there is none.
+        """Read the key in `path` (32 raw bytes); if it does not exist, make it, readable by this
+        user only.
 
-        Errors: InfrastructureError where the file cannot be read or written, is not a key, or can
-        be read by others."""
+        Errors: InfrastructureError if the file cannot be read or written, is not a key, or can be
+        read by others."""
         try:
             if not os.path.lexists(path):
                 create(path, cls()._private.private_bytes_raw(), private=True)
@@ -56,20 +57,20 @@ class SigningKey:
             ) from None
 
     def sign(self, message: bytes) -> str:
-        """Hexadecimal signature of `message`."""
+        """Return the hexadecimal signature of `message`."""
         return self._private.sign(message).hex()
 
     def derive(self, purpose: str) -> bytes:
-        """A 32-byte secret for one purpose, from the private half (HKDF-SHA256, RFC 5869)."""
+        """Derive a 32-byte secret for one purpose from the private half (HKDF-SHA256, RFC 5869)."""
         derivation = HKDF(hashes.SHA256(), 32, salt=None, info=b"fedtune " + purpose.encode())
         return derivation.derive(self._private.private_bytes_raw())
 
 
 @lru_cache(maxsize=256)  # a ledger's head and receipts are read again at every transaction
 def verifies(public: str, message: bytes, signature: str) -> bool:
-    """Whether `signature` over `message` is by the key `public`, both in lower-case hexadecimal;
-    malformed: False. One signature has one spelling: upper case and spaces are not hexadecimal
-    here."""
+    """Return whether `signature` over `message` is by the key `public`, both in lower-case
+    hexadecimal; malformed: False. One signature has one form: upper case and spaces are not
+    accepted."""
     if not (_PUBLIC.fullmatch(public) and _SIGNATURE.fullmatch(signature)):
         return False
     try:
@@ -81,7 +82,8 @@ def verifies(public: str, message: bytes, signature: str) -> bool:
 
 
 def canonical(value: dict[str, Any]) -> bytes:
-    """The one byte string of a JSON object: sorted keys, no spaces, UTF-8, finite numbers."""
+    """Return the one byte string of a JSON object: sorted keys, no spaces, UTF-8, finite
+    numbers."""
     text = json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )

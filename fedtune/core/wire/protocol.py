@@ -1,4 +1,4 @@
-"""The protocol version of coordinator and site, raised when one could misread the other.
+"""Define the protocol version of coordinator and site, raised when one could misread the other.
 
 It covers all that crosses the wire: plans, admissions, orders, updates, seals, receipts and
 enrolment files. A release of fedtune that changes none of them keeps the number, and may replace
@@ -31,7 +31,8 @@ class OtherProtocol(Refused):
 
 
 def version_fields() -> dict[str, int | str]:
-    """The protocol and release that this end states. Guarantee: public, the same at every site."""
+    """Return the protocol and release that this end states. Guarantee: public, the same at every
+    site."""
     return {"protocol": PROTOCOL, "release": __version__}
 
 

@@ -1,12 +1,12 @@
-"""What passes between the two halves of a site: the courier's requests, and the vault's answers.
+"""Pass requests and answers between the two halves of a site, the courier and the vault.
 
     courier: Flower, TLS ── Request ──> vault: records, ledger, keys
                          <── Answer ──
 
-A request is what a coordinator's message holds: tables of plain values, and arrays whose bytes
-nobody has parsed. An answer is one table, and arrays. Both cross a socket, or lie in a file of a
-spool (spool.py), as JSON and raw bytes (`send`, `receive_request`, `receive_answer`); in a
-simulation they are handed over as they are.
+A request holds the content of a coordinator's message: tables of plain values, and arrays whose
+bytes nobody has parsed. An answer is one table, and arrays. Both cross a socket, or lie in a file
+of a spool (spool.py), as JSON and raw bytes (`send`, `receive_request`, `receive_answer`); in a
+simulation they are passed as objects.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_BYTES = 4 << 30  # of its arrays, all together
 
 
 class Way(Protocol):
-    """Where requests and answers pass: a multiprocessing.Connection, or a file in memory."""
+    """The channel of requests and answers: a multiprocessing.Connection, or a file in memory."""
 
     def send_bytes(self, sent: bytes, /) -> None: ...
 
@@ -43,13 +43,13 @@ class Way(Protocol):
 
 
 class RequestError(InputError):
-    """A request or an answer that is not of the agreed form."""
+    """A request or an answer does not have the agreed form."""
 
 
 @dataclass(frozen=True, repr=False)
 class Request:
-    """What a coordinator asks a site. tables: by name, "plan", "order" or "set"; arrays: an adapter
-    or a plan's frozen arrays."""
+    """A coordinator's request to a site. tables: by name, "plan", "order" or "set"; arrays: an
+    adapter or a plan's frozen arrays."""
 
     kind: Kind
     tables: Mapping[str, Table]
@@ -58,8 +58,8 @@ class Request:
 
 @dataclass(frozen=True, repr=False)
 class Answer:
-    """What a site answers. table: the name of its table, "admission" or "site", "" where all that
-    it says is that it failed; arrays_name: that of its arrays, "" where it has none."""
+    """A site's answer. table: the name of its table, "admission" or "site", or "" if it only
+    reports a failure; arrays_name: the name of its arrays, "" if it has none."""
 
     table: str
     fields: Mapping[str, Scalar]
@@ -74,7 +74,7 @@ class Answer:
 def send(connection: Way, sent: Request | Answer) -> None:
     """Send a request or an answer: a header, then each array's bytes as they are.
 
-    Errors: OSError where the other half has ended."""
+    Errors: OSError if the other half has ended."""
     header: dict[str, Any]
     if isinstance(sent, Request):
         tables = {name: _plain(table) for name, table in sent.tables.items()}
@@ -91,8 +91,8 @@ def send(connection: Way, sent: Request | Answer) -> None:
 
 
 def receive_request(connection: Way) -> Request:
-    """Receive a request. Errors: EOFError, OSError where the courier has ended or sends more than a
-    request can hold; RequestError where it is not of the agreed form, after all of it was read."""
+    """Receive a request. Errors: EOFError, OSError if the courier has ended or sends more than a
+    request can hold; RequestError if it does not have the agreed form, after all of it was read."""
     header, arrays = _receive(connection)
     kind, tables = header.get("kind"), header.get("tables")
     if kind not in KINDS or not isinstance(tables, dict) or not all(map(_is_table, tables.items())):
@@ -101,7 +101,7 @@ def receive_request(connection: Way) -> Request:
 
 
 def receive_answer(connection: Way) -> Answer:
-    """Receive an answer. Errors: as of `receive_request`."""
+    """Receive an answer. Errors: as for `receive_request`."""
     header, arrays = _receive(connection)
     table = header.get("table")
     fields = header.get("fields")
@@ -134,7 +134,7 @@ def _receive(connection: Way) -> tuple[dict[str, Any], dict[str, Packed]]:
 
 
 def _plain(table: Table) -> dict[str, Scalar]:
-    """A message's table as JSON can hold it: whatever is none of a table's values is text."""
+    """Return a message's table as JSON can hold it: values of other types become text."""
     return {
         str(name): value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in table.items()

@@ -1,4 +1,4 @@
-"""Seals of updates, orders of rounds, receipts: signatures that bind bytes to sender and purpose.
+"""Sign updates, orders of rounds and receipts: signatures bind bytes to sender and purpose.
 
 coordinator ── order: plan, round, nonce ──> site
 coordinator <── seal over header + body ──── site     header names the site's ledger head
@@ -22,7 +22,7 @@ OUTSIDE = ("header", "signature")
 
 
 class SealError(InputError):
-    """A message that does not match its signature, or is signed by another key."""
+    """A message does not match its signature, or is signed by another key."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Header:
 
 
 def body_digest(arrays: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> str:
-    """sha256 over the arrays' digest and the message's text fields, but the header and signature:
-    who has that digest alone can check what was said beside the arrays.
+    """Return the sha256 over the arrays' digest and the message's text fields, except header and
+    signature: with that digest alone one can check the text beside the arrays.
 
-    Errors: SealError where `fields` holds anything but short text."""
+    Errors: SealError if `fields` holds anything but short text."""
     return digest_of(arrays_digest(arrays), fields)
 
 
 def arrays_digest(arrays: Mapping[str, bytes]) -> str:
-    """sha256 over every array's name, length and bytes, sorted by name."""
+    """Return the sha256 over every array's name, length and bytes, sorted by name."""
     total = hashlib.sha256()
     for name, content in sorted(arrays.items()):
         total.update(f"{len(name.encode())}:{name}:{len(content)}:".encode())
@@ -60,7 +60,7 @@ def arrays_digest(arrays: Mapping[str, bytes]) -> str:
 
 
 def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
-    """The body_digest of a message whose arrays have this digest. Errors: SealError."""
+    """Return the body_digest of a message whose arrays have this digest. Errors: SealError."""
     said = None if fields is None else texts_of(fields)
     try:
         return hashlib.sha256(canonical({"arrays": arrays, "said": said})).hexdigest()
@@ -69,7 +69,7 @@ def digest_of(arrays: str, fields: Mapping[str, Any] | None) -> str:
 
 
 def texts_of(fields: Mapping[str, Any]) -> dict[str, str]:
-    """The text fields that a seal covers. Errors: SealError where one is not short text."""
+    """Return the text fields that a seal covers. Errors: SealError if one is not short text."""
     texts = {name: text for name, text in fields.items() if name not in OUTSIDE}
     if not all(isinstance(text, str) and len(text) <= LONGEST for text in texts.values()):
         raise SealError("what its answer says beside its arrays is malformed")
@@ -115,8 +115,8 @@ def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[
 
 
 def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
-    """sha256 over what goes with an order: an adapter's arrays, and a table of texts if there is
-    one."""
+    """Return the sha256 over what goes with an order: an adapter's arrays, and a table of texts
+    if there is one."""
     content = {"arrays": arrays_digest(arrays), "table": dict(table or {})}
     return hashlib.sha256(canonical(content)).hexdigest()
 
@@ -131,8 +131,8 @@ def order(
     *,
     beside: str,
 ) -> dict[str, Any]:
-    """Sign the coordinator's request for one round; attempt: at it, where there may be several;
-    beside: the digest_beside of what goes with it."""
+    """Sign the coordinator's request for one round. attempt: its number, if there may be
+    several; beside: the digest_beside of what goes with it."""
     fields = {"plan": plan, "round": round_, "nonce": nonce, "receipt": receipt, "beside": beside}
     fields |= {"attempt": attempt} if attempt else {}
     return fields | {"signature": key.sign(b"fedtune order\0" + canonical(fields))}
@@ -146,7 +146,7 @@ def check_order(
 ) -> None:
     """Verify an order, and then the arrays and the table that came with it.
 
-    Errors: SealError where it, or what came with it, is not the coordinator's that sent the
+    Errors: SealError if the order, or what came with it, is not from the coordinator that sent the
     plan."""
     fields = {name: message.get(name) for name in ("plan", "round", "nonce", "receipt", "beside")}
     fields |= {"attempt": message["attempt"]} if "attempt" in message else {}
@@ -158,12 +158,12 @@ def check_order(
 
 
 def sign_plan(key: SigningKey, digest: str) -> dict[str, str]:
-    """Sign a plan's digest; returns the coordinator's public key and the signature."""
+    """Sign a plan's digest; return the coordinator's public key and the signature."""
     return {"coordinator": key.public, "signature": key.sign(b"fedtune plan\0" + digest.encode())}
 
 
 def check_plan(message: Mapping[str, Any], digest: str) -> str:
-    """Verify a plan's signature; returns the coordinator's public key. Errors: SealError."""
+    """Verify a plan's signature; return the coordinator's public key. Errors: SealError."""
     public, signature = str(message.get("coordinator")), str(message.get("signature"))
     if not verifies(public, b"fedtune plan\0" + digest.encode(), signature):
         raise SealError("the plan is not signed by the coordinator that it names")
@@ -171,12 +171,12 @@ def check_plan(message: Mapping[str, Any], digest: str) -> str:
 
 
 def sign_end(key: SigningKey, digest: str) -> dict[str, Any]:
-    """Sign that the study of a plan has ended; returns what is said of it beside the plan."""
+    """Sign that the study of a plan has ended; return the message's fields beside the plan."""
     return {"finished": True, "finished_signature": key.sign(_end(digest))}
 
 
 def check_end(message: Mapping[str, Any], digest: str, public: str) -> None:
-    """Verify that the coordinator `public` said that the study of this plan has ended.
+    """Verify that the coordinator `public` signed that the study of this plan has ended.
 
     Errors: SealError."""
     if not verifies(public, _end(digest), str(message.get("finished_signature"))):

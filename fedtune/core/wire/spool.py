@@ -1,12 +1,12 @@
-"""Requests and answers as files: what passes where a vault and a courier share a folder alone.
+"""Pass requests and answers as files, where a vault and a courier share only a folder.
 
     DIR/requests/NAME   the courier writes and removes them; the vault reads them
     DIR/answers/NAME    the vault writes and removes them; the courier reads them
 
-NAME is the sha256 of the request's file. Each file holds a number that was drawn for it, so that no
-two requests have one name, and an answer names its request: one that an earlier courier left is
-never taken for another's. A file is written under another name, brought to the disk and renamed: it
-is there as a whole, or not at all.
+NAME is the sha256 of the request's file. Each file holds a random number, so that no two
+requests have the same name, and an answer names its request: an answer that an earlier courier
+left is never taken for another's. A file is written under another name, synced to disk and
+renamed: it is complete, or not there.
 
 Guarantee: what lies in DIR/requests can delay an answer, and nothing else.
 
@@ -62,8 +62,8 @@ Seen = tuple[int, int, int]  # of a file: its number, its bytes, and when it was
 
 @dataclass(frozen=True)
 class Spool:
-    """The folder DIR at `path`. Errors: of each method, InfrastructureError where the disk or the
-    folder does not do."""
+    """The folder DIR at `path`. Errors, of each method: InfrastructureError if the disk or the
+    folder refuses."""
 
     path: Path
     _refused: dict[str, Seen] = field(default_factory=dict)  # files that were judged already
@@ -79,9 +79,9 @@ class Spool:
 
     @classmethod
     def at(cls, path: Path) -> Spool:
-        """Make the folder for this user alone, with the two in it, where they are not there.
+        """Make the folder, and the two in it, readable by this user only, if they do not exist.
 
-        Errors: ConfigError where it cannot be, or others may write there."""
+        Errors: ConfigError if it cannot be made, or others may write there."""
         spool = cls(path.absolute())
         try:
             for folder in (spool.path, spool.requests, spool.answers):
@@ -107,8 +107,8 @@ class Spool:
         return name
 
     def answer_to(self, name: str) -> Answer | None:
-        """Return the answer to a request; None as long as there is none. Errors: RequestError where
-        what is there is no answer to it."""
+        """Return the answer to a request; None as long as there is none. Errors: RequestError if
+        the file is not an answer to it."""
         try:
             with self._of(self.answers) as folder:
                 content = _read(folder, name)
@@ -117,12 +117,12 @@ class Spool:
         return None if content is None else _decode_answer(name, content)
 
     def withdraw(self, name: str) -> None:
-        """Remove a request: it was answered, or its answer is not waited for any more."""
+        """Remove a request that was answered, or whose answer is no longer awaited."""
         with self._of(self.requests) as folder:
             _remove(folder, name)
 
     def withdraw_all(self) -> None:
-        """Remove what an earlier courier left."""
+        """Remove the requests that an earlier courier left."""
         with self._of(self.requests) as folder:
             for name in os.listdir(folder):
                 _remove(folder, name)
@@ -130,8 +130,8 @@ class Spool:
     # -------------------------------------------------------------------------------- the vault
 
     def waiting(self) -> list[str]:
-        """List the requests that have no answer, the oldest first; none where there are too many
-        files, and none that `take` refused and that has not changed since."""
+        """List the requests that have no answer, the oldest first, without those that `take`
+        refused and that have not changed since; an empty list if there are too many files."""
         with self._of(self.requests) as folder, self._of(self.answers) as answers:
             found = dict[str, os.stat_result]()
             with os.scandir(folder) as entries:
@@ -154,7 +154,8 @@ class Spool:
         return [name for _, name in sorted(new)]
 
     def take(self, name: str) -> bytes | None:
-        """Read a request's file, once; None where it is gone, or is none that is answered."""
+        """Read a request's file, once; None if it does not exist any more, or is not one that is
+        answered."""
         with self._of(self.requests) as folder:
             seen = _look(folder, name)
             try:
@@ -183,7 +184,7 @@ class Spool:
                     _remove(answers, name)
 
     def remove_drafts(self) -> None:
-        """Remove the drafts that a vault which was killed has left."""
+        """Remove the drafts that a killed vault left."""
         remove_drafts(self.answers)
 
     def _warn(self, text: str) -> None:
@@ -193,7 +194,7 @@ class Spool:
 
     @contextmanager
     def _of(self, path: Path) -> Iterator[int]:
-        """Open one of the folders, and map what the system refuses."""
+        """Open one of the folders, and turn errors of the system into ours."""
         try:
             with _opened(path) as number:
                 yield number
@@ -253,7 +254,7 @@ def _check_release(head: dict[str, Any]) -> None:
 
 
 class _InMemory:
-    """The bytes of a file as a way for a request or an answer: each part after its length."""
+    """The bytes of a file as a channel for a request or an answer: each part after its length."""
 
     def __init__(self, content: bytes = b"") -> None:
         self._parts, self._left = list[bytes](), memoryview(content)
@@ -262,7 +263,8 @@ class _InMemory:
         self._parts += [len(sent).to_bytes(LENGTH, "big"), sent]
 
     def recv_bytes(self, most: int, /) -> bytes:
-        """Errors: EOFError where the bytes end; OSError where there are more than `most`."""
+        """Return the next part. Errors: EOFError where the bytes end; OSError if there are more
+        than `most`."""
         length = int.from_bytes(self._left[:LENGTH], "big")
         if length > most:
             raise OSError("longer than it may be")
@@ -280,12 +282,12 @@ class _InMemory:
 
 
 class _NotTaken(Exception):
-    """A file that is none of a spool, in words for a person."""
+    """A file does not belong to a spool; the reason in words for a person."""
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """Open a folder of this user's; not through a link. Errors: OSError."""
+    """Open a folder of this user, but not through a link. Errors: OSError."""
     number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if os.fstat(number).st_uid != os.geteuid():
@@ -311,7 +313,7 @@ def _identify(status: os.stat_result) -> Seen:
 
 
 def _read(folder: int, name: str) -> bytes | None:
-    """Read a whole file of this user's; None where there is none. Errors: _NotTaken, OSError."""
+    """Read a complete file of this user; None if there is none. Errors: _NotTaken, OSError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         number = os.open(name, flags, dir_fd=folder)
@@ -341,7 +343,7 @@ def _read(folder: int, name: str) -> bytes | None:
 
 
 def _write(folder: int, name: str, content: bytes, *, dated: bool = True) -> None:
-    """Write a file that is there as a whole or not at all. Errors: OSError; none is left then."""
+    """Write a file completely or not at all. Errors: OSError; no file is left then."""
     draft = f"{name}.{secrets.token_hex(4)}.{os.getpid()}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -360,6 +362,6 @@ def _write(folder: int, name: str, content: bytes, *, dated: bool = True) -> Non
 
 
 def _remove(folder: int, name: str) -> None:
-    """Remove a file; a folder, which no half makes, stays."""
+    """Remove a file; a folder, which neither half makes, stays."""
     with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
         os.unlink(name, dir_fd=folder)
