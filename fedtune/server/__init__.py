@@ -1,1 +1,1 @@
-"""The coordinator: admission, rounds, the store and what is released."""
+"""The coordinator: admission, rounds, the store and the released model."""

@@ -1,4 +1,4 @@
-"""Admit sites and validate their replies; every field that a site sends is checked here."""
+"""Admit sites and validate their replies: every field that a site sends is checked here."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
-    """Build the signed plan message for sites; of the coordinator's paths only file names stay."""
+    """Build the signed plan message for sites; it holds only the names of the coordinator's
+    files."""
     sent, signed = without_places(study).model_dump_json(), sign_plan(key, study.digest)
     plan = ConfigRecord({"study": sent, "digest": study.digest, **signed, **version_fields()})
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
@@ -52,14 +53,16 @@ def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
 class Roster:
     """The sites of a run and their nodes.
 
-    sizes, keys: site -> declared size and public key, fixed by its first admission; lora_ranks:
-    likewise how many ranks it trains, where the plan lets sites choose; declared: site -> what it
-    says of its data, of DECLARED, "" where it is private; free_query: sites of which a query or a
-    view selects the records; enrolled: each node's member at present (None: anybody); expect:
-    called with the nodes that are asked and the bytes that an answer may have; refused: site ->
-    reason, for the rest of the run; absent: sites that failed or did not answer, asked again each
-    round; waiting: sites of which a person has yet to sign the plan, asked again in a while; down,
-    up: bytes by site.
+    - sizes, keys: site -> declared size and public key, fixed by its first admission
+    - lora_ranks: site -> the rank that it trains, if the plan lets sites choose
+    - declared: site -> what it declares its data to be, of DECLARED, "" if it is private
+    - free_query: sites whose records a query or a view selects
+    - enrolled: each node's present member (None: anybody)
+    - expect: called with the nodes that are asked and the number of bytes that an answer may have
+    - refused: site -> reason, for the rest of the run
+    - absent: sites that failed or did not answer; they are asked again each round
+    - waiting: sites where nobody has signed the plan yet; they are asked again after a while
+    - down, up: bytes by site
 
     Guarantee: a node's reply changes nothing for any site but its own."""
 
@@ -90,7 +93,7 @@ class Roster:
         return sorted(set(self.nodes) - set(self.refused))
 
     def join(self) -> None:
-        """Ask every node that has not answered yet, so that a site may come late."""
+        """Ask every node that has not answered yet, so that a site may join late."""
         connected, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {name: node for name, node in self.nodes.items() if node in connected}
         self._asked &= connected
@@ -103,12 +106,12 @@ class Roster:
 
     @property
     def waiting(self) -> dict[str, str]:
-        """Return the sites of which a person has yet to sign the plan, with their words."""
+        """Return the sites where nobody has signed the plan yet, with their messages."""
         return {one.name: one.reason for one in self._unsigned.values()}
 
     @property
     def longest_wait(self) -> float:
-        """Return for how many seconds the first of `waiting` has waited."""
+        """Return how many seconds the first of `waiting` has waited."""
         now = time.monotonic()
         return max((now - one.since for one in self._unsigned.values()), default=0.0)
 
@@ -120,7 +123,7 @@ class Roster:
         return dict(sorted(reasons.items()))
 
     def raise_if_refused(self) -> None:
-        """Raise Refused where refusals alone put strategy.min_sites out of reach."""
+        """Raise Refused if refusals alone make strategy.min_sites impossible."""
         reachable = len({*self.list_willing(), *self.absent, *self.waiting})
         if self.refused and reachable < self.study.strategy.min_sites:
             raise self.too_few(Refused)
@@ -196,7 +199,7 @@ class Roster:
         return name if name and self.nodes.get(name, node) == node else f"node {node}"
 
     def _objection(self, node: int, name: str, claim: _Claim, rank: int | None) -> str:
-        """Return why a site that admits the plan may not take part; "" where it may."""
+        """Return why a site that admits the plan may not take part; "" if it may."""
         if self.enrolled is not None and self.enrolled().get(node) != Member(name, claim.key):
             return NOT_ENROLLED
         if claim.name != name:
@@ -215,8 +218,9 @@ class Roster:
 
 
 class _Unsigned(NamedTuple):
-    """A node that waits for a person. since: when it said so first, on the monotonic clock; again:
-    when it is asked next: soon after a short wait, more rarely the longer it lasts."""
+    """A node that waits for a person. since: the time of its first such answer, on the monotonic
+    clock; again: the time of the next request, which comes soon after a short wait, and later
+    the longer it lasts."""
 
     name: str
     reason: str
@@ -232,7 +236,8 @@ class _Unsigned(NamedTuple):
 
 
 def before_asking(waited: float) -> float:
-    """Return the seconds before a site that has waited so long for a person is asked again."""
+    """Return the seconds after which a site that has waited this long for a person is asked
+    again."""
     return min(max(waited * ASK_SHARE, ASK_SECONDS[0]), ASK_SECONDS[1])
 
 
@@ -276,8 +281,8 @@ def _parse_admission(reply: Reply) -> _Claim:
 
 
 def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
-    """Parse how many ranks the site trains; None where the plan leaves no choice, 0 where the value
-    is not one that the plan allows."""
+    """Parse the rank that the site trains; None if the plan leaves no choice, 0 if the plan does
+    not allow the value."""
     if lora is None or lora.min_rank is None or reply.content is None:
         return None
     record = reply.content.get("admission")
@@ -287,10 +292,13 @@ def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
 
 @dataclass
 class Tally:
-    """One round in progress. failures: how often each site failed to deliver; counted: accepted
-    updates by idempotency key, since a retry and a replay are both new messages; largest: a site's
-    largest weight (0: not computed yet); weights: site -> that weight, where it declared more;
-    evidence: site -> what it signed of its update."""
+    """One round in progress.
+
+    - failures: how often each site failed to deliver
+    - counted: accepted updates by idempotency key, since a retry and a replay are both new messages
+    - largest: a site's largest weight (0: not computed yet)
+    - weights: site -> that weight, if it declared more
+    - evidence: site -> what it signed of its update"""
 
     number: int
     participants: list[str] = field(default_factory=list)
@@ -308,8 +316,8 @@ class Tally:
         return (study, self.number, name) in self.counted
 
     def note_missing(self, name: str, result: Outcome) -> bool:
-        """Note why a site delivered nothing; return whether it is one that still waits for a person
-        there, of which was told."""
+        """Note why a site delivered nothing; return whether it still waits for a person there,
+        and this was reported."""
         before, why = self.missing.get(name), f"{result.status}: {result.reason}"
         self.missing[name] = why
         return result.status == WAITING and why == before
@@ -325,7 +333,8 @@ class Tally:
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """A site's validated reply. status: trained, ready, masked, answered, or why it is none."""
+    """A site's validated reply. status: trained, ready, masked, answered, or the reason why it
+    does not count."""
 
     status: str
     reason: str = ""
@@ -359,7 +368,8 @@ def outcome(
     |             | at most `longest`, by as much more as `encoding` may add to it         |
     | the log     | noised with the `terms` that the plan sets, and a step for this update |
 
-    read: checks and decodes the arrays in place of the second and third; raises WireError."""
+    read: a function that replaces the second and third check, and decodes the arrays; raises
+    WireError."""
     if reply.content is None:
         return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
@@ -384,14 +394,14 @@ def outcome(
 
 
 class _DroppedUpdate(Exception):
-    """An update is dropped, for this reason."""
+    """An update is dropped for this reason."""
 
 
 def _open_update(
     site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Verify a sealed update; return its ledger statement, and what proves later that the site sent
-    it. Errors: SealError."""
+    """Verify a sealed update; return its ledger statement, and what proves later that the site
+    sent it. Errors: SealError."""
     digest = seal.arrays_digest(bodies(arrays))
     ledger = seal.open_seal(site, key, replace(expected, body=seal.digest_of(digest, site)))
     sealed = {name: site[name] for name in seal.OUTSIDE}
@@ -420,7 +430,7 @@ def _check_numbers(update: Arrays, longest: float) -> None:
 
 
 def _check_log(events: list[dict[str, Any]], steps_before: int, terms: Terms | None) -> None:
-    """Check that the log is of this plan and shows a new step. Errors: _DroppedUpdate."""
+    """Check that the log belongs to this plan and shows a new step. Errors: _DroppedUpdate."""
     if terms is None:
         return
     if why := step_summary.objection(events, terms):

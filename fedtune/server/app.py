@@ -1,4 +1,4 @@
-"""The ServerApp that `flwr run` starts at the coordinator; see rounds.py for what it does."""
+"""Define the ServerApp that `flwr run` starts at the coordinator; rounds.py runs the study."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the study. run_config: study (path of study.toml), out (folder), resume (true or false).
 
-    Errors: as fedtune.server.rounds.run; ConfigError where a key is missing."""
+    Errors: as fedtune.server.rounds.run; ConfigError if a key is missing."""
     settings = context.run_config
     for key in ("study", "out"):
         if not settings.get(key):

@@ -1,14 +1,14 @@
-"""Back up a coordinator while it runs, as one file, and restore it on another machine.
+"""Back up a coordinator to one file while it runs, and restore it on another machine.
 
     manifest.json        format, study, when, and sha256 of every file below
     study.toml           the plan, and the public files that it names beside itself
     coordinator/         the home: CA, keys, registry, audit log; nothing of a running SuperLink
     runs/NAME/           the run, as of one moment between two transactions of its checkpoint
 
-Guarantee: the run's files are those of one state that a crash could have left, so `--resume` goes
-on from it. What sites were charged since stays charged at the sites, whatever a coordinator
-forgets; a round that they trained already is asked for again.
-A backup holds the consortium's private keys: 0600, and to be kept as they are.
+Guarantee: the run's files are those of one state that a crash could have left, so `--resume`
+continues from it. Later charges stay charged at the sites, whatever a coordinator forgets; a
+round that they trained already is asked for again. A backup holds the consortium's private keys:
+its mode is 0600, and it must be kept as safe as they are.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ Files = dict[str, bytes]
 def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> dict[str, Any]:
     """Write the coordinator's state to `to`, a new file that only its owner can read.
 
-    plan: study.toml; run: its folder, None where there is none yet. Returns the manifest.
-    Errors: InputError where `to` exists, the home has no CA, or `run` is no run; ConfigError where
-    the CA is not readable; CheckpointError where the run is not; InfrastructureError where the
-    backup cannot be written, or the run does not hold still."""
+    plan: study.toml; run: its folder, None if there is none yet. Returns the manifest. Errors:
+    InputError if `to` exists, the home has no CA, or `run` is not a run; ConfigError if the CA
+    cannot be read; CheckpointError if the run cannot be read; InfrastructureError if the backup
+    cannot be written, or the run keeps changing."""
     if os.path.lexists(to):
         raise InputError(f"{to}: exists", "a new file", "choose another with --to")
     home_with_ca(home)
@@ -91,8 +91,8 @@ def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> 
 def restore(file: Path, into: Path) -> dict[str, Any]:
     """Lay out a backup in `into`, a new folder: study.toml, coordinator/ and runs/ beside it.
 
-    Every file is checked before any is written. Returns the manifest.
-    Errors: InputError where it is no whole backup, or `into` exists; InfrastructureError."""
+    Every file is checked before any is written. Returns the manifest. Errors: InputError if it
+    is not a complete backup, or `into` exists; InfrastructureError."""
     if os.path.lexists(into):
         raise InputError(f"{into}: exists", "a new folder", "choose another with --to")
     manifest, files = _read(file)
@@ -108,11 +108,11 @@ def restore(file: Path, into: Path) -> dict[str, Any]:
 
 
 def refuse_second(home: Path) -> None:
-    """Refuse to start from a restored home while the coordinator that it was copied from, or one
-    restored from the same backup, answers at the consortium's address.
+    """Refuse to start from a restored home while another coordinator answers at the consortium's
+    address: the one from which it was copied, or one restored from the same backup.
 
-    A coordinator that cannot be reached from here, or is called otherwise, is not noticed.
-    Errors: InfrastructureError."""
+    A coordinator that cannot be reached from here, or has another address, is not noticed. Errors:
+    InfrastructureError."""
     if not (home / RESTORED).exists() or not (home / "address").is_file():
         return
     address = reading.text(home / "address", "where sites connect", "give it with --name").strip()
@@ -132,7 +132,7 @@ def refuse_second(home: Path) -> None:
 
 
 def _check_run(run: Path) -> None:
-    """Check that the folder is a run's. Errors: InputError."""
+    """Check that the folder belongs to a run. Errors: InputError."""
     if not any(os.path.lexists(run / name) for name in (FOLDER, "plan.json", "status.json")):
         raise InputError(
             f"{run}: not a run folder",
@@ -142,8 +142,8 @@ def _check_run(run: Path) -> None:
 
 
 def home_with_ca(home: Path) -> Path:
-    """Return the home, if it has a CA: none is made by a backup, and one that nobody can read is
-    no backup. Errors: InputError, ConfigError."""
+    """Return the home, if it has a CA: a backup never makes one, and an unreadable one cannot be
+    backed up. Errors: InputError, ConfigError."""
     if not (home / "ca.pem").is_file():
         raise InputError(
             f"{home}: not a coordinator's home",
@@ -155,7 +155,7 @@ def home_with_ca(home: Path) -> Path:
 
 
 def _collect_public(study: Study, plan: Path) -> Files:
-    """study.toml, and the files that it names in its own folder."""
+    """Collect study.toml, and the files that it names in its own folder."""
     named = [t.path for t in (study.evaluation, study.selection, study.public) if t]
     folder = plan.resolve().parent
     inside = [path.resolve() for path in named if path.resolve().is_relative_to(folder)]
@@ -168,7 +168,8 @@ def _home(home: Path) -> Files:
 
 
 def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Every regular file but drafts, locks and a running process's own; of a log whole lines."""
+    """List every regular file except drafts, locks and a running process's own; of a log only
+    whole lines."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if NOT_KEPT & set(parts) or path.suffix == ".new" or not path.is_file():
@@ -183,7 +184,8 @@ def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def _at_rest(run: Path) -> tuple[Files, str]:
     """Read the run's files of one state: the checkpoint's arrays are those that its database names,
-    and no transaction came between. Also where the released adapter's link points; "": no link.
+    and no transaction came between. Also return where the released adapter's link points; "": no
+    link.
 
     Errors: InfrastructureError."""
     database = run / FOLDER / DATABASE
@@ -212,9 +214,9 @@ def _at_rest(run: Path) -> tuple[Files, str]:
 
 
 def _snapshot(database: Path) -> bytes:
-    """Copy the database as of its last transaction; b"" where there is none.
+    """Copy the database as of its last transaction; b"" if there is none.
 
-    Errors: CheckpointError where it is damaged."""
+    Errors: CheckpointError if it is damaged."""
     if not os.path.lexists(database):
         return b""
     reading.regular(database, "a run's checkpoint", "restore it from a copy")
@@ -231,7 +233,7 @@ def _snapshot(database: Path) -> bytes:
 def _has_all_arrays(path: Path, files: Files, database: bytes) -> bool:
     """Return whether the arrays that the database names are there, by sha256.
 
-    Errors: CheckpointError where it is no checkpoint's."""
+    Errors: CheckpointError if it is not a checkpoint's database."""
     if not database:
         return True
     with sqlite_errors(path, ValueError, TypeError, AttributeError):
@@ -288,7 +290,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
 
 
 def _plain(name: str) -> bool:
-    """Whether a name stays in the folder that it is put into, and a file can have it."""
+    """Return whether a name stays in the folder in which it is put, and a file can have it."""
     path = PurePosixPath(name)
     if reading.refuse_path(name) or not name.isprintable():
         return False

@@ -27,7 +27,7 @@ bias-corrected weights of the two running means (7.3 in the limit for 0.9 and 0.
 ‖Δ‖ ≤ η√d Σ (1-ηλ)^(T-t) r_t + (1 - (1-ηλ)^T) ‖w₀‖; no noise enters, and no probability.
 
 Guarantee: an honest site with at most ROWS times its declared size in units passes, except with
-probability FAILURE per update. What the bound says costs no ε: it reads what was noised already.
+probability FAILURE per update. The bound costs no ε: it reads only noised updates.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ GRID = 2.0**-20  # the noise's grid is at most so many σC
 
 
 class Mechanism(Protocol):
-    """fedtune.core.dp.calibration.Calibration."""
+    """The interface of fedtune.core.dp.calibration.Calibration."""
 
     @property
     def sampling_rate(self) -> float: ...
@@ -84,7 +84,7 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
 def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
     """Bound ‖Δ‖ of an honest update of an adapter with norm `start` and `dimension` numbers.
 
-    By the plan's learning_rate, in every round: a schedule only lowers it."""
+    The plan's learning_rate is used for every round: a schedule only lowers it."""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
     return bound * (1 + 1e-5) + growth * 2.0**-22 * (start + bound)  # rounding to fp32
@@ -140,8 +140,8 @@ def _rows(site: Terms, x: float) -> float:
 
 
 class Limits:
-    """Limits on each site's updates that follow from the plan. budget: from study and declared size
-    to the mechanism; computed once for each size."""
+    """Limits on each site's updates that follow from the plan. budget: maps study and declared
+    size to the mechanism; computed once for each size."""
 
     def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
         self._study, self._budget = study, budget
@@ -155,10 +155,10 @@ class Limits:
         return self._mechanisms[declared]
 
     def deviation(self, declared: int) -> float:
-        """Return the standard deviation of the noise in each number of a step's mean gradient, from
-        a site of this declared size; 0 where the plan adds none.
+        """Return the standard deviation of the noise in each number of a step's mean gradient, for
+        a site of this declared size; 0 if the plan adds none.
 
-        Errors: ConfigError where no mechanism fits the declared size."""
+        Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:
             return 0.0
         site = terms(self._study, self.mechanism(declared), declared)
@@ -166,10 +166,10 @@ class Limits:
 
     def of(self, declared: int, dimension: int, start: float, done: int | None) -> dict[str, Any]:
         """Return the limits on an update of `dimension` numbers of an adapter with norm `start`,
-        from a site of this declared size; {} where the plan adds no noise. done: rounds so far of a
-        continuous study, where the budget's rounds are one unit's.
+        for a site of this declared size; {} if the plan adds no noise. done: rounds so far of a
+        continuous study, where the budget's rounds are those of one unit.
 
-        Errors: ConfigError where no mechanism fits the declared size."""
+        Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:
             return {}
         if declared not in self._terms:

@@ -1,14 +1,14 @@
-"""Schedule the rounds of a study without a last one, and decide which adapters to release.
+"""Schedule the rounds of a study without a last round, and decide which adapters to release.
 
 The rule: a new adapter (the challenger) is released in place of the one in use (the champion) where
 it is better on the public [evaluation] records by the plan in [schedule] (report.change_plan). That
 is at most schedule.looks times; then nothing is compared until the file is replaced by one that
 shares no record with it, at most schedule.files times. What each comparison saw is kept (looks.py).
 
-The champion is measured anew each time: where the public file was replaced, drift shows as a lower
-metric on the new one. Training continues from the newest adapter, released or not; a later adapter
-that is better than the champion is released. All of it is post-processing of noised sums, on public
-records: no ε.
+The champion is measured anew each time: if the public file was replaced, drift shows as a lower
+metric on the new one. Training continues from the newest adapter, released or not; a later
+adapter that is better than the champion is released. All of this is post-processing of noised
+sums, on public records, and costs no ε.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Emit = Callable[..., None]
 
 
 class Continuous:
-    """A continuous study's schedule and versions. slot: of the last round that was tried."""
+    """The schedule and versions of a continuous study. slot: of the last round that was tried."""
 
     def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Emit) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None
@@ -61,7 +61,8 @@ class Continuous:
 
     @property
     def evaluator(self) -> Measures:
-        """The evaluator on the public records as they are now, or, if unreadable, last were."""
+        """The evaluator on the public records as they are now or, if they cannot be read, as
+        they last were."""
         public = self.parts.fingerprint(self.evaluation.path)
         if self._evaluator is None or public != self._public:
             try:
@@ -82,7 +83,8 @@ class Continuous:
         return index.champion if index else 0
 
     def begin(self) -> None:
-        """Release the study's first adapter; after a crash, judge the newest if it was not."""
+        """Release the study's first adapter; after a crash, judge the newest adapter if it was
+        not judged."""
         self.versions.begin(Version(self.progress.round, self._at, "first"), self._save)
         self.judge()
 
@@ -98,8 +100,8 @@ class Continuous:
                 self.event("version", champion=self.champion, promoted=promoted, text=text)
 
     def _compare(self, index: Index) -> Version:
-        """Compare the newest adapter with the champion, if the plan has a look left at the public
-        records as they are now."""
+        """Compare the newest adapter with the champion, if the plan allows one more comparison
+        on the public records as they are now."""
         evaluator, progress = self.evaluator, self.progress
         self._note()
         version = Version(
@@ -136,7 +138,8 @@ class Continuous:
         )
 
     def _note(self) -> None:
-        """Write which records versions are compared on, and which taught the model."""
+        """Write down on which records versions are compared, and which records trained the
+        model."""
         if self._looked.apart is None:
             public = taught_by(self.progress.study)
             taught = self.parts.contents(public) if public else ()

@@ -38,7 +38,8 @@ class Place(NamedTuple):
 
     @property
     def hostnames(self) -> list[str]:
-        """The names by which sites connect: --name, else that in the address given to sites."""
+        """The names by which sites connect: those of --name, else the one in the address given
+        to sites."""
         file = self.home / "address"
         if self.names or not os.path.lexists(file):
             return list(self.names)
@@ -47,9 +48,9 @@ class Place(NamedTuple):
 
 
 def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
-    """Yield each check's finding as it ends. settings: as of load_study.
+    """Yield each check's finding as it ends. settings: as for load_study.
 
-    Errors: ConfigError where study.toml cannot be read; all else is a finding."""
+    Errors: ConfigError if study.toml cannot be read; everything else is a finding."""
     study = load_study(path, settings=settings)
     yield Finding("study file", True, f"{path}: {study.study.name}")
     yield from findings(
@@ -68,7 +69,7 @@ def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[
 
 
 def _plan(study: Study) -> str:
-    """Describe σ, rounds and ε where they are the same for every site, else what they depend on."""
+    """Describe σ, rounds and ε if they are the same for every site, else what they depend on."""
     if isinstance(study.privacy, str):
         return "NOT PRIVATE"
     resolved = with_rounds(study)
@@ -152,7 +153,7 @@ def _clock(home: Path) -> str:
 
 
 def _sites(home: Path) -> str:
-    """Check each site's certificate. Errors: ConfigError where one expired or is not renewed."""
+    """Check each site's certificate. Errors: ConfigError if one expired or is not renewed."""
     admitted = enrol.registry(home)
     for name, record in admitted.items():
         leaf = enrol.leaf_of(home, record)
@@ -175,7 +176,7 @@ def _sites(home: Path) -> str:
 
 
 def _port(place: Place) -> str:
-    """Check that the port is free or this gateway's. Errors: InfrastructureError."""
+    """Check that the port is free or in use by this gateway. Errors: InfrastructureError."""
     host, port = place.host, place.port
     at = address_of(host, port)
     if not is_reachable(own_name(host), port):

@@ -35,8 +35,8 @@ ERROR_TEXT = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One node's answer: content, or the reason that there is none; then status is "failed", or
-    "dropped" where it was longer than agreed. size: bytes of the content on the wire."""
+    """One node's answer: its content, or the reason why there is none; status is then "failed",
+    or "dropped" if it was longer than agreed. size: bytes of the content on the wire."""
 
     node: int
     content: RecordDict | None
@@ -55,11 +55,10 @@ def ask(
 ) -> Iterator[Reply]:
     """Send each node its content and yield exactly one Reply per node, as they arrive.
 
-    most: bytes that an answer may have. A node is identified by the message it answers, never by
-    the answer's content.
-    Guarantee: at most one reply is held, of at most `most` bytes; one that is longer, cannot be
-    read or is never whole is that node's failure alone, and no other waits for it.
-    Errors: InfrastructureError when the grid fails.
+    most: bytes that an answer may have. A node is identified by the message that it answers,
+    never by the answer's content. Guarantee: at most one reply is held, of at most `most` bytes;
+    a reply that is longer, cannot be read or is never complete counts as a failure of that node
+    alone, and no other waits for it. Errors: InfrastructureError if the grid fails.
     """
     try:
         waiting: dict[int, replies.Answer] = {}
@@ -104,8 +103,8 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
 
 
 def _pull_answer(node: int, answer: replies.Answer, most: int) -> Reply | None:
-    """Pull a node's answer, if it arrived. One at a time: Flower loses all that it pulled beside a
-    message that it cannot read, and two large answers need not be held together."""
+    """Pull a node's answer, if it arrived. One at a time: Flower loses everything that it pulled
+    together with a message that it cannot read, and two large answers need not be held together."""
     try:
         message = answer.take()
         if message is None:

@@ -1,5 +1,5 @@
-"""Keep what a continuous study's versions were compared on, so that each verdict can be computed
-again and no record serves twice as a fresh one.
+"""Record on which records a continuous study's versions were compared, so that each verdict can
+be computed again and no record counts twice as a fresh one.
 
     out/looks.key                  the key of the digests; handed over with nothing
     out/versions/looked.json       of each public file that versions were or were to be compared on,
@@ -27,12 +27,13 @@ KEY = "looks.key"
 
 
 class Looked:
-    """The records that the versions of the run in `out` were compared on, by keyed digest.
+    """The records on which the versions of the run in `out` were compared, by keyed digest.
 
-    files: by a public file's sha256; apart: of what taught the model, None until it is known."""
+    files: by a public file's sha256; apart: of the records that trained the model, None until
+    known."""
 
     def __init__(self, out: Path) -> None:
-        """Read what was kept. Errors: CheckpointError (damaged, or its key is gone)."""
+        """Read the stored digests. Errors: CheckpointError (damaged, or its key is gone)."""
         self._out = out
         self.files: dict[str, frozenset[str]] = {}
         self.apart: frozenset[str] | None = None
@@ -55,12 +56,12 @@ class Looked:
         return frozenset(hmac.digest(key, one.encode(), "sha256").hex()[:32] for one in digests)
 
     def note(self) -> None:
-        """Write what versions are compared on. Errors: InfrastructureError."""
+        """Write down on which records versions are compared. Errors: InfrastructureError."""
         files = {public: sorted(records) for public, records in self.files.items()}
         document = {"format": FORMAT, "files": files, "apart": sorted(self.apart or ())}
         writing.replace(self._out / VERSIONS / LOOKED, json.dumps(document).encode())
 
     def keep(self, version: int, look: Look, about: Mapping[str, object]) -> None:
-        """Write what a comparison saw. Errors: InfrastructureError."""
+        """Write down the result of a comparison, record by record. Errors: InfrastructureError."""
         content = {"format": FORMAT, **about, **look.as_dict()}
         writing.replace(self._out / look_file(version), canonical(content))

@@ -1,4 +1,4 @@
-"""The coordinator's side: add up the masked words of a set, and open their sum."""
+"""Add up the masked words of a set of sites at the coordinator, and open their sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from fedtune.core.secagg.statement import Ready
 
 
 class MaskedSum:
-    """The sum of the words that the sites of a set sent, each once; memory for one of them."""
+    """The sum of the words of a set of sites, each counted once; it takes memory for one site's
+    words."""
 
     def __init__(self, statements: Sequence[Ready], dimension: int, bits: int) -> None:
         self.statements = {ready.site: ready for ready in statements}
@@ -33,8 +34,8 @@ class MaskedSum:
         self._added.add(site)
 
     def open(self) -> npt.NDArray[np.int64]:
-        """Return the noised integer sum, (d,). Errors: ValueError while words are missing: what is
-        there is uniform noise."""
+        """Return the noised integer sum, (d,). Errors: ValueError while words are missing: the
+        sum so far is uniform noise."""
         if self.missing:
             raise ValueError("masked words of the set are missing")
         return centre_words(self._total)

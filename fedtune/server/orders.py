@@ -1,4 +1,4 @@
-"""One exchange with the sites, for training and for queries: signed orders out, replies in."""
+"""Exchange messages with the sites, for training and for queries: signed orders out, replies in."""
 
 from __future__ import annotations
 
@@ -31,10 +31,17 @@ TOLD_SECONDS = 10.0  # to hear that sites know that the study has ended
 
 @dataclass(frozen=True)
 class Order:
-    """kind: of message; plan: digest under which the site enters the work; round; group: of the
-    messages; receipt: a site's name to the receipt that goes with its order; arrays: bytes of
-    arrays that an answer may have; attempt: at the round, 0 where there is one; said: further
-    records of the message; adapter: whether the newest adapter goes with it."""
+    """An order to sites.
+
+    - kind: type of the message
+    - plan: digest under which the site enters the work
+    - round: number of the round
+    - group: group of the messages
+    - receipt: a site's name to the receipt that goes with its order
+    - arrays: bytes of arrays that an answer may have
+    - attempt: number of the attempt at the round, 0 if there is only one
+    - said: further records of the message
+    - adapter: whether the newest adapter goes with it"""
 
     kind: str
     plan: str
@@ -48,7 +55,7 @@ class Order:
 
 
 class Answer(NamedTuple):
-    """One site's reply; expected: what its seal must say; sent: bytes that went to the site."""
+    """One site's reply. expected: what its seal must state; sent: bytes that went to the site."""
 
     name: str
     reply: Reply
@@ -64,11 +71,12 @@ def exchange(
     order: Order,
     take: Callable[[Answer], str],
 ) -> None:
-    """Send `order` and the newest adapter to `names` and hand each reply to `take`, which returns
-    its status. A site that was "unprepared" gets the plan again and is asked once more; one whose
-    answer waits for a person there is asked again from time to time, for strategy.round_timeout.
+    """Send `order` and the newest adapter to `names` and pass each reply to `take`, which returns
+    its status. A site that was "unprepared" gets the plan again and is asked once more; a site
+    whose answer waits for a person there is asked again from time to time, for
+    strategy.round_timeout.
 
-    Errors: InfrastructureError where the grid fails."""
+    Errors: InfrastructureError if the grid fails."""
     shared = RecordDict(dict(order.said))
     if order.adapter:
         shared["adapter"] = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))
@@ -109,7 +117,8 @@ def exchange(
 
 
 def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
-    """Yield the answers; where a site works in this process, what it reports says which it is."""
+    """Yield the answers. If a site works in this process, its progress reports are shown under
+    its number."""
     for number in itertools.count(1):
         with stage(f"site {number} of {sites}"):
             reply = next(answers, None)
@@ -119,8 +128,9 @@ def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
 
 
 def tell_finished(roster: Roster, key: SigningKey) -> None:
-    """Tell the sites, signed, that the study has ended, so that none waits for another round. Who
-    does not answer within seconds is not told, and keeps the study as one that is under way."""
+    """Send the sites a signed statement that the study has ended, so that none waits for another
+    round. A site that does not answer within seconds does not get it, and keeps the study as one
+    that is running."""
     plan = dict(roster.plan.config_records["plan"])
     said = ConfigRecord(plan | seal.sign_end(key, str(plan["digest"])))
     contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": said}))
@@ -131,7 +141,7 @@ def tell_finished(roster: Roster, key: SigningKey) -> None:
 
 
 def _digest_beside(shared: RecordDict) -> str:
-    """Digest what goes with an order, as a site reads it."""
+    """Compute the digest of what goes with an order, as a site reads it."""
     adapter = shared.array_records.get("adapter")
     return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))
 

@@ -1,4 +1,4 @@
-"""The coordinator's dependencies, imported when first used; tests replace them."""
+"""Import the coordinator's dependencies when first used; tests replace them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one un
 
 
 class Started(Protocol):
-    """fedtune.public.start.Start."""
+    """The interface of fedtune.public.start.Start."""
 
     @property
     def study(self) -> Study: ...
@@ -37,7 +37,7 @@ class Started(Protocol):
 
 
 class Expected(Protocol):
-    """fedtune.evaluation.expected_gain.ExpectedGain."""
+    """The interface of fedtune.evaluation.expected_gain.ExpectedGain."""
 
     @property
     def is_none(self) -> bool: ...
@@ -48,7 +48,7 @@ class Expected(Protocol):
 
 
 class Measures(Protocol):
-    """fedtune.evaluation.evaluator.Evaluator."""
+    """The interface of fedtune.evaluation.evaluator.Evaluator."""
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]: ...
     def follow(self, adapter: Arrays | None) -> dict[str, float]: ...
@@ -168,18 +168,25 @@ def _report(out: Path, report: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a coordinator runs a study. key: its signing key; receipts: file for the sites' newest
-    receipts beyond one run (None: only in the run's checkpoint); plan: file for the plan as it is
-    sent (None: not stored); ca: the consortium's certificate (PEM; "" in a simulation); registry:
-    tells each admitted site's keys beside its signing key, as its fingerprint holds them; patience:
-    seconds to wait at the start until strategy.min_sites sites admit the plan; waits: wait for
-    sites longer than that, as long as none has refused; signing: seconds to wait at the start for
-    sites of which a person has yet to sign the plan; pause: seconds before the first retry of a
-    round (twice that before the second, and so on); clock, upto: of a continuous study, the time of
-    day, and the round to stop after (None: until it is stopped); skip: leave out a round that too
-    few sites delivered, and continue with the next slot's; anyway: run a study that is not
-    expected to gain anything; shares: of the sites' units by class, of classes that public records
-    lack, for that forecast."""
+    """Settings with which a coordinator runs a study.
+
+    - key: its signing key
+    - receipts: file for the sites' newest receipts beyond one run (None: only in the run's
+      checkpoint)
+    - plan: file for the plan as it is sent (None: not stored)
+    - ca: the consortium's certificate (PEM; "" in a simulation)
+    - registry: returns each admitted site's keys besides its signing key, as its fingerprint holds
+      them
+    - patience: seconds to wait at the start until strategy.min_sites sites admit the plan
+    - waits: wait for sites longer than that, as long as none has refused
+    - signing: seconds to wait at the start for sites where nobody has signed the plan yet
+    - pause: seconds before the first retry of a round (twice that before the second, and so on)
+    - clock, upto: for a continuous study, the time of day, and the round after which to stop (None:
+      until it is stopped)
+    - skip: leave out a round that too few sites delivered, and continue with the next slot's
+    - anyway: run a study that is not expected to gain anything
+    - shares: for that forecast, shares of the sites' units by class, of classes that public records
+      lack"""
 
     key: SigningKey = field(default_factory=SigningKey)
     receipts: Path | None = None
@@ -199,9 +206,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Dependencies:
-    """What a run calls. enrolled: the member behind each node of a grid that may take part now
-    (None: whoever is connected); expect: told which nodes are asked, and how long an answer may
-    be."""
+    """Functions that a run calls.
+
+    enrolled: returns the member behind each node of a grid that may take part now (None: whoever is
+    connected); expect: called with the nodes that are asked, and with how long an answer may be."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator

@@ -1,7 +1,7 @@
-"""What a report says of how a run was made: when, where, with what, and who signed.
+"""Describe in a report how a run was made: when, where, with what, and who signed.
 
 All of it is public or the coordinator's own: its clock, its machine, its packages, the plan, and
-what sites declared. Nothing here is measured at a site or sent by one for this."""
+the sites' declarations. Nothing here is measured at a site or sent by one for this purpose."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """List the versions of what a run's figures depend on."""
+    """List the versions of the packages on which a run's figures depend."""
     found = {"fedtune": fedtune.__version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -82,9 +82,10 @@ def _gpu() -> str:
 
 
 def _times(history: list[dict[str, Any]]) -> dict[str, str]:
-    """When the first round began and the last one ended; {} of rounds that an earlier release ran.
+    """Return when the first round began and the last one ended; {} for rounds of an earlier
+    release.
 
-    The first round's beginning is its end less its seconds."""
+    The first round's beginning is its end minus its duration."""
     ended = [entry["ended"] for entry in history if "ended" in entry]
     if not ended or "ended" not in history[0]:
         return {}

@@ -1,8 +1,8 @@
-"""Private evaluation: query the sites' held-out records about a round and pool the answers.
+"""Query the sites' held-out records about a round (private evaluation), and pool the answers.
 
 Each site sends two noised sums, Σ score and Σ 1 over its units, and two more for each class and
-group that the plan names, and no other number. No quorum is needed, and nothing that goes wrong
-here stops a run."""
+group that the plan names, and no other number. No quorum is needed, and errors in a query never
+stop a run."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Queries:
         return self.progress.phase is Phase.KEPT and self.progress.round in self.study.queries
 
     def ask(self) -> dict[str, Any]:
-        """Ask every willing site about the newest adapter and return the history's entry:
-        the score (likelihood or accuracy), its noise_sd, the sites that answered, missing: site
-        -> reason, and table: the figures by class, group and site, where anybody answered.
+        """Ask every willing site about the newest adapter and return the history's entry: the
+        score (likelihood or accuracy), its noise_sd, the sites that answered, missing: site ->
+        reason, and table: the figures by class, group and site, if anybody answered.
 
         Errors: InfrastructureError where the grid fails."""
         entry, missing = self.progress.history[-1], self.roster.out()
@@ -91,7 +91,7 @@ class Queries:
         return checked.status
 
     def _table(self, answers: dict[str, Outcome]) -> dict[str, Any]:
-        """Make the table of answers; of all sites together alone, with secure aggregation."""
+        """Build the table of answers; with secure aggregation only for all sites together."""
         sums = {name: answer.update["sums"].astype(np.float64) for name, answer in answers.items()}
         variances = {name: _variance(answer.events) for name, answer in answers.items()}
         shown = {"": np.sum([*sums.values()], axis=0)}
@@ -107,7 +107,7 @@ class Queries:
 
     @property
     def score(self) -> str:
-        """What a unit's score is."""
+        """The score of a unit: likelihood or accuracy."""
         table = self.study.private_evaluation
         return "likelihood" if table is None else table.score
 
@@ -134,7 +134,7 @@ def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[
     whose noise has variance v each, n the pooled count. It leaves out the records' sampling error.
 
     | nobody answered, or n within TOO_NOISY standard deviations of 0 | None, None |
-    | the noise carries it outside [0, 1]                             | the nearer end |"""
+    | with the noise it is outside [0, 1]                             | the nearer end |"""
     total, variance = np.zeros(2), 0.0
     for answer in answers:
         total += answer.update["sums"][:2].astype(np.float64)

@@ -1,7 +1,7 @@
-"""Decide what a run releases: the adapter that the sites trained, or what public text alone gives.
+"""Decide which adapter a run releases: the one that the sites trained, or the public start.
 
 Both follow from noised updates and public records, so the choice costs no ε. It is made on the
-[selection] records; those of [evaluation] judge what was chosen."""
+[selection] records; the [evaluation] records measure the chosen adapter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from fedtune.strategies._posterior import ClassFigures
 def decide(
     progress: Progress, selector: Measures | None, figures: ClassFigures | None = None
 ) -> dict[str, Any]:
-    """Decide by the plan's selection.release, and return the decision: "model" is TRAINED or START,
-    "why" says it in words, and where two models were compared, "metric", "records", and the metric
-    of each. {} where the plan has nothing to decide.
+    """Decide by the plan's selection.release, and return the decision.
 
-    figures: what the release says of each class, as noised. Records that lack classes cannot see
-    what is learnt of them; the start is then released only where it would be better even if the
-    trained model were right about every unit of those classes, by their noised share.
+    "model" is TRAINED or START, "why" is the reason in words, and if two models were compared,
+    "metric", "records" and the metric of each follow. {} if the plan has nothing to decide.
+
+    figures: the release's noised figures of each class. Records that lack classes cannot show what
+    is learnt of them; the start is then released only if it would be better even if the trained
+    model were right about every unit of those classes, by their noised share.
     | two that are alike | TRAINED |
     | the share of classes that the records lack is not known, or counts for no accuracy | TRAINED |
     """
@@ -68,8 +69,8 @@ def decide(
 def _compute_unseen_share(
     study: Study, selector: Measures, figures: ClassFigures | None
 ) -> float | None:
-    """Return the noised share of units in classes that the selection records lack; None where it is
-    not known, or not comparable with the metric."""
+    """Return the noised share of units in classes that the selection records lack; None if it is
+    not known, or cannot be compared with the metric."""
     if not selector.lacking:
         return 0.0
     if figures is None or _metric(study) != "accuracy":

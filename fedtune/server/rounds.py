@@ -1,7 +1,7 @@
 """Run a study: start -> admit -> (train, aggregate, measure, save, query) per round -> report.
 
-Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or Ctrl-C
-loses at most the round in progress, and `resume` goes on from there."""
+Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or
+Ctrl-C loses at most the round in progress, and `resume` continues from there."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ def run(
     on_event: OnEvent | None = None,
     parts: Dependencies | None = None,
 ) -> dict[str, Any]:
-    """Run `study` over the nodes of `grid`, write all to `out`; returns the report's body.
+    """Run `study` over the nodes of `grid` and write everything to `out`; return the report's
+    content.
 
-    Errors: ConfigError, CheckpointError (exit 2); Refused, where the sites said no (exit 3);
-    InfrastructureError, where they did not answer (exit 4)."""
+    Errors: ConfigError, CheckpointError (exit 2); Refused, if the sites refused (exit 3);
+    InfrastructureError, if they did not answer (exit 4)."""
     parts, on_event = parts or Dependencies(), on_event or (lambda kind, data: None)
     strategy = build_strategy(study)
     progress = store.open_folder(out, study, resume=resume)
@@ -77,7 +78,7 @@ def run(
 
 
 class TooFew(InfrastructureError):
-    """A round that fewer than strategy.min_sites delivered, whatever was tried."""
+    """Fewer than strategy.min_sites delivered a round, after all retries."""
 
 
 class _Run:
@@ -131,9 +132,9 @@ class _Run:
 
     @property
     def _step_chooser(self) -> Measures | None:
-        """What chooses how far a round moves the adapter: the selection records, but not where a
-        head is made of class statistics, nor where they have no record of a class that the plan
-        names, since they would take no step that learns it."""
+        """Return the function that chooses how far a round moves the adapter, by the selection
+        records. There is none if a head is made of class statistics, nor if these records lack a
+        class that the plan names, since they would take no step that learns it."""
         selector = self._selector
         if selector is None or self.strategy.of_statistics or selector.lacking:
             return None
@@ -171,9 +172,9 @@ class _Run:
         return self._finish()
 
     def _foretell(self) -> None:
-        """Say what the sites are expected to add to public records, before they pay.
+        """Print what the sites are expected to add to public records, before they pay.
 
-        Errors: ConfigError where that is nothing, and records would be private."""
+        Errors: ConfigError if they are expected to add nothing, and records would be private."""
         sizes, records = self.progress.sizes, len(self._evaluator) if self._evaluator else 0
         names = self.roster.list_willing()
         shares, known = self.settings.shares, self.progress.strategy
@@ -219,8 +220,8 @@ class _Run:
         self._publish()
 
     def _admit(self) -> None:
-        """Wait for min_sites to admit the plan: for `patience` or without end for sites to connect,
-        for `signing` for their people. Errors: Refused, InfrastructureError."""
+        """Wait for min_sites to admit the plan: for `patience`, or without end, for sites to
+        connect; for `signing` for their people. Errors: Refused, InfrastructureError."""
         began, told = time.monotonic(), set[str]()
         while True:
             self.roster.join()
@@ -238,7 +239,7 @@ class _Run:
             time.sleep(min(POLL, self.settings.patience))
 
     def _tell_waiting(self, told: set[str]) -> set[str]:
-        """Say for whose people the start waits, when that changes; return their sites."""
+        """Report for whose people the start waits, when that changes; return their sites."""
         names = set(self.roster.waiting)
         if names != told:
             self._event(
@@ -409,8 +410,8 @@ class _Run:
         self._event("round", **store.figures(entry), bytes=moved)
 
     def _noise_of_mean(self, tally: Tally) -> tuple[float, float]:
-        """Return of how many declared units the round's mean is, and the standard deviation of the
-        noise in each of its numbers: both follow from the plan and what the sites declared."""
+        """Return the number of declared units in the round's mean, and the standard deviation of
+        the noise in each of its numbers: both follow from the plan and the sites' declarations."""
         sizes = [self.progress.sizes[name] for name in tally.participants]
         weights = [min(size, self._weight_cap(tally)) for size in sizes]
         # A site's mean is divided by its size and multiplied by its weight; where the sum alone is
@@ -438,8 +439,8 @@ class _Run:
         self.receipts.keep({progress.keys[name]: r for name, r in progress.receipts.items()})
 
     def _measure(self, number: int) -> dict[str, float]:
-        """Measure the adapter on [evaluation]. What chose nothing is measured when all is chosen:
-        with [selection] after the last round alone."""
+        """Measure the adapter on [evaluation]. These records choose nothing, so with [selection]
+        they are used only after the last round."""
         table = self.study.evaluation
         every = 0 if self.study.selection else table.every if table else 0
         last = self.continuous is None and self._is_over
@@ -465,7 +466,7 @@ class _Run:
         return report
 
     def _write(self, adapter: Arrays, name: str) -> None:
-        """Write an adapter to a folder of the run, whole or not at all."""
+        """Write an adapter to a folder of the run, completely or not at all."""
         folder, draft = self.out / name, self.out / f"{name}.new"
         shutil.rmtree(draft, ignore_errors=True)
         self.parts.save(self.study, adapter, self.progress.frozen, draft)
@@ -473,7 +474,8 @@ class _Run:
         draft.rename(folder)
 
     def _publish(self) -> dict[str, Any]:
-        """Write the report, and sign it with the adapter and what the sites signed."""
+        """Write the report, and sign it together with the adapter and the evidence that the
+        sites signed."""
         own, ran = self.settings, self.progress
         self.parts.report(self.out, report := self._report())
         sign(self.out, ran.study, own.key, own.ca, ran.keys, own.registry(), ran.history)

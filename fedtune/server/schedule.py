@@ -1,8 +1,8 @@
-"""Compute when the rounds of a study without a last one begin.
+"""Compute when the rounds of a study without a last round begin.
 
     slot k begins at start + k · every; a round runs in a slot, at most one in each
 
-| the coordinator was away, or a round took longer than `every` | what was missed is not made up |
+| the coordinator was away, or a round took longer than `every` | missed rounds are left out     |
 | started within a slot that has had no round                   | that slot's round begins now   |
 Guarantee: the times follow from the clock and the plan alone, from nothing that a site sends.
 """
@@ -20,7 +20,7 @@ LONGEST = 30.0  # seconds slept at a stretch: the time of day may be set meanwhi
 
 
 class Clock(Protocol):
-    """The time of day, in seconds since 1970; tests and simulations bring their own."""
+    """The time of day, in seconds since 1970; tests and simulations provide their own."""
 
     def now(self) -> float: ...
     def sleep(self, seconds: float) -> None: ...
@@ -50,7 +50,8 @@ class SimulatedClock:
 
 
 def next_slot(table: ScheduleTable, last: int | None, now: float) -> int:
-    """Return the next round's slot: the newest begun, unless it had its round already (`last`)."""
+    """Return the next round's slot: the newest slot that has begun, unless it had its round
+    already (`last`)."""
     current = max(0, math.floor((now - table.start_timestamp) / table.every))
     return current if last is None else max(current, last + 1)
 

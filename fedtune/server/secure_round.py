@@ -1,11 +1,11 @@
-"""The coordinator's part of a round whose sum alone is opened.
+"""Run the coordinator's part of a round of which only the sum is opened.
 
     ready    every site draws its noised sum and says so; then the set of sites is fixed
     masked   each of the set sends words that open in the sum alone
     open     all of them in: the optimiser's step, on the mean gradient of all units
 
-With one of the set missing for good nothing is opened, and the next attempt is a new draw that
-every site pays for again. Which set an attempt was fixed for is saved before anybody is told."""
+If one site of the set is missing for good, nothing is opened, and the next attempt is a new draw
+for which every site pays again. The set of an attempt is saved before any site is informed."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class SecureRound:
         return self.progress.study
 
     def advance(self, names: list[str], tally: Tally) -> None:
-        """Ask `names` for their part of the round; those that take part are counted in `tally` when
-        the sum was opened, and not before."""
+        """Ask `names` for their part of the round; sites that take part are counted in `tally`
+        when the sum was opened, and not before."""
         attempt, least = self._attempt(tally.number), self.study.strategy.min_sites
         if not attempt["closed"]:
             self._collect([n for n in names if n not in attempt["statements"]], tally)
@@ -91,7 +91,7 @@ class SecureRound:
     # ------------------------------------------------------------------------------------ ready
 
     def _collect(self, names: list[str], tally: Tally) -> None:
-        """Ask for statements, and keep those that are of this draw."""
+        """Ask for statements, and keep those about this draw."""
         attempt, progress = self.progress.attempt, self.progress
         asked = [progress.keys[name] for name in {*names, *attempt["statements"]}]
         record = ConfigRecord({"asked": json.dumps(sorted(asked))})
@@ -112,8 +112,8 @@ class SecureRound:
         return self._note_reply(tally, answer, result)
 
     def _check_statement(self, name: str, draw: Draw, result: Outcome) -> Outcome:
-        """Check that a site's statement is about this draw, and says of it what it was admitted
-        with."""
+        """Check that a site's statement is about this draw, and states what the site was
+        admitted with."""
         try:
             ready = parse(result.evidence["said"].get("ready"))
         except StatementError as error:
@@ -130,8 +130,8 @@ class SecureRound:
     # ----------------------------------------------------------------------------------- masked
 
     def _open(self, tally: Tally) -> None:
-        """Ask the attempt's set for its words until all are in, and open their sum; or give the
-        attempt up."""
+        """Ask the attempt's set for its words until all are there, and open their sum; or give
+        the attempt up."""
         attempt = self.progress.attempt
         statements = [parse(text) for text in attempt["statements"].values()]
         words = self._sum = self._sum or MaskedSum(statements, self._dimension, self._bits())
@@ -157,8 +157,8 @@ class SecureRound:
         self.save()
 
     def _is_void(self, tally: Tally, names: list[str]) -> bool:
-        """Return whether one of `names` said that it will not answer this attempt. A reply that was
-        dropped says nothing: it may be an old one, and what the site sends next the right one."""
+        """Return whether one of `names` answered that it will not answer this attempt. A dropped
+        reply does not count: it may be an old one, and the site's next reply the right one."""
         told = [tally.missing.get(name, "") for name in names]
         return any(why.startswith(("void", "refused")) for why in told)
 
@@ -207,8 +207,9 @@ class SecureRound:
             self.on_status(name, "trained", "", tally.number)
 
     def _weights(self, tally: Tally, names: list[str]) -> dict[str, int]:
-        """Return the units that each site counts as in the mean: as declared, but no more than a
-        multiple of the median, so that no declaration shrinks everybody's step to nothing."""
+        """Return the number of units that each site counts for in the mean: as declared, but no
+        more than a multiple of the median, so that no declaration shrinks everybody's step to
+        nothing."""
         sizes, most = self.progress.sizes, self.weight_cap(tally)
         tally.weights |= {name: most for name in names if sizes[name] > most}
         return {name: min(sizes[name], most) for name in names}
@@ -262,7 +263,7 @@ class SecureRound:
         return result
 
     def _note_reply(self, tally: Tally, answer: Answer, result: Outcome) -> str:
-        """Note what became of a reply."""
+        """Record the outcome of a reply."""
         name = answer.name
         if result.status not in ("ready", "masked"):
             tally.failures[name] += result.status != "unprepared"
@@ -304,7 +305,7 @@ class SecureRound:
 
     @property
     def _like(self) -> Arrays:
-        """Arrays of the names and shapes of a site's part."""
+        """Return arrays with the names and shapes of a site's part."""
         return self.strategy.update_like(self.progress.adapter)
 
     def _adapter_digest(self) -> str:

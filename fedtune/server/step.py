@@ -1,8 +1,8 @@
 """Choose how far a round's mean update moves the adapter, on public [selection] records.
 
-The updates were noised at the sites and the selection records are public, so whatever is tried here
-is post-processing: no ε. The loss never rises from round to round, since a step of zero is among
-those tried; the last adapter is then the best one too.
+The updates were noised at the sites and the selection records are public, so every trial here is
+post-processing and costs no ε. The loss never rises from round to round, since a step of zero is
+among those tried; the last adapter is therefore also the best one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ TOLERANCE = 1e-4  # of the loss: lowering it by less is no step
 
 
 def replace_evaluation(study: Study) -> Study:
-    """Replace a study's [evaluation] by its [selection] records, to be measured alike."""
+    """Replace a study's [evaluation] by its [selection] records, to measure these in the same
+    way."""
     table, asked = study.selection, study.evaluation
     assert table is not None
     held_out = EvaluationTable(path=table.path, columns=table.columns)
@@ -81,7 +82,7 @@ def choose(
 
 def line_search(loss: Callable[[float], float], start: float) -> float:
     """Search the factor of least loss among 0 and start times the powers of two: by fours until
-    the loss rises on both sides, then by two. 0 where none lowers the loss.
+    the loss rises on both sides, then by two. 0 if none lowers the loss.
 
     >>> line_search(lambda factor: (factor - 30) ** 2, 1.0)
     32.0
@@ -100,8 +101,8 @@ def line_search(loss: Callable[[float], float], start: float) -> float:
 
 
 def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
-    """Return whether one of the last selection.patience rounds lowered the loss, or fewer were. One
-    that did took a step, or kept less of the past."""
+    """Return whether one of the last selection.patience rounds lowered the loss, or there were
+    fewer rounds. A round that lowered it took a step, or kept less of the past."""
     if study.selection is None or len(history) < study.selection.patience:
         return True
     newest = history[-study.selection.patience :]
@@ -112,7 +113,7 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
 def _combine(
     origin: Arrays, adapter: Arrays, proposed: Arrays, keep: float, factor: float
 ) -> Arrays:
-    """Combine in fp64, and return fp32; `proposed` itself where both are 1."""
+    """Combine in fp64, and return fp32; `proposed` itself if both factors are 1."""
     if keep == factor == 1:
         return proposed
     combined = {}

@@ -1,11 +1,12 @@
-"""A run's checkpoint: its state in SQLite, and its arrays beside it.
+"""Save a run's checkpoint: its state in SQLite, and its arrays beside it.
 
     out/checkpoint/run.db                the run, its rounds and its sites; a transaction per phase
     out/checkpoint/frozen.safetensors    what the adapter never trains; written once
     out/checkpoint/round-K.safetensors   adapter and strategy state after round K
 
-Guarantee: arrays are on disk before the transaction that names them by file and sha256, and older
-ones go after it. So after a crash at any time the old state or the new one is there, complete.
+Guarantee: arrays are on disk before the transaction that names them by file and sha256, and
+older arrays are removed after it. So after a crash at any time either the old state or the new
+one is complete.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class CheckpointError(InputError):
 
 
 class Phase(StrEnum):
-    """A run's phase: (round + 1) was ordered, or what was done since `round` was kept.
+    """The phase of a run: (round + 1) was ordered, or what was done since `round` was saved.
 
     started → asked → kept [→ queried] → asked → … → finished"""
 
@@ -84,16 +85,20 @@ FOLLOWS = {
 
 @dataclass
 class Progress:
-    """A run between two phases.
+    """The state of a run between two phases.
 
-    asked: digest of the study as it was given; study: the same, resolved; origin: with [selection]
-    or a public start, the adapter before the first round; round: the last one kept, with which
-    alone adapter and strategy change; events: site -> its step log for this study so far; queries:
-    the same for its answers about held-out records; keys: site -> its public signing key; receipts:
-    site -> its newest receipt, sent back with the next order; history: one entry per round kept;
-    before, started: quality of the base, and of what public text makes of it before the first
-    round; expected: what the sites were expected to add to that; attempt: with secure aggregation,
-    the round's in progress.
+    - asked: digest of the study as it was given; study: the same, resolved
+    - origin: with [selection] or a public start, the adapter before the first round
+    - round: the last saved round; only with it do adapter and strategy change
+    - events: site -> its step log for this study so far
+    - queries: the same for its answers about held-out records
+    - keys: site -> its public signing key
+    - receipts: site -> its newest receipt, sent back with the next order
+    - history: one entry per saved round
+    - before, started: quality of the base, and of the public start before the first round
+    - expected: what the sites were expected to add to that start
+    - attempt: with secure aggregation, the attempt at the round in progress
+
     Guarantee: everything in it is public or was noised at a site before it was sent."""
 
     asked: str
@@ -122,8 +127,8 @@ class Progress:
 
 
 def save(out: Path, progress: Progress) -> None:
-    """Save the run's state durably. Errors: InfrastructureError when the disk refuses (the previous
-    state is then intact); CheckpointError where the database is damaged."""
+    """Save the run's state durably. Errors: InfrastructureError if the disk refuses (the
+    previous state is then intact); CheckpointError if the database is damaged."""
     folder = out / FOLDER
     groups: dict[str, dict[str, Any]] = {
         FROZEN: {"frozen": progress.frozen, "origin": progress.origin},
@@ -136,7 +141,7 @@ def save(out: Path, progress: Progress) -> None:
 
 
 def load(out: Path, study: Study) -> Progress | None:
-    """Load the run of `study` from `out`, or None where none was saved.
+    """Load the run of `study` from `out`, or None if none was saved.
 
     Errors: CheckpointError (damaged, or another study's); InfrastructureError."""
     folder = out / FOLDER
@@ -184,9 +189,9 @@ def load(out: Path, study: Study) -> Progress | None:
 
 
 def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
-    """Create `out`, for this user alone, or load the run that it holds.
+    """Create `out`, readable by this user only, or load the run that it holds.
 
-    Errors: ConfigError where a run is there and `resume` was not asked for; CheckpointError."""
+    Errors: ConfigError if it holds a run and `resume` is not set; CheckpointError."""
     if not resume:
         check_vacant(out)
     try:
@@ -211,12 +216,12 @@ EVIDENCE = ("evidence", "query_evidence")  # of a round: what sites signed, whic
 
 
 def figures(entry: dict[str, Any]) -> dict[str, Any]:
-    """A round's entry in the history, without what the sites signed."""
+    """Return a round's entry in the history, without what the sites signed."""
     return {key: value for key, value in entry.items() if key not in EVIDENCE}
 
 
 def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
-    """Write metrics.jsonl anew: after a crash it agrees with the checkpoint again."""
+    """Write metrics.jsonl anew, so that after a crash it agrees with the checkpoint."""
     lines = [json.dumps(figures(entry), sort_keys=True) + "\n" for entry in history]
     replace(out / "metrics.jsonl", "".join(lines).encode())
 
@@ -224,8 +229,8 @@ def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
 class Receipts:
     """The newest receipt of each site, by its public key, beyond any one run; None: not stored.
 
-    They let the first order of the next study show a site restored from an old copy what it had
-    already signed. Errors: CheckpointError where the file is damaged."""
+    With them the first order of the next study shows a site that was restored from an old copy what
+    it had already signed. Errors: CheckpointError if the file is damaged."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -258,7 +263,7 @@ class Receipts:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a connection that commits durably, by hand (no implicit transactions)."""
+    """Open a connection whose explicit commits are durable (no implicit transactions)."""
     connection = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
     for pragma in PRAGMAS:
         connection.execute(f"PRAGMA {pragma}")
@@ -266,7 +271,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _rows(progress: Progress, files: dict[str, str]) -> Rows:
-    """Build the tables' rows, all but their sha256."""
+    """Build the rows of the tables, except their sha256."""
     measured = {"base": progress.before, "start": progress.started, "attempt": progress.attempt}
     measured |= {"expected": progress.expected} if progress.expected else {}
     more = progress.started or progress.attempt or progress.expected
@@ -284,7 +289,7 @@ def _rows(progress: Progress, files: dict[str, str]) -> Rows:
 
 
 def _commit(path: Path, rows: Rows) -> None:
-    """Commit the rows. The first database is put in place as one file, so one that exists was
+    """Commit the rows. The first database is put in place as one file, so an existing one was
     committed."""
     if not path.exists():
         with closing(sqlite3.connect(":memory:", isolation_level=None)) as sql:
@@ -380,7 +385,7 @@ def _prune(folder: Path, files: dict[str, str]) -> None:
 
 @contextmanager
 def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
-    """Map sqlite's errors to ours; `damage`: further exceptions that mean a damaged file."""
+    """Map sqlite's errors to ours. damage: further exceptions that mean a damaged file."""
     try:
         yield
     except sqlite3.OperationalError as error:

@@ -28,10 +28,11 @@ WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was
 
 
 def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
-    """Compute each site's ε so far, at the study's δ; empty where privacy is off.
+    """Compute each site's ε so far, at the study's δ; empty if privacy is off.
 
-    In a continuous study: for a patient who was there in every round, up to the plan's lifetime ε,
-    at which the site leaves a patient out. The site's own ledger may show less."""
+    For a continuous study, this is the ε of a patient who was there in every round, up to the
+    plan's lifetime ε, at which the site leaves a patient out. The site's own ledger may show less.
+    """
     privacy = progress.study.privacy
     if isinstance(privacy, str):
         return {}
@@ -46,8 +47,8 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
 
 
 def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
-    """Describe what is about to run: the study, who takes part, and at most what it costs each of
-    them in ε, at the study's δ; of a continuous study, over a patient's life."""
+    """Describe the study before it runs: who takes part, and at most what it costs each of them
+    in ε, at the study's δ; for a continuous study, over a patient's life."""
     study = progress.study
     by_site = dict[str, float]()
     names = roster.list_willing()
@@ -69,7 +70,7 @@ def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> di
 def _epsilon(
     events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable, shares: int = 1
 ) -> float:
-    """Compute ε of a site's steps, on whose sum `shares` sites' noise is."""
+    """Compute ε of a site's steps, if `shares` sites add noise to their sum."""
     steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
     return parts.epsilon(steps, privacy.delta)
 
@@ -112,7 +113,7 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the table of the newest answers about held-out records, with its round; empty where
+    """Return the table of the newest answers about held-out records, with its round; empty if
     nobody answered."""
     for entry in reversed(history):
         if table := entry.get("private_quality", {}).get("table"):
@@ -121,13 +122,14 @@ def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
-    """Return site -> ranks that it trained in the rounds kept; empty where there is no choice."""
+    """Return site -> the rank that it trained in each saved round; empty if there is no choice."""
     return {name: rank for entry in history for name, rank in entry.get("lora_ranks", {}).items()}
 
 
 def statements(declared: dict[str, str], free_query: set[str], names: list[str]) -> dict[str, Any]:
-    """Return what those of `names` state of their data, as a round's "declared" and "free_query":
-    whose is not private, and whose is selected by a query or a view; empty where there is none."""
+    """Return the statements of `names` about their data, as a round's "declared" and
+    "free_query": sites whose data is not private, and sites whose data is selected by a query or
+    a view; empty if there is none."""
     found = {
         "declared": {name: declared[name] for name in sorted(names) if declared.get(name)},
         "free_query": sorted(free_query.intersection(names)),
@@ -136,8 +138,8 @@ def statements(declared: dict[str, str], free_query: set[str], names: list[str])
 
 
 def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
-    """Return what each site that took part so far declared its data to be, "" where private; and
-    which of them had a query or a view select its records, in any round."""
+    """Return what each site that took part so far declared its data to be, "" if private; and
+    the sites at which a query or a view selected the records, in any round."""
     declared = {
         name: entry.get("declared", {}).get(name, "")
         for entry in history
@@ -147,9 +149,11 @@ def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str],
 
 
 def _ranks(progress: Progress) -> dict[str, Any]:
-    """Report where sites trained fewer ranks: ranks by site, and for each range of B's columns, of
-    all rounds, the share of the mean's weight that trained them and the noise relative to every
-    site training them (None: no noise, AdamW, or a strategy that takes no mean).
+    """Report the rounds in which sites trained fewer ranks.
+
+    The table holds ranks by site and, for each range of B's columns over all rounds, the share of
+    the mean's weight that trained them, and the noise relative to every site training them (None:
+    no noise, AdamW, or a strategy that takes no mean).
 
     The divisor is all sites' weight, so the signal falls with the share, and noise by less."""
     study = progress.study
@@ -188,7 +192,8 @@ def _ranks(progress: Progress) -> dict[str, Any]:
 
 
 def _noise(progress: Progress, name: str) -> float:
-    """Compute the noise of one number in a site's SGD update, up to a factor common to all."""
+    """Compute the noise of one number in a site's SGD update, up to a factor common to all
+    sites."""
     events = progress.events.get(name)
     if not events:
         return 1.0
@@ -274,8 +279,8 @@ def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) -> dict[str, Any]:
-    """Report the held-out records' cost of the queries. with_training: for a unit in both files of
-    a site, which the coordinator cannot rule out."""
+    """Report the cost of the queries to the held-out records. with_training: for a unit in both
+    files of a site, which the coordinator cannot rule out."""
     table = progress.study.private_evaluation
     assert table is not None
     common = {
@@ -303,7 +308,7 @@ def judge_adapter(
     progress: Progress, evaluator: Measures, selector: Measures | None
 ) -> dict[str, Any]:
     """Report the trained adapter's gain over the base and over the public start, with intervals,
-    and on how many records each step was chosen, where it was."""
+    and the number of records on which each step was chosen, if it was."""
     start = progress.origin if progress.study.start and progress.origin else None
     gain = {"gain": evaluator.gain(progress.adapter, start)}
     return gain if selector is None else gain | {"selection_records": len(selector)}
@@ -312,8 +317,8 @@ def judge_adapter(
 def with_start_released(
     quality: dict[str, Any], progress: Progress, evaluator: Measures
 ) -> dict[str, Any]:
-    """Return a report's quality where the public start is released: "after" and "gain" are that
-    one's, "trained" and the intervals of that name the trained model's, and gain.over_start
+    """Return a report's quality if the public start is released: "after" and "gain" describe the
+    start, "trained" and the intervals of that name the trained model, and gain.over_start
     compares the two."""
     trained, gain = quality["gain"], evaluator.gain(progress.origin)
     for name, bounds in gain.get("intervals", {}).items():
@@ -323,8 +328,8 @@ def with_start_released(
 
 
 def counts_are_told(progress: Progress) -> bool:
-    """Return whether a report may tell how many units each class has: by noised counts, and of more
-    than one site."""
+    """Return whether a report may state the number of units in each class: only by noised
+    counts, and of more than one site."""
     took_part = {name for entry in progress.history for name in entry["participants"]}
     return progress.study.private and len(took_part) > 1
 
@@ -332,9 +337,9 @@ def counts_are_told(progress: Progress) -> bool:
 def classes(
     progress: Progress, evaluator: Measures | None, figures: ClassFigures | None, released: Arrays
 ) -> list[dict[str, Any]]:
-    """Report each class: what the test records say of the released adapter, and what the sites'
-    noised counts say. There are no counts of one site alone, nor any without noise: post-processing
-    of what was sent, so it costs no ε."""
+    """Report each class: the released adapter's figures on the test records, and the sites'
+    noised counts. There are no counts of one site alone, nor any without noise: this is
+    post-processing of noised answers, so it costs no ε."""
     names = progress.study.objective.labels
     if not names:
         return []
@@ -349,8 +354,8 @@ def classes(
 
 
 def measure_start(progress: Progress, evaluator: Measures | None) -> None:
-    """Measure the base alone and, where the plan trains on public text first, what that start
-    gives, on the evaluation set."""
+    """Measure the base alone and, if the plan trains on public text first, the start that
+    results, on the evaluation set."""
     if evaluator is None:
         return
     with stage("before the rounds"):

@@ -1,4 +1,4 @@
-"""Report the teacher of a study that distils one, and what both together cost."""
+"""Report the teacher of a study that distils one, and the joint cost of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOT_PRIVATE = "was trained without privacy"
 
 
 def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
-    """Add a teacher to its student's report, and to the student's ε what the teacher cost.
+    """Add a teacher to its student's report, and the teacher's cost to the student's ε.
 
     report: of the student's own rounds; teacher: name, digest, kind ("base", "run" or "unknown")
     and, of a run, its report. Each site's ε is then that of both trainings, composed as `merge`
@@ -21,7 +21,7 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     Guarantee: never less than the ε of everything that any one person took part in.
 
     | a base                           | costs nothing more |
-    | not here, or its report does not say | the student's ε alone, and cost: not known |
+    | not on this machine, or its report does not say | the student's ε alone, and cost: not known |
     | a run without privacy            | the student's ε alone, and cost: without privacy |"""
     facts = {key: teacher[key] for key in ("name", "digest")}
     if teacher["kind"] == "base":
@@ -55,7 +55,8 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
 
 
 def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:
-    """Compute the ε of whoever is among a site's held-out records and those of both trainings."""
+    """Compute the ε of a person whose records are among a site's held-out records and those of
+    both trainings."""
     own = report["privacy"]
     rows = {
         name: row | {"sampling_rate": 1.0, "key": own["sites"].get(name, {}).get("key")}

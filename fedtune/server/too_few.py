@@ -1,4 +1,4 @@
-"""The error of a study that too few sites take part in."""
+"""Raise the error of a study in which too few sites take part."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ E = TypeVar("E", bound=FedtuneError)
 
 
 def too_few(kind: type[E], willing: int, missing: Mapping[str, str], least: int) -> E:
-    """Build the error that lists the missing sites with their reasons, sites of one reason
-    together. willing: how many take part; least: strategy.min_sites."""
+    """Build the error that lists the missing sites with their reasons; sites with the same
+    reason are listed together. willing: number of sites that take part; least:
+    strategy.min_sites."""
     alike = dict[str, list[str]]()
     for name, why in missing.items():
         alike.setdefault(why, []).append(name)

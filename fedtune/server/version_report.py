@@ -1,4 +1,4 @@
-"""What a report says of a continuous study's versions: which is in use, and its figures."""
+"""Describe a continuous study's versions in its report: the one in use, and its figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
-    """Return what a quality table says of its own columns and records. public: their sha256."""
+    """Return a quality table's entries about its own columns and records. public: their sha256."""
     records = f"the public records in use (sha256 {public[:8]})" if public else "the public records"
     columns = ["base alone", f"version {champion}, in use"]
     return {"on": records, "columns": columns, "public": public, "version": champion}
@@ -37,8 +37,9 @@ def in_use(index: Index) -> dict[str, Any]:
 
 
 def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = None) -> str:
-    """Write a run's report anew after a person chose the version in use: its figures, measured with
-    the base on the public records as they are now. Without a report yet, nothing is written.
+    """Write a run's report anew after a person chose the version in use: its figures, measured
+    with the base on the public records as they are now. If there is no report yet, nothing is
+    written.
 
     signed_by: the key and CA that signed it, to sign it again.
     Returns "", or why it could not be measured: the report then has no figure of any version.

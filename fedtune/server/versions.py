@@ -1,12 +1,12 @@
-"""The released adapters of a study without a last round, and which of them is in use.
+"""Store the released adapters of a study without a last round, and which of them is in use.
 
     out/versions/index.json   what was decided about every version, and the champion
     out/versions/N/           version N (the adapter after round N), for each that was ever released
     out/adapter               a link to the champion's folder
 
-Guarantee: a version's files are on disk before the index names it, the index before the link moves,
-and the link moves atomically: out/adapter is always one complete released version, also after a
-crash. A version that was kept back has no folder at all.
+Guarantee: a version's files are on disk before the index names it, the index before the link
+moves, and the link moves atomically: out/adapter is always one complete released version, also
+after a crash. A version that was not released has no folder.
 """
 
 from __future__ import annotations
@@ -37,12 +37,16 @@ Decision = Literal["first", "released", "kept back", "pinned", "not compared"]
 class Version:
     """One adapter and the decision about it.
 
-    number: the round that made it; at: when that was scheduled (UTC); value: the study's metric on
-    the public records; champion, champion_value: the version in use then, on the same records;
-    p: how likely as good a version would be by chance; verdict, why, groups: what follows by the
-    plan (report.change_plan); look: which comparison on those records this was, from 1; public:
-    sha256 of them; decision: pinned: the champion was pinned by a rollback, so nothing is released
-    meanwhile; not compared: the plan has no such look."""
+    - number: the round that made it
+    - at: when that round was scheduled (UTC)
+    - value: the study's metric on the public records
+    - champion, champion_value: the version in use at that time, on the same records
+    - p: the probability that a version which is no better looks this much better
+    - verdict, why, groups: the plan's decision (report.change_plan)
+    - look: the number of this comparison on those records, from 1
+    - public: sha256 of the records
+    - decision: "pinned": the champion was pinned by a rollback, so nothing is released meanwhile;
+      "not compared": the plan allows no such comparison"""
 
     number: int
     at: str
@@ -62,8 +66,8 @@ class Version:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a person chose after version `after` was judged: the version in use from then on, or
-    None: better ones are released again."""
+    """A person's choice after version `after` was judged: the version in use from then on, or
+    None: better versions are released again."""
 
     after: int
     version: int | None
@@ -71,7 +75,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Index:
-    """champion: the version in use; pinned: whether a person chose it, so that it stays."""
+    """The index of versions. champion: the version in use; pinned: whether a person chose it, so
+    that it stays."""
 
     champion: int
     pinned: bool
@@ -93,13 +98,13 @@ _INDEX = TypeAdapter(Index)
 
 
 class Versions:
-    """The versions of the run in `out`. Several processes may open one; each change is one step."""
+    """The versions of the run in `out`. Several processes may open them; each change is atomic."""
 
     def __init__(self, out: Path) -> None:
         self.out, self.folder = out, out / VERSIONS
 
     def index(self) -> Index | None:
-        """Read the index; None where nothing was ever released. Errors: CheckpointError."""
+        """Read the index; None if nothing was ever released. Errors: CheckpointError."""
         path, expected = self.folder / INDEX, "the file as it was written"
         if not os.path.lexists(path):
             return None
@@ -130,8 +135,8 @@ class Versions:
     def add(self, version: Version, save: Callable[[Path], None]) -> Version | None:
         """Enter the decision about `version`, and release it if that was the decision.
 
-        Return None and change nothing where the champion is no longer the one that it was compared
-        with. A pinned champion stays: the decision is then "pinned"."""
+        Return None and change nothing if the champion is no longer the one with which it was
+        compared. A pinned champion stays: the decision is then "pinned"."""
         with self._alone():
             index = self.index()
             assert index is not None  # begun before anything is judged

@@ -1,1 +1,2 @@
-"""Aggregation strategies of this release, one module each; core/strategy.py says what one is."""
+"""Aggregation strategies of this release, one module each; core/strategy.py defines their
+interface."""

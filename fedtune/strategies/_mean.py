@@ -17,7 +17,7 @@ _THREADS = min(4, os.cpu_count() or 1)
 
 
 class _Block(NamedTuple):
-    """A stretch of the sum (fp64), and the same stretch of each update (fp32) with its weight."""
+    """A part of the sum (fp64), and the same part of each update (fp32) with its weight."""
 
     total: npt.NDArray[np.float64]
     terms: list[tuple[npt.NDArray[np.float32], float]]
@@ -44,7 +44,7 @@ class RunningMean:
             self._add_up()
 
     def take(self) -> State | None:
-        """Return the mean, or None where nothing was added, and start over."""
+        """Return the mean, or None if nothing was added, and start over."""
         self._add_up()
         total, weight = self._sum, self._weight
         self._sum, self._weight = {}, 0.0

@@ -1,15 +1,16 @@
-"""A linear head from one noised release of class statistics.
+"""Compute a linear head from one noised release of class statistics.
 
 Each site sums over its units, for every class y, the features f(x) of that class's records and the
 number `weight` for each, so one array (K, k + 1) holds the classes' sums and, in its last column,
 how many units they have. The array is noised once. All that is here follows from it and from public
 vectors, so it costs no ε.
 
-Every class has a posterior mean: what public records say of it and, before that, what the base
-makes of its name, weighed against the release by what noise and sampling leave of either. A linear
-discriminant of these means is the head. What noise adds to a direction is therefore shrunk where it
-exceeds what the direction says, and a class that public records lack is learnt from the release
-alone. The constants below were chosen on two sets and are tested on others: docs/quality.md.
+Every class has a posterior mean. Its prior is the mean of public records and, without them, the
+base's vector of the class's name; prior and release are weighted by the inverse of their
+variances from noise and sampling. The head is a linear discriminant of these means. A direction
+in which noise exceeds the signal is therefore shrunk, and a class that public records lack is
+learnt from the release alone. The constants below were chosen on two sets and are tested on
+others: docs/quality.md.
 
 Reference: Snell et al. 2017, "Prototypical networks for few-shot learning"; Efron & Morris 1973,
 "Stein's estimation rule and its competitors" (a mean shrunk by what its prior explains)."""
@@ -46,9 +47,9 @@ EVIDENT = 2.0  # standard deviations of its count at which a class is there
 class Basis:
     """The public map from the base's vectors x (H,) to features f(x) = directions (x - mean).
 
-    mean: (H,). directions: (d, H), orthogonal and of one length: the median of public records' f,
-    in the first `released` of them, is 1. released: k, how many directions the sites use. weight:
-    what each unit adds to the counts' column."""
+    mean: (H,). directions: (d, H), orthogonal and of one length: the median of public records'
+    f, in the first `released` of them, is 1. released: k, the number of directions that the
+    sites use. weight: what each unit adds to the column of counts."""
 
     mean: Array
     directions: Array
@@ -63,11 +64,12 @@ class Basis:
 
 @dataclass(frozen=True)
 class Public:
-    """Statistics of public records in the basis, which is all that `head` needs of them.
+    """Statistics of public records in the basis, which are all that `head` needs of them.
 
-    sums: (K, d) and counts: (K,), of labelled records by class. within: (d, d), scatter of labelled
-    records about their class's mean. moment: (d, d), Σ f fᵀ of all public records, and records,
-    their number. names: (K, d), what the base makes of the classes' names, or None."""
+    - sums: (K, d), and counts: (K,), of labelled records by class
+    - within: (d, d), scatter of labelled records about their class's mean
+    - moment: (d, d), Σ f fᵀ of all public records; records: their number
+    - names: (K, d), the base's vectors of the classes' names, or None"""
 
     sums: Array
     counts: Array
@@ -81,7 +83,8 @@ class Public:
 class Noised:
     """The release: the sum over all sites with its noise.
 
-    sums: (K, k + 1). deviation: of the noise in each number. units: N, of all sites as declared."""
+    sums: (K, k + 1). deviation: standard deviation of the noise in each number. units: N, the
+    declared units of all sites."""
 
     sums: Array
     deviation: float
@@ -90,8 +93,8 @@ class Noised:
 
 @dataclass(frozen=True)
 class Classes:
-    """What public things say of the classes: means (K, d) with their variances (K, d), and the
-    covariance within each class (d, d)."""
+    """The classes as estimated from public data: means (K, d) with their variances (K, d), and
+    the covariance within each class (d, d)."""
 
     means: Array
     variances: Array
@@ -100,9 +103,11 @@ class Classes:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """What the release says of each class (K,). count: units with noise, below zero where noise
-    makes it so; deviation: of a count; learnt: whether public records or a count that exceeds its
-    noise speak of the class."""
+    """The release's figures of each class (K,).
+
+    count: units with noise, which may be below zero; deviation: standard deviation of a count;
+    learnt: whether public records, or a count that exceeds its noise, give information about the
+    class."""
 
     count: Array
     deviation: float
@@ -111,7 +116,8 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Head:
-    """weight: (K, H), bias: (K,), for the base's vectors; figures: of the classes."""
+    """A linear head. weight: (K, H), bias: (K,), for the base's vectors; figures: of the
+    classes."""
 
     weight: Array
     bias: Array
@@ -121,14 +127,15 @@ class Head:
 def directions_for(classes: int, records: int, noise: float, units: int, named: bool = True) -> int:
     """Choose how many directions the sites release, from figures that are known before any vector.
 
-    records: public ones, labelled or not. noise: σ of the release in multiples of its bound, times
-    √(number of sites that each add their own). units: N as declared. named: whether the base makes
-    vectors of the classes' names. It is the fewest that keep ENOUGH of the expected separation
-    Σ b²/v / (b + v/c + s²/c²), with b and v a direction's variance between and within classes, c
-    units of a class and s the noise: what a direction's noise would spoil is shrunk away, but every
-    direction makes the others shorter, since all share one bound. Variances fall as 1, 1/2, 1/3 …:
-    near to what sentence encoders give, and only few directions hang on it.
-    Errors: ConfigError where neither records nor names span a direction."""
+    records: number of public records, labelled or not. noise: σ of the release in multiples of
+    its bound, times √(number of sites that each add their own). units: N as declared. named:
+    whether the base has vectors of the classes' names. The result is the smallest number that
+    keeps ENOUGH of the expected separation Σ b²/v / (b + v/c + s²/c²), with b and v a
+    direction's variance between and within classes, c units of a class and s the noise: a noisy
+    direction is shrunk and does no harm, but every direction makes the others shorter, since all
+    share one bound. Variances are assumed to fall as 1, 1/2, 1/3 …, which is close to those of
+    sentence encoders, and changes the result by few directions. Errors: ConfigError if neither
+    records nor names span a direction."""
     most = min(max(records - 1, 0) + (classes - 1 if named else 0), RELEASED)
     if most < 1:
         raise ConfigError(
@@ -152,8 +159,8 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
     directions of public records.
 
     vectors: (n, H) of public records. names: (K, H), the base's vectors of the classes' names.
-    directions: k, how many of them the sites release. weight: of the counts' column.
-    Errors: ConfigError where neither records nor names span so many."""
+    directions: k, the number of them that the sites release. weight: of the column of counts.
+    Errors: ConfigError if records and names span fewer."""
     span = vectors[:0] if names is None else names - names.mean(axis=0)
     mean = vectors.mean(axis=0) if len(vectors) or names is None else names.mean(axis=0)
     spread = vectors - mean
@@ -173,7 +180,8 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
 
 
 def features(basis: Basis, vectors: Array) -> Array:
-    """Compute what a site releases of vectors (n, H): features (n, k), each of length 1 at most."""
+    """Compute the features that a site releases of vectors (n, H): (n, k), each of length 1 at
+    most."""
     return _clip_features(basis, vectors)[:, : basis.released]
 
 
@@ -219,8 +227,8 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
 
 
 def classes_before(basis: Basis, public: Public) -> Classes:
-    """Compute what public things alone say of the classes: `head` without a release, before it
-    makes a discriminant."""
+    """Estimate the classes from public data alone: `head` without a release, before the
+    discriminant."""
     nothing = Noised(np.zeros((len(public.counts), 1)), SILENT, 1)
     silent = replace(basis, released=0)
     means, certainty = _means(nothing, silent, public, _counts(nothing, silent, public))
@@ -231,11 +239,12 @@ def classes_before(basis: Basis, public: Public) -> Classes:
 def held_out_hits(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], known: Public, names: Array | None
 ) -> Array | None:
-    """Count how often public things alone are right about a public record that is not among them.
+    """Count how often the public estimate is right about a public record that it did not use.
 
-    Each of FOLDS parts of the records is judged by what the others say, a basis included. vectors,
-    labels, names: as of `summarise_public`, and known is what it made of them. Returns (2,): right
-    ones, and how many were judged; None where fewer than FOLDS have a label."""
+    Each of FOLDS parts of the records is predicted from the others, basis included. vectors,
+    labels, names: as for `summarise_public`; known: its result for them. Returns (2,): the number
+    of correct predictions, and the number of predictions; None if fewer than FOLDS records have a
+    label."""
     classes = len(known.counts)
     right = 0
     judged = 0
@@ -272,7 +281,7 @@ def _freedom(public: Public) -> float:
 
 def _variances(public: Public) -> Array:
     """Return the variance (d,) of each feature over public records; a direction of the names in
-    which these do not differ has a little of the others'."""
+    which these do not differ gets a small part of the others' variance."""
     total = np.diag(public.moment) / max(public.records, 1)
     if not total.any():
         return np.full(len(total), 1 / len(total))
@@ -281,8 +290,8 @@ def _variances(public: Public) -> Array:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Units of each class at the sites (K,). noised: as released. deviation: of its noise.
-    expected: given public shares too. variance: of that."""
+    """Units of each class at the sites (K,). noised: as released; deviation: of its noise;
+    expected: an estimate that also uses public shares; variance: of that estimate."""
 
     noised: Array
     deviation: float
@@ -291,8 +300,8 @@ class _Counts:
 
 
 def _counts(noised: Noised, basis: Basis, public: Public) -> _Counts:
-    """Weigh the noised counts against public shares. A class that public records lack may have any
-    share."""
+    """Weight the noised counts against public shares. A class that public records lack may have
+    any share."""
     classes = len(public.counts)
     count, deviation = noised.sums[:, -1] / basis.weight, noised.deviation / basis.weight
     seen = public.counts + 0.5  # Jeffreys
@@ -320,8 +329,8 @@ def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tup
 
 
 def _prior_means(public: Public, within: Array, between: Array) -> Array:
-    """Return the means (K, d) that names suggest: their vectors, as long as class means are apart,
-    times how far they agree with the means of classes that have public records."""
+    """Return the means (K, d) that names suggest: their vectors, scaled to the distance between
+    class means, times their agreement with the means of classes that have public records."""
     if public.names is None:
         return np.zeros_like(public.sums)
     length = math.sqrt((public.names**2).sum() / len(public.names))
@@ -337,8 +346,9 @@ def _prior_means(public: Public, within: Array, between: Array) -> Array:
 
 
 def _covariance(public: Public, means: Array, shares: Array) -> Array:
-    """Return the covariance within classes (d, d): of labelled records and, for as many as RECORDS,
-    what of the covariance of all is not between the posterior means."""
+    """Return the covariance within classes (d, d): that of labelled records and, with the weight
+    of RECORDS records, the part of the overall covariance that is not between the posterior
+    means."""
     centred = means - shares @ means
     outer = (centred * shares[:, None]).T @ centred
     moment = public.moment / public.records if public.records else np.diag(_variances(public))
@@ -348,7 +358,7 @@ def _covariance(public: Public, means: Array, shares: Array) -> Array:
 
 
 def _regularise(covariance: Array) -> Array:
-    """Return a covariance (d, d) shrunk to its diagonal, and that raised."""
+    """Return a covariance (d, d) shrunk to its diagonal, with the diagonal raised."""
     shrunk = CORRELATED * covariance
     variances = np.diag(covariance)
     np.fill_diagonal(shrunk, variances + RIDGE * variances.mean())
@@ -356,7 +366,7 @@ def _regularise(covariance: Array) -> Array:
 
 
 def _clip_features(basis: Basis, vectors: Array) -> Array:
-    """Return all d features (n, d), of which the released ones are of length 1 at most."""
+    """Return all d features (n, d); the released ones have length 1 at most."""
     every = (vectors - basis.mean) @ basis.directions.T
     lengths = np.linalg.norm(every[:, : basis.released], axis=1, keepdims=True)
     return np.asarray(every / np.maximum(1.0, lengths))

@@ -1,4 +1,5 @@
-"""Linear discriminant: the coordinator makes a classifier of the sites' noised class statistics."""
+"""Linear discriminant: the coordinator makes a classifier from the sites' noised class
+statistics."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ KNOWN = {DIRECTIONS, MEAN, SUMS, COUNTS, WITHIN, MOMENT, RECORDS}
 
 
 def state_of(basis: Basis, public: Public) -> State:
-    """Return what is known before the first round as the arrays of a strategy's state, fp64."""
+    """Return the public data from before the first round as the arrays of a strategy's state,
+    fp64."""
     state = {
         DIRECTIONS: basis.directions,
         MEAN: basis.mean,
@@ -57,7 +59,7 @@ def state_of(basis: Basis, public: Public) -> State:
 
 
 def public_head(known: State) -> Arrays:
-    """Make the head that public things alone give: what the posterior is before any release."""
+    """Build the head from public data alone: the posterior before any release."""
     classes = len(known[COUNTS])
     nothing = Noised(sums=np.zeros((classes, 1)), deviation=SILENT, units=1)
     return _arrays(head(nothing, basis_in(known, 0, COUNT_WEIGHT), public_in(known)))
@@ -69,7 +71,7 @@ def basis_in(state: State, released: int, weight: float) -> Basis:
 
 
 def public_in(state: State) -> Public:
-    """Return what a state knows of public records."""
+    """Return the statistics of public records in a state."""
     return Public(
         sums=state[SUMS],
         counts=state[COUNTS],
@@ -88,11 +90,11 @@ def _arrays(found: Head) -> Arrays:
 
 @dataclass
 class Discriminant(Strategy):
-    """Posterior class means, class shares from noised counts, and one covariance within all classes
-    from public records: a linear discriminant, in place of a mean of changes.
+    """Build a linear discriminant instead of averaging updates: posterior class means, class
+    shares from noised counts, and one covariance within all classes from public records.
 
-    Rounds add up: each is weighed by the inverse of its noise's variance.
-    Reference: Hastie et al. 2009, "The elements of statistical learning", section 4.3."""
+    Rounds are combined: each is weighted by the inverse of its noise's variance. Reference:
+    Hastie et al. 2009, "The elements of statistical learning", section 4.3."""
 
     averages: ClassVar[bool] = False
     of_statistics: ClassVar[bool] = True
@@ -104,7 +106,8 @@ class Discriminant(Strategy):
         self._units = self._deviation = 0.0
 
     def check(self, study: Study) -> None:
-        """Check that each unit counts once and alike, and that a site sends sums, not steps.
+        """Check that each unit counts once and with equal weight, and that a site sends sums, not
+        steps.
 
         Errors: ConfigError."""
         t = study.training
@@ -158,7 +161,7 @@ class Discriminant(Strategy):
         return _arrays(self.make_head())
 
     def make_head(self) -> Head:
-        """Make the head of all rounds so far, with what they say of each class."""
+        """Build the head of all rounds so far, with its figures of each class."""
         state, precision = self._state, float(self._state[PRECISION])
         noised = Noised(
             sums=state[NOISED] / precision,
@@ -175,7 +178,8 @@ class Discriminant(Strategy):
         return dict(self._state)
 
     def load_state(self, state: State) -> None:
-        """Load what was known before the first round, and of rounds. Errors: ConfigError."""
+        """Load the public data from before the first round, and the rounds so far. Errors:
+        ConfigError."""
         if not KNOWN <= state.keys() <= KNOWN | {NAMES, HELD_OUT, NOISED, PRECISION, UNITS}:
             raise ConfigError("the checkpoint holds another strategy's state")
         self._state = dict(state)
