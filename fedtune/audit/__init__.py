@@ -1,4 +1,4 @@
-"""Audit a claimed ε empirically: attack a study on generated records alone.
+"""Audit a claimed ε empirically, by attacking a study on generated records only.
 
 An audit gives a LOWER bound on ε. It can show that a claim is false, never that it holds; only the
 proof does."""
@@ -109,7 +109,7 @@ def _as_it_ran(plan: DpPlan, report: dict[str, Any]) -> DpPlan:
 
 
 def _plan_one_site(plan: DpPlan) -> DpPlan:
-    """Return the plan of a site whose own noised sum somebody opened."""
+    """Return the plan of a site whose own noised sum is opened."""
     return replace(plan, noise_multiplier=plan.own_noise, sites=1, colluding=0)
 
 

@@ -1,5 +1,5 @@
-"""Attack models as a study trains them: likelihood-ratio membership inference on canaries, and the
-exposure and extraction of planted secrets.
+"""Attack models as a study trains them: likelihood-ratio membership inference on canaries, and
+the exposure and extraction of planted secrets.
 
 Reference: Carlini et al. 2022, "Membership inference attacks from first principles", section 5;
 Carlini et al. 2019, "The secret sharer", section 4.2."""
@@ -54,11 +54,11 @@ SUCCEEDS = 0.8  # the area that the twin without noise must reach for the attack
 
 @dataclass(frozen=True)
 class Secrets:
-    """What was found of secrets, 8-digit numbers that stand in one unit each.
+    """The result for secrets, 8-digit numbers, each of which is in one unit.
 
-    private, twin: their exposure in a model as the study trains it, and in one without noise;
-    allowed: the most bits that its mean may have under (ε, δ), but with 0.1 %; extractable: the
-    most chance that (ε, δ) leaves of writing one of them."""
+    - private, twin: their exposure in a model as the study trains it, and in one without noise
+    - allowed: the most bits that its mean may have under (ε, δ), at 99.9 % confidence
+    - extractable: the largest probability, under (ε, δ), of writing one of them"""
 
     private: Exposure
     twin: Exposure
@@ -67,7 +67,7 @@ class Secrets:
 
     @property
     def contradicts(self) -> bool:
-        """Return whether more was found than ε allows, but with 0.1 %."""
+        """Return True if the exposure or extraction exceeds what ε allows, at 99.9 % confidence."""
         chance = self.private.secrets * self.extractable
         return self.private.mean > self.allowed or bool(
             self.private.extracted and chance < 1 - CONFIDENCE
@@ -76,12 +76,13 @@ class Secrets:
 
 @dataclass(frozen=True)
 class Attack:
-    """What an attack on canaries found.
+    """The result of an attack on canaries.
 
-    private: against models trained as the study says; twin: against the same without noise;
-    epsilon, delta: of one such model's steps, at a site of `units` units; secrets: None of a study
-    whose model writes no text, or reads more than text; left_out: tables of the study that no model
-    here was trained with."""
+    - private: against models trained as the plan says
+    - twin: against the same without noise
+    - epsilon, delta: of one such model's steps, at a site of `units` units
+    - secrets: None for a study whose model writes no text, or reads more than text
+    - left_out: tables of the study with which no model here was trained"""
 
     study: str
     canaries: int
@@ -97,7 +98,7 @@ class Attack:
 
     @property
     def succeeds(self) -> bool:
-        """Return whether the attack works where it must."""
+        """Return whether the attack succeeds where it must."""
         return self.twin.auc[0] >= SUCCEEDS
 
 
@@ -109,8 +110,9 @@ def attack_study(
     models: int = MODELS,
     units: int = 100,
 ) -> Attack:
-    """Train models as the study's sites would, each with half of the canaries, and tell which; of
-    a study on text also what a model gives away of secrets that were planted among its units.
+    """Train models as the study's sites would, each with half of the canaries, and tell which;
+    for a study on text also measure what a model reveals of secrets that were planted among its
+    units.
 
     One site of `units` generated units trains alone, so that no other site's noise hides it; the
     attacker sees its final adapter alone, and has the other models as references. The same is done
@@ -180,7 +182,7 @@ def attack_run(run: Run, out: Path | str | None = None, **options: Any) -> Attac
 
 
 def _check(study: Study, canaries: int, models: int, units: int) -> None:
-    """Errors: ConfigError."""
+    """Check the settings of an attack. Errors: ConfigError."""
     if not study.private:
         raise ConfigError('privacy = "off": there is no ε to attack', "a [privacy] table")
     if models < LEAST:
@@ -193,8 +195,9 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 
 
 def begin_again(study: Study) -> Start:
-    """Build the starting point anew, whatever digests a finished run's plan has: public text gives
-    the same one to rounding, and another machine another one. Errors: ConfigError, ModelError."""
+    """Compute the starting point anew, whatever digests a finished run's plan has: public text
+    gives the same one up to rounding, and on another machine another one. Errors: ConfigError,
+    ModelError."""
     open_again: dict[str, Any] = {}
     if study.lora:
         table = study.lora.preconditioner
@@ -225,15 +228,15 @@ def save(result: Attack, out: Path) -> None:
 
 
 def _coins(canaries: int, models: int) -> np.ndarray:
-    """Draw (models, canaries): each canary is in half of the models."""
+    """Draw coins (models, canaries): each canary is in half of the models."""
     draw = np.random.default_rng()
     half = np.arange(models) < models // 2
     return np.stack([draw.permutation(half) for _ in range(canaries)], axis=1)
 
 
 def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
-    """Generate units of one draw each: the canaries first, then those that are in every model, of
-    which the last hold a secret each. Returns how many do too."""
+    """Generate units of one draw each: the canaries first, then those that are in every model,
+    of which the last ones hold a secret each. Returns the number of units with a secret."""
     secrets = _generate_secrets(study, network, min(SECRETS, others))
     random = generate_records(
         study, network, [1] * (canaries + others - len(secrets)), stream=3
@@ -244,8 +247,8 @@ def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[
 
 
 def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Example]:
-    """Generate a secret a unit; none where the study's model writes no text, or the study cannot
-    hold one."""
+    """Generate one secret per unit; none if the study's model writes no text, or the study
+    cannot hold one."""
     objective = resolve(study.objective)
     writes = objective.record_format in ("text", "preference") and not objective.teacher_spec
     if not writes or network.reader.column:
@@ -267,8 +270,8 @@ def _given_away(
 
 @dataclass(frozen=True)
 class _World:
-    """What every model of an attack shares: where it starts, who may be in it (coins: a row a
-    model), how many of them hold a secret."""
+    """The common setup of an attack's models: where they start, which units may be in them
+    (coins: one row per model), and how many units hold a secret."""
 
     begun: Start
     network: Network
@@ -314,7 +317,7 @@ def _select_units(everybody: Dataset, there: np.ndarray) -> Dataset:
 def _judge_losses(
     losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float
 ) -> Membership:
-    """Score each canary in each model by the other models' losses, and judge the scores."""
+    """Score each canary in each model by the other models' losses, and evaluate the scores."""
     scores = ratios(losses, coins)
     inside = np.array([scores[coins[:, c], c] for c in range(coins.shape[1])])
     outside = np.array([scores[~coins[:, c], c] for c in range(coins.shape[1])])
@@ -325,8 +328,9 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
     """Compute each log likelihood ratio of "in" to "out", (models, canaries): Gaussians around the
     means of the other models with and without the canary, of one variance.
 
-    Of both kinds equally many, drawn at random: a mean of fewer is further from any loss, and a
-    model's own side has one reference less, so that its scores would tell it without a leak."""
+    Equally many of both kinds are drawn at random: a mean of fewer models is further from any loss,
+    and a model's own kind has one reference less, so that its scores would identify it without a
+    leak."""
     draw, scores = np.random.default_rng(), np.empty_like(losses)
     for t in range(len(losses)):
         there, absent = coins.copy(), ~coins

@@ -52,7 +52,7 @@ def _delta(epsilon: float, mu: float) -> float:
 
 def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence: float) -> float:
     """Bound ε from below by `correct` of `guesses` about m independent fair coins in one run; 0.0
-    where random guessing explains them.
+    if random guessing explains them.
 
     Reference: Steinke, Nasr & Jagielski 2023, theorem 5.2 and appendix D."""
     if not 0 <= correct <= guesses <= m:

@@ -1,4 +1,4 @@
-"""Audit one training run: guess which canaries fair coins have included."""
+"""Audit one training run: guess which canaries were included by fair coins."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ MOST_STEPS = 20  # the claim is that of the steps that ran
 
 @dataclass(frozen=True)
 class OneRun:
-    """claimed: ε of the `steps` that ran; audited, ceiling: its lower bound at 95 % and 99.9 %,
+    """The result of the audit of one run.
+
+    claimed: ε of the `steps` that ran; audited, ceiling: its lower bound at 95 % and 99.9 %,
     without any assumption on the mechanism."""
 
     m: int
@@ -56,15 +58,15 @@ def one_run(
 ) -> OneRun:
     """Train `study` once on generated canary units through the shipped local loop, then guess.
 
-    network: the one to train, by default the study's architecture at tiny size. canaries: at most;
-    never more than half of the trained parameters, or they hide each other. Each is one unit: a
-    record of random tokens, or where records are drawn its whole cap of equal ones. The attacker
-    sees every update that leaves the site and knows all canaries; the optimiser is SGD with one
-    local step, so that nothing of the noised sum is lost (what any optimiser makes of it is
-    post-processing), and C is a quarter of the canaries' median gradient, so that all are clipped
-    (ε does not depend on C).
-    Guarantee: reads no record; a right loop gives ceiling > claimed with probability below 10⁻³.
-    Reference: Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run"."""
+    network: the network to train, by default the study's architecture at tiny size. canaries:
+    their largest number; never more than half of the trained parameters, or they hide each
+    other. Each is one unit: a record of random tokens or, if records are drawn, as many equal
+    ones as its cap allows. The attacker sees every update that leaves the site and knows all
+    canaries; the optimiser is SGD with one local step, so that nothing of the noised sum is lost
+    (what any optimiser makes of it is post-processing), and C is a quarter of the canaries'
+    median gradient, so that all are clipped (ε does not depend on C). Guarantee: reads no
+    record; a right loop gives ceiling > claimed with probability below 10⁻³. Reference: Steinke,
+    Nasr & Jagielski 2023, "Privacy auditing with one (1) training run"."""
     network = network or tiny_network(study, find_base(study.base.model, study.base.digest))
     start = network.trainable()
     canaries = max(2, min(canaries, sum(a.size for a in start.values()) // 2))
@@ -169,6 +171,6 @@ def _clip_units(engine: UnitGradientEngine, everyone: Dataset, plan: DpPlan) -> 
 
 
 def _sum(update: Arrays, plan: DpPlan, learning_rate: float) -> np.ndarray:
-    """Recover the noised sum (d,) from one SGD step's update."""
+    """Compute the noised sum (d,) from one SGD step's update."""
     flat = np.concatenate([update[name].ravel() for name in sorted(update)])
     return flat.astype(np.float64) * (-plan.divisor / learning_rate)

@@ -1,5 +1,5 @@
-"""Check the contracts of every plug-in on generated records: for those of this release in the
-tests, for those of another distribution by `fedtune check-plugin`."""
+"""Check the contracts of every plug-in on generated records: of this release's in the tests, of
+other distributions' by `fedtune check-plugin`."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def check(
 ) -> Iterator[Result]:
     """Measure a plug-in against each contract of its group, one result after another.
 
-    base: whose architecture an objective or a modality is tested on; None: a small random text
-    model. file: what a source reads, or whose rows a converter is given; less: the same with one
-    record left out, where its rows are not its lines. No record of a site is read, nothing is
-    charged.
-    Errors: ConfigError where there is no such plug-in, or an option that it does not have."""
+    base: the base on whose architecture an objective or a modality is tested; None: a small
+    random text model. file: the file that a source reads, or whose rows a converter gets; less:
+    the same file with one record left out, if its rows are not its lines. No record of a site is
+    read, nothing is charged. Errors: ConfigError if there is no such plug-in, or it does not
+    have an option."""
     options = options or {}
     plugin = GROUPS[group].build(name, options)
     if group == "objectives":
@@ -134,7 +134,9 @@ def study_for(
 
 
 def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Result]:
-    """| parity, isolation, sensitivity, noise | the self-test, with each engine |
+    """Check an objective.
+
+    | parity, isolation, sensitivity, noise | the self-test, with each engine |
     | one loss a record | (B,) fp32, finite |
     | repeatable | the same loss again, to the last bit: no dropout, no state |
     | in any company | the same loss alone and beside others |
@@ -173,7 +175,7 @@ def measure_repeatability(study: Study, data: CachedDataset) -> float:
 
 @torch.no_grad()
 def moved_by_company(study: Study, data: CachedDataset) -> float:
-    """Compute the largest relative difference of a loss in a batch from the same alone."""
+    """Compute the largest relative difference between a loss in a batch and the same loss alone."""
     objective, largest = resolve(study.objective), 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         together = objective.losses(data.network, batch)
@@ -185,7 +187,9 @@ def moved_by_company(study: Study, data: CachedDataset) -> float:
 
 
 def modality(name: str, base: str) -> Iterator[Result]:
-    """| place-holders | those of a generated record pass its own check |
+    """Check a modality.
+
+    | place-holders | those of a generated record pass its own check |
     | too few | a record with one place-holder less is rejected |
     | tensor | of a file: fp32, finite, one row a tile, the same again |
     | parity, isolation, sensitivity, noise | the self-test on records with generated files |
@@ -211,7 +215,7 @@ def _count_misplaced(study: Study, network: Network) -> float:
 
 
 def _too_few(study: Study, network: Network) -> float:
-    """Count the records that pass though they lack a place-holder; 0 where the text has none."""
+    """Count the records that pass although they lack a place-holder; 0 if the text has none."""
     passed = 0
     for seed in range(8):
         shown = generate_file(network, study.objective, np.random.default_rng(seed))
@@ -246,7 +250,7 @@ def _tensors(study: Study, network: Network) -> float:
 
 
 def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
-    """made: the strategy, fresh each time.
+    """Check a strategy. made: builds the strategy, fresh each time.
 
     | no update | the adapter stays as it was, and so does the state, at first and later |
     | identical updates | move the adapter by that update, where the strategy averages |
@@ -269,8 +273,8 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
 
 
 class _Bench:
-    """Fresh strategies, each ready for its first round, and arrays that it is tried on: an adapter
-    with updates of its shapes, or a head with class statistics."""
+    """Fresh strategies, each ready for its first round, and the arrays on which it is tried: an
+    adapter with updates of its shapes, or a head with class statistics."""
 
     def __init__(self, made: Callable[[], Strategy]) -> None:
         self._made = made
@@ -328,7 +332,7 @@ def statistics_study() -> Study:
 
 
 def _measure_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:
-    """Compute the largest relative difference; infinite where the names differ."""
+    """Compute the largest relative difference; infinite if the names differ."""
     if a.keys() != b.keys():
         return math.inf
     largest = 0.0
@@ -427,7 +431,9 @@ def _compare_restart(bench: _Bench) -> float:
 
 
 def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Result]:
-    """| rows | the file has some, each a dict by column or one of our reasons |
+    """Check a source.
+
+    | rows | the file has some, each a dict by column or one of our reasons |
     | repeatable | the same rows again |
     | one row at a time | a record less takes its row along and changes no other |
     | broken files | are an error for a person, without content, and a reason for a site |
@@ -443,7 +449,9 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
 
 
 def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Result]:
-    """| converts | each row of the file, as a unit of its own, in a process of its own |
+    """Check a converter.
+
+    | converts | each row of the file, as a unit of its own, in a process of its own |
     | repeatable | the same rows again |
     | one unit at a time | the same rows of all units in one process, where memory would show |
     """
@@ -464,7 +472,7 @@ def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Res
 
 
 def _convert_all(table: ConvertTable, units: list[list[Row]]) -> list[list[Row] | None]:
-    """Convert each unit by itself; None for one that cannot be."""
+    """Convert each unit by itself; None for one whose conversion fails."""
     results: list[list[Row] | None] = []
     with Conversion(table) as conversion:
         for unit in units:
@@ -480,8 +488,8 @@ def _count_differing(some: list[list[Row] | None], others: list[list[Row] | None
 
 
 def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> float:
-    """Count the rows that change besides the one that is taken out.
-    Errors: DataError where the file's rows are not its lines, so that none can be taken out."""
+    """Count the rows that change besides the one that is removed. Errors: DataError if the
+    file's rows are not its lines, so that none can be removed."""
     expected = list(rows(file, {}, strict=False, source=plugin))
     if less is not None:
         remaining = list(rows(less, {}, strict=False, source=plugin))
@@ -503,7 +511,8 @@ def _one_less(plugin: Source, file: Path, copied: Path, less: Path | None) -> fl
 
 
 def _count_mishandled_files(plugin: Source, copied: Path) -> float:
-    """Count the broken files that raise anything but a DataError, or that a message quotes."""
+    """Count the broken files that raise anything but a DataError, or whose content a message
+    quotes."""
     wrong, draw = 0, np.random.default_rng(0)
     for prefix in (None, b"", draw.bytes(4096), b'"'):
         copied.write_bytes(b"" if prefix is None else prefix + SECRET.encode())
@@ -518,7 +527,9 @@ def _count_mishandled_files(plugin: Source, copied: Path) -> float:
 
 
 def tracker(plugin: Tracker) -> Iterator[Result]:
-    """| events | those of a run are taken |
+    """Check a tracker.
+
+    | events | those of a run are taken |
     | data | is left as it was |
     | close | may come at any time, and twice |
     """

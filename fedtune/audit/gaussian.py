@@ -1,4 +1,4 @@
-"""Audit one noised step against a worst-case unit: an empirical lower bound on its ε."""
+"""Audit one noised step with a worst-case unit, for an empirical lower bound on its ε."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ DIMENSION, OTHERS = 64, 3
 
 @dataclass(frozen=True)
 class OneStep:
-    """claimed: ε of ONE step with every unit in it, at `delta`; audited: its lower bound at 95 %;
-    ceiling: the same at 99.9 %. broken: the ceiling is above the claim. weak: the bound stayed
-    below 80 % of a claim of at least 3, so the step is not the one claimed, or was not tested.
+    """The result of the audit of one step.
+
+    - claimed: ε of ONE step with every unit in it, at `delta`
+    - audited: its lower bound at 95 %; ceiling: the same at 99.9 %
+    - broken: the ceiling is above the claim
+    - weak: the bound stayed below 80 % of a claim of at least 3, so the step is not the one
+      claimed, or was not tested
     """
 
     trials: int
@@ -126,8 +130,8 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
 def _run_opened_step(
     plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
 ) -> torch.Tensor:
-    """Run one step as an attacker sees it: of sites that share noise, the sum of the honest ones,
-    of which all but one have no record."""
+    """Run one step as an attacker sees it: for sites that share noise, the sum of the honest
+    ones, of which all but one have no record."""
     if plan.sites == 1:
         return plan.step(n_rows, dimension, gradients, log, 1)
     total = plan.noised_sum(n_rows, dimension, gradients, log, 1)

@@ -1,4 +1,5 @@
-"""Membership inference: how well scores tell members from others, beside what ε allows.
+"""Membership inference: measure how well scores tell members from others, and compare it with
+what ε allows.
 
 A score says how likely it is that a unit was trained on. ROC, the area under it, and the share of
 members that are found where 1 % of the others are taken for members, with intervals over units.
@@ -26,13 +27,17 @@ SIDE = 0.0125  # of each of the two ends that are compared for the share found: 
 
 @dataclass(frozen=True)
 class Membership:
-    """auc, tpr: (estimate, low, high), 95 % over units; tpr: of members, at 1 % false alarms;
-    auc_bound, tpr_bound: the most that (ε, δ) allows; curve: (false alarms, members found).
+    """The result of membership inference.
 
-    alarms: the upper end (98.75 %) of the false alarms that the threshold really has, estimated as
-    it is from few others; surely_found: the lower end (Clopper-Pearson, 98.75 %) of the members
-    found; surely_allowed: the most that (ε, δ) allows at `alarms`. Both ends count units, of which
-    several guesses are one."""
+    - auc, tpr: (estimate, low, high), 95 % over units; tpr: of members, at 1 % false alarms
+    - auc_bound, tpr_bound: the most that (ε, δ) allows
+    - curve: (false alarms, members found)
+    - alarms: the upper end (98.75 %) of the threshold's true rate of false alarms, since the
+      threshold is estimated from few others
+    - surely_found: the lower end (Clopper-Pearson, 98.75 %) of the members found
+    - surely_allowed: the most that (ε, δ) allows at `alarms`
+
+    Both ends count units, since several guesses about one unit are not independent."""
 
     members: int
     others: int
@@ -54,9 +59,9 @@ class Membership:
 def membership(
     inside: Scores, outside: Scores, epsilon: float | None, delta: float, seed: int = 0
 ) -> Membership:
-    """Judge scores of members and of others, one row a unit: (units, guesses about each).
+    """Evaluate scores of members and of others, one row per unit: (units, guesses about each).
 
-    epsilon: None where nothing is claimed. The intervals are of a bootstrap over units, since the
+    epsilon: None if nothing is claimed. The intervals are of a bootstrap over units, since the
     guesses about one unit are not independent. Ties count half.
 
     >>> import numpy as np
@@ -99,14 +104,16 @@ def auc(inside: Scores, outside: Scores) -> float:
 def compute_true_positive_rate(
     inside: Scores, outside: Scores, alarms: float = FALSE_ALARMS
 ) -> float:
-    """Compute the share of members above the threshold that at most `alarms` of the others pass."""
+    """Compute the share of members above the threshold that at most `alarms` of the others
+    exceed."""
     others = np.sort(outside.ravel())
     threshold = others[-1 - math.floor(alarms * others.size)]
     return float((inside.ravel() > threshold).mean())
 
 
 def most_alarms(others: int) -> float:
-    """Compute the upper end of the false alarms of a threshold of 1 % that is taken from so many.
+    """Compute the upper end of the false alarms of a 1 % threshold that is estimated from this
+    many others.
 
     >>> round(most_alarms(10), 2), round(most_alarms(10_000), 3)
     (0.35, 0.012)
@@ -116,7 +123,7 @@ def most_alarms(others: int) -> float:
 
 
 def least_found(share: float, members: int) -> float:
-    """Compute the lower end of the members found, of so many units (Clopper and Pearson 1934)."""
+    """Compute the lower end of the members found, of this many units (Clopper and Pearson 1934)."""
     hits = math.floor(share * members + 1e-9)
     return float(beta.ppf(SIDE, hits, members - hits + 1)) if hits else 0.0
 
@@ -132,7 +139,8 @@ def roc(inside: Scores, outside: Scores) -> list[tuple[float, float]]:
 
 
 def tpr_bound(alarms: float, epsilon: float, delta: float) -> float:
-    """Compute the most members that (ε, δ) lets anybody find at so many false alarms.
+    """Compute the largest share of members that anybody can find under (ε, δ) at this rate of false
+    alarms.
 
     Reference: Kairouz, Oh & Viswanath 2015, theorem 2.1."""
     grown = math.inf if epsilon > 500 else math.exp(epsilon) * alarms + delta

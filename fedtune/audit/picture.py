@@ -1,4 +1,4 @@
-"""Draw how well an attack tells members from others, beside what ε allows."""
+"""Draw how well an attack tells members from others, beside the bound of ε."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fedtune.audit.membership import Membership, tpr_bound
 
 
 def curves(named: Mapping[str, Membership], epsilon: float | None, delta: float) -> bytes:
-    """Draw a ROC with logarithmic axes, as a PNG: a line each, the guess by chance, and the bound
-    of (ε, δ)."""
+    """Draw a ROC curve with logarithmic axes, as a PNG: one line per attack, random guessing,
+    and the bound of (ε, δ)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""Source of an update: whether what a coordinator receives tells whose records it was made from.
+"""Test whether the updates that a coordinator receives tell whose records they were made from.
 
 A run keeps no update, only digests of what the sites signed. So the run's study is trained again,
 by the code of a site's round, on records that the attacker knows to be a site's: each file's units
@@ -8,8 +8,8 @@ in two random halves, of which one trains and the other is what the attacker com
     along      by how much more it points along what a site's records would send than along what
                others of their classes would, in mean cosines, over all rounds
 
-Against chance: exchanges of the sites' names among the compared units of the same classes, as in
-`site_inference`. ε is about a patient: it covers none of this."""
+Significance is tested by permuting the sites' names among the compared units of the same
+classes, as in `site_inference`. ε protects a patient, so it covers none of this."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ SUM = "the sum"  # of all sites' updates, where that alone is opened
 @dataclass(frozen=True)
 class Along:
     """How far updates point along a site's records rather than others of their classes (mean
-    cosine); p: how often an exchange of names gives as much, times how many such comparisons are
-    made of these updates. of: the class, "" for all."""
+    cosine).
+
+    p: how often a permutation of names gives as much, times the number of such comparisons of these
+    updates. of: the class, "" for all."""
 
     site: str
     of: str
@@ -64,8 +66,8 @@ class Along:
 
 @dataclass(frozen=True)
 class Traced:
-    """Along whose records one site's updates, or SUM, point. by_class: in every class in which
-    sites can be compared."""
+    """The sites along whose records one site's updates, or SUM, point. by_class: in every class
+    in which sites can be compared."""
 
     updates: str
     sites: tuple[Along, ...]
@@ -73,14 +75,14 @@ class Traced:
 
     @property
     def named(self) -> Along:
-        """Return the site that is named as their source: of the smallest p, then the largest
-        cosine."""
+        """Return the site that is named as the source: the one with the smallest p, then the
+        largest cosine."""
         return min((*self.sites, *self.by_class), key=lambda one: (one.p, -one.cosine))
 
 
 @dataclass(frozen=True)
 class Party:
-    """One sender of a round's update: its records and its plan; weight: as the strategy is told."""
+    """One sender of a round's update: its records and its plan. weight: as the strategy gets it."""
 
     data: CachedDataset
     plan: StepPlan
@@ -90,8 +92,8 @@ class Party:
 def attack_received(
     run: Run, records: Mapping[str, DataFile | Path | str], *, out: Path | str | None = None
 ) -> tuple[Traced, ...]:
-    """Try to tell which site's records an update was made from, for who holds what the coordinator
-    of a finished run's study receives.
+    """Try to tell which site's records an update was made from, as somebody could who holds what
+    the coordinator of a finished run's study receives.
 
     Each file's units are halved at random: one half is trained on by the study's own plan for so
     many units, whatever was trained on before. Nothing is charged: no update leaves this machine.
@@ -162,7 +164,7 @@ def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
 
 
 def _of_units(examples: Sequence[Example], asked: Asked, rows: npt.NDArray[np.bool_]) -> Dataset:
-    """Make what a site trains on of its rows, a unit's together."""
+    """Build a site's training set from its rows, with those of a unit together."""
     here = np.flatnonzero(rows)
     here = here[np.argsort(asked.units[here], kind="stable")]
     units, numbers = np.unique(asked.units[here], return_inverse=True)
@@ -176,8 +178,8 @@ def _each_a_unit(examples: Sequence[Example]) -> Dataset:
 
 
 def _parties(study: Study, names: Sequence[str], data: Sequence[CachedDataset]) -> dict[str, Party]:
-    """Return who sends what. Where the sum alone is opened it is what one site with all records
-    and the joint noise would send, the optimiser's step included."""
+    """Return the senders and what each sends. If only the sum is opened, that is what one site
+    with all records and the joint noise would send, including the optimiser's step."""
     if study.secure_aggregation:
         whole = join([one.dataset for one in data])
         plan = joint_plan(study, whole.n_units, len(data))
@@ -207,8 +209,8 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 
 def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
-    """Plan the sum of `sites` sites' updates as of one site of all their units, with the noise that
-    all of them add."""
+    """Plan the sum of `sites` sites' updates like that of one site with all their units, with
+    the noise that all of them add."""
     if not study.private:
         return non_private_plan(study, units)
     plan = plan_for_site(study, units)
@@ -246,14 +248,14 @@ def compare_received(
 
 
 def _rounds(study: Study, party: Party) -> int:
-    """Return how many rounds there are: without a last one, those of a patient's life."""
+    """Return the number of rounds; without a last one, the number in a patient's life."""
     plan = party.plan
     return plan.rounds if isinstance(plan, DpPlan) else study.training.rounds or 0
 
 
 def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) -> Floats:
     """Compute the inner product of each update's direction with what each record would add to it
-    from the adapter that is loaded, (updates, n): its clipped gradient, in multiples of C."""
+    from the loaded adapter, (updates, n): its clipped gradient, in multiples of C."""
     kind = study.training.engine
     engine = UnitGradientEngine(candidates, resolve(study.objective), "record", kind)
     names = list(candidates.network.update_parameters())
@@ -273,7 +275,8 @@ def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) 
 
 
 def trace(updates: str, values: Floats, asked: Asked) -> Traced:
-    """Say along whose records updates point, by each compared record's mean cosine (n,)."""
+    """Find the sites along whose records updates point, by each compared record's mean cosine
+    (n,)."""
     classes = [str(name) for name in np.unique(asked.classes)]
     parts = {name: asked.classes == name for name in classes} if len(classes) > 1 else {}
     parts = {name: rows for name, rows in parts.items() if len(np.unique(asked.sites[rows])) > 1}
@@ -299,7 +302,7 @@ def _along(values: Floats, asked: Asked, of: str, parts: int) -> list[Along]:
 
 
 def lines(found: Sequence[Traced]) -> list[str]:
-    """Say what was found, for people."""
+    """Describe the result in words."""
     said = []
     for one in found:
         named = one.named

@@ -1,4 +1,4 @@
-"""Measure the exposure of generated secrets in an adapter, and how many it gives away."""
+"""Measure the exposure of generated secrets in an adapter, and how many of them it writes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ COLUMNS = {  # of the canaries that are ranked
 
 @dataclass(frozen=True)
 class Exposure:
-    """Bits by which the secrets rank above chance: log2 POOL minus log2 of a secret's rank by loss,
-    1 being the lowest. mean, highest: with the adapter; base: the mean without it; chance: the mean
-    that a model without any knowledge gives; limit: chance stays below it with 99.9 %; extracted:
-    secrets that the adapter writes by itself, token by token, after what stands before them; None
-    of a classifier, which writes nothing."""
+    """The exposure of secrets: the bits by which they rank above chance, log2 POOL minus log2 of a
+    secret's rank by loss, 1 being the lowest.
+
+    - mean, highest: with the adapter
+    - base: the mean without it
+    - chance: the mean of a model without any knowledge
+    - limit: a bound below which chance stays with 99.9 % probability
+    - extracted: number of secrets that the adapter writes by itself, token by token, after their
+      prompt; None for a classifier, which writes nothing"""
 
     secrets: int
     pool: int
@@ -64,7 +68,7 @@ def generate_secrets(study: Study, secrets: int = SECRETS) -> list[dict[str, str
 
 
 def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Dataset:
-    """Load generated rows, as of `generate_secrets`, for the study's base.
+    """Load generated rows, as from `generate_secrets`, for the study's base.
 
     Errors: DataError where the study's tokenizer or length cannot hold such a record."""
     columns = Columns(**{name: name for name in COLUMNS[resolve(study.objective).record_format]})
@@ -108,10 +112,10 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
 
 
 def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
-    """Compute the mean exposure that (ε, δ) allows, but with 0.1 %.
+    """Compute the largest mean exposure that (ε, δ) allows, at 99.9 % confidence.
 
-    Without its record a secret's rank is uniform, so with it the rank is at most r with at most
-    e^ε · r / pool + δ, whatever the other secrets' are."""
+    Without its record a secret's rank is uniform, so with it the rank is at most r with at most e^ε
+    · r / pool + δ, whatever the other secrets' are."""
     ranks = np.arange(1, found.pool + 1)
     reached = np.minimum(1.0, math.exp(min(epsilon, 100.0)) * ranks / found.pool + delta)
     reached[-1] = 1.0
@@ -123,8 +127,8 @@ def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
 
 
 def most_extracted(epsilon: float, delta: float) -> float:
-    """Bound the chance that one secret is extracted, by (ε, δ): who has not seen it guesses one of
-    the numbers that it may be.
+    """Bound the probability that one secret is extracted, by (ε, δ): without its record, an
+    attacker guesses one of the possible numbers.
 
     >>> round(most_extracted(8.0, 1e-5), 6)
     4.3e-05
@@ -139,16 +143,16 @@ def _bits(losses: np.ndarray) -> np.ndarray:
 
 
 def _limit(secrets: int) -> float:
-    """Bound the mean exposure that chance gives: rank/pool is stochastically at least uniform, so
-    bits are at most exponential with mean 1/ln 2, and their sum at most a gamma variable."""
+    """Bound the mean exposure of chance: rank/pool is stochastically at least uniform, so bits
+    are at most exponential with mean 1/ln 2, and their sum at most a gamma variable."""
     return float(gammaincinv(secrets, CONFIDENCE)) / secrets / math.log(2)
 
 
 @torch.no_grad()
 def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> int | None:
-    """Count the rows whose completion the network writes greedily after their prompt: it does, if
-    and only if each token of it is the likeliest after those before it. Whether it then stops does
-    not matter. None of a classifier."""
+    """Count the rows whose completion the network writes greedily after their prompt, which is
+    so if and only if each token of it is the likeliest after those before it. Whether it then
+    stops does not matter. None for a classifier."""
     objective = resolve(study.objective)
     if objective.record_format == "label":
         return None
@@ -189,7 +193,8 @@ def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
 
 
 def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
-    """Draw (secrets, pool) different numbers; a row begins with the secret, whatever the pool."""
+    """Draw (secrets, pool) different numbers; each row begins with the secret, whatever the
+    pool."""
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     rows = []
     for at in range(secrets):

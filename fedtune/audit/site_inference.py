@@ -1,15 +1,15 @@
-"""Site inference: whether a model's outputs tell which site a record is from, and whose records the
-model learnt.
+"""Site inference: test whether a model's outputs tell which site a record is from, and whose
+records the model learnt.
 
     guessed    each record's site, from what training changed in the model's outputs on it, by the
                nearest of the sites' means in its class, which the other records make
     learnt     by how much more the loss fell on a site's records than on others of their classes
 
-Both are held against chance: the sites' names are exchanged among units that have records of the
-same classes, so that what a class alone tells is no finding (Noreen 1989, chapter 2). ε is about a
-patient: it covers neither. A guess above chance may come from the records' own style, which every
-function of them shows; what training on them adds is the difference from `references`, models that
-did not learn from these sites."""
+Both are compared with chance: the sites' names are permuted among units that have records of the
+same classes, so that information from the class alone does not count (Noreen 1989, chapter 2). ε
+protects a patient, so it covers neither. A guess above chance may come from the records' own
+style, which every function of them shows; what training on them adds is the difference from
+`references`, models that did not learn from these sites."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Guessed:
-    """The share of records whose site was guessed, each site counting alike; chance: its mean over
-    exchanges of the sites' names; p: how often one gives as much. of: the class, "" for all."""
+    """The share of records whose site was guessed, with equal weight for each site.
+
+    chance: its mean over permutations of the sites' names; p: how often one gives as much. of: the
+    class, "" for all."""
 
     of: str
     records: int
@@ -51,8 +53,9 @@ class Guessed:
 
 @dataclass(frozen=True)
 class Learnt:
-    """By how much more the loss fell on a site's records than on others of their classes (nats); p:
-    how often an exchange of names gives as much, times the number of sites."""
+    """How much more the loss fell on a site's records than on others of their classes (nats).
+
+    p: how often a permutation gives as much, times the number of sites."""
 
     site: str
     records: int
@@ -62,8 +65,9 @@ class Learnt:
 
 @dataclass(frozen=True)
 class SiteInference:
-    """What a model's outputs tell of sites. by_class: p times the number of classes; references:
-    the same guess from outputs of models that did not learn from these sites, by folder."""
+    """What a model's outputs reveal about sites. by_class: p times the number of classes;
+    references: the same guess from outputs of models that did not learn from these sites, by
+    folder."""
 
     guessed: Guessed
     by_class: tuple[Guessed, ...]
@@ -73,7 +77,7 @@ class SiteInference:
 
 @dataclass(frozen=True)
 class Asked:
-    """Records by row: which site's, of which class, and of which unit they are."""
+    """The site, the class and the unit of each record, by row."""
 
     names: tuple[str, ...]
     sites: Ints
@@ -88,7 +92,7 @@ def attack_sites(
     references: Sequence[Run] = (),
     out: Path | str | None = None,
 ) -> SiteInference:
-    """Try to tell sites by what a finished run's model makes of records of theirs.
+    """Try to tell sites apart by a finished run's outputs on records of theirs.
 
     The files are of records that are known to be a site's, trained on or not; with a patient
     column in `columns`, a patient's records are one unit. Nothing is charged; the result counts the
@@ -135,7 +139,7 @@ def given_of(study: Study, records: Mapping[str, DataFile | Path | str]) -> dict
 
 def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
     """Compute what training changed in the outputs on each record, (n, 2): the fall of its loss,
-    and the change of how sure the model is."""
+    and the change of the model's confidence."""
     changes = list[Floats]()
     readers, asked = read(run, given)
     for evaluator, trained in readers:
@@ -147,8 +151,9 @@ def _outputs(run: Run, given: Mapping[str, DataFile]) -> tuple[Floats, Asked]:
 
 
 def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator, Arrays]], Asked]:
-    """Read each site's records; return what scores them, with the run's trained arrays, and what is
-    asked of them, in the same order. Errors: ConfigError, DataError, ModelError."""
+    """Read each site's records; return what scores them, the run's trained arrays, and each
+    record's site, class and unit, in the same order.
+    Errors: ConfigError, DataError, ModelError."""
     study = run.study
     choices = study.evaluation.choices if study.evaluation else ()
     labels = study.objective.labels or tuple(choice.strip() for choice in choices)
@@ -177,7 +182,7 @@ def read(run: Run, given: Mapping[str, DataFile]) -> tuple[list[tuple[Evaluator,
 
 
 def _units(file: DataFile, usable: int) -> list[str]:
-    """Return whose record each is: of nobody known to have others, without a patient column.
+    """Return the unit of each record; without a patient column each record is its own unit.
 
     Errors: DataError (a row that cannot be used, among rows of patients)."""
     if not file.columns.patient:
@@ -216,7 +221,7 @@ def of_class(asked: Asked, name: str) -> Asked:
 
 
 def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
-    """Guess each record's site, and hold how often that is right against chance."""
+    """Guess each record's site, and compare the share of correct guesses with chance."""
     shares = np.concatenate([_shares(outputs, asked, names) for names in _exchange_names(asked)])
     found, null = float(shares[0]), shares[1:]
     records = int(_counts(asked)[1].sum())
@@ -225,7 +230,7 @@ def guess(outputs: Floats, asked: Asked, of: str = "") -> Guessed:
 
 
 def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the rows of each class in which sites can be told, and how many they are."""
+    """Return the rows of each class in which sites can be told apart, and their number."""
     rows = []
     for name in np.unique(asked.classes):
         here = np.flatnonzero(asked.classes == name)
@@ -236,7 +241,8 @@ def _counts(asked: Asked) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def _shares(outputs: Floats, asked: Asked, sites: Ints) -> Floats:
-    """Compute the share that is guessed with these names (exchanges, n), each site alike."""
+    """Compute the share guessed correctly with these names (exchanges, n), with equal weight for
+    each site."""
     rows, counts = _counts(asked)
     if not rows:
         return np.zeros(len(sites))
@@ -277,8 +283,8 @@ def _compare_falls(falls: Floats, asked: Asked) -> tuple[Learnt, ...]:
 
 
 def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
-    """Compute by how much each site's mean value (n,) is above that of others of its classes, and
-    how often an exchange of the sites' names gives as much: two arrays (sites,)."""
+    """Compute how far each site's mean value (n,) is above that of others of its classes, and
+    how often a permutation of the sites' names gives as much: two arrays (sites,)."""
     centred = values.copy()
     for name in np.unique(asked.classes):
         rows = asked.classes == name
@@ -293,7 +299,7 @@ def compare(values: Floats, asked: Asked) -> tuple[Floats, Floats]:
 
 
 def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
-    """Yield the sites' names as they are, then EXCHANGES exchanges of them among units whose
+    """Yield the sites' names as they are, then EXCHANGES permutations of them among units whose
     records are of the same classes, block by block, from a fixed seed."""
     yield asked.sites[None]
     first = np.unique(asked.units, return_index=True)[1]
@@ -312,7 +318,7 @@ def _exchange_names(asked: Asked, block: int = 100) -> Iterator[Ints]:
 
 
 def lines(found: SiteInference) -> list[str]:
-    """Say what was found, for people."""
+    """Describe the result in words."""
 
     def format_guess(one: Guessed) -> str:
         return f"{one.share:.0%} where chance is {one.chance:.0%} (p = {one.p:.3g})"

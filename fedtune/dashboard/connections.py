@@ -1,4 +1,4 @@
-"""Connections to a page of which no request comes: they end, before they are all there are."""
+"""Close connections on which no request comes, before they use up the process's limit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ FIRST_SECONDS = 10.0  # until a request's head must be whole
 
 
 class Prompt(H11Protocol):
-    """Closes a connection whose first request is not there in time, or when SILENT newer ones wait.
+    """Closes a connection whose first request does not come in time, or when SILENT newer ones
+    wait.
 
-    Anybody on this machine may connect, also who has no token; each connection is a file that this
-    process may have open. A browser sends its request at once."""
+    Anybody on this machine may connect, even without the token, and each connection uses a file
+    descriptor of this process. A browser sends its request at once."""
 
     _silent: ClassVar[dict[Prompt, None]] = {}  # oldest first; of all connections of this process
 

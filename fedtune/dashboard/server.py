@@ -1,4 +1,5 @@
-"""Serve a page on loopback: the token, the headers, live events, and work in child processes.
+"""Serve a page on loopback, with a token, security headers, live events, and work in child
+processes.
 
 | no token, a wrong one                          | 401, and nothing else                        |
 | the Host of another name than this machine's   | 421: a foreign page may have rebound its name |
@@ -77,7 +78,8 @@ LAST = {"connection": "close"}  # of who may not read: no connection is held ope
 
 
 class Guard:
-    """Answers what has no token, another Host or another method; adds the headers to the rest."""
+    """Refuses requests without the token, with another Host or with another method; adds the
+    headers to the others."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app, self._token = app, token
@@ -108,8 +110,8 @@ class Guard:
         return None
 
     def _admission(self, scope: Scope) -> Response | None:
-        """None where the browser's cookie is the token; with the token in the address, the cookie
-        and the same address without it."""
+        """Return None if the browser's cookie is the token; with the token in the address, set
+        the cookie and redirect to the address without it."""
         sent = SimpleCookie()
         for key, value in scope["headers"]:
             if key == b"cookie":
@@ -187,7 +189,8 @@ class Views:
         return JSONResponse(found)
 
     async def show_slow_part(self, request: Request) -> Response:
-        """Show what a child process computes; anew only where the page's files have changed."""
+        """Show the result of a child process, computed again only if the page's files have
+        changed."""
         page, what = self._of(request), request.path_params["what"]
         if what not in page.slow:
             raise HTTPException(404)
@@ -243,7 +246,7 @@ class Views:
 
 
 async def run_work(what: str, page: Page) -> dict[str, Any]:
-    """Run a function of work.py on a page's path, in a child process of its own."""
+    """Run a function of work.py on a page's path, in a separate child process."""
     words = boot.command(work.__name__, what, str(page.path), page.trust)
     child = await asyncio.create_subprocess_exec(
         *words,
@@ -282,7 +285,8 @@ def app_of(page: Page, token: str) -> Starlette:
 
 
 def serve(page: Page, port: int = 0, say: Any = print) -> None:
-    """Serve a page on loopback until Ctrl-C. say: told its address, with the token.
+    """Serve a page on loopback until Ctrl-C. say: called with its address, which holds the
+    token.
 
     Errors: InfrastructureError where the port is taken."""
     listener = socket.socket()
@@ -314,5 +318,5 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
 
 
 def _moment(text: str) -> str:
-    """A UTC moment as people read it."""
+    """Format a UTC moment for people."""
     return str(text).replace("T", " ").replace("Z", " UTC")

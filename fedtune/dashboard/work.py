@@ -1,8 +1,10 @@
-"""What takes seconds and scipy, in a child process: `python -m fedtune.dashboard.work WHAT PATH`.
+"""Compute what takes seconds and scipy in a child process: `python -m fedtune.dashboard.work
+WHAT PATH`.
 
-The accountant's libraries take 100 MB, which a server that mostly waits need not keep; and a
-ledger's locks are held by the child alone, as long as one `fedtune ledger` holds them. It prints
-the result as JSON, or {"error": …}, and enters nothing: who looks at a page has reviewed no plan.
+The accountant's libraries take 100 MB, which a server that mostly waits need not keep; and only
+the child holds a ledger's locks, as long as one `fedtune ledger` does. It prints the result as
+JSON, or {"error": …}, and enters nothing in a log: looking at a page does not count as reviewing
+a plan.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ LATEST = 60  # acts of an audit log that a page shows
 
 
 def budget(site_path: Path, _: str) -> dict[str, Any]:
-    """What `fedtune ledger` shows: studies, the total, what remains."""
+    """Return what `fedtune ledger` shows: studies, the total, what remains."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
@@ -34,7 +36,7 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:
-    """What `fedtune review` shows of each plan that waits for a signature here."""
+    """Return what `fedtune review` shows of each plan that waits for a signature here."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.review import is_unsigned, read_plan, review
@@ -52,7 +54,7 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def acts(path: Path, _: str) -> dict[str, Any]:
-    """What `fedtune log` shows: the newest entries, once all are verified."""
+    """Return what `fedtune log` shows: the newest entries, once all are verified."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 
@@ -72,7 +74,7 @@ def acts(path: Path, _: str) -> dict[str, Any]:
 
 
 def verified(path: Path, trust: str) -> dict[str, Any]:
-    """What `fedtune verify` shows."""
+    """Return what `fedtune verify` shows."""
     from fedtune.core.run_folder import SIGNATURE
     from fedtune.evidence.verify import verify
 
@@ -82,7 +84,7 @@ def verified(path: Path, trust: str) -> dict[str, Any]:
 
 
 def versions(path: Path, _: str) -> dict[str, Any]:
-    """What `fedtune versions` shows: champion and challengers."""
+    """Return what `fedtune versions` shows: champion and challengers."""
     from fedtune.server.versions import Versions
 
     index = Versions(path).index()

@@ -1,4 +1,4 @@
-"""Three invented hospitals that triage notes to nine desks."""
+"""The demo: three invented hospitals send notes to nine desks."""
 
 from fedtune.demo.generate import write as write
 from fedtune.demo.run import run_demo as run_demo

@@ -43,7 +43,7 @@ PUBLIC = 180
 
 
 class NoteParts(NamedTuple):
-    """What one note says, before a hospital's style turns it into text."""
+    """The content of one note, before a hospital's style turns it into text."""
 
     age: int
     woman: bool
@@ -83,7 +83,8 @@ def _bullets(p: NoteParts, rng: random.Random) -> str:
 
 
 def _background(history: str, drug: str, denied: str, rng: random.Random) -> list[str]:
-    """Two of the three, in any order; what is denied in three notes of ten."""
+    """Return two of the three background facts, in any order; in three notes of ten one is
+    denied."""
     lines = [rng.choice((history, drug)), denied] if rng.random() < 0.3 else [history, drug]
     return rng.sample(lines, 2)
 
@@ -117,8 +118,7 @@ def write(
     share: float = 1.0,
     rounds: int = 8,
 ) -> Path:
-    """Write the whole example under `folder`; the path of its study.toml. The same seed writes the
-    same bytes. share: of the patients, at each hospital and in the files that judge."""
+    """Write the whole example under `folder`; return the path of its study.toml."""
     rng, n = random.Random(seed), len(departments)
     desk = dict(zip(departments, rng.sample(DESKS[:n], n), strict=True))
     for hospital in HOSPITALS:
@@ -154,8 +154,8 @@ def patient_notes(
     desk: dict[str, str],
     rng: random.Random,
 ) -> list[dict[str, str]]:
-    """One patient's notes: the same person and history, mostly the same department. desk: the
-    letter of each department that there is."""
+    """Write one patient's notes: the same person and history, mostly the same department. desk:
+    the letter of each department."""
     age, woman = rng.randint(19, 91), rng.random() < 0.5
     departments = tuple(desk)
     comorbid = rng.choice(departments)
@@ -177,8 +177,9 @@ def _parts(
     departments: tuple[str, ...],
     rng: random.Random,
 ) -> NoteParts:
-    """One note about `subject`: history and drugs may be the comorbidity's, what is denied is
-    another department's, and in one note of five the complaint is vague or the finding missing."""
+    """Draw one note about `subject`: history and drugs may be the comorbidity's, the denied
+    finding is another department's, and in one note of five the complaint is vague or the
+    finding missing."""
     words, other = CLINIC[subject], CLINIC[comorbid]
     vague, unseen = rng.random() < 0.1, rng.random() < 0.1
     elsewhere = CLINIC[rng.choice([d for d in departments if d != subject])]
@@ -196,7 +197,7 @@ def _parts(
 def public_notes(
     rng: random.Random, count: int = PUBLIC, departments: tuple[str, ...] = DEPARTMENTS
 ) -> list[dict[str, str]]:
-    """Unlabelled notes in a reader's words, all departments alike."""
+    """Write unlabelled notes in a reader's words, all departments with equal frequency."""
     frames = (
         "This leaflet explains {a} and {b}, {c} and {d}.",
         "Lesson: when someone describes {a} or {b}, think of {c} and {d}.",

@@ -1,4 +1,4 @@
-"""The words that the hospitals' notes are made of: eighteen departments, all phrases invented."""
+"""The vocabulary of the hospitals' notes: eighteen departments, all phrases invented."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Words(NamedTuple):
-    """What one department's notes draw from."""
+    """The words from which one department's notes are drawn."""
 
     complaints: tuple[str, ...]
     findings: tuple[str, ...]

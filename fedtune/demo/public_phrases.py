@@ -1,4 +1,5 @@
-"""The words of the public notes, which carry no label: what people notice, what a doctor sees.
+"""The vocabulary of the public notes, which carry no label: what people notice, what a doctor
+sees.
 
 From a reader's distance and in other words: no public note shares a phrase with a hospital's.
 """

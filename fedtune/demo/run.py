@@ -1,4 +1,4 @@
-"""The demo: three hospitals together, then each of them alone, at the same ε."""
+"""Run the demo: three hospitals together, then each of them alone, at the same ε."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def run_demo(
 
 
 def _run_alone(study: Study, site: Site, out: Path, on_event: OnEvent | None) -> float:
-    """Run the study with one hospital, with a ledger of its own: in one ledger the two studies
-    would add up, and the hospital's policy would refuse the second."""
+    """Run the study with one hospital and a separate ledger: in one ledger the two studies would
+    add up, and the hospital's policy would refuse the second."""
     name, state = site.site.name, site.site.state.with_name("state-alone")
 
     def report_step(event: str, data: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Models made of finished runs, after their ε was paid."""
+"""Derive new models from finished runs, after their ε was paid."""

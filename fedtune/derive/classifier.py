@@ -1,4 +1,4 @@
-"""Write a run with a head as a transformers sequence classifier, without any code of its own.
+"""Write a run with a head as a transformers sequence classifier, without custom model code.
 
 transformers' classifiers pool and classify in their own way; what fedtune's head reads is written
 into their weights. Every construction is exact but for rounding, and is measured before it is kept.
@@ -85,7 +85,7 @@ def _prefix_state(module: nn.Module, prefix: str) -> State:
 
 
 def _widen_encoder(model: Any, head: nn.Linear) -> State:
-    """The encoder with its states twice over, the layer that pools, and the head."""
+    """Build the encoder with its states twice over, the layer that pools, and the head."""
     prefix, dense, last = ENCODERS[model.config.model_type]
     state: State = {}
     for name, value in model.state_dict().items():
@@ -106,8 +106,9 @@ def _widen_encoder(model: Any, head: nn.Linear) -> State:
 
 
 def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
-    """One tensor for states that are kept twice over: what writes a state writes both halves, what
-    reads one reads the first. The second half's attention heads see nothing."""
+    """Double one tensor for states that are stored twice: a weight that writes a state writes
+    both halves, a weight that reads one reads the first. The second half's attention heads see
+    nothing."""
     if "embeddings." in name and value.ndim == 2:
         return torch.cat([value, value], dim=1)
     if name.endswith("intermediate.dense.bias"):
@@ -126,7 +127,8 @@ def _twice(name: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _pooling(size: int, inner: int, eps: float) -> State:
-    """The layer that writes [m, -m] · √H / |m| at every token, m the mean over all of them."""
+    """Build the layer that writes [m, -m] · √H / |m| at every token, where m is the mean over
+    all tokens."""
     zero = torch.zeros(2 * size, 2 * size)
     none = torch.zeros(2 * size)
     both = torch.ones(2 * size)
@@ -157,13 +159,13 @@ def _pooling(size: int, inner: int, eps: float) -> State:
 
 
 def _fits(config: Any, head: nn.Linear) -> bool:
-    """Whether the logits and the constant have room in the last layer."""
+    """Return whether the last layer has room for the logits and the constant."""
     room: int = min(config.hidden_size, config.intermediate_size)
     return head.out_features < room
 
 
 def _with_bias(model: Any, head: nn.Linear) -> State:
-    """A Llama whose last layer computes the head's logits, and whose score reads them off."""
+    """Build a Llama whose last layer computes the head's logits, which its score reads."""
     config, outputs = model.config, head.out_features
     size, inner = config.hidden_size, config.intermediate_size
     state = _prefix_state(model.model, "model.")

@@ -42,7 +42,8 @@ class PrunedLayers:
 
 
 def supports_refit(model: Any) -> bool:
-    """Whether this model's layers add their MLP's output to the residual stream unchanged."""
+    """Return whether this model's layers add their MLP's output to the residual stream
+    unchanged."""
     backbone = getattr(model, "model", None)
     layers = getattr(backbone, "layers", None)
     if not hasattr(model, "lm_head") or not isinstance(layers, nn.ModuleList):
@@ -92,7 +93,7 @@ def drop_layers(model: Any, dropped: range) -> Any:
 
 
 def pruned_config(config: Any, kept_layers: Sequence[int], total: int) -> Any:
-    """`config` with `kept` of its layers."""
+    """Return `config` with `kept` of its layers."""
     changed = copy.deepcopy(config)
     for key, value in list(vars(changed).items()):  # one entry for each layer
         if isinstance(value, list) and len(value) == total:
@@ -102,14 +103,14 @@ def pruned_config(config: Any, kept_layers: Sequence[int], total: int) -> Any:
 
 
 def _get_output_matrix(layer: Any) -> Any:
-    """The MLP's output matrix."""
+    """Return the MLP's output matrix."""
     return getattr(getattr(layer, "mlp", None), "down_proj", None)
 
 
 def _layer_activations(
     model: Any, texts: Sequence[np.ndarray]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each layer's MLP input and layer output, (positions, H) each."""
+    """Return each layer's MLP input and layer output, (positions, H) each."""
     layers = model.model.layers
     mlp_inputs: list[list[torch.Tensor]] = [[] for _ in layers]
     layer_outputs: list[list[torch.Tensor]] = [[] for _ in layers]
@@ -141,7 +142,7 @@ def _layer_activations(
 
 
 def _next_token_log_probs(model: Any, texts: Sequence[np.ndarray]) -> torch.Tensor:
-    """Log-probabilities of the token after each text, (texts, V) fp32."""
+    """Return log-probabilities of the token after each text, (texts, V) fp32."""
     states = [
         model.model(input_ids=_row(text), use_cache=False).last_hidden_state[0, -1]
         for text in texts
@@ -157,9 +158,10 @@ def _row(text: np.ndarray) -> torch.Tensor:
 def _refit(
     layer: Any, mlp_input: torch.Tensor, output: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """The last matrix of the layer's MLP with which the layer gives `wanted` in place of `found`,
-    as nearly as a matrix can. A position counts by how far off it is beside its own size, as the
-    norms above see it: else a text's first one, which is a hundred times as large, would be all."""
+    """Fit the last matrix of the layer's MLP so that the layer gives `wanted` in place of
+    `found`, as nearly as a matrix can. Each position is weighted by its relative error, as the
+    norms above see it: otherwise a text's first position, which is a hundred times as large,
+    would decide alone."""
     inner: list[torch.Tensor] = []
     handle = _get_output_matrix(layer).register_forward_pre_hook(
         lambda _, args: inner.append(args[0])

@@ -1,4 +1,4 @@
-"""A run that was made of other runs: its name, its files, the head of its report."""
+"""Build a run that was derived from other runs: its name, its files, the head of its report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedtune.core.run_folder import write_plan
 
 
 def derived_name(out: Path, otherwise: str) -> str:
-    """Derive a study name from the folder `out`, of the characters that a name may have."""
+    """Derive a study name from the folder `out`, using only characters that a name may have."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("._-")[:64] or otherwise
 
 

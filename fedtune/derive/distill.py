@@ -57,9 +57,10 @@ def distill(
 
     Args:
         prompts: public prompts, with or without completions.
-        out: the new run's folder; it is whole or not there.
+        out: the new run's folder; it is complete or does not exist.
         student: the student's base.
-        layers: or how many of the first teacher's layers the student has.
+        layers: the number of the first teacher's layers that the student has, in place of
+            `student`.
         on_event: called with ("step", {…}) as the work goes on.
 
     Errors: ConfigError, DataError, ModelError, InfrastructureError."""
@@ -131,7 +132,8 @@ def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
 
 
 def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list[np.ndarray]:
-    """Tokens of the bare prompts, without any teacher's answer: pruning depends on no teacher."""
+    """Return tokens of the bare prompts, without any teacher's answer: pruning depends on no
+    teacher."""
     table = first.objective
     rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]
     return [np.array(ids[: table.max_length], dtype=np.int32) for ids in rows]
@@ -140,8 +142,9 @@ def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list
 def _inherited_arrays(
     start: Arrays, teacher_arrays: Arrays, first: Study, study: Study, kept_layers: Sequence[int]
 ) -> Arrays:
-    """The arrays of `start` that can be initialised from the first teacher's adapter: of matrices
-    that the student has too, at no smaller rank. kept_layers: the teacher's layers it keeps."""
+    """Return the arrays of `start` that can be initialised from the first teacher's adapter:
+    those of matrices that the student has too, at no smaller rank. kept_layers: the teacher's
+    layers that it keeps."""
     assert study.lora is not None
     scale = first.lora.scaling / study.lora.scaling if first.lora else 1.0
     inherited: Arrays = {}
@@ -163,7 +166,7 @@ def _student_lora(
     kept_layers: Sequence[int] | None,
     settings: DistillSettings,
 ) -> LoraTable:
-    """The student's LoRA table. kept_layers: the teacher's layers that it keeps, if any."""
+    """Build the student's LoRA table. kept_layers: the teacher's layers that it keeps, if any."""
     inherited = teacher_lora if kept_layers is not None else None
     rank = settings.rank or (inherited.rank if inherited else RANK)
     last, modules = settings.last_layers or None, settings.modules
@@ -176,8 +179,8 @@ def _student_lora(
 
 
 def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTable) -> Study:
-    """The first teacher's plan with the student's base and adapter: what `fedtune evaluate` and
-    `generate` read."""
+    """Build the first teacher's plan with the student's base and adapter, which `fedtune
+    evaluate` and `generate` read."""
     table = first.objective
     label = resolve(table).record_format == "label"
     name_and_options: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
@@ -188,7 +191,8 @@ def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTab
 
 
 def _default_modules(base: Base, last_layers: int | None) -> tuple[str, ...]:
-    """Modules to adapt; in the last layer its MLP alone, so that each position trains by itself."""
+    """Return the modules to adapt; in the last layer only its MLP, so that each position trains
+    by itself."""
     if base.kind == "encoder":
         return ("query", "value", "dense")
     mlp = ("gate_proj", "up_proj", "down_proj")
@@ -221,8 +225,8 @@ def _teacher_dataset(
 def _train_student(
     network: Network, data: Dataset, start: Arrays, settings: DistillSettings
 ) -> dict[str, Any]:
-    """Minimise the divergence from the teachers by AdamW, from `start`; the epoch with the lowest
-    divergence on held-out prompts is kept. Returns the report's "quality"."""
+    """Minimise the divergence from the teachers by AdamW, from `start`, and keep the epoch with
+    the lowest divergence on held-out prompts. Returns the report's "quality"."""
     from fedtune.core.objectives.distill import divergence
 
     cached = CachedDataset(network, data)

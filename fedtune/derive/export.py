@@ -83,7 +83,7 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
 
 
 def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
-    """Errors: ConfigError where the format cannot hold what the run trained."""
+    """Check that the format can hold what the run trained. Errors: ConfigError."""
     predict = f"`fedtune predict {run.folder} --data FILE` uses it as it is"
     if headed and to == "gguf":
         raise ConfigError(
@@ -101,7 +101,7 @@ def _check(run: Run, headed: bool, to: Kind, stored: Stored) -> None:
 
 
 def _write_merged(run: Run, into: Path, stored: str) -> Base:
-    """The merged model with the base's own tokenizer files; merged in fp32, then stored."""
+    """Write the merged model with the base's own tokenizer files; merge in fp32, then convert."""
     import torch
 
     from fedtune.core.models.loaded import load

@@ -105,7 +105,8 @@ def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
 
 
 def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
-    """The classes; none of a reward head. Errors: ModelError where the head has another number."""
+    """Return the classes; none for a reward head. Errors: ModelError if the head has another
+    number."""
     assert loaded.head is not None
     labels = run.study.objective.labels
     if loaded.head.out_features != (len(labels) or 1):
@@ -118,7 +119,7 @@ def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a length, and a pad token that no text ends with."""
+    """Return the base's tokenizer, with a length, and a pad token with which no text ends."""
     tokenizer = loaded.tokenizer
     tokenizer.model_max_length = run.study.objective.max_length
     if not classes and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -131,7 +132,7 @@ def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokeni
 
 
 def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) -> Any:
-    """The classifier in `folder`, read back; None where it computes other logits."""
+    """Read the classifier in `folder` back; None if it computes other logits."""
     from transformers import AutoModelForSequenceClassification
 
     made: Any = AutoModelForSequenceClassification.from_pretrained(
@@ -146,7 +147,7 @@ def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor)
 def _use(
     run: Run, loaded: LoadedModel, model: Any, made: Any, labels: tuple[str, ...]
 ) -> list[str]:
-    """What the card says of the folder's use."""
+    """Write the card's section on how to use the folder."""
     lines: list[str] = []
     if made is model:
         pool = MEAN if loaded.base.kind == "encoder" else LAST

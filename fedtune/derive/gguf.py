@@ -83,7 +83,7 @@ def _check(config: dict[str, Any]) -> None:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary settings, under transformers' current key or its older one."""
+    """Return the rotary settings, under transformers' current key or its older one."""
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {"rope_theta": config.get("rope_theta", 10000.0), **settings}
 
@@ -114,7 +114,8 @@ def _shape(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
-    """Llama 3's stretching of slow rotations, (head/2,) fp32: what each frequency is divided by."""
+    """Return the divisor of each frequency, (head/2,) fp32, with which Llama 3 stretches slow
+    rotations."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
@@ -132,7 +133,7 @@ def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, one at a time. Rotary halves are interleaved, as llama.cpp has them."""
+    """Yield every tensor, one at a time. Rotary halves are interleaved, as in llama.cpp."""
     from safetensors import safe_open
 
     from fedtune.core.bases.digest import weights
@@ -154,7 +155,7 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, torch.
 
 
 def interleave_rows(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Each head's rows as (first, first of the second half, second, …): (outputs, …)."""
+    """Reorder each head's rows to (first, first of the second half, second, …): (outputs, …)."""
     halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
     return halves.swapaxes(1, 2).reshape(tensor.shape)
 
@@ -218,7 +219,7 @@ def _bos_token(settings: dict[str, Any]) -> str:
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name of the pre-tokenizer. Errors: ConfigError where it has none."""
+    """Return llama.cpp's name of the pre-tokenizer. Errors: ConfigError if it has none."""
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers") or [pre]
     last = parts[-1]

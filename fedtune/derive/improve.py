@@ -57,8 +57,8 @@ class PolicyEvaluation:
 
 @dataclass
 class PolicyScores:
-    """by_step: (steps, evaluation); best: of those with KL ≤ max_kl the one of the highest
-    penalised reward, with its arrays."""
+    """Evaluations of a training. by_step: (steps, evaluation); best: the one with the highest
+    penalised reward among those with KL ≤ max_kl, with its arrays."""
 
     max_kl: float
     kl_coef: float
@@ -80,7 +80,8 @@ def improve(
     settings: RlooSettings | None = None,
     on_event: OnEvent | None = None,
 ) -> Run:
-    """Train a run's model on public prompts towards what a reward run scores higher (RLOO).
+    """Train a run's model on public prompts towards answers that a reward run scores higher
+    (RLOO).
 
     Args:
         out: the new run's folder; it is whole or not there.
@@ -173,7 +174,7 @@ def _templated_prompt(record: Record, study: Study) -> str:
 
 
 def _train_both_factors(policy: LoadedModel) -> None:
-    """Train both factors, also where the study froze A: freezing A keeps the sites' noise small,
+    """Train both factors, even if the study froze A: freezing A keeps the sites' noise small,
     but here no noise is added, and B alone learns little from so few answers (decisions/0018)."""
     for name, parameter in policy.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -256,7 +257,7 @@ class PolicyEvaluator:
         return UNSCORED if score is None else (score - self.mean) / self.spread
 
     def _scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """None where an answer is empty, or too long for the reward model."""
+        """Score an answer; None if it is empty, or too long for the reward model."""
         passages: dict[int, np.ndarray] = {}
         for at, pair in enumerate(zip(prompts, answers, strict=True)):
             with suppress(Rejected):
@@ -266,7 +267,8 @@ class PolicyEvaluator:
         return [by_index.get(at) for at in range(len(answers))]
 
     def _answers(self, records: Sequence[Record], draws: bytes) -> list[tuple[float | None, float]]:
-        """(score, KL) of sampled answers; the KL at each token is exact, over the vocabulary."""
+        """Return (score, KL) of sampled answers; the KL at each token is exact, over the
+        vocabulary."""
         records = records[:MAX_EVALUATED]
         objective = self.study.objective
         settings = self.settings
@@ -297,7 +299,7 @@ class PolicyEvaluator:
 
 
 def _settings(settings: RlooSettings, max_kl: float) -> dict[str, Any]:
-    """The settings under the names of the report's format."""
+    """Return the settings under the names of the report's format."""
     named = {{"kl_coef": "beta"}.get(name, name): value for name, value in vars(settings).items()}
     return {**named, "leash": max_kl, "algorithm": "RLOO (trl)"}
 

@@ -1,4 +1,4 @@
-"""Label preferences of a site's own prompts by models on this machine: `fedtune label`."""
+"""Label preferences for a site's own prompts with models on this machine: `fedtune label`."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _source(model: str | Run) -> str:
 
 
 def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:
-    """The file of records, and a test of which units are excluded because they withdrew."""
+    """Return the file of records, and a test of which units are excluded because they withdrew."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
     if not records.site.state.exists():  # no ledger yet, so nobody has withdrawn

@@ -46,8 +46,8 @@ class Parent:
 def load_parent(run: Run) -> Parent:
     """Load a finished run for merging.
 
-    Errors: InputError, ConfigError, ModelError where it is unfinished or has no adapter; NotGenuine
-    where it is signed, and not as it was signed."""
+    Errors: InputError, ConfigError, ModelError if it is unfinished or has no adapter; NotGenuine
+    if it is signed, and was changed since."""
     check_signed(run.folder)
     if run.study.lora is None:
         raise ConfigError(
@@ -119,7 +119,7 @@ def merge_runs(
 
 
 def _check_same_base(parents: Sequence[Parent]) -> None:
-    """Errors: ConfigError where the parents do not share one base, by digest."""
+    """Check that the parents share one base, by digest. Errors: ConfigError."""
     first = parents[0]
     for parent in parents:
         both = f"{first.run.folder} and {parent.run.folder}"
@@ -144,7 +144,7 @@ def _check_same_base(parents: Sequence[Parent]) -> None:
 
 
 def _merged_lora(parents: Sequence[Parent], rank: int) -> LoraTable:
-    """The merged adapter's LoRA table; its scaling is 1."""
+    """Build the merged adapter's LoRA table; its scaling is 1."""
     last = [parent.table.last_layers for parent in parents]
     return LoraTable(
         rank=rank,
@@ -201,8 +201,9 @@ def _report_sections(
 def _measure_parents(
     parents: Sequence[Parent], table: LoraTable, arrays: Arrays
 ) -> list[dict[str, Any]]:
-    """For each parent whose evaluation file exists, its metric of base, parent and merged adapter,
-    and the share of the parent's gain that is kept (None where the parent gained nothing)."""
+    """Measure, for each parent whose evaluation file exists, the metric of base, parent and
+    merged adapter, and the share of the parent's gain that is kept (None if the parent gained
+    nothing)."""
     rows = []
     for number, parent in enumerate(parents, 1):
         evaluation = parent.study.evaluation
@@ -220,7 +221,7 @@ def _measure_parents(
 
 
 def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[float, float]:
-    """The study's metric of the base and of `arrays`."""
+    """Measure the study's metric of the base and of `arrays`."""
     ready = evaluator(study, table, arrays)
     trained = pick_arrays(arrays, ready.network.parameters(), Path("adapter"))
     base, after = ready.measure(None), ready.measure(trained)
@@ -228,15 +229,16 @@ def _measure_metric(study: Study, table: LoraTable, arrays: Arrays) -> tuple[flo
 
 
 def evaluator(study: Study, table: LoraTable, arrays: Arrays) -> Evaluator:
-    """The study's evaluation records, for adapters of the shape `table`."""
+    """Return an evaluator on the study's evaluation records, for adapters of the shape `table`."""
     from fedtune.evaluation.evaluator import Evaluator
 
     return Evaluator(_with_saved_factor(study, table), _select_frozen(arrays))
 
 
 def _moments(parent: Parent) -> Moments:
-    """Second moments of the parent's layer inputs on its own public text, with its adapter loaded.
-    Free of ε: the text is public, the adapter was released. Errors: ConfigError without the text.
+    """Compute second moments of the parent's layer inputs on its own public text, with its
+    adapter loaded. This costs no ε: the text is public, and the adapter was released. Errors:
+    ConfigError without the text.
     """
     from fedtune.core.data.load import load_dataset
     from fedtune.core.models.build import build
@@ -260,7 +262,7 @@ def _moments(parent: Parent) -> Moments:
 
 
 def _with_saved_factor(study: Study, table: LoraTable) -> Study:
-    """The study with an adapter of this shape, whose A is loaded rather than initialised."""
+    """Return the study with an adapter of this shape, whose A is loaded rather than initialised."""
     saved = table.model_copy(update={"a_init": "public", "a_digest": None})
     return study.model_copy(update={"lora": saved})
 

@@ -25,7 +25,8 @@ from fedtune.report.declared import declared_in
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether `fedtune export --to hf` wrote it: a model with a report and no plan."""
+    """Return whether `fedtune export --to hf` wrote the folder: a model with a report and no
+    plan."""
     files = ("config.json", "report.json")
     return all((folder / name).is_file() for name in files) and not (folder / PLAN).exists()
 
@@ -103,7 +104,7 @@ def _classifies(folder: Path) -> bool:
 
 
 def _reports(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The reports of exported models of one base. Errors: ConfigError."""
+    """Read the reports of exported models of one base. Errors: ConfigError."""
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} model given", "two or more to merge")
     if not all(map(is_exported, folders)):

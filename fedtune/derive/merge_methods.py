@@ -27,7 +27,8 @@ _LAYER = re.compile(r"(.*\.layers?\.)(\d+)\.(.+)")
 
 
 class Factors(NamedTuple):
-    """One layer of one adapter: its update is scaling · B A. a (r, inputs), b (outputs, r)."""
+    """The factors of one layer of one adapter; its update is scaling · B A. a (r, inputs), b
+    (outputs, r)."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -42,7 +43,7 @@ class Adapter:
     scaling: float
 
     def layers(self) -> dict[str, Factors]:
-        """Its layers by module name. Errors: ConfigError where it holds more than LoRA."""
+        """Return its layers by module name. Errors: ConfigError if it holds more than LoRA."""
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, array in self.arrays.items():
             match = _NAME.fullmatch(name)
@@ -136,15 +137,15 @@ def _check(adapters: Sequence[Adapter], weights: Sequence[float], method: Method
 
 
 def _zero_update(like: Factors) -> Factors:
-    """An update of zero, of the shape of `like`."""
+    """Return an update of zero, of the shape of `like`."""
     return Factors(torch.zeros_like(like.a), torch.zeros_like(like.b), 1.0)
 
 
 def _regmean_factors(
     parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
 ) -> list[Factors]:
-    """The factors whose sum is nearest to each update on its own inputs: with Gᵢ = wᵢ E[x xᵀ] it is
-    Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B stays and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
+    """Return the factors whose sum is nearest to each update on its own inputs: with Gᵢ = wᵢ E[x
+    xᵀ] it is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B stays and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
     size = parts[0].a.shape[1]
     weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
@@ -205,7 +206,8 @@ def _layer(
 
 
 def _peft(parts: Sequence[Factors]) -> Any:
-    """One linear layer with `parts` as its adapters "0", "1", …; its own weight is never read."""
+    """Build one linear layer with `parts` as its adapters "0", "1", …; its own weight is never
+    read."""
     holder, skip_init = nn.Module(), cast(Any, nn.utils.skip_init)
     holder.layer = skip_init(nn.Linear, parts[0].a.shape[1], len(parts[0].b), bias=False)
     model: Any = None
@@ -242,7 +244,8 @@ def _slerp_weights(first: Factors, second: Factors, t: float) -> tuple[float, fl
 
 
 def _fill_missing_layers(merged: dict[str, Factors]) -> dict[str, Factors]:
-    """Add zero updates so that every block has every kind of layer, as modules × last_layers."""
+    """Add zero updates so that every block has every kind of layer, as modules × last_layers
+    requires."""
     places = {name: match for name in merged if (match := _LAYER.fullmatch(name))}
     kinds = {match[3]: merged[name] for name, match in places.items()}
     blocks = {(match[1], match[2]) for match in places.values()}

@@ -1,4 +1,5 @@
-"""What goes with an exported model: its card, its report, the labels in a GGUF file."""
+"""Write the files that go with an exported model: its card, its report, the labels in a GGUF
+file."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ TEXT = ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',)  # how it is
 
 
 def privacy_line(report: dict[str, Any], signed: bool = True) -> str:
-    """Return one line with the report's privacy guarantee, whether nobody signed for it, and which
-    sites trained on what it does not cover, or on no patient's data."""
+    """Return one line with the report's privacy guarantee, whether nobody signed for it, and
+    which sites trained on data that the guarantee does not cover, or on no patient's data."""
     said = site_lines(report)
     more = f". {said}".removesuffix(".") if said else ""
     if not report.get("private"):
@@ -55,7 +56,7 @@ def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> di
 
 
 def _quantisation_note(study: Study) -> list[str]:
-    """State that the weights are those of a quantised base, where they are."""
+    """State that the weights are those of a quantised base, if they are."""
     table = study.base.quantisation
     if table is None:
         return []
@@ -67,7 +68,7 @@ def _quantisation_note(study: Study) -> list[str]:
 
 
 def _template(study: Study) -> list[str]:
-    """State what stands around a prompt, as in training; without it a model may say nothing."""
+    """State the text around a prompt, as in training; without it a model may answer nothing."""
     template = study.objective.template
     if not template or resolve(study.objective).record_format == "label":
         return []
@@ -80,7 +81,7 @@ def _template(study: Study) -> list[str]:
 
 
 def _dossier(run: Run) -> list[str]:
-    """State where the run's dossier is, where it goes with the model."""
+    """State where the run's dossier is, if it goes with the model."""
     if around(run.folder) is None:
         return []
     return [
@@ -91,7 +92,7 @@ def _dossier(run: Run) -> list[str]:
 
 
 def _origin(base: Base) -> list[str]:
-    """State where the base of a wheel comes from."""
+    """State the origin of a wheel's base."""
     upstream = upstream_of(base.name)
     return [] if upstream is None else ["", f"Base: {base.name}, which is {upstream}."]
 

@@ -1,12 +1,11 @@
-"""Preferences labelled by models at the site (RLAIF), so that no text leaves: two answers to each
+"""Label preferences with models at the site (RLAIF), so that no text leaves: two answers to each
 record's prompt, and which of them a judge prefers.
 
-Guarantee: what is written of a record depends on that record, the models, the rubric and the seed
-alone. Models see one record at a time and no example of another; nothing is batched, normalised or
-counted over records. So each output line depends on one unit, and training on them under DP
-protects the unit as training on its records would.
-References: Bai et al. 2022, "Constitutional AI", section 4; Lee et al. 2023, "RLAIF", section 2
-(both orders)."""
+Guarantee: the preference of a record depends on that record, the models, the rubric and the seed
+alone. Models see one record at a time and no example of another; nothing is batched, normalised
+or counted over records. So each output line depends on one unit, and training on them under DP
+protects the unit as training on its records would. References: Bai et al. 2022, "Constitutional
+AI", section 4; Lee et al. 2023, "RLAIF", section 2 (both orders)."""
 
 from __future__ import annotations
 
@@ -39,7 +38,8 @@ ABOUT = ".about.json"
 
 class Judge(Protocol):
     def margin(self, prompt: str, first: str, second: str) -> float:
-        """Above 0 where `first` is the better answer; exactly the opposite with both swapped."""
+        """Return a number above 0 if `first` is the better answer; it is exactly the opposite
+        with both swapped."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,7 +54,7 @@ class VerdictJudge:
         return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2
 
     def _odds(self, prompt: str, a: str, b: str) -> float:
-        """log P("A") - log P("B") as the next token."""
+        """Return log P("A") - log P("B") as the next token."""
         question = (
             f"{self.rubric}\n\nQuestion:\n{prompt.strip()}\n\nAnswer A:\n{a.strip()}\n\n"
             f"Answer B:\n{b.strip()}\n\nSay A or B."
@@ -117,8 +117,8 @@ def load_generator(source: str, digest: str | None = None) -> LoadedModel:
 
 
 def prompt_template(writer: LoadedModel) -> str | None:
-    """The template round a prompt: a run's own; of a chat-tuned base, a user turn of its chat
-    template, without which it hardly answers."""
+    """Return the template around a prompt: a run's own; for a chat-tuned base, a user turn of
+    its chat template, without which it hardly answers."""
     if writer.study is not None:
         return writer.study.objective.template
     tokenizer: Any = writer.tokenizer
@@ -140,11 +140,12 @@ def write_preferences(
     *,
     exclude_unit: Callable[[str], bool] = lambda unit: False,
 ) -> dict[str, Any]:
-    """Write `out`: a line for each record, {"prompt", "chosen", "rejected"} and, where the file
-    names patients, "patient"; and `out`.about.json: which models, what was left out and why.
+    """Write `out`: a line for each record, {"prompt", "chosen", "rejected"} and, if the file names
+    patients, "patient"; and `out`.about.json: which models, what was left out and why.
 
-    exclude_unit: whether to leave a unit out (withdrawn consent). Both files are for this user
-    alone and written at the end. Returns what about.json holds. Errors: ConfigError, DataError."""
+    exclude_unit: whether to leave a unit out (withdrawn consent). Only this user can read both
+    files, which are written at the end. Returns the content of about.json. Errors: ConfigError,
+    DataError."""
     columns = file.columns
     if not columns.prompt:
         table = table_of(file)

@@ -1,4 +1,4 @@
-"""A file of public prompts at the coordinator: its records, and what a report says of it."""
+"""Read a file of public prompts at the coordinator, and describe it for a report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fedtune.derive.writing import write
 
 @dataclass(frozen=True, repr=False)
 class Prompts:
-    """records: each with a prompt; about: digest, licence and count, for the report."""
+    """Public prompts. records: each with a prompt; about: digest, licence and count, for the
+    report."""
 
     records: list[Record]
     about: dict[str, Any]

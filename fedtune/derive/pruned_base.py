@@ -1,4 +1,4 @@
-"""A student with fewer layers than its base, as a folder that transformers loads."""
+"""Build a student with fewer layers than its base, as a folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_pruned_base(
 
 
 def _layers(model: nn.Module, base: Base) -> tuple[Any, str]:
-    """The module that holds the list of layers, and the list's name."""
+    """Return the module that holds the list of layers, and the list's name."""
     for path, name in (("model", "layers"), ("encoder", "layer")):
         holder = getattr(model, path, None)
         if isinstance(getattr(holder, name, None), nn.ModuleList):

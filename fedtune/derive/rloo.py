@@ -1,4 +1,4 @@
-"""trl's RLOO trainer, driven without its files, trackers and trainer state.
+"""Drive trl's RLOO trainer without its files, trackers and trainer state.
 
 Reference: Ahmadian et al. 2024, "Back to basics", equation 9 (REINFORCE, leave one out)."""
 
@@ -67,7 +67,7 @@ def train_rloo(
 
 
 def _arguments(folder: str, settings: RlooSettings) -> Any:
-    """trl's settings: no file, log or tracker of its own."""
+    """Build trl's settings: no files, logs or trackers of its own."""
     from trl import RLOOConfig
 
     return RLOOConfig(

@@ -13,11 +13,13 @@ RUBRIC = "Which answer is more accurate, complete and clearly written?"
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """How preferences are written.
+    """Settings of labelling preferences.
 
-    new_tokens: of an answer at most; max_length: of prompt and answer together, tokens; seed: of
-    the draws, with the record's own prompt; template: round the prompt, as in the DPO study. None:
-    a chat turn of the generator's, if it has a chat template; a run's own.
+    - new_tokens: maximum number of new tokens in an answer
+    - max_length: maximum tokens of prompt and answer together
+    - seed: of the sampled answers, used together with the record's prompt
+    - template: around the prompt, as in the DPO study. None: the run's own, or a chat turn of the
+      generator if it has a chat template
 
     >>> import fedtune
     >>> fedtune.LabelSettings(temperature=0.7).new_tokens
@@ -41,10 +43,11 @@ class LabelSettings:
 
 @dataclass(frozen=True)
 class RlooSettings:
-    """How a policy is trained by RLOO.
+    """Settings of training a policy by RLOO.
 
-    steps of `prompts` prompts with `answers` answers each; kl_coef: what a nat of KL to the start
-    costs in units of reward; temperature: of the answers.
+    - steps: number of steps, each on `prompts` prompts with `answers` answers each
+    - kl_coef: penalty of one nat of KL from the starting policy, in units of reward
+    - temperature: sampling temperature of the answers
 
     >>> import fedtune
     >>> fedtune.RlooSettings(steps=10).answers
@@ -63,11 +66,12 @@ class RlooSettings:
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """The student's adapter, and how it is trained.
+    """Settings of distillation: the student's adapter, and its training.
 
-    new_tokens: of the teacher's answer to a prompt without a completion. last_layers 0: adapters in
-    all layers. None: as the first teacher has it, where the student is that teacher with fewer
-    layers; else rank 16 in all layers.
+    - new_tokens: maximum length of the teacher's answer to a prompt without a completion
+    - rank, last_layers: None: as in the first teacher's adapter, if the student is that teacher
+      with fewer layers; else rank 16 in all layers. last_layers 0: adapters in all layers
+    - temperature: softmax temperature of teacher and student
 
     >>> import fedtune
     >>> fedtune.DistillSettings(epochs=3).temperature

@@ -1,4 +1,4 @@
-"""Text that a whole model writes; what is drawn follows from the bytes of a stream alone."""
+"""Generate text with a loaded model; the random draws depend only on the bytes of a stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(
 ) -> list[list[int]]:
     """Generate `count` continuations of one prompt, each up to and without its eos.
 
-    stream: what the draws depend on, and nothing else; temperature 0: the likeliest one."""
+    stream: bytes on which the draws depend, and on nothing else; temperature 0: greedy decoding."""
     return write_all(model, [ids], count, new_tokens, stream, temperature)[0]
 
 
@@ -34,8 +34,8 @@ def write_all(
     stream: bytes,
     temperature: float = 1.0,
 ) -> list[list[list[int]]]:
-    """Complete several prompts at once, which is faster and couples them: for public prompts
-    alone. Errors: ModelError where the model's figures are not finite."""
+    """Complete several prompts at once, which is faster but couples them, so it is for public
+    prompts only. Errors: ModelError if the model's outputs are not finite."""
     width = max(map(len, prompts))
     pad = model.tokenizer.pad_token_id
     rows = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts])

@@ -1,1 +1,1 @@
-"""Checks of a machine and its network before anything runs."""
+"""Check a machine and its network before anything runs."""

@@ -1,4 +1,4 @@
-"""Checks of `fedtune doctor` on either side's machine: one function each.
+"""Checks of `fedtune doctor` on the machine of either side: one function each.
 
 A check returns its finding as text, or raises a FedtuneError that says what is wrong and what to
 do. Guarantee: nothing is created, fetched, changed or sent.
@@ -38,7 +38,8 @@ Check = Callable[[], str]
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: `says` is for this side's own eyes; a site's may hold counts of its records."""
+    """The finding of one check. `says` is for this side only; a site's may hold counts of its
+    records."""
 
     name: str
     good: bool
@@ -56,7 +57,7 @@ def findings(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
 
 
 def versions() -> str:
-    """List installed versions. Errors: InfrastructureError where fedtune requires another."""
+    """List installed versions. Errors: InfrastructureError if fedtune requires another."""
     installed = f"fedtune {__version__}, protocol {PROTOCOL}, python {platform.python_version()}"
     try:
         requirements = [Requirement(text) for text in metadata.requires("fedtune") or ()]
@@ -96,7 +97,8 @@ def secrets(files: Iterable[Path]) -> str:
 
 
 class Need(NamedTuple):
-    """Bytes in memory. base: in the study's own type (auto: fp32 at most); adapter: fp32."""
+    """The memory that a study needs, in bytes. base: in the study's own type (auto: fp32 at
+    most); adapter: fp32."""
 
     base: float
     adapter: float

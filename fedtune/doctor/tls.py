@@ -1,4 +1,5 @@
-"""Checks of `fedtune doctor` on the wire: a certificate, its names, and the clocks of two ends.
+"""Checks of `fedtune doctor` on the network: a certificate, its names, and the clocks of both
+ends.
 
 As in fedtune/doctor/machine.py, each returns text or raises a FedtuneError. Dates are in UTC.
 """
@@ -29,7 +30,7 @@ Dial = Callable[[ssl.SSLContext], Awaitable[Streams]]
 def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
     """Fetch the certificate that the server behind `dial` presents, without verifying it.
 
-    Errors: InfrastructureError where nobody answers, or nobody who speaks TLS 1.3."""
+    Errors: InfrastructureError if nothing answers, or not with TLS 1.3."""
 
     async def fetch() -> bytes | None:
         async with asyncio.timeout(SECONDS):
@@ -57,7 +58,7 @@ def fetch_certificate(dial: Dial, address: str) -> x509.Certificate:
 def get(dial: Dial, context: ssl.SSLContext, address: str, path: str) -> tuple[int, bytes]:
     """GET `path` from the gateway, which `context` verifies; return status and body.
 
-    Errors: InfrastructureError where it does not answer, is not to be trusted, or hangs up."""
+    Errors: InfrastructureError if it does not answer, is not trusted, or closes the connection."""
 
     async def ask() -> tuple[int, bytes]:
         async with asyncio.timeout(SECONDS):
@@ -160,7 +161,7 @@ def names(leaf: x509.Certificate, host: str) -> str:
 def clock(ahead: float) -> str:
     """Check the clock's offset. ahead: seconds that this site's is before the coordinator's.
 
-    Errors: ConfigError outside the window in which Flower takes a site's signed requests."""
+    Errors: ConfigError outside the window in which Flower accepts a site's signed requests."""
     early, late = api.CLOCK_WINDOW
     offset = f"{abs(ahead):.1f} s {'ahead of' if ahead >= 0 else 'behind'} the coordinator's"
     if not -late < ahead < -early:

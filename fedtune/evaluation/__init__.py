@@ -1,1 +1,1 @@
-"""Quality on public records."""
+"""Measure quality on public records."""

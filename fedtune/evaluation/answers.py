@@ -1,4 +1,4 @@
-"""What the base alone and a run's adapter answer to a few of the study's own public prompts.
+"""Answer a few of the study's own public prompts with the base alone and with a run's adapter.
 
     RUN/answers.json    the prompts, the expected answers, and both models' answers
 
@@ -36,7 +36,8 @@ FORMAT = "fedtune-answers-1"
 
 
 class Asked(NamedTuple):
-    """One prompt: its row in the file, from 1; its text; the expected answer, "" where none is."""
+    """One prompt: its row in the file, from 1; its text; the expected answer, "" if there is
+    none."""
 
     row: int
     prompt: str
@@ -137,7 +138,7 @@ def _labels(run: Run, asked: list[Asked]) -> list[Pair]:
 
 
 def _find_likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
-    """Return each record's likeliest label with its probability; of equal ones none is."""
+    """Return each record's likeliest label with its probability; none if two are equal."""
     for label, shares in zip(made.predicted, made.probabilities, strict=True):
         most = float(shares.max()) if label is not None else None
         tied = most is not None and int((shares == most).sum()) > 1

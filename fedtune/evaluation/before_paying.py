@@ -1,6 +1,6 @@
-"""Say before a study is paid for what its sites' records are expected to add to public ones.
+"""Forecast, before a study is paid for, what its sites' records are expected to add to public ones.
 
-From the plan, its public files and what the sites declare of their sizes alone."""
+The forecast uses only the plan, its public files and the sites' declared sizes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def foretell(
     shares: Mapping[str, float] | None = None,
     records: int = 0,
 ) -> ExpectedGain | None:
-    """Foretell the gain of a private study whose coordinator makes a head of class statistics; None
-    of any other, of which it cannot be told, and where no public record has a class.
+    """Forecast the gain of a private study whose coordinator makes a head of class statistics.
+    None for any other study, whose gain cannot be forecast, and if no public record has a class.
 
-    known: the strategy's state before the first round, from `training.start`. sizes: what the sites
-    declare. shares: of the sites' units by class, of classes that public records lack. records: how
-    many [evaluation] has. Deterministic. Errors: ConfigError for shares."""
+    known: the strategy's state before the first round, from `training.start`. sizes: the sites'
+    declared sizes. shares: shares of the sites' units by class, for classes that public records
+    lack. records: the number of records in [evaluation]. Deterministic. Errors: ConfigError for
+    shares."""
     if not can_foretell(study) or HELD_OUT not in known:
         return None
     labels, objective = study.objective.labels, resolve_objective(study.objective)
@@ -45,8 +46,8 @@ def foretell(
 def before_paying(
     study: Study, sizes: Sequence[int], shares: Mapping[str, float] | None = None
 ) -> tuple[ExpectedGain | None, list[str]]:
-    """Foretell a study's gain before it is started, from its base and its public files; in words
-    too, which say why where it cannot be told.
+    """Forecast a study's gain before it is started, from its base and its public files; also
+    return it in words, which say why if it cannot be forecast.
 
     Errors: ConfigError for shares."""
     if not can_foretell(study):
@@ -62,7 +63,7 @@ def before_paying(
 
 
 def cannot(study: Study) -> str:
-    """Say why a study's gain cannot be foretold."""
+    """Return why a study's gain cannot be forecast."""
     if study.continuous:
         why = "a study without a last round learns from records that are not there yet"
     elif not build_strategy(study).of_statistics:
@@ -73,7 +74,8 @@ def cannot(study: Study) -> str:
 
 
 def who_foretells(study: Study) -> str:
-    """Say who foretells a study's gain where its public files are not at hand, or why none can."""
+    """Return who can forecast a study's gain if its public files are not on this machine, or why
+    nobody can."""
     if not can_foretell(study):
         return cannot(study)
     return (
@@ -91,13 +93,13 @@ def _records(study: Study) -> int:
 
 
 def can_foretell(study: Study) -> bool:
-    """Return whether this study's gain can be foretold: it is private, has an end, and its
+    """Return whether this study's gain can be forecast: it is private, has an end, and its
     coordinator makes a head of class statistics."""
     return study.private and not study.continuous and build_strategy(study).of_statistics
 
 
 def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
-    """Return who takes part in a study, with the noise of all its rounds. A lone size stands for
+    """Return the sites of a study, with the noise of all its rounds. A single size stands for
     strategy.min_sites sites."""
     everyone = tuple(sizes) if len(sizes) > 1 else tuple(sizes) * study.strategy.min_sites
     budget, honest = resolve(study, max(everyone)), noise_shares(study)

@@ -1,4 +1,4 @@
-"""Declared completions of a record, of which a causal model picks the likeliest."""
+"""Score declared completions of a record, of which a causal model picks the likeliest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = 512  # positions whose logits over the vocabulary are held at once
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each choice. Errors: ConfigError (two are the same, or one is empty)."""
+    """Return the tokens of each choice. Errors: ConfigError (two are equal, or one is empty)."""
     ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
     if len({tuple(i) for i in ids}) < len(ids) or not all(ids):
         raise ConfigError("evaluation.choices: two choices have the same tokens, or one is empty")
@@ -30,7 +30,8 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> li
 
 
 def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None:
-    """Return the token of each choice, (K,), where each has one: one pass then scores them all."""
+    """Return the token of each choice, (K,), if each has one token: then one pass scores them
+    all."""
     if any(len(i) > 1 for i in ids):
         return None
     return torch.tensor([i[0] for i in ids], device=network.device)

@@ -1,7 +1,7 @@
 """Compare candidate bases on this machine, and choose the smallest that meets a target.
 
-Reads the study's public files alone: its plan, its public text, its evaluation records. The metric
-at an ε is a prediction, from one pass over half of the evaluation records; no site is asked."""
+This reads only the study's public files: its plan, its public text, its evaluation records. The
+metric at an ε is predicted from one pass over half of the evaluation records; no site is asked."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ from fedtune.core.registry.metrics import METRICS
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate. memory: peak bytes of the process that measured it; tokens: a second, through
-    a record's first forward pass; step: records a second through a training step; base: the
-    untouched base's metric; predicted: ε -> the predicted metric after the study (None where
-    nothing was predicted); up, down: bytes a round and site; failed: why it was not measured."""
+    """One candidate base.
+
+    - memory: peak bytes of the process that measured it
+    - tokens: per second, through a record's first forward pass
+    - step: records per second through a training step
+    - base: the untouched base's metric
+    - predicted: ε -> the predicted metric after the study (None if nothing was predicted)
+    - up, down: bytes per round and site
+    - failed: why it was not measured"""
 
     model: str
     parameters: int = 0
@@ -53,8 +58,8 @@ class Row:
 class Fit:
     """Bases measured against a target.
 
-    rows: by number of parameters; chosen: the smallest whose figure meets the target, or None; by:
-    which figure that is."""
+    rows: by number of parameters; chosen: the smallest base whose figure meets the target, or None;
+    by: the name of that figure."""
 
     metric: str
     target: float
@@ -128,7 +133,7 @@ def choose_base(
 
 
 def known_bases(study: Study) -> list[str]:
-    """The study's own base, and every language model that needs no hub."""
+    """Return the study's own base, and every language model that needs no hub."""
     carried = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
     return list(dict.fromkeys([study.base.model, *carried]))
 
@@ -145,7 +150,7 @@ def _study_epsilons(study: Study) -> list[float]:
 def _measure_apart(
     study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
 ) -> Row:
-    """Measure a candidate in a process of its own, so that peak memory is this candidate's."""
+    """Measure a candidate in a separate process, so that peak memory is this candidate's."""
     plan = study.model_dump(mode="json")
     plan["base"] |= {"model": model, "digest": None}
     name = model
@@ -234,7 +239,7 @@ def _predict_accuracy(
     size: int,
     epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
-    """(records a second through a step, ε -> predicted accuracy after one pass).
+    """Return records per second through a step, and ε -> predicted accuracy after one pass.
 
     v is the clipped sum over half of the evaluation records, scaled to `sites` times `size` units,
     with the noise of all their steps in one: σ/(q√T) a site. A record of the other half gets the
@@ -293,7 +298,8 @@ def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
 
 
 def _noise(study: Study, size: int, epsilon: float) -> float:
-    """σ/(q√T): a site's noise over the whole study as if in one pass, in units of C, at this ε."""
+    """Return σ/(q√T): a site's noise over the whole study as if in one pass, in units of C, at
+    this ε."""
     from fedtune.core.dp.plan import plan_for_site
 
     assert isinstance(study.privacy, PrivacyTable)
@@ -306,8 +312,8 @@ def _noise(study: Study, size: int, epsilon: float) -> float:
 def _classes(
     study: Study, objective: Objective, network: Network, data: Dataset
 ) -> tuple[Dataset, np.ndarray] | None:
-    """Every record with each of its classes in turn, and the true class indices; None where the
-    study has no classes, or a teacher would have to be asked of each."""
+    """Return every record with each of its classes in turn, and the true class indices; None if
+    the study has no classes, or a teacher would have to be asked for each."""
     from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation

@@ -71,10 +71,10 @@ def check_evaluation(study: Study) -> None:
 class Evaluator:
     """Evaluates adapters on the study's [evaluation] records, as often as needed.
 
-    The frozen layers below the adapters are computed once, here. read: what reads the records, once
-    the network that is to score them is there, in place of the table's file; nothing of them is
-    then kept beyond this object. Errors: ConfigError where the metric does not fit the objective,
-    DataError for the file."""
+    The frozen layers below the adapters are computed once, here. read: a function that reads the
+    records, once the network that scores them is loaded, in place of the table's file; nothing
+    of them is then kept beyond this object. Errors: ConfigError if the metric does not fit the
+    objective, DataError for the file."""
 
     def __init__(
         self,
@@ -132,19 +132,20 @@ class Evaluator:
 
     @property
     def lacking(self) -> tuple[str, ...]:
-        """The study's classes of which there is no record here."""
+        """The study's classes for which there is no record here."""
         found = set(self._gold.tolist())
         return tuple(n for i, n in enumerate(self._labels) if i not in found)
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]:
-        """The study's metric and the loss (nats, mean over records) with `adapter`; None is the
-        untouched base (a trained head counts as untouched at its public start, zero)."""
+        """Return the study's metric and the loss (nats, mean over records) with `adapter`; None
+        is the untouched base (a trained head counts as untouched at its public start, zero)."""
         scores = self.scores(adapter)
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
     def follow(self, adapter: Arrays | None) -> dict[str, float]:
-        """`measure`, and of pairs what shows whether the text still holds: margin, chosen_logp and
-        kl, as evaluation.pairs.pair_facts has them. Takes the base's pass too."""
+        """Return `measure`'s figures and, for preference pairs, figures that show whether the
+        text degrades: margin, chosen_logp and kl, as in evaluation.pairs.pair_facts. This also
+        needs the base's pass."""
         scores = self.scores(adapter, with_kl=adapter is not None)
         names = dict.fromkeys((str(self.metric), "loss"))
         figures = {name: scores.value(name) for name in names}
@@ -162,7 +163,7 @@ class Evaluator:
 
     @property
     def beta(self) -> float:
-        """The objective's β, by which log-ratios become rewards; 1 where it has none."""
+        """The objective's β, which turns log-ratios into rewards; 1 if it has none."""
         return float(getattr(self._objective, "beta", 1.0))
 
     def look(self, champion: Arrays, challenger: Arrays) -> Look:
@@ -171,10 +172,15 @@ class Evaluator:
         return Look.at(str(self.metric), before, after, self.groups)
 
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
-        """records; intervals: of the metric and the loss, the 95 % intervals of base, adapter and
-        change against the untouched base (paired bootstrap over the records; of a share of records
-        Wilson's); change: the metric's; over_start: the metric's change against `start`, the
-        adapter that public text alone gives; of pairs also evaluation.pairs.pair_facts."""
+        """Return the gain of `adapter` over the untouched base, as a table.
+
+        - records: their number
+        - intervals: of the metric and the loss, the 95 % intervals of base, adapter and change
+          against the untouched base (paired bootstrap over the records; for a share of records
+          Wilson's)
+        - change: that of the metric
+        - over_start: the metric's change against `start`, the adapter of the public start
+        - for preference pairs also evaluation.pairs.pair_facts"""
         before, after = self.untouched, self.scores(adapter, with_kl=True)
         bounds = {
             name: {key: list(bound) for key, bound in intervals(before, after, name).items()}
@@ -188,8 +194,9 @@ class Evaluator:
         return facts | self.pairs_of(before, after)
 
     def by_class(self, adapter: Arrays) -> list[dict[str, Any]]:
-        """Return for each of the study's classes its name, records, recall (None without records)
-        and predicted, how many of all records are taken for it; [] where records have no class."""
+        """Return for each of the study's classes its name, records, recall (None without
+        records) and predicted, the number of all records predicted as this class; [] if records
+        have no class."""
         scores = self.scores(adapter) if self._labels else self.untouched
         rows = []
         for index, name in enumerate(self._labels):
@@ -202,7 +209,7 @@ class Evaluator:
         return rows
 
     def pairs_of(self, before: Scores, after: Scores) -> dict[str, Any]:
-        """Return {"pairs": pair_facts} of two models' scores, or {} where records are no pairs."""
+        """Return {"pairs": pair_facts} of two models' scores, or {} if records are not pairs."""
         if not self.paired:
             return {}
         own = self._objective.record_format == "preference"
@@ -212,7 +219,7 @@ class Evaluator:
     def scores(self, adapter: Arrays | None, *, with_kl: bool = False) -> Scores:
         """Score every record with `adapter`. The network's arrays are restored afterwards.
 
-        with_kl: of pairs also the divergence from the base, for a second pass."""
+        with_kl: for pairs also compute the divergence from the base, which takes a second pass."""
         self.network.load_frozen(self._factor)  # the network may have served another study since
         trainable = self.network.zero() if adapter is None else adapter
         with self.network.loaded(trainable=trainable):
@@ -250,8 +257,8 @@ class Evaluator:
             scores.confidence[index] = shares.amax(dim=1).cpu().numpy()
 
     def _pairs(self, batch: Batch, scores: Scores) -> None:
-        """A completion is preferred where its score (a trained head) or its likelihood per token
-        is higher; per token, so that length gives no advantage."""
+        """Score pairs: a completion is preferred if its score (a trained head) or its likelihood
+        per token is higher; per token, so that length gives no advantage."""
         index = batch.index.numpy()
         if self.network.head is None:
             preference = likelihood(self.network, batch).mean
@@ -276,8 +283,8 @@ class Evaluator:
             self._choose(first_logits(self.network, hidden, batch, self._single), index, scores)
 
     def _most_likely(self, with_choices: CachedDataset) -> tuple[np.ndarray, np.ndarray]:
-        """The choice of highest log-likelihood, summed over its tokens, and its share among the
-        choices' likelihoods, (n,) each."""
+        """Return the choice of highest log-likelihood, summed over its tokens, and its share
+        among the choices' likelihoods, (n,) each."""
         likelihood = np.zeros(len(self) * self._choices)
         comparing = reporter("comparing the choices on the records")
         for batch in with_choices.batches(range(len(likelihood)), on_work=comparing):
@@ -301,7 +308,8 @@ class Evaluator:
 
 
 def _keep(file: str, states: list[HiddenStates]) -> None:
-    """Keep the states of a file's records in this process until those of _MOST others came."""
+    """Keep the states of a file's records in this process until those of _MOST other files were
+    added."""
     _states.pop(file, None)
     _states[file] = states
     for old in [*_states][:-_MOST]:
@@ -311,9 +319,9 @@ def _keep(file: str, states: list[HiddenStates]) -> None:
 def _choice_tokens(
     tokenizer: PreTrainedTokenizerBase, data: Dataset, choices: Sequence[str], max_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """The tokens of each choice, and which of them each record's completion is.
+    """Return the tokens of each choice, and which of them each record's completion is.
 
-    Errors: ConfigError (choices that are no choices), DataError (a completion that is none)."""
+    Errors: ConfigError (invalid choices), DataError (a completion that is not a choice)."""
     ids = choice_ids(tokenizer, choices)
     end = [tokenizer.eos_token_id]
     gold = []

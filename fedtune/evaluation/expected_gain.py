@@ -1,4 +1,4 @@
-"""Foretell what one release of class statistics adds to what public records alone give.
+"""Forecast what one release of class statistics adds to what public records alone give.
 
 Public records say where each class's mean may lie and how its records spread. From that this draws
 classes, then records of the sites, carries out the release on them at the plan's noise, and judges
@@ -6,8 +6,8 @@ its head and the public start on further records that are drawn alike. Over many
 interval for the gain in accuracy. Few public records leave the means uncertain, so they make no
 certain forecast. No record of a site is read, and it costs no ε.
 
-The classes are Gaussian, all with one spread, and a site's classes have the public shares: where
-the sites' records are of another kind than the public ones, so is the gain."""
+The model assumes Gaussian classes of one spread, and sites with the public shares of classes: if
+the sites' records differ in kind from the public ones, so does the gain."""
 
 from __future__ import annotations
 
@@ -45,9 +45,12 @@ TRIED = 8
 
 @dataclass(frozen=True)
 class Sites:
-    """Who takes part, as declared. sizes: their units. sigma: of one dose of noise over all rounds,
-    in multiples of a unit's bound. doses: how many of them the sum has: each site's own, or
-    n / (n - t) where n sites share one of which t collude."""
+    """The sites of a study, as declared.
+
+    - sizes: their units
+    - sigma: of one dose of noise over all rounds, in multiples of a unit's bound
+    - doses: the number of doses in the sum: one for each site, or n / (n - t) if n sites share one,
+      of which t collude"""
 
     sizes: tuple[int, ...]
     sigma: float
@@ -63,7 +66,7 @@ class Sites:
 
 @dataclass(frozen=True)
 class Interval:
-    """A gain in accuracy: its mean, and between which figures nine of ten draws lie."""
+    """A gain in accuracy: its mean, and the interval in which nine of ten draws lie."""
 
     mean: float
     low: float
@@ -75,15 +78,20 @@ class Interval:
 
 @dataclass(frozen=True)
 class ExpectedGain:
-    """What a study is expected to add, in accuracy, to what public records alone give.
+    """The accuracy that a study is expected to add to what public records alone give.
 
-    gain: on as many records as one likes; start: accuracy of the public start, foretold. records,
-    found: of the [evaluation] set, and what it would show of the gain. worth_from: units of a site
-    from which on the gain's lower end is above zero; None where that is not before MOST_UNITS.
-    shared, one_more: the gain with one dose of noise for all sites (None: it is shared already),
-    and with one more site. rough: classes that public records lack and of which a share was
-    declared: the forecast hangs on their names. unknown: classes of which nothing can be said,
-    since the plan names them and neither public records nor a share tell how many there are."""
+    - gain: on an unlimited number of records
+    - start: predicted accuracy of the public start
+    - records, found: of the [evaluation] set, and the gain that it would show
+    - worth_from: units of a site from which on the gain's lower end is above zero; None if that is
+      not before MOST_UNITS
+    - shared, one_more: the gain with one dose of noise for all sites (None: it is shared already),
+      and with one more site
+    - rough: classes that public records lack and of which a share was declared: for them the
+      forecast depends on their names
+    - unknown: classes without a forecast, since the plan names them and neither public records nor
+      a
+      share tell how many units they have"""
 
     gain: Interval
     start: float
@@ -99,7 +107,7 @@ class ExpectedGain:
 
     @property
     def is_none(self) -> bool:
-        """Whether even the upper end is no gain, and nothing is unknown that might be one."""
+        """Whether even the upper end is not a gain, and no unknown class might bring one."""
         return self.gain.high < LEAST and not self.unknown
 
     @property
@@ -107,12 +115,12 @@ class ExpectedGain:
         return self.gain.low > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the forecast as JSON values."""
         return asdict(self) | {"rough": list(self.rough), "unknown": list(self.unknown)}
 
     @property
     def warning(self) -> str:
-        """Say in a line that nothing may be gained; "" where something is."""
+        """Return a one-line warning that nothing may be gained; "" if something is."""
         if self.is_none:
             return "NOT WORTH ITS ε: public records alone give as much"
         if self.is_sure or self.unknown:
@@ -120,7 +128,7 @@ class ExpectedGain:
         return "it may be that nothing is gained: public records alone may give as much"
 
     def lines(self) -> list[str]:
-        """Say it in words, a line each."""
+        """Describe the forecast in words, one line each."""
         least = self.worth_from
         worth = "not worth its ε at any size up to" if least is None else "worth it from about"
         told = [
@@ -154,8 +162,8 @@ class ExpectedGain:
 def expected_gain(
     world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
-    """Foretell a release's gain, and from how many units, with whose noise and with how many sites
-    it would be another."""
+    """Forecast a release's gain, and how it would change with more units, with shared noise and
+    with one more site."""
     own = world.draw(sites, DRAWS)
     more = replace(
         sites,
@@ -180,8 +188,8 @@ def expected_gain(
 
 
 def worth_from(world: World, sites: Sites) -> int | None:
-    """Return from about how many units a site, all of one size, the gain's lower end is above zero,
-    to a tenth; None where that is not before MOST_UNITS."""
+    """Return the number of units, equal at each site, from which on the gain's lower end is
+    above zero, to a tenth; None if that is not before MOST_UNITS."""
 
     def is_worth(units: int) -> bool:
         report(f"foretelling the gain with {units:,} units a site")
@@ -200,27 +208,28 @@ def worth_from(world: World, sites: Sites) -> int | None:
 
 @dataclass(frozen=True)
 class Draws:
-    """What draws found. gains: of accuracy (n,). starts: accuracy of the public start (n,).
-    changes: of each judging record (n, JUDGES): 1 where the release alone is right, -1 where the
-    start alone is, else 0."""
+    """Results of the draws.
+
+    gains: of accuracy (n,). starts: accuracy of the public start (n,). changes: of each judging
+    record (n, JUDGES): 1 if only the release is right, -1 if only the start is, else 0."""
 
     gains: Array
     starts: Array
     changes: npt.NDArray[np.int8]
 
     def on_few(self, records: int) -> Array:
-        """Return the gain (n,) that so many records would show."""
+        """Return the gain (n,) that this many records would show."""
         random = np.random.default_rng(1)
         chosen = random.integers(0, self.changes.shape[1], (len(self.changes), records))
         return np.asarray(np.take_along_axis(self.changes, chosen, axis=1).mean(axis=1))
 
 
 class World:
-    """Classes as public records leave them uncertain, in the features' own space.
+    """A distribution of classes that is consistent with the public records, in the features' space.
 
-    basis, public: as of `_posterior`. held_out: accuracy of the public start on public records that
-    it was not made of. shares: of the sites' units, of classes (by number) that public records
-    lack; all other classes have their public shares."""
+    basis, public: as in `_posterior`. held_out: accuracy of the public start on public records from
+    which it was not made. shares: shares of the sites' units, by class number, of classes that
+    public records lack; all other classes have their public shares."""
 
     def __init__(
         self, basis: Basis, public: Public, held_out: float, shares: Mapping[int, float]
@@ -240,19 +249,20 @@ class World:
 
     @property
     def rough(self) -> list[int]:
-        """The classes that public records lack, and of which a share was declared, where together
-        they have so large a share that the forecast hangs on them."""
+        """The classes that public records lack and of which a share was declared, if together
+        they have so large a share that the forecast depends on them."""
         lacking = [number for number in self.shares if not self.public.counts[number]]
         return lacking if sum(self.shares[number] for number in lacking) >= ROUGH else []
 
     @property
     def unknown(self) -> list[int]:
-        """The classes of which neither public records nor a share tell how many there are."""
+        """The classes whose number of units is known neither from public records nor from a
+        share."""
         found = np.flatnonzero(self.public.counts == 0).tolist()
         return [number for number in found if number not in self.shares]
 
     def draw(self, sites: Sites, draws: int) -> Draws:
-        """Carry out the release `draws` times, each with other classes, records and noise."""
+        """Simulate the release `draws` times, each with other classes, records and noise."""
         found, starts = [], []
         noise = sites.sigma * math.sqrt(sites.doses) * self.basis.norm
         for number in range(draws):
@@ -283,7 +293,8 @@ class World:
         return means, shares / shares.sum()
 
     def _sums(self, random: np.random.Generator, means: Array, shares: Array, units: int) -> Array:
-        """Return what sites release without noise, (K, k + 1), of units of one record each."""
+        """Return the sums that sites release, before noise, (K, k + 1), of units of one record
+        each."""
         counts = random.multinomial(units, shares)
         labels = np.repeat(np.arange(len(means)), counts)
         k = self.basis.released
@@ -296,7 +307,7 @@ class World:
     def _judges(
         self, random: np.random.Generator, means: Array, shares: Array
     ) -> tuple[Array, Labels]:
-        """Return records (JUDGES, d) that judge, and their classes."""
+        """Return records (JUDGES, d) on which the models are compared, and their classes."""
         labels = random.choice(len(means), JUDGES, p=shares)
         rows = means[labels] + self.pool[:JUDGES]
         lengths = np.linalg.norm(rows[:, : self.basis.released], axis=1, keepdims=True)
@@ -316,7 +327,7 @@ class World:
         return math.exp(WIDENED * middle)
 
     def _start_in(self, random: np.random.Generator) -> float:
-        """Return the public start's accuracy in one draw of classes, of those that it knows."""
+        """Return the public start's accuracy in one draw, on the classes that it knows."""
         means, shares = self._drawn_classes(random)
         shares = np.where(self.public.counts > 0, shares, 0.0)
         judges, labels = self._judges(random, means, shares / shares.sum())
@@ -328,7 +339,7 @@ def _is_right(head: posterior.Head, rows: Array, labels: Labels) -> npt.NDArray[
 
 
 def interval(gains: Array) -> Interval:
-    """Return what draws of a gain say."""
+    """Return the mean and the interval of a gain's draws."""
     low, high = np.quantile(gains, COVERED)
     return Interval(float(gains.mean()), float(low), float(high))
 

@@ -31,9 +31,9 @@ def generate(
 
     Args:
         file: the image or recording, for a base that reads one.
-        chat: put the prompt into the model's chat template. None: where the study's evaluation
-            records are conversations, or where it has none; else the prompt goes in as training
-            saw it, in objective.template.
+        chat: put the prompt into the model's chat template. None: do so if the study's evaluation
+            records are conversations, or if it has none; else put the prompt into
+            objective.template, as in training.
 
     Returns both texts. The model is loaded by PEFT, as any user of the adapter would load it.
 
@@ -65,7 +65,7 @@ class Writer:
         chat: bool | None = None,
         file: Path | None = None,
     ) -> tuple[str, str]:
-        """Return the texts of base and adapter; the arguments are `generate`'s."""
+        """Return the texts of base and adapter; the arguments are those of `generate`."""
         import torch
 
         from fedtune.core.bases.architecture import inputs as media_inputs
@@ -110,7 +110,7 @@ class Writer:
 def _completion(
     model: Any, tokenizer: Any, inputs: dict[str, Any], start: str, max_new_tokens: int
 ) -> str:
-    """The model's greedy continuation of the tokens under `start`."""
+    """Return the model's greedy continuation of the tokens under `start`."""
     out = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
@@ -142,7 +142,7 @@ def _check_room(prompt_length: int, max_new_tokens: int, most: int) -> None:
 def _tokens(
     tokenizer: Any, prompt: str, objective: ObjectiveTable, chat: bool, reader: Reader
 ) -> dict[str, Any]:
-    """The prompt's token ids and mask, as a chat where the model has a template for one."""
+    """Return the prompt's token ids and mask, as a chat if the model has a template for one."""
     if chat and tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         inputs = render_chat(
@@ -157,7 +157,8 @@ def _tokens(
 def _media_and_prompt(
     reader: Reader, file: Path | None, prompt: str, objective: ObjectiveTable
 ) -> tuple[torch.Tensor | None, str]:
-    """The media tensor of `file` for the base's encoder, and the prompt with place-holders."""
+    """Return the media tensor of `file` for the base's encoder, and the prompt with
+    place-holders."""
     from fedtune.core.data.media import load
     from fedtune.core.data.records import Record
 

@@ -1,4 +1,4 @@
-"""Read of each record which group it is in: its value in a column that is no part of it."""
+"""Find the group of each record: its value in a column that is not part of the record."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY = "schedule.groups.{column}"
 
 
 def group_of(cell: object) -> str:
-    """Name a row's group by its value, MISSING where it has none."""
+    """Return the name of a row's group: its value, or MISSING if it has none."""
     try:
         return key_of(cell)[:80]
     except Rejected:

@@ -14,7 +14,7 @@ RESAMPLES = 1000
 
 
 def intervals(before: Scores, after: Scores, metric: str) -> dict[str, tuple[float, float]]:
-    """95 % intervals of both figures and of their difference on the same records."""
+    """Return 95 % intervals of both figures and of their difference on the same records."""
     n = len(before.loss)
     resamples = _resamples(n)
     pairs = np.array([[s.value(metric, rows) for s in (before, after)] for rows in resamples])
@@ -48,7 +48,7 @@ def _resamples(n: int) -> list[np.ndarray]:
 
 
 def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share of n records (Wilson 1927)."""
+    """Return Wilson's score interval of a share of n records (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

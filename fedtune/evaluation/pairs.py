@@ -1,4 +1,5 @@
-"""What a preference run did beside raising the share of pairs in order: loss, margin, KL, length.
+"""Measure side effects of a preference run beside its share of pairs in order: loss, margin, KL
+and length.
 
 Everything is measured on public pairs, so that none of it costs ε."""
 
@@ -82,7 +83,7 @@ def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
 def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float]:
     """Return the figures of a round: margin, chosen_logp and kl, as `pair_facts` defines them.
 
-    margin alone where a head was trained."""
+    Only margin if a head was trained."""
     figures = {"margin": float(_margins(before, after, beta).mean())}
     if _writes_text(after):
         assert after.pairs is not None

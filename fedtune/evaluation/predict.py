@@ -107,8 +107,8 @@ def predict(
 
 
 def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
-    """Return a column's cells, all of one type that every format holds, else as texts; None for one
-    that is missing or cannot be read."""
+    """Return a column's cells, all of one type that every format holds, else as texts; None for
+    a cell that is missing or cannot be read."""
     cells: list[Carried] = []
     for row in source:
         row = row.cells if isinstance(row, BadCell) else row
@@ -126,7 +126,7 @@ def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
 
 
 class _Asked(NamedTuple):
-    """The columns that are read, by part of a record, and where each is named."""
+    """The columns to read, by part of a record, and where each is named."""
 
     columns: dict[str, str]
     keys: dict[str, str]
@@ -134,8 +134,8 @@ class _Asked(NamedTuple):
 
     @classmethod
     def of(cls, study: Study, records: Records, headed: bool, ids: Sequence[str]) -> _Asked:
-        """Choose the columns: the file's, else the study's, else the parts' own names. ids: further
-        ones that the records must have."""
+        """Choose the columns: the file's, else the study's, else the parts' own names. ids:
+        further columns that the records must have."""
         given = records.columns if isinstance(records, DataFile) else None
         path = records.path if isinstance(records, DataFile) else records
         table = study.evaluation
@@ -243,7 +243,7 @@ class _Predictor:
         )
 
     def __call__(self, chunk: Sequence[Row | str]) -> tuple[np.ndarray, list[str]]:
-        """Compute (n, outputs), NaN for what cannot be used, and the reasons."""
+        """Compute (n, outputs), NaN for rows that cannot be used, and the reasons."""
         read = [self._example(row) for row in chunk]
         at = [n for n, example in enumerate(read) if isinstance(example, Example)]
         outputs = np.full((len(read), max(1, len(self.labels))), np.nan)
@@ -252,7 +252,7 @@ class _Predictor:
         return outputs, ["" if isinstance(e, Example) else e for e in read]
 
     def _example(self, row: Row | str) -> Example | str:
-        """Tokenise one row, or say why it cannot be used."""
+        """Tokenise one row, or return why it cannot be used."""
         if isinstance(row, str):
             return row
         try:

@@ -1,4 +1,4 @@
-"""Predictions of a run, one to a record, and the files that they are written to."""
+"""Hold a run's predictions, one per record, and write them to files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SHARE = "probability."  # before the label, in the name of a column
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Predictions:
-    """What a run predicts of n records, in their order; of their content it holds the columns
-    alone that were asked for.
+    """The predictions of a run for n records, in order; of the records' content only the
+    requested columns are held.
 
     labels: the K classes or choices; empty where a head gives one score. outputs: (n, K) fp64, the
     head's logits or the choices' log-likelihoods (nats), or (n, 1) scores; NaN where the record
@@ -46,8 +46,8 @@ class Predictions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the labels as people read them: a choice begins with what stands between it and
-        the prompt, such as a space, which is left out where all of them still differ."""
+        """Return the labels as people read them: the text between prompt and choice, such as a
+        space, is left out if all labels still differ."""
         names = tuple(label.strip() for label in self.labels)
         return names if len({*names}) == len(names) else self.labels
 
@@ -110,7 +110,7 @@ class Predictions:
 
 
 def check_out(out: Path | str) -> Path:
-    """Check that predictions can be written to a file of this name. Errors: ConfigError."""
+    """Check that predictions can be written to a file with this name. Errors: ConfigError."""
     out = Path(out)
     if out.suffix.lower() not in WRITERS:
         raise ConfigError(f"{out}: unsupported suffix", ", ".join(WRITERS), "choose another --out")
@@ -120,7 +120,8 @@ def check_out(out: Path | str) -> Path:
 
 
 def check_ids(columns: Sequence[str]) -> None:
-    """Check that columns of the records can stand beside what is predicted. Errors: ConfigError."""
+    """Check that columns of the records do not clash with those of the predictions. Errors:
+    ConfigError."""
     for column in columns:
         if column in ("row", "prediction", "score", "reason") or column.startswith(SHARE):
             raise ConfigError(

@@ -75,8 +75,8 @@ def evaluate(
 def evaluator_of(
     run: Run, table: EvaluationTable, read: Callable[[Network], Dataset] | None = None
 ) -> tuple[Evaluator, Arrays]:
-    """Return what scores records as a finished run's study does, and the run's trained arrays.
-    table, read: the records, as of Evaluator. Errors: as of Evaluator; ModelError."""
+    """Return an evaluator of a finished run's study, and the run's trained arrays. table, read:
+    the records, as for Evaluator. Errors: as for Evaluator; ModelError."""
     saved, study = run.adapter(), run.study
     changes: dict[str, Any] = {"evaluation": table}
     if study.lora:  # the saved A is loaded, however it was initialised and whether it was trained

@@ -1,5 +1,4 @@
-"""Check that the records that teach or choose a run's adapter are not those that its figures are
-of."""
+"""Check that records which train or choose a run's adapter are not used to measure it."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from fedtune.core.errors import DataError
 
 
 def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
-    """Return a digest of each record's content, by which it is known again in another file.
+    """Return a digest of each record's content, by which it is recognised in another file.
 
     Errors: DataError."""
     records, _ = read_records(table, unit="record", labelled=True)
@@ -26,8 +25,8 @@ def taught_by(study: Study) -> PublicTable | None:
 
 
 def check_apart(study: Study) -> None:
-    """Check that no two of [public], as far as it is learnt from with its answers ([start]),
-    [selection] and [evaluation] share a record.
+    """Check that no two of [public], if its answers are trained on ([start]), [selection] and
+    [evaluation] share a record.
 
     Errors: DataError where they do, or where a file cannot be read."""
     files = {

@@ -1,4 +1,4 @@
-"""The coordinator's home beside a folder of runs: where it is, and the audit log in it."""
+"""Find the coordinator's home beside a folder of runs, and the audit log in it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ HOME = Path("coordinator")  # beside the folder of runs, unless it was placed el
 
 
 def home_beside(run: Path) -> Path:
-    """Return where the coordinator's home is, beside the folder that holds `run`."""
+    """Return the path of the coordinator's home, beside the folder that holds `run`."""
     return run.absolute().parent.parent / HOME
 
 
 def coordinator_log(run: Path) -> AuditLog | None:
-    """Return the log in the coordinator's home beside the folder of runs; None where there is no
+    """Return the log in the coordinator's home beside the folder of runs; None if there is no
     such home, as beside a simulation, or beside a copy that somebody was sent."""
     home = home_beside(run)
     key = home / "signing.key"

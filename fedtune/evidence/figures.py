@@ -1,4 +1,4 @@
-"""Check what a run's report says against what its sites signed.
+"""Check a run's report against the evidence that its sites signed.
 
 Errors: NotGenuine; whatever malformed content raises is MALFORMED."""
 
@@ -42,7 +42,7 @@ def fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:
 
 
 def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[str, Any], bytes]:
-    """Read JSON of this format, of which each content has one spelling; returns it, and its bytes.
+    """Read JSON of this format, which must be in canonical form; return it, and its bytes.
 
     Errors: NotGenuine."""
     data = reading.content(path, "the file as it was signed", TODO, NotGenuine, most)
@@ -58,10 +58,10 @@ def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[
 
 
 def check_release(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
-    """Check what the report says is released against the plan's rule, the figures that decided,
-    and the files that are signed; return which model it is, "" of a plan that leaves no choice.
+    """Check the report's statement of what is released against the plan's rule, the figures that
+    decided, and the signed files. Return which model it is, "" for a plan that leaves no choice.
 
-    That the start in adapter/ is the one that public text gives is the coordinator's word."""
+    Only the coordinator vouches that the start in adapter/ is the one that public text gives."""
     path, quality = run / "report.json", report.get("quality") or {}
     decision = quality.get("released")
     chooses = bool(study.start and study.selection and not study.continuous)
@@ -98,7 +98,7 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
 
 
 def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> float:
-    """Return the share of units in classes that the records which decide lack, by the report's
+    """Return the share of units in classes that the deciding records lack, by the report's
     noised counts."""
     counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
     total = sum(counts.values())
@@ -106,8 +106,8 @@ def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> 
 
 
 def headline(run: Path, report: dict[str, Any]) -> None:
-    """Check that report.json and report.md say of the run's quality what its figures say, in the
-    words of this release; of a report by another release, whose words differ, nothing."""
+    """Check that report.json and report.md describe the run's quality as its figures do, in the
+    words of this release; a report of another release, whose words differ, is not checked."""
     quality = report.get("quality") or {}
     if report.get("fedtune") != fedtune.__version__:
         return
@@ -128,7 +128,7 @@ DONE = {"update": ("trained", "masked"), "answer": ("answered", "answered")}
 def seals(
     run: Path, content: dict[str, Any], study: Study, coordinator: str, enrolled: bool
 ) -> dict[str, Events]:
-    """Verify what every site signed; return the newest step log of each, by kind and site."""
+    """Verify every site's signatures; return the newest step log of each, by kind and site."""
     events: dict[str, Events] = {"update": {}, "answer": {}}
     if content.get("plan") != study.digest:
         fail(run / EVIDENCE, "is of another plan", study.digest)
@@ -181,8 +181,8 @@ def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
 
 
 def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, Any]) -> int:
-    """Check that every round of the plan is there, and that who took part by the report is who
-    signed; return the number of updates."""
+    """Check that every round of the plan is there, and that the report's participants are those
+    who signed; return the number of updates."""
     signed: dict[int, list[str]] = {}
     updates = [entry for entry in content["updates"] if entry["kind"] == "update"]
     for entry in updates:
@@ -205,10 +205,11 @@ def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, A
 def count_absent(
     content: dict[str, Any], study: Study, events: dict[str, Events]
 ) -> dict[str, dict[str, Any]]:
-    """Count, for each site that lacks any, the plan's rounds without an update of it ("rounds") and
-    the plan's queries without an answer ("answers"), and compute its ε ("epsilon") and that of its
-    answers ("answers_epsilon") had it taken part in all of them, where the plan says how many they
-    are. A site that was not there and one whose updates were left out look alike."""
+    """Count, for each site that lacks any, the plan's rounds without an update of it ("rounds")
+    and the plan's queries without an answer ("answers"). If the plan states the numbers of both,
+    also compute the site's ε ("epsilon"), and that of its answers ("answers_epsilon"), had it
+    taken part in all of them. A site that was away and one whose updates were left out look
+    alike."""
     there: dict[str, Counter[str]] = {name: Counter() for name in events["update"]}
     for kind, entry in {(e["kind"], (e["site"], e["round"])) for e in content["updates"]}:
         there.setdefault(entry[0], Counter())[kind] += 1
@@ -247,7 +248,7 @@ def privacy(
     keys: Mapping[str, Mapping[str, str]],
     events: dict[str, Events],
 ) -> dict[str, Any]:
-    """Compute ε from the step logs, and check that the report says the same."""
+    """Compute ε from the step logs, and check that the report states the same."""
     path = run / "report.json"
     shown: dict[str, dict[str, Any]] = {
         name: {"fingerprint": _site_fingerprint(name, keys[name]), "key": keys[name]["signing"]}
@@ -297,7 +298,7 @@ def privacy(
 def _logs(
     run: Path, study: Study, privacy: PrivacyTable, rounds: int, events: dict[str, Events]
 ) -> None:
-    """Check that every step log is one of this plan, before ε is computed of any."""
+    """Check that every step log belongs to this plan, before ε is computed from any."""
     training = study.training
     table = study.private_evaluation
     clipping = study.clipping
@@ -334,7 +335,7 @@ def _logs(
 
 
 def _is_rate(study: Study, rate: float) -> bool:
-    """Return whether a site of some size samples at this rate by the plan."""
+    """Return whether a site of some size samples at this rate under the plan."""
     if study.training.sampling_rate is not None:
         return math.isclose(rate, study.training.sampling_rate, rel_tol=SAME)
     assert study.training.expected_batch is not None  # Study: exactly one given
@@ -348,7 +349,7 @@ def _log(run: Path, name: str, log: list[dict[str, Any]], agreed: Agreed) -> Non
 
 
 def _refuse_uncomputable(run: Path, name: str, log: list[dict[str, Any]], least: float) -> None:
-    """Refuse a log whose ε the accountant would compute for minutes. least: ε or less."""
+    """Refuse a log for which the accountant would compute ε for minutes. least: ε or less."""
     where, sampled = f"{run / EVIDENCE}, {name[:64]!r}", any(e["q"] < 1 for e in log)
     if sampled and sum(e["steps"] for e in log) > MOST_STEPS:
         fail(where, "its step log has too many steps to account for", f"at most {MOST_STEPS:,}")
@@ -364,7 +365,7 @@ def _fallback(
     privacy: PrivacyTable,
     log: list[dict[str, Any]],
 ) -> None:
-    """Check what the report says holds if secure aggregation does not."""
+    """Check the report's statement of the ε without secure aggregation."""
     if (table := study.secure_aggregation) is None:
         return _require_equal(path, f"{name}'s secure_aggregation", said, None)
     rule = f"{name}'s secure_aggregation"
@@ -379,8 +380,8 @@ def _fallback(
 def _queries(
     path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable
 ) -> float | None:
-    """Check what the report says of private evaluation against what sites signed of it. Returns the
-    largest ε of training and answers together, None without answers."""
+    """Check the report's statements about private evaluation against the sites' signed answers.
+    Returns the largest ε of training and answers together, None without answers."""
     answered, sites = events["answer"], (said or {}).get("sites", {})
     _require_equal(path, "evaluation's sites", sorted(sites), sorted(answered))
     both = dict.fromkeys(answered, 0.0)
@@ -403,7 +404,7 @@ def _cap(study: Study, privacy: PrivacyTable) -> float:
 
 
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
-    """Compute the ε of one unit of a site, and whether it is less than all of the log costs."""
+    """Compute the ε of one unit of a site, and whether it is less than the ε of the whole log."""
     cap, shares = _cap(study, privacy), noise_shares(study)
     if _bound_epsilon(log, privacy, shares) > cap:
         return cap, True
@@ -412,12 +413,12 @@ def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> 
 
 
 def _bound_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Bound ε of a site's steps from below, in no time that grows with it."""
+    """Bound ε of a site's steps from below, in a time that does not grow with it."""
     return max(at_least(step, privacy.delta) for step in _steps(log, shares))
 
 
 def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Compute ε of a site's steps, on whose sum `shares` sites' noise is."""
+    """Compute ε of a site's steps, if `shares` sites add noise to their sum."""
     return epsilon(_steps(log, shares), privacy.delta)
 
 

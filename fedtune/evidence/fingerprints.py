@@ -1,4 +1,5 @@
-"""Fingerprints that people read to each other: of a site, a site's peer, and a consortium.
+"""Compute the fingerprints that people read to each other: of a site, a site's peer, and a
+consortium.
 
 Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
 preimage.
@@ -15,14 +16,14 @@ PURPOSE = b"fedtune enrolment\0"
 
 
 def of_consortium(ca: str, coordinator: str) -> str:
-    """Compute the consortium's fingerprint: of its CA's certificate (PEM; "" in a simulation) and
-    its coordinator's signing key."""
+    """Compute the consortium's fingerprint from its CA's certificate (PEM; "" in a simulation)
+    and its coordinator's signing key."""
     return _fingerprint({"ca": ca, "coordinator": coordinator})
 
 
 def of_site(name: str, node: str, tls: str, signing: str) -> str:
-    """Compute a site's fingerprint over its name and three keys: node (PEM), tls (sha256 of the
-    public key), signing (hexadecimal). Equal for each of its requests."""
+    """Compute a site's fingerprint from its name and three keys: node (PEM), tls (sha256 of the
+    public key), signing (hexadecimal). It is equal for each of its requests."""
     return _fingerprint({"name": name, "node": node, "tls": tls, "signing": signing})
 
 
@@ -37,7 +38,7 @@ def of_peer(signing: str) -> str:
 
 
 def of_approver(signing: str) -> str:
-    """Compute the fingerprint of who approves a release, over the public key (hexadecimal)."""
+    """Compute the fingerprint of an approver of a release from the public key (hexadecimal)."""
     return _fingerprint({"approver": signing})
 
 

@@ -1,10 +1,11 @@
-"""Sign a run: what the sites signed, the figures, and the adapter, under one signature.
+"""Sign a run: the sites' evidence, the figures and the adapter, under one signature.
 
     RUN/evidence.json    of every update that was counted: the site's seal and its step log
     RUN/signature.json   sha256 of the folder's files, signed by the coordinator's key
 
-Both are canonical JSON, so that each content has one spelling. What a site signed is complete but
-for the arrays, of which the digest is kept: the step log is in it, the update is not."""
+Both are canonical JSON, so that each content has one form. The sites' signed messages are stored
+completely except for the arrays, of which only the digest is stored: the step log is in it, the
+update is not."""
 
 from __future__ import annotations
 
@@ -73,14 +74,14 @@ def _updates(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
-    """Hash a file, piece by piece: an adapter may be large."""
+    """Hash a file in pieces, since an adapter may be large."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_covered(run: Path) -> list[str]:
-    """List the files that a signature must cover: those of FILES that are there, all of the
-    adapter, or of the versions of which it is one, and all of the trained one where that was not
+    """List the files that a signature must cover: the existing ones of FILES, all of the
+    adapter, or of the versions of which it is one, and the trained adapter if it was not
     released."""
     inside = run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)
     trained = run / TRAINED
@@ -92,7 +93,7 @@ def list_covered(run: Path) -> list[str]:
 
 
 def carry(run: Path, into: Path) -> None:
-    """Copy what is signed of a run, and its signature, to a folder inside an exported model."""
+    """Copy a run's signed files, and its signature, to a folder inside an exported model."""
     for name in (*list_covered(run), SIGNATURE):
         target = into / RUN / name
         target.parent.mkdir(parents=True, exist_ok=True)

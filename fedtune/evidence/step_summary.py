@@ -1,4 +1,4 @@
-"""A site's summary of its step log, as it crosses the wire, and what a plan lets it say."""
+"""Parse a site's summary of its step log, as it crosses the wire, and check it against the plan."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ KINDS = 4  # of steps in one log: a plan has one, and releases in mid-study may 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What a plan sets for a site's noised steps. noise_multiplier: of the noise that the site
-    itself adds; records: k, rows of one unit in a step; steps: of the whole plan."""
+    """The plan's terms for a site's noised steps.
+
+    noise_multiplier: of the noise that the site itself adds; records: k, rows of one unit in a
+    step; steps: of the whole plan."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -28,8 +30,8 @@ class Agreed:
 def parse(text: Any) -> list[dict[str, Any]]:
     """Parse a summary: {sigma, q, max_grad_norm, records, steps} for each kind of step.
 
-    Errors: ValueError, TypeError, KeyError, ArithmeticError or RecursionError where it is not
-    one."""
+    Errors: ValueError, TypeError, KeyError, ArithmeticError or RecursionError if it is not a
+    summary."""
     if not isinstance(text, str) or len(text) > 100_000:
         raise ValueError("events")
     events = []
@@ -45,8 +47,8 @@ def parse(text: Any) -> list[dict[str, Any]]:
 
 
 def objection(log: Sequence[Mapping[str, Any]], agreed: Agreed) -> str:
-    """Say why a step log is not of this plan; "" where it is. Computes no ε, and takes no time that
-    grows with what a log claims."""
+    """Return why a step log does not belong to this plan; "" if it does. Computes no ε, and
+    takes a time that does not grow with the log's claims."""
     for event in log:
         same = (
             math.isclose(event["q"], agreed.sampling_rate, rel_tol=1e-9)

@@ -1,10 +1,11 @@
-"""What sites told of a model by a person's act: accepted, refused or not resolved, and no more.
+"""Read and write statements in which sites report their decision about a model: accepted,
+refused or not resolved, and no more.
 
-    RUN/told/*.json    statements that a coordinator was handed and put there
+RUN/told/*.json statements that a coordinator received and put there
 
-A statement names site, plan and model, and is signed by the key that signed the site's updates. It
-holds no figure, no threshold and no number of patients. Where there is none of a site, nobody told
-anything: that is no answer. Sites are listed by name, never by how well the model does there."""
+A statement names site, plan and model, and is signed by the key that signed the site's updates.
+It holds no figure, no threshold and no number of patients. If a site has no statement, nobody
+there reported a decision. Sites are listed by name, never by how well the model does there."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ LARGE = 1 << 28  # bytes of evidence.json
 
 @dataclass(frozen=True)
 class Told:
-    """One statement. problem: why it says nothing of this model, "" where it does; site, decision
-    and time are then "" unless it is signed by that site."""
+    """One statement. problem: why it does not count for this model, "" if it counts; site,
+    decision and time are then "" unless that site signed it."""
 
     file: str
     site: str = ""
@@ -63,7 +64,7 @@ def state(record: dict[str, Any], key: SigningKey) -> bytes:
 
 
 def read_told(run: Path) -> list[Told]:
-    """Read what sites told of a run's model, by site's name; [] where nobody did."""
+    """Read the sites' statements about a run's model, by site's name; [] if there are none."""
     folder = run / FOLDER
     if not folder.is_dir():
         return []
@@ -96,7 +97,7 @@ def _read(path: Path, plan: str, adapter: str, keys: dict[str, str]) -> Told:
 
 
 def lines(told: Sequence[Told]) -> list[str]:
-    """Say what was told, for people: one line a statement, sites by name."""
+    """Describe the statements for people: one line each, sites by name."""
     if not told:
         return []
     said = [

@@ -1,12 +1,12 @@
-"""Verify a run's folder: offline, without torch, without trust in who handed it over.
+"""Verify a run's folder offline, without torch, and without trust in whoever handed it over.
 
     signature.json ── names the sha256 of ──> adapter, plan, report, evidence.json
     evidence.json  ── holds of each update ─> the site's signature over plan, round and step log
     step logs      ── give ─────────────────> ε, which must be the report's
     --trust        ── is the fingerprint of ─> the coordinator's key and the consortium's CA
 
-Errors: NotGenuine for whatever contradicts itself, with what and where; Refused where everything
-agrees and the signer is another one than the trusted."""
+Errors: NotGenuine for any contradiction, with its place; Refused if everything agrees but the
+signer is not the trusted one."""
 
 from __future__ import annotations
 
@@ -53,27 +53,32 @@ LARGE = 1 << 28  # bytes of evidence.json
 
 @dataclass(frozen=True)
 class Verified:
-    """What a run's folder proves.
+    """The result of verifying a run's folder.
 
-    signer: the consortium's fingerprint, as its coordinator reads it out; trusted: whether it is a
-    consortium's and the one that was asked for, which proves something where that was heard
-    elsewhere than from this folder; simulated: whether no consortium's CA stands behind it, so that
-    nobody can be trusted with it; sites: each one's fingerprint ("" where it never enrolled), steps
-    and ε; epsilon: the largest of them, of the updates alone, None without privacy; with_queries:
-    the largest with a site's answers to private queries too, which a patient spent who is also in
-    its held-out records, None where none was asked; fallback, assumption: with secure
-    aggregation, the ε of each site's own noise alone, and on what the other rests; not_signed: what
-    else lies in the folder; declared: sites whose data the report calls public or generated;
-    free_query: sites of which it says that a query or a view selects the records, which ε does not
-    cover; exported: whether the run was found inside an exported model, whose weights nobody
-    signed; capped: whether ε is the plan's bound for one patient, at which the sites leave a
-    patient out, and not what all steps together would give; released: where the plan lets the
-    better of two be released, which it is by the report, "trained" or "start" (what public text
-    alone gives; trained/ has the other one); verdicts: of a study without a last round, how many
-    versions have each, computed again from what their looks saw; absent: by site, how many of the
-    plan's rounds and queries have no update or answer of it here, whether it was away or somebody
-    left them out, and its ε with all of them; dossier: of a dossier, when it was
-    made, its files, and who approved it."""
+    - signer: the consortium's fingerprint, as its coordinator reads it out
+    - trusted: whether it is a consortium's and the one that was asked for; this proves something
+      only if the fingerprint was not taken from this folder
+    - simulated: whether no consortium's CA stands behind it, so that nobody vouches for it
+    - sites: each site's fingerprint ("" if it never enrolled), steps and ε
+    - epsilon: the largest ε of them, of the updates alone, None without privacy
+    - with_queries: the largest ε with a site's answers to private queries too, which a patient
+      spent who is also in its held-out records; None if no query was made
+    - fallback, assumption: with secure aggregation, the ε of each site's own noise alone, and the
+      assumption of the other ε
+    - not_signed: other files in the folder
+    - declared: sites whose data the report calls public or generated
+    - free_query: sites at which, by the report, a query or a view selects the records, which ε does
+      not cover
+    - exported: whether the run was found inside an exported model, whose weights nobody signed
+    - capped: whether ε is the plan's bound for one patient, at which the sites leave a patient out,
+      and not the ε of all steps together
+    - released: if the plan lets the better of two be released, which one the report names:
+      "trained" or "start" (the public start; trained/ has the other one)
+    - verdicts: for a study without a last round, the number of versions with each verdict, computed
+      again from their comparisons
+    - absent: by site, the number of the plan's rounds and queries without an update or answer of it
+      here, whether it was away or somebody left them out, and its ε with all of them
+    - dossier: for a dossier, when it was made, its files, and who approved it"""
 
     study: str
     plan: str
@@ -102,8 +107,8 @@ class Verified:
 
 
 def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, that of an exported model, or a dossier: every signature, every digest, ε from
-    the logs; of a dossier also each of its figures, and who approved it.
+    """Verify a run, that of an exported model, or a dossier: every signature, every digest, and
+    ε from the logs; for a dossier also each of its figures, and who approved it.
 
     trust: the consortium's fingerprint, as its coordinator reads it out ("": nobody is trusted, and
     the result says who signed); sites: fingerprints that sites read out, by name.
@@ -170,8 +175,8 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
 
 
 def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
-    """Find the run: `path`, or inside it where it is an exported model. Returns the run, its
-    signature, and the model's folder."""
+    """Find the run: `path`, or the one inside an exported model. Returns the run, its signature,
+    and the model's folder."""
     inner = path / RUN
     names = ("plan.json", ADAPTER, SIGNATURE, EVIDENCE)
     exported = inner.is_dir() and not any(os.path.lexists(path / name) for name in names)
@@ -182,7 +187,7 @@ def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    """Read report.json, of which each content has one spelling: a name given twice has none."""
+    """Read report.json, which must be in canonical form: a name may not occur twice."""
     report = read_report(run)
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     if reading.text(run / "report.json", "the report of a run", TODO, NotGenuine) != text:
@@ -191,7 +196,7 @@ def _report(run: Path) -> dict[str, Any]:
 
 
 def _link(run: Path, report: dict[str, Any]) -> None:
-    """Check that the version in use is the one of which the report is."""
+    """Check that the report describes the version in use."""
     link, table = run / ADAPTER, report.get("continuous")
     if link.is_symlink() or table is not None:
         number = table.get("version in use") if isinstance(table, dict) else None
@@ -200,11 +205,10 @@ def _link(run: Path, report: dict[str, Any]) -> None:
 
 
 def key_of(run: Path) -> tuple[SigningKey, str] | None:
-    """Return the key that signed a run, and its CA, from the coordinator's home beside the folder
-    of runs; None where the run does not verify or that home has another key.
-
-    To be called before the run is changed: what is signed again was as it had been signed.
-    Errors: InfrastructureError (the key cannot be read)."""
+    """Return the key that signed a run, and its CA, from the coordinator's home beside the
+    folder of runs; None if the run does not verify or that home has another key. Call it before
+    the run is changed, so that only a run that verified is signed again. Errors:
+    InfrastructureError (the key cannot be read)."""
     path = home_beside(run) / "signing.key"
     if not path.exists():
         return None
@@ -224,7 +228,7 @@ def certificate_of(run: Path) -> tuple[str, str]:
 
 
 def signer(run: Path) -> str:
-    """Return the fingerprint of who says to have signed a run, unverified; "" where nobody does."""
+    """Return the fingerprint of the claimed signer of a run, unverified; "" if there is none."""
     try:
         content = signed_json(run / SIGNATURE, FORMAT)[0]
         return fingerprints.of_consortium(str(content["ca"]), str(content["coordinator"]))
@@ -233,7 +237,7 @@ def signer(run: Path) -> str:
 
 
 def check_signed(run: Path) -> None:
-    """Verify a run or a dossier that claims to be signed; what does not claim it is let through.
+    """Verify a run or a dossier that claims to be signed; one that does not is accepted.
 
     Errors: NotGenuine."""
     if is_signed(run) or (run / DOSSIER[0]).exists():
@@ -268,7 +272,8 @@ def _signature(run: Path) -> dict[str, Any]:
 
 
 def _files(run: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Check that the files are those that were signed, and no other lies among the adapter's."""
+    """Check that the files are those that were signed, and that no other lies among the
+    adapter's."""
     present = list_covered(run)
     for name in present:
         if name not in files:
@@ -289,7 +294,7 @@ def _sha256(path: Path) -> str:
 
 
 def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
-    """List what else lies in the folder of a run, or of a model that was made of it."""
+    """List the other files in the folder of a run, or of a model that was made from it."""
     known = {name.partition("/")[0] for name in list_covered(run)} | {SIGNATURE, ADAPTER}
     known = {RUN} if folder != run else known
     rest = sorted(path.name for path in folder.iterdir() if path.name not in known)

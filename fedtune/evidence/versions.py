@@ -1,4 +1,4 @@
-"""Check the versions of a study without a last round: each verdict follows from what its look saw,
+"""Check the versions of a study without a last round: each verdict follows from its comparison,
 each decision from verdicts and a person's choices, and the version in use from the decisions.
 
     report.json                 the record of versions, signed with the run; its copy in
@@ -6,7 +6,7 @@ each decision from verdicts and a person's choices, and the version in use from 
     versions/looked.json        keyed digests of the public records, which say what is fresh
     versions/look-N.json        what the comparison of version N saw
 
-That the scores are those of the models on the public records is the coordinator's word.
+Only the coordinator vouches that the scores are those of the models on the public records.
 Errors: NotGenuine."""
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ FIRST, RELEASED, KEPT, PINNED, NOT_COMPARED = (
 
 
 def look_file(version: int) -> str:
-    """Name the file of what the comparison of a version saw, below the run's folder."""
+    """Return the path of the record of a version's comparison, below the run's folder."""
     return f"{VERSIONS}/look-{version}.json"
 
 
 def check_versions(
     run: Path, study: Study, report: dict[str, Any], files: Collection[str]
 ) -> dict[str, int]:
-    """Compute every verdict again, and play all decisions and choices through to the version in
-    use; return how many versions have each verdict. files: what the signature covers.
+    """Compute every verdict again, and apply all decisions and choices up to the version in use;
+    return the number of versions with each verdict. files: the files that the signature covers.
 
     Of versions by the rule before there were looks, in studies whose plan has its `confidence`,
     no verdict can be computed: they count as they stand."""
@@ -98,7 +98,7 @@ class _Replay:
             self._apart = frozenset(content["apart"])
 
     def choose(self, choices: list[dict[str, Any]], until: float) -> None:
-        """Play a person's choices up to the judgement of version `until`."""
+        """Apply a person's choices up to the judgement of version `until`."""
         while self._chosen < len(choices) and choices[self._chosen]["after"] < until:
             choice = choices[self._chosen]
             if choice["version"] is not None:
@@ -111,7 +111,7 @@ class _Replay:
             self._chosen += 1
 
     def add(self, version: dict[str, Any], choices: list[dict[str, Any]]) -> None:
-        """Check one version's verdict and decision, and play it."""
+        """Check one version's verdict and decision, and apply it."""
         number = int(version["number"])
         if self._numbers and number != self._numbers[-1] + 1:
             self._refuse_version(number, "a version before it is missing")
@@ -136,7 +136,7 @@ class _Replay:
         self.verdicts[verdict] = self.verdicts.get(verdict, 0) + 1
 
     def _verdict(self, number: int, version: dict[str, Any]) -> str:
-        """Compute a version's verdict, and check that it is the one that is stated."""
+        """Compute a version's verdict, and check that it is the stated one."""
         public = version["public"]
         if version["sure"] is not None and self._table.confidence is not None:
             self._looked.append(public)  # by the rule before there were looks
@@ -185,7 +185,7 @@ class _Replay:
 
 
 def _same(stated: Any, follows: Any) -> bool:
-    """Compare figures but for the rounding of sums, which another machine may take otherwise."""
+    """Compare figures up to the rounding of sums, which may differ on another machine."""
     if isinstance(follows, float) and isinstance(stated, int | float):
         return math.isclose(stated, follows, rel_tol=1e-6, abs_tol=1e-12)
     if isinstance(follows, list) and isinstance(stated, list):

@@ -37,10 +37,10 @@ EARLY = 200  # events kept for a run folder that does not exist yet
 
 
 class Observer:
-    """Passes each event to `then` and to every sink; as a context manager also the end.
+    """Passes each event to `then` and to every sink; a context manager that also passes the end.
 
-    late: sinks whose folder the run has yet to create: they get the earlier events at "start", so
-    that a run that never began leaves nothing behind. run: its folder, where one is created."""
+    late: sinks whose folder the run has not created yet: they get the earlier events at "start", so
+    that a run that never began leaves nothing behind. run: its folder, if one is created."""
 
     def __init__(
         self,
@@ -108,8 +108,8 @@ class Observer:
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:
-    """Describe what ended a run: an error's class, and the phrase of its text that a log may hold;
-    of what a person stopped, the signal alone."""
+    """Describe what ended a run: an error's class, and the phrase of its text that a log may
+    hold; if a person stopped it, only the signal."""
     if error is None:
         return {}
     if isinstance(error, KeyboardInterrupt):
@@ -120,7 +120,8 @@ def _end(error: BaseException | None) -> dict[str, Any]:
 
 
 class _Tracked:
-    """A tracker as a sink: it gets what the log may hold, without what is for the screen alone."""
+    """A tracker as a sink: it gets the fields that the log may hold, without those that are only
+    for the screen."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker, self.name = tracker, type(tracker).__name__

@@ -4,14 +4,14 @@
 
 Guarantee: every value written is a number, a truth value, a digest, a name (at most 64 letters,
 digits, dots, dashes; no spaces), or one of this file's own phrases. There is no field for free
-text: of a reason, whoever wrote it, only the phrase of ours that it contains is kept.
+text: of a reason, only a phrase of our own that it contains is written.
 | a field that is not listed      | strict: NotLoggable; else left out, its name under "dropped" |
 | a value of another type or form | the same; the value is neither written nor in the error      |
 | a reason with no known phrase   | "other"                                                      |
 | a number that is not finite     | null                                                         |
 | a disk that refuses             | one warning; the study goes on                               |
-strict is what tests run with: FEDTUNE_STRICT=1 in the environment. Times are whole seconds: how
-long a batch takes depends on how many records were drawn into it.
+Tests run in strict mode: FEDTUNE_STRICT=1 in the environment. Times are whole seconds, since the
+duration of a batch depends on how many records were drawn into it.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ RENAMED = {"name": "site"}
 
 
 class NotLoggable(TypeError):
-    """A field that no log may hold, or a value of another form than its field's. Strict mode only:
-    it names the field, never the value."""
+    """A field that no log may hold, or a value of another form than its field's. Raised in
+    strict mode only; it names the field, never the value."""
 
 
 def strict_here() -> bool:
@@ -168,8 +168,8 @@ def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any],
 
 
 def _walls(value: Any) -> list[str]:
-    """Return by what a half of a site is confined, in isolation.py's words: the half on the network
-    may say anything."""
+    """Return how a half of a site is confined, in isolation.py's words; any other text is
+    dropped, since the half on the network may send anything."""
     if not isinstance(value, list):
         raise TypeError
     return [wall if isinstance(wall, str) and WALL.fullmatch(wall) else OTHER for wall in value]
@@ -225,7 +225,7 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
-    """Reduce an event to its loggable fields. Errors: NotLoggable, where strict."""
+    """Reduce an event to its loggable fields. Errors: NotLoggable, if strict."""
     record: Record = {"event": event if event in EVENTS else OTHER}
     dropped = set() if event in EVENTS else {"event"}
     for key, value in data.items():
@@ -247,11 +247,11 @@ def now() -> str:
 class JsonLog:
     """Appends each event to `path`, readable by this user alone; usable as `on_event`.
 
-    Events of SCREEN, steps of a progress bar among them, are left out.
-    Guarantee: a site's log takes space of its disk, or gives some back, only while no order is
-    answered: at its first event, and where it moves aside. A site's half on the network decides
-    when events are logged, and how many; in the midst of an order the space would be the ledger's.
-    A line for which there is none is left out, and whose disk has not the space is not kept."""
+    Events of SCREEN, steps of a progress bar among them, are left out. Guarantee: a site's log
+    takes space of its disk, or gives some back, only while no order is answered: at its first
+    event, and where it moves aside. A site's half on the network decides when events are logged,
+    and how many; in the middle of an order the space would be the ledger's. A line without space
+    is left out, and if the disk does not have the space there is no log."""
 
     def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
         self.path, self._role = path, role
@@ -292,8 +292,9 @@ class JsonLog:
             os.close(file)
 
     def _take_space(self, length: int) -> None:
-        """Take the space of a site's log, and of the earlier one, unless an order is answered.
-        Errors: OSError where the disk has not so much: nothing is logged until the next start."""
+        """Reserve the space of a site's log, and of the earlier one, unless an order is being
+        answered. Errors: OSError if the disk does not have it: nothing is logged until the next
+        start."""
         with between_orders(self.path.parent) as is_now:
             if not is_now:
                 return
@@ -305,8 +306,8 @@ class JsonLog:
             self._has_space = True
 
     def _reserve(self, path: Path) -> None:
-        """Give a file the space that it may take, without a change of its length. Errors: OSError
-        where its disk has not so much."""
+        """Reserve the space that a file may take, without changing its length. Errors: OSError
+        if its disk does not have it."""
         file = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
         try:
             if not reserve(file, OF_SITE + OF_A_LINE):

@@ -1,19 +1,19 @@
-"""Prometheus metrics, on this machine's loopback alone: `--metrics-port N`.
+"""Serve Prometheus metrics on this machine's loopback only: `--metrics-port N`.
 
     coordinator   rounds done and planned, participants, missing by reason, bytes, seconds, ε
     site          connected, rounds sent, ε spent and remaining on the dataset
 
 Guarantee: nothing here depends on a record except through the noise or through what a person
-entered: a site's ε follows from its charges alone. The port asks for no token, so every account of
-the machine reads it, and so does the half of a site on the network. Not exported, at either role:
-how many entries a ledger has (it grows when data changes or a patient withdraws), counts of records
-(rejected, too long, sampled), losses at a site, gradient norms, seconds per batch. Each of them
-tells whether some patient's record is there; a metrics store keeps them for years, and whoever may
-read a dashboard is seldom whoever may read the records. A person at the site sees the rejected
-counts with `fedtune doctor`.
-Labels are site names, the phrases of log.py and fixed words, so a site cannot grow the series at
-will. Errors: ConfigError without prometheus-client, or for an address other than loopback;
-InfrastructureError where the port is taken.
+entered: a site's ε follows from its charges alone. The port asks for no token, so every account
+of the machine reads it, and so does the half of a site on the network. Not exported, at either
+role: how many entries a ledger has (it grows when data changes or a patient withdraws), counts
+of records (rejected, too long, sampled), losses at a site, gradient norms, seconds per batch.
+Each of them can reveal whether some patient's record is there; a metrics store keeps them for
+years, and people who may read a dashboard are rarely those who may read the records. A person at
+the site sees the rejected counts with `fedtune doctor`. Labels are site names, the phrases of
+log.py and fixed words, so a site cannot grow the series at will. Errors: ConfigError without
+prometheus-client, or for an address other than loopback; InfrastructureError where the port is
+taken.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper ends of the round ti
 
 
 class Metrics:
-    """The figures of one role, served on loopback once `port` is given; usable as `on_event`.
+    """The figures of one role, served on loopback if `port` is given; usable as `on_event`.
 
-    port 0: any free one, see `.port`. site: the site.toml whose ledger is read at the start and
+    port 0: any free port, see `.port`. site: the site.toml whose ledger is read at the start and
     after each answer."""
 
     def __init__(
@@ -162,13 +162,13 @@ class _Spent(NamedTuple):
 
 
 class LedgerFigures:
-    """A site's budget, as its ledger had it when `read` was last called.
+    """The budget of a site, from its ledger at the time of the last `read`.
 
     | no ledger yet           | readable 1, nothing spent                     |
     | a ledger not believed   | readable 0, and no figure that could be wrong |
 
-    Guarantee: a scrape reads nothing. The half of a site on the network may scrape as often as it
-    likes, and would see by the time it takes that the ledger has an entry more."""
+    Guarantee: a scrape reads no ledger. The half of a site on the network may scrape as often as
+    it likes; the time of a reading would reveal to it that the ledger has one more entry."""
 
     def __init__(self, site: Path) -> None:
         self._path, self._mutex = site, threading.Lock()
@@ -180,7 +180,7 @@ class LedgerFigures:
         return []
 
     def read(self) -> None:
-        """Read the ledger, from where it was read before."""
+        """Read the new entries of the ledger."""
         with self._mutex:
             try:
                 self._shown = self._figures()

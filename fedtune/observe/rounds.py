@@ -1,12 +1,13 @@
-"""Read a run's rounds from metrics.jsonl into columns, line by line and on from where it stopped.
+"""Read a run's rounds from metrics.jsonl into columns, line by line, continuing from the last
+position.
 
     rounds = Rounds(run)
     rounds.refresh()          # True: there are new ones
     rounds.quality["loss"]    # an array of one number a round; NaN where it was not measured
 
-The coordinator writes the file anew after each round; what was read before stays where its last
-line is still at its place, else everything is read again. A study of 10,000 rounds and 200 sites
-has 140 MB of it, so no line is kept: columns of numbers, and NEWEST rounds for a table.
+The coordinator writes the file anew after each round; earlier rounds are kept if their last line is
+still at its place, else everything is read again. A study of 10,000 rounds and 200 sites has 140 MB
+of it, so no line is kept: columns of numbers, and NEWEST rounds for a table.
 Guarantee: what the log's allow-list (log.py) lets through of a round, and nothing else.
 | a line that is none, or a file that is not there | left out; the next refresh looks again |
 """
@@ -74,7 +75,8 @@ class Rounds:
             self._enter(json.loads(line))
 
     def _enter(self, entry: Record) -> None:
-        """Errors: TypeError, ValueError, KeyError for what no round has, before it is entered."""
+        """Enter a round. Errors: TypeError, ValueError, KeyError for values that no round has,
+        before anything is entered."""
         round_, seconds = FIELDS["round"](entry["round"]), entry.get("seconds")
         spent = entry.get("epsilon") or {}
         values = [math.inf if value is None else float(value) for value in spent.values()]

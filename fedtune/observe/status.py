@@ -1,10 +1,11 @@
-"""The status file of a run or a site: written at each event, read by `fedtune status`.
+"""Write and read the status file of a run or a site: updated at each event, read by `fedtune
+status`.
 
     status.json   what `cleaned` let through of the events so far, replaced atomically
     status.lock   locked for as long as the process that writes it lives; another writes none
 
-Guarantee: a reader never sees a partial file, and never takes a process that was killed for a
-running one: the lock is released with the process, whatever ended it.
+Guarantee: a reader never sees a partial file, and never takes a killed process for a running one:
+the lock is released when the process ends, for whatever reason.
 | state    | meaning                                                               |
 | waiting  | it runs, and waits for the other side                                 |
 | running  | it runs, and works                                                    |
@@ -57,11 +58,13 @@ CARRIED = (
 
 
 class StatusFile:
-    """Replaces folder/status.json at each event; usable as `on_event`. `close` lets the lock go.
+    """Replaces folder/status.json at each event; usable as `on_event`. `close` releases the
+    lock.
 
-    Guarantee: a site's is replaced only while no order is answered, and takes whole blocks of its
-    disk, on which the ledger lies: the site's half on the network decides when events come. What
-    came meanwhile is in it after the next event, such as that an order was answered."""
+    Guarantee: a site's status file is replaced only while no order is being answered, and takes
+    whole blocks of its disk, on which the ledger lies: the site's half on the network decides
+    when events come. Events that came meanwhile are in it after the next event, such as that an
+    order was answered."""
 
     def __init__(
         self, folder: Path, *, role: Role = "coordinator", strict: bool | None = None
@@ -107,7 +110,8 @@ class StatusFile:
         draft.replace(self.folder / FILE)
 
     def _holds(self) -> bool:
-        """Take the lock, or return whether another live process has it: the status is its own."""
+        """Take the lock, or return whether another live process has it: the status is then that
+        process's."""
         if self._lock is None:
             lock = writing.open_own(self.folder / LOCK, os.O_RDWR)
             try:
@@ -166,7 +170,8 @@ def updated(status: Record, record: Record) -> Record:
 
 
 def _link(new: Record, record: Record) -> None:
-    """Enter at a coordinator whom its registry and its link have gained or lost."""
+    """Enter, at a coordinator, the sites that its registry and its connections have gained or
+    lost."""
     event, names = record["event"], list(record.get("participants", ()))
     for name in [*names, record["site"]] if "site" in record else names:
         site = new["sites"].setdefault(name, {})
@@ -262,12 +267,12 @@ class Snapshot:
 
     @property
     def unsigned(self) -> str:
-        """Name the sites of which a person has yet to sign the plan."""
+        """Return the sites where nobody has signed the plan yet."""
         return self._waiting(held=False)
 
     @property
     def held(self) -> str:
-        """Name the sites of which a person has yet to let an answer go."""
+        """Return the sites where an answer waits until a person releases it."""
         return self._waiting(held=True)
 
     def _waiting(self, *, held: bool) -> str:
@@ -277,8 +282,8 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the time that the rounds to come take, at the last one's pace; 0: not known, as
-        after the first one."""
+        """Estimate the duration of the remaining rounds, at the last one's pace; 0 if not known,
+        as after the first one."""
         status = self.status
         left = int(status.get("rounds") or 0) - int(status.get("round") or 0)
         running = self.state == "running" and left > 0
@@ -286,7 +291,7 @@ class Snapshot:
 
 
 def standing(site: Record) -> str:
-    """Describe a site's place in a study: what it did, what its data is declared, its link."""
+    """Describe a site's place in a study: its last act, its declaration of data, its connection."""
     declared = f"data declared {site['declared']}" if site.get("declared") else ""
     told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
     if site.get("connected") is None:
@@ -316,7 +321,7 @@ def folder_of(path: Path) -> Path:
 def read_status(folder: Path) -> Snapshot:
     """Read the status in `folder` that its process wrote.
 
-    Errors: InputError where no status was ever written, or it is not what fedtune writes."""
+    Errors: InputError if no status was ever written, or fedtune did not write it."""
     path, expected = folder / FILE, "a status as fedtune writes it"
     if not os.path.lexists(path):
         raise InputError(

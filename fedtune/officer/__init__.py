@@ -1,1 +1,2 @@
-"""What a person at a site does: review, accept, withdraw, let go, and look at the records."""
+"""Tasks of a person at a site: review, accept, withdraw, release answers, and inspect the
+records."""

@@ -1,4 +1,5 @@
-"""Attack a finished run at a site, with its own records as members; what comes out stays there."""
+"""Attack a finished run at a site, with the site's own records as members; the result stays at
+the site."""
 
 from __future__ import annotations
 
@@ -32,10 +33,10 @@ LEAST = 10  # units on each side: with fewer no interval says anything
 
 @dataclass(frozen=True)
 class SiteAttack:
-    """What an attack at a site found.
+    """The result of an attack at a site.
 
     membership: of this site's units against held-out ones; epsilon: of the run, None without
-    privacy; references: what the run's losses were compared with."""
+    privacy; references: the models with which the run's losses were compared."""
 
     study: str
     site: str
@@ -54,11 +55,11 @@ def attack_site(
     references: Sequence[Run] = (),
     out: Path | str | None = None,
 ) -> SiteAttack:
-    """Tell this site's units from held-out ones by what training did to their loss.
+    """Tell this site's units from held-out ones by the change of their loss through training.
 
-    A unit's score is by how much the run's loss on its records is below that of the references: the
-    untrained base, and other runs of the same adapter that did not see them. Exact counts of
-    private records follow from it, so it stays at the site: `out` is for this user alone.
+    A unit's score is how far the run's loss on its records is below that of the references: the
+    untrained base, and other runs of the same adapter that did not train on them. The result
+    depends exactly on private records, so it stays at the site: only this user can read `out`.
 
     Args:
         held_out: records like the site's that no site trained on, with the same columns; without
@@ -104,7 +105,7 @@ def attack_site(
 
 
 def _held_out(site: Site, path: Path | str | None) -> SiteData:
-    """Errors: ConfigError."""
+    """Read the held-out records. Errors: ConfigError."""
     if path is not None:
         changes: dict[str, Any] = {"path": Path(path), "url": None, "name": "held-out"}
         if site.data.url:  # a database's source and table are none of a file's

@@ -1,4 +1,4 @@
-"""What is checked at a site before it takes part, each time that its client starts."""
+"""Check a site before it takes part, each time that its client starts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SAMPLE = 8  # units of which a conversion is repeated
 
 
 def check_before_joining(site: Site) -> None:
-    """Check what a person at the site should put right before it takes part.
+    """Check what a person at the site should correct before it takes part.
 
-    Guarantee: while a study is under way here, no private record decides whether the site joins:
-    what a check of the records finds is a warning on this machine, and the rounds go on as those of
-    a client that was not restarted, with noise alone where nothing can be read. A site that does
-    not come back after a restart would be an answer about its records.
-    Errors: PolicyRefused, ConfigError, InputError of what people typed and of data that the site
-    declares public or generated; LedgerError; with no study under way DataError and PolicyRefused
-    of the records, too."""
+    Guarantee: while a study is running here, no private record decides whether the site joins:
+    findings about the records are warnings on this machine, and the rounds continue like those
+    of a client that was not restarted, with noise alone if nothing can be read. A site that does
+    not come back after a restart would reveal something about its records. Errors:
+    PolicyRefused, ConfigError, InputError of what people typed and of data that the site
+    declares public or generated; LedgerError; with no study under way DataError and
+    PolicyRefused of the records, too."""
     allow_declared(site)
     sign_declarations(site)
     check_sheet(site)
@@ -60,7 +60,7 @@ def check_records(site: Site) -> None:
 
 
 def check_conversion(site: Site) -> None:
-    """Check, where a plug-in converts the site's records, that a sample of units is converted alike
+    """If a plug-in converts the site's records, check that a sample of units is converted alike
     when each is alone. Errors: DataError."""
     for data in filter(None, (site.data, site.evaluation)):
         otherwise = count_otherwise_alone(data, SAMPLE)

@@ -1,7 +1,7 @@
 """Check what a study would cost a site's records before anything is computed for it.
 
-σ, the number of steps, δ and the ledger suffice: no record is read, no base is loaded, and what
-public text would add to the plan (its digests) has no say in it. The site checks all of it again
+σ, the number of steps, δ and the ledger suffice: no record is read, no base is loaded, and the
+digests that public text would add to the plan do not matter. The site checks all of it again
 when the plan arrives."""
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedtune.officer.review import cost_refusals
 
 @dataclass(frozen=True)
 class Paid:
-    """What a site's records have paid so far, and would have paid with one more run of a study.
+    """What a site's records have paid so far, and would have paid after one more run of a study.
 
-    before, after: ε of the dataset; ceiling: policy.max_epsilon; again: ε that studies of this
-    one's name have paid, 0 where none has; run: where the newest of them lies."""
+    before, after: ε of the dataset; ceiling: policy.max_epsilon; again: ε that studies with this
+    one's name have paid, 0 if none has; run: where the newest of them lies."""
 
     site: str
     before: Total
@@ -49,9 +49,9 @@ class Paid:
 
 
 def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
-    """Check the plan's figures and the dataset's budget by the site's rules, as far as they are
-    known before the study starts. Returns what its records have paid; None where they have paid
-    nothing, or pay from a ledger of the run alone.
+    """Check the plan's figures and the dataset's budget against the site's rules, as far as they
+    are known before the study starts. Returns what its records have paid; None if they have paid
+    nothing, or pay only from a ledger of the run.
 
     out: the run's folder: a run that is resumed has paid for a part of the plan.
     Errors: Refused."""

@@ -1,7 +1,7 @@
-"""The process that checks a site before it takes part; `fedtune client` starts it and waits.
+"""Run the process that checks a site before it takes part; `fedtune client` starts it and waits.
 
-It reads the records as the vault does: without a network. What it needed of memory goes with it,
-and who started it never imports what reads records."""
+It reads the records as the vault does: without a network. Its memory is freed when it ends, and
+the process that started it never imports the code that reads records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from fedtune.core.wire.events import Teller, pass_warnings_on
 
 
 def main(options: list[str]) -> None:
-    """Check a site, and tell who started this process what is wrong. options: SITE EVENTS."""
+    """Check a site, and send the findings to the process that started this one. options: SITE
+    EVENTS."""
     path, events = options
     site = load_site(Path(path))
     confine(site, processes=1)  # what this machine lacks, the vault says, which is next

@@ -1,4 +1,4 @@
-"""The files and tables that a data report is about, in counts."""
+"""Describe the files and tables of a data report, in counts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ COUPLED = "selected by a query or a view, which may couple patients: outside the
 
 @dataclass(frozen=True)
 class FileFacts:
-    """One file of records: its name, its size in bytes, its encoding as it looks, what separates
-    its cells (CSV), and how many rows it has and how many of these failed. Or a
-    database's table."""
+    """One file of records: its name, its size in bytes, its apparent encoding, its cell
+    separator (CSV), its number of rows, and how many of them failed. Or one table of a database."""
 
     name: str
     size: int
@@ -31,7 +30,7 @@ class FileFacts:
 
 
 def files_of(data: SiteData, read: Read) -> list[FileFacts]:
-    """Describe each file that was read; a file of another kind is not one of them."""
+    """Describe each file that was read; files of another kind are left out."""
     rows = Counter(record.place.file for record in read.records if record.place)
     failed = Counter(each.file for each in read.failed)
     if data.url:
@@ -58,13 +57,14 @@ def files_of(data: SiteData, read: Read) -> list[FileFacts]:
 
 
 def _encoding(path: Path, source: object) -> str:
-    """Describe a file's encoding as its bytes show it, and where it is read by another, that."""
+    """Describe a file's encoding as its bytes show it, and also the one with which it is read,
+    if they differ."""
     found, asked = found_encoding(path), str(getattr(source, "encoding", "utf-8"))
     return f"{found}, read as {asked}" if found.startswith("not") and asked != "utf-8" else found
 
 
 def _tables(rows: Counter[str], failed: Counter[str], read: Read) -> list[FileFacts]:
-    """Describe a database's tables, which have neither a size here nor an encoding of their own."""
+    """Describe a database's tables, for which neither size nor encoding are known."""
     left_out = read.filtered_in + read.withheld_in
     names = sorted({*rows, *failed, *left_out})
     return [FileFacts(n, 0, "–", "–", rows[n] + failed[n] + left_out[n], failed[n]) for n in names]

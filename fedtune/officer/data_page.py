@@ -1,4 +1,4 @@
-"""A data report as one HTML file without scripts, links or images: it loads nothing."""
+"""Write a data report as one HTML file without scripts, links or images: it loads nothing."""
 
 from __future__ import annotations
 

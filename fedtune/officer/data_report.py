@@ -1,4 +1,4 @@
-"""Report on a site's files, for the person who can correct them: counts, never content.
+"""Report on a site's files in counts, never content, for the person who can correct them.
 
 Guarantee: no cell of a record is in the report, except the names of classes, of columns and of
 files; it goes to the site's own screen, or to a file that its user names, and nowhere else."""
@@ -63,9 +63,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class StudyFit:
-    """What a study makes of the records. problem: why it cannot use them, or "". lengths: of whole
-    records, in tokens; too_long: records above max_length; train, cut, over_cap, excluded,
-    rejected: as training reads them."""
+    """How a study would use the records.
+
+    - problem: why it cannot use them, or ""
+    - lengths: of whole records, in tokens
+    - too_long: records above max_length
+    - train, cut, over_cap, excluded, rejected: as training reads them"""
 
     study: str
     problem: str
@@ -86,9 +89,11 @@ class StudyFit:
 class DataReport:
     """What a site's files hold, in counts. `str` is the report as text; `as_dict` for JSON.
 
-    columns: as the files name them, as far as a message may show them; failed: the rejected rows,
-    those that a study rejects included; classes: names and counts, "" for values that are not
-    shown; lengths: of the text of each record, in characters; per_patient: records of a patient."""
+    - columns: names in the files, as far as a message may show them
+    - failed: the rejected rows, including those that a study rejects
+    - classes: names and counts, "" for values that are not shown
+    - lengths: of the text of each record, in characters
+    - per_patient: records per patient"""
 
     site: str
     path: str
@@ -112,11 +117,11 @@ class DataReport:
     fit: StudyFit | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as values that JSON has."""
+        """Return the report as JSON values."""
         return asdict(self) | {"failed": [failed._asdict() for failed in self.failed]}
 
     def save(self, path: Path | str) -> Path:
-        """Write the report as one HTML file for this user alone (0600).
+        """Write the report as one HTML file that only this user can read (0600).
 
         Errors: InfrastructureError."""
         from fedtune.officer.data_page import page
@@ -220,7 +225,7 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
     Nothing is written, and the report holds no record's content; but it counts private records, so
     it is for the site alone. `print(report)` shows it, `report.save("data.html")` writes it.
 
-    Errors: DataError where there is no file, ConfigError, ModelError."""
+    Errors: DataError if there is no file, ConfigError, ModelError."""
     protects_patients = study is None or study.unit == "patient"
     unit: Literal["patient", "record"] = "record"
     if site.data.columns.patient and protects_patients:
@@ -261,8 +266,8 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
 
 
 def _classes(records: Sequence[Record], study: Study | None) -> dict[str, int]:
-    """Count the records by class. Of a study the public names are shown, of other values their
-    number alone; without one, values that several records share, where these are few."""
+    """Count the records by class. With a study its public names are shown, and only the number
+    of other values; without one, values that several records share, if these are few."""
     known: Sequence[str] = ()
     values = Counter(record.label.strip() for record in records if record.label)
     if study and study.evaluation and study.evaluation.choices and not values:
@@ -311,7 +316,7 @@ def _years(data: SiteData, date: str) -> dict[str, int]:
 def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit]:
     """Read the records as the study's training does, and measure them whole.
 
-    Errors: ModelError where the base is not here."""
+    Errors: ModelError if the base is not on this machine."""
     if study.base.digest is None:  # a study.toml, as a person wrote it
         base = find_base(site.site.base or study.base.model)
     else:
@@ -353,7 +358,8 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
 
 
 def _tokens(example: Example) -> int:
-    """Count a record's tokens, of a pair those of the longer passage, the last target included."""
+    """Count a record's tokens, including the last target; for a preference pair those of the
+    longer passage."""
     return max(
         len(passage.input_ids) + bool((passage.target_ids != NO_TARGET).any())
         for passage in example.passages

@@ -30,8 +30,10 @@ class ScannedRow:
 
 @dataclass(frozen=True)
 class DataScan:
-    """What a scan found. action: of [data.scan], "" without that table; records: that were read;
-    failed: rows that cannot be read or scanned at all; rows: those with findings."""
+    """The result of a scan.
+
+    action: of [data.scan], "" without that table; records: number of records read; failed: rows
+    that cannot be read or scanned; rows: those with findings."""
 
     site: str
     action: str
@@ -49,7 +51,8 @@ class DataScan:
         return sum(kind in row.kinds for row in self.rows)
 
     def table(self) -> list[tuple[str, str, int, int]]:
-        """Return kind, paragraph of HIPAA's list, findings and rows, of what was found."""
+        """Return kind, paragraph of HIPAA's list, findings and rows, for each kind that was
+        found."""
         found = self.findings
         return [(k, KINDS[k], found[k], self.rows_with(k)) for k in KINDS if found[k]]
 
@@ -86,7 +89,7 @@ def data_scan(site: Site) -> DataScan:
 
 
 def _kinds(scanner: Scanner, record: Record) -> Counter[str] | None:
-    """Count a record's findings by kind; None where it cannot be scanned."""
+    """Count a record's findings by kind; None if it cannot be scanned."""
     try:
         check_length(record)
         return Counter(f.kind for text in texts_of(record) for f in scanner(text))

@@ -1,6 +1,6 @@
 """Check a site before a study: files, ledger, certificates, network, plan, self-test.
 
-Nothing leaves this machine but a status request to the coordinator that it is enrolled with."""
+Nothing leaves this machine except a status request to the coordinator with which it is enrolled."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ RENEW = (
 
 def examine(path: Path, study: Study | None = None, *, outline: bool = False) -> Iterator[Finding]:
     """Yield each check's finding as it ends; with a study also its plan, data and self-test.
-    outline: as of client.review.is_outline.
+    outline: as for client.review.is_outline.
 
-    Errors: ConfigError where site.toml cannot be read; all else is a finding."""
+    Errors: ConfigError if site.toml cannot be read; everything else is a finding."""
     site = load_site(path)
     yield Finding("site file", True, f"{path}: {site.site.name}")
     if study is not None:  # first: it takes a second, and what follows minutes
@@ -87,8 +87,8 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
 
 
 def _isolation(site: Site) -> str:
-    """Try how `fedtune client` would be confined here. Errors: PolicyRefused where the policy asks
-    for more than this machine gives."""
+    """Try how `fedtune client` would be confined here. Errors: PolicyRefused if the policy asks
+    for more than this machine supports."""
     here = isolation_here(site)
     if here.lacks and site.policy.isolation == "required":
         raise PolicyRefused(
@@ -117,7 +117,8 @@ def _check_declared(site: Site) -> str:
 
 
 def _sheet(site: Site) -> str:
-    """Check that the data sheet holds what the policy asks for, and is attested of these records.
+    """Check that the data sheet has the fields that the policy requires, and that it was attested
+    for these records.
 
     Errors: PolicyRefused."""
     lacks = list_lacking(load_sheet(site), site.policy.data_sheet)
@@ -201,7 +202,7 @@ def _network(site: Site, path: Path) -> Iterator[Finding]:
 def _greet(site_link: Link, connect: tls.Dial) -> tuple[dict[str, Any], float]:
     """Return the gateway's status and by how many seconds this clock is ahead of its clock.
 
-    Errors: InfrastructureError where it does not answer, or turns this site away."""
+    Errors: InfrastructureError if it does not answer, or refuses this site."""
     sent = certs.read_clock()
     code, body = tls.get(connect, far_context(site_link), site_link.address, STATUS)
     received = certs.read_clock()
@@ -302,7 +303,7 @@ def _plan(study: Study, site: Site, outline: bool) -> str:
 
 
 def _fits(site: Site, study: Study, base: Base) -> str:
-    """Describe what the study's own reading makes of the rows, with those that it rejects."""
+    """Describe how the study would use the rows, with those that it rejects."""
     check_data(site, study, base)
     tokenizer, reader = reading_of(base, study.base.modality)
     ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none

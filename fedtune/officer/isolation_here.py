@@ -1,5 +1,5 @@
-"""How `fedtune client` would keep a site's two halves apart on this machine, tried and said; and
-how they were confined when they last came up, which may have been in other containers."""
+"""Try and describe how `fedtune client` would confine a site's two halves on this machine; and
+how they were confined when they last started, which may have been in other containers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from fedtune.observe.status import read_status
 
 @dataclass(frozen=True)
 class Here:
-    """text: what keeps them apart, and what is open; lacks: the latter alone, item by item."""
+    """The isolation on this machine. text: what separates the halves, and what stays open;
+    lacks: only the latter, item by item."""
 
     text: str
     lacks: tuple[str, ...]
 
 
 def isolation_here(site: Site) -> Here:
-    """Try what this machine gives a vault and a courier, and look where the site's records are.
+    """Try which confinement this machine supports for vault and courier, and find out where the
+    site's records are.
 
-    A courier that found no record where it last ran, or shares a folder with the vault and no more,
-    is elsewhere: what it would be given here is not said."""
+    A courier that found no record where it last ran, or shares only a folder with the vault, runs
+    elsewhere: its confinement here is then not described."""
     of_vault, of_courier = isolation.try_confinement()
     last = _last(site)
     lacks = [*of_vault.missing, *describe_open_files(site)]
@@ -50,7 +52,8 @@ def _describe_means(tried: isolation.Confinement) -> str:
 
 
 def _last(site: Site) -> Mapping[str, list[str]]:
-    """Read how the halves of a site said they are confined; empty where they never came up."""
+    """Read how the halves of a site reported that they are confined; empty if they never
+    started."""
     with suppress(FedtuneError):
         told: Mapping[str, list[str]] = read_status(site.site.state).status.get("confined", {})
         return told

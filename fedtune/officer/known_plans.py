@@ -1,4 +1,4 @@
-"""Plans of a study that this site knows already, with the digests that they began with."""
+"""Find plans of a study that this site knows already, with the digests with which they began."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fedtune.runs.choice import with_digests_of
 
 
 def known_plan(study: Study, site: Site, *runs: Path) -> Study:
-    """Return the study with its digests filled in, where a run of it or a plan that was sent says
-    them: what was charged or signed for it is then known to be this study's. Else the study as it
-    is. runs: folders to look into first."""
+    """Return the study with its digests filled in, if a run of it or a plan that was sent has
+    them: charges and signatures are then known to be this study's. Else return the study
+    unchanged. runs: folders to search first."""
     for plan in _plans(site, runs):
         filled = with_digests_of(study, plan)
         if filled.digest == plan.digest:

@@ -1,8 +1,8 @@
-"""Show the officer what waits at a site to be let go, and let it go or refuse it.
+"""Show the officer the answers that wait at a site, and release or refuse them.
 
-A person sees plan facts, a length and a cost, never what an answer holds, nor what the site's own
-screen says of a round: a refusal reaches the coordinator, and one that followed from the records
-would tell of them, outside ε."""
+A person sees facts of the plan, a length and a cost, never the content of an answer, nor the
+site's own messages about a round: a refusal reaches the coordinator, and one that followed from
+the records would reveal something about them, outside ε."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ ANSWER, DRAW = "answer", "draw of shared noise"
 
 @dataclass(frozen=True)
 class Waiting:
-    """An answer that waits for a person, by what the plan and the ledger say of it.
+    """An answer that waits for a person, as plan and ledger describe it.
 
-    name: as the command takes it; kind: ANSWER, or DRAW, which is not paid for as yet; size: in
-    bytes; epsilon: of this round alone, at policy.max_delta, and fallback, with shared noise, the
-    same whatever happens; since: UTC."""
+    - name: as the command takes it
+    - kind: ANSWER, or DRAW, which is not paid for yet
+    - size: in bytes
+    - epsilon: of this round alone, at policy.max_delta; fallback: with shared noise, the ε that
+      holds whatever happens
+    - since: UTC"""
 
     name: str
     kind: str
@@ -45,7 +48,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class _Found:
-    """What waits, and the ledger that it waits in."""
+    """The waiting answers, and their ledger."""
 
     waiting: Waiting
     slot: Slot
@@ -53,16 +56,17 @@ class _Found:
 
 
 def list_waiting(site: Site) -> list[Waiting]:
-    """List what waits at a site, oldest first. Nothing is begun where there is no ledger. Errors:
-    LedgerError."""
+    """List the answers that wait at a site, oldest first. If there is no ledger, none is begun.
+    Errors: LedgerError."""
     return [found.waiting for found in _find(site)]
 
 
 def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -> list[Waiting]:
-    """Let go what waits under `names`, or refuse it for good, and enter both in the audit log and
-    in the ledger, in this order. every: whatever waits now. Returns what was decided.
+    """Release the answers that wait under `names`, or refuse them for good, and enter this in the
+    audit log and in the ledger, in this order. every: all that wait now. Returns the decided
+    answers.
 
-    Errors: InputError where nothing waits under a name, or another person was faster; LedgerError;
+    Errors: InputError if nothing waits under a name, or another person was faster; LedgerError;
     InfrastructureError."""
     found = _find(site)
     chosen = [one for one in found if every or one.waiting.name in names]

@@ -1,4 +1,4 @@
-"""The newest head of a site's audit log that a run, or its dossier, holds sealed."""
+"""Find the newest head of a site's audit log that a run, or its dossier, holds sealed."""
 
 from __future__ import annotations
 

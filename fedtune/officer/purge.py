@@ -1,9 +1,9 @@
 """Delete the files that a site's studies left beside the ledger.
 
-Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and the
-site's enrolment need; nor files that fedtune did not write, which are listed for a person.
-Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
-round is ordered again, it is trained and charged again.
+Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and
+the site's enrolment need; nor files that fedtune did not write, which are listed for a person to
+decide. Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent
+again: if its round is ordered again, it is trained and charged again.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ NEVER_DELETED = (
 
 @dataclass
 class Listing:
-    """A state folder's files. deletable: by kind; unknown: what fedtune did not write, a ledger's
-    backup included; studies: digest -> name, where one was chosen."""
+    """A state folder's files. deletable: by kind; unknown: files that fedtune did not write,
+    including a ledger's backup; studies: digest -> name, if one was chosen."""
 
     state: Path
     deletable: dict[str, list[Path]] = field(default_factory=dict)
@@ -107,9 +107,9 @@ def listing(site: Site, study: str | None = None) -> Listing:
 
 
 def purge(contents: Listing) -> None:
-    """Delete the listed files and the folders that become empty. Neither the lock that the half of
-    a client on the network can take away, nor a link that it puts in a folder's place, is relied
-    on.
+    """Delete the listed files and the folders that become empty. This relies neither on the
+    lock, which the half of a client on the network can remove, nor on a folder being no link,
+    which that half could put there.
 
     Errors: InfrastructureError where a client runs on this state, or the disk refuses; LedgerError,
     before anything is deleted."""
@@ -149,8 +149,8 @@ def _kind(name: str) -> str | None:
 
 
 def _walk(state: Path) -> Iterator[Path]:
-    """Yield every file; of a folder that holds a ledger (a backup), the folder alone, unless it is
-    the ledger of a run of declared data."""
+    """Yield every file; for a folder that holds a ledger (a backup) only the folder, unless it
+    is the ledger of a run of declared data."""
     for root, folders, files in os.walk(state):
         folder = Path(root)
         of_run = folder.parent == state / RUNS
@@ -163,7 +163,7 @@ def _walk(state: Path) -> Iterator[Path]:
 
 
 def _unlink(path: Path, top: Path) -> None:
-    """Delete a file below `top` through folders alone, if it is there. Errors: OSError."""
+    """Delete a file below `top`, following no link, if it is there. Errors: OSError."""
     folder = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for part in path.relative_to(top).parent.parts:
@@ -214,6 +214,6 @@ def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, st
 
 
 def _of(paths: list[Path], studies: dict[str, str]) -> list[Path]:
-    """Select the files whose names begin with one of the studies' digests."""
+    """Select the files whose names begin with a digest of these studies."""
     starts = [outbox_prefix(digest) for digest in studies]
     return [path for path in paths if path.name.startswith(tuple(starts))]

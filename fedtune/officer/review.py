@@ -1,4 +1,5 @@
-"""A plan in plain words for who signs for the site: what runs, what leaves, what it costs."""
+"""Explain a plan in plain words to the person who signs for the site: what runs, what leaves,
+what it costs."""
 
 from __future__ import annotations
 
@@ -48,9 +49,12 @@ SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
 
 @dataclass(frozen=True)
 class Review:
-    """digest: what is signed, "" where it is not known before public text was read; sections:
-    (heading, lines); refusals: the rules that say no; verdict: what the site would do with the plan
-    as things stand."""
+    """The review of a plan.
+
+    - digest: what is signed, "" if it is not known before public text was read
+    - sections: (heading, lines)
+    - refusals: the rules that refuse
+    - verdict: what the site would do with the plan today"""
 
     digest: str
     sections: list[tuple[str, list[str]]]
@@ -61,8 +65,8 @@ class Review:
 def read_plan(
     path: Path, site: Site, settings: Sequence[str] = (), *, whole: bool = False
 ) -> Study:
-    """A plan from study.toml, from the coordinator's answer, or as a coordinator sent it or its run
-    folder keeps it (JSON).
+    """Read a plan from study.toml, from the coordinator's answer, or as JSON: as a coordinator
+    sent it, or as its run folder holds it.
 
     settings: of a study.toml, values in place of the file's, as of load_study; whole: of a
     study.toml, also what is computed from its base and its public text (the adapter's frozen
@@ -87,16 +91,16 @@ def read_plan(
 
 
 def _fill_outline(study: Study) -> Study:
-    """Fill in what follows from a study.toml without its base: the rounds, and the digest of a base
-    that this release pins."""
+    """Fill in everything in a study.toml that follows without its base: the rounds, and the
+    digest of a base that this release pins."""
     digest = study.base.digest or known_digest(study.base.model)
     base = study.base.model_copy(update={"digest": digest})
     return with_rounds(study.model_copy(update={"base": base}))
 
 
 def is_outline(path: Path, study: Study) -> bool:
-    """Return whether what was read from `path` is a study.toml that lacks digests which are filled
-    in when the study starts. A plan as it was sent is none: what it lacks is refused."""
+    """Return whether `path` is a study.toml that lacks digests which are filled in when the
+    study starts. A plan as it was sent is not: if it lacks one, it is refused."""
     if path.suffix in SENT:
         return False
     lora = study.lora
@@ -107,7 +111,7 @@ def is_outline(path: Path, study: Study) -> bool:
 
 
 def _in_answer(path: Path, site: Site) -> Study:
-    """Return the plan that the coordinator's answer brings. Errors: ConfigError, Refused."""
+    """Return the plan in the coordinator's answer. Errors: ConfigError, Refused."""
     keys, table = membership.keys_folder(site), site.coordinator or CoordinatorTable()
     name, expected = site.site.name, table.fingerprint or ""
     answer = membership.read(path, membership.tls_key(keys), name, expected)
@@ -124,7 +128,7 @@ def _in_answer(path: Path, site: Site) -> Study:
 
 
 def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -> Review:
-    """What `study` would mean at `site`. Reads no record. outline: as of is_outline."""
+    """Describe what `study` would mean at `site`. Reads no record. outline: as for is_outline."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     against = would_refuse(study, site, plan, ledger, outline=outline)
     refused = [str(refusal) for refusal in against]
@@ -150,7 +154,7 @@ def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -
 
 
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
-    """Show this site's key and its peers', with the fingerprints that people compare."""
+    """List this site's key and its peers', with the fingerprints that people compare."""
     own = ledger.key.public
     pinned = [key for key in dict.fromkeys(site.policy.peers) if key != own]
     return [
@@ -191,15 +195,15 @@ def would_refuse(
     *,
     outline: bool = False,
 ) -> list[Refused]:
-    """Every rule and ceiling that says no to the plan as things stand; a missing signature is not
-    among them. ledger: None where none has begun here; outline: as of is_outline."""
+    """List every rule and limit that refuses the plan today; a missing signature is not among
+    them. ledger: None if there is none yet; outline: as for is_outline."""
     rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
     return [*rules, *_about_teacher(study, site), *cost_refusals(study, site, plan, ledger)]
 
 
 def _about_teacher(study: Study, site: Site) -> list[Refused]:
-    """Refuse a teacher that is a run and not as it was signed. Verified here alone, where a person
-    reads: a round compares the teacher's digest, which the plan pins."""
+    """Refuse a teacher that is a run and was changed since it was signed. It is verified only
+    here, where a person reads: a round compares the teacher's digest, which the plan pins."""
     if not may_resolve(study, site.policy) or resolve(study.objective).teacher_spec is None:
         return []
     from fedtune.runs.teacher_admission import check_teacher
@@ -214,7 +218,7 @@ def _about_teacher(study: Study, site: Site) -> list[Refused]:
 def cost_refusals(
     study: Study, site: Site, plan: DpPlan | None, ledger: Ledger | None
 ) -> list[Refused]:
-    """Every ceiling that says no to what the plan costs on top of what was spent. ledger: as of
+    """List every limit that refuses the plan's cost on top of what was spent. ledger: as for
     `would_refuse`."""
     refused, name = list[Refused](), site.data.name
     try:
@@ -358,7 +362,7 @@ def _leaves(study: Study, site: Site) -> list[str]:
 
 
 def _describe_accepted(site: Site) -> list[str]:
-    """Say what becomes of the site's exact decisions about finished models."""
+    """Describe what happens to the site's exact decisions about finished models."""
     if site.acceptance is None:
         return []
     return [
@@ -369,7 +373,7 @@ def _describe_accepted(site: Site) -> list[str]:
 
 
 def _describe_held(study: Study, site: Site) -> list[str]:
-    """Say what waits for a person here before it leaves."""
+    """Describe what waits for a person here before it leaves."""
     if site.policy.answers != "held":
         return []
     what = "No answer leaves before a person here has let it go"
@@ -387,7 +391,7 @@ SCORES = {"likelihood": "answers' likelihoods", "accuracy": "right answers, of t
 
 
 def _describe_axes(study: Study) -> str:
-    """Say by what the plan tells held-out units apart; "" where it does not."""
+    """Describe by what the plan groups held-out units; "" if it does not."""
     axes = [f"{axis} ({', '.join(values)})" for axis, values in study.query_axes.items()]
     if not axes:
         return ""
@@ -447,14 +451,14 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
 
 
 def _delta(site: Site, plan: DpPlan) -> list[str]:
-    """Say what δ is at worst, and warn of one that is too large for this site."""
+    """Describe the meaning of δ at worst, and warn of one that is too large for this site."""
     size = site.site.declared_size
     warned = warning(plan.delta, plan.unit, size)
     return [warned or f"What δ is: {chance(plan.delta, plan.unit, size)} outside that promise."]
 
 
 def _whatever(budget: Budget) -> list[str]:
-    """Of a plan, or a dataset, with secure aggregation: the total that holds without it."""
+    """For a plan, or a dataset, with secure aggregation: return the total that holds without it."""
     if not budget.is_shared:
         return []
     before = budget.fallback(ahead=0)
@@ -469,8 +473,8 @@ def _whatever(budget: Budget) -> list[str]:
 
 
 def _room_for_attempts(budget: Budget) -> list[str]:
-    """Say how many attempts that come to nothing the site's ceilings leave room for; at most as
-    many as the plan has rounds, since nobody plans for more."""
+    """Describe how many failed attempts the site's limits leave room for; at most as many as the
+    plan has rounds, since nobody plans for more."""
     plan, ahead = budget.plan, budget.remaining()
     if plan.sites == 1 or not ahead:
         return []
@@ -492,7 +496,8 @@ def _room_for_attempts(budget: Budget) -> list[str]:
 
 
 def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, float]) -> list[str]:
-    """Of a study without a last round: what one patient pays in all, and who has paid what."""
+    """For a study without a last round: describe what one patient pays in all, and who has paid
+    what."""
     policy = site.policy
     spent = find_heaviest_budget(site.data.name, ledger.cohorts(site.data.name), policy)
     most = min(plan.lifetime or 0.0, policy.max_epsilon_per_study)

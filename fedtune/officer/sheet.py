@@ -1,4 +1,5 @@
-"""Describe a site's records as a data sheet in Croissant's format, and attest that they are these.
+"""Describe a site's records as a data sheet in Croissant's format, and attest that the sheet
+describes them.
 
     SITE/sheet.toml                what a person typed (core/config/sheet.py)
     DATA.croissant.json            beside the records, for this user alone: typed, counted, hashed
@@ -75,9 +76,12 @@ TERMS = {
 
 @dataclass(frozen=True)
 class Described:
-    """What `describe_data` wrote. sheet: what a person typed; template: whether an empty one was
-    written, and nothing else; private, public: the files, None where not written; rows, usable,
-    units: counts, for this site alone."""
+    """The result of `describe_data`.
+
+    - sheet: the fields that a person typed
+    - template: whether an empty sheet was written, and nothing else
+    - private, public: the files, None if not written
+    - rows, usable, units: counts, for this site only"""
 
     sheet: Path
     template: bool
@@ -90,7 +94,7 @@ class Described:
 
 
 def describe_data(site: Site, public: Path | None = None) -> Described:
-    """Write a site's data sheet beside its records, and attest that the records are these.
+    """Write a site's data sheet beside its records, and attest that it describes them.
 
     public: also write what a person typed there, and nothing computed, where policy.release lists
     "sheet". Where there is no sheet.toml, an empty one is written, to be filled.
@@ -138,7 +142,8 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
 
 
 def public_sheet(typed: Sheet, name: str) -> dict[str, Any]:
-    """Build what may leave a site: what a person typed, under the site's public name."""
+    """Build the public sheet, which may leave a site: what a person typed, under the site's
+    public name."""
     body: dict[str, Any] = {
         "@context": CONTEXT,
         "@type": "sc:Dataset",
@@ -159,8 +164,8 @@ def public_sheet(typed: Sheet, name: str) -> dict[str, Any]:
 
 
 def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str, Any]:
-    """Build the sheet that stays beside the records: what was typed, with counts, and each file
-    with its size and hash."""
+    """Build the private sheet, which stays beside the records: what was typed, with counts, and
+    each file with its size and hash."""
     body = public_sheet(typed, site.site.name)
     body["variableMeasured"] = [
         {"@type": "sc:PropertyValue", "name": name, "value": value}
@@ -182,8 +187,8 @@ def private_sheet(typed: Sheet, site: Site, counts: dict[str, int]) -> dict[str,
 
 
 def records_hash(site: Site) -> str:
-    """Hash a site's records: its files byte by byte; of another source, every row that it gives,
-    whoever agreed to its use. Errors: DataError."""
+    """Hash a site's records: files byte by byte; from another source every row, whatever the
+    patients' consent. Errors: DataError."""
     total = hashlib.sha256()
     if _in_files(site):
         for file in _files(site.data.path):
@@ -197,15 +202,15 @@ def records_hash(site: Site) -> str:
 
 
 def check_attested(site: Site) -> None:
-    """Check, where the policy asks for a data sheet, that it and the records are as they were
+    """If the policy asks for a data sheet, check that it and the records are as they were
     attested; see `check_sheet` and `check_attested_records`."""
     check_sheet(site)
     check_attested_records(site)
 
 
 def check_sheet(site: Site) -> None:
-    """Check, where the policy asks for a data sheet, that somebody attested to what it says. It
-    reads no record.
+    """If the policy asks for a data sheet, check that somebody attested its content. It reads no
+    record.
 
     Errors: PolicyRefused, ConfigError, InputError."""
     if not site.policy.data_sheet:
@@ -221,9 +226,9 @@ def check_sheet(site: Site) -> None:
 
 
 def check_attested_records(site: Site) -> None:
-    """Check, where the policy asks for a data sheet, that the records are those that somebody
-    attested to. Only for this machine: what it says depends on the records, so it is never an
-    answer to a coordinator.
+    """If the policy asks for a data sheet, check that the records are those that somebody attested.
+    Only for this machine: the result depends on the records, so it is never an answer to a
+    coordinator.
 
     Errors: PolicyRefused, InputError, DataError."""
     if site.policy.data_sheet:
@@ -242,7 +247,7 @@ def _check_unchanged(site: Site, what: str, now: str) -> None:
 
 
 def _in_files(site: Site) -> bool:
-    """Whether the records are files; beside a database's url, the path is that of media."""
+    """Return whether the records are files; beside a database's url, the path is that of media."""
     return site.data.url is None and site.data.path.exists()
 
 
@@ -251,7 +256,7 @@ def _typed_hash(typed: Sheet) -> str:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yield the files of the records, sorted; not what describe_data wrote among them."""
+    """Yield the files of the records, sorted, without those that describe_data wrote among them."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
     yield from (
         file for file in files if os.path.isfile(file) and not file.name.endswith(CROISSANT)

@@ -1,6 +1,6 @@
 """Count the records of a site that a plan cannot use since it does not name their class.
 
-Guarantee: what this says is for the site's own screen; nothing of it is logged or sent."""
+Guarantee: the counts are for the site's own screen; nothing of it is logged or sent."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MOST = 12  # classes that are named; of more, the column is likely to hold texts
 
 
 def unknown_classes(study: Study, site: Site) -> str:
-    """Say how many of a site's records are of a class that the plan has not; "" where there is
-    none, or the plan has no classes.
+    """Describe how many of a site's records are of a class that the plan does not have; "" if there
+    is none, or the plan has no classes.
 
-    Errors: DataError where the records cannot be read, ConfigError where their source is not
-    installed."""
+    Errors: DataError if the records cannot be read, ConfigError if their source is not installed.
+    """
     labels = {label.strip() for label in study.objective.labels}
     if not labels:
         return ""

@@ -39,10 +39,12 @@ class Release:
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """in_file: records of the patient that the site's files still hold, None where they cannot be
-    read; trained_on: whether the patient was ever trained on here; releases: studies whose adapters
-    may still reflect the patient; receipt: for the patient, signed by the site, as it lies in
-    `receipt_file`."""
+    """The result of a withdrawal.
+
+    - in_file: records of the patient that the site's files still hold, None if they cannot be read
+    - trained_on: whether the patient was ever trained on here
+    - releases: studies whose adapters may still reflect the patient
+    - receipt: for the patient, signed by the site, as it lies in `receipt_file`"""
 
     in_file: int | None
     trained_on: bool
@@ -52,7 +54,7 @@ class Withdrawal:
 
 
 class UnknownPatient(InputError):
-    """A key that no record and no study here has; it is not in the message."""
+    """No record and no study here has this key; the message leaves the key out."""
 
 
 def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
@@ -122,9 +124,9 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
 
 
 def enter_again(state: Path, ledger: Ledger) -> int:
-    """Enter in a ledger that was restored the withdrawals that it lost, by the receipts that the
-    site keeps in its state folder; returns how many they are. They hold with the salt under which
-    they were hashed. What is no receipt of this site is passed over."""
+    """Enter, in a restored ledger, the withdrawals that it lost, from the receipts in the site's
+    state folder; return their number. They hold with the salt under which they were hashed.
+    Files that are not receipts of this site are skipped."""
     since: dict[str, int] = {}
     for path in sorted((state / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):
@@ -134,7 +136,7 @@ def enter_again(state: Path, ledger: Ledger) -> int:
 
 
 def _genuine(path: Path, ledger: Ledger) -> dict[str, Any]:
-    """Read a receipt that this site signed. Errors: InputError where it is none."""
+    """Read a receipt that this site signed. Errors: InputError if it did not."""
     receipt = reading.json_in(path, "a receipt of a withdrawal")
     signature = str(receipt.pop("signature", ""))
     try:
@@ -147,8 +149,8 @@ def _genuine(path: Path, ledger: Ledger) -> dict[str, Any]:
 
 
 def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
-    """Compose and sign what a patient may keep: it names the patient by a salted hash, which tells
-    nobody without this site's salt who it is."""
+    """Build and sign the receipt that a patient may keep: it names the patient by a salted hash,
+    which tells nobody without this site's salt who it is."""
     receipt: dict[str, Any] = {
         "what": "withdrawal of consent: no later round of this site reads the patient's records",
         "site": site.site.name,
@@ -163,7 +165,7 @@ def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) 
 
 
 def _time_of(entry: Entry) -> str:
-    """Return when a unit withdrew, also where a restored ledger was told of it later."""
+    """Return when a unit withdrew, even if it was entered again in a restored ledger later."""
     return time.strftime(TIME, time.gmtime(entry.body.get("since", entry.body["time"])))
 
 

@@ -1,4 +1,4 @@
-"""Ready-made studies, whose settings were measured, of one's own records: `fedtune init --task`.
+"""Build ready-made studies with measured settings from one's own records: `fedtune init --task`.
 
 One file per task. A preset's public file is divided once: its selection records choose how far each
 round moves the adapter, its evaluation records only judge the result; some tasks also learn from a
@@ -52,17 +52,23 @@ OPTIONS = {  # of `fedtune init`, by field of Records
 
 @dataclass(frozen=True)
 class Records:
-    """One's own files and their columns, of which a preset makes a study.
+    """One's own files and their columns, from which a preset builds a study.
 
-    data: each site's file or folder, or URL#TABLE; evaluation: a public file with answers; public:
-    another to learn from, before the first round; prompt, target, rejected, media: the columns of
-    what is read, of what is to be said of it, of a worse answer, and of an image's or a recording's
-    file, else the task's own; patient: that of the patient, else the record is the unit; labels:
-    the classes, else those of `evaluation`; also_labels: further classes, which these lack; base:
-    the model, else the task's; size: units at a site, as a person states it in public; sizes: of
-    each site, in the order of data, where they differ; epsilon: else the task's own; declared: what
-    a person says that the sites' records are, for a rehearsal; role: whose files are written; name:
-    a single site's, for role "site"; expected: how many sites take part, where no data says so."""
+    - data: each site's file or folder, or URL#TABLE
+    - evaluation: a public file with answers; public: another public file to train on before the
+      first round
+    - prompt, target, rejected, media: columns of the input, of the target, of a worse answer, and
+      of the path of an image or a recording; default: the task's own
+    - patient: column of the patient; without it the record is the unit
+    - labels: the classes; default: those of `evaluation`; also_labels: further classes, which these
+      lack
+    - base: the model; default: the task's
+    - size: units at a site, as a person states it in public; sizes: of each site, in the order of
+      data, if they differ
+    - epsilon: ε of the study; default: the task's own
+    - declared: what a person declares the sites' records to be, for a rehearsal
+    - role: the role whose files are written; name: of the single site, for role "site"
+    - expected: the number of sites that take part, if it does not follow from data"""
 
     prompt: str = ""
     target: str = ""
@@ -100,12 +106,12 @@ class Records:
 
     @property
     def delta_rule(self) -> str:
-        """The rule in words."""
+        """The rule of δ in words."""
         return f"δ: the power of ten at or below 1 / (10 · {max(self.declared_sizes)} units)"
 
     @property
     def delta_note(self) -> str:
-        """The rule, and what it comes to for a site's units."""
+        """The rule, and its value for a site's units."""
         most = max(self.declared_sizes)
         return f"{self.delta_rule}; {chance(self.delta, self.unit, most)}"
 
@@ -166,9 +172,9 @@ def write(folder: Path | str, task: str, records: Records) -> list[Path]:
 
 
 def complete_records(task: str, records: Records) -> Records:
-    """Fill in the task's own names of columns, and its ε, where nobody said another.
+    """Fill in the task's own column names, and its ε, if none were given.
 
-    Errors: ConfigError for a task that there is not, or a column that it does not have."""
+    Errors: ConfigError for a task that does not exist, or a column that it does not have."""
     if task not in TASKS:
         raise ConfigError(f"no preset is called {task}", f"one of {', '.join(TASKS)}")
     columns = TASKS[task].COLUMNS
@@ -186,7 +192,7 @@ def complete_records(task: str, records: Records) -> Records:
 
 def list_columns(task: str, records: Records, *more: str) -> dict[str, str]:
     """Return the columns that a file of the task must have, by the option that names each; more:
-    of further fields, where they are given."""
+    of further fields, if they are given."""
     fields = [*TASKS[task].COLUMNS, *(field for field in more if getattr(records, field))]
     return {OPTIONS.get(field, f"--{field}"): getattr(records, field) for field in fields}
 
@@ -200,8 +206,8 @@ def column_lines(task: str, records: Records) -> str:
 
 
 def unit_note(task: str | None, records: Records) -> str:
-    """Say whom the study protects, and where no column says whose record it is, which one of the
-    sites' files may. task: None for a study without a recipe.
+    """Describe whom the study protects, and if no patient column is named, which column of the
+    sites' files may be one. task: None for a study without a recipe.
 
     Errors: DataError for a file or a column that is not there, which lists those that are."""
     columns: list[str] = []
@@ -223,8 +229,8 @@ def unit_note(task: str | None, records: Records) -> str:
 
 
 def public_note(task: str, records: Records) -> str:
-    """Say how many of the public records can be used and why others cannot, and for classes which
-    the plan has; "" where there are no public records, or none of this role's."""
+    """Describe how many of the public records can be used and why others cannot, and the plan's
+    classes; "" if there are no public records, or none of this role's."""
     if records.role == "site":
         return ""
     records = complete_records(task, records)
@@ -236,8 +242,8 @@ def public_note(task: str, records: Records) -> str:
 
 
 def classes_note(task: str, records: Records) -> str:
-    """Say which classes of the sites' own files the study has not; "" for other tasks, and where
-    there are none. A site alone, which does not know them, is told its own.
+    """List the classes of the sites' own files that the study does not have; "" for other tasks,
+    and if there are none. A site alone, which does not know the study's, gets its own classes.
 
     Errors: as `unit_note`."""
     if task != "classify" or records.role == "coordinator":
@@ -249,8 +255,8 @@ def classes_note(task: str, records: Records) -> str:
 
 
 def files_note(task: str, records: Records) -> str:
-    """Say of each site's file whether its size is far from what the site declares, and how much of
-    its records the plan reads, where that is not all; "" where there is nothing to say.
+    """Report for each site's file whether its size is far from the declared one, and how much of
+    its records the plan reads, if that is not all; "" if there is nothing to report.
 
     Errors: as `unit_note`."""
     if records.role == "coordinator":
@@ -280,7 +286,7 @@ def _looks(task: str, records: Records) -> list[_sites.Look]:
 
 
 def notes(task: str, records: Records) -> str:
-    """Say what was found in the files of a recipe's study, and whom it protects."""
+    """Describe the files of a recipe's study, and whom the study protects."""
     given = complete_records(task, records)
     own = given.data if given.role != "coordinator" else ()
     public = (given.evaluation, given.public) if given.role != "site" else ()
@@ -296,7 +302,7 @@ def format_list(texts: Sequence[str]) -> str:
 
 
 def head(records: Records, **values: object) -> Mapping[str, object]:
-    """What every study.toml of a preset says of privacy and sites, for its template."""
+    """Build the lines about privacy and sites that every preset's study.toml has."""
     return {
         "epsilon": records.epsilon,
         "delta": f"{records.delta:g}",

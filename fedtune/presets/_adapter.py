@@ -1,4 +1,5 @@
-"""A recipe that adapts a base by LoRA after a start from public records: what its tasks share.
+"""Build a study that adapts a base by LoRA after a start from public records: the common part of
+several tasks.
 
 The adapter's frozen factor, the preconditioner of its steps and some steps before the first round
 come from public records with answers, for no ε; selection records choose how far a round moves it.
@@ -34,11 +35,17 @@ PARTS = {"public": 0.5, "selection": 0.2, "evaluation": 0.3}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is a task's own. title: the first line of study.toml; records: what its public records
-    are, in words; model; lora, objective: lines of these tables; start, steps: the length and the
-    number of the steps before the round; longest: of the round; judged: [evaluation]'s lines,
-    None: by accuracy where the answers are few that come again, else by loss; lead: what stands
-    before each of these; narrow: whether few directions are trained where noise is LOUD."""
+    """The settings of one task.
+
+    - title: the first line of study.toml
+    - records: the kind of its public records, in words
+    - model; lora, objective: lines of these tables
+    - start, steps: learning rate and number of the steps before the round; longest: largest
+      learning rate of the round
+    - judged: [evaluation]'s lines; None: by accuracy if there are few different answers, else by
+      loss
+    - lead: the text before each of these
+    - narrow: whether few directions are trained if noise is LOUD"""
 
     task: str
     title: str
@@ -54,7 +61,7 @@ class Recipe:
     narrow: bool = False
 
     def study(self, name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
-        """Compose study.toml. Errors: ConfigError (too few public records)."""
+        """Build study.toml. Errors: ConfigError (too few public records)."""
         if "public" not in public:
             found = sum(map(len, public.values()))
             raise ConfigError(
@@ -89,15 +96,15 @@ class Recipe:
 
 
 def noise_of_mean(records: Records) -> float:
-    """Compute the standard deviation of the noise in the mean of the sites' updates, in units of C:
-    of K sites of n units σ√K / (K n)."""
+    """Compute the standard deviation of the noise in the mean of the sites' updates, in units of
+    C: for K sites of n units σ√K / (K n)."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     return sigma * math.sqrt(records.sites) / sum(records.declared_sizes)
 
 
 def learning_rate(records: Records, longest: float = LONGEST, *, narrow: bool = False) -> float:
-    """Compute the step whose noise is NOISE in each weight, as MedQuAD's best steps at ε from 0.5
-    to 8 had it (0.21 to 0.36); of a narrow round NARROW_NOISE."""
+    """Compute the learning rate with noise NOISE in each weight, as in MedQuAD's best steps at ε
+    from 0.5 to 8 (0.21 to 0.36); for a narrow round NARROW_NOISE."""
     if narrow:
         return min(NARROW_LONGEST, NARROW_NOISE / noise_of_mean(records))
     return min(longest, NOISE / noise_of_mean(records))

@@ -1,4 +1,4 @@
-"""The public records of a preset: which part of them does what, and their images or recordings."""
+"""Divide the public records of a preset into parts, with their images or recordings."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MOST_CHOICES = 20
 def divide_records(
     records: Records, seed: str, parts: Mapping[str, float], asked: Mapping[str, str]
 ) -> dict[str, Rows]:
-    """Divide the public records with answers, all of a patient's to one part; {} where there are
-    none. asked: option -> the column that it names."""
+    """Divide the public records with answers, with all records of a patient in one part; {} if
+    there are none. asked: option -> the column that it names."""
     public: dict[str, Rows] = {}
     if records.public and "public" in parts:
         found, _ = _read_usable(records.public, records.patient, asked)
@@ -52,7 +52,7 @@ def divide_records(
 
 
 def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
-    """Say of each public file how many of its rows can be used, and why others cannot."""
+    """Report for each public file how many of its rows can be used, and why others cannot."""
     lines, known = list[str](), Rows()
     for path in (records.public, records.evaluation):
         if path is None:
@@ -67,7 +67,7 @@ def notes(records: Records, asked: Mapping[str, str]) -> list[str]:
 
 
 def classes_notes(records: Records, asked: Mapping[str, str]) -> list[str]:
-    """Say which classes the plan has, and of which of them there is no public record."""
+    """List the plan's classes, and those without a public record."""
     found = _of_files(records, asked)
     planned = planned_classes(records, found)
     lines = [f"classes: {len(planned)} ({format_classes(planned)})"] if planned else []
@@ -87,8 +87,8 @@ def format_classes(labels: Sequence[str]) -> str:
 
 
 def planned_classes(records: Records, found: Iterable[str]) -> tuple[str, ...]:
-    """Return the plan's classes: those that were named, else those `found` in the public files; and
-    further ones."""
+    """Return the plan's classes: those that were named, else those `found` in the public files;
+    and further ones."""
     labels = records.labels or tuple(sorted(found))
     return tuple(dict.fromkeys((*labels, *records.also_labels)))
 
@@ -126,7 +126,7 @@ def files(records: Records, public: Mapping[str, Rows]) -> dict[str, bytes]:
 
 def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, judged: str) -> str:
     """Compose the tables of study.toml for the public records that there are, each commented.
-    judged: the lines of [evaluation] that say by what."""
+    judged: the lines of [evaluation] about the metric."""
     return "".join(
         f'\n[{table}]{" " * (23 - len(table))}{comment}\npath = "{table}.jsonl"\n'
         + {"evaluation": judged, "public": LICENCE}.get(table, "")
@@ -137,8 +137,8 @@ def tables(what: Mapping[str, str], public: Mapping[str, Rows], columns: str, ju
 
 
 def judged_by(public: Mapping[str, Rows], target: str, lead: str) -> str:
-    """Compose [evaluation]'s lines: accuracy, where the answers are a few that come again; else
-    loss. lead: what the base reads before each answer."""
+    """Build [evaluation]'s lines: accuracy if there are few different answers; else loss. lead:
+    the text before each answer."""
     answers = [str(row[target]).strip() for part in public.values() for row in part]
     choices = sorted({*answers})
     if not 2 <= len(choices) <= min(MOST_CHOICES, len(answers) // 4):

@@ -1,5 +1,4 @@
-"""Site files of a preset, and what a site's own file is asked before they are written: the names
-of its columns."""
+"""Build the site files of a preset, after checking the column names in a site's own file."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ HALF = 0.5  # of a median record: where less is read, that is a warning
 
 
 def check(records: Records) -> None:
-    """Check what the site files say. Errors: ConfigError where the number of files does not suit
-    the number of sites, or a name is none; DataError for a file that is not there."""
+    """Check the values of the site files. Errors: ConfigError if the number of files does not
+    fit the number of sites, or a name is invalid; DataError for a file that does not exist."""
     files, expected = len(records.data), 1 if records.role == "site" else records.expected
     if files and expected and files != expected and records.role != "coordinator":
         raise ConfigError(
@@ -77,7 +76,7 @@ def check(records: Records) -> None:
 def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
     """List the columns of a site's file that may be shown; its rows are read and none is kept.
 
-    asked: option -> the column that it names. Errors: DataError for one that the file does not
+    asked: option -> the column that it names. Errors: DataError for a column that the file does not
     have, which lists those that it has; for a file or a database that cannot be read."""
     path, names, source = _open_place(place, asked)
     if not sum(1 for _ in placed_rows(path, asked, names=names, source=source)):
@@ -87,11 +86,12 @@ def columns_of(place: WherePath, asked: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Look:
-    """What a site's own file holds, for the screen of whoever has it: the counts are theirs.
+    """The content of a site's own file in counts, only for the screen of the person who has it.
 
-    where: the file's name; rows, units: records, and patients where a column names them; target:
-    the column of the classes; classes: how often each is there; lengths: characters of what is
-    read of each record and of the longest of what is to be said of it."""
+    - where: the file's name
+    - rows, units: number of records, and of patients if a column names them
+    - target: the column of the classes; classes: the count of each
+    - lengths: characters of each record's input and of the longest target"""
 
     where: str
     rows: int
@@ -131,8 +131,9 @@ def look(
 
 
 def classes_note(look: Look, known: set[str]) -> str:
-    """Say how many of a site's records are of which class that is none of `known`, since they train
-    nothing; "" where there are none. known: empty where nobody said: then all classes are listed.
+    """Report how many of a site's records are of classes not in `known`, since they train
+    nothing; "" if there are none. known: empty if nobody named classes: then all classes are
+    listed.
     """
     strange = Counter({label: n for label, n in look.classes.items() if label not in known})
     if not strange:
@@ -160,8 +161,8 @@ def classes_note(look: Look, known: set[str]) -> str:
 
 
 def size_note(look: Look, declared: int, unit: str) -> str:
-    """Say that a file holds far more or fewer units than the site declares; "" where it does not.
-    A size that is off by a factor of two or more changes what the study can do."""
+    """Report that a file holds far more or fewer units than the site declares; "" if it does
+    not. A size that is off by a factor of two or more changes what the study can do."""
     if abs(declared - look.units) <= FAR * declared:
         return ""
     twice = look.units >= 2 * declared or 2 * look.units <= declared
@@ -173,8 +174,9 @@ def size_note(look: Look, declared: int, unit: str) -> str:
 
 
 def length_note(look: Look, most: int, cut: str) -> str:
-    """Say how much of a median record the plan reads, where that is not all; tokens are estimated,
-    since no base is loaded yet. most: objective.max_length; cut: what a longer one loses."""
+    """Report how much of a median record the plan reads, if that is not all; tokens are
+    estimated, since no base is loaded yet. most: objective.max_length; cut: what a longer record
+    loses."""
     tokens = statistics.median(look.lengths or [0]) / CHARACTERS
     if tokens <= most:
         return ""
@@ -201,7 +203,7 @@ def _open_place(place: WherePath, asked: Mapping[str, str]) -> tuple[Path, Names
 
 
 def looks_like_a_patients(columns: list[str]) -> str | None:
-    """Return the first column whose name says whose record it is.
+    """Return the first column whose name suggests that it identifies the patient.
 
     >>> looks_like_a_patients(["note", "Patient ID"])
     'Patient ID'
@@ -214,8 +216,8 @@ def looks_like_a_patients(columns: list[str]) -> str | None:
 
 
 def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str, str]:
-    """Fill in a site file for each site, by the name that it lies under. columns: its lines;
-    asked: option -> the column that it names."""
+    """Build a site file for each site, by its file name. columns: its lines; asked: option ->
+    the column that it names."""
     if records.role == "site" or (not records.data and records.sites == 1):
         places = {"site.toml": records.name or "my-hospital"}
     else:
@@ -247,7 +249,7 @@ def files(records: Records, columns: str, asked: Mapping[str, str]) -> dict[str,
 
 
 def _isolation(records: WherePath | None) -> str:
-    """Compose the line of [policy] that asks for as much isolation as this machine gives."""
+    """Build the line of [policy] that asks for as much isolation as this machine supports."""
     lacks = [each for half in isolation.try_confinement() for each in half.missing]
     if isinstance(records, str) and is_over_tcp(records):
         lacks.append("a database over TCP")
@@ -274,7 +276,7 @@ def _state(data: WherePath | None) -> str:
 
 
 def names(records: Records) -> list[str]:
-    """Name the sites after their files, or site-1, site-2 ... where these are no names."""
+    """Name the sites after their files, or site-1, site-2 ... if these are not valid names."""
     found = [name_of(place) for place in records.data]
     if not found or len({*found}) < len(found) or not all(re.fullmatch(NAME, n) for n in found):
         return [f"site-{n}" for n in range(1, records.sites + 1)]

@@ -1,4 +1,4 @@
-"""How a person's CSV is written, guessed once for their own site.toml."""
+"""Guess the dialect of a person's CSV once, for their own site.toml."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Asked = Mapping[str, str]  # option -> the column that it names
 
 
 def source(place: WherePath, asked: Asked) -> Csv | None:
-    """Guess what reads a file that is no CSV of commas in UTF-8; None for the others."""
+    """Guess the source of a CSV that is not comma-separated UTF-8; None for other files."""
     path = file_at(place)
     return guess_format(path, asked.values()) if path else None
 
 
 def lines(place: WherePath, asked: Asked) -> str:
-    """Compose the lines of [data] that say so."""
+    """Build the lines of [data] that name this dialect."""
     told = ", ".join(
         f"{key} = {quote_string(value)}" for key, value in _options(place, asked).items()
     )
@@ -27,7 +27,7 @@ def lines(place: WherePath, asked: Asked) -> str:
 
 
 def note(place: WherePath, asked: Asked) -> str:
-    """Say so on a screen; "" for the usual way."""
+    """Describe the dialect on a screen; "" for the usual one."""
     path, options = file_at(place), _options(place, asked)
     told = [f"{DELIMITERS[options['delimiter']]} between cells"] if "delimiter" in options else []
     told += [options["encoding"]] if "encoding" in options else []

@@ -1,4 +1,5 @@
-"""Answers to questions: LoRA on the last blocks of a small language model, trained for one round.
+"""Task "answer": LoRA on the last blocks of a small language model, trained for one round to
+answer questions.
 
 Measured on MedQuAD (docs/quality.md)."""
 

@@ -1,9 +1,9 @@
-"""Classes of texts: a head on a frozen sentence encoder.
+"""Task "classify": a head on a frozen sentence encoder assigns texts to classes.
 
-With public records that have classes, the sites release their class statistics once, and the head
-is a discriminant of these and of the public records. Without any, the head starts at what the
-encoder makes of the classes' names and takes twenty steps of all units with momentum. Measured in
-docs/quality.md."""
+With public records that have classes, the sites release their class statistics once, and the
+head is a discriminant of these and of the public records. Without any, the head starts at the
+encoder's vectors of the classes' names and takes twenty steps with all units and momentum.
+Measured in docs/quality.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BOUND_OF_SUMS = 1.1181
 
 
 def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> str:
-    """Compose study.toml. Errors: ConfigError (fewer than two labels, or an unknown one)."""
+    """Build study.toml. Errors: ConfigError (fewer than two labels, or an unknown one)."""
     held_out = [row for part in public.values() for row in part]
     found = sorted({str(row[records.target]).strip() for row in held_out})
     labels = _public.planned_classes(records, found)
@@ -70,7 +70,7 @@ def study(name: str, records: Records, public: Mapping[str, _public.Rows]) -> st
 def _statistics(
     records: Records, classes: int, public: Mapping[str, _public.Rows]
 ) -> dict[str, object]:
-    """Fill in a plan of class statistics."""
+    """Build a plan of class statistics."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
     directions = directions_for(
         classes=classes,
@@ -82,15 +82,15 @@ def _statistics(
 
 
 def _steps(records: Records, public: Mapping[str, _public.Rows]) -> dict[str, object]:
-    """Fill in a plan of gradient steps."""
+    """Build a plan of gradient steps."""
     momentum = SELECTED if "selection" in public else MOMENTUM
     rate = f"{learning_rate(records, momentum) / NAMED_BOUND:.2g}"
     return {"rounds": ROUNDS, "rate": rate, "bound": NAMED_BOUND, "momentum": momentum}
 
 
 def learning_rate(records: Records, momentum: float) -> float:
-    """Compute the step that ends with NOISE in each weight where gradients are clipped to length 1:
-    a bound from the plan's noise alone.
+    """Compute the learning rate after which each weight has noise NOISE, if gradients are
+    clipped to length 1: a bound from the plan's noise alone.
 
     A round's mean carries noise σ√K / (K n) for K sites of n units; momentum β sums it up to
     1 / (1 - β) times, and T independent rounds add up as squares."""

@@ -1,5 +1,5 @@
-"""How long a study takes on this machine, before it starts: from its plan, its public records and a
-measurement of a fifth of a second.
+"""Estimate how long a study takes on this machine, before it starts: from its plan, its public
+records and a measurement of a fifth of a second.
 
 The time goes into products of matrices: each record once through the frozen layers, then through
 those above the cut, forward or with a gradient. How many products that takes follows from the base,
@@ -37,7 +37,7 @@ LOADING, ROUND = 20.0, 0.3  # seconds: of libraries and base, and of what else a
 
 @dataclass(frozen=True)
 class Shape:
-    """A base: its blocks, the weights of each, and those of its own head."""
+    """The size of a base: its blocks, the weights of each, and those of its own head."""
 
     blocks: int
     weights: int
@@ -52,7 +52,8 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Records:
-    """Records that a study reads: how many passages, and tokens and targets of each."""
+    """The size of the records that a study reads: the number of passages, and tokens and targets
+    of each."""
 
     passages: float
     tokens: float
@@ -61,14 +62,15 @@ class Records:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds that a study takes here: before its first round, and from then on."""
+    """The duration of a study on this machine, in seconds: before its first round, and after
+    that."""
 
     before: float
     rounds: float
 
     def lines(self, *, sites_here: bool = True) -> list[str]:
-        """Say it, and of a long one how it is shortened. sites_here: whether the sites train on
-        this machine too, as in `fedtune simulate`."""
+        """Describe the duration, and for a long study how to shorten it. sites_here: whether the
+        sites train on this machine too, as in `fedtune simulate`."""
         total = self.before + self.rounds if sites_here else self.before
         told = [
             f"time: about {duration(total)} on this machine as it is loaded now"
@@ -84,10 +86,9 @@ class Forecast:
 
 
 def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> Forecast | None:
-    """Estimate how long a study takes with sites of these declared sizes, all on this machine; None
-    where nothing is known of its base, or its public records cannot be read.
-
-    speed: products of matrices a second; None: measured now."""
+    """Estimate how long a study takes with sites of these declared sizes, all on this machine;
+    None if nothing is known of its base, or its public records cannot be read. speed: matrix
+    products per second; None: measured now."""
     shape = SHAPES.get(study.base.model.removeprefix(PREFIX))
     if shape is None or study.continuous:
         return None
@@ -124,8 +125,8 @@ def forecast(study: Study, sizes: Sequence[int], speed: float | None = None) -> 
 
 
 def measured_speed() -> float:
-    """Measure how many products a second of this process' processor time makes, in matrices of
-    fp32, and take the share of the processors that a long run gets beside what runs now."""
+    """Measure the number of products per second of this process's processor time, in fp32
+    matrices, scaled to the share of the processors that a long run gets beside what runs now."""
     left, right = np.ones((512, 1024), np.float32), np.ones((1024, 1024), np.float32)
     left @ right  # the first one starts threads
     began = time.perf_counter()
@@ -139,7 +140,8 @@ def measured_speed() -> float:
 
 
 def processors(load: float) -> float:
-    """Return how many processors a run gets where `load` others want one: all shared evenly."""
+    """Return the number of processors that a run gets if `load` other processes want one, with
+    equal shares."""
     there = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -159,7 +161,7 @@ class _Cost:
 
     @property
     def _above(self) -> int:
-        """The weights above the cut."""
+        """Return the number of weights above the cut."""
         lora = self.study.lora
         if lora is None:
             return 0
@@ -181,7 +183,7 @@ class _Cost:
 
 
 def _records(study: Study, table: DataFile | PublicTable | None) -> Records:
-    """Measure a public file. Errors: DataError, OSError."""
+    """Measure the size of a public file's records. Errors: DataError, OSError."""
     if table is None:
         return Records(0, 0, 0)
     most, columns = study.objective.max_length, table.columns

@@ -1,4 +1,4 @@
-"""Instructions and longer texts that follow them, read with the whole of what is asked."""
+"""Task "instruct": write longer texts in response to instructions, which are read completely."""
 
 from __future__ import annotations
 

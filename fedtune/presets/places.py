@@ -1,4 +1,4 @@
-"""Where a site's records lie, as it is named on the command line: a file, a folder, a database."""
+"""Parse where a site's records lie, as named on the command line: a file, a folder, a database."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def split_place(place: str) -> tuple[str, str]:
 
 
 def file_at(place: WherePath) -> Path | None:
-    """Return the file or folder of a place, None for a database that is none."""
+    """Return the file or folder of a place, None for a database that is not a file."""
     if isinstance(place, Path):
         return place
     url, _ = split_place(place)
@@ -57,13 +57,13 @@ def is_bulk(place: WherePath) -> bool:
 
 
 def name_of(place: WherePath) -> str:
-    """Return what a site may be called after its place."""
+    """Return a name for a site, from its place."""
     text = place.stem if isinstance(place, Path) else split_place(place)[1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
 
 
 def lines_of(place: WherePath) -> str:
-    """Compose the lines of [data] in site.toml that say where the records are."""
+    """Build the lines of [data] in site.toml that name the place of the records."""
     if isinstance(place, Path):
         return f"path = {_quote(place.absolute())}" + ('\nsource = "fhir"' * is_bulk(place))
     url, table = split_place(place)

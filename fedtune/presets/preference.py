@@ -1,4 +1,5 @@
-"""Of two answers the better one: LoRA by ORPO, whose loss holds the better answer's likelihood up.
+"""Task "preference": LoRA by ORPO learns the better of two answers, and its loss also keeps the
+better answer likely.
 
 Measured (docs/quality.md)."""
 

@@ -1,4 +1,5 @@
-"""Whether a recipe's learning rate still fits the noise of its plan, which an edit of ε changes."""
+"""Check whether a recipe's learning rate still fits the noise of its plan, which an edit of ε
+changes."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ def weight_noise(study: Study, sizes: Sequence[int]) -> float:
 
 
 def rate_note(study: Study, sizes: Sequence[int]) -> str:
-    """Warn where a recipe's learning rate leaves far more or less noise in each weight than the
-    recipe's own; "" where it fits, and for plans that no recipe wrote."""
+    """Warn if a recipe's learning rate leaves far more or less noise in each weight than the
+    recipe's own rate; "" if it fits, and for plans that no recipe wrote."""
     recipe = _recipe(study)
     if recipe is None or not sizes:
         return ""
@@ -43,7 +44,8 @@ def rate_note(study: Study, sizes: Sequence[int]) -> str:
 
 
 def _recipe(study: Study) -> tuple[float, float] | None:
-    """Return the noise and the longest step of the recipe that wrote a study, by its marks."""
+    """Return the noise and the largest learning rate of the recipe that wrote a study, which is
+    recognised by its comments."""
     if not study.private or study.continuous or study.training.rounds is None or not study.start:
         return None
     bound = study.clipping.max_grad_norm if study.clipping else 1.0

@@ -1,4 +1,4 @@
-"""What is said in a recording: LoRA in Whisper's decoder."""
+"""Task "speech": LoRA in Whisper's decoder transcribes recordings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commented templates: study.toml for the coordinator, site.toml for a site."""
+"""Write commented templates: study.toml for the coordinator, site.toml for a site."""
 
 from __future__ import annotations
 
@@ -302,7 +302,7 @@ def _site(
     *,
     alone: bool,
 ) -> str:
-    """Fill in a site's template. alone: of a site that will join a consortium."""
+    """Build a site's file. alone: whether the site will join a consortium."""
     text = SITE.replace('"my-hospital"', quote_string(name))
     if alone:
         text = text.replace('admission = "standing"', 'admission = "reviewed"')

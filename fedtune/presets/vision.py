@@ -1,4 +1,5 @@
-"""Answers to questions about images: LoRA in the language part of a base that reads images."""
+"""Task "vision": LoRA in the language part of a base that reads images answers questions about
+them."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a coordinator begins a plan with, computed from public records alone; it costs no ε."""
+"""Compute the start of a plan at the coordinator, from public records alone; it costs no ε."""

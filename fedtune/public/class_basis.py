@@ -1,4 +1,5 @@
-"""The public space of class statistics, and what public records say in it. Costs no ε."""
+"""Compute the public space of class statistics, and the public records' statistics in it. Costs
+no ε."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from fedtune.strategies.discriminant import DIRECTIONS, HELD_OUT, MEAN, state_of
 
 
 def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
-    """Compute what the coordinator knows of the classes from public things alone: the basis, and in
-    it the class sums of public records and the vectors of the classes' names, as Discriminant keeps
-    them, fp64. Records whose label is none of the study's count as unlabelled.
+    """Compute what the coordinator knows of the classes from public data: the basis, and in it
+    the class sums of public records and the vectors of the classes' names, as Discriminant
+    stores them, fp64. Records with an unknown label count as unlabelled.
 
     Errors: ConfigError where names and records span too few directions."""
     objective = resolve(study.objective)
@@ -32,7 +33,7 @@ def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
 
 
 def basis_of(knowledge: Arrays, directions: int) -> Arrays:
-    """Return what sites are sent of it: the first `directions` of the basis and the mean, fp32."""
+    """Return the part that sites get: the first `directions` of the basis and the mean, fp32."""
     basis = np.clip(knowledge[DIRECTIONS][:directions], -LARGEST, LARGEST)
     return {
         CLASS_BASIS: np.ascontiguousarray(basis.astype(np.float32)),

@@ -1,4 +1,4 @@
-"""LoRA's frozen factor built from the activations of public text.
+"""Build LoRA's frozen factor from the activations of public text.
 
 A random A projects each layer's input onto random directions, and the noise of DP leaves no room to
 make up for that. Here A's rows are the directions in which activations of similar public text vary
@@ -29,8 +29,8 @@ def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
     """Compute A (rank, inputs) by name: one row along the mean input (activation 0.5 on it), the
     others whitened principal components orthogonal to it (activation of unit variance).
 
-    Positions: those with a target; of a record without one, its last token.
-    Errors: ConfigError when the public text has too few positions for this rank."""
+    Positions: those with a target; for a record without one, its last token. Errors: ConfigError
+    when the public text has too few positions for this rank."""
     with network.base_only():
         inputs = _inputs(network, dataset)
     factor, names = Arrays(), list(network.frozen_factor())
@@ -92,7 +92,8 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
 
 
 def _where(batch: Batch) -> torch.Tensor:
-    """Mask (B, L) of the positions with a target; of a record without one, its last token."""
+    """Return a mask (B, L) of the positions with a target; for a record without one, its last
+    token."""
     targets = batch.target_ids != -100
     last = torch.zeros_like(targets)
     last[range(len(last)), batch.mask.sum(dim=1) - 1] = True

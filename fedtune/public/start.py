@@ -1,8 +1,9 @@
-"""Starting point of a study, made once at the coordinator from public data alone.
+"""Compute the starting point of a study, once at the coordinator, from public data alone.
 
-What is computed from public text takes as long as several passes of the base over it. A process
-keeps it: the trials of `fedtune tune`, and arms of a benchmark, differ in tables that have no say
-in it. So does this machine (start_cache.py): a run may be broken off before its first round."""
+The computation takes as long as several passes of the base over the public text. A process keeps
+the result: the trials of `fedtune tune`, and arms of a benchmark, differ only in tables that do
+not affect it. So does this machine (start_cache.py), since a run may be interrupted before its
+first round."""
 
 from __future__ import annotations
 
@@ -69,8 +70,8 @@ class Start:
 
 
 def start(study: Study) -> Start:
-    """Resolve the base, fix the number of rounds, build from public text what the plan asks for: A,
-    the preconditioner, the initial adapter or head.
+    """Resolve the base, fix the number of rounds, and compute from public text what the plan
+    asks for: A, the preconditioner, the initial adapter or head.
 
     Errors: ModelError, ConfigError, DataError (public text)."""
     network = build(study)
@@ -135,14 +136,15 @@ def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[St
 
 
 def _compute_known(study: Study, answered: Callable[[], CachedDataset]) -> State:
-    """Return what public records and the classes' names say, as the strategy keeps it."""
+    """Return the statistics of public records and of the classes' names, as the strategy stores
+    them."""
     unpinned = study.objective.model_copy(update={"basis_digest": None})
     study, data = study.model_copy(update={"objective": unpinned}), answered()
     return _compute_once(study, data.dataset, _HEAD, class_knowledge, study, data)
 
 
 def _read_public(study: Study, network: Network) -> CachedDataset:
-    """Read [public] with its answers; without them where a basis alone is built from it."""
+    """Read [public] with its answers; without them if only a basis is built from it."""
     assert study.public is not None  # Study and strategy: required wherever it is read
     labelled = network.statistics is None or (
         study.start is not None and study.start.head == "public"
@@ -170,8 +172,8 @@ def _compute_start(
 
 
 def _train(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
-    """Train on public text step by step, so that each is kept: a run that is broken off goes on
-    after the last whole one."""
+    """Train on public text step by step and store each step: an interrupted run continues after
+    the last complete one."""
     assert study.start is not None
     for step in range(study.start.steps):
         so_far = study.start.model_copy(update={"steps": step + 1})
@@ -188,8 +190,8 @@ def _compute_once(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> Arrays:
-    """Return what `make` computes from public text, or what it did for such a plan and the same
-    text; without: tables that have no say in it either."""
+    """Return the result of `make` on public text, or its stored result for the same plan and
+    text. without: tables that do not affect it either."""
     key = _key(study, text, without)
     if key not in _kept:
         stays = _is_ours(study)
@@ -205,8 +207,8 @@ def _compute_once(
 
 
 def _is_ours(study: Study) -> bool:
-    """Return whether this release's code alone computes on public text: that of a plug-in may
-    change without a word."""
+    """Return whether only this release's code computes on public text: a plug-in's code may
+    change unnoticed."""
     modality = study.base.modality
     known = modality is None or modality in MODALITIES.release()
     return known and study.objective.name in OBJECTIVES.release()
@@ -214,7 +216,7 @@ def _is_ours(study: Study) -> bool:
 
 @functools.cache
 def _code() -> str:
-    """Digest this package's code."""
+    """Compute a digest of this package's code."""
     digest = hashlib.sha256()
     for path in sorted(Path(fedtune.__file__).parent.rglob("*.py")):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -222,8 +224,8 @@ def _code() -> str:
 
 
 def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
-    """Digest what the computation may depend on: the plan without the tables that come later, and
-    the text as the base reads it."""
+    """Compute a digest of everything on which the computation may depend: the plan without the
+    tables that come later, and the text as the base reads it."""
     apart: dict[str, Any] = _APART | {
         "training": {name for name in TrainingTable.model_fields if name != "engine"}
     }

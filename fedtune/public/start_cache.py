@@ -1,8 +1,9 @@
-"""What was computed from public text, kept on this machine by a digest of all that it depends on.
+"""Store results computed from public text on this machine, by a digest of everything on which
+they depend.
 
-It takes minutes to an hour, and costs no ε: a run that is broken off before its first round, or is
-reviewed, checked and started by different commands, finds it again. Nothing in it comes from a
-site's records."""
+The computation takes minutes to an hour, and costs no ε: a run that is interrupted before its
+first round, or is reviewed, checked and started by different commands, finds the result again.
+Nothing in it comes from a site's records."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ MOST_BYTES = 2**30  # of all of it; what was used longest ago goes first
 
 
 def load_arrays(key: str) -> Arrays | None:
-    """Return the arrays that were kept under `key`; None where there are none that can be read."""
+    """Return the arrays stored under `key`; None if there are none that can be read."""
     path = _path(key)
     try:
         arrays = load(path.read_bytes())
@@ -34,7 +35,7 @@ def load_arrays(key: str) -> Arrays | None:
 
 
 def keep(key: str, arrays: Arrays) -> None:
-    """Keep arrays under `key`. A disk that refuses is ignored: they are computed again."""
+    """Store arrays under `key`. If the disk refuses, the arrays are computed again next time."""
     with suppress(InfrastructureError, OSError):
         replace(_path(key), save(arrays), private=True)
         _prune()

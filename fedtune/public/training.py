@@ -36,12 +36,12 @@ PENALTY = 3e-4
 
 
 def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable) -> Arrays:
-    """Compute the preconditioner's W (outputs, rank) of each B, by the name that it is sent under.
+    """Compute the preconditioner's W (outputs, rank) of each B, by the name under which it is sent.
 
     G = Σ g gᵀ over the columns g of each public record's gradient of that B, with the gradient of
-    everything that is trained scaled to length 1, at the network's present adapter.
-    Errors: ModelError where the public records give no gradient, or of a layer that is not watched;
-    ConfigError where B sits on a projector, of whose input a record has several rows."""
+    everything that is trained scaled to length 1, at the network's present adapter. Errors:
+    ModelError if the public records give no gradient, or a layer is not watched; ConfigError if B
+    sits on a projector, of whose input a record has several rows."""
     named, total = data.network.parameters(), len(data.dataset.examples)
     curvatures = {
         name: _Curvature(len(b), b.shape[1], total)
@@ -113,8 +113,8 @@ def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """Sum gradients by record, (count, outputs, columns): its passages added, padding of the block
-    left out."""
+    """Sum gradients by record, (count, outputs, columns): add those of its passages, and leave
+    out the block's padding."""
     if gradient is None:
         raise ModelError("a trainable layer gave no per-record gradient")
     records = len(batch.index)
@@ -123,7 +123,7 @@ def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
 
 
 class _Curvature:
-    """Second moment G of one layer; where it would be larger than its gradients, the gradients."""
+    """The second moment G of one layer; if it would be larger than its gradients, the gradients."""
 
     def __init__(self, outputs: int, columns: int, records: int) -> None:
         self._columns: list[torch.Tensor] = []

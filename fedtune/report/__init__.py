@@ -1,4 +1,5 @@
-"""The report of a run: report.json for machines, report.md for people, progress.png at a glance."""
+"""Write the report of a run: report.json for machines, report.md for people, progress.png as a
+picture."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ def write(out: Path, report: dict[str, Any]) -> None:
     """Write report.json, report.md and progress.png to `out` from one dict; each file is replaced
     whole or not at all, so a reader never sees half a report.
 
-    quality.headline of the JSON is what is said of its quality on every page. The JSON is
-    canonical: keys sorted, UTF-8, numbers finite (others become "nan" or "inf").
-    Errors: InfrastructureError where the folder cannot be written."""
+    quality.headline of the JSON holds the sentences about quality that every page shows. The
+    JSON is canonical: keys sorted, UTF-8, numbers finite (others become "nan" or "inf"). Errors:
+    InfrastructureError where the folder cannot be written."""
     body = jsonable(report)
     if said := [line.text for line in headline(body.get("quality") or {})]:
         body["quality"]["headline"] = said

@@ -1,4 +1,4 @@
-"""The report's section on audits: ε found by attacks beside the ε claimed."""
+"""Write the report's section on audits: ε found by attacks beside the claimed ε."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedtune.report.text import cell, figure, table
 
 
 def section(audit: dict[str, Any]) -> list[str]:
-    """Markdown paragraphs of an `audit_study` body; [] for an empty one."""
+    """Return Markdown paragraphs of an `audit_study` result; [] for an empty one."""
     if not audit:
         return []
     rows = [_row(name, audit.get(key) or {}) for key, name in _AUDITS.items() if audit.get(key)]

@@ -1,11 +1,11 @@
-"""When a version replaces the one in use: the rule of a study's [schedule], as the coordinator
-applies it and `fedtune verify` computes it again.
+"""Decide when a version replaces the one in use: the rule of a study's [schedule], as the
+coordinator applies it and `fedtune verify` computes it again.
 
     better            all of these, each at p ≤ alpha / looks:
                       | the metric is better by more than schedule.margin |
                       | no group of LEAST_GROUP records is worse by schedule.groups' margin |
     not better        one of them is not shown
-    outside the plan  nothing was compared: the plan has no such look
+    outside the plan  nothing was compared: the plan allows no such look
 
 Guarantee: a version of which any of them is untrue is released in at most alpha of studies for each
 public file, whatever the number of versions and groups: it needs all the tests at once, so one of
@@ -31,8 +31,9 @@ Files = Mapping[str, frozenset[str]]  # by a public file's sha256: keyed digests
 
 @dataclass(frozen=True)
 class Look:
-    """What one comparison saw, record by record: from what the metric follows (report.scores), of
-    the version in use and of the new one, and each record's value in the columns of groups."""
+    """The data of one comparison, record by record: the scores from which the metric follows
+    (report.scores), of the version in use and of the new one, and each record's value in the
+    columns of groups."""
 
     metric: str
     before: Columns
@@ -43,18 +44,18 @@ class Look:
     def at(
         cls, metric: str, before: Scores, after: Scores, groups: Mapping[str, Sequence[str]]
     ) -> Look:
-        """Keep what a comparison of these scores follows from."""
+        """Keep the data of these scores on which a comparison depends."""
         return cls(metric, before.columns(metric), after.columns(metric), groups)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what a file keeps of it."""
+        """Return the content of its file."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Group:
-    """The metric's change in one group, above 0 where it got better; p of its being worse by the
-    plan's margin, None of fewer than LEAST_GROUP records, which decide nothing."""
+    """The metric's change in one group, above 0 if it got better; p of its being worse by the
+    plan's margin, None for fewer than LEAST_GROUP records, which decide nothing."""
 
     name: str
     records: int
@@ -77,7 +78,7 @@ class Judged:
 def judge(look: Look, table: ScheduleTable) -> Judged:
     """Decide whether a version is better by the plan, from what a look at it saw.
 
-    Errors: ValueError where the columns are not of the same records."""
+    Errors: ValueError if the columns are not of the same records."""
     before, after = Scores.of_columns(look.before), Scores.of_columns(look.after)
     metric, level = look.metric, table.threshold
     if len(before.loss) != len(after.loss) or set(look.groups) != set(table.groups):
@@ -123,8 +124,8 @@ def _groups(look: Look, table: ScheduleTable, before: Scores, after: Scores) -> 
 def look_left(
     looked: Sequence[str], files: Files, apart: Collection[str], public: str, table: ScheduleTable
 ) -> tuple[int, str]:
-    """Count the looks that were taken at the file `public`, and say why the plan has no other; ""
-    where it has one.
+    """Count the looks that were taken at the file `public`, and return why the plan allows no
+    other; "" if it does.
 
     looked: the public file of each look so far; files: of all files so far, this one among them;
     apart: digests of the records that taught the model. Files that share records, also by way of a

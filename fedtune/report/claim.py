@@ -19,7 +19,7 @@ THREE_EPSILONS = (
 
 
 def assumption(sites: int, colluding: int) -> str:
-    """State what the ε of sites that share one dose of noise rests on, to follow "if".
+    """State the assumption of the ε of sites that share one dose of noise, to follow "if".
 
     >>> assumption(5, 2)
     'at most 2 of the 5 sites that share the noise collude with the coordinator'
@@ -30,8 +30,8 @@ coordinator"
 
 
 def assumptions(site: dict[str, Any]) -> str:
-    """State what the ε of one site's "privacy", or the largest of a report's, rests on; of a run
-    that was made of others, what each of them did; "" where nothing but its own noise."""
+    """State the assumption of the ε of one site's "privacy", or of the largest ε of a report;
+    for a derived run, that of each of its runs; "" if its own noise is the only one."""
     table = site.get("secure_aggregation")
     if not isinstance(table, dict):
         return ""
@@ -40,8 +40,8 @@ def assumptions(site: dict[str, Any]) -> str:
 
 
 def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a report's "privacy" as it holds whatever becomes of secure aggregation: that of the
-    site whose own noise alone gives the largest ε; None where the run had none.
+    """Return a report's "privacy" as it holds without secure aggregation: that of the site whose
+    own noise alone gives the largest ε; None if the run had none.
 
     >>> table = {"sites": 3, "colluding": 1, "own_noise_multiplier": 2.0, "fallback_epsilon": 1.5}
     >>> fallback({"epsilon": 1.0, "secure_aggregation": table})["epsilon"]
@@ -62,7 +62,7 @@ def _own_noise(site: dict[str, Any]) -> dict[str, Any]:
 
 
 def shared_line(privacy: dict[str, Any]) -> str:
-    """Say in one line on what a report's ε rests and what holds without it; "" where the run had
+    """State in one line the assumption of a report's ε and the ε without it; "" if the run had
     no secure aggregation."""
     whatever = fallback(privacy)
     if whatever is None:
@@ -97,8 +97,8 @@ def _site_guess(site: dict[str, Any]) -> float:
 
 
 def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
-    """Judge a metric's change by its 95 % interval: how the later model compares, and the interval
-    in words; None where there is none.
+    """Judge a metric's change by its 95 % interval: how the later model compares, and the
+    interval in words; None without an interval.
 
     >>> compared("accuracy", [0.25, 0.5])
     ('better than', 'change of accuracy +0.25 to +0.5')
@@ -114,10 +114,10 @@ def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
 
 
 def verdict(quality: dict[str, Any]) -> str:
-    """Say in one sentence whether the trained model is better than the base, by the 95 % interval
-    of the change on the evaluation records; "" where it was not measured.
+    """State in one sentence whether the trained model is better than the base, by the 95 %
+    interval of the change on the evaluation records; "" if it was not measured.
 
-    Of a preference run that report.preference.alarms speaks against, never that it is better."""
+    A preference run with report.preference.alarms is never called better."""
     from fedtune.report.preference import alarms  # whose tables need this module
 
     metric, gain = quality.get("metric"), quality.get("gain") or {}
@@ -139,7 +139,7 @@ STRENGTHS = (  # the largest ε of each step, and what ε alone promises there
 
 
 def strength(epsilon: Any) -> str:
-    """Name what ε alone promises, in the one scale of every page: `STRENGTHS`.
+    """Name the strength of an ε, in the one scale of every page: `STRENGTHS`.
 
     Common practice (Ponomareva et al. 2023, "How to DP-fy ML", 5.2) calls all of 1 to 10 by one
     name; beyond ε = 3 the bound that ε alone puts on a guess is above 95 %. Where the noise of the
@@ -160,8 +160,8 @@ def protects(unit: str) -> str:
 
 
 def limits(unit: str, shared: bool = False) -> list[str]:
-    """List what the guarantee does not cover, for every report. shared: of a run whose sites shared
-    noise."""
+    """List what the guarantee does not cover, for every report. shared: whether the run's sites
+    shared noise."""
     several = "one patient at several hospitals: the ε of each adds up."
     if shared:
         several = (

@@ -1,4 +1,4 @@
-"""Say of each class what the sites' noised counts tell, whether it was learnt, and how many of its
+"""Report for each class the sites' noised counts, whether it was learnt, and how many of its
 public test records are recognised."""
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ HEAD = ("class", "units at the sites, noised (± 2 sd)", "learnt", "test records
 
 
 def class_rows(quality: dict[str, Any]) -> list[list[str]]:
-    """Return the cells of each class under HEAD; [] where the run has no classes."""
+    """Return the cells of each class under HEAD; [] if the run has no classes."""
     found = quality.get("classes")
     return [_row(one) for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def class_lines(quality: dict[str, Any]) -> list[str]:
-    """Name the classes of which nothing was learnt, and those that are in the test records and are
-    never predicted; [] where there are none.
+    """List the classes of which nothing was learnt, and those that are in the test records and
+    are never predicted; [] if there are none.
 
     >>> rash = {"name": "rash", "learnt": False, "records": 4, "recall": 0.0, "predicted": 0}
     >>> class_lines({"classes": [rash]})
@@ -37,7 +37,7 @@ def class_lines(quality: dict[str, Any]) -> list[str]:
 
 
 def section(quality: dict[str, Any]) -> str:
-    """Render the table of classes as Markdown; "" of a run without classes."""
+    """Render the table of classes as Markdown; "" for a run without classes."""
     rows = class_rows(quality)
     if not rows:
         return ""

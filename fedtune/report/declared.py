@@ -1,5 +1,5 @@
-"""Say in every output of a run whether it was a simulation, which sites trained on data that no
-patient is in, and which on records that its ε does not cover."""
+"""Build sentences for every output of a run: whether it was a simulation, which sites trained on
+data without patients, and which on records that its ε does not cover."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ INVENTED = "No patient was involved: fedtune wrote these records itself, for its
 
 
 def simulation_line(report: Mapping[str, Any]) -> str:
-    """Say that one machine ran all sites of a run, or of a run that something was made of; "" of a
-    consortium's.
+    """State that one machine ran all sites of a run, or of a run from which it was derived; ""
+    for a consortium's.
 
     >>> simulation_line({"simulation": True})
     'One machine ran all sites. No consortium stands behind its signature, and nobody at a \
@@ -32,7 +32,7 @@ hospital took part.'
 
 
 def declared_line(report: Mapping[str, Any]) -> str:
-    """Name the sites whose data is declared public or generated, in a sentence or two; "" where
+    """Name the sites whose data is declared public or generated, in a sentence or two; "" if
     every site's data is private.
 
     >>> declared_line({"declared": {"north": "public"}})
@@ -64,8 +64,8 @@ It paid from a ledger of the run, not from a budget for life.'
 
 
 def free_query_line(report: Mapping[str, Any]) -> str:
-    """Name the sites whose records a query or a view selected, and what that means for ε; "" where
-    there is none.
+    """Name the sites whose records a query or a view selected, and what that means for ε; "" if
+    there are none.
 
     >>> free_query_line({"free_query": ["north"]})
     'A query or a view selected the records of north: what it couples between patients, as by \
@@ -81,7 +81,7 @@ counting, ranking or averaging, is not covered by ε.'
 
 
 def site_lines(report: Mapping[str, Any]) -> str:
-    """Join both sentences about sites' records; "" where there is nothing to say."""
+    """Join both sentences about sites' records; "" if there is nothing to report."""
     return " ".join(filter(None, [free_query_line(report), declared_line(report)]))
 
 

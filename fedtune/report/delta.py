@@ -1,4 +1,4 @@
-"""δ in words: how often, at worst, the promise of ε does not hold for somebody.
+"""Explain δ in words: how often, at worst, the promise of ε does not hold for somebody.
 
 An (ε, δ) guarantee allows a mechanism that lays one unit's records open with probability δ and
 keeps ε else; of n units, one of them is laid open with probability up to n · δ."""
@@ -19,7 +19,7 @@ def delta_for(units: int) -> float:
 
 
 def chance(delta: float, unit: str, units: int) -> str:
-    """Say what δ is at worst, for one unit and for any of a site's.
+    """Describe δ at worst, for one unit and for any of a site's.
 
     >>> chance(0.01, "patient", 19)
     'at worst 1 chance in 100 for each patient, and 1 in 5 that it is one of 19'
@@ -32,7 +32,7 @@ def chance(delta: float, unit: str, units: int) -> str:
 
 
 def warning(delta: float, unit: str, units: int) -> str:
-    """Warn of a δ that is too large for a site of so many units; "" where it is not."""
+    """Warn of a δ that is too large for a site of this many units; "" if it is not."""
     if delta * units <= MOST:
         return ""
     return (
@@ -42,6 +42,6 @@ def warning(delta: float, unit: str, units: int) -> str:
 
 
 def _one_in(probability: float) -> str:
-    """The reciprocal, to two figures where it is small."""
+    """Return the reciprocal, to two figures if it is small."""
     inverse = 1 / probability
     return f"{inverse:,.0f}" if inverse >= 10 else f"{inverse:.2g}"

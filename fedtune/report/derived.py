@@ -1,4 +1,4 @@
-"""The report's section on a model derived at the coordinator from runs and public prompts."""
+"""Write the report's section on a model derived at the coordinator from runs and public prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTE = (
 
 
 def section(derived: dict[str, Any]) -> list[str]:
-    """Markdown paragraphs of a report's "derived"; [] for an empty one."""
+    """Return Markdown paragraphs of a report's "derived"; [] for an empty one."""
     if not derived:
         return []
     rows = [

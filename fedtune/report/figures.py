@@ -1,4 +1,4 @@
-"""Figures for people, in the same form in every command and on every page."""
+"""Format figures for people, in the same form in every command and on every page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def format_short(value: Any) -> str:
-    """Four significant figures."""
+    """Format a number to four significant figures."""
     if not isinstance(value, int | float):
         return "–"
     return f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
 def size_text(value: Any) -> str:
-    """Bytes in a unit that suits them; of a dict, the sum of its values."""
+    """Format bytes in a suitable unit; of a dict, the sum of its values."""
     total = sum(value.values()) if isinstance(value, dict) else value or 0
     for unit in ("B", "kB", "MB"):
         if total < 1000:
@@ -24,7 +24,7 @@ def size_text(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time to wait, in a unit that suits it and to a quarter of itself: 90 s, 2 min, 1.5 h."""
+    """Format a waiting time in a suitable unit, to a quarter of it: 90 s, 2 min, 1.5 h."""
     if seconds < 100:
         return f"{math.ceil(seconds)} s"
     if seconds < 5400:

@@ -1,5 +1,5 @@
-"""Say what the sites' records added and what is released: the lines that stand wherever a run's
-quality is shown."""
+"""Build the lines about what the sites' records added and what is released, which are shown
+wherever a run's quality is."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ PUBLIC = "what public text alone gives"
 
 @dataclass(frozen=True)
 class Line:
-    """One sentence. about: "start", the gain over what public text alone gives; "base", that over
-    the base; "released", what the run releases. good: whether it says what one would wish for."""
+    """One sentence.
+
+    about: "start", the gain over the public start; "base", that over the base; "released", what the
+    run releases. good: whether it states a desired result."""
 
     about: Literal["start", "base", "released"]
     text: str
@@ -25,8 +27,8 @@ class Line:
 
 
 def headline(quality: dict[str, Any]) -> list[Line]:
-    """Compose what is said of a run's quality, in the order in which it is said: the gain over what
-    public text alone gives, the gain over the base, what is released.
+    """Build the sentences about a run's quality, in order: the gain over the public start, the
+    gain over the base, what is released.
 
     | no public start            | the base alone                              |
     | nothing was compared       | no line that would need it                  |
@@ -44,9 +46,9 @@ change of loss -1.5 to -1, 95 % over 60 records']
 
 
 def over_start(quality: dict[str, Any]) -> str:
-    """Return how the trained model compares with what public text alone gives: "better than",
-    "not told apart from", "worse than", or with a preference run's alarms "NOT shown to be better
-    than"; "" where that was not measured."""
+    """Return how the trained model compares with the public start: "better than", "not told
+    apart from", "worse than", or with a preference run's alarms "NOT shown to be better than";
+    "" if that was not measured."""
     metric, start = quality.get("metric"), quality.get("start")
     told = judge_change(str(metric), (quality.get("gain") or {}).get("over_start"))
     if not isinstance(start, dict) or number(start.get(metric)) is None or told is None:
@@ -56,7 +58,7 @@ def over_start(quality: dict[str, Any]) -> str:
 
 
 def is_start_released(quality: dict[str, Any]) -> bool:
-    """Return whether a run releases what public text alone gives."""
+    """Return whether a run releases the public start."""
     decision = quality.get("released")
     return isinstance(decision, dict) and decision.get("model") == START
 

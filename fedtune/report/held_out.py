@@ -84,7 +84,8 @@ def interval(score: float, count: float, variance: float, quantile: float) -> li
 
 
 def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -> float:
-    """Find where what is excluded ends, between the end of [0, 1] and a value that is not."""
+    """Find the end of the excluded values, between an end of [0, 1] and a value that is not
+    excluded."""
     if not is_excluded(outside):
         return outside
     for _ in range(40):
@@ -94,7 +95,7 @@ def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -
 
 
 def _say_resolved(rows: Sequence[Row]) -> Iterator[str]:
-    """Say which figures differ: values of one axis at one place, and sites in one cell."""
+    """Return which figures differ: values of one axis at one place, and sites in one cell."""
     shown = [row for row in rows if row["interval"] is not None]
     for site in sorted({row["site"] for row in shown}):
         for axis in dict.fromkeys(row["by"] for row in shown):
@@ -119,7 +120,7 @@ def cell_name(axis: str, value: str) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """A table for people: what stands above it, its columns' names, its rows, and what follows."""
+    """A table for people: the text above it, its column names, its rows, and the text below."""
 
     title: str
     head: tuple[str, ...]
@@ -128,7 +129,7 @@ class Shown:
 
 
 def write_shown(report: Mapping[str, Any]) -> Shown | None:
-    """Write the table of a run's report for people; None where it has none that can be read."""
+    """Build the table of a run's report for people; None if it has none that can be read."""
     table = report.get("held_out")
     if not isinstance(table, Mapping):
         return None
@@ -145,7 +146,8 @@ def write_shown(report: Mapping[str, Any]) -> Shown | None:
 
 
 def text_row(row: Row) -> tuple[str, ...]:
-    """Write a row for people: of whom, at which site, how many, their score, its interval."""
+    """Build a row for people: the group, the site, the number of units, their score, its
+    interval."""
     who = cell_name(row["by"], row["value"]), str(row["site"] or EVERY_SITE)
     units, score = number(row["units"]), number(row["score"])
     if units is None or score is None:
@@ -155,7 +157,7 @@ def text_row(row: Row) -> tuple[str, ...]:
 
 
 def lines(table: Mapping[str, Any], unit: str) -> list[str]:
-    """Say how the figures are to be read, and which differences are resolved."""
+    """Describe how to read the figures, and which differences are resolved."""
     resolved = [f"Resolved: {line}." for line in table["resolved"]]
     return [
         f"Numbers of {unit}s and figures have noise. All intervals hold together in "

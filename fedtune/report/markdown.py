@@ -40,7 +40,8 @@ ELSEWHERE = frozenset(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The whole report as Markdown. Text that came from a site is escaped and cut to one line."""
+    """Return the whole report as Markdown. Text that came from a site is escaped and cut to one
+    line."""
     from fedtune.report.derived import section as derived
     from fedtune.report.merged import section as merged
     from fedtune.report.provenance import section as provenance
@@ -105,7 +106,8 @@ def _claim(report: dict[str, Any]) -> str:
 
 
 def _describe_shared(privacy: dict[str, Any]) -> str:
-    """What ε rests on where sites shared noise, and what holds without it; or nothing."""
+    """Describe the assumption of ε if sites shared noise, and the ε without it; or return
+    nothing."""
     whatever = fallback(privacy)
     if whatever is None:
         return ""
@@ -131,7 +133,7 @@ def _banner(report: dict[str, Any]) -> str:
 
 
 def _for_life(report: dict[str, Any]) -> str:
-    """Of a study without a last round; a paragraph, or nothing."""
+    """Write the paragraph about a study without a last round; or nothing."""
     if not report.get("continuous"):
         return ""
     return (
@@ -143,7 +145,7 @@ def _for_life(report: dict[str, Any]) -> str:
 
 
 def _held_out(privacy: dict[str, Any]) -> str:
-    """The claim about records that were only asked about; a paragraph, or nothing."""
+    """Write the claim about records that were only queried; a paragraph, or nothing."""
     evaluation = privacy.get("evaluation") or {}
     if not evaluation.get("steps"):
         return ""
@@ -183,7 +185,7 @@ def _private_quality(report: dict[str, Any]) -> str:
 
 
 def _held_out_table(report: dict[str, Any]) -> str:
-    """The newest answers by class, group and site; or nothing."""
+    """Write the newest answers by class, group and site; or nothing."""
     if (shown := write_shown(report)) is None:
         return ""
     said = "\n".join(f"- {cell(line, 2000)}" for line in shown.lines)
@@ -234,7 +236,7 @@ def _whatever(site: dict[str, Any]) -> str:
 
 
 def _ranks(ranks: dict[str, Any]) -> str:
-    """How many ranks each site trained; nothing where every site trained all of them."""
+    """Write the rank that each site trained; nothing if every site trained the full rank."""
     if not ranks:
         return ""
     trained = [f"{cell(name)} {figure(rank)}" for name, rank in sorted(ranks["sites"].items())]
@@ -274,7 +276,8 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
 
 
 def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
-    """The wire encodings, and each site's bytes: by round, or in total where sites are many."""
+    """Write the wire encodings, and each site's bytes: by round, or in total if there are many
+    sites."""
     names = sorted({n for r in rounds for direction in DIRECTIONS for n in r.get(direction) or {}})
     if not names:
         return ""
@@ -292,7 +295,7 @@ def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
 
 
 def _site_bytes(names: list[str], rounds: list[dict[str, Any]]) -> list[str]:
-    """For each site its bytes up and down, summed over `rounds`."""
+    """Return each site's bytes up and down, summed over `rounds`."""
     return [
         " / ".join(
             figure(sum((r.get(direction) or {}).get(name, 0) for r in rounds))

@@ -1,4 +1,4 @@
-"""The report's section on a merged adapter: its parents, and how their ε were composed."""
+"""Write the report's section on a merged adapter: its parents, and how their ε were composed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedtune.report.text import cell, figure, table
 
 
 def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
-    """Markdown paragraphs of a report's "merge"; [] for an empty one."""
+    """Return Markdown paragraphs of a report's "merge"; [] for an empty one."""
     if not merge:
         return []
     parents = merge.get("parents") or []
@@ -38,7 +38,7 @@ def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
 
 
 def _figures(value: Any) -> str:
-    """One figure, or one of each parent."""
+    """Format one figure, or one of each parent."""
     return " and ".join(map(figure, value)) if isinstance(value, list) else figure(value)
 
 

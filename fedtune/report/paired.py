@@ -1,6 +1,7 @@
-"""Paired tests of two versions on the same records, and what they can resolve.
+"""Compute paired tests of two versions on the same records, and which differences they can
+resolve.
 
-Guarantee: where the hypothesis that a test is of holds, P(p ≤ a) ≤ a for every a, at any number of
+Guarantee: if the null hypothesis of a test holds, P(p ≤ a) ≤ a for every a, at any number of
 records: `chance_of` where the two versions are exchangeable; `chance_above` of a share's change,
 whatever the share of records about which the two differ."""
 
@@ -26,9 +27,10 @@ CHANGED = 0.2  # the share of records about which two versions differ, where a p
 
 
 def chance_of(before: Scores, after: Scores, metric: str) -> float:
-    """Compute p of `after` being no better than `before` on the same records: the share of SWAPS
-    random exchanges of the two within records, and of what was found, in which the second is as
-    much better as it was found to be; 1 where it was not better. Deterministic: a fixed seed.
+    """Compute p of `after` being no better than `before` on the same records by a permutation
+    test. It is the share, among SWAPS random exchanges of the two within records and the
+    observed result, in which the second is as much better as observed; 1 if it was not better.
+    Deterministic: a fixed seed.
 
     Guarantee: where the two are exchangeable, P(p ≤ a) ≤ a for every a, whatever the metric.
     Source: Noreen 1989, chapter 2 (approximate randomisation); Phipson & Smyth 2010, "Permutation
@@ -51,8 +53,8 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 
 
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
-    """Split by how much `after` is better into parts of records (n,), up to a factor, and for the
-    perplexity a monotone function; None of a metric that is no sum over records."""
+    """Split the improvement of `after` into parts of records (n,), up to a factor, and for the
+    perplexity a monotone function; None for a metric that is not a sum over records."""
     one, other = before, after
     if metric == "loss":
         parts = one.loss - other.loss
@@ -86,7 +88,7 @@ def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def changes(before: Scores, after: Scores, metric: str) -> npt.NDArray[np.float64]:
-    """Return by how much `after` is better in each record, of a metric that is a share: -1 to 1."""
+    """Return the improvement of `after` in each record, for a metric that is a share: -1 to 1."""
     parts = _parts(metric, before, after)
     assert parts is not None  # a share of records is a sum over them
     return parts
@@ -97,17 +99,17 @@ def chance_above(parts: np.ndarray, least: float, level: float) -> float:
     (`changes`), for a decision at `level`: p ≤ level exactly where the lower end of the change's
     one-sided interval at 1 - level lies above `least`.
 
-    How many records change at all is not known: the tail is the largest over all shares up to the
-    upper end of that share's own interval, at BEYOND of the level (Berger & Boos 1994). A tie that
-    is broken for the better is not counted, one for the worse counts as a whole record.
+    How many records change at all is not known: the tail is the largest over all shares up to
+    the upper end of that share's own interval, at BEYOND of the level (Berger & Boos 1994). A
+    tie that becomes a win is not counted; a tie that becomes a loss counts as a whole record.
     """
     better, worse = int((parts >= 1).sum()), int((parts < 0).sum())
     return _tail(len(parts), better + worse, better - worse, least, level)
 
 
 def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
-    """Bound the chance that as many as `net` more of n records get better than worse, where their
-    expected share is `least` and `changed` of them were seen to change."""
+    """Bound the probability that `net` more of n records get better than worse, if their
+    expected share is `least` and `changed` of them changed."""
     if not n or net <= least * n or least >= 1:
         return 1.0
     beyond = BEYOND * level
@@ -128,12 +130,12 @@ def least_gain(
     groups: Sequence[tuple[int, float]] = (),
     changed: float = CHANGED,
 ) -> float:
-    """Estimate which gain of a share (an accuracy) is found at p ≤ threshold four times in five,
-    the same gain in each of `groups` (records, and by how much they may get worse); above 1 where
-    none is.
+    """Estimate the smallest gain of a share (an accuracy) that is found at p ≤ threshold four
+    times in five, with the same gain in each of `groups` (records, and by how much they may get
+    worse); above 1 if there is none.
 
-    changed: the share of the records about which the two versions differ, if the gain is not more.
-    Each of the tests may fail by its part of the one time in five.
+    changed: the share of the records about which the two versions differ, if the gain is not
+    larger. The allowed failures, one in five, are divided among the tests.
 
     >>> round(least_gain(300, 0.05 / 16), 3)
     0.096
@@ -148,7 +150,8 @@ def least_gain(
 
 
 def _least_gain_exchanged(records: int, threshold: float, misses: float, changed: float) -> float:
-    """Estimate which gain `chance_of` finds, but for so many misses: the normal approximation."""
+    """Estimate the gain that `chance_of` finds, with this rate of misses: the normal
+    approximation."""
     deviations = NormalDist().inv_cdf(1 - threshold) + NormalDist().inv_cdf(1 - misses)
     gain = 0.0
     for _ in range(50):  # more records change than the gain is large
@@ -157,8 +160,8 @@ def _least_gain_exchanged(records: int, threshold: float, misses: float, changed
 
 
 def _least_gain_above(n: int, level: float, least: float, misses: float, changed: float) -> float:
-    """Return which gain `chance_above` shows to be more than `least`, but for so many misses; 0
-    where none is needed, above 1 where none is enough."""
+    """Return the gain that `chance_above` shows to be more than `least`, with this rate of
+    misses; 0 if no gain is needed, above 1 if no gain is enough."""
 
     def is_shown(gain: float) -> bool:
         rate = max(changed, gain)

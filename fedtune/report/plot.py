@@ -1,4 +1,4 @@
-"""progress.png: quality and ε by round, side by side."""
+"""Draw progress.png: quality and ε by round, side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALARM = "#c00000"
 
 
 def png(report: dict[str, Any]) -> bytes:
-    """The picture as PNG bytes, drawn without a display (Agg)."""
+    """Return the picture as PNG bytes, drawn without a display (Agg)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,14 +56,15 @@ def png(report: dict[str, Any]) -> bytes:
 
 
 def _caption(report: dict[str, Any]) -> str:
-    """The study's name, what the sites' records added and what is released: a line each."""
+    """Write the study's name, what the sites' records added, and what is released, one line
+    each."""
     said = [line.text for line in headline(report.get("quality") or {})]
     parts = [str(report.get("study") or ""), *(textwrap.fill(text, WIDE) for text in said)]
     return "\n".join(parts).replace("$", "")
 
 
 def _points(quality: dict[str, Any], metric: Any) -> list[tuple[int, float]]:
-    """(round, value) of a metric on the evaluation records; round 0 is the base alone."""
+    """Return (round, value) of a metric on the evaluation records; round 0 is the base alone."""
     points = [
         (row["round"], value)
         for row in quality.get("by_round") or []
@@ -139,13 +140,13 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
 
 
 def _count(quality: dict[str, Any]) -> str:
-    """On how many records, and what the bars are; "" where it is not known."""
+    """Describe the number of records and the error bars; "" if not known."""
     count = number((quality.get("gain") or {}).get("records"))
     return f"\n{int(count):,} records, 95 % intervals" if count else ""
 
 
 def _private_evaluations(report: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """(round, score, noise sd) of each private evaluation that was not lost in the noise."""
+    """Return (round, score, noise sd) of each private evaluation that was not lost in the noise."""
     points = []
     for row in report.get("rounds") or []:
         answer = row.get("private_quality") or {}

@@ -1,4 +1,5 @@
-"""What a preference run did beside raising the share of pairs in order, and when to distrust it.
+"""Report side effects of a preference run beside its share of pairs in order, and when to
+distrust it.
 
 The one place that decides both: the closing lines, `fedtune evaluate` and the report ask here.
 """
@@ -14,7 +15,7 @@ FALLEN = 0.5  # nats per token that the better answers may lose: perplexity time
 
 
 def alarms(quality: dict[str, Any]) -> list[str]:
-    """List what speaks against a preference run, a sentence each; [] where nothing does.
+    """List the warnings about a preference run, one sentence each; [] if there are none.
 
     | held-out loss  | its 95 % interval of change is above 0, where it is the objective's own |
     | better answers | they lost more than 0.5 nats per token |
@@ -44,12 +45,12 @@ def alarms(quality: dict[str, Any]) -> list[str]:
 
 
 def pair_lines(quality: dict[str, Any]) -> list[str]:
-    """Return a preference run's figures, a line each, for a terminal; [] of another run."""
+    """Return a preference run's figures, one line each, for a terminal; [] for another run."""
     return [f"{name}: {value}" for name, value in _rows(_pairs(quality))]
 
 
 def section(quality: dict[str, Any]) -> str:
-    """Return the report's part on a preference run as Markdown; "" of another run."""
+    """Return the report's part on a preference run as Markdown; "" for another run."""
     pairs = _pairs(quality)
     rows = _rows(pairs)
     if not rows:

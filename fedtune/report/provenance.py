@@ -1,4 +1,4 @@
-"""The part of report.md that says how a run was made: when, where, with what; and who signed."""
+"""Write the part of report.md about how a run was made: when, where, with what, and who signed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHOWN = 16  # digits of a signing key; report.json has them all
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    """Render the sections "ran", "settings" and "signed"; [] where a report has none of them."""
+    """Render the sections "ran", "settings" and "signed"; [] if a report has none of them."""
     parts = [_settings(report.get("settings") or {}), _describe_signed(report.get("signed") or {})]
     parts.append(_describe_run(report.get("ran") or {}))
     return [part for part in parts if part]

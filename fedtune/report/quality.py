@@ -1,4 +1,5 @@
-"""The part of report.md that says what was measured, on what, and how sure it is."""
+"""Write the part of report.md about quality: what was measured, on which records, and with which
+intervals."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def _sentence(text: str) -> str:
 
 
 def _columns(quality: dict[str, Any]) -> tuple[str, str]:
-    """Head the figures of the base and of what is released."""
+    """Build the column heads for the figures of the base and of the released model."""
     return (
         ("base alone", "released: public text alone")
         if is_start_released(quality)
@@ -82,8 +83,8 @@ def _columns(quality: dict[str, Any]) -> tuple[str, str]:
 
 
 def _others(quality: dict[str, Any]) -> dict[str, str]:
-    """Return what else was measured, and the head of its column: what public text alone gives, or
-    where that is released the trained model."""
+    """Return the third model's figures and their column head: those of the public start or, if
+    it is released, of the trained model."""
     named = {"start": "public text alone"}
     if is_start_released(quality):
         named = {TRAINED: "trained, not released"}
@@ -91,7 +92,7 @@ def _others(quality: dict[str, Any]) -> dict[str, str]:
 
 
 def _pairs(quality: dict[str, Any]) -> str:
-    """What else moved in a preference run, and what speaks against it; or nothing."""
+    """Describe side effects and warnings of a preference run; or nothing."""
     from fedtune.report.preference import alarms, section  # which writes with text's table
 
     pairs = section(quality)
@@ -100,8 +101,8 @@ def _pairs(quality: dict[str, Any]) -> str:
 
 
 def intervals(quality: dict[str, Any], name: Any) -> dict[str, list[float]]:
-    """Return the 95 % intervals of a metric's figures: "before", "after", "change", and "trained"
-    where the trained model is not what is released; {} where they were not computed.
+    """Return the 95 % intervals of a metric's figures: "before", "after", "change", and
+    "trained" if the trained model is not released; {} if they were not computed.
 
     >>> intervals({"gain": {"intervals": {"loss": {"after": [1.0, 2.0]}}}}, "loss")
     {'after': [1.0, 2.0]}
@@ -123,7 +124,7 @@ def _between(bound: list[float] | None, key: str) -> str:
 
 
 def _describe_selection(quality: dict[str, Any]) -> str:
-    """How far the coordinator let each round move the adapter; a paragraph, or nothing."""
+    """Describe how far the coordinator let each round move the adapter; a paragraph, or nothing."""
     rounds = quality.get("selection")
     if not isinstance(rounds, list) or not rounds:
         if not (quality.get("by_round") and quality.get("gain")):

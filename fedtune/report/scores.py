@@ -1,4 +1,4 @@
-"""Scores of a model on records, and the metrics' figures that follow from them."""
+"""Hold a model's scores on records, and compute the metrics from them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ Columns = Mapping[str, Sequence[float]]
 
 @dataclass
 class Scores:
-    """Per record: loss (n,) nats, mean over its targets (of a pair or a judged completion, the
-    objective's loss); tokens (n,) targets; exact (n,) greedy decoding gives the completion; chosen
-    (n,) and gold (n,) class indices, -1 without classes; margin (n,) by which the better completion
-    of a pair is preferred; pairs: what else is known of pairs, None of other records; confidence
-    (n,): the probability of the chosen class, None without classes."""
+    """Scores per record.
+
+    - loss: (n,) nats, mean over its targets (for a pair or a judged completion, the objective's
+      loss)
+    - tokens: (n,) number of targets
+    - exact: (n,) whether greedy decoding gives the completion
+    - chosen, gold: (n,) class indices, -1 without classes
+    - margin: (n,) by which the better completion of a pair is preferred
+    - pairs: further figures of pairs, None for other records
+    - confidence: (n,) probability of the chosen class, None without classes"""
 
     loss: np.ndarray
     tokens: np.ndarray
@@ -53,12 +58,12 @@ class Scores:
         )
 
     def columns(self, metric: str) -> dict[str, list[float]]:
-        """Return the arrays that a metric's figure follows from, by name."""
+        """Return the arrays from which a metric's figure follows, by name."""
         return {name: np.asarray(getattr(self, name), float).tolist() for name in FIELDS[metric]}
 
     @classmethod
     def of_columns(cls, columns: Columns) -> Scores:
-        """Make scores of some arrays, (n,) each; what is not given is nought."""
+        """Build scores from some arrays, (n,) each; missing ones are zero."""
         given = {name: np.array(column, float) for name, column in columns.items()}
         n = len(next(iter(given.values())))
         if any(array.shape != (n,) or not np.isfinite(array).all() for array in given.values()):
@@ -67,7 +72,7 @@ class Scores:
         return cls(**(none | given))
 
     def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
-        """One figure over all records, or over `rows` (a bootstrap sample)."""
+        """Compute one figure over all records, or over `rows` (a bootstrap sample)."""
         loss, tokens = self.loss[rows], self.tokens[rows]
         if metric == "loss":
             return float(loss.mean())
@@ -83,7 +88,7 @@ class Scores:
 
 
 def _f1(chosen: np.ndarray, gold: np.ndarray) -> float:
-    """Macro F1 over the classes that occur in `gold` or `chosen`."""
+    """Compute macro F1 over the classes that occur in `gold` or `chosen`."""
     per_class = [
         2 * ((chosen == k) & (gold == k)).sum() / ((chosen == k).sum() + (gold == k).sum())
         for k in np.union1d(chosen, gold)

@@ -1,4 +1,4 @@
-"""The report's section on the teacher of a study that distils one at the sites."""
+"""Write the report's section on the teacher of a study that distils one at the sites."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def section(report: dict[str, Any]) -> list[str]:
 
 
 def teacher_line(report: dict[str, Any]) -> str:
-    """Say in one line, for a terminal, what the teacher cost; "" without one."""
+    """State in one line, for a terminal, what the teacher cost; "" without one."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return ""

@@ -1,4 +1,4 @@
-"""Cells, figures and tables in Markdown."""
+"""Format cells, figures and tables in Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedtune.core.registry.rounding import number
 
 
 def cell(value: Any, most: int = 200) -> str:
-    """One value as inert Markdown on one line, at most `most` characters."""
+    """Format one value as escaped Markdown on one line, at most `most` characters."""
     if value is None:
         return "–"
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
@@ -20,7 +20,7 @@ def cell(value: Any, most: int = 200) -> str:
 
 
 def figure(value: Any) -> str:
-    """A number with four significant figures; text as it is."""
+    """Format a number with four significant figures; return text unchanged."""
     n = number(value)
     if n is None or not math.isfinite(n):
         return cell(value)
@@ -28,7 +28,8 @@ def figure(value: Any) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], *, numbers: bool = True) -> str:
-    """A Markdown table; the first column left, the others right where they hold numbers."""
+    """Build a Markdown table; the first column is left-aligned, the others right if they hold
+    numbers."""
     names = list(head)
     rule = "---:" if numbers else "---"
     lines = [names, ["---", *[rule] * (len(names) - 1)], *[list(row) for row in rows]]

@@ -1,1 +1,1 @@
-"""Run folders: choosing, reading and verifying one, and admitting a run as a teacher."""
+"""Run folders: choose, read and verify one, and admit a run as a teacher."""

@@ -1,4 +1,4 @@
-"""Which run of a study a command begins, resumes, or finds finished."""
+"""Choose the run of a study that a command begins, resumes, or finds finished."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ LOCK = "lock"  # in a run, for as long as a process trains into it
 
 
 def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
-    """runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the last one there."""
+    """Return runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the newest existing
+    one."""
     last = fresh = runs / name
     number = 1
     while fresh.exists():
@@ -45,8 +46,8 @@ def find_finished(study: Study, runs: Path = RUNS) -> Path | None:
 
 
 def is_finished(run: Path, study: Study) -> bool:
-    """Return whether the folder holds a finished run of this study, also one that its [selection]
-    records ended early. Errors: InputError, ConfigError where its plan cannot be read."""
+    """Return whether the folder holds a finished run of this study, including one that its
+    [selection] records ended early. Errors: InputError, ConfigError if its plan cannot be read."""
     if study.continuous or not (run / SIGNATURE).is_file():
         return False
     plan = load_plan(run)
@@ -54,8 +55,8 @@ def is_finished(run: Path, study: Study) -> bool:
 
 
 def with_digests_of(study: Study, plan: Study) -> Study:
-    """Fill in the digests that a plan has and its study leaves open, and the rounds: the plan
-    itself where it is of this study."""
+    """Fill in the digests that a plan has and its study leaves open, and the rounds; return the
+    plan itself if it is of this study."""
     from fedtune.core.dp.calibration import with_rounds
 
     tables = _fill_digests(study.model_dump(mode="json"), plan.model_dump(mode="json"))
@@ -63,12 +64,12 @@ def with_digests_of(study: Study, plan: Study) -> Study:
 
 
 def has_begun(run: Path) -> bool:
-    """Return whether --resume goes on with the run in this folder."""
+    """Return whether --resume continues the run in this folder."""
     return (run / "checkpoint" / "run.db").exists()
 
 
 def stopped_line(run: Path) -> str:
-    """Say what a run that was stopped by Ctrl-C keeps."""
+    """Describe what a run that was stopped by Ctrl-C keeps."""
     if has_begun(run):
         return f"stopped; {run} keeps every whole round, and the same command with --resume goes on"
     return (
@@ -91,8 +92,8 @@ def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any
 
 
 def already_done(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path | None:
-    """Find the finished run that a command would start or resume; None where there is none, and it
-    has something to do. `out`, `resume`, `runs`: as of new_run."""
+    """Find the finished run that a command would start or resume; None if there is none, and the
+    command has work to do. `out`, `resume`, `runs`: as for new_run."""
     run = out or (folder_for(study.study.name, resume=True, runs=runs) if resume else None)
     if run is None:
         return find_finished(study, runs)
@@ -118,7 +119,7 @@ def finished_line(run: Path) -> str:
 def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path:
     """Choose the folder of a run that starts or resumes: `out`, else one under `runs`.
 
-    Errors: ConfigError where no folder was named and this study is finished: run again it would be
+    Errors: ConfigError if no folder was named and this study is finished: run again it would be
     refused, or charged twice."""
     if out is None and not resume and (run := find_finished(study, runs)):
         raise ConfigError(
@@ -132,7 +133,7 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
 
 
 def check_vacant(run: Path) -> None:
-    """Check that a run may begin in a folder. Errors: ConfigError where one is there."""
+    """Check that a run may begin in a folder. Errors: ConfigError if it holds one."""
     if any((run / name).exists() for name in ("checkpoint", "report.json")):
         raise ConfigError(
             f"{run}: a run is already there",
@@ -142,8 +143,8 @@ def check_vacant(run: Path) -> None:
 
 
 def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> str:
-    """Say on one line which run goes on, or that another one of this study is not finished; ""
-    where there is nothing to say. run, resume, runs: as of new_run."""
+    """Describe on one line which run continues, or that another one of this study is not
+    finished; "" if neither. run, resume, runs: as for new_run."""
     if resume:
         found = has_begun(run)
         return f"going on with {run}" if found else f"no run to go on with: {run} begins"
@@ -158,8 +159,9 @@ def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> st
 
 @contextmanager
 def hold_run(run: Path) -> Iterator[None]:
-    """Let this process alone train into a run's folder, made here if it is missing; one in which
-    nothing was written goes again. Errors: InfrastructureError, naming who trains there."""
+    """Lock a run's folder for this process, and make it if it is missing; a folder in which
+    nothing was written is removed again. Errors: InfrastructureError, naming the process that
+    trains there."""
     made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Run folders: a run's report, adapter and metrics."""
+"""Read run folders: a run's report, adapter and metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORIGIN = "origin/"  # before the names of the start's arrays in it
 class Run:
     """A run, read from its folder: its study, its report, its adapter, its metrics by round.
 
-    What is read is what lies in the folder: a run that still goes on has metrics and no report yet.
+    The folder is read as it is: a run that still continues has metrics and no report yet.
 
     >>> import fedtune
     >>> fedtune.Run("runs/none")
@@ -34,7 +34,7 @@ class Run:
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: InputError or ConfigError where the folder holds no run."""
+    Errors: InputError or ConfigError if the folder holds no run."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -47,8 +47,8 @@ class Run:
 
     @property
     def private(self) -> bool:
-        """Return whether the run and all that it was made of were under (ε, δ). Errors:
-        InputError."""
+        """Return whether the run and all runs from which it was derived were under (ε, δ).
+        Errors: InputError."""
         return bool(self.report.get("private"))
 
     @property
@@ -64,9 +64,10 @@ class Run:
         return load_adapter(self.folder / "adapter")
 
     def start(self) -> Arrays | None:
-        """Read the arrays that the rounds began from, which public text alone gives; None where the
-        study has no [start], or this folder does not hold them: they are in no run's signed files,
-        but in the checkpoint that the coordinator keeps. Known again by the plan's digest."""
+        """Read the arrays from which the rounds began, those of the public start; None if the
+        study has no [start], or this folder does not hold them: they are in no run's signed
+        files, but in the checkpoint that the coordinator keeps. They are recognised by the
+        plan's digest."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 

@@ -1,6 +1,6 @@
-"""Admit a teacher: its signature is verified where a person names it or reviews a plan with it.
+"""Admit a teacher: its signature is verified when a person names it or reviews a plan with it.
 
-From then on its digest stands for it: a site's process loads no model of another digest
+From then on its digest identifies it: a site's process loads no model of another digest
 (core/models/loaded.py), and verifies no signature."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedtune.runs.verify_model import verify
 
 def register_teacher(study: Study) -> None:
     """Look up the teacher of a local study under the study's name for it, so that `find_teacher`
-    finds it by its digest from then on.
+    finds it by its digest afterwards.
 
     Errors: ModelError (no such model, or of another digest), NotGenuine (a run that is not as it
     was signed)."""
@@ -32,9 +32,9 @@ def register_teacher(study: Study) -> None:
 
 
 def check_teacher(study: Study) -> None:
-    """Verify the signature of the study's teacher, where it is a signed run on this machine.
+    """Verify the signature of the study's teacher, if it is a signed run on this machine.
 
-    Errors: NotGenuine (it is not as it was signed)."""
+    Errors: NotGenuine (it was changed since it was signed)."""
     spec = resolve(study.objective).teacher_spec
     folder = folder_of(spec) if spec else None
     if folder is not None:

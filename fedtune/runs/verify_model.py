@@ -14,8 +14,8 @@ from fedtune.evidence.verify import check_signed
 
 
 def verify(source: str) -> tuple[str, str]:
-    """Return name and digest of a base or run on this machine; fetches nothing. Errors: ModelError,
-    ConfigError (plan.json), NotGenuine (a signed run that is not as it was signed)."""
+    """Return name and digest of a base or run on this machine; fetches nothing. Errors:
+    ModelError, ConfigError (plan.json), NotGenuine (a run that was changed since it was signed)."""
     run = place_of(source)
     if not (run / PLAN).is_file():
         base = verify_base(source)

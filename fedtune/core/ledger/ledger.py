@@ -291,7 +291,7 @@ class Ledger:
 
     def release(self, reservation: int, update: bytes, *, held: bool = False) -> None:
         """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
-        held: whether it may be sent only when a person at the site has released it.
+        held: whether it may be sent only when a person at the site has approved it.
 
         If the disk has no space for the bytes, only this object keeps them: whether an update is
         sent must not depend on what fills the disk, such as the number of records. A request
@@ -321,8 +321,8 @@ class Ledger:
         return account.released.get(slot) in account.held and not self._is_let_go(slot)
 
     def is_let_go(self, slot: Slot) -> bool:
-        """Return whether a person at the site released the answer in a slot; without an answer,
-        whether the person released a draw that is yet to be made for it."""
+        """Return whether a person at the site approved the answer in a slot; without an answer,
+        whether the person approved a draw that is yet to be made for it."""
         self._read()
         return self._is_let_go(slot)
 
@@ -347,7 +347,7 @@ class Ledger:
         ]
 
     def let_go(self, slot: Slot, who: str) -> None:
-        """Enter that a person released a slot's answer, with these bytes and no others."""
+        """Enter that a person approved a slot's answer, with these bytes and no others."""
         with self._store.writing() as writer:
             if slot in self._account.refused:
                 raise InputError(
@@ -359,7 +359,7 @@ class Ledger:
 
     def refuse(self, slot: Slot, who: str) -> None:
         """Enter that a person refuses a slot's answer for good, and remove its bytes. What was
-        paid for it stays paid. Errors: InputError if somebody released it before."""
+        paid for it stays paid. Errors: InputError if somebody approved it before."""
         with self._store.writing() as writer:
             if self._is_let_go(slot):
                 raise InputError(

@@ -1,4 +1,4 @@
-"""What a page is: files that it watches, what its template shows, its curves."""
+"""Define a page: the files that it watches, the values for its template, its curves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Page(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """The page's name, as a person knows it."""
+        """The name of the page's subject, as a person knows it."""
 
     @abstractmethod
     def files(self) -> Iterable[Path]:
@@ -32,17 +32,17 @@ class Page(ABC):
 
     @abstractmethod
     def read_context(self) -> dict[str, Any]:
-        """Read what the template shows, in milliseconds. Errors: FedtuneError."""
+        """Read the values that the template shows, in milliseconds. Errors: FedtuneError."""
 
     def series(self) -> dict[str, Any] | None:
-        """Read the curves by round; None where the page has none."""
+        """Read the curves by round; None if the page has none."""
         return None
 
     def read_rounds(self) -> None:  # noqa: B027 - a page without rounds has none to read
-        """Read on what the page knows of its rounds: seconds, the first time of a large study."""
+        """Read new rounds; this takes seconds the first time for a large study."""
 
     def child(self, name: str) -> Page | None:
-        """Return the page of a run inside this one; None where there is no such run."""
+        """Return the page of a run inside this one; None if there is no such run."""
         return None
 
     def slow_files(self) -> Iterable[Path]:
@@ -51,8 +51,8 @@ class Page(ABC):
 
     @staticmethod
     def signature(files: Iterable[Path]) -> str:
-        """Say which state these files are in: it changes when one of them does, or when the process
-        that holds a lock among them has ended."""
+        """Return a text that changes when one of these files does, or when the process that
+        holds a lock among them has ended."""
         marks = []
         for path in files:
             try:
@@ -66,7 +66,7 @@ class Page(ABC):
 
 
 class Notice(dict[str, str]):
-    """One alarm: `level` is "bad" or "warn"; `text` what is the matter and what to do."""
+    """One alarm: `level` is "bad" or "warn"; `text` says what is wrong and what to do."""
 
     def __init__(self, level: str, text: str) -> None:
         super().__init__(level=level, text=text)

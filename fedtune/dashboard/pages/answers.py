@@ -1,4 +1,4 @@
-"""What a page shows of a run's answers.json: texts of public records, nothing of another form."""
+"""Read a run's answers.json for a page: texts of public records, and nothing of another form."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MOST, LONGEST = 20, 1500  # prompts, and characters of a text
 
 
 def answers_in(run: Path) -> dict[str, Any]:
-    """Read what base and adapter answered; {} where nobody asked them yet, or where the adapter is
-    another version's by now."""
+    """Read the answers of base and adapter; {} if there are none, or if the adapter is another
+    version now."""
     path = run / ANSWERS
     if not path.exists():
         return {}
@@ -44,7 +44,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(side: Any, expected: str) -> dict[str, Any]:
     """Read one model's answer. share: a label's probability; right: whether the label is the
-    expected one; None where there is none."""
+    expected one; None if there is none."""
     side = side if isinstance(side, dict) else {}
     text, share = _text(side.get("answer")), number(side.get("probability"))
     share = share if share is not None and 0 <= share <= 1 else None

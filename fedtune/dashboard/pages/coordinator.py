@@ -1,4 +1,5 @@
-"""A coordinator: its consortium's members and certificates, and the run that it serves."""
+"""The page of a coordinator: its consortium's members and certificates, and the run that it
+serves."""
 
 from __future__ import annotations
 
@@ -98,7 +99,7 @@ class CoordinatorPage(Page):
         }
 
     def _members(self, sites: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Notice]]:
-        """Every admitted and revoked site, with its certificate's days."""
+        """List every admitted and revoked site, with the days until its certificate expires."""
         rows, notices = {site["name"]: {**site, "days": None} for site in sites}, list[Notice]()
         empty = sites_of(None, {"privacy": {"sites": {"": {}}}})[0]
         for name, record in enrol.registry(self.path).items():

@@ -1,4 +1,4 @@
-"""A dossier: whether it verifies, by whom it is signed, and all that it says."""
+"""The page of a dossier: whether it verifies, who signed it, and its content."""
 
 from __future__ import annotations
 

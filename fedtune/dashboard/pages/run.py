@@ -1,4 +1,5 @@
-"""A run: how far, how good, what it cost whom; while it trains and when it is finished."""
+"""The page of a run, while it trains and when it is finished: progress, quality, and cost for
+each site."""
 
 from __future__ import annotations
 
@@ -95,7 +96,7 @@ class RunPage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Read the rounds: one number a round for each curve; null where it was not measured."""
+        """Read the rounds: one number per round for each curve; null if it was not measured."""
         self.read_rounds()
         rounds, shown = self.rounds, self.read_context()
         quality = {name: _plain(values) for name, values in rounds.quality.items()}
@@ -154,7 +155,7 @@ class RunPage(Page):
 
 
 def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
-    """Offer the line that asks base and adapter the same prompts, until somebody did."""
+    """Show the command that asks base and adapter the same prompts, until somebody has run it."""
     if not plan.get("evaluation") or (run / ANSWERS).exists():
         return []
     line = f"fedtune answers {shlex.quote(str(run))}"
@@ -162,7 +163,7 @@ def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Join what the status and the report say of each site, by name."""
+    """Join the entries of status and report about each site, by name."""
     by_status = snapshot.status["sites"] if snapshot else {}
     by_report = (report.get("privacy") or {}).get("sites") or {}
     absences = report.get("absences") or {}
@@ -192,7 +193,7 @@ def sites_of(snapshot: Snapshot | None, report: dict[str, Any]) -> list[dict[str
 def alarms(
     snapshot: Snapshot | None, report: dict[str, Any], sites: list[dict[str, Any]]
 ) -> list[Notice]:
-    """List what somebody should look at, worst first."""
+    """List the alarms, worst first."""
     found, quality = [], report.get("quality") or {}
     if report.get("private") is False or (snapshot and snapshot.status.get("private") is False):
         found.append(
@@ -230,7 +231,8 @@ def alarms(
 def _quality(
     snapshot: Snapshot | None, report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """The study's metric before and after, with intervals; while it runs, the newest round's."""
+    """Return the study's metric before and after, with intervals; while it runs, the newest
+    round's."""
     quality = report.get("quality") or {}
     metric = quality.get("metric") or (plan.get("evaluation") or {}).get("metric")
     if metric is None:
@@ -269,7 +271,7 @@ def _quality(
 def _privacy(
     sites: list[dict[str, Any]], report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """The largest ε of any site so far, of what is planned, and what that means."""
+    """Return the largest ε of any site so far, the planned ε, and what that means."""
     table = plan.get("privacy")
     told = report.get("privacy") or {}
     if table == "off" or report.get("private") is False:
@@ -291,7 +293,7 @@ def _privacy(
 
 
 def _facts(plan: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
-    """What ran, as label and value: of the plan and the report's public tables."""
+    """Return the plan's and the report's public values about the run, as label and value."""
     base = report.get("base") or plan.get("base") or {}
     adapter = plan.get("lora") or {}
     pairs = [

@@ -1,4 +1,4 @@
-"""A folder of runs: what each reached, and at which ε."""
+"""The page of a folder of runs: the result of each, and its ε."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ MOST = 500  # runs in a table
 
 
 def runs_in(folder: Path) -> Iterator[Path]:
-    """Find the runs in a folder, by name; a coordinator's home is none, though it has a plan."""
+    """Find the runs in a folder, by name; a coordinator's home is not a run, though it has a
+    plan."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         is_home = any((path / name).exists() for name in HOME)
         if not is_home and any((path / name).is_file() for name in RUN):

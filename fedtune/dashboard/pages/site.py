@@ -1,4 +1,5 @@
-"""A site: its budget, the plans that wait for its officer, what it refused, what its data was."""
+"""The page of a site: its budget, the plans that wait for its officer, its refusals, and its
+data."""
 
 from __future__ import annotations
 
@@ -85,7 +86,7 @@ class SitePage(Page):
 
 
 def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> Iterable[Notice]:
-    """Say that nobody here has signed the plan of the newest study."""
+    """Warn that nobody here has signed the plan of the newest study."""
     status = snapshot.status if snapshot else {}
     digest, study = status.get("plan_digest"), status.get("study")
     if snapshot is None or snapshot.over or status.get("signed") is not False or not digest:
@@ -100,7 +101,7 @@ def _warn_of_unsigned_plan(snapshot: Snapshot | None, site: Site, path: str) -> 
 
 
 def _policy(site: Site) -> list[tuple[str, str]]:
-    """What the site's policy says, as label and value."""
+    """Return the site's policy, as label and value."""
     policy = site.policy
     return [
         ("policy.max_epsilon", f"{policy.max_epsilon:g}"),
@@ -117,7 +118,8 @@ def _policy(site: Site) -> list[tuple[str, str]]:
 
 
 def _counts(path: Path) -> list[dict[str, Any]]:
-    """What became of each dataset's rows when it was last read; counts and fixed words alone."""
+    """Return what happened to each dataset's rows when it was last read; counts and fixed words
+    only."""
     if not path.exists():
         return []
     with suppress(FedtuneError):
@@ -131,8 +133,8 @@ def _counts(path: Path) -> list[dict[str, Any]]:
 
 
 def _losses(path: Path) -> list[dict[str, Any]]:
-    """The losses of the newest STUDIES studies, the newest first: of a round that was trained twice
-    the later one's, and of a line that is none of fedtune's nothing."""
+    """Return the losses of the newest STUDIES studies, the newest first: for a round that was
+    trained twice the later one; lines that fedtune did not write are left out."""
     studies: dict[str, dict[str, Any]] = {}
     lines: list[str] = []
     with suppress(OSError, FedtuneError):

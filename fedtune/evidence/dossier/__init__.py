@@ -1,2 +1,2 @@
-"""A run's dossier: what an ethics board, a data protection officer and a buyer read, each figure
-with the field of the run that it is from."""
+"""Write a run's dossier, for an ethics board, a data protection officer and a buyer; each figure
+names the field of the run from which it is taken."""

@@ -46,7 +46,7 @@ def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
-    """Write the fields of the hub's model cards, always in one spelling, so that `verify` can
+    """Write the fields of the hub's model cards, always in the same form, so that `verify` can
     compare them."""
     import yaml  # type: ignore[import-untyped]
 
@@ -77,7 +77,7 @@ def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
 
 
 def measures(after: Mapping[str, Any]) -> dict[str, float]:
-    """Return what of a report's measures is a number, by metric.
+    """Return the numbers among a report's measures, by metric.
 
     >>> measures({"loss": 2.5, "round": 3, "kl": None})
     {'loss': 2.5}
@@ -90,5 +90,5 @@ LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "bsd-3-clause", "l
 
 
 def _hub_id(name: str) -> str | None:
-    """Return a base's name where it can be an id of the hub: no folder of this machine."""
+    """Return a base's name if it can be an id of the hub, and not a folder of this machine."""
     return None if ":" in name or name.startswith(("/", ".")) or name.count("/") > 1 else name

@@ -77,10 +77,10 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
 
 
 def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
-    """Check every figure against the run, and every page against what this release writes of it;
-    return the names of what was checked.
+    """Check every figure against the run, and every page against the page that this release would
+    write; return the names of what was checked.
 
-    A dossier of another release is compared by its numbers alone, and `check` says so."""
+    For a dossier of another release only the numbers are compared, and `check` says so."""
     path, same_release = folder / CONTENT, signed["fedtune"] == __version__
     text = reading.text(path, "the dossier's content", TODO, NotGenuine, reading.LARGE)
     content = reading.json_in(path, "the dossier's content", TODO, NotGenuine)
@@ -117,7 +117,7 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
 
 
 def _collect_typed(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a person typed for the blanks, as the dossier has it."""
+    """Return what a person typed for the blanks, as the dossier holds it."""
     blocks = [block for section in content["sections"] for block in section["blocks"]]
     return {str(b["blank"]): str(b["typed"]) for b in blocks if b["kind"] == "blank"}
 

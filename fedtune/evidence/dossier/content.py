@@ -1,4 +1,4 @@
-"""Build a dossier's content from the package's texts (sections/*.toml), a run and what a person
+"""Build a dossier's content from the package's texts (sections/*.toml), a run, and what a person
 typed.
 
 A text holds no figure of a run. A figure is a fact: a source in the run and a way to show it. What
@@ -47,7 +47,7 @@ def _collect_subjects(found: Documents) -> set[str]:
 
 
 def _groups(found: Documents) -> set[str]:
-    """The columns by which held-out patients were compared."""
+    """Return the columns by which held-out patients were compared."""
     return {str(row["by"]) for row in _report(found, "held_out", "rows") or []} - {"", CLASS}
 
 
@@ -105,7 +105,7 @@ def blanks() -> Iterator[Mapping[str, str]]:
 
 
 def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
-    """Build the content of dossier.json. found: the run's documents; typed: what a person wrote, by
+    """Build the content of dossier.json. found: the run's documents; typed: a person's texts, by
     the blank's key."""
     return {
         "format": FORMAT,
@@ -123,7 +123,7 @@ def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
 
 
 def dump_content(content: Mapping[str, Any]) -> str:
-    """Spell dossier.json's content."""
+    """Serialise dossier.json's content."""
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -161,7 +161,7 @@ def _blocks(
 
 
 def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
-    """Yield the metric round by round, as far as the report has it; nothing where that is no
+    """Yield the metric round by round, as far as the report has it; nothing if that gives no
     curve."""
     quality, rounds = _report(found, "quality") or {}, _report(found, "rounds") or []
     metric, private = quality.get("metric"), WHEN["private"](found)
@@ -198,7 +198,7 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def _fact(found: Documents, source: str, how: str) -> dict[str, str] | None:
-    """Look a fact up; None where the run does not have it."""
+    """Look a fact up; None if the run does not have it."""
     value = resolve(found, source)
     if value is MISSING or value is None:
         return None

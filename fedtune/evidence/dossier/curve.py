@@ -1,4 +1,4 @@
-"""Draw a run's quality against what was spent for it."""
+"""Draw a run's quality against its cost."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def curve(
     interval: tuple[float, float] | None = None,
     start: float | None = None,
 ) -> Picture:
-    """Draw points (across, value of the metric), the first of them the base alone. across: what the
-    horizontal axis shows; interval: 95 %, of the last value; start: what public text alone gave.
-    Points are joined where several rounds were measured: two ends say nothing of the way.
+    """Draw points (across, value of the metric); the first one is the base alone.
+
+    across: what the horizontal axis shows; interval: 95 %, of the last value; start: the value of
+    the public start. Points are joined only if several rounds were measured.
 
     Errors: ValueError (fewer than two points, or one that is no number)."""
     values, about = [value for _, value in points], known_metric(metric)

@@ -1,7 +1,7 @@
-"""The pictures that explain: where data stays, a round, masked sums, who is trusted with what.
+"""Draw the explaining pictures: where data stays, a round, masked sums, who is trusted with what.
 
-They follow the unit of privacy: what is said of a patient does not hold where ε is for a record. A
-text that is wider than its place is an error, not a picture."""
+They follow the unit of privacy: statements about a patient do not hold if ε is for a record. A text
+that is wider than its place is an error, not a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedtune.evidence.dossier.drawing import Picture
 
 
 def data_line(unit: str = "patient") -> Picture:
-    """Where a record's data is on its way, and what leaves."""
+    """Draw the way of a record's data, and what leaves."""
     page = Picture(920, 398, "What is where, and what leaves a site")
     page.card(16, 16, 600, 366, "home", "a site: the hospital's own machine")
     page.card(680, 16, 224, 366, "out", "outside")
@@ -74,13 +74,13 @@ def lanes(page: Picture, names: dict[str, float], bottom: float) -> None:
 def call(
     page: Picture, start: float, end: float, y: float, label: str, kind: str = "arrow"
 ) -> None:
-    """A message from one lane to another, with what it is above it."""
+    """Draw a message from one lane to another, with its content above it."""
     page.arrow(start, y, end, y, kind)
     page.text((start + end) / 2, y - 6, label, "", "middle", 12, abs(end - start) - 10)
 
 
 def round_(unit: str = "patient") -> Picture:
-    """The protocol of a round between the coordinator and one site."""
+    """Draw the protocol of a round between the coordinator and one site."""
     page = Picture(920, 520, "A round, between the coordinator and one site")
     hub = 120.0
     site = 470.0
@@ -148,7 +148,7 @@ def masked_sum(page: Picture) -> None:
 
 
 def draw_masked_round(unit: str = "patient") -> Picture:
-    """A round with masked sums: three sites share one dose of noise."""
+    """Draw a round with masked sums: three sites share one dose of noise."""
     page = Picture(920, 560, "A round whose sum alone is opened")
     places = {"coordinator": 110.0, "north": 370.0, "south": 590.0, "west": 810.0}
     lanes(page, places, 370)
@@ -192,7 +192,8 @@ Party = tuple[str, str, list[str], list[str], list[str]]
 
 
 def parties(unit: str) -> list[Party]:
-    """Kind of head, name; what it sees, is trusted with, and may do if hostile."""
+    """Return for each party: kind of head, name; what it sees, is trusted with, and may do if
+    hostile."""
     if unit == "patient":
         named = ["to name the patient", "column; that one key is", "one person"]
         known = ["know all other patients'", "records"]
@@ -219,7 +220,7 @@ def parties(unit: str) -> list[Party]:
 
 
 def trust(unit: str = "patient") -> Picture:
-    """Who is trusted with what."""
+    """Draw who is trusted with what."""
     page = Picture(920, 436, f"Who is trusted with what, for a {unit}'s privacy")
     heads = [
         (92, "sees", "soft"),

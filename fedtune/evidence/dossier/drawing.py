@@ -1,7 +1,7 @@
 """Draw pictures of boxes, lines and texts, as shapes and as SVG.
 
-SVG by hand, so that the files are small, the same bytes each time, and follow the reader's light or
-dark colours."""
+The SVG is written by hand, so that the files are small, have the same bytes each time, and follow
+the reader's light or dark colours."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CHARACTER = 0.54
 
 @dataclass(frozen=True)
 class Text:
-    """room: how wide it may be; kind: classes of RULES."""
+    """A text in a picture. room: how wide it may be; kind: classes of RULES."""
 
     x: float
     y: float
@@ -76,7 +76,8 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """kind: "arrow" or "leaves", as RULES colour it; end: "head", "dashes", or "" (plain)."""
+    """A line in a picture. kind: "arrow" or "leaves", as RULES colour it; end: "head", "dashes",
+    or "" (plain)."""
 
     x: float
     y: float
@@ -114,7 +115,7 @@ class Picture:
         size: int = SIZE,
         room: float | None = None,
     ) -> None:
-        """room: how wide the line may be; without it, up to the picture's edges."""
+        """Add a line of text. room: how wide it may be; by default up to the picture's edges."""
         wide = len(line) * size * CHARACTER
         edges = {"start": self.width - x, "middle": 2 * min(x, self.width - x), "end": x}
         most = room or edges[anchor]
@@ -123,7 +124,7 @@ class Picture:
         self.shapes.append(Text(x, y, line, kind, anchor, size, most))
 
     def box(self, x: float, y: float, wide: float, high: float, kind: str, *lines: str) -> None:
-        """A box with lines in its middle, the first one bold."""
+        """Add a box with lines in its middle, the first one bold."""
         self.shapes.append(Box(x, y, wide, high, kind))
         top = y + (high - STEP * len(lines)) / 2 + SIZE
         for number, line in enumerate(lines):
@@ -133,7 +134,7 @@ class Picture:
             self.text(x + wide / 2, at, line, weight, "middle", size, wide - 4)
 
     def card(self, x: float, y: float, wide: float, high: float, kind: str, head: str) -> None:
-        """A box with its heading at the upper left, for what is put inside later."""
+        """Add a box with its heading at the upper left, for content that is added later."""
         self.box(x, y, wide, high, kind)
         self.text(x + 12, y + 22, head, "bold", room=wide - 18)
 
@@ -151,7 +152,7 @@ class Picture:
         self.shapes.append(Line(x, y, to_x, to_y, kind, ""))
 
     def svg(self, style: str = STYLE) -> str:
-        """Write the picture as a file. style: STYLE, or LIGHT + RULES for a page that is light
+        """Return the picture as SVG. style: STYLE, or LIGHT + RULES for a page that is light
         whatever its reader prefers."""
         head = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '

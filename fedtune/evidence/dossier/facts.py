@@ -1,4 +1,5 @@
-"""Facts of a run as a dossier shows them: a source, a way to show it, and nothing else.
+"""Look up facts of a run for a dossier: each has a source and a way to show it, and nothing
+else.
 
 A source is a file of the run and a JSON pointer in it (RFC 6901): report.json#/privacy/epsilon.
 Whoever has the run can look each figure up, and `fedtune verify` does so for all of them."""
@@ -34,15 +35,15 @@ MOST = 500  # characters of a value that is text
 
 
 def documents(run: Path) -> dict[str, Any]:
-    """Read the files of a run that facts are taken from, and what its sites told of its model.
-    Errors: InputError."""
+    """Read the files of a run from which facts are taken, and what its sites reported of its
+    model. Errors: InputError."""
     most = reading.LARGE
     found = {name: reading.json_in(run / name, "a run's file", most=most) for name in DOCUMENTS}
     return found | {TOLD: [asdict(one) for one in read_told(run) if not one.problem]}
 
 
 def resolve(found: Mapping[str, Any], source: str) -> Any:
-    """Look a source up in a run's documents; MISSING where the run has no such field.
+    """Look a source up in a run's documents; MISSING if the run has no such field.
 
     >>> resolve({"report.json": {"privacy": {"epsilon": 8.0}}}, "report.json#/privacy/epsilon")
     8.0
@@ -61,7 +62,7 @@ def resolve(found: Mapping[str, Any], source: str) -> Any:
 
 
 def escape_key(key: str) -> str:
-    """Spell a key as a part of a JSON pointer."""
+    """Escape a key as a part of a JSON pointer."""
     return key.replace("~", "~0").replace("/", "~1")
 
 
@@ -93,7 +94,7 @@ def _interval(value: Any) -> str:
 
 
 def _find_line(quality: Any, about: str) -> str:
-    """Return the line of gain.headline about one thing."""
+    """Return the line of gain.headline about one subject."""
     found = (line.text for line in headline(quality) if line.about == about)
     return next(found, "not measured")
 
@@ -104,7 +105,8 @@ def _upstream(value: Any) -> str:
 
 
 def base_name(name: str) -> str:
-    """Name a base as the plan does; a folder of the coordinator's machine is nobody's business.
+    """Name a base as the plan does; the path of a folder on the coordinator's machine is left
+    out.
 
     >>> base_name("/home/ada/models/llama")
     'a local folder, known by its digest'
@@ -154,8 +156,8 @@ def facts_in(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def find_contradiction(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Return the first fact of a dossier that its run does not say, as "shown (source)"; "" where
-    the run says every one."""
+    """Return the first fact of a dossier that contradicts its run, as "shown (source)"; "" if
+    every fact agrees."""
     for fact in facts_in(content):
         source, how = str(fact["source"]), str(fact.get("how"))
         value = resolve(found, source)

@@ -15,7 +15,8 @@ TYPED = "typed by a person, not checked"
 
 
 def title(content: Mapping[str, Any]) -> str:
-    """Name a dossier. The study's name stands in quotes: it may be a word of the language."""
+    """Return the title of a dossier. The study's name is in quotes: it may be a word of the
+    language."""
     return f"Dossier of the study “{content['study']['shown']}”"
 
 
@@ -39,13 +40,13 @@ def _contents(content: Mapping[str, Any]) -> str:
 
 
 def anchor(title: str) -> str:
-    """Spell a heading as the place that Markdown's readers link to."""
+    """Return the anchor of a heading, to which Markdown readers link."""
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")
 
 
 def group_facts(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Put facts that follow each other into one table: (kind, blocks)."""
+    """Collect consecutive facts in one table: (kind, blocks)."""
     facts: list[dict[str, Any]] = []
     for block in blocks:
         if block["kind"] == "fact":
@@ -106,7 +107,7 @@ def _blank(block: Mapping[str, str]) -> str:
 
 
 def cell_long(text: str) -> str:
-    """Make a person's text inert, whatever its length."""
+    """Escape a person's text, whatever its length."""
     words, lines = text.split(), [""]
     for word in words:
         if len(lines[-1]) + len(word) > 150:

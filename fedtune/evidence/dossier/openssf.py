@@ -1,10 +1,11 @@
-"""Sign a dossier's weights once more in OpenSSF's format, for whoever has its tools and not ours.
+"""Sign a dossier's weights also in OpenSSF's format, for readers who have its tools and not
+ours.
 
     model.sig   a Sigstore bundle over run/adapter, by a key that needs no network
     model.pub   that key's public half (P-256, PEM); release.json vouches for it
 
-Its tool takes keys on NIST's curves alone, so that the coordinator's Ed25519 key cannot sign it.
-Needs model-signing, of the extra `openssf`."""
+OpenSSF's tool only accepts keys on NIST's curves, so the coordinator's Ed25519 key cannot sign
+here. This needs model-signing, of the extra `openssf`."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def can_sign() -> bool:
 def sign_weights(weights: Path, folder: Path, key: Path) -> None:
     """Write model.sig and model.pub of a folder of weights into a dossier's folder.
 
-    key: the private half, made there for this user alone where there is none.
+    key: file of the private half; if it does not exist, it is made, readable by this user only.
     Errors: InputError, InfrastructureError, ModuleNotFoundError without model-signing."""
     from model_signing import signing
 

@@ -1,5 +1,5 @@
-"""Write a dossier as one HTML file: no script, no request, readable by keyboard, screen reader and
-printer."""
+"""Write a dossier as one HTML file without scripts or requests, readable with keyboard, screen
+reader and printer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """Write a dossier's content as HTML, its pictures in it."""
+    """Return a dossier's content as HTML, with its pictures in it."""
     name = escape(title(content))
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -63,8 +63,8 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def sections(content: Mapping[str, Any], *, pictures: bool = True) -> str:
-    """Write a dossier's sections as HTML, to stand in a page; every text of it is inert. pictures:
-    whether the page may show them."""
+    """Return a dossier's sections as HTML, for use in a page; every text of it is escaped.
+    pictures: whether the page may show them."""
     parts = []
     for section in content["sections"]:
         name = escape(section["id"])
@@ -147,7 +147,7 @@ def _cell(value: Any) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escape a text, with what stands between backticks as code."""
+    """Escape a text; the parts between backticks become code."""
     parts = escape(text).split("`")
     if len(parts) % 2 == 0:
         return escape(text)

@@ -1,6 +1,7 @@
 """Write a dossier as one printable PDF: dossier.pdf; needs fpdf2, of the extra `dossier`.
 
-Its letters are DejaVu Sans, which comes with matplotlib: ε, σ and ☐ are in no PDF reader's own."""
+The font is DejaVu Sans, which comes with matplotlib: the built-in fonts of PDF readers lack ε, σ
+and ☐."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def can_write() -> bool:
 
 
 def pdf(content: Mapping[str, Any]) -> bytes:
-    """Write a dossier's content as a PDF (A4), its pictures in it.
+    """Write a dossier's content as a PDF (A4), with its pictures in it.
 
     Errors: ModuleNotFoundError without fpdf2."""
     document = _create_document(title(content))
@@ -203,7 +204,7 @@ def _cell(value: Any) -> str:
 
 
 def _make_breakable(text: str) -> str:
-    """Let long words be broken: paths after their parts, digests anywhere."""
+    """Allow line breaks in long words: in paths after their parts, in digests anywhere."""
     return " ".join(_word(word) if len(word) > LONG else word for word in text.split(" "))
 
 

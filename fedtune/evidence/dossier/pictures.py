@@ -1,6 +1,7 @@
-"""The pictures of a dossier: those that explain, and the run's own, drawn from its content alone.
+"""Draw the pictures of a dossier: the explaining ones, and the run's own, from its content
+alone.
 
-`fedtune verify` draws each again, so that none can show what the run does not say."""
+`fedtune verify` draws each again, so that none can differ from the run."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ FILES = {f"{FOLDER}/{name}.svg" for name in (*PICTURES, CURVE)}
 
 
 class Drawn(NamedTuple):
-    """alt: the picture in words; file: its path in the dossier."""
+    """A drawn picture. alt: the picture in words; file: its path in the dossier."""
 
     picture: Picture
     alt: str

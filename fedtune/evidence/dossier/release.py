@@ -124,7 +124,7 @@ def _refuse_derived(run: Path) -> None:
 
 
 def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
-    """Errors: Refused."""
+    """Return the key that signs. Errors: Refused."""
     if proven.simulated:
         return SigningKey(), ""
     path = home / "signing.key"
@@ -140,7 +140,8 @@ def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
 
 
 def _sign_weights(draft: Path, home: Path | None) -> None:
-    """Sign the weights in OpenSSF's format too, with a key of `home`; None: one kept nowhere."""
+    """Sign the weights also in OpenSSF's format, with a key of `home`; None: a key that is not
+    stored."""
     with tempfile.TemporaryDirectory() as nowhere:
         key = (home or Path(nowhere)) / openssf.KEY
         openssf.sign_weights(draft / RUN / ADAPTER, draft, key)
@@ -174,7 +175,7 @@ def read_details(path: Path) -> dict[str, str]:
 
 
 def details_template() -> str:
-    """Write the file of a dossier's blanks for a person to fill.
+    """Return the text of a file with a dossier's blanks, for a person to fill in.
 
     >>> "contact = " in details_template()
     True
@@ -202,9 +203,9 @@ def approve(
 ) -> Verified:
     """Approve a dossier as a named person, or for a site with its key; returns what it proves now.
 
-    key: the file of the approver's own key, made for this user alone where there is none; trust:
-    the consortium's fingerprint, since nobody should approve a stranger's folder; log: a site's,
-    which enters it first.
+    key: the file of the approver's own key, which is made for this user only if it does not
+    exist; trust: the consortium's fingerprint, since nobody should approve a stranger's folder;
+    log: a site's audit log, in which the approval is entered first.
 
     >>> import fedtune
     >>> who = {"name": "Ada Lund", "role": "data protection officer", "reason": "read"}

@@ -1,4 +1,4 @@
-"""List what trained a run as a bill of materials: sbom.cdx.json, CycloneDX 1.6."""
+"""List the software that trained a run as a bill of materials: sbom.cdx.json, CycloneDX 1.6."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SOURCE = "fedtune:source"
 
 
 def bill_of_materials(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Build a bill of materials: what the run's report recorded, the other distributions installed
-    here, and the base model.
+    """Build a bill of materials: the software that the run's report recorded, the other
+    distributions installed here, and the base model.
 
-    Where the two name another version of one distribution, the run's stands."""
+    If both name a distribution in different versions, the run's version is listed."""
     recorded = dict((report.get("ran") or {}).get("versions") or {})
     recorded.setdefault("fedtune", str(report.get("fedtune", "")))
     python = recorded.pop("python", None)
@@ -85,7 +85,8 @@ def _from(source: str) -> list[dict[str, str]]:
 
 
 def _base(base: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the base model; its digest is fedtune's, over its files, and no hash of one file."""
+    """Describe the base model; its digest is fedtune's, over its files, and not the hash of one
+    file."""
     upstream = upstream_of(str(base["name"]))
     facts = {"fedtune:digest": base.get("digest"), "fedtune:dtype": base.get("dtype")}
     properties = [{"name": key, "value": str(value)} for key, value in facts.items() if value]

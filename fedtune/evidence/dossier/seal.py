@@ -1,4 +1,4 @@
-"""Sign a folder as a dossier, and read back what was signed.
+"""Sign a folder as a dossier, and read back the signed content.
 
     release.json           sha256 and size of every file below the folder, but for approvals/; when;
                            signed by the coordinator
@@ -41,7 +41,7 @@ LONGEST = 2000  # characters of what an approver says
 
 
 def around(run: Path) -> Path | None:
-    """Return the dossier that a run lies in; None where it lies in none."""
+    """Return the dossier that contains a run; None if there is none."""
     folder = run.absolute().parent
     return folder if run.name == RUN and (folder / RELEASE).is_file() else None
 
@@ -52,8 +52,9 @@ def format_now() -> str:
 
 
 def list_covered(folder: Path) -> list[str]:
-    """List every file that a dossier's signature must cover, by its path in the folder; a link is
-    listed too. Only the run's own link to its version in use is not: the run's report names it."""
+    """List every file that a dossier's signature must cover, by its path in the folder,
+    including links. Only the run's own link to its version in use is left out: the run's report
+    names it."""
     names = []
     for parent, folders, files in os.walk(folder):
         at = Path(parent).relative_to(folder)
@@ -85,8 +86,8 @@ def sign(folder: Path, key: SigningKey, ca: str) -> None:
 
 
 def read_release(folder: Path) -> tuple[dict[str, Any], str]:
-    """Read release.json and check its signature by the key that it names; returns it, and its
-    digest. Errors: NotGenuine."""
+    """Read release.json and check its signature by the key that it names; return its content,
+    and its digest. Errors: NotGenuine."""
     kinds = dict.fromkeys(("format", "ca", "coordinator", "made", "fedtune", "signature"), str)
     path = folder / RELEASE
     body, data = _read(path, FORMAT, kinds | dict.fromkeys(("files", "sizes"), dict))
@@ -97,7 +98,7 @@ def read_release(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Check that the folder's files are those that were signed, byte by byte, and no other.
+    """Check that the folder's files are exactly those that were signed, byte by byte.
 
     Errors: NotGenuine."""
     present = list_covered(folder)
@@ -132,8 +133,8 @@ def approval(release: str, key: SigningKey, name: str, role: str, reason: str) -
 
 
 def approvals(folder: Path, release: str) -> list[dict[str, Any]]:
-    """Read and check every approval of a release. Errors: NotGenuine (one is not of this release,
-    was changed, or something else lies among them)."""
+    """Read and check every approval of a release. Errors: NotGenuine (one is of another release,
+    was changed, or another file lies among them)."""
     inside, read = folder / APPROVALS, []
     if inside.is_symlink():
         fail(inside, "is a link", "the approvals' own folder")
@@ -158,7 +159,7 @@ def file_name(key: str) -> str:
 
 
 def _read(path: Path, form: str, kinds: Mapping[str, type]) -> tuple[dict[str, Any], bytes]:
-    """Read what was signed, with exactly these fields. Errors: NotGenuine."""
+    """Read a signed file, which must have exactly these fields. Errors: NotGenuine."""
     body, data = signed_json(path, form)
     if {name: type(value) for name, value in body.items()} != kinds:
         fail(path, "is not what is signed here")

@@ -1,4 +1,4 @@
-"""Trackers: frozen dataclasses that are told the events of a run, one file each."""
+"""Trackers get the events of a run: frozen dataclasses, one file each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRACKERS = Group("trackers", "tracker.name", __name__, Tracker)  # type: ignore[
 def build(words: Sequence[str]) -> list[Tracker]:
     """Build the trackers that a command line names, each as NAME or NAME:OPTION=VALUE,….
 
-    Errors: ConfigError for a name, an option or a package that is not there."""
+    Errors: ConfigError for a name, an option or a package that does not exist."""
     return [_build_tracker(word) for word in words]
 
 

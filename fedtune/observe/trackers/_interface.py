@@ -1,4 +1,4 @@
-"""What a tracker is."""
+"""Define the interface of a tracker."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Tracker(ABC):
-    """Where the coordinator's figures of a run go besides its own folder: an experiment tracker.
+    """An experiment tracker, to which the coordinator also sends a run's figures.
 
-    Subclasses are frozen dataclasses whose fields are the options. A tracker is told what log.jsonl
-    may hold and nothing else (observe/log.py), and no error of its own stops a study."""
+    Subclasses are frozen dataclasses whose fields are the options. A tracker gets what log.jsonl
+    may hold and nothing else (observe/log.py), and its errors never stop a study."""
 
     @abstractmethod
     def on_event(self, kind: str, data: Mapping[str, Any]) -> None:
-        """kind: "start", "round", "done", "stopped"; data: fields of observe/log.py, which the
-        tracker leaves as they are."""
+        """Take one event. kind: "start", "round", "done", "stopped"; data: fields of
+        observe/log.py, which the tracker must not change."""
 
     def close(self) -> None:  # noqa: B027 - a hook that most leave empty
-        """The run is over."""
+        """Close the tracker: the run is over."""

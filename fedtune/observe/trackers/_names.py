@@ -1,4 +1,4 @@
-"""What trackers call a round's figures: the names that trl's trainers log, where they log the same.
+"""Name a round's figures for trackers: as trl's trainers do, where they log the same.
 
 | ours                      | tracked as                                              |
 | quality.loss, .accuracy … | eval/loss, eval/accuracy …                              |
@@ -42,6 +42,6 @@ def figures(data: Mapping[str, Any]) -> dict[str, float]:
 
 
 def about(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run's start says of it: study, plan, rounds, whether it is private."""
+    """Return the start's facts about a run: study, plan, rounds, whether it is private."""
     keys = ("study", "plan_digest", "rounds", "private")
     return {key: data[key] for key in keys if key in data}

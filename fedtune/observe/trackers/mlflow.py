@@ -1,4 +1,4 @@
-"""MLflow."""
+"""The tracker for MLflow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ENDS = {"done": "FINISHED", "stopped": "FAILED"}
 
 @dataclass(frozen=True)
 class MLflow(Tracker):
-    """Metrics by round in MLflow: one experiment a study, one MLflow run a run.
+    """Sends metrics by round to MLflow: one experiment per study, one MLflow run per run.
 
-    uri: a database on this machine, or an MLflow server's address; MLflow's own telemetry is off. A
-    run that is resumed goes on in the newest MLflow run of its plan."""
+    uri: a database on this machine, or an MLflow server's address; MLflow's own telemetry is
+    off. A resumed run continues in the newest MLflow run of its plan."""
 
     uri: str = "sqlite:///mlflow.db"
 
@@ -47,7 +47,7 @@ class MLflow(Tracker):
             client.set_terminated(runs.pop(), ENDS[kind])
 
     def _run(self, data: Mapping[str, Any]) -> str:
-        """Begin an MLflow run, or find the one of this plan that a resumed run goes on in."""
+        """Begin an MLflow run, or find the one of this plan in which a resumed run continues."""
         client, facts = self._client, about(data)  # type: ignore[attr-defined]
         name, plan = str(facts.get("study") or "study"), str(facts.get("plan_digest") or "")
         known = client.get_experiment_by_name(name)

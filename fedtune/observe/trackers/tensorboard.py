@@ -1,4 +1,4 @@
-"""TensorBoard."""
+"""The tracker for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fedtune.runs.choice import folder_for
 
 @dataclass(frozen=True)
 class TensorBoard(Tracker):
-    """Scalars by round, for `tensorboard --logdir FOLDER`; one folder a run, inside `folder`.
+    """Writes scalars by round for `tensorboard --logdir FOLDER`, in one folder per run inside
+    `folder`.
 
-    A run that is resumed goes on in its own folder."""
+    A resumed run continues in its own folder."""
 
     folder: str = "tensorboard"
 

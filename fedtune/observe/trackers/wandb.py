@@ -1,4 +1,4 @@
-"""Weights & Biases, offline."""
+"""The tracker for Weights & Biases, offline."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedtune.observe.trackers._names import about, figures
 
 @dataclass(frozen=True)
 class WeightsAndBiases(Tracker):
-    """Metrics by round as an offline run of Weights & Biases, in `folder` on this machine.
+    """Writes metrics by round as an offline run of Weights & Biases, in `folder` on this machine.
 
-    Nothing is sent; `wandb sync` does that, by whoever decides to. Of the machine, the terminal and
-    the code nothing is recorded. A run that is resumed is another one, in the same group."""
+    Nothing is sent until a person runs `wandb sync`. Nothing about the machine, the terminal and
+    the code is recorded. A resumed run is a new one, in the same group."""
 
     project: str = "fedtune"
     folder: str = "."

@@ -1,12 +1,12 @@
-"""Judge a finished model at a site, and keep what was decided: page, figures, and a signed record.
+"""Judge a finished model at a site, and store the decision: page, figures, and a signed record.
 
-    STATE/acceptance/TIME/record.json    what was decided, by what, of which model and records
-    STATE/acceptance/TIME/figures.json   every figure, and where the worst errors stand
-    STATE/acceptance/TIME/page.html      the same to be read and printed
+STATE/acceptance/TIME/record.json the decision, its rules, and the model and records concerned
+STATE/acceptance/TIME/figures.json every figure, and where the worst errors stand
+STATE/acceptance/TIME/page.html the same to be read and printed
 
-All for this site's own user (0600). The record is signed by the site's key; the audit log holds
-its sha256, and no figure. Guarantee: nothing that a site sends, or packs to be sent, reads any of
-it."""
+Only this site's user can read them (0600). The record is signed by the site's key; the audit log
+holds its sha256, and no figure. Guarantee: nothing that a site sends, or packs to be sent, reads
+any of it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ DECIDED = ("decision", "judged", "different", "comparisons", "patients", "record
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What a site decided about a model: accepted, refused or not resolved; folder: where record,
-    figures and page are; figures: as in figures.json."""
+    """A site's decision about a model: accepted, refused or not resolved.
+
+    folder: where record, figures and page are; figures: as in figures.json."""
 
     decision: Decision
     folder: Path
@@ -53,9 +54,9 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     """Judge a finished run, or the run in a dossier, by this site's [acceptance], on its own
     held-out records: exact figures, without noise, which stay at the site.
 
-    Each patient is left out whom a study here trained on or was to train on, or who withdrew. The
-    base, what public text alone gives (where the run's folder still has it) and the site's own
-    model, if it named one, are measured on the same records.
+    Patients on whom a study here trained or was to train, or who withdrew, are left out. The
+    base, the public start (if the run's folder still has it) and the site's own model, if it
+    named one, are measured on the same records.
 
     >>> import fedtune
     >>> fedtune.accept(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
@@ -97,13 +98,12 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
 
 
 def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
-    """Write a signed statement of what this site last decided about a model, to be handed to the
-    coordinator: accepted, refused or not resolved, and no figure. Judges nothing.
+    """Write a signed statement for the coordinator of this site's last decision about a model:
+    accepted, refused or not resolved, and no figure. Judges nothing.
 
-    Telling is a person's act: who reads it learns an exact bit about held-out patients, which no ε
-    covers. The site's audit log has the act.
-
-    Errors: InputError where nothing was decided about this model, or `to` exists."""
+    Telling it is a person's act: a reader of the statement learns an exact bit about held-out
+    patients, which no ε covers. The act is entered in the site's audit log. Errors: InputError
+    if nothing was decided about this model, or `to` exists."""
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
     ledger = Ledger(site.site.ledger or site.site.state)
     model, records = _model(run), dict[tuple[str, int], dict[str, Any]]()
@@ -131,7 +131,7 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
 def _sign_record(
     run: Run, table: AcceptanceTable, keyed: str, figures: dict[str, Any], key: SigningKey
 ) -> dict[str, Any]:
-    """Compose the record of a decision, and sign it."""
+    """Build the record of a decision, and sign it."""
     body: dict[str, Any] = {
         "format": FORMAT,
         "site": figures["site"],
@@ -150,8 +150,7 @@ def _sign_record(
 
 
 def _model(run: Run) -> dict[str, str]:
-    """Name the model that was judged, so that nobody takes another one for it: its plan, its base,
-    and the files of its adapter."""
+    """Identify the judged model by its plan, its base, and the files of its adapter."""
     signature = run.folder / SIGNATURE
     return {
         "plan": run.study.digest,
@@ -162,14 +161,14 @@ def _model(run: Run) -> dict[str, str]:
 
 
 def _name(record: dict[str, Any]) -> str:
-    """Name the folder of a decision by its time, and by the record, of which a second may have
-    several."""
+    """Name the folder of a decision by its time, and by the record, since several decisions may
+    fall in one second."""
     return f"{record['time'].replace(':', '')}-{record['signature'][:8]}"
 
 
 def read_record(path: Path, public: str) -> dict[str, Any]:
-    """Read the record of a decision. Errors: InputError where it is none that the site with this
-    public key signed."""
+    """Read the record of a decision. Errors: InputError unless the site with this public key
+    signed it."""
     record = reading.json_in(path, "the record of an acceptance")
     body = {key: value for key, value in record.items() if key != "signature"}
     try:
@@ -183,7 +182,7 @@ def read_record(path: Path, public: str) -> dict[str, Any]:
 
 def looks(state: Path, public: str, keyed: str) -> dict[str, int]:
     """Count the earlier decisions at this site about the same records: in all, and of models and
-    settings that differ. Each further look makes it likelier that one passes by chance."""
+    settings that differ. Each further decision makes it likelier that one passes by chance."""
     models = set[str]()
     settings = set[str]()
     number = 0

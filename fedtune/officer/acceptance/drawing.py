@@ -1,4 +1,4 @@
-"""Draw how far a model means the probabilities that it gives, and how groups differ."""
+"""Draw the calibration of a model's probabilities, and the differences between groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW, NAMES, WIDE = (
 
 
 def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
-    """Draw the share that is right against the probability that was said, by bin."""
+    """Draw the share of correct predictions against the predicted probability, by bin."""
     page = Picture(int(LEFT + SIDE + 40), int(TOP + SIDE + 56), "Reliability")
     page.text(LEFT, 26, "share right, by the probability said", "bold")
 
@@ -42,8 +42,8 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Picture:
 
 
 def differences(measure: str, rows: Sequence[Mapping[str, Any]], level: float) -> Picture:
-    """Draw each group's difference from all others with its interval; what excludes none is
-    marked."""
+    """Draw each group's difference from all others with its interval; intervals that exclude no
+    difference are marked."""
     edges = [bound for row in rows for bound in row["difference"]["interval"]]
     most = max(map(abs, edges), default=0.0) or 1.0
     height = TOP + ROW * len(rows)

@@ -1,4 +1,4 @@
-"""Compose every figure of an acceptance as values that JSON has: None for what is no number."""
+"""Build every figure of an acceptance as JSON values; None for values that are not numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WORST = 20  # errors that are listed
 
 
 def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
-    """Judge the model, and compose what the page shows. Errors: ConfigError, as of judge."""
+    """Judge the model, and build the content of the page. Errors: ConfigError, as for judge."""
     held_out, scores = scored.held_out, scored.scores[MODEL]
     judgement = judge(table, scores, held_out.units, held_out.groups, scored.labels)
     tested = [one for one in judgement.compared if one.found is not None]
@@ -54,7 +54,7 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
 
 
 def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
-    """Return each model's measures, and by how much this model's differ, on the same resamples of
+    """Return each model's measures, and how much this model's differ, on the same resamples of
     the same patients."""
     units = scored.held_out.units
     ours = Sample(scored.scores[MODEL], units)
@@ -80,8 +80,8 @@ def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
 
 
 def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> list[dict[str, Any]]:
-    """List where the worst errors stand: of classes the wrong answers of which the model was the
-    surest, else the records of highest loss."""
+    """List the worst errors: for classes the wrong predictions with the highest confidence, else
+    the records with the highest loss."""
     if scores.confidence is not None:
         wrong = np.flatnonzero(scores.chosen != scores.gold)
         order = wrong[np.argsort(-scores.confidence[wrong], kind="stable")]
@@ -105,7 +105,8 @@ def list_worst(scores: Scores, held_out: HeldOut, labels: tuple[str, ...]) -> li
 
 
 def _reliability(scores: Scores) -> list[dict[str, float]]:
-    """Return of each bin of probability its edges, records, mean probability and share right."""
+    """Return for each bin of probability its edges, records, mean probability and share of
+    correct predictions."""
     cells = bins_of(scores).sum(axis=0)
     return [
         {

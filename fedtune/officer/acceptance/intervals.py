@@ -1,4 +1,5 @@
-"""Intervals of measures over patients, and of differences between two groups of patients.
+"""Compute intervals of measures over patients, and of differences between two groups of
+patients.
 
 A patient with several records is one draw: resamples are of patients. A share of records has no
 resamples: its interval is Clopper and Pearson's (1934), exact where each patient has one record;
@@ -34,7 +35,8 @@ class Interval(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A measure on some patients' records. weight: patients that weigh alike."""
+    """A measure on some patients' records. weight: the effective number of patients with equal
+    weight."""
 
     figure: float
     interval: Interval
@@ -44,10 +46,9 @@ class Measured(NamedTuple):
 
 
 class Sample:
-    """Some records' scores, by patient.
+    """Scores of some records, by patient.
 
-    units: of each record, which patient it is of, (n,); rows: the records that are looked at, bool
-    (n,); None: all."""
+    units: the patient of each record, (n,); rows: the selected records, bool (n,); None: all."""
 
     def __init__(self, scores: Scores, units: np.ndarray, rows: np.ndarray | None = None) -> None:
         self._scores = scores
@@ -95,7 +96,7 @@ class Sample:
         return Measured(figure, Interval(low, high), self.patients, self.records, self.patients)
 
     def bound_unseen(self, measure: Measure, level: float) -> float:
-        """Bound the share of records that are otherwise than all of these, where all of these are
+        """Bound the share of records that differ from all of these, where all of these are
         right, or all wrong; 0 of any other measure."""
         right = (self._scores.chosen == self._scores.gold)[self._rows]
         if not measure.errs or 0 < right.mean() < 1:
@@ -141,7 +142,7 @@ def clopper_pearson(share: float, n: float, level: float) -> Interval:
 
 
 class Difference(NamedTuple):
-    """A group's figure less that of all others, with its interval."""
+    """A group's figure minus that of all others, with its interval."""
 
     figure: float
     interval: Interval
@@ -177,8 +178,8 @@ def _of_shares(measure: Measure, group: Sample, others: Sample, level: float) ->
 def _exchange(
     measures: Sequence[Measure], group: Sample, others: Sample, level: float
 ) -> list[float]:
-    """Return for each measure how large a difference is, at this confidence, between as many
-    patients drawn at random from both groups and the rest."""
+    """Return for each measure how large a difference is, at this confidence, between a random
+    group of as many patients, drawn from both groups, and the rest."""
     if not measures:
         return []
     sums = [np.concatenate([group.sums(m), others.sums(m)]) for m in measures]
@@ -195,7 +196,7 @@ def _exchange(
 
 
 def _choices(n: int, size: int, draws: int) -> Iterable[Array]:
-    """Draw so often which `size` of n patients are a group: ones and zeros, block by block."""
+    """Draw many times which `size` of n patients form a group: ones and zeros, block by block."""
     few = n * draws <= 4 * BLOCK
     return [_cached_choice(n, size, draws)] if few else _choice(n, size, draws)
 

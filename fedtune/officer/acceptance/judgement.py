@@ -1,14 +1,14 @@
-"""Judge figures by what a site wrote down before: accepted, refused, or not resolved.
+"""Judge figures by the rules that a site wrote down before: accepted, refused, or not resolved.
 
 | accepted     | every figure's 95 % interval lies on the right side of its threshold          |
 | refused      | one figure's lies on the wrong side as a whole                                |
 | not resolved | neither: too few patients, or an interval on both sides                       |
 
-A group's figure is compared with that of all others by an interval at 1 - 0.05 / (comparisons), so
-that of all of them together at most one in twenty sites finds a difference where there is none
-(Bonferroni). Of fewer than `least_group` patients nothing follows, and of a measure in which
-classes count alike nothing where one of them has fewer: its figure then tells how the records were
-split, not what the model is worth."""
+A group's figure is compared with that of all others by an interval at 1 - 0.05 / (comparisons),
+so that of all of them together at most one in twenty sites finds a difference where there is
+none (Bonferroni). A group of fewer than `least_group` patients is not resolved; nor is a measure
+in which classes count equally, if one class has fewer: its figure then shows how the records
+were split, not how good the model is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BOTH = "its interval lies on both sides"
 
 @dataclass(frozen=True)
 class Judged:
-    """A figure beside its bound. of: "" of all records, else the group as "COLUMN = VALUE"."""
+    """A figure and its bound. of: "" for all records, else the group as "COLUMN = VALUE"."""
 
     measure: str
     of: str
@@ -44,7 +44,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Compared:
-    """A group beside all others, in one measure. found: whether its interval excludes no
+    """A group compared with all others, in one measure. found: whether its interval excludes no
     difference; None: not resolved, for the reason `why`."""
 
     column: str
@@ -59,7 +59,8 @@ class Compared:
 
 @dataclass(frozen=True)
 class Judgement:
-    """decision: of all that is judged; comparisons: of groups, of so many that were resolved."""
+    """The judgement of a model. decision: over all figures; comparisons: the number of group
+    comparisons that were resolved."""
 
     decision: Decision
     judged: list[Judged]
@@ -82,8 +83,8 @@ def judge(
 ) -> Judgement:
     """Judge one model's scores on a site's held-out records.
 
-    units: of each record, which patient it is of, (n,); groups: by column, each record's value;
-    labels: the classes. Errors: ConfigError (a threshold of what these records do not have)."""
+    units: the patient of each record, (n,); groups: by column, each record's value; labels: the
+    classes. Errors: ConfigError (a threshold on a figure that these records do not have)."""
     known = measures_of(scores, labels)
     named = _list_bounds(table, known)
     everybody = Sample(scores, units)
@@ -122,7 +123,7 @@ def _combine(judged: Sequence[Judged]) -> Decision:
 def _too_few(
     measure: Measure, sample: Sample, known: Mapping[str, Measure], table: AcceptanceTable
 ) -> str:
-    """Say why nothing follows from a measure of these records; "" where something may."""
+    """Return why a measure of these records cannot be resolved; "" if it can."""
     if measure.name.startswith(RECALL):
         patients = sample.of_measure(measure).patients
     else:
@@ -166,9 +167,9 @@ def _compare_groups(
     known: Mapping[str, Measure],
     named: Mapping[str, float],
 ) -> tuple[list[Compared], float]:
-    """Compare each group with all others in every measure that the site judges by; returns the
-    confidence of each interval too. In place of the calibration error, which is the larger the
-    fewer the records are, goes how much too sure the model is."""
+    """Compare each group with all others in every measure by which the site judges; return the
+    confidence of each interval too. The calibration error, which is larger for fewer records, is
+    replaced by the model's overconfidence."""
     also = [str(name) for name in table.differences if name not in named]
     measures = [known[GAP if name == "ece" else name] for name in [*named, *also]]
     rows: list[Compared] = []
@@ -205,7 +206,7 @@ def _compare_groups(
 def _judge_groups(
     table: AcceptanceTable, known: Mapping[str, Measure], compared: Sequence[Compared]
 ) -> list[Judged]:
-    """Judge how much worse each resolved group is, where the site bounds it."""
+    """Judge how much worse each resolved group is, if the site bounds it."""
     judged = []
     for row in compared:
         if row.difference is None or row.measure not in table.differences:

@@ -1,10 +1,10 @@
-"""The measures of a model on records, each a function of sums over patients.
+"""Define the measures of a model on records, each a function of sums over patients.
 
 A measure is computed from a few numbers of each record, added up over the records of a patient and
 then over patients: so a resample of patients costs one product of matrices, whatever the measure.
 
 | accuracy, exact_match, preference | share of records, as in evaluation.metrics            |
-| recall: CLASS    | share of a class's records that are taken for it                       |
+| recall: CLASS    | share of a class's records that are predicted as this class            |
 | f1               | macro F1 over the classes that occur                                   |
 | loss, perplexity | mean over records; over tokens                                         |
 | ece              | expected calibration error: over BINS equal bins of the chosen class's |
@@ -31,11 +31,13 @@ GAP = "overconfidence"
 
 @dataclass(frozen=True)
 class Measure:
-    """parts: of each record, (n, d); figure: of their sums (…, d) over some patients' records.
+    """A measure of a model.
 
-    share: a share of records: parts are (counted, 1); macro: classes count alike, however few their
-    records are; errs: it follows from which records are right, so that resamples without an error
-    say nothing of errors that were not seen."""
+    - parts: of each record, (n, d); figure: of their sums (…, d) over some patients' records
+    - share: whether it is a share of records, with parts (counted, 1)
+    - macro: whether classes count equally, however few their records are
+    - errs: whether it follows from which records are right, so that resamples without an error show
+      nothing of unseen errors"""
 
     name: str
     higher_is_better: bool
@@ -111,8 +113,8 @@ def _f1(classes: int) -> Measure:
 
 
 def bins_of(scores: Scores) -> Array:
-    """Return of each record, in the bin of its chosen class's probability, (1, that probability,
-    whether it is right), zeros in all other bins: (n, BINS, 3)."""
+    """Return for each record, in the bin of its chosen class's probability, (1, that
+    probability, whether it is right), and zeros in all other bins: (n, BINS, 3)."""
     assert scores.confidence is not None
     at = np.minimum((scores.confidence * BINS).astype(int), BINS - 1)
     cells = np.zeros((len(at), BINS, 3))

@@ -1,4 +1,5 @@
-"""Score a finished run's model on a site's held-out records, and what it is compared with."""
+"""Score a finished run's model on a site's held-out records, and the models with which it is
+compared."""
 
 from __future__ import annotations
 
@@ -25,8 +26,10 @@ BASE = "base alone"
 
 @dataclass
 class Scored:
-    """The scores of each model on the same records, MODEL first; labels: the classes or choices;
-    not_scored: models that were not, and why; cut: records of which a part was not read."""
+    """The scores of each model on the same records, MODEL first.
+
+    labels: the classes or choices; not_scored: models without scores, and why; cut: records of
+    which a part was not read."""
 
     held_out: HeldOut
     scores: dict[str, Scores]
@@ -36,7 +39,7 @@ class Scored:
 
 
 def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -> Scored:
-    """Score this run's model, its base, what public text alone gives, and the site's own model.
+    """Score this run's model, its base, the public start, and the site's own model.
 
     Errors: ConfigError, DataError, ModelError, as of evaluator_of and read_held_out."""
     read: list[HeldOut] = []

@@ -1,5 +1,5 @@
-"""Write an acceptance as one HTML page: no script, no request, for screen, phone and paper, light
-and dark."""
+"""Write an acceptance as one HTML page without scripts or requests, for screen, phone and paper,
+light and dark."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ TELLING = (
 
 
 def page(figures: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """Write the page; every text of a record's or a column's is inert."""
+    """Return the page; every text of a record or a column is escaped."""
     name = escape(f"Acceptance of {figures['study']} at {figures['site']}")
     kind = {"accepted": "accepted", "refused": "refused"}.get(figures["decision"], "open")
     content = {"sections": list(_sections(figures, record))}
@@ -79,7 +79,7 @@ def _describe_decision(figures: Mapping[str, Any]) -> str:
 
 
 def _because(figures: Mapping[str, Any]) -> str:
-    """Say in a sentence or two what decided, and what the groups show."""
+    """Describe in a sentence or two what decided, and what the groups show."""
     judged = figures["judged"]
     if figures["decision"] == "accepted":
         parts = [f"Every one of {len(judged)} figures lies on the right side of its threshold."]

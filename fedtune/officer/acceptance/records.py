@@ -1,7 +1,7 @@
-"""Read the records on which a site judges a model: those of patients it never trained on.
+"""Read the records on which a site judges a model: those of patients on whom it never trained.
 
-Guarantee: a patient who withdrew, who did not agree, or whom any study here trained on or was to
-train on, is left out with all records, and counted for the site's own page."""
+Guarantee: a patient who withdrew, who did not consent, or on whom any study here trained or was
+to train, is left out with all records, and counted for the site's own page."""
 
 from __future__ import annotations
 
@@ -33,14 +33,17 @@ WITHDREW = "withdrew"
 
 @dataclass
 class HeldOut:
-    """A site's held-out records, less whom it left out.
+    """A site's held-out records, without those that are left out.
 
-    units: of each record, which patient it is of, (n,); groups: by column, each record's value;
-    places: where each stands; left_out: patients by reason; rejected: records by reason; keyed: a
-    digest of the records under the site's salt, which tells nobody else what they are;
-    compared_by: what was compared with the records that train: "patients" or, without a patient
-    column on a side, "contents"; training_read: whether [data] was here to be compared with, beside
-    what the ledger remembers of it."""
+    - units: the patient of each record, (n,)
+    - groups: by column, each record's value
+    - places: the place of each record
+    - left_out: patients by reason; rejected: records by reason
+    - keyed: a digest of the records under the site's salt, which tells nobody else what they are
+    - compared_by: what was compared with the records that train: "patients" or, without a patient
+      column on a side, "contents"
+    - training_read: whether [data] was on this machine for the comparison, beside what the ledger
+      remembers of it"""
 
     dataset: Dataset
     units: np.ndarray
@@ -60,7 +63,8 @@ class HeldOut:
 def read_held_out(
     table: AcceptanceTable, site: Site, study: Study, network: Network, ledger: Ledger
 ) -> HeldOut:
-    """Read the records of [acceptance] as the study's model reads records, all of each patient's.
+    """Read the records of [acceptance] as the study's model reads records, all records of each
+    patient.
 
     Errors: DataError (a file or columns that cannot be used, or nobody is left), ConfigError (a
     column of groups with more than MOST_GROUPS values)."""
@@ -115,10 +119,10 @@ def _format_counts(counts: Counter[str]) -> str:
 def _left_out(records: list[Record], site: Site, ledger: Ledger, patients: bool) -> dict[str, str]:
     """Return the patients who are left out, and why.
 
-    Trained on is who stands in [data] now, or ever was a member of a dataset of this site other
-    than its [evaluation]: by the patient's key where both tables name a patient column, and by an
-    image, a recording or a text of LONG characters in any case; by a shorter record as a whole
-    where no patients can be compared."""
+    Patients count as trained on if they are in [data] now, or ever were members of a dataset of
+    this site other than its [evaluation]. They are recognised by the patient's key if both
+    tables name a patient column, and in any case by an image, a recording or a text of LONG
+    characters; if patients cannot be compared, also by a shorter record as a whole."""
     held_out = site.evaluation.name if site.evaluation else None
     tests = [ledger.member_test(name) for name in ledger.datasets if name != held_out]
     trained = set().union(*identities(site.data)) if _is_there(site) else set()
@@ -139,8 +143,8 @@ def _left_out(records: list[Record], site: Site, ledger: Ledger, patients: bool)
 
 
 def _is_there(site: Site) -> bool:
-    """Return whether this site has records of [data] on this machine now: one that only judges a
-    model, or has deleted what it trained on, has none."""
+    """Return whether this site has records of [data] on this machine now: a site that only
+    judges a model, or has deleted its training data, has none."""
     return bool(site.data.url) or Path(site.data.path).exists()
 
 
@@ -150,14 +154,14 @@ def _measure_longest(record: Record) -> int:
 
 
 def _digest_records(records: list[Record], ledger: Ledger) -> str:
-    """Digest whose records these are and what they say, under the site's salt."""
+    """Compute a digest of the records' patients and contents, under the site's salt."""
     each = sorted(hashlib.sha256(r.unit.encode() + b"\0" + content_of(r)).digest() for r in records)
     return ledger.hashed(b"acceptance\0" + hashlib.sha256(b"".join(each)).digest())
 
 
 def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, list[str]]:
-    """Read the columns of groups beside the records. Errors: DataError (a column that is not
-    there), ConfigError (too many values)."""
+    """Read the columns of groups beside the records. Errors: DataError (a column that does not
+    exist), ConfigError (too many values)."""
     if not table.groups:
         return {}
     return groups_at(
@@ -171,7 +175,7 @@ def _groups(table: AcceptanceTable, places: list[Place | None]) -> dict[str, lis
 
 
 def _value(table: AcceptanceTable, column: str, cell: object) -> str:
-    """Name a row's group in one column: its value, or the band that its number is in."""
+    """Return the name of a row's group in one column: its value, or the band of its number."""
     text, edges = group_of(cell), table.bands.get(column)
     if not edges or text == MISSING:
         return text
