@@ -1,4 +1,5 @@
-"""Write three hospitals whose desks change: records before, records after, and the study over them.
+"""Write three hospitals whose desks change: records before, records after, and the study on
+them.
 
     study.toml                    the public plan: a [schedule] and no last round
     sites/<name>/site.toml        one hospital's own file
@@ -63,13 +64,13 @@ def write(folder: Path, seed: int = 0, patients: float = 1.0) -> Path:
 
 
 def moved(desks: Desks, rng: random.Random) -> Desks:
-    """The same desks with MOVED departments each at the next one's."""
+    """Return the same desks with MOVED departments each moved to the next one's desk."""
     who = rng.sample(NINE, MOVED)
     return desks | {name: desks[who[(n + 1) % MOVED]] for n, name in enumerate(who)}
 
 
 def _records(hospital: Hospital, first: int, count: int, desks: Desks, rng: random.Random) -> Rows:
-    """One note of each of `count` patients, numbered from `first`."""
+    """Return one note for each of `count` patients, numbered from `first`."""
     rows: Rows = []
     for number in range(first, first + count):
         from_own_departments = rng.random() < OWN_SHARE
@@ -79,7 +80,7 @@ def _records(hospital: Hospital, first: int, count: int, desks: Desks, rng: rand
 
 
 def _public(desks: Desks, rng: random.Random) -> Rows:
-    """The same notes whatever the desks."""
+    """Return the same notes whatever the desks."""
     rows: Rows = []
     for i in range(EVALUATED):
         hospital = HOSPITALS[i % len(HOSPITALS)]

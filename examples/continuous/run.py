@@ -52,7 +52,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
 
 
 def _released(version: Version) -> float:
-    """The metric of the adapter in use after the decision about `version`."""
+    """Return the metric of the adapter in use after the decision about `version`."""
     value = version.value if version.decision == "released" else version.champion_value
     assert value is not None
     return value

@@ -1,1 +1,1 @@
-"""FSDD: four speakers, ten digits."""
+"""FSDD: recordings of ten digits by four speakers."""

@@ -1,4 +1,4 @@
-"""Whisper tiny.en with its window cut to the first seconds: digits are short.
+"""Build Whisper tiny.en with its window cut to the first seconds, since digits are short.
 
     python -m examples.fsdd.base --out bases/whisper-tiny-en
 
@@ -24,7 +24,7 @@ WEIGHTS = "model.safetensors"
 
 
 def write(out: Path, seconds: int = 2) -> Path:
-    """The base's folder."""
+    """Write the base, and return its folder."""
     whole = find_base(WHOLE).path
     shutil.copytree(whole, out, dirs_exist_ok=True)
     state = load_file(whole / WEIGHTS)

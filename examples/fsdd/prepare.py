@@ -86,7 +86,8 @@ def study(arm: str, seed: int, base: Path = BASE) -> Table:
 
 
 def write(data: Path, out: Path, seed: int, base: Path = BASE) -> list[Path]:
-    """The study over the recordings that data/train.jsonl lists; the strict site files."""
+    """Write the study over the recordings that data/train.jsonl lists; return the strict site
+    files."""
     rng, first = np.random.default_rng(seed), np.random.default_rng(FIRST)
     takes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in read_jsonl(data / "train.jsonl"):
@@ -112,7 +113,7 @@ def write(data: Path, out: Path, seed: int, base: Path = BASE) -> list[Path]:
 
 
 def _taken(row: dict[str, Any], data: Path, to: Path) -> dict[str, Any]:
-    """The row with its recording copied beside it."""
+    """Return the row with its recording copied beside it."""
     path = to / row["audio"]
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(data / row["audio"], path)
@@ -120,7 +121,7 @@ def _taken(row: dict[str, Any], data: Path, to: Path) -> dict[str, Any]:
 
 
 def _spoken(folder: Path) -> list[dict[str, Any]]:
-    """Digits by espeak-ng, which has never heard anybody of this set."""
+    """Synthesise digits with espeak-ng, which has no recording of this set."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, voice in enumerate(VOICES):
@@ -138,7 +139,7 @@ def _spoken(folder: Path) -> list[dict[str, Any]]:
 
 
 def _site(out: Path, name: str) -> Path:
-    """Both site files of one site; the path of the strict one."""
+    """Write both site files of one site; return the path of the strict one."""
     table: Table = {
         "site": {"name": name, "declared_size": DECLARED},
         "data": {"path": "train.jsonl", "columns": COLUMNS},

@@ -1,4 +1,4 @@
-"""Hold patients of the demo's hospitals back, and ask about them privately after the last round.
+"""Hold patients of the demo's hospitals back, and query them privately after the last round.
 
 python -m examples.hospitals.held_out --out DIR [--patients 30] [--sigma 2]
 

@@ -152,13 +152,13 @@ TUNING["epsilon-3"] += [
 
 
 def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:
-    """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
+    """Build the plan of one arm; `evaluation` names the held-out file, None leaves it out."""
     held_out = {"path": evaluation} if evaluation else None
     return merged(merged(STUDY, ARMS[arm]), {"study": {"seed": seed}, "evaluation": held_out})
 
 
 def write(data: Path, public: Path, out: Path, seed: int) -> list[Path]:
-    """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
+    """Write everything under `out`; return the site files. The same seed writes the same bytes."""
     held_out: dict[str, list[Table]] = {"test": [], "validation": []}
     sites = []
     by_document = _by_document(read_jsonl(data))
@@ -217,7 +217,7 @@ def _rows(document: str, rows: list[Table], rng: random.Random) -> list[Table]:
 
 
 def _site(out: Path, source: str) -> Path:
-    """Both site files of one source; the path of the strict one."""
+    """Write both site files of one source; return the path of the strict one."""
     columns = {"prompt": "question", "completion": "answer", "patient": "document"}
     table: Table = {
         "site": {"name": source, "declared_size": DOCUMENTS[source]},

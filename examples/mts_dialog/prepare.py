@@ -157,13 +157,13 @@ TUNING: dict[str, list[Table]] = {
 
 
 def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:
-    """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
+    """Build the plan of one arm; `evaluation` names the held-out file, None leaves it out."""
     held_out = {"path": evaluation} if evaluation else None
     return merged(merged(STUDY, ARMS[arm]), {"study": {"seed": seed}, "evaluation": held_out})
 
 
 def write(data: Path, out: Path, seed: int) -> list[Path]:
-    """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
+    """Write everything under `out`; return the site files. The same seed writes the same bytes."""
     all_rows = [{key: row[key] for key in ("dialogue", "section")} for row in read_jsonl(data)]
     rng, first = np.random.default_rng([seed, 20]), np.random.default_rng([FIRST, 20])
     test = first.permutation(len(all_rows))[: round(len(all_rows) * TEST / 1501)].tolist()
@@ -190,7 +190,7 @@ def write(data: Path, out: Path, seed: int) -> list[Path]:
 
 
 def _site(out: Path, name: str) -> Path:
-    """Both site files of one site; the path of the strict one."""
+    """Write both site files of one site; return the path of the strict one."""
     table: Table = {
         "site": {"name": name, "declared_size": DECLARED},
         "data": {"path": "train.jsonl", "columns": {"text": "dialogue", "label": "section"}},

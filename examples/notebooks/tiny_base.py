@@ -1,4 +1,4 @@
-"""An encoder small enough for a notebook: two layers, random weights, bytes as tokens.
+"""Build an encoder small enough for a notebook: two layers, random weights, bytes as tokens.
 
 It knows no language. What a run learns of the notebooks' notes is theirs alone."""
 
@@ -14,7 +14,8 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 
 
 def write(folder: Path | str) -> Path:
-    """Write the base as a transformers folder; the same weights each time. Returns the folder."""
+    """Write the base as a transformers folder, with the same weights each time. Returns the
+    folder."""
     folder = Path(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {word: number for number, word in enumerate([*SPECIAL.values(), *letters])}

@@ -1,4 +1,4 @@
-"""An OMOP database of three hospitals with invented notes, and a site file for each."""
+"""Write an OMOP database of three hospitals with invented notes, and a site file for each."""
 
 from __future__ import annotations
 

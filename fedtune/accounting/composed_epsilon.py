@@ -117,8 +117,9 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
     the same site ran there, or else for the worst of the sites that may share people with it. ε
     by PLD at the smallest of the parents' δ; the weakest of their units. disjoint: the caller
     states that no person is in two parents. If sites of a parent shared noise, a second ε is
-    composed from each site's own noise alone. Guarantee: at least the ε of everything that any
-    one person, at any one site, took part in."""
+    composed from each site's own noise alone.
+    Guarantee: at least the ε of everything that any one person, at any one site, took part
+    in."""
     by_parent = [shares(report, number) for number, report in enumerate(reports)]
     privacy = [report["privacy"] for report in reports]
     delta = min(float(p["delta"]) for p in privacy)

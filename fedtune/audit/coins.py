@@ -64,9 +64,9 @@ def one_run(
     ones as its cap allows. The attacker sees every update that leaves the site and knows all
     canaries; the optimiser is SGD with one local step, so that nothing of the noised sum is lost
     (what any optimiser makes of it is post-processing), and C is a quarter of the canaries'
-    median gradient, so that all are clipped (ε does not depend on C). Guarantee: reads no
-    record; a right loop gives ceiling > claimed with probability below 10⁻³. Reference: Steinke,
-    Nasr & Jagielski 2023, "Privacy auditing with one (1) training run"."""
+    median gradient, so that all are clipped (ε does not depend on C).
+    Guarantee: reads no record; a right loop gives ceiling > claimed with probability below 10⁻³.
+    Reference: Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run"."""
     network = network or tiny_network(study, find_base(study.base.model, study.base.digest))
     start = network.trainable()
     canaries = max(2, min(canaries, sum(a.size for a in start.values()) // 2))

@@ -55,9 +55,11 @@ class RoundsPace:
             self._once, self._known = self._once + now - self._once_since, True
 
     def end_round(self, left: int, now: float) -> float | None:
-        """Note that a round has ended. Return the seconds that the `left` remaining rounds take
-        at the average time so far; None if none is left, or after the first round alone, unless
-        the time of its one-off work is known, as it is where the sites work in this process."""
+        """Note that a round has ended. Return the seconds that the `left` remaining rounds take at
+        the average time so far; None if none is left.
+
+        After the first round alone the result is None too, unless the time of its one-off work is
+        known, which it is if the sites work in this process."""
         if self._began is None:
             return None
         if not self._known:

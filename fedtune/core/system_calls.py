@@ -1,8 +1,9 @@
 """List Linux's system calls by name, and which of them each kind of process may make.
 
-vault every call but NEVER; sockets of some families alone courier OF_COURIER, and no other: a
-call that is not listed is refused, also calls that a newer Linux has conversion COMPUTING, and
-no other
+    vault       every call but NEVER; sockets of some families alone
+    courier     OF_COURIER, and no other: a call that is not listed is refused, also calls that a
+                newer Linux has
+    conversion  COMPUTING, and no other
 
 A filter reads a call's number and the lower half of its arguments (linux/seccomp.h), never what a
 pointer leads to. `Lines` are of linux/filter.h: (code, jump if true, jump if false, constant).

@@ -117,7 +117,7 @@ def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
 
 
 def _try_to_read(site: Site) -> isolation.Confinement:
-    """Try to read the site's private files; those that can be read are listed as missing from
+    """Try to read the site's private files; each file that can be read is listed in `missing` of
     the confinement."""
     reached = []
     for path in list_private(site):

@@ -1,7 +1,7 @@
 """Read and write statements in which sites report their decision about a model: accepted,
 refused or not resolved, and no more.
 
-RUN/told/*.json statements that a coordinator received and put there
+    RUN/told/*.json    statements that a coordinator received and put there
 
 A statement names site, plan and model, and is signed by the key that signed the site's updates.
 It holds no figure, no threshold and no number of patients. If a site has no statement, nobody

@@ -27,9 +27,9 @@ class InProcessGrid(Grid):
     """Each site file is a node; its ClientApp is called when its reply is pulled.
 
     Messages in both directions go through Flower's wire format, so what passes here passes on
-    the network. `bytes_down` and `bytes_up` count them by node, metadata included. Guarantee: at
-    most one reply is held at a time; an exception in the ClientApp becomes an error reply that
-    names only its class (and a FedtuneError's own message).
+    the network. `bytes_down` and `bytes_up` count them by node, metadata included.
+    Guarantee: at most one reply is held at a time; an exception in the ClientApp becomes an error
+    reply that names only its class (and a FedtuneError's own message).
     """
 
     def __init__(

@@ -247,11 +247,12 @@ def now() -> str:
 class JsonLog:
     """Appends each event to `path`, readable by this user alone; usable as `on_event`.
 
-    Events of SCREEN, steps of a progress bar among them, are left out. Guarantee: a site's log
-    takes space of its disk, or gives some back, only while no order is answered: at its first
-    event, and where it moves aside. A site's half on the network decides when events are logged,
-    and how many; in the middle of an order the space would be the ledger's. A line without space
-    is left out, and if the disk does not have the space there is no log."""
+    Events of SCREEN, steps of a progress bar among them, are left out.
+    Guarantee: a site's log takes space of its disk, or gives some back, only while no order is
+    answered: at its first event, and where it moves aside. A site's half on the network decides
+    when events are logged, and how many; in the middle of an order the space would be the
+    ledger's. A line without space is left out, and if the disk does not have the space there is
+    no log."""
 
     def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
         self.path, self._role = path, role

@@ -167,8 +167,8 @@ class LedgerFigures:
     | no ledger yet           | readable 1, nothing spent                     |
     | a ledger not believed   | readable 0, and no figure that could be wrong |
 
-    Guarantee: a scrape reads no ledger. The half of a site on the network may scrape as often as
-    it likes; the time of a reading would reveal to it that the ledger has one more entry."""
+    Guarantee: a scrape reads nothing. The half of a site on the network may scrape as often as it
+    likes; the time of a reading would reveal to it that the ledger has one more entry."""
 
     def __init__(self, site: Path) -> None:
         self._path, self._mutex = site, threading.Lock()

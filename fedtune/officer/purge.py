@@ -2,8 +2,9 @@
 
 Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and
 the site's enrolment need; nor files that fedtune did not write, which are listed for a person to
-decide. Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent
-again: if its round is ordered again, it is trained and charged again.
+decide.
+Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
+round is ordered again, it is trained and charged again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Task "answer": LoRA on the last blocks of a small language model, trained for one round to
-answer questions.
+"""Task "answer": train LoRA on the last blocks of a small language model, in one round, to answer
+questions.
 
 Measured on MedQuAD (docs/quality.md)."""
 

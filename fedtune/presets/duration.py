@@ -1,10 +1,10 @@
 """Estimate how long a study takes on this machine, before it starts: from its plan, its public
 records and a measurement of a fifth of a second.
 
-The time goes into products of matrices: each record once through the frozen layers, then through
-those above the cut, forward or with a gradient. How many products that takes follows from the base,
-and how many a second this machine computes just now is measured. It is an estimate, for a person
-who decides whether to wait."""
+Matrix products take most of the time: each record passes once through the frozen layers, then
+through those above the cut, forward or with a gradient. Their number follows from the base, and
+the number per second on this machine is measured. The result is an estimate, for a person who
+decides whether to wait."""
 
 from __future__ import annotations
 

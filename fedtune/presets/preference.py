@@ -1,5 +1,5 @@
-"""Task "preference": LoRA by ORPO learns the better of two answers, and its loss also keeps the
-better answer likely.
+"""Task "preference": train LoRA by ORPO to prefer the better of two answers; its loss also keeps
+the better answer likely.
 
 Measured (docs/quality.md)."""
 

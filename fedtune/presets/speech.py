@@ -1,4 +1,4 @@
-"""Task "speech": LoRA in Whisper's decoder transcribes recordings."""
+"""Task "speech": train LoRA in Whisper's decoder to transcribe recordings."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Task "vision": LoRA in the language part of a base that reads images answers questions about
-them."""
+"""Task "vision": train LoRA in the language part of a base that reads images, to answer
+questions about them."""
 
 from __future__ import annotations
 

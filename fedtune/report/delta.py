@@ -1,7 +1,7 @@
 """Explain δ in words: how often, at worst, the promise of ε does not hold for somebody.
 
-An (ε, δ) guarantee allows a mechanism that lays one unit's records open with probability δ and
-keeps ε else; of n units, one of them is laid open with probability up to n · δ."""
+An (ε, δ) guarantee allows a mechanism that reveals one unit's records with probability δ and
+keeps ε otherwise; among n units, one of them is revealed with probability up to n · δ."""
 
 from __future__ import annotations
 

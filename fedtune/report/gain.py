@@ -64,9 +64,9 @@ def is_start_released(quality: dict[str, Any]) -> bool:
 
 
 def choose_better(gain: float, unseen: float = 0.0) -> str:
-    """Return which model the rule selection.release = "better" releases: TRAINED, unless the start
-    is better on the records that decide, and would be even if the trained model were right about
-    every unit of the classes that these records lack.
+    """Return the model that the rule selection.release = "better" releases: TRAINED, unless the
+    start is better on the records that decide, and would be even if the trained model were right
+    about every unit of the classes that these records lack.
 
     gain: of the metric, above 0 where the trained model is better; unseen: the share of units in
     those classes.

@@ -365,7 +365,7 @@ def _setting(value: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """Write a value of a report for people: no brackets of a programming language."""
+    """Write a value of a report for people, without brackets or quotes."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {_words(item)}" for name, item in sorted(value.items()))
     return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)

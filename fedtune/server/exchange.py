@@ -56,9 +56,10 @@ def ask(
     """Send each node its content and yield exactly one Reply per node, as they arrive.
 
     most: bytes that an answer may have. A node is identified by the message that it answers,
-    never by the answer's content. Guarantee: at most one reply is held, of at most `most` bytes;
-    a reply that is longer, cannot be read or is never complete counts as a failure of that node
-    alone, and no other waits for it. Errors: InfrastructureError if the grid fails.
+    never by the answer's content.
+    Guarantee: at most one reply is held, of at most `most` bytes; a reply that is longer, cannot be
+    read or is never complete counts as a failure of that node alone, and no other waits for it.
+    Errors: InfrastructureError if the grid fails.
     """
     try:
         waiting: dict[int, replies.Answer] = {}

@@ -184,7 +184,8 @@ class SiteData(DataFile):
 
     @property
     def kept_values(self) -> dict[str, tuple[str, ...]]:
-        """The filter's values by column, in the form in which keys are compared: "7" for 7."""
+        """Return the filter's values by column, in the form in which keys are compared: 7
+        becomes "7"."""
         listed = {
             column: value if isinstance(value, tuple) else (value,)
             for column, value in self.filter.items()

@@ -65,10 +65,10 @@ def placed_rows(
     columns that were met. Errors: DataError for a path that is missing or of another kind; if
     strict also for a single file that is unreadable, for CSV that is not well-formed, and for a
     column that `keys` names and no file has. Only `where` is named: a file inside a folder may
-    bear a patient's name. Guarantee: if not strict, what is said of a row follows from that row
-    alone, in CSV from a well-formed file's; a file that cannot be read is one rejected row. A
-    MemoryError ends the reading: it is not the fault of one row or file, since it depends on
-    what is held of others.
+    bear a patient's name.
+    Guarantee: if not strict, what is said of a row follows from that row alone, in CSV from a
+    well-formed file's; a file that cannot be read is one rejected row. A MemoryError ends the
+    reading: it is not the fault of one row or file, since it depends on what is held of others.
     """
     names = names or Names(where, keys)
     if isinstance(source, Collection):

@@ -221,9 +221,9 @@ def load_dataset(
     a teacher's targets for one record. [public], [selection] and [evaluation] of a study hold no
     private records: their unit is the record. A site's own held-out records are private, and
     their unit is the study's. Errors: DataError for a path or a format that cannot be used; if
-    strict, also as in `rows`, and if fewer than two units are left. Guarantee: if not strict,
-    what a unit trains on, and whether, depends on its own rows and its own history alone
-    (UnitReader): adding or removing a unit changes nothing of the others."""
+    strict, also as in `rows`, and if fewer than two units are left.
+    Guarantee: if not strict, what a unit trains on, and whether, depends on its own rows and its
+    own history alone (UnitReader): adding or removing a unit changes nothing of the others."""
     table = table_of(file)
     record_format = check_columns(file, study, tokenizer, labelled, reader)
     unit = study.unit if table == "data" else "record"

@@ -55,8 +55,8 @@ class Record:
     | label alone, beside image or audio | label |
 
     media: the file that image or audio names; place: its place in the file, for the site's own
-    screen; groups: groups of a held-out record, as for Example. Guarantee: repr shows neither
-    content nor the unit's key."""
+    screen; groups: groups of a held-out record, as for Example.
+    Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
     prompt: str = ""
@@ -136,8 +136,8 @@ def read_records(
     the unit is the record, its key is its content and, among several with the same content, its
     number among them: a row number would change when another row is added or removed. Errors:
     DataError as in `rows`, and if strict when the file holds no record; ConfigError if a site
-    names a source that is not installed, or options that it does not have. Guarantee: if not
-    strict, a record is made of its own row alone, whatever the others are."""
+    names a source that is not installed, or options that it does not have.
+    Guarantee: if not strict, a record is made of its own row alone, whatever the others are."""
     read = read_file(file, unit=unit, labelled=labelled, strict=strict)
     return read.records, read.rejected
 

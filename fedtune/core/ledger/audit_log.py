@@ -81,8 +81,8 @@ class Verified:
 
 
 def login() -> str:
-    """Return the name of the user as whom the operating system runs this process; no variable
-    changes it."""
+    """Return the name of the user whose process this is, as the operating system reports it; no
+    variable changes it."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # as in a container without a password file

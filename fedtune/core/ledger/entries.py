@@ -49,7 +49,8 @@ class Charge:
 
     @classmethod
     def read(cls, fields: Mapping[str, Any]) -> Charge:
-        """Read a charge from a ledger entry; one without rules predates them: version 1."""
+        """Read a charge from a ledger entry; an entry without `rules` was written before they
+        existed: version 1."""
         return cls(**{"rules": 1, **fields})
 
     def fields(self) -> dict[str, Any]:

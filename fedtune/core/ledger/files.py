@@ -219,8 +219,8 @@ def outbox_prefix(digest: str) -> str:
 
 
 def newer_name(new: Path, old: Path) -> Path:
-    """Return `new`, or `old`, the name that an earlier release gave the file, if only that one
-    exists."""
+    """Return `new`, or `old` if only a file with that name exists: an earlier release named the
+    file so."""
     return old if old.exists() and not new.exists() else new
 
 

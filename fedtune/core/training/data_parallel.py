@@ -34,9 +34,10 @@ class Group:
     socket_path: in a folder that only this user can open; rank 0 creates it and the others
     connect to it; timeout: seconds to wait for the others in each exchange (None: for ever);
     check_alive: called while rank 0 waits for the others to connect, and raises if one of them
-    has ended. Guarantee: no other user of this machine joins, reads or sends: the folder's
-    permissions keep them out, and the kernel reports the user of the connecting process. Errors,
-    of every method: InfrastructureError where another process is gone or silent."""
+    has ended.
+    Guarantee: no other user of this machine joins, reads or sends: the folder's permissions keep
+    them out, and the kernel reports the user of the connecting process. Errors, of every method:
+    InfrastructureError where another process is gone or silent."""
 
     def __init__(
         self,

@@ -30,11 +30,11 @@ class Budget:
 
     policy: the site's policy, as its file is now; plan: of a study's training, or of its
     queries; charges: all that count against the dataset, or for a plan without a last round
-    against one cohort, in the ledger's order. Guarantee: while `check` passes before every
-    charge, all that was released from the dataset is (policy.max_epsilon, 2 ·
-    policy.max_delta)-DP under the assumption of secure aggregation where studies have it, and
-    (policy.max_fallback_epsilon, 2 · policy.max_delta)-DP without, whatever the choice of
-    studies depended on; see `fedtune.core.dp.filter`."""
+    against one cohort, in the ledger's order.
+    Guarantee: while `check` passes before every charge, all that was released from the dataset
+    is (policy.max_epsilon, 2 · policy.max_delta)-DP under the assumption of secure aggregation
+    where studies have it, and (policy.max_fallback_epsilon, 2 · policy.max_delta)-DP without,
+    whatever the choice of studies depended on; see `fedtune.core.dp.filter`."""
 
     policy: PolicyTable
     plan: DpPlan

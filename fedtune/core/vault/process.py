@@ -56,7 +56,8 @@ def confine(site: Site, processes: int) -> isolation.Confinement:
 
 
 def _try_networks() -> isolation.Confinement:
-    """Try to reach a network; what works is listed as missing from the confinement."""
+    """Try to reach a network; each one that can be reached is listed in `missing` of the
+    confinement."""
     reached = []
     for family, where in ((socket.AF_INET, ("127.0.0.1", 9)), (socket.AF_INET6, ("::1", 9))):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -1,8 +1,8 @@
 """Judge a finished model at a site, and store the decision: page, figures, and a signed record.
 
-STATE/acceptance/TIME/record.json the decision, its rules, and the model and records concerned
-STATE/acceptance/TIME/figures.json every figure, and where the worst errors stand
-STATE/acceptance/TIME/page.html the same to be read and printed
+    STATE/acceptance/TIME/record.json    the decision, its rules, and the model and records
+    STATE/acceptance/TIME/figures.json   every figure, and where the worst errors stand
+    STATE/acceptance/TIME/page.html      the same to be read and printed
 
 Only this site's user can read them (0600). The record is signed by the site's key; the audit log
 holds its sha256, and no figure. Guarantee: nothing that a site sends, or packs to be sent, reads

@@ -75,9 +75,9 @@ class Names:
 
     @property
     def listed(self) -> list[str]:
-        """List the column names that a message may show: those of a header; and keys without a
-        space that half of several records have, or that stand beside a requested key: a key with
-        a space may be a person's name."""
+        """List the column names that a message may show: those of a header, and keys of JSON
+        records without a space (a key with a space may be a person's name) that half of several
+        records have, or that stand beside a requested key."""
         common = self.common
         if self.objects < FEW and not is_header(common, self.keys):
             common = []

@@ -35,13 +35,14 @@ Cells = tuple[Cell, ...]
 
 @dataclass(frozen=True)
 class Sql(Collection):
-    """The rows of one table, read in one transaction that can write nothing. Of another table,
-    `join`, columns may be added, by the column `on` of both, and of the same patient's rows alone.
+    """The rows of one table, read in one transaction that can write nothing. Columns of another
+    table, `join`, may be added by the column `on` of both tables, but only from the same
+    patient's rows.
 
-    view: `table` is a view; query: a query in place of a table. Either may make one patient's rows
-    depend on another's, so both are outside the guarantee (policy.allow_free_query).
-    password_file, password_env: where PostgreSQL's password is, if not in ~/.pgpass. All rows are
-    sorted by what they hold: no order of the database's is left in them."""
+    view: `table` is a view; query: a query in place of a table. Either may make one patient's
+    rows depend on another's, so both are outside the guarantee (policy.allow_free_query).
+    password_file, password_env: where PostgreSQL's password is, if not in ~/.pgpass. All rows
+    are sorted by content, so that nothing of the database's order is left."""
 
     url: str = ""
     table: str = ""
