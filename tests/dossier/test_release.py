@@ -117,7 +117,7 @@ def test_what_only_people_can_say_is_a_blank_until_they_say_it(
     with pytest.raises(ConfigError, match="no_such"):
         read_details(file)
     file.write_text("contact = 7\n")
-    with pytest.raises(ConfigError, match="contact is no text"):
+    with pytest.raises(ConfigError, match="contact is not a text"):
         read_details(file)
     with pytest.raises(InputError, match="no such file"):
         read_details(tmp_path / "none.toml")
