@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.core.config import Site
-from fedtune.core.files.room import LEDGER, Room
+from fedtune.core.files.room import BLOCK, LEDGER, Room
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.public.start import Start, start
 from tests.dp.conftest import study
@@ -43,7 +43,8 @@ def make_site(folder: Path, policy: dict[str, object] | None = None, **columns: 
 def room_of(site: Site) -> int:
     """Return the length that the file beside a site's ledger has to have now."""
     room = Room(site.site.state, site.site.declared_size)
-    return room.size - (site.site.state / LEDGER).stat().st_size
+    files = [site.site.state / LEDGER, *site.site.state.glob("audit*.jsonl")]
+    return room.size - sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in files)
 
 
 def begun(base: Path, **changes: object) -> Start:

@@ -31,7 +31,7 @@ def test_so_many_studies_are_under_way_at_most(
     plans = [begun(tiny_base).study.changed(study={"name": f"s{n}"}) for n in range(3)]
     assert [asked(place, plan)[0] for plan in plans[:2]] == ["admitted"] * 2
     status, reason = asked(place, plans[2])
-    assert status == "refused" and "too many studies are under way" in reason
+    assert status == "refused" and "too many studies are running" in reason
     assert asked(place, plans[0])[0] == "admitted"
     assert len(studies.under_way(site.site.state)) == 2
     studies.end(site.site.state, plans[1].digest)

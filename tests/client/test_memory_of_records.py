@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.core.data.load import REMEMBERED
-from fedtune.core.files.room import ROOM, Room
-from fedtune.core.ledger.ledger import MEMBER_BYTES
+from fedtune.core.files.room import LEDGER, ROOM, Room
+from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, NoRoom
 from fedtune.core.vault.reading import OF_COUNTS
 from fedtune.core.vault.worker import SiteWorker
 from tests.client.site_kit import begun, make_site, notes, room_of
@@ -96,3 +99,51 @@ def test_a_disk_without_room_for_who_takes_part_is_noise_alone(
             read = worker.data_in_study(made.study, network, worker.site.data)
         assert read.dataset.n_units == 0 and "records" not in worker._cached
         assert not worker.ledger.charges("records")
+
+
+def test_texts_that_do_not_fit_take_nothing_else_with_them(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk said that it has space for them, and then it has not."""
+    made, honest = begun(tiny_base), Ledger.declare
+    notes(tmp_path)
+    worker = SiteWorker(make_site(tmp_path, patient="who"))
+
+    def declare(ledger: Ledger, *given: Any) -> None:
+        if any(member not in trained for member in given[3]):
+            raise NoRoom("the disk is full")
+        honest(ledger, *given)
+
+    assert worker.prepare(made.study, made.frozen).admitted
+    network = worker._prepared[made.study.digest].network
+    trained = worker._read(made.study, network, worker.site.data).trained
+    monkeypatch.setattr(Ledger, "declare", declare)
+    read = worker.data_in_study(made.study, network, worker.site.data).dataset
+    known = worker.ledger.member_test("records")
+    assert read.n_units == 12 and trained and all(map(known, trained))
+    assert not all(map(known, read.members))
+
+
+@pytest.mark.parametrize("lends_its_length", [True, False])
+def test_a_long_ledger_remembers_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lends_its_length: bool
+) -> None:
+    """Each new member changes another of its pages, and the journal takes them whole. Twin: a room
+    that lends 8 KiB for each unit and a mebibyte."""
+    if not lends_its_length:
+        monkeypatch.setattr(Room, "of_an_answer", 2**20 + 20 * 8 * 2**10)
+    with disk(tmp_path / "disk", megabytes=32) as small:
+        room = Room(small.path / "state", 20)
+        ledger, text = (
+            Ledger(room.folder, room),
+            (number.to_bytes(8) for number in itertools.count()),
+        )
+        while (room.folder / LEDGER).stat().st_size < room.of_the_ledger - 2**20:
+            ledger.declare("records", (), None, itertools.islice(text, 5_000))
+        with room.give_up():
+            pass
+        with small.with_room_for(0), room.give_up():
+            new = list(itertools.islice(text, 20 * (REMEMBERED + 1)))
+            with contextlib.suppress(NoRoom):
+                ledger.declare("records", (), None, new)
+        assert all(map(ledger.member_test("records"), new)) is lends_its_length

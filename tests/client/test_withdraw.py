@@ -18,7 +18,7 @@ from fedtune.cli.main import app
 from fedtune.core.config import load_site
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import InputError
-from fedtune.core.files.room import LEDGER, Room
+from fedtune.core.files.room import Room
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import canonical
 from fedtune.officer import withdraw as withdrawals
@@ -185,7 +185,7 @@ def test_a_withdrawal_takes_no_space_beside_the_ledgers_room(
     withdrawal, nor does which later order finds the disk full. Twin: a room that makes up for the
     ledger's length alone."""
     if not made_up_for:
-        monkeypatch.setattr("fedtune.core.files.room.GROWS", (LEDGER,))
+        monkeypatch.setattr(Room, "_blocks", lambda *_: 0)
     with disk(world / "disk", megabytes=24) as small:
         state = small.path / "state"
         Path("site.toml").write_text(SITE.replace('"state"', f'"{state}"'))

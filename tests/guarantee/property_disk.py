@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.core.files import room
 from fedtune.core.ledger import chain
 from fedtune.core.models.prefix_store import PREFIX_STORE
 from tests.guarantee.property_plans import Disk
@@ -40,6 +41,7 @@ class LimitedDisk:
             return
         PREFIX_STORE._file = None  # another world's states may be in it still
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(room, "BLOCK", 1)  # a file takes as many bytes here as it is long
             patch.setattr(os, "pwrite", self._pwrite(os.pwrite))
             patch.setattr(os, "write", self._write(os.write))
             patch.setattr(os, "posix_fallocate", self._allocate(os.posix_fallocate))

@@ -152,8 +152,22 @@ MUTANTS = (
         "more is remembered than the room holds, so that free space decides what is",
     ),
     one(
+        "resources", "texts-take-what-is-remembered-with-them", SITE,
+        "            if members == dataset.trained:\n", "            if True:\n",
+        "tests/client/test_memory_of_records.py::"
+        "test_texts_that_do_not_fit_take_nothing_else_with_them",
+        "one patient's new texts decide whether anybody trains",
+    ),
+    one(
+        "resources", "the-room-lends-nothing-for-the-journal", "fedtune/core/files/room.py",
+        "OF_MEMBERS * self.declared_size + self.of_the_ledger\n",
+        "OF_MEMBERS * self.declared_size\n",
+        "tests/client/test_memory_of_records.py::test_a_long_ledger_remembers_on_a_full_disk",
+        "how long a ledger is decides whether anybody trains",
+    ),
+    one(
         "resources", "a-room-of-one-length", "fedtune/core/files/room.py",
-        "return min(grown, self.of_the_ledger)\n", "return 0\n",
+        "min(_length(self.folder / LEDGER), self.of_the_ledger)\n", "0\n",
         "tests/test_room.py::"
         "test_what_the_disk_has_space_for_does_not_follow_from_the_ledger[True]",
         "on a full disk the ledger's own growth decides what is remembered of whom",
@@ -168,8 +182,7 @@ MUTANTS = (
     ),
     one(
         "resources", "the-room-does-not-make-up-for-receipts", "fedtune/core/files/room.py",
-        'GROWS = (LEDGER, "audit.jsonl", "audit-*.jsonl", "withdrawals/*.json")',
-        "GROWS = (LEDGER,)",
+        "            + min(self._blocks(RECEIPTS), self.of_receipts)\n", "",
         "tests/client/test_withdraw.py::"
         "test_a_withdrawal_takes_no_space_beside_the_ledgers_room",
         "on a full disk the next order is not answered once somebody withdrew",

@@ -27,9 +27,10 @@ ORDERS = "orders.lock"  # held while an order is answered
 LEDGER = "ledger.db"
 ROUNDS = 2048  # that a ledger pays for in its life, where its site does not say otherwise
 OF_A_ROUND = 4 * 2**10  # bytes of all entries that one round makes, at most
-OF_A_UNIT = 2 * 8 * 2**10  # what a ledger remembers of it; its receipt, should it withdraw
+OF_MEMBERS = 8 * 2**10  # bytes of what a ledger remembers of a unit's records
+OF_A_WITHDRAWAL = 4 * 2**10  # bytes of its receipt; and again of its entry in the audit log
 BLOCK = 4096  # bytes of a disk that a file takes at once
-GROWS = (LEDGER, "audit.jsonl", "audit-*.jsonl", "withdrawals/*.json")  # with a site's records
+RECEIPTS, AUDIT = ("withdrawals/*.json",), ("audit.jsonl", "audit-*.jsonl")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Room:
 
     >>> room = Room(Path("state"), 100)
     >>> room.of_an_answer, room.size
-    (1867776, 11894784)
+    (11075584, 22151168)
     """
 
     folder: Path
@@ -48,20 +49,33 @@ class Room:
 
     @property
     def of_an_answer(self) -> int:
-        """Bytes that are freed while an order is answered: 1 MiB for entries and updates, and
-        for each unit 8 KiB, in which a ledger remembers some forty records."""
-        return 2**20 + 8 * 2**10 * self.declared_size
+        """Bytes that are given up while an order is answered: 1 MiB for entries and updates, 8 KiB
+        for each unit, in which a ledger remembers some forty records, and the ledger's length:
+        SQLite copies each page that a transaction changes into its journal first."""
+        return 2**20 + OF_MEMBERS * self.declared_size + self.of_the_ledger
 
     @property
     def of_the_ledger(self) -> int:
-        """Bytes of growth of these files that the room compensates: 4 KiB for each round that a
-        ledger may ever pay for, and 16 KiB for each unit."""
-        return OF_A_ROUND * self.rounds + OF_A_UNIT * self.declared_size
+        """Bytes up to which the ledger's length is made up for: 4 KiB for each round that it may
+        ever pay for, and again 8 KiB for each unit."""
+        return OF_A_ROUND * self.rounds + OF_MEMBERS * self.declared_size
+
+    @property
+    def of_receipts(self) -> int:
+        """Bytes up to which receipts of withdrawals are made up for."""
+        return OF_A_WITHDRAWAL * self.declared_size
+
+    @property
+    def of_the_audit_log(self) -> int:
+        """Bytes up to which the audit log is made up for. A coordinator can cause entries without
+        end: they use up nothing that is the ledger's or the receipts'."""
+        return 2**20 + OF_A_WITHDRAWAL * self.declared_size
 
     @property
     def size(self) -> int:
-        """Bytes that the growing files and the room's own file take together."""
-        return self.of_an_answer + self.of_the_ledger
+        """Bytes that ledger, receipts, audit log and the room's own file take together."""
+        made_up_for = self.of_the_ledger + self.of_receipts + self.of_the_audit_log
+        return self.of_an_answer + made_up_for
 
     def has_space(self, beside: int = 0) -> bool:
         """Return whether the disk has the whole space and `beside` bytes more; True if the file
@@ -122,9 +136,17 @@ class Room:
 
     @property
     def _grown(self) -> int:
-        """Bytes of the growing files, in whole blocks, as far as the room compensates them."""
-        grown = sum(_length(path) for name in GROWS for path in self.folder.glob(name))
-        return min(grown, self.of_the_ledger)
+        """Bytes of the files that grow, as far as the room makes up for them."""
+        return (
+            min(_length(self.folder / LEDGER), self.of_the_ledger)
+            + min(self._blocks(RECEIPTS), self.of_receipts)
+            + min(self._blocks(AUDIT), self.of_the_audit_log)
+        )
+
+    def _blocks(self, names: tuple[str, ...]) -> int:
+        """Count the bytes that files take of a disk, which gives whole blocks."""
+        files = [path for name in names for path in self.folder.glob(name)]
+        return BLOCK * sum(-(-_length(path) // BLOCK) for path in files)
 
 
 @contextmanager

@@ -295,7 +295,12 @@ class SiteWorker:
             )
         arrivals = dataset.keys if study.continuous else None
         about = data.name, data.disjoint_from, dataset.content_hash
-        self.ledger.declare(*about, members, data.cohort, arrivals)
+        try:
+            self.ledger.declare(*about, members, data.cohort, arrivals)
+        except NoRoom:  # for texts: what a later reading chooses by comes first
+            if members == dataset.trained:
+                raise
+            self.ledger.declare(*about, dataset.trained, data.cohort, arrivals)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load a dataset as `data_for` does, in a study in which this site takes part. There are
