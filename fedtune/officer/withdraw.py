@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import calendar
 import json
+import logging
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -13,8 +14,15 @@ from typing import Any
 from fedtune.core.config import Site, SiteData
 from fedtune.core.data.records import read_records, unit_member
 from fedtune.core.dp.accountant import Steps, epsilon
-from fedtune.core.errors import ConfigError, DataError, InputError
+from fedtune.core.errors import (
+    ConfigError,
+    DataError,
+    InfrastructureError,
+    InputError,
+    describe,
+)
 from fedtune.core.files import reading
+from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
@@ -22,6 +30,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
 
+log = logging.getLogger("fedtune.site")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 RECEIPTS = "withdrawals"  # in the state folder: a receipt for each withdrawal
 _DIGITS = 16  # of the patient's salted hash in a receipt's file name
@@ -97,13 +106,22 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "type it again; --unseen enters it all the same, for a patient who has "
             "no usable record yet",
         )
-    entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
-    receipt = _receipt(site, ledger, entry, releases)
-    path = site.site.state / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
-    rule = "--unseen" if unseen else ""
-    AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
-    replace(path, json.dumps(receipt, indent=1).encode(), private=True)
-    return Withdrawal(in_file, bool(datasets), releases, receipt, path)
+
+    def enter() -> Withdrawal:
+        entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
+        receipt = _receipt(site, ledger, entry, releases)
+        path = site.site.state / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
+        rule = "--unseen" if unseen else ""
+        AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
+        replace(path, json.dumps(receipt, indent=1).encode(), private=True)
+        return Withdrawal(in_file, bool(datasets), releases, receipt, path)
+
+    try:
+        return enter()
+    except InfrastructureError as error:
+        log.warning("%s; the room that the ledger keeps is used", describe(error))
+        with Room(site.site.state, site.site.declared_size, site.policy.max_rounds).give_up():
+            return enter()
 
 
 def check_receipt(path: Path, ledger: Ledger) -> str:

@@ -23,12 +23,12 @@ from fedtune.core.config.sites import sites_in
 from fedtune.core.data.dataset import Dataset, Example, Passage, SoftTargets
 from fedtune.core.data.media import Media
 from fedtune.core.dp import noise, sampling
-from fedtune.core.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError, PolicyRefused
 from fedtune.core.files.room import Room
 from fedtune.core.models.prefix_store import LEAST_FREE, PREFIX_STORE
 from fedtune.core.processes import free_port
 from fedtune.core.training.shared_records import fingerprint, pack_records, unpack_records
-from fedtune.core.vault.rank_process import Workers, follow, team
+from fedtune.core.vault.rank_process import Workers, follow, follow_torchrun, team
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.vault.worker import worker as worker_of
 from fedtune.core.wire.codec import VALUES
@@ -369,6 +369,17 @@ def test_processes_that_hold_other_worse_answers_do_not_agree() -> None:
         return fingerprint(Dataset([one], 1, Counter()))
 
     assert pair_with(ids) == pair_with(ids) != pair_with(ids[::-1].copy())
+
+
+def test_torchrun_starts_no_process_at_a_site_that_requires_walls(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold records, and have a network."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path.write_text(f'{SITE}isolation = "required"\n')
+    with pytest.raises(PolicyRefused, match="not confined"):
+        follow_torchrun(path)
 
 
 def test_states_of_every_process_leave_free_what_the_room_of_the_ledger_lends(

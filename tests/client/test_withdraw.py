@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,25 @@ def test_a_withdrawal_takes_no_space_beside_the_ledgers_room(
                     pass
             free.append(small.free)
     assert (len(set(free)) == 1) is made_up_for
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_a_patient_may_withdraw_where_the_disk_is_full_but_for_the_room(
+    world: Path, monkeypatch: pytest.MonkeyPatch, lends: bool
+) -> None:
+    """Whoever sends plans could keep a patient in training. Twin: a room that lends nothing."""
+    if not lends:
+        monkeypatch.setattr(Room, "give_up", lambda _: nullcontext())
+    with disk(world / "disk", megabytes=24) as small:
+        state = small.path / "state"
+        Path("site.toml").write_text(SITE.replace('"state"', f'"{state}"'))
+        with Room(state, 20).give_up():
+            ledger = Ledger(state, Room(state, 20))
+            assert not ledger.withdrawn()
+        with small.with_room_for(0):
+            said = withdraw(keys=f"{KEY}\n")
+            assert (said.exit_code == 0 and bool(ledger.withdrawn())) is lends
+        receipt_of(withdraw(keys=f"{KEY}\n"))
 
 
 def test_who_never_agreed_is_known_and_may_withdraw_too(world: Path) -> None:

@@ -18,6 +18,14 @@ WRITING = "fedtune/core/files/writing.py"
 # fmt: off
 MUTANTS = (
     one(
+        "resources", "torchruns-ranks-hold-records-without-walls",
+        "fedtune/core/vault/rank_process.py",
+        '    if isolation == "required":\n', "    if False:\n",
+        "tests/client/test_ranks.py::"
+        "test_torchrun_starts_no_process_at_a_site_that_requires_walls",
+        "a process with records has a network, and nobody is told",
+    ),
+    one(
         "full disk", "a-line-that-was-cut-short-counts", WRITING,
         "    view = memoryview(content)\n    while view:\n"
         "        view = view[os.write(descriptor, view) :]\n",

@@ -31,7 +31,7 @@ import torch
 from fedtune.core.config import Site, Study, load_site, study_from_json
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.dp.plan import ClippedSum, DpPlan, Team
-from fedtune.core.errors import InfrastructureError, describe
+from fedtune.core.errors import InfrastructureError, PolicyRefused, describe
 from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.models.build import build
@@ -345,7 +345,18 @@ def team(site: Path, processes: int) -> Iterator[None]:
 
 
 def follow_torchrun(site: Path) -> None:
-    """Run as one of the ranks ≥ 1 that torchrun started, until rank 0 ends."""
+    """Run as one of the ranks ≥ 1 that torchrun started, until rank 0 ends.
+
+    Such a rank holds records and is not confined, as those that the site itself starts are. Errors:
+    PolicyRefused if the site's policy requires that."""
+    isolation = load_site(site).policy.isolation
+    if isolation == "required":
+        raise PolicyRefused(
+            'policy.isolation = "required", and a process that torchrun starts is not confined',
+            "processes that the site starts itself",
+            "run `fedtune client --processes N` in place of torchrun",
+        )
+    log.warning("a process that torchrun started holds records and has a network")
     _follow(site, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), None)
 
 
