@@ -54,7 +54,7 @@ def test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered(
     with pytest.raises(BudgetExceeded, match=r"policy\.max_rounds"):
         trains(worker, other, 2)
     assert (worker.ledger.folder / "ledger.db").stat().st_size == length
-    trains(worker, made, 7)  # sent again, for nothing
+    trains(worker, made, policy.LAST_ROUND)  # sent again, for nothing
     again = SiteWorker(worker.site)
     assert "policy.max_rounds" in again.prepare(made.study, made.frozen).reason
     raised = of_rounds(tmp_path, 4)

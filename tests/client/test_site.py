@@ -140,7 +140,7 @@ def test_a_plan_is_not_trained_from_as_many_adapters_as_a_coordinator_sends(
         worker.train(made.study.digest, 1, adapter(number))
     with pytest.raises(BudgetExceeded, match=f"was paid for {MOST_ATTEMPTS} times"):
         worker.train(made.study.digest, 1, adapter(MOST_ATTEMPTS))
-    worker.train(made.study.digest, 1, adapter(0))  # sent again, for nothing
+    worker.train(made.study.digest, 1, adapter(MOST_ATTEMPTS - 1))  # again
     assert len(worker.ledger.charges("records")) == MOST_ATTEMPTS
     worker.train(made.study.digest, 2, adapter(0))
 
