@@ -72,7 +72,7 @@ def test_nobody_approves_a_strangers_folder_or_without_a_word(
         approve(folder, SigningKey(), found.signer, **WHO | {"reason": " "})
     with pytest.raises(ConfigError, match="--name"):
         approve(folder, SigningKey(), found.signer, **WHO | {"name": "a\nb"})
-    with pytest.raises(InputError, match="is no dossier"):
+    with pytest.raises(InputError, match="is not a dossier"):
         approve(signed[0], SigningKey(), signed[1].signer, **WHO)
     assert verify(folder).dossier["approvals"] == []
 

@@ -18,7 +18,7 @@ CLIPPED = {
     "Chunk": {"clip", "mechanism", "query", "selftest", "unit_gradients"},
     "UnitGradientEngine": {"unit_gradients", "local_round", "rank_process", "selftest"},
     # All rows as one matrix: of generated records, for checks before a real one is read.
-    "matrix": {"unit_gradients", "local_round", "selftest"},
+    "matrix": {"unit_gradients", "local_round", "rank_process", "selftest"},
     "add_clipped": {"clip", "mechanism"},
 }
 NOISED = {

@@ -297,7 +297,11 @@ class Ledger:
         sent must not depend on what fills the disk, such as the number of records. A request
         after a restart is then answered by another round, which is charged again. Errors:
         LedgerError if the reservation is unknown or used, or if another process released this
-        round first (send what `released` returns)."""
+        round first (send what `released` returns).
+
+        Guarantee: only the newest update of each study is kept, on the disk or in memory. While
+        this object lives, which rounds are sent again as they were does not follow from what space
+        the disk has, of which records' files take some."""
         with self._store.writing() as writer:
             reserved = self._account.reserved.get(reservation)
             if reserved is None or reservation in self._account.done:
@@ -313,6 +317,9 @@ class Ledger:
             if held:
                 about = {"release": entry, "reservation": reservation, "bytes": len(update)}
                 writer.append("hold", about)
+        with suppress(OSError):  # no earlier: the bytes of the round before stay until then
+            for other in set(self._list_stored(reserved.slot[0])) - {self._path(reserved.slot)}:
+                other.unlink(missing_ok=True)
 
     def is_held(self, slot: Slot) -> bool:
         """Return whether what was released for a slot waits for a person at the site."""
@@ -487,16 +494,9 @@ class Ledger:
         return newer_name(new, old)
 
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
-        """Write an update to the outbox, or keep it in memory if there is no space; only the newest
-        one of each study is kept, in either place.
-
-        Guarantee: while this object lives, which rounds are sent again as they were does not follow
-        from what room the disk has, which records' files take some of."""
+        """Write an update to the outbox, or keep it in memory, one of each study, if there is no
+        space."""
         path, kept = self._path(slot), (slot, update)
-        with suppress(OSError):
-            for other in self._list_stored(slot[0]):
-                if other != path:
-                    other.unlink(missing_ok=True)
         if self._room is None or self._room.has_space(len(update)):
             try:
                 replace(path, update, private=True)
