@@ -33,7 +33,7 @@ def test_a_site_pushes_no_more_than_it_was_asked_for(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(allowance, "SLACK", 5 * MIB)  # in all 3 x 5 + 5
-    refused = (413, "more than the coordinator asked for")
+    refused = (413, "the site sends more than the coordinator asked for")
     tree = "/v1/fleet/push-messages"
 
     def push(line: http.client.HTTPSConnection, name: str = "a", path: str = PART) -> Any:
