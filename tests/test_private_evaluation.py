@@ -161,7 +161,7 @@ def test_the_same_question_again_gets_the_same_bytes_for_nothing(
     other = {name: array + 1 for name, array in made.adapter.items()}
     worker.evaluate(made.study.digest, 2, other)  # about another adapter: another answer, paid
     assert len(worker.log.steps()) == len(worker.ledger.charges("held-out")) == 2
-    with pytest.raises(PolicyRefused, match="after round 1 is not in the plan"):
+    with pytest.raises(PolicyRefused, match="no query after round 1"):
         worker.evaluate(made.study.digest, 1, made.adapter)
 
 
@@ -329,7 +329,7 @@ def test_nothing_is_asked_that_the_plan_does_not_ask(tmp_path: Path, tiny_base: 
 
 REFUSALS = [
     ("", HELD_OUT + APART, 3.0, 'policy.release does not list "evaluation"'),
-    (WILLING, "", 3.0, "site.evaluation is not given"),
+    (WILLING, "", 3.0, "site.toml has no [evaluation] table"),
     (WILLING, HELD_OUT + APART, 0.2, "policy.min_noise_multiplier"),
 ]
 

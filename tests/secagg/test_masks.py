@@ -99,7 +99,7 @@ def test_the_whole_sum_is_exact(count: int, bits: int) -> None:
         with pytest.raises(ValueError, match="missing"):
             opened.open()
         opened.add(ready.site, words)
-        with pytest.raises(ValueError, match="awaited"):
+        with pytest.raises(ValueError, match="not asked for"):
             opened.add(ready.site, words)
     assert (opened.open() == sum(totals)).all()
 
