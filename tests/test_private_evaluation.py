@@ -329,7 +329,7 @@ def test_nothing_is_asked_that_the_plan_does_not_ask(tmp_path: Path, tiny_base: 
 
 REFUSALS = [
     ("", HELD_OUT + APART, 3.0, 'policy.release does not list "evaluation"'),
-    (WILLING, "", 3.0, "site.toml has no [evaluation] table"),
+    (WILLING, "", 3.0, "site.toml names no held-out records"),
     (WILLING, HELD_OUT + APART, 0.2, "policy.min_noise_multiplier"),
 ]
 

@@ -24,7 +24,7 @@ PHRASES = (
     "this site runs without --watch", "the plan has no [schedule]", "lifetime budget in this plan",
     "policy.bases", "policy.coordinators", "policy.release", "policy.teachers",
     "charges are all for the study's unit", "the plan leaves training.rounds open",
-    "nothing says that the teacher", "site.toml has no [evaluation] table",
+    "nothing says that the teacher", "site.toml names no held-out records",
     "the plan has no query after round",
     "the self-test failed", "patient column", "lora.a_digest", 'privacy = "off"', "not in the plan",
     "lora.preconditioner.digest",

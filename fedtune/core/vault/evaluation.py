@@ -85,7 +85,7 @@ def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> S
     if "evaluation" not in site.policy.release:
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
-        raise PolicyRefused("site.toml has no [evaluation] table")
+        raise PolicyRefused("site.toml names no held-out records")
     admit(study, site.model_copy(update={"data": site.evaluation}), plan, coordinator)
     return site.evaluation
 
