@@ -72,8 +72,8 @@ MUTANTS = (
                 "        waiting = Waiting(total, secret, parse(stated), *rest)\n",
             ),
             (
-                "    site.ledger.release(waiting.reservation, payload)\n",
-                "    site.ledger.release(waiting.reservation, payload)\n"
+                "    site.ledger.release(waiting.reservation, payload, keeps_all=site.simulated)\n",
+                "    site.ledger.release(waiting.reservation, payload, keeps_all=site.simulated)\n"
                 "    file.unlink(missing_ok=True)\n",
             ),
         ),

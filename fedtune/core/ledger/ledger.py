@@ -289,9 +289,12 @@ class Ledger:
             entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
             return writer.append("reserve", {**entry, "out": sorted(out)}), frozenset(out)
 
-    def release(self, reservation: int, update: bytes, *, held: bool = False) -> None:
+    def release(
+        self, reservation: int, update: bytes, *, held: bool = False, keeps_all: bool = False
+    ) -> None:
         """Store an update's bytes, then enter that it may be sent. Send it only afterwards.
-        held: whether it may be sent only when a person at the site has approved it.
+        held: whether it may be sent only when a person at the site has approved it; keeps_all:
+        whether earlier updates of the study stay too, as where one person runs the whole study.
 
         If the disk has no space for the bytes, only this object keeps them: whether an update is
         sent must not depend on what fills the disk, such as the number of records. A request
@@ -299,9 +302,9 @@ class Ledger:
         LedgerError if the reservation is unknown or used, or if another process released this
         round first (send what `released` returns).
 
-        Guarantee: only the newest update of each study is kept, on the disk or in memory. While
-        this object lives, which rounds are sent again as they were does not follow from what space
-        the disk has, of which records' files take some."""
+        Guarantee: otherwise only the newest update of each study is kept, on the disk or in memory.
+        While this object lives, which rounds are sent again as they were does not follow from what
+        space the disk has, of which records' files take some."""
         with self._store.writing() as writer:
             reserved = self._account.reserved.get(reservation)
             if reserved is None or reservation in self._account.done:
@@ -317,6 +320,8 @@ class Ledger:
             if held:
                 about = {"release": entry, "reservation": reservation, "bytes": len(update)}
                 writer.append("hold", about)
+        if keeps_all:
+            return
         with suppress(OSError):  # no earlier: the bytes of the round before stay until then
             for other in set(self._list_stored(reserved.slot[0])) - {self._path(reserved.slot)}:
                 other.unlink(missing_ok=True)

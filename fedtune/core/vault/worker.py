@@ -420,7 +420,8 @@ class SiteWorker:
         sent = encode(delta, study.wire.update)  # after the noise, before the ledger
         payload = save(sent, {"events": json.dumps(self.events(prepared))})
         if plan:  # an update without noise is not stored; ordered again, it is trained again
-            self.ledger.release(reserved, payload, held=airlock.holds_answers(self))
+            held = airlock.holds_answers(self)
+            self.ledger.release(reserved, payload, held=held, keeps_all=self.simulated)
         return payload
 
     def events(self, prepared: Prepared) -> list[dict[str, Any]]:
