@@ -72,7 +72,7 @@ def test_the_twin_that_masks_again_for_another_set_is_caught(
     world: World, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(Ledger, "released", lambda *_: None)
-    monkeypatch.setattr(Ledger, "release", lambda *_: None)
+    monkeypatch.setattr(Ledger, "release", lambda *_, **__: None)
     monkeypatch.setattr(Draws, "destroy", lambda *_: None)
     said = world.readied(*PINNED)
     world.network.saw = _without_the_key(world.saw)
