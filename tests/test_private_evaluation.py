@@ -161,6 +161,10 @@ def test_the_same_question_again_gets_the_same_bytes_for_nothing(
     other = {name: array + 1 for name, array in made.adapter.items()}
     worker.evaluate(made.study.digest, 2, other)  # about another adapter: another answer, paid
     assert len(worker.log.steps()) == len(worker.ledger.charges("held-out")) == 2
+    worker.evaluate(
+        made.study.digest, 2, made.adapter
+    )  # of a study the newest answer alone is kept
+    assert len(worker.log.steps()) == len(worker.ledger.charges("held-out")) == 3
     with pytest.raises(PolicyRefused, match="no query after round 1"):
         worker.evaluate(made.study.digest, 1, made.adapter)
 

@@ -29,7 +29,7 @@ from cryptography import x509
 from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
 from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
-from fedtune.core.files.room import Room, between_orders
+from fedtune.core.files.room import between_orders
 from fedtune.core.files.writing import remove_drafts, replace
 from fedtune.core.ledger.audit_log import LONGEST, REPEATS, AuditLog, NotAuditable
 from fedtune.core.ledger.files import KEY
@@ -468,8 +468,7 @@ class Shown:
         site = self._site
         walls = {half: isolation.describe(each) for half, each in confined.items()}
         acts = AuditLog(site.site.state, SigningKey.at(site.site.state / KEY))  # from its enrolment
-        room = Room(site.site.state, site.site.declared_size, site.policy.max_rounds)
-        if not room.has_space(LONGEST):
+        if not site.room.has_space(LONGEST):
             log.warning("isolate is not in the audit log: the disk has no space; to do: free space")
             return
         try:

@@ -22,11 +22,10 @@ from fedtune.core.errors import (
     describe,
 )
 from fedtune.core.files import reading
-from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
 
@@ -119,8 +118,10 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     try:
         return enter()
     except InfrastructureError as error:
-        log.warning("%s; the room that the ledger keeps is used", describe(error))
-        with Room(site.site.state, site.site.declared_size, site.policy.max_rounds).give_up():
+        if isinstance(error, LedgerError) and not isinstance(error, NoRoom):
+            raise
+        log.warning("%s; the withdrawal uses the space reserved for the ledger", describe(error))
+        with site.room.give_up():
             return enter()
 
 

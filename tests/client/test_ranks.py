@@ -387,8 +387,10 @@ def test_states_of_every_process_leave_free_what_the_room_of_the_ledger_lends(
 ) -> None:
     """Of a site whose room lends more than the file of states leaves free in any case."""
     site = make_site(tmp_path, patient="who")
-    site = site.model_copy(update={"site": site.site.model_copy(update={"declared_size": 40_000})})
-    lent = Room(site.site.state, 40_000).of_an_answer
+    table = site.site.model_copy(update={"declared_size": 40_000})
+    policy = site.policy.model_copy(update={"max_rounds": 3_000})
+    site = site.model_copy(update={"site": table, "policy": policy})
+    lent = Room(site.site.state, 40_000, 3_000).of_an_answer
     assert lent > LEAST_FREE
 
     class Ended:

@@ -492,7 +492,7 @@ MUTANTS = (
     ),
     one(
         "isolation", "a-courier-that-comes-again-fills-the-disk", "fedtune/launch/site.py",
-        "        if not room.has_space(LONGEST):\n", "        if False:\n",
+        "        if not site.room.has_space(LONGEST):\n", "        if False:\n",
         T_DECIDES + "test_no_entry_is_made_where_the_ledgers_room_would_give_way",
         "a courier from another container says something else at each start, without end",
     ),

@@ -182,6 +182,40 @@ MUTANTS = (
         "whether an earlier round comes again with the same bytes measures the free space",
     ),
     one(
+        "resources", "a-site-keeps-what-a-simulation-keeps", SITE,
+        "keeps_all=self.simulated)", "keeps_all=True)",
+        T_SITE + "test_a_later_round_ends_the_keeping_of_earlier_updates",
+        "whether an earlier round comes again with the same bytes measures the free space",
+    ),
+    one(
+        "resources", "a-site-keeps-earlier-answers", "fedtune/core/vault/evaluation.py",
+        "keeps_all=site.simulated)", "keeps_all=True)",
+        "tests/test_private_evaluation.py::"
+        "test_the_same_question_again_gets_the_same_bytes_for_nothing",
+        "whether an earlier answer comes again with the same bytes measures the free space",
+    ),
+    one(
+        "resources", "a-site-keeps-earlier-words", "fedtune/core/vault/secure_round.py",
+        "keeps_all=site.simulated)", "keeps_all=True)",
+        "tests/secagg/test_attacks.py::test_words_of_an_earlier_round_are_kept_no_longer",
+        "whether earlier words come again measures the free space, for nothing",
+    ),
+    one(
+        "resources", "a-rank-does-not-leave-free-what-the-room-lends",
+        "fedtune/core/vault/rank_process.py",
+        "    PREFIX_STORE.leave_free(site.room.of_an_answer)\n", "",
+        "tests/client/test_ranks.py::"
+        "test_states_of_every_process_leave_free_what_the_room_of_the_ledger_lends",
+        "how long all records are decides whether the next order is answered",
+    ),
+    one(
+        "resources", "a-full-disk-keeps-a-patient-in", "fedtune/officer/withdraw.py",
+        "        with site.room.give_up():\n            return enter()\n", "        raise\n",
+        "tests/client/test_withdraw.py::"
+        "test_a_patient_may_withdraw_where_the_disk_is_full_but_for_the_room",
+        "whoever sends plans without end keeps a patient in training",
+    ),
+    one(
         "resources", "the-room-does-not-make-up-for-receipts", "fedtune/core/files/room.py",
         "            + min(self._blocks(RECEIPTS), self.of_receipts)\n", "",
         "tests/client/test_withdraw.py::"

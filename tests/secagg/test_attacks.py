@@ -14,6 +14,7 @@ from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.secagg import draw, masks
 from fedtune.core.secagg.masks import centre_words
 from fedtune.core.secagg.statement import Ready, set_digest
+from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.keys import SigningKey
 from fedtune.server.admission import plan_message
 from fedtune.server.orders import tell_finished
@@ -124,6 +125,18 @@ def test_a_crash_after_the_words_were_stored_is_made_good(world: World) -> None:
     assert world.ask_words("a", said) == "failed"
     world.prepare("a")
     assert world.ask_words("a", said) == "masked"
+
+
+def test_words_of_an_earlier_round_are_kept_no_longer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they come again would tell what space the disk had for them; a simulation's stay."""
+    deployed = property(lambda _: False, lambda *_: None)
+    monkeypatch.setattr(SiteWorker, "simulated", deployed, raising=False)
+    for round_ in (1, 2):
+        world.ask_words("a", world.readied("a", "b", "c", round_=round_))
+    (stored,) = (world.sites["a"].ledger.folder / "outbox").glob("*.bin")
+    assert "-2-" in stored.name
 
 
 def test_draws_that_an_earlier_release_kept_on_disk_are_removed(world: World) -> None:

@@ -35,7 +35,7 @@ from fedtune.core.config.types import (
     Source,
     Table,
 )
-from fedtune.core.files.room import ROUNDS
+from fedtune.core.files.room import ROUNDS, Room
 
 BASES = tuple(wheel.digest for wheel in KNOWN.values())
 MODULES = (
@@ -355,6 +355,11 @@ class Site(Table):
     coordinator: CoordinatorTable | None = None
     vault: VaultTable | None = None
     _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def room(self) -> Room:
+        """The disk space that the site reserves beside its ledger."""
+        return Room(self.site.state, self.site.declared_size, self.policy.max_rounds)
 
     @classmethod
     def from_records(

@@ -174,9 +174,9 @@ def reserve(descriptor: int, size: int) -> bool:
 
 
 def _length(path: Path) -> int:
-    """Return a file's bytes in whole blocks; 0 if there is no file."""
+    """Return a file's bytes; 0 if there is no file."""
     with suppress(OSError):
-        return -(-path.stat(follow_symlinks=False).st_size // BLOCK) * BLOCK
+        return path.stat(follow_symlinks=False).st_size
     return 0
 
 

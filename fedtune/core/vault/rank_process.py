@@ -32,7 +32,6 @@ from fedtune.core.config import Site, Study, load_site, study_from_json
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.dp.plan import ClippedSum, DpPlan, Team
 from fedtune.core.errors import InfrastructureError, PolicyRefused, describe
-from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
@@ -236,7 +235,7 @@ def follow(group: Group, site: Site) -> NoReturn:
 
     Guarantee: it opens neither the records' files nor the ledger, charges nothing, draws
     nothing, adds no noise and writes no step log."""
-    PREFIX_STORE.leave_free(Room(site.site.state, site.site.declared_size).of_an_answer)
+    PREFIX_STORE.leave_free(site.room.of_an_answer)
     prepared: _StudyAtRank | None = None
     while True:
         header, tensors = group.receive()

@@ -132,7 +132,7 @@ class SiteWorker:
     def room(self) -> Room:
         """The space reserved beside the site's ledger, which decides what its disk has space
         for."""
-        return Room(self.site.site.state, self._size, self.site.policy.max_rounds)
+        return self.site.room
 
     def room_to_answer(self) -> AbstractContextManager[None]:
         """Provide disk space in the state folder for what an order writes there, whatever else
