@@ -3,8 +3,9 @@
 Victims: the server, its SuperLink and gateway, and each site's client with its vault, courier and
 SuperNode. `make chaos`
 runs these; FEDTUNE_KILLS says how many kills (without it: 100, in ten rounds), FEDTUNE_SEED which
-(without it: others each time; the first line says the seed). The twins break what is checked, and
-die once, before a round is kept.
+(without it: others each time; the first line says the seed), FEDTUNE_VICTIM=vault, courier or
+supernode that of each site that program alone is killed. The twins break what is checked, and die
+once, before a round is kept.
 """
 
 from __future__ import annotations
@@ -227,10 +228,13 @@ def test_kills_of_any_process(
     rounds, kills = 10, int(os.environ.get("FEDTUNE_KILLS", "100"))
     seed = int(os.environ.get("FEDTUNE_SEED", "0")) or secrets.randbelow(10**6) + 1
     privacy, tables = CASES[case]
+    only = os.environ.get("FEDTUNE_VICTIM")
+    victims = tuple((site, only) for site in SITES) if only else ANY
+    assert set(victims) <= set(ANY), f"FEDTUNE_VICTIM={only} is not one of {PROGRAMS[1:]}"
     with consortium(tmp_path / "struck", "127.0.0.1", free_port()) as made:
         made.lay_out(tiny_base, privacy, rounds, tables=tables, round_timeout=20)
         tell = partial(print, flush=True)
-        campaign = Campaign(made, rounds, kills, ANY, seed=seed, tell=tell)
+        campaign = Campaign(made, rounds, kills, victims, seed=seed, tell=tell)
         with capsys.disabled():
             campaign.run()
         campaign.check(private=privacy != OFF)
