@@ -221,7 +221,19 @@ def test_a_site_that_is_well_sees_names_certificates_clock_and_protocol(hub: Hub
     assert set(bad(found)) == {"records"}  # it has none
     assert "lets this site in" in found["coordinator"].says
     assert "127.0.0.1 is among" in found["names"].says
+    assert "records and FEDTUNE_CACHE on the same disk" in found["disk"].says
     assert f"{PROTOCOL} at both ends" in found["protocol"].says
+
+
+def test_a_cache_on_a_disk_of_its_own_is_not_warned_of(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == hub.root.stat().st_dev:
+        pytest.skip("needs a second file system at /dev/shm")
+    monkeypatch.setenv("FEDTUNE_CACHE", str(elsewhere))
+    with open_door(hub):
+        assert "; records on the same disk" in site_look(hub)["disk"].says
 
 
 def test_a_site_that_is_turned_away_or_answered_by_nobody(hub: Hub) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from cryptography import x509
 
-from fedtune.core.bases.find import Base, find_base
+from fedtune.core.bases.find import Base, cache_dir, find_base
 from fedtune.core.config import Site, Study, load_site
+from fedtune.core.config.database import FILES, file_of, kind_of
 from fedtune.core.config.sheet import list_lacking, load_sheet
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
@@ -79,7 +80,7 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
     if site.policy.data_sheet:
         yield from findings([("data sheet", lambda: _sheet(site))])
     if study is None:
-        yield from findings([("disk", lambda: machine.disk(site.site.state, machine.FREE))])
+        yield from findings([("disk", lambda: _disk(site, machine.FREE))])
     if site.coordinator:
         yield from _network(site, path)
     if study is not None:
@@ -96,6 +97,35 @@ def _isolation(site: Site) -> str:
             todo='run the client elsewhere, or set policy.isolation = "preferred"',
         )
     return here.text
+
+
+def _disk(site: Site, least: float) -> str:
+    """Check the free space of the state folder's disk, and say whether records lie there too.
+
+    A coordinator can see how much space is free beside the ledger's room (docs/guarantee.md, "What
+    it does not cover"): with the records, or what is cached of them, on the same disk, that follows
+    from how long they are."""
+    text = machine.disk(site.site.state, least)
+    of_records = {"records": _records_file(site), "FEDTUNE_CACHE": cache_dir()}
+    state = _device(site.site.state)
+    on_it = [name for name, path in of_records.items() if path and _device(path) == state]
+    if not on_it or not site.coordinator:
+        return text
+    return f"{text}; {' and '.join(on_it)} on the same disk: its free space tells how long they are"
+
+
+def _records_file(site: Site) -> Path | None:
+    """Return the file or folder of the records; None for a database that is a server."""
+    if site.data.url is None:
+        return site.data.path
+    return file_of(site.data.url) if kind_of(site.data.url) in FILES else None
+
+
+def _device(path: Path) -> int:
+    """Return the number of the file system of a path, or of the nearest folder that is there."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
 
 
 def _count_held(site: Site) -> str:
@@ -140,7 +170,7 @@ def _for_study(site: Site, study: Study) -> Iterator[Finding]:
     yield Finding("base", True, f"{base.path}: {base.digest}")
     yield from findings(
         [
-            ("disk", lambda: machine.disk(site.site.state, machine.FREE + outbox_bytes)),
+            ("disk", lambda: _disk(site, machine.FREE + outbox_bytes)),
             ("memory", lambda: machine.memory(need.memory)),
             ("records for the plan", lambda: _fits(site, study, base)),
         ]
