@@ -185,14 +185,14 @@ def test_a_non_finite_unit_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_replacing_a_unit_moves_up_to_twice_as_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 23: the relation of the claim is add or remove; replace-one costs 2 C, and says so."""
+    """Trap 23: the relation of the claim is add or remove; a unit that is replaced moves 2 C."""
     plan, pair = crafted("huge", 17, "flat", 1)
     there = integer_sum(plan, torch.cat([pair.others, pair.unit]), monkeypatch)
     instead = integer_sum(plan, torch.cat([pair.others, -pair.unit]), monkeypatch)
     grid = clip.grid_for(plan.noise_multiplier * plan.max_grad_norm)
     moved = float((there - instead).double().norm()) * grid
     c = plan.max_grad_norm
-    assert 1.99 * c < moved <= clip.sensitivity(c, 17, grid, relation="replace one unit")
+    assert 1.99 * c < moved <= 2 * clip.sensitivity(c, 17, grid)
 
 
 # --------------------------------------------------------------------------------------- twins

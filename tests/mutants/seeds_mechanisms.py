@@ -52,10 +52,6 @@ CLIP_MUTANTS = (
         T_CLIP + "test_norms_in_bf16_would_break_the_bound", "norms reach 1.005 C",
     ),
     _one(
-        23, "replace-one-costs-no-more", CLIP, '(2 if relation == "replace one unit" else 1)', "1",
-        T_POST + "test_noise_covers_what_the_relation_says", "2C under the noise of C",
-    ),
-    _one(
         30, "a-large-gradient-is-clipped-less", CLIP, "norms.clamp_min(1e-300)",
         "norms.clamp(1e-300, 1e3 * max_grad_norm)",
         "tests/traps/test_trap_30_crafted_adapter.py", "depends on the weights that were sent",

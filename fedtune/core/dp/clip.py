@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
 
 Mode = Literal["flat", "normalised"]
-Relation = Literal["add or remove one unit", "replace one unit"]
 
 # Room for the rounding of the fp64 norm itself, so that ≤ C holds strictly: a pairwise fp64 sum
 # over d ≤ 10⁹ squares errs by less than 10⁻¹⁴ relative.
@@ -52,22 +51,12 @@ def grid_for(noise_std: float) -> float:
     return 2.0 ** math.floor(math.log2(noise_std * 2.0**-20))
 
 
-def sensitivity(
-    max_grad_norm: float,
-    dimension: int,
-    grid: float,
-    *,
-    rows: int = 1,
-    relation: Relation = "add or remove one unit",
-) -> float:
-    """Bound the L2 sensitivity of the integer sum to one unit with at most `rows` rows.
+def sensitivity(max_grad_norm: float, dimension: int, grid: float) -> float:
+    """Bound how far adding or removing one row moves the integer sum in the L2 norm, in the units
+    of the gradient: C, and what rounding `dimension` coordinates to the grid adds.
 
-    The result is in the units of the gradient:
-    | add or remove one unit | rows · (C + what rounding `dimension` coordinates to the grid adds) |
-    | replace one unit       | twice that |
-    Reference: Dwork & Roth 2014, definition 3.8; Kifer & Machanavajjhala 2011 for the relations."""
-    one_row = max_grad_norm + math.sqrt(dimension) * grid / 2
-    return rows * one_row * (2 if relation == "replace one unit" else 1)
+    Reference: Dwork & Roth 2014, definition 3.8."""
+    return max_grad_norm + math.sqrt(dimension) * grid / 2
 
 
 def scales(

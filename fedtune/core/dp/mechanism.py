@@ -65,20 +65,18 @@ def noised_sum(
     total: torch.Tensor,
     bound: Bound,
     noise_multiplier: float,
-    relation: clip.Relation,
     log_step: Callable[[], None],
 ) -> torch.Tensor:
     """Log a step, then add its noise to a clipped sum, in place; int64 (d,), in multiples of the
     grid.
 
     total: of `clipped_sum` with the same bound, over all processes of the site; noise_multiplier:
-    σ, in multiples of the sum's sensitivity to one row under `relation`; log_step: writes the
-    step's line.
+    σ, in multiples of the sum's sensitivity to one row; log_step: writes the step's line.
     Guarantee: one Gaussian mechanism on the sum, whose noise is drawn anew from the system's
     generator; its line is in the log before there is a result.
     Errors: those of `log_step` and of `noise.gaussian_on_grid`; the sum is not returned then.
     Reference: Dwork & Roth 2014, appendix A."""
-    sensitivity = clip.sensitivity(bound.norm, len(total), bound.grid, relation=relation)
+    sensitivity = clip.sensitivity(bound.norm, len(total), bound.grid)
     log_step()
     total += noise.gaussian_on_grid(len(total), noise_multiplier * sensitivity, bound.grid)
     return total

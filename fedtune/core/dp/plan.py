@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger("fedtune.dp")
-RELATION: clip.Relation = "add or remove one unit"
 
 
 class StepPlan(Protocol):
@@ -70,7 +69,6 @@ class DpPlan:
     delta: float
     divisor: float
     records: int = 1
-    relation: clip.Relation = RELATION
     lifetime: float | None = None
     sites: int = 1
     colluding: int = 0
@@ -188,7 +186,7 @@ class DpPlan:
             log.append(line, of_round=self.local_steps)
 
         bound = self._bound_at(len(total))
-        return mechanism.noised_sum(total, bound, self.own_noise, self.relation, log_step)
+        return mechanism.noised_sum(total, bound, self.own_noise, log_step)
 
 
 @dataclass(frozen=True)
