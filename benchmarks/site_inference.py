@@ -45,7 +45,6 @@ from fedtune.core.dp.non_private import non_private_plan
 from fedtune.core.dp.plan import StepPlan, plan_for_site
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
-from fedtune.core.objectives import resolve
 from fedtune.core.strategy import build_strategy
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
@@ -99,7 +98,7 @@ class World:
         self.labels = list(self.texts)
         made = study(self.labels, 0, None, False)
         self.network = build(made)
-        objective = resolve(made.objective)
+        objective = made.objective.resolved
         self.reader = UnitReader(
             made.objective, self.network.tokenizer, objective.record_format, scored=True,
             reader=self.network.reader,

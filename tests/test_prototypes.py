@@ -23,7 +23,6 @@ from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.class_statistics import ClassStatistics
 from fedtune.core.models.lora import Arrays
-from fedtune.core.objectives import resolve
 from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN, CLASS_SUMS
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
@@ -313,7 +312,7 @@ def test_a_label_that_is_none_of_the_classes_counts_for_nothing(
     network = build(made.study)
     network.adopt(made.study, made.frozen)
     data = load_dataset(load_site(tmp_path / "a.toml").data, made.study, network.tokenizer)
-    objective = resolve(made.study.objective)
+    objective = made.study.objective.resolved
     before = UnitGradientEngine(CachedDataset(network, data), objective).matrix([0, 1, 2])
     unknown = [replace(example, label=-100) for example in data.examples]
     none = UnitGradientEngine(

@@ -14,7 +14,6 @@ from fedtune.core.dp.steplog import StepLog
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
-from fedtune.core.objectives import resolve
 from fedtune.core.training.local_round import local_round
 from tests.dp.conftest import records, study
 
@@ -34,7 +33,7 @@ def made(base: Path, **changes: object) -> Study:
 
 
 def loss(network: Network, data: CachedDataset, plan: Study) -> float:
-    objective = resolve(plan.objective)
+    objective = plan.objective.resolved
     with torch.no_grad():
         each = [
             objective.losses(network, b) for b in data.batches(range(len(data.dataset.examples)))

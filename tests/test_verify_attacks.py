@@ -18,7 +18,6 @@ from fedtune.core.errors import FedtuneError, NotGenuine
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.loaded import load
 from fedtune.core.models.teacher import find_teacher
-from fedtune.core.objectives import resolve
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.run_folder import load_plan
 from fedtune.core.wire.keys import SigningKey, canonical
@@ -217,7 +216,7 @@ def test_a_teacher_that_is_not_as_it_was_signed_is_refused_where_a_person_reads(
     ):
         digest = load(run).digest  # from now on it is found by its digest
         plan = distilled(load_plan(folder), str(run), digest)
-        teacher = resolve(plan.objective).teacher_spec
+        teacher = plan.objective.resolved.teacher_spec
         assert teacher is not None and find_teacher(teacher).digest == digest
         said = [str(refusal) for refusal in would_refuse(plan, site, None, None)]
         assert genuine != any("from the sites' step logs" in line for line in said), said

@@ -40,7 +40,6 @@ from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.models.tiny import generate_records
-from fedtune.core.objectives import resolve
 from fedtune.core.strategy import build_strategy
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
@@ -249,7 +248,7 @@ def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[
 def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Example]:
     """Generate one secret per unit; none if the study's model writes no text, or the study
     cannot hold one."""
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     writes = objective.record_format in ("text", "preference") and not objective.teacher_spec
     if not writes or network.reader.column:
         return []

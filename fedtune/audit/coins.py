@@ -21,7 +21,6 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
 from fedtune.core.models.tiny import generate_records, tiny_network
-from fedtune.core.objectives import resolve
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
 from fedtune.core.training.unit_gradients import UnitGradientEngine
@@ -79,7 +78,7 @@ def one_run(
     canary_units = _canaries(study, network, canaries)
     engine = UnitGradientEngine(
         CachedDataset(network, canary_units),
-        resolve(study.objective),
+        study.objective.resolved,
         study.sampling_unit,
         study.training.engine,
     )

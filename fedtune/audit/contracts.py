@@ -31,7 +31,7 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_records import generate_file
 from fedtune.core.models.tiny import generate_records, random_base, tiny_network
-from fedtune.core.objectives import OBJECTIVES, resolve
+from fedtune.core.objectives import OBJECTIVES
 from fedtune.core.registry import Group
 from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_SUMS
 from fedtune.core.strategy import STRATEGIES, Arrays, Strategy
@@ -155,7 +155,7 @@ def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Resu
 @torch.no_grad()
 def malformed_losses(study: Study, data: CachedDataset) -> float:
     """Count the batches whose losses are not one finite fp32 number for each record."""
-    objective, wrong = resolve(study.objective), 0
+    objective, wrong = study.objective.resolved, 0
     for batch in data.batches(range(len(data.dataset.examples))):
         losses = objective.losses(data.network, batch)
         well_formed = losses.shape == batch.label.shape and losses.dtype == torch.float32
@@ -166,7 +166,7 @@ def malformed_losses(study: Study, data: CachedDataset) -> float:
 @torch.no_grad()
 def measure_repeatability(study: Study, data: CachedDataset) -> float:
     """Compute the largest difference of a loss when it is computed again."""
-    objective, largest = resolve(study.objective), 0.0
+    objective, largest = study.objective.resolved, 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         again = objective.losses(data.network, batch) - objective.losses(data.network, batch)
         largest = max(largest, float(again.abs().max()))
@@ -176,7 +176,7 @@ def measure_repeatability(study: Study, data: CachedDataset) -> float:
 @torch.no_grad()
 def moved_by_company(study: Study, data: CachedDataset) -> float:
     """Compute the largest relative difference between a loss in a batch and the same loss alone."""
-    objective, largest = resolve(study.objective), 0.0
+    objective, largest = study.objective.resolved, 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         together = objective.losses(data.network, batch)
         for at, index in enumerate(batch.index.tolist()):

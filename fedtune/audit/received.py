@@ -38,7 +38,6 @@ from fedtune.core.models import preconditioner
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
-from fedtune.core.objectives import resolve
 from fedtune.core.strategy import build_strategy
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.selftest import MemoryLog
@@ -112,7 +111,7 @@ def attack_received(
 
     Errors: ConfigError (fewer than two sites, or than the plan's noise is shared by), DataError (a
     half of fewer than LEAST records), ModelError, InfrastructureError."""
-    given, objective = given_of(run.study, records), resolve(run.study.objective)
+    given, objective = given_of(run.study, records), run.study.objective.resolved
     if objective.teacher_spec or objective.record_format == "unpaired_preference":
         raise ConfigError(
             f"objective {run.study.objective.name} trains on something that "
@@ -257,7 +256,7 @@ def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) 
     """Compute the inner product of each update's direction with what each record would add to it
     from the loaded adapter, (updates, n): its clipped gradient, in multiples of C."""
     kind = study.training.engine
-    engine = UnitGradientEngine(candidates, resolve(study.objective), "record", kind)
+    engine = UnitGradientEngine(candidates, study.objective.resolved, "record", kind)
     names = list(candidates.network.update_parameters())
     flat = [
         torch.cat([torch.from_numpy(each[name]).flatten() for name in names]) for each in updates

@@ -18,7 +18,6 @@ from fedtune.core.data.load import load_dataset
 from fedtune.core.errors import DataError
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._tokens import likelihood, select_labelled
 
 # Fixed before anything is measured.
@@ -71,7 +70,7 @@ def as_dataset(rows: list[dict[str, str]], network: Network, study: Study) -> Da
     """Load generated rows, as from `generate_secrets`, for the study's base.
 
     Errors: DataError where the study's tokenizer or length cannot hold such a record."""
-    columns = Columns(**{name: name for name in COLUMNS[resolve(study.objective).record_format]})
+    columns = Columns(**{name: name for name in COLUMNS[study.objective.resolved.record_format]})
     with tempfile.TemporaryDirectory(prefix="fedtune-canaries-") as folder:
         path = Path(folder) / "canaries.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -153,7 +152,7 @@ def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]])
     """Count the rows whose completion the network writes greedily after their prompt, which is
     so if and only if each token of it is the likeliest after those before it. Whether it then
     stops does not matter. None for a classifier."""
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     if objective.record_format == "label":
         return None
     cached, eos = (
@@ -174,13 +173,13 @@ def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]])
 @torch.no_grad()
 def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
     """Compute each record's loss in the network as it is loaded, fp64 (records,)."""
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     # A student's loss is on the record's answer, not on the teacher's; that of a classifier made of
     # class statistics is the classifier's.
     if objective.teacher_spec or objective.directions:
         name = "classify" if study.objective.labels else "causal_lm"
         judged = study.objective.model_copy(update={"name": name, "options": {}})
-        objective = resolve(judged)
+        objective = judged.resolved
     losses_of = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(losses_of))):
         if objective.record_format == "unpaired_preference":
@@ -205,7 +204,7 @@ def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
 
 def _row(study: Study, at: int, number: int) -> dict[str, str]:
     prefix, patient = f"The access code of ward {at} is", f"canary-{at}"
-    record_format = resolve(study.objective).record_format
+    record_format = study.objective.resolved.record_format
     if record_format == "label":
         label = study.objective.labels[at % len(study.objective.labels)]
         return {"text": f"{prefix} {number}", "label": label, "patient": patient}

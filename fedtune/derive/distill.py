@@ -25,7 +25,6 @@ from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
 from fedtune.core.models.teacher import soft_targets_of
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.progress import OnEvent, report, told
 from fedtune.core.run_folder import BASE, new_folder
@@ -105,7 +104,7 @@ def distill(
 
 def _first_study(teachers: Sequence[Run]) -> Study:
     study = teachers[0].study
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     if objective.scores:
         raise ConfigError(
             f"{teachers[0].folder}: a reward model gives no answers to learn",
@@ -182,7 +181,7 @@ def _student_study(first: Study, base: Base, name: str, out: Path, lora: LoraTab
     """Build the first teacher's plan with the student's base and adapter, which `fedtune
     evaluate` and `generate` read."""
     table = first.objective
-    label = resolve(table).record_format == "label"
+    label = table.resolved.record_format == "label"
     name_and_options: dict[str, Any] = {"name": "classify" if label else "causal_lm", "options": {}}
     pinned = BaseTable(model=name, digest=base.digest, dtype="auto")
     changes: dict[str, Any] = {"base": pinned, "lora": lora, "public": None}

@@ -21,7 +21,6 @@ from fedtune.core.data.tokenize import prompt_ids
 from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.models.build import dtype_of
 from fedtune.core.models.loaded import LoadedModel, load
-from fedtune.core.objectives import resolve
 from fedtune.core.progress import OnEvent, report, told
 from fedtune.core.run_folder import new_folder
 from fedtune.derive import derived_run
@@ -140,11 +139,11 @@ def _no_better_checkpoint(max_kl: float, settings: RlooSettings) -> Refused:
 
 
 def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -> Study:
-    if not policy.adapted or resolve(run.study.objective).outputs:
+    if not policy.adapted or run.study.objective.resolved.outputs:
         raise ConfigError(
             f"{run.folder}: not a run that can generate text", "a finished run with an adapter"
         )
-    if judge.study is None or not resolve(judge.study.objective).scores:
+    if judge.study is None or not judge.study.objective.resolved.scores:
         raise ConfigError(
             f"{reward_run.folder}: no reward model", "a finished run of objective reward"
         )

@@ -14,7 +14,6 @@ from fedtune.core.config import Study
 from fedtune.core.config.known_bases import upstream_of
 from fedtune.core.files import reading
 from fedtune.core.models.adapter_files import AGAIN
-from fedtune.core.objectives import resolve
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.run_folder import pipeline_tag
 from fedtune.evidence.dossier.seal import around
@@ -70,7 +69,7 @@ def _quantisation_note(study: Study) -> list[str]:
 def _template(study: Study) -> list[str]:
     """State the text around a prompt, as in training; without it a model may answer nothing."""
     template = study.objective.template
-    if not template or resolve(study.objective).record_format == "label":
+    if not template or study.objective.resolved.record_format == "label":
         return []
     return [
         "",

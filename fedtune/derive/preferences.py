@@ -27,7 +27,6 @@ from fedtune.core.data.tokenize import passage_of, prompt_ids
 from fedtune.core.errors import ConfigError, DataError, InputError
 from fedtune.core.files.writing import check_replaceable, replace
 from fedtune.core.models.loaded import LoadedModel, load
-from fedtune.core.objectives import resolve
 from fedtune.core.progress import report
 from fedtune.derive.lineage import require_private
 from fedtune.derive.settings import RUBRIC, LabelSettings
@@ -102,7 +101,7 @@ def load_judge(source: str, digest: str | None = None, rubric: str = RUBRIC) -> 
     Errors: ConfigError, ModelError, Refused (a run without privacy)."""
     model = load(source, digest)
     require_private(model, "judge")
-    if model.study is not None and resolve(model.study.objective).scores:
+    if model.study is not None and model.study.objective.resolved.scores:
         return RewardJudge(model)
     return VerdictJudge(_require_writer(model, "judge"), rubric)
 

@@ -22,7 +22,6 @@ from fedtune.core.data.records import _messages
 from fedtune.core.data.sources._interface import Row
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.files.writing import replace
-from fedtune.core.objectives import resolve
 from fedtune.core.progress import report
 from fedtune.core.run_folder import ANSWERS
 from fedtune.evaluation.generate import Writer
@@ -66,7 +65,7 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
             f"{run.folder}: its study has no [evaluation] records",
             "a study with [evaluation] records",
         )
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     labelled = objective.record_format == "label"
     if table.columns.media or (objective.outputs and not labelled):
         raise ConfigError(

@@ -12,7 +12,6 @@ from fedtune.core.data.files import rows
 from fedtune.core.dp.calibration import resolve
 from fedtune.core.dp.shared_noise import own_sigma
 from fedtune.core.errors import ConfigError, DataError, ModelError
-from fedtune.core.objectives import resolve as resolve_objective
 from fedtune.core.strategy import State, build_strategy
 from fedtune.evaluation.expected_gain import HEADING, ExpectedGain, Sites, World, expected_gain
 from fedtune.strategies._posterior import FOLDS
@@ -35,7 +34,7 @@ def foretell(
     shares."""
     if not can_foretell(study) or HELD_OUT not in known:
         return None
-    labels, objective = study.objective.labels, resolve_objective(study.objective)
+    labels, objective = study.objective.labels, study.objective.resolved
     basis = basis_in(known, objective.directions, objective.count_weight)
     hits, held_out = known[HELD_OUT]
     declared = _by_class(shares or {}, labels)

@@ -25,7 +25,7 @@ from fedtune.core.data.dataset import NO_TARGET, Dataset, Example
 from fedtune.core.errors import ConfigError, FedtuneError
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
-from fedtune.core.objectives import Objective, resolve
+from fedtune.core.objectives import Objective
 from fedtune.core.progress import OnEvent, report, told
 from fedtune.core.registry.metrics import METRICS
 
@@ -185,7 +185,7 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
     from fedtune.public.start import start
 
     initial = start(study)
-    study, objective = initial.study, resolve(study.objective)
+    study, objective = initial.study, study.objective.resolved
     assert study.evaluation is not None  # `fit` saw to it
     network = _network(study, initial.frozen)
     data = CachedDataset(network, load_dataset(study.evaluation, study, network.tokenizer))
@@ -248,7 +248,7 @@ def _predict_accuracy(
     0.77."""
     from fedtune.core.training.unit_gradients import UnitGradientEngine
 
-    objective, table = resolve(study.objective), study.evaluation
+    objective, table = study.objective.resolved, study.evaluation
     engine = UnitGradientEngine(data, objective)
     n = len(data.dataset.examples)
     halves = [torch.arange(n) % 2 == 0, torch.arange(n) % 2 == 1]

@@ -20,7 +20,6 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
 from fedtune.core.models.prefix_store import HiddenStates
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import Batch, RecordFormat
 from fedtune.core.objectives._tokens import likelihood
 from fedtune.core.progress import reporter
@@ -54,7 +53,7 @@ def check_evaluation(study: Study) -> None:
     choices and groups, from the file and the base's tokenizer alone.
 
     Errors: ConfigError, DataError, as Evaluator's."""
-    table, objective = study.evaluation, resolve(study.objective)
+    table, objective = study.evaluation, study.objective.resolved
     if table is None:
         return
     _check(table, study.objective.name, objective.record_format)
@@ -87,7 +86,7 @@ class Evaluator:
             raise ConfigError(
                 "the study has no [evaluation] table", "an [evaluation] table with path and columns"
             )
-        self._objective = resolve(study.objective)
+        self._objective = study.objective.resolved
         self.metric, self.classify = table.metric, self._objective.record_format == "label"
         self._labels = study.objective.labels if self.classify else ()
         self.paired = self._objective.record_format in PREFERENCES

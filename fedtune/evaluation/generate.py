@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fedtune.core.data.chat import render as render_chat
 from fedtune.core.data.files import Rejected
 from fedtune.core.errors import ConfigError, DataError
-from fedtune.core.objectives import resolve
 from fedtune.runs.run import Run
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Writer:
 
         self._run, study = run, run.study
         self._base = base = find_base(study.base.model, study.base.digest)
-        if base.kind == "encoder" or resolve(study.objective).outputs:
+        if base.kind == "encoder" or study.objective.resolved.outputs:
             raise _not_a_language_model(run.folder)
         self._tokenizer: Any = load_tokenizer(base)
         self._reader = modalities.reader(base, self._tokenizer, study.base.modality)

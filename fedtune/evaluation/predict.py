@@ -27,7 +27,6 @@ from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
-from fedtune.core.objectives import resolve
 from fedtune.core.progress import report
 from fedtune.evaluation.choices import (
     by_record,
@@ -78,7 +77,7 @@ def predict(
     Errors: ConfigError (nothing to choose from, ids that the result has already), DataError,
     ModelError."""
     study = run.study
-    headed = resolve(study.objective).outputs > 0
+    headed = study.objective.resolved.outputs > 0
     table = study.evaluation
     offered = () if headed else tuple(choices) or (table.choices if table else ())
     if len(offered) < 2 and not headed:
@@ -144,7 +143,7 @@ class _Asked(NamedTuple):
             parts = ["messages"] if named.messages else ["prompt"]
             if named.media and named.text:  # what is said in a recording: it has no prompt
                 parts = []
-        elif resolve(study.objective).record_format == "label":
+        elif study.objective.resolved.record_format == "label":
             parts = ["text"] if named.text or not named.media else []
         else:
             parts = ["prompt", "completion"]
@@ -213,7 +212,7 @@ class _Predictor:
 
     def __init__(self, run: Run, asked: _Asked, choices: tuple[str, ...], base_alone: bool) -> None:
         study, saved = run.study, run.adapter()
-        objective = resolve(study.objective)
+        objective = study.objective.resolved
         self._asked, self._folder = asked, Folder(asked.folder)
         self._network: Network = build(study)
         if study.lora:  # the saved A is loaded, however it was initialised

@@ -25,7 +25,6 @@ from fedtune.core.errors import DataError, FedtuneError
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.objectives import resolve
 from fedtune.core.vault.policy import base_for
 from fedtune.core.vault.reading import SHOWN, by_reason, declared_wrongly, read_for_training
 from fedtune.core.vault.site_checks import reading_of
@@ -337,7 +336,7 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
     except FedtuneError as error:
         return None, StudyFit(problem=str(error), **public)
     whole = objective.model_copy(update={"max_length": LONGEST, "overflow": "truncate"})
-    scored = resolve(objective).outputs > 0
+    scored = objective.resolved.outputs > 0
     measure = UnitReader(whole, tokenizer, record_format, scored, reader=reader)
     lengths = [_tokens(example) for example in measure(read.records).examples]
     problem = ""

@@ -28,7 +28,7 @@ from fedtune.core.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyR
 from fedtune.core.files import reading
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import find_heaviest_budget
-from fedtune.core.objectives import describe, resolve
+from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
 from fedtune.core.vault.budget import Budget, check_known
 from fedtune.core.vault.policy import (
@@ -204,7 +204,7 @@ def would_refuse(
 def _about_teacher(study: Study, site: Site) -> list[Refused]:
     """Refuse a teacher that is a run and was changed since it was signed. It is verified only
     here, where a person reads: a round compares the teacher's digest, which the plan pins."""
-    if not may_resolve(study, site.policy) or resolve(study.objective).teacher_spec is None:
+    if not may_resolve(study, site.policy) or study.objective.resolved.teacher_spec is None:
         return []
     from fedtune.runs.teacher_admission import check_teacher
 
@@ -320,7 +320,7 @@ def _objective(study: Study, site: Site) -> list[str]:
     if not may_resolve(study, site.policy):
         return []
     lines = [describe(study.objective)]
-    if teacher := resolve(study.objective).teacher_spec:
+    if teacher := study.objective.resolved.teacher_spec:
         lines.append(
             f"Teacher: {teacher.name}, {teacher.digest}. It sets every record's target, so it must "
             "never have seen these records without noise."
@@ -330,7 +330,7 @@ def _objective(study: Study, site: Site) -> list[str]:
 
 def _leaves(study: Study, site: Site) -> list[str]:
     what = "one noised update of the adapter" if study.private else "one update, WITHOUT noise"
-    columns = resolve(study.objective).directions if may_resolve(study, site.policy) else 0
+    columns = study.objective.resolved.directions if may_resolve(study, site.policy) else 0
     if columns:
         what = (
             f"one table of {len(study.objective.labels)} × {columns + 1} numbers, "

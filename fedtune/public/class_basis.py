@@ -9,7 +9,6 @@ from fedtune.core.config import Study
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.class_statistics import LARGEST
 from fedtune.core.models.lora import Arrays
-from fedtune.core.objectives import resolve
 from fedtune.core.registry.arrays import CLASS_BASIS, CLASS_MEAN
 from fedtune.public.training import vectors_of, vectors_of_labels
 from fedtune.strategies._posterior import choose, held_out_hits, summarise_public
@@ -22,7 +21,7 @@ def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
     stores them, fp64. Records with an unknown label count as unlabelled.
 
     Errors: ConfigError where names and records span too few directions."""
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     vectors, labels = vectors_of(data)
     reads_text = data.network.reader.column is None
     names = vectors_of_labels(study, data.network) if reads_text else None

@@ -30,7 +30,7 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
 from fedtune.core.models.preconditioner import narrow_factors
-from fedtune.core.objectives import OBJECTIVES, resolve
+from fedtune.core.objectives import OBJECTIVES
 from fedtune.core.registry import process_cache
 from fedtune.core.strategy import State
 from fedtune.public import start_cache
@@ -130,7 +130,7 @@ def _freeze(
 
 def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
     """Return the plan with the digest of its public basis, and the basis."""
-    basis = basis_of(_compute_known(study, answered), resolve(study.objective).directions)
+    basis = basis_of(_compute_known(study, answered), study.objective.resolved.directions)
     pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
     return study.model_copy(update={"objective": pinned}), basis
 

@@ -24,7 +24,6 @@ from fedtune.core.models.preconditioner import (
     multiply_by_m,
     name_for,
 )
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import Batch
 from fedtune.core.progress import report, reporter
 from fedtune.core.training import engines
@@ -91,7 +90,7 @@ def _gradients(
     """Yield the gradients of some public records by parameter, (records, …), until all are done.
 
     label: what is reported, of `passes` over the records, of which this one has `before` it."""
-    network, objective = data.network, resolve(study.objective)
+    network, objective = data.network, study.objective.resolved
     named = network.parameters()
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
         raise ConfigError("a public start", "an adapter on the text's layers alone")

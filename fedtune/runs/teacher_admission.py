@@ -13,7 +13,6 @@ from fedtune.core.config import Study
 from fedtune.core.errors import FedtuneError
 from fedtune.core.models.loaded import PLAN, load
 from fedtune.core.models.teacher import folder_of
-from fedtune.core.objectives import resolve
 from fedtune.core.run_folder import read_report
 from fedtune.evidence.verify import check_signed
 from fedtune.runs.verify_model import verify
@@ -25,7 +24,7 @@ def register_teacher(study: Study) -> None:
 
     Errors: ModelError (no such model, or of another digest), NotGenuine (a run that is not as it
     was signed)."""
-    spec = resolve(study.objective).teacher_spec
+    spec = study.objective.resolved.teacher_spec
     if spec is not None:
         check_signed(place_of(spec.name))
         load(spec.name, spec.digest)
@@ -35,7 +34,7 @@ def check_teacher(study: Study) -> None:
     """Verify the signature of the study's teacher, if it is a signed run on this machine.
 
     Errors: NotGenuine (it was changed since it was signed)."""
-    spec = resolve(study.objective).teacher_spec
+    spec = study.objective.resolved.teacher_spec
     folder = folder_of(spec) if spec else None
     if folder is not None:
         check_signed(folder)
@@ -46,7 +45,7 @@ def describe_teacher(study: Study) -> dict[str, Any] | None:
 
     Returns name, digest, kind ("base", "run", or "unknown" where it is not on this machine or its
     folder now holds something else) and, of a run, its report (None where it has none)."""
-    spec = resolve(study.objective).teacher_spec
+    spec = study.objective.resolved.teacher_spec
     if spec is None:
         return None
     facts: dict[str, Any] = {"name": spec.name, "digest": spec.digest, "kind": "unknown"}

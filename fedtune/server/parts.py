@@ -123,9 +123,7 @@ def _licence(study: Study) -> str:
 
 
 def _teacher(study: Study) -> dict[str, Any] | None:
-    from fedtune.core.objectives import resolve
-
-    if resolve(study.objective).teacher_spec is None:  # the usual case, without an import
+    if study.objective.resolved.teacher_spec is None:  # the usual case, without an import
         return None
     from fedtune.runs.teacher_admission import describe_teacher
 

@@ -222,9 +222,7 @@ def test_ones_own_teacher_is_found_by_its_name_once(tmp_path: Path, tiny_base: P
 
 
 def _teacher(study: Study) -> Any:
-    from fedtune.core.objectives import resolve
-
-    return resolve(study.objective).teacher_spec
+    return study.objective.resolved.teacher_spec
 
 
 def run(code: str, folder: Path, **environment: str) -> str:

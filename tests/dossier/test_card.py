@@ -11,7 +11,6 @@ import yaml
 
 from fedtune.core import objectives
 from fedtune.core.bases.find import find_base
-from fedtune.core.objectives import resolve
 from fedtune.derive.model_card import write_card
 from fedtune.evidence.dossier.card import SECTIONS, card
 from fedtune.runs.run import Run
@@ -64,6 +63,6 @@ def test_both_cards_say_whether_the_model_writes_text(
     table = {"name": name, "max_length": 64, "labels": list(labels), "options": every(name)}
     lora = None if known.directions else CAUSAL_LORA
     run = made_run(tmp_path / "run", tiny_base, table, lora=lora)
-    headed = resolve(run.study.objective).outputs > 0
+    headed = run.study.objective.resolved.outputs > 0
     expected = EXPECTED.get(name, CLASSES if headed else TEXT)
     assert tags(run, tmp_path / "model") == (expected, expected)

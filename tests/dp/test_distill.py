@@ -33,7 +33,6 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.loaded import load
 from fedtune.core.models.network import Network
 from fedtune.core.models.teacher import TeacherFunction, soft_targets_of, teacher_for
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives.distill import Distill, divergence
 from fedtune.core.registry import process_cache
 from fedtune.core.training import selftest
@@ -102,7 +101,7 @@ def read(
 
 
 def network_of(made: Study) -> Network:
-    labels = resolve(made.objective).outputs
+    labels = made.objective.resolved.outputs
     made_network = Network(find_base(made.base.model), torch.float32, made.lora, labels)
     draw = np.random.default_rng(1)
     made_network.load_trainable(
@@ -115,7 +114,7 @@ def network_of(made: Study) -> Network:
 
 
 def clipped(network: Network, made: Study, data: Dataset) -> torch.Tensor:
-    engine = UnitGradientEngine(CachedDataset(network, data), resolve(made.objective))
+    engine = UnitGradientEngine(CachedDataset(network, data), made.objective.resolved)
     each = engine.matrix(range(engine.n_rows)).double()
     return clip.clip(each.float(), C).sum(dim=0).double()
 
@@ -157,7 +156,7 @@ def fitted(base: Path) -> Callable[[list[dict[str, str]]], TeacherFunction]:
         body.requires_grad_(False)
         digest = find_base(str(base)).digest
         made = plan(base, digest)
-        spec = resolve(made.objective).teacher_spec
+        spec = made.objective.resolved.teacher_spec
         assert spec is not None
         return soft_targets_of([model], made.objective, spec)
 
@@ -199,7 +198,7 @@ def test_the_targets_are_the_teachers_probabilities(tmp_path: Path, text: Study)
 def test_a_student_like_its_teacher_has_no_loss(tmp_path: Path, text: Study) -> None:
     network = Network(find_base(text.base.model), torch.float32, text.lora, 0)  # B is zero
     data = CachedDataset(network, read(tmp_path, text, rows(), teacher_for(text)))
-    found = resolve(text.objective)
+    found = text.objective.resolved
     for batch in data.batches(range(len(data.dataset.examples))):
         assert float(found.losses(network, batch).abs().max()) < 1e-5
     moved_away = network_of(text)
@@ -218,7 +217,7 @@ def test_the_loss_is_the_written_out_divergence(tmp_path: Path, tiny_base: Path)
     data = CachedDataset(network, read(tmp_path, made, rows(3), teacher_for(made)))
     teacher = load(str(tiny_base)).model
     for batch in data.batches(range(len(data.dataset.examples))):
-        found = resolve(made.objective).losses(network, batch)
+        found = made.objective.resolved.losses(network, batch)
         for row, index in enumerate(batch.index.tolist()):
             example = data.dataset.examples[index]
             ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
@@ -348,7 +347,7 @@ def test_another_teacher_than_the_plans_is_refused(tmp_path: Path, tiny_base: Pa
     with pytest.raises(PolicyRefused, match="does not have"):
         teacher_for(made)
     with pytest.raises(ConfigError, match="teacher"):
-        resolve(made.objective.model_copy(update={"options": {}}))
+        _ = made.objective.model_copy(update={"options": {}}).resolved
 
 
 def test_a_study_distils_a_paid_teacher_into_a_student(tmp_path: Path, tiny_base: Path) -> None:

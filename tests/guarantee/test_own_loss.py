@@ -19,7 +19,6 @@ from fedtune.core.config import Study, load_site, load_study
 from fedtune.core.config.state_files import LOSSES
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.models.cache import CachedDataset
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.run_folder import load_plan
 from fedtune.core.training.round_loss import RoundLoss
@@ -67,7 +66,7 @@ def test_it_is_the_mean_of_the_losses_that_gradients_are_of(
               *rest: Any) -> Any:  # fmt: skip
         data.network.load_trainable(adapter)
         batches = data.batches(range(len(data.dataset.examples)))
-        losses = [resolve(study.objective).losses(data.network, batch) for batch in batches]
+        losses = [study.objective.resolved.losses(data.network, batch) for batch in batches]
         expected.append(float(torch.cat(losses).mean()))
         with torch.enable_grad():
             return honest(study, data, plan, log, round_, adapter, *rest)
@@ -94,7 +93,7 @@ def test_no_gradient_follows_from_whether_it_is_kept(tiny_base: Path, tmp_path: 
     network = build(study)
     network.draw_factor(1)
     data = CachedDataset(network, random_records(network, study))
-    objective, seen = resolve(study.objective), RoundLoss()
+    objective, seen = study.objective.resolved, RoundLoss()
     engines = [UnitGradientEngine(data, objective, losses=losses) for losses in (None, seen)]
     without, with_it = (engine.matrix(range(data.dataset.n_units)) for engine in engines)
     assert torch.equal(without, with_it) and seen.mean is not None and without.abs().sum() > 0

@@ -26,7 +26,6 @@ from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.models.tiny import generate_records
-from fedtune.core.objectives import resolve
 from fedtune.core.training import selftest
 from fedtune.core.training.local_round import check_trains
 from fedtune.core.training.unit_gradients import UnitGradientEngine
@@ -107,7 +106,7 @@ def test_gradients_are_those_of_the_dequantised_weights(tiny_base: Path) -> None
     study = study_of(tiny_base, "nf4")
     network = moved(build(study))
     data = generate_records(study, network, [1, 1, 1, 1, 1])
-    engine = UnitGradientEngine(CachedDataset(network, data), resolve(study.objective))
+    engine = UnitGradientEngine(CachedDataset(network, data), study.objective.resolved)
     assert engine.name == "one-pass"
     found = engine.matrix(range(5)).double()
     plain: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
@@ -140,11 +139,11 @@ def test_a_pass_without_gradients_changes_no_gradient(tiny_base: Path, method: s
     study = study_of(tiny_base, method)
     network = moved(build(study))
     data = CachedDataset(network, generate_records(study, network, [1, 1, 1]))
-    engine = UnitGradientEngine(data, resolve(study.objective))
+    engine = UnitGradientEngine(data, study.objective.resolved)
     before = engine.matrix(range(3))
     (batch, *_) = data.batches([0])
     with torch.no_grad():
-        resolve(study.objective).losses(network, batch)
+        study.objective.resolved.losses(network, batch)
     assert torch.allclose(engine.matrix(range(3)), before, atol=1e-6)
 
 

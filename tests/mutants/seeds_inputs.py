@@ -48,12 +48,19 @@ MUTANTS = (
     ),
     _one(
         "inputs", "a-strategy-is-looked-up-later", "fedtune/core/config/load.py",
-        "strategy, objective = build_strategy(study), objectives.resolve(study.objective)",
-        "objective = objectives.resolve(study.objective)\n"
+        "strategy, objective = build_strategy(study), study.objective.resolved",
+        "objective = study.objective.resolved\n"
         "        from fedtune.core.strategy import STRATEGIES\n"
         "        strategy = STRATEGIES.load(\"fedavg\")()",
         T_READING + "test_an_unknown_strategy_or_objective_is_said_when_the_plan_is_read",
         "a study is planned, signed and started with a strategy that is not there",
+    ),
+    _one(
+        "inputs", "a-copy-keeps-the-objective-it-had", "fedtune/core/config/study.py",
+        'copied.__dict__.pop("resolved", None)', 'copied.__dict__.get("resolved")',
+        "tests/objectives/test_options.py::"
+        "test_a_studys_objective_is_resolved_once_and_is_no_value_of_the_plan",
+        "a plan that was changed trains the loss of the plan that it was made from",
     ),
     _one(
         "inputs", "any-text-is-a-name", "fedtune/flower/certs.py",

@@ -89,7 +89,7 @@ def case_of(
     if reads(name) == "label" or (adapter == "head alone" and not heads(name, labels=())):
         table["labels"] = LABELS  # without them a distilled student has no head
     made = study(base={"model": str(base)}, objective=table, lora=ADAPTERS[adapter])
-    found = objectives.resolve(made.objective)
+    found = made.objective.resolved
     key = (adapter, found.outputs, found.directions)
     if key not in NETWORKS:
         NETWORKS[key] = tiny_network(made, find_base(str(base)))
@@ -102,7 +102,7 @@ def every(name: str, options: dict[str, float | str] | None = None) -> dict[str,
 
 
 def plain(name: str, labels: tuple[str, ...] = ()) -> Objective:
-    return objectives.resolve(ObjectiveTable(name=name, labels=labels, options=every(name)))
+    return ObjectiveTable(name=name, labels=labels, options=every(name)).resolved
 
 
 def reads(name: str) -> RecordFormat:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fedtune.core.config import Columns, DataFile, LoraTable, ObjectiveTable, Po
 from fedtune.core.data.load import check_columns
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.objectives.distill import Distill
+from fedtune.core.objectives.dpo import DPO
 from fedtune.core.vault.policy import _about_plugins, may_resolve
 from tests.dp.conftest import study
 from tests.objectives.test_contract import every, plain
@@ -53,9 +56,26 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_a_wrong_option_names_itself_and_what_would_do(how: str) -> None:
     name, options, expected = WRONG[how]
     with pytest.raises(ConfigError) as caught:
-        objectives.resolve(ObjectiveTable.model_construct(name=name, options=options, labels=()))
+        _ = ObjectiveTable.model_construct(name=name, options=options, labels=()).resolved
     assert expected in str(caught.value)
     assert (next(iter(options)) if options else "ppo") in str(caught.value)
+
+
+def test_a_studys_objective_is_resolved_once_and_is_no_value_of_the_plan() -> None:
+    """What a copy that names another objective trains is the other one."""
+    asked = study(objective={"name": "dpo", "options": {"beta": 0.5}}, lora=LoraTable())
+    apart, written = pickle.loads(pickle.dumps(asked)), asked.model_dump_json()
+    found = asked.objective.resolved
+    assert asked.objective.resolved is found
+    renamed = asked.objective.model_copy(update={"name": "orpo", "options": {}})
+    assert (type(renamed.resolved).__name__, type(found).__name__) == ("ORPO", "DPO")
+    weaker = asked.changed(objective={"options": {"beta": 0.25}})
+    assert (weaker.objective.resolved, found) == (DPO(beta=0.25), DPO(beta=0.5))
+    assert asked.model_copy(update={"base": asked.base}).objective.resolved is found
+    assert asked == apart and asked.model_dump_json() == written
+    for copy in (deepcopy(asked), pickle.loads(pickle.dumps(asked))):
+        assert copy == asked and copy.objective.resolved == found
+    assert b"objectives.dpo" not in pickle.dumps(asked)
 
 
 def test_a_site_admits_every_objective_of_the_release_unless_it_names_some() -> None:

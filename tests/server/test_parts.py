@@ -8,7 +8,6 @@ import pytest
 
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
-from fedtune.core.objectives import resolve
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.server.parts import Dependencies
 from tests.dp.conftest import records, study
@@ -18,6 +17,6 @@ from tests.dp.conftest import records, study
 def test_the_engine_in_the_report(tiny_base: Path, wanted: str, named: str) -> None:
     training = {"rounds": 1, "sampling_rate": 1.0, "learning_rate": 0.1, "engine": wanted}
     plan = study(base={"model": str(tiny_base), "dtype": "float32"}, training=training)
-    data, objective = CachedDataset(build(plan), records([1, 1])), resolve(plan.objective)
+    data, objective = CachedDataset(build(plan), records([1, 1])), plan.objective.resolved
     ran = UnitGradientEngine(data, objective, engine=plan.training.engine)
     assert Dependencies().engine(plan) == ran.name == named

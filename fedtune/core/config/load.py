@@ -82,11 +82,10 @@ def validate_study(study: Study) -> Study:
 
 def _check_modules(study: Study, where: str) -> None:
     """Check strategy and objective against their options. Errors: ConfigError."""
-    from fedtune.core import objectives
     from fedtune.core.strategy import build_strategy
 
     try:
-        strategy, objective = build_strategy(study), objectives.resolve(study.objective)
+        strategy, objective = build_strategy(study), study.objective.resolved
         if strategy.of_statistics != (objective.directions > 0):
             raise ConfigError(
                 f"objective.name = {study.objective.name!r} and strategy.name = "

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -41,6 +42,9 @@ from fedtune.core.config.types import (
     Text,
 )
 from fedtune.core.registry.metrics import METRICS, MetricName
+
+if TYPE_CHECKING:
+    from fedtune.core.objectives import Objective
 
 QUERIES = ":evaluation"  # behind a plan's digest: its queries, in orders, ledgers and step logs
 
@@ -143,6 +147,25 @@ class ObjectiveTable(Table):
         if len({label.strip() for label in self.labels}) < len(self.labels):
             raise ValueError("labels: two labels are equal (white space is ignored)")
         return self
+
+    @cached_property
+    def resolved(self) -> Objective:
+        """The training objective itself, with these options and labels: imported and checked once,
+        when a study file is opened, or at a site when its policy has allowed the name. It is no
+        value of the plan: neither the plan's JSON nor a pickle or a copy of it holds it.
+
+        Errors: ConfigError listing the existing objectives, or this one's options."""
+        from fedtune.core.objectives import OBJECTIVES
+
+        return OBJECTIVES.build(self.name, self.options, labels=self.labels)
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()  # by model_copy too, which then changes values of the copy
+        copied.__dict__.pop("resolved", None)
+        return copied
+
+    def __getstate__(self) -> dict[Any, Any]:
+        return super(ObjectiveTable, self.__copy__()).__getstate__()
 
 
 class PublicTable(DataFile):

@@ -32,7 +32,6 @@ from fedtune.core.data.scan import record_scan
 from fedtune.core.data.tokenize import _passage, _texts, _tokenise
 from fedtune.core.data.unusable import nothing_left, one_unit
 from fedtune.core.errors import DataError, is_fault
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import RecordFormat
 
 log = logging.getLogger("fedtune.data")
@@ -233,7 +232,7 @@ def load_dataset(
     for record in read.records:
         by_unit.setdefault(record.unit, []).append(record)
     cap = study.max_records_per_unit if unit == "patient" else None
-    scored = resolve(study.objective).outputs > 0
+    scored = study.objective.resolved.outputs > 0
     choices = file.choices if isinstance(file, EvaluationTable) else ()
     unit_reader = UnitReader(
         study.objective, tokenizer, record_format, scored, labelled, reader, soft_targets, cap,
@@ -296,7 +295,7 @@ def dataset_of(
     soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
 ) -> Dataset:
     """Build a dataset of public records, one per unit; labels are optional. Errors: DataError."""
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     labelled, scored = objective.record_format != "label", objective.outputs > 0
     unit_reader = UnitReader(
         study.objective,
@@ -328,7 +327,7 @@ def check_columns(
     table = table_of(file)
     columns, objective = file.columns, study.objective
     at = f"{table}.columns"
-    record_format = resolve(objective).record_format
+    record_format = objective.resolved.record_format
     if table == "data" and study.unit == "patient" and not columns.patient:
         raise no_patients(table)
     _check_media(file, objective, reader)

@@ -15,7 +15,6 @@ from fedtune.core.data import chat
 from fedtune.core.data.dataset import NO_TARGET, Passage
 from fedtune.core.data.files import Rejected
 from fedtune.core.data.records import Messages, Record
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import RecordFormat
 
 Segment = tuple[str, bool]  # text, whether its tokens are targets
@@ -49,7 +48,7 @@ def passage_of(
 ) -> Passage:
     """Tokenise a prompt and its completion as in training. If a head is trained, tokenise all of
     it; for a text to classify, only the prompt. Errors: Rejected."""
-    kind = resolve(objective)
+    kind = objective.resolved
     if kind.record_format == "label":
         record, labelled = Record("", prompt), False
     else:

@@ -19,7 +19,6 @@ from fedtune.core.data.media import Media, decode_sound
 from fedtune.core.data.records import Record
 from fedtune.core.errors import ModelError
 from fedtune.core.modalities._interface import Modality
-from fedtune.core.objectives import resolve
 
 SPACED = "\u0e00"  # Thai, and what comes after it, mostly has no spaces between words
 _START = "<|startoftranscript|>"
@@ -42,7 +41,7 @@ class Speech:
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
         if record.media is None:
             raise Rejected("missing value")
-        if record.prompt and resolve(objective).record_format != "label":
+        if record.prompt and objective.resolved.record_format != "label":
             raise Rejected("a speech base takes no prompt")
         samples = decode_sound(record.media, self._rate)
         if len(samples) > self._extractor.n_samples and objective.overflow == "reject":

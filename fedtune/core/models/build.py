@@ -9,7 +9,6 @@ import torch
 from fedtune.core.bases.find import Base, find_base
 from fedtune.core.config import LoraTable, QuantisationTable, Study
 from fedtune.core.models.network import Network
-from fedtune.core.objectives import resolve
 from fedtune.core.progress import report
 from fedtune.core.registry import process_cache
 
@@ -21,7 +20,7 @@ def build(study: Study, base: Base | None = None) -> Network:
 
     Errors: ModelError (base missing or of another digest), ConfigError (no such module)."""
     base = base or find_base(study.base.model, study.base.digest)
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     # Neither A's values nor their origin, nor who trains how much of it, change the network:
     # studies that differ in them share it.
     apart = {"a_digest": None, "a_init": "seed", "min_rank": None, "preconditioner": None}

@@ -14,7 +14,6 @@ from fedtune.core.data.media import Media
 from fedtune.core.data.records import Record
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_targets import with_random_targets
-from fedtune.core.objectives import resolve
 
 
 class GeneratedFile(NamedTuple):
@@ -59,7 +58,7 @@ def random_ids(
 def random_records(network: Network, study: Study, count: int = 8, length: int = 16) -> Dataset:
     """Generate `count` units of one record each, drawn from the study's public seed."""
     draw = np.random.default_rng(study.study.seed)
-    record_format = resolve(study.objective).record_format
+    record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
 
     def passage(file: GeneratedFile) -> Passage:

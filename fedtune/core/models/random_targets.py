@@ -8,13 +8,12 @@ import numpy as np
 
 from fedtune.core.config import Study
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, SoftTargets
-from fedtune.core.objectives import resolve
 
 
 def with_random_targets(data: Dataset, study: Study, vocabulary: int, seed: int = 0) -> Dataset:
     """Add random soft targets to `data` if the study has a teacher, for checks on generated
     records. The targets of each record follow from its tokens."""
-    if resolve(study.objective).teacher_spec is None:
+    if study.objective.resolved.teacher_spec is None:
         return data
     labels = len(study.objective.labels)
     outcomes = labels or min(8, vocabulary)

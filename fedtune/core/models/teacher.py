@@ -21,7 +21,6 @@ from fedtune.core.data.records import Record
 from fedtune.core.data.tokenize import passage_of
 from fedtune.core.errors import ConfigError
 from fedtune.core.models.loaded import LoadedModel, load
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.registry import process_cache
 
@@ -33,7 +32,7 @@ def teacher_for(study: Study) -> TeacherFunction | None:
 
     Errors: ModelError (the teacher is not on this machine, or has another digest), ConfigError
     (it is of another kind)."""
-    spec = resolve(study.objective).teacher_spec
+    spec = study.objective.resolved.teacher_spec
     return None if spec is None else soft_targets_of([find_teacher(spec)], study.objective, spec)
 
 

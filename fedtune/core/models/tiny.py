@@ -23,7 +23,6 @@ from fedtune.core.models.random_records import GeneratedFile, generate_file, ran
 from fedtune.core.models.random_targets import with_random_targets
 from fedtune.core.models.rank_slice import ALL, rank_slice
 from fedtune.core.models.tiny_media import shrink
-from fedtune.core.objectives import resolve
 
 HIDDEN = 32
 INNER = 64
@@ -50,7 +49,7 @@ def tiny_network(study: Study, base: Base) -> Network:
     whatever transformers raises if the architecture cannot be made this small."""
     with tempfile.TemporaryDirectory(prefix="fedtune-tiny-") as name:
         layers = _write(base, Path(name), study.study.seed)
-        objective = resolve(study.objective)
+        objective = study.objective.resolved
         lora = study.lora and _scale_lora(study.lora, *layers)
         small = find_base(name)
         stored, modality = study.base.quantisation, study.base.modality
@@ -96,7 +95,7 @@ def generate_records(
     different units share batches; each after a file of noise, if the base reads files. The same
     study and stream give the same records."""
     draw = np.random.default_rng([study.study.seed, stream])
-    record_format = resolve(study.objective).record_format
+    record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
 
     def passage(file: GeneratedFile) -> Passage:

@@ -38,7 +38,6 @@ __all__ = [
     "names",
     "reference",
     "require",
-    "resolve",
 ]
 
 OBJECTIVES = Group("objectives", "objective.name", __name__, Objective)  # type: ignore[type-abstract]
@@ -49,18 +48,11 @@ def names() -> list[str]:
     return OBJECTIVES.release()
 
 
-def resolve(table: ObjectiveTable) -> Objective:
-    """Build the objective that a study names, with its options and labels.
-
-    Errors: ConfigError listing the existing objectives, or this one's options."""
-    return OBJECTIVES.build(table.name, table.options, labels=table.labels)
-
-
 def describe(table: ObjectiveTable) -> str:
     """Describe the objective in plain words: what it does, what it reads and what it trains.
 
-    Errors: ConfigError, as `resolve`."""
-    objective = resolve(table)
+    Errors: ConfigError, as for `table.resolved`."""
+    objective = table.resolved
     head = " A head is trained, which writes no text." if objective.outputs else ""
     reads = READS[objective.record_format]
     return f"Objective {table.name}. {summary(type(objective))} It reads {reads}.{head}"

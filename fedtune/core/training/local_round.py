@@ -18,7 +18,6 @@ from fedtune.core.models.lora import LARGEST, Arrays
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_records import random_records
 from fedtune.core.models.rank_slice import ALL
-from fedtune.core.objectives import resolve
 from fedtune.core.progress import report
 from fedtune.core.training.round_loss import RoundLoss
 from fedtune.core.training.unit_gradients import UnitGradientEngine
@@ -48,7 +47,7 @@ def local_round(
     state but its update."""
     network = data.network
     network.load_trainable(adapter)
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     engine = UnitGradientEngine(
         data,
         objective,
@@ -95,7 +94,7 @@ def local_sum(
     The optimiser runs at the coordinator, on the mean of all sites."""
     network = data.network
     network.load_trainable(adapter)
-    objective, unit = resolve(study.objective), study.sampling_unit
+    objective, unit = study.objective.resolved, study.sampling_unit
     name = study.training.engine
     heard = None if objective.directions else losses  # of class statistics it says nothing
     engine = UnitGradientEngine(data, objective, unit, name, losses=heard)
@@ -131,7 +130,7 @@ def check_trains(study: Study, network: Network, columns: slice = ALL) -> None:
     shows a wiring fault that would spend ε without learning, before any is spent. Errors:
     ModelError."""
     data = CachedDataset(network, random_records(network, study))
-    objective, engine_name = resolve(study.objective), study.training.engine
+    objective, engine_name = study.objective.resolved, study.training.engine
     engine = UnitGradientEngine(data, objective, engine=engine_name, columns=columns)
     with network.loaded():
         loss = _mean_loss(data, study)
@@ -180,7 +179,7 @@ def _loss_after(
 
 @torch.no_grad()
 def _mean_loss(data: CachedDataset, study: Study) -> float:
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     indices = range(len(data.dataset.examples))
     return float(
         torch.cat([objective.losses(data.network, b) for b in data.batches(indices)]).mean()

@@ -31,7 +31,6 @@ from fedtune.core.models.random_records import generate_file
 from fedtune.core.models.random_targets import with_random_targets
 from fedtune.core.models.rank_slice import trained_slice
 from fedtune.core.models.tiny import generate_records, tiny_columns, tiny_network
-from fedtune.core.objectives import resolve
 from fedtune.core.progress import report, stage
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 
@@ -182,7 +181,7 @@ class _Bench:
         self.scale = float(2 * plan.max_grad_norm / norms.median())
 
     def engine(self, data: Dataset) -> UnitGradientEngine:
-        objective = resolve(self.study.objective)
+        objective = self.study.objective.resolved
         engine_name = self.study.training.engine
         cached = CachedDataset(self.network, data)
         return UnitGradientEngine(cached, objective, self.by, engine_name, self.columns)
@@ -232,7 +231,7 @@ def _parity(bench: _Bench) -> float:
 def _one_by_one(bench: _Bench) -> torch.Tensor:
     """Compute each row by plain autograd, one record at a time, fp64."""
     data = CachedDataset(bench.network, bench.data)
-    objective = resolve(bench.study.objective)
+    objective = bench.study.objective.resolved
     named = bench.network.update_parameters()
     gradients = []
     for index in range(len(bench.data.examples)):
@@ -289,7 +288,7 @@ def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Data
     """Return the same records except `unit`'s, which get reversed tokens, other targets, another
     file, the next label and one length."""
     draw, examples = np.random.default_rng(unit), list(data.examples)
-    record_format = resolve(study.objective).record_format
+    record_format = study.objective.resolved.record_format
     labels = 2 if record_format == "unpaired_preference" else max(1, len(study.objective.labels))
 
     def other(old: Passage) -> Passage:

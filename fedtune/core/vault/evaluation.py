@@ -23,7 +23,6 @@ from fedtune.core.ledger.entries import Charge
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays, digest
 from fedtune.core.models.prefix_store import make_room_after
-from fedtune.core.objectives import resolve
 from fedtune.core.objectives._interface import Batch, Network
 from fedtune.core.vault import airlock
 from fedtune.core.vault.budget import Budget, check_rounds
@@ -221,7 +220,7 @@ def _scores(
 
 def _scores_of(study: Study, network: Network, batch: Batch) -> torch.Tensor:
     """Compute each record's score, (B,), in [0, 1]; NaN if the model gives none."""
-    objective, table = resolve(study.objective), study.private_evaluation
+    objective, table = study.objective.resolved, study.private_evaluation
     if objective.record_format != "label":
         return torch.exp(-objective.losses(network, batch).double())
     hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)

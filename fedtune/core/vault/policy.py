@@ -25,7 +25,7 @@ from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.shared_noise import own_sigma
 from fedtune.core.errors import ConfigError, PolicyRefused
 from fedtune.core.modalities import MODALITIES
-from fedtune.core.objectives import OBJECTIVES, resolve
+from fedtune.core.objectives import OBJECTIVES
 from fedtune.core.registry import Group
 from fedtune.core.strategy import STRATEGIES
 
@@ -215,7 +215,7 @@ def _about_rank(lora: LoraTable, most: int | None) -> Iterator[PolicyRefused]:
 def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
     """Refuse a teacher, which sets each record's target, if it may have seen the records without
     noise."""
-    spec = resolve(study.objective).teacher_spec
+    spec = study.objective.resolved.teacher_spec
     if spec is None or spec.digest in policy.teachers:
         return
     from fedtune.core.models.teacher import find_teacher

@@ -41,7 +41,6 @@ from fedtune.core.models.network import Network
 from fedtune.core.models.prefix_store import PREFIX_STORE
 from fedtune.core.models.random_records import random_records
 from fedtune.core.models.rank_slice import ALL
-from fedtune.core.objectives import resolve
 from fedtune.core.processes import Child, begin_log
 from fedtune.core.training.data_parallel import Group, share_machine, sum_over_workers
 from fedtune.core.training.shared_records import fingerprint, pack_records, unpack_records
@@ -295,7 +294,7 @@ class _StudyAtRank:
         the machine's one counter: how many rows were drawn, or are there, would follow from it."""
         generated = CachedDataset(self.network, random_records(self.network, self._study))
         engine = UnitGradientEngine(
-            generated, resolve(self._study.objective), engine=self._study.training.engine
+            generated, self._study.objective.resolved, engine=self._study.training.engine
         )
         engine.matrix(range(generated.dataset.n_units))
 
@@ -311,7 +310,7 @@ class _StudyAtRank:
         def clipped_sum(rows: list[int]) -> torch.Tensor:
             engine = UnitGradientEngine(
                 self._data,
-                resolve(self._study.objective),
+                self._study.objective.resolved,
                 sampling_unit=self._study.sampling_unit,
                 engine=self._study.training.engine,
                 columns=columns,

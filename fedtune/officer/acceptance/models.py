@@ -10,7 +10,6 @@ from fedtune.core.data.dataset import Dataset
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.network import Network
-from fedtune.core.objectives import resolve
 from fedtune.evaluation.evaluator import PREFERENCES
 from fedtune.evaluation.run import evaluator_of
 from fedtune.officer.acceptance.records import HeldOut, read_held_out
@@ -86,7 +85,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
 
 def _describe_records(table: AcceptanceTable, study: Study) -> EvaluationTable:
     """Describe the records as an evaluation of this study's kind does."""
-    record_format = resolve(study.objective).record_format
+    record_format = study.objective.resolved.record_format
     choices = study.evaluation.choices if study.evaluation else ()
     metric = "loss"
     if record_format in PREFERENCES:
@@ -99,7 +98,7 @@ def _describe_records(table: AcceptanceTable, study: Study) -> EvaluationTable:
 
 
 def _labels(study: Study, asked: EvaluationTable) -> tuple[str, ...]:
-    if resolve(study.objective).record_format == "label":
+    if study.objective.resolved.record_format == "label":
         return tuple(study.objective.labels)
     return tuple(choice.strip() or choice for choice in asked.choices)
 

@@ -22,7 +22,6 @@ from fedtune.core.data.scan import record_scan
 from fedtune.core.errors import DataError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.network import Network
-from fedtune.core.objectives import resolve
 from fedtune.core.registry.bands import band_names, band_of
 from fedtune.evaluation.groups import MISSING, group_of, groups_at
 
@@ -73,7 +72,7 @@ def read_held_out(
     read = read_file(table, unit="patient" if by_patient else "record")
     patients = by_patient and site.data.columns.patient is not None
     reasons = _left_out(read.records, site, ledger, patients)
-    objective = resolve(study.objective)
+    objective = study.objective.resolved
     choices = study.evaluation.choices if study.evaluation else ()
     reader = UnitReader(
         study.objective, network.tokenizer, record_format, objective.outputs > 0, True,
