@@ -16,7 +16,7 @@ from statistics import median
 
 from benchmarks import measure
 from benchmarks.measure import Bound, Table
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.conftest import tiny_llama
 from tests.network.kit import OFF, PRIVATE, SITES, consortium, until
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 from statistics import median
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.conftest import tiny_llama
 from tests.network.kit import FEDTUNE, PRIVATE, consortium, end, until
 

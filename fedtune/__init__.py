@@ -46,7 +46,6 @@ if TYPE_CHECKING:
         VaultTable,
         WireTable,
         load_site,
-        load_sites,
         load_study,
         save,
     )
@@ -94,6 +93,7 @@ if TYPE_CHECKING:
     from fedtune.officer.purge import purge
     from fedtune.officer.review import review
     from fedtune.officer.sheet import Described, describe_data
+    from fedtune.officer.site_files import load_sites
     from fedtune.officer.withdraw import withdraw
     from fedtune.presets.templates import init
     from fedtune.runs.run import Run
@@ -122,13 +122,14 @@ _MODULES = {
     "fedtune.officer.purge": "purgeable=listing purge",
     "fedtune.officer.review": "review",
     "fedtune.officer.sheet": "Described describe_data",
+    "fedtune.officer.site_files": "load_sites",
     "fedtune.officer.withdraw": "withdraw",
     "fedtune.core.config": (
         "AcceptanceTable BaseTable ClippingTable Columns ConsentTable CoordinatorTable DataFile "
         "EvaluationTable LoraTable ObjectiveTable PolicyTable PreconditionerTable PrivacyTable "
         "PrivateEvaluationTable PublicTable QuantisationTable ScheduleTable "
         "SelectionTable Site SiteData SiteEvaluation SiteTable StartTable StrategyTable Study "
-        "StudyTable TrainingTable VaultTable WireTable load_site load_sites load_study save"
+        "StudyTable TrainingTable VaultTable WireTable load_site load_study save"
     ),
     "fedtune.core.config.sheet": "Sheet",
     "fedtune.presets.templates": "init",

@@ -10,9 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.processes import free_port
 from fedtune.doctor import machine
 from fedtune.flower import certs
+from fedtune.flower.ports import free_port
 from fedtune.launch.coordinator import prepare
 from fedtune.server.doctor import Place, examine
 from tests.flower import kit

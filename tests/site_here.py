@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.core.config import load_site
-from fedtune.core.processes import Stopped, alone, bypass_proxy, interruptible
+from fedtune.core.processes import Stopped, alone, interruptible
 from fedtune.core.progress import OnEvent
 from fedtune.core.vault.answers import Place
 from fedtune.core.vault.process import answer_and_tell
@@ -19,6 +19,7 @@ from fedtune.courier.executor import App, Executor
 from fedtune.flower import api
 from fedtune.flower.forwarder import Forwarder
 from fedtune.flower.link import link
+from fedtune.flower.ports import bypass_proxy
 from fedtune.launch.site import Shown
 
 

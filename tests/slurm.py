@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 
 NEEDED = ("munged", "mungekey", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 CONFIGURATION = """

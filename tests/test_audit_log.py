@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import FedtuneError, InfrastructureError, InputError, NotGenuine
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import FILE, AuditLog, NotAuditable, verify
@@ -20,6 +19,7 @@ from fedtune.core.registry.reasons import OTHER, PHRASES
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import coordinator_log
 from fedtune.launch.coordinator import audit_events
+from fedtune.officer.site_files import sites_in
 from fedtune.officer.withdraw import RECEIPTS
 from tests.cli_kit import run
 from tests.guarantee.world import lay_out, patients

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import InputError
 from fedtune.core.ledger.audit_log import FILE, verify
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.noted_in_run import noted_in
+from fedtune.officer.site_files import sites_in
 from tests.cli_kit import run
 from tests.guarantee.world import lay_out, patients
 from tests.guarantee.world import run as record

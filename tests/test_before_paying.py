@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fedtune import load_study
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import ConfigError
 from fedtune.evaluation.before_paying import before_paying, sites_of
 from fedtune.evaluation.expected_gain import (
@@ -25,6 +24,7 @@ from fedtune.evaluation.expected_gain import (
     interval,
     worth_from,
 )
+from fedtune.officer.site_files import sites_in
 from fedtune.public.start import start
 from fedtune.strategies._posterior import (
     WEIGHT,

@@ -11,10 +11,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.core.config.sites import sites_in
 from fedtune.core.data.records import unit_member
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.officer.site_files import sites_in
 from tests.guarantee.world import lay_out, patients
 from tests.simulated import simulate
 from tests.test_cli import run

@@ -23,9 +23,9 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from safetensors.numpy import load_file
 
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import InputError
 from fedtune.demo.generate import NINE, write
+from fedtune.officer.site_files import sites_in
 from tests.simulated import simulate
 from tests.test_cli import run
 

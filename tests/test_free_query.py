@@ -8,7 +8,6 @@ import pytest
 
 from fedtune.cli.verify import _lines
 from fedtune.core.config import load_site, load_study
-from fedtune.core.run_folder import read_report
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.derive.model_card import privacy_line
 from fedtune.evidence.dossier.content import build
@@ -17,6 +16,7 @@ from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.verify import verify
 from fedtune.public.start import start
 from fedtune.report.declared import declared_in
+from fedtune.report.run_files import read_report
 from tests import databases
 from tests.guarantee.test_wire_inventory import outside, usual_of
 from tests.guarantee.world import Recorder, leaves, patients, run

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 import fedtune.core.training.local_round
 import fedtune.core.vault.worker
 from fedtune.core.config import load_study
-from fedtune.core.config.sites import sites_in
 from fedtune.core.dp import clip
 from fedtune.core.dp.non_private import non_private_plan
 from fedtune.core.dp.steplog import StepLog
@@ -27,6 +26,7 @@ from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.training import selftest, unit_gradients
 from fedtune.core.training.local_round import local_round
 from fedtune.core.training.unit_gradients import UnitGradientEngine
+from fedtune.officer.site_files import sites_in
 from tests import chance
 from tests.dp.conftest import make_plan, records, study
 from tests.lora_ranks_kit import LORA, RANKS, lay_out

@@ -12,13 +12,14 @@ from fedtune.core.config import LoraTable, Study, load_site, load_study
 from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.models.rank_slice import ALL, rank_slice, slice_update, trained_slice
+from fedtune.core.models.rank_slice import ALL, rank_slice, trained_slice
 from fedtune.core.strategy import build_strategy as strategy_of
 from fedtune.core.vault.policy import refusals
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.codec import layout, shapes
 from fedtune.officer.review import review
 from fedtune.public.start import start
+from fedtune.server.rank_slices import slice_update
 from tests.client.test_site import make_site, notes
 from tests.dp.conftest import study
 from tests.lora_ranks_kit import LORA, lay_out

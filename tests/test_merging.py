@@ -12,12 +12,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedtune.core.config import DataFile
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import ConfigError, InputError
 from fedtune.core.run_folder import load_plan
 from fedtune.derive.merge import merge_runs
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
+from fedtune.officer.site_files import sites_in
 from fedtune.runs.run import Run
 from tests.simulated import simulate
 from tests.test_cli import run

@@ -33,12 +33,12 @@ from fedtune.core.models.preconditioner import (
     narrow_factors,
     step_adapter,
 )
-from fedtune.core.models.rank_slice import pad_update
 from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.training import selftest, unit_gradients
 from fedtune.core.training.local_round import check_trains, local_round
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.core.vault.policy import refusals
+from fedtune.server.rank_slices import pad_update
 from tests.dp.conftest import records, study
 from tests.models.test_network import logits
 

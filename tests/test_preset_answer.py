@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.config import load_sites, load_study
+from fedtune.core.config import load_study
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError
 from fedtune.evaluation.selection import check_apart
+from fedtune.officer.site_files import load_sites
 from fedtune.presets import Records, _adapter, answer, write
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.config import load_sites, load_study
+from fedtune.core.config import load_study
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as client_site
 from fedtune.launch.simulate import simulate
+from fedtune.officer.site_files import load_sites
 from fedtune.presets import TASKS, write
 from tests.test_preset_tasks import records
 

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from fedtune.cli.console import uses_of
 from fedtune.cli.main import app
-from fedtune.core.config import load_site, load_sites, load_study
+from fedtune.core.config import load_site, load_study
 from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.evaluation.selection import check_apart
+from fedtune.officer.site_files import load_sites
 from fedtune.presets import TASKS, Records, write
 from tests import media
 from tests.simulated import simulate

@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 from fedtune import presets
 from fedtune.cli.main import app
-from fedtune.core.config import load_site, load_sites, load_study
+from fedtune.core.config import load_site, load_study
 from fedtune.core.data.files import rows as data_rows
 from fedtune.core.data.records import source_of
 from fedtune.core.data.sources.csv import Csv, guess_format
 from fedtune.core.errors import ConfigError, DataError, InfrastructureError
 from fedtune.evaluation.selection import check_apart
 from fedtune.flower import enrol
+from fedtune.officer.site_files import load_sites
 from fedtune.presets import Records, classify, write
 
 LABELS = ("heart", "lungs", "skin")

@@ -14,7 +14,6 @@ import torch
 from fedtune import load_study
 from fedtune.core.config import Site, Study, load_site
 from fedtune.core.config.load import validate_study
-from fedtune.core.config.sites import sites_in
 from fedtune.core.data.load import load_dataset
 from fedtune.core.dp.non_private import non_private_plan
 from fedtune.core.errors import ConfigError, ModelError
@@ -33,6 +32,7 @@ from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.predict import predict
 from fedtune.flower.records import to_record
 from fedtune.officer.review import _leaves
+from fedtune.officer.site_files import sites_in
 from fedtune.public.start import start
 from fedtune.public.training import vectors_of
 from fedtune.runs.run import Run

@@ -13,7 +13,6 @@ import torch
 from safetensors.numpy import load_file
 
 from fedtune.core.config import Study, load_study
-from fedtune.core.config.sites import sites_in
 from fedtune.core.dp.plan import plan_for_site
 from fedtune.core.errors import ConfigError
 from fedtune.core.models.build import build
@@ -22,6 +21,7 @@ from fedtune.core.models.preconditioner import identity_part, separate_frozen
 from fedtune.core.registry import process_cache
 from fedtune.core.run_folder import load_plan
 from fedtune.evaluation.evaluator import Evaluator
+from fedtune.officer.site_files import sites_in
 from fedtune.public import start as start_module
 from fedtune.public import start_cache
 from fedtune.public import training as public_module

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_site, load_study
-from fedtune.core.config.address import address_of, host_and_port, is_host
+from fedtune.core.config.address import host_and_port, is_host
 from fedtune.core.errors import ConfigError, InputError, ModelError
 from fedtune.core.files import reading
 from fedtune.derive.derived_run import derived_study
 from fedtune.flower import certs
+from fedtune.flower.ports import address_of
 from tests.limits import cpu_limit
 from tests.server.fakes import make_study
 

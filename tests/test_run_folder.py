@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.accounting.rounds import with_rounds
 from fedtune.core.config import Study, load_study
-from fedtune.core.dp.calibration import with_rounds
 from fedtune.core.errors import InputError
 from fedtune.core.run_folder import FILED, PLACES, SIGNATURE, load_plan, write_plan
 from fedtune.runs.choice import already_done, finished_line, is_finished

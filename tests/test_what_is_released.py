@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 
 from fedtune import load_study
 from fedtune import report as reports
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import NotGenuine
 from fedtune.core.wire.keys import SigningKey
 from fedtune.derive.export import export
@@ -27,6 +26,7 @@ from fedtune.evidence.dossier.facts import documents
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.verify import verify
+from fedtune.officer.site_files import sites_in
 from fedtune.report.gain import choose_better
 from fedtune.runs.run import Run
 from fedtune.server import store, summary

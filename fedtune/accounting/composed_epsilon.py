@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from fedtune.core.dp.accountant import ACCOUNTANT, Steps, cross_check, merge_events
+from fedtune.accounting.cross_check import ACCOUNTANT, cross_check
+from fedtune.core.dp.accountant import Steps, merge_events
 from fedtune.core.errors import InputError
 
 SAME = "same"

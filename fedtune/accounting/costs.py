@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedtune.accounting.query_noise import forecast
+from fedtune.accounting.rounds import with_rounds
 from fedtune.core.config import Site, Study, validate_study
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
-from fedtune.core.dp.calibration import with_rounds
 from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.query import query_plan
-from fedtune.core.dp.shared_noise import FINEST, WORDS, most_numbers
+from fedtune.core.dp.shared_noise import FINEST, LARGEST, WORDS, bits_of
 from fedtune.core.errors import ConfigError
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import rounded_up
@@ -224,3 +225,12 @@ def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
         f"A site sends {words} (sites of {', '.join(f'{size:,}' for size in listed[:6])}"
         f"{', …' if len(listed) > 6 else ''}), on a grid of at most 2^-{FINEST} of its own noise."
     )
+
+
+def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
+    """Return the largest number of adapter parameters for which the sum over sites of these
+    declared sizes fits the narrower words: the grid gets finer with each parameter. 0 if there
+    is no such number.
+    """
+    numbers = range(1, LARGEST)
+    return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))

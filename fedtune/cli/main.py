@@ -55,7 +55,7 @@ from fedtune.cli.study import (
 )
 from fedtune.core.boot import hide_quantisation
 from fedtune.core.errors import ConfigError
-from fedtune.core.run_folder import read_report
+from fedtune.report.run_files import read_report
 from fedtune.runs.choice import already_done, beginning, check_vacant, finished_line, new_run
 
 if TYPE_CHECKING:
@@ -297,6 +297,6 @@ def _console() -> Console:
 
 
 def _sites(study: Path, *groups: list[Path] | None) -> list[Site]:
-    from fedtune.core.config import load_sites
+    from fedtune.officer.site_files import load_sites
 
     return load_sites([path for paths in groups for path in paths or ()] or study.parent)

@@ -22,7 +22,7 @@ from fedtune.cli.study import (
     stopping,
 )
 from fedtune.core.errors import ConfigError
-from fedtune.core.run_folder import read_report
+from fedtune.report.run_files import read_report
 from fedtune.runs.choice import already_done, beginning, finished_line, new_run
 
 HOME = Annotated[
@@ -97,7 +97,7 @@ def server(
 
     from fedtune.cli.console import closing, warn_not_private
     from fedtune.cli.watch import Watch
-    from fedtune.core.config.address import address_of
+    from fedtune.flower.ports import address_of
 
     console = Console()
     loaded, home = load(study, settings), home or study.parent / "coordinator"

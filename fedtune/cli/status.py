@@ -65,9 +65,9 @@ def status(
         typer.echo("ok")
         return {"state": snapshot.state, **snapshot.status}
     from fedtune.cli.status_view import BudgetView, view
-    from fedtune.core.run_folder import read_report
     from fedtune.evidence.told import read_told
     from fedtune.report.held_out import write_shown
+    from fedtune.report.run_files import read_report
 
     site = path if path.suffix == ".toml" else None
     told, report = read_told(folder), NOTHING

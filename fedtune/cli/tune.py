@@ -87,9 +87,10 @@ def tune(
     """Search settings on public or generated data, where a trial costs no hospital's budget.
 
     Each trial is an ordinary run in DIR/trial-NN; finished trials are read, not run again."""
-    from fedtune.core.config import load_sites, load_study
+    from fedtune.core.config import load_study
     from fedtune.launch.tune import _values
     from fedtune.launch.tune import tune as search
+    from fedtune.officer.site_files import load_sites
     from fedtune.runs.choice import RUNS
 
     began = time.monotonic()

@@ -179,10 +179,10 @@ def versions(
     measured on the public records. The study may go on meanwhile."""
     from fedtune.cli.console import versions_table
     from fedtune.core.errors import ConfigError, InputError
-    from fedtune.core.run_folder import read_report
     from fedtune.evidence.coordinator_home import coordinator_log
     from fedtune.evidence.verify import key_of
     from fedtune.report.declared import site_lines
+    from fedtune.report.run_files import read_report
     from fedtune.server.versions import Versions
 
     if rollback is not None and unpin:

@@ -27,7 +27,6 @@ from fedtune.core import boot
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files import locks
 from fedtune.core.files.room import reserve
-from fedtune.core.progress import OnEvent
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -101,20 +100,6 @@ def interruptible() -> Iterator[None]:
         stopping = True
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
-
-
-@contextmanager
-def until_stopped(notify: OnEvent) -> Iterator[None]:
-    """Run a command's block until a signal arrives: SIGTERM prints "stopped" and ends it without
-    an error; SIGINT is KeyboardInterrupt, as in every command."""
-    try:
-        with interruptible():
-            yield
-    except Stopped as stop:
-        if stop.name == "SIGINT":
-            raise KeyboardInterrupt from None
-        reason = f"stopped by {stop.name}"
-        notify("stopped", {"reason": reason, "text": reason})
 
 
 class Child:
@@ -248,19 +233,6 @@ def private_folder(path: Path) -> Path:
     return path
 
 
-def free_port() -> int:
-    """Return a loopback port on which nothing listens at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def bypass_proxy() -> None:
-    """Keep this process's and its children's requests to loopback away from any HTTP proxy."""
-    rules = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    os.environ["no_proxy"] = ",".join(filter(None, [rules, "127.0.0.1", "localhost"]))
-
-
 def is_reachable(host: str, port: int) -> bool:
     """Return whether something accepts TCP connections at this address."""
     try:
@@ -355,11 +327,3 @@ if __name__ == "__main__":
     named = next(program for program in PROGRAMS if program == sys.argv[1])
     sys.argv = [f"flower-{named}", *sys.argv[2:]]
     _main(named)
-
-
-EVERYWHERE = ("0.0.0.0", "::")
-
-
-def own_name(host: str) -> str:
-    """Return the host by which this machine connects to its own gateway: loopback if it can."""
-    return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host

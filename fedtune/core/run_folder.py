@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +15,6 @@ if TYPE_CHECKING:
     from fedtune.core.config import Study
 
 PRINTED = "name the folder that a run printed; if it is damaged, copy it again"
-# What is read of a report, an outer key before its inner ones.
-REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
-REPORT |= {"base.name": str, "base.digest": str}
 SIGNATURE = "signature.json"  # the last file that a run writes: what has it is whole
 BASE = "base"  # a run's own base, inside it
 FILED = ("public", "selection", "evaluation")  # tables of a plan that name a coordinator's file
@@ -33,12 +28,6 @@ TRAINED = "trained"  # what the sites trained, where the public start is release
 def has_head(run: Path) -> bool:
     """Return whether a finished run trained a head, whatever its objective."""
     return (run / ADAPTER / HEAD).is_file()
-
-
-def pipeline_tag(run: Path) -> str:
-    """Return the hub's task name for a finished run's model: one with a head gives labels or a
-    score, any other writes text."""
-    return "text-classification" if has_head(run) else "text-generation"
 
 
 def without_places(study: Study) -> Study:
@@ -105,37 +94,3 @@ def load_plan(run: Path) -> Study:
         base_table = study.base.model_copy(update={"model": str(run / BASE)})
         return study.model_copy(update={"base": base_table})
     return study
-
-
-def check_new(out: Path) -> None:
-    """Check that `out` does not exist. Errors: ConfigError."""
-    if out.exists():
-        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a draft that becomes the new folder `out` on success, and is removed otherwise.
-
-    Errors: ConfigError (it exists), InfrastructureError (disk)."""
-    from fedtune.core.files.writing import drafted
-
-    check_new(out)
-    with drafted(out) as draft:
-        draft.mkdir()
-        yield draft
-
-
-def read_report(run: Path, *needed: str) -> dict[str, Any]:
-    """Read a finished run's report. needed: keys of REPORT that must be in it.
-
-    Errors: InputError."""
-    path, expected = run / "report.json", "the report of a finished run"
-    todo = "finish the run with --resume; if the file is damaged, copy it again"
-    report = reading.json_in(path, expected, todo)
-    for key, kind in REPORT.items():
-        outer, _, last = key.rpartition(".")
-        table = report.get(outer, {}) if outer else report
-        if (last in table or key in ("privacy", *needed)) and not isinstance(table.get(last), kind):
-            raise InputError(f"{path}: {key} is not what a report says", expected, todo)
-    return report

@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace
-from fedtune.core.processes import Child, free_port
+from fedtune.core.processes import Child
 from fedtune.core.progress import OnEvent
 from fedtune.core.wire.requests import FAILED
 from fedtune.courier.app import ASKED
@@ -28,6 +28,7 @@ from fedtune.flower.forwarder import Forwarder
 from fedtune.flower.link import Link
 from fedtune.flower.packing import pack, size, unpack
 from fedtune.flower.polling import Poll
+from fedtune.flower.ports import free_port
 
 App = Callable[[Message, Context], Message]
 SAID = 4_096  # bytes of the end of a SuperNode's log that are said again

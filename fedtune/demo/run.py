@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import report
-from fedtune.core.config import Site, Study, load_sites, load_study
+from fedtune.core.config import Site, Study, load_study
 from fedtune.core.progress import OnEvent
 from fedtune.core.wire.keys import SigningKey
 from fedtune.demo.generate import NINE, write
 from fedtune.evidence.sign import sign_files
 from fedtune.launch.simulate import simulate
+from fedtune.officer.site_files import load_sites
 from fedtune.runs.run import Run
 
 QUICK: dict[str, Any] = {"departments": NINE, "share": 1 / 3, "rounds": 3}

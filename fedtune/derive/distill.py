@@ -5,20 +5,22 @@ Guarantee: reads the runs and public prompts alone, so the student has at most t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fedtune.core.bases.find import Base, find_base
 from fedtune.core.config import BaseTable, LoraTable, ObjectiveTable, PublicTable, Study
-from fedtune.core.data.dataset import Dataset
-from fedtune.core.data.load import dataset_of
+from fedtune.core.data.dataset import Dataset, Example, SoftTargets
+from fedtune.core.data.load import UnitReader
 from fedtune.core.data.records import Record
 from fedtune.core.data.tokenize import prompt_ids
-from fedtune.core.errors import ConfigError
+from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.loaded import LoadedModel, load
@@ -27,14 +29,18 @@ from fedtune.core.models.network import Network
 from fedtune.core.models.teacher import soft_targets_of
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.progress import OnEvent, report, told
-from fedtune.core.run_folder import BASE, new_folder
+from fedtune.core.run_folder import BASE
 from fedtune.derive import derived_run
 from fedtune.derive.lineage import combined_lineage, parent
 from fedtune.derive.prompts import Prompts, complete_prompts, read
 from fedtune.derive.pruned_base import write_pruned_base
 from fedtune.derive.settings import DistillSettings
 from fedtune.public.factor import public_factor
+from fedtune.report.run_files import new_folder
 from fedtune.runs.run import Run
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LAYER = re.compile(r"(\.layers?\.)(\d+)\.")
 RANK = 16
@@ -301,3 +307,29 @@ def _report_sections(
             | {"modules": ", ".join(study.lora.modules)},
         },
     }
+
+
+def dataset_of(
+    records: list[Record],
+    study: Study,
+    tokenizer: PreTrainedTokenizerBase,
+    soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
+) -> Dataset:
+    """Build a dataset of public records, one per unit; labels are optional. Errors: DataError."""
+    objective = study.objective.resolved
+    labelled, scored = objective.record_format != "label", objective.outputs > 0
+    unit_reader = UnitReader(
+        study.objective,
+        tokenizer,
+        objective.record_format,
+        scored,
+        labelled,
+        soft_targets=soft_targets,
+    )
+    units = [unit_reader([record]) for record in records]
+    rejected = Counter(reason for unit in units for _, reason in unit.rejected)
+    usable = [example for unit in units for example in unit.examples]
+    examples = [replace(example, unit=number) for number, example in enumerate(usable)]
+    if not examples:
+        raise DataError(f"none of {len(records)} public records can be used ({dict(rejected)})")
+    return Dataset(examples, len(examples), rejected)

@@ -22,7 +22,6 @@ from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.models.build import dtype_of
 from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.progress import OnEvent, report, told
-from fedtune.core.run_folder import new_folder
 from fedtune.derive import derived_run
 from fedtune.derive.lineage import combined_lineage, parent
 from fedtune.derive.preferences import RewardJudge
@@ -30,6 +29,7 @@ from fedtune.derive.prompts import Prompts, read
 from fedtune.derive.rloo import train_rloo
 from fedtune.derive.settings import RlooSettings
 from fedtune.derive.writing import write_all
+from fedtune.report.run_files import new_folder
 from fedtune.runs.run import Run
 
 HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after

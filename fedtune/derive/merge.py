@@ -11,13 +11,14 @@ from fedtune.accounting import composed_epsilon
 from fedtune.core.config import LoraTable, Study
 from fedtune.core.errors import ConfigError
 from fedtune.core.models import lora
-from fedtune.core.models.adapter_files import pick_arrays, save_adapter
+from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.lora import Arrays
-from fedtune.core.run_folder import check_new, new_folder, read_report
 from fedtune.derive import derived_run
+from fedtune.derive.adapter_files import save_adapter
 from fedtune.derive.merge_methods import Adapter, Method, Moments, densities_of, merge
 from fedtune.evidence.verify import check_signed
 from fedtune.report.declared import declared_in
+from fedtune.report.run_files import check_new, new_folder, read_report
 from fedtune.runs.run import Run
 
 if TYPE_CHECKING:

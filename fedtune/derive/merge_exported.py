@@ -17,11 +17,12 @@ from fedtune.core.bases.find import find_base
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.files.writing import drafted
 from fedtune.core.models.loaded import PLAN
-from fedtune.core.run_folder import HEAD, check_new, read_report
+from fedtune.core.run_folder import HEAD
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method, densities_of
 from fedtune.report.declared import declared_in
+from fedtune.report.run_files import check_new, read_report
 
 
 def is_exported(folder: Path) -> bool:

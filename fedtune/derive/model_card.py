@@ -15,11 +15,11 @@ from fedtune.core.config.known_bases import upstream_of
 from fedtune.core.files import reading
 from fedtune.core.models.adapter_files import AGAIN
 from fedtune.core.registry.rounding import rounded_up
-from fedtune.core.run_folder import pipeline_tag
 from fedtune.evidence.dossier.seal import around
 from fedtune.evidence.verify import is_signed
 from fedtune.report.claim import shared_line
 from fedtune.report.declared import site_lines
+from fedtune.report.run_files import pipeline_tag
 from fedtune.runs.run import Run
 
 DOSSIER = "dossier"  # in an exported model: the dossier that its run lay in

@@ -19,7 +19,7 @@ from typing import Any
 
 from fedtune.core.errors import FedtuneError, NotGenuine, Refused
 from fedtune.core.files import reading
-from fedtune.core.run_folder import ADAPTER, SIGNATURE, load_plan, read_report
+from fedtune.core.run_folder import ADAPTER, SIGNATURE, load_plan
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence import fingerprints
 from fedtune.evidence.coordinator_home import home_beside
@@ -46,6 +46,7 @@ from fedtune.evidence.sign import (
     sha256,
 )
 from fedtune.evidence.versions import check_versions
+from fedtune.report.run_files import read_report
 
 DOSSIER = ("release.json", "dossier.json", "dossier.html", "dossier.md", "dossier.pdf")
 LARGE = 1 << 28  # bytes of evidence.json

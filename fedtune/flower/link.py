@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.core.config import CoordinatorTable, Site
-from fedtune.core.config.address import address_of, host_and_port
+from fedtune.core.config.address import host_and_port
 from fedtune.core.errors import ConfigError
 from fedtune.flower import enrol, membership
 from fedtune.flower.enrol import RENEWED
 from fedtune.flower.membership import keys_folder
+from fedtune.flower.ports import address_of
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ from typing import Any
 from fedtune import __version__
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, InfrastructureError
-from fedtune.core.processes import Child, alone, until_stopped
+from fedtune.core.processes import Child, alone
 from fedtune.core.progress import OnEvent
 from fedtune.courier.process import FOLDER
 from fedtune.flower.link import link as read_link
+from fedtune.launch.until_stopped import until_stopped
 
 OWN = 0o177  # of a new socket's rights: none but this user's to read and write
 MOST = 4096  # bytes of the words with which a courier is received

@@ -43,27 +43,16 @@ import httpx
 from flwr.serverapp import Grid
 
 from fedtune.core.config import Study
-from fedtune.core.config.address import address_of
 from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.files.writing import remove_drafts, replace
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.processes import (
-    EVERYWHERE,
-    STOP_SECONDS,
-    Child,
-    Stopped,
-    alone,
-    bypass_proxy,
-    free_port,
-    interruptible,
-    is_reachable,
-    own_name,
-)
+from fedtune.core.processes import STOP_SECONDS, Child, Stopped, alone, interruptible, is_reachable
 from fedtune.core.progress import OnEvent
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.wire.keys import SigningKey
 from fedtune.evidence import fingerprints
 from fedtune.flower import allowance, api, certs, enrol
+from fedtune.flower.ports import EVERYWHERE, address_of, bypass_proxy, free_port, own_name
 from fedtune.runs.choice import hold_run
 from fedtune.server.backup import refuse_second
 

@@ -61,7 +61,7 @@ def simulate(
     do not suit it, PolicyRefused where declared data was ever charged as private, and what a run
     may raise: Refused, at once where the sites' budgets do not reach; ModelError,
     InfrastructureError."""
-    from fedtune.core.vault.budget_refusal import explain_refusal, remember
+    from fedtune.launch.budgets import explain_refusal, remember
 
     study = validate_study(study)
     check(study, sites)
@@ -74,7 +74,7 @@ def simulate(
     step = _steps(on_event)
     step("loading the libraries")
     from fedtune.core.vault.declared import declare
-    from fedtune.core.vault.site_checks import check_data
+    from fedtune.officer.reading import check_data
     from fedtune.runs.run import Run
     from fedtune.runs.teacher_admission import register_teacher
     from fedtune.server.parts import Settings
@@ -152,7 +152,7 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
 
     out: the run's folder. Errors: Refused if too few sites are left, with what their budgets
     were spent on."""
-    from fedtune.core.vault.budget_refusal import explain_refusal
+    from fedtune.launch.budgets import explain_refusal
     from fedtune.officer.budget_check import check_budget
     from fedtune.server.too_few import too_few
 

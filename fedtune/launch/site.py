@@ -33,7 +33,7 @@ from fedtune.core.files.room import between_orders
 from fedtune.core.files.writing import remove_drafts, replace
 from fedtune.core.ledger.audit_log import LONGEST, REPEATS, AuditLog, NotAuditable
 from fedtune.core.ledger.files import KEY
-from fedtune.core.processes import Child, alone, private_folder, until_stopped
+from fedtune.core.processes import Child, alone, private_folder
 from fedtune.core.progress import OnEvent, report
 from fedtune.core.registry.reasons import WAITING
 from fedtune.core.vault.process import HOME
@@ -46,6 +46,8 @@ from fedtune.flower.link import link as read_link
 from fedtune.flower.membership import keys_folder, read_reviewed_plan
 from fedtune.launch.apart import CourierLeft, Door, Guest
 from fedtune.launch.event_reader import EventReader
+from fedtune.launch.until_stopped import until_stopped
+from fedtune.observe.from_courier import from_courier, log_again
 
 log = logging.getLogger("fedtune.client")
 EVENTS_AT_ONCE = 100  # of one half
@@ -349,7 +351,7 @@ class Shown:
     def from_courier(self, event: str, facts: dict[str, Any]) -> bool:
         """Show an event of the courier; return True if it has ended. Errors: the one with which
         it ended; PolicyRefused, as for `Halves.watch`."""
-        told = events.from_courier(event, facts)
+        told = from_courier(event, facts)
         is_counted = event in FREELY or (event == "answered" and self._facts)
         if not is_counted and not self._allowance.permits(told or {}):
             return False
@@ -360,7 +362,7 @@ class Shown:
         elif event == "isolation":
             self._isolation("courier", told)
         elif event == "log":
-            events.log_again(told)
+            log_again(told)
         elif event == "renewed":
             self._keep(told)
         elif event == "error":
@@ -498,7 +500,7 @@ def _say_again(event: str, facts: dict[str, Any]) -> bool:
     """Log or report here what another of our processes logged or reported; return False if it is
     neither."""
     if event == "log":
-        events.log_again(facts)
+        log_again(facts)
     elif event == "step":
         report(str(facts["text"]), int(facts["done"]), int(facts["total"]))
     else:

@@ -39,7 +39,6 @@ from fedtune.core.processes import (
     begin_log,
     keep_output,
     private_folder,
-    until_stopped,
 )
 from fedtune.core.progress import OnEvent
 from fedtune.core.vault.process import HOME
@@ -49,6 +48,7 @@ from fedtune.flower.enrol import RENEWED
 from fedtune.flower.link import link as read_link
 from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
+from fedtune.launch.until_stopped import until_stopped
 
 RUN_LOG = "vault-run.log"  # in the state folder: what the last command said
 LOOK = 0.5  # seconds between two looks for a request that a command is to be started for

@@ -27,8 +27,8 @@ from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.policy import base_for
 from fedtune.core.vault.reading import SHOWN, by_reason, declared_wrongly, read_for_training
-from fedtune.core.vault.site_checks import reading_of
 from fedtune.officer.data_files import COUPLED, FileFacts, files_of
+from fedtune.officer.reading import reading_of
 
 CLASSES = 50  # distinct values up to which a label column is taken to hold classes
 LONGEST = 2**20  # tokens that a record is measured up to

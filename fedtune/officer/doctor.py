@@ -34,7 +34,6 @@ from fedtune.core.vault.reading import (
     read_for_training,
     rows_of,
 )
-from fedtune.core.vault.site_checks import check_data, reading_of
 from fedtune.core.wire.protocol import check_peer
 from fedtune.doctor import machine, tls
 from fedtune.doctor.machine import Finding, findings
@@ -44,6 +43,7 @@ from fedtune.flower.link import Link, link
 from fedtune.flower.membership import keys_folder
 from fedtune.officer.isolation_here import isolation_here
 from fedtune.officer.let_go import list_waiting
+from fedtune.officer.reading import check_data, reading_of
 from fedtune.officer.review import is_unsigned, would_refuse
 from fedtune.officer.sheet import check_attested
 from fedtune.report.delta import warning

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedtune import __version__
 from fedtune.accounting.costs import query_lines, shared_lines
+from fedtune.accounting.rounds import with_rounds
 from fedtune.core.bases.find import known_digest
 from fedtune.core.config import (
     CoordinatorTable,
@@ -21,7 +22,6 @@ from fedtune.core.config import (
     study_from_json,
 )
 from fedtune.core.dp.accountant import epsilon
-from fedtune.core.dp.calibration import with_rounds
 from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.query import query_plan
 from fedtune.core.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyRefused, Refused

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flwr.app import Context
 
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import ConfigError
+from fedtune.officer.site_files import sites_in
 
 
 def site_file(context: Context) -> str:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 import fedtune
+from fedtune.accounting.rounds import with_rounds
 from fedtune.core.config import Study, TrainingTable
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.data.load import load_dataset
-from fedtune.core.dp.calibration import with_rounds
 from fedtune.core.modalities import MODALITIES
 from fedtune.core.models import lora
 from fedtune.core.models.build import build

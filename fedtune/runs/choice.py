@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.files import locks
 from fedtune.core.registry.rounding import rounded_up
-from fedtune.core.run_folder import SIGNATURE, load_plan, read_report
+from fedtune.core.run_folder import SIGNATURE, load_plan
+from fedtune.report.run_files import read_report
 
 if TYPE_CHECKING:
     from fedtune.core.config import Study
@@ -57,7 +58,7 @@ def is_finished(run: Path, study: Study) -> bool:
 def with_digests_of(study: Study, plan: Study) -> Study:
     """Fill in the digests that a plan has and its study leaves open, and the rounds; return the
     plan itself if it is of this study."""
-    from fedtune.core.dp.calibration import with_rounds
+    from fedtune.accounting.rounds import with_rounds
 
     tables = _fill_digests(study.model_dump(mode="json"), plan.model_dump(mode="json"))
     return with_rounds(type(study).model_validate_json(json.dumps(tables)))

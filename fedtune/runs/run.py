@@ -14,10 +14,11 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.models.adapter_files import load_adapter
 from fedtune.core.models.lora import Arrays, digest
-from fedtune.core.run_folder import PRINTED, load_plan, read_report
+from fedtune.core.run_folder import PRINTED, load_plan
 from fedtune.evidence.sign import RUN
 from fedtune.report.gain import is_start_released, over_start
 from fedtune.report.preference import alarms
+from fedtune.report.run_files import read_report
 
 CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # where the coordinator keeps a run's start
 ORIGIN = "origin/"  # before the names of the start's arrays in it

@@ -13,8 +13,8 @@ from fedtune.core.config import Study
 from fedtune.core.errors import FedtuneError
 from fedtune.core.models.loaded import PLAN, load
 from fedtune.core.models.teacher import folder_of
-from fedtune.core.run_folder import read_report
 from fedtune.evidence.verify import check_signed
+from fedtune.report.run_files import read_report
 from fedtune.runs.verify_model import verify
 
 

@@ -12,16 +12,17 @@ from typing import NamedTuple
 
 from cryptography import x509
 
+from fedtune.accounting.rounds import with_rounds
 from fedtune.core.config import Study, load_study
-from fedtune.core.config.address import address_of
 from fedtune.core.dp.accountant import Steps, epsilon
-from fedtune.core.dp.calibration import resolve, with_rounds
+from fedtune.core.dp.calibration import resolve
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError
 from fedtune.core.files import reading
-from fedtune.core.processes import is_reachable, own_name
+from fedtune.core.processes import is_reachable
 from fedtune.doctor import machine, tls
 from fedtune.doctor.machine import Check, Finding, findings
 from fedtune.flower import certs, enrol
+from fedtune.flower.ports import address_of, own_name
 
 ROUNDS_KEPT = 4  # adapters on disk per site: sent and received, while Flower keeps both
 RESTORE = "restore it from a backup: sites trust no other"

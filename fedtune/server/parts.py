@@ -90,7 +90,8 @@ def _foretell_gain(
 
 
 def _epsilon(events: Events, delta: float) -> float:
-    from fedtune.core.dp.accountant import Steps, cross_check
+    from fedtune.accounting.cross_check import cross_check
+    from fedtune.core.dp.accountant import Steps
 
     return cross_check([Steps(*event) for event in events], delta)
 
@@ -102,7 +103,7 @@ def _budget(study: Study, declared: int) -> Mechanism:
 
 
 def _accountant() -> str:
-    from fedtune.core.dp.accountant import ACCOUNTANT
+    from fedtune.accounting.cross_check import ACCOUNTANT
 
     return ACCOUNTANT
 

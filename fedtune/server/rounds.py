@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from fedtune.core.config import Study
 from fedtune.core.errors import ConfigError, InfrastructureError, Refused
 from fedtune.core.models import preconditioner
-from fedtune.core.models.rank_slice import pad_update, rank_slice, slice_update
+from fedtune.core.models.rank_slice import rank_slice
 from fedtune.core.progress import OnEvent
 from fedtune.core.run_folder import ADAPTER, TRAINED, write_plan
 from fedtune.core.strategy import Strategy, build_strategy
@@ -37,6 +37,7 @@ from fedtune.server.continuous import Continuous
 from fedtune.server.orders import Answer, Order, exchange, tell_finished
 from fedtune.server.parts import Dependencies, Measures
 from fedtune.server.queries import Queries
+from fedtune.server.rank_slices import pad_update, slice_update
 from fedtune.server.store import Phase, Progress
 
 RETRIES = 3  # of a round that too few sites delivered

@@ -9,9 +9,10 @@ from typing import Any
 
 from fedtune import report as reports
 from fedtune.core.errors import FedtuneError
-from fedtune.core.run_folder import load_plan, read_report
+from fedtune.core.run_folder import load_plan
 from fedtune.core.wire.keys import SigningKey
 from fedtune.evidence.sign import sign_files
+from fedtune.report.run_files import read_report
 from fedtune.server.versions import Index
 
 NOT_MEASURED = "the public records; the version in use could not be measured on them"

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.presets import SITES, STRANGERS, divided, prepared, table, without_noise
-from fedtune.core.config import load_sites, load_study
+from fedtune.core.config import load_study
+from fedtune.officer.site_files import load_sites
 
 ROWS = [{"unit": f"u{n // 3}", "site": "abc"[n % 9 // 3], "text": n} for n in range(90)]
 

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 import fedtune
 from fedtune.cli.main import app
 from fedtune.core.config import load_site, load_study
-from fedtune.core.config.sites import sites_in
 from fedtune.core.config.state_files import COUNTS
 from fedtune.core.errors import DataError
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.observe import OnEvent, observer
 from fedtune.observe.log import LOGGABLE, SCREEN
 from fedtune.officer.doctor import examine
+from fedtune.officer.site_files import sites_in
 from fedtune.public.start import start
 from tests.guarantee.world import lay_out, patients
 from tests.simulated import simulate

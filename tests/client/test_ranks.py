@@ -19,19 +19,19 @@ import torch
 from safetensors.numpy import load_file
 
 from fedtune.core.config import load_site
-from fedtune.core.config.sites import sites_in
 from fedtune.core.data.dataset import Dataset, Example, Passage, SoftTargets
 from fedtune.core.data.media import Media
 from fedtune.core.dp import noise, sampling
 from fedtune.core.errors import InfrastructureError, PolicyRefused
 from fedtune.core.files.room import Room
 from fedtune.core.models.prefix_store import LEAST_FREE, PREFIX_STORE
-from fedtune.core.processes import free_port
 from fedtune.core.training.shared_records import fingerprint, pack_records, unpack_records
 from fedtune.core.vault.rank_process import Workers, follow, follow_torchrun, team
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.vault.worker import worker as worker_of
 from fedtune.core.wire.codec import VALUES
+from fedtune.flower.ports import free_port
+from fedtune.officer.site_files import sites_in
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
 from tests.client.site_kit import make_site

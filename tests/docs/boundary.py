@@ -79,7 +79,7 @@ OTHERS = {
     "cryptography": ("cryptography", "AES for the noise and the masks, Ed25519, X25519, HKDF"),
     "dp_accounting": (
         "dp-accounting",
-        "ε of what was spent; reports compare it with RDP's",
+        "ε of what was spent",
     ),
     "duckdb": ("duckdb", "rows of a DuckDB file"),
     "huggingface_hub": ("huggingface-hub", "fetches a base that the site itself names"),

@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import Refused
 from fedtune.observe import observer
 from fedtune.observe.trackers import TRACKERS
+from fedtune.officer.site_files import sites_in
 from tests.docs.pages import ROOT, Block, read
 from tests.plugins import install
 from tests.simulated import simulate

@@ -10,9 +10,9 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.errors import Refused
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.processes import free_port
 from fedtune.evidence.verify import verify
 from fedtune.flower import membership
+from fedtune.flower.ports import free_port
 from tests.docs.pages import ROOT, Block
 from tests.docs.walk_through import SITES, WalkThrough, consortium_block
 

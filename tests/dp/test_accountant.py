@@ -8,16 +8,10 @@ from dp_accounting.pld import PLDAccountant
 from scipy.optimize import brentq
 from scipy.stats import binom, norm
 
+from fedtune.accounting import cross_check as cross_check_module
+from fedtune.accounting.cross_check import AccountantsDisagree, cross_check, rdp_epsilon
 from fedtune.core.dp import accountant
-from fedtune.core.dp.accountant import (
-    AccountantsDisagree,
-    Steps,
-    affordable_steps,
-    calibrate,
-    cross_check,
-    epsilon,
-    rdp_epsilon,
-)
+from fedtune.core.dp.accountant import Steps, affordable_steps, calibrate, epsilon
 
 
 def gaussian_epsilon(sigma: float, steps: int, delta: float) -> float:
@@ -159,11 +153,11 @@ def test_an_accountant_that_is_wrong_is_stopped(
     monkeypatch: pytest.MonkeyPatch, events: list[Steps]
 ) -> None:
     real = rdp_epsilon(events, 1e-5)
-    monkeypatch.setattr(accountant, "rdp_epsilon", lambda *_: real * 0.8)
+    monkeypatch.setattr(cross_check_module, "rdp_epsilon", lambda *_: real * 0.8)
     with pytest.raises(AccountantsDisagree, match="RDP only"):
         cross_check(events, 1e-5)
-    monkeypatch.setattr(accountant, "rdp_epsilon", lambda *_: real)
-    monkeypatch.setattr(accountant, "epsilon", lambda *_: math.nan)
+    monkeypatch.setattr(cross_check_module, "rdp_epsilon", lambda *_: real)
+    monkeypatch.setattr(cross_check_module, "epsilon", lambda *_: math.nan)
     with pytest.raises(AccountantsDisagree):
         cross_check(events, 1e-5)
 

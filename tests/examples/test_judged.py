@@ -7,7 +7,8 @@ from pathlib import Path
 from examples.hospitals.held_out import hold_back
 from examples.preference import judged, prepare
 from examples.write import read_jsonl
-from fedtune.core.config import load_site, load_sites, load_study
+from fedtune.core.config import load_site, load_study
+from fedtune.officer.site_files import load_sites
 
 
 def test_each_pair_is_two_judgements_of_one_plan(tmp_path: Path) -> None:

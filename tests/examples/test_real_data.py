@@ -15,7 +15,7 @@ from examples.medquad import prepare as medquad
 from examples.mts_dialog import prepare as mts_dialog
 from examples.write import merged, read_jsonl, toml
 from fedtune.core.config import load_site, load_study
-from fedtune.core.config.sites import sites_in
+from fedtune.officer.site_files import sites_in
 from tests.simulated import simulate
 
 DATA = Path(os.environ.get("FEDTUNE_DATA") or Path(__file__).parents[3] / "shared" / "data")

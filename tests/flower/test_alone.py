@@ -16,7 +16,8 @@ import pytest
 
 from fedtune.core import boot
 from fedtune.core.errors import ConfigError, InfrastructureError
-from fedtune.core.processes import alone, free_port
+from fedtune.core.processes import alone
+from fedtune.flower.ports import free_port
 from fedtune.launch.coordinator import serve
 from fedtune.launch.site import join
 from tests.flower import kit

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from fedtune.core.processes import free_port
 from fedtune.flower import allowance, enrol, replies
+from fedtune.flower.ports import free_port
 from fedtune.launch import coordinator
 from fedtune.server.exchange import Reply, ask
 from tests.flower import kit, upload_roles

@@ -15,9 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, Refused
-from fedtune.core.processes import free_port
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.flower import certs, enrol
+from fedtune.flower.ports import free_port
 from fedtune.launch.coordinator import prepare
 from tests.flower import kit
 

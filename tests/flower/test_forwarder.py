@@ -19,11 +19,12 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, Refused
-from fedtune.core.processes import Child, free_port, is_reachable
+from fedtune.core.processes import Child, is_reachable
 from fedtune.courier.executor import Executor, _refusal
 from fedtune.flower import certs, enrol, gateway
 from fedtune.flower.forwarder import Forwarder
 from fedtune.flower.link import Link, link
+from fedtune.flower.ports import free_port
 from fedtune.launch import coordinator
 from fedtune.observe.log import ADDRESS
 from tests.flower import kit

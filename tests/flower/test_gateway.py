@@ -16,11 +16,12 @@ import pytest
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.superlink.routers.fleet.router import router
 
-from fedtune.core.processes import Child, free_port
+from fedtune.core.processes import Child
 from fedtune.flower import certs, enrol
 from fedtune.flower import gateway as module
 from fedtune.flower.gateway import Gateway
 from fedtune.flower.peers import Limits
+from fedtune.flower.ports import free_port
 from tests.flower import kit
 from tests.flower.gateway_kit import (
     BROKEN,

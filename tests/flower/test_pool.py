@@ -11,10 +11,10 @@ import pytest
 from flwr.app import Message, RecordDict
 from safetensors.numpy import load_file
 
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import DataError
 from fedtune.flower import api
 from fedtune.launch.process_pool import ProcessGrid
+from fedtune.officer.site_files import sites_in
 from tests.server.test_simulate import SITE, STUDY
 from tests.server.test_simulate import world as world_of_two
 from tests.simulated import simulate

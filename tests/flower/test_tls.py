@@ -26,11 +26,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedtune.core import processes
 from fedtune.core.config import load_study
 from fedtune.core.errors import ConfigError, InfrastructureError
-from fedtune.core.processes import free_port, is_reachable
+from fedtune.core.processes import is_reachable
 from fedtune.core.wire.requests import FAILED
 from fedtune.courier import executor as site_executor
 from fedtune.flower import api, certs, enrol
 from fedtune.flower.grid import InProcessGrid
+from fedtune.flower.ports import free_port
 from fedtune.launch import coordinator
 from tests.clocks import Clock, needs_compiler
 from tests.flower import kit, tls_roles

@@ -20,9 +20,10 @@ from flwr.app import ConfigRecord
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.retry import make_simple_http_retry_invoker
 
-from fedtune.core.processes import free_port, is_reachable
+from fedtune.core.processes import is_reachable
 from fedtune.core.wire.arrays import unpack_arrays
 from fedtune.flower import api
+from fedtune.flower.ports import free_port
 from fedtune.launch import coordinator
 from tests.flower import kit, tls_roles, upload_roles
 from tests.flower.test_tls import STUDY, until

@@ -12,8 +12,9 @@ from fedtune.core.config import load_site, load_study
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import budget
-from fedtune.core.run_folder import load_plan, read_report
+from fedtune.core.run_folder import load_plan
 from fedtune.observe.status import read_status
+from fedtune.report.run_files import read_report
 from fedtune.runs.verify_model import verify
 from fedtune.server.store import load
 from fedtune.server.versions import Versions

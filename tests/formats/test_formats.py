@@ -22,7 +22,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import budget
 from fedtune.core.models.loaded import load
 from fedtune.core.registry.rounding import rounded_up
-from fedtune.core.run_folder import read_report
+from fedtune.report.run_files import read_report
 from fedtune.server.store import CheckpointError
 from tests.formats import read_back
 from tests.test_cli import run

@@ -22,7 +22,7 @@ import pytest
 from fedtune import __version__
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, InfrastructureError
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from fedtune.launch import apart
 from fedtune.launch.apart import CourierLeft, Door, Turned
 from fedtune.launch.site import Again, Shown

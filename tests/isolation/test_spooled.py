@@ -23,7 +23,7 @@ import pytest
 from fedtune.core import boot
 from fedtune.core.config import VaultTable
 from fedtune.core.errors import InfrastructureError
-from fedtune.core.processes import Child, free_port
+from fedtune.core.processes import Child
 from fedtune.core.vault import kept_plans
 from fedtune.core.vault import worker as site
 from fedtune.core.vault.answers import answer
@@ -32,6 +32,7 @@ from fedtune.core.vault.process import HOME
 from fedtune.core.wire.requests import Answer, Request
 from fedtune.core.wire.spool import Spool, _encode, decode_request
 from fedtune.courier.process import by_file
+from fedtune.flower.ports import free_port
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.isolation.test_halves import CONFINES, confined
 from tests.isolation.test_halves import a_site as a_place

@@ -27,8 +27,8 @@ from fedtune.core.bases.find import (
 )
 from fedtune.core.config.known_bases import KNOWN, Upstream, Wheel, upstream_of
 from fedtune.core.errors import ModelError
-from fedtune.core.models.adapter_files import save_adapter
 from fedtune.core.models.loaded import load
+from fedtune.derive.adapter_files import save_adapter
 from fedtune.derive.export import export
 from tests.heads_kit import CAUSAL_LORA, made_run
 from tests.models.base_kit import _one_weight, edit

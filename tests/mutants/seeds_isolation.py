@@ -253,7 +253,7 @@ MUTANTS = (
         "a security officer's rule does nothing",
     ),
     one(
-        "isolation", "a-courier-tells-anything", "fedtune/core/wire/events.py",
+        "isolation", "a-courier-tells-anything", "fedtune/observe/from_courier.py",
         "    if event not in FROM_COURIER:\n        return None\n", "",
         T_HALVES + "test_a_courier_shows_only_what_it_may",
         "it forges what the person at the site reads",

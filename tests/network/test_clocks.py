@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.clocks import Clock, needs_compiler
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium
 from tests.network.test_kills import Campaign

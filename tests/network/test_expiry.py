@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.network import remains
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium, done, end, said, until
 from tests.network.test_upgrade import copied

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedtune.core.config import load_site
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from fedtune.officer.purge import listing
 from tests.network.kit import SITES, consortium, done, records, until
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.network.kit import OFF, SITES, consortium, until
 
 AS_NORTH = """

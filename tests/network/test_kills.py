@@ -35,9 +35,9 @@ from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.processes import free_port
 from fedtune.core.wire.keys import canonical
 from fedtune.evidence.sign import EVIDENCE
+from fedtune.flower.ports import free_port
 from tests.network import remains
 from tests.network.kit import (
     OFF,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.network.kit import OFF, PRIVATE, SITES, Consortium, consortium, done, end, until
 from tests.network.test_kills import same_adapter, undisturbed
 

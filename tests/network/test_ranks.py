@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.network.kit import OFF, SITES, Consortium, consortium, until
 from tests.simulated import simulate
 

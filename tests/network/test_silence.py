@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from tests.network import remains
 from tests.network.kit import PRIVATE, SITES, consortium, end, until
 

@@ -7,7 +7,8 @@ import json
 import signal
 from pathlib import Path
 
-from fedtune.core.processes import free_port, is_reachable
+from fedtune.core.processes import is_reachable
+from fedtune.flower.ports import free_port
 from tests.network.kit import OFF, Consortium, consortium, done, until
 
 

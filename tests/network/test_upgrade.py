@@ -11,8 +11,8 @@ import pytest
 import fedtune
 from fedtune.core.errors import Refused
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.processes import free_port
 from fedtune.core.wire.protocol import PROTOCOL
+from fedtune.flower.ports import free_port
 from tests.network.kit import PRIVATE, SITES, Consortium, consortium, done, end, until
 
 OTHER = "9.9.9"

@@ -11,7 +11,7 @@ import pytest
 
 from fedtune.core.data.records import unit_member
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.processes import free_port
+from fedtune.flower.ports import free_port
 from fedtune.server.versions import Versions
 from tests.continuous.world import study_text, write
 from tests.guarantee.world import patients

@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.core.config import load_study
-from fedtune.core.config.sites import sites_in
 from fedtune.core.data.dataset import NO_TARGET
 from fedtune.core.data.load import load_dataset
 from fedtune.core.errors import ConfigError
@@ -25,6 +24,7 @@ from fedtune.core.objectives.reward import rewards
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.generate import generate
 from fedtune.evaluation.run import evaluate
+from fedtune.officer.site_files import sites_in
 from fedtune.runs.run import Run
 from tests.simulated import noise_from, simulate
 

@@ -19,12 +19,12 @@ import typer
 from typer.testing import CliRunner
 
 from fedtune.cli.status import add_to
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import InfrastructureError, InputError, PolicyRefused
 from fedtune.observe import StatusFile, observer
 from fedtune.observe import status as status_module
 from fedtune.observe.log import STRICT
 from fedtune.observe.status import held, read_status
+from fedtune.officer.site_files import sites_in
 from tests.guarantee.world import lay_out, patients
 from tests.observe.test_log import NOTE, ROUND, lines
 from tests.simulated import simulate

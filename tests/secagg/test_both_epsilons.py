@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fedtune.accounting import costs
 from fedtune.accounting.composed_epsilon import compose_reports
+from fedtune.accounting.costs import most_numbers
 from fedtune.audit import _plan_one_site
 from fedtune.audit.gaussian import one_step
 from fedtune.cli.console import closing
@@ -25,7 +26,7 @@ from fedtune.core.config.site import PolicyTable
 from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.plan import plan_for_site
-from fedtune.core.dp.shared_noise import bits_of, most_numbers
+from fedtune.core.dp.shared_noise import bits_of
 from fedtune.core.errors import BudgetExceeded, NotGenuine
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger

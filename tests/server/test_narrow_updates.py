@@ -10,12 +10,13 @@ import pytest
 
 from fedtune.core.config import LoraTable, Study
 from fedtune.core.errors import Refused
-from fedtune.core.models.rank_slice import ALL, pad_update, rank_slice, slice_update
+from fedtune.core.models.rank_slice import ALL, rank_slice
 from fedtune.core.vault.prepared import Admission, Update
 from fedtune.core.wire.codec import Shapes, decode, encode
 from fedtune.observe.log import cleaned
 from fedtune.report.markdown import markdown
 from fedtune.server.bound import norm_bound, terms
+from fedtune.server.rank_slices import pad_update, slice_update
 from tests.plugins import install
 from tests.server.fakes import FakeSite, make_parts, make_study
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import ConfigError
 from fedtune.core.registry import process_cache
+from fedtune.officer.site_files import sites_in
 from tests.simulated import simulate
 
 STUDY = """

@@ -24,7 +24,6 @@ from fedtune.core.config.site import (
     SiteTable,
     VaultTable,
 )
-from fedtune.core.config.sites import load_sites
 from fedtune.core.config.start import PreconditionerTable, SelectionTable, StartTable
 from fedtune.core.config.study import (
     BaseTable,
@@ -83,7 +82,6 @@ __all__ = [
     "WireTable",
     "format_duration",
     "load_site",
-    "load_sites",
     "load_study",
     "noise_shares",
     "save",

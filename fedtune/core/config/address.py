@@ -26,15 +26,6 @@ def host_and_port(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def address_of(host: str, port: int) -> str:
-    """Join host and port to the text that `host_and_port` splits.
-
-    >>> address_of("::1", 8443), address_of("hub.example.org", 8443)
-    ('[::1]:8443', 'hub.example.org:8443')
-    """
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _is_v6(name: str) -> bool:
     try:
         IPv6Address(name)

@@ -288,32 +288,6 @@ def count_duplicates(records: Sequence[Record]) -> int:
     return len(records) - len({hashlib.sha256(content_of(record)).digest() for record in records})
 
 
-def dataset_of(
-    records: list[Record],
-    study: Study,
-    tokenizer: PreTrainedTokenizerBase,
-    soft_targets: Callable[[Record, Example], SoftTargets] | None = None,
-) -> Dataset:
-    """Build a dataset of public records, one per unit; labels are optional. Errors: DataError."""
-    objective = study.objective.resolved
-    labelled, scored = objective.record_format != "label", objective.outputs > 0
-    unit_reader = UnitReader(
-        study.objective,
-        tokenizer,
-        objective.record_format,
-        scored,
-        labelled,
-        soft_targets=soft_targets,
-    )
-    units = [unit_reader([record]) for record in records]
-    rejected = Counter(reason for unit in units for _, reason in unit.rejected)
-    usable = [example for unit in units for example in unit.examples]
-    examples = [replace(example, unit=number) for number, example in enumerate(usable)]
-    if not examples:
-        raise DataError(f"none of {len(records)} public records can be used ({dict(rejected)})")
-    return Dataset(examples, len(examples), rejected)
-
-
 def check_columns(
     file: DataFile,
     study: Study,

@@ -6,31 +6,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from importlib.metadata import version
 from typing import NamedTuple
 
-import dp_accounting
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.pld.privacy_loss_mechanism import GaussianPrivacyLoss
-from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq  # type: ignore[import-untyped]
 from scipy.special import logsumexp  # type: ignore[import-untyped]
 from scipy.stats import binom, norm  # type: ignore[import-untyped]
 
-from fedtune.core.errors import ConfigError, FedtuneError
-
-ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
+from fedtune.core.errors import ConfigError
 
 _INTERVAL = 1e-4  # the grid of privacy losses, unless one step (or all with q = 1) would then need
 _POINTS = 2**18  # more points than this,
 _MIXTURE_POINTS = 5_000  # or a mixture more than this: its loss is inverted point by point, slowly
 MOST = 10**8  # steps, or thousandths of σ, that a search covers
 _TAIL = 10.0  # dp-accounting cuts a Gaussian at mass e⁻⁵⁰/2, 9.8 standard deviations
-
-
-class AccountantsDisagree(FedtuneError):
-    """PLD exceeds RDP: one of the two is wrong, so neither may be reported."""
 
 
 class Steps(NamedTuple):
@@ -65,27 +56,6 @@ def epsilon(events: Iterable[Steps], delta: float) -> float:
     return _epsilon(merge_events(events), delta)
 
 
-def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
-    """Compose ε by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
-
-    Errors: as `epsilon`; and ValueError where RDP is not defined here (k > 1 with q < 1)."""
-    return _rdp_epsilon(merge_events(events), delta)
-
-
-@lru_cache(maxsize=4096)  # sites of one study ran the same steps
-def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
-    _checked_delta(delta)
-    accountant = RdpAccountant()
-    for sigma, rate, count, records in events:
-        if records > 1 and rate < 1:
-            raise ValueError("RDP of several rows of one unit, each sampled, is not defined here")
-        step: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(sigma / records)
-        if rate < 1:
-            step = dp_accounting.PoissonSampledDpEvent(rate, step)
-        accountant.compose(step, count)
-    return float(accountant.get_epsilon(delta))
-
-
 def at_least(event: Steps, delta: float) -> float:
     """Lower bound on ε without a PLD: a threshold test on the sum of all steps that distinguishes
     the data with one unit from those without it (Chebyshev with it, the normal tail without)."""
@@ -97,25 +67,6 @@ def at_least(event: Steps, delta: float) -> float:
     if threshold <= 0 or hit <= 0:
         return 0.0
     return max(0.0, math.log(hit) - float(norm.logsf(threshold)))
-
-
-def cross_check(events: Iterable[Steps], delta: float) -> float:
-    """Compute PLD's ε and check that it does not exceed the looser RDP bound.
-
-    | RDP not defined (k > 1, q < 1) | PLD's ε; an independent integral checks it in the tests |
-    Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
-    folded = merge_events(events)
-    pld_epsilon = epsilon(folded, delta)
-    if any(event.records > 1 and event.sampling_rate < 1 for event in folded):
-        return pld_epsilon
-    bound = rdp_epsilon(folded, delta)
-    if not pld_epsilon <= 1.01 * bound + 1e-3:
-        raise AccountantsDisagree(
-            f"PLD gives ε = {pld_epsilon:.6g} and RDP only {bound:.6g}",
-            "PLD to give at most the ε of RDP",
-            "reinstall dp-accounting at the pinned version and run the tests; release nothing",
-        )
-    return pld_epsilon
 
 
 def calibrate(
@@ -217,7 +168,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (float, int)) and not isinstance(value, bool)
 
 
-def _checked_delta(delta: float) -> None:
+def check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise ValueError("delta must be in (0, 1)")
 
@@ -227,7 +178,7 @@ def _checked_delta(delta: float) -> None:
 
 @lru_cache(maxsize=4096)
 def _epsilon(events: tuple[Steps, ...], delta: float) -> float:
-    _checked_delta(delta)
+    check_delta(delta)
     try:
         return _compute_epsilon(events, delta)
     except (ValueError, OverflowError, MemoryError, RecursionError) as error:

@@ -52,24 +52,3 @@ def resolve(study: Study, declared_size: int, most: int | None = None) -> Calibr
                 todo="raise noise_multiplier or epsilon, or lower local_steps",
             )
     return Calibration(rate, sigma, rounds)
-
-
-def with_rounds(study: Study) -> Study:
-    """Fill in training.rounds if ε and σ were given; ε then follows from the other two and is
-    left out of the plan.
-
-    Errors: ConfigError where rounds would differ between sites."""
-    if study.training.rounds is not None or isinstance(study.privacy, str) or study.continuous:
-        return study
-    if study.training.sampling_rate is None:
-        raise ConfigError(
-            "training.rounds is missing and training.expected_batch makes q differ between sites",
-            "training.sampling_rate, or training.rounds",
-        )
-    rounds = resolve(study, declared_size=1).rounds
-    return study.model_copy(
-        update={
-            "training": study.training.model_copy(update={"rounds": rounds}),
-            "privacy": study.privacy.model_copy(update={"epsilon": None}),
-        }
-    )

@@ -6,8 +6,7 @@ Each figure follows from the plan and from sizes that people declared."""
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from fedtune.core.config import Study, noise_shares
 from fedtune.core.errors import ConfigError
@@ -68,15 +67,6 @@ def bits_of(study: Study, sigma: float | None, sizes: Iterable[int], dimension: 
     step = grid_of(study, sigma, dimension)
     std = own_sigma(noise, noise_shares(study)) * norm
     return word_bits(sizes, study.records_per_draw, norm, std, step)
-
-
-def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
-    """Return the largest number of adapter parameters for which the sum over sites of these
-    declared sizes fits the narrower words: the grid gets finer with each parameter. 0 if there
-    is no such number.
-    """
-    numbers = range(1, LARGEST)
-    return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))
 
 
 def word_bits(

@@ -6,11 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedtune.core.config import Study
 from fedtune.core.errors import ModelError
 from fedtune.core.files import reading
-from fedtune.core.files.writing import replace
-from fedtune.core.models.lora import Arrays, name_base
+from fedtune.core.models.lora import Arrays
 from fedtune.core.run_folder import HEAD
 
 ADAPTER = "adapter_model.safetensors"  # PEFT's own name
@@ -53,24 +51,3 @@ def pick_arrays(saved: Arrays, names: Iterable[str], folder: Path) -> Arrays:
             AGAIN,
         )
     return {name: saved[name] for name in wanted}
-
-
-def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
-    """Save `arrays` as PEFT does, with the settings of the adapter in `like` except for its shape.
-    Errors: OSError."""
-    from peft import LoraConfig
-    from safetensors.numpy import save
-
-    table = study.lora
-    assert table is not None
-    config = LoraConfig.from_pretrained(str(like))
-    numbers = {int(part) for n in arrays for part in n.split(".") if part.isdigit()}
-    config.r = table.rank
-    config.lora_alpha = table.rank
-    config.use_rslora = False
-    config.target_modules = set(table.modules)
-    config.layers_to_transform = sorted(numbers) if table.last_layers else None
-    name_base(config, config.base_model_name_or_path or study.base.model)
-    config.save_pretrained(str(folder))
-    body = {n.replace(".default.weight", ".weight"): array for n, array in arrays.items()}
-    replace(folder / ADAPTER, save(body, {"format": "pt"}))

@@ -9,7 +9,6 @@ so exact. If A is trained too, the mean of products is not the product of means
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,23 +37,3 @@ def trained_slice(name: str, values: Any, columns: slice) -> Any:
     """Select the trained part of tensor `name`, as a view: `columns` of a B, all of anything
     else."""
     return values[:, columns] if ".lora_B." in name else values
-
-
-def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
-    """Slice the trained columns out of each array: the names and shapes of an update."""
-    return {
-        name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
-    }
-
-
-def pad_update(
-    update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
-) -> Arrays:
-    """Pad `update` to the shapes of `like`, with zeros where its site trained nothing."""
-    padded: Arrays = {}
-    for name, array in update.items():
-        padded[name] = array
-        if array.shape != like[name].shape:
-            padded[name] = np.zeros_like(like[name])
-            padded[name][:, columns] = array
-    return padded

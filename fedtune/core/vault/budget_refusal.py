@@ -8,20 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from fedtune.core.config import PrivacyTable, Site, Study
 from fedtune.core.dp.plan import plan_for_site
-from fedtune.core.errors import FedtuneError, Refused
-from fedtune.core.files.writing import replace
+from fedtune.core.errors import FedtuneError
 from fedtune.core.ledger.entries import Charge
-from fedtune.core.ledger.files import DATABASE
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import StudyLine, budget, study_lines
 from fedtune.core.registry.rounding import rounded_up
-from fedtune.core.run_folder import load_plan
 from fedtune.core.vault.budget import Budget
 
 PLACES = "runs.json"  # in the state folder: where runs of `fedtune simulate` lie, by plan
@@ -32,16 +27,6 @@ TODO = (
     "take what fits, or try settings on data that no patient is in (`fedtune tune`); a higher "
     "policy.max_epsilon is for whoever answers for the data to decide"
 )
-
-
-def remember(sites: Sequence[Site], run: Path) -> None:
-    """Note in the sites' state folders where the run of a plan lies. Errors of the disk are
-    ignored, and so is a damaged plan: the note is only shown, and nothing depends on it."""
-    with suppress(FedtuneError, OSError):
-        digest = load_plan(run).digest
-        for site in sites:
-            runs = places(site) | {digest: str(run.absolute())}
-            replace(site.site.state / PLACES, json.dumps(runs, indent=1).encode(), private=True)
 
 
 def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
@@ -64,29 +49,6 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
     return [*told, f"what fits: {fitting or 'nothing of this study'}"]
 
 
-def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Return the refusal of a simulated study with notes from its sites' ledgers, all on this
-    machine; return it unchanged if no budget refused."""
-    if not any(ceiling in str(refusal) for ceiling in CEILINGS):
-        return refusal
-    told: list[str] = []
-    for site in sites:
-        if site.data.declared:
-            continue
-        with suppress(FedtuneError):
-            ledger = Ledger(site.site.state) if (site.site.state / DATABASE).exists() else None
-            charges = ledger.charges(site.data.name) if ledger else []
-            if not _within(study, site, charges):
-                paid, *more = explain(study, site, ledger)
-                told += [f"  {site.site.name}: {paid}", *(f"    {line}" for line in more)]
-    if not told:
-        return refusal
-    fuller = type(refusal)(refusal.happened, refusal.expected, TODO)
-    for line in told:
-        fuller.add_note(line)
-    return fuller
-
-
 def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
     """Find the largest privacy.epsilon, or if σ is given the most rounds, that stays within the
     budget, to about a hundredth of what the plan asks for; "" if there is none."""
@@ -96,7 +58,7 @@ def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
     if privacy.noise_multiplier is None and privacy.epsilon is not None:
         most = _find_largest(
             privacy.epsilon,
-            lambda value: _within(study.changed(privacy={"epsilon": value}), site, charges),
+            lambda value: is_within(study.changed(privacy={"epsilon": value}), site, charges),
         )
         down = math.floor(most * 100) / 100
         return f"privacy.epsilon up to {down:g} (--set privacy.epsilon={down:g})" if down else ""
@@ -104,7 +66,7 @@ def fits(study: Study, site: Site, charges: Sequence[Charge]) -> str:
 
     def of_rounds(value: float) -> bool:
         changes = {"training": {"rounds": int(value)}, "privacy": {"epsilon": None}}
-        return int(value) > 0 and _within(study.changed(**changes), site, charges)
+        return int(value) > 0 and is_within(study.changed(**changes), site, charges)
 
     most = int(_find_largest(rounds, of_rounds))
     return f"training.rounds up to {most} (--set training.rounds={most})" if most else ""
@@ -119,7 +81,7 @@ def _find_largest(asked: float, fit: Callable[[float], bool]) -> float:
     return low
 
 
-def _within(study: Study, site: Site, charges: Sequence[Charge]) -> bool:
+def is_within(study: Study, site: Site, charges: Sequence[Charge]) -> bool:
     try:
         plan = plan_for_site(study, site.site.declared_size, site.policy.max_steps)
         Budget(site.policy, plan, charges).check()

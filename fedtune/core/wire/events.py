@@ -17,26 +17,11 @@ from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from fedtune.core import errors
-from fedtune.core.errors import FedtuneError, InfrastructureError, escape_controls
+from fedtune.core.errors import FedtuneError, InfrastructureError
 from fedtune.core.progress import Step
 
 MOST = 1 << 20  # bytes of one event
 HEADER = struct.Struct("!i")  # the length of what follows, as multiprocessing.connection sends it
-LONGEST = 2_000  # characters of a text of the courier's
-CERTIFICATE = 16_384  # characters of a renewed certificate
-FROM_COURIER = frozenset(
-    {"isolation", "joined", "answered", "refused", "failed", "waiting", "connected"}
-    | {"reconnecting", "stopped", "log", "ended", "error", "renewed"}
-)
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("kind", "error", "address", "text", "reason", "level"), str),
-    **dict.fromkeys(("happened", "expected", "todo"), str),
-    **dict.fromkeys(("bytes_up", "bytes_down"), int),
-    **dict.fromkeys(("means", "missing", "reasons"), list),
-    "certificate": str,
-    "seconds": (int, float),
-    "gone": bool,
-}
 
 
 class Receives(Protocol):
@@ -168,30 +153,3 @@ def receive(connection: Receives) -> tuple[str, dict[str, Any]]:
     if not isinstance(event, str) or not isinstance(facts, dict):
         raise ValueError("not an event")
     return event, facts
-
-
-def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what may be shown of a courier's event; None if the courier may not send it."""
-    if event not in FROM_COURIER:
-        return None
-    shown: dict[str, Any] = {}
-    for name, value in facts.items():
-        wanted = FIELDS.get(name)
-        if wanted is None or not isinstance(value, wanted):
-            continue
-        if isinstance(value, str):
-            # A certificate is lines of letters, and whoever reads it checks it.
-            is_lines = name == "certificate" and value.isascii()
-            shown[name] = value[:CERTIFICATE] if is_lines else escape_controls(value)[:LONGEST]
-        elif isinstance(value, list):
-            shown[name] = [escape_controls(str(each))[:LONGEST] for each in value[:20]]
-        elif isinstance(value, int | float) and 0 <= value < 2**53:  # neither NaN nor infinite
-            shown[name] = value
-    return shown
-
-
-def log_again(facts: dict[str, Any]) -> None:
-    """Log a line that another process logged."""
-    names = {"WARNING": logging.WARNING, "ERROR": logging.ERROR, "CRITICAL": logging.CRITICAL}
-    level = names.get(str(facts.get("level")), logging.WARNING)
-    logging.getLogger("fedtune.client").log(level, "%s", facts.get("text"))

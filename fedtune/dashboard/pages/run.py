@@ -15,7 +15,7 @@ from fedtune.core.errors import FedtuneError, InputError
 from fedtune.core.registry.metrics import metric as known_metric
 from fedtune.core.registry.reasons import HELD, WAITING, reason_of
 from fedtune.core.registry.rounding import number, percent
-from fedtune.core.run_folder import ANSWERS, load_plan, read_report
+from fedtune.core.run_folder import ANSWERS, load_plan
 from fedtune.dashboard.pages import Notice, Page
 from fedtune.dashboard.pages.answers import answers_in
 from fedtune.evidence.told import FOLDER as TOLD
@@ -30,6 +30,7 @@ from fedtune.report.gain import advice, headline, is_start_released, over_start
 from fedtune.report.held_out import write_shown
 from fedtune.report.preference import alarms as preference_alarms
 from fedtune.report.quality import intervals
+from fedtune.report.run_files import read_report
 
 NOTHING: dict[str, Any] = {}
 

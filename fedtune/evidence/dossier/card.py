@@ -8,8 +8,8 @@ from typing import Any
 
 from fedtune.core.config.known_bases import upstream_of
 from fedtune.core.registry.rounding import number
-from fedtune.core.run_folder import pipeline_tag
 from fedtune.evidence.dossier.markdown import body
+from fedtune.report.run_files import pipeline_tag
 from fedtune.report.text import cell
 
 SECTIONS = ("summary", "model", "privacy")

@@ -14,7 +14,7 @@ from fedtune.core.errors import ConfigError, InputError, Refused
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.run_folder import ADAPTER, new_folder, read_report
+from fedtune.core.run_folder import ADAPTER
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.dossier import openssf, pictures
@@ -40,6 +40,7 @@ from fedtune.evidence.sign import RUN, carry
 from fedtune.evidence.told import FOLDER as TOLD
 from fedtune.evidence.told import read_told
 from fedtune.evidence.verify import Verified, certificate_of, is_signed, verify, verify_run
+from fedtune.report.run_files import new_folder, read_report
 
 DETAILS = "a TOML file: one line for each blank, as `--details` writes it where there is none"
 

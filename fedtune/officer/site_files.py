@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from fedtune.core.config.load import load_site
-from fedtune.core.config.site import Site
+from fedtune.core.config import Site, load_site
 from fedtune.core.errors import ConfigError, InputError
 from fedtune.core.files import reading
 

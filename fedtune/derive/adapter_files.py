@@ -1,0 +1,31 @@
+"""Save a merged adapter as PEFT does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.core.config import Study
+from fedtune.core.files.writing import replace
+from fedtune.core.models.adapter_files import ADAPTER
+from fedtune.core.models.lora import Arrays, name_base
+
+
+def save_adapter(folder: Path, like: Path, study: Study, arrays: Arrays) -> None:
+    """Save `arrays` as PEFT does, with the settings of the adapter in `like` except for its shape.
+    Errors: OSError."""
+    from peft import LoraConfig
+    from safetensors.numpy import save
+
+    table = study.lora
+    assert table is not None
+    config = LoraConfig.from_pretrained(str(like))
+    numbers = {int(part) for n in arrays for part in n.split(".") if part.isdigit()}
+    config.r = table.rank
+    config.lora_alpha = table.rank
+    config.use_rslora = False
+    config.target_modules = set(table.modules)
+    config.layers_to_transform = sorted(numbers) if table.last_layers else None
+    name_base(config, config.base_model_name_or_path or study.base.model)
+    config.save_pretrained(str(folder))
+    body = {n.replace(".default.weight", ".weight"): array for n, array in arrays.items()}
+    replace(folder / ADAPTER, save(body, {"format": "pt"}))

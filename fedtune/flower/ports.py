@@ -1,0 +1,36 @@
+"""Ports and names by which the programs of one machine reach each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def free_port() -> int:
+    """Return a loopback port on which nothing listens at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def bypass_proxy() -> None:
+    """Keep this process's and its children's requests to loopback away from any HTTP proxy."""
+    rules = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = ",".join(filter(None, [rules, "127.0.0.1", "localhost"]))
+
+
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+def own_name(host: str) -> str:
+    """Return the host by which this machine connects to its own gateway: loopback if it can."""
+    return "127.0.0.1" if host in {*EVERYWHERE, "localhost"} else host
+
+
+def address_of(host: str, port: int) -> str:
+    """Join host and port to the text that `host_and_port` splits.
+
+    >>> address_of("::1", 8443), address_of("hub.example.org", 8443)
+    ('[::1]:8443', 'hub.example.org:8443')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,49 @@
+"""What a simulation says of its sites' budgets, and notes beside their ledgers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fedtune.core.config import Site, Study
+from fedtune.core.errors import FedtuneError, Refused
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.files import DATABASE
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.run_folder import load_plan
+from fedtune.core.vault.budget_refusal import CEILINGS, PLACES, TODO, explain, is_within, places
+
+
+def remember(sites: Sequence[Site], run: Path) -> None:
+    """Note in the sites' state folders where the run of a plan lies. Errors of the disk are
+    ignored, and so is a damaged plan: the note is only shown, and nothing depends on it."""
+    with suppress(FedtuneError, OSError):
+        digest = load_plan(run).digest
+        for site in sites:
+            runs = places(site) | {digest: str(run.absolute())}
+            replace(site.site.state / PLACES, json.dumps(runs, indent=1).encode(), private=True)
+
+
+def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
+    """Return the refusal of a simulated study with notes from its sites' ledgers, all on this
+    machine; return it unchanged if no budget refused."""
+    if not any(ceiling in str(refusal) for ceiling in CEILINGS):
+        return refusal
+    told: list[str] = []
+    for site in sites:
+        if site.data.declared:
+            continue
+        with suppress(FedtuneError):
+            ledger = Ledger(site.site.state) if (site.site.state / DATABASE).exists() else None
+            charges = ledger.charges(site.data.name) if ledger else []
+            if not is_within(study, site, charges):
+                paid, *more = explain(study, site, ledger)
+                told += [f"  {site.site.name}: {paid}", *(f"    {line}" for line in more)]
+    if not told:
+        return refusal
+    fuller = type(refusal)(refusal.happened, refusal.expected, TODO)
+    for line in told:
+        fuller.add_note(line)
+    return fuller

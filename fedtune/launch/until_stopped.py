@@ -1,0 +1,23 @@
+"""Run a command until a signal stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedtune.core.processes import Stopped, interruptible
+from fedtune.core.progress import OnEvent
+
+
+@contextmanager
+def until_stopped(notify: OnEvent) -> Iterator[None]:
+    """Run a command's block until a signal arrives: SIGTERM prints "stopped" and ends it without
+    an error; SIGINT is KeyboardInterrupt, as in every command."""
+    try:
+        with interruptible():
+            yield
+    except Stopped as stop:
+        if stop.name == "SIGINT":
+            raise KeyboardInterrupt from None
+        reason = f"stopped by {stop.name}"
+        notify("stopped", {"reason": reason, "text": reason})

@@ -1,0 +1,56 @@
+"""Begin a run's folder, and read the report in a finished one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.files import reading
+from fedtune.core.run_folder import has_head
+
+# What is read of a report, an outer key before its inner ones.
+REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
+REPORT |= {"base.name": str, "base.digest": str}
+
+
+def pipeline_tag(run: Path) -> str:
+    """Return the hub's task name for a finished run's model: one with a head gives labels or a
+    score, any other writes text."""
+    return "text-classification" if has_head(run) else "text-generation"
+
+
+def check_new(out: Path) -> None:
+    """Check that `out` does not exist. Errors: ConfigError."""
+    if out.exists():
+        raise ConfigError(f"{out}: exists", "a new folder", "choose another --out")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a draft that becomes the new folder `out` on success, and is removed otherwise.
+
+    Errors: ConfigError (it exists), InfrastructureError (disk)."""
+    from fedtune.core.files.writing import drafted
+
+    check_new(out)
+    with drafted(out) as draft:
+        draft.mkdir()
+        yield draft
+
+
+def read_report(run: Path, *needed: str) -> dict[str, Any]:
+    """Read a finished run's report. needed: keys of REPORT that must be in it.
+
+    Errors: InputError."""
+    path, expected = run / "report.json", "the report of a finished run"
+    todo = "finish the run with --resume; if the file is damaged, copy it again"
+    report = reading.json_in(path, expected, todo)
+    for key, kind in REPORT.items():
+        outer, _, last = key.rpartition(".")
+        table = report.get(outer, {}) if outer else report
+        if (last in table or key in ("privacy", *needed)) and not isinstance(table.get(last), kind):
+            raise InputError(f"{path}: {key} is not what a report says", expected, todo)
+    return report

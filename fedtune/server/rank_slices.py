@@ -1,0 +1,30 @@
+"""Slice and pad the updates of sites that train fewer ranks than the plan's adapter has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.core.models.rank_slice import Arrays, trained_slice
+
+
+def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
+    """Slice the trained columns out of each array: the names and shapes of an update."""
+    return {
+        name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
+    }
+
+
+def pad_update(
+    update: Arrays, like: Mapping[str, npt.NDArray[np.float32]], columns: slice
+) -> Arrays:
+    """Pad `update` to the shapes of `like`, with zeros where its site trained nothing."""
+    padded: Arrays = {}
+    for name, array in update.items():
+        padded[name] = array
+        if array.shape != like[name].shape:
+            padded[name] = np.zeros_like(like[name])
+            padded[name][:, columns] = array
+    return padded
