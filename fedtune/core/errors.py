@@ -38,6 +38,9 @@ A message says what happened, what was expected and what to do. It never holds a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def escape_controls(text: str) -> str:
     """Replace control characters, so that a terminal shows text without interpreting it."""
@@ -122,3 +125,19 @@ class InfrastructureError(FedtuneError):
     """The network, a disk or another process failed."""
 
     exit_code = 4
+
+
+def facts_of(error: FedtuneError) -> dict[str, str]:
+    """Return an error's class, the nearest of this module, and its message, from which
+    `error_of` builds it again."""
+    kind = next(each for each in type(error).__mro__ if each.__module__ == __name__)
+    words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
+    return {"error": kind.__name__, **words}
+
+
+def error_of(facts: Mapping[str, Any]) -> FedtuneError:
+    """Build an error again that another process sent; an unknown class becomes one of ours."""
+    kind = globals().get(str(facts.get("error")))
+    is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
+    words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))
+    return (kind if is_ours else InfrastructureError)(*words)  # type: ignore[misc]

@@ -28,7 +28,13 @@ from cryptography import x509
 
 from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
-from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.errors import (
+    FedtuneError,
+    InfrastructureError,
+    PolicyRefused,
+    error_of,
+    facts_of,
+)
 from fedtune.core.files.room import between_orders
 from fedtune.core.files.writing import remove_drafts, replace
 from fedtune.core.ledger.audit_log import LONGEST, REPEATS, AuditLog, NotAuditable
@@ -141,7 +147,7 @@ def check(site: Site, path: Path) -> None:
             while True:
                 event, facts = events.receive(of_child)
                 if event == "error":
-                    raise events.error_of(facts)
+                    raise error_of(facts)
                 _say_again(event, facts)
         child.wait()
 
@@ -252,7 +258,7 @@ def _fetch(path: Path, base: str) -> dict[str, str]:
             raise PolicyRefused(f"{base} is neither site.base nor in policy.bases")
         find_base(base, digest)
     except FedtuneError as error:
-        return events.facts_of(error)
+        return facts_of(error)
     return {}
 
 
@@ -366,7 +372,7 @@ class Shown:
         elif event == "renewed":
             self._keep(told)
         elif event == "error":
-            raise events.error_of(told)
+            raise error_of(told)
         elif event == "ended":
             self.flush(0)
             return True

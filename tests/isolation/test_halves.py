@@ -24,7 +24,14 @@ from fedtune.core import boot, isolation, system_calls
 from fedtune.core.bases import find
 from fedtune.core.config import AcceptanceTable, ConsentTable, SiteEvaluation, load_site
 from fedtune.core.config.known_bases import KNOWN
-from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.errors import (
+    ConfigError,
+    FedtuneError,
+    InfrastructureError,
+    PolicyRefused,
+    error_of,
+    facts_of,
+)
 from fedtune.core.processes import Child, Program
 from fedtune.core.vault import process as vault_process
 from fedtune.core.wire import events, requests
@@ -40,6 +47,7 @@ from fedtune.courier.process import (
 )
 from fedtune.launch import site as launch_site
 from fedtune.launch.site import Again, Shown
+from fedtune.observe.from_courier import LONGEST
 from fedtune.observe.status import StatusFile, read_status
 from fedtune.officer.isolation_here import isolation_here
 from fedtune.presets._sites import _isolation
@@ -472,7 +480,7 @@ def test_a_courier_shows_only_what_it_may(tmp_path: Path) -> None:
     shown.from_courier("answered", {"text": "t" * 10_000, "bytes_up": -1, "bytes_down": 10**400})
     assert [event for event, _ in seen] == ["refused", "answered"]
     assert seen[0][1] == {"text": "?[2J"}
-    assert set(seen[1][1]) == {"kind", "text"} and len(seen[1][1]["text"]) == events.LONGEST
+    assert set(seen[1][1]) == {"kind", "text"} and len(seen[1][1]["text"]) == LONGEST
 
 
 def test_facts_of_an_answer_are_the_vaults_and_what_it_weighed_the_couriers(tmp_path: Path) -> None:
@@ -491,10 +499,10 @@ def test_facts_of_an_answer_are_the_vaults_and_what_it_weighed_the_couriers(tmp_
 
 def test_an_error_is_made_anew_as_one_of_ours() -> None:
     error = ConfigError("one", "two", "three")
-    again = events.error_of(events.facts_of(error))
+    again = error_of(facts_of(error))
     assert isinstance(again, ConfigError) and str(again) == str(error)
     for name in ("SystemExit", "printable", ""):
-        made = events.error_of({"error": name, "happened": "x"})
+        made = error_of({"error": name, "happened": "x"})
         assert isinstance(made, InfrastructureError) and isinstance(made, FedtuneError)
 
 

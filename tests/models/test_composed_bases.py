@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForSpeechSeq2Seq, WhisperForConditionalGeneration
 
-from fedtune.core.bases import smol_vision, whisper
 from fedtune.core.bases.digest import digest
 from fedtune.core.bases.find import find_base, load_backbone
 from fedtune.core.errors import ModelError
+from fedtune.wheels import smol_vision, whisper
 from tests.media import whisper as tiny_whisper
 
 HALVES = {"q_proj": 0, "k_proj": 1, "v_proj": 2}

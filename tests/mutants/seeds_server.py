@@ -207,7 +207,13 @@ STOP_MUTANTS = (
         "a site is admitted to a consortium that nobody runs",
     ),
     _one(
-        "wheels", "a-wheel-unfolds-without-end", "fedtune/core/bases/wheel.py",
+        "wheels", "a-base-that-was-made-is-believed", "fedtune/core/bases/wheel.py",
+        "    if actual != wheel.digest:\n", "    if False:\n",
+        "tests/models/test_base_wheels.py::test_what_makes_a_base_is_not_believed",
+        "what fetches and converts decides what is trained",
+    ),
+    _one(
+        "wheels", "a-wheel-unfolds-without-end", "fedtune/wheels/make.py",
         "if size > RATIO * file.stat().st_size:", "if size < 0:",
         "tests/models/test_wheel.py::test_a_wheel_that_unfolds_is_not_unpacked",
         "a small download fills the disk",

