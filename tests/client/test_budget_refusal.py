@@ -11,7 +11,7 @@ import pytest
 from fedtune.core.config import Site, load_site, load_study
 from fedtune.core.errors import Refused
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.core.vault.budget_refusal import PLACES, _within, explain, fits
+from fedtune.core.vault.budget_refusal import PLACES, explain, fits, is_within
 from fedtune.launch.simulate import simulate
 from tests.cli_kit import run
 
@@ -36,7 +36,7 @@ def test_a_refusal_says_by_what_where_and_what_fits(spent: Path) -> None:
     assert by.endswith(f"in {Path('runs/first').absolute()}")
     (most,) = re.findall(r"--set privacy\.epsilon=([\d.]+)", fitting)
     more = load_study(spent, settings=[f"privacy.epsilon={float(most) + 0.1}"])
-    assert 0 < float(most) < 7 and not _within(
+    assert 0 < float(most) < 7 and not is_within(
         more, site, Ledger(site.site.state).charges("records")
     )
     fitting = load_study(spent, settings=[f"privacy.epsilon={most}"])

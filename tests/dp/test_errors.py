@@ -91,12 +91,9 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
 ) -> None:
     plan = study()
     usual = all_rows(plan, data)
-    monkeypatch.setattr(
-        "fedtune.core.vault.evaluation.resolve",
-        lambda table: SimpleNamespace(
-            losses=Raises(first(data, BAD)).losses, record_format=CausalLM.record_format
-        ),
-    )
+    raises = Raises(first(data, BAD)).losses
+    given = SimpleNamespace(losses=raises, record_format=CausalLM.record_format)
+    monkeypatch.setitem(plan.objective.__dict__, "resolved", given)
     try:
         found = all_rows(plan, data)
     except MemoryError:
