@@ -8,7 +8,7 @@ TORCH  := 2.13.0# as in the Dockerfiles; the locks hold everything else, with ha
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test lint docs walk audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
+.PHONY: help install demo test quick lint docs walk audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,9 @@ demo: $(READY) ## three hospitals fine-tune a real language model under (epsilon
 test: $(READY) lint ## every check: style, types, import contracts, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+quick: $(READY) ## the tests that catch most seeded bugs in a minute (tests/quick.txt)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.quick -q -n $(WORKERS)
+
 lint: $(READY) ## style, types and import contracts alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +42,7 @@ docs: $(READY) ## the documentation site in build/site; asks no other host when 
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m tests.docs.site
 
-walk: $(READY) ## follow the tutorial and the longest example line by line: ten minutes
+walk: $(READY) ## follow the pages, examples and notebooks line by line; every page in a browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/docs tests/examples
 
 audit: $(READY) ## attack the guarantee at length: audits of ε, sensitivity, variance

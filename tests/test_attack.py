@@ -208,6 +208,7 @@ def test_secrets_beyond_epsilon_are_caught() -> None:
         assert Secrets(found, found, *bounds).contradicts == caught
 
 
+@pytest.mark.long  # by default: a mechanism with more than it claims, above
 def test_a_loop_that_forgets_its_noise_is_caught(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def trained(
     for name in rows:
         text = SITE.format(name=name, data=data.format(name=name, **fields))
         (folder / f"{name}.toml").write_text(text)
-    process_cache.clear()
+    process_cache.clear("workers")
     sites = [folder / f"{name}.toml" for name in rows]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selftest, "require", lambda *_: None)  # it measures the noise

@@ -24,6 +24,7 @@ from fedtune.public.start import start
 from tests.cli_kit import run as command
 from tests.client.airlock_kit import Asked, a_site, contents
 from tests.client.site_kit import begun, make_site, notes
+from tests.depth import long_but
 from tests.private_evaluation_kit import WILLING, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,9 +320,10 @@ raise SystemExit("it went on")
 """
 
 
-@pytest.mark.parametrize(
-    ("where", "paid"), [("computed", 2), ("held", 2), ("told", 1), ("sealed", 1)]
-)
+POINTS = [("computed", 2), ("held", 2), ("told", 1), ("sealed", 1)]
+
+
+@pytest.mark.parametrize(("where", "paid"), long_but([("held", 2), ("sealed", 1)], POINTS))
 def test_a_process_that_is_killed_at_any_point_sends_nothing_early_and_nothing_twice(
     tmp_path: Path, tiny_base: Path, where: str, paid: int
 ) -> None:

@@ -96,9 +96,17 @@ KILLS = [
 ]
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
-    "phase, owner, name, call", KILLS, ids=[k[0].replace(" ", "-") for k in KILLS]
+    "phase, owner, name, call, after",
+    [
+        pytest.param(
+            *(*kill, after),
+            id=f"{kill[0].replace(' ', '-')}-{('before', 'after')[after]}",
+            marks=() if at % 2 != after else pytest.mark.long,  # by default one of either
+        )
+        for at, kill in enumerate(KILLS)
+        for after in (False, True)
+    ],
 )
 def test_a_kill_loses_nothing_and_releases_nothing_else(
     trial: Any, monkeypatch: pytest.MonkeyPatch, phase: str, owner: Any, name: str, call: int,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,8 @@ def tried(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def serve() -> Iterator[Serve]:
+@contextmanager
+def dashboards() -> Iterator[Serve]:
     """Start `fedtune dashboard` as a person does; returns the address that it prints."""
     running: list[subprocess.Popen[str]] = []
     root = str(Path(__file__).parents[2])
@@ -60,9 +62,24 @@ def serve() -> Iterator[Serve]:
                 return line.strip()
         raise AssertionError("it printed no address")
 
-    yield start
-    for process in running:
-        process.terminate()
-        process.wait(20)
-        assert process.stdout
-        process.stdout.close()
+    try:
+        yield start
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait(20)
+            assert process.stdout
+            process.stdout.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    with dashboards() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Serve]:
+    """One dashboard for each place that does not change: it starts, and verifies, once."""
+    with dashboards() as start:
+        yield functools.cache(start)

@@ -17,9 +17,9 @@ from tests.dashboard.conftest import Serve
 from tests.dashboard.test_pages import MARKUP, answered
 
 
-@pytest.fixture
-def places(tried: Path, released: Path, tmp_path: Path) -> list[Path]:
-    asked = answered(tried, tmp_path, prompt=f"Does it hurt? {MARKUP}")
+@pytest.fixture(scope="module")
+def places(tried: Path, released: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    asked = answered(tried, tmp_path_factory.mktemp("asked"), prompt=f"Does it hurt? {MARKUP}")
     return [
         tried / "runs" / "tried",
         tried / "runs",
@@ -30,11 +30,11 @@ def places(tried: Path, released: Path, tmp_path: Path) -> list[Path]:
 
 
 def test_the_figures_are_the_reports_to_the_last_digit_shown(
-    browser: Any, serve: Serve, tried: Path
+    browser: Any, served: Serve, tried: Path
 ) -> None:
     run = tried / "runs" / "tried"
     report = json.loads((run / "report.json").read_text())
-    visit, metric = Visit(browser, serve(run)), report["quality"]["metric"]
+    visit, metric = Visit(browser, served(run)), report["quality"]["metric"]
     found = visit.figures()
     assert found["epsilon"] == rounded_up(report["privacy"]["epsilon"])
     assert found["after"] == format_short(report["quality"]["after"][metric])
@@ -50,11 +50,11 @@ def test_the_figures_are_the_reports_to_the_last_digit_shown(
 
 
 def test_no_request_leaves_and_nothing_is_complained_of(
-    browser: Any, serve: Serve, places: list[Path]
+    browser: Any, served: Serve, places: list[Path]
 ) -> None:
     """Twin: a script from elsewhere, put into a page, is refused by the policy and reported."""
     for place in places:
-        address = serve(place)
+        address = served(place)
         visit = Visit(browser, address)
         here = urlsplit(address).netloc
         assert visit.asked and {urlsplit(url).netloc for url in visit.asked} == {here}
@@ -70,28 +70,32 @@ def test_no_request_leaves_and_nothing_is_complained_of(
 
 
 @needs_axe
-def test_axe_finds_nothing_and_would(browser: Any, serve: Serve, places: list[Path]) -> None:
+def test_axe_finds_nothing_and_would(browser: Any, served: Serve, places: list[Path]) -> None:
     """Twin: the same page with an image that nobody describes."""
     check = f"axe.run(document, {{runOnly: {json.dumps(RULES)}}})"
     check += ".then(r => r.violations.map(v => v.id))"
     for place in places:
         for scheme in ("light", "dark"):
-            visit = Visit(browser, serve(place), color_scheme=scheme)
+            visit = Visit(browser, served(place), color_scheme=scheme)
             visit.page.evaluate(AXE.read_text(encoding="utf-8"))
             assert visit.page.evaluate(check) == [], (place, scheme)
     visit.page.evaluate("document.querySelector('main').append(document.createElement('img'))")
     assert "image-alt" in visit.page.evaluate(check)
 
 
-def test_a_narrow_screen_has_the_whole_page(browser: Any, serve: Serve, places: list[Path]) -> None:
+def test_a_narrow_screen_has_the_whole_page(
+    browser: Any, served: Serve, places: list[Path]
+) -> None:
     for place in places:
-        visit = Visit(browser, serve(place), viewport={"width": 360, "height": 740})
+        visit = Visit(browser, served(place), viewport={"width": 360, "height": 740})
         over = visit.page.evaluate("document.documentElement.scrollWidth - innerWidth")
         assert over <= 0, (place, over)
 
 
-def test_the_keyboard_reaches_everything_that_acts(browser: Any, serve: Serve, tried: Path) -> None:
-    visit = Visit(browser, serve(tried / "runs" / "tried"))
+def test_the_keyboard_reaches_everything_that_acts(
+    browser: Any, served: Serve, tried: Path
+) -> None:
+    visit = Visit(browser, served(tried / "runs" / "tried"))
     visit.page.keyboard.press("Tab")
     assert visit.page.evaluate("document.activeElement.className") == "skip"
     reached = set()

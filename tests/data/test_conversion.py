@@ -234,12 +234,15 @@ def forgotten() -> Iterator[None]:
 # ------------------------------------------------------------------------------ what does harm
 
 WAITING = ("wait_for_ever", "read_every_descriptor")  # ended by the clock, below
+WITHOUT_Z: dict[str, list[bytes]] = {}  # no row asks for harm: the same whatever it would be
 
 
 @pytest.mark.parametrize("how", sorted(set(hostile.HARM) - set(WAITING)))
 def test_harm_is_the_units_own(tmp_path: Path, how: str) -> None:
-    with_it, without = read(tmp_path, ROWS, how=how), read(tmp_path, without_z(ROWS), how=how)
-    assert of_others(with_it) == of_others(without)
+    if not WITHOUT_Z:
+        WITHOUT_Z.update(of_others(read(tmp_path, without_z(ROWS), how=how)))
+    with_it = read(tmp_path, ROWS, how=how)
+    assert of_others(with_it) == WITHOUT_Z
     assert of_others(with_it).keys() == {"a", "b", "c"}
     kept_its_own = {
         "patch_the_process_that_forks",

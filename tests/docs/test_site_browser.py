@@ -17,7 +17,9 @@ import pytest
 from tests.browser import AXE, RULES, Visit, needs_axe
 from tests.docs.pages import ROOT
 
+# A door, a page of tables, a page of code and the longest one; `make walk` visits every page.
 SEEN = ("index.html", "docs/researcher.html", "docs/rescue.html", "docs/reference.html")
+PAGES = [pytest.param("seen"), pytest.param("every", marks=pytest.mark.long)]
 SEARCHED = {  # what somebody types -> the page that is among what is found
     "withdraw": "docs/intake.html",
     "trimmed_mean": "docs/strategies.html",
@@ -86,7 +88,15 @@ def test_each_frequent_question_is_among_the_first_that_its_words_find(
         visit.until(is_found, 10)
 
 
-def test_no_request_leaves_from_any_page(browser: Any, site: Path, address: str) -> None:
+def pages(site: Path, which: str) -> list[str]:
+    every = sorted(str(path.relative_to(site)) for path in site.rglob("*.html"))
+    return [*SEEN] if which == "seen" else every
+
+
+@pytest.mark.parametrize("which", PAGES)
+def test_no_request_leaves_from_any_page(
+    which: str, browser: Any, site: Path, address: str
+) -> None:
     """Twin: a page that asks for a script elsewhere is found."""
     context = browser.new_context()
     page, asked = context.new_page(), list[str]()
@@ -94,10 +104,11 @@ def test_no_request_leaves_from_any_page(browser: Any, site: Path, address: str)
         "**/*", lambda route: route.continue_() if _here(route, address) else route.abort()
     )
     page.on("request", lambda request: asked.append(request.url))
-    for path in sorted(site.rglob("*.html")):
-        page.goto(f"{address}/{path.relative_to(site)}", wait_until="domcontentloaded")
+    visited = pages(site, which)
+    for path in visited:
+        page.goto(f"{address}/{path}", wait_until="domcontentloaded")
     elsewhere = {urlsplit(url).netloc for url in asked} - {urlsplit(address).netloc, ""}
-    assert elsewhere == set() and len(asked) > len(list(site.rglob("*.html")))
+    assert elsewhere == set() and len(asked) > len(visited)
     page.evaluate(
         "document.head.append(Object.assign(document.createElement('script'), "
         "{src: 'https://example.org/x.js'}))"
@@ -112,12 +123,21 @@ def _here(route: Any, address: str) -> bool:
 
 
 @needs_axe
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious_and_would(scheme: Any, browser: Any, address: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "names"),
+    [
+        ("light", SEEN[:1]),
+        ("dark", SEEN[1:2]),
+        *(pytest.param(scheme, SEEN, marks=pytest.mark.long) for scheme in ("light", "dark")),
+    ],
+)
+def test_axe_finds_nothing_serious_and_would(
+    scheme: Any, names: tuple[str, ...], browser: Any, address: str
+) -> None:
     """Twin: the same page with an image that nobody describes."""
     check = f"axe.run(document, {{runOnly: {json.dumps(RULES)}}}).then(r => r.violations"
     check += ".filter(v => ['serious', 'critical'].includes(v.impact)).map(v => v.id))"
-    for name in SEEN:
+    for name in names:
         visit = Visit(browser, f"{address}/{name}", color_scheme=scheme)
         visit.page.evaluate(AXE.read_text(encoding="utf-8"))
         assert visit.page.evaluate(check) == [], name
@@ -125,12 +145,15 @@ def test_axe_finds_nothing_serious_and_would(scheme: Any, browser: Any, address:
     assert "image-alt" in visit.page.evaluate(check)
 
 
-def test_a_narrow_screen_has_every_page(browser: Any, site: Path, address: str) -> None:
+@pytest.mark.parametrize("which", PAGES)
+def test_a_narrow_screen_has_every_page(which: str, browser: Any, site: Path, address: str) -> None:
     page = browser.new_context(viewport={"width": 360, "height": 740}).new_page()
     wide = {}
-    for path in sorted(site.rglob("docs/*.html")):
-        page.goto(f"{address}/{path.relative_to(site)}", wait_until="domcontentloaded")
+    for path in pages(site, which):
+        if not path.startswith("docs/"):
+            continue
+        page.goto(f"{address}/{path}", wait_until="domcontentloaded")
         over = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         if over > 0:
-            wide[path.name] = over
+            wide[path] = over
     assert wide == {}

@@ -20,6 +20,7 @@ COORDINATOR = (ROOT / "docs" / "coordinator.md").read_text(encoding="utf-8")
 HOSPITAL = (ROOT / "docs" / "hospital.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long  # by default: the same steps by commands (tests/network/test_from_nothing.py)
 def test_the_consortium_of_both_doors_trains(tmp_path: Path, tiny_encoder: Path) -> None:
     walk = WalkThrough(tmp_path, tiny_encoder, free_port())
     try:

@@ -95,7 +95,10 @@ def mu_of(plan: DpPlan) -> float:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"noise_multiplier": 1.2, "clipping": "normalised", "max_grad_norm": 0.05},
+        pytest.param(
+            {"noise_multiplier": 1.2, "clipping": "normalised", "max_grad_norm": 0.05},
+            marks=pytest.mark.long,
+        ),
         {"noise_multiplier": 2.2, "records": 3, "sampling_rate": 0.1},
     ],
 )

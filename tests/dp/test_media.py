@@ -99,7 +99,10 @@ HOOKED = (  # what opacus's hooks meet differently: tiles, pairs, A beside B, a 
 @pytest.mark.parametrize(
     ("case", "engine"),
     [
-        *((case, "auto") for case in CASES),
+        *(
+            pytest.param(case, "auto", marks=pytest.mark.long if case in HOOKED else ())
+            for case in CASES
+        ),
         *(
             pytest.param(case, "opacus", marks=() if case in HOOKED else pytest.mark.long)
             for case in CASES

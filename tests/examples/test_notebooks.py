@@ -22,6 +22,7 @@ def shown(notebook: Any) -> str:
     return json.dumps([cell.outputs for cell in notebook.cells if cell.cell_type == "code"])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default:::(jupyter|zmq|nbclient|nbformat|traitlets|tornado)")
 def test_the_notebooks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(ORDER)

@@ -114,6 +114,7 @@ def walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Wa
     return Walk(tiny_base, monkeypatch)
 
 
+@pytest.mark.long
 def test_the_preference_examples_commands_in_order(
     walk: Walk, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ def test_the_test_set_is_the_same_for_every_seed_and_in_nobodys_training(
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_a_short_private_study_beats_the_commonest_section(tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(data("mts_dialog").read_text().split("\n")[:600]) + "\n")

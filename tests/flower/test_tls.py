@@ -34,6 +34,7 @@ from fedtune.flower.grid import InProcessGrid
 from fedtune.flower.ports import free_port
 from fedtune.launch import coordinator
 from tests.clocks import Clock, needs_compiler
+from tests.depth import long_but
 from tests.flower import kit, tls_roles
 from tests.site_here import join_with
 
@@ -260,7 +261,10 @@ def test_a_superlink_that_dies_ends_the_study_with_a_reason(
     assert not is_reachable("127.0.0.1", alone.port)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
+
+
+@pytest.mark.parametrize("signum", long_but(SIGNALS[:2], SIGNALS))
 def test_a_coordinator_that_is_stopped_takes_its_superlink_along(
     alone: World, signum: signal.Signals
 ) -> None:

@@ -73,10 +73,10 @@ def upload(root: Path, at: list[int]) -> tuple[np.ndarray, list[int], int]:
 
 
 CUTS = {"none": [], "one": [3 * PART + PART // 2], "three": [2 * PART, 5 * PART, 9 * PART]}
-LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("none", "three")]
 
 
-@pytest.mark.parametrize("name", ["one", *LONG])
+@pytest.mark.long  # by default: one part, below
+@pytest.mark.parametrize("name", CUTS)
 def test_an_upload_goes_on_where_it_was_cut(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

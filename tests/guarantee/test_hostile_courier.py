@@ -20,7 +20,7 @@ from tests.guarantee.property_plans import Case, Op
 from tests.guarantee.property_world import check
 from tests.guarantee.test_property import PROFILE
 
-EXAMPLES = 3  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
+EXAMPLES = 2  # of each story in the short form; FEDTUNE_PROPERTY_EXAMPLES in the long one
 
 
 @pytest.fixture(scope="session")

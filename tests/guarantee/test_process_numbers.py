@@ -67,7 +67,7 @@ processes._main(sys.argv.pop(1))
 
 
 @pytest.mark.parametrize("program", [*AT_A_SITE, "superlink"])
-@pytest.mark.parametrize("wanted", ["", "true"])
+@pytest.mark.parametrize("wanted", [pytest.param("", marks=pytest.mark.long), "true"])
 def test_no_first_text_starts_threads(tiny_base: Path, program: str, wanted: str) -> None:
     """Whatever a person's environment asks for. Twin: a program that reads no records."""
     environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}

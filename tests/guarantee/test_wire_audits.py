@@ -57,7 +57,11 @@ def test_a_few_rounds_of_a_head(bases: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [lambda d, s, g: NOISE(d, LESS * s, g), lambda d, s, g: torch.zeros(d).long()]
+    "broken",
+    [
+        lambda d, s, g: NOISE(d, LESS * s, g),
+        pytest.param(lambda d, s, g: torch.zeros(d).long(), marks=pytest.mark.long),
+    ],
 )
 def test_less_noise_is_caught_at_the_wire(
     bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, broken: Callable[..., torch.Tensor]

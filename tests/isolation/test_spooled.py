@@ -34,6 +34,7 @@ from fedtune.core.wire.spool import Spool, _encode, decode_request
 from fedtune.courier.process import by_file
 from fedtune.flower.ports import free_port
 from tests.client.airlock_kit import Asked, a_site, contents
+from tests.flower import kit
 from tests.isolation.test_halves import CONFINES, confined
 from tests.isolation.test_halves import a_site as a_place
 from tests.network.kit import (
@@ -45,16 +46,12 @@ from tests.network.kit import (
     consortium,
     end,
     until,
+    without_network,
 )
 from tests.slurm import slurm
+from tests.test_cli import run as command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a vault is confined by Linux")
-
-
-def without_network() -> list[str]:
-    """What comes before a command to run it in a network of its own, with nothing in it."""
-    found = subprocess.run(["unshare", "-rn", "true"], capture_output=True)
-    return [] if found.returncode else ["unshare", "-rn"]
 
 
 def begun(
@@ -86,6 +83,7 @@ def left(made: Consortium) -> list[Path]:
     return [*(made.root / "north" / "spool").glob("*/*")]
 
 
+@pytest.mark.long  # by default: one of the sites of tests/network/test_from_nothing.py
 def test_a_site_takes_part_by_files_alone(tmp_path: Path, tiny_base: Path) -> None:
     """Its vault is where no network is at all; each round is charged once."""
     rounds = 3
@@ -363,13 +361,16 @@ def test_what_is_no_request_is_answered_as_a_failure(asked: Asked, spool: Spool)
     """As over a socket; and an order whose plan the site does not know as such."""
     content = b"not a request"
     name = hashlib.sha256(content).hexdigest()
-    (spool.requests / name).write_bytes(content)
-    answer_pending(asked, spool, name)
-    assert taken(spool, name).status == "failed"
     forged = asked.request()
     forged.tables["order"]["plan"] = "../../../etc/passwd"  # type: ignore[index]
-    for request, status in ((asked.request(), "unprepared"), (forged, "unprepared")):
-        assert answered(asked, spool, request).status in (status, "refused")
+    with a_vault(asked, spool):
+        (spool.requests / name).write_bytes(content)
+        until(lambda: spool.answer_to(name), 60)
+        assert taken(spool, name).status == "failed"
+        for request in (asked.request(), forged):
+            name = spool.ask(request)
+            until(partial(spool.answer_to, name), 60)
+            assert taken(spool, name).status in ("unprepared", "refused")
     assert asked.paid() == 0
 
 
@@ -410,11 +411,11 @@ def test_a_courier_writes_requests_and_reads_answers_and_no_more(tmp_path: Path)
     assert found["missing"] == []
 
 
-def test_a_command_that_is_not_there_is_said_at_once(tmp_path: Path, tiny_base: Path) -> None:
-    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
-        server = begun(made, tiny_base, 1)
-        with (made.root / "north" / "site.toml").open("a") as file:
-            file.write('\n[vault]\nrun = "no-such-scheduler fedtune"\n')
-        assert made.spooled("north", "vault").wait(120) == 2
-        assert "vault.run: no-such-scheduler" in made.log("north").read_text()
-        end(server)
+def test_a_command_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    port = free_port()
+    path = kit.site_file(tmp_path / "north", "north", port)
+    kit.join_up(tmp_path / "hub", path, port)
+    with path.open("a") as file:
+        file.write('\n[vault]\nrun = "no-such-scheduler fedtune"\n')
+    said = command("vault", path, "--spool", tmp_path / "spool")
+    assert said.exit_code == 2 and "vault.run: no-such-scheduler" in said.stderr, said.output

@@ -187,7 +187,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("train", ["B", "AB"])
+@pytest.mark.parametrize("train", ["B", pytest.param("AB", marks=pytest.mark.long)])
 def test_plain_peft_in_a_fresh_process_gives_the_same_logits(
     tiny_base: Path, tmp_path: Path, train: str
 ) -> None:

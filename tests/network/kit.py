@@ -126,6 +126,12 @@ def start(
         )
 
 
+def without_network() -> list[str]:
+    """What comes before a command to run it in a network of its own, with nothing in it."""
+    found = subprocess.run(["unshare", "-rn", "true"], capture_output=True)
+    return [] if found.returncode else ["unshare", "-rn"]
+
+
 def end(process: subprocess.Popen[bytes], seconds: float = 20.0) -> int:
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)

@@ -1,16 +1,27 @@
 """A consortium of three sites from nothing on one machine, by the README's commands alone:
-`init`, `server`, and per site `enroll`, `admit`, `client`."""
+`init`, `server`, and per site `enroll`, `admit`, `client`; one site takes part by files alone, and
+its vault is where no network is at all."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from fedtune.core.config import load_site
 from fedtune.flower.ports import free_port
 from fedtune.officer.purge import listing
-from tests.network.kit import SITES, consortium, done, records, until
+from tests.network.kit import (
+    SITES,
+    consortium,
+    done,
+    end,
+    records,
+    until,
+    without_network,
+)
 
 ROUNDS = 3
+BY_FILES = ("south",) if sys.platform == "linux" else ()
 
 
 def edited(path: Path, changes: dict[str, str]) -> None:
@@ -41,13 +52,21 @@ def test_a_consortium_from_nothing(tmp_path: Path, tiny_base: Path) -> None:
             own = {'"my-hospital"': f'"{name}"', "[policy] ": '[policy]\nbases = "any" '}
             edited(tmp_path / name / "site.toml", own)
             records(tmp_path / name / "data.jsonl", seed, count=200)
-        until(made.listens, 60, made.told)
+        until(made.listens, 120, made.told)
         clients = []
         for name in SITES:
             made.join(name)
+        for name in (name for name in SITES if name not in BY_FILES):
             clients.append(made.client(name, "--once"))
-        assert server.wait(120) == 0, made.told()
+        vaults = []
+        for name in BY_FILES:
+            clients.append(made.spooled(name, "courier", "--once"))
+            made.where[name] = without_network()
+            vaults.append(made.spooled(name, "vault"))
+        assert server.wait(400) == 0, made.told()
         assert [client.wait(60) for client in clients] == [0, 0, 0], made.told()
+        until(lambda: not [*tmp_path.glob("*/spool/*/*")], 20, made.told)
+        assert [end(vault) for vault in vaults] == [0] * len(vaults), made.told()
         told = made.log("hub").read_text()
         for words in (
             "north: connected; ",

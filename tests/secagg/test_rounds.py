@@ -23,7 +23,7 @@ BYTES = 64 * 1024  # of a site and round, beside its words
 
 @pytest.fixture(autouse=True)
 def fresh() -> None:
-    process_cache.clear()
+    process_cache.clear("workers")
 
 
 def trained(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_a_coordinator_stopped_between_ready_and_sum_goes_on_with_the_draws_that
                 study, sites, tmp_path / "two", on_event=interrupt, resume=stop == "masked"
             )
         if restarted:
-            process_cache.clear()
+            process_cache.clear("workers")
     resumed = fedtune.simulate(study, sites, tmp_path / "two", resume=True)
     assert np.array_equal(trained(adapter_of(whole)), trained(adapter_of(resumed)))
     for name in ("north", "south", "west"):

@@ -120,7 +120,7 @@ def limits(examples: int, steps: int) -> settings:
 
 
 TestConsortium = Consortium.TestCase
-TestConsortium.settings = limits(60, 15)
+TestConsortium.settings = limits(15, 15)
 
 
 @pytest.mark.long

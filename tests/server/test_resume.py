@@ -59,8 +59,18 @@ PHASES = [
 ]
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("phase, owner, name, call", PHASES, ids=[p[0] for p in PHASES])
+@pytest.mark.parametrize(
+    "phase, owner, name, call, after",
+    [
+        pytest.param(
+            *(*phase, after),
+            id=f"{phase[0]}-{('before', 'after')[after]}",
+            marks=() if at % 2 == after else pytest.mark.long,  # by default one of either
+        )
+        for at, phase in enumerate(PHASES)
+        for after in (False, True)
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_end(trial, monkeypatch, phase, owner, name, call, after):
     whole = trial(FakeSite("a"), FakeSite("b"), folder="whole")
     expected = whole.run(STUDY)
