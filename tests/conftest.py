@@ -59,7 +59,8 @@ class Shapes(set[str]):
         study, _, lora_rank = kind.rpartition(" ")
         told: dict[str, Any] = json.loads(study)
         lora, privacy, clipping = (told.get(name) for name in ("lora", "privacy", "clipping"))
-        shape: list[Any] = [told["base"], told["objective"]["name"], told["training"], lora_rank]
+        shape: list[Any] = [told.get("base"), told["objective"]["name"], told.get("training")]
+        shape.append(lora_rank)
         shape.append(lora and [lora.get(n) for n in ("modules", "last_layers", "train", "variant")])
         shape.append(lora and [lora.get(n) is None for n in ("preconditioner", "min_rank")])
         shape.append([len(told["objective"].get("labels") or ()), lora and lora["rank"]])
@@ -68,7 +69,7 @@ class Shapes(set[str]):
             named = isinstance(table, dict)
             shape.append({n: v for n, v in table.items() if n not in numbers} if named else table)
         shared = told.get("secure_aggregation")
-        shape.append([shared, told["strategy"]] if shared is not None else None)
+        shape.append(None if shared is None else [shared, told.get("strategy")])
         return json.dumps(shape, sort_keys=True)
 
 

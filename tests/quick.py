@@ -5,9 +5,9 @@
 
 Choosing reads how long each test took (`pytest --junitxml JUNIT.xml`) and which test caught each
 seeded bug (build/mutants.jsonl, as `make mutants` leaves it); of a bug that was not tried, its
-named tests count. Bug after bug, what is cheapest to catch beside what is already chosen is added, until
-the seconds of all processes together are used up. The list is a choice, and nothing is asserted of
-it: a line that names no test any more is said at the end of a run and left out."""
+named tests count. Bug after bug, what is cheapest to catch beside what is already chosen is added,
+until the seconds of all processes together are used up. The list is a choice, and nothing is
+asserted of it: a line that names no test any more is said and left out."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import tomli_w
 from fedtune.core.data import scan_engine
 from tests.cli_kit import run
 from tests.data.test_fhir_source import DATA, at, document, exported, visit
+from tests.depth import long_but
 
 BULK = DATA / "fhir_bulk"
 NAMES = ("Adeyemi", "Brennan", "Castellanos", "Dubois")
@@ -92,7 +93,7 @@ def done(*words: object) -> str:
 
 
 @pytest.mark.skipif(bool(scan_engine.name_missing_package()), reason="needs fedtune[scan]")
-@pytest.mark.parametrize("which", ["invented", "fhir_bulk"])
+@pytest.mark.parametrize("which", long_but(["invented"], ["invented", "fhir_bulk"]))
 def test_from_an_export_to_a_dossier(
     which: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,6 +100,7 @@ def test_with_a_trained_a_no_mean_of_factors_would_be_exact() -> None:
     assert np.abs(padded_b @ padded_a - mean).max() > 0.5 * np.abs(mean).max()
 
 
+@pytest.mark.long  # by default: of one rank (tests/flower/test_pool.py)
 def test_processes_give_the_same_adapter(tmp_path: Path, tiny_base: Path) -> None:
     found = []
     for processes in (1, 2):

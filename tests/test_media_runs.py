@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
+from tests.depth import long_but
 from tests.media import idefics3, image, qwen2_vl, recording, whisper
 
 STUDY = """
@@ -56,7 +57,7 @@ bases = "any"
 BASES = {"image": idefics3, "image on a square": qwen2_vl, "audio": whisper}
 
 
-@pytest.fixture(params=BASES)
+@pytest.fixture(params=long_but(["image", "audio"], BASES))
 def study(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     kind, place = str(request.param).split()[0], tmp_path / "records"
     base = BASES[request.param](tmp_path / "base")

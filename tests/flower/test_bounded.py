@@ -55,6 +55,7 @@ def peak() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
 
+@pytest.mark.long  # by default: the gateway alone (tests/flower/test_gateway_asked.py)
 def test_an_answer_of_a_hundred_times_the_agreed_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from fedtune.core.models import prefix_store
 from fedtune.core.models.prefix_store import PREFIX_STORE, HiddenStates
+from tests.depth import long_but
 from tests.guarantee.search import Finder, forms
 from tests.guarantee.world import ANSWERS, NAMES, Row, lay_out, run
 from tests.models.test_states import InTheClear
@@ -79,7 +80,7 @@ def test_the_finder_finds_every_form(finder: Finder, tiny_base: Path) -> None:
     assert not finder.found(b"nothing of the kind: " + bytes(range(256)) * 50)
 
 
-@pytest.mark.parametrize("objective", ANSWERS)
+@pytest.mark.parametrize("objective", long_but(["dpo"], ANSWERS))
 def test_no_identifier_is_in_anything_a_run_leaves_behind(
     objective: str,
     tmp_path: Path,

@@ -7,11 +7,14 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from fedtune.core.processes import is_reachable
 from fedtune.flower.ports import free_port
 from tests.network.kit import OFF, Consortium, consortium, done, until
 
 
+@pytest.mark.long  # by default: a coordinator that is stopped (tests/flower/test_tls.py)
 def test_ctrl_c_ends_the_server_with_130_and_is_no_error(tmp_path: Path, tiny_base: Path) -> None:
     with consortium(tmp_path, "127.0.0.1", free_port()) as made:
         made.lay_out(tiny_base, OFF, rounds=2)

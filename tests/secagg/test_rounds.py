@@ -34,7 +34,7 @@ def charges(folder: Path, name: str) -> list[Any]:
     return Ledger(folder / f"{name}-state").charges("records")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_without_noise_the_masked_sum_moves_the_adapter_as_the_mean_does(
     tmp_path: Path, tiny_base: Path, processes: int
 ) -> None:
