@@ -53,7 +53,10 @@ class Strategy(ABC):
 
     def describe_round(self, units: float, deviation: float) -> None:  # noqa: B027 - as `check`
         """Take in the number of declared units in the round's weighted mean, and the standard
-        deviation of the noise in each of its numbers (0: none). Called before `apply`."""
+        deviation of the noise in each of its numbers. Called before `apply`.
+
+        | no noise | 0 |
+        | not one figure for all numbers: several local steps, AdamW, sites of lower rank | NaN |"""
 
     @abstractmethod
     def add(self, update: Arrays, weight: float) -> None:

@@ -366,8 +366,7 @@ class _Run:
         progress = self.progress
         number = tally.number
         roster = self.roster
-        if self.strategy.of_statistics:
-            self.strategy.describe_round(*self._noise_of_mean(tally))
+        self.strategy.describe_round(*self._noise_of_mean(tally))
         adapter = preconditioner.step_adapter(
             self.strategy.apply, progress.adapter, progress.frozen
         )
@@ -412,15 +411,27 @@ class _Run:
 
     def _noise_of_mean(self, tally: Tally) -> tuple[float, float]:
         """Return the number of declared units in the round's mean, and the standard deviation of
-        the noise in each of its numbers: both follow from the plan and the sites' declarations."""
+        the noise in each of its numbers, as `Strategy.describe_round` takes them: both follow
+        from the plan and the sites' declarations."""
         sizes = [self.progress.sizes[name] for name in tally.participants]
-        weights = [min(size, self._weight_cap(tally)) for size in sizes]
+        weights = units = [min(size, self._weight_cap(tally)) for size in sizes]
+        if self.table.weights == "equal" and not self.study.secure_aggregation:
+            weights = [1] * len(sizes)
         # A site's mean is divided by its size and multiplied by its weight; where the sum alone is
         # opened, all are added up and divided once.
         summed = weights if self.study.secure_aggregation else sizes
         noise = [self.limits.deviation(size) * size for size in sizes]  # of a site's sum
         shares = (d * w / n for d, w, n in zip(noise, weights, summed, strict=True))
-        return sum(weights), math.hypot(*shares) / sum(weights)
+        of_gradient = math.hypot(*shares) / sum(weights)
+        return sum(units), of_gradient * self._rate_of_noise(tally.number)
+
+    def _rate_of_noise(self, number: int) -> float:
+        """Return the factor from a gradient's noise to an update's: NaN if there is no one factor
+        for all of an update's numbers."""
+        training, lora = self.study.training, self.study.lora
+        is_one_step = training.local_steps == 1 and training.optimizer == "sgd"
+        is_whole = lora is None or lora.min_rank is None
+        return training.rate(number) if is_one_step and is_whole else math.nan
 
     def _query(self) -> None:
         """Run the newest round's private evaluation; asked again, sites resend their answers."""
