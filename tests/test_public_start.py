@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from fedtune.core.config import Study, load_study
 from fedtune.core.dp.plan import plan_for_site
-from fedtune.core.errors import ConfigError
+from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.models.build import build
 from fedtune.core.models.lora import digest
 from fedtune.core.models.preconditioner import identity_part, separate_frozen
@@ -198,6 +198,25 @@ def test_a_head_starts_at_the_optimum_of_a_regression_on_public_records(
     held = start(classes(tiny_encoder, public=labelled, start=table))
     near = held.adapter["head.weight"] * length
     assert np.allclose(near, named.adapter["head.weight"], atol=1e-4)
+
+
+def test_an_adapter_is_preconditioned_under_the_head_that_it_starts_with(
+    tiny_encoder: Path, labelled: dict[str, Any]
+) -> None:
+    """Under a head of zeros no gradient reaches an adapter; each head gives factors of its own."""
+    table = {"rank": 4, "damping": 1.0}
+    lora = {"rank": 2, "modules": ["query"], "preconditioner": table}
+
+    def factors_of(**begins: Any) -> str:
+        plan = classes(tiny_encoder, public=labelled, lora=lora, start=begins)
+        return digest(separate_frozen(start(plan).frozen)[1])
+
+    with pytest.raises(ModelError, match="gives no gradient"):
+        factors_of(head="zero")
+    named = factors_of(head="labels")
+    assert named == factors_of(head="labels")
+    others = {factors_of(head="public"), factors_of(head="labels", descriptions={"rash": "itch"})}
+    assert len({named, *others}) == 3
 
 
 def test_labels_without_a_head_are_refused(tiny_base: Path) -> None:

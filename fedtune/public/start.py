@@ -50,9 +50,12 @@ _APART: dict[str, Any] = {
     "private_evaluation": True,
     **dict.fromkeys(_LATER, True),
 }
+# Tables that do not affect what is computed; no two computations leave out the same ones, since
+# these are part of a result's key.
 _FACTOR = ("clipping", "start", "preconditioner")  # of these A knows nothing
 _OUTPUTS = ("clipping", "start")
-_HEAD = ("clipping",)
+_OUTPUTS_UNDER_HEAD = ("clipping",)
+_HEAD = ("clipping", "preconditioner")
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,9 +121,13 @@ def _freeze(
     pinned = pinned.model_copy(update={"a_digest": lora.digest(factor)})
     if table := study.lora.preconditioner:
         data = answered()
-        with network.loaded(trainable=network.initial(factor)):  # independent of its last use
+        # Under a head of zeros an adapter has no gradient.
+        begun = _with_head(study, network, network.initial(factor), answered)
+        headed = study.start is not None and study.start.head != "zero"
+        without = _OUTPUTS_UNDER_HEAD if headed else _OUTPUTS
+        with network.loaded(trainable=begun):
             outputs = _compute_once(
-                study, data.dataset, _OUTPUTS, output_factors, study, data, table
+                study, data.dataset, without, output_factors, study, data, table
             )
         sent = narrow_factors(outputs) if table.narrow else outputs
         table = table.model_copy(update={"digest": lora.digest(sent)})
@@ -160,15 +167,25 @@ def _compute_start(
 ) -> Arrays:
     """Return the adapter and head before the first round."""
     assert study.start is not None
-    if study.start.head != "zero":
-        adapter = adapter | head_of_labels(study, network)
-    if study.start.head == "public":
-        data = answered()
-        adapter = _compute_once(study, data.dataset, _HEAD, head_fitted, data, adapter)
+    adapter = _with_head(study, network, adapter, answered)
     if study.start.steps:
         data = answered()
         adapter = _train(study, data, adapter)
     return adapter
+
+
+def _with_head(
+    study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
+) -> Arrays:
+    """Return `adapter` with the head that [start] asks for, if it does."""
+    if study.start is None or study.start.head == "zero":
+        return adapter
+    with network.loaded(trainable=adapter):  # independent of the network's last use
+        adapter = adapter | head_of_labels(study, network)
+    if study.start.head == "labels":
+        return adapter
+    data = answered()
+    return _compute_once(study, data.dataset, _HEAD, head_fitted, data, adapter)
 
 
 def _train(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:

@@ -291,7 +291,8 @@ def test_every_method_trains_by_its_plan_at_the_sites_of_its_set(
         PluginBench, "_site", lambda *given: opened(*given).changed(policy={"bases": "any"})
     )
     base = {"model": str(tiny_encoder if data == "mts_dialog" else tiny_base), "dtype": "float32"}
-    less = {"base": base, "training": {"rounds": 1}, "start": None}
+    less: Table = {"base": base, "training": {"rounds": 1}}
+    less |= {"start": None} if data == "medquad" else {}  # a head starts at its classes' names
     bench = PluginBench(compare.SETS[data].at(tmp_path, tmp_path), 0, tmp_path / "b", "test.jsonl")
     for method in METHODS:
         for epsilon in (3.0, OFF) if data in method.plans else ():
