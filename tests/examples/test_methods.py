@@ -32,9 +32,9 @@ from examples.mts_dialog.prepare import SECTIONS
 from examples.write import Table, jsonl, merged, toml
 from fedtune import load_study
 from fedtune.audit import contracts
-from fedtune.core.config.sites import sites_in
 from fedtune.core.errors import ConfigError, PolicyRefused, Refused
 from fedtune.core.strategy import STRATEGIES, Strategy
+from fedtune.officer.site_files import sites_in
 from fedtune.public.start import start
 from fedtune.server import store
 from fedtune.server.store import Progress
