@@ -182,10 +182,10 @@ def _with_head(
         return adapter
     with network.loaded(trainable=adapter):  # independent of the network's last use
         adapter = adapter | head_of_labels(study, network)
-    if study.start.head == "labels":
-        return adapter
-    data = answered()
-    return _compute_once(study, data.dataset, _HEAD, head_fitted, data, adapter)
+    if study.start.head == "public":
+        data = answered()
+        adapter = _compute_once(study, data.dataset, _HEAD, head_fitted, data, adapter)
+    return adapter
 
 
 def _train(study: Study, data: CachedDataset, adapter: Arrays) -> Arrays:
