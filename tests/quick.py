@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIST = Path(__file__).with_name("quick.txt")
 RESULTS = ROOT / "build" / "mutants.jsonl"
+OF_A_FILE = 0.1  # seconds, to import it
 
 
 # ------------------------------------------------------------------------------- choosing
@@ -59,27 +60,46 @@ def read_catches(results: Path) -> dict[str, tuple[str, ...]]:
 def choose(
     took: Mapping[str, float], catches: Mapping[str, tuple[str, ...]], seconds: float
 ) -> tuple[list[str], list[str]]:
-    """Choose tests of so many seconds in all; return them, and the bugs that they catch."""
+    """Choose tests of so many seconds in all; return them, and the bugs that they catch. A file
+    costs what its first test took beside, which is charged with the fixtures of all."""
     by_prefix: dict[str, set[str]] = defaultdict(set)
+    opening: dict[str, float] = {}
     for node in took:
-        for prefix in (node, node.partition("[")[0], node.partition("::")[0]):
+        opening.setdefault(file_of(node), OF_A_FILE + took[node])
+        for prefix in (node, node.partition("[")[0], file_of(node)):
             by_prefix[prefix].add(node)
     needed: dict[str, set[str]] = {}
     for bug, tests in catches.items():
         found = [by_prefix.get(test) for test in tests]
         if all(found):
             needed[bug] = {node for each in found if each for node in each}
-    chosen: set[str] = set()
+    chosen, opened = set[str](), set[str]()
     caught: list[str] = []
     while needed:
-        cost = {bug: sum(took[n] for n in nodes - chosen) for bug, nodes in needed.items()}
-        bug = min(cost, key=lambda name: (cost[name], name))
+        cost = {
+            bug: sum(took[node] for node in nodes - chosen)
+            + sum(opening[file] for file in {*map(file_of, nodes)} - opened)
+            for bug, nodes in needed.items()
+        }
+        # A file that is opened for one bug is open for its others.
+        beside = Counter(file for nodes in needed.values() for file in {*map(file_of, nodes)})
+        shared = {
+            bug: cost[bug] / min(beside[file_of(node)] for node in nodes)
+            for bug, nodes in needed.items()
+        }
+        bug = min(shared, key=lambda name: (shared[name], name))
+        nodes = needed.pop(bug)
         if cost[bug] > seconds:
-            break
+            continue
         seconds -= cost[bug]
-        chosen |= needed.pop(bug)
+        chosen |= nodes
+        opened |= {*map(file_of, nodes)}
         caught.append(bug)
     return sorted(chosen), caught
+
+
+def file_of(node: str) -> str:
+    return node.partition("::")[0]
 
 
 # -------------------------------------------------------------------------------- running
@@ -118,33 +138,35 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def files_of(nodes: Iterable[str]) -> list[str]:
     """Return the files of tests, as they stand in the list, that are there."""
-    files = dict.fromkeys(node.partition("::")[0] for node in nodes)
+    files = dict.fromkeys(file_of(node) for node in nodes)
     MISSING.update(file for file in files if not (ROOT / file).is_file())
     return [file for file in files if (ROOT / file).is_file()]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.quick", description=__doc__)
+def run(arguments: list[str]) -> int:
+    files = files_of(read_list())
+    for file in sorted(MISSING):
+        print(f"tests/quick.txt names no file any more: {file}")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.quick", *arguments, *files]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] != ["choose"]:
+        return run(arguments)
+    parser = argparse.ArgumentParser(prog="python -m tests.quick choose", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(dest="command")
-    chooses = commands.add_parser("choose")
-    chooses.add_argument("junit", type=Path)
-    chooses.add_argument("--results", type=Path, default=RESULTS)
-    chooses.add_argument("--seconds", type=float, default=60.0, help="of all processes together")
-    options, more = parser.parse_known_args(arguments)
-    if options.command is None:
-        files = files_of(read_list())
-        for file in sorted(MISSING):
-            print(f"tests/quick.txt names no file any more: {file}")
-        command = [sys.executable, "-m", "pytest", "-p", "tests.quick", *more, *files]
-        return subprocess.run(command, cwd=ROOT).returncode
+    parser.add_argument("junit", type=Path)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="of the seeded bugs")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of all processes together")
+    options = parser.parse_args(arguments[1:])
     took = read_seconds(options.junit)
     catches = read_catches(options.results)
     nodes, caught = choose(took, catches, options.seconds)
     by_file: dict[str, float] = defaultdict(float)
     for node in nodes:
-        by_file[node.partition("::")[0]] += took[node]
-    nodes.sort(key=lambda node: (-by_file[node.partition("::")[0]], node))
+        by_file[file_of(node)] += took[node]
+    nodes.sort(key=lambda node: (-by_file[file_of(node)], node))
     total = sum(took[node] for node in nodes)
     text = f"{len(caught)} of {len(catches)} seeded bugs in {len(nodes)} tests of {total:.0f} s"
     written = f"# Written by python -m tests.quick choose: {text}.\n"
@@ -154,4 +176,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from tests.flower import kit
 HOLDS = """
 import sys
 from pathlib import Path
-from fedtune.core.processes import alone, free_port
+from fedtune.core.processes import alone
 with alone(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()
