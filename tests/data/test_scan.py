@@ -56,6 +56,7 @@ CLINICAL = (
     "daily for 6 weeks, then 10 mg. He is 59 years old and may need a scan. ICD-10 E11.9, LOINC "
     "718-7. Ejection fraction 55-60%. Follow-up in 3 months."
 )
+COLLIDING = ("Okonkwowicz", "ngYJRNqDvKBnOEwy")  # of one 64-bit hash of spaCy's strings
 PLANTED = "Dr Adeyemi rang 617-555-0142 on 4 March 2021."
 SITE = """
 [site]
@@ -94,6 +95,21 @@ def test_clinical_numbers_are_no_identifiers() -> None:
 @installed
 def test_a_number_without_its_check_digit_is_none() -> None:
     assert not Scanner(("nhs_number",))("NHS 943 476 5918 on the label.")
+
+
+@installed
+def test_a_word_of_another_text_that_has_the_same_hash_changes_nothing() -> None:
+    from spacy.strings import hash_string
+
+    word, made = COLLIDING
+    assert hash_string(word) == hash_string(made)
+    text = f"Seen with {word} at the ward. Mary Smith, her sister, called from Leeds."
+    process_cache.clear()
+    alone = Scanner().redacted(text)
+    assert "[name]" in alone and "Mary" not in alone
+    process_cache.clear()
+    Scanner().redacted(f"Reviewed {made} today, no change.")
+    assert Scanner().redacted(text) == alone
 
 
 def test_overlapping_findings_go_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,13 +24,32 @@ NAME = "Mrs Example"
 class Raises:
     """A loss that a library cannot compute where one record is among the others."""
 
-    def __init__(self, bad: int, error: type[BaseException] = MemoryError) -> None:
-        self.bad, self.error = bad, error
+    def __init__(
+        self, bad: int, error: type[BaseException] = MemoryError, when: str = "before"
+    ) -> None:
+        self.bad, self.error, self.when = bad, error, when
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
-        if self.bad in batch.index.tolist():
+        found = self.bad in batch.index.tolist()
+        if found and self.when == "before":
             raise self.error(NAME)
-        return CausalLM().losses(network, batch)
+        losses = CausalLM().losses(network, batch)
+        if found and self.when == "after the forward pass":
+            raise self.error(NAME)
+        return RaisesInBackward.apply(losses, self.error) if found else losses  # type: ignore[no-any-return, no-untyped-call]
+
+
+class RaisesInBackward(torch.autograd.Function):
+    """Return the losses, and raise when their gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, losses: torch.Tensor, error: type[BaseException]) -> torch.Tensor:
+        ctx.error = error
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise ctx.error(NAME)
 
 
 def first(data: CachedDataset, unit: int) -> int:
@@ -49,19 +68,28 @@ def data(network: Network) -> CachedDataset:
 
 @pytest.mark.parametrize("engine", ["auto", "opacus"])
 @pytest.mark.parametrize("unit", [BAD, 4])
+@pytest.mark.parametrize("when", ["before", "after the forward pass", "in the backward pass"])
 def test_a_record_that_raises_costs_its_own_unit(
-    data: CachedDataset, engine: EngineName, unit: int, caplog: pytest.LogCaptureFixture
+    data: CachedDataset, engine: EngineName, unit: int, when: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One that shares its block with others, and one of a unit of several."""
+    """One that shares its block with others, and one of a unit of several; and nothing of it is
+    left in the network, with which the next step computes the others."""
     usual = rows(data, CausalLM(), engine)
+    parts = list(data.network.trained.modules())
+    attributes = [set(vars(part)) for part in parts]
     try:
-        found = rows(data, Raises(first(data, unit)), engine)
-    except MemoryError:
+        found = rows(data, Raises(first(data, unit), when=when), engine)
+    except (MemoryError, NoRowGradient):
         pytest.fail("one record's error is the step's")
     others = [at for at in range(len(SIZES)) if at != unit]
     assert torch.equal(found[others], usual[others])
     assert not found[unit].any()
     assert NAME not in caplog.text
+    assert [set(vars(part)) for part in parts] == attributes, "it is left on a layer"
+    try:
+        assert torch.equal(rows(data, CausalLM(), engine), usual)
+    except NoRowGradient:
+        pytest.fail("one record's error is the next step's")
 
 
 def test_a_record_whose_states_cannot_be_computed_costs_its_own_unit(
@@ -103,6 +131,19 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
     assert not torch.isfinite(found[BAD]).all()  # and so is nothing, not even one unit
 
 
-def test_what_the_layers_decide_is_still_an_error(data: CachedDataset) -> None:
+def test_what_the_layers_decide_is_an_error_of_checks_and_of_no_round(data: CachedDataset) -> None:
+    objective: Any = Raises(first(data, BAD), NoRowGradient)
     with pytest.raises(NoRowGradient):
-        rows(data, Raises(first(data, BAD), NoRowGradient), "auto")
+        rows(data, objective, "auto")
+    made = UnitGradientEngine(data, objective, engine="auto")
+    try:
+        chunks = [(chunk.rows, chunk.flat()) for chunk in made(list(range(len(SIZES))))]
+    except NoRowGradient:
+        pytest.fail("one record's error is the round's")
+    silent = {
+        row
+        for rows_, flat in chunks
+        for row, each in zip(rows_, flat, strict=True)
+        if not each.any()
+    }
+    assert silent == {BAD}

@@ -104,6 +104,12 @@ MUTANTS = (
         "every record is rejected, one by one, and the site sends noise alone",
     ),
     _one(
+        "scan", "words-outlive-their-text", "fedtune/core/data/scan.py",
+        'pipelines.nlp["en"].memory_zone()', "__import__('contextlib').nullcontext()",
+        T_SCAN + "test_a_word_of_another_text_that_has_the_same_hash_changes_nothing",
+        "a made-up word of one record moves where the identifiers of others are found",
+    ),
+    _one(
         "scan", "half-of-an-overlap-stays", "fedtune/core/data/scan.py",
         "(spans[-1][0], max(spans[-1][1], finding.end))", "spans[-1]",
         T_SCAN + "test_overlapping_findings_go_as_a_whole", "the end of an address stays",

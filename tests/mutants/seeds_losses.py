@@ -192,6 +192,20 @@ GRADIENT_MUTANTS = (
         T_LAYERS, "the first dimension is records x tiles",
     ),
     _one(
+        33, "what-a-failure-left-on-a-layer-stays", OPACUS,
+        "                    delattr(part, name)\n", "                    pass\n",
+        "tests/dp/test_errors.py::test_a_record_that_raises_costs_its_own_unit",
+        "one row that ran out of memory sizes the blocks of all later ones",
+    ),
+    _one(
+        33, "a-round-stops-at-a-row-without-gradient", GRADIENTS,
+        "yield from self._whatever_fails(rows, on_work)",
+        "yield from self._whatever_fails(rows, on_work, (NoRowGradient,))",
+        "tests/dp/test_errors.py::"
+        "test_what_the_layers_decide_is_an_error_of_checks_and_of_no_round",
+        "rows of a block are given up for one",
+    ),
+    _one(
         19, "dropout-in-training-mode", OPACUS,
         "            if any(p.requires_grad for p in module.parameters(recurse=False)):\n"
         "                module.train()\n",

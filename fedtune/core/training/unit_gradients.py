@@ -131,7 +131,17 @@ class UnitGradientEngine:
         on_work: called with the share of the work that is done, block by block.
 
         A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
-        other rows are unaffected. Errors: NoRowGradient, which the network's layers decide."""
+        other rows are unaffected."""
+        yield from self._whatever_fails(rows, on_work)
+
+    def _whatever_fails(
+        self,
+        rows: list[int],
+        on_work: OnWork | None = None,
+        raises: tuple[type[Exception], ...] = (),
+    ) -> Iterator[Chunk]:
+        """Yield the gradients of `rows`; where a block fails, compute its rows one by one, and give
+        zeros for a row that fails alone. raises: errors that are raised instead."""
         pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows, on_work):
@@ -139,24 +149,24 @@ class UnitGradientEngine:
                     del pending[row]
                 yield chunk
             return
-        except NoRowGradient:
+        except raises:
             raise
         except Exception as error:
             log.error("rows of a block failed (%s); retrying one by one", describe(error))
             make_room_after(error)
         for row in pending:
-            yield self._single_row(row)
+            yield self._single_row(row, raises)
 
     def write(self) -> None:
         """Write the changes that `trained` holds to the network: B as it was, plus M times them."""
         for view, before, change, factor in self._moves:
             view.copy_(factor(change.clone()[None])[0].add_(before).clamp_(-LARGEST, LARGEST))
 
-    def _single_row(self, row: int) -> Chunk:
+    def _single_row(self, row: int, raises: tuple[type[Exception], ...]) -> Chunk:
         try:
             (chunk,) = self._chunks([row], None)
             return chunk
-        except NoRowGradient:
+        except raises:
             raise
         except Exception as error:
             log.error("a unit's gradient failed (%s); it takes no part", describe(error))
@@ -184,10 +194,10 @@ class UnitGradientEngine:
 
     def matrix(self, rows: Sequence[int]) -> torch.Tensor:
         """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests and
-        checks on generated records."""
+        checks on generated records. Errors: NoRowGradient, by the network's layers."""
         matrix = torch.empty(len(rows), self.dimension)
         positions = {row: position for position, row in enumerate(rows)}
-        for chunk in self(list(rows)):
+        for chunk in self._whatever_fails(list(rows), raises=(NoRowGradient,)):
             matrix[[positions[row] for row in chunk.rows]] = chunk.flat().to(matrix)
             chunk.wipe()
         return matrix

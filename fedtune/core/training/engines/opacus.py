@@ -24,6 +24,7 @@ class OpacusHooks:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        before = [(part, frozenset(vars(part))) for part in self._parts()]
         watcher = GradSampleModule(self._trained, loss_reduction="sum", strict=False)
         # Opacus records activations in training mode only. Nothing here has dropout or running
         # statistics, but the base stays in eval mode to be sure.
@@ -43,10 +44,20 @@ class OpacusHooks:
                     gradient.zero_()
             watcher.cleanup()
             self._trained.eval()
+            # Opacus leaves inputs on a layer whose backward pass did not end, and sizes later
+            # blocks by them: one record that failed would decide what becomes of all others.
+            for part, names in before:
+                for name in vars(part).keys() - names:
+                    delattr(part, name)
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
         torch.autograd.backward(losses.sum())
         return self._take_gradients()
+
+    def _parts(self) -> Iterator[nn.Module | nn.Parameter]:
+        """Iterate over all that Opacus may set an attribute on."""
+        yield from self._trained.modules()
+        yield from self._trained.parameters()
 
     def _take_gradients(self) -> list[torch.Tensor | None]:
         """Detach Opacus' per-sample gradients from the parameters; autograd's sums are zeroed."""
