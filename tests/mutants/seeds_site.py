@@ -443,7 +443,7 @@ MUTANTS = (
     ),
     one(
         33, "a-blocks-error-is-everybodys", "fedtune/core/training/unit_gradients.py",
-        "            yield self._single_row(row)\n",
+        "            yield self._single_row(row, raises)\n",
         "            yield Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])\n",
         T_ERRORS + "test_a_record_that_raises_costs_its_own_unit",
         "one record takes its neighbours in the block along",
