@@ -71,14 +71,14 @@ METHODS = [
     Method("prototypes", "DP prototypes", prototypes.PLANS, prototypes.TRIED),
 ]
 BY_NAME = {method.name: method for method in METHODS}
-# Seconds of one run with one thread on an idle core of the machine of docs/comparison.md.
+# Roughly, seconds of a run with one thread on an idle core; docs/comparison.md says from what.
 SECONDS = {
     ("mts_dialog", "own"): 30,
     ("mts_dialog", "statistics"): 25,
-    ("mts_dialog", "own-lora"): 300,
-    ("mts_dialog", "ffa_lora"): 300,
-    ("mts_dialog", "rolora"): 400,
-    ("mts_dialog", "fed_sb"): 300,
+    ("mts_dialog", "own-lora"): 225,
+    ("mts_dialog", "ffa_lora"): 225,
+    ("mts_dialog", "rolora"): 270,
+    ("mts_dialog", "fed_sb"): 225,
     ("mts_dialog", "dp_adambc"): 30,
     ("mts_dialog", "prototypes"): 25,
     ("medquad", "own"): 60,
