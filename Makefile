@@ -29,7 +29,7 @@ demo: $(READY) ## three hospitals fine-tune a real language model under (epsilon
 test: $(READY) lint ## every check: style, types, import contracts, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-quick: $(READY) ## the tests that catch most seeded bugs in a minute (tests/quick.txt)
+quick: $(READY) ## the tests that catch half of the seeded bugs, in a minute (tests/quick.txt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.quick -q -n $(WORKERS)
 
 lint: $(READY) ## style, types and import contracts alone

@@ -1,4 +1,4 @@
-"""The tests that catch most seeded bugs in a minute: `make quick`.
+"""The tests that catch as many seeded bugs as a minute allows: `make quick`.
 
     python -m tests.quick                                   run those of tests/quick.txt
     python -m tests.quick choose JUNIT.xml [--seconds 60]   choose them anew, and write that file
