@@ -27,6 +27,7 @@ from fedtune.core.modalities import MODALITIES
 from fedtune.core.models import lora
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.kept_state import check_reads
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.network import Network
 from fedtune.core.models.preconditioner import narrow_factors
@@ -78,7 +79,7 @@ def start(study: Study) -> Start:
 
     Errors: ModelError, ConfigError, DataError (public text)."""
     network = build(study)
-    network.check_length(study.objective.max_length)
+    check_reads(study, network)
     study = with_rounds(study)
     base = study.base.model_copy(update={"digest": network.base.digest})
     study = study.model_copy(update={"base": base})

@@ -259,4 +259,68 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
 )  # fmt: skip
 
-MUTANTS = (*MODEL_MUTANTS, *MEDIA_MUTANTS, *RANK_MUTANTS)
+KEPT, TEACHER = "fedtune/core/models/kept_state.py", "fedtune/core/models/teacher.py"
+CHECKS = "fedtune/core/vault/site_checks.py"
+T_KEPT = "tests/models/test_kept_state.py::"
+KEPT_MUTANTS = (
+    _one(
+        "kept", "state-of-a-text-stays", KEPT, "        if not kept:\n", "        if number < 0:\n",
+        T_KEPT + "test_a_base_that_leaves_sparse_attention_for_good_is_refused "
+        + T_KEPT + "test_what_changes_with_a_reading_may_not",
+        "one patient's text changes what is computed of every other",
+    ),
+    _one(
+        "kept", "whatever-the-first-text-changes-may-stay", KEPT,
+        "before.items() <= state.items() if number == 0", "True if number == 0",
+        T_KEPT + "test_a_base_that_leaves_sparse_attention_for_good_is_refused",
+        "which text is read first decides how all are read",
+    ),
+    _one(
+        "kept", "a-text-may-depend-on-its-neighbours", KEPT,
+        "if again and not torch.equal(results[length], result):", "if number < 0:",
+        T_KEPT + "test_a_base_that_adds_up_its_neighbours_is_refused",
+        "a record's states at the cut hold those of others",
+    ),
+    _one(
+        "kept", "a-plan-stays-checked-when-its-network-is-new", KEPT,
+        "if study.digest in _checked.setdefault(network, set()):",
+        "_checked.setdefault(network, set())\n"
+        "    if any(study.digest in passed for passed in _checked.values()):",
+        T_KEPT + "test_another_network_is_checked_anew",
+        "a network that nobody tried reads records",
+    ),
+    _one(
+        "kept", "a-plan-learns-for-good", CHECKS,
+        "    if kind not in passed:\n",
+        "    if not any(kind in held for held in _trains.values()):\n",
+        T_KEPT + "test_another_network_is_checked_anew",
+        "a network that nobody tried trains",
+    ),
+    _one(
+        "kept", "a-teacher-is-not-tried", TEACHER,
+        "    _check_keeps_nothing(model, study.objective)\n", "",
+        T_KEPT + "test_a_teacher_with_sparse_attention_is_refused",
+        "one note changes what is taught about all others",
+    ),
+    _one(
+        "kept", "a-teacher-reads-beyond-its-positions", TEACHER,
+        "    if len(ids) > model.room:\n", "    if len(ids) < 0:\n",
+        T_KEPT + "test_a_record_beyond_the_teachers_positions_is_left_out_by_itself",
+        "the longest record decides the frequencies of all",
+    ),
+    _one(
+        "kept", "the-self-test-reads-short-texts-alone", "fedtune/core/training/selftest.py",
+        "partial(_check_lengths, study, tiny)", "float",
+        T_KEPT + "test_the_self_test_refuses_it_too",
+        "what a threshold of length changes is not seen",
+    ),
+    _one(
+        "kept", "the-self-test-shares-states-at-the-cut", "fedtune/core/training/selftest.py",
+        "        self.network.states.clear()  # the frozen part computes `data` anew, whoever "
+        "held a state\n", "",
+        T_KEPT + "test_isolation_sees_what_couples_records_below_the_cut",
+        "isolation compares the frozen part with itself",
+    ),
+)  # fmt: skip
+
+MUTANTS = (*MODEL_MUTANTS, *MEDIA_MUTANTS, *RANK_MUTANTS, *KEPT_MUTANTS)

@@ -375,13 +375,13 @@ MUTANTS = (
     ),
     one(
         33, "any-length-is-admitted", SITE,
-        "        check_reads(study, network)\n", "",
+        "        check_models(study, network)\n", "",
         T_LENGTH, "the longest record is told by an error",
     ),
     one(
-        33, "a-refused-length-tells-why-it-failed", NETWORK,
-        'f"the base cannot read objective.max_length = {length} tokens here",',
-        'f"the base cannot read objective.max_length = {length} tokens here {error!r}",',
+        33, "a-refused-length-tells-why-it-failed", "fedtune/core/models/kept_state.py",
+        'f"the base cannot read objective.max_length = {longest} tokens here",',
+        'f"the base cannot read objective.max_length = {longest} tokens here {error!r}",',
         "tests/client/test_site_refusals.py::"
         "test_a_base_that_does_not_say_what_it_can_read_is_tried",
         "a refusal tells a coordinator whether a site's memory ran out",

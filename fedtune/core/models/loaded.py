@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.bases import known_here
-from fedtune.core.bases.architecture import pool_states
+from fedtune.core.bases.architecture import pool_states, positions_of
 from fedtune.core.bases.find import (
     Base,
     base_of_plan,
@@ -85,14 +85,20 @@ class LoadedModel:
         logits: torch.Tensor = self.head(pool_states(*self._states(passages), self.base.kind))
         return logits
 
+    @torch.no_grad()
+    def hidden(self, ids: np.ndarray) -> torch.Tensor:
+        """Compute last hidden states of one passage, (L, H)."""
+        return self._states([ids])[0][0]
+
     @property
     def adapted(self) -> bool:
         return self._inner is not self.model
 
     @property
     def room(self) -> int:
-        """Return the base's number of positions."""
-        return room(self._inner)
+        """Return the base's number of positions; a huge number if its config does not say."""
+        found = positions_of(self._inner.model if self.base.kind == "causal" else self._inner)
+        return found or room(self._inner)
 
     @property
     def _inner(self) -> Any:

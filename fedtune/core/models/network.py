@@ -6,7 +6,6 @@ above it, logits. Adapters are swapped by loading arrays."""
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -45,8 +44,6 @@ from fedtune.core.models.prefix_store import HiddenStates
 from fedtune.core.models.split import Split, cut
 from fedtune.core.registry.arrays import CLASS_SUMS
 from fedtune.core.run_folder import HEAD
-
-log = logging.getLogger("fedtune.models")
 
 
 class Network:
@@ -117,29 +114,22 @@ class Network:
         """The longest text of the base in tokens; None if its config does not say."""
         return positions_of(self._backbone)
 
-    @torch.no_grad()
     def check_length(self, length: int) -> None:
-        """Check that the base reads texts of `length` tokens on this machine, before any record
-        is read: a record that is too long would fail, and so disclose its length. Errors:
-        ConfigError, whose message may leave a site: it does not even hold the class of a
-        library's error, which would tell whether memory ran out."""
+        """Check that the base has positions for texts of `length` tokens. Errors: ConfigError."""
         if self.positions is not None and length > self.positions:
             raise ConfigError(
                 f"objective.max_length = {length} is more than the base can read",
                 f"at most {self.positions}, its positions",
             )
-        if self.reader.column is not None:
-            return
-        ids = torch.zeros(1, length, dtype=torch.long)
-        mask = torch.ones(1, length, dtype=torch.bool)
-        try:
-            self.hidden(self.prefix(ids, mask), mask.to(self.device))
-        except Exception as error:
-            log.error("a text of %d tokens was not read (%s)", length, type(error).__name__)
-            raise ConfigError(
-                f"the base cannot read objective.max_length = {length} tokens here",
-                "a length that it reads on this machine",
-            ) from None
+
+    @property
+    def modules(self) -> nn.ModuleDict:
+        """Every module that computes on records, frozen and trained."""
+        found = {"model": self.model, "head": self.head, "statistics": self.statistics}
+        found |= {"text": self._backbone, "projector": self._parts.projector}
+        if self._split:
+            found |= {"prefix": self._split.prefix, "tail": self._split.tail}
+        return nn.ModuleDict({name: part for name, part in found.items() if part is not None})
 
     @property
     def cached(self) -> bool:

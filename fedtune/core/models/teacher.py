@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,23 +18,36 @@ from fedtune.core.bases import known_here
 from fedtune.core.bases.find import base_of_plan, cache_dir
 from fedtune.core.config import ObjectiveTable, Study
 from fedtune.core.data.dataset import NO_TARGET, Example, SoftTargets
+from fedtune.core.data.files import Rejected
 from fedtune.core.data.records import Record
 from fedtune.core.data.tokenize import passage_of
 from fedtune.core.errors import ConfigError
+from fedtune.core.models.kept_state import SHORT, check_order
 from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.registry import process_cache
 
 TeacherFunction = Callable[[Record, Example], SoftTargets]
 
+# The lengths of generated texts of which a teacher kept nothing, by teacher.
+_checked: WeakKeyDictionary[LoadedModel, set[int]] = process_cache.register(
+    "teachers' lengths", WeakKeyDictionary()
+)
+
 
 def teacher_for(study: Study) -> TeacherFunction | None:
     """Return the function that computes a record's soft targets; None without a teacher.
 
-    Errors: ModelError (the teacher is not on this machine, or has another digest), ConfigError
-    (it is of another kind)."""
+    The teacher first reads generated texts of up to the longest that it may be given, and keeps
+    nothing of them. Errors: ModelError (the teacher is not on this machine, or has another
+    digest), ConfigError (it is of another kind; KeepsState)."""
     spec = study.objective.resolved.teacher_spec
-    return None if spec is None else soft_targets_of([find_teacher(spec)], study.objective, spec)
+    if spec is None:
+        return None
+    model = find_teacher(spec)
+    teach = soft_targets_of([model], study.objective, spec)
+    _check_keeps_nothing(model, study.objective)
+    return teach
 
 
 def soft_targets_of(
@@ -88,14 +102,33 @@ def _check(model: LoadedModel, labels: Sequence[str]) -> None:
             )
 
 
+def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
+    """Check once per loaded model and length that it keeps nothing. Errors: KeepsState."""
+    own = model.study.objective if objective.labels and model.study else objective
+    longest = min(own.max_length, model.room)
+    if longest in _checked.setdefault(model, set()):
+        return
+    draw = np.random.default_rng(0)
+    size = model.model.config.get_text_config().vocab_size
+    texts = {n: draw.integers(0, size, size=n, dtype=np.int32) for n in (SHORT, longest)}
+    read = lambda length, _: model.hidden(texts[length])  # noqa: E731
+    check_order(model.base.name, model.model, read, (SHORT, longest, SHORT))
+    _checked[model].add(longest)
+
+
 def _log_probabilities(
     model: LoadedModel, record: Record, example: Example, labels: Sequence[str]
 ) -> torch.Tensor:
-    """Compute a teacher's log-probabilities for one record: (targets, V), or (1, labels)."""
+    """Compute a teacher's log-probabilities for one record: (targets, V), or (1, labels).
+    Errors: Rejected, for a record that is longer than the teacher's positions."""
+    ids = example.input_ids
     if labels:
         assert model.study is not None
         text = record.prompt or record.completion
         ids = passage_of(text, "", model.study.objective, model.tokenizer).input_ids
+    if len(ids) > model.room:
+        raise Rejected("too long")
+    if labels:
         return model.scores(ids)[None]
     at = np.flatnonzero(example.target_ids != NO_TARGET)
-    return model.next_tokens(example.input_ids, at)
+    return model.next_tokens(ids, at)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
-T = TypeVar("T", dict[Any, Any], set[Any])
+T = TypeVar("T", dict[Any, Any], set[Any], WeakKeyDictionary[Any, Any])
 F = TypeVar("F", bound=Callable[..., Any])
 
 _clear: dict[str, Callable[[], None]] = {}
 
 
 def register(name: str, cache: T) -> T:
-    """Register a dict or a set under `name`, and return it."""
+    """Register a dict, a set or a weak dict under `name`, and return it."""
     _clear[name] = cache.clear
     return cache
 

@@ -25,6 +25,7 @@ from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import Refused
 from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.kept_state import check_keeps_nothing
 from fedtune.core.models.network import Network
 from fedtune.core.models.preconditioner import multiplier_of
 from fedtune.core.models.random_records import generate_file
@@ -36,6 +37,7 @@ from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 log = logging.getLogger("fedtune.site")
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
+LENGTHS = (8, 24, 100, 500, 1000, 2048)  # of texts that the base must keep nothing of
 SAME = 1e-4  # relative: two ways to one fp32 gradient
 ROOM = 1e-5  # relative, on C: the vanishing noise; the others' rows do not move at all
 SPREAD = 0.003  # relative, on σ
@@ -127,7 +129,10 @@ def run(
     try:
         base = network.base if network else find_base(study.base.model, study.base.digest)
         plan = plan_for_site(study, declared_size)
-        bench = _Bench(study, tiny_network(study, base), plan, lora_rank)
+        tiny = tiny_network(study, base)
+        # Before it has read anything, since the first text may change it for good.
+        lengths = run_check("isolation", 0.0, partial(_check_lengths, study, tiny))
+        bench = _Bench(study, tiny, plan, lora_rank)
     except Exception as error:
         seconds = time.perf_counter() - started
         return [Result("tiny base", False, math.inf, 0.0, seconds, _describe_error(error))]
@@ -141,7 +146,8 @@ def run(
     for number, (name, run) in enumerate(oracles.items()):
         with stage("self-test"):
             report(name, number, len(oracles))
-            results.append(run_check(name, bounds[name], partial(run, bench)))
+            result = run_check(name, bounds[name], partial(run, bench))
+            results.append(lengths if name == "isolation" and not lengths.passed else result)
     return results
 
 
@@ -181,6 +187,7 @@ class _Bench:
         self.scale = float(2 * plan.max_grad_norm / norms.median())
 
     def engine(self, data: Dataset) -> UnitGradientEngine:
+        self.network.states.clear()  # the frozen part computes `data` anew, whoever held a state
         objective = self.study.objective.resolved
         engine_name = self.study.training.engine
         cached = CachedDataset(self.network, data)
@@ -261,9 +268,9 @@ def _precondition(bench: _Bench, name: str, gradient: torch.Tensor) -> torch.Ten
 
 
 def _isolation(bench: _Bench) -> float:
-    """Oracle (b): give other records to every unit in turn, and fewer neighbours to every row;
-    measure the most that anyone else's row moves, relatively. It must not move by a bit: matrix
-    products must come out the same on this machine whatever else is multiplied.
+    """Oracle (b): give other records to every unit in turn, remove it, and give fewer neighbours to
+    every row; measure the most that anyone else's row moves, relatively. It must not move by a bit:
+    matrix products must come out the same on this machine whatever else is multiplied.
 
     Errors: RuntimeError if the changed unit's own row stays, since then nothing was tested."""
     engine = bench.engine(bench.data)
@@ -280,8 +287,23 @@ def _isolation(bench: _Bench) -> float:
         if float(moved[rows].max()) < 100 * SAME:
             raise RuntimeError("a unit's gradient does not depend on its own records")
         moved[rows] = 0.0
-        worst = max(worst, float(moved.max()))
+        others = [row for row in range(len(before)) if row not in rows]
+        left = bench.rows(_remove_unit(bench.data, unit))
+        without = (left - before[others]).norm(dim=1) / norms[others]
+        worst = max(worst, float(moved.max()), float(without.max()))
     return worst
+
+
+def _check_lengths(study: Study, network: Network) -> float:
+    """Check that the tiny base, which has read nothing yet, keeps nothing of texts of tens and of
+    thousands of tokens, up to the study's length, read in order of length and back; return 0.
+    Errors: KeepsState."""
+    if network.reader.column is not None:
+        return 0.0
+    longest = min(study.objective.max_length, network.positions or LENGTHS[-1], LENGTHS[-1])
+    there = [*(length for length in LENGTHS if length < longest), longest]
+    check_keeps_nothing(study, network, [*there, *reversed(there[:-1])])
+    return 0.0
 
 
 def _edit_unit(data: Dataset, unit: int, study: Study, network: Network) -> Dataset:

@@ -35,6 +35,7 @@ from fedtune.core.errors import InfrastructureError, PolicyRefused, describe
 from fedtune.core.files.writing import replace
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.kept_state import check_reads
 from fedtune.core.models.lora import Arrays
 from fedtune.core.models.lora import digest as arrays_digest
 from fedtune.core.models.network import Network
@@ -278,6 +279,7 @@ class _StudyAtRank:
         # rank 0's dtype: where the study leaves it open, each process would measure its own.
         measured = study.model_copy(update={"base": base})
         self.network = build(measured, base_for(study, site))
+        check_reads(measured, self.network)
         self.network.load_frozen(
             {name: array.numpy() for name, array in zip(header["names"], frozen, strict=True)}
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from fedtune.core.config import Study
 from fedtune.core.errors import ConfigError, PolicyRefused
+from fedtune.core.models.kept_state import check_reads
 from fedtune.core.models.network import Network
 from fedtune.core.models.rank_slice import rank_slice
+from fedtune.core.models.teacher import teacher_for
 from fedtune.core.registry import process_cache
 from fedtune.core.training import selftest
 from fedtune.core.training.local_round import check_trains
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
 
 # Checks already passed in this process; the code does not change while it runs.
 _tested: set[str] = process_cache.register("self-tests", set())
-_trains: set[tuple[str, int | None]] = process_cache.register("training checks", set())
-_reads: set[str] = process_cache.register("length checks", set())
+# By network: one that is built anew is checked anew, whatever the plan's age.
+_trains: WeakKeyDictionary[Network, set[tuple[str, int | None]]] = process_cache.register(
+    "training checks", WeakKeyDictionary()
+)
 
 
 def self_test(study: Study, network: Network, size: int, lora_rank: int | None) -> None:
@@ -32,26 +37,28 @@ def self_test(study: Study, network: Network, size: int, lora_rank: int | None) 
         _tested.add(kind)
 
 
-def check_reads(study: Study, network: Network) -> None:
-    """Check that the base can read records of the study's length, once per process and study.
+def check_models(study: Study, network: Network) -> None:
+    """Check that base and teacher can read records of the study's length and keep nothing of
+    them, once per model and plan.
 
-    Errors: PolicyRefused; base and length are public."""
-    if study.digest not in _reads:
-        try:
-            network.check_length(study.objective.max_length)
-        except ConfigError as error:
-            raise PolicyRefused(error.happened, error.expected, error.todo) from None
-        _reads.add(study.digest)
+    Errors: PolicyRefused; models and length are public. ModelError."""
+    try:
+        check_reads(study, network)
+        teacher_for(study)
+    except ConfigError as error:
+        raise PolicyRefused(error.happened, error.expected, error.todo) from None
 
 
 def check_learns(study: Study, network: Network, lora_rank: int | None) -> None:
-    """Check that the adapter trains, once per study (its digest names base and A) and rank.
+    """Check that the adapter trains, once per network, study (its digest names base and A) and
+    rank.
 
     Errors: ModelError."""
     kind = study.digest, lora_rank
-    if kind not in _trains:
+    passed = _trains.setdefault(network, set())
+    if kind not in passed:
         check_trains(study, network, rank_slice(study.lora, lora_rank, 1))
-        _trains.add(kind)
+        passed.add(kind)
 
 
 def check_watch(study: Study, watch: object) -> None:

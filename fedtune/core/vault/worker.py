@@ -57,7 +57,7 @@ from fedtune.core.vault.prepared import (
     step_summary,
 )
 from fedtune.core.vault.reading import keep_counts, read_for_training, without_withdrawn
-from fedtune.core.vault.site_checks import check_learns, check_reads, self_test
+from fedtune.core.vault.site_checks import check_learns, check_models, self_test
 from fedtune.core.wire.codec import Shapes, encode
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import Header, seal
@@ -198,7 +198,7 @@ class SiteWorker:
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
     ) -> Prepared:
         network = build(study, base_for(study, self.site))
-        check_reads(study, network)
+        check_models(study, network)
         rank = study.lora.rank_at(self.site.site.lora_rank) if study.lora else None
         if plan:
             self_test(study, network, self._size, rank)
