@@ -185,6 +185,7 @@ class _Reader(nn.Module):
 def _build_once(reader: _Reader, length: int) -> None:
     if not hasattr(reader, "built"):
         reader.built = torch.arange(4)
+        reader.register_forward_hook(lambda *_: None)
 
 
 def test_what_is_built_at_the_first_reading_may_stay() -> None:
@@ -198,8 +199,9 @@ def test_what_is_built_at_the_first_reading_may_stay() -> None:
         lambda reader, length: reader.table.fill_(length),
         lambda reader, length: setattr(reader, "longest", length),
         lambda reader, length: reader.__dict__.setdefault("seen", []).append(length),
+        lambda reader, length: reader.__dict__.setdefault("masks", {}).update({length: None}),
     ],
-    ids=["buffer", "attribute", "list"],
+    ids=["buffer", "attribute", "list", "table"],
 )
 def test_what_changes_with_a_reading_may_not(change: Callable[[_Reader, int], object]) -> None:
     reader = _Reader(change)

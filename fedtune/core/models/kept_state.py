@@ -131,7 +131,10 @@ def _state_of(model: nn.Module) -> dict[str, object]:
     for path, module in model.named_modules():
         held = {n: v for n, v in vars(module).items() if n not in _TABLES}
         for name, value in (held | module._parameters | module._buffers).items():
-            state[f"{path}/{name}"] = _describe(value, seen)
+            # A table's entries one by one: transformers adds hooks at the first reading.
+            entries = value if isinstance(value, dict) else {None: value}
+            for key, entry in entries.items():
+                state[f"{path}/{name}/{key!r}"] = _describe(entry, seen)
     return state
 
 
