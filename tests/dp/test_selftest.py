@@ -153,9 +153,9 @@ def bf16_norms(parts: list[torch.Tensor], c: float, *_: Any) -> torch.Tensor:
     return torch.where(torch.isfinite(norms), scale, torch.zeros_like(scale))
 
 
-def doubled(engine: UnitGradientEngine, rows: list[int]) -> Iterator[clip.Chunk]:
+def doubled(engine: UnitGradientEngine, rows: list[int], **given: Any) -> Iterator[clip.Chunk]:
     """A chunk's first row rides in its second as well."""
-    for chunk in CALL(engine, rows):
+    for chunk in CALL(engine, rows, **given):
         for part in chunk.parts:
             part[1:2] += part[0]
         yield chunk
@@ -188,9 +188,9 @@ def unlogged(plan: DpPlan, total: torch.Tensor, *_: Any) -> torch.Tensor:
     return (total.double() * (grid / plan.divisor)).float()
 
 
-def sums_records(engine: UnitGradientEngine, rows: list[int]) -> Iterator[clip.Chunk]:
+def sums_records(engine: UnitGradientEngine, rows: list[int], **given: Any) -> Iterator[clip.Chunk]:
     """A patient's records added up instead of averaged."""
-    for chunk in CALL(engine, rows):
+    for chunk in CALL(engine, rows, **given):
         counts = torch.tensor([len(engine._members[row]) for row in chunk.rows])
         for part in chunk.parts:
             part *= counts[:, None]

@@ -126,22 +126,19 @@ class UnitGradientEngine:
         """Number of rows to sample from: as private as the data."""
         return len(self._members)
 
-    def __call__(self, rows: list[int], on_work: OnWork | None = None) -> Iterator[Chunk]:
-        """Yield the gradients of `rows`, each once, in the order and chunks that are fastest.
-        on_work: called with the share of the work that is done, block by block.
-
-        A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
-        other rows are unaffected."""
-        yield from self._whatever_fails(rows, on_work)
-
-    def _whatever_fails(
+    def __call__(
         self,
         rows: list[int],
         on_work: OnWork | None = None,
         raises: tuple[type[Exception], ...] = (),
     ) -> Iterator[Chunk]:
-        """Yield the gradients of `rows`; where a block fails, compute its rows one by one, and give
-        zeros for a row that fails alone. raises: errors that are raised instead."""
+        """Yield the gradients of `rows`, each once, in the order and chunks that are fastest.
+
+        - on_work: called with the share of the work that is done, block by block
+        - raises: errors that end a check on generated records; none ends a round
+
+        A row that cannot be computed, for whatever reason, is zero, as is one that is not finite;
+        other rows are unaffected."""
         pending = dict.fromkeys(rows)
         try:
             for chunk in self._chunks(rows, on_work):
@@ -197,7 +194,7 @@ class UnitGradientEngine:
         checks on generated records. Errors: NoRowGradient, by the network's layers."""
         matrix = torch.empty(len(rows), self.dimension)
         positions = {row: position for position, row in enumerate(rows)}
-        for chunk in self._whatever_fails(list(rows), raises=(NoRowGradient,)):
+        for chunk in self(list(rows), raises=(NoRowGradient,)):
             matrix[[positions[row] for row in chunk.rows]] = chunk.flat().to(matrix)
             chunk.wipe()
         return matrix
