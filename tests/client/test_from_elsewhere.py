@@ -47,7 +47,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     there = huggingface_hub.snapshot_download
     monkeypatch.setattr(huggingface_hub, "snapshot_download", passed)
-    monkeypatch.setattr(base_module.wheel, "_have_made", refuse)  # it starts a process for pip
+    monkeypatch.setattr(base_module.wheel, "_run_maker", refuse)  # it starts a process for pip
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path / "cache"))
     process_cache.clear("teachers")

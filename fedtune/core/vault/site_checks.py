@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from fedtune.core.config import Study
@@ -14,10 +13,6 @@ from fedtune.core.models.teacher import teacher_for
 from fedtune.core.registry import process_cache
 from fedtune.core.training import selftest
 from fedtune.core.training.local_round import check_trains
-
-if TYPE_CHECKING:
-    pass
-
 
 # Checks already passed in this process; the code does not change while it runs.
 _tested: set[str] = process_cache.register("self-tests", set())
@@ -41,7 +36,8 @@ def check_models(study: Study, network: Network) -> None:
     """Check that base and teacher can read records of the study's length and keep nothing of
     them, once per model and plan.
 
-    Errors: PolicyRefused; models and length are public. ModelError."""
+    Errors: PolicyRefused, whose models and length are public; ModelError, if the teacher is not
+    here."""
     try:
         check_reads(study, network)
         teacher_for(study)
