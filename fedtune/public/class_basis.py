@@ -1,5 +1,5 @@
-"""Compute the public space of class statistics, and the public records' statistics in it. Costs
-no ε."""
+"""Compute the basis in which sites sum features by class, and the public records' statistics in
+it. Both follow from public data alone and cost no ε."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fedtune.strategies.discriminant import DIRECTIONS, HELD_OUT, MEAN, state_of
 
 
 def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
-    """Compute what the coordinator knows of the classes from public data: the basis, and in it
-    the class sums of public records and the vectors of the classes' names, as Discriminant
-    stores them, fp64. Records with an unknown label count as unlabelled.
+    """Compute what the coordinator knows of the classes from public data, as the arrays (fp64) of
+    a `Discriminant` state: the basis, public records' sums by class, and the vectors of the
+    classes' names. Records with an unknown label count as unlabelled.
 
     Errors: ConfigError where names and records span too few directions."""
     objective = study.objective.resolved
@@ -32,7 +32,8 @@ def class_knowledge(study: Study, data: CachedDataset) -> Arrays:
 
 
 def basis_of(knowledge: Arrays, directions: int) -> Arrays:
-    """Return the part that sites get: the first `directions` of the basis and the mean, fp32."""
+    """Return what sites receive of `knowledge`, fp32: the first `directions` rows of the basis
+    (directions, H) and the mean (H,)."""
     basis = np.clip(knowledge[DIRECTIONS][:directions], -LARGEST, LARGEST)
     return {
         CLASS_BASIS: np.ascontiguousarray(basis.astype(np.float32)),

@@ -1,8 +1,8 @@
 """Build LoRA's frozen factor from the activations of public text.
 
-A random A projects each layer's input onto random directions, and the noise of DP leaves no room to
-make up for that. Here A's rows are the directions in which activations of similar public text vary
-most at the positions where the loss is computed. Costs no ε: no private data is used."""
+A random A projects each layer's input onto random directions, and under DP's noise B cannot make up
+for a bad choice. Here A's rows are the directions in which activations of similar public text vary
+most at the positions where the loss is computed. This uses no private data, so it costs no ε."""
 
 from __future__ import annotations
 
@@ -41,15 +41,17 @@ def public_factor(network: Network, dataset: Dataset, rank: int) -> Arrays:
 
 
 def moments(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
-    """Compute E[x xᵀ] (inputs, inputs) fp64 of each adapted layer's input on public text, by name
-    of its A, at the positions of `public_factor`, with the adapter that is loaded."""
+    """Compute the second moment E[x xᵀ] (inputs, inputs), fp64, of each adapted layer's input x on
+    public text. The dictionary's keys are the names of the layers' A.
+
+    Positions are those of `public_factor`; activations are those under the loaded adapter."""
     inputs = {name: x.double() for name, x in _inputs(network, dataset).items()}
     return {name: x.T @ x / len(x) for name, x in inputs.items()}
 
 
 @torch.no_grad()
 def _inputs(network: Network, dataset: Dataset) -> dict[str, torch.Tensor]:
-    """Collect each adapted layer's inputs (positions, inputs) fp32, by name of its A."""
+    """Collect each adapted layer's inputs (positions, inputs), fp32, under the name of its A."""
     data, inputs = CachedDataset(network, dataset), dict[str, list[torch.Tensor]]()
     with _recording(network, inputs) as position:
         everyone = range(len(dataset.examples))
@@ -77,7 +79,7 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
                 collected: list[torch.Tensor] = collected,
             ) -> None:
                 selected = _where(position.batch)
-                if args[0].shape[:2] != selected.shape:  # a projector: every patch of every tile
+                if args[0].shape[:2] != selected.shape:  # a projector's input: take every row
                     selected = torch.ones(
                         args[0].shape[:2], dtype=torch.bool, device=selected.device
                     )
@@ -92,8 +94,8 @@ def _recording(network: Network, inputs: dict[str, list[torch.Tensor]]) -> Itera
 
 
 def _where(batch: Batch) -> torch.Tensor:
-    """Return a mask (B, L) of the positions with a target; for a record without one, its last
-    token."""
+    """Return a mask (B, L) of the positions with a target; for a record without a target, of its
+    last token."""
     targets = batch.target_ids != -100
     last = torch.zeros_like(targets)
     last[range(len(last)), batch.mask.sum(dim=1) - 1] = True
@@ -114,7 +116,8 @@ def _rows(inputs: torch.Tensor, rank: int) -> np.ndarray:
     _, singular, components = torch.linalg.svd(centred, full_matrices=False)
     scale = singular[: rank - 1] / (len(x) - 1) ** 0.5
     whitened = components[: rank - 1] / scale.clamp_min(1e-6)[:, None]
-    # A direction of which the text says next to nothing is not scaled past what a site admits.
+    # Whitening would blow up a direction in which the text hardly varies; sites admit no entry
+    # larger than LARGEST.
     whitened *= (0.99 * LARGEST / whitened.abs().amax(dim=1, keepdim=True)).clamp_max(1.0)
     rows = torch.cat([(0.5 * direction / mean.norm())[None], whitened])
     return rows.float().cpu().numpy()

@@ -1,9 +1,9 @@
 """Compute the starting point of a study, once at the coordinator, from public data alone.
 
 The computation takes as long as several passes of the base over the public text. A process keeps
-the result: the trials of `fedtune tune`, and arms of a benchmark, differ only in tables that do
-not affect it. So does this machine (start_cache.py), since a run may be interrupted before its
-first round."""
+the result in memory: the trials of `fedtune tune`, and the arms of a benchmark, differ only in
+tables that do not affect it. It is also stored on disk (start_cache.py), since a run may be
+interrupted before its first round."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ from fedtune.strategies.discriminant import public_head
 
 P = ParamSpec("P")
 _kept: dict[str, Arrays] = process_cache.register("made from public text", {})
-_MOST = 24  # results that a process keeps: of a study A, W, a head and some steps, and of another
-# No say in what is made from public text: what is private, and what happens from round 1 on.
+_MOST = 24  # results kept in memory; two studies, each with A, W, a head and a few steps, fit
+# Tables and keys that no computation on public text depends on: they concern private records, or
+# take effect from round 1 on.
 _LATER = ("strategy", "wire", "evaluation", "selection", "secure_aggregation", "schedule")
 _APART: dict[str, Any] = {
     "study": {"name", "data_sheet"},
@@ -51,9 +52,9 @@ _APART: dict[str, Any] = {
     "private_evaluation": True,
     **dict.fromkeys(_LATER, True),
 }
-# Tables that do not affect what is computed; no two computations leave out the same ones, since
-# these are part of a result's key.
-_FACTOR = ("clipping", "start", "preconditioner")  # of these A knows nothing
+# Further tables that do not affect one computation: that of A, of W, of W under a head, and of the
+# head. The tuple is part of the stored result's key, which distinguishes a plan's computations.
+_FACTOR = ("clipping", "start", "preconditioner")
 _OUTPUTS = ("clipping", "start")
 _OUTPUTS_UNDER_HEAD = ("clipping",)
 _HEAD = ("clipping", "preconditioner")
@@ -61,11 +62,15 @@ _HEAD = ("clipping", "preconditioner")
 
 @dataclass(frozen=True, repr=False)
 class Start:
-    """A study's starting point. study: with base.digest, training.rounds and the digests of what is
-    built here filled in; its digest is what every site binds to. adapter: the trainable arrays of
-    round 0. frozen: A where it comes from public text (decompositions differ between machines, so
-    it is sent), and the preconditioner, if the plan has one; or the basis of class statistics.
-    strategy: what the strategy knows of public records, which no site is sent."""
+    """A study's starting point.
+
+    - study: the plan with base.digest, training.rounds and the digests of the arrays below filled
+      in; its digest names the study in every ledger and seal
+    - adapter: the trainable arrays of round 0
+    - frozen: the arrays that sites receive and do not train: A if it comes from public text (it is
+      sent, since machines decompose a matrix to different results), and the preconditioner, if the
+      plan has one; or the basis of class statistics
+    - strategy: what the strategy knows of public records; no site receives it"""
 
     study: Study
     adapter: Arrays
@@ -83,7 +88,7 @@ def start(study: Study) -> Start:
     study = with_rounds(study)
     base = study.base.model_copy(update={"digest": network.base.digest})
     study = study.model_copy(update={"base": base})
-    # One data set for both: its states are computed once.
+    # The preconditioner and the start share one data set, so that its states are computed once.
     answered = functools.cache(functools.partial(_read_public, study, network))
     study, frozen, outputs = _freeze(study, network, answered)
     factor = network.adopt(study, frozen)
@@ -92,7 +97,7 @@ def start(study: Study) -> Start:
     if study.start:
         if known:
             adapter = public_head(known)
-        else:  # steps on public text have no noise: all directions of a narrow M's base are taken
+        else:  # no noise is added to these steps, so they use all of M even where sites use part of it
             with network.loaded(frozen=network.frozen_factor() | outputs):
                 adapter = _compute_start(study, network, adapter, answered)
         pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})
@@ -103,8 +108,9 @@ def start(study: Study) -> Start:
 def _freeze(
     study: Study, network: Network, answered: Callable[[], CachedDataset]
 ) -> tuple[Study, Arrays, Arrays]:
-    """Return the plan with the digests of A and the preconditioner, or of the basis of class
-    statistics, the arrays of them to send, and W, of which a narrow preconditioner is a part."""
+    """Return three things: the plan with the digests of its frozen arrays (A and preconditioner,
+    or the basis of class statistics) filled in; the arrays to send; and the preconditioner's W,
+    from which a narrow preconditioner's U is made."""
     if study.lora is None:
         if network.statistics is None:
             return study, {}, {}
@@ -113,7 +119,7 @@ def _freeze(
     unpinned = study.model_copy(update={"lora": pinned})
     frozen, outputs = Arrays(), Arrays()
     if pinned.a_init == "public":
-        assert study.public is not None  # Study: required with a_init = "public"
+        assert study.public is not None  # Study requires it with a_init = "public"
         text = load_dataset(
             study.public, study, network.tokenizer, labelled=False, reader=network.reader
         )
@@ -137,23 +143,23 @@ def _freeze(
 
 
 def _with_basis(study: Study, answered: Callable[[], CachedDataset]) -> tuple[Study, Arrays]:
-    """Return the plan with the digest of its public basis, and the basis."""
+    """Return the plan with the digest of its public basis filled in, and the basis."""
     basis = basis_of(_compute_known(study, answered), study.objective.resolved.directions)
     pinned = study.objective.model_copy(update={"basis_digest": lora.digest(basis)})
     return study.model_copy(update={"objective": pinned}), basis
 
 
 def _compute_known(study: Study, answered: Callable[[], CachedDataset]) -> State:
-    """Return the statistics of public records and of the classes' names, as the strategy stores
-    them."""
+    """Return `class_knowledge` of the public records: computed, or stored by an earlier run."""
     unpinned = study.objective.model_copy(update={"basis_digest": None})
     study, data = study.model_copy(update={"objective": unpinned}), answered()
     return _compute_once(study, data.dataset, _HEAD, class_knowledge, study, data)
 
 
 def _read_public(study: Study, network: Network) -> CachedDataset:
-    """Read [public] with its answers; without them if only a basis is built from it."""
-    assert study.public is not None  # Study and strategy: required wherever it is read
+    """Read the records of [public] with their answers; without answers if only a basis is built
+    from them."""
+    assert study.public is not None  # Study and strategy require it wherever it is read
     labelled = network.statistics is None or (
         study.start is not None and study.start.head == "public"
     )
@@ -166,7 +172,8 @@ def _read_public(study: Study, network: Network) -> CachedDataset:
 def _compute_start(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
-    """Return the adapter and head before the first round."""
+    """Return the adapter and head before the first round: the head that [start] asks for, then
+    start.steps steps on public text."""
     assert study.start is not None
     adapter = _with_head(study, network, adapter, answered)
     if study.start.steps:
@@ -178,7 +185,7 @@ def _compute_start(
 def _with_head(
     study: Study, network: Network, adapter: Arrays, answered: Callable[[], CachedDataset]
 ) -> Arrays:
-    """Return `adapter` with the head that [start] asks for, if it does."""
+    """Return `adapter` with the head that [start] asks for; unchanged if it asks for none."""
     if study.start is None or study.start.head == "zero":
         return adapter
     with network.loaded(trainable=adapter):  # independent of the network's last use
@@ -208,8 +215,9 @@ def _compute_once(
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> Arrays:
-    """Return the result of `make` on public text, or its stored result for the same plan and
-    text. without: tables that do not affect it either."""
+    """Return make(*args, **kwargs), or the result stored for the same plan and text.
+
+    without: tables of the plan, besides _APART, on which the result does not depend."""
     key = _key(study, text, without)
     if key not in _kept:
         stays = _is_ours(study)
@@ -225,8 +233,8 @@ def _compute_once(
 
 
 def _is_ours(study: Study) -> bool:
-    """Return whether only this release's code computes on public text: a plug-in's code may
-    change unnoticed."""
+    """Return whether this release's code alone computes on the public text. Only then is a result
+    stored: its key holds this package's digest, and a plug-in's code may change unnoticed."""
     modality = study.base.modality
     known = modality is None or modality in MODALITIES.release()
     return known and study.objective.name in OBJECTIVES.release()
@@ -242,14 +250,14 @@ def _code() -> str:
 
 
 def _key(study: Study, text: Dataset, without: Sequence[str]) -> str:
-    """Compute a digest of everything on which the computation may depend: the plan without the
-    tables that come later, and the text as the base reads it."""
+    """Compute a digest of everything on which the computation may depend: this package, torch's
+    version, the plan without _APART and `without`, and the text's token ids, labels and media."""
     apart: dict[str, Any] = _APART | {
         "training": {name for name in TrainingTable.model_fields if name != "engine"}
     }
     plan = study.model_dump(mode="json", exclude=apart)
     if plan.get("lora"):
-        # Filled in on the way, from what this is part of.
+        # a_digest is filled in during the computation, and follows from the rest of the key.
         plan["lora"] = {k: v for k, v in plan["lora"].items() if k != "a_digest"}
     for name in without:
         plan.pop(name, None)

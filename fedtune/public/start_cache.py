@@ -1,9 +1,9 @@
 """Store results computed from public text on this machine, by a digest of everything on which
 they depend.
 
-The computation takes minutes to an hour, and costs no ε: a run that is interrupted before its
-first round, or is reviewed, checked and started by different commands, finds the result again.
-Nothing in it comes from a site's records."""
+The computation takes minutes to an hour. A run that is interrupted before its first round, or is
+reviewed, checked and started by different commands, finds the stored result. No array here comes
+from a site's records, and none costs ε."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import replace
 from fedtune.core.models.lora import Arrays
 
-FOLDER = "public"  # in the cache
-MOST_BYTES = 2**30  # of all of it; what was used longest ago goes first
+FOLDER = "public"  # in the cache folder of this machine
+MOST_BYTES = 2**30  # of all stored files; the least recently used are removed first
 
 
 def load_arrays(key: str) -> Arrays | None:
-    """Return the arrays stored under `key`; None if there are none that can be read."""
+    """Return the arrays stored under `key`; None if there is no readable file."""
     path = _path(key)
     try:
         arrays = load(path.read_bytes())
-        os.utime(path)  # used now
+        os.utime(path)  # _prune removes the files with the oldest times
     except (OSError, SafetensorError, ValueError):
         return None
     return arrays

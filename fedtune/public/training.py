@@ -1,5 +1,5 @@
-"""Computations of the coordinator on public text with answers. They cost no ε: neither text nor
-base saw private data."""
+"""Compute preconditioner, first steps and head from public text with answers, at the coordinator.
+They cost no ε: neither the text nor the base holds anything of private records."""
 
 from __future__ import annotations
 
@@ -29,18 +29,23 @@ from fedtune.core.progress import report, reporter
 from fedtune.core.training import engines
 
 _CHUNK_BYTES = 128 * 2**20  # fp32 gradients held at once
-# Of a head's regression on vectors of length 1. Of 0.003 to 0.0001 the middle two do
-# as well as any on MTS-Dialog and ACI-Bench, with 30 to 50 % of the public records.
+# The ridge penalty of a head's regression on vectors of length 1. Of the values tried between 0.003
+# and 0.0001, the middle two did as well as any on MTS-Dialog and ACI-Bench, with 30 to 50 % of the
+# public records.
 PENALTY = 3e-4
 
 
 def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable) -> Arrays:
-    """Compute the preconditioner's W (outputs, rank) of each B, by the name under which it is sent.
+    """Compute the preconditioner's factor W (outputs, rank), fp32, of each B. The dictionary's keys
+    are the names under which the factors are sent.
 
-    G = Σ g gᵀ over the columns g of each public record's gradient of that B, with the gradient of
-    everything that is trained scaled to length 1, at the network's present adapter. Errors:
-    ModelError if the public records give no gradient, or a layer is not watched; ConfigError if B
-    sits on a projector, of whose input a record has several rows."""
+    W is computed (core/models/preconditioner.py) from the second moment G = Σ g gᵀ over the columns
+    g of each public record's gradient of that B, at the adapter that is loaded; each record's
+    gradient of all trainable parameters together is scaled to length 1.
+
+    Errors: ModelError if the public records give no gradient, or a layer is not watched by the
+    gradient engine; ConfigError if a B belongs to a projector, whose input has several rows for
+    one record."""
     named, total = data.network.parameters(), len(data.dataset.examples)
     curvatures = {
         name: _Curvature(len(b), b.shape[1], total)
@@ -59,9 +64,11 @@ def output_factors(study: Study, data: CachedDataset, table: PreconditionerTable
 
 
 def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) -> Arrays:
-    """Train `adapter` for one step, `step` of start.steps (from 0), on all public records, each as
-    a site's without noise: the mean of the records' preconditioned gradients, all of one length C,
-    times start.learning_rate; the adapter moves by M times that.
+    """Train `adapter` for one step on all public records and return the new adapter, fp32.
+
+    A step is a site's step without noise: each record's preconditioned gradient is scaled to
+    length C, the mean is multiplied by start.learning_rate, and the adapter moves by M times the
+    result. step: its number among start.steps, from 0.
 
     Reference: Li et al. 2022, "Large language models can be strong differentially private
     learners", section 2 (public pre-training costs no ε)."""
@@ -87,9 +94,11 @@ def trained_on(study: Study, data: CachedDataset, adapter: Arrays, step: int) ->
 def _gradients(
     study: Study, data: CachedDataset, label: str, before: int = 0, passes: int = 1
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the gradients of some public records by parameter, (records, …), until all are done.
+    """Yield the gradients of all public records, a block of records at a time: parameter's name ->
+    (records in the block, *parameter's shape).
 
-    label: what is reported, of `passes` over the records, of which this one has `before` it."""
+    label: the text of the progress reports; passes, before: the number of passes over the records
+    that they count, and how many of these came before this one."""
     network, objective = data.network, study.objective.resolved
     named = network.parameters()
     if any(network.has_row_per_tile(parameter) for parameter in named.values()):
@@ -112,8 +121,10 @@ def _lengths(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
-    """Sum gradients by record, (count, outputs, columns): add those of its passages, and leave
-    out the block's padding."""
+    """Add up the gradients of each record's passages, and leave out the block's padding.
+
+    gradient: (records with padding · passages, outputs, columns). Returns (batch.count, outputs,
+    columns). Errors: ModelError if there is no gradient."""
     if gradient is None:
         raise ModelError("a trainable layer gave no per-record gradient")
     records = len(batch.index)
@@ -122,7 +133,8 @@ def _by_record(gradient: torch.Tensor | None, batch: Batch) -> torch.Tensor:
 
 
 class _Curvature:
-    """The second moment G of one layer; if it would be larger than its gradients, the gradients."""
+    """The second moment G (outputs, outputs) of one layer's gradients; where G would take more
+    memory than the gradients themselves, these are held instead."""
 
     def __init__(self, outputs: int, columns: int, records: int) -> None:
         self._columns: list[torch.Tensor] = []
@@ -145,8 +157,9 @@ class _Curvature:
 
 @torch.no_grad()
 def head_of_labels(study: Study, network: Network) -> Arrays:
-    """Build a head whose rows are the base's vectors of the classes' names, or of their
-    descriptions: less their mean, each scaled to start.scale. Its bias is zero.
+    """Build a head (weight (K, H), bias (K,), fp32) from the base's vectors of the classes' names,
+    or of their descriptions: the rows' mean is subtracted and each row is scaled to length
+    start.scale. The bias is zero.
 
     Errors: ConfigError where the objective trains no head.
     Reference: Snell et al. 2017, "Prototypical networks for few-shot learning", section 2.4."""
@@ -165,7 +178,8 @@ def head_of_labels(study: Study, network: Network) -> Arrays:
 
 @torch.no_grad()
 def vectors_of_labels(study: Study, network: Network) -> npt.NDArray[np.float64]:
-    """Compute the network's vectors (K, H) of the classes' names, or of their descriptions."""
+    """Compute the network's pooled vector (H,) of each class's name, or of its description in
+    start.descriptions: (K, H)."""
     descriptions, vectors = study.start.descriptions if study.start else {}, []
     for label in study.objective.labels:
         ids = network.tokenizer(descriptions.get(label, label), return_tensors="pt")
@@ -178,7 +192,8 @@ def vectors_of_labels(study: Study, network: Network) -> npt.NDArray[np.float64]
 
 @torch.no_grad()
 def vectors_of(data: CachedDataset) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Compute the network's vectors (n, H) of all records, and return their labels (n,)."""
+    """Compute the network's pooled vectors (n, H) of all records; return them and the records'
+    labels (n,)."""
     network = data.network
     vectors = []
     labels = []
@@ -191,11 +206,14 @@ def vectors_of(data: CachedDataset) -> tuple[npt.NDArray[np.float64], npt.NDArra
 
 @torch.no_grad()
 def head_fitted(data: CachedDataset, adapter: Arrays) -> Arrays:
-    """Fit the head of `adapter` to all public records with their labels: multinomial logistic
-    regression on the base's vectors. What is minimised is the mean loss, in nats, and half of
-    PENALTY times the squared distance from the head that is given, weights and biases alike: what
-    no record speaks of stays as it was. For it vectors are divided by their length (root mean
-    square), and the head that is given is one for such vectors. In fp64; there is one optimum.
+    """Fit the head of `adapter` to all public records by multinomial logistic regression on the
+    base's vectors, and return `adapter` with the new head, fp32.
+
+    The fit minimises the mean loss in nats plus PENALTY / 2 times the squared distance, in weights
+    and biases, from the head in `adapter`; a direction in which no record has a component keeps
+    its value. The regression runs in fp64 on vectors divided by their root mean square length: the
+    given head is read as one for such vectors, and the returned one is for the base's own. The
+    optimum is unique.
 
     Reference: Böhning 1992, "Multinomial logistic regression algorithm", section 2."""
     with data.network.loaded(trainable=adapter):

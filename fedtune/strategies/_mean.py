@@ -11,8 +11,10 @@ import numpy.typing as npt
 
 from fedtune.core.strategy import Arrays, State
 
-_BUFFER = 64 * 2**20  # bytes of updates that are added up in one pass over the sum
-_BLOCK = 2**17  # numbers in work at once, in fp64: long enough for two threads, and in the cache
+_BUFFER = 64 * 2**20  # bytes of updates that are buffered, then added in one pass over the sum
+# Numbers that a thread adds at a time: enough to pay for the thread, and in fp64 (1 MiB) few enough
+# for the cache of the processor.
+_BLOCK = 2**17
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -24,11 +26,12 @@ class _Block(NamedTuple):
 
 
 class RunningMean:
-    """Σ wᵢxᵢ / Σ wᵢ over the updates added so far; these must not be changed afterwards.
+    """The mean Σ wᵢxᵢ / Σ wᵢ of the updates xᵢ with weights wᵢ that were added so far.
 
-    Sums are fp64: the order of arrival moves the result by about 1e-16 of the largest term, far
-    below the fp32 in which the adapter is kept. However many updates come, the sum and less than
-    64 MiB (at least one update) are held."""
+    The caller must not change an update's arrays after `add`, which buffers them. Sums are fp64:
+    the order of arrival moves the result by about 1e-16 of the largest term, far below the
+    precision of the adapter's fp32. Memory: the sum, and a buffer of less than 64 MiB or one
+    update, however many updates are added."""
 
     def __init__(self) -> None:
         self._sum: State = {}

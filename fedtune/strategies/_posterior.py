@@ -1,15 +1,15 @@
 """Compute a linear head from one noised release of class statistics.
 
-Each site sums over its units, for every class y, the features f(x) of that class's records and the
-number `weight` for each, so one array (K, k + 1) holds the classes' sums and, in its last column,
-how many units they have. The array is noised once. All that is here follows from it and from public
-vectors, so it costs no ε.
+For each of K classes, a site adds up over its units the features f(x), k numbers, of that class's
+records, and adds the number `weight` for each. The sums form one array (K, k + 1), whose last
+column counts the class's units. The array is noised once. This module computes from that array and
+from public vectors alone, so it costs no ε.
 
-Every class has a posterior mean. Its prior is the mean of public records and, without them, the
-base's vector of the class's name; prior and release are weighted by the inverse of their
-variances from noise and sampling. The head is a linear discriminant of these means. A direction
-in which noise exceeds the signal is therefore shrunk, and a class that public records lack is
-learnt from the release alone. The constants below were chosen on two sets and are tested on
+The head is a linear discriminant of the classes' posterior means. A class's prior mean is that of
+its public records or, without such records, the base's vector of the class's name; prior and
+release are weighted by the inverse of their variances from noise and sampling. So a direction in
+which noise exceeds the signal is shrunk towards the prior, and a class that public records lack is
+learnt from the release alone. The constants below were chosen on two data sets and tested on
 others: docs/quality.md.
 
 Reference: Snell et al. 2017, "Prototypical networks for few-shot learning"; Efron & Morris 1973,
@@ -27,29 +27,35 @@ from fedtune.core.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 
-WEIGHT = 0.5  # of the counts' column; 0.2 to 1 do alike, and the sums' noise grows by an eighth
-MOST = 256  # directions of the head
-RELEASED = 128  # directions of the release
-ENOUGH = 0.95  # of the separation that all directions would give
-WITHIN = 0.8  # share of every direction's variance within classes, where that separation is guessed
-BETWEEN = 0.3  # share of a feature's variance between classes, where no labels tell
-RECORDS = 20  # as many labelled records does that guess of the covariance within classes count for
-RIDGE = 1.0  # of the covariance within classes, in units of its mean variance
-CORRELATED = 0.7  # of the covariances between directions, which few public records tell badly
-SEEN, UNSEEN = 0.5, 1.0  # how far a class's share at the sites may be from its public one, × 1/K
-FOLDS = 5  # of public records, by which the public start is judged
-NAMES = 4.0  # how firmly names are believed before any labelled record
-SILENT = 1e9  # standard deviation of the noise of a release that says nothing
-EVIDENT = 2.0  # standard deviations of its count at which a class is there
+# A unit's entry in the column of counts. Values from 0.2 to 1 give equal quality; at 0.5 the bound,
+# and with it the sums' noise, is an eighth larger than without counts.
+WEIGHT = 0.5
+MOST = 256  # directions that the head uses at most
+RELEASED = 128  # directions that sites release at most
+ENOUGH = 0.95  # the share of the separation by all directions that the released ones must keep
+WITHIN = 0.8  # assumed share of a direction's variance within classes, to guess that separation
+BETWEEN = 0.3  # assumed share of a feature's variance between classes, where labels are few
+RECORDS = 20  # the number of labelled records as which that assumption counts
+RIDGE = 1.0  # added to the diagonal of the covariance within classes, × its mean variance
+CORRELATED = 0.7  # factor on covariances between directions: few public records estimate them badly
+# The standard deviation, times 1/K, of a class's share at the sites about its public share: for a
+# class that public records have, and for one that they lack.
+SEEN, UNSEEN = 0.5, 1.0
+FOLDS = 5  # parts of public records in the cross-validation of the public estimate
+NAMES = 4.0  # weight of the prior that names agree with class means, against labelled records
+SILENT = 1e9  # standard deviation of the noise that stands for "no release"
+EVIDENT = 2.0  # a class counts as present if its noised count exceeds this many standard deviations
 
 
 @dataclass(frozen=True)
 class Basis:
     """The public map from the base's vectors x (H,) to features f(x) = directions (x - mean).
 
-    mean: (H,). directions: (d, H), orthogonal and of one length: the median of public records'
-    f, in the first `released` of them, is 1. released: k, the number of directions that the
-    sites use. weight: what each unit adds to the column of counts."""
+    - mean: (H,)
+    - directions: (d, H), orthogonal rows of equal length, scaled so that public records' features
+      in the first `released` directions have a median length of 1
+    - released: k, the number of directions that the sites use
+    - weight: what each unit adds to the column of counts"""
 
     mean: Array
     directions: Array
@@ -64,12 +70,12 @@ class Basis:
 
 @dataclass(frozen=True)
 class Public:
-    """Statistics of public records in the basis, which are all that `head` needs of them.
+    """The statistics of public records that `head` needs. Features f are those of the basis.
 
     - sums: (K, d), and counts: (K,), of labelled records by class
     - within: (d, d), scatter of labelled records about their class's mean
-    - moment: (d, d), Σ f fᵀ of all public records; records: their number
-    - names: (K, d), the base's vectors of the classes' names, or None"""
+    - moment: (d, d), Σ f fᵀ of all public records, labelled or not; records: their number
+    - names: (K, d), the base's vectors of the classes' names in the basis, or None"""
 
     sums: Array
     counts: Array
@@ -81,10 +87,10 @@ class Public:
 
 @dataclass(frozen=True)
 class Noised:
-    """The release: the sum over all sites with its noise.
+    """The release: the noised sum over all sites.
 
     sums: (K, k + 1). deviation: standard deviation of the noise in each number. units: N, the
-    declared units of all sites."""
+    sum of the sites' declared sizes."""
 
     sums: Array
     deviation: float
@@ -105,9 +111,9 @@ class Classes:
 class ClassFigures:
     """The release's figures of each class (K,).
 
-    count: units with noise, which may be below zero; deviation: standard deviation of a count;
-    learnt: whether public records, or a count that exceeds its noise, give information about the
-    class."""
+    count: number of units with noise, which may be below zero; deviation: standard deviation of
+    that noise; learnt: whether the class has public records, or a count of more than EVIDENT
+    standard deviations."""
 
     count: Array
     deviation: float
@@ -116,8 +122,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head. weight: (K, H), bias: (K,), for the base's vectors; figures: of the
-    classes."""
+    """A linear head on the base's vectors: weight (K, H), bias (K,), and figures of each class."""
 
     weight: Array
     bias: Array
@@ -125,17 +130,20 @@ class Head:
 
 
 def directions_for(classes: int, records: int, noise: float, units: int, named: bool = True) -> int:
-    """Choose how many directions the sites release, from figures that are known before any vector.
+    """Choose how many directions the sites release, before any vector is computed.
 
-    records: number of public records, labelled or not. noise: σ of the release in multiples of
-    its bound, times √(number of sites that each add their own). units: N as declared. named:
-    whether the base has vectors of the classes' names. The result is the smallest number that
-    keeps ENOUGH of the expected separation Σ b²/v / (b + v/c + s²/c²), with b and v a
-    direction's variance between and within classes, c units of a class and s the noise: a noisy
-    direction is shrunk and does no harm, but every direction makes the others shorter, since all
-    share one bound. Variances are assumed to fall as 1, 1/2, 1/3 …, which is close to those of
-    sentence encoders, and changes the result by few directions. Errors: ConfigError if neither
-    records nor names span a direction."""
+    - records: number of public records, labelled or not
+    - noise: σ of the release in multiples of its bound, times √(number of sites that each add
+      noise of their own)
+    - units: N, the sum of declared sizes
+    - named: whether the base has vectors of the classes' names
+
+    The result is the smallest number that keeps ENOUGH of the expected separation
+    Σ b²/v / (b + v/c + s²/c²), with b and v a direction's variance between and within classes, c
+    the units of a class and s the noise. A noisy direction is shrunk and does no harm by itself,
+    but all directions share one bound, so each further one makes the others shorter. Variances
+    are assumed to fall as 1, 1/2, 1/3 …, which is close to those of sentence encoders; the result
+    depends little on it. Errors: ConfigError if neither records nor names span a direction."""
     most = min(max(records - 1, 0) + (classes - 1 if named else 0), RELEASED)
     if most < 1:
         raise ConfigError(
@@ -155,12 +163,12 @@ def directions_for(classes: int, records: int, noise: float, units: int, named: 
 
 
 def choose(vectors: Array, names: Array | None, directions: int, weight: float) -> Basis:
-    """Build the basis from public vectors: the span of the names comes first, then the principal
-    directions of public records.
+    """Build the basis from public vectors: first directions that span the names' vectors, then the
+    principal directions of public records.
 
     vectors: (n, H) of public records. names: (K, H), the base's vectors of the classes' names.
-    directions: k, the number of them that the sites release. weight: of the column of counts.
-    Errors: ConfigError if records and names span fewer."""
+    directions: k, the number of directions that the sites release. weight: a unit's entry in the
+    column of counts. Errors: ConfigError if records and names span fewer than k directions."""
     span = vectors[:0] if names is None else names - names.mean(axis=0)
     mean = vectors.mean(axis=0) if len(vectors) or names is None else names.mean(axis=0)
     spread = vectors - mean
@@ -180,7 +188,7 @@ def choose(vectors: Array, names: Array | None, directions: int, weight: float) 
 
 
 def features(basis: Basis, vectors: Array) -> Array:
-    """Compute the features that a site releases of vectors (n, H): (n, k), each of length 1 at
+    """Compute the features (n, k) that a site sums, from vectors (n, H). Each row has length 1 at
     most."""
     return _clip_features(basis, vectors)[:, : basis.released]
 
@@ -188,7 +196,8 @@ def features(basis: Basis, vectors: Array) -> Array:
 def summarise_public(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], classes: int, names: Array | None
 ) -> Public:
-    """Summarise public records: vectors (n, H), labels (n,) with -1 for none, names (K, H)."""
+    """Compute the statistics of public records from their vectors (n, H) and labels (n,), where -1
+    stands for no label, and from the names' vectors (K, H)."""
     every = _clip_features(basis, vectors)
     known = labels >= 0
     mine, labels = every[known], labels[known]
@@ -209,12 +218,12 @@ def summarise_public(
 def head(noised: Noised, basis: Basis, public: Public) -> Head:
     """Compute the linear discriminant of the classes' posterior means.
 
-    Guarantee: post-processing of the release. Errors: none; noise of 0 is allowed."""
+    Guarantee: this is post-processing of the release, and costs no ε. Noise of 0 is allowed."""
     counts = _counts(noised, basis, public)
     means, certainty = _means(noised, basis, public, counts)
     shares = (counts.expected + public.counts) / (counts.expected + public.counts).sum()
     covariance = _regularise(_covariance(public, means, shares))
-    covariance += np.diag(shares @ (1 / certainty))  # of means that are not certain
+    covariance += np.diag(shares @ (1 / certainty))  # the means' own variances
     weight = np.linalg.solve(covariance, means.T).T
     bias = np.log(shares) - (weight * means).sum(axis=1) / 2
     whole = weight @ basis.directions
@@ -227,8 +236,7 @@ def head(noised: Noised, basis: Basis, public: Public) -> Head:
 
 
 def classes_before(basis: Basis, public: Public) -> Classes:
-    """Estimate the classes from public data alone: `head` without a release, before the
-    discriminant."""
+    """Estimate the classes from public data alone, as `head` does, but without a release."""
     nothing = Noised(np.zeros((len(public.counts), 1)), SILENT, 1)
     silent = replace(basis, released=0)
     means, certainty = _means(nothing, silent, public, _counts(nothing, silent, public))
@@ -239,12 +247,12 @@ def classes_before(basis: Basis, public: Public) -> Classes:
 def held_out_hits(
     basis: Basis, vectors: Array, labels: npt.NDArray[np.int64], known: Public, names: Array | None
 ) -> Array | None:
-    """Count how often the public estimate is right about a public record that it did not use.
+    """Cross-validate the classifier that public data alone gives.
 
-    Each of FOLDS parts of the records is predicted from the others, basis included. vectors,
-    labels, names: as for `summarise_public`; known: its result for them. Returns (2,): the number
-    of correct predictions, and the number of predictions; None if fewer than FOLDS records have a
-    label."""
+    Each of FOLDS parts of the records is predicted from the other parts, which also give the
+    basis. vectors, labels, names: as for `summarise_public`; known: what it returned for them.
+    Returns (2,): the number of correct predictions, and the number of predictions; None if fewer
+    than FOLDS labelled records could be predicted."""
     classes = len(known.counts)
     right = 0
     judged = 0
@@ -280,8 +288,8 @@ def _freedom(public: Public) -> float:
 
 
 def _variances(public: Public) -> Array:
-    """Return the variance (d,) of each feature over public records; a direction of the names in
-    which these do not differ gets a small part of the others' variance."""
+    """Return the second moment (d,) of each feature over public records, plus 1/1000 of their mean,
+    so that no direction has variance 0; 1/d each if there are no records."""
     total = np.diag(public.moment) / max(public.records, 1)
     if not total.any():
         return np.full(len(total), 1 / len(total))
@@ -290,8 +298,10 @@ def _variances(public: Public) -> Array:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Units of each class at the sites (K,). noised: as released; deviation: of its noise;
-    expected: an estimate that also uses public shares; variance: of that estimate."""
+    """The number of units of each class at the sites, (K,).
+
+    - noised: the released counts; deviation: standard deviation of their noise
+    - expected: the estimate from counts and public shares together; variance: of that estimate"""
 
     noised: Array
     deviation: float
@@ -300,8 +310,9 @@ class _Counts:
 
 
 def _counts(noised: Noised, basis: Basis, public: Public) -> _Counts:
-    """Weight the noised counts against public shares. A class that public records lack may have
-    any share."""
+    """Estimate the classes' units from the noised counts and the public shares, weighted by the
+    inverse of their variances. For a class that public records lack, the public share's variance
+    is large (UNSEEN)."""
     classes = len(public.counts)
     count, deviation = noised.sums[:, -1] / basis.weight, noised.deviation / basis.weight
     seen = public.counts + 0.5  # Jeffreys
@@ -315,7 +326,7 @@ def _counts(noised: Noised, basis: Basis, public: Public) -> _Counts:
 
 
 def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tuple[Array, Array]:
-    """Return the classes' posterior means (K, d) and their certainty, the inverse of a variance."""
+    """Return the classes' posterior means (K, d) and the inverses of their variances (K, d)."""
     within, between = _spread(public)
     seen = public.counts[:, None]
     certainty = 1 / between + seen / within
@@ -329,8 +340,9 @@ def _means(noised: Noised, basis: Basis, public: Public, counts: _Counts) -> tup
 
 
 def _prior_means(public: Public, within: Array, between: Array) -> Array:
-    """Return the means (K, d) that names suggest: their vectors, scaled to the distance between
-    class means, times their agreement with the means of classes that have public records."""
+    """Return the prior class means (K, d): the names' vectors, scaled to the spread of class means,
+    times a factor from 0 to 1.5 by which they agree with the means of public records; 0 without
+    names."""
     if public.names is None:
         return np.zeros_like(public.sums)
     length = math.sqrt((public.names**2).sum() / len(public.names))
@@ -346,9 +358,9 @@ def _prior_means(public: Public, within: Array, between: Array) -> Array:
 
 
 def _covariance(public: Public, means: Array, shares: Array) -> Array:
-    """Return the covariance within classes (d, d): that of labelled records and, with the weight
-    of RECORDS records, the part of the overall covariance that is not between the posterior
-    means."""
+    """Return the covariance within classes (d, d). It is that of labelled records, averaged with an
+    estimate that counts as RECORDS records: the covariance of all public records minus that of the
+    posterior means."""
     centred = means - shares @ means
     outer = (centred * shares[:, None]).T @ centred
     moment = public.moment / public.records if public.records else np.diag(_variances(public))
@@ -358,7 +370,8 @@ def _covariance(public: Public, means: Array, shares: Array) -> Array:
 
 
 def _regularise(covariance: Array) -> Array:
-    """Return a covariance (d, d) shrunk to its diagonal, with the diagonal raised."""
+    """Return a covariance (d, d) with its off-diagonal entries multiplied by CORRELATED and its
+    diagonal raised by RIDGE."""
     shrunk = CORRELATED * covariance
     variances = np.diag(covariance)
     np.fill_diagonal(shrunk, variances + RIDGE * variances.mean())
@@ -366,14 +379,16 @@ def _regularise(covariance: Array) -> Array:
 
 
 def _clip_features(basis: Basis, vectors: Array) -> Array:
-    """Return all d features (n, d); the released ones have length 1 at most."""
+    """Return all d features (n, d), scaled so that a row's first `released` ones have length 1 at
+    most."""
     every = (vectors - basis.mean) @ basis.directions.T
     lengths = np.linalg.norm(every[:, : basis.released], axis=1, keepdims=True)
     return np.asarray(every / np.maximum(1.0, lengths))
 
 
 def _principal(rows: Array) -> Array:
-    """Return the principal directions of centred rows, the widest first, without empty ones."""
+    """Return the principal directions (m, H) of centred rows (n, H), by decreasing singular value,
+    without those whose singular value is 0."""
     if not len(rows):
         return rows
     _, widths, directions = np.linalg.svd(rows, full_matrices=False)

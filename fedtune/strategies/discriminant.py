@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from fedtune.core.config import Study
 
 WEIGHT, BIAS = "head.weight", "head.bias"
-LARGEST = 1e3  # no entry of an adapter is larger anywhere
-SLACK = 1.01  # by which the bound may exceed what it must hold
-LEAST_VARIANCE = 1e-12  # of a round without noise, so that rounds can be weighed by its inverse
-# What the state holds. The basis (d, H) and its mean (H,); public records in it: sums (K, d),
-# counts (K,), scatter within classes and second moment (d, d), how many they are; the vectors of
-# the classes' names (K, d), if there are any. Of all rounds so far: sums (K, k + 1) over their
-# noise's variance, and what these weights add up to, alone and times the units.
+LARGEST = 1e3  # the largest entry that sites admit in an adapter (core/models/lora.py)
+SLACK = 1.01  # factor by which clipping.max_grad_norm may exceed the exact bound on a unit's array
+LEAST_VARIANCE = 1e-12  # taken for a round without noise, so that its inverse is finite
+# Names of the arrays in the state. "basis/…": directions (d, H) and mean (H,). "public/…": public
+# records' statistics in the basis: sums (K, d), counts (K,), scatter within classes and second
+# moment (d, d), and their number; the vectors of the classes' names (K, d), if there are any.
+# "noised/…": over all rounds so far, the sums (K, k + 1) divided by their noise's variance, the sum
+# of these inverse variances, and the same sum with each term times the round's units.
 DIRECTIONS, MEAN = "basis/directions", "basis/mean"
 SUMS = "public/sums"
 COUNTS = "public/counts"
@@ -37,15 +38,15 @@ NAMES = "public/names"
 NOISED = "noised/sums"
 PRECISION = "noised/precision"
 UNITS = "noised/units"
-# Of labelled public records that were each left out once: of how many what is then known is right,
-# and how many they are. The rest of the state says nothing of it.
+# Result of a cross-validation on labelled public records, (2,): the number of correct predictions,
+# and of predictions. It cannot be computed from the other arrays.
 HELD_OUT = "public/held-out"
 KNOWN = {DIRECTIONS, MEAN, SUMS, COUNTS, WITHIN, MOMENT, RECORDS}
 
 
 def state_of(basis: Basis, public: Public) -> State:
-    """Return the public data from before the first round as the arrays of a strategy's state,
-    fp64."""
+    """Return the strategy's state before the first round, fp64: the basis and the statistics of
+    public records."""
     state = {
         DIRECTIONS: basis.directions,
         MEAN: basis.mean,
@@ -59,19 +60,20 @@ def state_of(basis: Basis, public: Public) -> State:
 
 
 def public_head(known: State) -> Arrays:
-    """Build the head from public data alone: the posterior before any release."""
+    """Build the head, fp32, from public data alone, as if no site had released anything. known: as
+    `state_of` returns it."""
     classes = len(known[COUNTS])
     nothing = Noised(sums=np.zeros((classes, 1)), deviation=SILENT, units=1)
     return _arrays(head(nothing, basis_in(known, 0, COUNT_WEIGHT), public_in(known)))
 
 
 def basis_in(state: State, released: int, weight: float) -> Basis:
-    """Return the basis in a state, of which sites use the first `released` directions."""
+    """Return the basis that a state holds. released: the number of directions that sites use."""
     return Basis(state[MEAN], state[DIRECTIONS], released, weight)
 
 
 def public_in(state: State) -> Public:
-    """Return the statistics of public records in a state."""
+    """Return the statistics of public records that a state holds."""
     return Public(
         sums=state[SUMS],
         counts=state[COUNTS],
@@ -93,8 +95,8 @@ class Discriminant(Strategy):
     """Build a linear discriminant instead of averaging updates: posterior class means, class
     shares from noised counts, and one covariance within all classes from public records.
 
-    Rounds are combined: each is weighted by the inverse of its noise's variance. Reference:
-    Hastie et al. 2009, "The elements of statistical learning", section 4.3."""
+    The sums of several rounds are averaged, each weighted by the inverse of its noise's variance.
+    Reference: Hastie et al. 2009, "The elements of statistical learning", section 4.3."""
 
     averages: ClassVar[bool] = False
     of_statistics: ClassVar[bool] = True
@@ -123,9 +125,9 @@ class Discriminant(Strategy):
             "no [lora] table": study.lora is None,
             "a [public] table, of which the basis is built": study.public is not None,
         }
-        if study.clipping:  # of a plan without privacy there may be none
+        if study.clipping:  # a plan without privacy may have none
             weight = float(study.objective.options.get("count_weight", COUNT_WEIGHT))
-            exact = math.hypot(1.0, weight)  # of a record's features, of length 1, and its count
+            exact = math.hypot(1.0, weight)  # a unit's features have length 1 at most
             bound = f"{math.ceil(exact * 1e4) / 1e4:.4f}"
             fits = exact <= study.clipping.max_grad_norm <= SLACK * exact
             expected[f"clipping.max_grad_norm = {bound}"] = fits
@@ -161,7 +163,7 @@ class Discriminant(Strategy):
         return _arrays(self.make_head())
 
     def make_head(self) -> Head:
-        """Build the head of all rounds so far, with its figures of each class."""
+        """Build the head from all rounds so far and the public data, with figures of each class."""
         state, precision = self._state, float(self._state[PRECISION])
         noised = Noised(
             sums=state[NOISED] / precision,
@@ -178,8 +180,8 @@ class Discriminant(Strategy):
         return dict(self._state)
 
     def load_state(self, state: State) -> None:
-        """Load the public data from before the first round, and the rounds so far. Errors:
-        ConfigError."""
+        """Load a state: the public data and, if there were rounds, their sums. Errors: ConfigError
+        if it is another strategy's state."""
         if not KNOWN <= state.keys() <= KNOWN | {NAMES, HELD_OUT, NOISED, PRECISION, UNITS}:
             raise ConfigError("the checkpoint holds another strategy's state")
         self._state = dict(state)

@@ -15,7 +15,8 @@ from fedtune.strategies._mean import RunningMean
 class FedAdam(Strategy):
     """m ← β₁m + (1-β₁)Δ; v ← β₂v + (1-β₂)Δ²; adapter ← adapter + ηm / (√v + τ).
 
-    As in the paper, no bias correction of m and v; m starts at 0 and v at τ².
+    Δ is the round's mean update, η server_learning_rate. As in the paper, m and v are not corrected
+    for bias; m starts at 0 and v at τ².
     | η = 0 (default) | each step is as long as the round's mean update: η = ‖Δ‖ / ‖m / (√v + τ)‖ |
     References: Reddi et al. 2021, Algorithm 2 (FedAdam); Agarwal et al. 2020, "Disentangling
     adaptive gradient methods from learning rates" (a step's length from one method, its direction
@@ -24,7 +25,7 @@ class FedAdam(Strategy):
 
     averages: ClassVar[bool] = False
 
-    server_learning_rate: float = 0.0  # η; 0: from the updates' own length
+    server_learning_rate: float = 0.0  # η; 0: each step is as long as the mean update
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3  # τ, adaptivity: the larger, the closer to plain averaging

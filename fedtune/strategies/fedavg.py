@@ -13,6 +13,7 @@ from fedtune.strategies._mean import RunningMean
 class FedAvg(Strategy):
     """v ← βv + mean update; adapter ← adapter + ηv.
 
+    β is momentum, η server_learning_rate; v starts at 0.
     References: McMahan et al. 2017, Algorithm 1; Hsu et al. 2019 (FedAvgM), section 4.3.
     """
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class FedProx(FedAvg):
     """FedAvg at the coordinator; each site adds μ(w - w₀) to its step (training.proximal_mu).
 
-    The proximal term depends on the adapter alone, never on a record: no ε.
+    w₀ is the adapter that the site was sent, w its own. The term depends on these alone and on no
+    record, so it costs no ε.
     Reference: Li et al. 2020 (FedProx), Algorithm 2.
     """
 

@@ -1,4 +1,5 @@
-"""Coordinate-wise trimmed mean: a few wild sites cannot drag the adapter."""
+"""Coordinate-wise trimmed mean: a minority of sites with arbitrary updates cannot move the adapter
+arbitrarily far."""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 class TrimmedMean(Strategy):
     """In each coordinate, drop the ⌈trim · n⌉ smallest and largest of n updates; average the rest.
 
-    | n ≤ 2               | nothing can be dropped: the plain mean   |
-    | ⌈trim · n⌉ ≥ n / 2  | as many as leave at least one value      |
-    Holds every update of the round in memory (fp32), as any order statistic must.
+    | n ≤ 2               | nothing is dropped: the plain mean                             |
+    | ⌈trim · n⌉ ≥ n / 2  | fewer are dropped at each end, so that one or two values remain |
+    Every update of the round is held in memory (fp32), since the order statistics need them all.
     Reference: Yin et al. 2018, Definition 2.
     """
 
