@@ -97,7 +97,7 @@ def start(study: Study) -> Start:
     if study.start:
         if known:
             adapter = public_head(known)
-        else:  # no noise is added to these steps, so they use all of M even where sites use part of it
+        else:  # no noise in these steps: they use all of M, even where sites use a part of it
             with network.loaded(frozen=network.frozen_factor() | outputs):
                 adapter = _compute_start(study, network, adapter, answered)
         pinned = study.start.model_copy(update={"digest": lora.digest(adapter)})

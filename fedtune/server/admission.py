@@ -34,16 +34,18 @@ from fedtune.server.too_few import too_few
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NOT_ENROLLED = "it is not enrolled with this signing key, or was revoked"
 KEY = re.compile(r"[0-9a-f]{64}")
-DECLARED = ("public", "generated")  # what a site may declare its data to be; without it, private
-ASK_SECONDS = (5.0, 300.0)  # at least and at most, before a site that waits for a person is asked
-ASK_SHARE = 0.1  # of the time that it has waited so far
+DECLARED = ("public", "generated")  # what a site may declare its data to be; else it is private
+# Pause before a site that waits for a person's signature is asked again: a share of the time that
+# it has waited so far, between two limits in seconds.
+ASK_SECONDS = (5.0, 300.0)
+ASK_SHARE = 0.1
 MOST_UNITS = 10**10  # the largest declared size: more than there are people
 OnStatus = Callable[[str, str, str], None]  # site, status, reason
 
 
 def plan_message(study: Study, frozen: Arrays, key: SigningKey) -> RecordDict:
-    """Build the signed plan message for sites; it holds only the names of the coordinator's
-    files."""
+    """Build the signed plan message for sites. Of the coordinator's files it holds the names
+    without their folders."""
     sent, signed = without_places(study).model_dump_json(), sign_plan(key, study.digest)
     plan = ConfigRecord({"study": sent, "digest": study.digest, **signed, **version_fields()})
     return RecordDict({"plan": plan, "frozen": to_record(frozen)})
@@ -57,14 +59,16 @@ class Roster:
     - lora_ranks: site -> the rank that it trains, if the plan lets sites choose
     - declared: site -> what it declares its data to be, of DECLARED, "" if it is private
     - free_query: sites whose records a query or a view selects
-    - enrolled: each node's present member (None: anybody)
+    - enrolled: returns node -> the member enrolled for it now (None: nobody needs to be enrolled)
     - expect: called with the nodes that are asked and the number of bytes that an answer may have
+    - nodes: site -> its node, of sites that have admitted the plan
     - refused: site -> reason, for the rest of the run
-    - absent: sites that failed or did not answer; they are asked again each round
-    - waiting: sites where nobody has signed the plan yet; they are asked again after a while
-    - down, up: bytes by site
+    - absent: site -> reason, of sites that failed or did not answer; they are asked again each
+      round
+    - waiting: site -> message, where nobody has signed the plan yet; they are asked again later
+    - down, up: site -> bytes sent to it, and received from it, since the newest saved round
 
-    Guarantee: a node's reply changes nothing for any site but its own."""
+    Guarantee: a node's reply changes the state of its own site alone."""
 
     grid: Grid
     study: Study
@@ -76,7 +80,7 @@ class Roster:
     expect: Callable[[Iterable[int], int], None] = lambda nodes, most: None
     lora_ranks: dict[str, int] = field(default_factory=dict)
     declared: dict[str, str] = field(default_factory=dict)
-    free_query: set[str] = field(default_factory=set)  # in any round: it takes nothing back
+    free_query: set[str] = field(default_factory=set)  # a site stays in it for the whole run
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -89,11 +93,14 @@ class Roster:
         self.named: Callable[[], Mapping[int, Member]] = getattr(self.grid, "members", None) or dict
 
     def list_willing(self) -> list[str]:
-        """Return the admitted sites that have not refused since, by name."""
+        """Return the names of the sites that have admitted the plan and have not refused since,
+        sorted."""
         return sorted(set(self.nodes) - set(self.refused))
 
     def join(self) -> None:
-        """Ask every node that has not answered yet, so that a site may join late."""
+        """Send the plan to every connected node that has not answered it for good, so that a site
+        may join late. A node that waits for a person's signature is left out until its pause is
+        over."""
         connected, now = set(self.grid.get_node_ids()), time.monotonic()
         self.nodes = {name: node for name, node in self.nodes.items() if node in connected}
         self._asked &= connected
@@ -106,24 +113,25 @@ class Roster:
 
     @property
     def waiting(self) -> dict[str, str]:
-        """Return the sites where nobody has signed the plan yet, with their messages."""
+        """Return site -> message, of the sites where nobody has signed the plan yet."""
         return {one.name: one.reason for one in self._unsigned.values()}
 
     @property
     def longest_wait(self) -> float:
-        """Return how many seconds the first of `waiting` has waited."""
+        """Return for how many seconds the first of `waiting` has waited; 0 if none waits."""
         now = time.monotonic()
         return max((now - one.since for one in self._unsigned.values()), default=0.0)
 
     def out(self) -> dict[str, str]:
-        """Return the sites that cannot be asked now, with the reason."""
+        """Return site -> reason, of the sites that cannot be asked now."""
         reasons = {name: f"failed: {why}" for name, why in self.absent.items()}
         reasons |= {name: f"waiting: {why}" for name, why in self.waiting.items()}
         reasons |= {name: f"refused: {why}" for name, why in self.refused.items()}
         return dict(sorted(reasons.items()))
 
     def raise_if_refused(self) -> None:
-        """Raise Refused if refusals alone make strategy.min_sites impossible."""
+        """Raise Refused if too many sites refused for strategy.min_sites to be reached, even if all
+        others that are known took part."""
         reachable = len({*self.list_willing(), *self.absent, *self.waiting})
         if self.refused and reachable < self.study.strategy.min_sites:
             raise self.too_few(Refused)
@@ -142,8 +150,8 @@ class Roster:
     def ask(
         self, kind: str, contents: Mapping[int, RecordDict], group: str, arrays: int = 0
     ) -> Iterator[Reply]:
-        """Send each node its message and yield the replies, each with at most `arrays` bytes of
-        arrays, besides the rest of the message."""
+        """Send each node its message and yield the replies. A reply may be replies.WORDS bytes
+        long, and `arrays` bytes longer for its arrays."""
         most, timeout = replies.WORDS + arrays, self.study.strategy.round_timeout
         self.expect(contents, most)
         return ask(self.grid, kind, contents, group, timeout, most)
@@ -187,8 +195,9 @@ class Roster:
             self.on_status(name, status, reason)
 
     def _name_of(self, node: int, claim: _Claim) -> str:
-        """Identify the node's site, by the registry or in a simulation by its site file, not by its
-        claim; without either, by the name that it was first admitted with, if that was free."""
+        """Return the name of the node's site: by the registry or, in a simulation, by its site
+        file, never by its own claim. Without either, a node keeps the name with which it was first
+        admitted, if no other node had it. A node without a name is called "node N"."""
         vouched = (self.enrolled or self.named)().get(node)
         if vouched and self.enrolled:
             return vouched.name
@@ -218,9 +227,8 @@ class Roster:
 
 
 class _Unsigned(NamedTuple):
-    """A node that waits for a person. since: the time of its first such answer, on the monotonic
-    clock; again: the time of the next request, which comes soon after a short wait, and later
-    the longer it lasts."""
+    """A node where nobody has signed the plan yet. since: the time of its first answer that said
+    so; again: the time at which it is asked again. Both are in seconds on the monotonic clock."""
 
     name: str
     reason: str
@@ -229,15 +237,16 @@ class _Unsigned(NamedTuple):
 
     @classmethod
     def after(cls, known: _Unsigned | None, name: str, reason: str) -> _Unsigned:
-        """Return the state after one more such answer."""
+        """Return the node's state after one more answer that it waits. known: its state before, or
+        None if this is its first such answer."""
         now = time.monotonic()
         since = known.since if known else now
         return cls(name, reason, since, now + before_asking(now - since))
 
 
 def before_asking(waited: float) -> float:
-    """Return the seconds after which a site that has waited this long for a person is asked
-    again."""
+    """Return the pause in seconds before a site that has waited `waited` seconds for a person is
+    asked again. It grows with the wait."""
     return min(max(waited * ASK_SHARE, ASK_SECONDS[0]), ASK_SECONDS[1])
 
 
@@ -249,7 +258,7 @@ class _Claim(NamedTuple):
     name: str = ""
     declared: int = 0
     key: str = ""
-    what: str = ""  # it declares its data to be: public or generated; "": private
+    what: str = ""  # what it declares its data to be: public or generated; "": private
     free_query: bool = False
 
 
@@ -292,18 +301,20 @@ def _lora_rank(reply: Reply, lora: LoraTable | None) -> int | None:
 
 @dataclass
 class Tally:
-    """One round in progress.
+    """What the coordinator has received in the round in progress.
 
+    - missing: site -> why it has not delivered
     - failures: how often each site failed to deliver
-    - counted: accepted updates by idempotency key, since a retry and a replay are both new messages
-    - largest: a site's largest weight (0: not computed yet)
-    - weights: site -> that weight, if it declared more
-    - evidence: site -> what it signed of its update"""
+    - counted: (study, round, site) of the accepted updates; a retry and a replay are new messages,
+      so a message's own id would not show that an update was counted already
+    - largest: the largest weight that a site may have (0: not computed yet)
+    - weights: site -> its weight, of sites that declared more than `largest`
+    - evidence: site -> what it signed about its update"""
 
     number: int
     participants: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    late: dict[str, str] = field(default_factory=dict)  # delivered when asked again: why so late
+    late: dict[str, str] = field(default_factory=dict)  # site -> why it delivered on a retry
     failures: Counter[str] = field(default_factory=Counter)
     started: float = field(default_factory=time.monotonic)
     counted: set[tuple[str, int, str]] = field(default_factory=set)
@@ -316,8 +327,8 @@ class Tally:
         return (study, self.number, name) in self.counted
 
     def note_missing(self, name: str, result: Outcome) -> bool:
-        """Note why a site delivered nothing; return whether it still waits for a person there,
-        and this was reported."""
+        """Note why a site delivered nothing. Return whether it waits for a person, and was noted to
+        wait for the same reason before: this need not be reported twice."""
         before, why = self.missing.get(name), f"{result.status}: {result.reason}"
         self.missing[name] = why
         return result.status == WAITING and why == before
@@ -327,21 +338,23 @@ class Tally:
         self.evidence[name] = evidence
         self.participants.append(name)
         why = self.missing.pop(name, "")
-        if why and not why.startswith("unprepared"):  # it was sent the plan again, at once
+        # A site that lacked the plan was sent it and asked again at once: that is not late.
+        if why and not why.startswith("unprepared"):
             self.late[name] = why
 
 
 @dataclass(frozen=True, repr=False)
 class Outcome:
-    """A site's validated reply. status: trained, ready, masked, answered, or the reason why it
-    does not count."""
+    """A site's validated reply. status: "trained", "ready", "masked" or "answered" if it counts;
+    else "failed", "refused", "unprepared", "void", "dropped" or that it waits for a person, with
+    the reason."""
 
     status: str
     reason: str = ""
     update: Arrays = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
-    ledger: dict[str, Any] = field(default_factory=dict)  # the site's statement of its head
-    evidence: dict[str, Any] = field(default_factory=dict)  # what it signed, without the arrays
+    ledger: dict[str, Any] = field(default_factory=dict)  # the site's statement of its newest entry
+    evidence: dict[str, Any] = field(default_factory=dict)  # what the site signed, less the arrays
 
 
 def outcome(
@@ -359,17 +372,19 @@ def outcome(
     longest: float = math.inf,
     read: Callable[[ArrayRecord], Arrays] | None = None,
 ) -> Outcome:
-    """Validate a reply to an order to train, or to another (`record`, `done`: its names). In this
-    order, each with its own reason:
+    """Validate a site's reply. These are checked in this order; the first that fails is the
+    reason why the reply is dropped:
 
-    | the seal    | by `key`, for this plan, round, base, site, receiver and nonce        |
-    | the arrays  | names, shapes, type and bytes as `like` in `encoding`, before any is read |
-    | the numbers | of that type by their own header; finite, as are the scales; a norm of |
-    |             | at most `longest`, by as much more as `encoding` may add to it         |
-    | the log     | noised with the `terms` that the plan sets, and a step for this update |
+    | the seal    | signed by `key`, for the plan, round, base, site, receiver and nonce in     |
+    |             | `expected`                                                                  |
+    | the arrays  | names, shapes, type and bytes of `like` in `encoding`, before any is decoded |
+    | the numbers | of that type by their own header; finite, as are their scales; a norm of at |
+    |             | most `longest` times the growth that `encoding` may cause                   |
+    | the log     | its steps had the plan's noise (`terms`), and are more than `steps_before`  |
 
-    read: a function that replaces the second and third check, and decodes the arrays; raises
-    WireError."""
+    record, done: the name of the reply's array record, and the status of a site that did the work.
+    private: whether the plan adds noise, so that the reply has a step log. read: a function that
+    decodes the arrays in place of the second and third check, and raises WireError."""
     if reply.content is None:
         return Outcome(reply.status, reply.reason)
     site, arrays = reply.content.get("site"), reply.content.get(record)
@@ -394,14 +409,15 @@ def outcome(
 
 
 class _DroppedUpdate(Exception):
-    """An update is dropped for this reason."""
+    """A reply is not counted; the message is the reason."""
 
 
 def _open_update(
     site: ConfigRecord, arrays: ArrayRecord, key: str, expected: Header
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Verify a sealed update; return its ledger statement, and what proves later that the site
-    sent it. Errors: SealError."""
+    """Verify a sealed update. Return the site's statement of its ledger, and the evidence (seal,
+    digest of the arrays, signed texts) that later proves that the site sent it. Errors:
+    SealError."""
     digest = seal.arrays_digest(bodies(arrays))
     ledger = seal.open_seal(site, key, replace(expected, body=seal.digest_of(digest, site)))
     sealed = {name: site[name] for name in seal.OUTSIDE}

@@ -5,10 +5,10 @@
     coordinator/         the home: CA, keys, registry, audit log; nothing of a running SuperLink
     runs/NAME/           the run, as of one moment between two transactions of its checkpoint
 
-Guarantee: the run's files are those of one state that a crash could have left, so `--resume`
-continues from it. Later charges stay charged at the sites, whatever a coordinator forgets; a
-round that they trained already is asked for again. A backup holds the consortium's private keys:
-its mode is 0600, and it must be kept as safe as they are.
+Guarantee: the run's files belong to one state that a crash could have left, so `--resume`
+continues from it. What sites were charged after the backup stays charged in their ledgers; a round
+that they trained after it is ordered again. A backup holds the consortium's private keys: its mode
+is 0600, and it must be kept as safe as they are.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def backup(study: Study, plan: Path, home: Path, run: Path | None, to: Path) -> 
 
 
 def restore(file: Path, into: Path) -> dict[str, Any]:
-    """Lay out a backup in `into`, a new folder: study.toml, coordinator/ and runs/ beside it.
+    """Write a backup's files to `into`, a new folder: study.toml, and coordinator/ and runs/ beside
+    it.
 
     Every file is checked before any is written. Returns the manifest. Errors: InputError if it
     is not a complete backup, or `into` exists; InfrastructureError."""
@@ -109,10 +110,10 @@ def restore(file: Path, into: Path) -> dict[str, Any]:
 
 def refuse_second(home: Path) -> None:
     """Refuse to start from a restored home while another coordinator answers at the consortium's
-    address: the one from which it was copied, or one restored from the same backup.
+    address: the one that was backed up, or one restored from the same backup.
 
-    A coordinator that cannot be reached from here, or has another address, is not noticed. Errors:
-    InfrastructureError."""
+    A coordinator that this machine cannot reach, or that has another address, is not noticed.
+    Errors: InfrastructureError if one answers."""
     if not (home / RESTORED).exists() or not (home / "address").is_file():
         return
     address = reading.text(home / "address", "where sites connect", "give it with --name").strip()
@@ -123,7 +124,7 @@ def refuse_second(home: Path) -> None:
         )
         leaf.verify_directly_issued_by(certs.ca(home)[1])
     except (ValueError, TypeError, InvalidSignature, InfrastructureError):
-        return  # nobody is there, or somebody else
+        return  # nobody answers there, or somebody who is not of this consortium
     raise InfrastructureError(
         f"another coordinator of this consortium answers at {address}",
         "one coordinator at a time",
@@ -132,7 +133,7 @@ def refuse_second(home: Path) -> None:
 
 
 def _check_run(run: Path) -> None:
-    """Check that the folder belongs to a run. Errors: InputError."""
+    """Check that the folder is that of a run. Errors: InputError if it is not."""
     if not any(os.path.lexists(run / name) for name in (FOLDER, "plan.json", "status.json")):
         raise InputError(
             f"{run}: not a run folder",
@@ -142,8 +143,9 @@ def _check_run(run: Path) -> None:
 
 
 def home_with_ca(home: Path) -> Path:
-    """Return the home, if it has a CA: a backup never makes one, and an unreadable one cannot be
-    backed up. Errors: InputError, ConfigError."""
+    """Return `home` after a check that it holds a readable CA. A backup never makes a CA.
+
+    Errors: InputError if there is none; ConfigError if it cannot be read."""
     if not (home / "ca.pem").is_file():
         raise InputError(
             f"{home}: not a coordinator's home",
@@ -155,7 +157,7 @@ def home_with_ca(home: Path) -> Path:
 
 
 def _collect_public(study: Study, plan: Path) -> Files:
-    """Collect study.toml, and the files that it names in its own folder."""
+    """Collect study.toml and, of the public files that it names, those inside its folder."""
     named = [t.path for t in (study.evaluation, study.selection, study.public) if t]
     folder = plan.resolve().parent
     inside = [path.resolve() for path in named if path.resolve().is_relative_to(folder)]
@@ -168,8 +170,8 @@ def _home(home: Path) -> Files:
 
 
 def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """List every regular file except drafts, locks and a running process's own; of a log only
-    whole lines."""
+    """Yield each regular file's path in `folder` and its content, without drafts, locks and the
+    files of a running process. A log that ends in half a line ends before it."""
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         if NOT_KEPT & set(parts) or path.suffix == ".new" or not path.is_file():
@@ -183,11 +185,11 @@ def _tree(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _at_rest(run: Path) -> tuple[Files, str]:
-    """Read the run's files of one state: the checkpoint's arrays are those that its database names,
-    and no transaction came between. Also return where the released adapter's link points; "": no
-    link.
+    """Read a run's files so that all belong to one state: the checkpoint's arrays are those that
+    its database names, and the database did not change while they were read. Also return the
+    target of the released adapter's link, "" if there is none.
 
-    Errors: InfrastructureError."""
+    Errors: InfrastructureError if the run changed during each of TRIES readings."""
     database = run / FOLDER / DATABASE
     for _ in range(TRIES):
         before = _snapshot(database)
@@ -199,10 +201,10 @@ def _at_rest(run: Path) -> tuple[Files, str]:
                 for name, content in _tree(run)
                 if not name.startswith(f"{FOLDER}/") or name.endswith(".safetensors")
             }
-        except FileNotFoundError:  # a round was kept meanwhile, and an older one removed
+        except FileNotFoundError:  # a round was saved meanwhile, and an older one's arrays removed
             index, files = {}, {}
         if files and before == _snapshot(database) and _has_all_arrays(database, files, before):
-            # An index that is older than the folders it names is one that a crash leaves.
+            # The index was read before the folders: a crash may also leave an index that is older.
             files |= {str(p.relative_to(run)): content for p, content in index.items()}
             return files | ({f"{FOLDER}/{DATABASE}": before} if before else {}), link
         time.sleep(PAUSE)
@@ -214,9 +216,9 @@ def _at_rest(run: Path) -> tuple[Files, str]:
 
 
 def _snapshot(database: Path) -> bytes:
-    """Copy the database as of its last transaction; b"" if there is none.
+    """Copy the database as of its last transaction; b"" if there is no database.
 
-    Errors: CheckpointError if it is damaged."""
+    Errors: CheckpointError if the database is damaged."""
     if not os.path.lexists(database):
         return b""
     reading.regular(database, "a run's checkpoint", "restore it from a copy")
@@ -231,9 +233,9 @@ def _snapshot(database: Path) -> bytes:
 
 
 def _has_all_arrays(path: Path, files: Files, database: bytes) -> bool:
-    """Return whether the arrays that the database names are there, by sha256.
+    """Return whether `files` holds every array file that the database names, with its sha256.
 
-    Errors: CheckpointError if it is not a checkpoint's database."""
+    Errors: CheckpointError if `database` is not a checkpoint's database."""
     if not database:
         return True
     with sqlite_errors(path, ValueError, TypeError, AttributeError):
@@ -258,7 +260,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
                 total += entry.size
                 if not entry.isfile() or entry.sparse is not None or not _plain(entry.name):
                     raise ValueError
-                if total > size:  # a file of holes would be longer here than there
+                if total > size:  # a sparse file could claim more bytes than the archive has
                     raise ValueError
                 body = archive.extractfile(entry)
                 files[entry.name] = body.read() if body else b""
@@ -290,7 +292,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Files]:
 
 
 def _plain(name: str) -> bool:
-    """Return whether a name stays in the folder in which it is put, and a file can have it."""
+    """Return whether `name` is a relative path that stays inside the folder of the restore."""
     path = PurePosixPath(name)
     if reading.refuse_path(name) or not name.isprintable():
         return False

@@ -44,9 +44,11 @@ from fedtune.core.dp.shared_noise import own_sigma
 from fedtune.evidence.step_summary import Agreed
 
 FAILURE = 1e-12
-ROWS = 2  # times the declared size; beyond it `fedtune doctor` asks for another declaration
+# A site's true number of units may be this many times its declared size; `fedtune doctor` asks a
+# site with more to declare another size.
+ROWS = 2
 BETA1, BETA2 = 0.9, 0.999  # torch.optim.AdamW's defaults, which sites use
-GRID = 2.0**-20  # the noise's grid is at most so many σC
+GRID = 2.0**-20  # the largest spacing of the grid on which sums are rounded, in units of σC
 
 
 class Mechanism(Protocol):
@@ -68,7 +70,8 @@ class Terms(Agreed):
 
 
 def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
-    """Derive the terms of a site with `declared` units in a private study."""
+    """Derive the terms of a site with `declared` units in a private study. budget: the mechanism
+    (rate, noise multiplier, rounds) that the plan gives a site of this size."""
     assert study.clipping is not None  # Study: a private study clips
     k = study.records_per_draw
     return Terms(
@@ -82,9 +85,11 @@ def terms(study: Study, budget: Mechanism, declared: int) -> Terms:
 
 
 def norm_bound(study: Study, site: Terms, dimension: int, start: float) -> float:
-    """Bound ‖Δ‖ of an honest update of an adapter with norm `start` and `dimension` numbers.
+    """Bound the norm ‖Δ‖ of an honest site's update of an adapter with norm `start` and
+    `dimension` numbers.
 
-    The plan's learning_rate is used for every round: a schedule only lowers it."""
+    The bound holds in every round: it uses the plan's learning_rate, which a schedule only
+    lowers."""
     kind = _sgd if study.training.optimizer == "sgd" else _adamw
     bound, growth = kind(study, site, dimension, start)
     return bound * (1 + 1e-5) + growth * 2.0**-22 * (start + bound)  # rounding to fp32
@@ -94,7 +99,7 @@ def _sgd(study: Study, site: Terms, dimension: int, start: float) -> tuple[float
     """Return the bound for SGD before rounding, and Σ|c|ʲ."""
     t = study.training
     eta, c = t.learning_rate, 1 - t.learning_rate * (t.weight_decay + t.proximal_mu)
-    x = math.log(2 * t.local_steps / FAILURE)  # half for the noise, half for B*
+    x = math.log(2 * t.local_steps / FAILURE)  # half of FAILURE for the noise, half for B*
     # Rounding to the grid moves a row, and the noise, by at most √d/2 grid steps each.
     rounding = math.sqrt(dimension) * GRID * site.noise_multiplier * site.max_grad_norm
     reach = site.max_grad_norm + rounding
@@ -133,15 +138,17 @@ def _adamw(study: Study, _: Terms, dimension: int, start: float) -> tuple[float,
 
 
 def _rows(site: Terms, x: float) -> float:
-    """Bound the number of rows that a step may have drawn (B*)."""
+    """Return B*, which the number of rows drawn in a step exceeds with probability at most e⁻ˣ."""
     q = site.sampling_rate
     most = ROWS * site.divisor / q
     return min(most, most * q + math.sqrt(2 * most * q * (1 - q) * x) + x / 3)
 
 
 class Limits:
-    """Limits on each site's updates that follow from the plan. budget: maps study and declared
-    size to the mechanism; computed once for each size."""
+    """The limits on each site's updates that follow from the plan.
+
+    budget: computes the mechanism from a study and a declared size; it is called once for each
+    size."""
 
     def __init__(self, study: Study, budget: Callable[[Study, int], Mechanism]) -> None:
         self._study, self._budget = study, budget
@@ -149,7 +156,9 @@ class Limits:
         self._mechanisms: dict[int, Mechanism] = {}
 
     def mechanism(self, declared: int) -> Mechanism:
-        """Return the mechanism of a site of this declared size. Errors: ConfigError."""
+        """Return the mechanism of a site of this declared size.
+
+        Errors: ConfigError if no mechanism fits the declared size."""
         if declared not in self._mechanisms:
             self._mechanisms[declared] = self._budget(self._study, declared)
         return self._mechanisms[declared]
@@ -165,9 +174,12 @@ class Limits:
         return site.noise_multiplier * site.max_grad_norm / site.divisor
 
     def of(self, declared: int, dimension: int, start: float, done: int | None) -> dict[str, Any]:
-        """Return the limits on an update of `dimension` numbers of an adapter with norm `start`,
-        for a site of this declared size; {} if the plan adds no noise. done: rounds so far of a
-        continuous study, where the budget's rounds are those of one unit.
+        """Return the limits on a site's update as arguments of `admission.outcome`: "terms" and
+        "longest", the largest norm; {} if the plan adds no noise.
+
+        declared: the site's declared size. dimension, start: number of values and norm of the
+        adapter. done: the number of saved rounds in a continuous study, where the budget's rounds
+        are those that one unit takes part in, and not the study's; None in another study.
 
         Errors: ConfigError if no mechanism fits the declared size."""
         if not self._study.private:

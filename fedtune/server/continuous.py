@@ -1,14 +1,15 @@
 """Schedule the rounds of a study without a last round, and decide which adapters to release.
 
-The rule: a new adapter (the challenger) is released in place of the one in use (the champion) where
-it is better on the public [evaluation] records by the plan in [schedule] (report.change_plan). That
-is at most schedule.looks times; then nothing is compared until the file is replaced by one that
-shares no record with it, at most schedule.files times. What each comparison saw is kept (looks.py).
+A new adapter (the challenger) replaces the one in use (the champion) if it is better on the public
+[evaluation] records by the test that [schedule] sets (report.change_plan). One file of records
+allows schedule.looks comparisons; after these nothing is compared until the file is replaced by one
+that shares no record with it. At most schedule.files files are used. looks.py stores the result of
+each comparison.
 
-The champion is measured anew each time: if the public file was replaced, drift shows as a lower
-metric on the new one. Training continues from the newest adapter, released or not; a later
-adapter that is better than the champion is released. All of this is post-processing of noised
-sums, on public records, and costs no ε.
+The champion is measured again in each comparison, since the public file may have been replaced: a
+champion that no longer fits newer records then shows a lower metric. Training continues from the
+newest adapter, released or not, so a later adapter may still replace the champion. All of this is
+post-processing of noised sums, on public records, and costs no ε.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Emit = Callable[..., None]
 
 
 class Continuous:
-    """The schedule and versions of a continuous study. slot: of the last round that was tried."""
+    """The schedule and versions of a continuous study. slot: that of the newest round that was
+    started, whether or not it succeeded; None before the first."""
 
     def __init__(self, out: Path, progress: Progress, parts: Dependencies, event: Emit) -> None:
         assert progress.study.schedule is not None and progress.study.evaluation is not None
@@ -61,8 +63,8 @@ class Continuous:
 
     @property
     def evaluator(self) -> Measures:
-        """The evaluator on the public records as they are now or, if they cannot be read, as
-        they last were."""
+        """The evaluator on the public records that the file holds now; if it cannot be read, on
+        those that were read last."""
         public = self.parts.fingerprint(self.evaluation.path)
         if self._evaluator is None or public != self._public:
             try:
@@ -83,13 +85,14 @@ class Continuous:
         return index.champion if index else 0
 
     def begin(self) -> None:
-        """Release the study's first adapter; after a crash, judge the newest adapter if it was
-        not judged."""
+        """Release the study's first adapter. After a restart, judge the newest adapter, unless it
+        was judged before the interruption."""
         self.versions.begin(Version(self.progress.round, self._at, "first"), self._save)
         self.judge()
 
     def judge(self) -> None:
-        """Compare the newest adapter with the champion, once, and release it if it is better."""
+        """Compare the newest adapter with the champion, and release it if it is better; do nothing
+        if it was judged before."""
         progress = self.progress
         while (index := self.versions.index()) is not None and index.judged < progress.round:
             version = self._compare(index)
@@ -100,8 +103,8 @@ class Continuous:
                 self.event("version", champion=self.champion, promoted=promoted, text=text)
 
     def _compare(self, index: Index) -> Version:
-        """Compare the newest adapter with the champion, if the plan allows one more comparison
-        on the public records as they are now."""
+        """Compare the newest adapter with the champion, if the plan allows one more comparison on
+        the present public records, and return the version with its decision."""
         evaluator, progress = self.evaluator, self.progress
         self._note()
         version = Version(
@@ -138,8 +141,8 @@ class Continuous:
         )
 
     def _note(self) -> None:
-        """Write down on which records versions are compared, and which records trained the
-        model."""
+        """Store the keyed digests of the public records on which versions are compared, and of
+        those that trained the model."""
         if self._looked.apart is None:
             public = taught_by(self.progress.study)
             taught = self.parts.contents(public) if public else ()
@@ -159,7 +162,8 @@ class Continuous:
         }
 
     def quality(self) -> dict[str, Any]:
-        """Compare base and champion on the public records as they are now, the same for both."""
+        """Measure base and champion on the present public records, and return the report's quality
+        table."""
         evaluator, champion = self.evaluator, self.champion
         arrays = self.parts.load(self.versions.at(champion))
         adapter = {name: arrays[name] for name in self.progress.adapter}

@@ -24,7 +24,7 @@ from fedtune.doctor.machine import Check, Finding, findings
 from fedtune.flower import certs, enrol
 from fedtune.flower.ports import address_of, own_name
 
-ROUNDS_KEPT = 4  # adapters on disk per site: sent and received, while Flower keeps both
+ROUNDS_KEPT = 4  # disk space to have, in adapters per site: Flower keeps what is sent and received
 RESTORE = "restore it from a backup: sites trust no other"
 START = "`fedtune server` renews it when it starts, and while it runs"
 
@@ -49,7 +49,8 @@ class Place(NamedTuple):
 
 
 def examine(path: Path, place: Place, settings: Sequence[str] = ()) -> Iterator[Finding]:
-    """Yield each check's finding as it ends. settings: as for load_study.
+    """Yield the finding of each check when the check ends. settings: overrides of study.toml's
+    keys, as for load_study.
 
     Errors: ConfigError if study.toml cannot be read; everything else is a finding."""
     study = load_study(path, settings=settings)
@@ -184,7 +185,7 @@ def _port(place: Place) -> str:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             socket.create_server((host, port), family=family).close()
-        except (OSError, UnicodeError) as error:  # UnicodeError: of a name that no machine has
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
             why = error.strerror if isinstance(error, OSError) else "no machine is called so"
             raise InfrastructureError(
                 f"{at}: cannot be listened on ({why})",

@@ -21,7 +21,7 @@ UNREADABLE = (  # what reading a hostile message may raise; a lost connection is
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
     *(RecursionError, NotImplementedError, struct.error, DecodeError),
 )
-POLL_SECONDS = (0.1, 1.0)  # between two looks for answers
+POLL_SECONDS = (0.1, 1.0)  # shortest and longest pause before answers are looked for again
 CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,79}")
 ERROR_TEXT = {
     api.ErrorCode.LOAD_CLIENT_APP_EXCEPTION: "the site could not load its app",
@@ -35,8 +35,10 @@ ERROR_TEXT = {
 
 @dataclass(frozen=True)
 class Reply:
-    """One node's answer: its content, or the reason why there is none; status is then "failed",
-    or "dropped" if it was longer than agreed. size: bytes of the content on the wire."""
+    """One node's answer: its content, or None and the reason why there is none.
+
+    size: bytes of the content on the wire. status: of an answer without content, "dropped" if it
+    was longer than agreed, else "failed"."""
 
     node: int
     content: RecordDict | None
@@ -53,12 +55,13 @@ def ask(
     timeout: float,
     most: int = replies.WORDS,
 ) -> Iterator[Reply]:
-    """Send each node its content and yield exactly one Reply per node, as they arrive.
+    """Send each node its content and yield exactly one Reply per node, in order of arrival.
 
-    most: bytes that an answer may have. A node is identified by the message that it answers,
-    never by the answer's content.
-    Guarantee: at most one reply is held, of at most `most` bytes; a reply that is longer, cannot be
-    read or is never complete counts as a failure of that node alone, and no other waits for it.
+    kind, group: the messages' type and group in Flower. timeout: seconds to wait for all answers.
+    most: bytes that an answer may have. A node is identified by the message that it answers, never
+    by the answer's content.
+    Guarantee: at most one reply is held in memory, of at most `most` bytes. A reply that is longer,
+    unreadable or never complete counts as a failure of its node alone and delays no other.
     Errors: InfrastructureError if the grid fails.
     """
     try:
@@ -98,14 +101,16 @@ def _collect(waiting: dict[int, replies.Answer], most: int, deadline: float) -> 
             poll.pause()
         else:
             for node, answer in waiting.items():
-                answer.drop()  # what has arrived of it
+                answer.drop()  # free the parts that have arrived
                 yield Reply(node, None, "no answer in time")
             return
 
 
 def _pull_answer(node: int, answer: replies.Answer, most: int) -> Reply | None:
-    """Pull a node's answer, if it arrived. One at a time: Flower loses everything that it pulled
-    together with a message that it cannot read, and two large answers need not be held together."""
+    """Pull a node's answer; None if it has not arrived.
+
+    Answers are pulled one at a time: a message that Flower cannot read makes it lose all that it
+    pulled in the same call, and large answers are not held in memory together."""
     try:
         message = answer.take()
         if message is None:

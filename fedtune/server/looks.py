@@ -1,10 +1,10 @@
-"""Record on which records a continuous study's versions were compared, so that each verdict can
-be computed again and no record counts twice as a fresh one.
+"""Record on which public records a continuous study's versions were compared, so that each verdict
+can be computed again, and a replaced file cannot contain records that were compared on before.
 
-    out/looks.key                  the key of the digests; handed over with nothing
-    out/versions/looked.json       of each public file that versions were or were to be compared on,
-                                   and of the records that taught the model: its records' digests
-    out/versions/look-N.json       what the comparison of version N saw, record by record
+    out/looks.key                  the key of the digests; it is never part of what is handed over
+    out/versions/looked.json       keyed digests of the records of each public file for comparisons,
+                                   and of the public records that trained the model
+    out/versions/look-N.json       the result of version N's comparison, record by record
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ KEY = "looks.key"
 class Looked:
     """The records on which the versions of the run in `out` were compared, by keyed digest.
 
-    files: by a public file's sha256; apart: of the records that trained the model, None until
-    known."""
+    files: a public file's sha256 -> its records' digests. apart: the digests of the public records
+    that trained the model; None until they were computed."""
 
     def __init__(self, out: Path) -> None:
-        """Read the stored digests. Errors: CheckpointError (damaged, or its key is gone)."""
+        """Read the stored digests. Errors: CheckpointError if their file is damaged, or the key is
+        missing."""
         self._out = out
         self.files: dict[str, frozenset[str]] = {}
         self.apart: frozenset[str] | None = None
@@ -47,7 +48,8 @@ class Looked:
             self.apart = frozenset(found["apart"])
 
     def key_digests(self, digests: Collection[str]) -> frozenset[str]:
-        """Return records' digests under this run's key. Errors: InfrastructureError."""
+        """Return the HMACs of records' digests under this run's key, which is made at the first
+        call. Errors: InfrastructureError."""
         path = self._out / KEY
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,12 +58,13 @@ class Looked:
         return frozenset(hmac.digest(key, one.encode(), "sha256").hex()[:32] for one in digests)
 
     def note(self) -> None:
-        """Write down on which records versions are compared. Errors: InfrastructureError."""
+        """Write `files` and `apart` to out/versions/looked.json. Errors: InfrastructureError."""
         files = {public: sorted(records) for public, records in self.files.items()}
         document = {"format": FORMAT, "files": files, "apart": sorted(self.apart or ())}
         writing.replace(self._out / VERSIONS / LOOKED, json.dumps(document).encode())
 
     def keep(self, version: int, look: Look, about: Mapping[str, object]) -> None:
-        """Write down the result of a comparison, record by record. Errors: InfrastructureError."""
+        """Write a comparison's result to out/versions/look-N.json. about: further entries of the
+        file. Errors: InfrastructureError."""
         content = {"format": FORMAT, **about, **look.as_dict()}
         writing.replace(self._out / look_file(version), canonical(content))

@@ -1,4 +1,5 @@
-"""Add up the masked words of a set of sites at the coordinator, and open their sum."""
+"""Add up the masked updates ("words", integers modulo a power of two) of a set of sites at the
+coordinator. The masks cancel in the sum of the whole set."""
 
 from __future__ import annotations
 
@@ -12,8 +13,11 @@ from fedtune.core.secagg.statement import Ready
 
 
 class MaskedSum:
-    """The sum of the words of a set of sites, each counted once; it takes memory for one site's
-    words."""
+    """The running sum of the words of a set of sites. Each site counts once. The sum needs the
+    memory of one site's words.
+
+    statements: those of the set's sites. dimension: d, the number of words of a site. bits: of a
+    word."""
 
     def __init__(self, statements: Sequence[Ready], dimension: int, bits: int) -> None:
         self.statements = {ready.site: ready for ready in statements}
@@ -23,19 +27,19 @@ class MaskedSum:
 
     @property
     def missing(self) -> list[str]:
-        """The sites whose words have not arrived, by name."""
+        """The names of the sites whose words have not arrived, sorted."""
         return sorted(set(self.statements) - self._added)
 
     def add(self, site: str, words: Words) -> None:
-        """Add the words of a site of the set. A site's words count once."""
+        """Add the words of one site of the set."""
         if site not in self.statements or site in self._added:
             raise ValueError(f"{site}: sends masked words that were not asked for")
         self._total += words
         self._added.add(site)
 
     def open(self) -> npt.NDArray[np.int64]:
-        """Return the noised integer sum, (d,). Errors: ValueError while words are missing: the
-        sum so far is uniform noise."""
+        """Return the noised integer sum, (d,). Errors: ValueError while words are missing, since
+        a partial sum still has masks and is uniformly random."""
         if self.missing:
             raise ValueError("masked words of the set are missing")
         return centre_words(self._total)

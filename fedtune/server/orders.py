@@ -1,4 +1,5 @@
-"""Exchange messages with the sites, for training and for queries: signed orders out, replies in."""
+"""Exchange messages with the sites, for training and for queries: send signed orders, and receive
+the replies."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from fedtune.server.admission import Roster, before_asking
 from fedtune.server.exchange import Reply, ask
 from fedtune.server.store import Progress
 
-TOLD_SECONDS = 10.0  # to hear that sites know that the study has ended
+TOLD_SECONDS = 10.0  # time for the sites to confirm that they know of the study's end
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,15 @@ class Order:
     """An order to sites.
 
     - kind: type of the message
-    - plan: digest under which the site enters the work
+    - plan: the plan's digest, with a suffix for queries and for the two parts of a round with
+      secure aggregation; the site's ledger enters the work under it
     - round: number of the round
     - group: group of the messages
-    - receipt: a site's name to the receipt that goes with its order
+    - receipt: maps a site's name to the receipt that is sent with its order
     - arrays: bytes of arrays that an answer may have
-    - attempt: number of the attempt at the round, 0 if there is only one
+    - attempt: number of the attempt at the round, 0 if a round has only one
     - said: further records of the message
-    - adapter: whether the newest adapter goes with it"""
+    - adapter: whether the newest adapter is sent with the order"""
 
     kind: str
     plan: str
@@ -71,10 +73,10 @@ def exchange(
     order: Order,
     take: Callable[[Answer], str],
 ) -> None:
-    """Send `order` and the newest adapter to `names` and pass each reply to `take`, which returns
-    its status. A site that was "unprepared" gets the plan again and is asked once more; a site
-    whose answer waits for a person there is asked again from time to time, for
-    strategy.round_timeout.
+    """Send `order` to the sites `names`, and pass each reply to `take`, which returns the reply's
+    status. A site that reports "unprepared" is sent the plan and asked once more. A site whose
+    answer waits for a person's approval is asked again, at growing intervals, for
+    strategy.round_timeout seconds.
 
     Errors: InfrastructureError if the grid fails."""
     shared = RecordDict(dict(order.said))
@@ -82,7 +84,7 @@ def exchange(
         shared["adapter"] = to_record(codec.encode(progress.adapter, progress.study.wire.adapter))
     shared_bytes, beside = size(shared), _digest_beside(shared)
     began, wait = time.monotonic(), progress.study.strategy.round_timeout
-    told, held = list[str](), list[str]()  # who got the plan again just now; who waits
+    told, held = list[str](), list[str]()  # sites just sent the plan again; sites that wait
     while True:
         nonce, named = secrets.token_hex(16), {roster.nodes[name]: name for name in names}
         orders = {
@@ -117,8 +119,8 @@ def exchange(
 
 
 def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
-    """Yield the answers. If a site works in this process, its progress reports are shown under
-    its number."""
+    """Yield the answers. While the next one is awaited, progress reports of this process carry the
+    label "site N of M": in a simulation the sites work in it."""
     for number in itertools.count(1):
         with stage(f"site {number} of {sites}"):
             reply = next(answers, None)
@@ -129,8 +131,7 @@ def _count_answers(answers: Iterator[Reply], sites: int) -> Iterator[Reply]:
 
 def tell_finished(roster: Roster, key: SigningKey) -> None:
     """Send the sites a signed statement that the study has ended, so that none waits for another
-    round. A site that does not answer within seconds does not get it, and keeps the study as one
-    that is running."""
+    round. A site that cannot be reached within TOLD_SECONDS goes on waiting."""
     plan = dict(roster.plan.config_records["plan"])
     said = ConfigRecord(plan | seal.sign_end(key, str(plan["digest"])))
     contents = dict.fromkeys(sorted(roster.nodes.values()), RecordDict({"plan": said}))
@@ -141,7 +142,8 @@ def tell_finished(roster: Roster, key: SigningKey) -> None:
 
 
 def _digest_beside(shared: RecordDict) -> str:
-    """Compute the digest of what goes with an order, as a site reads it."""
+    """Compute the digest of the adapter and the set of sites that are sent with an order, from the
+    same bytes from which a site computes it."""
     adapter = shared.array_records.get("adapter")
     return seal.digest_beside(bodies(adapter) if adapter else {}, shared.config_records.get("set"))
 

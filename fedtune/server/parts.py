@@ -1,4 +1,5 @@
-"""Import the coordinator's dependencies when first used; tests replace them."""
+"""Define the functions and settings with which a coordinator runs a study. The functions import
+their modules when they are first called; tests replace them."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ def _start(study: Study) -> Started:
     from fedtune.public.start import start
     from fedtune.server.step import replace_evaluation
 
-    check_evaluation(study)  # in seconds; A from public text takes minutes
+    check_evaluation(study)  # first, since it takes seconds, and A from public text minutes
     check_apart(study)
     if study.selection:
         check_evaluation(replace_evaluation(study))
@@ -169,23 +170,24 @@ def _report(out: Path, report: dict[str, Any]) -> None:
 class Settings:
     """Settings with which a coordinator runs a study.
 
-    - key: its signing key
-    - receipts: file for the sites' newest receipts beyond one run (None: only in the run's
-      checkpoint)
+    - key: the coordinator's signing key
+    - receipts: file that keeps the sites' newest receipts from one run to the next (None: they are
+      kept in the run's checkpoint alone)
     - plan: file for the plan as it is sent (None: not stored)
     - ca: the consortium's certificate (PEM; "" in a simulation)
-    - registry: returns each admitted site's keys besides its signing key, as its fingerprint holds
-      them
+    - registry: returns, for each admitted site, its public keys other than the signing key; its
+      fingerprint covers them
     - patience: seconds to wait at the start until strategy.min_sites sites admit the plan
-    - waits: wait for sites longer than that, as long as none has refused
+    - waits: whether to wait longer than `patience` for sites, as long as none has refused
     - signing: seconds to wait at the start for sites where nobody has signed the plan yet
     - pause: seconds before the first retry of a round (twice that before the second, and so on)
     - clock, upto: for a continuous study, the time of day, and the round after which to stop (None:
-      until it is stopped)
-    - skip: leave out a round that too few sites delivered, and continue with the next slot's
-    - anyway: run a study that is not expected to gain anything
-    - shares: for that forecast, shares of the sites' units by class, of classes that public records
-      lack"""
+      it runs until somebody stops it)
+    - skip: for a continuous study, whether to leave out a round that too few sites delivered and
+      continue with the next slot
+    - anyway: whether to run a study that is not expected to gain anything
+    - shares: for the forecast of the gain: class -> share of the sites' units, of classes that
+      public records lack"""
 
     key: SigningKey = field(default_factory=SigningKey)
     receipts: Path | None = None
@@ -207,8 +209,9 @@ class Settings:
 class Dependencies:
     """Functions that a run calls.
 
-    enrolled: returns the member behind each node of a grid that may take part now (None: whoever is
-    connected); expect: called with the nodes that are asked, and with how long an answer may be."""
+    enrolled: returns node -> member, of the nodes of a grid that may take part now (None: every
+    connected node may). expect: called with the nodes that are asked, and with the number of bytes
+    that an answer may have."""
 
     start: Callable[[Study], Started] = _start
     evaluator: Callable[[Study, Arrays], Measures] = _evaluator

@@ -1,7 +1,7 @@
-"""Describe in a report how a run was made: when, where, with what, and who signed.
+"""Describe in a report how a run was made: times, machine, versions, settings, and who signed.
 
-All of it is public or the coordinator's own: its clock, its machine, its packages, the plan, and
-the sites' declarations. Nothing here is measured at a site or sent by one for this purpose."""
+Each figure is public or the coordinator's own: from its clock, its machine, its packages, the plan,
+or the sites' declarations. None is measured at a site, or sent by one for this purpose."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ UTC_SECONDS = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def clock_round(started: float) -> dict[str, Any]:
-    """Return how long a round took since `started` (monotonic), and when it ended (UTC).
+    """Return a round's duration in seconds since `started` (monotonic clock), and the time at which
+    it ended (UTC).
 
-    >>> sorted(clocked(0.0))
+    >>> sorted(clock_round(0.0))
     ['ended', 'seconds']
     """
     ended = datetime.now(UTC).strftime(UTC_SECONDS)
@@ -74,7 +75,7 @@ def _processor() -> str:
 
 
 def _gpu() -> str:
-    torch = sys.modules.get("torch")  # whoever trained here has imported it
+    torch = sys.modules.get("torch")  # imported if this process trained or measured anything
     if torch is None or not torch.cuda.is_available():
         return ""
     count = torch.cuda.device_count()
@@ -82,10 +83,8 @@ def _gpu() -> str:
 
 
 def _times(history: list[dict[str, Any]]) -> dict[str, str]:
-    """Return when the first round began and the last one ended; {} for rounds of an earlier
-    release.
-
-    The first round's beginning is its end minus its duration."""
+    """Return the times at which the first round began (its end minus its duration) and the last one
+    ended; {} if the rounds were saved by an earlier release, which stored no times."""
     ended = [entry["ended"] for entry in history if "ended" in entry]
     if not ended or "ended" not in history[0]:
         return {}

@@ -1,8 +1,8 @@
 """Query the sites' held-out records about a round (private evaluation), and pool the answers.
 
-Each site sends two noised sums, Σ score and Σ 1 over its units, and two more for each class and
-group that the plan names, and no other number. No quorum is needed, and errors in a query never
-stop a run."""
+Each site sends two noised sums over its units, Σ score and Σ 1, and two more for each class and
+group that the plan names; it sends no other number. Any number of sites may answer, and an error
+in a query never stops a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from fedtune.server.store import Phase, Progress
 
 
 class Queries:
-    """The queries of one run; a pooled answer goes into the newest entry of its history."""
+    """The queries of one run. A pooled answer is stored in the newest entry of the run's
+    history."""
 
     def __init__(self, progress: Progress, roster: Roster, key: SigningKey) -> None:
         self.progress = progress
@@ -33,15 +34,18 @@ class Queries:
         self.study = progress.study
 
     def is_due(self) -> bool:
-        """Return whether the plan has a query after the last round that was not made yet."""
+        """Return whether the plan has a query after the newest saved round, and it was not made
+        yet."""
         return self.progress.phase is Phase.KEPT and self.progress.round in self.study.queries
 
     def ask(self) -> dict[str, Any]:
-        """Ask every willing site about the newest adapter and return the history's entry: the
-        score (likelihood or accuracy), its noise_sd, the sites that answered, missing: site ->
-        reason, and table: the figures by class, group and site, if anybody answered.
+        """Ask every willing site about the newest adapter and return the pooled answer.
 
-        Errors: InfrastructureError where the grid fails."""
+        Its entries: the score under its name (likelihood or accuracy), noise_sd (standard deviation
+        of its noise), sites (those that answered), missing (site -> reason) and, if any site
+        answered, table (the figures by class, group and site).
+
+        Errors: InfrastructureError if the grid fails."""
         entry, missing = self.progress.history[-1], self.roster.out()
         answers: dict[str, Outcome] = {}
         number = self.progress.round
@@ -91,7 +95,8 @@ class Queries:
         return checked.status
 
     def _table(self, answers: dict[str, Outcome]) -> dict[str, Any]:
-        """Build the table of answers; with secure aggregation only for all sites together."""
+        """Build the table of answers by class, group and site; with secure aggregation it has no
+        rows of single sites."""
         sums = {name: answer.update["sums"].astype(np.float64) for name, answer in answers.items()}
         variances = {name: _variance(answer.events) for name, answer in answers.items()}
         shown = {"": np.sum([*sums.values()], axis=0)}
@@ -107,7 +112,7 @@ class Queries:
 
     @property
     def score(self) -> str:
-        """The score of a unit: likelihood or accuracy."""
+        """The name of the score that a unit gets: likelihood or accuracy."""
         table = self.study.private_evaluation
         return "likelihood" if table is None else table.score
 
@@ -129,12 +134,15 @@ class Queries:
 
 
 def pool_answers(answers: Iterable[Outcome], score: str = "likelihood") -> dict[str, float | None]:
-    """Pool the answers: the mean score over all units of all sites, and the noise's standard
-    deviation in it, to first order (delta method): √(v · (1 + r²)) / n, for the ratio r of two sums
-    whose noise has variance v each, n the pooled count. It leaves out the records' sampling error.
+    """Pool the answers: {score: the mean over all units of all sites, "noise_sd": the standard
+    deviation of its noise}.
 
-    | nobody answered, or n within TOO_NOISY standard deviations of 0 | None, None |
-    | with the noise it is outside [0, 1]                             | the nearer end |"""
+    The mean is the ratio r = Σ score / n of two sums, n the pooled count, whose noise has variance
+    v each. noise_sd is √(v · (1 + r²)) / n, to first order (delta method), and does not include the
+    sampling error of the records.
+
+    | no site answered, or n is within TOO_NOISY standard deviations of 0 | both None        |
+    | the noise puts the ratio outside [0, 1]                             | the nearer bound |"""
     total, variance = np.zeros(2), 0.0
     for answer in answers:
         total += answer.update["sums"][:2].astype(np.float64)

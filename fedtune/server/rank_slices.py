@@ -11,7 +11,8 @@ from fedtune.core.models.rank_slice import Arrays, trained_slice
 
 
 def slice_update(arrays: Mapping[str, npt.NDArray[np.float32]], columns: slice) -> Arrays:
-    """Slice the trained columns out of each array: the names and shapes of an update."""
+    """Slice the columns that a site trains out of each of the adapter's `arrays`. The result has
+    the names and shapes of that site's update."""
     return {
         name: np.ascontiguousarray(trained_slice(name, a, columns)) for name, a in arrays.items()
     }

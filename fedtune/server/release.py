@@ -20,16 +20,18 @@ from fedtune.strategies._posterior import ClassFigures
 def decide(
     progress: Progress, selector: Measures | None, figures: ClassFigures | None = None
 ) -> dict[str, Any]:
-    """Decide by the plan's selection.release, and return the decision.
+    """Decide by the plan's selection.release, and return the decision; {} if the plan has nothing
+    to decide.
 
-    "model" is TRAINED or START, "why" is the reason in words, and if two models were compared,
-    "metric", "records" and the metric of each follow. {} if the plan has nothing to decide.
+    Entries: "model", TRAINED or START; "why", the reason in words; and, if two models were
+    compared, "metric", "records" (their number), and each model's value of the metric.
 
-    figures: the release's noised figures of each class. Records that lack classes cannot show what
-    is learnt of them; the start is then released only if it would be better even if the trained
-    model were right about every unit of those classes, by their noised share.
-    | two that are alike | TRAINED |
-    | the share of classes that the records lack is not known, or counts for no accuracy | TRAINED |
+    selector: measures on the [selection] records. figures: the sites' noised figures of each class.
+    Selection records that lack a class cannot show what the trained model has learnt of it. The
+    start is then released only if it would be better even if the trained model were right about
+    every unit of the classes that are lacking; their share is estimated from the noised counts.
+    | both models measure the same                                             | TRAINED |
+    | records lack classes whose share is not known, or metric is not accuracy | TRAINED |
     """
     study = progress.study
     if selector is None or not progress.origin or not study.start or study.selection is None:
@@ -69,8 +71,9 @@ def decide(
 def _compute_unseen_share(
     study: Study, selector: Measures, figures: ClassFigures | None
 ) -> float | None:
-    """Return the noised share of units in classes that the selection records lack; None if it is
-    not known, or cannot be compared with the metric."""
+    """Return the share of the sites' units, from noised counts, in classes that the selection
+    records lack. None if there are no counts, or the metric is not accuracy, to which a share of
+    units cannot be added."""
     if not selector.lacking:
         return 0.0
     if figures is None or _metric(study) != "accuracy":

@@ -1,7 +1,7 @@
 """Run a study: start -> admit -> (train, aggregate, measure, save, query) per round -> report.
 
-Guarantee: a round that fewer than strategy.min_sites delivered is never counted; a crash or
-Ctrl-C loses at most the round in progress, and `resume` continues from there."""
+Guarantee: a round that fewer than strategy.min_sites sites delivered is never counted. A crash or
+Ctrl-C loses at most the round in progress; `resume` continues after the last saved one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from fedtune.server.rank_slices import pad_update, slice_update
 from fedtune.server.store import Phase, Progress
 
 RETRIES = 3  # of a round that too few sites delivered
-LARGEST = 4  # times the median declared size: what a larger one counts for
+LARGEST = 4  # a site's declared size counts for at most this many times the median
 POLL = 2.0  # seconds between checks for sites that have yet to connect
 
 
@@ -54,11 +54,13 @@ def run(
     on_event: OnEvent | None = None,
     parts: Dependencies | None = None,
 ) -> dict[str, Any]:
-    """Run `study` over the nodes of `grid` and write everything to `out`; return the report's
-    content.
+    """Run `study` over the nodes of `grid`, write adapter, report, metrics and checkpoint to `out`,
+    and return the report's content.
 
-    Errors: ConfigError, CheckpointError (exit 2); Refused, if the sites refused (exit 3);
-    InfrastructureError, if they did not answer (exit 4)."""
+    resume: continue the run that `out` holds. on_event: called with each event's kind and data.
+    parts: the functions and settings to use, by default those of this release.
+    Errors: ConfigError, CheckpointError (exit 2); Refused, if too many sites refused the plan (exit
+    3); InfrastructureError, if too few sites answered (exit 4)."""
     parts, on_event = parts or Dependencies(), on_event or (lambda kind, data: None)
     strategy = build_strategy(study)
     progress = store.open_folder(out, study, resume=resume)
@@ -74,12 +76,12 @@ def run(
         return _Run(grid, out, parts, on_event, strategy, progress).go(fresh)
     except BaseException:
         with suppress(OSError):
-            out.rmdir()  # a run that never began leaves nothing; a folder in use is not removed
+            out.rmdir()  # a run that never began leaves no folder; rmdir keeps one that has files
         raise
 
 
 class TooFew(InfrastructureError):
-    """Fewer than strategy.min_sites delivered a round, after all retries."""
+    """Fewer than strategy.min_sites sites delivered a round, after all retries."""
 
 
 class _Run:
@@ -99,7 +101,7 @@ class _Run:
         self.strategy = strategy
         self.progress = progress
         self.study = progress.study
-        self.rounds = self.study.training.rounds  # None: it goes on until somebody stops it
+        self.rounds = self.study.training.rounds  # None: the study runs until somebody stops it
         self.table = self.study.strategy
         self.limits = Limits(self.study, parts.budget)
         self.settings = parts.settings
@@ -107,7 +109,7 @@ class _Run:
         own_key = self.settings.key.public  # a site accepts receipts from the key that signed them
         earlier = self.receipts.read().items()
         self.earlier = {k: r for k, r in earlier if r.get("coordinator") == own_key}
-        receipts = progress.receipts.items()  # a resumed simulation has another key
+        receipts = progress.receipts.items()  # a resumed simulation signs with a new key
         progress.receipts = {n: r for n, r in receipts if r.get("coordinator") == own_key}
         plan = plan_message(self.study, progress.frozen, self.settings.key)
         store.keep_plan(self.settings.plan, plan)
@@ -133,9 +135,10 @@ class _Run:
 
     @property
     def _step_chooser(self) -> Measures | None:
-        """Return the function that chooses how far a round moves the adapter, by the selection
-        records. There is none if a head is made of class statistics, nor if these records lack a
-        class that the plan names, since they would take no step that learns it."""
+        """Return what measures candidates on the selection records to choose how far a round moves
+        the adapter; None if no step is chosen. That is so if the strategy builds a head from class
+        statistics, and if the selection records lack a class that the plan names: they would
+        reject every step that learns it."""
         selector = self._selector
         if selector is None or self.strategy.of_statistics or selector.lacking:
             return None
@@ -157,7 +160,7 @@ class _Run:
         if fresh:
             summary.measure_start(self.progress, self.evaluator)
             self._save()
-        if self.queries.is_due():  # the run broke off between a round and the query after it
+        if self.queries.is_due():  # the run was interrupted between a round and its query
             self.roster.join()
             self._query()
         store.write_metrics(self.out, self.progress.history)
@@ -173,9 +176,10 @@ class _Run:
         return self._finish()
 
     def _foretell(self) -> None:
-        """Print what the sites are expected to add to public records, before they pay.
+        """Report what the sites' records are expected to add to the public ones, before any ε is
+        spent.
 
-        Errors: ConfigError if they are expected to add nothing, and records would be private."""
+        Errors: ConfigError if they are expected to add nothing, and a site's data is private."""
         sizes, records = self.progress.sizes, len(self._evaluator) if self._evaluator else 0
         names = self.roster.list_willing()
         shares, known = self.settings.shares, self.progress.strategy
@@ -203,7 +207,8 @@ class _Run:
         return done or not step.steps_left(self.study, self.progress.history)
 
     def _next(self, number: int) -> None:
-        """Run one round; with a schedule, wait for its slot, and skip a round that fails."""
+        """Run one round. With a schedule, wait for its slot first, and leave the round out if too
+        few sites deliver it."""
         if self.continuous is None:
             return self._round(number)
         self.continuous.wait()
@@ -212,7 +217,7 @@ class _Run:
         except TooFew as error:
             if not self.settings.skip:
                 raise
-            self.strategy = build_strategy(self.study)  # less what some delivered
+            self.strategy = build_strategy(self.study)  # without the updates that some sites sent
             self.strategy.load_state(self.progress.strategy)
             self.strategy.prepare(self.study, self.progress.frozen)
             self._event("step", text=str(error))
@@ -221,8 +226,9 @@ class _Run:
         self._publish()
 
     def _admit(self) -> None:
-        """Wait for min_sites to admit the plan: for `patience`, or without end, for sites to
-        connect; for `signing` for their people. Errors: Refused, InfrastructureError."""
+        """Wait until min_sites sites have admitted the plan. Sites have settings.patience seconds
+        to connect (without a limit if settings.waits), and people there settings.signing seconds to
+        sign. Errors: Refused, InfrastructureError."""
         began, told = time.monotonic(), set[str]()
         while True:
             self.roster.join()
@@ -240,7 +246,8 @@ class _Run:
             time.sleep(min(POLL, self.settings.patience))
 
     def _tell_waiting(self, told: set[str]) -> set[str]:
-        """Report for whose people the start waits, when that changes; return their sites."""
+        """Report the sites where the start waits for a person's signature, if they are not those in
+        `told`; return them."""
         names = set(self.roster.waiting)
         if names != told:
             self._event(
@@ -259,7 +266,7 @@ class _Run:
             self.roster.join()
             self.roster.raise_if_refused()
             if len({*self.roster.list_willing(), *tally.participants}) < least:
-                continue  # nobody spends budget on a round that cannot count
+                continue  # too few sites for the round to count, so none is charged for it
             if self.progress.phase is not Phase.ASKED:
                 self._enter(Phase.ASKED)
             self.train(self._choose(tally), tally)
@@ -276,8 +283,8 @@ class _Run:
         )
 
     def _choose(self, tally: Tally) -> list[str]:
-        """Draw the sites to ask from the willing, with the public seed; on a retry, prefer those
-        that did not fail. The draw is public, so it never counts as amplification."""
+        """Draw the sites to ask from those that are willing, with the plan's seed; on a retry,
+        prefer those that have not failed. The draw is public, so it amplifies no site's privacy."""
         willing = self.roster.list_willing()
         target = max(self.table.min_sites, math.ceil(self.table.fraction * len(willing) - 1e-9))
         seed = f"{self.study.study.seed}:{tally.number}"
@@ -287,10 +294,10 @@ class _Run:
         return remaining[: max(target - len(tally.participants), 0)]
 
     def _train(self, names: list[str], tally: Tally) -> None:
-        """Ask `names` for an update and take each in as it arrives.
+        """Order the sites `names` to train, and count each update as it arrives.
 
-        The sites train from the adapter as it was encoded; their updates are applied to the fp32
-        adapter here, so that rounding errors do not accumulate over rounds."""
+        The sites train from the adapter as encoded for the wire. Their updates are applied to the
+        unrounded fp32 adapter here, so that rounding errors do not accumulate over rounds."""
         wire = self.study.wire
         adapter = self.progress.adapter
         number = tally.number
@@ -306,7 +313,8 @@ class _Run:
         return self.progress.receipts.get(name, earlier)
 
     def _take(self, tally: Tally, start: float, answer: Answer) -> str:
-        """Check a reply and count it, once. start: upper bound on the sent adapter's norm."""
+        """Check a reply, count its update unless the site's update is counted already, and return
+        the status. start: an upper bound on the norm of the adapter that was sent."""
         name, reply = answer.name, answer.reply
         self.roster.down[name] += answer.sent
         self.roster.up[name] += reply.size
@@ -327,7 +335,7 @@ class _Run:
             result = outcome(
                 reply, part, self.study.private, before, key, answer.expected, **limits
             )
-        except ConfigError as error:  # an honest site of such a size says so itself, when it joins
+        except ConfigError as error:  # an honest site of such a size refuses the plan itself
             result = Outcome("dropped", f"its declared size does not fit the plan: {error}")
         if result.status == "trained" and self.roster.is_stranger(reply.node, name):
             result = Outcome("refused", NOT_ENROLLED)
@@ -343,7 +351,7 @@ class _Run:
             tally.count(self.study.digest, name, result.evidence)
         else:
             tally.failures[name] += result.status != "unprepared"
-            if tally.note_missing(name, result):  # asked again, and still nobody let it go
+            if tally.note_missing(name, result):  # its answer still waits for a person's approval
                 return result.status
             if result.status == "refused":
                 self.roster.refused[name] = result.reason
@@ -351,7 +359,8 @@ class _Run:
         return result.status
 
     def _weight_cap(self, tally: Tally) -> int:
-        """Return the largest weight of a site, whatever it declares; constant within a round."""
+        """Return the largest weight that a site may have, whatever size it declares. The cap is
+        computed once in a round."""
         if not tally.largest:
             sizes = self.progress.sizes
             tally.largest = LARGEST * median_low(sizes[name] for name in self.roster.list_willing())
@@ -410,31 +419,32 @@ class _Run:
         self._event("round", **store.figures(entry), bytes=moved)
 
     def _noise_of_mean(self, tally: Tally) -> tuple[float, float]:
-        """Return the number of declared units in the round's mean, and the standard deviation of
-        the noise in each of its numbers, as `Strategy.describe_round` takes them: both follow
+        """Return the number of declared units in the round's mean update, and the standard
+        deviation of the noise in each of its numbers, for `Strategy.describe_round`. Both follow
         from the plan and the sites' declarations."""
         sizes = [self.progress.sizes[name] for name in tally.participants]
         weights = units = [min(size, self._weight_cap(tally)) for size in sizes]
         if self.table.weights == "equal" and not self.study.secure_aggregation:
             weights = [1] * len(sizes)
-        # A site's mean is divided by its size and multiplied by its weight; where the sum alone is
-        # opened, all are added up and divided once.
+        # A site's own mean is its sum over its declared size, and counts with its weight. With
+        # secure aggregation the sites' sums are added up and divided by the total weight.
         summed = weights if self.study.secure_aggregation else sizes
-        noise = [self.limits.deviation(size) * size for size in sizes]  # of a site's sum
+        noise = [self.limits.deviation(size) * size for size in sizes]  # in a site's sum
         shares = (d * w / n for d, w, n in zip(noise, weights, summed, strict=True))
         of_gradient = math.hypot(*shares) / sum(weights)
         return sum(units), of_gradient * self._rate_of_noise(tally.number)
 
     def _rate_of_noise(self, number: int) -> float:
-        """Return the factor from a gradient's noise to an update's: NaN if there is no one factor
-        for all of an update's numbers."""
+        """Return the factor by which the noise of a gradient becomes that of an update; NaN if it
+        differs between the update's numbers."""
         training, lora = self.study.training, self.study.lora
         is_one_step = training.local_steps == 1 and training.optimizer == "sgd"
         is_whole = lora is None or lora.min_rank is None
         return training.rate(number) if is_one_step and is_whole else math.nan
 
     def _query(self) -> None:
-        """Run the newest round's private evaluation; asked again, sites resend their answers."""
+        """Run the newest round's private evaluation. If it is repeated after a crash, the sites
+        send the same answers again, without a new charge."""
         answer = self.queries.ask()
         self._enter(Phase.QUERIED)
         for name, why in answer["missing"].items():
@@ -451,8 +461,9 @@ class _Run:
         self.receipts.keep({progress.keys[name]: r for name, r in progress.receipts.items()})
 
     def _measure(self, number: int) -> dict[str, float]:
-        """Measure the adapter on [evaluation]. These records choose nothing, so with [selection]
-        they are used only after the last round."""
+        """Measure the adapter on the [evaluation] records if it is due after round `number`; {} if
+        not. A plan with [selection] makes its choices on those records, and needs the evaluation
+        only after the last round."""
         table = self.study.evaluation
         every = 0 if self.study.selection else table.every if table else 0
         last = self.continuous is None and self._is_over
@@ -462,23 +473,24 @@ class _Run:
         return evaluator.follow(self.progress.adapter)
 
     def _finish(self) -> dict[str, Any]:
-        if not self.continuous:  # its adapters are released already
+        if not self.continuous:  # a continuous study has released its adapters already
             self._decision = release.decide(
                 self.progress, self._selector, self.strategy.class_figures()
             )
             starts = is_start_released({"released": self._decision})
-            if starts:  # nothing that was paid for is lost
+            if starts:  # keep the trained adapter too, since ε was spent on it
                 self._write(self.progress.adapter, TRAINED)
                 self._event("step", text=f"{self._decision['why']}: the start is released")
             self._write(self.progress.origin if starts else self.progress.adapter, ADAPTER)
         report = self._publish()
-        if not self.continuous:  # it may go on
+        if not self.continuous:  # a continuous study may be resumed
             self._enter(Phase.FINISHED)
         self._event("done", out=str(self.out), privacy=report["privacy"], quality=report["quality"])
         return report
 
     def _write(self, adapter: Arrays, name: str) -> None:
-        """Write an adapter to a folder of the run, completely or not at all."""
+        """Write an adapter to the folder `name` of the run: in a draft first, so that the folder is
+        never incomplete."""
         folder, draft = self.out / name, self.out / f"{name}.new"
         shutil.rmtree(draft, ignore_errors=True)
         self.parts.save(self.study, adapter, self.progress.frozen, draft)
@@ -486,8 +498,8 @@ class _Run:
         draft.rename(folder)
 
     def _publish(self) -> dict[str, Any]:
-        """Write the report, and sign it together with the adapter and the evidence that the
-        sites signed."""
+        """Write the report, and sign it together with the adapter and the sites' signed evidence;
+        return its content."""
         own, ran = self.settings, self.progress
         self.parts.report(self.out, report := self._report())
         sign(self.out, ran.study, own.key, own.ca, ran.keys, own.registry(), ran.history)
@@ -495,7 +507,7 @@ class _Run:
 
     def _report(self) -> dict[str, Any]:
         report = summary.report(self.progress, self.parts)
-        if not self.settings.ca:  # no consortium's: `fedtune verify` goes by the same
+        if not self.settings.ca:  # `fedtune verify` also takes a run without a CA for a simulation
             report["simulation"] = True
         if self._evaluator:
             report["quality"] |= summary.judge_adapter(

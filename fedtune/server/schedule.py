@@ -2,9 +2,9 @@
 
     slot k begins at start + k · every; a round runs in a slot, at most one in each
 
-| the coordinator was away, or a round took longer than `every` | missed rounds are left out     |
-| started within a slot that has had no round                   | that slot's round begins now   |
-Guarantee: the times follow from the clock and the plan alone, from nothing that a site sends.
+| the coordinator was away, or a round took longer than `every`   | missed rounds are left out   |
+| the coordinator starts within a slot that has not had its round | that round begins now        |
+Guarantee: the times follow from the clock and the plan alone, and from nothing that a site sends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from fedtune.core.config import ScheduleTable
 
-LONGEST = 30.0  # seconds slept at a stretch: the time of day may be set meanwhile
+LONGEST = 30.0  # seconds of one sleep, after which the time of day, which may be set, is read again
 
 
 class Clock(Protocol):
@@ -50,14 +50,14 @@ class SimulatedClock:
 
 
 def next_slot(table: ScheduleTable, last: int | None, now: float) -> int:
-    """Return the next round's slot: the newest slot that has begun, unless it had its round
-    already (`last`)."""
+    """Return the slot of the next round: the newest slot that has begun at time `now`, or the one
+    after `last` if `last`, the slot of the latest round, is that slot or a later one."""
     current = max(0, math.floor((now - table.start_timestamp) / table.every))
     return current if last is None else max(current, last + 1)
 
 
 def slot_start(table: ScheduleTable, slot: int) -> float:
-    """Return when a slot begins, in seconds since 1970."""
+    """Return the time at which a slot begins, in seconds since 1970."""
     return table.start_timestamp + slot * table.every
 
 

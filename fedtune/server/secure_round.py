@@ -1,10 +1,13 @@
-"""Run the coordinator's part of a round of which only the sum is opened.
+"""Run the coordinator's part of a round with secure aggregation, of which it learns only the sum of
+the sites' noised gradients.
 
-    ready    every site draws its noised sum and says so; then the set of sites is fixed
-    masked   each of the set sends words that open in the sum alone
-    open     all of them in: the optimiser's step, on the mean gradient of all units
+    ready    every site draws its noised sum and sends a signed statement about this draw; then the
+             set of sites is fixed
+    masked   each site of the set sends its sum as masked words; the masks cancel in the total alone
+    open     once all words have arrived: take the optimiser's step on the mean gradient of all
+    units
 
-If one site of the set is missing for good, nothing is opened, and the next attempt is a new draw
+If a site of the set does not send its words, nothing is opened, and the next attempt is a new draw
 for which every site pays again. The set of an attempt is saved before any site is informed."""
 
 from __future__ import annotations
@@ -38,16 +41,17 @@ from fedtune.server.parts import Settings
 from fedtune.server.store import Progress
 
 REPEATS = 3  # times that the sites of a set are asked again before their attempt is void
-ROUNDING = 1.01  # of the norm bound: rows and noise are rounded to the grid of the sum
+ROUNDING = 1.01  # factor on the norm bound, since rows and noise are rounded to the sum's grid
 ADAM_EPSILON = 1e-8  # torch.optim.AdamW's
 OnStatus = Callable[[str, str, str, int], None]
 
 
 @dataclass
 class SecureRound:
-    """Runs a study's rounds; `advance` moves the current one as far as the sites allow.
+    """Runs a study's rounds; `advance` takes the current one as far as the sites' replies allow.
 
-    progress.attempt holds what a restart needs: {round, number, statements, closed}."""
+    A restart continues from progress.attempt: {"round", "number": of the attempt, "statements":
+    site -> its statement, "closed": whether the set of sites is fixed}."""
 
     progress: Progress
     roster: Roster
@@ -65,8 +69,8 @@ class SecureRound:
         return self.progress.study
 
     def advance(self, names: list[str], tally: Tally) -> None:
-        """Ask `names` for their part of the round; sites that take part are counted in `tally`
-        when the sum was opened, and not before."""
+        """Ask the sites `names` for their part of the round. The sites of the set are counted in
+        `tally` once the sum has been opened."""
         attempt, least = self._attempt(tally.number), self.study.strategy.min_sites
         if not attempt["closed"]:
             self._collect([n for n in names if n not in attempt["statements"]], tally)
@@ -77,7 +81,8 @@ class SecureRound:
         self._open(tally)
 
     def _attempt(self, number: int) -> dict[str, Any]:
-        """Return the state of the current attempt at round `number`."""
+        """Return the state of the current attempt at round `number`; begin the first one if there
+        is none."""
         attempt = self.progress.attempt
         if attempt.get("round") != number:
             self._begin(number, 1)
@@ -91,7 +96,7 @@ class SecureRound:
     # ------------------------------------------------------------------------------------ ready
 
     def _collect(self, names: list[str], tally: Tally) -> None:
-        """Ask for statements, and keep those about this draw."""
+        """Ask the sites `names` for their statements, and keep those about the current draw."""
         attempt, progress = self.progress.attempt, self.progress
         asked = [progress.keys[name] for name in {*names, *attempt["statements"]}]
         record = ConfigRecord({"asked": json.dumps(sorted(asked))})
@@ -112,8 +117,9 @@ class SecureRound:
         return self._note_reply(tally, answer, result)
 
     def _check_statement(self, name: str, draw: Draw, result: Outcome) -> Outcome:
-        """Check that a site's statement is about this draw, and states what the site was
-        admitted with."""
+        """Check that a site's statement is about this draw, with the size and key with which the
+        site was admitted, and with the plan's noise. Return `result`, or why the reply is
+        dropped."""
         try:
             ready = parse(result.evidence["said"].get("ready"))
         except StatementError as error:
@@ -123,15 +129,15 @@ class SecureRound:
             return Outcome("dropped", "its statement is about another draw, or another site")
         sigma = self._mechanism()[1]
         own = 0.0 if sigma is None else own_sigma(sigma, noise_shares(self.study))
-        if ready.noise != own:  # the grid follows from it
+        if ready.noise != own:  # the sum's grid follows from σ, so it must be equal at all sites
             return Outcome("dropped", "it adds another noise than the plan's: compare the releases")
         return result
 
     # ----------------------------------------------------------------------------------- masked
 
     def _open(self, tally: Tally) -> None:
-        """Ask the attempt's set for its words until all are there, and open their sum; or give
-        the attempt up."""
+        """Ask the sites of the attempt's set for their words. If all have arrived, open their sum;
+        if a site refuses, or words are missing after REPEATS repetitions, begin a new attempt."""
         attempt = self.progress.attempt
         statements = [parse(text) for text in attempt["statements"].values()]
         words = self._sum = self._sum or MaskedSum(statements, self._dimension, self._bits())
@@ -157,8 +163,9 @@ class SecureRound:
         self.save()
 
     def _is_void(self, tally: Tally, names: list[str]) -> bool:
-        """Return whether one of `names` answered that it will not answer this attempt. A dropped
-        reply does not count: it may be an old one, and the site's next reply the right one."""
+        """Return whether one of the sites `names` answered that it will never send words for this
+        attempt. A reply that was dropped is no such answer: it may be an old one, and the site's
+        next reply may be valid."""
         told = [tally.missing.get(name, "") for name in names]
         return any(why.startswith(("void", "refused")) for why in told)
 
@@ -189,7 +196,9 @@ class SecureRound:
     # -------------------------------------------------------------------------------------- open
 
     def _apply(self, tally: Tally, words: MaskedSum, evidence: dict[str, Outcome]) -> None:
-        """Take the optimiser's step on the opened sum, and count the sites of the set."""
+        """Take the optimiser's step on the opened sum, and count the sites of the set.
+
+        Errors: InfrastructureError if the sum is larger than honest sites can make it."""
         sites, total = self._weights(tally, list(words.statements)), words.open()
         if np.abs(total.astype(np.float64)).max(initial=0) >= 2 ** (words.bits - 2):
             self._refuse_sum(tally.number, "is outside the range of its words")
@@ -207,15 +216,16 @@ class SecureRound:
             self.on_status(name, "trained", "", tally.number)
 
     def _weights(self, tally: Tally, names: list[str]) -> dict[str, int]:
-        """Return the number of units that each site counts for in the mean: as declared, but no
-        more than a multiple of the median, so that no declaration shrinks everybody's step to
-        nothing."""
+        """Return the number of units that each site adds to the mean's divisor: its declared size,
+        but at most the round's weight cap, so that no site can shrink the common step to nothing
+        by a huge declaration."""
         sizes, most = self.progress.sizes, self.weight_cap(tally)
         tally.weights |= {name: most for name in names if sizes[name] > most}
         return {name: min(sizes[name], most) for name in names}
 
     def _bound_norm(self, sites: int, rate: float, sigma: float | None, divisor: float) -> float:
-        """Bound the norm of an honest step: the noise of all sites, and all units' rows."""
+        """Bound the norm of the step if all sites are honest: `norm_bound` with the rows of all
+        units and the noise of all `sites`. Infinite without privacy."""
         clipping = self.study.clipping
         if sigma is None or clipping is None:
             return math.inf
@@ -232,7 +242,7 @@ class SecureRound:
         return ROUNDING * norm_bound(self.study, joint, self._dimension, start)
 
     def _refuse_sum(self, number: int, what: str) -> NoReturn:
-        self._begin(number, self.progress.attempt["number"] + 1)  # or --resume would open it again
+        self._begin(number, self.progress.attempt["number"] + 1)  # so that --resume draws anew
         self.save()
         raise InfrastructureError(
             f"round {number}: the sum of the sites' updates {what}; one of the sites "
@@ -246,7 +256,7 @@ class SecureRound:
     def _check_reply(
         self, answer: Answer, read: Callable[[ArrayRecord], Arrays], *, record: str, done: str
     ) -> Outcome:
-        """Validate a reply: its seal, its arrays and its log."""
+        """Validate a reply's seal, arrays and step log, and count its bytes."""
         name = answer.name
         reply = answer.reply
         events = self.progress.events
@@ -263,7 +273,7 @@ class SecureRound:
         return result
 
     def _note_reply(self, tally: Tally, answer: Answer, result: Outcome) -> str:
-        """Record the outcome of a reply."""
+        """Record a reply's outcome in tally and roster, report it, and return its status."""
         name = answer.name
         if result.status not in ("ready", "masked"):
             tally.failures[name] += result.status != "unprepared"
@@ -305,19 +315,20 @@ class SecureRound:
 
     @property
     def _like(self) -> Arrays:
-        """Return arrays with the names and shapes of a site's part."""
+        """Return arrays with the names and shapes of a site's update."""
         return self.strategy.update_like(self.progress.adapter)
 
     def _adapter_digest(self) -> str:
-        """Hash the adapter as the sites decode it."""
+        """Compute the digest of the adapter as sites decode it from the wire."""
         adapter = self.progress.adapter
         sent = codec.encode(adapter, self.study.wire.adapter)
         return codec.digest(codec.decode(sent, codec.shapes(adapter)))
 
     def _mechanism(self) -> tuple[float, float | None]:
-        """Return q and the sum's σ, None without privacy; the same for every size."""
+        """Return the sampling rate q and the joint σ of the opened sum (None without privacy). Both
+        are the same for every declared size."""
         rate = self.study.training.sampling_rate
-        assert rate is not None  # Study: with [secure_aggregation]
+        assert rate is not None  # Study requires it with [secure_aggregation]
         if not self.study.private:
             return rate, None
         return rate, self.limits.mechanism(max(self.progress.sizes.values())).noise_multiplier
@@ -327,7 +338,8 @@ class SecureRound:
         return bits_of(self.study, self._mechanism()[1], sizes, self._dimension)
 
     def _split(self, flat: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
-        """Cut the mean gradient into an update's tensors, in name order."""
+        """Cut the flat mean gradient (d,) into the update's tensors, in the order of their
+        names."""
         parts, at = {}, 0
         for name, shape in sorted(codec.shapes(self._like).items()):
             size = math.prod(shape)
@@ -347,8 +359,9 @@ def step_adapter(
     adapter: Arrays,
     round_: int,
 ) -> Arrays:
-    """Take one step of the plan's optimiser from `adapter`, as a site that starts it afresh each
-    round does; returns the change, fp32.
+    """Take one step of the plan's optimiser from `adapter` along the mean gradient g, and return
+    the change, fp32. Like a site's optimiser, it starts each round without a past. Here w is the
+    adapter and λ the weight decay:
 
     | sgd   | -η (g + λw)                                                           |
     | adamw | -η (g / (|g| + 10⁻⁸) + λw): AdamW's first step (Loshchilov & Hutter 2019) |"""
@@ -362,6 +375,7 @@ def step_adapter(
 
 
 def of(progress: Progress, *parties: Any) -> Callable[[list[str], Tally], None] | None:
-    """Return SecureRound.advance for a study with [secure_aggregation]; None for another."""
+    """Return SecureRound.advance if the study has [secure_aggregation], else None. parties: the
+    further arguments of SecureRound."""
     secure = progress.study.secure_aggregation
     return SecureRound(progress, *parties).advance if secure else None

@@ -1,8 +1,8 @@
 """Choose how far a round's mean update moves the adapter, on public [selection] records.
 
 The updates were noised at the sites and the selection records are public, so every trial here is
-post-processing and costs no ε. The loss never rises from round to round, since a step of zero is
-among those tried; the last adapter is therefore also the best one.
+post-processing and costs no ε. A step of length zero is among those tried, so the selection loss
+never rises from round to round, and the newest adapter is always the best one so far.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fedtune.core.wire.arrays import Arrays
 from fedtune.server.parts import Measures
 from fedtune.server.store import Progress
 
-MOST = 40  # halvings and doublings from where the search starts
-SHRINK, LEAST = 2**-0.5, 0.01  # what is kept of the past is tried by these steps, down to this
-TOLERANCE = 1e-4  # of the loss: lowering it by less is no step
+MOST = 40  # halvings or doublings of the step at which the search starts, at most
+SHRINK, LEAST = 2**-0.5, 0.01  # `keep` is tried in multiples of SHRINK while it is above LEAST
+TOLERANCE = 1e-4  # a step must lower the loss by more than this share of it
 
 
 def replace_evaluation(study: Study) -> Study:
-    """Replace a study's [evaluation] by its [selection] records, to measure these in the same
-    way."""
+    """Return the study with the records of [selection] as its [evaluation], so that an evaluator
+    measures them in the same way."""
     table, asked = study.selection, study.evaluation
     assert table is not None
     held_out = EvaluationTable(path=table.path, columns=table.columns)
@@ -40,12 +40,15 @@ def replace_evaluation(study: Study) -> Study:
 def choose(
     evaluator: Measures, progress: Progress, proposed: Arrays
 ) -> tuple[Arrays, dict[str, Any]]:
-    """Choose the adapter of least loss among origin + keep · (adapter - origin) + step ·
-    (proposed - adapter): first the step, then what to keep, then the step again. Returns it, with
-    keep, step, and its quality on the selection records.
+    """Choose the adapter of least loss on the selection records among
+    origin + keep · (adapter - origin) + step · (proposed - adapter).
 
-    Less of the past and as much of the new is an average of both: it has less noise than either.
-    The search starts at the newest round's step, and from the loss with which that round ended."""
+    origin is the adapter before the first round, adapter the newest one, and proposed the one that
+    the round's updates give. The search varies step, then keep, then step again; it starts at the
+    previous round's step, and that round's measurement is the loss without a step. A keep below 1
+    averages earlier rounds with this one, which has less noise than either.
+
+    Returns the adapter, and {"keep", "step", "selection": its measurements}."""
     origin = progress.origin
     adapter = progress.adapter
     history = progress.history
@@ -60,7 +63,7 @@ def choose(
             try:
                 with stage(f"choosing the step, length {next(tries)}"):
                     measured[keep, factor] = evaluator.measure(candidate)
-            except ModelError:  # entries that no adapter may have: a shorter step has not
+            except ModelError:  # an entry is larger than allowed; a shorter step may avoid that
                 if not factor:
                     raise
                 measured[keep, factor] = {"loss": math.inf}
@@ -81,8 +84,9 @@ def choose(
 
 
 def line_search(loss: Callable[[float], float], start: float) -> float:
-    """Search the factor of least loss among 0 and start times the powers of two: by fours until
-    the loss rises on both sides, then by two. 0 if none lowers the loss.
+    """Search for the factor of least loss among 0 and the products of `start` and a power of two.
+    The search multiplies or divides by four until the loss rises on both sides, then tries the two
+    factors between. Returns 0.0 if no factor gives a lower loss than 0.
 
     >>> line_search(lambda factor: (factor - 30) ** 2, 1.0)
     32.0
@@ -101,8 +105,8 @@ def line_search(loss: Callable[[float], float], start: float) -> float:
 
 
 def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
-    """Return whether one of the last selection.patience rounds lowered the loss, or there were
-    fewer rounds. A round that lowered it took a step, or kept less of the past."""
+    """Return whether to go on with rounds: there were fewer than selection.patience of them, or one
+    of the last selection.patience rounds lowered the loss (its step is not 0, or keep below 1)."""
     if study.selection is None or len(history) < study.selection.patience:
         return True
     newest = history[-study.selection.patience :]
@@ -113,7 +117,8 @@ def steps_left(study: Study, history: list[dict[str, Any]]) -> bool:
 def _combine(
     origin: Arrays, adapter: Arrays, proposed: Arrays, keep: float, factor: float
 ) -> Arrays:
-    """Combine in fp64, and return fp32; `proposed` itself if both factors are 1."""
+    """Compute the candidate of `choose` for these factors, in fp64; returns fp32. If both factors
+    are 1 it is `proposed` itself, without rounding."""
     if keep == factor == 1:
         return proposed
     combined = {}

@@ -1,12 +1,13 @@
 """Save a run's checkpoint: its state in SQLite, and its arrays beside it.
 
     out/checkpoint/run.db                the run, its rounds and its sites; a transaction per phase
-    out/checkpoint/frozen.safetensors    what the adapter never trains; written once
+    out/checkpoint/frozen.safetensors    the frozen arrays, and the adapter before the first round;
+                                         written once
     out/checkpoint/round-K.safetensors   adapter and strategy state after round K
 
-Guarantee: arrays are on disk before the transaction that names them by file and sha256, and
-older arrays are removed after it. So after a crash at any time either the old state or the new
-one is complete.
+Guarantee: arrays are on disk before the transaction that names them by file and sha256, and older
+arrays are removed after it. So after a crash at any time either the old or the new state is
+complete.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from flwr.app import RecordDict
 
 FORMAT = "fedtune-run-3"
-BUSY = 60.0  # seconds to wait for another process, as for a ledger
+BUSY = 60.0  # seconds to wait for another process that has locked the database
 FOLDER = "checkpoint"
 DATABASE = "run.db"
 FROZEN = "frozen.safetensors"
@@ -47,7 +48,7 @@ PRAGMAS = ("synchronous = EXTRA", "trusted_schema = OFF")  # EXTRA: as in core/l
 PER_SITE = ("sizes", "keys", "receipts", "events", "queries", "admission")
 SCHEMA = (
     "CREATE TABLE run (format TEXT, phase TEXT, round INTEGER, asked TEXT, study TEXT, "
-    "before TEXT, files TEXT, sha256 TEXT)",  # one row; sha256 over every other value of the tables
+    "before TEXT, files TEXT, sha256 TEXT)",  # one row; sha256 of all other values of all tables
     "CREATE TABLE rounds (round INTEGER PRIMARY KEY, entry TEXT NOT NULL)",
     f"CREATE TABLE sites (name TEXT PRIMARY KEY, {' TEXT, '.join(PER_SITE)} TEXT)",
 )
@@ -59,13 +60,17 @@ Rows = tuple[list[Any], list[list[Any]], list[list[Any]]]  # run, rounds, sites
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is damaged, or of another study."""
+    """A checkpoint is damaged, or belongs to another study."""
 
 
 class Phase(StrEnum):
-    """The phase of a run: (round + 1) was ordered, or what was done since `round` was saved.
+    """The phase of a run, with k the last saved round.
 
-    started → asked → kept [→ queried] → asked → … → finished"""
+    started → asked → kept [→ queried] → asked → … → finished
+
+    | asked   | sites were ordered to train round k + 1              |
+    | kept    | round k was saved                                    |
+    | queried | its query about held-out records was answered, too   |"""
 
     STARTED = "started"
     ASKED = "asked"
@@ -87,19 +92,22 @@ FOLLOWS = {
 class Progress:
     """The state of a run between two phases.
 
-    - asked: digest of the study as it was given; study: the same, resolved
+    - asked: digest of the study as given by the user; study: the study with base digest, rounds and
+      the digests of public arrays filled in
     - origin: with [selection] or a public start, the adapter before the first round
-    - round: the last saved round; only with it do adapter and strategy change
-    - events: site -> its step log for this study so far
-    - queries: the same for its answers about held-out records
-    - keys: site -> its public signing key
-    - receipts: site -> its newest receipt, sent back with the next order
-    - history: one entry per saved round
+    - round: the last saved round; adapter and strategy change only together with it
+    - strategy: the strategy's state after that round
+    - sizes, keys: site -> its declared size, and its public signing key
+    - events, queries: site -> its step log in this study so far, of training and of its answers
+      about held-out records
+    - receipts: site -> its newest receipt, which the next order to it carries
     - before, started: quality of the base, and of the public start before the first round
-    - expected: what the sites were expected to add to that start
+    - expected: the forecast of what the sites add to that start
+    - admission: site -> its last answer to the plan, in words
+    - history: one entry for each saved round
     - attempt: with secure aggregation, the attempt at the round in progress
 
-    Guarantee: everything in it is public or was noised at a site before it was sent."""
+    Guarantee: everything in it is public, or was noised at a site before it was sent."""
 
     asked: str
     study: Study
@@ -127,8 +135,10 @@ class Progress:
 
 
 def save(out: Path, progress: Progress) -> None:
-    """Save the run's state durably. Errors: InfrastructureError if the disk refuses (the
-    previous state is then intact); CheckpointError if the database is damaged."""
+    """Save the run's state durably.
+
+    Errors: InfrastructureError if the disk refuses, which leaves the previous state intact;
+    CheckpointError if the database is damaged."""
     folder = out / FOLDER
     groups: dict[str, dict[str, Any]] = {
         FROZEN: {"frozen": progress.frozen, "origin": progress.origin},
@@ -141,13 +151,14 @@ def save(out: Path, progress: Progress) -> None:
 
 
 def load(out: Path, study: Study) -> Progress | None:
-    """Load the run of `study` from `out`, or None if none was saved.
+    """Load the run of `study` from `out`; None if no run was saved there.
 
-    Errors: CheckpointError (damaged, or another study's); InfrastructureError."""
+    Errors: CheckpointError if the checkpoint is damaged, or another study's;
+    InfrastructureError."""
     folder = out / FOLDER
     path = folder / DATABASE
     if not path.exists():
-        first = {FROZEN, _arrays(0), PLACES.name}  # what a crash within the first save leaves
+        first = {FROZEN, _arrays(0), PLACES.name}  # files that a crash in the first save may leave
         if folder.exists() and any(
             p.name not in first and p.suffix != ".new" for p in folder.iterdir()
         ):
@@ -169,13 +180,13 @@ def load(out: Path, study: Study) -> Progress | None:
             "continue the study with which it was made, or choose another --out",
         )
     names = ("public", "selection", "evaluation")
-    tables = {name: getattr(study, name) for name in names}  # files may have moved
+    tables = {name: getattr(study, name) for name in names}  # with the public files' present paths
     return Progress(
         asked=asked,
         study=study_from_json(resolved).model_copy(update=tables),
         phase=Phase(phase),
         round=round_,
-        before=measured.get("base", measured),  # without a public start: the base's alone
+        before=measured.get("base", measured),  # stored by itself if there is no other entry
         started=measured.get("start", {}),
         expected=measured.get("expected", {}),
         attempt=measured.get("attempt", {}),
@@ -189,9 +200,11 @@ def load(out: Path, study: Study) -> Progress | None:
 
 
 def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
-    """Create `out`, readable by this user only, or load the run that it holds.
+    """Create the folder `out`, which only this user can read; with `resume`, load the run that it
+    holds, if any.
 
-    Errors: ConfigError if it holds a run and `resume` is not set; CheckpointError."""
+    Errors: ConfigError if it holds a run and `resume` is not set; InfrastructureError if it cannot
+    be made; CheckpointError."""
     if not resume:
         check_vacant(out)
     try:
@@ -204,33 +217,37 @@ def open_folder(out: Path, study: Study, *, resume: bool) -> Progress | None:
 
 
 def keep_plan(path: Path | None, message: RecordDict) -> None:
-    """Store the plan of a message for the sites (admission.plan_message) as JSON, with the
-    coordinator's signature, for `fedtune admit`; None: not stored. Errors: InfrastructureError."""
+    """Store the plan and the coordinator's signature, both from a message of
+    admission.plan_message, as JSON for `fedtune admit`. path: None to store nothing.
+
+    Errors: InfrastructureError."""
     if path is not None:
         plan = message.config_records["plan"]
         text = json.dumps({"study": plan["study"], "signature": plan["signature"]})
         replace(path, text.encode(), private=True)
 
 
-EVIDENCE = ("evidence", "query_evidence")  # of a round: what sites signed, which is no figure
+EVIDENCE = ("evidence", "query_evidence")  # the parts of a round's entry that hold signatures
 
 
 def figures(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a round's entry in the history, without what the sites signed."""
+    """Return a round's entry in the history without the sites' signed evidence."""
     return {key: value for key, value in entry.items() if key not in EVIDENCE}
 
 
 def write_metrics(out: Path, history: list[dict[str, Any]]) -> None:
-    """Write metrics.jsonl anew, so that after a crash it agrees with the checkpoint."""
+    """Write all of metrics.jsonl again, so that it agrees with the checkpoint after a crash."""
     lines = [json.dumps(figures(entry), sort_keys=True) + "\n" for entry in history]
     replace(out / "metrics.jsonl", "".join(lines).encode())
 
 
 class Receipts:
-    """The newest receipt of each site, by its public key, beyond any one run; None: not stored.
+    """A file of each site's newest receipt, by the site's public key, over all runs. path: None to
+    store nothing.
 
-    With them the first order of the next study shows a site that was restored from an old copy what
-    it had already signed. Errors: CheckpointError if the file is damaged."""
+    The first order of the next study carries the receipt, so a site whose ledger was restored from
+    an old copy notices which entries are missing. Errors: CheckpointError if the file is
+    damaged."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -251,7 +268,9 @@ class Receipts:
         )
 
     def keep(self, receipts: dict[str, dict[str, Any]]) -> None:
-        """Add these to the file, atomically. Errors: InfrastructureError."""
+        """Add or replace receipts (public key -> receipt) in the file, atomically.
+
+        Errors: InfrastructureError."""
         if self.path is not None and receipts:
             saved = self.read()
             if saved | receipts != saved:
@@ -271,7 +290,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _rows(progress: Progress, files: dict[str, str]) -> Rows:
-    """Build the rows of the tables, except their sha256."""
+    """Build the rows of the three tables, without the sha256 over them."""
     measured = {"base": progress.before, "start": progress.started, "attempt": progress.attempt}
     measured |= {"expected": progress.expected} if progress.expected else {}
     more = progress.started or progress.attempt or progress.expected
@@ -289,8 +308,8 @@ def _rows(progress: Progress, files: dict[str, str]) -> Rows:
 
 
 def _commit(path: Path, rows: Rows) -> None:
-    """Commit the rows. The first database is put in place as one file, so an existing one was
-    committed."""
+    """Commit the rows to the database. The first commit builds the file elsewhere and moves it to
+    `path`, so that a database at `path` always holds a complete state."""
     if not path.exists():
         with closing(sqlite3.connect(":memory:", isolation_level=None)) as sql:
             for statement in SCHEMA:
@@ -309,7 +328,7 @@ def _fill(sql: sqlite3.Connection, rows: Rows) -> None:
     ((stored,),) = sql.execute("SELECT count(*) FROM rounds")
     sql.execute("DELETE FROM run")
     sql.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [*run, _sha256(rows)])
-    # Of the stored rounds, the newest may have been queried since.
+    # A query may have changed the newest stored round since; older ones never change.
     sql.executemany("INSERT OR REPLACE INTO rounds VALUES (?, ?)", rounds[max(stored - 1, 0) :])
     places = ", ".join("?" * (1 + len(PER_SITE)))
     sql.executemany(f"INSERT OR REPLACE INTO sites VALUES ({places})", sites)
@@ -346,7 +365,8 @@ def _arrays(round_: int) -> str:
 
 
 def _files(path: Path) -> dict[str, str]:
-    """Read file -> sha256 of the last transaction; {} before the first."""
+    """Read the array files that the last transaction names: file -> sha256; {} before the first
+    transaction."""
     if not path.exists():
         return {}
     with sqlite_errors(path, ValueError, TypeError), closing(connect(path)) as sql:
@@ -356,7 +376,7 @@ def _files(path: Path) -> dict[str, str]:
 
 
 def _put(path: Path, groups: dict[str, Any]) -> str:
-    """Write the arrays durably and return the file's sha256."""
+    """Write groups of arrays durably to one file, and return its sha256."""
     data = to_bytes(
         {
             f"{group}/{name}": np.asarray(array, order="C")
@@ -376,16 +396,17 @@ def _get(path: Path, sha256: str) -> dict[str, Any]:
 
 
 def _prune(folder: Path, files: dict[str, str]) -> None:
-    """Remove the arrays of earlier rounds, and partial files of a crash."""
+    """Remove the arrays of earlier rounds, and incomplete files that a crash left."""
     for path in folder.iterdir():
         if path.suffix in (".safetensors", ".new") and path.name not in files:
-            with suppress(OSError):  # then the next save does
+            with suppress(OSError):  # the next save tries again
                 os.unlink(path)
 
 
 @contextmanager
 def sqlite_errors(path: Path, *damage: type[Exception]) -> Iterator[None]:
-    """Map sqlite's errors to ours. damage: further exceptions that mean a damaged file."""
+    """Raise InfrastructureError or CheckpointError in place of sqlite's errors. damage: further
+    exceptions that mean a damaged file."""
     try:
         yield
     except sqlite3.OperationalError as error:

@@ -28,10 +28,11 @@ WARNING = 'privacy = "off": nothing was clipped for a guarantee and no noise was
 
 
 def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
-    """Compute each site's ε so far, at the study's δ; empty if privacy is off.
+    """Compute each site's ε so far, at the study's δ, from the steps that it logged; {} if privacy
+    is off.
 
-    For a continuous study, this is the ε of a patient who was there in every round, up to the
-    plan's lifetime ε, at which the site leaves a patient out. The site's own ledger may show less.
+    For a continuous study, this is the ε of a unit that took part in every round, but at most the
+    plan's lifetime ε, at which a site leaves a unit out. The site's own ledger may show less.
     """
     privacy = progress.study.privacy
     if isinstance(privacy, str):
@@ -47,8 +48,9 @@ def epsilons(progress: Progress, parts: Dependencies) -> dict[str, float]:
 
 
 def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> dict[str, Any]:
-    """Describe the study before it runs: who takes part, and at most what it costs each of them
-    in ε, at the study's δ; for a continuous study, over a patient's life."""
+    """Describe the study before it runs: its name, "participants", the sites that take part, and
+    "planned", the largest ε that it can cost each of them at the study's δ. For a continuous study
+    that is the ε of one unit over all its rounds."""
     study = progress.study
     by_site = dict[str, float]()
     names = roster.list_willing()
@@ -58,7 +60,7 @@ def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> di
     elif isinstance(privacy, PrivacyTable):
         of_size: dict[int, float] = {}
         for size in {progress.sizes[name] for name in names}:
-            with suppress(ConfigError):  # a size that fits no plan; its updates are dropped
+            with suppress(ConfigError):  # no mechanism fits this size; its updates will be dropped
                 cost, k = parts.budget(study, size), study.records_per_draw
                 run = (cost.noise_multiplier, cost.sampling_rate, cost.rounds * steps, k)
                 of_size[size] = parts.epsilon([run], privacy.delta)
@@ -70,13 +72,14 @@ def describe_plan(progress: Progress, roster: Roster, parts: Dependencies) -> di
 def _epsilon(
     events: list[dict[str, Any]], parts: Dependencies, privacy: PrivacyTable, shares: int = 1
 ) -> float:
-    """Compute ε of a site's steps, if `shares` sites add noise to their sum."""
+    """Compute ε of a site's steps. shares: the number of sites whose noise adds up in the released
+    sum; 1 for the site's own noise alone."""
     steps = [(joint_sigma(e["sigma"], shares), e["q"], e["steps"], e["records"]) for e in events]
     return parts.epsilon(steps, privacy.delta)
 
 
 def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
-    """Build the content of report.json."""
+    """Build the content of report.json, except the figures that need an evaluator."""
     study, history = progress.study, progress.history
     keys = (
         *("round", "participants", "missing", "late", "epsilon", "private_quality"),
@@ -113,8 +116,8 @@ def report(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the table of the newest answers about held-out records, with its round; empty if
-    nobody answered."""
+    """Return {"held_out": the table of the newest query's answers, with its round}; {} if no site
+    ever answered."""
     for entry in reversed(history):
         if table := entry.get("private_quality", {}).get("table"):
             return {"held_out": {"round": entry["round"], **table}}
@@ -122,14 +125,15 @@ def _held_out(history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lora_ranks(history: list[dict[str, Any]]) -> dict[str, int]:
-    """Return site -> the rank that it trained in each saved round; empty if there is no choice."""
+    """Return site -> the rank that it trains, from the saved rounds; {} if the plan leaves sites no
+    choice of rank."""
     return {name: rank for entry in history for name, rank in entry.get("lora_ranks", {}).items()}
 
 
 def statements(declared: dict[str, str], free_query: set[str], names: list[str]) -> dict[str, Any]:
-    """Return the statements of `names` about their data, as a round's "declared" and
-    "free_query": sites whose data is not private, and sites whose data is selected by a query or
-    a view; empty if there is none."""
+    """Return the statements of the sites `names` about their data, as the history stores them:
+    "declared", site -> public or generated, and "free_query", the sites where a query or a view
+    selects the records. An entry without sites is left out."""
     found = {
         "declared": {name: declared[name] for name in sorted(names) if declared.get(name)},
         "free_query": sorted(free_query.intersection(names)),
@@ -138,8 +142,8 @@ def statements(declared: dict[str, str], free_query: set[str], names: list[str])
 
 
 def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str], set[str]]:
-    """Return what each site that took part so far declared its data to be, "" if private; and
-    the sites at which a query or a view selected the records, in any round."""
+    """Return site -> what it declared its data to be ("" for private), of all sites that took part
+    so far; and the sites where a query or a view selected the records in any round."""
     declared = {
         name: entry.get("declared", {}).get(name, "")
         for entry in history
@@ -149,13 +153,15 @@ def collect_declarations(history: list[dict[str, Any]]) -> tuple[dict[str, str],
 
 
 def _ranks(progress: Progress) -> dict[str, Any]:
-    """Report the rounds in which sites trained fewer ranks.
+    """Report the ranks that sites trained, if some trained fewer than the plan's; else {}.
 
-    The table holds ranks by site and, for each range of B's columns over all rounds, the share of
-    the mean's weight that trained them, and the noise relative to every site training them (None:
-    no noise, AdamW, or a strategy that takes no mean).
+    "sites": site -> rank; "of": the plan's rank; "columns": for each range of B's columns, the
+    share of all sites' weight that trained them, averaged over rounds, and their noise relative to
+    that of columns that every site trains (None: no noise, AdamW, or a strategy that takes no
+    mean).
 
-    The divisor is all sites' weight, so the signal falls with the share, and noise by less."""
+    The mean's divisor is the weight of all sites, so in columns that few sites train the signal
+    falls in proportion to the share, and the noise by less."""
     study = progress.study
     history = progress.history
     ranks = lora_ranks(progress.history)
@@ -192,8 +198,8 @@ def _ranks(progress: Progress) -> dict[str, Any]:
 
 
 def _noise(progress: Progress, name: str) -> float:
-    """Compute the noise of one number in a site's SGD update, up to a factor common to all
-    sites."""
+    """Return the relative standard deviation of the noise in a site's SGD update: σ / (q · declared
+    size); 1.0 without a step log."""
     events = progress.events.get(name)
     if not events:
         return 1.0
@@ -206,7 +212,8 @@ def describe_cap(weight: int, declared: int) -> str:
 
 
 def _describe_caps(progress: Progress) -> dict[str, str]:
-    """Describe the sites whose declared size was capped, as in the newest such round."""
+    """Return site -> a text about its cap, of the sites whose weight was capped below their
+    declared size, as of the newest round in which it was."""
     weights: dict[str, int] = {}
     for entry in progress.history:
         weights |= entry.get("weights", {})
@@ -216,10 +223,11 @@ def _describe_caps(progress: Progress) -> dict[str, str]:
 
 
 def absences(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Count per site the rounds missed, the longest absence, and each final reason.
+    """Count for each site the rounds that it missed, its longest absence in rounds and seconds, and
+    how often each reason was given.
 
-    The seconds of an absence are those of its rounds, by a monotonic clock. A round in which a site
-    was not asked neither ends an absence nor is one."""
+    The seconds of an absence are the sum of its rounds' durations, by a monotonic clock. A round in
+    which a site was not asked neither counts as missed nor ends an absence."""
     sites: dict[str, dict[str, Any]] = {}
     ongoing: dict[str, tuple[int, float]] = {}  # the absence in progress: rounds, seconds
     for entry in history:
@@ -279,8 +287,9 @@ def _privacy(progress: Progress, parts: Dependencies) -> dict[str, Any]:
 
 
 def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) -> dict[str, Any]:
-    """Report the cost of the queries to the held-out records. with_training: for a unit in both
-    files of a site, which the coordinator cannot rule out."""
+    """Report what the queries cost the units among the held-out records. "with_training" is the ε
+    of a unit that is also among the site's training records, which the coordinator cannot rule
+    out."""
     table = progress.study.private_evaluation
     assert table is not None
     common = {
@@ -307,8 +316,8 @@ def _evaluation(progress: Progress, parts: Dependencies, privacy: PrivacyTable) 
 def judge_adapter(
     progress: Progress, evaluator: Measures, selector: Measures | None
 ) -> dict[str, Any]:
-    """Report the trained adapter's gain over the base and over the public start, with intervals,
-    and the number of records on which each step was chosen, if it was."""
+    """Report "gain", the trained adapter's gain over the base and over the public start, with
+    intervals; and, if steps were chosen on selection records, "selection_records", their number."""
     start = progress.origin if progress.study.start and progress.origin else None
     gain = {"gain": evaluator.gain(progress.adapter, start)}
     return gain if selector is None else gain | {"selection_records": len(selector)}
@@ -317,9 +326,9 @@ def judge_adapter(
 def with_start_released(
     quality: dict[str, Any], progress: Progress, evaluator: Measures
 ) -> dict[str, Any]:
-    """Return a report's quality if the public start is released: "after" and "gain" describe the
-    start, "trained" and the intervals of that name the trained model, and gain.over_start
-    compares the two."""
+    """Return a report's quality table for a run that releases its public start: "after" and "gain"
+    then describe the start, "trained" and the intervals "trained" the trained model, and
+    gain.over_start compares the trained model with the start."""
     trained, gain = quality["gain"], evaluator.gain(progress.origin)
     for name, bounds in gain.get("intervals", {}).items():
         bounds[TRAINED] = trained["intervals"][name]["after"]
@@ -328,8 +337,8 @@ def with_start_released(
 
 
 def counts_are_told(progress: Progress) -> bool:
-    """Return whether a report may state the number of units in each class: only by noised
-    counts, and of more than one site."""
+    """Return whether a report may state the sites' noised number of units in each class: the plan
+    adds noise, and more than one site took part."""
     took_part = {name for entry in progress.history for name in entry["participants"]}
     return progress.study.private and len(took_part) > 1
 
@@ -337,9 +346,9 @@ def counts_are_told(progress: Progress) -> bool:
 def classes(
     progress: Progress, evaluator: Measures | None, figures: ClassFigures | None, released: Arrays
 ) -> list[dict[str, Any]]:
-    """Report each class: the released adapter's figures on the test records, and the sites'
-    noised counts. There are no counts of one site alone, nor any without noise: this is
-    post-processing of noised answers, so it costs no ε."""
+    """Return a row for each class: the released adapter's figures on the evaluation records and, if
+    `counts_are_told`, the sites' noised number of units. This is post-processing of noised sums,
+    so it costs no ε."""
     names = progress.study.objective.labels
     if not names:
         return []
@@ -354,8 +363,8 @@ def classes(
 
 
 def measure_start(progress: Progress, evaluator: Measures | None) -> None:
-    """Measure the base alone and, if the plan trains on public text first, the start that
-    results, on the evaluation set."""
+    """Measure the base alone and, if the plan has a public start, the start, on the evaluation
+    records, and store both in `progress`."""
     if evaluator is None:
         return
     with stage("before the rounds"):

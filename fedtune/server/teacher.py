@@ -15,14 +15,16 @@ NOT_PRIVATE = "was trained without privacy"
 def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
     """Add a teacher to its student's report, and the teacher's cost to the student's ε.
 
-    report: of the student's own rounds; teacher: name, digest, kind ("base", "run" or "unknown")
-    and, of a run, its report. Each site's ε is then that of both trainings, composed as `merge`
-    composes parents; own_epsilon is that of the student's rounds alone.
-    Guarantee: never less than the ε of everything that any one person took part in.
+    report: that of the student's own rounds. teacher: its name, digest and kind ("base", "run" or
+    "unknown"), and a run's report. If the teacher is a private run, each site's ε becomes that of
+    both trainings, composed as `fedtune merge` composes parents, and own_epsilon that of the
+    student's rounds alone.
+    Guarantee: the stated ε is never less than that of all trainings in which one unit took part,
+    unless the report says that the teacher's cost is not known or had no privacy.
 
-    | a base                           | costs nothing more |
-    | not on this machine, or its report does not say | the student's ε alone, and cost: not known |
-    | a run without privacy            | the student's ε alone, and cost: without privacy |"""
+    | the teacher is a base                             | it adds no cost                    |
+    | it is not here, or its report does not give its ε | student's ε; cost: not known       |
+    | it is a run without privacy                       | student's ε; cost: without privacy |"""
     facts = {key: teacher[key] for key in ("name", "digest")}
     if teacher["kind"] == "base":
         return report | {"teacher": facts | {"cost": PUBLIC, "known": True}}
@@ -55,8 +57,7 @@ def with_teacher(report: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
 
 
 def _with_queries(report: dict[str, Any], parent: dict[str, Any]) -> float:
-    """Compute the ε of a person whose records are among a site's held-out records and those of
-    both trainings."""
+    """Compute the ε of a unit that is among a site's held-out records and in both trainings."""
     own = report["privacy"]
     rows = {
         name: row | {"sampling_rate": 1.0, "key": own["sites"].get(name, {}).get("key")}

@@ -1,4 +1,4 @@
-"""Describe a continuous study's versions in its report: the one in use, and its figures."""
+"""Describe a continuous study's versions in its report: which one is in use, and how good it is."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ NOT_MEASURED = "the public records; the version in use could not be measured on 
 
 
 def figures(champion: int, public: str) -> dict[str, Any]:
-    """Return a quality table's entries about its own columns and records. public: their sha256."""
+    """Return the entries of a quality table that say what it compares and on which records.
+    champion: number of the version in use; public: sha256 of the public records, "" if not
+    known."""
     records = f"the public records in use (sha256 {public[:8]})" if public else "the public records"
     columns = ["base alone", f"version {champion}, in use"]
     return {"on": records, "columns": columns, "public": public, "version": champion}
 
 
 def in_use(index: Index) -> dict[str, Any]:
-    """Return the rows of the report's "continuous" that a rollback changes."""
+    """Return the rows of the report's "continuous" table that a rollback changes."""
     released = [v.number for v in index.versions if v.decision == "released"]
     return {
         "version in use": index.champion,
@@ -38,13 +40,12 @@ def in_use(index: Index) -> dict[str, Any]:
 
 
 def restate(run: Path, index: Index, signed_by: tuple[SigningKey, str] | None = None) -> str:
-    """Write a run's report anew after a person chose the version in use: its figures, measured
-    with the base on the public records as they are now. If there is no report yet, nothing is
-    written.
+    """Rewrite a run's report after a person chose the version in use: that version and the base are
+    measured on the present public records. If there is no report yet, nothing is written.
 
-    signed_by: the key and CA that signed it, to sign it again.
-    Returns "", or why it could not be measured: the report then has no figure of any version.
-    Errors: InputError where report.json is damaged; InfrastructureError (disk)."""
+    signed_by: the coordinator's key and CA, to sign the report again; None: it is not signed.
+    Returns "", or why the version could not be measured: the report then has no figures of it.
+    Errors: InputError if report.json is damaged; InfrastructureError if the disk refuses."""
     if not (run / "report.json").is_file():
         return ""
     body, reason = read_report(run), ""

@@ -1,12 +1,12 @@
 """Store the released adapters of a study without a last round, and which of them is in use.
 
-    out/versions/index.json   what was decided about every version, and the champion
-    out/versions/N/           version N (the adapter after round N), for each that was ever released
+    out/versions/index.json   the decision about every version, and the version in use (champion)
+    out/versions/N/           version N, the adapter after round N, if it was ever released
     out/adapter               a link to the champion's folder
 
-Guarantee: a version's files are on disk before the index names it, the index before the link
-moves, and the link moves atomically: out/adapter is always one complete released version, also
-after a crash. A version that was not released has no folder.
+Guarantee: a version's files are on disk before the index names it, the index is on disk before the
+link changes, and the link changes atomically. So out/adapter is always one complete released
+version, also after a crash.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ class Version:
 
     - number: the round that made it
     - at: when that round was scheduled (UTC)
-    - value: the study's metric on the public records
-    - champion, champion_value: the version in use at that time, on the same records
-    - p: the probability that a version which is no better looks this much better
-    - verdict, why, groups: the plan's decision (report.change_plan)
+    - decision: "first", "released" or "kept back"; "pinned": a person had pinned the champion, so
+      that nothing else was released; "not compared": the plan allowed no comparison
+    - metric, value: the study's metric, and this version's value on the public records
+    - champion, champion_value: the version then in use, and its value on the same records
+    - p: the p-value of the comparison: how probable so large an advantage is for a version that is
+      no better
     - look: the number of this comparison on those records, from 1
-    - public: sha256 of the records
-    - decision: "pinned": the champion was pinned by a rollback, so nothing is released meanwhile;
-      "not compared": the plan allows no such comparison"""
+    - public: sha256 of the file of public records
+    - verdict, why, groups: the result of the plan's test (report.change_plan)"""
 
     number: int
     at: str
@@ -55,7 +56,7 @@ class Version:
     value: float | None = None
     champion: int | None = None
     champion_value: float | None = None
-    sure: float | None = None  # of a release before there were looks
+    sure: float | None = None  # in place of p in versions that an earlier release of fedtune wrote
     p: float | None = None
     look: int | None = None
     public: str = ""
@@ -66,8 +67,9 @@ class Version:
 
 @dataclass(frozen=True)
 class Choice:
-    """A person's choice after version `after` was judged: the version in use from then on, or
-    None: better versions are released again."""
+    """A person's choice. after: the newest version at that time. version: the one that is in use
+    from then on; None if the person ended a rollback, so that better versions are released
+    again."""
 
     after: int
     version: int | None
@@ -76,7 +78,7 @@ class Choice:
 @dataclass(frozen=True)
 class Index:
     """The index of versions. champion: the version in use; pinned: whether a person chose it, so
-    that it stays."""
+    that no other version replaces it."""
 
     champion: int
     pinned: bool
@@ -85,12 +87,12 @@ class Index:
 
     @property
     def judged(self) -> int:
-        """The newest version with a decision."""
+        """The number of the newest version about which there is a decision."""
         return self.versions[-1].number
 
     @property
     def rollback_targets(self) -> list[int]:
-        """The versions that a rollback can choose."""
+        """The numbers of the versions that were ever released, which a rollback can choose."""
         return [v.number for v in self.versions if v.decision in ("first", "released")]
 
 
@@ -104,7 +106,9 @@ class Versions:
         self.out, self.folder = out, out / VERSIONS
 
     def index(self) -> Index | None:
-        """Read the index; None if nothing was ever released. Errors: CheckpointError."""
+        """Read the index; None if no version was ever released.
+
+        Errors: CheckpointError if it is damaged."""
         path, expected = self.folder / INDEX, "the file as it was written"
         if not os.path.lexists(path):
             return None
@@ -124,7 +128,8 @@ class Versions:
         return self.folder / str(number)
 
     def begin(self, version: Version, save: Callable[[Path], None]) -> None:
-        """Release the first version, unless there is one, and complete what a crash interrupted."""
+        """Release `version` as the first one, unless there is an index. Then point the link at the
+        champion, in case a crash came between index and link."""
         with self._alone():
             if (index := self.index()) is None:
                 self._put(version.number, save)
@@ -133,13 +138,14 @@ class Versions:
             self._settle(index)
 
     def add(self, version: Version, save: Callable[[Path], None]) -> Version | None:
-        """Enter the decision about `version`, and release it if that was the decision.
+        """Enter the decision about `version`, release it if the decision is "released", and return
+        the version as entered: under a pinned champion its decision becomes "pinned".
 
-        Return None and change nothing if the champion is no longer the one with which it was
-        compared. A pinned champion stays: the decision is then "pinned"."""
+        Return None and change nothing if the champion is no longer the one with which the version
+        was compared. save: writes the version's adapter to a folder."""
         with self._alone():
             index = self.index()
-            assert index is not None  # begun before anything is judged
+            assert index is not None  # `begin` was called before any version is judged
             if index.champion != version.champion:
                 return None
             if index.pinned:
@@ -154,7 +160,9 @@ class Versions:
             return version
 
     def roll_back(self, number: int) -> Index:
-        """Make version `number` the champion and pin it until `unpin`. Errors: InputError."""
+        """Make version `number` the champion and pin it until `unpin` is called.
+
+        Errors: InputError if that version was never released."""
         with self._alone():
             index = self._require_index()
             if number not in index.rollback_targets:
@@ -167,7 +175,8 @@ class Versions:
             return index
 
     def unpin(self) -> Index:
-        """Let new versions be released again. Errors: InputError."""
+        """End a rollback, so that better versions are released again. Errors: InputError if there
+        is no index."""
         with self._alone():
             index = self._require_index()
             choices = (*index.choices, Choice(index.judged, None))
@@ -184,7 +193,8 @@ class Versions:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Lock the folder: the coordinator and `fedtune versions` may run at the same time."""
+        """Hold the folder's lock: the coordinator and `fedtune versions` may run at the same
+        time."""
         if not self.out.is_dir():
             self._require_index()
         self.folder.mkdir(exist_ok=True)
@@ -192,7 +202,7 @@ class Versions:
             yield
 
     def _put(self, number: int, save: Callable[[Path], None]) -> None:
-        """Write the version's folder durably, and put it in place complete."""
+        """Write a version's folder durably as a draft, and then rename it."""
         draft, place = self.folder / f"{number}.new", self.at(number)
         shutil.rmtree(draft, ignore_errors=True)
         save(draft)
@@ -200,7 +210,7 @@ class Versions:
             if path.is_file():
                 _sync(path)
         writing.sync_folder(draft)
-        shutil.rmtree(place, ignore_errors=True)  # of a crash: the index does not name it
+        shutil.rmtree(place, ignore_errors=True)  # left by a crash; the index does not name it
         draft.rename(place)
         writing.sync_folder(self.folder)
 
