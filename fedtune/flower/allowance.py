@@ -1,13 +1,13 @@
-"""Limit uploads: a site may push as much as it was last asked for, of which the server informs
-the gateway.
+"""Limit uploads: a site may push as many bytes as the last message to it allows for the answer.
 
-home/flower/allowance.json: site -> [how often it was asked, bytes of the answer that the plan
-implies]. It is written before a message goes out, so that it is there when the site answers.
+The coordinator writes home/flower/allowance.json, site -> [number of messages sent to the site,
+bytes that the plan allows for its answer], before it sends a message; the gateway reads it.
 
-| asked again             | it counts from zero                                              |
-| parts that are repeated | REPEATS times the answer, and SLACK more: a cut costs two parts  |
-| never asked             | nothing                                                          |
-| no file                 | None: whoever started this SuperLink asks by itself, as tests do |
+| the site is asked again   | its count of bytes starts at 0                                       |
+| parts are sent repeatedly | allowed up to REPEATS times the answer and SLACK bytes more, since a |
+|                           | broken connection repeats at most two parts                          |
+| the site was never asked  | it may push nothing                                                  |
+| there is no file          | no limit, as where a test asks a SuperLink by itself                 |
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def write(home: Path, asked: Asked) -> None:
 
 
 def read(home: Path) -> Asked | None:
-    """Read the allowances. Errors: OSError, ValueError if the file cannot be read."""
+    """Read the allowances; None if there is no file. Errors: OSError, ValueError if the file cannot
+    be read."""
     try:
         allowed = json.loads(_file(home).read_bytes())
     except FileNotFoundError:
@@ -37,7 +38,7 @@ def read(home: Path) -> Asked | None:
 
 
 def compute_limit(answer: int) -> int:
-    """Return the total number of bytes that may be pushed for an answer of this size."""
+    """Return the total number of bytes that a site may push for an answer of `answer` bytes."""
     return REPEATS * answer + SLACK
 
 
@@ -46,18 +47,18 @@ def _file(home: Path) -> Path:
 
 
 class Quota:
-    """Remaining quota of each site at the gateway that serves `home`: a token bucket for requests
-    (`burst` at once, `rate` a second), and the bytes that the coordinator asked it for."""
+    """The remaining quota of each site at the gateway that serves `home`: a token bucket for its
+    requests (`burst` at once, `rate` a second), and the bytes that it may still push."""
 
     def __init__(self, home: Path, burst: int, rate: float) -> None:
         self._home = home
         self._burst = burst
         self._rate = rate
-        self.tokens: dict[str, tuple[float, float]] = {}  # site -> what is left, and when
-        self._pushed: dict[str, tuple[int, int]] = {}  # site -> which asking, bytes since
+        self.tokens: dict[str, tuple[float, float]] = {}  # site -> its tokens, at this time
+        self._pushed: dict[str, tuple[int, int]] = {}  # site -> number of the message, bytes since
 
     def request(self, name: str) -> bool:
-        """Count a request; False if it is one too many."""
+        """Count a request of site `name`. Return whether it is within the rate."""
         tokens, then = self.tokens.get(name, (float(self._burst), 0.0))
         now = time.monotonic()
         tokens = min(self._burst, tokens + (now - then) * self._rate) - 1
@@ -65,7 +66,8 @@ class Quota:
         return tokens >= 0
 
     def push(self, name: str, size: int) -> bool:
-        """Count what a site pushes against what it was asked for; False if it is more."""
+        """Count `size` bytes that site `name` pushes. Return whether the total is within its
+        allowance; bytes beyond it are not counted."""
         try:
             asked = read(self._home)
         except (OSError, ValueError, TypeError):

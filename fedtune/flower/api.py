@@ -1,9 +1,8 @@
-"""Import everything that is private in Flower, in this one file; flwr is pinned to 1.42 because
-of it.
+"""Import Flower's private names. No other file does; because of them flwr is pinned to 1.42.
 
-A Runtime API hands out tasks: the SuperLink's a ServerApp task per run, a SuperNode's a
-ClientApp task per message. The claimant holds the task's token, keeps it alive with heartbeats,
-and reports how it ended."""
+A Runtime API gives out tasks: that of the SuperLink a ServerApp task for each run, that of a
+SuperNode a ClientApp task for each message. Whoever claims a task holds its token, keeps it alive
+with heartbeats, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -121,17 +120,18 @@ SERVER_APP = TaskType.SERVER_APP
 CLIENT_APP = TaskType.CLIENT_APP
 AGENT_APP = TaskType.AGENT_APP
 SUPERNODE_JOINED = "SuperNode ID: "  # what a SuperNode logs once the SuperLink has accepted it
-# What a SuperNode logs that the SuperLink does not accept: of 401 the second alone, on which it
-# interrupts itself.
+# What a SuperNode logs if the SuperLink does not accept it. After a 401 it interrupts itself and
+# logs the second line alone.
 SUPERNODE_REFUSED = (
     "Failed to initialize the connection to the SuperLink",
     "SuperNode terminated gracefully.",
 )
-# Seconds between a node's signed timestamp and the SuperLink's clock, from and to.
+# The seconds, least and most, by which the SuperLink's clock may be past a node's signed timestamp.
 CLOCK_WINDOW = (-SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE)
 CONTROL_HEADER = "x-fedtune-control"
-OUTAGE_SECONDS = 600.0  # how long a SuperLink or a SuperNode may go without answering
-# A task is handed out before its message's parts are here; Flower looks again after 1, 2 s.
+OUTAGE_SECONDS = 600.0  # for so long requests to a silent SuperLink or SuperNode are repeated
+# A task is given out before all parts of its message have arrived. Flower would look for them again
+# after 1 s and then 2 s.
 _soon: Any = {"initial_backoff": 0.02, "backoff_cap": 0.5, "max_tries_per_object": None}
 _pull = partial(pull_and_inflate_object_from_tree, **_soon)
 run_clientapp.pull_and_inflate_object_from_tree = _pull  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ run_clientapp.pull_and_inflate_object_from_tree = _pull  # type: ignore[attr-def
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
     """Run Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
-    if name == "superlink":  # both bring a web server, which no other process of ours should load
+    if name == "superlink":  # imported here: both programs load a web server
         from flwr.superlink import extensions
         from flwr.superlink.cli import flower_superlink
         from starlette.middleware import Middleware
@@ -161,11 +161,11 @@ def run_program(name: Literal["superlink", "supernode"]) -> None:
 
 class Locked:
     """ASGI wrapper that requires the coordinator's secret on every route, except those that
-    authenticate their own caller: a site's calls (signed by its node key) and an executor's (the
-    secret, a task's token).
+    authenticate their callers themselves: a site's calls are signed by its node key, and an
+    executor's bear the secret or a task's token.
 
-    Flower's Control API, which registers nodes, starts and stops runs and lists them, lets in
-    everybody who has an account on this machine."""
+    Without it, everybody with an account on this machine could call Flower's Control API, which
+    registers nodes and starts, stops and lists runs."""
 
     OPEN = ("/v1/fleet/", "/v1/runtime/")
 
@@ -183,7 +183,7 @@ class Locked:
 
 
 class _Key:
-    """A transport that adds a locked SuperLink's secret to each request."""
+    """An interceptor that adds the key of a locked SuperLink (see Locked) to each request."""
 
     def __init__(self, secret: bytes) -> None:
         self._key = _control_key(secret)
@@ -201,14 +201,15 @@ Push = Callable[[Any, PushObjectRequest], PushObjectResponse]
 
 
 def make_resumable(push: Push) -> Push:
-    """Make a SuperNode's push of one part of a message resumable, so that a broken connection
-    costs that part alone.
+    """Wrap a SuperNode's push of one part of a message, so that after a broken connection only that
+    part is sent again.
 
-    Flower repeats a part whose answer was lost, is told that nobody waits for it (it arrived),
-    and then drops the whole message: here that answer to a repeated part counts as "stored".
-    Flower also takes a connection that breaks during TLS for a certificate that does not verify,
-    and gives up: the error is replaced by another. If the part is really lost, the coordinator
-    notices that it is missing, and asks for the update again."""
+    Two habits of Flower are corrected. It sends a part again if the answer was lost; if the part
+    had arrived, the SuperLink answers that it expects no such part, and Flower drops the whole
+    message. Here that answer to a repeated part counts as "stored". And Flower takes a connection
+    that breaks during TLS for a certificate that does not verify, and gives up; here the error is
+    replaced by one after which it tries again. If a part is really lost, the coordinator notices
+    that it is missing and asks for the update again."""
     begun: set[tuple[str, str]] = set()
 
     def again(client: Any, request: PushObjectRequest) -> PushObjectResponse:
@@ -234,9 +235,9 @@ class Claim:
 
 
 class Runtime:
-    """A Runtime API as an executor sees it: it gives out tasks to holders of the secret.
+    """A client of a Runtime API, which gives out tasks to whoever has the secret.
 
-    ca: PEM to which the server's certificate must chain; None: plain HTTP, for loopback only."""
+    ca: the CA (PEM) of the server's certificate; None: plain HTTP, for loopback only."""
 
     def __init__(self, address: str, secret: bytes, ca: bytes | None = None) -> None:
         self._client = RuntimeHttpClient.from_server_address(
@@ -253,7 +254,8 @@ class Runtime:
         )
 
     def acquire(self, kinds: Sequence[str]) -> Claim | None:
-        """Claim the oldest pending task of these kinds. Errors: httpx.HTTPError."""
+        """Claim the oldest pending task of these kinds; None if there is none. Errors:
+        httpx.HTTPError."""
         reply = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=list(kinds)))
         if not (reply.HasField("task") and reply.token):
             return None
@@ -274,8 +276,8 @@ def start_run(address: str, ca: bytes, secret: bytes, bundle: bytes, digest: str
     """Start a run at a new SuperLink.
 
     bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
-    # A claimed task is lost after half a minute without a heartbeat, and on a busy machine this,
-    # which its Grid needs, takes longer.
+    # Import the module of the Grid now: on a busy machine this takes longer than the half minute
+    # without a heartbeat after which a claimed task is lost.
     import flwr.superlink.grid  # noqa: F401
 
     with _control(address, ca, secret) as control:
@@ -293,11 +295,10 @@ def server_grid(
 ) -> Iterator[Grid]:
     """Open the Grid of a claimed ServerApp task; leaving the block ends the run.
 
-    During an outage it waits for OUTAGE_SECONDS, or until give_up() says that the outage will
-    not end."""
-    from flwr.superlink.grid import HttpGrid  # brings the SuperLink's web server along
+    A request that fails is repeated for OUTAGE_SECONDS, or until give_up() returns True."""
+    from flwr.superlink.grid import HttpGrid  # loads the SuperLink's web server
 
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # its own handler shows more, not ours
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's own handler shows more
     HttpGrid._deprecation_warning_logged = True  # create_message is what an in-process Grid offers
     grid = HttpGrid(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)
@@ -325,8 +326,8 @@ def node_keys(grid: Grid) -> dict[int, str]:
 class ClientTask:
     """A claimed task at a site's own SuperNode; leaving the block ends it.
 
-    A failed request is repeated for OUTAGE_SECONDS, or until give_up(): an update that was paid
-    for should arrive. The task's input also holds the app bundle, which is dropped unopened."""
+    A request that fails is repeated for OUTAGE_SECONDS, or until give_up() returns True, since ε
+    was spent on the update. The task's input also holds the app bundle, which is never opened."""
 
     def __init__(self, address: str, claim: Claim, give_up: Callable[[], bool]) -> None:
         self._patience = _patience(give_up)
@@ -341,7 +342,8 @@ class ClientTask:
         self._status = SubStatus.FAILED
 
     def pull(self) -> tuple[Message, Context]:
-        """Return the message to answer and its context. Errors: httpx.HTTPError."""
+        """Return the task's message, which is to be answered, and its context. Errors:
+        httpx.HTTPError."""
         message, self._context, _, _ = run_clientapp.pull_task_input(self._client)
         return message, self._context
 
@@ -362,13 +364,13 @@ class ClientTask:
 
 
 def error_reply(message: Message, reason: str) -> Message:
-    """Build an error reply; `reason` is a fixed text."""
+    """Build an error reply. reason: a fixed text, since it leaves the site."""
     return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
 def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
-    """Build a retry policy for temporary errors. Flower's own never gives up, and sends SIGINT
-    if a task is lost."""
+    """Build a retry policy for temporary errors. Flower's own policy never gives up, and sends
+    SIGINT to this process if a task is lost."""
     return RetryInvoker(
         lambda: exponential(max_delay=5),
         httpx.HTTPError,
@@ -379,7 +381,8 @@ def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
 
 
 def _identify(task_id: int, run_id: int, node_id: int) -> None:
-    """Set what Flower stamps on every message that this process creates."""
+    """Set the task, run and node with which Flower marks every message that this process
+    creates."""
     TaskIdentity.task_id = task_id
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = node_id
@@ -398,8 +401,8 @@ def _heartbeat(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 def _beat(client: RuntimeHttpClient) -> bool:
-    """Return whether a heartbeat arrived; for a task that is gone none is needed (Flower would
-    send SIGINT)."""
+    """Send a heartbeat and return whether it arrived. A task that no longer exists counts as such:
+    Flower would answer a failure by SIGINT to this process."""
     try:
         client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
     except httpx.HTTPError as error:
@@ -408,7 +411,7 @@ def _beat(client: RuntimeHttpClient) -> bool:
 
 
 def _finish(client: RuntimeHttpClient, status: str) -> None:
-    with suppress(httpx.HTTPError):  # the API may be gone, and the task with it
+    with suppress(httpx.HTTPError):  # the API, and with it the task, may have ended
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=status))
 
 

@@ -4,14 +4,15 @@ the sites.
 There is one CA for the consortium's whole life; the other certificates (leaves) are short-lived
 and renewed automatically. Every key here is P-384. A secret file is readable by its owner alone.
 
-    ca(home)                        ca.pem: key and certificate; made first of all in a new home,
-                                    never replaced
+    ca(home)                        ca.pem: key and certificate; the first file of a new home, never
+                                    replaced
     server_leaf(home, names)        server.pem: key and leaf; renewed at half of its life
-    issue(home, key, name, ...)     a leaf for somebody else's public key
+    issue(home, key, name, ...)     a leaf for a public key, such as a site's
     node_key(path), tls_key(path)   a site's keys, made at the site
-    loopback(folder)                a throw-away certificate for 127.0.0.1, where Flower insists
+    loopback(folder)                a certificate for 127.0.0.1 and one use, where Flower insists on
+                                    TLS
 
-Errors: ConfigError where a key or a CA cannot be read.
+Errors: ConfigError if a key or a CA cannot be read.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import create, replace
 
 CA_DAYS, LEAF_DAYS = 3650, 30
-SKEW = timedelta(minutes=5)  # a clock may be a little behind
+SKEW = timedelta(minutes=5)  # certificates begin so long ago: another machine's clock may be behind
 EC = ec.EllipticCurvePrivateKey
 PEM = serialization.Encoding.PEM
-UNDER_CA = ("signing.key", "server.pem", "nodes")  # of a home: made after its CA, never before
+UNDER_CA = ("signing.key", "server.pem", "nodes")  # files of a home that are made after its CA
 
 
 def read_clock() -> datetime:
@@ -45,10 +46,11 @@ def read_clock() -> datetime:
 
 
 def ca(home: Path) -> tuple[EC, x509.Certificate]:
-    """Return the consortium's CA in home/ca.pem (key and certificate); it is made in a new home.
+    """Return the consortium's CA (key and certificate) from home/ca.pem; make it if the home is
+    new.
 
-    Errors: ConfigError if it is missing from a home that has been used: a second CA would cut
-    off every site that was admitted under the first."""
+    Errors: ConfigError if it is missing from a home that has been used, since a second CA would
+    lock out every site that was admitted under the first."""
     file, begun = home / "ca.pem", has_begun(home)
     if not os.path.lexists(file):
         if begun:
@@ -68,11 +70,11 @@ def has_begun(home: Path) -> bool:
 
 
 def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
-    """Return home/server.pem for `names` (by which sites reach the coordinator) and the names that
-    it had.
+    """Return home/server.pem, whose certificate holds `names`, by which sites reach the
+    coordinator, and all names of its predecessor.
 
-    A new key and certificate are made if there is none, if a name is missing, or at half of its
-    life. Errors: ConfigError."""
+    A new key and certificate are made if there is none, if a name is missing, or if half of its
+    life is over. Errors: ConfigError."""
     for name in names:
         if not is_host(name):
             raise ConfigError(
@@ -92,7 +94,8 @@ def server_leaf(home: Path, names: Sequence[str] = ()) -> Path:
         return file
     key = ec.generate_private_key(ec.SECP384R1())
     leaf = issue(home, key.public_key(), "fedtune coordinator", required)
-    # Key and certificate are one file, so that no reader meets a half-renewed pair.
+    # Key and certificate share a file, so that a reader never gets a new key with an old
+    # certificate.
     return replace(file, _pem(key) + leaf.public_bytes(PEM), private=True)
 
 
@@ -104,9 +107,10 @@ def issue(
     start: datetime | None = None,
     end: datetime | None = None,
 ) -> x509.Certificate:
-    """Issue a leaf for `key`, from `start` (five minutes ago) to `end` (LEAF_DAYS from now).
+    """Issue a leaf for `key`, valid from `start` (default: five minutes ago) to `end` (default:
+    LEAF_DAYS from now).
 
-    hosts: a server's names and addresses; without them it is a client's leaf for site `name`."""
+    hosts: a server's names and addresses; without them the leaf is a client's, for site `name`."""
     ca_key, authority = ca(home)
     use = ExtendedKeyUsageOID.SERVER_AUTH if hosts else ExtendedKeyUsageOID.CLIENT_AUTH
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
@@ -126,24 +130,24 @@ def issue(
 
 
 def is_spent(leaf: x509.Certificate, share: float) -> bool:
-    """Return whether `share` of the certificate's life is over."""
+    """Return whether the share `share` (0 to 1) of the certificate's life is over."""
     life = leaf.not_valid_after_utc - leaf.not_valid_before_utc
     return read_clock() >= leaf.not_valid_before_utc + share * life
 
 
 def common_name(subject: x509.Name) -> str:
-    """Return the one common name of a subject; "" if there is none."""
+    """Return a subject's common name; "" if it does not have exactly one."""
     names = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     return str(names[0].value) if len(names) == 1 else ""
 
 
 def node_key(path: Path) -> EC:
-    """Return the site's Flower key in `path` (OpenSSH format); it is made if there is none."""
+    """Return the site's Flower key in `path` (OpenSSH format); make it if there is none."""
     return _key_at(path, serialization.PrivateFormat.OpenSSH)
 
 
 def tls_key(path: Path) -> EC:
-    """Return the site's TLS key in `path` (PKCS 8); it is made if there is none."""
+    """Return the site's TLS key in `path` (PKCS 8); make it if there is none."""
     return _key_at(path, serialization.PrivateFormat.PKCS8)
 
 
@@ -180,7 +184,7 @@ def certificate_in(path: Path, todo: str) -> x509.Certificate:
 
 
 def public_pem(key: ec.EllipticCurvePublicKey) -> bytes:
-    """Encode a public key as Flower sends and compares a node's key."""
+    """Encode a public key in PEM, the form in which Flower sends and compares node keys."""
     return key.public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -191,8 +195,8 @@ def request(key: EC, name: str) -> bytes:
 
 
 def loopback(folder: Path) -> tuple[Path, Path]:
-    """Make a certificate for 127.0.0.1 and its key in `folder`; only the process that reads it
-    there trusts it."""
+    """Make a certificate for 127.0.0.1 and its key in `folder`, and return both paths. Only
+    processes that are given this file trust it."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = _name("fedtune loopback")
     certificate = (

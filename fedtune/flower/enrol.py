@@ -1,28 +1,29 @@
 """Enrol sites: tie a site's name to its keys, confirmed by phone. Private keys never leave their
 machine.
 
-    site          enroll(site.toml)         keys, and a request file: public halves alone
-    phone         fingerprint(request)      read out by the site, compared by the coordinator
-    coordinator   admit(home, request)      nodes/NAME.json, and an answer file
-    site          membership.py             what a client connects with
-    coordinator   revoke(home, name)        from the next request on; open connections are closed
+    site          enroll(site.toml)         makes keys, and a request file with their public halves
+    phone         fingerprint(request)      is read out by the site, compared by the coordinator
+    coordinator   admit(home, request)      writes nodes/NAME.json, and an answer file
+    site          membership.py             checks and stores the answer, with which clients connect
+    coordinator   revoke(home, name)        refuses the site's next request, closes its connections
 
 A record ties a name to three keys: the node key (Flower), the TLS key (the gateway) and the signing
 key (seals). The request is signed by each of them, so nobody enrols a key that they do not hold.
 
-| a request under an admitted name, other keys | refused: revoke the name first (rotation, loss)  |
-| the same keys again                          | the same record, and a new certificate           |
-| a node or TLS key that was revoked           | refused for good, under any name                 |
-| a signing key                                | belongs to the ledger; stays with its name       |
-| a certificate near its end                   | the running client renews it; see forwarder.py   |
-| a certificate past its end                   | enroll and admit again, with the same keys       |
+| a request under an admitted name, with other keys | refused: revoke the name first             |
+| the same keys again                               | the same record, and a new certificate     |
+| a node or TLS key that was revoked                | refused for good, under any name           |
+| a signing key, which is the ledger's              | refused under any name but its first one   |
+| a certificate near its end                        | the running client renews it: forwarder.py |
+| a certificate past its end                        | enroll and admit again, with the same keys |
 
 A record holds the FORMAT in which it was written; one of a newer release is refused.
 leaves/NAME.pem is each site's newest certificate, which only `fedtune doctor` reads.
 
-Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
-preimage. It stays the same however often a site asks.
-Errors: ConfigError for files; Refused for a request that a rule turns down.
+Guarantee: requests with other keys or another name have other fingerprints, which are 80 bits of
+SHA-256 and so resist a second preimage; the same name and keys always have the same one.
+Errors: ConfigError for a file that is missing, unreadable or malformed; Refused for a request that
+a rule above refuses.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from fedtune.evidence.fingerprints import PURPOSE
 from fedtune.flower import certs
 
 EC = ec.EllipticCurvePublicKey
-FORMAT = 1  # of nodes/*.json; raised when an older release could misread a record
+FORMAT = 1  # of nodes/*.json; to be raised when an older release could misread a record
 MAX_BYTES = 65_536  # of a request or a record
 MAX_PLAN = 500_000  # characters of a plan in an answer
 PLAN = "plan.json"  # in the coordinator's home: the plan as it is sent
@@ -59,11 +60,11 @@ RENEWED = "renewed"  # in the folder of a site's keys: the certificate of its la
 FIELDS = {"name", "node", "csr", "signing"}
 SIGNATURES = {"node_signature", "signature"}
 REQUEST = FIELDS | SIGNATURES
-ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # and its plan, if there is one
+ANSWER = {"name", "address", "ca", "certificate", "coordinator"}  # fields, besides those of a plan
 
 
 class Member(NamedTuple):
-    """A node's member. key: its signing key; "" if nobody knows it."""
+    """The site behind a node: its name, and key, its signing key ("" if not known)."""
 
     name: str
     key: str = ""
@@ -97,10 +98,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a site learns from the coordinator: certificates in PEM, keys in hexadecimal.
+    """The coordinator's answer to a site's request.
 
-    plan, signature: the study's plan as JSON, for review, and the coordinator's signature of its
-    digest; "" if the coordinator had no plan yet."""
+    - address: HOST:PORT where the site connects
+    - ca, certificate: the consortium's CA and the site's certificate, in PEM
+    - coordinator: the coordinator's public signing key, in hexadecimal
+    - plan, signature: the study's plan as JSON, for review, and the coordinator's signature of its
+      digest; "" if the coordinator had no plan yet"""
 
     name: str
     address: str
@@ -112,16 +116,16 @@ class Answer:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of the consortium: the same for every site, to be compared by phone
-        too."""
+        """The fingerprint of the consortium, which is the same for every site. The site compares it
+        by phone with what the coordinator reads out."""
         return fingerprints.of_consortium(self.ca, self.coordinator)
 
 
 def enroll(name: str, keys: Path, signing: SigningKey, out: Path) -> str:
-    """Make the missing keys in `keys` (node.key, tls.key), and the folder of a renewed certificate,
-    where a courier in another container finds it; write a request to `out`.
+    """Make the missing keys (node.key, tls.key) in the folder `keys`, and in it the folder for
+    renewed certificates, where a courier in another container finds them; write a request to `out`.
 
-    Returns the fingerprint to read out."""
+    Returns the fingerprint to read out by phone."""
     for folder in (keys, keys / RENEWED):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     node, tls = certs.node_key(keys / "node.key"), certs.tls_key(keys / "tls.key")
@@ -185,7 +189,7 @@ def read_request(path: Path) -> Request:
 
 
 def compare(request: Request, fingerprint: str) -> None:
-    """Compare a request's fingerprint with the one that was read out. Errors: Refused if they
+    """Compare a request's fingerprint with the one that the site read out. Errors: Refused if they
     differ."""
     if not fingerprints.match_fingerprints(fingerprint, request.fingerprint):
         raise Refused(
@@ -196,8 +200,11 @@ def compare(request: Request, fingerprint: str) -> None:
 
 
 def admit(home: Path, request: Request, address: str) -> Answer:
-    """Register the site and sign its certificate. Errors: Refused, as the table above says;
-    ConfigError if `address` is not an address, or a consortium's CA is missing."""
+    """Register the site in nodes/NAME.json, sign its certificate, and return the answer for it.
+    address: HOST:PORT where sites connect.
+
+    Errors: Refused, by the rules at the top of this file; ConfigError if `address` is not an
+    address, or the consortium's CA is missing."""
     try:
         host_and_port(address)
     except ValueError as error:
@@ -232,7 +239,7 @@ def _plan(home: Path) -> dict[str, str]:
 
 
 def revoke(home: Path, name: str) -> Record:
-    """Revoke a site; its record moves to nodes/revoked/. Errors: ConfigError."""
+    """Revoke a site: move its record to nodes/revoked/, and return it. Errors: ConfigError."""
     record = lookup(home, name)
     if record is None:
         names = ", ".join(registry(home)) or "nobody"
@@ -245,7 +252,7 @@ def revoke(home: Path, name: str) -> Record:
 
 
 def registry(home: Path) -> dict[str, Record]:
-    """Return the sites that may take part now, by name."""
+    """Return name -> record, of the sites that may take part now."""
     return {
         record.name: record
         for file in sorted((home / "nodes").glob("*.json"))
@@ -254,8 +261,7 @@ def registry(home: Path) -> dict[str, Record]:
 
 
 def lookup(home: Path, name: str) -> Record | None:
-    """Return the record of one site, as it is on disk now; None if it is not admitted, or is
-    revoked."""
+    """Read the record of one site from disk; None if the site is not admitted, or is revoked."""
     if not _is_name(name):
         return None
     try:
@@ -280,12 +286,13 @@ def leaf_of(home: Path, record: Record) -> x509.Certificate | None:
 
 
 def was_revoked(home: Path, tls: str) -> bool:
-    """Return whether a TLS key (tls_digest) was admitted earlier, and is no longer."""
+    """Return whether a TLS key was admitted and then revoked. tls: its `tls_digest`."""
     return any(record.tls == tls for record in _read_revoked(home))
 
 
 def renew(home: Path, record: Record, csr: bytes) -> bytes:
-    """Issue a new certificate (PEM) for the record's key. Errors: Refused."""
+    """Issue a new certificate (PEM) for the record's key. csr: a certificate signing request.
+    Errors: Refused if it is malformed, or for another key or name."""
     try:
         asked = x509.load_pem_x509_csr(csr)
         key = asked.public_key()
@@ -299,14 +306,14 @@ def renew(home: Path, record: Record, csr: bytes) -> bytes:
 
 
 def check_clock(home: Path) -> datetime:
-    """Return the time, after checking that it is not before any date recorded in a coordinator's
-    home.
+    """Return the present time, after a check that no date recorded in the coordinator's home is
+    later.
 
-    Errors: ConfigError if the clock was set back: certificates and signed requests are then
-    refused as not yet valid."""
+    Errors: ConfigError if one is: the clock was set back, and certificates and signed requests
+    would be refused as not yet valid."""
     now, past = certs.read_clock(), dict[str, datetime]()
     for name in ("ca.pem", "server.pem"):
-        with suppress(ConfigError):  # not there yet, or it is refused below
+        with suppress(ConfigError):  # a missing or damaged file is reported by other checks
             past[name] = certs.certificate_in(home / name, "").not_valid_before_utc
     for record in (*registry(home).values(), *list_revoked(home)):
         leaf, admitted = leaf_of(home, record), datetime.fromisoformat(record.admitted)
@@ -323,7 +330,7 @@ def check_clock(home: Path) -> datetime:
 
 
 def tls_digest(key: EC) -> str:
-    """Return the sha256 of a public key, as records hold it."""
+    """Return the sha256 of a public TLS key (DER, in hexadecimal), the form that records hold."""
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(key.public_bytes(serialization.Encoding.DER, form)).hexdigest()
 
@@ -356,7 +363,7 @@ def _record(file: Path) -> Record:
     except ConfigError:
         if os.path.lexists(file):
             raise
-        raise FileNotFoundError from None  # revoked, maybe at this moment
+        raise FileNotFoundError from None  # the site was revoked, perhaps at this moment
     try:
         version = fields.pop("format", 1)
         if type(version) is int and version > FORMAT:
@@ -382,7 +389,7 @@ def _record_json(record: Record) -> bytes:
 def _issue_certificate(home: Path, key: EC, name: str) -> bytes:
     """Issue a new certificate (PEM)."""
     leaf = certs.issue(home, key, name).public_bytes(certs.PEM)
-    with suppress(InfrastructureError):  # a full disk keeps nobody from a renewal
+    with suppress(InfrastructureError):  # a renewal does not fail because the disk is full
         writing.replace(_leaf(home, name), leaf, private=True)
     return leaf
 
@@ -420,6 +427,5 @@ def _p384(key: object) -> EC:
 
 
 def _of_keys(name: str, node: str, tls: EC, signing: str) -> str:
-    """Compute a site's fingerprint from its name and three keys; it is equal for each of its
-    requests."""
+    """Compute a site's fingerprint from its name and three keys, and nothing else of a request."""
     return fingerprints.of_site(name, node, tls_digest(tls), signing)

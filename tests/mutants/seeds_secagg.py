@@ -158,7 +158,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _one(
         AREA, "a-spoiled-sum-is-opened-again", AT_COORDINATOR,
         '        self._begin(number, self.progress.attempt["number"] + 1)'
-        "  # or --resume would open it again\n        self.save()\n", "",
+        "  # so that --resume draws anew\n        self.save()\n", "",
         T_ATTACKS + "test_garbled_words_stop_the_run_and_the_next_attempt_is_a_new_draw",
         "the run can never go on",
     ),

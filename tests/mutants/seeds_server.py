@@ -86,7 +86,7 @@ SIZE_MUTANTS = (
     ),
     _one(
         "size", "what-is-late-stays-at-the-superlink", EXCHANGE,
-        "                answer.drop()  # what has arrived of it\n", "",
+        "                answer.drop()  # free the parts that have arrived\n", "",
         T_EXCHANGE + "test_who_never_finishes_holds_nobody_up_and_is_deleted_at_the_deadline",
         "each round leaves another unfinished answer on the disk",
     ),
