@@ -2,16 +2,21 @@
 
     SuperNode ── TLS, loopback ──> forwarder ── [HTTP CONNECT proxy] ── TLS 1.3, mTLS ──> gateway
 
-Flower's SuperNode cannot show a client certificate, and insists on TLS, so the loopback leg has
-a throw-away certificate. Bytes are passed on as they are, 64 KiB at a time. It listens on
-127.0.0.1 only; other users of this machine still need the node key for every request. Trust: the
-consortium's CA alone, and the coordinator's host name; no system CA counts. A proxy's own
-certificate (https:// proxies) is checked against proxy_ca or the system's CAs; a proxy that
-breaks TLS open is refused like any other stranger, and must let this address through. Upkeep:
-asks the gateway for its status every WATCH_SECONDS (every second while it is away), and renews
-the certificate over the present one when two thirds of its life are over. Errors: none are
-raised to the SuperNode's side: it gets 503 and tries again, with its own back-off. What is wrong
-is in `away`, `refusal`, `distrust`, `clock` and `ahead`.
+Flower's SuperNode cannot send a client certificate, and insists on TLS, so on loopback the
+forwarder has a certificate that is made for this one run. It listens on 127.0.0.1 only; another
+user of this machine would still need the node key for every request. It passes bytes on unchanged,
+at most 64 KiB at a time.
+
+Trust: the gateway's certificate must come from the consortium's CA and name the coordinator's host;
+the system's CAs do not count. The certificate of a proxy (https://) is checked against proxy_ca or
+the system's CAs. A proxy that decrypts TLS is refused like any other stranger, and has to exempt
+the coordinator's address.
+
+Upkeep: the forwarder asks the gateway for its status every WATCH_SECONDS (every second while the
+gateway does not answer), and renews the site's certificate when two thirds of its life are over.
+
+Errors: none reach the SuperNode: it receives a 503 and tries again after its own pauses. `away`,
+`refusal`, `distrust`, `clock` and `ahead` tell what is wrong.
 """
 
 from __future__ import annotations
@@ -42,13 +47,17 @@ STATUS, RENEW = "/fedtune/status", "/fedtune/renew"  # as in gateway.py
 CHUNK = 65_536
 WATCH_SECONDS = 15.0
 CONNECT_SECONDS = 20.0
-ENDING_SECONDS = 5.0  # how long a poll may take once its connection is cut
+ENDING_SECONDS = 5.0  # longest wait for a status request whose connection was cut
 UNAVAILABLE = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Forwarder:
-    """Forwards a SuperNode's connections to the gateway, in a thread that ends with the block.
-    `port` and `certificate`: where the SuperNode connects, and what it trusts there."""
+    """Forwards a SuperNode's connections to the gateway, in a thread that runs until the `with`
+    block ends. The SuperNode connects to `port` on loopback and trusts `certificate` (a file)
+    there.
+
+    watch: seconds between two status requests. on_renewed: called with each renewed certificate
+    (PEM)."""
 
     def __init__(
         self,
@@ -60,13 +69,12 @@ class Forwarder:
         self.link, self._watch_seconds = link, watch
         self._on_renewed = on_renewed
         self.refusal: str | None = None  # why the gateway turns this site away
-        self.distrust = False  # the gateway's certificate does not verify
-        self.clock = False  # the refusal is a matter of time: one of the two clocks may be wrong
-        self.ahead = (
-            0.0  # seconds that this clock is before the gateway's, when it last said its own
-        )
+        self.distrust = False  # whether the gateway's certificate does not verify
+        self.clock = False  # whether the refusal is due to dates, so that a clock may be wrong
+        # Seconds by which this machine's clock was ahead of the gateway's at the last status reply.
+        self.ahead = 0.0
         self.port = 0
-        self._since: float | None = None  # since when the gateway is away
+        self._since: float | None = None  # the time of the first failure since the last answer
         self.certificate, key = certs.loopback(state)
         self._near = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._near.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -82,7 +90,8 @@ class Forwarder:
 
     @property
     def away(self) -> float:
-        """Seconds since the gateway last answered; 0 while it does."""
+        """Seconds since the first failed connection after the gateway's last answer; 0 while it
+        answers."""
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def __enter__(self) -> Forwarder:
@@ -116,9 +125,10 @@ class Forwarder:
         for relay in self._relays:
             relay.cancel()
         await asyncio.gather(*self._relays, return_exceptions=True)
-        # A poll ends with the relay that carried it. It is not cancelled: httpx leaves a
-        # connection open whose handshake is cancelled. The server closes after it: asyncio
-        # leaves one open that is accepted in the turn in which its server closes.
+        # A status request ends when its relay is cancelled. It is not cancelled itself, since httpx
+        # leaves a connection open if its handshake is cancelled. The server closes afterwards,
+        # since asyncio leaves a connection open that is accepted in the turn in which its server
+        # closes.
         await asyncio.wait([watch], timeout=ENDING_SECONDS)
         server.close()
         if watch.done():
@@ -191,14 +201,14 @@ class Forwarder:
             verify=self._trust,
             trust_env=False,
             timeout=CONNECT_SECONDS + 5,
-            limits=httpx.Limits(max_keepalive_connections=0),  # each poll with the newest leaf
+            limits=httpx.Limits(max_keepalive_connections=0),  # each request uses the newest leaf
         ) as client:
             while not self._ended.is_set():
                 try:
                     await self._poll_status(client)
-                except httpx.HTTPError as error:  # closed without a reply
+                except httpx.HTTPError as error:  # the connection was closed without a reply
                     self._note_failure(error)
-                except (FedtuneError, OSError):  # a full disk, a lost key: the present leaf counts
+                except (FedtuneError, OSError):  # no renewal, as on a full disk: keep the leaf
                     pass
                 pause = 1.0 if self._since is not None else self._watch_seconds
                 with contextlib.suppress(TimeoutError):
@@ -209,10 +219,10 @@ class Forwarder:
         sent = certs.read_clock()
         reply = await client.get(STATUS)
         if reply.status_code == 503:
-            return  # our own: the gateway cannot be reached
+            return  # this forwarder's own reply: the gateway cannot be reached
         self._since = None
         if reply.status_code == 200:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # of another release
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a reply of another release
                 half = (certs.read_clock() - sent) / 2
                 said = datetime.fromisoformat(reply.json()["now"])
                 self.ahead = (sent + half - said).total_seconds()
@@ -236,11 +246,11 @@ class Forwarder:
 
 
 async def _cut(tasks: set[asyncio.Task[None]]) -> None:
-    """Cancel tasks that began during shutdown: handshakes, and the relays after them."""
+    """Cancel the tasks that began during shutdown: handshakes, and the relays that follow them."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    await asyncio.sleep(0.01)  # what was cut closes in the next turn
+    await asyncio.sleep(0.01)  # their connections close in the event loop's next turn
 
 
 async def dial(
@@ -271,7 +281,8 @@ async def dial(
 
 
 async def _close(*writers: asyncio.StreamWriter) -> None:
-    """Close in order, for a moment at most; a broken connection is closed at once."""
+    """Close each writer after its data was sent, within 2 s; abort a connection that is broken or
+    takes longer."""
     for writer in writers:
         writer.close()
         try:
@@ -282,11 +293,11 @@ async def _close(*writers: asyncio.StreamWriter) -> None:
 
 
 def find_newest_certificate(link: Link) -> x509.Certificate:
-    """Return the certificate with the latest expiry: the answer's, or a renewal for the same
-    key, and set link.certificate to it."""
+    """Return the site's certificate with the latest expiry: that of the answer, or a stored renewal
+    for the same key. Also write it to the file link.certificate."""
     best = x509.load_pem_x509_certificate(link.answer.certificate.encode())
     authority = x509.load_pem_x509_certificate(link.answer.ca.encode())
-    before = link.keys / link.certificate.name  # where earlier releases kept it
+    before = link.keys / link.certificate.name  # where earlier releases stored renewals
     for kept in (link.certificate, link.keys / RENEWED / link.certificate.name, before):
         with contextlib.suppress(OSError, ValueError):
             stored = x509.load_pem_x509_certificate(kept.read_bytes())
@@ -303,8 +314,8 @@ UNTIMELY = {9: "not valid yet", 10: "expired"}
 
 
 def _describe_untimely(error: Exception, leaf: x509.Certificate) -> str | None:
-    """Describe which certificate is outside its validity by this clock: the gateway's, or this
-    site's `leaf` (a gateway gives no reason in a handshake)."""
+    """Say which certificate is not valid at the time of this machine's clock: the gateway's, or the
+    site's own `leaf`, since a gateway that refuses it gives no reason. None if both are valid."""
     if isinstance(error, ssl.SSLCertVerificationError):
         problem = UNTIMELY.get(error.verify_code)
         return problem and f"its certificate is {problem} by the clock here: compare the clocks"

@@ -3,24 +3,27 @@ Fleet API.
 
     site's forwarder ── TLS 1.3, client certificate ──> gateway ── loopback ──> SuperLink
 
-A connection is refused before HTTP without a certificate that the consortium's CA signed and that
-is valid now. Each request is then refused unless
+A connection needs a client certificate that the consortium's CA signed and that is valid now; else
+it is refused before HTTP. Each request is then refused unless all of this holds:
 
-| it is        | POST to one of FLEET, the ten calls of an authenticated SuperNode; all else: 403 |
-| its name     | is admitted at this moment, with the certificate's key (read from disk each time) |
-| its node key | is the one that was admitted with the certificate's name                         |
-| its size     | is announced, and at most Limits.request_bytes; Limits.words but for a part     |
-| its pushes   | are no more in all than what the site was last asked for (allowance.py)          |
-| its pace     | is within Limits.rate, per site                                                  |
+| call      | it is a POST to one of FLEET, the ten calls of an authenticated SuperNode          |
+| site      | the certificate's name is admitted with the certificate's key at this moment; the |
+|           | record is read from disk for each request                                          |
+| node key  | it is the one admitted under this name                                             |
+| size      | it is announced, and at most Limits.request_bytes for a part of a message, and     |
+|           | Limits.words for any other request                                                 |
+| pushes    | the site has pushed no more than its allowance (allowance.py)                      |
+| rate      | the site is within Limits.rate                                                     |
 
-Two calls are the gateway's own: GET STATUS (with its clock and protocol, for `fedtune doctor`),
-and POST RENEW (a signing request for the same key; one in Limits.renewal seconds, else 429).
-Guarantee: bodies are streamed and never held; memory grows with open connections alone, and
-these are bounded, in total and per site. Revocation closes a site's open connections within a
-second. Peers without a certificate cannot keep others out: the oldest unfinished handshake is
-dropped first, starting with those of the same network. Only the head of a request is parsed; h11
-does that. Errors: a refusal is counted by its reason in Gateway.refused, and told to the site in
-one line.
+The gateway itself answers two calls: GET STATUS (with its clock and protocol, for `fedtune
+doctor`), and POST RENEW (a signing request for the same key; one in Limits.renewal seconds, else
+429).
+Guarantee: bodies are streamed and never held whole, so memory grows with the open connections
+alone, and these are bounded, in total and per site. Revocation closes a site's open connections
+within a second. Peers without a certificate cannot keep others out: above a limit the oldest
+unfinished handshake is dropped, first among those of the same network. Only the head of a request
+is parsed, by h11. Errors: a refusal is counted by its reason in Gateway.refused, and its reason is
+sent to the site in one line.
 """
 
 from __future__ import annotations
@@ -67,14 +70,14 @@ FLEET = frozenset(
 PUSHES = frozenset({"/v1/fleet/push-messages", PART := "/v1/fleet/push-object"})
 STATUS, RENEW = "/fedtune/status", "/fedtune/renew"
 NODE_KEY = b"flwr-public-key"  # base64 of the key in PEM; the SuperLink checks its signature
-PASSED = (b"content-type", b"accept", b"content-length")  # and every flwr-...
+PASSED = (b"content-type", b"accept", b"content-length")  # headers passed on, besides flwr-...
 CHUNK = 65_536
-RENEWAL_SECONDS = 3600.0  # between two looks at the server's own certificate
+RENEWAL_SECONDS = 3600.0  # between two checks of the age of the server's own certificate
 
 
 class Gateway:
-    """A server for one coordinator's home. upstream: the SuperLink's URL; trust: its
-    certificate."""
+    """A server for one coordinator's home. upstream: the SuperLink's URL; trust: the file of the
+    SuperLink's certificate."""
 
     def __init__(
         self, home: Path, upstream: str, trust: Path, limits: Limits | None = None
@@ -83,9 +86,9 @@ class Gateway:
         self.refused: Counter[str] = Counter()
         self._peers: set[Peer] = set()
         self._quota = allowance.Quota(home, self.limits.burst, self.limits.rate)
-        self._renewed: dict[str, float] = {}  # site -> when
+        self._renewed: dict[str, float] = {}  # site -> time of its last renewal (monotonic)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._shaking: dict[asyncio.Task[None], str] = {}  # oldest first, and where from
+        self._shaking: dict[asyncio.Task[None], str] = {}  # unfinished handshake -> its network
         self._upstream = upstream
         self._client = httpx.AsyncClient(
             verify=ssl.create_default_context(cafile=str(trust)),
@@ -96,7 +99,7 @@ class Gateway:
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_3
         self._tls.verify_mode = ssl.CERT_REQUIRED
-        self._tls.num_tickets = 0  # a resumed session would show no certificate
+        self._tls.num_tickets = 0  # a client that resumes a session sends no certificate
         authority = certs.ca(home)[1].public_bytes(certs.PEM)
         self._tls.load_verify_locations(cadata=authority.decode())
         self._load_leaf()
@@ -110,7 +113,7 @@ class Gateway:
             while True:
                 try:
                     accepted, address = await loop.sock_accept(listener)
-                except OSError:  # no file descriptor left: wait for one
+                except OSError:  # no file descriptor is free: wait for one
                     await asyncio.sleep(0.1)
                     continue
                 self._make_room(network := network_of(address[0]))
@@ -118,16 +121,17 @@ class Gateway:
                 self._shaking[task] = network
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-                await asyncio.sleep(0)  # it begins: what never began would leave its socket open
+                await asyncio.sleep(0)  # let the task begin: until then it cannot close its socket
         finally:
             for task in (watch, *self._tasks):
                 task.cancel()
             await asyncio.gather(watch, *self._tasks, return_exceptions=True)
             await self._client.aclose()
-            await asyncio.sleep(0.01)  # sockets of failed handshakes close in the next turn
+            await asyncio.sleep(0.01)  # sockets of failed handshakes close in the loop's next turn
 
     def _make_room(self, network: str) -> None:
-        """Make space for a new unfinished handshake: above the limit the oldest one is ended."""
+        """Make room for a new handshake: if there are too many unfinished ones, in total or from
+        `network`, cancel the oldest."""
         same = [task for task, its in self._shaking.items() if its == network]
         if len(same) >= self.limits.per_network or len(self._shaking) >= self.limits.handshakes:
             oldest = same[0] if len(same) >= self.limits.per_network else next(iter(self._shaking))
@@ -141,7 +145,7 @@ class Gateway:
         reader = asyncio.StreamReader(limit=CHUNK)
         protocol = asyncio.StreamReaderProtocol(reader)
         try:
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else 40 ms an answer
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # saves 40 ms an answer
             await self._first_byte(accepted)
             transport, _ = await loop.connect_accepted_socket(
                 lambda: protocol,
@@ -152,19 +156,20 @@ class Gateway:
             )
         except ssl.SSLError as error:
             return self._count(tls_reason(error))
-        except OSError:  # left, or was too slow
+        except OSError:  # the peer has left, or was too slow
             return self._count("handshake not finished")
         except asyncio.CancelledError:
             if task in self._shaking:  # the gateway ends
                 raise
-            return self._count("handshake not finished")  # it gave way
+            return self._count("handshake not finished")  # _make_room cancelled it
         finally:
             self._shaking.pop(task, None)
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         peer = peer_of(reader, writer)
         self._peers.add(peer)
         try:
-            # Between one and two times its share a site is told so; beyond, and idle ones, closed.
+            # Above Limits.per_site a site's requests are refused with a reason (_admit); above
+            # twice as many its connections are closed without one.
             if self._open(peer.name) > 2 * self.limits.per_site:
                 return self._count("too many connections of this site", peer.name)
             if len(self._peers) > self.limits.connections:
@@ -173,16 +178,16 @@ class Gateway:
             writer.close()
             await writer.wait_closed()
         except (OSError, EOFError, h11.ProtocolError, httpx.HTTPError):
-            pass  # broken off on one side; nothing more can be said
-        except Exception as error:  # a fault of ours ends one connection, in one line
+            pass  # the connection is broken, so no reason can be sent
+        except Exception as error:  # an error of our own ends this connection alone
             self._count(f"internal error ({type(error).__name__})", peer.name)
         finally:
             self._peers.discard(peer)
             transport.abort()  # does nothing where it is closed
 
     async def _first_byte(self, accepted: socket.socket) -> None:
-        """Wait for the first byte of the other side. Errors: TimeoutError; the connection is
-        then closed."""
+        """Wait for the peer's first byte, for Limits.silent seconds. Errors: TimeoutError, after
+        the connection was closed."""
         loop, heard = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(accepted, heard.set)
         try:
@@ -226,10 +231,10 @@ class Gateway:
             if before is not None and now - before < self.limits.renewal:
                 raise Denied(429, "this site's certificate was renewed just now")
             self._renewed[record.name] = now
-            try:  # in a thread: others need not wait for its signature and its disk
+            try:  # in a thread, so that other peers do not wait for the signature and the disk
                 leaf = await asyncio.to_thread(enrol.renew, self.home, record, signing_request)
                 return await self._say(peer, 200, leaf)
-            except FedtuneError as error:  # whoever asked, the site may still ask for its own
+            except FedtuneError as error:  # a request that is refused uses up no renewal
                 self._renewed.pop(record.name, None)
                 raise Denied(403, str(error)) from None
         if request.method != b"POST" or call[1] not in FLEET:
@@ -292,7 +297,8 @@ class Gateway:
             await response.aclose()
 
     async def _next(self, peer: Peer, seconds: float) -> Any:
-        """Read the request's next event. Errors: TimeoutError, h11.RemoteProtocolError, OSError."""
+        """Read h11's next event from the peer, within `seconds`. Errors: TimeoutError,
+        h11.RemoteProtocolError, OSError."""
         async with asyncio.timeout(seconds):
             while (event := peer.http.next_event()) is h11.NEED_DATA:
                 peer.http.receive_data(await peer.reader.read(CHUNK))
@@ -338,8 +344,8 @@ class Gateway:
         await self._send(peer, h11.EndOfMessage())
 
     async def _deny(self, peer: Peer, denied: Denied) -> None:
-        """Send the reason, then close. What is still arriving is read and dropped for a moment:
-        closing with unread bytes would lose the response."""
+        """Send the reason of a refusal, then close. Before that, bytes that still arrive are read
+        and dropped for up to 2 s: closing with unread bytes would lose the response."""
         if peer.http.our_state is not h11.SEND_RESPONSE:
             raise ConnectionError
         body = denied.reason.encode()
@@ -353,7 +359,8 @@ class Gateway:
                     pass
 
     async def _watch(self) -> None:
-        """Close connections of revoked sites; renew the server's own certificate."""
+        """Close the connections of revoked sites, and renew the server's own certificate, until
+        cancelled."""
         looked = time.monotonic()
         while True:
             await asyncio.sleep(0.5)
@@ -367,11 +374,12 @@ class Gateway:
                 looked = time.monotonic()
                 try:
                     self._load_leaf()
-                except (FedtuneError, OSError) as error:  # a full disk: go on with the present one
+                except (FedtuneError, OSError) as error:  # as on a full disk: keep the present one
                     self._count(f"own certificate not renewed ({type(error).__name__})")
 
     def _record(self, name: str) -> enrol.Record | None:
-        """Read the record on disk; an unreadable one is not admitted."""
+        """Read a site's record from disk; None if it is not admitted, or its record is
+        unreadable."""
         try:
             return enrol.lookup(self.home, name)
         except FedtuneError:
@@ -382,7 +390,8 @@ class Gateway:
         self._tls.load_cert_chain(certs.server_leaf(self.home))
 
     def _count(self, reason: str, site: str = "") -> None:
-        """Count a refusal; print the 1st, 2nd, 4th, 8th ..., so that the disk cannot be filled."""
+        """Count a refusal. The 1st, 2nd, 4th, 8th … of a reason are printed, so that nobody can
+        fill the disk with log lines."""
         count = self.refused[reason] = self.refused[reason] + 1
         if count & (count - 1) == 0:
             line = {

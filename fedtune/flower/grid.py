@@ -19,15 +19,16 @@ from fedtune.flower import api
 from fedtune.flower.enrol import Member
 
 RUN_ID = 1
-SIMULATED = "simulated"  # in the config of a node that this machine simulates, and of no other
+SIMULATED = "simulated"  # a key in the config of nodes that this machine simulates, and of no other
 PEERS = "peers"  # in a simulated node's config: the signing keys of all sites on this machine
 
 
 class InProcessGrid(Grid):
-    """Each site file is a node; its ClientApp is called when its reply is pulled.
+    """A Grid with one node for each site file. A node's ClientApp is called when its reply is
+    pulled.
 
-    Messages in both directions go through Flower's wire format, so what passes here passes on
-    the network. `bytes_down` and `bytes_up` count them by node, metadata included.
+    Messages in both directions go through Flower's wire format, so a message that passes here also
+    passes on the network. `bytes_down` and `bytes_up` count their bytes by node, with metadata.
     Guarantee: at most one reply is held at a time; an exception in the ClientApp becomes an error
     reply that names only its class (and a FedtuneError's own message).
     """
@@ -130,7 +131,8 @@ def contexts_of(sites: Mapping[int, Path], peers: str = "") -> dict[int, Context
 
 
 def answer(app: ClientApp, contexts: Mapping[int, Context], message_bytes: bytes) -> bytes:
-    """Return the reply of the node that `body` is for; an exception becomes an error reply."""
+    """Return the reply (in the wire format) of the node to which the message is addressed; an
+    exception becomes an error reply."""
     message = decode(message_bytes)
     try:
         reply = app(message, contexts[message.metadata.dst_node_id])

@@ -18,8 +18,8 @@ from fedtune.flower.ports import address_of
 class Link:
     """How a site reaches its coordinator.
 
-    keys: the folder with node.key and tls.key; own: the folder for the newest certificate, if the
-    process can only read the keys."""
+    keys: the folder with node.key and tls.key. own: a folder for the newest certificate, for a
+    process that cannot write to `keys`."""
 
     name: str
     host: str
@@ -36,7 +36,7 @@ class Link:
 
     @property
     def certificate(self) -> Path:
-        """The newest certificate."""
+        """The file of the site's newest certificate."""
         return (self.own or self.keys / RENEWED) / "tls.crt"
 
 

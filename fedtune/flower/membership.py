@@ -1,20 +1,23 @@
 """Read, check and store a site's membership in a consortium: the coordinator's answer.
 
-    read(file, ...)        an answer that is complete, for this site, and by its own CA
-    join(file, ...)        the same under a fingerprint that a person heard; kept beside the keys
-    remembered(keys, ...)  what was kept, as a client connects with it; its fingerprint was heard
+    read(file, ...)         reads an answer; checks that it is complete and for this site
+    join(file, ...)         does the same, compares the fingerprint that a person heard by phone,
+    and
+                            stores the answer beside the site's keys
+    load_answer(keys, ...)  reads the stored answer, with which a client connects
 
-An answer comes by mail, so nothing in it is trusted until the consortium's fingerprint was compared
-with what the coordinator read out: neither the address nor the plan that it brings for review.
+An answer comes by mail. Neither its address nor its plan for review is trusted until a person has
+compared the consortium's fingerprint with the one that the coordinator read out.
 
-| larger than MAX_BYTES, no JSON, other fields, not texts | ConfigError                          |
-| another site's, of other keys, a certificate by no CA of it | ConfigError                      |
-| a plan that is none, or that the answer's coordinator did not sign | ConfigError               |
-| no fingerprint, and none remembered                     | ConfigError                          |
-| another consortium than the fingerprint's               | Refused                              |
+| it is larger than MAX_BYTES, not JSON, or has other fields or values than texts | ConfigError |
+| it is for another site or other keys, or its CA did not sign its certificate    | ConfigError |
+| its plan is not a plan, or its coordinator did not sign the plan                | ConfigError |
+| no fingerprint is given, and none was stored                                    | ConfigError |
+| its fingerprint is another than the given one                                   | Refused     |
 
-Guarantee: a fingerprint comes from a person, never from the answer; nothing is kept before it
-agrees. The answer is stored beside the keys that it is for, so new keys need a new answer.
+Guarantee: the fingerprint comes from a person, never from the answer, and nothing is stored before
+both agree. The answer is stored beside the keys for which it was made, so new keys need a new
+answer.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from fedtune.flower import certs, enrol
 from fedtune.flower.enrol import EC, Answer
 
 MAX_BYTES = 2**20  # of an answer
-KEPT = "answer.json"  # in the folder of the site's keys
+KEPT = "answer.json"  # the stored answer, in the folder of the site's keys
 _REQUIRED = {"name", "address", "ca", "certificate", "coordinator"}
 _OPTIONAL = {"plan", "signature"}
 AGAIN = "ask the coordinator for it again"
@@ -48,10 +51,10 @@ def keys_folder(site: Site) -> Path:
 
 
 def read(path: Path, tls: EC, name: str, expected: str = "") -> Answer:
-    """Read the coordinator's answer, and check that it is complete and for this name and key.
+    """Read the coordinator's answer, and check that it is complete and for this name and TLS key.
 
-    expected: the consortium's fingerprint as it was read out; "": not compared.
-    Errors: ConfigError, Refused, as the table above says."""
+    expected: the consortium's fingerprint that the coordinator read out; "": it is not compared.
+    Errors: ConfigError, Refused, by the table at the top of this file."""
     fields = enrol.texts_in(path, MAX_BYTES)
     if not _REQUIRED <= set(fields) <= _REQUIRED | _OPTIONAL:
         raise ConfigError(f"{path}: not an answer", "the file that `fedtune admit` wrote")
@@ -107,10 +110,11 @@ def read_reviewed_plan(answer: Answer) -> str:
 
 
 def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
-    """Check an answer under the fingerprint that a person heard, and store it beside the keys.
+    """Check an answer against the fingerprint that a person heard, store it in the folder `keys`,
+    and return it.
 
-    fingerprint: None: the one of the answer that was stored before, so that a new certificate of
-    the same consortium needs no second call. Errors: ConfigError, Refused."""
+    fingerprint: None to compare with that of the stored answer, so that a new certificate of the
+    same consortium needs no second call. Errors: ConfigError, Refused."""
     if fingerprint is None and (kept := load_answer(keys, name)):
         fingerprint = kept.fingerprint
     if not fingerprint or not fingerprint.strip():
@@ -129,7 +133,7 @@ def join(path: Path, keys: Path, name: str, fingerprint: str | None) -> Answer:
 def load_answer(keys: Path, name: str, expected: str = "") -> Answer | None:
     """Return the answer that was stored when this site joined; None if it has not joined.
 
-    expected: a fingerprint that site.toml also holds. Errors: ConfigError, Refused."""
+    expected: the fingerprint in site.toml, "" if it has none. Errors: ConfigError, Refused."""
     if not (keys / KEPT).exists():
         return None
     return read(keys / KEPT, tls_key(keys), name, expected)

@@ -1,17 +1,17 @@
 """Pack a short message into one part, since Flower moves a message part by part.
 
-An order and a small adapter, or an update, are eight parts: the message, its dictionary, two
-records, and an array and a chunk each for the numbers and their scales. A part is a request from
-the coordinator to its SuperLink, one on each site's network and one at the site, in both directions
-(some 90 of 170 requests of a round of three sites). Packed, they are three.
+An order with a small adapter, or an update, has eight parts: the message, its dictionary, two
+records, and an array and a chunk each for the numbers and their scales. Each part costs a request
+between coordinator and SuperLink, one between site and gateway, and one within the site: some 90 of
+the 170 requests of a round of three sites. A packed message has three parts.
 
-| up to MOST bytes  | packed: one record with the dictionary in Flower's protobuf form |
-| more              | as Flower sends it, in chunks, which a cut repeats one by one    |
-| query.prepare     | never packed: every protocol has to be able to read it           |
-| other people's    | unpacked once, whatever is inside                                |
+| up to MOST bytes        | packed: one record with the dictionary in Flower's protobuf form     |
+| more than MOST bytes    | not packed: Flower sends chunks, and repeats single ones after a cut |
+| query.prepare           | never packed, since every version of the protocol has to read it     |
+| a received packed one   | unpacked once; a packed dictionary inside is not unpacked            |
 
-Guarantee: what was packed is unpacked to the same records, byte for byte, so seals and digests
-cover what they covered; unpacking holds what was sent, as Flower's own reader would."""
+Guarantee: a packed message is unpacked to the same records, byte for byte, so that seals and
+digests hold. Unpacking needs memory for the message that was sent, like Flower's own reader."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.flower import api
 
-MOST = 512 << 10  # half of what an answer may hold beside arrays (replies.WORDS)
+MOST = 512 << 10  # bytes; half of what a message may have besides its arrays (replies.WORDS)
 PACKED = "packed"
 NEVER = "query.prepare"
 
@@ -35,13 +35,14 @@ def pack(message: Message) -> Message:
 
 
 def size(content: RecordDict) -> int:
-    """Compute a content's bytes in Flower's protobuf form, unpacked: the same on every grid."""
+    """Compute the bytes of a message's unpacked content in Flower's protobuf form, which are the
+    same on every grid."""
     return int(api.recorddict_to_proto(content).ByteSize())
 
 
 def _is_short(message: Message) -> bool:
-    """Return whether the arrays are small enough, before a large message is copied to learn its
-    exact size."""
+    """Return whether the message's arrays have at most MOST bytes. This is checked first, since
+    the exact size needs a copy of the message."""
     arrays = (
         array for record in message.content.array_records.values() for array in record.values()
     )

@@ -24,15 +24,15 @@ class Limits:
     """Limits for one site, or for all connections. Times in seconds."""
 
     request_bytes: int = 16 << 20  # Flower's largest part of a message is 5 MiB
-    words: int = 256 << 10  # of any other request; an answer's 3,000 parts are announced in it
+    words: int = 256 << 10  # bytes of any other request, such as a list of an answer's 3,000 parts
     response_bytes: int = 16 << 20
     rate: float = 100.0  # requests a second, per site, after a burst
     burst: int = 1000
     per_site: int = 32  # open connections
     connections: int = 2048
-    handshakes: int = 128  # unfinished; who has shown no certificate yet
-    per_network: int = 16  # of them: an address, or an IPv6 /64
-    silent: float = 3.0  # until the first byte
+    handshakes: int = 128  # unfinished ones, of peers that have sent no certificate yet
+    per_network: int = 16  # unfinished ones from one IPv4 address or IPv6 /64
+    silent: float = 3.0  # until a peer's first byte
     handshake: float = 10.0
     renewal: float = 60.0  # from one certificate of a site to its next
     idle: float = 120.0  # of a connection between two requests
@@ -72,7 +72,8 @@ def peer_of(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Peer:
 
 
 def network_of(address: str) -> str:
-    """Return the network within which one host chooses its addresses: IPv4 address or IPv6 /64."""
+    """Return the network from which one host can choose its addresses: an IPv4 address, or an IPv6
+    /64."""
     ip = ip_address(address.partition("%")[0])
     if isinstance(ip, IPv4Address):
         return str(ip)

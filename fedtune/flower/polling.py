@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-LOOK_SECONDS = (0.25, 1.0)  # between an idle SuperNode's polls for work; Flower's default is 3
-REPLY_SECONDS = (0.02, 0.5)  # between its looks for an answer in its own memory; Flower's: 0.5
+# Shortest and longest pause of a SuperNode: between polls for work (Flower's own: 3 s), and between
+# checks for an answer in its own memory (Flower's own: 0.5 s).
+LOOK_SECONDS = (0.25, 1.0)
+REPLY_SECONDS = (0.02, 0.5)
 
 
 class Poll:
     """Pauses that grow with the wait: an early result is found soon, and a long wait costs
     little.
 
-    Each is a tenth of the wait so far, but no less than `least` and no more than `most` seconds, so
-    that polling makes a wait longer by a tenth, or by `most`."""
+    A pause is a tenth of the wait so far, but at least `least` and at most `most` seconds. So
+    polling prolongs a wait by at most a tenth or by `least`, and never by more than `most`."""
 
     def __init__(self, least: float, most: float) -> None:
         self._least, self._most = least, most
@@ -31,10 +33,11 @@ class Poll:
 
 
 class Impatient:
-    """A replacement of the module `time` with other sleeps, since a round waits for the site that
+    """A replacement of the module `time` with shorter sleeps, since a round waits for the site that
     polls last.
 
-    Flower sleeps 3 s if there is no work, and shorter if an answer is not there yet."""
+    Flower sleeps 3 s if there is no work, and 0.5 s if an answer has not arrived yet; a change from
+    one to the other begins a new wait."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -44,7 +47,7 @@ class Impatient:
         return getattr(time, name)
 
     def sleep(self, seconds: float) -> None:
-        if seconds != self._last:  # another wait than before
+        if seconds != self._last:  # Flower waits for something else now
             self._last = seconds
             self._poll = Poll(*(LOOK_SECONDS if seconds > 1 else REPLY_SECONDS))
         self._poll.pause()

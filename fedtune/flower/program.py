@@ -8,6 +8,6 @@ from fedtune.flower import api
 
 
 def main(options: list[str]) -> None:
-    """Run the SuperLink or the SuperNode that sys.argv[0] names, with the options that follow;
-    does not return. options: the same."""
+    """Run the program that sys.argv[0] names (SuperLink or SuperNode), with the options in the rest
+    of sys.argv; does not return. options: that rest, which is not used."""
     api.run_program("superlink" if sys.argv[0] == "flower-superlink" else "supernode")

@@ -17,7 +17,7 @@ def to_record(arrays: Mapping[str, npt.NDArray[Any]]) -> ArrayRecord:
 
 
 def as_record(packed: Record) -> ArrayRecord:
-    """Put packed arrays into a record, their bytes as they are."""
+    """Put packed arrays into a record of Flower, with their bytes unchanged."""
     return ArrayRecord(
         {
             name: Array(dtype=one.dtype, shape=tuple(one.shape), stype=one.stype, data=one.data)

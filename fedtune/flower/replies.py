@@ -1,4 +1,5 @@
-"""Assemble answers to the coordinator's messages within a bound that is fixed before."""
+"""Assemble the answers to the coordinator's messages. The largest size of an answer is fixed before
+the message is sent."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ from fedtune.flower.api import (
 )
 from fedtune.flower.packing import unpack
 
-WORDS = 1 << 20  # bytes of a message beside its arrays' numbers, at most
+WORDS = 1 << 20  # largest number of bytes of a message besides its arrays' values
 
 
-PARTS, PART = 1000, 1 << 20  # of an answer: so many, and one more for each 1 MiB
-MISSING = 20  # parts that one look for an answer may find to be still on their way
+PARTS, PART = 1000, 1 << 20  # an answer may have PARTS parts, and one more for each PART bytes
+MISSING = 20  # the number of missing parts after which a poll for an answer stops
 
 
 class TooLong(Exception):
@@ -34,12 +35,12 @@ class TooLong(Exception):
 
 
 class Lost(Exception):
-    """A part of an answer is lost: its upload was given up."""
+    """A part of an answer will not arrive: the site gave up its upload."""
 
 
 def announce(answers: Collection[Answer]) -> None:
-    """Ask the SuperLink, in one call for all, which of the answers have arrived or are arriving.
-    An answer of sites in this process, or Ray's, needs no announcement."""
+    """Ask the SuperLink, in one call, which of the answers have arrived or are arriving. Does
+    nothing for sites in this process, or Ray's, whose answers can be taken directly."""
     unknown = {answer._asked: answer for answer in answers if not answer._root}
     grid: Any = next((answer._grid for answer in unknown.values()), None)
     if not remote(grid):
@@ -51,27 +52,28 @@ def announce(answers: Collection[Answer]) -> None:
 
 
 def remote(grid: Any) -> bool:
-    """Return whether a SuperLink is asked, and not sites in this process, or Ray's."""
+    """Return whether the grid asks a SuperLink, and not sites in this process or in Ray's."""
     return getattr(grid, "_runtime_client", None) is not None
 
 
 class Answer:
-    """The answer to one message, part by part from the SuperLink.
+    """The answer to one message, which is fetched part by part from the SuperLink.
 
-    Guarantee: at most `most` bytes and one part are fetched and held at a time, and the
-    assembled answer has no more than `most` bytes, even if one part is named many times. It
-    never waits: while parts are still arriving there is no answer, and none are held."""
+    asked: the message's id. most: the largest number of bytes of the answer.
+    Guarantee: at most `most` bytes and one part are held at a time, and the assembled answer has at
+    most `most` bytes, even if one part is named many times. No method waits: while parts are
+    missing, `take` returns None and holds no part."""
 
     def __init__(self, grid: Grid, asked: str, most: int) -> None:
         self._grid = grid
         self._asked = asked
         self._most = most
         self._root, self._received = "", 0
-        self._tree: Any = None  # of its parts, as announced
+        self._tree: Any = None  # the tree of its parts, as the SuperLink announced it
         self._parts, self._pending = list[str](), deque[str]()
 
     def take(self) -> Message | None:
-        """Return the message once it has arrived, which `announce` says first.
+        """Return the message; None if it has not arrived completely. Call `announce` before.
 
         Errors: TooLong, Lost, and any error that a crafted message causes in Flower's reader."""
         if not remote(self._grid):
@@ -103,7 +105,7 @@ class Answer:
             self._link._runtime_client.ConfirmMessageReceived(confirmation)
 
     @property
-    def _link(self) -> Any:  # Flower's HttpGrid, whose module brings a web server along
+    def _link(self) -> Any:  # Flower's HttpGrid; importing its type would load a web server
         return self._grid
 
     def _note_parts(self) -> None:
@@ -116,7 +118,8 @@ class Answer:
             raise TooLong
 
     def _contents(self) -> dict[str, bytes] | None:
-        """Fetch every part; None if one is still missing. No part is fetched more than twice."""
+        """Fetch every part and return name -> content; None if a part is missing. No part is
+        fetched more than twice."""
         contents, missing = dict[str, bytes](), 0
         for _ in range(len(self._pending)):
             part = self._pending.popleft()
@@ -147,8 +150,8 @@ class Answer:
         return response.object_content if response.object_available else None
 
     def _check(self, contents: dict[str, bytes]) -> None:
-        """Check the size of everything beside the arrays, and again after assembly. Errors:
-        TooLong."""
+        """Check the size of the answer's parts, and the size that it has when assembled, where a
+        part that is named several times counts as often. Errors: TooLong."""
         kinds = {n: get_object_head_values_from_object_content(c) for n, c in contents.items()}
         words = sum(len(contents[n]) for n, (kind, *_) in kinds.items() if kind != "ArrayChunk")
         if words > WORDS:
