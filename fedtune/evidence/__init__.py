@@ -1,2 +1,2 @@
-"""Verify from a run's folder alone, without having been there: signatures of the coordinator and
-of every site, and the steps from which ε follows."""
+"""Verify a run from its folder alone: the signatures of the coordinator and of every site, and the
+logged steps from which ε follows."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.wire.keys import SigningKey
 
-HOME = Path("coordinator")  # beside the folder of runs, unless it was placed elsewhere
+HOME = Path("coordinator")  # the home's default place, beside the folder of runs
 
 
 def home_beside(run: Path) -> Path:
@@ -16,8 +16,8 @@ def home_beside(run: Path) -> Path:
 
 
 def coordinator_log(run: Path) -> AuditLog | None:
-    """Return the log in the coordinator's home beside the folder of runs; None if there is no
-    such home, as beside a simulation, or beside a copy that somebody was sent."""
+    """Return the audit log in the coordinator's home beside the folder of runs. None if there is no
+    such home: `run` is a simulation, or a copy on another machine."""
     home = home_beside(run)
     key = home / "signing.key"
     return AuditLog(home, SigningKey.at(key)) if key.exists() else None

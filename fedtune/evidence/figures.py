@@ -30,9 +30,9 @@ from fedtune.report.gain import START, TRAINED
 from fedtune.report.quality import headline_lines
 
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
-SAME = 1e-9  # relative: two computations of one ε
-# Of one site. Beyond these no run has a use, and the accountant takes minutes to days: a folder
-# from a stranger may claim anything.
+SAME = 1e-9  # relative difference up to which two computations of a figure count as equal
+# Limits on one site's steps and ε. No useful run exceeds them, and the accountant would take
+# minutes to days: a folder from a stranger may claim any number.
 MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
 TODO = "get the folder again from who signed it; do not use this one"
 
@@ -42,9 +42,10 @@ def fail(where: Path | str, happened: str, expected: str = "") -> NoReturn:
 
 
 def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[str, Any], bytes]:
-    """Read JSON of this format, which must be in canonical form; return it, and its bytes.
+    """Read a signed JSON file; return its content and its bytes.
 
-    Errors: NotGenuine."""
+    form: the value that its "format" must have. most: the largest size in bytes.
+    Errors: NotGenuine if it is not canonical JSON of that format."""
     data = reading.content(path, "the file as it was signed", TODO, NotGenuine, most)
     try:
         content = json.loads(data)
@@ -58,10 +59,11 @@ def signed_json(path: Path, form: str, most: int = reading.SMALL) -> tuple[dict[
 
 
 def check_release(run: Path, study: Study, report: dict[str, Any], files: Collection[str]) -> str:
-    """Check the report's statement of what is released against the plan's rule, the figures that
-    decided, and the signed files. Return which model it is, "" for a plan that leaves no choice.
+    """Check that the model which the report says is released follows from the plan's rule and the
+    reported figures, and fits the signed files. Return the model, TRAINED or START; "" if the plan
+    leaves no choice.
 
-    Only the coordinator vouches that the start in adapter/ is the one that public text gives."""
+    That a start in adapter/ is the one that public text gives rests on the coordinator's word."""
     path, quality = run / "report.json", report.get("quality") or {}
     decision = quality.get("released")
     chooses = bool(study.start and study.selection and not study.continuous)
@@ -74,7 +76,7 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
     if decision is None or study.selection is None:
         return ""
     figures = [decision.get(name) for name in (TRAINED, START)]
-    expected = TRAINED  # by the plan's rule, or where the selection records cannot tell
+    expected = TRAINED  # if the plan says so, or the selection records cannot decide
     blind = "lacking" in decision and "unseen" not in decision
     if study.selection.release == "better" and not blind:
         metric = study.evaluation.metric if study.evaluation else "loss"
@@ -98,16 +100,19 @@ def check_release(run: Path, study: Study, report: dict[str, Any], files: Collec
 
 
 def _compute_unseen_share(quality: dict[str, Any], lacking: Collection[str]) -> float:
-    """Return the share of units in classes that the deciding records lack, by the report's
-    noised counts."""
+    """Return the share of units, from the report's noised counts, in the classes `lacking`, which
+    the selection records lack."""
     counts = {row["name"]: max(row["units"], 0.0) for row in quality["classes"]} if lacking else {}
     total = sum(counts.values())
     return sum(counts[name] for name in lacking) / total if total else 0.0
 
 
 def headline(run: Path, report: dict[str, Any]) -> None:
-    """Check that report.json and report.md describe the run's quality as its figures do, in the
-    words of this release; a report of another release, whose words differ, is not checked."""
+    """Check that report.json and report.md hold the sentences about quality that this release
+    writes for the report's figures. A report of another release, whose sentences differ, is not
+    checked.
+
+    Errors: NotGenuine."""
     quality = report.get("quality") or {}
     if report.get("fedtune") != fedtune.__version__:
         return
@@ -121,14 +126,18 @@ def headline(run: Path, report: dict[str, Any]) -> None:
 
 
 Events = dict[str, list[dict[str, Any]]]
-# What a site says of each kind of work, without and with secure aggregation.
+# The status that a site signs for each kind of work, without and with secure aggregation.
 DONE = {"update": ("trained", "masked"), "answer": ("answered", "answered")}
 
 
 def seals(
     run: Path, content: dict[str, Any], study: Study, coordinator: str, enrolled: bool
 ) -> dict[str, Events]:
-    """Verify every site's signatures; return the newest step log of each, by kind and site."""
+    """Verify the site's signature of every update and answer. Return kind ("update" or "answer") ->
+    site -> its newest step log.
+
+    content: that of evidence.json. coordinator: the key that signed the run, and enrolled: whether
+    the sites' messages must be sealed for it. Errors: NotGenuine."""
     events: dict[str, Events] = {"update": {}, "answer": {}}
     if content.get("plan") != study.digest:
         fail(run / EVIDENCE, "is of another plan", study.digest)
@@ -168,7 +177,7 @@ def seals(
 
 
 def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
-    """Return whether a log has all steps of an earlier one, and more."""
+    """Return whether the log `now` has all steps of the earlier log `before`, and further ones."""
 
     def count_steps(log: list[dict[str, Any]]) -> Counter[tuple[Any, ...]]:
         counts: Counter[tuple[Any, ...]] = Counter()
@@ -181,8 +190,8 @@ def _has_grown(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> bool:
 
 
 def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, Any]) -> int:
-    """Check that every round of the plan is there, and that the report's participants are those
-    who signed; return the number of updates."""
+    """Check that the evidence holds every round of the plan, and that in each round the report's
+    participants are the sites that signed an update. Return the number of updates."""
     signed: dict[int, list[str]] = {}
     updates = [entry for entry in content["updates"] if entry["kind"] == "update"]
     for entry in updates:
@@ -205,11 +214,13 @@ def rounds(run: Path, content: dict[str, Any], study: Study, report: dict[str, A
 def count_absent(
     content: dict[str, Any], study: Study, events: dict[str, Events]
 ) -> dict[str, dict[str, Any]]:
-    """Count, for each site that lacks any, the plan's rounds without an update of it ("rounds")
-    and the plan's queries without an answer ("answers"). If the plan states the numbers of both,
-    also compute the site's ε ("epsilon"), and that of its answers ("answers_epsilon"), had it
-    taken part in all of them. A site that was away and one whose updates were left out look
-    alike."""
+    """Count for each site what the evidence lacks: "rounds", the plan's rounds without an update of
+    the site, and "answers", the plan's queries without an answer. Sites that lack nothing are left
+    out.
+
+    If the plan states the number of rounds, "epsilon" and "answers_epsilon" are the ε that the
+    site's updates and answers cost if it took part in all of them: the evidence does not show
+    whether a site was away or its updates were left out."""
     there: dict[str, Counter[str]] = {name: Counter() for name in events["update"]}
     for kind, entry in {(e["kind"], (e["site"], e["round"])) for e in content["updates"]}:
         there.setdefault(entry[0], Counter())[kind] += 1
@@ -229,7 +240,9 @@ def count_absent(
 def _of_all(
     study: Study, privacy: PrivacyTable, log: list[dict[str, Any]], rounds: int
 ) -> dict[str, float]:
-    """Compute what all of the plan's rounds, and all of its queries, cost a site with this log."""
+    """Compute the ε of all rounds of the plan ("epsilon") for a site whose steps are like those of
+    `log`, and of all its queries ("answers_epsilon"). "epsilon" is left out above MOST_STEPS or
+    MOST_EPSILON."""
     steps = max(rounds * study.training.local_steps, sum(event["steps"] for event in log))
     shares, whole = noise_shares(study), [log[0] | {"steps": steps}]
     costs = dict[str, float]()
@@ -248,7 +261,12 @@ def privacy(
     keys: Mapping[str, Mapping[str, str]],
     events: dict[str, Events],
 ) -> dict[str, Any]:
-    """Compute ε from the step logs, and check that the report states the same."""
+    """Compute ε from the sites' step logs, and check that the report states the same figures.
+
+    keys: site -> its public keys. events: as `seals` returns them. Returns "sites" (fingerprint,
+    key, and with privacy ε and steps of each) and, with privacy, the run's ε, δ and unit, and
+    "with_queries", "assumption", "fallback" and "capped", as in verify.Verified.
+    Errors: NotGenuine."""
     path = run / "report.json"
     shown: dict[str, dict[str, Any]] = {
         name: {"fingerprint": _site_fingerprint(name, keys[name]), "key": keys[name]["signing"]}
@@ -298,13 +316,15 @@ def privacy(
 def _logs(
     run: Path, study: Study, privacy: PrivacyTable, rounds: int, events: dict[str, Events]
 ) -> None:
-    """Check that every step log belongs to this plan, before ε is computed from any."""
+    """Check that every step log belongs to this plan, and that its ε can be computed in seconds."""
     training = study.training
     table = study.private_evaluation
     clipping = study.clipping
     shares = noise_shares(study)
     for name, log in events["update"].items():
-        rate, sigma = log[0]["q"], log[0]["sigma"]  # where they follow from the site's size and ε
+        # The logged figures count where the plan gives none: they follow from the site's size and
+        # ε.
+        rate, sigma = log[0]["q"], log[0]["sigma"]
         if not _is_rate(study, rate):
             fail(run / EVIDENCE, f"{name[:64]!r}: its step log shows another rate than the plan's")
         if privacy.noise_multiplier is not None:
@@ -335,7 +355,7 @@ def _logs(
 
 
 def _is_rate(study: Study, rate: float) -> bool:
-    """Return whether a site of some size samples at this rate under the plan."""
+    """Return whether there is a declared size for which the plan gives this sampling rate."""
     if study.training.sampling_rate is not None:
         return math.isclose(rate, study.training.sampling_rate, rel_tol=SAME)
     assert study.training.expected_batch is not None  # Study: exactly one given
@@ -349,7 +369,8 @@ def _log(run: Path, name: str, log: list[dict[str, Any]], agreed: Agreed) -> Non
 
 
 def _refuse_uncomputable(run: Path, name: str, log: list[dict[str, Any]], least: float) -> None:
-    """Refuse a log for which the accountant would compute ε for minutes. least: ε or less."""
+    """Refuse a log for which the accountant would take minutes or more. least: a lower bound on its
+    ε. Errors: NotGenuine."""
     where, sampled = f"{run / EVIDENCE}, {name[:64]!r}", any(e["q"] < 1 for e in log)
     if sampled and sum(e["steps"] for e in log) > MOST_STEPS:
         fail(where, "its step log has too many steps to account for", f"at most {MOST_STEPS:,}")
@@ -365,7 +386,8 @@ def _fallback(
     privacy: PrivacyTable,
     log: list[dict[str, Any]],
 ) -> None:
-    """Check the report's statement of the ε without secure aggregation."""
+    """Check what the report states about secure aggregation: the number of sites, the collusion
+    that ε allows, and σ and ε of the site's own noise alone."""
     if (table := study.secure_aggregation) is None:
         return _require_equal(path, f"{name}'s secure_aggregation", said, None)
     rule = f"{name}'s secure_aggregation"
@@ -381,7 +403,7 @@ def _queries(
     path: Path, said: Any, events: dict[str, Events], privacy: PrivacyTable
 ) -> float | None:
     """Check the report's statements about private evaluation against the sites' signed answers.
-    Returns the largest ε of training and answers together, None without answers."""
+    Return the largest ε of a site's training and answers together; None if no site answered."""
     answered, sites = events["answer"], (said or {}).get("sites", {})
     _require_equal(path, "evaluation's sites", sorted(sites), sorted(answered))
     both = dict.fromkeys(answered, 0.0)
@@ -399,12 +421,14 @@ def _queries(
 
 
 def _cap(study: Study, privacy: PrivacyTable) -> float:
-    """Return the ε at which a site leaves a patient out, whatever its log says."""
+    """Return the lifetime ε at which a site leaves a unit out of a continuous study; infinity for
+    another study."""
     return privacy.epsilon if study.continuous and privacy.epsilon is not None else math.inf
 
 
 def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> tuple[float, bool]:
-    """Compute the ε of one unit of a site, and whether it is less than the ε of the whole log."""
+    """Compute the ε of one unit of a site. Also return whether the plan's lifetime ε bounds it, so
+    that it is less than the ε of all steps in the log."""
     cap, shares = _cap(study, privacy), noise_shares(study)
     if _bound_epsilon(log, privacy, shares) > cap:
         return cap, True
@@ -413,12 +437,14 @@ def _epsilon(log: list[dict[str, Any]], study: Study, privacy: PrivacyTable) -> 
 
 
 def _bound_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Bound ε of a site's steps from below, in a time that does not grow with it."""
+    """Return a lower bound on ε of a site's steps, in a time that does not grow with their number
+    or their ε."""
     return max(at_least(step, privacy.delta) for step in _steps(log, shares))
 
 
 def _steps_epsilon(log: list[dict[str, Any]], privacy: PrivacyTable, shares: int = 1) -> float:
-    """Compute ε of a site's steps, if `shares` sites add noise to their sum."""
+    """Compute ε of a site's steps. shares: the number of sites whose noise adds up in the released
+    sum; 1 for the site's own noise alone."""
     return epsilon(_steps(log, shares), privacy.delta)
 
 

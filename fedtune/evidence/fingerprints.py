@@ -1,8 +1,8 @@
-"""Compute the fingerprints that people read to each other: of a site, a site's peer, and a
-consortium.
+"""Compute the fingerprints that people read to each other by phone: of a site, a site's peer, an
+approver and a consortium.
 
-Guarantee: other keys or another name have another fingerprint: 80 bits of SHA-256, against a second
-preimage.
+Guarantee: a fingerprint is 80 bits of SHA-256 over keys and name, so nobody can find other keys or
+another name with the same fingerprint (second preimage).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def of_consortium(ca: str, coordinator: str) -> str:
 
 def of_site(name: str, node: str, tls: str, signing: str) -> str:
     """Compute a site's fingerprint from its name and three keys: node (PEM), tls (sha256 of the
-    public key), signing (hexadecimal). It is equal for each of its requests."""
+    public key), signing (hexadecimal). Every request of the site with these keys has it."""
     return _fingerprint({"name": name, "node": node, "tls": tls, "signing": signing})
 
 
 def of_peer(signing: str) -> str:
-    """Compute the fingerprint of a site as its peers pin it, over its public signing key
-    (hexadecimal) alone: who shares noise with it compares that key, whatever it is called.
+    """Compute the fingerprint that a site's peers pin, from its public signing key (hexadecimal)
+    alone: a site that shares noise with it needs to know that key, and not its name.
 
     >>> of_peer("00" * 32)
     '88d8 ab30 924b 8a69 eae4'

@@ -1,11 +1,11 @@
 """Sign a run: the sites' evidence, the figures and the adapter, under one signature.
 
-    RUN/evidence.json    of every update that was counted: the site's seal and its step log
+    RUN/evidence.json    the site's seal and step log of every update that was counted
     RUN/signature.json   sha256 of the folder's files, signed by the coordinator's key
 
-Both are canonical JSON, so that each content has one form. The sites' signed messages are stored
-completely except for the arrays, of which only the digest is stored: the step log is in it, the
-update is not."""
+Both are canonical JSON, so that the same content always has the same bytes. evidence.json holds the
+sites' signed messages, with a digest in place of the arrays: it contains step logs and no
+update."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ EVIDENCE = "evidence.json"
 FORMAT = "fedtune-evidence-1"
 PURPOSE = b"fedtune run\0"
 FILES = ("plan.json", "report.json", "report.md", "progress.png", "metrics.jsonl", EVIDENCE)
-VERSIONS = "versions"  # in a study with a [schedule], where ADAPTER is a link to one of them
-RUN = "run"  # in an exported model: the folder of what it was made of
-INDEX = "index.json"  # says what the signed report says too
-# A person may choose another version later, and a process may be about to.
+VERSIONS = "versions"  # a folder in a run with a [schedule]; ADAPTER is then a link into it
+RUN = "run"  # a folder in an exported model, with the run from which it was made
+INDEX = "index.json"  # the index of versions; the signed report holds the same content
+# These change after the run was signed, when a person chooses another version.
 UNSIGNED = {f"{VERSIONS}/{INDEX}", f"{VERSIONS}/lock"}
 
 
@@ -43,9 +43,11 @@ def sign(
 ) -> None:
     """Write evidence.json and signature.json.
 
-    key, ca: the coordinator's, as the consortium's fingerprint holds them; keys: each site's public
-    signing key; registry: an admitted site's other two; history: the rounds, with what sites
-    signed. Errors: InfrastructureError."""
+    - key, ca: the coordinator's signing key, and the consortium's CA (PEM; "" in a simulation)
+    - keys: site -> its public signing key; registry: admitted site -> its other two public keys
+    - history: the rounds, with the sites' signed evidence
+
+    Errors: InfrastructureError."""
     sites = {name: {**registry.get(name, {}), "signing": keys[name]} for name in sorted(keys)}
     content = {
         "format": FORMAT,
@@ -58,7 +60,9 @@ def sign(
 
 
 def sign_files(run: Path, key: SigningKey, ca: str = "") -> None:
-    """Write signature.json over the folder's files as they are now. Errors: InfrastructureError."""
+    """Write signature.json over the present content of the folder's files.
+
+    Errors: InfrastructureError."""
     files = {name: sha256(run / name) for name in list_covered(run)}
     sizes = {name: (run / name).stat().st_size for name in files}
     signed = {"format": FORMAT, "ca": ca, "coordinator": key.public, "files": files, "sizes": sizes}
@@ -74,15 +78,16 @@ def _updates(history: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def sha256(path: Path) -> str:
-    """Hash a file in pieces, since an adapter may be large."""
+    """Return a file's sha256 in hexadecimal; it is read in pieces, since an adapter may be
+    large."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_covered(run: Path) -> list[str]:
-    """List the files that a signature must cover: the existing ones of FILES, all of the
-    adapter, or of the versions of which it is one, and the trained adapter if it was not
-    released."""
+    """List the files that a signature must cover: those of FILES that exist; all files of the
+    adapter or, in a continuous study, of all versions; and, if the public start is released, the
+    trained adapter's."""
     inside = run / (VERSIONS if (run / ADAPTER).is_symlink() else ADAPTER)
     trained = run / TRAINED
     paths = [*sorted(inside.rglob("*")), trained, *sorted(trained.rglob("*"))]
@@ -93,7 +98,7 @@ def list_covered(run: Path) -> list[str]:
 
 
 def carry(run: Path, into: Path) -> None:
-    """Copy a run's signed files, and its signature, to a folder inside an exported model."""
+    """Copy a run's signed files and its signature to `into`, a folder inside an exported model."""
     for name in (*list_covered(run), SIGNATURE):
         target = into / RUN / name
         target.parent.mkdir(parents=True, exist_ok=True)

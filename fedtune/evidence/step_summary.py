@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SIGMA_SLACK = 0.02  # of σ: another version of the accountant may calibrate a little differently
-REPEATS = 100  # times the plan's steps: rounds that were lost and trained again are logged too
-KINDS = 4  # of steps in one log: a plan has one, and releases in mid-study may differ in σ
+SIGMA_SLACK = 0.02  # allowed share of σ's difference, since accountants differ between releases
+REPEATS = 100  # a log may have so many times the plan's steps: lost rounds are logged again
+KINDS = 4  # kinds of steps in a log: a plan has one, but a new release in mid-study may change σ
 
 
 @dataclass(frozen=True)
 class Agreed:
     """The plan's terms for a site's noised steps.
 
-    noise_multiplier: of the noise that the site itself adds; records: k, rows of one unit in a
-    step; steps: of the whole plan."""
+    noise_multiplier: σ of the noise that the site itself adds. records: k, the most rows of one
+    unit in a step. steps: their number in the whole plan."""
 
     sampling_rate: float
     noise_multiplier: float
@@ -28,7 +28,8 @@ class Agreed:
 
 
 def parse(text: Any) -> list[dict[str, Any]]:
-    """Parse a summary: {sigma, q, max_grad_norm, records, steps} for each kind of step.
+    """Parse a summary (JSON): a list of {sigma, q, max_grad_norm, records, steps}, one for each
+    kind of step.
 
     Errors: ValueError, TypeError, KeyError, ArithmeticError or RecursionError if it is not a
     summary."""
@@ -47,8 +48,8 @@ def parse(text: Any) -> list[dict[str, Any]]:
 
 
 def objection(log: Sequence[Mapping[str, Any]], agreed: Agreed) -> str:
-    """Return why a step log does not belong to this plan; "" if it does. Computes no ε, and
-    takes a time that does not grow with the log's claims."""
+    """Return why a step log does not belong to the plan; "" if it does. This computes no ε, and its
+    duration does not depend on the numbers in the log."""
     for event in log:
         same = (
             math.isclose(event["q"], agreed.sampling_rate, rel_tol=1e-9)

@@ -1,11 +1,11 @@
-"""Read and write statements in which sites report their decision about a model: accepted,
-refused or not resolved, and no more.
+"""Read and write the statements in which sites report their decision about a model: "accepted",
+"refused" or "not resolved".
 
-    RUN/told/*.json    statements that a coordinator received and put there
+    RUN/told/*.json    statements that the coordinator received and put there
 
-A statement names site, plan and model, and is signed by the key that signed the site's updates.
-It holds no figure, no threshold and no number of patients. If a site has no statement, nobody
-there reported a decision. Sites are listed by name, never by how well the model does there."""
+A statement names site, plan, model and time, and is signed by the key that signed the site's
+updates. It holds no figure, no threshold and no number of patients. A site without a statement has
+reported no decision. Sites are listed by name, never by how well the model does there."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FORMAT, FOLDER = "fedtune-told-1", "told"
 PURPOSE = b"fedtune told\0"
 DECISIONS = ("accepted", "refused", "not resolved")
 KEYS = {"format", "site", "decision", "time", "plan", "adapter", "key", "signature"}
-MOST = 1000  # statements of a run
+MOST = 1000  # largest number of statements of a run
 LARGE = 1 << 28  # bytes of evidence.json
 
 
 @dataclass(frozen=True)
 class Told:
-    """One statement. problem: why it does not count for this model, "" if it counts; site,
-    decision and time are then "" unless that site signed it."""
+    """One statement. problem: why it does not count for this model, "" if it counts. In a statement
+    that does not count, decision and time are "", and so is site unless the site signed it."""
 
     file: str
     site: str = ""
@@ -43,7 +43,7 @@ class Told:
 
 
 def digest_of_adapter(run: Path) -> str:
-    """Digest the files of a run's adapter. Errors: OSError."""
+    """Compute a digest of the files of a run's adapter. Errors: OSError."""
     files = {p.name: sha256(p) for p in sorted((run / ADAPTER).iterdir()) if p.is_file()}
     return hashlib.sha256(canonical(files)).hexdigest()
 

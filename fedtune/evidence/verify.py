@@ -1,12 +1,12 @@
-"""Verify a run's folder offline, without torch, and without trust in whoever handed it over.
+"""Verify a run's folder offline, without torch, and without trust in the person who sent it.
 
-    signature.json ── names the sha256 of ──> adapter, plan, report, evidence.json
-    evidence.json  ── holds of each update ─> the site's signature over plan, round and step log
-    step logs      ── give ─────────────────> ε, which must be the report's
+    signature.json ── names the sha256 of ───> adapter, plan, report, evidence.json
+    evidence.json  ── holds for each update ─> the site's signature over plan, round and step log
+    step logs      ── give ──────────────────> ε, which must equal the report's
     --trust        ── is the fingerprint of ─> the coordinator's key and the consortium's CA
 
-Errors: NotGenuine for any contradiction, with its place; Refused if everything agrees but the
-signer is not the trusted one."""
+Errors: NotGenuine for any contradiction, with the file and field; Refused if everything agrees but
+the signer is not the trusted one."""
 
 from __future__ import annotations
 
@@ -56,29 +56,33 @@ LARGE = 1 << 28  # bytes of evidence.json
 class Verified:
     """The result of verifying a run's folder.
 
-    - signer: the consortium's fingerprint, as its coordinator reads it out
-    - trusted: whether it is a consortium's and the one that was asked for; this proves something
-      only if the fingerprint was not taken from this folder
-    - simulated: whether no consortium's CA stands behind it, so that nobody vouches for it
+    - signer: the fingerprint of the key and CA that signed, which a consortium's coordinator reads
+      out
+    - trusted: whether `signer` is a consortium's and equals the fingerprint that the caller gave;
+      this proves something only if the caller did not take that fingerprint from this folder
+    - simulated: whether the signature names no consortium's CA, so that no institution vouches for
+      the run
     - sites: each site's fingerprint ("" if it never enrolled), steps and ε
-    - epsilon: the largest ε of them, of the updates alone, None without privacy
-    - with_queries: the largest ε with a site's answers to private queries too, which a patient
-      spent who is also in its held-out records; None if no query was made
-    - fallback, assumption: with secure aggregation, the ε of each site's own noise alone, and the
-      assumption of the other ε
-    - not_signed: other files in the folder
+    - epsilon: the largest ε of a site's updates, without its answers to queries; None without
+      privacy
+    - with_queries: the largest ε of a site's updates and answers together, which holds for a
+      patient who is also among the held-out records; None if no query was made
+    - fallback, assumption: with secure aggregation, the largest ε by a site's own noise alone, and
+      the assumption under which `epsilon` holds
+    - not_signed: files in the folder that the signature does not cover
     - declared: sites whose data the report calls public or generated
     - free_query: sites at which, by the report, a query or a view selects the records, which ε does
       not cover
     - exported: whether the run was found inside an exported model, whose weights nobody signed
     - capped: whether ε is the plan's bound for one patient, at which the sites leave a patient out,
       and not the ε of all steps together
-    - released: if the plan lets the better of two be released, which one the report names:
-      "trained" or "start" (the public start; trained/ has the other one)
-    - verdicts: for a study without a last round, the number of versions with each verdict, computed
-      again from their comparisons
-    - absent: by site, the number of the plan's rounds and queries without an update or answer of it
-      here, whether it was away or somebody left them out, and its ε with all of them
+    - released: "trained" or "start" (the public start) if the plan lets the better of both be
+      released; after "start", trained/ holds the trained model
+    - verdicts: for a study without a last round, verdict -> number of versions, computed again from
+      their comparisons
+    - absent: site -> the number of the plan's rounds and queries of which the evidence has no
+      update or answer of the site, because it was away or somebody left them out, and the ε that it
+      would have with all of them
     - dossier: for a dossier, when it was made, its files, and who approved it"""
 
     study: str
@@ -108,11 +112,13 @@ class Verified:
 
 
 def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, that of an exported model, or a dossier: every signature, every digest, and
-    ε from the logs; for a dossier also each of its figures, and who approved it.
+    """Verify a run, the run inside an exported model, or a dossier: check every signature and every
+    digest, and compute ε from the step logs; for a dossier also check each figure and every
+    approval.
 
-    trust: the consortium's fingerprint, as its coordinator reads it out ("": nobody is trusted, and
-    the result says who signed); sites: fingerprints that sites read out, by name.
+    trust: the consortium's fingerprint, which its coordinator reads out; "": any signer is
+    accepted, and `signer` of the result names the one found. sites: site -> the fingerprint that it
+    read out.
 
     >>> import fedtune
     >>> fedtune.verify_run("runs/none")
@@ -120,8 +126,8 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (another signer
-    than `trust`, or another site than `sites`), InputError, ConfigError (no run)."""
+    Errors: NotGenuine (a file, a signature or a figure that does not fit), Refused (the signer is
+    not `trust`, or a site's keys do not fit `sites`), InputError, ConfigError (no run)."""
     if any(os.path.lexists(Path(run) / name) for name in DOSSIER):
         from fedtune.evidence.dossier.check import check
 
@@ -130,7 +136,7 @@ def verify(run: Path | str, trust: str = "", sites: Mapping[str, str] | None = N
 
 
 def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = None) -> Verified:
-    """Verify a run, or that of an exported model; see `verify`."""
+    """Verify a run, or the run inside an exported model; see `verify`."""
     run, signed, exported = _open_run(run)
     name = fingerprints.of_consortium(signed["ca"], signed["coordinator"])
     if trust and not fingerprints.match_fingerprints(trust, name):
@@ -176,8 +182,8 @@ def verify_run(run: Path, trust: str = "", sites: Mapping[str, str] | None = Non
 
 
 def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
-    """Find the run: `path`, or the one inside an exported model. Returns the run, its signature,
-    and the model's folder."""
+    """Find the run in `path`: `path` itself, or a folder in it if it is an exported model. Return
+    the run's folder, its signature, and the model's folder (None for a run)."""
     inner = path / RUN
     names = ("plan.json", ADAPTER, SIGNATURE, EVIDENCE)
     exported = inner.is_dir() and not any(os.path.lexists(path / name) for name in names)
@@ -188,7 +194,8 @@ def _open_run(path: Path) -> tuple[Path, dict[str, Any], Path | None]:
 
 
 def _report(run: Path) -> dict[str, Any]:
-    """Read report.json, which must be in canonical form: a name may not occur twice."""
+    """Read report.json, which must be in canonical form: else a key could occur twice, and readers
+    would differ about its value."""
     report = read_report(run)
     text = json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     if reading.text(run / "report.json", "the report of a run", TODO, NotGenuine) != text:
@@ -197,7 +204,8 @@ def _report(run: Path) -> dict[str, Any]:
 
 
 def _link(run: Path, report: dict[str, Any]) -> None:
-    """Check that the report describes the version in use."""
+    """Check that the link adapter/ of a continuous study leads to the version in use by the
+    report."""
     link, table = run / ADAPTER, report.get("continuous")
     if link.is_symlink() or table is not None:
         number = table.get("version in use") if isinstance(table, dict) else None
@@ -206,10 +214,11 @@ def _link(run: Path, report: dict[str, Any]) -> None:
 
 
 def key_of(run: Path) -> tuple[SigningKey, str] | None:
-    """Return the key that signed a run, and its CA, from the coordinator's home beside the
-    folder of runs; None if the run does not verify or that home has another key. Call it before
-    the run is changed, so that only a run that verified is signed again. Errors:
-    InfrastructureError (the key cannot be read)."""
+    """Return the coordinator's key that signed a run, from the home beside the folder of runs, and
+    the CA in the signature; None if the run does not verify, or that home has another key.
+
+    To change a signed run and sign it again, call this before the change, so that only a run that
+    verified is signed again. Errors: InfrastructureError (the key cannot be read)."""
     path = home_beside(run) / "signing.key"
     if not path.exists():
         return None
@@ -223,13 +232,15 @@ def key_of(run: Path) -> tuple[SigningKey, str] | None:
 
 
 def certificate_of(run: Path) -> tuple[str, str]:
-    """Return the key and the CA that a run's signature names, verified. Errors: NotGenuine."""
+    """Verify the signature in signature.json alone, and return the key and the CA that it names.
+    Errors: NotGenuine."""
     signed = _signature(run)
     return signed["coordinator"], signed["ca"]
 
 
 def signer(run: Path) -> str:
-    """Return the fingerprint of the claimed signer of a run, unverified; "" if there is none."""
+    """Return the fingerprint of the signer that signature.json names, without verifying it; "" if
+    the run is not signed."""
     try:
         content = signed_json(run / SIGNATURE, FORMAT)[0]
         return fingerprints.of_consortium(str(content["ca"]), str(content["coordinator"]))
@@ -238,7 +249,7 @@ def signer(run: Path) -> str:
 
 
 def check_signed(run: Path) -> None:
-    """Verify a run or a dossier that claims to be signed; one that does not is accepted.
+    """Verify a run or a dossier if it has a signature; one without is accepted.
 
     Errors: NotGenuine."""
     if is_signed(run) or (run / DOSSIER[0]).exists():
@@ -246,7 +257,7 @@ def check_signed(run: Path) -> None:
 
 
 def is_signed(run: Path) -> bool:
-    """Return whether the folder claims to be signed, rightly or not."""
+    """Return whether the folder has a signature or evidence, which may be invalid."""
     return (run / SIGNATURE).exists() or (run / EVIDENCE).exists()
 
 
@@ -273,8 +284,10 @@ def _signature(run: Path) -> dict[str, Any]:
 
 
 def _files(run: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> None:
-    """Check that the files are those that were signed, and that no other lies among the
-    adapter's."""
+    """Check that the signed files are present and unchanged, and that the folder has no other file
+    which a signature would have to cover.
+
+    files, sizes: file -> sha256, and size in bytes. Errors: NotGenuine."""
     present = list_covered(run)
     for name in present:
         if name not in files:
@@ -282,7 +295,7 @@ def _files(run: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> Non
     for name, digest in files.items():
         if name not in present:
             fail(run / name, "is missing", "every file that was signed")
-        path = run / name  # its size first: hashing a file of no end has no end
+        path = run / name  # the size is checked before hashing, since a file may be endless
         if path.is_symlink() or path.stat().st_size != sizes.get(name) or _sha256(path) != digest:
             fail(run / name, "was changed after it was signed", f"sha256 {str(digest)[:16]}…")
     if not any(name.startswith((f"{ADAPTER}/", f"{VERSIONS}/")) for name in files):
@@ -290,12 +303,13 @@ def _files(run: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]) -> Non
 
 
 def _sha256(path: Path) -> str:
-    reading.regular(path, "a file as it was signed", TODO, NotGenuine)  # no pipe, no folder
+    reading.regular(path, "a file as it was signed", TODO, NotGenuine)  # refuses pipes and folders
     return sha256(path)
 
 
 def _not_signed(folder: Path, run: Path) -> tuple[str, ...]:
-    """List the other files in the folder of a run, or of a model that was made from it."""
+    """List the files that the signature does not cover in a run's folder, or in that of a model
+    exported from it."""
     known = {name.partition("/")[0] for name in list_covered(run)} | {SIGNATURE, ADAPTER}
     known = {RUN} if folder != run else known
     rest = sorted(path.name for path in folder.iterdir() if path.name not in known)

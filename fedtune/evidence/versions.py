@@ -1,12 +1,12 @@
-"""Check the versions of a study without a last round: each verdict follows from its comparison,
-each decision from verdicts and a person's choices, and the version in use from the decisions.
+"""Check the versions of a study without a last round: each verdict must follow from its comparison,
+each decision from the verdicts and a person's choices, and the version in use from the decisions.
 
-    report.json                 the record of versions, signed with the run; its copy in
-    versions/index.json         is what the running study reads, and may not say otherwise
-    versions/looked.json        keyed digests of the public records, which say what is fresh
-    versions/look-N.json        what the comparison of version N saw
+    report.json                 holds the record of versions, signed with the run
+    versions/index.json         is the copy of it that the running study reads; must be equal
+    versions/looked.json        keyed digests of the public records, which show that a file is new
+    versions/look-N.json        the records' scores in the comparison of version N
 
-Only the coordinator vouches that the scores are those of the models on the public records.
+That these scores are the models' own on the public records rests on the coordinator's word.
 Errors: NotGenuine."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedtune.report.change_plan import Look, judge, look_left
 
 FORMAT = "fedtune-looks-1"
 LOOKED = "looked.json"
-LARGE = 1 << 28  # bytes of what one look saw
+LARGE = 1 << 28  # largest size in bytes of the file of one comparison (a look)
 FIRST, RELEASED, KEPT, PINNED, NOT_COMPARED = (
     "first", "released", "kept back", "pinned", "not compared",
 )  # fmt: skip
@@ -40,11 +40,13 @@ def look_file(version: int) -> str:
 def check_versions(
     run: Path, study: Study, report: dict[str, Any], files: Collection[str]
 ) -> dict[str, int]:
-    """Compute every verdict again, and apply all decisions and choices up to the version in use;
-    return the number of versions with each verdict. files: the files that the signature covers.
+    """Compute every verdict again, apply all decisions and choices in order, and check that this
+    leads to the version in use; return verdict -> number of versions. files: those that the
+    signature covers.
 
-    Of versions by the rule before there were looks, in studies whose plan has its `confidence`,
-    no verdict can be computed: they count as they stand."""
+    Versions that an earlier release judged, by a plan with [schedule] `confidence`, have no stored
+    comparison, so their verdicts are not computed but taken from the record.
+    Errors: NotGenuine."""
     if study.schedule is None or study.evaluation is None:
         return {}
     said, path = report["continuous"], run / "report.json"
@@ -76,7 +78,8 @@ def check_versions(
 
 
 class _Replay:
-    """The versions of a run, one after another."""
+    """Applies the decisions about a run's versions and the choices of persons, one after
+    another."""
 
     def __init__(self, run: Path, study: Study, files: Collection[str]) -> None:
         assert study.schedule is not None and study.evaluation is not None
@@ -98,7 +101,7 @@ class _Replay:
             self._apart = frozenset(content["apart"])
 
     def choose(self, choices: list[dict[str, Any]], until: float) -> None:
-        """Apply a person's choices up to the judgement of version `until`."""
+        """Apply the choices that persons made before version `until` was judged."""
         while self._chosen < len(choices) and choices[self._chosen]["after"] < until:
             choice = choices[self._chosen]
             if choice["version"] is not None:
@@ -139,7 +142,7 @@ class _Replay:
         """Compute a version's verdict, and check that it is the stated one."""
         public = version["public"]
         if version["sure"] is not None and self._table.confidence is not None:
-            self._looked.append(public)  # by the rule before there were looks
+            self._looked.append(public)  # judged by an earlier release, without a stored comparison
             return "better" if version["decision"] == RELEASED else "not better"
         self._seen.append(public)
         known = {name: self._files[name] for name in self._seen}
@@ -185,7 +188,7 @@ class _Replay:
 
 
 def _same(stated: Any, follows: Any) -> bool:
-    """Compare figures up to the rounding of sums, which may differ on another machine."""
+    """Return whether two figures are equal up to rounding, which may differ between machines."""
     if isinstance(follows, float) and isinstance(stated, int | float):
         return math.isclose(stated, follows, rel_tol=1e-6, abs_tol=1e-12)
     if isinstance(follows, list) and isinstance(stated, list):

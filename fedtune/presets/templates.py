@@ -329,7 +329,7 @@ def ledger_beside(data: WherePath) -> Path | None:
 def quote_string(text: object) -> str:
     """Quote a TOML string.
 
-    >>> quoted('a "b"')
+    >>> quote_string('a "b"')
     '"a \\\\"b\\\\""'
     """
     return json.dumps(str(text), ensure_ascii=False)

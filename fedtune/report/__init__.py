@@ -19,12 +19,12 @@ __all__ = ["BANNER", "jsonable", "write"]
 
 
 def write(out: Path, report: dict[str, Any]) -> None:
-    """Write report.json, report.md and progress.png to `out` from one dict; each file is replaced
-    whole or not at all, so a reader never sees half a report.
+    """Write report.json, report.md and progress.png to `out` from one dict. Each file is replaced
+    as a whole, so a reader never sees half a report.
 
-    quality.headline of the JSON holds the sentences about quality that every page shows. The
-    JSON is canonical: keys sorted, UTF-8, numbers finite (others become "nan" or "inf"). Errors:
-    InfrastructureError where the folder cannot be written."""
+    In the JSON, quality.headline holds the sentences about quality that every page shows. The JSON
+    is canonical: keys are sorted, the encoding is UTF-8, and a number that is not finite becomes
+    the text "nan" or "inf". Errors: InfrastructureError if the folder cannot be written."""
     body = jsonable(report)
     if said := [line.text for line in headline(body.get("quality") or {})]:
         body["quality"]["headline"] = said
@@ -37,8 +37,8 @@ def write(out: Path, report: dict[str, Any]) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """Convert a value to JSON's own types: a number that is not finite to "nan" or "inf", a table
-    or a path to text or an object.
+    """Convert a value to JSON's own types: a number that is not finite becomes the text "nan" or
+    "inf", a dataclass an object, a set a sorted list, and anything else, as a path, text.
 
     >>> jsonable({"a": (1, float("inf"))})
     {'a': [1, 'inf']}

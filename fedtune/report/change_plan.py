@@ -1,16 +1,19 @@
-"""Decide when a version replaces the one in use: the rule of a study's [schedule], as the
-coordinator applies it and `fedtune verify` computes it again.
+"""Decide when a new version replaces the one in use, by the rule of a study's [schedule]. The
+coordinator applies the rule, and `fedtune verify` computes it again.
 
-    better            all of these, each at p ≤ alpha / looks:
-                      | the metric is better by more than schedule.margin |
-                      | no group of LEAST_GROUP records is worse by schedule.groups' margin |
-    not better        one of them is not shown
-    outside the plan  nothing was compared: the plan allows no such look
+A comparison of two versions on a public file is called a look at it. Its verdict is:
 
-Guarantee: a version of which any of them is untrue is released in at most alpha of studies for each
-public file, whatever the number of versions and groups: it needs all the tests at once, so one of
-them would have to be wrong (an intersection-union test, Berger 1982); over the looks at a file the
-chances add up. A study's files are at most schedule.files.
+    better            tests show all of these, each at p ≤ alpha / looks:
+                      | the metric is better by more than schedule.margin                       |
+                      | no group of LEAST_GROUP or more records is worse by the group's margin  |
+    not better        one of these is not shown
+    outside the plan  nothing was compared, since the plan allows no further look
+
+Guarantee: for each public file, the probability that the study releases a version for which one of
+these statements is false is at most alpha, whatever the number of versions and groups. A release
+needs all tests at once, so the test of the false statement would have to be wrong (an
+intersection-union test, Berger 1982), and the probabilities of the looks at a file add up. A study
+uses at most schedule.files files.
 """
 
 from __future__ import annotations
@@ -26,14 +29,15 @@ from fedtune.report.paired import LEAST_GROUP, chance_above, chance_of, changes
 from fedtune.report.scores import Columns, Scores
 
 Verdict = Literal["better", "not better", "outside the plan"]
-Files = Mapping[str, frozenset[str]]  # by a public file's sha256: keyed digests of its records
+Files = Mapping[str, frozenset[str]]  # sha256 of a public file -> keyed digests of its records
 
 
 @dataclass(frozen=True)
 class Look:
-    """The data of one comparison, record by record: the scores from which the metric follows
-    (report.scores), of the version in use and of the new one, and each record's value in the
-    columns of groups."""
+    """The data of one comparison, record by record.
+
+    before, after: the scores of the version in use, and of the new one, from which the metric is
+    computed (report.scores). groups: column -> each record's value in it."""
 
     metric: str
     before: Columns
@@ -44,18 +48,20 @@ class Look:
     def at(
         cls, metric: str, before: Scores, after: Scores, groups: Mapping[str, Sequence[str]]
     ) -> Look:
-        """Keep those scores on which the comparison depends."""
+        """Build a look from all scores; it keeps those on which `metric` depends."""
         return cls(metric, before.columns(metric), after.columns(metric), groups)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the content of its file."""
+        """Return the look as the content of its file, out/versions/look-N.json."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Group:
-    """The metric's change in one group, above 0 if it got better; p of its being worse by the
-    plan's margin, None for fewer than LEAST_GROUP records, which decide nothing."""
+    """The change of the metric in one group.
+
+    change: above 0 if the new version is better. p: the p-value of the hypothesis that it is worse
+    by the plan's margin or more; None for fewer than LEAST_GROUP records, which decide nothing."""
 
     name: str
     records: int
@@ -65,7 +71,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Judged:
-    """A verdict, why it is not "better", and the figures from which it follows."""
+    """A verdict, the reason why it is not "better" ("" if it is), and the figures from which it
+    follows."""
 
     verdict: Verdict
     why: str
@@ -76,9 +83,10 @@ class Judged:
 
 
 def judge(look: Look, table: ScheduleTable) -> Judged:
-    """Decide whether a version is better by the plan, from what a look at it saw.
+    """Decide from a look whether the new version is better by the plan.
 
-    Errors: ValueError if the columns are not of the same records."""
+    Errors: ValueError if the look's columns do not have the same records, or its groups are not the
+    plan's."""
     before, after = Scores.of_columns(look.before), Scores.of_columns(look.after)
     metric, level = look.metric, table.threshold
     if len(before.loss) != len(after.loss) or set(look.groups) != set(table.groups):
@@ -124,12 +132,14 @@ def _groups(look: Look, table: ScheduleTable, before: Scores, after: Scores) -> 
 def look_left(
     looked: Sequence[str], files: Files, apart: Collection[str], public: str, table: ScheduleTable
 ) -> tuple[int, str]:
-    """Count the looks that were taken at the file `public`, and return why the plan allows no
-    other; "" if it does.
+    """Return the number of looks that were taken at the file `public`, and why the plan allows no
+    further one; "" if it allows one.
 
-    looked: the public file of each look so far; files: of all files so far, this one among them;
-    apart: digests of the records that taught the model. Files that share records, also by way of a
-    third, count as one.
+    - looked: the public file (sha256) of each look so far
+    - files: the records' digests of all files so far, with `public`
+    - apart: the digests of the public records that trained the model
+
+    Files that share records count as one file, also if they share them only with a third.
 
     >>> files = {"a": frozenset("xy"), "b": frozenset("y"), "c": frozenset("z")}
     >>> look_left(["a", "a"], files, (), "b", ScheduleTable(every=60, looks=2))
@@ -150,7 +160,8 @@ def look_left(
 
 
 def _family(public: str, files: Files) -> set[str]:
-    """Return a file and all that share records with it, also by way of others."""
+    """Return the file `public` and all files that share records with it or, in turn, with one of
+    these."""
     family, rest = {public}, set(files) - {public}
     records = files.get(public, frozenset())
     while shared := {other for other in rest if files[other] & records}:

@@ -9,7 +9,7 @@ from typing import Any
 from fedtune.core.registry.metrics import metric as known_metric
 from fedtune.core.registry.rounding import number, rounded_up
 
-# Wherever two of the three stand, this sentence does.
+# Shown wherever two of these three ε appear together.
 THREE_EPSILONS = (
     "ε planned is what all rounds of a plan cost, ε paid what the rounds entered in a site's "
     "ledger cost (each is entered before it trains, so an interrupted one counts), and ε reported "
@@ -19,7 +19,7 @@ THREE_EPSILONS = (
 
 
 def assumption(sites: int, colluding: int) -> str:
-    """State the assumption of the ε of sites that share one dose of noise, to follow "if".
+    """State the assumption under which ε holds if sites share noise, as a clause to follow "if".
 
     >>> assumption(5, 2)
     'at most 2 of the 5 sites that share the noise collude with the coordinator'
@@ -30,8 +30,8 @@ coordinator"
 
 
 def assumptions(site: dict[str, Any]) -> str:
-    """State the assumption of the ε of one site's "privacy", or of the largest ε of a report;
-    for a derived run, that of each of its runs; "" if its own noise is the only one."""
+    """State the assumption under which the ε of a report's "privacy", or of one site in it, holds;
+    for a derived run, that of each run in it. "" if no noise is shared."""
     table = site.get("secure_aggregation")
     if not isinstance(table, dict):
         return ""
@@ -40,8 +40,8 @@ def assumptions(site: dict[str, Any]) -> str:
 
 
 def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a report's "privacy" as it holds without secure aggregation: that of the site whose
-    own noise alone gives the largest ε; None if the run had none.
+    """Return a report's "privacy" with the figures that hold if sites collude: those of the site
+    whose own noise alone gives the largest ε. None if the run had no secure aggregation.
 
     >>> table = {"sites": 3, "colluding": 1, "own_noise_multiplier": 2.0, "fallback_epsilon": 1.5}
     >>> fallback({"epsilon": 1.0, "secure_aggregation": table})["epsilon"]
@@ -55,15 +55,15 @@ def fallback(privacy: dict[str, Any]) -> dict[str, Any] | None:
 def _own_noise(site: dict[str, Any]) -> dict[str, Any]:
     table = site["secure_aggregation"]
     told = number(table.get("fallback_epsilon"))
-    figures = {"epsilon": math.inf if told is None else told}  # a table that does not say: nothing
+    figures = {"epsilon": math.inf if told is None else told}  # no figure means no guarantee
     if "own_noise_multiplier" in table:
         figures["noise_multiplier"] = table["own_noise_multiplier"]
     return site | figures
 
 
 def shared_line(privacy: dict[str, Any]) -> str:
-    """State in one line the assumption of a report's ε and the ε without it; "" if the run had
-    no secure aggregation."""
+    """State in one line the assumption under which a report's ε holds, and the ε that holds without
+    it; "" if the run had no secure aggregation."""
     whatever = fallback(privacy)
     if whatever is None:
         return ""
@@ -74,12 +74,13 @@ def shared_line(privacy: dict[str, Any]) -> str:
 
 
 def best_guess(privacy: dict[str, Any]) -> float:
-    """Bound an attacker's accuracy at guessing one unit's presence (a coin: 0.5).
+    """Bound the probability that an attacker guesses correctly whether a unit took part; a coin
+    reaches 0.5.
 
-    The attacker knows every other record and sees all that left the sites. The smaller of two
-    bounds, over the worst site: (e^ε + δ) / (1 + e^ε) (Kairouz et al. 2015, region of an (ε, δ)
-    test), and, where every step takes every unit (q = 1), Φ(√steps / 2σ), exact for the Gaussian
-    mechanism (Dong et al. 2019, Corollary 3.3)."""
+    The attacker knows every other record and sees everything that left the sites. The result is the
+    largest of the sites' bounds. A site's bound is the smaller of (e^ε + δ) / (1 + e^ε) (Kairouz et
+    al. 2015, region of an (ε, δ) test) and, if every step takes every unit (q = 1), Φ(√steps / 2σ),
+    which is exact for the Gaussian mechanism (Dong et al. 2019, Corollary 3.3)."""
     sites = list(privacy.get("sites", {}).values()) or [privacy]
     return max(_site_guess(site) for site in sites)
 
@@ -90,17 +91,17 @@ def _site_guess(site: dict[str, Any]) -> float:
         return 1.0
     bound = 1 / (1 + math.exp(-epsilon)) + delta / (1 + math.exp(min(epsilon, 700.0)))
     sigma, steps = number(site.get("noise_multiplier")), number(site.get("steps"))
-    only = "events" not in site  # else these steps are not all that ran on its records
+    only = "events" not in site  # with "events", other steps ran on the site's records too
     if only and site.get("sampling_rate") == 1 and sigma and steps:
         bound = min(bound, NormalDist().cdf(math.sqrt(steps) / (2 * sigma)))
     return min(bound, 1.0)
 
 
 def judge_change(metric: str, change: Any) -> tuple[str, str] | None:
-    """Judge a metric's change by its 95 % interval: how the later model compares, and the
-    interval in words; None without an interval.
+    """Judge a metric's change by its 95 % interval. Return how the later model compares with the
+    earlier one, and the interval in words; None if `change` is no interval.
 
-    >>> compared("accuracy", [0.25, 0.5])
+    >>> judge_change("accuracy", [0.25, 0.5])
     ('better than', 'change of accuracy +0.25 to +0.5')
     """
     low, high = map(number, change or (None, None))
@@ -118,7 +119,7 @@ def verdict(quality: dict[str, Any]) -> str:
     interval of the change on the evaluation records; "" if it was not measured.
 
     A preference run with report.preference.alarms is never called better."""
-    from fedtune.report.preference import alarms  # whose tables need this module
+    from fedtune.report.preference import alarms  # that module imports this one
 
     metric, gain = quality.get("metric"), quality.get("gain") or {}
     told = judge_change(metric, gain.get("change")) if metric else None
@@ -130,7 +131,7 @@ def verdict(quality: dict[str, Any]) -> str:
     return f"{claim} the base: {interval}, 95 % over {gain['records']} records"
 
 
-STRENGTHS = (  # the largest ε of each step, and what ε alone promises there
+STRENGTHS = (  # the largest ε of each class of strength, and its name
     (1.0, "strong (at most 1)"),
     (3.0, "fair (above 1, at most 3)"),
     (10.0, "weak (above 3, at most 10)"),
@@ -139,11 +140,11 @@ STRENGTHS = (  # the largest ε of each step, and what ε alone promises there
 
 
 def strength(epsilon: Any) -> str:
-    """Name the strength of an ε, in the one scale of every page: `STRENGTHS`.
+    """Name the strength of an ε, on the scale that every page uses: `STRENGTHS`.
 
-    Common practice (Ponomareva et al. 2023, "How to DP-fy ML", 5.2) calls all of 1 to 10 by one
-    name; beyond ε = 3 the bound that ε alone puts on a guess is above 95 %. Where the noise of the
-    plan is known, `best_guess` is the closer figure.
+    Ponomareva et al. 2023 ("How to DP-fy ML", 5.2) give ε from 1 to 10 a single name. Here 3
+    divides it, since above 3 an attacker's guess is bounded by ε alone only at more than 95 %. If
+    the plan's noise is known, `best_guess` is the closer figure.
 
     >>> strength(6.0)
     'weak (above 3, at most 10)'
@@ -155,7 +156,7 @@ def strength(epsilon: Any) -> str:
 
 
 def protects(unit: str) -> str:
-    """Name what is protected, as a noun phrase."""
+    """Return a noun phrase for the unit that ε protects."""
     return "all records of one patient" if unit == "patient" else f"one {unit}"
 
 

@@ -18,8 +18,8 @@ def class_rows(quality: dict[str, Any]) -> list[list[str]]:
 
 
 def class_lines(quality: dict[str, Any]) -> list[str]:
-    """List the classes of which nothing was learnt, and those that are in the test records and
-    are never predicted; [] if there are none.
+    """Return a line with the classes of which nothing was learnt, and one with those that occur in
+    the test records but are never predicted; a line without classes is left out.
 
     >>> rash = {"name": "rash", "learnt": False, "records": 4, "recall": 0.0, "predicted": 0}
     >>> class_lines({"classes": [rash]})

@@ -1,5 +1,6 @@
-"""Build sentences for every output of a run: whether it was a simulation, which sites trained on
-data without patients, and which on records that its ε does not cover."""
+"""Build the sentences that every output of a run shows: whether it was a simulation, which sites
+declared their data public or generated, and at which ones a query or a view selected the records,
+which ε does not cover."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ INVENTED = "No patient was involved: fedtune wrote these records itself, for its
 
 
 def simulation_line(report: Mapping[str, Any]) -> str:
-    """State that one machine ran all sites of a run, or of a run from which it was derived; ""
-    for a consortium's.
+    """State that one machine ran all sites of a run, or of a run from which it was derived; "" if
+    the run and its parents are a consortium's.
 
     >>> simulation_line({"simulation": True})
     'One machine ran all sites. No consortium stands behind its signature, and nobody at a \
@@ -81,15 +82,17 @@ counting, ranking or averaging, is not covered by ε.'
 
 
 def site_lines(report: Mapping[str, Any]) -> str:
-    """Join both sentences about sites' records; "" if there is nothing to report."""
+    """Join `declared_line` and `free_query_line`; "" if both are empty."""
     return " ".join(filter(None, [free_query_line(report), declared_line(report)]))
 
 
 def declared_in(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the sections "declared", "free_query" and "simulation" of what is made of several
-    runs, where they are not empty: a site that trained on private data in one of them is not in the
-    first, one that used a query in one of them is in the second; the third, and "invented", hold
-    where they hold of one of them."""
+    """Return the entries "declared", "free_query", "simulation" and "invented" of a report on a
+    model derived from several runs. Empty ones are left out.
+
+    A site is in "declared" if its data was private in none of the runs, and in "free_query" if a
+    query or a view selected its records in one of them. "simulation" and "invented" are set if they
+    are set for one of the runs."""
     declared: dict[str, str] = {}
     private = set[str]()
     uncovered = set[str]()

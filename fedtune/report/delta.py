@@ -1,16 +1,16 @@
-"""Explain δ in words: how often, at worst, the promise of ε does not hold for somebody.
+"""Explain δ in words: the probability, at worst, that the promise of ε does not hold for a unit.
 
-An (ε, δ) guarantee allows a mechanism that reveals one unit's records with probability δ and
-keeps ε otherwise; among n units, one of them is revealed with probability up to n · δ."""
+An (ε, δ) guarantee allows a mechanism that reveals a unit's records with probability δ and keeps ε
+otherwise. So among n units the records of at least one may be revealed with probability n · δ."""
 
 from __future__ import annotations
 
-MOST = 0.1  # n · δ above which a study's δ is said to be too large (decision 0055)
+MOST = 0.1  # the largest n · δ of a study without a warning (decision 0055)
 
 
 def delta_for(units: int) -> float:
-    """Return the power of ten at or below 1 / (10 · units): of all units of a site, one is outside
-    the promise with a chance of at most one in ten.
+    """Return the largest power of ten that is at most 1 / (10 · units), so that units · δ is at
+    most 1/10.
 
     >>> delta_for(19), delta_for(40), delta_for(200)
     (0.001, 0.001, 0.0001)
@@ -19,10 +19,10 @@ def delta_for(units: int) -> float:
 
 
 def chance(delta: float, unit: str, units: int) -> str:
-    """Describe δ at worst, for one unit and for any of a site's.
+    """State in words the probability δ for one unit, and units · δ for any of a site's units.
 
     >>> chance(0.01, "patient", 19)
-    'at worst 1 chance in 100 for each patient, and 1 in 5 that it is one of 19'
+    'at worst 1 chance in 100 for each patient, and 1 in 5.3 that it is one of 19'
     """
     total = min(1.0, delta * units)
     return (
@@ -42,6 +42,6 @@ def warning(delta: float, unit: str, units: int) -> str:
 
 
 def _one_in(probability: float) -> str:
-    """Return the reciprocal, to two figures if it is small."""
+    """Return the number N of "1 in N" for a probability, with two figures if it is below 10."""
     inverse = 1 / probability
     return f"{inverse:,.0f}" if inverse >= 10 else f"{inverse:.2g}"

@@ -14,7 +14,8 @@ def format_short(value: Any) -> str:
 
 
 def size_text(value: Any) -> str:
-    """Format bytes in a suitable unit; of a dict, the sum of its values."""
+    """Format a number of bytes in a suitable unit. value: the number, or a dict of numbers to add
+    up."""
     total = sum(value.values()) if isinstance(value, dict) else value or 0
     for unit in ("B", "kB", "MB"):
         if total < 1000:
@@ -24,7 +25,8 @@ def size_text(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format a waiting time in a suitable unit, to a quarter of it: 90 s, 2 min, 1.5 h."""
+    """Format a duration in a suitable unit, rounded to a quarter of the unit: 90 s, 2 min, 1.5
+    h."""
     if seconds < 100:
         return f"{math.ceil(seconds)} s"
     if seconds < 5400:

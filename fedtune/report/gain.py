@@ -1,5 +1,5 @@
-"""Build the lines about what the sites' records added and what is released, which are shown
-wherever a run's quality is."""
+"""Build the sentences about what the sites' records added and which model is released. Every output
+that shows a run's quality shows them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fedtune.core.registry.rounding import number
 from fedtune.report.claim import judge_change, verdict
 from fedtune.report.preference import alarms
 
-TRAINED, START = "trained", "start"  # what is released: a report's quality.released.model
+TRAINED, START = "trained", "start"  # which model is released: quality.released.model in a report
 PUBLIC = "what public text alone gives"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One sentence.
+    """One sentence about a run's quality.
 
-    about: "start", the gain over the public start; "base", that over the base; "released", what the
-    run releases. good: whether it states a desired result."""
+    about: its subject: "start", the gain over the public start; "base", the gain over the base;
+    "released", the model that the run releases. good: whether it states a desired result."""
 
     about: Literal["start", "base", "released"]
     text: str
@@ -30,9 +30,9 @@ def headline(quality: dict[str, Any]) -> list[Line]:
     """Build the sentences about a run's quality, in order: the gain over the public start, the
     gain over the base, what is released.
 
-    | no public start            | the base alone                              |
-    | nothing was compared       | no line that would need it                  |
-    | the start is released      | the base's line speaks of what is released  |
+    | the study has no public start   | the gain over the base alone                    |
+    | a comparison was not made       | its sentence is left out                        |
+    | the public start is released    | its gain, not the trained model's, over the base |
 
     >>> gain = {"records": 60, "over_start": [-0.5, 0.25], "change": [-1.5, -1.0]}
     >>> found = {"metric": "loss", "start": {"loss": 2.25}, "gain": gain}
@@ -46,9 +46,9 @@ change of loss -1.5 to -1, 95 % over 60 records']
 
 
 def over_start(quality: dict[str, Any]) -> str:
-    """Return how the trained model compares with the public start: "better than", "not told
-    apart from", "worse than", or with a preference run's alarms "NOT shown to be better than";
-    "" if that was not measured."""
+    """Return how the trained model compares with the public start: "better than", "not told apart
+    from" or "worse than"; "NOT shown to be better than" for a preference run with alarms; "" if the
+    two were not compared."""
     metric, start = quality.get("metric"), quality.get("start")
     told = judge_change(str(metric), (quality.get("gain") or {}).get("over_start"))
     if not isinstance(start, dict) or number(start.get(metric)) is None or told is None:
@@ -64,21 +64,23 @@ def is_start_released(quality: dict[str, Any]) -> bool:
 
 
 def choose_better(gain: float, unseen: float = 0.0) -> str:
-    """Return the model that the rule selection.release = "better" releases: TRAINED, unless the
-    start is better on the records that decide, and would be even if the trained model were right
-    about every unit of the classes that these records lack.
+    """Return the model that the rule selection.release = "better" releases. It is TRAINED unless
+    the start is better on the selection records, and would remain better if the trained model were
+    right about every unit of the classes that these records lack.
 
-    gain: of the metric, above 0 where the trained model is better; unseen: the share of units in
-    those classes.
-    >>> better(0.0), better(-0.1), better(-0.1, unseen=0.05), better(-0.1, unseen=0.2)
-    ('trained', 'start', 'start', 'trained')
+    gain: the trained model's metric minus the start's, with its sign changed if lower is better.
+    unseen: the share of units in the lacking classes.
+    >>> choose_better(0.0), choose_better(-0.1)
+    ('trained', 'start')
+    >>> choose_better(-0.1, unseen=0.05), choose_better(-0.1, unseen=0.2)
+    ('start', 'trained')
     """
     return TRAINED if (1 - unseen) * gain + unseen >= 0 else START
 
 
 def advice(report: dict[str, Any]) -> str:
-    """Say what would help where the sites' records were not shown to add anything to public text;
-    "" where they were, or where nothing was trained before the first round."""
+    """Say what would help if the sites' records were not shown to add anything to public text; ""
+    if they were, or the study has no public start."""
     claim = over_start(report.get("quality") or {})
     if not claim or claim == "better than":
         return ""

@@ -1,10 +1,11 @@
-"""The coordinator's table of what sites' held-out records say: noised figures of all patients, of
-each class and of each group that the plan names, of all sites together and of each.
+"""Build the coordinator's table of the sites' answers about held-out records: noised figures of all
+units, of each class and of each group that the plan names, for all sites together and for each
+site.
 
-Everything here follows from sums that left the sites with their noise, so that nothing is charged
-for it. A figure is shown where its count stands clear of its noise, and as "not told apart" where
-it does not. Figures are never ranked: they stand in the plan's order and by the sites' names, and
-a difference is said where two intervals lie apart, of which all hold at once."""
+Everything here is computed from sums that were noised at the sites, so it costs no ε. A figure is
+shown only if its count is well above its noise (TOO_NOISY). Figures are never ranked: rows follow
+the plan's order and the sites' names. Two figures are said to differ if their intervals do not
+overlap; all intervals of a table hold together with probability LEVEL."""
 
 from __future__ import annotations
 
@@ -16,11 +17,11 @@ from typing import Any
 
 from fedtune.core.registry.rounding import number
 
-TOO_NOISY = 4.0  # a count below so many standard deviations of its noise tells nothing
-LEVEL = 0.95  # at which all intervals of a table hold together
+TOO_NOISY = 4.0  # a figure is shown if its count exceeds so many standard deviations of the noise
+LEVEL = 0.95  # the probability with which all intervals of a table hold together
 NOT_TOLD_APART = "not told apart"
 EVERYBODY, EVERY_SITE = "all", "all sites together"
-Cell = tuple[str, str]  # an axis and a value on it; ("", ""): all
+Cell = tuple[str, str]  # an axis, such as a group's column, and a value on it; ("", ""): all units
 Row = dict[str, Any]
 
 
@@ -32,12 +33,15 @@ def make_table(
 ) -> dict[str, Any]:
     """Make the table of one round's answers.
 
-    score: what a unit's score is, "likelihood" or "accuracy"; cells: of the plan, all first; sums:
-    by site, and under "" of all sites together, (Σ score, Σ 1) of each cell with noise; variances:
-    of the noise in each of these numbers, by the same names.
+    - score: the name of a unit's score, "likelihood" or "accuracy"
+    - cells: the plan's cells in order, that of all units first
+    - sums: site -> Σ score and Σ 1 with noise, alternating, for each cell; under "", the sums of
+      all sites together
+    - variances: site, or "" -> variance of the noise in each of these numbers
 
-    Returns score, level, rows (by, value, site, units, score, interval; the last three None where
-    they are lost in the noise) and resolved, what is said of their differences.
+    Returns "score", "level", "rows" (with by, value, site, units, score and interval; the last
+    three are None if the count does not exceed its noise) and "resolved", the sentences about
+    differences.
     """
     least = (1 - LEVEL) / (2 * max(1, len(cells) * len(sums)))
     quantile = NormalDist().inv_cdf(1 - least)
@@ -61,15 +65,16 @@ def _figure(score: float, count: float, variance: float, quantile: float) -> Row
 
 
 def interval(score: float, count: float, variance: float, quantile: float) -> list[float]:
-    """Compute which means p in [0, 1] fit two noised sums: |Σ score - p · Σ 1| is at most so many
-    (`quantile`) of its standard deviations, √(v · (1 + p²) + n · p · (1 - p)): the noise of both
-    sums, and the chance of which units were held out, at most that of scores of 0 and 1.
+    """Compute the interval of the means p in [0, 1] that fit two noised sums: those for which
+    |Σ score - p · Σ 1| is at most `quantile` times its standard deviation
+    √(v · (1 + p²) + n · p · (1 - p)). The first term is the noise of both sums; the second is the
+    sampling error of the held-out units, which is largest for scores of 0 and 1.
 
-    variance: v, of the noise in each sum; count: n, noised, above 0. A score beyond [0, count] is
-    moved to the nearer end, which brings it nearer to every p.
+    score: Σ score, moved to the nearer end of [0, count] if it is outside, which brings it nearer
+    to every p. count: n = Σ 1 with noise, above 0. variance: v, of the noise in each sum.
     Reference: Fieller 1954 (a ratio of two noised figures); Wilson 1927 (a share's own variance).
 
-    >>> interval(50.0, 100.0, 0.0, 1.96)  # without noise it is Wilson's
+    >>> interval(50.0, 100.0, 0.0, 1.96)  # without noise this is Wilson's interval
     [0.404, 0.596]
     """
     score = min(max(score, 0.0), count)
@@ -84,8 +89,8 @@ def interval(score: float, count: float, variance: float, quantile: float) -> li
 
 
 def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -> float:
-    """Find the end of the excluded values, between an end of [0, 1] and a value that is not
-    excluded."""
+    """Return the excluded value that is nearest to `inside`, by bisection; `outside` itself if it
+    is not excluded. outside: 0 or 1. inside: a value that is not excluded."""
     if not is_excluded(outside):
         return outside
     for _ in range(40):
@@ -95,7 +100,8 @@ def _edge(is_excluded: Callable[[float], bool], outside: float, inside: float) -
 
 
 def _say_resolved(rows: Sequence[Row]) -> Iterator[str]:
-    """Return which figures differ: values of one axis at one place, and sites in one cell."""
+    """Yield a sentence for each figure that is below others: values of one axis are compared within
+    a site (or within all together), and sites within a cell."""
     shown = [row for row in rows if row["interval"] is not None]
     for site in sorted({row["site"] for row in shown}):
         for axis in dict.fromkeys(row["by"] for row in shown):
@@ -114,13 +120,14 @@ def _say_apart(where: str, name: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def cell_name(axis: str, value: str) -> str:
-    """Name a cell for people."""
+    """Return a cell's name for people."""
     return f"{axis}: {value}" if axis else EVERYBODY
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A table for people: the text above it, its column names, its rows, and the text below."""
+    """A table for people. title: the text above it; head: its column names; lines: the text
+    below."""
 
     title: str
     head: tuple[str, ...]

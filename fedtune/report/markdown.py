@@ -29,8 +29,8 @@ SCORES = {
     "over an answer's tokens; higher is better)",
     "accuracy": "the share for which the model's likeliest label is the right one",
 }
-MOST_COLUMNS = 6  # of sites beside each other
-# Tables of report.json that have a section of their own; any other one is a table of settings.
+MOST_COLUMNS = 6  # the most sites that a table shows in columns beside each other
+# Entries of report.json that have a section of their own; any other one is shown as settings.
 ELSEWHERE = frozenset(
     {
         *("privacy", "quality", "base", "rounds", "sites", "absences", "wire", "alone", "merge"),
@@ -40,8 +40,8 @@ ELSEWHERE = frozenset(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the whole report as Markdown. Text that came from a site is escaped and cut to one
-    line."""
+    """Return the whole report as Markdown. Text that came from a site is escaped and shortened to
+    one line."""
     from fedtune.report.derived import section as derived
     from fedtune.report.merged import section as merged
     from fedtune.report.provenance import section as provenance
@@ -106,8 +106,8 @@ def _claim(report: dict[str, Any]) -> str:
 
 
 def _describe_shared(privacy: dict[str, Any]) -> str:
-    """Describe the assumption of ε if sites shared noise, and the ε without it; or return
-    nothing."""
+    """Describe the assumption under which ε holds if sites shared noise, and the ε that holds
+    without it; "" if they did not."""
     whatever = fallback(privacy)
     if whatever is None:
         return ""
@@ -133,7 +133,7 @@ def _banner(report: dict[str, Any]) -> str:
 
 
 def _for_life(report: dict[str, Any]) -> str:
-    """Write the paragraph about a study without a last round; or nothing."""
+    """Write the paragraph about a study without a last round; "" for another study."""
     if not report.get("continuous"):
         return ""
     return (
@@ -145,7 +145,8 @@ def _for_life(report: dict[str, Any]) -> str:
 
 
 def _held_out(privacy: dict[str, Any]) -> str:
-    """Write the claim about records that were only queried; a paragraph, or nothing."""
+    """Write the paragraph with the ε of held-out records, which were only queried; "" if there was
+    no query."""
     evaluation = privacy.get("evaluation") or {}
     if not evaluation.get("steps"):
         return ""
@@ -185,7 +186,8 @@ def _private_quality(report: dict[str, Any]) -> str:
 
 
 def _held_out_table(report: dict[str, Any]) -> str:
-    """Write the newest answers by class, group and site; or nothing."""
+    """Write the table of the newest query's answers by class, group and site; "" if there is
+    none."""
     if (shown := write_shown(report)) is None:
         return ""
     said = "\n".join(f"- {cell(line, 2000)}" for line in shown.lines)
@@ -236,7 +238,7 @@ def _whatever(site: dict[str, Any]) -> str:
 
 
 def _ranks(ranks: dict[str, Any]) -> str:
-    """Write the rank that each site trained; nothing if every site trained the full rank."""
+    """Write the rank that each site trained; "" if every site trained the full rank."""
     if not ranks:
         return ""
     trained = [f"{cell(name)} {figure(rank)}" for name, rank in sorted(ranks["sites"].items())]
@@ -276,8 +278,8 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
 
 
 def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
-    """Write the wire encodings, and each site's bytes: by round, or in total if there are many
-    sites."""
+    """Write the wire encodings and each site's bytes: by round or, for more than MOST_COLUMNS
+    sites, in total."""
     names = sorted({n for r in rounds for direction in DIRECTIONS for n in r.get(direction) or {}})
     if not names:
         return ""
@@ -295,7 +297,7 @@ def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
 
 
 def _site_bytes(names: list[str], rounds: list[dict[str, Any]]) -> list[str]:
-    """Return each site's bytes up and down, summed over `rounds`."""
+    """Return for each site the bytes that it sent and received, summed over `rounds`."""
     return [
         " / ".join(
             figure(sum((r.get(direction) or {}).get(name, 0) for r in rounds))

@@ -38,7 +38,7 @@ def section(merge: dict[str, Any], privacy: dict[str, Any]) -> list[str]:
 
 
 def _figures(value: Any) -> str:
-    """Format one figure, or one of each parent."""
+    """Format a figure, or a list with one figure for each parent."""
     return " and ".join(map(figure, value)) if isinstance(value, list) else figure(value)
 
 

@@ -1,9 +1,10 @@
-"""Compute paired tests of two versions on the same records, and which differences they can
-resolve.
+"""Compute paired tests of two versions on the same records, and the smallest differences that the
+tests can show.
 
-Guarantee: if the null hypothesis of a test holds, P(p ≤ a) ≤ a for every a, at any number of
-records: `chance_of` where the two versions are exchangeable; `chance_above` of a share's change,
-whatever the share of records about which the two differ."""
+Guarantee: if the null hypothesis of a test holds, P(p ≤ a) ≤ a for every a and any number of
+records. The null hypothesis of `chance_of` is that the two versions are exchangeable; that of
+`chance_above`, that a share changes by at most a given value, however many records the versions
+differ about."""
 
 from __future__ import annotations
 
@@ -20,26 +21,30 @@ from fedtune.core.registry.metrics import METRICS
 from fedtune.report.scores import Scores
 
 SWAPS = 10_000
-LEAST_GROUP = 20  # records: of fewer nothing follows
-BEYOND = 0.1  # of a test's level: the chance that versions differ about more records than assumed
-RATES = 16  # shares of records about which they differ, at which the tail is computed
-CHANGED = 0.2  # the share of records about which two versions differ, where a plan must assume one
+LEAST_GROUP = 20  # records that a group needs for a test
+# The part of a test's level that is spent on the case that the versions differ about more records
+# than the upper end of that share's interval.
+BEYOND = 0.1
+RATES = 16  # at so many values of the share of records that differ the tail is computed
+CHANGED = 0.2  # the share of records about which two versions are assumed to differ before a study
 
 
 def chance_of(before: Scores, after: Scores, metric: str) -> float:
-    """Compute p of `after` being no better than `before` on the same records by a permutation
-    test. It is the share, among SWAPS random exchanges of the two within records and the
-    observed result, in which the second is as much better as observed; 1 if it was not better.
-    Deterministic: a fixed seed.
+    """Compute the p-value of the hypothesis that `after` is no better than `before`, by a
+    permutation test on the same records.
 
-    Guarantee: where the two are exchangeable, P(p ≤ a) ≤ a for every a, whatever the metric.
+    p is the share of results, among the observed one and SWAPS in which the versions' scores were
+    randomly exchanged within records, in which the second version is at least as much better as
+    observed; 1 if it was not better. The seed is fixed, so the same scores give the same p.
+
+    Guarantee: if the two are exchangeable, P(p ≤ a) ≤ a for every a, whatever the metric.
     Source: Noreen 1989, chapter 2 (approximate randomisation); Phipson & Smyth 2010, "Permutation
     p-values should never be zero"."""
     sign = 1 if METRICS[metric].higher_is_better else -1
     found = sign * (after.value(metric) - before.value(metric))
     if not found > 0:
         return 1.0
-    least = 1 - 1e-9  # equal but for rounding is as good
+    least = 1 - 1e-9  # results that differ by rounding alone count as equal
     if (parts := _parts(metric, before, after)) is not None:
         total = parts.sum()
         as_good = sum(int((sums >= least * total).sum()) for sums in _signed_sums(parts))
@@ -53,12 +58,12 @@ def chance_of(before: Scores, after: Scores, metric: str) -> float:
 
 
 def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64] | None:
-    """Split the improvement of `after` into parts of records (n,), up to a factor, and for the
-    perplexity a monotone function; None for a metric that is not a sum over records."""
+    """Return each record's part (n,) in the improvement of `after`: a sum of parts orders results
+    as the metric does. None for a metric that no sum over records orders."""
     one, other = before, after
     if metric == "loss":
         parts = one.loss - other.loss
-    elif metric == "perplexity":  # the tokens are those of the records
+    elif metric == "perplexity":  # both versions have the same tokens, so only the losses differ
         parts = (one.loss - other.loss) * one.tokens
     elif metric == "exact_match":
         parts = other.exact.astype(float) - one.exact
@@ -72,14 +77,14 @@ def _parts(metric: str, before: Scores, after: Scores) -> npt.NDArray[np.float64
 
 
 def _swaps(n: int) -> Iterator[np.ndarray]:
-    """Draw SWAPS times which of n records are exchanged, from a fixed seed."""
+    """Yield SWAPS random masks (n,) of the records to exchange, from a fixed seed."""
     random = np.random.default_rng(1)
     for _ in range(SWAPS):
         yield random.random(n) < 0.5
 
 
 def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield the sums of `parts` with random signs, SWAPS in all, from a fixed seed."""
+    """Yield blocks of sums of `parts` with random signs, SWAPS sums in all, from a fixed seed."""
     random, parts = np.random.default_rng(1), parts[parts != 0]
     block = max(1, 2**22 // max(1, len(parts)))
     for start in range(0, SWAPS, block):
@@ -88,28 +93,33 @@ def _signed_sums(parts: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def changes(before: Scores, after: Scores, metric: str) -> npt.NDArray[np.float64]:
-    """Return the improvement of `after` in each record, for a metric that is a share: -1 to 1."""
+    """Return the improvement of `after` in each record (n,), from -1 to 1, for a metric that is a
+    share of records."""
     parts = _parts(metric, before, after)
-    assert parts is not None  # a share of records is a sum over them
+    assert parts is not None  # a share of records is a sum over records
     return parts
 
 
 def chance_above(parts: np.ndarray, least: float, level: float) -> float:
-    """Compute p of a share's change being at most `least`, from what changed in each record
-    (`changes`), for a decision at `level`: p ≤ level exactly where the lower end of the change's
-    one-sided interval at 1 - level lies above `least`.
+    """Compute the p-value, for a decision at `level`, of the hypothesis that a share changes by at
+    most `least`. p ≤ level if and only if the lower end of the change's one-sided interval at
+    confidence 1 - level is above `least`.
 
-    How many records change at all is not known: the tail is the largest over all shares up to
-    the upper end of that share's own interval, at BEYOND of the level (Berger & Boos 1994). A
-    tie that becomes a win is not counted; a tie that becomes a loss counts as a whole record.
+    parts: each record's change (n,), from `changes`. The share of records that change at all is not
+    known, so the tail is the largest over all values up to the upper end of that share's own
+    interval, which is taken at BEYOND · level (Berger & Boos 1994). To be on the safe side, a
+    change by half (a tie that becomes a win) does not count as better, and one by half to the worse
+    counts as a whole record.
     """
     better, worse = int((parts >= 1).sum()), int((parts < 0).sum())
     return _tail(len(parts), better + worse, better - worse, least, level)
 
 
 def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
-    """Bound the probability that `net` more of n records get better than worse, if their
-    expected share is `least` and `changed` of them changed."""
+    """Bound the probability that the records which get better outnumber those which get worse by
+    `net` or more, if the expected difference is least · n.
+
+    changed: the number of the n records that were observed to change."""
     if not n or net <= least * n or least >= 1:
         return 1.0
     beyond = BEYOND * level
@@ -118,7 +128,7 @@ def _tail(n: int, changed: int, net: int, least: float, level: float) -> float:
     number = np.arange(n + 1)
     number = number[binom.sf(number, n, most) + binom.pmf(number, n, most) > 1e-15]
     up = np.clip((rates + least) / (2 * rates), 0.0, 1.0)
-    below = np.ceil((number + net) / 2) - 1  # of `number` that change, more than so many get better
+    below = np.ceil((number + net) / 2) - 1  # of `number` changes, more are for the better
     tail = np.where(below >= number, 0.0, bdtrc(np.minimum(below, number), number, up))
     return min(1.0, float((binom.pmf(number, n, rates) * tail).sum(axis=1).max()) + beyond)
 
@@ -130,12 +140,16 @@ def least_gain(
     groups: Sequence[tuple[int, float]] = (),
     changed: float = CHANGED,
 ) -> float:
-    """Estimate the smallest gain of a share (an accuracy) that is found at p ≤ threshold four
-    times in five, with the same gain in each of `groups` (records, and by how much they may get
-    worse); above 1 if there is none.
+    """Estimate the smallest gain of a share, such as an accuracy, that a study finds with a power
+    of 0.8; above 1 if no gain is enough.
 
-    changed: the share of the records about which the two versions differ, if the gain is not
-    larger. The allowed failures, one in five, are divided among the tests.
+    - records: number of public records; threshold: the p-value below which a test succeeds
+    - margin: how much better the new version must be
+    - groups: for each group, its number of records and the margin by which it may get worse; the
+      gain is taken to be the same in each
+    - changed: the share of records about which the two versions differ, if the gain is not larger
+
+    The probability of failure, 0.2, is divided equally among the tests.
 
     >>> round(least_gain(300, 0.05 / 16), 3)
     0.096
@@ -150,18 +164,18 @@ def least_gain(
 
 
 def _least_gain_exchanged(records: int, threshold: float, misses: float, changed: float) -> float:
-    """Estimate the gain that `chance_of` finds, with this rate of misses: the normal
-    approximation."""
+    """Estimate the smallest gain that `chance_of` shows, except with probability `misses`, by the
+    normal approximation."""
     deviations = NormalDist().inv_cdf(1 - threshold) + NormalDist().inv_cdf(1 - misses)
     gain = 0.0
-    for _ in range(50):  # more records change than the gain is large
+    for _ in range(50):  # at least the gain's share of records changes, so iterate
         gain = deviations * math.sqrt(max(changed, gain) / records) + 1 / records
     return gain
 
 
 def _least_gain_above(n: int, level: float, least: float, misses: float, changed: float) -> float:
-    """Return the gain that `chance_above` shows to be more than `least`, with this rate of
-    misses; 0 if no gain is needed, above 1 if no gain is enough."""
+    """Return the smallest gain that `chance_above` shows to be above `least`, except with
+    probability `misses`; 0 if no gain is needed, above 1 if none is enough."""
 
     def is_shown(gain: float) -> bool:
         rate = max(changed, gain)

@@ -12,8 +12,8 @@ from fedtune.report.claim import fallback
 from fedtune.report.gain import headline
 from fedtune.report.quality import intervals
 
-WIDE = 130  # characters of a line of the caption
-ROOM = 1.18  # of the axis of rounds: the last figure stands beside its point
+WIDE = 130  # characters in a line of the caption
+ROOM = 1.18  # length of the rounds' axis over the number of rounds: room for the last point's label
 INK = "#222222"
 FAINT = "#b8b8b8"
 GOOD = "#1f6feb"
@@ -30,7 +30,7 @@ def png(report: dict[str, Any]) -> bytes:
     metric = quality.get("metric")
     public = [metric] if metric or not private else []
     if metric not in (None, "loss") and _points(quality, "loss"):
-        public.append("loss")  # a metric may rise while the model comes apart
+        public.append("loss")  # a metric may rise while the model's loss shows that it degrades
     panels = 1 + len(public) + bool(private)
     figure = Figure(figsize=(4.5 * panels, 3.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -56,8 +56,8 @@ def png(report: dict[str, Any]) -> bytes:
 
 
 def _caption(report: dict[str, Any]) -> str:
-    """Write the study's name, what the sites' records added, and what is released, one line
-    each."""
+    """Write the caption: one line each for the study's name, the gains (`gain.headline`), and the
+    model that is released."""
     said = [line.text for line in headline(report.get("quality") or {})]
     parts = [str(report.get("study") or ""), *(textwrap.fill(text, WIDE) for text in said)]
     return "\n".join(parts).replace("$", "")
@@ -89,7 +89,7 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
         for row in quality.get("selection") or []
         if (value := number((row.get("selection") or {}).get(metric))) is not None
     ]
-    if selected:  # the evaluation records are read at the start and the end alone
+    if selected:  # then the evaluation records are measured at the start and the end alone
         axes.plot(*zip(*selected, strict=True), color=GOOD, alpha=0.4, label="selection records")
         axes.plot(rounds, values, color=GOOD, marker="o", linestyle="", label="evaluation records")
         axes.legend(frameon=False, fontsize=8)
@@ -106,7 +106,7 @@ def _quality(axes: Any, quality: dict[str, Any], metric: Any) -> None:
             xytext=(0, -4 if above else 4), va="top" if above else "bottom",
             textcoords="offset points", ha="right", color="#777777", fontsize=8,
         )  # fmt: skip
-    # The curve is the trained model's, also where it is not what is released.
+    # The curve is that of the trained model, even if the public start is released.
     low, high = bounds.get("trained", bounds.get("after", (values[-1], values[-1])))
     axes.errorbar(
         rounds[-1], values[-1], yerr=[[max(values[-1] - low, 0)], [max(high - values[-1], 0)]],
@@ -146,7 +146,8 @@ def _count(quality: dict[str, Any]) -> str:
 
 
 def _private_evaluations(report: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """Return (round, score, noise sd) of each private evaluation that was not lost in the noise."""
+    """Return (round, score, standard deviation of its noise) of each private evaluation with a
+    score; one whose count does not exceed its noise has none."""
     points = []
     for row in report.get("rounds") or []:
         answer = row.get("private_quality") or {}
@@ -186,7 +187,7 @@ def _epsilon(axes: Any, report: dict[str, Any]) -> None:
     unit = privacy.get("unit", "record")
     if final is None:
         return _draw_empty(axes, "ε", "not known")
-    if not by_site:  # the rounds did not carry it: draw the one figure that is known
+    if not by_site:  # the rounds have no ε: draw the run's final figure alone
         last = max([1, *[int(row["round"]) for row in report.get("rounds") or []]])
         by_site = {"": [(last, final)]}
     for points in by_site.values():

@@ -1,7 +1,7 @@
-"""Report side effects of a preference run beside its share of pairs in order, and when to
-distrust it.
+"""Report the side effects of a preference run beside its share of pairs that are ordered correctly,
+and warn if they make the result doubtful.
 
-The one place that decides both: the closing lines, `fedtune evaluate` and the report ask here.
+A command's closing lines, `fedtune evaluate` and the report all use these functions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ FALLEN = 0.5  # nats per token that the better answers may lose: perplexity time
 def alarms(quality: dict[str, Any]) -> list[str]:
     """List the warnings about a preference run, one sentence each; [] if there are none.
 
-    | held-out loss  | its 95 % interval of change is above 0, where it is the objective's own |
-    | better answers | they lost more than 0.5 nats per token |
+    | held-out loss  | the 95 % interval of its change is above 0, and it is the objective's own |
+    | better answers | their log-likelihood fell by more than FALLEN nats per token |
 
     >>> fell = {"before": 0.69, "after": 0.5, "change": [-0.3, -0.1]}
     >>> alarms({"gain": {"pairs": {"loss": fell}}})

@@ -1,4 +1,5 @@
-"""Write the part of report.md about how a run was made: when, where, with what, and who signed."""
+"""Write the part of report.md about how a run was made: times, machine, versions, settings, and who
+signed."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 from fedtune.report.text import cell, figure, table
 
-SHOWN = 16  # digits of a signing key; report.json has them all
+SHOWN = 16  # digits of a signing key that are shown; report.json has the whole key
 
 
 def section(report: dict[str, Any]) -> list[str]:

@@ -1,5 +1,5 @@
-"""Write the part of report.md about quality: what was measured, on which records, and with which
-intervals."""
+"""Write the part of report.md about quality: the measured figures with their intervals, and the
+records on which they were measured."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ HELD_OUT = "the study's held-out records"
 BEFORE_AFTER = ("base alone", "with the adapter")
 
 
-LONG = 1000  # characters of a sentence
+LONG = 1000  # a sentence is cut after so many characters
 
 
 def section(report: dict[str, Any]) -> str:
-    """Render what the sites' records added and what is released; then what was measured, on how
-    many records, with an interval beside every figure; what was chosen on which records."""
+    """Render the section: first what the sites' records added and which model is released; then the
+    figures with their intervals and the number of records; then what was chosen on selection
+    records."""
     quality = report.get("quality") or {}
     metric = quality.get("metric")
     if not metric:
@@ -63,7 +64,7 @@ def section(report: dict[str, Any]) -> str:
 
 
 def headline_lines(report: dict[str, Any]) -> list[str]:
-    """Render gain.headline and gain.advice as paragraphs of Markdown, each on a line of its own."""
+    """Render the sentences of gain.headline and gain.advice as Markdown, one paragraph a line."""
     said = [_sentence(line.text) for line in headline(report.get("quality") or {})]
     lines = [f"**{text}**" for text in said]
     return [*lines, _sentence(more)] if (more := advice(report)) else lines
@@ -83,8 +84,8 @@ def _columns(quality: dict[str, Any]) -> tuple[str, str]:
 
 
 def _others(quality: dict[str, Any]) -> dict[str, str]:
-    """Return the third model's figures and their column head: those of the public start or, if
-    it is released, of the trained model."""
+    """Return column head -> figures of the third model: the public start or, if the start is
+    released, the trained model; {} if there is none."""
     named = {"start": "public text alone"}
     if is_start_released(quality):
         named = {TRAINED: "trained, not released"}
@@ -92,8 +93,8 @@ def _others(quality: dict[str, Any]) -> dict[str, str]:
 
 
 def _pairs(quality: dict[str, Any]) -> str:
-    """Describe side effects and warnings of a preference run; or nothing."""
-    from fedtune.report.preference import alarms, section  # which writes with text's table
+    """Describe side effects and warnings of a preference run; "" for another run."""
+    from fedtune.report.preference import alarms, section
 
     pairs = section(quality)
     lines = [f"\n\n> **Warning:** {alarm}." for alarm in alarms(quality)]
@@ -124,7 +125,8 @@ def _between(bound: list[float] | None, key: str) -> str:
 
 
 def _describe_selection(quality: dict[str, Any]) -> str:
-    """Describe how far the coordinator let each round move the adapter; a paragraph, or nothing."""
+    """Write the paragraph about the steps that the coordinator chose for each round; "" if it chose
+    none."""
     rounds = quality.get("selection")
     if not isinstance(rounds, list) or not rounds:
         if not (quality.get("by_round") and quality.get("gain")):

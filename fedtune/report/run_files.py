@@ -11,14 +11,15 @@ from fedtune.core.errors import ConfigError, InputError
 from fedtune.core.files import reading
 from fedtune.core.run_folder import has_head
 
-# What is read of a report, an outer key before its inner ones.
+# The keys of a report that readers may require, and their types; an outer key before its inner
+# ones.
 REPORT = {"private": bool, "study": str, "privacy": dict, "base": dict}
 REPORT |= {"base.name": str, "base.digest": str}
 
 
 def pipeline_tag(run: Path) -> str:
-    """Return the hub's task name for a finished run's model: one with a head gives labels or a
-    score, any other writes text."""
+    """Return the hub's task name for a finished run's model: "text-classification" if it has a
+    head, which gives labels or a score, else "text-generation"."""
     return "text-classification" if has_head(run) else "text-generation"
 
 
@@ -42,9 +43,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def read_report(run: Path, *needed: str) -> dict[str, Any]:
-    """Read a finished run's report. needed: keys of REPORT that must be in it.
+    """Read a finished run's report.json. needed: keys of REPORT that it must have.
 
-    Errors: InputError."""
+    Errors: InputError if there is no report, or a needed key is missing or of another type."""
     path, expected = run / "report.json", "the report of a finished run"
     todo = "finish the run with --resume; if the file is damaged, copy it again"
     report = reading.json_in(path, expected, todo)

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from fedtune.evaluation.pairs import PairScores
 
-# What a metric's figure follows from.
+# The fields of Scores from which each metric is computed.
 FIELDS = {
     "loss": ("loss",),
     "perplexity": ("loss", "tokens"),
@@ -25,14 +25,15 @@ Columns = Mapping[str, Sequence[float]]
 
 @dataclass
 class Scores:
-    """Scores per record.
+    """A model's scores on n records.
 
-    - loss: (n,) nats, mean over its targets (for a pair or a judged completion, the objective's
-      loss)
-    - tokens: (n,) number of targets
-    - exact: (n,) whether greedy decoding gives the completion
+    - loss: (n,) in nats, the mean over a record's target tokens; of a pair or a judged completion,
+      the objective's loss
+    - tokens: (n,) number of target tokens
+    - exact: (n,) whether greedy decoding gives the completion exactly
     - chosen, gold: (n,) class indices, -1 without classes
-    - margin: (n,) by which the better completion of a pair is preferred
+    - margin: (n,) how much the better completion of a pair is preferred; below 0 if the worse one
+      is
     - pairs: further figures of pairs, None for other records
     - confidence: (n,) probability of the chosen class, None without classes"""
 
@@ -46,8 +47,8 @@ class Scores:
     confidence: np.ndarray | None = None
 
     def with_rows_of(self, other: Scores, rows: np.ndarray) -> Scores:
-        """Return these scores with those of `other` at `rows` (n,), bool; without pairs and
-        confidence."""
+        """Return a copy with the scores of `other` where `rows` (n,) is true. The copy has no pairs
+        and no confidence."""
         return Scores(
             loss=np.where(rows, other.loss, self.loss),
             tokens=np.where(rows, other.tokens, self.tokens),
@@ -58,12 +59,12 @@ class Scores:
         )
 
     def columns(self, metric: str) -> dict[str, list[float]]:
-        """Return the arrays from which a metric's figure follows, by name."""
+        """Return name -> values of the arrays from which `metric` is computed."""
         return {name: np.asarray(getattr(self, name), float).tolist() for name in FIELDS[metric]}
 
     @classmethod
     def of_columns(cls, columns: Columns) -> Scores:
-        """Build scores from some arrays, (n,) each; missing ones are zero."""
+        """Build scores from some of their arrays, (n,) each; the others are filled with zeros."""
         given = {name: np.array(column, float) for name, column in columns.items()}
         n = len(next(iter(given.values())))
         if any(array.shape != (n,) or not np.isfinite(array).all() for array in given.values()):
@@ -72,15 +73,15 @@ class Scores:
         return cls(**(none | given))
 
     def value(self, metric: str, rows: np.ndarray | slice = slice(None)) -> float:
-        """Compute one figure over all records, or over `rows` (a bootstrap sample)."""
+        """Compute a metric over all records, or over those that `rows` selects."""
         loss, tokens = self.loss[rows], self.tokens[rows]
         if metric == "loss":
             return float(loss.mean())
-        if metric == "perplexity":  # over tokens, not over records
+        if metric == "perplexity":  # a mean over tokens, not over records
             return float(np.exp(min((loss * tokens).sum() / tokens.sum(), 700.0)))
         if metric == "exact_match":
             return float(self.exact[rows].mean())
-        if metric == "preference":  # a tie is half of one
+        if metric == "preference":  # a tie counts as half a win
             margin = self.margin[rows]
             return float((margin > 0).mean() + (margin == 0).mean() / 2)
         chosen, gold = self.chosen[rows], self.gold[rows]

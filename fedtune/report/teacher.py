@@ -10,7 +10,7 @@ from fedtune.report.text import cell, figure, table
 
 
 def section(report: dict[str, Any]) -> list[str]:
-    """Return Markdown paragraphs on report["teacher"]; [] without one."""
+    """Return Markdown paragraphs on the teacher in report["teacher"]; [] if there is none."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return []
@@ -30,7 +30,7 @@ def section(report: dict[str, Any]) -> list[str]:
 
 
 def teacher_line(report: dict[str, Any]) -> str:
-    """State in one line, for a terminal, what the teacher cost; "" without one."""
+    """State in one line, for a terminal, the ε that the teacher cost; "" if there is no teacher."""
     teacher = report.get("teacher") or {}
     if not teacher:
         return ""

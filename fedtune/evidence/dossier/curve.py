@@ -76,8 +76,8 @@ def curve(
 def _place_label(height: float, taken: Sequence[float]) -> float:
     """Return the height nearest to `height` at which a label overlaps none of those taken.
 
-    >>> _apart(100.0, [104.0]), _apart(100.0, [104.0, 96.0]), _apart(100.0, [])
-    (88.0, 80.0, 100.0)
+    >>> [_place_label(100.0, taken) for taken in ([104.0], [104.0, 96.0], [])]
+    [88.0, 120.0, 100.0]
     """
     choices = [height, *(other + way * GAP for other in taken for way in (-1, 1))]
     free = [one for one in choices if all(abs(one - other) >= GAP for other in taken)]
