@@ -1,2 +1,2 @@
-"""The half of a site that talks to the network: Flower, TLS and reconnecting. It holds no
-record."""
+"""The courier: the process of a site that has the network, with Flower, TLS and reconnecting. It
+reads no record."""

@@ -12,8 +12,8 @@ from fedtune.core.wire.requests import FAILED, Answer, Kind, Request
 from fedtune.flower import api
 from fedtune.flower.records import as_record
 
-Ask = Callable[[Context, Request, float], Answer]  # seconds: for which it is worth waiting
-# By the type of Flower's message: the kind of request, and the name of the arrays that it brings.
+Ask = Callable[[Context, Request, float], Answer]  # the float: seconds to wait for the answer
+# Type of Flower's message -> the kind of request, and the name of the message's array record.
 ASKED: Mapping[str, tuple[Kind, str]] = {
     "query.prepare": ("prepare", "frozen"),
     "train": ("train", "adapter"),
@@ -24,7 +24,7 @@ ASKED: Mapping[str, tuple[Kind, str]] = {
 
 
 def client_app(ask: Ask) -> ClientApp:
-    """Make the app that answers each message with what `ask` returns."""
+    """Build the app that passes each message to `ask` as a request, and replies with its answer."""
     app = ClientApp()
 
     def pass_on(message: Message, context: Context) -> Message:
@@ -40,15 +40,16 @@ def client_app(ask: Ask) -> ClientApp:
 
 
 def as_request(message: Message) -> Request:
-    """Read a message of one of the types in `ASKED` as a request; its arrays are not parsed."""
+    """Convert a message of a type in `ASKED` to a request for the vault; its arrays are not
+    parsed."""
     kind, arrays = ASKED[message.metadata.message_type]
     brought = message.content.array_records.get(arrays, ArrayRecord())
     return Request(kind, message.content.config_records, brought)
 
 
 def as_message(answer: Answer, message: Message) -> Message:
-    """Put an answer into the reply to a message; an answer that only reports a failure becomes a
-    Flower error."""
+    """Convert the vault's answer to the reply to a message. An answer that only reports a failure
+    becomes a Flower error."""
     if not answer.table:
         return api.error_reply(message, FAILED)
     content = RecordDict()

@@ -1,10 +1,10 @@
-"""Answer one SuperNode's tasks after another, for as long as the coordinator may come back.
+"""Answer the tasks of a site's SuperNode; start a new SuperNode whenever one ends.
 
     gateway <── forwarder <── SuperNode ── loopback, secret ──> Executor: this process
 
-It replaces the process that Flower would start for each message, which unpacks the coordinator's
-app bundle and runs it. Guarantee: only the given app runs; a bundle is never opened. Other tasks
-and other kinds of message get a refusal."""
+The executor replaces the process that Flower would start for each message, which would unpack the
+coordinator's app bundle and run it. Guarantee: only the given app runs, and a bundle is never
+opened. Other tasks and other types of message are refused."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ from fedtune.flower.polling import Poll
 from fedtune.flower.ports import free_port
 
 App = Callable[[Message, Context], Message]
-SAID = 4_096  # bytes of the end of a SuperNode's log that are said again
+SAID = 4_096  # bytes of the end of a SuperNode's log that are copied to this process's log
 REFUSAL = f"this site answers {', '.join(ASKED)}, no more"
 POLL_SECONDS = (0.05, 0.5)  # between two polls for a task, on loopback
-GONE_SECONDS = 6.0  # a coordinator that cannot be reached for so long is not there
-LONG_SECONDS = 30.0  # a SuperNode that lasted so long was waiting, not failing
+GONE_SECONDS = 6.0  # after so long without an answer the coordinator counts as gone
+LONG_SECONDS = 30.0  # a SuperNode that ran for longer does not count as a failure
 BACKOFF_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 class Executor:
-    """Answers the tasks of one SuperNode after another."""
+    """Answers the tasks of one SuperNode after another. once: whether to return as soon as a
+    coordinator that gave this site work has gone."""
 
     def __init__(self, app: ClientApp | App, notify: OnEvent, once: bool = False) -> None:
         self._app = app
         self.notify = notify
         self._once = once
-        self.joined = False  # whether the coordinator accepted the last SuperNode
+        self.joined = False  # whether the coordinator has accepted the present SuperNode
         self._worked = False
 
     def run_supernodes(self, state: Path, forwarder: Forwarder, patience: float) -> None:
-        """Run one SuperNode after another until `once` is fulfilled. Errors: InfrastructureError
-        if the coordinator still refuses this site after `patience` seconds."""
-        failures: list[float] = []  # when, since the last success or long wait
+        """Run one SuperNode after another; return only with `once`, when the coordinator has gone.
+
+        Errors: InfrastructureError if the coordinator still refuses this site after `patience`
+        seconds."""
+        failures: list[float] = []  # times of the failures since the last success or long run
         while True:
             began = time.monotonic()
             problem = self.run_supernode(state, forwarder)
@@ -69,10 +72,13 @@ class Executor:
             time.sleep(wait)
 
     def run_supernode(self, state: Path, forwarder: Forwarder) -> InfrastructureError | None:
-        """Run one SuperNode until it ends and return the reason; None if `once` is fulfilled."""
+        """Run one SuperNode until it ends, and return the reason; None if the work is done
+        (`once`).
+
+        Errors: InfrastructureError if the gateway's certificate does not verify."""
         self.joined, problem = False, None
         if forwarder.refusal:
-            return _refusal(forwarder)  # asked again by the forwarder, until that changes
+            return _refusal(forwarder)  # the forwarder asks again, and notices if this changes
         secret, port = secrets.token_bytes(32), free_port()
         secret_file = replace(state / "executor.secret", secret, private=True)
         # fmt: off
@@ -92,26 +98,26 @@ class Executor:
                     return None
             except InfrastructureError as error:
                 problem = error
-            except Exception as error:  # the SuperNode ended, or its wait failed: start another
+            except Exception as error:  # the SuperNode or a call to it failed: start another
                 if node.alive and not _was_refused(node):
                     self._report_failure("connection", error)
             finally:
                 runtime.close()
-                refused = _was_refused(node)  # before it says the same because we stop it
+                refused = _was_refused(node)  # asked before `stop`, which logs the same
                 node.stop()
             if forwarder.distrust:
                 raise _distrust(forwarder.link)
             if forwarder.refusal or refused:
                 return _refusal(forwarder)
-            _say_log(node)  # where a person can read it
+            _say_log(node)  # into courier.log, which a person can read
             ended = problem or node.build_end_error()
             return InfrastructureError(
                 ended.happened, ended.expected, f"read {state / 'courier.log'}"
             )
 
     def _work(self, node: Child, runtime: api.Runtime, address: str, forwarder: Forwarder) -> bool:
-        """Answer tasks until the SuperNode ends or the gateway refuses this site (False), or `once`
-        is fulfilled (True)."""
+        """Answer tasks. Return False when the SuperNode has ended or the gateway refuses this site,
+        and True when the work is done (`once`)."""
         coordinator, waiting = forwarder.link.address, False
         poll = Poll(*POLL_SECONDS)
         while node.alive and not (forwarder.refusal or forwarder.distrust):
@@ -143,8 +149,8 @@ class Executor:
         self._worked = True
 
     def reply(self, task_kind: str, message: Message, context: Context) -> Message:
-        """Return the app's reply, or a refusal; for an exception, only that there was one.
-        `context` comes from the coordinator and is ignored."""
+        """Return the app's reply; an error reply with a fixed text if the task is refused, or the
+        app raises an exception. The coordinator's settings in `context` are removed."""
         kind = message.metadata.message_type
         if task_kind != api.CLIENT_APP or kind not in ASKED:
             self.notify("refused", {"kind": kind, "text": f"REFUSED {kind}: {REFUSAL}"})
@@ -173,7 +179,7 @@ def _was_refused(node: Child) -> bool:
 def _refusal(forwarder: Forwarder) -> InfrastructureError:
     why, ahead = forwarder.refusal, forwarder.ahead
     early, late = api.CLOCK_WINDOW
-    is_out = not -late < ahead < -early  # Flower refuses what a node signs at such a time
+    is_out = not -late < ahead < -early  # then the SuperLink refuses the node's signed requests
     if is_out and not why:
         direction = "ahead of" if ahead > 0 else "behind"
         why = f"this site's clock is {abs(ahead):.0f} s {direction} its own"
@@ -201,7 +207,7 @@ def _distrust(link: Link) -> InfrastructureError:
 
 
 def _say_log(node: Child) -> None:
-    """Copy the end of a SuperNode's log to this process's log, since the SuperNode's is deleted
-    with it."""
+    """Print the end of a SuperNode's log to this process's log, since the SuperNode's own log is
+    deleted when it ends."""
     with suppress(OSError):
         print(node.log.read_bytes()[-SAID:].decode(errors="replace"), flush=True)

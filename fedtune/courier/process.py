@@ -1,9 +1,9 @@
 """Run the courier: the process of a site that talks to the network; `fedtune client` starts it.
 
-It is confined before it imports Flower: it reads code, the site file and the keys of its network,
-writes Flower's files and its certificate on a disk in memory, and opens no other file. It asks the
-vault over the socket that it inherits, or through the files of a spool: there it writes requests
-and reads answers.
+Before it imports Flower, the courier confines itself: it can then read only code, the site file and
+the site's network keys, and write only Flower's files and its certificate, on a disk in memory. It
+asks the vault over the socket that it inherits, or through a spool: a folder into which it writes
+requests, and from which it reads answers.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from fedtune.core.wire.requests import Answer, Request
     from fedtune.courier.app import Ask
 
-FOLDER = "flower"  # in the state folder: what Flower's processes write
-ELSEWHERE = "records elsewhere"  # what a courier in a container of its own finds
-OWN = {FOLDER, "keys"}  # what there is of a state folder where a courier is in its own container
+FOLDER = "flower"  # the folder for files of Flower's processes, in the state folder
+ELSEWHERE = "records elsewhere"  # the means by which a courier in its own container is confined
+OWN = {FOLDER, "keys"}  # all that a state folder holds in a courier's own container
 # Where Linux keeps programs, their libraries, certificates and the resolver's settings.
 SYSTEM = (
     *("/usr", "/lib", "/lib64", "/bin", "/sbin", "/etc", "/nix/store", "/gnu/store"),
     *("/run/systemd/resolve", "/var/lib/ca-certificates"),
 )
-ANSWER_SECONDS = (0.05, 0.5)  # between two looks for an answer's file
+ANSWER_SECONDS = (0.05, 0.5)  # shortest and longest pause between two checks for an answer's file
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List what a site's courier may read: programs, fedtune, its settings, its network's keys,
-    and the answers of a spool."""
+    """List the paths that a site's courier may read: programs, fedtune, the site file, the site's
+    network keys, and a spool's answers."""
     code = [Path(sys.prefix), Path(sys.base_prefix)]
     code += [Path(entry) for entry in sys.path if entry.endswith("-packages")]
     code += [Path(boot.PACKAGES, "fedtune"), Path(boot.PACKAGES, "client")]
@@ -61,15 +61,15 @@ def list_readable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
-    """List what a site's courier may write."""
+    """List the paths that a site's courier may write."""
     requests = [spool.requests] if spool else []
     return [site.site.state / FOLDER, *requests, *map(Path, DEVICES)]
 
 
 def list_private(site: Site) -> Iterator[Path]:
-    """List what a site's courier must not read: its state and ledger, its records and both kinds
-    of held-out records, the passwords of their databases, the files beside them, and a model
-    that the site trained alone, which no ε covers."""
+    """Yield the paths that a site's courier must not read: the site's state and ledger, its records
+    and both kinds of held-out records, the passwords of their databases, the files beside them, and
+    a model that the site trained alone, which no ε covers."""
     yield site.site.state
     if site.site.ledger:
         yield site.site.ledger
@@ -89,27 +89,29 @@ def list_private(site: Site) -> Iterator[Path]:
 
 
 def open_to_courier(site: Site, spool: Spool | None = None) -> list[Path]:
-    """Return the private files of the site that lie below a folder which its courier must read."""
+    """Return the site's private files that lie in a folder which its courier must read, so that
+    they cannot be hidden from it."""
     shared = [path.resolve() for path in list_readable(site, spool) if path != keys_folder(site)]
     own = [path.resolve() for path in list_private(site)]
     return [path for path in own if any(path.is_relative_to(folder) for folder in shared)]
 
 
 def describe_open_files(site: Site, spool: Spool | None = None) -> list[str]:
-    """Describe, by their place, the private files of the site that its courier can read."""
+    """Describe for people each private file of the site that its courier can read because of its
+    place."""
     read = open_to_courier(site, spool)
     return [f"{path} lies where the courier reads its code" for path in read]
 
 
 def confine(site: Site, spool: Spool | None = None) -> isolation.Confinement:
-    """Confine this process to what a site's courier may read and write."""
-    # Python looks for a package in a folder's names: here beside whatever else lies there.
+    """Confine this process to the files that a site's courier may read and write, and return how
+    far this succeeded."""
     is_elsewhere = not _try_to_read(site).missing
     read, write = list_readable(site, spool), list_writable(site, spool)
     own = isolation.own_view([*read, *write], [site.site.state / FOLDER])
     found = isolation.only_files(read, write, [Path(boot.PACKAGES)])
     found = own & found
-    if is_elsewhere:  # in a container of its own there is nothing that Landlock would have to keep
+    if is_elsewhere:  # in a container of its own there is no private file to hide by Landlock
         kept = (isolation.NO_LANDLOCK, isolation.NO_VIEW)
         left = tuple(each for each in found.missing if each not in kept)
         found = isolation.Confinement((*found.means, ELSEWHERE), left, found.reasons)
@@ -135,9 +137,11 @@ def _try_to_read(site: Site) -> isolation.Confinement:
 
 
 def main(options: list[str]) -> NoReturn:
-    """Run a site's courier until a signal comes, or `once` is fulfilled.
+    """Run a site's courier until a signal arrives or, with ONCE, the coordinator has gone; does not
+    return.
 
-    options: SITE REQUESTS EVENTS ONCE PATIENCE. REQUESTS: a descriptor, or the folder of a spool.
+    options: SITE REQUESTS EVENTS ONCE PATIENCE. REQUESTS: a socket's descriptor, or the folder of a
+    spool; EVENTS: a descriptor; ONCE: "once" or ""; PATIENCE: seconds.
     """
     path, requests, events, once, patience = options
     site = load_site(Path(path))
@@ -149,7 +153,7 @@ def main(options: list[str]) -> NoReturn:
     pass_warnings_on(tell)
     tell("isolation", means.facts())
     if means.missing and site.policy.isolation == "required":
-        sys.exit(0)  # who started it says why
+        sys.exit(0)  # the process that started this one reports the reason
     bypass_proxy()
     code = 0
     try:
@@ -167,7 +171,7 @@ def main(options: list[str]) -> NoReturn:
 
 
 def by_socket(vault: Connection) -> Ask:
-    """Ask a vault at the other end of a socket."""
+    """Return a function that asks the vault at the other end of a socket."""
 
     def ask(_: Context, request: Request, seconds: float) -> Answer:
         from fedtune.core.wire.requests import receive_answer, send
@@ -179,15 +183,15 @@ def by_socket(vault: Connection) -> Ask:
 
 
 def by_file(spool: Spool) -> Ask:
-    """Ask a vault through the files of a spool. Requests of an earlier courier are withdrawn:
-    nobody waits for them."""
+    """Return a function that asks a vault through a spool. Requests of an earlier courier, for
+    which nobody waits any more, are withdrawn first."""
     from fedtune.flower.polling import Poll
 
     spool.withdraw_all()
 
     def ask(_: Context, request: Request, seconds: float) -> Answer:
-        """Ask one request. Errors: InfrastructureError if the coordinator no longer waits; the
-        request is then withdrawn too."""
+        """Write a request and wait for its answer. Errors: InfrastructureError if none came within
+        `seconds`, for which the coordinator waits. The request is withdrawn in any case."""
         ends, poll = time.monotonic() + seconds, Poll(*ANSWER_SECONDS)
         name = spool.ask(request)
         try:
@@ -211,7 +215,8 @@ def _run(site: Site, path: Path, ask: Ask, tell: Teller, once: bool, patience: f
     state = site.site.state / FOLDER
 
     def keep(certificate: bytes) -> None:
-        """Have a renewed certificate stored on the site's disk, where this half cannot write."""
+        """Send a renewed certificate to the process that stores it on the site's disk, where the
+        courier cannot write."""
         tell("renewed", {"certificate": certificate.decode()})
 
     with Forwarder(replace(link(site, path), own=state), state, on_renewed=keep) as forwarder:

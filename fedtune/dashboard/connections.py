@@ -1,4 +1,5 @@
-"""Close connections on which no request comes, before they use up the process's limit."""
+"""Close connections on which no request arrives, before they use up the file descriptors of the
+process."""
 
 from __future__ import annotations
 
@@ -7,18 +8,18 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-SILENT = 64  # connections without a request, of whoever is on this machine
-FIRST_SECONDS = 10.0  # until a request's head must be whole
+SILENT = 64  # the largest number of open connections without a request
+FIRST_SECONDS = 10.0  # time until a connection's first request head must be complete
 
 
 class Prompt(H11Protocol):
-    """Closes a connection whose first request does not come in time, or when SILENT newer ones
-    wait.
+    """A connection that is closed if its first request does not arrive within FIRST_SECONDS, or if
+    SILENT newer connections wait for theirs.
 
     Anybody on this machine may connect, even without the token, and each connection uses a file
     descriptor of this process. A browser sends its request at once."""
 
-    _silent: ClassVar[dict[Prompt, None]] = {}  # oldest first; of all connections of this process
+    _silent: ClassVar[dict[Prompt, None]] = {}  # all connections without a request, oldest first
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -29,7 +30,7 @@ class Prompt(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None:  # its head is whole
+        if self.cycle is not None:  # the head of a request is complete
             self._end_silence()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,4 +1,4 @@
-"""Find out what lies at a path, and which page shows it."""
+"""Find out what a path is (a run, a site, a dossier, ...), and which page shows it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EXPECTED = "a run, a folder of runs, a coordinator's home, a site.toml or its fo
 
 
 def page_of(path: Path, trust: str = "") -> Page:
-    """Build the page of whatever lies at `path`. trust: the consortium's fingerprint, for a
-    dossier and a run.
+    """Build the page for `path`. trust: the consortium's fingerprint, with which the page of a
+    dossier or a run verifies it.
 
     | site.toml, or a folder with one              | a site           |
     | a folder with release.json or dossier.json   | a dossier        |
     | a folder with signing.key or nodes/          | a coordinator    |
     | a folder with plan.json, or a status of a run | a run           |
-    | a folder with such folders in it             | a folder of runs |
+    | a folder that contains runs                  | a folder of runs |
     Errors: InputError for anything else; ConfigError for an invalid site.toml."""
     if why := reading.refuse_path(path):
         raise InputError(f"{str(path)[:80]}: {why}", EXPECTED)

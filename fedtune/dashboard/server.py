@@ -1,14 +1,15 @@
 """Serve a page on loopback, with a token, security headers, live events, and work in child
 processes.
 
-| no token, a wrong one                          | 401, and nothing else                        |
-| the Host of another name than this machine's   | 421: a foreign page may have rebound its name |
-| any method but GET and HEAD                    | 405                                          |
-| a path that is no page                         | 404                                          |
-| a connection without a request                 | closed: see connections.py                   |
-Guarantee: no header lets another origin read an answer, and the policy of every answer lets the
-page load from this server alone. The token is random, in the printed address once and in a cookie
-of this browser afterwards (HttpOnly, SameSite=Strict).
+| the token is missing or wrong                    | 401, without content                          |
+| the Host header names another host than loopback | 421: another site's name may resolve to here  |
+|                                                  | (DNS rebinding)                               |
+| the method is neither GET nor HEAD               | 405                                           |
+| the path is not that of a page                   | 404                                           |
+| a connection sends no request                    | closed: see connections.py                    |
+Guarantee: no header lets another origin read an answer, and every answer's content security policy
+lets the page load from this server alone. The token is random. It is in the printed address, and
+after the first request in a cookie of that browser (HttpOnly, SameSite=Strict).
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ from fedtune.report.figures import duration, format_short, size_text
 HERE = Path(__file__).parent
 HOST = "127.0.0.1"
 NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)
-LOOK_SECONDS = 0.5  # between two looks at a page's files
-REST_SECONDS = 15.0  # before a slow figure is computed anew, however often its files change
-WORK_SECONDS = 300.0  # for one slow figure: a folder from a stranger may ask for any amount
+LOOK_SECONDS = 0.5  # pause between two checks whether a page's files changed
+REST_SECONDS = 15.0  # shortest time between two computations of a slow part of a page
+WORK_SECONDS = 300.0  # time limit of such a computation: a stranger's folder may need any time
 PING_SECONDS = 15.0
 POLICY = "; ".join(
     [
@@ -74,16 +75,16 @@ HEADERS = {
 }
 
 
-LAST = {"connection": "close"}  # of who may not read: no connection is held open for them
+LAST = {"connection": "close"}  # header of refusals: no connection is kept open for these clients
 
 
 class Guard:
-    """Refuses requests without the token, with another Host or with another method; adds the
-    headers to the others."""
+    """Refuses requests without the token, with another Host or with another method than GET and
+    HEAD; adds HEADERS to every response."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app, self._token = app, token
-        self._cookie = f"fedtune-{secrets.token_hex(4)}"  # cookies are shared among ports
+        self._cookie = f"fedtune-{secrets.token_hex(4)}"  # random, since all ports share cookies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,8 +111,9 @@ class Guard:
         return None
 
     def _admission(self, scope: Scope) -> Response | None:
-        """Return None if the browser's cookie is the token; with the token in the address, set
-        the cookie and redirect to the address without it."""
+        """Return None if the request's cookie holds the token. If the token is in the address,
+        return a response that sets the cookie and redirects to the address without it; else a
+        401."""
         sent = SimpleCookie()
         for key, value in scope["headers"]:
             if key == b"cookie":
@@ -122,7 +124,7 @@ class Guard:
         if not self._is_token(given):
             text = "401: open the address that `fedtune dashboard` printed, with its token\n"
             return Response(text, 401, LAST, media_type="text/plain")
-        here = "/" + scope["path"].lstrip("/")  # "//name/" would be another server
+        here = "/" + scope["path"].lstrip("/")  # a redirect to "//name/" leads to another server
         response = Response(status_code=303, headers={"location": here})
         response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
         return response
@@ -189,8 +191,8 @@ class Views:
         return JSONResponse(found)
 
     async def show_slow_part(self, request: Request) -> Response:
-        """Show the result of a child process, computed again only if the page's files have
-        changed."""
+        """Show the result of a function of work.py. It is computed in a child process, and again
+        only if the page's files have changed."""
         page, what = self._of(request), request.path_params["what"]
         if what not in page.slow:
             raise HTTPException(404)
@@ -246,7 +248,8 @@ class Views:
 
 
 async def run_work(what: str, page: Page) -> dict[str, Any]:
-    """Run a function of work.py on a page's path, in a separate child process."""
+    """Run the function of work.py that `what` names on a page's path, in a child process, and
+    return its result; {"error": …} if it fails or takes longer than WORK_SECONDS."""
     words = boot.command(work.__name__, what, str(page.path), page.trust)
     child = await asyncio.create_subprocess_exec(
         *words,
@@ -285,15 +288,15 @@ def app_of(page: Page, token: str) -> Starlette:
 
 
 def serve(page: Page, port: int = 0, say: Any = print) -> None:
-    """Serve a page on loopback until Ctrl-C. say: called with its address, which holds the
-    token.
+    """Serve a page on loopback until Ctrl-C. port: 0 for any free port. say: called with the page's
+    address, which holds the token.
 
-    Errors: InfrastructureError where the port is taken."""
+    Errors: InfrastructureError if the port is taken."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
-        listener.listen()  # whoever opens the address at once is not refused
+        listener.listen()  # before the address is printed, so that it can be opened at once
     except OSError as error:
         listener.close()
         raise InfrastructureError(
@@ -311,7 +314,7 @@ def serve(page: Page, port: int = 0, say: Any = print) -> None:
         ws="none",
         timeout_graceful_shutdown=1,
     )
-    sys.setswitchinterval(0.001)  # a page does not wait for rounds that are still being read
+    sys.setswitchinterval(0.001)  # so that a page is shown while a thread still reads rounds
     threading.Thread(target=page.read_rounds, daemon=True).start()
     say(f"http://{HOST}:{listener.getsockname()[1]}/?token={token}")
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,10 +1,9 @@
-"""Compute what takes seconds and scipy in a child process: `python -m fedtune.dashboard.work
-WHAT PATH`.
+"""Compute the slow parts of a page, which need scipy and seconds, in a child process:
+`python -m fedtune.dashboard.work WHAT PATH`.
 
-The accountant's libraries take 100 MB, which a server that mostly waits need not keep; and only
-the child holds a ledger's locks, as long as one `fedtune ledger` does. It prints the result as
-JSON, or {"error": …}, and enters nothing in a log: looking at a page does not count as reviewing
-a plan.
+The accountant's libraries take 100 MB, which a server that mostly waits should not hold; and only
+the child holds a ledger's locks, for as long as `fedtune ledger` does. The child prints the result
+as JSON, or {"error": …}. It enters nothing in a log: to look at a page is not to review a plan.
 """
 
 from __future__ import annotations
@@ -18,25 +17,26 @@ from typing import Any
 
 from fedtune.core.errors import FedtuneError
 
-LATEST = 60  # acts of an audit log that a page shows
+LATEST = 60  # number of newest entries of an audit log that a page shows
 
 
 def budget(site_path: Path, _: str) -> dict[str, Any]:
-    """Return what `fedtune ledger` shows: studies, the total, what remains."""
+    """Return the figures of `fedtune ledger`: the studies, the total ε, and the ε that remains."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
 
     site = load_site(site_path)
     folder = site.site.ledger or site.site.state
-    if not (folder / "ledger.db").exists():  # a look begins none
+    if not (folder / "ledger.db").exists():  # to open a missing ledger would make one
         return {"none": True, "ceiling": site.policy.max_epsilon}
     unit = "patient" if site.data.columns.patient else "record"
     return facts(Ledger(folder), site.data.name, site.policy, unit)
 
 
 def plans(site_path: Path, _: str) -> dict[str, Any]:
-    """Return what `fedtune review` shows of each plan that waits for a signature here."""
+    """Return, for each plan that waits for a signature at this site, what `fedtune review`
+    shows."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.officer.review import is_unsigned, read_plan, review
@@ -54,7 +54,8 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
 
 
 def acts(path: Path, _: str) -> dict[str, Any]:
-    """Return what `fedtune log` shows: the newest entries, once all are verified."""
+    """Return the newest entries of the audit log, as `fedtune log` shows them, after a check of all
+    entries."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 
@@ -74,7 +75,7 @@ def acts(path: Path, _: str) -> dict[str, Any]:
 
 
 def verified(path: Path, trust: str) -> dict[str, Any]:
-    """Return what `fedtune verify` shows."""
+    """Return the result of `fedtune verify`."""
     from fedtune.core.run_folder import SIGNATURE
     from fedtune.evidence.verify import verify
 
@@ -84,7 +85,7 @@ def verified(path: Path, trust: str) -> dict[str, Any]:
 
 
 def versions(path: Path, _: str) -> dict[str, Any]:
-    """Return what `fedtune versions` shows: champion and challengers."""
+    """Return the versions as `fedtune versions` shows them: champion and challengers."""
     from fedtune.server.versions import Versions
 
     index = Versions(path).index()

@@ -1,20 +1,20 @@
 """Run a site's two halves apart, as in two containers: `fedtune vault` and `fedtune courier`.
 
     fedtune vault ── listens at PATH ──────────── its own child: the vault
-        │  hands over, by descriptor: one end of requests, one of events
+        │  passes two descriptors: one for requests, one for events
         ▼
     fedtune courier ── connects to PATH ───────── its own child: the courier
 
-Once the two are connected, vault and courier talk over the same kind of sockets as the children
-of one `fedtune client`. Each connection has its own sockets: a half that was restarted never
-reads the rest of what an earlier one was sent.
+Once both are connected, vault and courier communicate over the same kind of sockets as the children
+of one `fedtune client`. Each connection has sockets of its own, so a restarted process never reads
+bytes that were meant for its predecessor.
 
-| a peer that is another user          | not spoken to, at either end                         |
-| a second courier while one is there  | turned away; it tries again                          |
-| either half ends, killed or not      | so does the other's child; it waits, and begins anew |
+| the peer belongs to another user            | neither side communicates with it              |
+| a second courier connects while one is here | it is refused, and tries again                 |
+| one side ends, killed or not                | the other ends its child, waits, and reconnects |
 
 Guarantee: the vault reads no byte and takes no descriptor from this connection; a courier sends
-requests and events alone, bounded and typed (core/wire/requests.py, core/wire/events.py)."""
+only requests and events, bounded and typed (core/wire/requests.py, core/wire/events.py)."""
 
 from __future__ import annotations
 
@@ -40,22 +40,23 @@ from fedtune.courier.process import FOLDER
 from fedtune.flower.link import link as read_link
 from fedtune.launch.until_stopped import until_stopped
 
-OWN = 0o177  # of a new socket's rights: none but this user's to read and write
-MOST = 4096  # bytes of the words with which a courier is received
-DONE = b"done"  # the last word to a courier that need not come again
-LAST_WORD = 5.0  # seconds in which it comes
+OWN = 0o177  # umask for a new socket: only this user can read and write it
+MOST = 4096  # largest number of bytes of the vault's first message to a courier
+DONE = b"done"  # the vault's last message to a courier that need not connect again
+LAST_WORD = 5.0  # seconds for which a courier waits for this message
 PAUSE = 1.0  # seconds between two attempts of a courier
 PEER = struct.Struct("3i")  # process, user, group: Linux's struct ucred
 
 
 class CourierLeft(InfrastructureError):
-    """The courier of this site, which was started elsewhere, has ended its connection."""
+    """The courier, which `fedtune courier` started, has ended its connection."""
 
 
 class Door:
-    """The socket at which a vault meets its courier; a context manager that removes it.
+    """The socket to which a courier connects; a context manager that makes it at `path` and removes
+    it.
 
-    Errors: ConfigError if PATH cannot be listened on, or another vault listens there."""
+    Errors: ConfigError if the process cannot listen at `path`, or another vault listens there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,7 +88,7 @@ class Door:
             self.path.unlink()
 
     def wait(self) -> Guest:
-        """Wait for a courier of this user."""
+        """Wait until a courier of this user connects, and return it."""
         while True:
             connection, _ = self.listener.accept()
             if is_same_user(connection):
@@ -95,14 +96,15 @@ class Door:
             connection.close()
 
     def turn_away(self) -> None:
-        """Refuse further couriers while one is connected."""
+        """Refuse a courier that tries to connect while another one is connected."""
         connection, _ = self.listener.accept()
         with connection, suppress(OSError):
             if is_same_user(connection):
                 connection.sendall(json.dumps({"refused": "another courier is there"}).encode())
 
     def _remove_stale(self) -> None:
-        """Remove a socket that a killed vault has left. Errors: ConfigError."""
+        """Remove a socket that a killed vault has left. Errors: ConfigError if another vault
+        listens, or `path` is not a socket."""
         try:
             is_socket = stat.S_ISSOCK(self.path.lstat().st_mode)
         except FileNotFoundError:

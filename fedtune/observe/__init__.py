@@ -1,10 +1,12 @@
-"""Report a run's or site's events to its operator: a log, a status file, metrics. Nothing private.
+"""Report a run's or site's events to its operator: in a log, a status file and metrics. None of
+them holds anything private.
 
     with observer("coordinator", folder, then=watch, metrics_port=9464) as seen:
         serve(..., on_event=seen)
 
-Nothing here touches the wire, and no sink can stop a study: an error in one is logged once. In
-strict mode (FEDTUNE_STRICT=1: the tests) it raises instead.
+Nothing here touches the wire. A sink (a log, a status file, metrics, a tracker) cannot stop a
+study: its first error is logged. In strict mode (FEDTUNE_STRICT=1, as in tests) the error is
+raised.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ EARLY = 200  # events kept for a run folder that does not exist yet
 
 
 class Observer:
-    """Passes each event to `then` and to every sink; a context manager that also passes the end.
+    """Passes each event to `then` and to every sink. As a context manager it also passes "stopped"
+    if the block ends without "done".
 
-    late: sinks whose folder the run has not created yet: they get the earlier events at "start", so
-    that a run that never began leaves nothing behind. run: its folder, if one is created."""
+    late: sinks whose folder the run has not created yet. They receive the earlier events at
+    "start", so that a run that never began leaves no files. run: the run's folder, if one is
+    created."""
 
     def __init__(
         self,
@@ -96,7 +100,7 @@ class Observer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        then, self._then = self._then, None  # the screen shows the end itself
+        then, self._then = self._then, None  # the console reports the end in its own way
         if kind is not None or not self._ended:
             self("stopped", _end(error))
         self._then = then
@@ -108,8 +112,8 @@ class Observer:
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:
-    """Describe what ended a run: an error's class, and the phrase of its text that a log may
-    hold; if a person stopped it, only the signal."""
+    """Return the fields of a "stopped" event: the error's class, and the phrase of its text that a
+    log may hold; if a person stopped the run, only the signal."""
     if error is None:
         return {}
     if isinstance(error, KeyboardInterrupt):
@@ -120,7 +124,7 @@ def _end(error: BaseException | None) -> dict[str, Any]:
 
 
 class _Tracked:
-    """A tracker as a sink: it gets the fields that the log may hold, without those that are only
+    """A tracker as a sink: it receives the fields that the log may hold, and no event that is only
     for the screen."""
 
     def __init__(self, tracker: Tracker) -> None:
@@ -141,12 +145,13 @@ class _Tracked:
 
 
 def _forget(run: Path) -> None:
-    """Remove the folder of a run that no site admitted: it has no plan in it."""
+    """Remove the status files and the folder of a run whose plan no site admitted, which has no
+    plan.json."""
     with suppress(OSError):
         if not (run / PLAN).exists():
             for name in (LOG, FILE, LOCK):
                 (run / name).unlink(missing_ok=True)
-            run.rmdir()  # unless something else is there
+            run.rmdir()  # fails if the folder holds anything else
 
 
 def observer(
@@ -160,11 +165,16 @@ def observer(
     early: bool = False,
     trackers: Sequence[Tracker] = (),
 ) -> Observer:
-    """Build a role's observer of all its sinks, joined with `then` (the console's Watch).
+    """Build the observer of a role with all its sinks.
 
-    folder: of the run, or the site's state; home: the coordinator's, which gets a status too;
-    site: the site.toml, for the metrics; early: write to a run's folder before the run begins;
-    trackers: of a coordinator's run.
+    - folder: the run's folder, or the site's state folder
+    - then: called with each event too, such as the console's Watch
+    - metrics_port: where to serve metrics (None: nowhere)
+    - home: the coordinator's home, which then has a status file too
+    - site: the site.toml whose budget the metrics show
+    - early: whether to write to the run's folder before the run begins
+    - trackers: those of a coordinator's run
+
     Errors: as metrics.Metrics."""
     files = [JsonLog(folder / LOG, role=role), StatusFile(folder, role=role)]
     is_late = role == "coordinator" and not early

@@ -1,5 +1,6 @@
-"""Show what the half of a site on the network tells: events of known names and types, bounded, and
-their text made printable, since they may be hostile."""
+"""Filter the events of a site's courier before they are shown, since the courier, which has the
+network, may be hostile: only known names and types pass, with bounded lengths and printable
+text."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from fedtune.core.errors import escape_controls
 
-LONGEST = 2_000  # characters of a text of the courier's
+LONGEST = 2_000  # largest number of characters of a text from the courier
 
 
 CERTIFICATE = 16_384  # characters of a renewed certificate
@@ -32,7 +33,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what may be shown of a courier's event; None if the courier may not send it."""
+    """Return the facts that may be shown of a courier's event; None if the courier may not send
+    such an event."""
     if event not in FROM_COURIER:
         return None
     shown: dict[str, Any] = {}
@@ -41,7 +43,7 @@ def from_courier(event: str, facts: dict[str, Any]) -> dict[str, Any] | None:
         if wanted is None or not isinstance(value, wanted):
             continue
         if isinstance(value, str):
-            # A certificate is lines of letters, and whoever reads it checks it.
+            # A certificate has lines of ASCII; whoever reads it verifies it.
             is_lines = name == "certificate" and value.isascii()
             shown[name] = value[:CERTIFICATE] if is_lines else escape_controls(value)[:LONGEST]
         elif isinstance(value, list):

@@ -3,8 +3,8 @@
     {"time": "2026-05-04T09:30:00Z", "role": "coordinator", "event": "round", "round": 3, ...}
 
 Guarantee: every value written is a number, a truth value, a digest, a name (at most 64 letters,
-digits, dots, dashes; no spaces), or one of this file's own phrases. There is no field for free
-text: of a reason, only a phrase of our own that it contains is written.
+digits, dots, dashes; no spaces), or one of this package's own phrases. There is no field for free
+text: a reason is reduced to one of these phrases, if it contains one.
 | a field that is not listed      | strict: NotLoggable; else left out, its name under "dropped" |
 | a value of another type or form | the same; the value is neither written nor in the error      |
 | a reason with no known phrase   | "other"                                                      |
@@ -40,10 +40,10 @@ Role = Literal["coordinator", "site"]
 Record = dict[str, Any]
 
 STRICT = "FEDTUNE_STRICT"
-LIMIT = 16 * 2**20  # bytes of a log before it becomes FILE.1, over the one before
-OF_SITE = 2**20  # of a site's, which has the space for both from the beginning
-OF_A_LINE = 2**16  # bytes, at most, of a site's
-MANY = 10_000  # sites in one event, at most
+LIMIT = 16 * 2**20  # bytes after which a log is renamed to FILE.1, which replaces the previous one
+OF_SITE = 2**20  # the same limit for a site's log, whose disk space is reserved at its start
+OF_A_LINE = 2**16  # largest number of bytes of a line in a site's log
+MANY = 10_000  # largest number of sites in one event
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|node \d{1,20}")
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}(:evaluation)?")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9._-]{1,253}):\d{1,5}")
@@ -75,16 +75,16 @@ KINDS = frozenset({
 LOGGABLE = frozenset(name for name, metric in METRICS.items() if metric.loggable)
 # fmt: on
 SCREEN = frozenset({"begin", "step", "records"})  # events for this machine's screen alone
-NEVER = frozenset(  # known, for the screen or the report alone
+NEVER = frozenset(  # fields that are known and never logged: they are for the screen or the report
     {"text", "out", "privacy", "total", "private_quality", "log", "path", "idempotency", "ended"}
 )
-ELSEWHERE = {("done", "quality")}  # the whole report's table; each round told its own
+ELSEWHERE = {("done", "quality")}  # not logged: the report has it, and each round its own figures
 RENAMED = {"name": "site"}
 
 
 class NotLoggable(TypeError):
-    """A field that no log may hold, or a value of another form than its field's. Raised in
-    strict mode only; it names the field, never the value."""
+    """An event has a field that no log may hold, or a value of another form than its field's. This
+    is raised in strict mode only; the message names the field, never the value."""
 
 
 def strict_here() -> bool:
@@ -140,7 +140,7 @@ def _one_of(allowed: frozenset[str]) -> Callable[[Any], str]:
 
 
 def _exception(value: Any) -> str:
-    """Return the name if it is an exception class of this process, else "other"."""
+    """Return the name if this process has an exception class of that name, else "other"."""
     if not isinstance(value, str):
         raise TypeError
     names, pending = set(), [BaseException]
@@ -168,8 +168,8 @@ def by(key: Callable[[Any], str], rule: Callable[[Any], Any]) -> Callable[[Any],
 
 
 def _walls(value: Any) -> list[str]:
-    """Return how a half of a site is confined, in isolation.py's words; any other text is
-    dropped, since the half on the network may send anything."""
+    """Return the means by which one of a site's two processes is confined, in isolation.py's words.
+    Any other text becomes "other", since the courier, which has the network, may send anything."""
     if not isinstance(value, list):
         raise TypeError
     return [wall if isinstance(wall, str) and WALL.fullmatch(wall) else OTHER for wall in value]
@@ -225,7 +225,8 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 
 def cleaned(event: str, data: Mapping[str, Any], *, strict: bool) -> Record:
-    """Reduce an event to its loggable fields. Errors: NotLoggable, if strict."""
+    """Reduce an event to its loggable fields, with "dropped", the names of those left out because
+    they or their values are not known. Errors: NotLoggable, if strict, in place of that."""
     record: Record = {"event": event if event in EVENTS else OTHER}
     dropped = set() if event in EVENTS else {"event"}
     for key, value in data.items():
@@ -245,21 +246,22 @@ def now() -> str:
 
 
 class JsonLog:
-    """Appends each event to `path`, readable by this user alone; usable as `on_event`.
+    """Appends each event to `path`, which only this user can read; usable as `on_event`. Events of
+    SCREEN, such as steps of a progress bar, are left out.
 
-    Events of SCREEN, steps of a progress bar among them, are left out.
-    Guarantee: a site's log takes space of its disk, or gives some back, only while no order is
-    answered: at its first event, and where it moves aside. A site's half on the network decides
-    when events are logged, and how many; in the middle of an order the space would be the
-    ledger's. A line without space is left out, and if the disk does not have the space there is
-    no log."""
+    Guarantee: a site's log takes or frees disk space only while no order is being answered: at its
+    first event, and when it is renamed at OF_SITE bytes. For the courier decides when events are
+    logged, and how many; during an order it could take space that the ledger needs. A line for
+    which no space is reserved is left out; if the disk does not have the space, nothing is
+    logged."""
 
     def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
         self.path, self._role = path, role
         self._earlier = path.with_name(path.name + ".1")
         self._strict = strict_here() if strict is None else strict
         self._mutex, self._warned = threading.Lock(), False
-        self._has_space: bool | None = None  # a site's for both files; None: not asked for yet
+        # Whether a site's log has space reserved for itself and FILE.1; None: not tried yet.
+        self._has_space: bool | None = None
 
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         record = cleaned(event, data, strict=self._strict)
@@ -293,9 +295,9 @@ class JsonLog:
             os.close(file)
 
     def _take_space(self, length: int) -> None:
-        """Reserve the space of a site's log, and of the earlier one, unless an order is being
-        answered. Errors: OSError if the disk does not have it: nothing is logged until the next
-        start."""
+        """Reserve the disk space of a site's log and of FILE.1; do nothing while an order is being
+        answered. Errors: OSError if the disk does not have the space; nothing is logged then until
+        the next start."""
         with between_orders(self.path.parent) as is_now:
             if not is_now:
                 return
@@ -307,8 +309,8 @@ class JsonLog:
             self._has_space = True
 
     def _reserve(self, path: Path) -> None:
-        """Reserve the space that a file may take, without changing its length. Errors: OSError
-        if its disk does not have it."""
+        """Reserve the disk space that a log file may take, without changing its length. Errors:
+        OSError if the disk does not have it."""
         file = writing.open_own(path, os.O_WRONLY | os.O_APPEND)
         try:
             if not reserve(file, OF_SITE + OF_A_LINE):

@@ -3,17 +3,19 @@
     coordinator   rounds done and planned, participants, missing by reason, bytes, seconds, ε
     site          connected, rounds sent, ε spent and remaining on the dataset
 
-Guarantee: nothing here depends on a record except through the noise or through what a person
-entered: a site's ε follows from its charges alone. The port asks for no token, so every account
-of the machine reads it, and so does the half of a site on the network. Not exported, at either
-role: how many entries a ledger has (it grows when data changes or a patient withdraws), counts
-of records (rejected, too long, sampled), losses at a site, gradient norms, seconds per batch.
-Each of them can reveal whether some patient's record is there; a metrics store keeps them for
-years, and people who may read a dashboard are rarely those who may read the records. A person at
-the site sees the rejected counts with `fedtune doctor`. Labels are site names, the phrases of
-log.py and fixed words, so a site cannot grow the series at will. Errors: ConfigError without
-prometheus-client, or for an address other than loopback; InfrastructureError where the port is
-taken.
+Guarantee: a figure depends on records only through DP's noise, or follows from what a person
+entered; a site's ε follows from its charges alone. The port asks for no token, so every account of
+the machine can read it, and so can the site's courier.
+
+Neither role exports the number of a ledger's entries (it grows when data changes or a patient
+withdraws), counts of records (rejected, too long, sampled), losses at a site, gradient norms, or
+seconds per batch. Each of them can reveal whether a patient's record is present; a metrics store
+keeps figures for years, and the people who may read a dashboard are rarely those who may read the
+records. A person at the site sees the rejected counts with `fedtune doctor`.
+
+Labels are site names, the phrases of log.py and fixed words, so a site cannot add series at will.
+Errors: ConfigError without prometheus-client, or for an address other than loopback;
+InfrastructureError if the port is taken.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from fedtune.core.ledger.ledger import Ledger
 
 HOST = "127.0.0.1"
-SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper ends of the round times' buckets
+SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600)  # upper bounds of the histogram of round times
 
 
 class Metrics:
@@ -75,7 +77,7 @@ class Metrics:
     def __call__(self, event: str, data: dict[str, Any]) -> None:
         record = cleaned(event, data, strict=self._strict)
         self._take(record)
-        if self._ledger is not None and "epsilon" in record:  # which the vault alone tells
+        if self._ledger is not None and "epsilon" in record:  # only the vault sends such events
             self._ledger.read()
 
     def close(self) -> None:
@@ -164,11 +166,11 @@ class _Spent(NamedTuple):
 class LedgerFigures:
     """The budget of a site, from its ledger at the time of the last `read`.
 
-    | no ledger yet           | readable 1, nothing spent                     |
-    | a ledger not believed   | readable 0, and no figure that could be wrong |
+    | there is no ledger yet      | readable is 1, and nothing is spent   |
+    | the ledger does not verify  | readable is 0, and no figure is shown |
 
-    Guarantee: a scrape reads nothing. The half of a site on the network may scrape as often as it
-    likes; the time of a reading would reveal to it that the ledger has one more entry."""
+    Guarantee: a scrape does not read the ledger. The courier may scrape as often as it likes, and
+    would learn from the duration of a reading that the ledger has one more entry."""
 
     def __init__(self, site: Path) -> None:
         self._path, self._mutex = site, threading.Lock()
@@ -212,7 +214,7 @@ class LedgerFigures:
     def _open(self, folder: Path) -> Ledger | None:
         from fedtune.core.ledger.ledger import Ledger
 
-        if self._ledger is None and (folder / "ledger.db").exists():  # a scrape begins none
+        if self._ledger is None and (folder / "ledger.db").exists():  # never makes a new ledger
             self._ledger = Ledger(folder)
         return self._ledger
 
@@ -222,8 +224,8 @@ class LedgerFigures:
         head = book.head.hash
         if self._cached is None or (self._cached.head, self._cached.delta) != (head, delta):
             charges = book.spending(dataset)
-            # Of a unit that was there from the first, whether or not one is: when units arrived
-            # follows from records.
+            # The ε of a unit that took part in every charge, whether or not there is one: the times
+            # at which units arrived depend on the records.
             order = charges[0].charge.order if charges else 2.0
             events = [spent.charge.event for spent in charges]
             epsilon = total_epsilon(events, order, delta).epsilon
@@ -236,7 +238,7 @@ class LedgerFigures:
 
 
 class Serving(NamedTuple):
-    """A metrics server that runs; `stop` frees its port."""
+    """A running metrics server. stop: ends it and frees its port."""
 
     port: int
     stop: Callable[[], None]

@@ -2,14 +2,15 @@
 position.
 
     rounds = Rounds(run)
-    rounds.refresh()          # True: there are new ones
-    rounds.quality["loss"]    # an array of one number a round; NaN where it was not measured
+    rounds.refresh()          # True: there are new rounds
+    rounds.quality["loss"]    # an array with one number for each round; NaN if it was not measured
 
-The coordinator writes the file anew after each round; earlier rounds are kept if their last line is
-still at its place, else everything is read again. A study of 10,000 rounds and 200 sites has 140 MB
-of it, so no line is kept: columns of numbers, and NEWEST rounds for a table.
-Guarantee: what the log's allow-list (log.py) lets through of a round, and nothing else.
-| a line that is none, or a file that is not there | left out; the next refresh looks again |
+The coordinator rewrites the file after each round. If the last line that was read is still at its
+place, reading continues after it; else the whole file is read again. The file of a study with
+10,000 rounds and 200 sites has 140 MB, so lines are not kept in memory, but columns of numbers and,
+for a table, the NEWEST rounds.
+Guarantee: the columns hold only the fields of a round that the log's allow-list (log.py) permits.
+| a line that cannot be parsed, or no file | left out; the next refresh tries again |
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from fedtune.core.files import reading
 from fedtune.observe.log import FIELDS, LOGGABLE, Record
 
 FILE = "metrics.jsonl"
-FEW = 12  # sites that have a curve of ε of their own; of more, the largest and the smallest
-NEWEST = 100  # rounds kept whole
+FEW = 12  # up to so many sites have their own curves of ε; else the largest and smallest are kept
+NEWEST = 100  # the newest rounds, of which all fields are kept
 NAN = math.nan
 
 
@@ -54,13 +55,14 @@ class Rounds:
         return len(self.number)
 
     def refresh(self) -> bool:
-        """Read what was added or changed since the last call; return whether there was any."""
+        """Read the lines that were added or changed since the last call; return whether there were
+        any."""
         before = (self._at, self._last)
         with suppress(FedtuneError, OSError):
             reading.regular(self.path, "the metrics of a run")
             with self.path.open("rb") as file:
                 file.seek(self._at - len(self._last))
-                if file.read(len(self._last)) != self._last:  # written anew, and differently
+                if file.read(len(self._last)) != self._last:  # earlier lines have changed
                     self._clear()
                     file.seek(0)
                 for line in file:
@@ -75,8 +77,8 @@ class Rounds:
             self._enter(json.loads(line))
 
     def _enter(self, entry: Record) -> None:
-        """Enter a round. Errors: TypeError, ValueError, KeyError for values that no round has,
-        before anything is entered."""
+        """Enter a round. Errors: TypeError, ValueError or KeyError for values that no round has;
+        nothing is entered then."""
         round_, seconds = FIELDS["round"](entry["round"]), entry.get("seconds")
         spent = entry.get("epsilon") or {}
         values = [math.inf if value is None else float(value) for value in spent.values()]

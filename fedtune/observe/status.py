@@ -1,17 +1,17 @@
 """Write and read the status file of a run or a site: updated at each event, read by `fedtune
 status`.
 
-    status.json   what `cleaned` let through of the events so far, replaced atomically
-    status.lock   locked for as long as the process that writes it lives; another writes none
+    status.json   the loggable fields (log.cleaned) of the events so far; replaced atomically
+    status.lock   locked by the process that writes the status, until it ends; no other writes it
 
 Guarantee: a reader never sees a partial file, and never takes a killed process for a running one:
 the lock is released when the process ends, for whatever reason.
 | state    | meaning                                                               |
-| waiting  | it runs, and waits for the other side                                 |
-| running  | it runs, and works                                                    |
-| done     | the study has ended, with a report                                    |
-| stopped  | it ended before the study did; `error` names the class, `reason` why  |
-| gone     | it was killed: neither done nor stopped, and nobody holds the lock    |
+| waiting  | the process runs, and waits for the other side                               |
+| running  | the process runs, and works                                                  |
+| done     | the study has ended, with a report                                           |
+| stopped  | the process ended before the study; `error`: an error's class, `reason`: why |
+| gone     | the process was killed: nobody holds the lock, and the state was not final   |
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from fedtune.core.registry.reasons import HELD, WAITING
 from fedtune.observe.log import FIELDS, SCREEN, Record, Role, by, cleaned, logger, now, strict_here
 
 FILE, LOCK = "status.json", "status.lock"
-LAST = 12  # events kept in the file
-OF_SITE = 2**14  # bytes of a site's, or a multiple of them
+LAST = 12  # number of newest events that the file holds
+OF_SITE = 2**14  # the length of a site's status file is a multiple of so many bytes
 ENDED = frozenset({"done", "stopped"})
-BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # of a reason
+BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # reason -> who stopped it
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
 TOTALS = ("bytes_up", "bytes_down")
-# Fields taken over from any event that has them.
+# Fields that the status takes over from every event that has them.
 CARRIED = (
     "study",
     "plan_digest",
@@ -61,10 +61,10 @@ class StatusFile:
     """Replaces folder/status.json at each event; usable as `on_event`. `close` releases the
     lock.
 
-    Guarantee: a site's status file is replaced only while no order is being answered, and takes
-    whole blocks of its disk, on which the ledger lies: the site's half on the network decides
-    when events come. Events that came meanwhile are in it after the next event, such as that an
-    order was answered."""
+    Guarantee: a site's status file is replaced only while no order is being answered, and its
+    length is a multiple of OF_SITE. It lies on the ledger's disk, and the courier decides when
+    events come; so the courier can neither take space during an order nor vary it by small amounts.
+    Events that came during an order are in the file after the next event."""
 
     def __init__(
         self, folder: Path, *, role: Role = "coordinator", strict: bool | None = None
@@ -110,8 +110,8 @@ class StatusFile:
         draft.replace(self.folder / FILE)
 
     def _holds(self) -> bool:
-        """Take the lock, or return whether another live process has it: the status is then that
-        process's."""
+        """Take the lock, and return whether this process holds it. If another live process holds
+        it, that process writes the status."""
         if self._lock is None:
             lock = writing.open_own(self.folder / LOCK, os.O_RDWR)
             try:
@@ -133,12 +133,12 @@ def _private(path: str, flags: int) -> int:
 
 
 def updated(status: Record, record: Record) -> Record:
-    """Return the status after one more event, already cleaned."""
+    """Return the status after one more event. record: the event's loggable fields (log.cleaned)."""
     event, sites = record["event"], {name: dict(s) for name, s in status["sites"].items()}
     new: Record = {**status, "sites": sites}
     new |= {key: record[key] for key in CARRIED if key in record}
     new["last"] = [*status["last"], _brief(record)][-LAST:]
-    if new.get("plan_digest") != status.get("plan_digest"):  # a site goes from study to study
+    if new.get("plan_digest") != status.get("plan_digest"):  # a site may begin another study
         new["round"] = 0
     if event == "start":
         done = record.get("done", 0)
@@ -199,7 +199,7 @@ def _round(new: Record, record: Record) -> None:
     for key in ("round", "quality", "participants", "missing"):
         if key in record:
             new[key] = record[key]
-    # The first round also reads the records through the frozen layers: it is no pace.
+    # The first round is left out: it also runs the records through the frozen layers once.
     if "seconds" in record and record.get("round") != new.get("first_round"):
         new["seconds"] = record["seconds"]
     sites = new["sites"]
@@ -217,7 +217,7 @@ def _round(new: Record, record: Record) -> None:
 
 
 def _add_bytes(new: Record, record: Record) -> None:
-    """Add what was sent and received to each site's totals since the status began."""
+    """Add an event's bytes, sent and received, to each site's totals since the status began."""
     for key in TOTALS:
         for name, count in record.get(key, {}).items():
             site = new["sites"].setdefault(name, {})
@@ -235,7 +235,8 @@ def _brief(record: Record) -> Record:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A status as read. alive: whether the process that writes it still runs."""
+    """A status file's content when it was read. alive: whether the process that writes it still
+    ran."""
 
     folder: Path
     status: Record
@@ -252,7 +253,7 @@ class Snapshot:
 
     @property
     def words(self) -> str:
-        """Describe the state, with who stopped it, or what it waits for."""
+        """Describe the state for people, with who stopped the process, or what it waits for."""
         if self.state == "stopped" and self.status.get("reason") in BY:
             return f"stopped ({BY[self.status['reason']]})"
         if self.state == "waiting" and self.status["role"] == "site" and self.status.get("done"):
@@ -282,8 +283,8 @@ class Snapshot:
 
     @property
     def seconds_left(self) -> float:
-        """Estimate the duration of the remaining rounds, at the last one's pace; 0 if not known,
-        as after the first one."""
+        """Estimate the duration in seconds of the remaining rounds, if each takes as long as the
+        last one; 0 if not known, as after the first round."""
         status = self.status
         left = int(status.get("rounds") or 0) - int(status.get("round") or 0)
         running = self.state == "running" and left > 0
@@ -291,7 +292,8 @@ class Snapshot:
 
 
 def standing(site: Record) -> str:
-    """Describe a site's place in a study: its last act, its declaration of data, its connection."""
+    """Describe a site's part in a study: its last answer, the declaration of its data, and its
+    connection."""
     declared = f"data declared {site['declared']}" if site.get("declared") else ""
     told = ", ".join(filter(None, [str(site.get("status", "")), declared]))
     if site.get("connected") is None:
@@ -319,7 +321,7 @@ def folder_of(path: Path) -> Path:
 
 
 def read_status(folder: Path) -> Snapshot:
-    """Read the status in `folder` that its process wrote.
+    """Read the status file in `folder`.
 
     Errors: InputError if no status was ever written, or fedtune did not write it."""
     path, expected = folder / FILE, "a status as fedtune writes it"
@@ -381,7 +383,7 @@ _SITE = _keys(
         "declared": _word,
     }
 )
-# What a status may hold, key by key: no more than `cleaned` let through when it was written.
+# The rule for each key of a status file, as strict as log.cleaned was when the file was written.
 _STATUS = _keys(
     {
         **FIELDS,
@@ -396,7 +398,7 @@ _STATUS = _keys(
 
 
 def held(path: Path) -> bool:
-    """Return whether a live process holds the lock."""
+    """Return whether a live process holds the lock file `path`."""
     try:
         file = reading.descriptor(path)
     except OSError:

@@ -1,4 +1,5 @@
-"""Define a page: the files that it watches, the values for its template, its curves."""
+"""Define the interface of a page: the files that it watches, the values for its template, and its
+curves."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from fedtune.observe.status import LOCK, held
 
 
 class Page(ABC):
-    """A page of one path. Its template is templates/KIND.html, and KIND_PART.html a part of it that
-    is fetched again whenever one of `files` changed."""
+    """A page of one path. Its template is templates/KIND.html. The part of it in KIND_PART.html is
+    fetched again whenever one of `files` changes."""
 
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ("top", "bottom", "rounds")
@@ -24,22 +25,23 @@ class Page(ABC):
     @property
     @abstractmethod
     def title(self) -> str:
-        """The name of the page's subject, as a person knows it."""
+        """The name of the page's subject for people, such as a study's or a site's name."""
 
     @abstractmethod
     def files(self) -> Iterable[Path]:
-        """List the files that are watched; some may not be there."""
+        """List the files whose changes refresh the page; some may not exist."""
 
     @abstractmethod
     def read_context(self) -> dict[str, Any]:
-        """Read the values that the template shows, in milliseconds. Errors: FedtuneError."""
+        """Read the values that the template shows. This must take milliseconds only. Errors:
+        FedtuneError."""
 
     def series(self) -> dict[str, Any] | None:
         """Read the curves by round; None if the page has none."""
         return None
 
     def read_rounds(self) -> None:  # noqa: B027 - a page without rounds has none to read
-        """Read new rounds; this takes seconds the first time for a large study."""
+        """Read the rounds that were added; for a large study the first call takes seconds."""
 
     def child(self, name: str) -> Page | None:
         """Return the page of a run inside this one; None if there is no such run."""
@@ -51,8 +53,8 @@ class Page(ABC):
 
     @staticmethod
     def signature(files: Iterable[Path]) -> str:
-        """Return a text that changes when one of these files does, or when the process that
-        holds a lock among them has ended."""
+        """Return a text that changes if one of the files changes, or if a process that held a lock
+        file among them has ended."""
         marks = []
         for path in files:
             try:
@@ -66,7 +68,7 @@ class Page(ABC):
 
 
 class Notice(dict[str, str]):
-    """One alarm: `level` is "bad" or "warn"; `text` says what is wrong and what to do."""
+    """One alarm. level: "bad" or "warn"; text: what is wrong and what to do."""
 
     def __init__(self, level: str, text: str) -> None:
         super().__init__(level=level, text=text)

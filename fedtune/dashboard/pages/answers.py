@@ -1,4 +1,5 @@
-"""Read a run's answers.json for a page: texts of public records, and nothing of another form."""
+"""Read a run's answers.json for a page: answers to public records. Values of another form than
+expected are left out."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ MOST, LONGEST = 20, 1500  # prompts, and characters of a text
 
 
 def answers_in(run: Path) -> dict[str, Any]:
-    """Read the answers of base and adapter; {} if there are none, or if the adapter is another
-    version now."""
+    """Read the answers of base and adapter; {} if there are none, or if they were made with another
+    version of the adapter."""
     path = run / ANSWERS
     if not path.exists():
         return {}
@@ -43,8 +44,8 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _answer(side: Any, expected: str) -> dict[str, Any]:
-    """Read one model's answer. share: a label's probability; right: whether the label is the
-    expected one; None if there is none."""
+    """Read one model's answer. In the result, share is the probability of the model's label, and
+    right whether the label is the expected one; each is None if the answer has no label."""
     side = side if isinstance(side, dict) else {}
     text, share = _text(side.get("answer")), number(side.get("probability"))
     share = share if share is not None and 0 <= share <= 1 else None

@@ -17,7 +17,7 @@ from fedtune.flower import certs, enrol
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
 from fedtune.runs.choice import RUNS
 
-SOON_DAYS = 7  # a certificate that has no more is an alarm; they renew at two thirds of 30 days
+SOON_DAYS = 7  # a certificate with fewer days left raises an alarm; it should be renewed at 10
 
 
 class CoordinatorPage(Page):

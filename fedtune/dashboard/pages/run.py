@@ -97,7 +97,7 @@ class RunPage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Read the rounds: one number per round for each curve; null if it was not measured."""
+        """Read the curves by round, with one number for each round; None if it was not measured."""
         self.read_rounds()
         rounds, shown = self.rounds, self.read_context()
         quality = {name: _plain(values) for name, values in rounds.quality.items()}
@@ -113,7 +113,7 @@ class RunPage(Page):
             "base": shown["quality"].get("base") or {},
             "start": shown["quality"].get("starts") or {},
             "intervals": {
-                # The curve is the trained model's, also where it is not what is released.
+                # The curve is that of the trained model, even if the public start is released.
                 name: bounds | ({"after": bounds["trained"]} if "trained" in bounds else {})
                 for name, bounds in (shown["quality"].get("intervals") or {}).items()
             },
@@ -156,7 +156,7 @@ class RunPage(Page):
 
 
 def ask(run: Path, plan: dict[str, Any]) -> list[dict[str, str]]:
-    """Show the command that asks base and adapter the same prompts, until somebody has run it."""
+    """Return the command that asks base and adapter the same prompts; [] once it has been run."""
     if not plan.get("evaluation") or (run / ANSWERS).exists():
         return []
     line = f"fedtune answers {shlex.quote(str(run))}"
@@ -232,8 +232,8 @@ def alarms(
 def _quality(
     snapshot: Snapshot | None, report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the study's metric before and after, with intervals; while it runs, the newest
-    round's."""
+    """Return the study's metric of base and trained model, with intervals; while the run continues,
+    that of the newest round."""
     quality = report.get("quality") or {}
     metric = quality.get("metric") or (plan.get("evaluation") or {}).get("metric")
     if metric is None:
@@ -272,7 +272,7 @@ def _quality(
 def _privacy(
     sites: list[dict[str, Any]], report: dict[str, Any], plan: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the largest ε of any site so far, the planned ε, and what that means."""
+    """Return the largest ε of a site so far, the planned ε, and the explanations of both."""
     table = plan.get("privacy")
     told = report.get("privacy") or {}
     if table == "off" or report.get("private") is False:
@@ -294,7 +294,7 @@ def _privacy(
 
 
 def _facts(plan: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the plan's and the report's public values about the run, as label and value."""
+    """Return public facts about the run, from plan and report, as pairs of label and value."""
     base = report.get("base") or plan.get("base") or {}
     adapter = plan.get("lora") or {}
     pairs = [

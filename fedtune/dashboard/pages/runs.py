@@ -9,13 +9,14 @@ from typing import Any
 from fedtune.dashboard.pages import Page
 from fedtune.dashboard.pages.run import RunPage
 
-HOME, RUN = ("signing.key", "nodes"), ("plan.json", "status.json")  # what such a folder has
-MOST = 500  # runs in a table
+# Files by which a coordinator's home, and a run's folder, are recognised.
+HOME, RUN = ("signing.key", "nodes"), ("plan.json", "status.json")
+MOST = 500  # largest number of runs in the table
 
 
 def runs_in(folder: Path) -> Iterator[Path]:
-    """Find the runs in a folder, by name; a coordinator's home is not a run, though it has a
-    plan."""
+    """Yield the runs in a folder, sorted by name. A coordinator's home also has a plan.json, and is
+    left out."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         is_home = any((path / name).exists() for name in HOME)
         if not is_home and any((path / name).is_file() for name in RUN):
@@ -50,6 +51,6 @@ class RunsPage(Page):
     def _page(self, name: str) -> RunPage | None:
         if name not in self._pages:
             if name not in {run.name for run in runs_in(self.path)}:
-                return None  # also what would lead out of the folder
+                return None  # no such run; this also refuses a name that leads out of the folder
             self._pages[name] = RunPage(self.path / name, self.trust)
         return self._pages[name]

@@ -22,12 +22,12 @@ from fedtune.dashboard.pages import Notice, Page
 from fedtune.observe.log import MOMENT, NAME
 from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
 
-STUDIES = 4  # of whose losses there are curves
+STUDIES = 4  # the number of newest studies whose losses are drawn as curves
 PLAN = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class SitePage(Page):
-    """A site.toml; see `Page`. Nothing of it is for anybody outside the site."""
+    """The page of a site.toml; see `Page`. It is meant for people at the site alone."""
 
     kind = "site"
     parts = ("top", "bottom")
@@ -78,7 +78,7 @@ class SitePage(Page):
         }
 
     def series(self) -> dict[str, Any]:
-        """Read the site's own training loss by round, of each of its newest studies."""
+        """Read the site's own training loss by round, for each of its newest studies."""
         return {"own": _losses(self._site().site.state / LOSSES)}
 
     def _site(self) -> Site:
@@ -118,8 +118,8 @@ def _policy(site: Site) -> list[tuple[str, str]]:
 
 
 def _counts(path: Path) -> list[dict[str, Any]]:
-    """Return what happened to each dataset's rows when it was last read; counts and fixed words
-    only."""
+    """Return, for each dataset, how many rows were used or left out, and why, when it was last
+    read. The values are counts and fixed words."""
     if not path.exists():
         return []
     with suppress(FedtuneError):
@@ -133,8 +133,8 @@ def _counts(path: Path) -> list[dict[str, Any]]:
 
 
 def _losses(path: Path) -> list[dict[str, Any]]:
-    """Return the losses of the newest STUDIES studies, the newest first: for a round that was
-    trained twice the later one; lines that fedtune did not write are left out."""
+    """Return the losses of the newest STUDIES studies, the newest first. A round that was trained
+    twice has the later loss; lines that fedtune did not write are left out."""
     studies: dict[str, dict[str, Any]] = {}
     lines: list[str] = []
     with suppress(OSError, FedtuneError):

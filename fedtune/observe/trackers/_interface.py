@@ -12,13 +12,13 @@ from typing import Any
 class Tracker(ABC):
     """An experiment tracker, to which the coordinator also sends a run's figures.
 
-    Subclasses are frozen dataclasses whose fields are the options. A tracker gets what log.jsonl
-    may hold and nothing else (observe/log.py), and its errors never stop a study."""
+    Subclasses are frozen dataclasses whose fields are the options. A tracker receives only the
+    fields that log.jsonl may hold (observe/log.py), and its errors never stop a study."""
 
     @abstractmethod
     def on_event(self, kind: str, data: Mapping[str, Any]) -> None:
-        """Take one event. kind: "start", "round", "done", "stopped"; data: fields of
-        observe/log.py, which the tracker must not change."""
+        """Take one event. kind: such as "start", "round", "done" or "stopped". data: its fields, by
+        observe/log.py; the tracker must not change them."""
 
     def close(self) -> None:  # noqa: B027 - a hook that most leave empty
-        """Close the tracker: the run is over."""
+        """Close the tracker. Called once, after the run has ended."""

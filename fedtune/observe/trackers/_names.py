@@ -1,8 +1,8 @@
-"""Name a round's figures for trackers: as trl's trainers do, where they log the same.
+"""Name a round's figures for trackers. A figure that trl's trainers log too has their name.
 
-| ours                      | tracked as                                              |
+| figure in fedtune         | tracked as                                              |
 | quality.loss, .accuracy … | eval/loss, eval/accuracy …                              |
-| quality.preference, margin | eval/rewards/accuracies, eval/rewards/margins, as DPO's |
+| quality.preference, margin | eval/rewards/accuracies, eval/rewards/margins (as DPO)  |
 | selection.loss            | selection/loss                                          |
 | ε of a site, the largest  | epsilon/NAME, epsilon                                   |
 | bytes, sites, time        | bytes/up, bytes/down, participants, missing, seconds    |
@@ -18,7 +18,7 @@ TRL = {"preference": "rewards/accuracies", "margin": "rewards/margins"}
 
 
 def figures(data: Mapping[str, Any]) -> dict[str, float]:
-    """Return a round's numbers by tracked name; those that are not finite are left out.
+    """Return tracked name -> number, of a round's figures; those that are not finite are left out.
 
     >>> figures({"round": 2, "quality": {"loss": 1.5}, "epsilon": {"north": 0.5, "south": None}})
     {'eval/loss': 1.5, 'epsilon/north': 0.5}
@@ -42,6 +42,7 @@ def figures(data: Mapping[str, Any]) -> dict[str, float]:
 
 
 def about(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the start's facts about a run: study, plan, rounds, whether it is private."""
+    """Return the facts about a run in its "start" event: study, plan, rounds, whether it is
+    private."""
     keys = ("study", "plan_digest", "rounds", "private")
     return {key: data[key] for key in keys if key in data}

@@ -25,7 +25,7 @@ class MLflow(Tracker):
     uri: str = "sqlite:///mlflow.db"
 
     def __post_init__(self) -> None:
-        os.environ.update(QUIET)  # before it is imported
+        os.environ.update(QUIET)  # must be set before mlflow is imported
         try:
             from mlflow import MlflowClient
         except ImportError:
@@ -47,7 +47,8 @@ class MLflow(Tracker):
             client.set_terminated(runs.pop(), ENDS[kind])
 
     def _run(self, data: Mapping[str, Any]) -> str:
-        """Begin an MLflow run, or find the one of this plan in which a resumed run continues."""
+        """Begin an MLflow run or, if the run is resumed, find the newest MLflow run of its plan.
+        Return its id."""
         client, facts = self._client, about(data)  # type: ignore[attr-defined]
         name, plan = str(facts.get("study") or "study"), str(facts.get("plan_digest") or "")
         known = client.get_experiment_by_name(name)

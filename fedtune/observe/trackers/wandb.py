@@ -24,7 +24,7 @@ class WeightsAndBiases(Tracker):
     folder: str = "."
 
     def __post_init__(self) -> None:
-        os.environ["WANDB_ERROR_REPORTING"] = "false"  # before it is imported
+        os.environ["WANDB_ERROR_REPORTING"] = "false"  # must be set before wandb is imported
         try:
             import wandb
         except ImportError:
