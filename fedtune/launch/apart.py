@@ -126,9 +126,10 @@ class Guest:
         self._connection = connection
 
     def hand_over(self, *, asks: int, tells: int, once: bool, patience: float) -> Guest:
-        """Give the courier its ends: of the requests that it sends, and of the events."""
+        """Pass the courier the descriptors on which it sends requests (asks) and events (tells),
+        and the values of `join`'s once and patience."""
         words = {"release": __version__, "once": once, "patience": patience}
-        with suppress(OSError):  # it has left: `alive` says so
+        with suppress(OSError):  # the courier has left; `alive` is False then
             socket.send_fds(self._connection, [json.dumps(words).encode()], [asks, tells])
         return self
 
@@ -142,7 +143,7 @@ class Guest:
         return not has_ended(self._connection)
 
     def build_end_error(self) -> InfrastructureError:
-        """Build the error for a courier that has left."""
+        """Build the error to raise for a courier that has left."""
         return CourierLeft("the courier of this site has left")
 
     def __enter__(self) -> Guest:
@@ -161,7 +162,7 @@ def is_same_user(connection: socket.socket) -> bool:
 
 
 def has_ended(connection: socket.socket) -> bool:
-    """Return whether the other end of a connection is closed. Nothing is read."""
+    """Return whether the other end of a connection is closed, without reading from it."""
     try:
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -175,8 +176,8 @@ def has_ended(connection: socket.socket) -> bool:
 
 @dataclass(frozen=True)
 class Received:
-    """What a courier receives when it connects. asks, tells: descriptors; once, patience: as for
-    `join`."""
+    """What a courier receives when it connects. asks, tells: the descriptors on which it sends
+    requests and events; once, patience: as for `launch.site.join`."""
 
     asks: int
     tells: int
@@ -185,13 +186,13 @@ class Received:
 
 
 def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
-    """Run the courier of a site whose vault listens at `door`, until a signal comes; wait for
+    """Run the courier of a site whose vault listens at `door`, until a signal arrives; reconnect to
     the vault as often as needed.
 
-    It reads site.toml, the coordinator's answer and the keys of the site's network, writes its
+    The courier reads site.toml, the coordinator's answer and the site's network keys, writes to its
     own folder, and needs no record, ledger or signing key on its machine. Events: "waiting",
-    "connected", "reconnecting", "stopped". Errors: ConfigError, Refused for the answer and the
-    keys; KeyboardInterrupt at Ctrl-C."""
+    "connected", "reconnecting", "stopped". Errors: ConfigError or Refused because of the answer or
+    the keys; KeyboardInterrupt at Ctrl-C."""
     site = load_site(site_path)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
@@ -209,7 +210,7 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
                     on_event("connected", {"text": text})
                     while courier.alive and not _is_readable(vault, 0.5):
                         pass
-                    # A courier whose work is done ends, and the vault says so after it.
+                    # A courier whose work is done ends first; then the vault sends DONE.
                     if _is_dismissed(vault, LAST_WORD if courier.status == 0 else 0.0):
                         return
             text = "the courier or the vault has ended; both begin anew"
@@ -219,7 +220,7 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
 
 @contextmanager
 def _connect(door: Path, on_event: OnEvent) -> Iterator[tuple[socket.socket, Received]]:
-    """Connect to the vault, however long that takes, until it receives this courier."""
+    """Connect to the vault, and try again until it accepts this courier."""
     said = ""
     while True:
         with socket.socket(socket.AF_UNIX) as vault:
@@ -244,19 +245,21 @@ class Turned(Exception):
 
 
 def _is_readable(vault: socket.socket, seconds: float) -> bool:
-    """Wait for a message of the vault, or for the end of its connection."""
+    """Wait up to `seconds` for a message of the vault or the end of its connection; return whether
+    one of them came."""
     return bool(select.select([vault], [], [], seconds)[0])
 
 
 def _is_dismissed(vault: socket.socket, seconds: float) -> bool:
-    """Return whether the vault's last message, for which it waits briefly, is that all is done."""
+    """Return whether the vault's last message, for which this waits up to `seconds`, is DONE."""
     with suppress(OSError):
         return _is_readable(vault, seconds) and vault.recv(len(DONE)) == DONE
     return False
 
 
 def _receive(vault: socket.socket) -> Received:
-    """Receive the ends that the vault hands over. Errors: OSError; Turned."""
+    """Receive the descriptors and values that the vault passes. Errors: OSError; Turned if the
+    vault does not accept this courier."""
     if not is_same_user(vault):
         raise Turned("another user listens there")
     told, ends, _, _ = socket.recv_fds(vault, MOST, 2)

@@ -1,4 +1,5 @@
-"""What a simulation says of its sites' budgets, and notes beside their ledgers."""
+"""Explain refusals of a simulation by its sites' budgets, and note beside their ledgers where its
+run lies."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from fedtune.core.vault.budget_refusal import CEILINGS, PLACES, TODO, explain, i
 
 
 def remember(sites: Sequence[Site], run: Path) -> None:
-    """Note in the sites' state folders where the run of a plan lies. Errors of the disk are
-    ignored, and so is a damaged plan: the note is only shown, and nothing depends on it."""
+    """Note in the sites' state folders where the run of a plan lies. The note is only shown to
+    people, so errors of the disk and a damaged plan are ignored."""
     with suppress(FedtuneError, OSError):
         digest = load_plan(run).digest
         for site in sites:
@@ -27,8 +28,8 @@ def remember(sites: Sequence[Site], run: Path) -> None:
 
 
 def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Refused:
-    """Return the refusal of a simulated study with notes from its sites' ledgers, all on this
-    machine; return it unchanged if no budget refused."""
+    """Return a refusal with notes on what the sites' budgets were spent on, from their ledgers,
+    which are all on this machine; return it unchanged if no budget was the reason."""
     if not any(ceiling in str(refusal) for ceiling in CEILINGS):
         return refusal
     told: list[str] = []

@@ -4,24 +4,24 @@
        ├── starts ──> SuperLink (loopback, node keys) <── gateway
        └── claims the run's ServerApp task and calls fedtune.server.rounds.run with its Grid
 
-The rounds run in this process, from the installed package. The app bundle that Flower wants for a
-run holds a pyproject.toml and no code, so there is nothing in it that a site could run. A gateway
-that ends is started again; without its SuperLink the study stops, and --resume goes on.
+The rounds run in this process, from the installed package. The app bundle that Flower requires for
+a run holds a pyproject.toml and no code, so a site could run nothing from it. A gateway that ends
+is started again. If the SuperLink ends, the study stops, and --resume continues it.
 
 Layout of the coordinator's home (made at the first start; `fedtune backup` copies it):
 
     ca.pem              the consortium's CA; stays the same for its whole life
-    server.pem          the gateway's certificate and key; renewed by itself (certs.py)
+    server.pem          the gateway's certificate and key; renewed automatically (certs.py)
     signing.key         signs plans, orders and receipts
-    address             what sites call the coordinator by; `fedtune admit` writes it into answers
-    plan.json           the study's plan as sites are sent it, and its signature; likewise
+    address             where sites connect; `fedtune admit` writes it into answers
+    plan.json           the plan that sites are sent, and its signature; also written into answers
     nodes/SITE.json     the keys of every admitted site (enrol.py)
-    leaves/SITE.pem     its newest certificate, for `fedtune doctor`
-    flower/             state of the running SuperLink and gateway; made anew at every start
+    leaves/SITE.pem     the site's newest certificate, for `fedtune doctor`
+    flower/             state of the running SuperLink and gateway; new at every start
 
-Flower's Control API (who may start and stop runs) asks for no credentials, and shares the
-SuperLink's port, a random one on loopback. It is locked (api.Locked): whoever else has an account
-on this machine lacks the secret, which is in flower/.
+Flower's Control API, which starts and stops runs, asks for no credentials and shares the
+SuperLink's port, a random one on loopback. It is locked (api.Locked): other users of this machine
+lack the secret, which is in flower/.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from fedtune.server.backup import refuse_second
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
 CLAIM_SECONDS = 30.0
 SIGNING_SECONDS = 7 * 86_400.0
-WATCH_SECONDS = 0.5  # between two looks at the gateway and the registry
+WATCH_SECONDS = 0.5  # pause between two checks of the gateway and the registry
 
 
 def serve(
@@ -77,14 +77,16 @@ def serve(
     anyway: bool = False,
     shares: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Run the study with the sites that are admitted, now or while it runs; return the report.
+    """Run the study with the sites that are admitted before or while it runs; return the report.
 
+    - out, home: the folders of the run, and of the coordinator's keys and registry
+    - host, port: where the gateway listens
+    - names: host names by which sites connect, which are written into the gateway's certificate
+    - resume: continue the run in `out`
+    - run: called in place of server.rounds.run
     - signing: seconds to wait at the start for sites where nobody has signed the plan yet
     - anyway: run a study that is not expected to gain anything
-    - shares: shares of the sites' units by class, for that forecast
-    - host, port: where the gateway listens
-    - names: names by which sites connect, which are written into the gateway's certificate
-    - run: replaces the function of server/rounds.py
+    - shares: for the forecast of the gain: class -> share of the sites' units
 
     Errors: ConfigError; InfrastructureError if the SuperLink ends, nothing can listen, or SIGTERM
     stops the study; KeyboardInterrupt.
@@ -99,7 +101,7 @@ def serve(
         ):
             for folder in (home, out):
                 remove_drafts(folder)
-            (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study
+            (home / enrol.PLAN).unlink(missing_ok=True)  # an earlier study's plan
             prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
             heard = audit_events(home, _with_plan(study, home, on_event) if on_event else None)
             rounds = run or _installed_rounds(home, on_event, signing, anyway, shares or {})
@@ -114,7 +116,7 @@ def serve(
                 except (httpx.HTTPError, InfrastructureError) as error:
                     raise _blame(link.child, error) from None
     except Stopped as stop:
-        if stop.name == "SIGINT":  # a person's own doing: not an error
+        if stop.name == "SIGINT":  # a person pressed Ctrl-C, which is no error
             raise KeyboardInterrupt from None
         raise InfrastructureError(
             f"stopped by {stop.name} before the study was done", todo="start it with --resume"
@@ -124,10 +126,10 @@ def serve(
 def prepare(
     home: Path, host: str, port: int, names: Sequence[str] = (), patience: float = 0.0
 ) -> None:
-    """Create what is missing in the home; see the layout above. patience: seconds until the port
-    must be free, since the gateway of a killed server ends by itself.
+    """Create the files that are missing in the home (see the layout above), and check the port.
+    patience: seconds to wait for the port, since the gateway of a killed server ends by itself.
 
-    Errors: ConfigError, InfrastructureError."""
+    Errors: ConfigError; InfrastructureError if the port is not free by then."""
     deadline = time.monotonic() + patience
     while is_reachable(own_name(host), port):
         if time.monotonic() > deadline:
@@ -151,7 +153,8 @@ def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
 
 
 def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
-    """Describe a coordinator that has begun to listen, and what its operator does next."""
+    """Return the fields of the event "listening": study, address, fingerprint, admitted sites, and
+    a text for the operator."""
     ca = _ca(home)
     fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
@@ -168,8 +171,8 @@ def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
 
 
 def plan_made(study: Study, home: Path) -> str:
-    """Describe what the operator of a coordinator does once the plan, which answers hold, is
-    there."""
+    """Describe what the operator does next once plan.json exists, which answers to sites
+    contain."""
     lines = ["plan         is made; a site's answer brings it for review"]
     if len(enrol.registry(home)) < study.strategy.min_sites:
         lines.append(
@@ -182,8 +185,8 @@ def plan_made(study: Study, home: Path) -> str:
 
 @dataclass(frozen=True)
 class Link:
-    """A running SuperLink: its process, its loopback address, its throw-away certificate, and
-    its secret."""
+    """A running SuperLink: its process, its loopback address, the certificate that was made for
+    this run, and its secret."""
 
     child: Child
     address: str
@@ -199,7 +202,8 @@ class Link:
 def superlink(home: Path) -> Iterator[Link]:
     """Run a SuperLink on loopback that admits only registered nodes and starts no process.
 
-    Its database is new each time: everything that must outlive it is in the study's own folder."""
+    Its database is new at each start: the state that must survive a restart is in the run's
+    folder."""
     state, port = home / "flower", free_port()
     for old in state.glob("state.db*"):
         old.unlink()
@@ -224,7 +228,8 @@ def superlink(home: Path) -> Iterator[Link]:
 
 @contextmanager
 def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator[None]:
-    """Run the gateway, restart it when it ends, and register sites that are admitted meanwhile."""
+    """Run the gateway while the block runs; restart it if it ends, and register newly admitted
+    sites with the SuperLink."""
     state, done = home / "flower", threading.Event()
     options = [str(home), host, str(port), f"https://{link.address}", str(link.certificate)]
 
@@ -242,7 +247,7 @@ def supervised_gateway(link: Link, home: Path, host: str, port: int) -> Iterator
         pause = WATCH_SECONDS
         while not done.wait(WATCH_SECONDS):
             now = time.monotonic()
-            with suppress(httpx.HTTPError, ConfigError, OSError):  # the next pass tries again
+            with suppress(httpx.HTTPError, ConfigError, OSError):  # tried again in WATCH_SECONDS
                 if not gateway.alive and now >= next_start:
                     pause = WATCH_SECONDS if now - last_start > 60 else min(2 * pause, 16.0)
                     last_start, next_start = now, now + pause
@@ -273,7 +278,8 @@ def register_new(link: Link, home: Path, registered: set[str]) -> None:
 
 @contextmanager
 def study_grid(link: Link, home: Path) -> Iterator[Grid]:
-    """Start a run, claim its ServerApp task, and provide the Grid to run the rounds on."""
+    """Start a run at the SuperLink, claim its ServerApp task, and provide the Grid for the
+    rounds."""
     content = bundle()
     digest = hashlib.sha256(content).hexdigest()
     api.start_run(link.address, link.ca, link.secret, content, digest)
@@ -292,8 +298,8 @@ def study_grid(link: Link, home: Path) -> Iterator[Grid]:
 
 
 def bundle() -> bytes:
-    """Build the app bundle of every run: it holds names and no code, since every machine has its
-    own."""
+    """Build the app bundle that every run has. It holds names and no code, since every machine runs
+    the code that is installed there."""
     project = (
         '[project]\nname = "fedtune"\nversion = "1.0.0"\n'
         '[tool.flwr.app]\npublisher = "fedtune"\n'
@@ -318,11 +324,11 @@ def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> Infrast
 
 
 class Members:
-    """Identifies each node's present member: the SuperLink knows a node's key, and the registry
-    knows the key's site. A node keeps its key, so one that has just left is still known.
+    """Maps each node of a grid to the site that is admitted with its key: the SuperLink gives the
+    node's key, the registry the key's site. The keys of nodes that have left are remembered.
 
-    on_event: called with the changes in registry and SuperLink since the last call, as "admitted",
-    "revoked", "connected" and "disconnected" {name}."""
+    on_event: called with "admitted", "revoked", "connected" and "disconnected" {name} for each
+    change in registry and SuperLink since the last call."""
 
     def __init__(self, home: Path, on_event: OnEvent | None = None) -> None:
         self._home = home
@@ -369,8 +375,9 @@ class Members:
 
 
 def audit_events(home: Path, on_event: OnEvent | None) -> OnEvent:
-    """Enter a study's decisions in the coordinator's audit log, then pass each event on: it
-    began and ended, a site refused or its update was dropped, another version is released."""
+    """Return an `on_event` that enters a study's decisions in the coordinator's audit log, and then
+    passes each event to the given one. Entered are the study's start and end, a site's refusal, a
+    dropped update, and the release of another version."""
     acts = AuditLog(home, SigningKey.at(home / "signing.key"))
 
     def hear(event: str, data: dict[str, Any]) -> None:
@@ -395,7 +402,8 @@ def _ca(home: Path) -> str:
 
 
 def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
-    """After "start", when the plan is stored for answers, say what is next."""
+    """Return an `on_event` that passes events on and, after "start", when plan.json is stored,
+    sends "ready" with what the operator does next."""
 
     def hear(event: str, data: dict[str, Any]) -> None:
         on_event(event, data)

@@ -1,4 +1,4 @@
-"""Read the events of a site's halves without ever waiting for them."""
+"""Read the events of a site's two processes, vault and courier, without ever waiting for them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fedtune.core.wire.events import HEADER, MOST
 
 
 class EventReader:
-    """Our end of a connection on which a half of a site sends events;
-    `multiprocessing.connection.wait` takes it, and whoever reads a Connection.
+    """The reading end of a connection on which vault or courier sends events. It can replace a
+    Connection, also in `multiprocessing.connection.wait`.
 
-    Guarantee: `poll` and `recv_bytes` return at once. A Connection would wait for the rest of an
-    event of which a courier sends half, and the vault's events would no longer be shown."""
+    Guarantee: `poll` and `recv_bytes` return at once. If a courier sent half an event, a Connection
+    would wait for the rest, and the vault's events would no longer be shown."""
 
     def __init__(self, connection: Connection) -> None:
         """Read events from `connection`, which is closed with this object."""
@@ -28,8 +28,8 @@ class EventReader:
         self._connection.close()
 
     def poll(self, _timeout: float = 0.0) -> bool:
-        """Read what has arrived of one event; return whether it is complete, or no more can
-        arrive. Errors: OSError if it is longer than an event may be."""
+        """Read the bytes of an event that have arrived. Return whether the event is complete, or
+        the connection has ended. Errors: OSError if the event is longer than allowed."""
         while not self._ended and (lacking := self._lacking()):
             try:
                 read = os.read(self.fileno(), lacking)
@@ -40,8 +40,8 @@ class EventReader:
         return True
 
     def recv_bytes(self, _most: int | None = None) -> bytes:
-        """Return an event after `poll` returned that it is complete. Errors: EOFError after the
-        last."""
+        """Return the complete event after `poll` returned True. Errors: EOFError after the last
+        event."""
         if self._ended:
             raise EOFError
         event = bytes(self._had[HEADER.size :])
@@ -49,7 +49,7 @@ class EventReader:
         return event
 
     def send_bytes(self, reply: bytes) -> None:
-        """Send a half the result that it waits for. Errors: OSError if it does not wait."""
+        """Send the process a result for which it waits. Errors: OSError if it does not read."""
         self._connection.send_bytes(reply)
 
     def _lacking(self) -> int:

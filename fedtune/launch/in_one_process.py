@@ -1,4 +1,4 @@
-"""Define the ClientApp of a site whose two halves are one process, as in a simulation."""
+"""Define the ClientApp of a site in a simulation, where vault and courier are one process."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ __all__ = ["app", "place_of", "site_errors"]
 
 
 def place_of(context: Context) -> Place:
-    """Read from a node's config where its messages are answered. Errors: ConfigError if it does
-    not name its site."""
+    """Read a simulated node's site and settings from its config. Errors: ConfigError if the config
+    names no site."""
     node = context.node_config
     watch = node.get("watch")
     return Place(

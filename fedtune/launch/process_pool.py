@@ -2,9 +2,9 @@
 
     coordinator: ProcessGrid ── socket pair, bytes of Flower's own messages ──> main(): some sites
 
-Each site has one process for the whole run: its data and its ledger are opened only there. The
-base's weights are mapped, so that all processes share one copy. Messages are JSON and bytes,
-never pickle.
+Each site belongs to one process for the whole run, and its data and ledger are opened only there.
+The base's weights are memory-mapped, so that all processes share one copy. Messages are JSON and
+bytes, never pickle.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from fedtune.flower.grid import InProcessGrid, answer, contexts_of, decode
 from fedtune.launch.in_one_process import app, site_errors
 
 Sites = dict[int, str]  # node number -> site file
-PAUSE = 0.05  # seconds to wait for a reply
+PAUSE = 0.05  # seconds to wait for a reply before all workers are checked again
 
 
 class ProcessGrid(InProcessGrid):
     """A grid whose sites answer in `processes` processes; a context manager that ends them.
-    site_errors: the sites' own errors, by site file.
+    site_errors: site file -> the error with which the site failed.
 
-    Guarantee: at most one reply is held here, one more in each process. If a process ends, the
-    site that it was working for has failed; the next message to its sites starts a new process."""
+    Guarantee: at most one reply is held here, and one more in each process. If a process ends, the
+    site for which it worked has failed; the next message to one of its sites starts a new one."""
 
     def __init__(self, sites: Sequence[Path], processes: int, logs: Path, peers: str = "") -> None:
         super().__init__(sites, app)
@@ -60,7 +60,7 @@ class ProcessGrid(InProcessGrid):
         return pushed
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        """Yield the replies that have arrived, each once."""
+        """Yield the replies to these messages that have arrived; each is delivered once."""
         for identity in message_ids:
             self._move()
             reply = self._replies.pop(identity, None)
@@ -120,7 +120,7 @@ class ProcessGrid(InProcessGrid):
 
 
 class _Worker:
-    """One process and its sites; started with its first message."""
+    """A process and its sites. The process is started with the first message to one of them."""
 
     def __init__(self, number: int, sites: Sites, processes: int, logs: Path, peers: str) -> None:
         self._peers = peers
@@ -136,7 +136,7 @@ class _Worker:
     def send(self, identity: str, message_bytes: bytes) -> None:
         connection = self.connection or self._start()
         self.busy, self.message_bytes = identity, message_bytes
-        with suppress(OSError):  # the process ended: noticed when its reply is awaited
+        with suppress(OSError):  # a process that has ended is noticed when its reply is read
             connection.send_bytes(message_bytes)
 
     def _start(self) -> Connection:
@@ -170,7 +170,8 @@ def _error(fields: list[str]) -> FedtuneError:
 
 
 def main(options: list[str]) -> None:
-    """Answer messages from a socket until it closes. options: DESCRIPTOR NUMBER PROCESSES."""
+    """Answer messages from a socket until it closes. options: the socket's DESCRIPTOR, this
+    process's NUMBER, and the number of PROCESSES."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     descriptor, number, processes = map(int, options)
     connection = Connection(descriptor)

@@ -23,7 +23,7 @@ QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray replaces 127.0.0.1 by an address that other machines reach, unless it may not cluster.
+    # With clustering, Ray would replace 127.0.0.1 by an address that other machines can reach.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
@@ -39,8 +39,8 @@ def simulate_ray(
     processes: int = 1,
     peers: str = "",
 ) -> dict[str, Any]:
-    """Simulate in Flower's own runtime; each of `processes` Ray workers keeps its own copy of
-    the base in memory.
+    """Simulate a study in Flower's own runtime, and return the report's content. Each of
+    `processes` Ray workers holds its own copy of the base in memory.
 
     Errors: as server.rounds.run; InfrastructureError if Ray is not installed or fails."""
     if importlib.util.find_spec("ray") is None:
@@ -74,10 +74,10 @@ def simulate_ray(
 
 
 def site_app(sites: list[str], peers: str = "") -> ClientApp:
-    """Wrap the installed ClientApp so that each partition has its site file.
+    """Wrap the installed ClientApp so that each of Ray's partitions answers for one site file.
 
-    Ray hands a site's messages to any worker, so the plan is kept in the node's own context and
-    given to a worker that does not know it yet."""
+    Ray passes a site's messages to any worker, so the plan is stored in the node's context and sent
+    to a worker that does not have it yet."""
     app = ClientApp()
 
     @app.query("prepare")
@@ -97,7 +97,7 @@ def site_app(sites: list[str], peers: str = "") -> ClientApp:
 
 
 def _answer_with_plan(message: Message, context: Context, sites: list[str], peers: str) -> Message:
-    """Return the site's answer, after sending the plan to a worker that does not know it."""
+    """Return the site's answer; first send the plan to a worker that does not have it."""
     reply = _answer(message, context, sites, peers)
     status = reply.content.config_records["site"]["status"]
     if status == "unprepared" and "plan" in context.state:

@@ -44,23 +44,26 @@ def simulate(
 
     Args:
         out: the run's folder; default: runs/NAME, by the study's name.
-        resume: continue the run in `out` after its last whole round.
-        on_event: called with ("round", {…}) and the like, in this process.
-        engine: "ray" is Flower's own simulation runtime.
-        processes: how many sites train at once, in processes that share the base's weights.
-        rounds: of a study with a [schedule], the round to stop after; no time is waited.
-        key: signs the run; without it one that is made for this run, and kept nowhere.
+        resume: continue the run in `out` after its last complete round.
+        on_event: called in this process with each event's kind and data, such as ("round", {…}).
+        engine: "in-process", or "ray", Flower's own simulation runtime.
+        processes: the number of sites that train at the same time, in processes that share the
+            base's weights.
+        rounds: for a study with a [schedule], the round after which to stop. Slots are not waited
+            for.
+        key: signs the run; by default a key that is made for this run and stored nowhere.
         anyway: run a study that is not expected to gain anything over public records alone.
-        shares: of the sites' units by class, for that forecast, of classes that [public] lacks.
+        shares: for the forecast of the gain: class -> share of the sites' units, of classes that
+            [public] lacks.
 
-    A site reads its file again before each round. One that was made or changed in memory is written
-    to site.toml in its state folder first. A site whose data is declared public or generated pays
-    from a ledger of this run, ledgers/SITE in its folder, by a copy of its file that lies there.
+    A site's file is read again before each round. A site that was made or changed in memory is
+    first written to site.toml in its state folder. A site whose data is declared public or
+    generated pays from a ledger of this run: ledgers/SITE in the run's folder, beside a copy of the
+    site's file.
 
-    Errors: ConfigError where the sites cannot make up the study, DataError where a site's records
-    do not suit it, PolicyRefused where declared data was ever charged as private, and what a run
-    may raise: Refused, at once where the sites' budgets do not reach; ModelError,
-    InfrastructureError."""
+    Errors: ConfigError if these sites cannot run the study; DataError if a site's records do not
+    fit it; PolicyRefused if declared data was ever charged as private; Refused, before any
+    training, if too few sites have budget left; ModelError, InfrastructureError."""
     from fedtune.launch.budgets import explain_refusal, remember
 
     study = validate_study(study)
@@ -83,10 +86,10 @@ def simulate(
     with hold_run(out):
         for folder in (out, *(site.site.state for site in sites)):
             remove_drafts(folder)
-        for site in sites:  # before anything is loaded, or connected
+        for site in sites:  # first, so that a refusal comes before anything is loaded
             declare(site)
         register_teacher(study)
-        for site in sites:  # the sites are the user's own: report errors in their files now
+        for site in sites:  # all files are this user's: report errors in them before the run
             step(f"reading the records of {site.site.name}")
             dataset = check_data(site, study)
             if on_event:
@@ -135,7 +138,7 @@ def _run(
         common["parts"] = Dependencies(settings=settings)
         simulate_ray(study, files, out, processes=processes, peers=peers, **common)
         return
-    # In this process a site that fails now fails again: no waiting for sites, no pauses.
+    # A site in this process that fails once fails again, so there is nothing to wait for.
     at_once = Dependencies(settings=replace(settings, patience=0.0, pause=0.0))
     with _grid(files, processes, out, peers) as (grid, site_errors):
         try:
@@ -147,11 +150,11 @@ def _run(
 
 
 def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
-    """Check what the study costs each site's records, in a second and before anything is loaded
-    or computed from public text. Returns what they have paid so far, for sites that have paid.
+    """Check that the sites' budgets allow the study, within a second and before anything is loaded
+    or computed from public text. Return what sites have paid so far, for those that have paid.
 
-    out: the run's folder. Errors: Refused if too few sites are left, with what their budgets
-    were spent on."""
+    out: the run's folder. Errors: Refused if the budgets of too few sites suffice; the error lists
+    what they were spent on."""
     from fedtune.launch.budgets import explain_refusal
     from fedtune.officer.budget_check import check_budget
     from fedtune.server.too_few import too_few
@@ -171,7 +174,8 @@ def check_budgets(study: Study, sites: Sequence[Site], out: Path) -> list[Paid]:
 
 
 def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
-    """Return a function that shows on this machine's screen what is done before a run begins."""
+    """Return a function that reports, on this machine's screen alone, the steps before a run
+    begins."""
     if on_event is None:
         return lambda text: None
     notify = on_event
@@ -179,8 +183,9 @@ def _steps(on_event: OnEvent | None) -> Callable[[str], None]:
 
 
 def _peers(study: Study, sites: Sequence[Site]) -> str:
-    """Return the sites' signing keys, which pin each other in a simulation: all of them are made
-    on this machine. If a site's policy.peers names keys, only these count for it."""
+    """Return the signing keys of all sites, separated by spaces; "" without secure aggregation. In
+    a simulation, where all keys are made on this machine, a site accepts these keys as its peers',
+    unless its policy.peers names others."""
     if study.secure_aggregation is None:
         return ""
     from fedtune.core.ledger.ledger import Ledger
@@ -190,8 +195,8 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
 
 @contextmanager
 def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
-    """Provide the sites; a site with declared data is replaced by a copy that pays from this
-    run's ledger. A run that never began leaves none. Errors: InfrastructureError."""
+    """Provide the sites, with each site of declared data replaced by a copy that pays from a ledger
+    of this run. These ledgers are removed if the run never begins. Errors: InfrastructureError."""
     from fedtune.core.vault.declared import paid_by_run
 
     paying, new = list[Site](), not (out / "plan.json").exists()
@@ -213,7 +218,8 @@ def _declared(sites: Sequence[Site], out: Path) -> Iterator[list[Site]]:
 
 
 def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEvent) -> None:
-    """Send what happens to a site's rows as "records", an event for this screen only."""
+    """Send an event "records", which only this machine's screen shows, with how many of a site's
+    rows are used or left out."""
     from fedtune.core.vault.reading import describe, shown
 
     name, line = site.site.name, describe(dataset, study, site.site.declared_size)
@@ -222,7 +228,8 @@ def _describe_records(site: Site, study: Study, dataset: Dataset, on_event: OnEv
 
 
 def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> None:
-    """Send how much of a private evaluation's answer will be noise, for this screen only."""
+    """Send events "records", which only this machine's screen shows, with the noise to expect in a
+    private evaluation's answers."""
     from fedtune.accounting.costs import query_lines
 
     if on_event:
@@ -231,16 +238,17 @@ def _describe_queries(study: Study, sites: int, on_event: OnEvent | None) -> Non
 
 
 def _bad_files(files: Sequence[Path], errors: Mapping[str, FedtuneError]) -> FedtuneError | None:
-    """Return the first site's error, if every site's error is about its files."""
+    """Return the first site's error if the errors of all sites are about their input files; else
+    None."""
     found_errors = [error for path in files if (error := errors.get(str(path)))]
     all_inputs = all(isinstance(error, InputError) for error in found_errors)
     return found_errors[0] if found_errors and all_inputs else None
 
 
 def site_file(site: Site) -> Path:
-    """Return the file that a site's worker reads: the one from which it was loaded, if
-    unchanged, else site.toml in the site's state folder, written now. Errors:
-    InfrastructureError."""
+    """Return the file that a site's worker reads: the file from which `site` was loaded, if it
+    still gives the same site; else site.toml in the site's state folder, which is written now.
+    Errors: InfrastructureError."""
     if site.file is not None:
         with suppress(ConfigError):
             if load_site(site.file) == site:
@@ -249,7 +257,8 @@ def site_file(site: Site) -> Path:
 
 
 def check_rounds(study: Study, rounds: int | None) -> None:
-    """Check that the study ends, by itself or after `rounds`. Errors: ConfigError."""
+    """Check that `rounds` is given for a study without a last round, and for no other. Errors:
+    ConfigError."""
     if study.continuous and rounds is None:
         raise ConfigError(
             "a study with a [schedule] has no last round", "--rounds N, to stop after round N here"
@@ -261,8 +270,9 @@ def check_rounds(study: Study, rounds: int | None) -> None:
 
 
 def _check_engine(study: Study, engine: str, processes: int) -> None:
-    """Check that a site's messages reach the process that keeps its draws: Ray hands them to any
-    of its workers. Errors: ConfigError."""
+    """Check that the engine can run the study: with secure aggregation all of a site's messages
+    must reach the process that holds its draws, and Ray passes them to any worker. Errors:
+    ConfigError."""
     if study.secure_aggregation and engine == "ray" and processes > 1:
         raise ConfigError(
             f"[secure_aggregation] under Ray with {processes} processes: a ready site keeps "
@@ -276,7 +286,7 @@ def _check_engine(study: Study, engine: str, processes: int) -> None:
 def _grid(
     files: list[Path], processes: int, out: Path, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
-    """Provide the sites' grid, and a table of their errors by site file."""
+    """Provide the sites' grid, and site file -> the error with which the site failed."""
     from fedtune.core.vault.worker import drop_if_changed
 
     for path in files:
@@ -289,7 +299,7 @@ def _grid(
             with ProcessGrid(files, processes, logs, peers) as pool:
                 yield pool, pool.site_errors
         except FedtuneError:
-            if not (out / "plan.json").exists():  # a run that never began leaves nothing
+            if not (out / "plan.json").exists():  # the run never began: remove its logs
                 shutil.rmtree(logs, ignore_errors=True)
             raise
     else:
@@ -301,7 +311,8 @@ def _grid(
 
 
 def check(study: Study, sites: Sequence[Site]) -> None:
-    """Check that the sites suffice and share neither name nor ledger. Errors: ConfigError."""
+    """Check that there are enough sites, and that no two share a name or a ledger. Errors:
+    ConfigError."""
     names: dict[str, Site] = {}
     states: dict[Path, Site] = {}
     for site in sites:

@@ -1,13 +1,12 @@
-"""Run a site (`fedtune client`): start its two halves, and show their events to the person at
-the screen.
+"""Run a site (`fedtune client`): start its two processes, the halves vault and courier, and show
+their events to the person at the screen.
 
     gateway <── courier: Flower, TLS ── socket ──> vault: records, ledger, keys
                     └────────── events ──> join(): this process <── events ──┘
 
-This process starts both, since a parent controls its child's environment, and neither half may
-control the other: first the vault, then the courier. Each confines itself before it does
-anything else (isolation.py). When one of them ends, so does the other, and both are started
-again."""
+A parent controls its child's environment, and neither half may control the other, so this process
+starts both: first the vault, then the courier. Each confines itself before it does anything else
+(isolation.py). If one of them ends, the other is ended, and both are started again."""
 
 from __future__ import annotations
 
@@ -56,19 +55,20 @@ from fedtune.launch.until_stopped import until_stopped
 from fedtune.observe.from_courier import from_courier, log_again
 
 log = logging.getLogger("fedtune.client")
-EVENTS_AT_ONCE = 100  # of one half
-LONG = 60.0  # seconds: halves that lasted so long were well started
-FEW = 3  # times in a row that halves which did not are started again
+EVENTS_AT_ONCE = 100  # events of one half that are shown before those of the other
+LONG = 60.0  # seconds after which a start of the halves counts as successful
+FEW = 3  # the number of unsuccessful starts in a row after which they are not started again
 SAYS = {
     "vault": "records are read without a network",
     "courier": "what speaks to the network reads no record",
 }
 RENEWALS = 60.0  # seconds between two certificates of a site; as in flower/peers.py
-FREELY = frozenset({"isolation", "renewed", "error", "ended"})  # shown once, or not at all
-BURST = 2**16  # characters of a courier's words that are shown at once
-PER_SECOND = 128  # more of them
-OF_A_LINE = 100  # characters of the time and the name beside an event
-LATE = 5.0  # seconds after which what the vault tells is shown without what the courier adds
+# Events that Allowance does not limit: they are shown once, or not at all.
+FREELY = frozenset({"isolation", "renewed", "error", "ended"})
+BURST = 2**16  # characters of a courier's events that may be shown at once
+PER_SECOND = 128  # characters that may be shown in addition, each second
+OF_A_LINE = 100  # characters that are counted for the time and name beside an event
+LATE = 5.0  # seconds after which the vault's facts are shown without the courier's
 
 
 def join(
@@ -81,21 +81,28 @@ def join(
     patience: float = 90.0,
     door: Path | None = None,
 ) -> None:
-    """Take part in the coordinator's studies until a signal comes; reconnect as often as needed.
+    """Take part in the coordinator's studies until a signal arrives; reconnect as often as needed.
 
-    once: return when a coordinator that gave this site work has gone. watch: take part only in
-    studies without a last round. processes: number of processes that share each step. patience:
-    seconds for which to retry while refused; after a crash Flower refuses a site for about 60 s,
-    until the old session has expired. door: a socket at which a courier that is started
-    elsewhere meets the vault (launch/apart.py); None: the courier is started here. Events:
-    "isolation" {confined, open}, "joined", "answered" {kind, and client.reply_facts'}, "refused"
-    {kind}, "failed" {kind, error}, "waiting" {address; study, done: of one that is finished},
-    "connected" (again), "reconnecting" {seconds}, "stopped" {reason}; each has a text for
-    people. Before it connects, site file, data sheet and records are checked
-    (`check_before_joining`), and data that the site declares public or generated is signed for.
-    Errors: those of that check; PolicyRefused if policy.isolation asks for more than this
-    machine supports; InfrastructureError if the coordinator still refuses this site, or its
-    halves end again and again; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an error."""
+    Before the site connects, its site file, data sheet and records are checked
+    (`check_before_joining`), and a declaration that its data is public or generated is signed.
+
+    - once: return when a coordinator that gave this site work has gone
+    - watch: take part only in studies without a last round
+    - processes: the number of processes that share each step
+    - patience: seconds for which to try again while the coordinator refuses this site; after a
+      crash Flower refuses it for about 60 s, until the old session has expired
+    - door: a socket to which a courier that is started elsewhere connects (launch/apart.py); None:
+      the courier is started here
+
+    Events, each with a text for people: "isolation" {confined, open}, "joined", "answered" {kind
+    and the vault's facts}, "refused" {kind}, "failed" {kind, error}, "waiting" {address; for a
+    finished study also study, done}, "connected" (after an interruption), "reconnecting" {seconds},
+    "stopped" {reason}.
+
+    Errors: those of the check; PolicyRefused if policy.isolation requires more than this machine
+    supports; InfrastructureError if the coordinator still refuses this site after `patience`, or
+    the halves end again and again; KeyboardInterrupt at Ctrl-C. SIGTERM ends it without an
+    error."""
     site = load_site(site_path)
     shown = Shown(site, on_event or ignore)
     with (
@@ -128,21 +135,23 @@ def join(
 
 
 def place_of(link: Link, watch: bool) -> dict[str, Any]:
-    """Return what a vault is told besides its site file (client.answers.Place)."""
+    """Return the settings that a vault receives besides its site file (core/vault/answers.py,
+    Place)."""
     reviewed_plan = read_reviewed_plan(link.answer)
     return {"coordinator": link.answer.coordinator, "watch": watch, "reviewed": reviewed_plan}
 
 
 def check(site: Site, path: Path) -> None:
-    """Check what a person at the site should correct first (`check_before_joining`), in a
-    separate process. Errors: as there; InfrastructureError if that process ends in another way."""
+    """Run `check_before_joining` in a separate process, so that a person at the site can correct
+    errors before it connects. Errors: those of that check; InfrastructureError if the process ends
+    in another way."""
     state = site.site.state
     with ExitStack() as theirs, ExitStack() as ours:
         of_child, tells = connection_for(ours, theirs)
         options, log_file = [str(path), str(tells)], state / "vault.log"
         child = Child("checks", options, home=state / HOME, log=log_file, keep=[tells])
         ours.enter_context(child)
-        theirs.close()  # so that its end is the end of what it tells
+        theirs.close()  # so that the connection ends when the child does
         with suppress(EOFError, OSError):
             while True:
                 event, facts = events.receive(of_child)
@@ -154,10 +163,10 @@ def check(site: Site, path: Path) -> None:
 
 @dataclass
 class Halves:
-    """The vault and the courier of a site, as processes; a context manager that ends both.
+    """The processes vault and courier of a site; a context manager that starts and ends both.
 
-    path: the site file; place: of client.answers.Place, what the vault is told besides it; once,
-    patience: as for `join`; door: where a courier that was started elsewhere connects."""
+    path: the site file. place: the vault's further settings (`place_of`). once, patience: as for
+    `join`. door: the socket to which a courier that was started elsewhere connects."""
 
     site: Site
     path: Path
@@ -204,17 +213,18 @@ class Halves:
         self._open.close()
 
     def watch(self, shown: Shown) -> InfrastructureError | None:
-        """Show the events of both until the courier has done its work (return None), or one of them
-        ends by itself (return how).
+        """Show the events of both processes until the courier has done its work (return None), or
+        one of them ends otherwise (return the error that says how).
 
-        Errors: the courier's; PolicyRefused if their confinement does not suffice."""
+        Errors: the error with which the courier ended; PolicyRefused if a process is not confined
+        as the policy requires."""
         listeners = [self.door.listener] if self.door else []
         while True:
             of_vault, of_courier = self.of_vault.fileno(), self.of_courier.fileno()
             ready = wait([of_vault, of_courier, *listeners], 0.5)
             if self.door and self.door.listener in ready:
                 self.door.turn_away()
-            # The vault first: it told before it answered.
+            # The vault first: it sends its facts about an answer before the courier has the answer.
             take_events(self.of_vault, shown.from_vault, self.path)
             if of_courier in ready and take_events(self.of_courier, shown.from_courier):
                 return None
@@ -228,10 +238,10 @@ class Halves:
 
 
 def take_events(connection: EventReader, show: Any, fetching: Path | None = None) -> bool:
-    """Show the events of one half that have arrived; return True after the last. fetching: for a
-    vault, the site file for which a base is fetched."""
+    """Show the events of one half that have arrived. Return True if `show` did, after the last one.
+    fetching: for a vault, the site file; its requests to fetch a base are then carried out."""
     try:
-        for _ in range(EVENTS_AT_ONCE):  # the other half's wait otherwise
+        for _ in range(EVENTS_AT_ONCE):  # not all, so that the other half's events are shown too
             if not connection.poll(0):
                 break
             event, facts = events.receive(connection)
@@ -239,7 +249,7 @@ def take_events(connection: EventReader, show: Any, fetching: Path | None = None
                 connection.send_bytes(json.dumps(_fetch(fetching, str(facts["base"]))).encode())
             elif show(event, facts):
                 return True
-    except (EOFError, OSError):  # its process has ended, or is about to: noticed by the caller
+    except (EOFError, OSError):  # the process has ended or is about to, which the caller notices
         time.sleep(0.05)
     except ValueError:
         show("", {})
@@ -247,8 +257,8 @@ def take_events(connection: EventReader, show: Any, fetching: Path | None = None
 
 
 def _fetch(path: Path, base: str) -> dict[str, str]:
-    """Fetch a base that the vault asks for, if the site names or lists it; return what went
-    wrong."""
+    """Fetch a base that the vault asks for, if site.base or policy.bases names it. Return {}, or
+    the error as facts of an event."""
     from fedtune.core.bases.find import find_base, known_digest
 
     try:
@@ -263,21 +273,21 @@ def _fetch(path: Path, base: str) -> dict[str, str]:
 
 
 class Again:
-    """Decides whether the halves are started again after one of them has ended by itself: always
-    if they had lasted; if they end at once, no more than FEW times in a row."""
+    """Decides whether the halves are started again after one of them has ended: always if they had
+    run for more than LONG seconds, else at most FEW times in a row."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown, self.wanted = shown, True
         self._began, self._short = time.monotonic(), 0
 
     def after(self, ended: InfrastructureError | None) -> bool:
-        """Return whether to start again; None: their work is done. Errors: `ended`, if they did
-        not last."""
+        """Return whether to start the halves again, after a pause. ended: what `Halves.watch`
+        returned; None if their work is done. Errors: `ended`, if they ended too early too often."""
         if ended is None:
             return False
         lasted = time.monotonic() - self._began > LONG
         self._short = 0 if lasted else self._short + 1
-        if isinstance(ended, CourierLeft):  # somebody else starts it again
+        if isinstance(ended, CourierLeft):  # a courier elsewhere may come back as often as it likes
             self._short = min(self._short, FEW)
         if self._short > FEW:
             raise ended
@@ -291,10 +301,11 @@ class Again:
 
 
 class Allowance:
-    """Limits how much of a courier's events is shown: BURST characters, and PER_SECOND more each
-    second.
+    """Limits the length of a courier's events that are shown: BURST characters, and PER_SECOND more
+    each second.
 
-    Shown text may be stored, such as in a container's log, on any disk of the machine."""
+    Shown text may be stored on any disk of the machine, as in a container's log, and a courier
+    should not be able to fill the disk."""
 
     def __init__(self) -> None:
         self._left = float(BURST)
@@ -302,7 +313,8 @@ class Allowance:
         self._left_out = 0
 
     def permits(self, facts: dict[str, Any]) -> bool:
-        """Return whether an event may be shown; the events left out before are then counted."""
+        """Return whether an event may be shown. If so, the number of events left out since the last
+        one is logged."""
         now = time.monotonic()
         self._left = min(BURST, self._left + (now - self._since) * PER_SECOND)
         self._since = now
@@ -320,8 +332,8 @@ class Allowance:
 class Shown:
     """Shows the events of the halves to the person at the site.
 
-    For each answer the vault sends the facts, and then the courier the number of bytes; they are
-    shown as one event. halves: those that report here; with a spool each reports by itself."""
+    For each answer the vault sends its facts, and then the courier the number of bytes; both are
+    shown as one event. halves: the halves whose events come here: both or, with a spool, one."""
 
     def __init__(
         self, site: Site, notify: OnEvent, halves: Sequence[str] = ("vault", "courier")
@@ -329,11 +341,12 @@ class Shown:
         self._site = site
         self.notify = notify
         self._halves = halves
-        self._facts: deque[tuple[float, dict[str, Any]]] = deque()  # that wait for the courier
+        # The vault's facts that wait for the courier's, each with the time of its arrival.
+        self._facts: deque[tuple[float, dict[str, Any]]] = deque()
         self._last: dict[str, Any] = {}  # the facts of the newest answer
-        self._confined: dict[str, dict[str, Any]] = {}  # of the halves that run now
-        self._renewed: float | None = None  # when a certificate was last kept
-        self._certificate: bytes | None = None  # that is yet to be kept
+        self._confined: dict[str, dict[str, Any]] = {}  # half -> how it is confined
+        self._renewed: float | None = None  # the time at which a certificate was last accepted
+        self._certificate: bytes | None = None  # a certificate that is not stored yet
         self._allowance = Allowance()
 
     def begin(self) -> None:
@@ -355,8 +368,8 @@ class Shown:
         return False
 
     def from_courier(self, event: str, facts: dict[str, Any]) -> bool:
-        """Show an event of the courier; return True if it has ended. Errors: the one with which
-        it ended; PolicyRefused, as for `Halves.watch`."""
+        """Show an event of the courier; return True if it says that its work is done. Errors: the
+        error with which the courier ended; PolicyRefused, as for `Halves.watch`."""
         told = from_courier(event, facts)
         is_counted = event in FREELY or (event == "answered" and self._facts)
         if not is_counted and not self._allowance.permits(told or {}):
@@ -376,7 +389,7 @@ class Shown:
         elif event == "ended":
             self.flush(0)
             return True
-        elif event == "stopped":  # by somebody else than this process: it is started again
+        elif event == "stopped":  # by a signal that this process did not send: it is started again
             self.flush(0)
         elif event == "waiting" and told.pop("gone", False):
             self.notify("waiting", told | self._describe_finish())
@@ -385,9 +398,9 @@ class Shown:
         return False
 
     def _keep(self, told: dict[str, Any]) -> None:
-        """Store a renewed certificate where the courier reads it at its next start, as soon as
-        no order is being answered, and only once in a while: the courier should not decide when
-        something is written to the disk."""
+        """Store a renewed certificate where the courier reads it at its next start: as soon as no
+        order is being answered, and at most once in RENEWALS seconds, since the courier must not
+        decide when something is written to the disk."""
         now = time.monotonic()
         if self._renewed is not None and now - self._renewed < RENEWALS:
             return
@@ -397,7 +410,7 @@ class Shown:
 
     def _write_certificate(self) -> None:
         state = self._site.site.state
-        # In a courier's own container there is neither a ledger nor a way to write beside one.
+        # A courier's own container has no ledger, and its state folder is not writable.
         beside = between_orders(state) if os.access(state, os.W_OK) else nullcontext(True)
         try:
             with beside as is_now:
@@ -410,8 +423,8 @@ class Shown:
             log.warning("a renewed certificate cannot be kept; it is asked for again")
 
     def flush(self, seconds: float) -> None:
-        """Show the vault's facts that have waited for the courier's for long enough, and write
-        what waited for the end of an order."""
+        """Show the vault's facts that have waited `seconds` or longer for the courier's, and store
+        a certificate that had to wait for the end of an order."""
         while self._facts and time.monotonic() - self._facts[0][0] >= seconds:
             self._show(self._facts.popleft()[1])
         if self._certificate is not None:
@@ -428,12 +441,13 @@ class Shown:
     def _show(self, facts: dict[str, Any]) -> None:
         unmoved = {name: fact for name, fact in facts.items() if not name.startswith("bytes_")}
         if facts.get("status") == WAITING and unmoved == self._last:
-            return  # asked again, and still nobody has signed or let it go: said once
+            return  # nobody has signed or released it since it was last asked: shown before
         self._last = unmoved
         self.notify("answered", facts)
 
     def _describe_finish(self) -> dict[str, Any]:
-        """Describe the wait for a coordinator that is gone once its study is finished."""
+        """Return the further fields of a "waiting" event if the coordinator has gone because its
+        study is finished; else {}."""
         last = self._last
         rounds, status = last.get("rounds"), last.get("status")
         whole = last.get("round") == rounds and status in ("trained", "answered")
@@ -443,10 +457,11 @@ class Shown:
         return {"study": last["study"], "done": rounds, "text": text}
 
     def _isolation(self, half: str, facts: dict[str, Any]) -> None:
-        """Note how one half is confined, which it reports once and before it does anything else;
-        when both have reported, show and enter it. A courier that reported it again would choose
-        when, and how much of the disk an audit log takes. Errors: PolicyRefused; those of
-        `_enter_isolation`."""
+        """Note how one half is confined; when all have reported, show it and enter it in the audit
+        log. A half reports once, before it does anything else. A further report is left out, since
+        a courier could choose by it when the audit log takes disk space, and how much.
+
+        Errors: PolicyRefused if the policy requires more; those of `_enter_isolation`."""
         if half in self._confined:
             log.warning("the %s tells a second time how it is confined: left out", half)
             return
@@ -469,9 +484,10 @@ class Shown:
                 self._enter_isolation(confined, still_open)
 
     def _enter_isolation(self, confined: dict[str, list[str]], still_open: int) -> None:
-        """Enter in the site's audit log how both halves are confined, if its disk has the space
-        beside the ledger's reserve: a courier that is started elsewhere, as in another
+        """Enter in the site's audit log how both halves are confined, but only if the disk has
+        space besides the ledger's reserve: a courier that is started elsewhere, as in another
         container, may reconnect as often as it likes, and report something else each time.
+
         Errors: LedgerError; InfrastructureError if the disk refuses."""
         site = self._site
         walls = {half: isolation.describe(each) for half, each in confined.items()}
@@ -486,7 +502,7 @@ class Shown:
 
 
 def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
-    """Describe how the halves are confined, and what stays open."""
+    """Describe how each half is confined, and which accesses remain open to it."""
     said, missing = [], []
     for half, text in SAYS.items():
         if half in confined:
@@ -496,15 +512,16 @@ def isolation_text(confined: dict[str, dict[str, Any]]) -> str:
 
 
 def connection_for(ours: ExitStack, theirs: ExitStack) -> tuple[Connection, int]:
-    """Open a connection for a child's events: our end, and the descriptor that it inherits."""
+    """Open a connection for a child's events; return this process's end, and the descriptor that
+    the child inherits."""
     here, there = socket.socketpair()
     theirs.enter_context(there)
     return ours.enter_context(Connection(here.detach())), there.fileno()
 
 
 def _say_again(event: str, facts: dict[str, Any]) -> bool:
-    """Log or report here what another of our processes logged or reported; return False if it is
-    neither."""
+    """Log a line that a child process logged, or report a step that it reported. Return False if
+    the event is neither of these."""
     if event == "log":
         log_again(facts)
     elif event == "step":

@@ -2,18 +2,18 @@
 --spool`.
 
     fedtune vault SITE --spool DIR ──── its own child: the vault; or, with vault.run, for each
-        │                               request a command that starts one, as by a scheduler
+        │                               request a command that starts a vault, as by a scheduler
         │  DIR/requests, DIR/answers (core/wire/spool.py)
         │
     fedtune courier SITE --spool DIR ── its own child: the courier
 
-| the courier ends, killed or not | the next one withdraws its requests; answers to them go        |
-| the vault ends, killed or not   | the next one answers what has no answer: where it was charged, |
-|                                 | from the ledger                                                |
-| nobody answers                  | the courier waits as long as the coordinator does, and goes on |
+| the courier ends, killed or not | the next one withdraws its requests; their answers are deleted |
+| the vault ends, killed or not   | the next one answers the open requests; those that were        |
+|                                 | charged, from the ledger                                       |
+| nobody answers a request        | the courier waits as long as the coordinator does              |
 
-Guarantee: files of the courier can only start the vault of this site, with the name of a
-request, of 64 hexadecimal digits; otherwise nothing that it writes becomes a word of a command."""
+Guarantee: the courier's files can only start this site's vault, with the name of a request as an
+argument: 64 hexadecimal digits. No other text of the courier becomes part of a command."""
 
 from __future__ import annotations
 
@@ -50,21 +50,22 @@ from fedtune.launch.event_reader import EventReader
 from fedtune.launch.site import Again, Shown, check, connection_for, place_of, take_events
 from fedtune.launch.until_stopped import until_stopped
 
-RUN_LOG = "vault-run.log"  # in the state folder: what the last command said
-LOOK = 0.5  # seconds between two looks for a request that a command is to be started for
-PATIENCE = 90.0  # seconds for which a courier goes on being refused, as of `launch.site.join`
-AGAIN_SECONDS = (2.0, 10.0, 60.0, 300.0)  # after a command that brought no answer
+RUN_LOG = "vault-run.log"  # in the state folder: the output of the last command
+LOOK = 0.5  # seconds between two checks for requests
+PATIENCE = 90.0  # seconds for which a refused courier tries again, as in `launch.site.join`
+AGAIN_SECONDS = (2.0, 10.0, 60.0, 300.0)  # pauses after a command that brought no answer
 
 
 def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> None:
-    """Run the courier of a site whose vault answers in the spool `folder`, until a signal comes,
-    or with `once` until a coordinator that gave this site work has gone.
+    """Run the courier of a site whose vault answers in the spool `folder`, until a signal arrives
+    or, with `once`, until a coordinator that gave this site work has gone.
 
-    It reads site.toml, the coordinator's answer, the keys of the site's network and the answers,
-    and writes its own folder, a renewed certificate and the requests. Events: as of
-    `launch.site.join`. Errors: ConfigError, Refused of the answer and the keys; PolicyRefused where
-    policy.isolation asks for more than this machine gives; InfrastructureError when the coordinator
-    goes on refusing this site, or the courier ends again and again; KeyboardInterrupt at Ctrl-C."""
+    The courier reads site.toml, the coordinator's answer, the site's network keys and the spool's
+    answers, and writes to its own folder, a renewed certificate and the spool's requests. Events:
+    as for `launch.site.join`. Errors: ConfigError or Refused because of the answer or the keys;
+    PolicyRefused if policy.isolation requires more than this machine supports; InfrastructureError
+    if the coordinator still refuses this site, or the courier ends again and again;
+    KeyboardInterrupt at Ctrl-C."""
     site, spool = load_site(site_path), Spool.at(folder)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     private_folder(link.keys / RENEWED)
@@ -82,19 +83,19 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
 def answer_requests(
     site_path: Path, folder: Path, *, watch: bool = False, processes: int = 1, on_event: OnEvent
 ) -> None:
-    """Answer the requests in the spool `folder` until a signal comes. watch, processes, and the
+    """Answer the requests in the spool `folder` until a signal arrives. watch, processes, and the
     checks at the start: as for `launch.site.join`.
 
-    Events: as there, of the vault. Errors: of the check; ConfigError where the folder cannot be
-    used, or vault.run names no program; PolicyRefused where policy.isolation asks for more than
-    this machine gives; InfrastructureError where the vault ends again and again; KeyboardInterrupt
+    Events: those of the vault there. Errors: those of the checks; ConfigError if the folder cannot
+    be used, or vault.run names no program; PolicyRefused if policy.isolation requires more than
+    this machine supports; InfrastructureError if the vault ends again and again; KeyboardInterrupt
     at Ctrl-C."""
     site, spool = load_site(site_path), Spool.at(folder)
     shown = Shown(site, on_event, halves=("vault",))
     with until_stopped(on_event), alone(site.site.state / FOLDER, "fedtune client"):
         remove_drafts(site.site.state)
         check(site, site_path.resolve())
-        read_link(site, site_path)  # before somebody asks
+        read_link(site, site_path)  # so that errors in it are reported at the start
         on_event("waiting", {"text": f"waiting for requests in {spool.path}"})
         if site.vault:
             _start_for_each(site, site_path.resolve(), spool, watch, processes, on_event)
@@ -113,8 +114,8 @@ def answer_request(
     processes: int = 1,
     on_event: OnEvent,
 ) -> None:
-    """Answer one request in the spool `folder` and return; vault.run starts this. The process
-    that starts it has checked the site.
+    """Answer the request `name` in the spool `folder`, and return. The command in vault.run calls
+    this, after `answer_requests` has checked the site.
 
     Errors: InfrastructureError if there is no such request, or no answer could be written; else
     as for `answer_requests`."""
@@ -131,15 +132,16 @@ def answer_request(
 
 @dataclass(frozen=True)
 class _Half:
-    """One half of a site as a process. told: its events; fetching: for a vault, its site file."""
+    """One half of a site as a process. told: the connection with its events; fetching: for a vault,
+    its site file, by which bases are fetched for it."""
 
     child: Child
     told: EventReader
     fetching: Path | None
 
     def watch(self, show: Any) -> InfrastructureError | None:
-        """Show its events until it has done its work (return None), or ends by itself (return
-        how)."""
+        """Show the process's events until it has done its work (return None), or ends otherwise
+        (return the error that says how)."""
         while True:
             wait([self.told.fileno()], 0.5)
             ended = not self.child.alive
@@ -152,7 +154,7 @@ class _Half:
 def _vault(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, name: str = ""
 ) -> Any:
-    """Start a vault that answers in a spool. name: of the only request to answer."""
+    """Start a vault that answers in a spool. name: the only request to answer; "": all."""
     state, place = site.site.state, place_of(read_link(site, path), watch)
     rest = [str(processes), json.dumps(place), *filter(None, [name])]
     return _child("vault", path, spool, rest, state / HOME, state / "vault.log")
@@ -171,15 +173,15 @@ def _child(
         connection, tells = connection_for(ours, theirs)
         options = [str(path.resolve()), str(spool.path), str(tells), *rest]
         child = ours.enter_context(Child(program, options, home=home, log=log, keep=[tells]))
-        theirs.close()  # so that its end is the end of what it tells
+        theirs.close()  # so that the connection ends when the child does
         yield _Half(child, EventReader(connection), path.resolve() if program == "vault" else None)
 
 
 def _start_for_each(
     site: Site, path: Path, spool: Spool, watch: bool, processes: int, notify: OnEvent
 ) -> None:
-    """Start vault.run for one request after another. A request without an answer is tried again
-    later, after the others, for as long as its courier waits.
+    """Run the command vault.run for one request after another. A request that then has no answer is
+    tried again later, after the others, as long as its courier waits.
 
     Errors: ConfigError if vault.run names no program."""
     assert site.vault
@@ -208,8 +210,8 @@ def _start_for_each(
 
 
 def _run(command: list[str], folder: Path, log: Path) -> str:
-    """Run a command to its end and return how it ended. If this process is stopped, the command
-    is stopped too."""
+    """Run a command to its end, and return in words how it ended. If this process is stopped, the
+    command is stopped too."""
     begin_log(log)
     try:
         started = subprocess.Popen(

@@ -19,21 +19,23 @@ from fedtune.core.registry.metrics import metric as known_metric
 from fedtune.report.preference import alarms
 from fedtune.runs.run import Run
 
-INDEX = "tune.json"  # in the folder of a search: which trial has which settings
+INDEX = "tune.json"  # in the folder of a search: the settings of each trial
 RATE = "training.learning_rate"
-POINTS, SPAN = 5, 10.0  # of the grid without --set: from the plan's rate / SPAN to times SPAN
+# The grid without --set: POINTS learning rates from the plan's divided by SPAN to the plan's times
+# SPAN.
+POINTS, SPAN = 5, 10.0
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run of a search.
 
-    - settings: as `--set` takes them
-    - value: the metric on the records that choose; None if the run failed, with its error
-    - loss: on the same records; it decides between equal values
-    - epsilon: of the site that paid most
-    - warning: for a preference run, what speaks against it on the records of its report
-      (report.preference.alarms)"""
+    - settings: in the form of `--set`
+    - value: the metric on the records that choose; None if the run failed
+    - loss: the loss on the same records, which decides between equal values
+    - epsilon: the largest ε of a site
+    - error: why the run failed, "" if it did not
+    - warning: for a preference run, report.preference.alarms on the records of its report"""
 
     settings: tuple[str, ...]
     folder: str
@@ -74,19 +76,19 @@ def tune(
     Args:
         study: the study.toml.
         sites: sites whose data is declared public or generated.
-        out: the folder of the search; each trial is a run in OUT/trial-NN. A search that was broken
-            off, or that gets more settings, keeps what is finished.
-        settings: "key=a,b,c"; of several such keys every combination. Without one with several
-            values, the learning rate is searched around the plan's.
-        trials: at most so many: points of the learning rate's grid, or a draw of the combinations,
-            by the study's seed.
-        records: a file to choose by, with the columns of [evaluation], for a study without
-            [selection]. The [evaluation] records choose nothing.
-        on_trial: called with a trial's number, how many there are, and the trial as it ends.
+        out: the folder of the search; each trial is a run in OUT/trial-NN. A search that was
+            interrupted, or that is repeated with more settings, keeps the finished trials.
+        settings: texts "key=a,b,c"; all combinations of several keys are tried. If no key has
+            several values, learning rates around the plan's are tried.
+        trials: the largest number of trials: points of the grid of learning rates, or combinations,
+            which are then drawn by the study's seed.
+        records: for a study without [selection], the file whose records choose, with the columns of
+            [evaluation]. The [evaluation] records choose nothing.
+        on_trial: called when a trial ends, with its number, the number of trials, and the trial.
 
-    A trial that fails is listed with its error. Errors: PolicyRefused where a site's data is
-    private, or was ever charged as private; ConfigError where nothing can choose, `out` holds
-    something else, or a setting is no setting."""
+    A trial that fails is listed with its error. Errors: PolicyRefused if a site's data is private,
+    or was ever charged as private; ConfigError if there are no records that choose, `out` is not
+    the folder of a search, or a setting is invalid."""
     from fedtune.core.vault.declared import declare
 
     loaded, out = (
@@ -116,8 +118,8 @@ def tune(
 def rank_trials(trials: Sequence[Trial], metric: str, *, warned_last: bool) -> list[Trial]:
     """Sort trials, the best first and those that failed last.
 
-    warned_last: a trial with a warning comes after all others that ran, whatever its value; use
-    it only if the warning is about the records that choose."""
+    warned_last: whether a trial with a warning comes after all others that ran, whatever its value.
+    Set it only if the warning is about the records that choose."""
     sign = -1 if known_metric(metric).higher_is_better else 1
 
     def key(trial: Trial) -> tuple[bool, bool, float, float]:
@@ -178,8 +180,8 @@ def _values(setting: str) -> list[str]:
 
 
 def _grid(study: Study, settings: Sequence[str], trials: int | None) -> list[tuple[str, ...]]:
-    """List the combinations of settings; without one that has several values, a geometric grid of
-    learning rates around the plan's, the plan's first."""
+    """List the combinations of settings to try. If no setting has several values, these are a
+    geometric grid of learning rates around the plan's, with the plan's first."""
     lists = [
         [f"{setting.partition('=')[0].strip()}={value}" for value in _values(setting)]
         for setting in settings
@@ -202,8 +204,8 @@ def _draw_combinations(
 
 
 def _index(out: Path) -> dict[tuple[str, ...], str]:
-    """Read which trial has which settings. Errors: ConfigError if `out` is not a search's
-    folder."""
+    """Read settings -> name of the trial, from tune.json. Errors: ConfigError if `out` is not the
+    folder of a search."""
     if not (out / INDEX).exists():
         if out.exists() and any(out.iterdir()):
             raise ConfigError(
@@ -222,7 +224,7 @@ def _trial(
     records: Path | None,
     metric: str,
 ) -> Trial:
-    """Run one trial, or read it if it is finished."""
+    """Run one trial, or read its result if its run is finished."""
     from fedtune.core.registry import process_cache
     from fedtune.launch.simulate import simulate
 
@@ -234,7 +236,7 @@ def _trial(
         if not (folder / "report.json").is_file():
             try:
                 simulate(study, sites, folder, resume=True)
-            finally:  # a trial's sites are of no use to the next one
+            finally:  # the next trial cannot use this one's workers
                 process_cache.clear("workers")
         return _read_value(trial, Run(folder), metric)
     except FedtuneError as error:
@@ -246,7 +248,7 @@ def _mark_failed(trial: Trial, error: FedtuneError) -> Trial:
 
 
 def _read_value(trial: Trial, run: Run, metric: str) -> Trial:
-    """Read a finished trial's value, on the records that choose."""
+    """Return a finished trial with its value on the records that choose."""
     quality: dict[str, Any] = run.report.get("quality") or {}
     after = quality.get("after") or {}
     if rounds := quality.get("selection"):

@@ -11,8 +11,8 @@ from fedtune.core.progress import OnEvent
 
 @contextmanager
 def until_stopped(notify: OnEvent) -> Iterator[None]:
-    """Run a command's block until a signal arrives: SIGTERM prints "stopped" and ends it without
-    an error; SIGINT is KeyboardInterrupt, as in every command."""
+    """Run a command's block until a signal arrives. SIGTERM sends the event "stopped" and ends the
+    block without an error; SIGINT raises KeyboardInterrupt, as in every command."""
     try:
         with interruptible():
             yield

@@ -106,7 +106,7 @@ JOINING_MUTANTS = (
     ),
     _one(
         "joining", "a-plan-of-an-earlier-study", "fedtune/launch/coordinator.py",
-        "            (home / enrol.PLAN).unlink(missing_ok=True)  # of an earlier study\n", "",
+        "            (home / enrol.PLAN).unlink(missing_ok=True)  # an earlier study's plan\n", "",
         T_MEMBERSHIP + "test_the_plan_of_an_earlier_study_is_in_no_answer",
         "a site reviews what is not run",
     ),
