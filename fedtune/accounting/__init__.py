@@ -1,1 +1,1 @@
-"""Compute what a study costs, and how much of its answers is noise, before it runs."""
+"""Compute, before a study runs, the ε that it costs and how noisy its answers will be."""

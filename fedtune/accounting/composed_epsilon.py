@@ -1,7 +1,7 @@
 """Compose the privacy cost of an adapter that was derived from several finished runs.
 
-Deriving it is post-processing and costs no ε of its own, but it depends on every parent: a person
-whose records trained several parents is charged the composition of all of them."""
+Deriving is post-processing and costs no ε of its own, but the result depends on every parent (one
+of these runs): a person whose records trained several parents is charged the composition of all."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ class Share:
     """One site's part in one parent.
 
     - key: the site's public signing key, "" if the report has none
-    - events: the steps that ran there
-    - fallback: the same by the site's own noise alone, if sites shared theirs
-    - assumptions: (n, t) of each run on which the first rests"""
+    - events: the steps that ran on the site's records
+    - fallback: the same steps with the σ of the site's own noise alone; equal to events if the
+      sites did not share noise
+    - assumptions: for each run with shared noise, (n, t): events hold if at most t of n sites
+      collude"""
 
     parent: int
     site: str
@@ -44,9 +46,10 @@ class Share:
 
 
 def shares(report: dict[str, Any], parent: int) -> list[Share]:
-    """List the sites of a parent's report.json; one site of unknown name if it names none.
+    """List the sites' shares from a parent's report.json; a report that names no site gives one
+    share without a name. parent: its number, from 0.
 
-    Errors: InputError if the report does not say what ran."""
+    Errors: InputError if the report lacks the figures of the steps that ran."""
     privacy = report["privacy"]
     try:
         sites = privacy.get("sites") or {"": privacy}
@@ -73,8 +76,8 @@ def shares(report: dict[str, Any], parent: int) -> list[Share]:
 
 
 def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Return what a site ran; for an adapter that was itself derived, everything that its own
-    parents ran."""
+    """Return the steps that ran on a site's records; if the adapter was itself derived, those of
+    all its parents."""
     if "events" in site:
         return tuple(Steps(*event) for event in site["events"])
     if not site.get("steps"):
@@ -84,7 +87,7 @@ def _events(site: dict[str, Any]) -> tuple[Steps, ...]:
 
 
 def _fallback(site: dict[str, Any]) -> tuple[Steps, ...]:
-    """Return what a site ran, with nothing but its own noise."""
+    """Return the steps that ran on a site's records, with the σ of its own noise alone."""
     table = site.get("secure_aggregation")
     if not table:
         return _events(site)
@@ -103,7 +106,8 @@ def _assumptions(site: dict[str, Any]) -> frozenset[tuple[int, int]]:
 
 
 def relation(first: Share, second: Share, disjoint: bool = False) -> str:
-    """Classify whether two sites of two parents may have trained on the same people."""
+    """Return whether two sites of two parents trained on the same people: SAME, APART, UNKNOWN, or
+    STATED if the caller states that the parents share nobody (disjoint)."""
     if disjoint:
         return STATED
     if (first.site and first.site == second.site) or (first.key and first.key == second.key):
@@ -114,13 +118,13 @@ def relation(first: Share, second: Share, disjoint: bool = False) -> str:
 def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False) -> dict[str, Any]:
     """Compose a report's "privacy" from those of its parents, all of which are private.
 
-    Each site is charged for what it ran in its own parent and, for every other parent, for what
-    the same site ran there, or else for the worst of the sites that may share people with it. ε
-    by PLD at the smallest of the parents' δ; the weakest of their units. disjoint: the caller
-    states that no person is in two parents. If sites of a parent shared noise, a second ε is
-    composed from each site's own noise alone.
-    Guarantee: at least the ε of everything that any one person, at any one site, took part
-    in."""
+    Each site is charged for the steps of its own parent and, for every other parent, for the steps
+    of the same site there; if that parent has no such site, for those of the costliest site that
+    may share people with it. ε is computed by PLD at the smallest of the parents' δ, for the
+    weakest of their units. If sites of a parent shared noise, a second ε is composed from each
+    site's own noise alone. disjoint: the caller states that no person is in two parents; then the
+    largest ε counts.
+    Guarantee: the result is at least the ε of all steps in which a person at one site took part."""
     by_parent = [shares(report, number) for number, report in enumerate(reports)]
     privacy = [report["privacy"] for report in reports]
     delta = min(float(p["delta"]) for p in privacy)
@@ -168,14 +172,14 @@ def compose_reports(reports: Sequence[dict[str, Any]], *, disjoint: bool = False
 def _events_in_parent(
     site: Share, other: Sequence[Share], delta: float, disjoint: bool
 ) -> tuple[tuple[Steps, ...], tuple[Steps, ...], str]:
-    """Return what another parent may have run on the people of `site`, the same by own noise
-    alone, and how this was decided."""
+    """Return the steps that another parent may have run on the people of `site`, the same steps by
+    own noise alone, and the relation by which this was decided."""
 
     def find_worst(runs: list[tuple[Steps, ...]]) -> tuple[Steps, ...]:
         return max(runs, key=lambda events: cross_check(events, delta))
 
     by_relation = [(relation(site, share, disjoint), share) for share in other]
-    for why in (SAME, UNKNOWN):  # a site takes part in a study under one name
+    for why in (SAME, UNKNOWN):  # if the same site is found, no other one has its people
         if matching := [share for kind, share in by_relation if kind == why]:
             return (
                 find_worst([s.events for s in matching]),

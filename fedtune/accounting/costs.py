@@ -57,8 +57,8 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cost of a study at each of some sites. unit: the unit that ε protects; objective: in
-    words.
+    """The cost of a study at some sites. sites: a SitePlan for each. unit: the unit that ε
+    protects. objective: the objective, described in words.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -72,14 +72,15 @@ class Plan:
     sites: tuple[SitePlan, ...]
 
     def columns(self) -> dict[str, list[Any]]:
-        """Return the sites as columns of equal length, as a DataFrame takes them."""
+        """Return the sites' figures as columns of equal length, from which a DataFrame can be
+        built."""
         rows = [asdict(site) for site in self.sites]
         return {name: [row[name] for row in rows] for name in SitePlan.__dataclass_fields__}
 
 
 def query_lines(study: Study, sites: int) -> list[str]:
-    """Describe, in one line each, what a plan's private evaluation costs and how much of its
-    answer is noise with so many sites, from public numbers; [] without one.
+    """Describe, in one line each, the ε of a plan's private evaluation and how much of its answer
+    is noise with `sites` sites, from public numbers; [] if the plan has none.
 
     Errors: ConfigError if the study is not private."""
     table = study.private_evaluation
@@ -143,9 +144,9 @@ def _of_site(site_plan: DpPlan, name: str, size: int) -> SitePlan:
 
 
 def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
-    """Describe, in one line each, the assumption of ε in a study with [secure_aggregation], the
-    ε without it, the gain, and the width of its words for sites of these declared sizes; []
-    without.
+    """Describe, in one line each, for a study with [secure_aggregation] and sites of these declared
+    sizes: the assumption under which ε holds, the ε that holds without it, the gain, and the width
+    of the words that sites send; [] for another study.
 
     Errors: ConfigError if nothing fits its budget."""
     if study.secure_aggregation is None or not study.private:
@@ -171,7 +172,7 @@ def shared_lines(study: Study, sizes: Sequence[int]) -> list[str]:
 
 
 def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
-    """Suggest ε = 1 if more is planned; nothing if no σ gives it."""
+    """Return a line that suggests ε = 1 if the plan's ε is larger; [] if no σ gives ε = 1."""
     if of_site.epsilon <= 1 or study.training.rounds is None:
         return []
     try:
@@ -188,7 +189,8 @@ def _at_one(study: Study, of_site: DpPlan, size: int) -> list[str]:
 
 
 def _attempts(of_site: DpPlan) -> str:
-    """Describe the cost of one failed attempt at a round, and of two of them, in both ε."""
+    """Describe both ε of the study, with and without the assumption, if one attempt at a round
+    fails and if two do."""
     costs = []
     for more in (1, 2):
         steps = of_site.steps + more * of_site.local_steps
@@ -203,8 +205,9 @@ def _attempts(of_site: DpPlan) -> str:
 
 
 def _of_two(of_site: DpPlan, *, shared: bool) -> float:
-    """Compute ε of a unit with records at two sites: twice the rows in one sum, each drawn
-    independently, or the same mechanism twice."""
+    """Compute ε of a unit with records at two sites. shared: whether the sites share noise, so that
+    the unit has twice the rows in one sum, each drawn independently; else the same mechanism runs
+    on it twice."""
     (steps,) = of_site.events(of_site.steps)
     twice: Steps = (
         steps._replace(records=2 * steps.records)
@@ -229,8 +232,8 @@ def _words(study: Study, of_site: DpPlan, sizes: Sequence[int]) -> str:
 
 def most_numbers(study: Study, sigma: float | None, sizes: Sequence[int]) -> int:
     """Return the largest number of adapter parameters for which the sum over sites of these
-    declared sizes fits the narrower words: the grid gets finer with each parameter. 0 if there
-    is no such number.
+    declared sizes fits the narrower words; 0 if there is none. The grid gets finer, and so the sum
+    wider, with each parameter.
     """
     numbers = range(1, LARGEST)
     return bisect_right(numbers, WORDS[0], key=lambda d: bits_of(study, sigma, sizes, d))

@@ -1,4 +1,4 @@
-"""Compare ε by PLD, which is what is reported, with the looser bound by Rényi DP."""
+"""Compare ε by PLD, the figure that reports state, with the looser bound by Rényi DP."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ ACCOUNTANT = f"PLD (dp-accounting {version('dp-accounting')})"
 
 
 class AccountantsDisagree(FedtuneError):
-    """PLD exceeds RDP: one of the two is wrong, so neither may be reported."""
+    """ε by PLD exceeds the bound by RDP: one of the two is wrong, so neither may be reported."""
 
 
 def rdp_epsilon(events: Iterable[Steps], delta: float) -> float:
     """Compose ε by Rényi DP (Mironov 2017): a looser bound, computed only as a cross-check.
 
-    Errors: as `epsilon`; and ValueError where RDP is not defined here (k > 1 with q < 1)."""
+    Errors: those of `epsilon`; ValueError for k > 1 with q < 1, where no RDP bound is
+    implemented."""
     return _rdp_epsilon(merge_events(events), delta)
 
 
-@lru_cache(maxsize=4096)  # sites of one study ran the same steps
+@lru_cache(maxsize=4096)  # the sites of a study often have the same steps
 def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
     check_delta(delta)
     accountant = RdpAccountant()
@@ -43,7 +44,7 @@ def _rdp_epsilon(events: tuple[Steps, ...], delta: float) -> float:
 def cross_check(events: Iterable[Steps], delta: float) -> float:
     """Compute PLD's ε and check that it does not exceed the looser RDP bound.
 
-    | RDP not defined (k > 1, q < 1) | PLD's ε; an independent integral checks it in the tests |
+    | k > 1 with q < 1: no RDP bound | PLD's ε; an independent integral checks it in the tests |
     Errors: AccountantsDisagree when PLD exceeds RDP by more than discretisation (1 % + 0.001)."""
     folded = merge_events(events)
     pld_epsilon = epsilon(folded, delta)

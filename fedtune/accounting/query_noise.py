@@ -1,8 +1,9 @@
 """Compute how much of a private evaluation's answer is noise, from public numbers alone.
 
 A site's two sums, Σ score and Σ 1 over its held-out units, each have Gaussian noise of standard
-deviation σ√(2 · axes), where all records are one axis, the classes are one, and so is each
-column of groups; the answer is the ratio of the two sums, pooled over the sites."""
+deviation σ√(2 · axes). The number of axes is 1 for all records, plus 1 for the classes if the plan
+names them, plus 1 for each column of groups. The answer is the ratio of the two sums over all
+sites."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ import math
 
 from fedtune.report.held_out import TOO_NOISY
 
-HELD_OUT = (30, 100, 300)  # units at each site that a forecast is given for
+HELD_OUT = (30, 100, 300)  # the numbers of held-out units at each site in a forecast
 
 
 def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None:
-    """Return the noise's standard deviation in a pooled answer, to first order (delta method):
-    √(v · (1 + r²)) / n; None if the count is lost in its own noise.
+    """Return the standard deviation of the noise in a pooled answer, √(v · (1 + r²)) / n, to first
+    order (delta method); None if the count n does not clearly exceed its own noise.
 
-    variance: of the noise in each pooled sum; count: n, pooled; ratio: r, the answer, 1 at most.
+    variance: v, of the noise in each pooled sum. count: n, the pooled Σ 1. ratio: r, the answer, at
+    most 1.
 
     >>> answer_sd(8.0, 30.0)
     0.13333333333333333
@@ -30,9 +32,10 @@ def answer_sd(variance: float, count: float, ratio: float = 1.0) -> float | None
 
 
 def forecast(sigma: float, sites: int, axes: int = 1) -> dict[int, float | None]:
-    """Return at most twice `answer_sd`, by the number of held-out units at each of `sites`
-    sites, for HELD_OUT and for the fewest units that give an answer at all. sigma:
-    private_evaluation.noise_multiplier; axes: number of axes, the one of all records included.
+    """Return the number of held-out units at each of `sites` sites -> twice the largest `answer_sd`
+    (None if there is no answer), for HELD_OUT and for the fewest units that give an answer.
+
+    sigma: private_evaluation.noise_multiplier. axes: the number of axes, with that of all records.
 
     >>> forecast(2.0, 3)[30] < 0.16 and forecast(8.0, 1)[30] is None
     True

@@ -1,4 +1,4 @@
-"""Fill in the number of rounds that a plan's ε and σ pay for."""
+"""Fill in the number of rounds that a plan's ε and σ allow."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fedtune.core.errors import ConfigError
 
 
 def with_rounds(study: Study) -> Study:
-    """Fill in training.rounds if ε and σ were given; ε then follows from the other two and is
-    left out of the plan.
+    """Return the study with training.rounds filled in, if it gives ε and σ. Its ε is then left out,
+    since it follows from σ and rounds.
 
-    Errors: ConfigError where rounds would differ between sites."""
+    Errors: ConfigError if the number of rounds would differ between sites."""
     if study.training.rounds is not None or isinstance(study.privacy, str) or study.continuous:
         return study
     if study.training.sampling_rate is None:

@@ -2,9 +2,9 @@
 
     RUN/answers.json    the prompts, the expected answers, and both models' answers
 
-For people to read, on the run's page or in a terminal. It holds text of [evaluation] records, which
-a plan declares public; so it stays in the run's folder: no signature covers it, and neither
-`export` nor `release` takes it along.
+People read them on the run's page or in a terminal. The file holds text of [evaluation] records,
+which the plan declares public. It stays in the run's folder: no signature covers it, and neither
+`export` nor `release` copies it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ FORMAT = "fedtune-answers-1"
 
 
 class Asked(NamedTuple):
-    """One prompt: its row in the file, from 1; its text; the expected answer, "" if there is
-    none."""
+    """One prompt: its row in the file (from 1), its text, and the expected answer ("" if there is
+    none)."""
 
     row: int
     prompt: str
@@ -47,9 +47,10 @@ class Asked(NamedTuple):
 def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
     """Answer `count` of the study's [evaluation] prompts with the base and with the run's adapter.
 
-    The rows are spread evenly over the file, before anything is answered. A study with labels or
-    choices answers with the likeliest one and its probability, any other with greedy text of at
-    most `max_new_tokens`. Both are kept in the run's answers.json, which its page shows.
+    The rows are spread evenly over the file, and chosen before any prompt is answered. For a study
+    with labels or choices an answer is the likeliest one and its probability, for any other the
+    greedy text of at most `max_new_tokens` tokens. The answers are stored in the run's
+    answers.json, which the run's page shows, and returned.
 
     >>> import fedtune
     >>> fedtune.answers(fedtune.Run("runs/none"))
@@ -96,7 +97,7 @@ def answers(run: Run, count: int = COUNT, *, max_new_tokens: int = NEW_TOKENS) -
 
 
 def choose_rows(file: DataFile, count: int) -> list[Asked]:
-    """Choose rows of the file that have a prompt, spread evenly. Errors: DataError."""
+    """Choose `count` rows of the file that have a prompt, spread evenly. Errors: DataError."""
     columns = file.columns
     parts = {part: getattr(columns, part) for part in ("messages", "prompt", "text")}
     keys = {f"evaluation.columns.{part}": str(name) for part, name in parts.items() if name}
@@ -137,7 +138,8 @@ def _labels(run: Run, asked: list[Asked]) -> list[Pair]:
 
 
 def _find_likeliest(made: Predictions) -> Iterator[dict[str, Any]]:
-    """Return each record's likeliest label with its probability; none if two are equal."""
+    """Yield each record's likeliest label with its probability; no label if two are equally
+    likely."""
     for label, shares in zip(made.predicted, made.probabilities, strict=True):
         most = float(shares.max()) if label is not None else None
         tied = most is not None and int((shares == most).sum()) > 1

@@ -1,4 +1,5 @@
-"""Forecast, before a study is paid for, what its sites' records are expected to add to public ones.
+"""Forecast, before a study spends any ε, the accuracy that its sites' records are expected to add
+to that of public records.
 
 The forecast uses only the plan, its public files and the sites' declared sizes."""
 
@@ -25,13 +26,14 @@ def foretell(
     shares: Mapping[str, float] | None = None,
     records: int = 0,
 ) -> ExpectedGain | None:
-    """Forecast the gain of a private study whose coordinator makes a head of class statistics.
-    None for any other study, whose gain cannot be forecast, and if no public record has a class.
+    """Forecast the gain of a private study whose coordinator builds a head from class statistics.
+    Return None for any other study, whose gain cannot be forecast, and if no public record has a
+    class.
 
     known: the strategy's state before the first round, from `training.start`. sizes: the sites'
-    declared sizes. shares: shares of the sites' units by class, for classes that public records
-    lack. records: the number of records in [evaluation]. Deterministic. Errors: ConfigError for
-    shares."""
+    declared sizes. shares: class -> share of the sites' units, for classes that public records
+    lack. records: the number of records in [evaluation]. The same arguments give the same forecast.
+    Errors: ConfigError if `shares` names an unknown class or is out of range."""
     if not can_foretell(study) or HELD_OUT not in known:
         return None
     labels, objective = study.objective.labels, study.objective.resolved
@@ -45,10 +47,10 @@ def foretell(
 def before_paying(
     study: Study, sizes: Sequence[int], shares: Mapping[str, float] | None = None
 ) -> tuple[ExpectedGain | None, list[str]]:
-    """Forecast a study's gain before it is started, from its base and its public files; also
-    return it in words, which say why if it cannot be forecast.
+    """Forecast a study's gain before it is started, from its base and its public files. Also return
+    the forecast in words, or the reason why there is none.
 
-    Errors: ConfigError for shares."""
+    Errors: ConfigError if `shares` names an unknown class or is out of range."""
     if not can_foretell(study):
         return None, [cannot(study)] if study.private else []
     from fedtune.public.start import start
@@ -84,7 +86,7 @@ def who_foretells(study: Study) -> str:
 
 
 def _records(study: Study) -> int:
-    """Count the [evaluation] records, 0 without any. Errors: DataError."""
+    """Return the number of [evaluation] records, 0 if the study has none. Errors: DataError."""
     table = study.evaluation
     if table is None:
         return 0
@@ -92,14 +94,14 @@ def _records(study: Study) -> int:
 
 
 def can_foretell(study: Study) -> bool:
-    """Return whether this study's gain can be forecast: it is private, has an end, and its
-    coordinator makes a head of class statistics."""
+    """Return whether this study's gain can be forecast: whether it is private, has a last round,
+    and its coordinator builds a head from class statistics."""
     return study.private and not study.continuous and build_strategy(study).of_statistics
 
 
 def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
-    """Return the sites of a study, with the noise of all its rounds. A single size stands for
-    strategy.min_sites sites."""
+    """Return the sites of a study, with the noise of all its rounds. sizes: their declared sizes; a
+    single one stands for strategy.min_sites sites of that size."""
     everyone = tuple(sizes) if len(sizes) > 1 else tuple(sizes) * study.strategy.min_sites
     budget, honest = resolve(study, max(everyone)), noise_shares(study)
     own = own_sigma(budget.noise_multiplier, honest) / math.sqrt(budget.rounds)
@@ -108,7 +110,8 @@ def sites_of(study: Study, sizes: Sequence[int]) -> Sites:
 
 
 def _by_class(shares: Mapping[str, float], labels: Sequence[str]) -> dict[int, float]:
-    """Return shares by the class's number. Errors: ConfigError."""
+    """Return class's number -> share. Errors: ConfigError if a class is unknown, or the shares are
+    out of range."""
     for name, share in shares.items():
         if name not in labels:
             raise ConfigError(

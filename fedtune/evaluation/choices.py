@@ -1,4 +1,5 @@
-"""Score declared completions of a record, of which a causal model picks the likeliest."""
+"""Score the declared choices of a study as completions of a record; a causal model's prediction is
+the likeliest choice."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from fedtune.core.objectives._interface import Batch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROWS = 512  # positions whose logits over the vocabulary are held at once
+ROWS = 512  # the number of positions whose logits over the vocabulary are in memory at a time
 
 
 def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> list[list[int]]:
@@ -30,8 +31,8 @@ def choice_ids(tokenizer: PreTrainedTokenizerBase, choices: Sequence[str]) -> li
 
 
 def single_tokens(ids: list[list[int]], network: Network) -> torch.Tensor | None:
-    """Return the token of each choice, (K,), if each has one token: then one pass scores them
-    all."""
+    """Return the token of each choice, (K,), if each choice has one token, so that one pass scores
+    all choices; else None."""
     if any(len(i) > 1 for i in ids):
         return None
     return torch.tensor([i[0] for i in ids], device=network.device)
@@ -58,10 +59,11 @@ def with_choice(example: Example, choice: list[int]) -> Example:
 def by_record(
     network: Network, hidden: torch.Tensor, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute (summed loss, targets, targets that are the most likely token), each (B,).
+    """Compute for each record, (B,) each: the loss summed over its target tokens in nats, the
+    number of target tokens, and how many of them are the most likely token.
 
-    Greedy decoding gives the completion exactly where every target is the most likely token
-    after the targets before it, so one pass over the true text suffices, without decoding."""
+    Greedy decoding gives the completion if and only if each target is the most likely token after
+    the targets before it, so one pass over the true text replaces decoding."""
     rows, at = torch.nonzero(batch.target_ids != NO_TARGET, as_tuple=True)
     loss, hit = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for i in range(0, len(rows), ROWS):

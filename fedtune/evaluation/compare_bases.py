@@ -34,13 +34,13 @@ from fedtune.core.registry.metrics import METRICS
 class Row:
     """One candidate base.
 
-    - memory: peak bytes of the process that measured it
-    - tokens: per second, through a record's first forward pass
-    - step: records per second through a training step
-    - base: the untouched base's metric
+    - memory: peak memory in bytes of the process that measured it
+    - tokens: tokens per second in a record's first forward pass
+    - step: records per second in a training step
+    - base: the study's metric of the base alone
     - predicted: ε -> the predicted metric after the study (None if nothing was predicted)
     - up, down: bytes per round and site
-    - failed: why it was not measured"""
+    - failed: why the base was not measured, "" if it was"""
 
     model: str
     parameters: int = 0
@@ -56,10 +56,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Fit:
-    """Bases measured against a target.
+    """The result of comparing bases with a target.
 
-    rows: by number of parameters; chosen: the smallest base whose figure meets the target, or None;
-    by: the name of that figure."""
+    rows: the bases, sorted by number of parameters. chosen: the smallest base whose figure meets
+    the target, or None. by: the name of the figure that was compared with the target."""
 
     metric: str
     target: float
@@ -85,14 +85,14 @@ def choose_base(
     """Measure candidate bases for a study, and name the smallest that meets a target.
 
     Args:
-        target: what the study's metric should reach.
-        models: the candidates; without any, the study's base and those that need no model hub.
-        sites, size: how many sites of which declared size to predict for.
-        epsilons: predict at these too, besides the study's own.
-        quantised: quantisation methods to measure each base with too, besides the study's own.
-        on_event: called with ("step", {…}) as the work goes on.
+        target: the value that the study's metric should reach.
+        models: the candidates; by default the study's base and those that need no model hub.
+        sites, size: the number of sites for which to predict, and their declared size.
+        epsilons: values of ε at which to predict, besides the study's own.
+        quantised: methods of quantisation with which to measure each base, besides the study's own.
+        on_event: called with ("step", {…}) to report progress.
 
-    Reads the study's public text and evaluation records, and no record of a site. Each base is
+    This reads the study's public text and evaluation records, and no record of a site. Each base is
     measured in a process of its own.
 
     Errors: ConfigError (no [evaluation], no such file)."""
@@ -133,7 +133,8 @@ def choose_base(
 
 
 def known_bases(study: Study) -> list[str]:
-    """Return the study's own base, and every language model that needs no hub."""
+    """Return the names of the study's own base and of the known language models that need no model
+    hub."""
     carried = [PREFIX + name for name, entry in KNOWN.items() if entry.kind == "causal"]
     return list(dict.fromkeys([study.base.model, *carried]))
 
@@ -150,7 +151,7 @@ def _study_epsilons(study: Study) -> list[float]:
 def _measure_apart(
     study: Study, model: str, method: str | None, sites: int, size: int, epsilons: list[float]
 ) -> Row:
-    """Measure a candidate in a separate process, so that peak memory is this candidate's."""
+    """Measure a candidate in a separate process, so that the measured peak memory is its own."""
     plan = study.model_dump(mode="json")
     plan["base"] |= {"model": model, "digest": None}
     name = model
@@ -186,7 +187,7 @@ def measure(study: Study, sites: int, size: int, epsilons: Sequence[float]) -> R
 
     initial = start(study)
     study, objective = initial.study, study.objective.resolved
-    assert study.evaluation is not None  # `fit` saw to it
+    assert study.evaluation is not None  # `choose_base` has checked it
     network = _network(study, initial.frozen)
     data = CachedDataset(network, load_dataset(study.evaluation, study, network.tokenizer))
     all_rows = range(len(data.dataset.examples))
@@ -239,13 +240,14 @@ def _predict_accuracy(
     size: int,
     epsilons: Sequence[float],
 ) -> tuple[float, dict[str, float] | None]:
-    """Return records per second through a step, and ε -> predicted accuracy after one pass.
+    """Return the records per second of a training step, and ε -> predicted accuracy (None if the
+    study has no classes).
 
-    v is the clipped sum over half of the evaluation records, scaled to `sites` times `size` units,
-    with the noise of all their steps in one: σ/(q√T) a site. A record of the other half gets the
-    class whose gradient has the largest inner product with v; averaged over both halves. A rough
-    guide: it separated hopeless from learnable settings, and predicted 0.49 where a run reached
-    0.77."""
+    The prediction imitates one step: v is the sum of clipped gradients over half of the evaluation
+    records, scaled to `sites` · `size` units, with the noise of a whole study in one step, σ/(q√T)
+    for each site. A record of the other half gets the class whose gradient has the largest inner
+    product with v. The accuracy is averaged over both halves. It is a rough guide: it separated
+    hopeless from learnable settings, and predicted 0.49 where a run reached 0.77."""
     from fedtune.core.training.unit_gradients import UnitGradientEngine
 
     objective, table = study.objective.resolved, study.evaluation
@@ -284,7 +286,7 @@ def _predict_accuracy(
 
 
 def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
-    """Sum the clipped gradients of the records in `half`, (d,)."""
+    """Return the sum (d,) of the clipped gradients of the records in `half`."""
     from fedtune.core.dp.clip import scales
 
     total = torch.zeros(engine.dimension)
@@ -298,8 +300,8 @@ def _sum_clipped(engine: Any, half: torch.Tensor, study: Study) -> torch.Tensor:
 
 
 def _noise(study: Study, size: int, epsilon: float) -> float:
-    """Return σ/(q√T): a site's noise over the whole study as if in one pass, in units of C, at
-    this ε."""
+    """Return σ/(q√T), in units of C: the noise of a site's whole study at this ε, as if it were
+    added in one step."""
     from fedtune.core.dp.plan import plan_for_site
 
     assert isinstance(study.privacy, PrivacyTable)
@@ -312,8 +314,9 @@ def _noise(study: Study, size: int, epsilon: float) -> float:
 def _classes(
     study: Study, objective: Objective, network: Network, data: Dataset
 ) -> tuple[Dataset, np.ndarray] | None:
-    """Return every record with each of its classes in turn, and the true class indices; None if
-    the study has no classes, or a teacher would have to be asked for each."""
+    """Return a data set that has each record once with every class, and the indices of the true
+    classes; None if the study has no classes, or distils a teacher, which would have to be asked
+    for each."""
     from fedtune.evaluation.choices import with_choice
 
     table = study.evaluation

@@ -1,4 +1,5 @@
-"""Evaluate a model on public or released records: per round, and of a finished run."""
+"""Evaluate a model on records: during a run, on public ones, and afterwards, on any file of records
+that a person names."""
 
 from __future__ import annotations
 
@@ -42,17 +43,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFERENCES = ("preference", "unpaired_preference")
-# Public records' states at the cut, by the file that they were read from: they outlive a run, since
-# the next one in this process, a trial or a site alone, often measures on the same records.
+# File -> the hidden states of its public records at the cut. They are kept after a run, since the
+# next run in this process, such as a trial or a site alone, often measures on the same records.
 _states: dict[str, list[HiddenStates]] = process_cache.register("states of public records", {})
-_MOST = 2  # files: the one that chooses each step, and the one that judges
+_MOST = 2  # the largest number of files: [selection], which chooses steps, and [evaluation]
 
 
 def check_evaluation(study: Study) -> None:
-    """Check that the study's [evaluation], if it has one, can be measured: its metric, columns,
-    choices and groups, from the file and the base's tokenizer alone.
+    """Check that the study's [evaluation] records, if it has any, can be measured: metric, columns,
+    choices and groups. This needs the file and the base's tokenizer, and not the base's weights.
 
-    Errors: ConfigError, DataError, as Evaluator's."""
+    Errors: ConfigError, DataError, as for Evaluator."""
     table, objective = study.evaluation, study.objective.resolved
     if table is None:
         return
@@ -70,10 +71,10 @@ def check_evaluation(study: Study) -> None:
 class Evaluator:
     """Evaluates adapters on the study's [evaluation] records, as often as needed.
 
-    The frozen layers below the adapters are computed once, here. read: a function that reads the
-    records, once the network that scores them is loaded, in place of the table's file; nothing
-    of them is then kept beyond this object. Errors: ConfigError if the metric does not fit the
-    objective, DataError for the file."""
+    The constructor computes the frozen layers below the adapters once. read: a function that reads
+    the records after the network was loaded, in place of the table's file; the process then keeps
+    no states of them after this object. Errors: ConfigError if the metric does not fit the
+    objective; DataError if the records cannot be used."""
 
     def __init__(
         self,
@@ -92,8 +93,8 @@ class Evaluator:
         self.paired = self._objective.record_format in PREFERENCES
         _check(table, study.objective.name, self._objective.record_format)
         self.network: Network = build(study)
-        # An adapter is the same with and without what it was trained by: the preconditioner, or the
-        # basis of class statistics.
+        # Scoring an adapter does not need the preconditioner, or the basis of class statistics,
+        # with which it was trained.
         lora = study.lora and study.lora.model_copy(update={"preconditioner": None})
         objective = study.objective.model_copy(update={"basis_digest": None})
         plain = study.model_copy(update={"lora": lora, "objective": objective})
@@ -108,8 +109,8 @@ class Evaluator:
         self._records = CachedDataset(self.network, data)
         self._gold = np.array([e.label if self.classify else -1 for e in data.examples])
         self._untouched: Scores | None = None
-        self._single: torch.Tensor | None = None  # the token of each choice, where each has one
-        self._with_choices: CachedDataset | None = None  # else every record with every choice
+        self._single: torch.Tensor | None = None  # the choices' tokens, if each choice has one
+        self._with_choices: CachedDataset | None = None  # else each record with every choice
         self._choices = len(table.choices)
         if METRICS[self.metric].by_class and not self.classify:
             self._read_choices(data, table.choices, study.objective.max_length)
@@ -131,20 +132,20 @@ class Evaluator:
 
     @property
     def lacking(self) -> tuple[str, ...]:
-        """The study's classes for which there is no record here."""
+        """The study's classes of which these records have none."""
         found = set(self._gold.tolist())
         return tuple(n for i, n in enumerate(self._labels) if i not in found)
 
     def measure(self, adapter: Arrays | None) -> dict[str, float]:
-        """Return the study's metric and the loss (nats, mean over records) with `adapter`; None
-        is the untouched base (a trained head counts as untouched at its public start, zero)."""
+        """Return the study's metric and "loss" (nats, mean over records) with `adapter`. None
+        stands for the base alone, whose head, if the study trains one, is zero."""
         scores = self.scores(adapter)
         return {name: scores.value(name) for name in dict.fromkeys((self.metric, "loss"))}
 
     def follow(self, adapter: Arrays | None) -> dict[str, float]:
-        """Return `measure`'s figures and, for preference pairs, figures that show whether the
-        text degrades: margin, chosen_logp and kl, as in evaluation.pairs.pair_facts. This also
-        needs the base's pass."""
+        """Return the figures of `measure` and, for preference pairs, figures that show whether the
+        model's text degrades: margin, chosen_logp and kl, as in evaluation.pairs.pair_facts. They
+        need a pass of the base alone, too."""
         scores = self.scores(adapter, with_kl=adapter is not None)
         names = dict.fromkeys((str(self.metric), "loss"))
         figures = {name: scores.value(name) for name in names}
@@ -155,7 +156,7 @@ class Evaluator:
 
     @property
     def untouched(self) -> Scores:
-        """Scores of the base alone, computed at first use."""
+        """The scores of the base alone, which are computed at first use."""
         if self._untouched is None:
             self._untouched = self.scores(None)
         return self._untouched
@@ -166,20 +167,22 @@ class Evaluator:
         return float(getattr(self._objective, "beta", 1.0))
 
     def look(self, champion: Arrays, challenger: Arrays) -> Look:
-        """Score two adapters on the same records, with each record's groups by the study's plan."""
+        """Score two adapters on the same records, and return the data of the comparison, with each
+        record's groups by the study's [schedule]."""
         before, after = self.scores(champion), self.scores(challenger)
         return Look.at(str(self.metric), before, after, self.groups)
 
     def gain(self, adapter: Arrays, start: Arrays | None = None) -> dict[str, Any]:
-        """Return the gain of `adapter` over the untouched base, as a table.
+        """Return the gain of `adapter` over the base alone, as a table.
 
-        - records: their number
-        - intervals: of the metric and the loss, the 95 % intervals of base, adapter and change
-          against the untouched base (paired bootstrap over the records; for a share of records
-          Wilson's)
-        - change: that of the metric
-        - over_start: the metric's change against `start`, the adapter of the public start
-        - for preference pairs also evaluation.pairs.pair_facts"""
+        - records: the number of records
+        - intervals: for the metric and the loss, the 95 % intervals of the base's figure, the
+          adapter's, and the change (paired bootstrap over the records; Wilson's for a share of
+          records)
+        - change: the interval of the metric's change
+        - over_start: the interval of the metric's change against `start`, the adapter of the public
+          start
+        - pairs: for preference pairs, evaluation.pairs.pair_facts"""
         before, after = self.untouched, self.scores(adapter, with_kl=True)
         bounds = {
             name: {key: list(bound) for key, bound in intervals(before, after, name).items()}
@@ -193,9 +196,9 @@ class Evaluator:
         return facts | self.pairs_of(before, after)
 
     def by_class(self, adapter: Arrays) -> list[dict[str, Any]]:
-        """Return for each of the study's classes its name, records, recall (None without
-        records) and predicted, the number of all records predicted as this class; [] if records
-        have no class."""
+        """Return a row for each of the study's classes: "name", "records" (their number), "recall"
+        (None without records) and "predicted" (how many of all records are predicted as this
+        class); [] if records have no class."""
         scores = self.scores(adapter) if self._labels else self.untouched
         rows = []
         for index, name in enumerate(self._labels):
@@ -219,7 +222,7 @@ class Evaluator:
         """Score every record with `adapter`. The network's arrays are restored afterwards.
 
         with_kl: for pairs also compute the divergence from the base, which takes a second pass."""
-        self.network.load_frozen(self._factor)  # the network may have served another study since
+        self.network.load_frozen(self._factor)  # another study may have used the network since
         trainable = self.network.zero() if adapter is None else adapter
         with self.network.loaded(trainable=trainable):
             n = len(self)
@@ -249,15 +252,16 @@ class Evaluator:
         scores.exact[index] = scores.chosen[index] == scores.gold[index]
 
     def _choose(self, logits: torch.Tensor, index: np.ndarray, scores: Scores) -> None:
-        """Enter the likeliest class by these logits (B, K), and its probability."""
+        """Enter into `scores` the likeliest class of each record by these logits (B, K), and its
+        probability."""
         scores.chosen[index] = logits.argmax(dim=1).cpu().numpy()
         if scores.confidence is not None:
             shares = torch.softmax(logits.double(), dim=1)
             scores.confidence[index] = shares.amax(dim=1).cpu().numpy()
 
     def _pairs(self, batch: Batch, scores: Scores) -> None:
-        """Score pairs: a completion is preferred if its score (a trained head) or its likelihood
-        per token is higher; per token, so that length gives no advantage."""
+        """Score a batch of pairs. The margin compares the scores of a trained head or, without one,
+        the mean log-likelihoods of a completion's tokens, so that length gives no advantage."""
         index = batch.index.numpy()
         if self.network.head is None:
             preference = likelihood(self.network, batch).mean
@@ -268,7 +272,7 @@ class Evaluator:
         scores.margin[index] = (better - worse).double().cpu().numpy()
         if self._objective.record_format == "preference":
             losses = self._objective.losses(self.network, batch)
-        else:  # judgements are evaluated on pairs: how likely the better completion is
+        else:  # kto, whose loss needs judgements: report the better completion's mean nats
             losses = -better
         scores.loss[index] = losses.double().cpu().numpy()
 
@@ -282,8 +286,8 @@ class Evaluator:
             self._choose(first_logits(self.network, hidden, batch, self._single), index, scores)
 
     def _most_likely(self, with_choices: CachedDataset) -> tuple[np.ndarray, np.ndarray]:
-        """Return the choice of highest log-likelihood, summed over its tokens, and its share
-        among the choices' likelihoods, (n,) each."""
+        """Return for each record, (n,) each, the choice of highest log-likelihood, summed over its
+        tokens, and its share in the sum of all choices' likelihoods."""
         likelihood = np.zeros(len(self) * self._choices)
         comparing = reporter("comparing the choices on the records")
         for batch in with_choices.batches(range(len(likelihood)), on_work=comparing):
@@ -307,8 +311,8 @@ class Evaluator:
 
 
 def _keep(file: str, states: list[HiddenStates]) -> None:
-    """Keep the states of a file's records in this process until those of _MOST other files were
-    added."""
+    """Keep the states of a file's records in this process, and drop those of all but the _MOST
+    newest files."""
     _states.pop(file, None)
     _states[file] = states
     for old in [*_states][:-_MOST]:
@@ -318,14 +322,15 @@ def _keep(file: str, states: list[HiddenStates]) -> None:
 def _choice_tokens(
     tokenizer: PreTrainedTokenizerBase, data: Dataset, choices: Sequence[str], max_length: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Return the tokens of each choice, and which of them each record's completion is.
+    """Return the tokens of each choice, and for each record the number of the choice that is its
+    completion.
 
     Errors: ConfigError (invalid choices), DataError (a completion that is not a choice)."""
     ids = choice_ids(tokenizer, choices)
     end = [tokenizer.eos_token_id]
     gold = []
     cut = 0
-    # White space after a completion or a choice does not count, unless it tells two choices apart.
+    # White space at the end is ignored, unless two choices differ by it alone.
     texts = [str(tokenizer.decode(i)).rstrip() for i in ids]
     texts = texts if len(set(texts)) == len(texts) else []
     for example in data.examples:

@@ -1,13 +1,14 @@
-"""Forecast what one release of class statistics adds to what public records alone give.
+"""Forecast the accuracy that one release of class statistics adds to that of public records alone.
 
-Public records say where each class's mean may lie and how its records spread. From that this draws
-classes, then records of the sites, carries out the release on them at the plan's noise, and judges
-its head and the public start on further records that are drawn alike. Over many draws that gives an
-interval for the gain in accuracy. Few public records leave the means uncertain, so they make no
-certain forecast. No record of a site is read, and it costs no ε.
+From public records follow a distribution of each class's mean and the spread of a class's records.
+The forecast draws classes from it, then records of the sites, simulates the release on them with
+the plan's noise, and compares its head with the public start on further records that are drawn in
+the same way. Many such draws give an interval for the gain in accuracy. With few public records the
+means are uncertain, and so the interval is wide. No record of a site is read, so this costs no ε.
 
-The model assumes Gaussian classes of one spread, and sites with the public shares of classes: if
-the sites' records differ in kind from the public ones, so does the gain."""
+The model assumes that classes are Gaussian with a common spread, and that sites have the public
+shares of classes. If the sites' records are of another kind than the public ones, the gain
+differs."""
 
 from __future__ import annotations
 
@@ -27,19 +28,20 @@ Array = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
 
 HEADING = "expected gain over what public records alone give"
-DRAWS, FEWER = 60, 30  # of classes, records and noise: of the plan, and of what might be changed
-JUDGES = 2000  # drawn records that judge
-POOL = 6000  # deviations from a class's mean, of which all records are made
-COVERED = (0.05, 0.95)  # what the intervals leave out below and above
-ROUGH = 0.1  # of the units, of classes that public records lack
-LEAST = 0.005  # of accuracy: less is no gain
-MOST_UNITS = 10_000  # of a site, up to which it is looked for where the study becomes worth its ε
-# Records spread further than the public ones do about their own mean and in their own basis. The
-# spread with which held-out public records would be as hard as they are found to be is too wide:
-# some of them are like no class. This share of its logarithm is taken; chosen on two sets.
+DRAWS, FEWER = 60, 30  # number of draws for the plan itself, and for each variant of it
+JUDGES = 2000  # drawn records on which the two heads are compared
+POOL = 6000  # drawn deviations from a class's mean, from which all records are made
+COVERED = (0.05, 0.95)  # the quantiles of the draws at which an interval begins and ends
+ROUGH = 0.1  # share of units in classes that public records lack, above which a forecast is rough
+LEAST = 0.005  # the smallest difference of accuracy that counts as a gain
+MOST_UNITS = 10_000  # the largest number of units of a site for which a gain is looked for
+# New records spread further than public ones do about their own mean and in a basis made from them.
+# The spread at which drawn records are as hard to classify as held-out public ones is too wide,
+# since some public records resemble no class. The spread is therefore widened by this share of the
+# logarithm of that factor; the share was chosen on two data sets.
 WIDENED = 0.6
 WIDEST = 100.0
-SEARCHED = 9  # halvings of the search for it, each with so many draws of the classes
+SEARCHED = 9  # halvings in the search for that factor, each with TRIED draws of the classes
 TRIED = 8
 
 
@@ -47,10 +49,10 @@ TRIED = 8
 class Sites:
     """The sites of a study, as declared.
 
-    - sizes: their units
-    - sigma: of one dose of noise over all rounds, in multiples of a unit's bound
-    - doses: the number of doses in the sum: one for each site, or n / (n - t) if n sites share one,
-      of which t collude"""
+    - sizes: the declared number of units of each
+    - sigma: standard deviation of one dose of noise over all rounds, in multiples of a unit's bound
+    - doses: the number of doses of noise in the sum: one for each site or, if n sites of which t
+      may collude share one dose, n / (n - t)"""
 
     sizes: tuple[int, ...]
     sigma: float
@@ -80,18 +82,16 @@ class Interval:
 class ExpectedGain:
     """The accuracy that a study is expected to add to what public records alone give.
 
-    - gain: on an unlimited number of records
-    - start: predicted accuracy of the public start
-    - records, found: of the [evaluation] set, and the gain that it would show
-    - worth_from: units of a site from which on the gain's lower end is above zero; None if that is
-      not before MOST_UNITS
-    - shared, one_more: the gain with one dose of noise for all sites (None: it is shared already),
-      and with one more site
-    - rough: classes that public records lack and of which a share was declared: for them the
-      forecast depends on their names
-    - unknown: classes without a forecast, since the plan names them and neither public records nor
-      a
-      share tell how many units they have"""
+    - gain: the gain that an unlimited number of records would show
+    - start: the predicted accuracy of the public start
+    - records, found: the number of [evaluation] records, and the gain that they would show
+    - worth_from: the number of units of a site from which on the lower end of the gain is above
+      zero; None if it is larger than MOST_UNITS
+    - shared, one_more: the gain if all sites share one dose of noise (None if they do already), and
+      with one more site
+    - rough: classes that public records lack and whose share of units was declared; the forecast
+      for them depends on their names alone
+    - unknown: classes without a forecast: public records lack them, and no share was declared"""
 
     gain: Interval
     start: float
@@ -107,7 +107,8 @@ class ExpectedGain:
 
     @property
     def is_none(self) -> bool:
-        """Whether even the upper end is not a gain, and no unknown class might bring one."""
+        """Whether no gain is expected: even the interval's upper end is below LEAST, and there is
+        no unknown class that could add to it."""
         return self.gain.high < LEAST and not self.unknown
 
     @property
@@ -120,7 +121,8 @@ class ExpectedGain:
 
     @property
     def warning(self) -> str:
-        """Return a one-line warning that nothing may be gained; "" if something is."""
+        """Return a one-line warning if the study may gain nothing; "" if the whole interval is
+        above zero, or a class without a forecast might add a gain."""
         if self.is_none:
             return "NOT WORTH ITS ε: public records alone give as much"
         if self.is_sure or self.unknown:
@@ -162,8 +164,8 @@ class ExpectedGain:
 def expected_gain(
     world: World, sites: Sites, labels: Sequence[str], records: int = 0
 ) -> ExpectedGain:
-    """Forecast a release's gain, and how it would change with more units, with shared noise and
-    with one more site."""
+    """Forecast a release's gain, and its change with more units, with shared noise and with one
+    more site. records: the number of [evaluation] records."""
     own = world.draw(sites, DRAWS)
     more = replace(
         sites,
@@ -188,8 +190,8 @@ def expected_gain(
 
 
 def worth_from(world: World, sites: Sites) -> int | None:
-    """Return the number of units, equal at each site, from which on the gain's lower end is
-    above zero, to a tenth; None if that is not before MOST_UNITS."""
+    """Return the number of units, equal at each site, from which on the lower end of the gain is
+    above zero, to within a tenth; None if it is larger than MOST_UNITS."""
 
     def is_worth(units: int) -> bool:
         report(f"foretelling the gain with {units:,} units a site")
@@ -208,10 +210,12 @@ def worth_from(world: World, sites: Sites) -> int | None:
 
 @dataclass(frozen=True)
 class Draws:
-    """Results of the draws.
+    """The results of n draws.
 
-    gains: of accuracy (n,). starts: accuracy of the public start (n,). changes: of each judging
-    record (n, JUDGES): 1 if only the release is right, -1 if only the start is, else 0."""
+    - gains: (n,), the release's accuracy minus the public start's
+    - starts: (n,), the public start's accuracy
+    - changes: (n, JUDGES), for each record 1 if only the release's head is right, -1 if only the
+      start is, else 0"""
 
     gains: Array
     starts: Array
@@ -225,11 +229,13 @@ class Draws:
 
 
 class World:
-    """A distribution of classes that is consistent with the public records, in the features' space.
+    """A distribution of classes, in the space of features, that is consistent with the public
+    records.
 
-    basis, public: as in `_posterior`. held_out: accuracy of the public start on public records from
-    which it was not made. shares: shares of the sites' units, by class number, of classes that
-    public records lack; all other classes have their public shares."""
+    - basis, public: as in strategies/_posterior.py
+    - held_out: the public start's cross-validated accuracy on public records
+    - shares: class's number -> share of the sites' units, of classes that public records lack;
+      other classes have their public shares"""
 
     def __init__(
         self, basis: Basis, public: Public, held_out: float, shares: Mapping[int, float]
@@ -249,15 +255,14 @@ class World:
 
     @property
     def rough(self) -> list[int]:
-        """The classes that public records lack and of which a share was declared, if together
-        they have so large a share that the forecast depends on them."""
+        """The classes that public records lack and whose share was declared, if together they have
+        ROUGH of the units or more; else []."""
         lacking = [number for number in self.shares if not self.public.counts[number]]
         return lacking if sum(self.shares[number] for number in lacking) >= ROUGH else []
 
     @property
     def unknown(self) -> list[int]:
-        """The classes whose number of units is known neither from public records nor from a
-        share."""
+        """The classes that have neither public records nor a declared share."""
         found = np.flatnonzero(self.public.counts == 0).tolist()
         return [number for number in found if number not in self.shares]
 
@@ -293,8 +298,8 @@ class World:
         return means, shares / shares.sum()
 
     def _sums(self, random: np.random.Generator, means: Array, shares: Array, units: int) -> Array:
-        """Return the sums that sites release, before noise, (K, k + 1), of units of one record
-        each."""
+        """Draw units of one record each, and return the sums (K, k + 1) that sites would release,
+        before noise."""
         counts = random.multinomial(units, shares)
         labels = np.repeat(np.arange(len(means)), counts)
         k = self.basis.released
@@ -307,14 +312,15 @@ class World:
     def _judges(
         self, random: np.random.Generator, means: Array, shares: Array
     ) -> tuple[Array, Labels]:
-        """Return records (JUDGES, d) on which the models are compared, and their classes."""
+        """Draw the records (JUDGES, d) on which both heads are compared; return them and their
+        classes (JUDGES,)."""
         labels = random.choice(len(means), JUDGES, p=shares)
         rows = means[labels] + self.pool[:JUDGES]
         lengths = np.linalg.norm(rows[:, : self.basis.released], axis=1, keepdims=True)
         return rows / np.maximum(1.0, lengths), labels
 
     def _compute_widening(self, held_out: float) -> float:
-        """Return the factor of the spread's variances; see WIDENED."""
+        """Return the factor on the variances of a class's records; see WIDENED."""
         low = -math.log(WIDEST) / 4
         high = math.log(WIDEST)
         narrow = self.pool
@@ -327,7 +333,8 @@ class World:
         return math.exp(WIDENED * middle)
 
     def _start_in(self, random: np.random.Generator) -> float:
-        """Return the public start's accuracy in one draw, on the classes that it knows."""
+        """Return the public start's accuracy in one draw of the classes that public records
+        have."""
         means, shares = self._drawn_classes(random)
         shares = np.where(self.public.counts > 0, shares, 0.0)
         judges, labels = self._judges(random, means, shares / shares.sum())
@@ -339,7 +346,7 @@ def _is_right(head: posterior.Head, rows: Array, labels: Labels) -> npt.NDArray[
 
 
 def interval(gains: Array) -> Interval:
-    """Return the mean and the interval of a gain's draws."""
+    """Return the mean of drawn gains (n,), and their interval between the quantiles COVERED."""
     low, high = np.quantile(gains, COVERED)
     return Interval(float(gains.mean()), float(low), float(high))
 

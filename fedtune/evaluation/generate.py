@@ -30,20 +30,21 @@ def generate(
 
     Args:
         file: the image or recording, for a base that reads one.
-        chat: put the prompt into the model's chat template. None: do so if the study's evaluation
-            records are conversations, or if it has none; else put the prompt into
-            objective.template, as in training.
+        chat: whether to put the prompt into the model's chat template. None: do so if the study's
+            evaluation records are conversations, or if it has no such records; else put the prompt
+            into objective.template, as in training.
 
-    Returns both texts. The model is loaded by PEFT, as any user of the adapter would load it.
+    Returns both texts. The model is loaded by PEFT, in the way of any other user of the adapter.
 
     Errors: ConfigError (no language model), ModelError."""
     return Writer(run)(prompt, max_new_tokens, chat=chat, file=file)
 
 
 class Writer:
-    """A run's base and adapter, loaded at the first prompt, which answer one after another.
+    """A run's base and adapter, which are loaded at the first prompt and answer further prompts
+    too.
 
-    Errors, of the constructor and of a call: as `generate`'s."""
+    Errors of the constructor and of a call: as for `generate`."""
 
     def __init__(self, run: Run) -> None:
         from fedtune.core import modalities
@@ -80,7 +81,7 @@ class Writer:
         if media is not None:
             inputs |= media_inputs(backbone, self._base.kind, media, inputs["input_ids"])
         start = "input_ids"
-        if self._base.kind == "speech":  # text goes to the decoder, sound to the encoder
+        if self._base.kind == "speech":  # the decoder reads the text, and the encoder the sound
             start = "decoder_input_ids"
             inputs = {"input_features": inputs["input_features"], start: inputs["input_ids"]}
         asked = (self._tokenizer, inputs, start, max_new_tokens)

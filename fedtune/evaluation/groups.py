@@ -14,7 +14,7 @@ from fedtune.core.data.sources._interface import BadCell, Names
 from fedtune.core.errors import ConfigError
 
 MISSING = "(missing)"
-MOST_GROUPS = 50  # of one column
+MOST_GROUPS = 50  # the largest number of groups in one column
 KEY = "schedule.groups.{column}"
 
 
@@ -29,18 +29,19 @@ def group_of(cell: object) -> str:
 def groups_of(
     table: EvaluationTable, columns: Sequence[str], read: Dataset
 ) -> dict[str, list[str]]:
-    """Read, by column, the group of each public record that was `read` of the table's file.
+    """Return column -> the group of each record in `read`, which was read from the table's file.
 
-    Errors: DataError (a column that is not there), ConfigError (too many values)."""
+    Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
     failed = {(f.file, f.row) for f in read.counts.failed}
     places = [record.place for record in read_file(table).records]
     usable = [place for place in places if place and (place.file, place.row) not in failed]
-    assert len(usable) == len(read.examples)  # each of its own row, in the file's order
+    assert len(usable) == len(read.examples)  # one row for each record, in the file's order
     return groups_at(table, columns, usable, lambda column, cell: group_of(cell), KEY)
 
 
 def count_groups(table: EvaluationTable, columns: Sequence[str]) -> dict[str, Counter[str]]:
-    """Count, by column, a public file's records of each group. Errors: as groups_at."""
+    """Return column -> the number of a public file's records in each group. Errors: as
+    groups_at."""
     if not columns:
         return {}
     places = [record.place for record in read_file(table).records]
@@ -56,11 +57,12 @@ def groups_at(
     key: str,
     todo: str = "name another column",
 ) -> dict[str, list[str]]:
-    """Read, by column, the group of the record at each place.
+    """Return column -> the group of the record at each of `places`.
 
-    name: of a column's cell, which group it is; key: the configuration's, of a {column}.
+    name: maps a column and a cell to the group's name. key: the configuration key for error
+    messages, with {column} in it. todo: what an error message suggests.
 
-    Errors: DataError (a column that is not there), ConfigError (too many values)."""
+    Errors: DataError (a column is missing), ConfigError (a column has too many values)."""
     keys = keys_of(file) | {key.format(column=column): column for column in columns}
     cells: dict[Place, dict[str, str]] = {}
     for place, row in site_rows(file, Names(file.where, keys), strict=True):

@@ -1,7 +1,7 @@
-"""Measure side effects of a preference run beside its share of pairs in order: loss, margin, KL
-and length.
+"""Measure the side effects of a preference run, besides its share of pairs that are ordered
+correctly: loss, margin, KL divergence and preference by length.
 
-Everything is measured on public pairs, so that none of it costs ε."""
+All figures are measured on public pairs, so they cost no ε."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from fedtune.report.scores import Scores
 if TYPE_CHECKING:
     from fedtune.core.objectives._interface import Batch, Network
 
-ROWS = 256  # positions whose logits over the vocabulary are held at once, of two models
+ROWS = 256  # the number of positions whose logits, of two models, are in memory at a time
 
 
 @dataclass
 class PairScores:
     """Likelihoods and lengths of n pairs' answers, (n, 2) each: columns chosen, rejected.
 
-    lengths: tokens of prompt and answer; targets: tokens of the answer; logps: log-likelihood of
-    the answer, nats, summed over its tokens; kl: from the base, nats, summed alike. A trained head
-    has no targets, and zeros for the last two."""
+    - lengths: number of tokens of prompt and answer
+    - targets: number of tokens of the answer
+    - logps: log-likelihood of the answer in nats, summed over its tokens
+    - kl: KL divergence from the base in nats, summed over the answer's tokens
+
+    With a trained head targets, logps and kl are zero."""
 
     lengths: np.ndarray
     targets: np.ndarray
@@ -42,11 +45,12 @@ class PairScores:
 
     @property
     def per_token(self) -> np.ndarray:
-        """Return mean log-likelihoods of an answer's tokens, (n, 2), nats."""
+        """Return the mean log-likelihood of each answer's tokens, (n, 2), in nats."""
         return np.asarray(self.logps / np.maximum(self.targets, 1))
 
     def add(self, network: Network, batch: Batch, *, with_kl: bool) -> None:
-        """Score a batch of pairs. with_kl: against the base, which takes a second pass."""
+        """Score a batch of pairs. with_kl: whether to compute the divergence from the base, which
+        takes a second pass."""
         rows = batch.index.numpy()
         self.lengths[rows] = _pairs(batch.mask.sum(dim=1))
         if network.has_head:
@@ -62,10 +66,11 @@ def _pairs(values: torch.Tensor) -> np.ndarray:
 
 
 def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
-    """Compute KL(policy ‖ base) of the next token, summed over each passage's targets, (R,) nats.
+    """Compute KL(policy ‖ base) of the next token, summed over each passage's targets, (R,), in
+    nats.
 
-    The sum over the vocabulary is exact at each position; the positions are those of the answers in
-    the data, not of answers that the policy wrote. 0 where the adapter changes nothing."""
+    The sum over the vocabulary is exact at each position. The positions are those of the answers in
+    the data, not of answers that the policy wrote."""
     keep, targets = select_labelled(batch.target_ids)
     hidden = network.hidden(batch.prefix, batch.mask, keep, batch.tower_states).flatten(0, 1)
     with network.base_only():
@@ -81,9 +86,8 @@ def divergence_from_base(network: Network, batch: Batch) -> torch.Tensor:
 
 
 def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float]:
-    """Return the figures of a round: margin, chosen_logp and kl, as `pair_facts` defines them.
-
-    Only margin if a head was trained."""
+    """Return a round's figures margin, chosen_logp and kl, as `pair_facts` defines them; margin
+    alone if a head was trained."""
     figures = {"margin": float(_margins(before, after, beta).mean())}
     if _writes_text(after):
         assert after.pairs is not None
@@ -95,7 +99,8 @@ def round_figures(before: Scores, after: Scores, beta: float) -> dict[str, float
 def pair_facts(
     before: Scores, after: Scores, beta: float, *, own_loss: bool = True
 ) -> dict[str, Any]:
-    """Describe what training changed on n pairs, from the scores of base and adapter.
+    """Return the changes by training on n pairs, from the scores of base (before) and adapter
+    (after). β: as in the objective. own_loss: whether the measured loss is the objective's.
 
     | records     | n |
     | preference  | share of pairs in order, before, after; interval: Wilson's, of after |

@@ -41,9 +41,9 @@ from fedtune.runs.run import Run
 log = logging.getLogger("fedtune.data")
 
 Records = DataFile | Path | str | Iterable[Mapping[str, Any] | str]
-LINES = ".txt"  # one text a line, for a run with a head
-LARGEST = 2**30  # bytes of such a file
-CHUNK = 1024  # records whose states are held at once
+LINES = ".txt"  # suffix of a file with one text a line, for a run with a head
+LARGEST = 2**30  # largest size of such a file, in bytes
+CHUNK = 1024  # the number of records whose states are in memory at a time
 
 
 def predict(
@@ -57,16 +57,18 @@ def predict(
     """Predict the label, or a reward's score, of each record with a finished run.
 
     Args:
-        records: a .csv, .jsonl or .parquet file, with or without its columns (else the study's), or
-            a .txt file of one text a line; or rows: dicts, texts, a DataFrame. No label is read.
-        choices: of a run without a head, the completions to choose from; without: the study's.
-        base_alone: predict without the adapter; a head is then as it was before training, at zero,
-            and each class as likely as any other.
-        ids: columns of the records that go with their predictions, such as a key to join them by.
+        records: a .csv, .jsonl or .parquet file, by its path (with the study's columns) or with
+            columns of its own; or a .txt file with one text a line; or rows: dicts, texts, or a
+            DataFrame. No label is read.
+        choices: for a run without a head, the completions to choose from; by default the study's.
+        base_alone: predict without the adapter; a head is then zero, and all its classes are
+        equally
+            likely.
+        ids: columns of the records that are copied to their predictions, such as a key.
 
-    A trained head gives a probability to each of its classes, a reward head a score to each prompt
-    with its completion. A causal model picks the choice of highest log-likelihood, as `evaluate`
-    scores them. A record that cannot be used keeps its place, with the reason.
+    A trained head gives each class a probability, and a reward head gives each prompt with its
+    completion a score. A causal model predicts the choice of highest log-likelihood, as `evaluate`
+    does. A record that cannot be used keeps its place in the result, with the reason.
 
     >>> import fedtune
     >>> fedtune.predict(fedtune.Run("runs/none"), ["Does it hurt?"])
@@ -74,8 +76,8 @@ def predict(
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (nothing to choose from, ids that the result has already), DataError,
-    ModelError."""
+    Errors: ConfigError (no choices, or a column in `ids` has a name of the result's own),
+    DataError, ModelError."""
     study = run.study
     headed = study.objective.resolved.outputs > 0
     table = study.evaluation
@@ -91,7 +93,7 @@ def predict(
     ids = tuple(dict.fromkeys(ids))
     check_ids(ids)
     asked = _Asked.of(study, records, headed, ids)
-    source = _rows(records, asked)  # checked before the model is loaded
+    source = _rows(records, asked)  # before the model is loaded, so that errors come early
     predictor = _Predictor(run, asked, offered, base_alone)
     outputs: list[np.ndarray] = []
     reasons: list[str] = []
@@ -106,8 +108,8 @@ def predict(
 
 
 def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
-    """Return a column's cells, all of one type that every format holds, else as texts; None for
-    a cell that is missing or cannot be read."""
+    """Return a column's cells. If all have one type that every file format can hold, they are
+    unchanged, else texts; None stands for a cell that is missing or unreadable."""
     cells: list[Carried] = []
     for row in source:
         row = row.cells if isinstance(row, BadCell) else row
@@ -125,7 +127,8 @@ def _column(source: Sequence[Row | str], name: str) -> tuple[Carried, ...]:
 
 
 class _Asked(NamedTuple):
-    """The columns to read, by part of a record, and where each is named."""
+    """The columns to read: the column of each part of a record, and the configuration key that
+    names it."""
 
     columns: dict[str, str]
     keys: dict[str, str]
@@ -141,7 +144,7 @@ class _Asked(NamedTuple):
         named = given or (table.columns if table else Columns(text="text"))
         if not headed:
             parts = ["messages"] if named.messages else ["prompt"]
-            if named.media and named.text:  # what is said in a recording: it has no prompt
+            if named.media and named.text:  # the text is a recording's transcript, not a prompt
                 parts = []
         elif study.objective.resolved.record_format == "label":
             parts = ["text"] if named.text or not named.media else []
@@ -160,7 +163,7 @@ class _Asked(NamedTuple):
 
 
 def _rows(records: Records, asked: _Asked) -> list[Row | str]:
-    """Read all rows, or the reason why one is rejected. Errors: DataError."""
+    """Read all rows; in place of a row that is rejected, return the reason. Errors: DataError."""
     if isinstance(records, DataFile | Path | str):
         path = records.path if isinstance(records, DataFile) else Path(records)
         if path.is_dir():
@@ -177,7 +180,7 @@ def _rows(records: Records, asked: _Asked) -> list[Row | str]:
 
 
 def _lines(path: Path, asked: _Asked) -> list[Row | str]:
-    """Read one text a line."""
+    """Read a file with one text a line as rows."""
     if list(asked.columns) != ["text"] or len(asked.keys) > 1:
         more = [key for key, column in asked.keys.items() if column not in asked.columns.values()]
         raise DataError(
@@ -191,9 +194,10 @@ def _lines(path: Path, asked: _Asked) -> list[Row | str]:
 
 
 def _list_rows(records: Iterable[Any], asked: _Asked) -> Iterator[Row | str]:
-    """Read rows from memory; a text is the first column's. Errors: DataError (no such column)."""
+    """Yield rows from memory. A plain text is a row's first column. Errors: DataError (a column is
+    missing)."""
     names = Names(Path("records"), asked.keys)
-    if hasattr(records, "to_dict"):  # a DataFrame: its NaN is a missing value
+    if hasattr(records, "to_dict"):  # a DataFrame, in which NaN stands for a missing value
         frame: Any = records
         records = frame.astype(object).where(frame.notna(), None).to_dict("records")
     for row in records:
@@ -218,7 +222,8 @@ class _Predictor:
         if study.lora:  # the saved A is loaded, however it was initialised
             adopted = {"a_init": "public", "a_digest": None, "preconditioner": None}
             study = study.model_copy(update={"lora": study.lora.model_copy(update=adopted)})
-        # Of class statistics a finished run keeps the head that was made of them, and no basis.
+        # With class statistics, a finished run holds the head that was built from them, and no
+        # basis.
         asked_of = study.objective.model_copy(update={"basis_digest": None})
         study = study.model_copy(update={"objective": asked_of})
         frozen = {name: value for name, value in saved.items() if "lora_A" in name}
@@ -229,7 +234,7 @@ class _Predictor:
         self.labels = choices or (() if objective.scores else study.objective.labels)
         self._ids = choice_ids(tokenizer, choices) if choices else []
         self._single = single_tokens(self._ids, self._network) if choices else None
-        # The prompt is cut as it would be before the longest choice, whatever is the right one.
+        # The prompt is cut as if the longest choice followed, so that all choices have one prompt.
         sizes = [len(ids) for ids in self._ids]
         self._longest = choices[sizes.index(max(sizes))] if choices else ""
         self._reader = UnitReader(
@@ -242,7 +247,8 @@ class _Predictor:
         )
 
     def __call__(self, chunk: Sequence[Row | str]) -> tuple[np.ndarray, list[str]]:
-        """Compute (n, outputs), NaN for rows that cannot be used, and the reasons."""
+        """Compute the outputs (n, K) of a chunk of rows, NaN for rows that cannot be used, and the
+        reasons why they cannot ("" for the others)."""
         read = [self._example(row) for row in chunk]
         at = [n for n, example in enumerate(read) if isinstance(example, Example)]
         outputs = np.full((len(read), max(1, len(self.labels))), np.nan)
@@ -251,16 +257,16 @@ class _Predictor:
         return outputs, ["" if isinstance(e, Example) else e for e in read]
 
     def _example(self, row: Row | str) -> Example | str:
-        """Tokenise one row, or return why it cannot be used."""
+        """Tokenise one row; return the reason if it cannot be used."""
         if isinstance(row, str):
             return row
         try:
             unit = self._reader([self._record(row)])
         except Rejected as error:
             return error.reason
-        except ConfigError:  # an extra is not installed
+        except ConfigError:  # an optional package is not installed
             raise
-        except Exception as error:  # of a library: its message may quote the record
+        except Exception as error:  # a library's error, whose message may quote the record
             log.warning("a record cannot be read (%s)", type(error).__name__)
             return "cannot be read"
         return unit.examples[0] if unit.examples else unit.rejected[0][1]
@@ -272,7 +278,7 @@ class _Predictor:
                 media = self._folder.read(text_of(row.get(columns[kind])), kind)
         if "messages" in columns:
             turns = _messages(row.get(columns["messages"]), labelled=False)
-            if turns[-1][0] == "assistant":  # its own answer, which is not read
+            if turns[-1][0] == "assistant":  # the conversation ends with an answer: leave it out
                 turns = turns[:-1]
             return Record("", messages=(*turns, ("assistant", self._longest)), media=media)
         text = text_of(row.get(columns["text"])) if "text" in columns else ""
@@ -290,7 +296,7 @@ class _Predictor:
             examples = [with_choice(example, ids) for example in examples for ids in self._ids]
         width = 1 if one_by_one or not self.labels else len(self.labels)
         outputs = np.empty((len(examples), width))
-        network.load_frozen(self._frozen)  # the network may have served another study since
+        network.load_frozen(self._frozen)  # another study may have used the network since
         with network.loaded(trainable=self._trained):
             data = CachedDataset(network, Dataset(examples, len(examples), Counter()))
             data.warm()

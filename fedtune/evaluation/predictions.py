@@ -17,20 +17,21 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.files.writing import replace
 
 Rows = list[dict[str, Any]]
-Carried = str | int | float | None  # a cell of the records that goes with its prediction
-DIGITS = 6  # significant, of what people read and other programs join; fp32 has hardly more
-SHARE = "probability."  # before the label, in the name of a column
+Carried = str | int | float | None  # a cell of a record that is copied to its prediction
+DIGITS = 6  # significant digits of written numbers; fp32 has hardly more
+SHARE = "probability."  # the prefix of a column with a label's probability
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Predictions:
-    """The predictions of a run for n records, in order; of the records' content only the
-    requested columns are held.
+    """The predictions of a run for n records, in the records' order.
 
-    labels: the K classes or choices; empty where a head gives one score. outputs: (n, K) fp64, the
-    head's logits or the choices' log-likelihoods (nats), or (n, 1) scores; NaN where the record
-    cannot be used. reasons: why it cannot, "" where it can. carried: columns of the records that go
-    with them, (n,) each."""
+    - labels: the K classes or choices; empty for a reward head
+    - outputs: (n, K), fp64, the head's logits or the choices' log-likelihoods in nats; (n, 1)
+      scores for a reward head; NaN for a record that cannot be used
+    - reasons: (n,), why a record cannot be used, "" if it can
+    - carried: columns that were copied from the records on request, (n,) each; no other content of
+      the records is held"""
 
     labels: tuple[str, ...]
     outputs: np.ndarray
@@ -46,20 +47,20 @@ class Predictions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the labels as people read them: the text between prompt and choice, such as a
-        space, is left out if all labels still differ."""
+        """Return the labels for people: white space at their ends is left out, if all labels still
+        differ."""
         names = tuple(label.strip() for label in self.labels)
         return names if len({*names}) == len(names) else self.labels
 
     @property
     def rejected(self) -> Counter[str]:
-        """Count the records that cannot be used, by reason."""
+        """Return reason -> the number of records that cannot be used for it."""
         return Counter(reason for reason in self.reasons if reason)
 
     @property
     def probabilities(self) -> np.ndarray:
-        """Compute each label's probability, (n, K): a softmax over the outputs; NaN where the
-        record cannot be used. (n, 0) of scores."""
+        """Compute each label's probability, (n, K), by a softmax over the outputs; NaN for a record
+        that cannot be used. For a reward head the shape is (n, 0)."""
         if not self.labels:
             return np.empty((len(self), 0))
         with np.errstate(invalid="ignore"):
@@ -69,8 +70,8 @@ class Predictions:
 
     @property
     def predicted(self) -> list[str | None]:
-        """Return each record's likeliest label, the first of equal ones; None where the record
-        cannot be used, or has a score."""
+        """Return each record's likeliest label (the first of equally likely ones); None for a
+        record that cannot be used, and for a reward head."""
         if not self.labels:
             return [None] * len(self)
         return [
@@ -80,7 +81,8 @@ class Predictions:
 
     @property
     def scores(self) -> np.ndarray:
-        """Return a reward head's score of each record, (n,); NaN elsewhere."""
+        """Return a reward head's score of each record, (n,); NaN for a record that cannot be used,
+        and for any other run."""
         return np.full(len(self), np.nan) if self.labels else self.outputs[:, 0]
 
     def rows(self) -> Rows:
@@ -103,8 +105,9 @@ class Predictions:
         return rows
 
     def write(self, out: Path | str) -> Path:
-        """Write `rows` to a .csv, .jsonl or .parquet file, for this user alone (0600); what lies
-        there is replaced. Errors: ConfigError (another suffix), InfrastructureError."""
+        """Write `rows` to a .csv, .jsonl or .parquet file that only this user can read (0600), and
+        return its path. An existing file is replaced. Errors: ConfigError (another suffix),
+        InfrastructureError."""
         out = check_out(out)
         return replace(out, WRITERS[out.suffix.lower()](self.rows()), private=True)
 
@@ -154,7 +157,7 @@ def _parquet(rows: Rows) -> bytes:
     kinds = {"row": pyarrow.int64(), "prediction": pyarrow.string(), "reason": pyarrow.string()}
     for name in rows[0]:
         if name == "score" or name.startswith(SHARE):
-            kinds[name] = pyarrow.float64()  # where all are None too
+            kinds[name] = pyarrow.float64()  # also if all values are None
         elif name not in kinds:
             kinds[name] = pyarrow.array([row[name] for row in rows]).type
     schema = pyarrow.schema([(name, kinds[name]) for name in rows[0]])

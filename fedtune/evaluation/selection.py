@@ -11,7 +11,7 @@ from fedtune.core.errors import DataError
 
 
 def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
-    """Return a digest of each record's content, by which it is recognised in another file.
+    """Return the digests of all records' contents, by which a record is recognised in another file.
 
     Errors: DataError."""
     records, _ = read_records(table, unit="record", labelled=True)
@@ -19,16 +19,17 @@ def digests_of(table: EvaluationTable | PublicTable) -> frozenset[str]:
 
 
 def taught_by(study: Study) -> PublicTable | None:
-    """Return the public records whose answers the model learns before its first round, if any."""
+    """Return the [public] table if the model learns the answers of its records before the first
+    round; else None."""
     taught = study.start and (study.start.steps or study.start.head == "public")
     return study.public if taught else None
 
 
 def check_apart(study: Study) -> None:
-    """Check that no two of [public], if its answers are trained on ([start]), [selection] and
-    [evaluation] share a record.
+    """Check that [selection], [evaluation] and, if [start] trains on its answers, [public] have no
+    record in common.
 
-    Errors: DataError where they do, or where a file cannot be read."""
+    Errors: DataError if two of them share a record, or a file cannot be read."""
     files = {
         "public": taught_by(study),
         "selection": study.selection,
