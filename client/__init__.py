@@ -1,1 +1,1 @@
-"""What runs at a site: the ClientApp, the site's worker and its policy."""
+"""The ClientApp that runs at a site."""

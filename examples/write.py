@@ -1,4 +1,4 @@
-"""Files of an example: JSON lines, and TOML from plain dictionaries."""
+"""Write the files of an example: JSON lines, and TOML from plain dictionaries."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def toml(path: Path, tables: Table, comment: str) -> Path:
-    """`tables` as TOML under one line of comment; a key whose value is None is left out."""
+    """Write `tables` as TOML below one line of comment, and return the path. A key whose value is
+    None is left out."""
     return _text(path, f"# {comment}\n" + "\n".join(_lines(tables, "")) + "\n")
 
 
 def merged(below: Table, above: Table) -> Table:
-    """`below` with the values of `above`, table by table."""
+    """Return a copy of `below` in which the values of `above` replace or extend those of each
+    table."""
     both = {**below, **above}
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
@@ -38,7 +40,7 @@ def _lines(table: Table, name: str) -> list[str]:
     lines = [f"[{name}]"] if name else []
     for key, value in table.items():
         if value is not None and not isinstance(value, dict):
-            # JSON's strings, numbers, booleans and lists are TOML's.
+            # JSON's strings, numbers, booleans and lists are valid TOML.
             lines.append(f"{_key(key)} = {json.dumps(value, ensure_ascii=False)}")
     for key, value in table.items():
         if isinstance(value, dict):

@@ -1,1 +1,1 @@
-"""The coordinator: admits sites, runs rounds, keeps a checkpoint. It never sees a record."""
+"""The ServerApp that runs at the coordinator, which never sees a record."""

@@ -1,17 +1,17 @@
-"""Write three hospitals whose desks change: records before, records after, and the study on
-them.
+"""Write three hospitals whose desks change during a study: their records before and after the
+change, and the study.
 
     study.toml                    the public plan: a [schedule] and no last round
     sites/<name>/site.toml        one hospital's own file
     sites/<name>/notes.jsonl      its records before the change
     public.jsonl                  unlabelled, for the adapter's frozen factor
     evaluation.jsonl              public notes with the desks as they are before the change
-    later/<name>.jsonl            the same records and those of as many new patients, after it
-    later/evaluation.jsonl        the public notes with the desks as they are then
+    later/<name>.jsonl            the same records, and those of as many new patients after the
+    change later/evaluation.jsonl        the public notes with the desks after the change
 
 The task is the demo's (fedtune/demo): which desk, A to I, must see the patient. At the change, five
-of the nine departments move to another's desk, so that what was learned about them is wrong. Only
-the new patients' notes carry the new desks; what was written before stays as it was.
+of the nine departments move to the desk of another one, so that what the model has learned about
+them is wrong. Only the notes of new patients have the new desks; earlier notes keep the old ones.
 
 python -m examples.continuous.prepare --out DIR
 """
@@ -29,7 +29,7 @@ from fedtune.demo.generate import DESKS, HOSPITALS, NINE, OWN_SHARE, Hospital
 
 LIFE = 8  # rounds that a patient's budget pays for
 EPSILON, DELTA = 8.0, 1e-4
-MOVED = 5  # departments that change desks
+MOVED = 5  # the number of departments that change desks
 EVALUATED = 297
 SCHEDULE = """
 [schedule]
@@ -44,7 +44,8 @@ Rows = list[dict[str, str]]
 
 
 def write(folder: Path, seed: int = 0, patients: float = 1.0) -> Path:
-    """Write it all under `folder`; returns study.toml. patients: a share of the demo's numbers."""
+    """Write all files under `folder`, and return the path of study.toml. patients: the number of
+    patients as a multiple of the demo's."""
     rng = random.Random(seed)
     before = dict(zip(NINE, rng.sample(DESKS[:9], 9), strict=True))
     after = moved(before, rng)
@@ -64,7 +65,7 @@ def write(folder: Path, seed: int = 0, patients: float = 1.0) -> Path:
 
 
 def moved(desks: Desks, rng: random.Random) -> Desks:
-    """Return the same desks with MOVED departments each moved to the next one's desk."""
+    """Return `desks` with MOVED departments, drawn at random, each at the desk of the next one."""
     who = rng.sample(NINE, MOVED)
     return desks | {name: desks[who[(n + 1) % MOVED]] for n, name in enumerate(who)}
 
@@ -80,7 +81,7 @@ def _records(hospital: Hospital, first: int, count: int, desks: Desks, rng: rand
 
 
 def _public(desks: Desks, rng: random.Random) -> Rows:
-    """Return the same notes whatever the desks."""
+    """Return the public notes with their desks. The notes are the same for all desks."""
     rows: Rows = []
     for i in range(EVALUATED):
         hospital = HOSPITALS[i % len(HOSPITALS)]

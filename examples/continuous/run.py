@@ -2,10 +2,10 @@
 
 python -m examples.continuous.run --out DIR [--seed 0] [--nobody]
 
---nobody: the public file changes and nobody arrives, so that after the change there is only noise.
-It ends with one line of JSON: accuracy on the public records of what is released, before the
-change, at once after it, and at the end; how many versions were released and kept back; and the
-largest ε of a patient by each hospital's own ledger."""
+--nobody: the public file changes and no new patient arrives, so that the rounds after the change
+add only noise. The last line of output is JSON: the released model's accuracy on the public records
+before the change, directly after it, and at the end; the numbers of versions released and kept
+back; and the largest ε of a patient by each hospital's own ledger."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from fedtune.server.versions import Version
 
 
 def run(out: Path, seed: int = 0, *, arrive: bool = True, patients: float = 1.0) -> dict[str, Any]:
-    """Run both halves under `out`; everything is shut down and resumed between them."""
+    """Run the rounds before and after the change under `out`, and return the figures of the last
+    line. Between them all processes' state is dropped, and the study is resumed."""
     plan = write(out / "data", seed, patients)
     study, sites = load_study(plan), load_sites(out / "data" / "sites")
     simulate(study, sites, out / "run", rounds=LIFE)
-    process_cache.clear("workers")  # each site starts anew, from its files and its ledger
+    process_cache.clear("workers")  # each site starts again from its files and its ledger
     later = plan.parent / "later"
     (later / "evaluation.jsonl").replace(plan.parent / "evaluation.jsonl")
     for site in sites if arrive else ():

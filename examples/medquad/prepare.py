@@ -23,7 +23,8 @@ from typing import Any
 
 from examples.write import Table, jsonl, merged, read_jsonl, toml
 
-# Documents of each source in the published file, training part or not: public, typed here once
+# The number of documents of each source in the published file, whether they are used for training
+# or not. These are public, and written down here once.
 DOCUMENTS = {
     "CDC": 41,
     "GARD": 110,
@@ -35,10 +36,10 @@ DOCUMENTS = {
     "NIHSeniorHealth": 39,
     "NINDS": 110,
 }
-RECORDS = 4  # of a document at a site, drawn by seed; of a held-out document the first of them
-VALIDATION, TEST = 0.10, 0.15  # of a source's documents
-PUBLIC = 400  # texts
-FIRST = 0  # the seed whose test documents are everybody's
+RECORDS = 4  # records of a document: drawn by seed at a site, the first ones of a held-out document
+VALIDATION, TEST = 0.10, 0.15  # shares of a source's documents
+PUBLIC = 400  # number of public texts
+FIRST = 0  # the seed that draws the test documents, which are the same for every seed
 METRIC = "loss"
 
 STUDY: Table = {
@@ -86,7 +87,8 @@ def at(epsilon: float, rate: float, **tables: Any) -> Table:
     return private(epsilon, **merged({"training": {"learning_rate": rate}}, tables))
 
 
-# Less one lever each: the public start, the preconditioner, all but one record of a document, …
+# Arms that lack one part of the plan each: the public start, the preconditioner, all but one record
+# of a document, …
 WITHOUT: dict[str, Table] = {
     "no-start": {"start": None},
     "no-preconditioner": {"lora": {"preconditioner": None}},
@@ -95,7 +97,7 @@ WITHOUT: dict[str, Table] = {
     "three-rounds": {"training": {"rounds": 3}},
 }
 RATES = {0.5: 12.0, 1.0: 24.0, 2.0: 60.0, 3.0: 90.0, 8.0: 150.0}  # chosen on validation documents
-# The same where nine sites share one dose of noise: less noise, longer steps.
+# The same rates if nine sites share one dose of noise: with less noise, longer steps.
 SHARED = {0.5: 50.0, 1.0: 100.0, 2.0: 140.0, 3.0: 150.0, 8.0: 200.0}
 ARMS: dict[str, Table] = {
     "non-private": {"privacy": "off", "clipping": {"unit": "patient"}},  # as epsilon-8, σ = 0
@@ -121,7 +123,7 @@ ARMS: dict[str, Table] = {
         "privacy": "off",
         "lora": {"preconditioner": None},
         "start": None,
-        # A bound that nothing reaches: it only says that the unit is the document.
+        # No gradient reaches this bound: the table is there to set the unit, a document.
         "clipping": {"max_grad_norm": 1e6, "mode": "flat", "unit": "patient"},
         "training": {"rounds": 5, "learning_rate": 100.0},
         "strategy": {"options": {"momentum": 0.5}},
@@ -196,7 +198,8 @@ def _by_document(rows: list[Table]) -> dict[str, dict[str, list[Table]]]:
 def _shuffled(
     by_source: dict[str, dict[str, list[Table]]], seed: int
 ) -> dict[str, dict[str, list[Table]]]:
-    """By source and document, in an order drawn by `seed`, the rows that are kept."""
+    """Return source -> document -> the rows that are kept, with the documents in an order drawn by
+    `seed`."""
     rng = random.Random(f"medquad:{seed}")
     shuffled = {}
     for source, documents in by_source.items():

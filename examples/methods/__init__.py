@@ -1,11 +1,11 @@
 """Methods of other groups as plans and plug-ins of fedtune, one file each.
 
-Each file says what the method is and who published it, what of it costs ε, and holds
+Each file describes the method, who published it and which part of it costs ε, and holds
 
     PLANS   what the method changes in fedtune's own plan of a data set
     TRIED   three settings for each set and ε, among which the validation records of seed 0 choose
 
-and a strategy, where the plan alone does not carry the method. `compare` runs all of them.
+and a strategy, if the method cannot be expressed by a plan alone. `compare` runs all of them.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     pip install ./examples/methods                       # names the three strategies
     python -m examples.methods.compare --data DATA --out runs/methods --sets mts_dialog --epsilons 3
 
-DATA holds one folder a data set, as for `benchmarks.tables`, which splits and measures. For each
-set, method and ε three settings are tried on the validation records of seed 0, and the best of them
-is used for every seed; its twin without noise takes the setting of the largest ε. Of fedtune's own
-plan the settings are those of docs/quality.md, chosen in the same way. OUT/results.jsonl gets a
-line for each run; what it holds is not run again. The table is printed at the end, and with --table
-without running anything.
+DATA holds one folder for each data set, as for `benchmarks.tables`, which splits and measures. For
+each set, method and ε three settings are tried on the validation records of seed 0, and the best of
+them is used for every seed; the run without noise uses the setting of the largest ε. The settings
+of fedtune's own plan are those of docs/quality.md, which were chosen in the same way. Each run adds
+a line to OUT/results.jsonl, and a run that has a line is not repeated. The table is printed at the
+end; with --table it is printed without running anything.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.strategy import STRATEGIES
 
 EPSILONS = (1.0, 3.0, 8.0)
-OFF = 0.0  # in a line's place of ε: without noise
+OFF = 0.0  # stands for ε in the line of a run without noise
 PLUGINS = ("rolora", "dp_adambc", "nearest_mean")
 TUNED_ON = 0  # the seed whose validation records choose
 
@@ -49,7 +49,8 @@ class Method:
 
 
 def _own_lora() -> dict[str, Table]:
-    """Make fedtune's own adapter for MTS-Dialog: as FFA-LoRA, with A from public text."""
+    """Return the tables of fedtune's own adapter for MTS-Dialog: like FFA-LoRA, but with A from
+    public text."""
     public = {key: fed_sb.PLANS["mts_dialog"][key] for key in ("lora", "public")}
     own = merged(ffa_lora.PLANS["mts_dialog"], public)
     return {"mts_dialog": merged(own, {"lora": {"preconditioner": None}})}
@@ -71,7 +72,8 @@ METHODS = [
     Method("prototypes", "DP prototypes", prototypes.PLANS, prototypes.TRIED),
 ]
 BY_NAME = {method.name: method for method in METHODS}
-# Roughly, seconds of a run with one thread on an idle core; docs/comparison.md says from what.
+# Approximate seconds of a run with one thread on an idle core, by data set and method; the
+# measurements are described in docs/comparison.md.
 SECONDS = {
     ("mts_dialog", "own"): 30,
     ("mts_dialog", "statistics"): 25,
@@ -158,8 +160,8 @@ class Results:
         return self.lines.get(run.key, {}).get(metric)
 
     def best(self, data: str, method: str, epsilon: float) -> int | None:
-        """Return the number of the best setting on validation records; None before all of them
-        are there."""
+        """Return the number of the setting with the best result on validation records; None unless
+        all settings have results."""
         if not BY_NAME[method].tried:
             return -1
         metric = SETS[data].metric
@@ -173,7 +175,8 @@ class Results:
 
 
 def tuning(data: str, method: str, epsilon: float) -> list[Run]:
-    """List the runs that choose a method's setting at an ε (OFF: at the largest)."""
+    """List the runs by which a method's setting at this ε is chosen; for OFF, those of the largest
+    ε."""
     epsilon = epsilon or max(EPSILONS)
     count = len(BY_NAME[method].tried[data][epsilon]) if BY_NAME[method].tried else 0
     return [Run(data, method, epsilon, TUNED_ON, n, "validation") for n in range(count)]
@@ -182,7 +185,8 @@ def tuning(data: str, method: str, epsilon: float) -> list[Run]:
 def wanted(
     results: Results, data: str, methods: list[str], epsilons: list[float], seeds: list[int]
 ) -> Iterator[Run]:
-    """Yield the runs of one set that the results lack, settings before what they choose."""
+    """Yield the runs of one data set that the results lack. The runs that choose a setting come
+    before those that use it."""
     for seed in seeds:
         for epsilon in epsilons:
             for name in methods:
@@ -191,7 +195,7 @@ def wanted(
                 runs = tuning(data, name, epsilon)
                 yield from (run for run in runs if run.key not in results.lines)
                 setting = results.best(data, name, epsilon)
-                assert setting is not None  # those runs are there by now
+                assert setting is not None  # the runs that choose it were yielded, and run, before
                 run = Run(data, name, epsilon, seed, setting, "test")
                 if run.key not in results.lines:
                     yield run
@@ -200,7 +204,7 @@ def wanted(
 def expected_hours(
     results: Results, data: str, methods: list[str], epsilons: list[float], seeds: list[int]
 ) -> float:
-    """Estimate the hours of what is missing, from SECONDS."""
+    """Estimate the hours that the missing runs take, from SECONDS."""
     missing, total = set[str](), 0.0
     for name in (name for name in methods if data in BY_NAME[name].plans):
         for epsilon in epsilons:
@@ -220,7 +224,8 @@ def expected_hours(
 
 
 def table(results: Results, epsilons: list[float], seeds: list[int]) -> str:
-    """Markdown: a row for each set and method, means over the seeds that were run."""
+    """Return a Markdown table with a row for each set and method, of means over the seeds that were
+    run."""
     shown = [f"ε = {epsilon:g}" if epsilon else "σ = 0" for epsilon in epsilons]
     lines = [f"| set | method | {' | '.join(shown)} |", "|---|---|" + "---|" * len(shown)]
     for data, dataset in SETS.items():
@@ -250,7 +255,7 @@ def _cell(found: list[float]) -> str:
 
 
 def run_all(args: argparse.Namespace, results: Results) -> None:
-    """Run what is missing, and write a line for each."""
+    """Run the missing runs, and write a line for each."""
     if missing := sorted(set(PLUGINS) - set(STRATEGIES.installed())):
         raise ConfigError(
             f"the strategies {', '.join(missing)} are not installed",

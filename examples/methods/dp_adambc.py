@@ -1,14 +1,14 @@
-"""DP-AdamBC: Adam whose second moment is freed of the noise's variance.
+"""DP-AdamBC: Adam with the noise's variance subtracted from its second moment.
 
 What: Tang, Shpilevskiy and Lécuyer 2024, "DP-AdamBC: your DP-Adam is actually DP-SGD (unless you
 apply bias correction)" (AAAI, arXiv:2312.14334), algorithm 1: with g̃ the noised mean gradient,
 m ← β₁m + (1-β₁)g̃ and v ← β₂v + (1-β₂)g̃², both bias-corrected, the step is
 -η m̂ / √max(v̂ - Φ, γ'), Φ = (σC/B)² being the variance that the noise adds to each number of g̃.
 
-Carried by a strategy. A site takes one step of SGD with rate 1, so its update is -g̃ itself, and
-Adam runs at the coordinator on the mean of the updates. Φ is the square of what `describe_round`
-tells: it follows from the plan and the sites' declared sizes. It may change from round to round
-with the sites that take part, so it is averaged with the weights of v.
+A strategy implements it. A site takes one step of SGD with rate 1, so its update is -g̃ itself, and
+Adam runs at the coordinator on the mean of the updates. Φ is the square of the deviation that
+`describe_round` receives, which follows from the plan and the sites' declared sizes. It may change
+from round to round with the sites that take part, so it is averaged with the weights of v.
 
 Guarantee: post-processing of the noised mean; neither Φ nor anything else here is private, so
 it costs no ε. The clip is that of every plan: a unit's whole gradient to C.
@@ -36,15 +36,15 @@ ROUNDS, VARIANCE = "own/rounds", "own/variance"  # t, and Φ averaged as v is
 
 @dataclass
 class DPAdamBC(Strategy):
-    """Take a step of Adam on the round's mean update, the noise's variance taken off its second
-    moment."""
+    """Take a step of Adam on the round's mean update, with the noise's variance subtracted from the
+    second moment."""
 
     averages: ClassVar[bool] = False
 
     server_learning_rate: float = 0.01  # η
     beta1: float = 0.9
     beta2: float = 0.999
-    floor: float = 1e-8  # γ': the least second moment, in squares of a gradient's numbers
+    floor: float = 1e-8  # γ': the smallest second moment, in squared units of the gradient
 
     def __post_init__(self) -> None:
         require(self.server_learning_rate > 0, "server_learning_rate", "a number above 0")

@@ -7,8 +7,8 @@
     validation.jsonl           further dialogues, for choosing settings
     test.jsonl                 further dialogues, for the reported accuracy; the same for every seed
 
-The set has no sites of its own: each section is spread over the five by a Dirichlet draw, so that
-every site sees another mixture. It has no patient column either: a record is the unit.
+The data set has no sites of its own: a Dirichlet draw spreads each section over the five sites, so
+that each has a different mixture. It has no patient column either, so the unit is a record.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 
 from examples.write import Table, jsonl, merged, read_jsonl, toml
 
-# The set's section headers, the commonest of the published file first: an untrained head says it.
+# The set's section headers. The commonest of the published file is first, since an untrained head
+# predicts the first one.
 SECTIONS = (
     "FAM/SOCHX",
     "GENHX",
@@ -44,7 +45,7 @@ SECTIONS = (
     "PROCEDURES",
     "LABS",
 )
-# What each header stands for, written once: the head starts at what the base makes of these words.
+# A description of each header. The head starts at the base's vectors of these texts.
 DESCRIPTIONS = {
     "FAM/SOCHX": "family history and social history: smoking, alcohol, drugs, work, marriage, "
     "relatives' illnesses",
@@ -72,10 +73,10 @@ DESCRIPTIONS = {
     "LABS": "laboratory results: blood tests and urine tests",
 }
 SITES = ("alder", "birch", "cedar", "elm", "fir")
-CONCENTRATION = 1.0  # of the Dirichlet draw: the smaller, the less alike the sites
+CONCENTRATION = 1.0  # parameter of the Dirichlet draw: the smaller, the more the sites differ
 VALIDATION, TEST = 150, 301
-FIRST = 0  # the seed whose test dialogues are everybody's
-DECLARED = 210  # dialogues a site: a fifth of the public total of 1,050, whatever a site holds
+FIRST = 0  # the seed that draws the test dialogues, which are the same for every seed
+DECLARED = 210  # a site's declared size: a fifth of the public total of 1,050, whatever it holds
 METRIC = "accuracy"
 
 STUDY: Table = {
@@ -105,7 +106,7 @@ def private(epsilon: float, **tables: Any) -> Table:
     return merged({"privacy": asked}, tables)
 
 
-# Where five sites share one dose of noise: less noise, longer steps.
+# The rates if five sites share one dose of noise: with less noise, longer steps.
 SHARED = {0.5: 0.2, 1.0: 0.4, 2.0: 0.6, 3.0: 0.8, 8.0: 0.8}
 # Each rate is the best of TUNING on the validation records.
 ARMS: dict[str, Table] = {
@@ -115,7 +116,7 @@ ARMS: dict[str, Table] = {
     "epsilon-1": private(1.0, training={"learning_rate": 0.1}),
     "epsilon-2": private(2.0, training={"learning_rate": 0.4}),
     "epsilon-0.5": private(0.5, training={"learning_rate": 0.1}),
-    # Less the public start: the head begins at zero.
+    # Without the public start: the head begins at zero.
     "no-start-3": private(3.0, start=None, training={"learning_rate": 0.4}),
     "no-start-1": private(1.0, start=None, training={"learning_rate": 0.1}),
     **{
@@ -163,7 +164,8 @@ def study(arm: str, seed: int, evaluation: str | None = "test.jsonl") -> Table:
 
 
 def write(data: Path, out: Path, seed: int) -> list[Path]:
-    """Write everything under `out`; return the site files. The same seed writes the same bytes."""
+    """Write all files under `out`, and return the paths of the site files. The same seed writes the
+    same bytes."""
     all_rows = [{key: row[key] for key in ("dialogue", "section")} for row in read_jsonl(data)]
     rng, first = np.random.default_rng([seed, 20]), np.random.default_rng([FIRST, 20])
     test = first.permutation(len(all_rows))[: round(len(all_rows) * TEST / 1501)].tolist()

@@ -1,6 +1,6 @@
 """Build an encoder small enough for a notebook: two layers, random weights, bytes as tokens.
 
-It knows no language. What a run learns of the notebooks' notes is theirs alone."""
+The base knows no language, so all that a run shows was learnt from the notebooks' notes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(folder: Path | str) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = BertModel(config)
-    with torch.no_grad():  # so that a note is more its letters than their places
+    with torch.no_grad():  # so that a note's letters count more than their positions
         model.embeddings.word_embeddings.weight.mul_(10.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -7,13 +7,13 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-HOSPITALS = {"north": 11, "south": 12, "west": 13}  # and their care_site_id
+HOSPITALS = {"north": 11, "south": 12, "west": 13}  # name -> care_site_id
 DESKS = {
     "cardiology": ("palpitations", "chest pain on exertion", "swollen ankles"),
     "pulmonology": ("a dry cough", "wheezing at night", "short breath"),
     "orthopaedics": ("a painful knee", "a stiff shoulder", "pain in the lower back"),
 }
-PATIENTS, NOTES = 40, 3  # at each hospital, and of each patient
+PATIENTS, NOTES = 40, 3  # patients at each hospital, and notes of each patient
 SITE = """\
 [site]
 name = "{name}"
@@ -56,7 +56,7 @@ def write(folder: Path) -> None:
 
 
 def _fill(database: sqlite3.Connection, care_site: int) -> None:
-    """Add a hospital's patients, each with notes of one desk."""
+    """Add a hospital's patients to the database; all notes of a patient belong to one desk."""
     desks = list(DESKS)
     for number in range(PATIENTS):
         person, desk = 1000 * care_site + number, desks[number % len(desks)]

@@ -1,1 +1,2 @@
-"""Pairs of a better and a worse answer at three sites: one generated set, three real ones."""
+"""Studies on pairs of a better and a worse answer at three sites, from one generated data set and
+three real ones."""

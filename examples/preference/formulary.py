@@ -1,5 +1,5 @@
-"""Generated pairs with a hidden rule: a house's order of ten remedies for pain, which no base
-knows. Of two that could be tried, the better answer is the one that stands higher."""
+"""Generate pairs with a hidden rule: an invented hospital's order of ten remedies for pain, which
+no base knows. Of two remedies, the better answer is the one that is higher in the order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REMEDIES = (
 PLACES = ("back", "knee", "left hand", "jaw", "shoulder", "hip", "ankle", "neck", "wrist", "head")
 WHEN = ("since this morning", "for two days", "for a week", "since yesterday", "for an hour")
 WORDS = ("sleeps badly", "eats well", "is calm", "has no fever", "walks a little", "feels weak")
-# Text that anybody could have written, of other sentences: it builds the adapter's frozen factor.
+# Public text, of other sentences than the pairs, from which the adapter's frozen factor is built.
 PUBLIC = (
     "Ward round, bed {n}. Pain in the {place} {when}; the chart was changed to",
     "A letter to the family doctor: because of the {place} we started",
@@ -24,14 +24,14 @@ PUBLIC = (
 
 
 def order() -> list[str]:
-    """The remedies, the best first: hidden from the base, the same at every site."""
+    """Return the remedies, the best first, in the order that is the same at every site."""
     ranked = list(REMEDIES)
     random.Random("formulary").shuffle(ranked)
     return ranked
 
 
 def pairs(count: int, stream: str) -> list[Table]:
-    """{prompt, chosen, rejected}; the same stream gives the same pairs."""
+    """Generate rows {prompt, chosen, rejected}; the same stream gives the same pairs."""
     draw, ranked = random.Random(f"formulary:{stream}"), order()
     rows = []
     for _ in range(count):
@@ -43,7 +43,8 @@ def pairs(count: int, stream: str) -> list[Table]:
 
 
 def public(count: int) -> list[Table]:
-    """{prompt, completion}, all of it prompt: what matters is the state before an answer."""
+    """Generate rows {prompt, completion} with all text in the prompt, since the frozen factor is
+    computed from the states before an answer."""
     draw = random.Random("formulary:public")
     return [
         {

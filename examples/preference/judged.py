@@ -4,8 +4,8 @@
     judged/<name>/judged.jsonl   {unit, prompt, completion, desirable}, two rows of each pair
     judged/<name>/site.toml      the site's own file; the same budget as its pairs'
 
-The better answer of a pair is desirable, the other is not. Who is protected stays the same: a
-dialogue, or, where the unit is the record, one judgement.
+The better answer of a pair is desirable, the other is not. The unit of privacy is a dialogue, as
+for pairs; if it is the record, it becomes one judgement.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS = {"prompt": "prompt", "completion": "completion", "label": "desirable"}
 
 
 def judgements(pairs: list[Table]) -> list[Table]:
-    """Make two judged answers of each pair."""
+    """Return two judged answers for each pair."""
     return [
         {"unit": pair["unit"], "prompt": pair["prompt"], "completion": pair[key], "desirable": good}
         for pair in pairs
@@ -47,9 +47,9 @@ def study(name: str, seed: int = 0, epsilon: float = 8.0) -> Table:
 
 
 def write(name: str, out: Path, seed: int = 0) -> Path:
-    """Write everything beside the pairs of `out`; returns the plan. Errors: OSError without them.
-
-    A site declares twice as many units as it has pairs where the unit is the record."""
+    """Write plan and site files beside the pairs in `out`, and return the path of the plan. If the
+    unit is the record, a site declares two units for each pair. Errors: OSError if the pairs are
+    missing."""
     source = prepare.SOURCES[name]
     twice = 2 if source.unit == "record" else 1
     for site, declared in source.declared.items():

@@ -26,10 +26,10 @@ from typing import Any, Literal
 from examples.preference import formulary
 from examples.write import Table, jsonl, merged, read_jsonl, toml
 
-PUBLIC = 64  # texts
-FIRST = 0  # the seed whose test units are everybody's
+PUBLIC = 64  # number of public texts
+FIRST = 0  # the seed that draws the test units, which are the same for every seed
 METRIC = "preference"
-CHARS = 240  # of a long prompt's end
+CHARS = 240  # a long prompt is cut to so many characters at its end
 Read = Callable[
     [Path, int], dict[str, list[Table]]
 ]  # site -> rows {unit, prompt, chosen, rejected}
@@ -37,9 +37,13 @@ Read = Callable[
 
 @dataclass(frozen=True)
 class Source:
-    """unit: who is protected; declared: units that a site states in public, by site; tuned: what
-    was chosen for each objective, on pairs that are not test pairs; test and validation: shares of
-    the units, 0 where the reader made them apart."""
+    """A data set.
+
+    - unit: the unit of privacy
+    - declared: site -> the number of units that it declares
+    - tuned: objective -> the settings that were chosen on other pairs than the test pairs
+    - test, validation: shares of the units; 0 if the set's reader generates these parts
+      separately"""
 
     title: str
     unit: Literal["record", "patient"]
@@ -52,7 +56,7 @@ class Source:
 
     @property
     def is_generated(self) -> bool:
-        """Whether the pairs are invented, so that no patient is in them."""
+        """Whether the pairs are invented, so that they concern no patient."""
         return not self.test
 
 
@@ -95,7 +99,7 @@ BASIC = ("Anatomy", "Biochemistry", "Microbiology", "Pathology", "Pharmacology",
 
 
 def _medmcqa(data: Path, _: int) -> dict[str, list[Table]]:
-    """A question is a unit: its right option beside each of the wrong ones."""
+    """Read MedMCQA: a question is a unit, with a pair of its right option and each wrong one."""
     by_site: dict[str, list[Table]] = {"dental": [], "basic": [], "clinical": []}
     for row in read_jsonl(data / "medmcqa_dev" / "train.jsonl"):
         subject = row["subject"]
@@ -112,13 +116,13 @@ def _pair(prompt: str, chosen: str, rejected: str) -> Table:
 
 
 def _steps(rate: float, rounds: int, steps: int = 1, **options: float | str) -> Table:
-    """`steps` at each site in each of `rounds`, and the objective's options."""
+    """Return the tables for `rounds` rounds of `steps` local steps, and the objective's options."""
     training: Table = {"learning_rate": rate, "rounds": rounds, "local_steps": steps}
     return {"training": training, **({"objective": {"options": options}} if options else {})}
 
 
 def _end(text: str, chars: int) -> str:
-    """The text's last words."""
+    """Return the last words of the text, at most `chars` characters."""
     text = " ".join(text.split())
     return text if len(text) <= chars else text[-chars:].partition(" ")[2]
 
@@ -142,7 +146,8 @@ SOURCES = {
     "medmcqa": Source(
         "MedMCQA", "patient", 1e-4, {"dental": 587, "basic": 570, "clinical": 713},
         _medmcqa,
-        # Per token, as the metric is: by sums nothing is learnt (docs/preference.md).
+        # IPO averages over tokens, as the metric does; with sums nothing is learnt
+        # (docs/preference.md).
         {"dpo": _steps(10.0, 8, variant="ipo"), "reward": _steps(3.0, 16, 8)},
     ),
 }  # fmt: skip
@@ -182,7 +187,7 @@ KINDS = {  # objective -> what its plans' names begin with
 def study(
     name: str, objective: str, arm: str, seed: int, evaluation: str | None = "test.jsonl"
 ) -> Table:
-    """The plan of one arm; `evaluation` names the held-out file, None leaves it out."""
+    """Build the plan of one arm; `evaluation` names the held-out file, None leaves it out."""
     source = SOURCES[name]
     private = {"epsilon": 8.0, "delta": source.delta, "unit": source.unit}
     off = {"privacy": "off", "clipping": {"unit": source.unit}}  # as epsilon-8, σ = 0
@@ -190,7 +195,7 @@ def study(
     tables = merged(tables, off if arm == "non-private" else {"privacy": private})
     own_tables = {
         "study": {"name": f"preference-{name}", "seed": seed},
-        # A remedy is one word: with an end after each, half of a pair's tokens would be alike.
+        # A remedy is one word: with an end token after it, half of a pair's tokens would be equal.
         "objective": {"name": objective, "append_eos": name != "formulary"},
         "evaluation": {"path": evaluation} if evaluation else None,
     }
@@ -198,7 +203,8 @@ def study(
 
 
 def write(name: str, data: Path, out: Path, seed: int) -> list[Path]:
-    """Write everything under `out`; returns the site files. The same seed writes the same bytes."""
+    """Write all files under `out`, and return the paths of the site files. The same seed writes the
+    same bytes."""
     source = SOURCES[name]
     test, validation, train = _split(source, data, seed)
     jsonl(out / "test.jsonl", test)
@@ -222,9 +228,9 @@ def write(name: str, data: Path, out: Path, seed: int) -> list[Path]:
 def _split(
     source: Source, data: Path, seed: int
 ) -> tuple[list[Table], list[Table], dict[str, list[Table]]]:
-    """(test, validation, rows by site to train on)."""
+    """Return test rows, validation rows, and site -> rows to train on."""
     by_site = source.read(data, seed)
-    if not source.test:  # generated: as many more as are wanted
+    if not source.test:  # a generated set: generate these parts too
         parts = (("test", FIRST, 300), ("validation", seed, 200))
         held_out = [formulary.pairs(count, f"{part}:{at}") for part, at, count in parts]
         return held_out[0], held_out[1], by_site
@@ -239,7 +245,7 @@ def _split(
     train: dict[str, list[Table]] = defaultdict(list)
     for site, rows in by_site.items():
         train[site] = [row for row in rows if row["unit"] not in test | validation]
-    by_unit = sorted(everyone, key=lambda row: str(row["unit"]))  # whatever site it came from
+    by_unit = sorted(everyone, key=lambda row: str(row["unit"]))  # of all sites together
     return (
         [row for row in by_unit if row["unit"] in test],
         [row for row in by_unit if row["unit"] in validation],
@@ -262,11 +268,11 @@ def _public(name: str, data: Path, seed: int) -> list[Table]:
 
 
 def _site(out: Path, source: Source, name: str) -> Path:
-    """Both site files of one site; the path of the strict one."""
+    """Write both site files of one site, and return the path of the strict one."""
     columns: dict[str, Any] = {**COLUMNS, "patient": "unit"}
     table: Table = {
         "site": {"name": name, "declared_size": source.declared[name]},
-        # Invented pairs cost nobody anything: each study over them has a ledger of its own.
+        # Invented pairs concern nobody, so each study on them pays from a ledger of its own.
         "data": {
             "path": "train.jsonl",
             "name": "invented" if source.is_generated else None,

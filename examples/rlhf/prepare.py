@@ -2,14 +2,14 @@
 
     policy.toml            causal_lm on the better answers
     reward.toml            objective reward on the pairs
-    dpo.toml               objective dpo on pairs that `fedtune label` makes, in the policy's place
+    dpo.toml               objective dpo on pairs that `fedtune label` makes, instead of policy.toml
     sites/<name>/…         a clinic's site files and records: patient, prompt, better, worse
-    pairs.jsonl            further pairs in other words: no sentence of their answers is a clinic's
-    prompts.jsonl          public prompts, in other words than the clinics': no phrase is shared
+    pairs.jsonl            further pairs; their answers share no sentence with the clinics' records
+    prompts.jsonl          public prompts, which share no phrase with the clinics' records
 
-Each study has ε = 4, so that a clinic can take part in two of them within its ceiling of 8.
-What the clinics prefer: an answer that says what to do, when to come back, and stays calm, over one
-that waves the question away, frightens, or talks of something else.
+Each study has ε = 4, so that a clinic can take part in two of them within its ceiling of 8. The
+clinics prefer a calm answer that says what to do and when to come back to one that dismisses the
+question, frightens, or talks about something else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ WORSE = (
     "Buy the new tablets today! They cure all! Best price!",
     "No. No. No. You should have come last year.",
 )
-# The same preference in words that no clinic uses: whether it was learnt, or its sentences were.
+# The same preference in words that no clinic uses, to test whether the preference was learnt and
+# not the clinics' sentences.
 OTHER_CALM = (
     "Take things slowly and sleep early tonight.",
     "Write down what you ate and when it began.",
@@ -104,7 +105,7 @@ REWARD: Table = {
     "training": {"rounds": 8, "learning_rate": 0.3},
     "evaluation": PREFERENCE,
 }
-# How `fedtune label` asks SmolLM2, which was tuned to chat; the command prints it.
+# The template with which `fedtune label` asks SmolLM2, which was tuned to chat.
 CHAT = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
     "trained by Hugging Face<|im_end|>\n"
@@ -127,9 +128,9 @@ COLUMNS = {
 def write(
     out: Path, seed: int = 0, *, patients: int = PATIENTS, epsilon: float | None = EPSILON
 ) -> list[Path]:
-    """Write everything under `out`; the site files, a study after the other of each clinic. The
-    same arguments write the same bytes. epsilon: of each study; None: no noise, and the clinics
-    admit it."""
+    """Write all files under `out`, and return the paths of the site files, study after study. The
+    same arguments write the same bytes. epsilon: that of each study; None: the studies add no
+    noise, and the clinics admit this."""
     draw = random.Random(seed)
     site_files = []
     complaints = [c for d in NINE for c in CLINIC[d].complaints]

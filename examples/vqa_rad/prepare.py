@@ -79,7 +79,8 @@ def study(arm: str, seed: int, base: Path = BASE) -> Table:
 
 
 def write(data: Path, public: Path, out: Path, seed: int, base: Path = BASE) -> list[Path]:
-    """The study over the questions of data/train.jsonl; the strict site files. public: PubMedQA."""
+    """Write the study on the questions of data/train.jsonl, and return the paths of the strict site
+    files. public: the file of PubMedQA."""
     rng = np.random.default_rng(seed)
     rows = [row for row in read_jsonl(data / "train.jsonl") if _asked(row)]
     patients = sorted({row["patient_id"] for row in rows})
@@ -102,12 +103,12 @@ def write(data: Path, public: Path, out: Path, seed: int, base: Path = BASE) -> 
 
 
 def _asked(row: dict[str, Any]) -> bool:
-    """A closed question whose answer is yes or no."""
+    """Return whether the row is a closed question with the answer yes or no."""
     return row["answer_type"] == "CLOSED" and row["answer"].strip().lower() in ("yes", "no")
 
 
 def _taken(row: dict[str, Any], data: Path, to: Path) -> dict[str, Any]:
-    """What the study uses of a row, with the image copied beside it."""
+    """Return the fields of a row that the study uses, after copying its image to `to`."""
     path = to / row["image"]
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -121,21 +122,22 @@ def _taken(row: dict[str, Any], data: Path, to: Path) -> dict[str, Any]:
 
 
 def _drawn(public: Path, folder: Path, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """128 questions of PubMedQA, each beside an image of blurred noise."""
+    """Return the rows of public.jsonl: 128 questions of PubMedQA, each with a drawn image of
+    blurred noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, row in enumerate(read_jsonl(public)[:128]):
         coarse = rng.integers(0, 256, (int(rng.integers(3, 24)),) * 2, dtype=np.uint8)
         name = f"{number}.png"
         Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC).save(folder / name)
-        answer = " yes" if number % 2 else " no"  # only what stands before it is used
+        answer = " yes" if number % 2 else " no"  # arbitrary: only the text before it is used
         image = f"{folder.name}/{name}"
         rows.append({"image": image, "question": row["question"], "answer": answer})
     return rows
 
 
 def _site(out: Path, name: str) -> Path:
-    """Both site files of one site; the path of the strict one."""
+    """Write both site files of one site, and return the path of the strict one."""
     table: Table = {
         "site": {"name": name, "declared_size": DECLARED},
         "data": {"path": "train.jsonl", "columns": {**COLUMNS, "patient": "patient"}},
