@@ -25,7 +25,7 @@ SITE = Annotated[
     typer.Option(
         "--site",
         metavar="SITE",
-        help="Attack at a site: its site.toml. The site's records are the members.",
+        help="Attack at a site, with the records of this site.toml as the members.",
         show_default=False,
     ),
 ]
@@ -44,8 +44,8 @@ REFERENCES = Annotated[
     typer.Option(
         "--reference",
         metavar="RUN",
-        help="With --site or --records: a run of the same adapter that did not train on "
-        "these records; may be repeated.",
+        help="With --site or --records: another run with the same base and shape of adapter, in "
+        "which these records did not take part; may be repeated.",
         show_default=False,
     ),
 ]

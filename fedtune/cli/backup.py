@@ -27,7 +27,7 @@ def backup(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="The coordinator's home. Default: the folder coordinator beside STUDY.",
+            help="The coordinator's home. Default: the folder named coordinator beside STUDY.",
         ),
     ] = None,
     out: Annotated[

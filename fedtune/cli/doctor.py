@@ -44,7 +44,7 @@ DOCTOR_HOME = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="At the coordinator: its home. Default: the folder coordinator beside FILE.",
+        help="At the coordinator: its home. Default: the folder named coordinator beside FILE.",
     ),
 ]
 DOCTOR_HOST = Annotated[

@@ -45,8 +45,8 @@ LABEL_JUDGE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The model that compares the answers: the same kinds as --generator; a run "
-        "of objective reward compares their scores. Default: the generator.",
+        help="The model that compares the two answers, given as --generator is; or a run with "
+        "objective reward, whose scores are compared. Default: the generator.",
         show_default=False,
     ),
 ]

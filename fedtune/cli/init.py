@@ -118,7 +118,8 @@ BASE = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="The base, as base.model in study.toml. Default: the recipe's base, from a wheel.",
+        help="The base model, as base.model in study.toml. Default: the base of the task's recipe, "
+        "which is fetched as a Python package.",
         show_default=False,
     ),
 ]

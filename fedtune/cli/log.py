@@ -41,8 +41,8 @@ RUN = Annotated[
     typer.Option(
         "--run",
         metavar="PATH",
-        help="A run or dossier in which this site signed updates: they name the log's "
-        "head at that time.",
+        help="Also check the log against a run or dossier: the updates that this site signed there "
+        "name entries that the log must hold.",
         show_default=False,
     ),
 ]

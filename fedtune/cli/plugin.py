@@ -54,7 +54,8 @@ CHECK_PLUGIN_FILE = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Generated records for a source to read, or whose rows a converter gets.",
+        help="A file of generated records: a source is tested by reading it, a converter by "
+        "giving it the file's rows.",
         show_default=False,
     ),
 ]
@@ -62,8 +63,8 @@ CHECK_PLUGIN_LESS = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The same records with one left out; needed for a source whose records are "
-        "not one line each.",
+        help="A copy of --file with one record left out; needed for a source whose records "
+        "are not one line each.",
         show_default=False,
     ),
 ]

@@ -34,8 +34,8 @@ def release(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The file of what only people can state. If it does not exist, it is "
-            "written as a form to fill in, and nothing else is done.",
+            help="A file with the statements that fedtune cannot know, such as the legal basis. "
+            "If it does not exist, it is written as a form to fill in, and nothing else is done.",
             show_default=False,
         ),
     ] = None,
@@ -43,7 +43,8 @@ def release(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="The coordinator's home, whose key signs. Default: beside the folder of runs.",
+            help="The coordinator's home, a folder; its key signs the dossier. Default: the folder "
+            "named coordinator beside the folder of runs.",
             show_default=False,
         ),
     ] = None,
@@ -80,7 +81,10 @@ def release(
 
 def approve(
     folder: Annotated[
-        Path, typer.Argument(metavar="DOSSIER", help="A released folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DOSSIER", help="The folder that `fedtune release` wrote.", show_default=False
+        ),
     ],
     trust: Annotated[
         str,

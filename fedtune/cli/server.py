@@ -30,7 +30,7 @@ HOME = Annotated[
     typer.Option(
         metavar="DIR",
         help="Folder of certificates and admitted sites, created at the first start. "
-        "Default: the folder coordinator beside STUDY.",
+        "Default: the folder named coordinator beside STUDY.",
     ),
 ]
 HOST = Annotated[

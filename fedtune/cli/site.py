@@ -326,8 +326,8 @@ def withdraw(
 
     The command asks for the patient's key (the value in the patient column) without showing it, so
     that the key enters no command history. It says which released adapters were trained with the
-    patient, and writes a signed receipt for each. A key that no record and no study here has is not
-    entered, and the command ends with exit code 2."""
+    patient, and writes a signed receipt for the patient. A key that no record and no study here
+    has is not entered, and the command ends with exit code 2."""
     from fedtune.core.config import load_site
     from fedtune.core.errors import InputError
     from fedtune.core.ledger.ledger import Ledger
@@ -459,7 +459,8 @@ def audit(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="The folder of a finished run, which is also probed and gets an audit.md.",
+            help="The folder of a finished run of this study: its own noise and clipping are "
+            "audited too, and audit.md is written into it.",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for audit.json.")] = Path(

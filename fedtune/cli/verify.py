@@ -54,7 +54,8 @@ SIMULATION = Annotated[
     bool,
     typer.Option(
         "--simulation",
-        help="For a simulation, for which nobody vouches: exit with 0 if nothing was changed.",
+        help="Accept a simulation, whose keys were all made on one machine: exit with 0 if "
+        "nothing was changed since it was signed.",
     ),
 ]
 

@@ -220,7 +220,7 @@ def _parts(listed: list[Module]) -> Iterator[str]:
             for module in listed
             if module.part == title and module.lines <= SMALL
         ]
-        yield f"\nWith the packages {', '.join(packages)}.\n" if packages else ""
+        yield f"\nShort files of this part: {', '.join(packages)}.\n" if packages else ""
 
 
 def _short(name: str) -> str:

@@ -40,9 +40,9 @@ NOT_FROM_HUB = ["*/*", "consolidated*"]  # other formats of the same weights
 class Base:
     """A verified base model on this machine.
 
-    path: folder with config.json, *.safetensors and tokenizer files. digest: "sha256:<64 hex>" of
-    what it computes (digest.py). name: as the study names it; for a local folder, the last part of
-    its path."""
+    path: folder with config.json, *.safetensors and tokenizer files. digest: "sha256:<64 hex>" over
+    weights, config, tokenizer and processor, however the files are laid out (digest.py). name: as
+    the study names it; for a local folder, the last part of its path."""
 
     name: str
     path: Path

@@ -21,7 +21,8 @@ class SecureAggregationTable(Table):
 
 
 def check_secure(study: Study) -> None:
-    """Check that a study's plan allows only its sum to be opened. Errors: ValueError with the
+    """If the plan has [secure_aggregation], check that its other settings fit that table, so that
+    nobody can open more than the sum of the sites' updates of a round. Errors: ValueError with the
     reason."""
     table = study.secure_aggregation
     t = study.training

@@ -459,7 +459,8 @@ class Study(Table):
                 )
 
     def _check_continuous(self) -> None:
-        """Check a study with a [schedule]. Errors: ValueError if it cannot run without end."""
+        """Check a study with a [schedule], which has no last round. Errors: ValueError if a setting
+        needs one, or if a setting that such a study requires is missing."""
         privacy = self.privacy
         if isinstance(privacy, str):
             raise ValueError('schedule: not allowed with privacy = "off"')

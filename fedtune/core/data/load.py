@@ -164,7 +164,8 @@ class UnitReader:
 
 
 def _lead(record: Record, placed: Record) -> str:
-    """Return the text that a base puts in front of the record's own text."""
+    """Return the text that the base's template puts in front of the record's prompt or first user
+    message. placed: the record after the template was applied."""
     if record.messages:
         texts = zip(record.messages, placed.messages, strict=True)
         own, text = next((own, text) for (role, own), (_, text) in texts if role == "user")

@@ -40,5 +40,5 @@ class Reader(Protocol):
         """Compute the tower's input, fp32, (tiles, ...), from this file alone."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
-        """Generate a file of noise, for checks that must not read a real one, with as many tiles
-        as `like`. None if no file is read."""
+        """Generate a file of noise, with as many tiles as `like`, for checks that must not read a
+        real file. Return None if this base reads text alone."""

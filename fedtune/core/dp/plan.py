@@ -132,8 +132,9 @@ class DpPlan:
         """Run one step as `step` does, but return the noised sum in multiples of
         `grid_at(dimension)`, int64.
 
-        Guarantee: of one site alone (own_noise, q); of a sum over `sites` such sites, of which
-        `colluding` reveal theirs, (noise_multiplier, q)."""
+        Guarantee, as (noise multiplier, sampling rate): the result of one site alone has
+        (own_noise, q). The sum over `sites` such sites has (noise_multiplier, q), even if
+        `colluding` of them reveal their own noise."""
         return self._add_noise_to(self._drawn_sum(n_rows, dimension, gradients, team), log, round_)
 
     def _drawn_sum(

@@ -212,7 +212,8 @@ def _open_descriptor(path: Path, expected: str, todo: str, kind: Kind) -> int:
 
 
 def fingerprint(path: Path) -> str:
-    """Return the sha256 of a file, or of the files in a folder by name; "" if there is none."""
+    """Return the sha256 over name and content of a file, or of the files directly in a folder,
+    sorted by name; "" if there is no file."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     total = hashlib.sha256()
     for file in files:

@@ -188,8 +188,8 @@ def drafted(out: Path) -> Iterator[Path]:
 
 
 def is_abandoned(draft: Path) -> bool:
-    """Return whether `draft` is named as a draft of a process that does not run, or of this
-    process."""
+    """Return whether `draft` has the name of a draft of a process that has ended. The number of
+    this process counts too, as an earlier process had it: call this before the first write."""
     named = DRAFT.search(draft.name)
     try:
         if named and int(named[1]) != os.getpid():  # in a container both may be process 1

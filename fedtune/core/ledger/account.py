@@ -29,7 +29,8 @@ class Reservation:
 
 
 class Account:
-    """The entries so far, folded in by `fold`, oldest first. Keys of `reserved` are entries."""
+    """The state that a ledger's verified entries add up to. `fold` takes them one by one, oldest
+    first. Keys of `reserved` are sequence numbers of "reserve" entries."""
 
     def __init__(self) -> None:
         self.declared: dict[str, dict[str, Any]] = {}

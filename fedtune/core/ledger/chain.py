@@ -340,7 +340,9 @@ class Database:
 
 
 def first_body(public: str, salt: bytes) -> dict[str, Any]:
-    """Build the first entry's body, which binds key and salt (another salt would hide overlaps)."""
+    """Build the body of the ledger's first entry: its public key and a hash of its salt. With
+    another salt the stored hashes of patients and records would match nothing, so that a patient
+    in two datasets would go unnoticed."""
     return {"public": public, "salt": hashlib.sha256(salt).hexdigest()}
 
 

@@ -52,14 +52,15 @@ class Arrivals:
     def entry(
         self, dataset: str, members: Collection[bytes], keys: Sequence[bytes]
     ) -> dict[str, Any] | None:
-        """Build the entry to append before the units `keys` join the dataset, or None; all salted.
+        """Build the "arrive" entry to append before the units `keys` join the dataset; None if it
+        would record nothing new.
 
-        members: the dataset's members so far. A unit's arrival depends on its own key alone, never
-        on other units' records.
+        keys, members: salted hashes; members: of the dataset's units so far. A unit's arrival
+        depends on its own key alone, never on other units' records.
 
         | a key that was never a member  | arrives now                                           |
         | a known key that arrived       | arrived when it did                                   |
-        | a known key that never arrived | there from the first, in a study without arrivals |"""
+        | a known key that never arrived | there from the start, in a study without arrivals |"""
         arrived = self._of.get(dataset, {})
         new = sorted({key.hex() for key in keys if key not in members})
         older = any(key in members and key.hex() not in arrived for key in keys)

@@ -84,7 +84,8 @@ class Spent:
     """A charge in the ledger: its entry, its time (UTC seconds), and whether its update was
     released.
 
-    kind: reserve, or restore (charged for what was lost)."""
+    kind: "reserve" (entered before its round) or "restore" (entered when a damaged ledger was
+    restored, for charges that it had lost)."""
 
     seq: int
     kind: str

@@ -205,9 +205,9 @@ def salt_at(path: Path) -> bytes:
 
 
 def outbox_name(digest: str) -> str:
-    """Return the hexadecimal digits of a digest for a file name; for another string, of its
-    sha256. All digits are used: a coordinator who chooses what is hashed can find two digests
-    with the same 16."""
+    """Return a file name for a digest: its 16 to 64 hexadecimal digits. A string that has none gets
+    the digits of its sha256. All digits are used: a coordinator who chooses what is hashed can
+    find two digests with the same first 16."""
     tail = digest.rpartition(":")[2]
     good = 16 <= len(tail) <= 64 and all(c in "0123456789abcdef" for c in tail)
     return tail if good else hashlib.sha256(digest.encode()).hexdigest()

@@ -123,8 +123,9 @@ class Tiled(Images):
 
 
 class Square(Images):
-    """Reads an image as Qwen2-VL does, on one square: the largest of at most SIDE pixels that the
-    base's processor does not resize, the image centred on the mean colour."""
+    """Reads an image for Qwen2-VL, always padded to one square: the largest with sides of at most
+    SIDE pixels that the base's processor does not resize. The image is centred; the rest has the
+    processor's mean colour."""
 
     def __init__(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(base, tokenizer)

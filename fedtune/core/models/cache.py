@@ -61,16 +61,17 @@ class CachedDataset:
 
     If something below the adapters is frozen, each record's states are computed once and kept
     unpadded (2 · positions · H bytes in bf16; prefix_store.py), and every later step starts at
-    the cut. This is exact: there is no dropout and no adapter below it. All positions are kept
-    or, if no layer above the cut mixes positions, those with a target (else the record's last).
-    Guarantee: states at the cut, and what a block (`blocks`) makes of a record, come from
-    products whose shapes follow from the record's own bucket, whoever else is in the dataset.
+    the cut. This is exact: there is no dropout and no adapter below it. All positions are
+    kept or, if no layer above the cut mixes positions, only those with a target (the last one if
+    the record has none).
+    Guarantee: a record's states at the cut, and its results in a block (`blocks`), come from
+    matrix products whose shapes follow from the record's own bucket, not from other records.
     memory: bytes of states that the process may hold before more go to the encrypted file; None:
     a quarter of the machine's.
 
-    Datasets that hold the same record over the same network share its states, under the digest of
-    token ids, kept positions and file: the ids reflect tokenizer, template and length, and a
-    network is one base, dtype, quantisation and cut.
+    Datasets that hold the same record over the same network share its states. Their key is a digest
+    of token ids, kept positions and media file: the ids reflect tokenizer, template and length, and
+    a network is one base, dtype, quantisation and cut.
     """
 
     def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:

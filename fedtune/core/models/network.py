@@ -143,7 +143,8 @@ class Network:
 
     @property
     def reads_tower(self) -> bool:
-        """Whether the part above the cut needs the tower's states."""
+        """Whether the layers above the cut read the states of the tower (the base's frozen encoder
+        of images or audio)."""
         if self.pooled or self.positionwise:
             return False
         return self._fills or self._parts.crossed

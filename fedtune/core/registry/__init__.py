@@ -99,8 +99,8 @@ class Group(Generic[T]):
         return self._instantiate(name, self.load(name), options, **kind_fields)
 
     def build_found(self, name: str, value: str, found: object, options: Mapping[str, Any]) -> T:
-        """Build the plug-in `name`, which was found at an entry point of this value, as `build`
-        does."""
+        """Build the plug-in `name` from `found`, the object that was already loaded from the entry
+        point `value` ("module:class"); options are checked as in `build`."""
         return self._instantiate(name, self._check_kind(name, value, found), options)
 
     def _instantiate(

@@ -116,7 +116,9 @@ def _is_disjoint(site: Site) -> bool:
 def charge_of(
     study: Study, plan: DpPlan, site: Site, round_: int, charges: Sequence[Charge]
 ) -> Charge:
-    """Return the ledger's charge for one query after `round_`."""
+    """Build the charge to enter in the ledger for one query after `round_` or, if `plan` is that
+    of the training, for one round. charges: what the dataset has paid so far, which fixes the
+    privacy filter's order."""
     assert site.evaluation is not None
     queries = plan.study != study.digest
     return Charge(
@@ -174,7 +176,9 @@ class UnitRows:
         return len(self._records)
 
     def of_units(self, units: Sequence[int]) -> torch.Tensor:
-        """Make the rows of `units`, fp64 (len(units), 2 · cells)."""
+        """Return one row for each of `units`, fp64 (len(units), 2 · cells): for each cell (all
+        records, then each class and group) the sums of (score, 1) over the unit's records in it,
+        divided by the number of the unit's records."""
         rows = torch.zeros(len(units), self.dimension // 2, 2, dtype=torch.float64)
         for row, unit in zip(rows, units, strict=True):
             records = self._records[unit]

@@ -45,8 +45,8 @@ def keep_asked(site: Site, request: Request, content: bytes, answer: Answer) -> 
 
 
 def find_asked(site: Site, request: Request) -> Request | None:
-    """Return the request that held an order's plan; None if there is none, or an earlier release
-    stored it: the coordinator is then asked for it."""
+    """Return the stored request that brought the plan which an order names. None if none is stored,
+    or if an earlier release wrote the file: the coordinator is then asked for the plan again."""
     named = PLAN.match(str(request.tables.get("order", {}).get("plan", "")))
     path = named and _path(site.site.state / FOLDER, named[0])
     if not (path and path.is_file()):

@@ -133,8 +133,8 @@ def rows_of(failed: Sequence[Failed]) -> str:
 
 
 def declared_wrongly(units: int, declared: int, unit: str) -> Iterable[str]:
-    """Report a declared size that is far from the true one; off by a factor of two or more it is
-    a warning."""
+    """Yield one line if the declared size is far (FAR) from the true one. It begins with WARNING if
+    they differ by a factor of two or more."""
     if abs(declared - units) > FAR * declared:
         twice = units >= 2 * declared or 2 * units <= declared
         yield (

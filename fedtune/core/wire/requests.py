@@ -58,8 +58,11 @@ class Request:
 
 @dataclass(frozen=True, repr=False)
 class Answer:
-    """A site's answer. table: the name of its table, "admission" or "site", or "" if it only
-    reports a failure; arrays_name: the name of its arrays, "" if it has none."""
+    """A site's answer: a table of plain values (`fields`), and arrays.
+
+    table: the name under which the values are sent: "admission" (the answer to a plan), "site" (to
+    an order) or "" (a failure, without values). arrays_name: the name of the arrays, "" if there
+    are none."""
 
     table: str
     fields: Mapping[str, Scalar]

@@ -362,6 +362,7 @@ def _write(folder: int, name: str, content: bytes, *, dated: bool = True) -> Non
 
 
 def _remove(folder: int, name: str) -> None:
-    """Remove a file; a folder, which neither half makes, stays."""
+    """Remove a file if it is there and may be removed. A folder of that name stays: neither courier
+    nor vault makes one."""
     with suppress(FileNotFoundError, IsADirectoryError, PermissionError):
         os.unlink(name, dir_fd=folder)
