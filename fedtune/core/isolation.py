@@ -137,14 +137,15 @@ def describe(walls: Sequence[str]) -> str:
 def no_network(sockets: Iterable[int] = ()) -> Confinement:
     """Cut this process off every network. sockets: families of which it may still open sockets;
     with AF_INET among them (a database over TCP) it stays on the network, and the result says so.
+    What no process of ours may do (ptrace, io_uring, raw sockets) is refused in either case.
 
     Errors: InfrastructureError if threads already run, which would stay as they are."""
     families = sorted({int(family) for family in sockets})
     _check_alone()
     if socket.AF_INET in families:
-        _close_itself()
-        return Confinement(missing=("a database over TCP keeps it on the network",))
-    spaces = _own_network()
+        spaces = Confinement(missing=("a database over TCP keeps it on the network",))
+    else:
+        spaces = _own_network()
     _close_itself()
     return spaces & _install(filter_of_vault, families)
 

@@ -14,6 +14,7 @@ from fedtune.core.config import Site, Study
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import BudgetExceeded, ConfigError, DataError, ModelError
 from fedtune.core.ledger.entries import RULES, Charge
+from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
@@ -82,10 +83,28 @@ def test_privacy_off_runs_only_where_the_site_says_so(tmp_path: Path, tiny_base:
     other.prepare(made.study, made.frozen)
     twin = trains(other, made, 1)
     assert all(np.array_equal(one[n], twin[n]) for n in one)  # no noise
-    assert worker.log.steps() == []
+    assert [step.noise_multiplier for step in worker.log.steps()] == [0.0, 0.0]
     private = begun(tiny_base, privacy={"epsilon": 6.0, "delta": 1e-5})
     refused = worker.prepare(private.study, private.frozen)
     assert not refused.admitted and "max_epsilon" in refused.reason  # the dataset's ε is infinite
+
+
+def test_a_round_without_noise_is_remembered_by_a_restored_ledger(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Its backup is older than the round, and all that was charged before it had noise."""
+    notes(tmp_path)
+    worker = SiteWorker(make_site(tmp_path, {"allow_privacy_off": True}))
+    private = begun(tiny_base, privacy={"epsilon": 6.0, "delta": 1e-5})
+    bare = begun(tiny_base, privacy="off")
+    assert worker.prepare(private.study, private.frozen).admitted
+    trains(worker, private, 1)
+    worker.ledger.backup(tmp_path / "backup")
+    assert worker.prepare(bare.study, bare.frozen).admitted
+    trains(worker, bare, 1)
+    (worker.ledger.folder / "ledger.db").unlink()
+    restored = Ledger.restore(worker.ledger.folder, tmp_path / "backup")
+    assert min(charge.noise_multiplier for charge in restored.charges("records")) == 0
 
 
 @pytest.mark.parametrize("value", [float("inf"), 1e9])

@@ -89,13 +89,17 @@ def test_sensitivity_covers_the_rounding() -> None:
     assert c < moved <= clip.sensitivity(c, d, grid)
 
 
-def test_a_rows_scale_is_the_same_to_the_last_bit_beside_any_others() -> None:
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_GPU)])
+def test_a_rows_scale_is_the_same_to_the_last_bit_beside_any_others(device: str) -> None:
     """Twin: of fp64 sums over other blocks some differ."""
     row = torch.randn(100_000, generator=torch.Generator().manual_seed(3))
-    alone = clip.scales([row[None]], 0.5)
+    alone = clip.scales([row[None].to(device)], 0.5)
     for beside in (1, 2, 30, 63):
         rows = torch.cat([torch.randn(beside, len(row)), row[None]])
-        assert clip.scales([rows], 0.5)[-1] == alone[0]
+        assert clip.scales([rows.to(device)], 0.5)[-1] == alone[0]
     norms = set()
     for step in range(1000, 65_000, 1000):
         blocks = row.double().split(step)

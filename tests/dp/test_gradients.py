@@ -4,6 +4,8 @@ with a twin that breaks the guarantee and is caught."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,6 +147,51 @@ def test_nothing_un_noised_stays_on_the_model(engine: UnitGradientEngine) -> Non
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             assert not module._forward_hooks
             assert not module._backward_hooks
+
+
+def test_the_gradients_that_an_engine_gives_are_overwritten(engine: UnitGradientEngine) -> None:
+    """Also those of a layout of which the rows are a copy."""
+    inner, given = engine._engine, list[torch.Tensor]()
+
+    class Watched:
+        name, watching = inner.name, inner.watching
+
+        def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
+            gradients = list(inner(losses))
+            given.extend(g for g in gradients if g is not None)
+            return gradients
+
+    engine._engine = Watched()  # type: ignore[assignment]
+    for chunk in engine(list(range(engine.n_rows))):
+        assert any(float(part.abs().max()) > 0 for part in chunk.parts)
+        chunk.wipe()
+    assert given and not any(gradient.any() for gradient in given)
+    if inner.name == "one-pass":
+        assert not all(gradient.is_contiguous() for gradient in given)
+
+
+def test_a_library_that_panics_over_a_row_leaves_out_that_row_alone(
+    engine: UnitGradientEngine,
+) -> None:
+    """A panic of Rust code is no Exception."""
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+    whole, read = all_rows(engine), engine.data.blocks
+    (bad,) = engine.data.dataset.by_unit[2][:1]
+
+    def blocks(indices: Sequence[int], *more: Any) -> Iterator[Batch]:
+        if bad in indices:
+            raise panic("of a record")
+        yield from read(indices, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.data, "blocks", blocks)
+        try:
+            left = all_rows(engine)
+        except panic:
+            left = torch.zeros_like(whole)
+    others = [row for row in range(engine.n_rows) if row != 2]
+    assert torch.equal(left[others], whole[others])
+    assert not left[2].any() and whole[2].any()
 
 
 def test_a_missing_gradient_is_an_error(engine: UnitGradientEngine) -> None:

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from fedtune.core.ledger import declared
+from fedtune.core.ledger import declared, restore
 from fedtune.core.ledger.account import NOT_PRIVATE
 from fedtune.core.ledger.files import salt_at
 from fedtune.core.ledger.ledger import Ledger, LedgerError
@@ -248,3 +249,66 @@ def test_a_long_ledger_opens_in_seconds(folder: Path, entries: int) -> None:
     start = time.process_time()
     assert len(Ledger(folder).charges("notes")) == entries
     assert time.process_time() - start < 10
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def interrupt(patch: pytest.MonkeyPatch, at: int) -> None:
+    """Have a restore end before its change number `at` of the folder it restores, counted from
+    0 on."""
+    left = [at]
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def change(*given: object, **named: object) -> object:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return call(*given, **named)
+
+        return change
+
+    places = SimpleNamespace(**vars(os))
+    places.replace, places.link = counted(os.replace), counted(os.link)
+    patch.setattr(restore, "os", places)
+    patch.setattr(restore, "replace", counted(restore.replace))
+
+
+INTERRUPTED = {
+    **{name: LOSSES[name] for name in ("database", "anchor", "all but the key")},
+    "database, and the step log was rolled back": ("ledger.db", "steps.jsonl"),
+    "database, and the receipts are damaged": ("ledger.db", "ledger.receipt"),
+}
+
+
+@pytest.mark.parametrize("loss", INTERRUPTED)
+def test_a_restore_that_is_interrupted_and_begun_again_charges_no_less(
+    ledger: Ledger, folder: Path, tmp_path: Path, loss: str
+) -> None:
+    run_round(ledger, 1)
+    ledger.backup(tmp_path / "backup")
+    early = (folder / "steps.jsonl").read_bytes()
+    for round_ in (2, 3):
+        run_round(ledger, round_)
+    lose(folder, *INTERRUPTED[loss])
+    if "rolled back" in loss:
+        (folder / "steps.jsonl").write_bytes(early)
+    if "damaged" in loss:
+        (folder / "ledger.receipt").write_bytes(b"{")
+    shutil.copytree(folder, tmp_path / "calm")
+    expected = total(Ledger.restore(tmp_path / "calm", tmp_path / "backup"))
+    for at in range(20):
+        struck = shutil.copytree(folder, tmp_path / f"struck-{at}")
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, at)
+            try:
+                Ledger.restore(struck, tmp_path / "backup")
+            except Killed:
+                pass
+            else:
+                break
+        again = Ledger.restore(struck, tmp_path / "backup")
+        assert covers(total(again), expected), at
+        again.verify()
+    assert 3 <= at < 19

@@ -58,6 +58,19 @@ def test_a_rounds_steps_are_one_line_that_is_written_before_the_first(tmp_path: 
     assert len(log.steps()) == 36
 
 
+def test_an_attempt_that_follows_one_that_broke_off_has_a_line_of_its_own(tmp_path: Path) -> None:
+    """Before its first step, so that no later one meets the disk."""
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.append(step(1), of_round=3)  # and the round breaks off
+    log.begin_round()
+    log.append(step(1), of_round=3)
+    assert len(log.path.read_text().splitlines()) == 2
+    with files_of_at_most(log.path.stat().st_size):
+        for _ in range(2):
+            log.append(step(1), of_round=3)
+    assert log.steps() == [step(1)] * 6
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "true", "1.5", "null"])
 def test_a_line_of_an_impossible_number_of_steps_is_an_error(tmp_path: Path, count: str) -> None:
     log = StepLog(tmp_path / "steps.jsonl")

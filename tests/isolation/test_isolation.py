@@ -198,6 +198,32 @@ def test_each_way_is_open_without_the_confinement(given: dict[str, Any], half: s
     assert set(ways) - out <= lacking, set(ways) - out
 
 
+ON_THE_NETWORK = """
+import errno, json, socket, sys
+from fedtune.core import isolation
+found = isolation.no_network([socket.AF_INET, socket.AF_INET6, socket.AF_UNIX]).facts()
+socket.socket(socket.AF_INET).close()
+try:
+    socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+except OSError as error:
+    found["refused"] = errno.errorcode[error.errno]
+with open("/proc/self/status") as status:
+    found["filters"] = [line.split()[1] for line in status if line.startswith("Seccomp:")]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not system_calls.is_known(), reason="another machine's system calls")
+def test_a_vault_that_a_database_keeps_on_the_network_has_the_filter_all_the_same() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ON_THE_NETWORK], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    found = json.loads(done.stdout)
+    assert found["means"] == ["seccomp"] and found["filters"] == ["2"]
+    assert found["missing"] == ["a database over TCP keeps it on the network"]
+    assert found["refused"] == "EPERM"
+
+
 def test_a_process_with_threads_is_not_confined_in_part() -> None:
     with pytest.raises(InfrastructureError, match="threads"):
         waiting = threading.Event()

@@ -70,8 +70,8 @@ MUTANTS = (
     ),
     one(
         "resources", "a-row-without-room-is-everybodys", PLAN,
-        "            return clipped_sum(rows)\n        except Exception as error:\n",
-        "            return clipped_sum(rows)\n        except Exception as error:\n"
+        "            return clipped_sum(rows)\n        except BaseException as error:\n",
+        "            return clipped_sum(rows)\n        except BaseException as error:\n"
         "            return torch.zeros(dimension, dtype=torch.int64)\n",
         "tests/dp/test_plan.py::test_rows_that_cannot_be_summed_together_are_summed_alone",
         "whether the others' rows are in a sum follows from one unit's",

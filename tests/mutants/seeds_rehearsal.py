@@ -67,6 +67,50 @@ MUTANTS = (
         "what a restore puts in place does not open, and the site's ledger is at its end",
     ),
     one(
+        26, "a-restore-takes-the-anchor-away-first", "fedtune/core/ledger/restore.py",
+        "os.link(folder / name, folder / f\"{name}{aside}\")",
+        "os.replace(folder / name, folder / f\"{name}{aside}\")",
+        "tests/dp/test_ledger_restore.py::"
+        "test_a_restore_that_is_interrupted_and_begun_again_charges_no_less",
+        "a restore that was killed and is begun again no longer knows how much was lost",
+    ),
+    one(
+        26, "a-round-without-noise-is-in-the-ledger-alone", "fedtune/core/vault/worker.py",
+        "self.log.append(Step(study.digest, round_, 0.0, 1.0, 0.0, study.unit), steps)", "pass",
+        "tests/client/test_site_refusals.py::"
+        "test_a_round_without_noise_is_remembered_by_a_restored_ledger",
+        "a restore states a finite ε of records that were trained on without noise",
+    ),
+    one(
+        24, "a-second-attempt-at-a-round-is-logged-late", "fedtune/core/dp/steplog.py",
+        "        self._round = None\n\n    def append", "        pass\n\n    def append",
+        "tests/dp/test_steplog.py::"
+        "test_an_attempt_that_follows_one_that_broke_off_has_a_line_of_its_own",
+        "a full disk stops a step in the middle of a round, of which it was said that none does",
+    ),
+    one(
+        "isolation", "a-database-over-tcp-takes-the-filter-away", "fedtune/core/isolation.py",
+        "    return spaces & _install(filter_of_vault, families)\n",
+        "    if socket.AF_INET in families:\n        return spaces\n"
+        "    return spaces & _install(filter_of_vault, families)\n",
+        "tests/isolation/test_isolation.py::"
+        "test_a_vault_that_a_database_keeps_on_the_network_has_the_filter_all_the_same",
+        "a vault on the network may trace processes, open raw sockets and use io_uring",
+    ),
+    one(
+        34, "a-panic-of-a-library-leaves-out-every-row",
+        "fedtune/core/training/unit_gradients.py",
+        """        except BaseException as error:
+            if not is_fault(error):
+                raise
+            log.error("rows of a block""",
+        """        except Exception as error:
+            log.error("rows of a block""",
+        "tests/dp/test_gradients.py::"
+        "test_a_library_that_panics_over_a_row_leaves_out_that_row_alone",
+        "one patient's text decides whether anybody is in the sum",
+    ),
+    one(
         "consent", "a-restore-forgets-who-withdrew", "fedtune/core/ledger/ledger.py",
         "lost = sorted(set(since) - set(self._account.withdrawn))", "lost = list[str]()",
         "tests/client/test_withdraw.py::test_who_withdrew_stays_out_after_a_restore",

@@ -18,8 +18,8 @@ Mode = Literal["flat", "normalised"]
 # Room for the rounding of the fp64 norm itself, so that ≤ C holds strictly: a pairwise fp64 sum
 # over d ≤ 10⁹ squares errs by less than 10⁻¹⁴ relative.
 _SLACK = 1.0 - 1e-12
-# Columns in work at once, in fp64, by kind of device. Not by the number of rows: a row's norm is
-# the sum over its blocks, and would round otherwise beside others than alone.
+# Columns converted to fp64 at once, by kind of device and not by the number of rows: a row's norm
+# adds up over its blocks, and in other blocks it would round differently.
 _COLUMNS = {"cpu": 2**12}  # of 64 rows, what stays in the processor's cache
 _MORE = 2**16  # GPUs want more at once
 
@@ -79,7 +79,7 @@ def scales(
 
     squares = torch.zeros(len(parts[0]), dtype=torch.float64, device=parts[0].device)
     for block, _, _ in _blocks(parts):
-        squares += torch.linalg.vector_norm(block, dim=1).square_()
+        squares += _norms(block).square_()
         block.zero_()
     norms = squares.sqrt_()
     usable = torch.isfinite(norms)
@@ -88,6 +88,17 @@ def scales(
     else:
         scale = max_grad_norm / (norms + gamma)
     return torch.where(usable, scale * _SLACK, torch.zeros_like(scale))
+
+
+def _norms(block: torch.Tensor) -> torch.Tensor:
+    """Compute each row's L2 norm, (rows,). On a GPU one row at a time: there the order in which a
+    reduction adds up follows from the number of rows, and a row's norm would too."""
+    import torch
+
+    if block.device.type != "cpu":
+        return torch.stack([torch.linalg.vector_norm(row) for row in block])
+    norms: torch.Tensor = torch.linalg.vector_norm(block, dim=1)
+    return norms
 
 
 def clip(

@@ -16,7 +16,7 @@ from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.calibration import resolve
 from fedtune.core.dp.mechanism import Bound, RowGradients
 from fedtune.core.dp.steplog import Step, StepLog
-from fedtune.core.errors import describe
+from fedtune.core.errors import describe, is_fault
 
 if TYPE_CHECKING:
     import torch
@@ -225,7 +225,9 @@ class SitePlan:
         if self.team is not None:
             try:
                 return self.team.total(sampled, dimension, sum_rows)
-            except Exception as error:
+            except BaseException as error:
+                if not is_fault(error):
+                    raise
                 _log.error("the other processes did not sum a step (%s)", describe(error))
                 self._free_after(error)
         return sum_rows(sampled)
@@ -239,14 +241,18 @@ class SitePlan:
 
         try:
             return clipped_sum(rows)
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             _log.error("rows were not summed together (%s): each is now alone", describe(error))
             self._free_after(error)
         added = torch.zeros(dimension, dtype=torch.int64)
         for row in rows:
             try:
                 alone = clipped_sum([row])
-            except Exception as error:
+            except BaseException as error:
+                if not is_fault(error):
+                    raise
                 _log.error("a row was not summed (%s); it takes no part", describe(error))
                 self._free_after(error)
             else:

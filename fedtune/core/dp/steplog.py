@@ -1,4 +1,4 @@
-"""Write and read the step log: what noised steps ran, append-only, kept at the site."""
+"""Write and read the step log: what steps ran, append-only, kept at the site."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedtune.core.files.writing import append_line
 
 @dataclass(frozen=True)
 class Step:
-    """One noised step's parameters. Every value is public: it follows from the plan and the
-    declared size, never from the data."""
+    """One step's parameters; σ = 0 of a step without noise. Every value is public: it follows from
+    the plan and the declared size, never from the data."""
 
     study: str  # plan digest
     round: int
@@ -34,7 +34,8 @@ class StepLog:
     left after the last newline is not a step: none ran, and the next line replaces it.
 
     All steps of a round are one line, written before the first: a disk that is full by then lets no
-    step run, and how much is written in a round does not grow with a plan's figures.
+    step run, and how much is written in a round does not grow with a plan's figures. Each attempt
+    at a round (`begin_round`) has a line of its own.
 
     Errors: InfrastructureError when the file cannot be written or a line cannot be read."""
 
@@ -42,6 +43,10 @@ class StepLog:
         self.path = path
         self._round: Step | None = None  # the round of the last line,
         self._ahead = 0  # and how many of its steps have yet to run
+
+    def begin_round(self) -> None:
+        """Have the next step write a line, even if an earlier attempt at its round broke off."""
+        self._round = None
 
     def append(self, step: Step, of_round: int = 1) -> None:
         """Log one of the `of_round` equal steps of a round."""

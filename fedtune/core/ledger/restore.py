@@ -2,7 +2,7 @@
 
 Guarantee: what a restored ledger charges is at least what was spent.
 1. Base: the longest chain that verifies, of the backup and of the folder itself.
-2. Every noised step in the step log beyond the base's charges is charged, whole rounds at a time.
+2. Every step in the step log beyond the base's charges is charged, whole rounds at a time.
 3. Each entry known to be lost (anchor, receipts, readable rows beyond the base) that 2 does not
    account for is charged as a round with the least σ and the most q, steps and k known.
 | no anchor, no receipt, and no step log as old as the base | exhausted: charged as σ = 0     |
@@ -149,9 +149,17 @@ def restore(folder: Path, from_: Path | None) -> None:
 def _install(
     folder: Path, draft: Path, salt: bytes, key: SigningKey, head: Head, receipts: ReceiptLog | None
 ) -> None:
-    """Put the new files in place of the old ones, which are kept under another name."""
+    """Put the new files in place of the old ones, which are kept under another name.
+
+    A restore that is killed at any point and begun again charges no less: database, anchor and step
+    log keep their places until what replaces them is there. (The new database knows the old anchor
+    as lost, and as charged.)"""
     aside = f".lost-{time.time_ns()}"
-    for name in (DATABASE, f"{DATABASE}-journal", HEAD, *([RECEIPT] if receipts is None else [])):
+    for name in (DATABASE, HEAD):
+        if (folder / name).exists():
+            os.link(folder / name, folder / f"{name}{aside}")
+    # A journal would be played back into the new database, and receipts are None if unreadable.
+    for name in (f"{DATABASE}-journal", *([RECEIPT] if receipts is None else [])):
         if (folder / name).exists():
             os.replace(folder / name, folder / f"{name}{aside}")
     if not (folder / SALT).exists() or (folder / SALT).read_bytes() != salt:

@@ -18,6 +18,7 @@ import torch
 
 from fedtune.core.data.dataset import Dataset, Passage
 from fedtune.core.data.media import Media
+from fedtune.core.errors import is_fault
 from fedtune.core.models.network import Network
 from fedtune.core.models.prefix_store import (
     PREFIX_STORE,
@@ -173,7 +174,9 @@ class CachedDataset:
         itself, and fails again when it is read."""
         try:
             self._compute(rows)
-        except Exception as error:  # its words may quote a record
+        except BaseException as error:  # its words may quote a record
+            if not is_fault(error):
+                raise
             log.error("a record cannot be read by the base (%s)", type(error).__name__)
             make_room_after(error)
             for row in rows if len(rows) > 1 else ():

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from fedtune.core.dp.plan import ClippedSum
-from fedtune.core.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError, is_fault
 from fedtune.core.models.prefix_store import PREFIX_STORE
 
 RENDEZVOUS_SECONDS = 1800.0  # how long a rank without a timeout tries to reach rank 0
@@ -197,17 +197,20 @@ def sum_over_workers(
     # After the sum, one counter per row: how often it was added. A total alone could not tell one
     # row missed and one doubled from none.
     counted_sum = torch.zeros(dimension + len(sampled), dtype=torch.int64)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         share = slice(group.rank, None, group.size)
         partial = clipped_sum(sampled[share])
         counted_sum[:dimension] = partial
         partial.zero_()
         counted_sum[dimension:][share] = 1
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         failure = error
     total = group.reduce_sum(counted_sum)
     if failure is not None:
+        total.zero_()
         raise failure
     if group.rank == 0 and not bool((total[dimension:] == 1).all()):
         total.zero_()

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fedtune.core.dp.clip import Chunk
-from fedtune.core.errors import ModelError, describe
+from fedtune.core.errors import ModelError, describe, is_fault
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import LARGEST
 from fedtune.core.models.network import Network
@@ -148,7 +148,9 @@ class UnitGradientEngine:
             return
         except raises:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             log.error("rows of a block failed (%s); retrying one by one", describe(error))
             make_room_after(error)
         for row in pending:
@@ -165,7 +167,9 @@ class UnitGradientEngine:
             return chunk
         except raises:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             log.error("a unit's gradient failed (%s); it takes no part", describe(error))
             return Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])
 
@@ -239,6 +243,8 @@ class UnitGradientEngine:
             gradient = _slice_columns(gradient, trained.shape[-1], self._columns)
             if gradient.shape[0] == n_records:
                 per_record = gradient.flatten(1)
+                if per_record.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr():
+                    gradient.zero_()  # of this layout `flatten` makes a copy
             else:
                 passages = len(gradient) // n_records
                 per_passage = gradient.view(n_records, passages, *gradient.shape[1:])

@@ -18,7 +18,7 @@ from fedtune.core.config import Site, SiteEvaluation, Study
 from fedtune.core.config.held_out import CLASS
 from fedtune.core.dp.plan import DpPlan, SitePlan
 from fedtune.core.dp.query import answer, query_plan
-from fedtune.core.errors import PolicyRefused, describe
+from fedtune.core.errors import PolicyRefused, describe, is_fault
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays, digest
@@ -70,6 +70,7 @@ def answer_query(
     site.ledger.ask(held_out.name, permit)
     data = site.data_in_study(study, prepared.network, held_out)
     reserved = site.ledger.reserve(held_out.name, charge, digest(adapter), permit)
+    site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)
     sums = answer(ran, _rows_or_none(study, data), site.log, round_)
@@ -143,7 +144,9 @@ def _rows_or_none(study: Study, data: CachedDataset) -> UnitRows:
     answer is then noise alone, since an error would reveal something about the records."""
     try:
         return UnitRows(study, data)
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         log.error("the adapter was not evaluated (%s): the answer is noise", describe(error))
         return UnitRows(study, None)
 
@@ -212,7 +215,9 @@ def _scores(
                 del pending[record]
             yield index, scores
         return
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         log.error("held-out records failed (%s)", describe(error))
         make_room_after(error)
     for record in pending:

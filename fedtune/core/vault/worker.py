@@ -20,7 +20,7 @@ from fedtune.core.data.group_reader import group_reader
 from fedtune.core.data.load import check_columns
 from fedtune.core.dp.non_private import non_private_plan
 from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
-from fedtune.core.dp.steplog import StepLog
+from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
 from fedtune.core.files.room import LEDGER, Room
 from fedtune.core.ledger.entries import Charge
@@ -406,6 +406,9 @@ class SiteWorker:
             data = self._with_budget_left(data, spent)
         else:
             reserved = self.ledger.reserve(self._dataset, charge, slot, permit)
+        self.log.begin_round()
+        if plan is None:  # a mechanism logs its noised steps; a restore charges by the log
+            self.log.append(Step(study.digest, round_, 0.0, 1.0, 0.0, study.unit), steps)
         prepared.network.load_frozen(prepared.frozen)
         return data, reserved
 
