@@ -46,7 +46,7 @@ POISSON = "sampled = sampling.poisson(n_rows, self.sampling_rate)"
 STREAM = "yield np.frombuffer(encryptor.update(bytes(8 * size)), dtype=np.uint64)"
 URANDOM = "np.frombuffer(os.urandom(8 * n_units), dtype=np.uint64)"
 CHOSEN = "np.flatnonzero(draws < np.uint64(int(sampling_rate * 2.0**53))).tolist()"
-NORMS = "squares += torch.linalg.vector_norm(block, dim=1).square_()"
+NORMS = "norms: torch.Tensor = torch.linalg.vector_norm(block, dim=1)"
 REPORTED = "return float(_compose_distributions(events).get_epsilon_for_delta(delta))"
 CALIBRATED = "    return smallest / 1000"
 GDP = """if not events:
