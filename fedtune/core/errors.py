@@ -108,7 +108,7 @@ class NotGenuine(InputError):
 class Refused(FedtuneError):
     """A rule of the site refused; the parent class of refusals.
 
-    The message leaves the site (core/vault/answers.py, `guarded`): it holds rules and public
+    The message leaves the site (core/vault/answers.py, `run_guarded`): it holds rules and public
     values, never anything that follows from a record, or from how much memory or disk is left."""
 
     exit_code = 3

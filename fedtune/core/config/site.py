@@ -268,9 +268,9 @@ class PolicyTable(Table):
     allow_privacy_off: bool = False
     allow_free_query: bool = False  # records selected by a query or a view: outside the guarantee
     allow_declared_data: bool = False  # `fedtune client` with data that [data] declares
-    # standing: what the rules here allow runs. reviewed, signed: nothing runs before a person
-    # signed the plan, with `fedtune review --sign`; under reviewed, joining with an answer and the
-    # fingerprint that was read out signs the plan in that answer.
+    # standing: a plan within these rules runs. signed: only after `fedtune review --sign`.
+    # reviewed: as signed, but joining with --answer and the fingerprint that was read out counts
+    # as signing the plan in that answer.
     admission: Literal["standing", "reviewed", "signed"] = "standing"
     min_noise_multiplier: NotNegative = 0.3  # σ
     min_units: Count = 10  # of site.declared_size

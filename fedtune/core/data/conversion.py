@@ -191,9 +191,8 @@ class Conversion:
 
 
 def count_children(units: int, declared_size: int) -> int:
-    """Return the number of children for a reading of so many units, at a site that declares
-    `declared_size`: a quarter more than that, and twice or four times as many if there are more
-    units.
+    """Return how many processes convert so many units: the declared size plus a quarter, doubled
+    until it is enough. So the number is public, unless there are more units than that.
 
     >>> count_children(0, 200), count_children(250, 200), count_children(251, 200)
     (250, 250, 500)

@@ -40,9 +40,9 @@ LONG = 40  # characters from which a text is taken to be its record's own
 _PAIR = ("chosen", "rejected")
 
 
-# Records of a unit that a ledger remembers as trained on. With the unit's key they take the 8 KiB
-# that the ledger's room lends for each unit, so that the disk is not asked whether there is space:
-# how much is free may follow from records, and under a plan's cap so would what is remembered.
+# Records of a unit that a ledger remembers as trained on. With the unit's key they fill the 8 KiB
+# that the room lends for each unit (files/room.py), so that whether they are remembered never
+# depends on how much of the disk is free, which may follow from records.
 REMEMBERED = 39
 
 

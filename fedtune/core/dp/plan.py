@@ -50,9 +50,10 @@ class DpPlan:
     - sites, colluding: with secure aggregation n and t. This site then adds σ/√(n - t), and (σ, ε)
       are those of the sum that anybody opens, to which n - t honest sites added noise
 
-    Guarantee: each call of `step` is one Gaussian mechanism on the add-or-remove-one-unit relation,
-    Poisson-subsampled with (σ, q) where k = 1, and the mixture over Binomial(k, q) rows of a unit
-    else; its line is in the log before its result is returned.
+    Guarantee, for adding or removing one unit: each call of `step` is a Gaussian mechanism on the
+    clipped sum. A unit has k rows in it, each drawn with probability q: for k = 1 this is the
+    Poisson-sampled Gaussian (σ, q), for k > 1 the mixture with Binomial(k, q) of the unit's rows.
+    A step's line is in the log before its result is returned.
     Reference: Charles et al. 2024, "Fine-tuning large language models with user-level differential
     privacy", algorithms 1 (records drawn: sensitivity kC) and 2 (units drawn: sensitivity C).
     """

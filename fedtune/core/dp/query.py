@@ -1,17 +1,17 @@
 """Answer a query: compute a noised sum of the model's scores on held-out records.
 
-A unit's row is (score, 1), its score in [0, 1]: the geometric mean probability of a record's
-targets, or the probability of its label (exp of minus the loss), or whether its label is the
-likeliest; averaged over the unit's records. Two sums leave: Σ score and Σ 1. Where the plan tells
-units apart, a pair follows for each class and group that it names: what the unit's records in it
-make of these averages, so that a unit is shared out among the values of an axis. All of it goes
-through the same step as training's, so that sampler, clip, noise, grid, log and accountant are the
-same.
+A unit's row is the pair (mean score, 1) over its records. A score is in [0, 1]: the geometric mean
+probability of a record's targets, or the probability of its label (exp of minus the loss), or
+whether its label is the likeliest. Two sums leave: Σ score and Σ 1. If the plan names classes or
+groups, a further pair follows for each of them: the part of that pair which the unit's records
+there contribute. All of it goes through the same step as training's, so that sampler, clip, noise,
+grid, log and accountant are the same.
 
-Guarantee: a row is clipped to norm √2 for each axis, the whole included, combined: C = √(2 · axes),
-which a row made as it is said here never exceeds: on an axis the squares of shares that add up to
-at most 1 are at most 1, twice. Each answer is one Gaussian mechanism on all of its numbers, with σ
-in multiples of C and q = 1; its line is in the step log before the answer exists.
+Guarantee: a row is clipped to C = √(2 · axes), where an axis is the whole, the classes, or one
+column of groups. A row that is built as above is never longer: on one axis the parts add up to at
+most the whole pair, so that their squares add up to at most 2. Each answer is one Gaussian
+mechanism on all of its numbers, with σ in multiples of C and q = 1; its line is in the step log
+before the answer exists.
 | no units                | noise alone                                      |
 | a record's loss is NaN, or raises | its unit contributes nothing, not even to Σ 1 |
 | a record is in no class or group of an axis | nothing to that axis' pairs |

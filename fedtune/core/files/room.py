@@ -3,7 +3,8 @@
 A site's ledger grows with its records, by a few bytes for each, and each withdrawal leaves a
 receipt and an entry of the audit log. On a disk that is nearly full, the number of these would
 decide whether a round can be charged, or which records are remembered. So a file beside them
-shrinks as they grow: all together take a public number of bytes. Whether the disk has these bytes,
+shrinks as they grow: ledger, receipts, audit log and this file together have a constant, public
+number of bytes. Whether the disk has these bytes,
 and how much it has besides, then depends only on the other files on the disk. If it does not have
 them, no order is answered."""
 

@@ -110,8 +110,8 @@ def _link(draft: Path, path: Path) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append `line` and a newline durably to `path`; the file and its folder are made for this user
-    only. Whatever a crash or a full disk left after the last newline is cut off first.
+    """Append `line` and a newline durably to `path`; a file that is made is for this user only.
+    Whatever a crash or a full disk left after the last newline is cut off first.
 
     Errors: OSError; the line is then incomplete, and the next call cuts it off."""
     made = not path.exists()

@@ -50,7 +50,7 @@ class Account:
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
         self.not_private_members: dict[str, str] = {}  # dataset, marked -> digest of its members
         self.not_private_since: dict[str, int] = {}  # dataset -> its newest declaration's entry
-        # Pairs of disjoint datasets -> the entry before which charges count against both.
+        # A pair of disjoint datasets -> the entry up to which charges count against both; 0: none.
         self.apart_since: dict[frozenset[str], int] = {}
         self.arrivals = Arrivals()
 

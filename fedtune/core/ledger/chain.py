@@ -349,8 +349,9 @@ def first_body(public: str, salt: bytes) -> dict[str, Any]:
 def chain(
     connection: sqlite3.Connection, path: Path, after: Head | None
 ) -> Iterator[tuple[Entry, str]]:
-    """Yield entries from `after` on (inclusive; None: from the start), each checked against the
-    one before it, without checking its signature. Errors: LedgerError at the first broken link."""
+    """Yield the entries from the start or, with `after`, from that one on, which is read once more
+    to compare its hash. Each is checked against the one before it, without its signature. Errors:
+    LedgerError at the first broken link."""
     query = "SELECT seq, kind, body, prev, hash, signature FROM entries WHERE seq >= ? ORDER BY seq"
     last = after
     for seq, kind, packed, prev, hash_, signature in connection.execute(

@@ -129,8 +129,8 @@ class Accepted:
 class Cohort:
     """Units of a dataset that arrived together, and the charges that count against each of them.
 
-    arrival: the entry that records it; 0: with the first charge, or at an unknown time, and units
-    is then 0 too."""
+    arrival: the entry that dates these units; 0: none does, so that they pay for every charge, and
+    `units` is then 0 too."""
 
     arrival: int
     name: str

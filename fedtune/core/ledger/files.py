@@ -117,7 +117,7 @@ class Receipt(NamedTuple):
 
 class ReceiptLog(NamedTuple):
     """Receipts of coordinators. accepted: each coordinator's newest; refused: those whose entry
-    the chain lacked."""
+    this chain lacks; while one of them is unsettled, nothing is reserved."""
 
     accepted: tuple[Receipt, ...] = ()
     refused: tuple[Receipt, ...] = ()

@@ -46,7 +46,8 @@ THREADS = 2
 
 
 class Bucket(NamedTuple):
-    """Shapes shared by the records of a micro-batch, which depend on each record alone.
+    """The padded shapes of one record, which depend on no other. Records share a micro-batch only
+    if they are equal in all of them.
 
     length: padded length of its longest passage; targets: most targets of a passage, also padded;
     full: for an encoder, which reads a padding mask, whether there is no padding."""

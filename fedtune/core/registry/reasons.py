@@ -1,4 +1,4 @@
-"""The words of our own by which a reason is told, whoever wrote it, and a status that has one."""
+"""Phrases that may be logged in place of a refusal's text: the first that is found in it."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def guess_format(path: Path, wanted: Iterable[str]) -> Csv | None:
     >>> from pathlib import Path
     >>> file = Path("nord.csv")
     >>> _ = file.write_bytes("Befund;Fach\\nÖdem;Innere\\n".encode("latin-1"))
-    >>> guessed(file, ["Befund", "Fach"])
+    >>> guess_format(file, ["Befund", "Fach"])
     Csv(delimiter=';', encoding='cp1252')
     """
     if path.suffix.lower() not in Csv.suffixes:
