@@ -175,8 +175,8 @@ class Ledger:
     @property
     def disjoint(self) -> list[tuple[str, str]]:
         """List the pairs of datasets that are declared to share no patient."""
-        self._read()
-        return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
+        with self._store.writing():
+            return sorted((min(pair), max(pair)) for pair in self._account.apart_since)
 
     def overlap(self, first: str, second: str) -> int:
         """Count the members that the two datasets ever shared: patients, records, files and
@@ -193,8 +193,8 @@ class Ledger:
 
     def accepted(self, dataset: str) -> list[Accepted]:
         """List the acceptances of charges of unknown ε, oldest first."""
-        self._read()
-        return list(self._account.accepted.get(dataset, []))
+        with self._store.writing():
+            return list(self._account.accepted.get(dataset, []))
 
     def accept(self, dataset: str, who: str, reason: str = "") -> None:
         """Enter that a person at the site accepts that the ε spent on `dataset` until now is
@@ -230,8 +230,8 @@ class Ledger:
     @property
     def datasets(self) -> list[str]:
         """List the names of all datasets that were declared."""
-        self._read()
-        return sorted(self._account.declared)
+        with self._store.writing():
+            return sorted(self._account.declared)
 
     def ask(self, dataset: str, permit: Permit, *, of_newcomers: bool = False) -> None:
         """Call `permit` as `reserve`, or `reserve_for` for newcomers, would, and charge nothing.
@@ -346,17 +346,17 @@ class Ledger:
     def list_held(self) -> list[Held]:
         """List the answers that wait for a person at the site, oldest first: those whose bytes
         are here, or may be in the memory of the site's process, as the newest of their study."""
-        self._read()
         account = self._account
-        newest = {slot[0]: slot for slot in account.released}
-        return [
-            held
-            for entry, held in account.held.items()
-            if account.released[held.slot] == entry
-            and held.slot not in account.refused
-            and not self._is_let_go(held.slot)
-            and (self._path(held.slot).exists() or newest[held.slot[0]] == held.slot)
-        ]
+        with self._store.writing():
+            newest = {slot[0]: slot for slot in account.released}
+            return [
+                held
+                for entry, held in account.held.items()
+                if account.released[held.slot] == entry
+                and held.slot not in account.refused
+                and not self._is_let_go(held.slot)
+                and (self._path(held.slot).exists() or newest[held.slot[0]] == held.slot)
+            ]
 
     def let_go(self, slot: Slot, who: str) -> None:
         """Enter that a person approved a slot's answer, with these bytes and no others."""
