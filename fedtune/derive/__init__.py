@@ -1,1 +1,2 @@
-"""Derive new models from finished runs, after their ε was paid."""
+"""Derive new models from finished runs, which costs no further ε, and label a site's own
+prompts."""

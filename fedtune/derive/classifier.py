@@ -1,12 +1,13 @@
 """Write a run with a head as a transformers sequence classifier, without custom model code.
 
-transformers' classifiers pool and classify in their own way; what fedtune's head reads is written
-into their weights. Every construction is exact but for rounding, and is measured before it is kept.
+transformers' classifiers pool and classify in another way than fedtune's head, so layers are added
+whose weights compute the head's input. Every construction is exact except for rounding, and is
+compared with the run's logits before it is kept.
 
 * An encoder's head reads √H · m / |m| of the mean m over tokens. BertForSequenceClassification
-  reads the first token through a tanh. So the states are kept twice over, [h, h], which leaves
-  every layer norm as it was; one more layer attends to all tokens alike and writes [m, -m], whose
-  layer norm is [m, -m] · √H / |m|, since its mean is zero; tanh is the identity for tiny numbers.
+  reads the first token through a tanh. So the states are stored twice, [h, h], which changes no
+  layer norm; one more layer attends to all tokens equally and writes [m, -m], whose layer norm is
+  [m, -m] · √H / |m|, since its mean is zero; and tanh is the identity for tiny numbers.
 * A causal base's head reads the last token, as LlamaForSequenceClassification does, but has a bias.
   One more layer, whose MLP has biases, writes the logits, and beside them a constant so large that
   the last norm divides by it alone.
@@ -39,8 +40,9 @@ ENCODERS = {
 
 
 def classifier_of(loaded: LoadedModel, model: Any, labels: tuple[str, ...]) -> Any:
-    """Build the sequence classifier, fp32, that computes a run's logits; None where transformers
-    has none that does. model: the base with the adapter merged in; labels: none of a reward's."""
+    """Build the sequence classifier, fp32, that computes a run's logits; None if transformers has
+    no class for it. model: the base with the adapter merged in; labels: the classes, () for a
+    reward head."""
     assert loaded.head is not None
     config, head = copy.deepcopy(model.config), loaded.head
     config.id2label = dict(enumerate(labels or ("score",)))
@@ -85,7 +87,8 @@ def _prefix_state(module: nn.Module, prefix: str) -> State:
 
 
 def _widen_encoder(model: Any, head: nn.Linear) -> State:
-    """Build the encoder with its states twice over, the layer that pools, and the head."""
+    """Build the weights of the encoder with doubled states, of the layer that pools, and of the
+    head."""
     prefix, dense, last = ENCODERS[model.config.model_type]
     state: State = {}
     for name, value in model.state_dict().items():

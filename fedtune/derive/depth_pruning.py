@@ -1,9 +1,9 @@
 """Depth pruning: drop a block of consecutive layers of a base, and refit the layer before it.
 
-The last matrix of the MLP before the dropped block is refitted by ridge regression on public text
-to add what the block added. Of all blocks of one width the one is dropped after which the base's
-next-token distribution has the smallest KL divergence from the original's. Reads the base and
-public text alone, so it costs no ε.
+The last matrix of the MLP before the dropped block is refitted by ridge regression on public text,
+so that it also adds the block's contribution. Among all blocks of the given width, the one is
+dropped after which the base's next-token distribution has the smallest KL divergence from the
+original's. This reads the base and public text alone, so it costs no ε.
 References: Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper layers" (the block);
 Shopkhoev et al. 2025, "ReplaceMe" (a linear map in its place)."""
 
@@ -24,16 +24,18 @@ from fedtune.core.config import LoraTable
 from fedtune.core.models.split import cut
 from fedtune.core.progress import report
 
-POSITIONS = 8192  # of public text, to fit to
-RIDGE = 0.1  # of the mean square of what is regressed on; less follows the public text too closely
+POSITIONS = 8192  # positions of public text on which the matrix is fitted
+RIDGE = 0.1  # ridge penalty over the inputs' mean square; a smaller one overfits the public text
 HELD_OUT, MOST = 6, 64  # every 6th text, at most 64 of them, chooses among the blocks
 
 
 @dataclass(frozen=True, repr=False)
 class PrunedLayers:
-    """The layers `first` to `first + width - 1`, dropped. weight: the refitted last matrix of the
-    MLP before them, (H, inner); divergence: KL (nats) of the pruned base's next-token distribution
-    from the original's, mean over held-out texts."""
+    """A choice of layers to drop: `first` to `first + width - 1`.
+
+    weight: (H, inner), the refitted last matrix of the MLP before them. divergence: the KL
+    divergence in nats of the pruned base's next-token distribution from the original's, as a mean
+    over held-out texts."""
 
     first: int
     width: int
@@ -42,8 +44,8 @@ class PrunedLayers:
 
 
 def supports_refit(model: Any) -> bool:
-    """Return whether this model's layers add their MLP's output to the residual stream
-    unchanged."""
+    """Return whether this model's layers add their MLP's output to the residual stream unchanged,
+    so that a refitted matrix can replace a block."""
     backbone = getattr(model, "model", None)
     layers = getattr(backbone, "layers", None)
     if not hasattr(model, "lm_head") or not isinstance(layers, nn.ModuleList):
@@ -64,8 +66,8 @@ def choose_pruned_layers(model: Any, width: int, texts: Sequence[np.ndarray]) ->
     held_out = [texts[at] for at in chosen]
     activations = _layer_activations(model, [texts[at] for at in order if at not in chosen])
     original, best = _next_token_log_probs(model, held_out), None
-    # At least half of the remaining layers lie before the dropped ones: public text of one kind
-    # does not show what early layers do for other text.
+    # At least half of the remaining layers come before the dropped ones: public text of one kind
+    # does not show how other text depends on early layers.
     firsts = range(max(1, (len(layers) - width) // 2), len(layers) - width)
     for number, first in enumerate(firsts, 1):
         mlp_input, output = activations[first - 1]
@@ -158,10 +160,10 @@ def _row(text: np.ndarray) -> torch.Tensor:
 def _refit(
     layer: Any, mlp_input: torch.Tensor, output: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """Fit the last matrix of the layer's MLP so that the layer gives `wanted` in place of
-    `found`, as nearly as a matrix can. Each position is weighted by its relative error, as the
-    norms above see it: otherwise a text's first position, which is a hundred times as large,
-    would decide alone."""
+    """Fit the last matrix (H, inner) of the layer's MLP so that the layer's output is as near as
+    possible to `target` in place of `output`. Positions are weighted so that relative errors count,
+    as for the norms of later layers: else a text's first position, whose states are a hundred times
+    as large, would determine the fit alone."""
     inner: list[torch.Tensor] = []
     handle = _get_output_matrix(layer).register_forward_pre_hook(
         lambda _, args: inner.append(args[0])

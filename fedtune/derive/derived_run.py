@@ -19,8 +19,9 @@ def derived_name(out: Path, otherwise: str) -> str:
 
 
 def derived_study(first: Study, out: Path, otherwise: str, **changes: Any) -> Study:
-    """Copy the first parent's plan under the name of `out`, with the tables that changed: what
-    `fedtune evaluate` and `generate` read. The seed stays, so that draws can be repeated."""
+    """Return the plan of a derived run, which `fedtune evaluate` and `generate` read: the first
+    parent's plan under the name of `out`, with changed tables. It keeps the seed, so that draws can
+    be repeated."""
     named = first.study.model_copy(update={"name": derived_name(out, otherwise)})
     return first.model_copy(update={"study": named, **changes})
 
@@ -34,7 +35,7 @@ def adapter_facts(table: LoraTable | None) -> dict[str, Any]:
 def write(draft: Path, study: Study, sections: Mapping[str, Any]) -> None:
     """Write plan.json and the report into the draft of a run folder that holds its adapter already.
 
-    sections: base, adapter, private, privacy and what else the report has.
+    sections: the report's entries: base, adapter, private, privacy, and any others.
     Errors: InfrastructureError."""
     head = {
         "fedtune": fedtune.__version__,

@@ -1,6 +1,7 @@
 """Distil finished runs into one small student, at the coordinator: `fedtune distill`.
 
-Guarantee: reads the runs and public prompts alone, so the student has at most the runs' (ε, δ)."""
+Guarantee: only the runs and public prompts are read, so the student has at most the runs' (ε,
+δ)."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 _LAYER = re.compile(r"(\.layers?\.)(\d+)\.")
 RANK = 16
-HELD_OUT = 0.15  # of the prompts, to choose the epoch by: they are public, so choosing is free
+HELD_OUT = 0.15  # share of the prompts (public ones) by which the epoch is chosen
 METRIC = "divergence"
 
 
@@ -62,11 +63,11 @@ def distill(
 
     Args:
         prompts: public prompts, with or without completions.
-        out: the new run's folder; it is complete or does not exist.
+        out: the new run's folder. If an error occurs, it is not made.
         student: the student's base.
-        layers: the number of the first teacher's layers that the student has, in place of
-            `student`.
-        on_event: called with ("step", {…}) as the work goes on.
+        layers: in place of `student`: the student is the first teacher's base with so many of its
+            layers.
+        on_event: called with ("step", {…}) to report progress.
 
     Errors: ConfigError, DataError, ModelError, InfrastructureError."""
     out, settings = Path(out), settings or DistillSettings()
@@ -90,7 +91,7 @@ def distill(
         network.draw_factor(settings.seed)
         dataset = _teacher_dataset(models, read_prompts, study, network, settings)
         if base.kind == "causal" and len(dataset.examples) > table.rank:
-            # A spans the directions in which the prompts vary: a random A learns far less from few
+            # A spans the directions in which the prompts vary; a random A would need more prompts
             network.load_frozen(public_factor(network, dataset, table.rank))
         start = network.initial(network.frozen_factor())
         network.load_trainable(start)
@@ -137,8 +138,8 @@ def _check_tokenizers(models: Sequence[LoadedModel], base: Base) -> None:
 
 
 def _prompt_tokens(prompts: Prompts, first: Study, teacher: LoadedModel) -> list[np.ndarray]:
-    """Return tokens of the bare prompts, without any teacher's answer: pruning depends on no
-    teacher."""
+    """Return the token ids of each prompt without an answer, so that pruning depends on no
+    teacher's adapter."""
     table = first.objective
     rows = [prompt_ids(r.prompt, table, teacher.tokenizer) for r in prompts.records]
     return [np.array(ids[: table.max_length], dtype=np.int32) for ids in rows]
@@ -177,7 +178,7 @@ def _student_lora(
     last, modules = settings.last_layers or None, settings.modules
     if inherited and settings.last_layers is None:
         last, modules = inherited.last_layers, modules or inherited.modules
-        if last and kept_layers:  # those of the teacher's adapted layers that were kept
+        if last and kept_layers:  # count the teacher's adapted layers that the student has
             last = sum(at > kept_layers[-1] - last for at in kept_layers)
     modules = modules or _default_modules(base, last)
     return LoraTable(rank=rank, alpha=2.0 * rank, modules=modules, last_layers=last, train="AB")

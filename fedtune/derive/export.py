@@ -20,7 +20,7 @@ from fedtune.evidence.verify import check_signed, is_signed
 from fedtune.runs.run import Run
 
 Kind = Literal["hf", "gguf"]
-# Copied from the base as they are, so that text becomes the same tokens.
+# Files that are copied from the base unchanged, so that text becomes the same tokens.
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "added_tokens.json"),
@@ -32,18 +32,19 @@ def export(run: Run, out: Path | str, to: Kind = "hf", stored: Stored | None = N
 
     Args:
         out: the new transformers folder (hf) or file (gguf).
-        stored: how the weights are kept; without it float32 (hf), float16 (gguf).
+        stored: the weights' format; by default float32 (hf) or float16 (gguf).
 
-    A run with a head becomes a sequence classifier, which `transformers.pipeline` loads; where
-    transformers has none of its shape, the base and head.safetensors, and the card says how to use
-    them. Merging is post-processing: the model's guarantee is the run's.
-    Guarantee: `out` is whole or not there; a classifier's logits were compared with the run's.
+    A run with a head becomes a sequence classifier, which `transformers.pipeline` loads. If
+    transformers has no class for it, the folder holds the base and head.safetensors, and the card
+    explains their use. Merging is post-processing, so the model's guarantee is that of the run.
+    Guarantee: `out` is complete, or it is not made; a classifier's logits were compared with the
+    run's.
 
-    A run that is signed is verified first; of any other the card says that nobody vouches for it.
-    Of a run that lies in a dossier the dossier is verified, and goes into the folder with it.
+    A signed run is verified first; the card of any other run says that nobody vouches for it. If
+    the run is in a dossier, the dossier is verified, and copied into the folder.
 
-    Errors: NotGenuine (the run is not as it was signed), InputError, ConfigError (nothing to merge;
-    `out` exists; the format cannot hold it), ModelError, InfrastructureError."""
+    Errors: NotGenuine (the run was changed after it was signed), InputError, ConfigError (nothing
+    to merge; `out` exists; the format cannot hold the model), ModelError, InfrastructureError."""
     stored = stored or ("float32" if to == "hf" else "float16")
     if to == "hf" and stored == "q8_0":
         raise ConfigError(

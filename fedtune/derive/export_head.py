@@ -19,9 +19,9 @@ from fedtune.core.run_folder import HEAD
 from fedtune.derive.classifier import classifier_of
 from fedtune.runs.run import Run
 
-# What a classifier is measured on before it is kept.
+# Texts on which a classifier's logits are compared with the run's before it is kept.
 TEXTS = ("No.", "The patient was seen with a cough for two weeks.", "1, 2, 3: what is it? " * 3)
-CLOSE = 1e-4  # of logits, as a share of 1 + the largest
+CLOSE = 1e-4  # largest difference of logits, as a share of 1 + the largest logit
 
 PIPELINE = """\
 ```python
@@ -70,10 +70,10 @@ REWARD = (
 
 
 def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
-    """Write the new folder `into`: a sequence classifier where one computes the run's logits, else
-    base and head; and say how it is used.
+    """Write the new folder `into`: a sequence classifier, if transformers has one that computes the
+    run's logits, else base and head. Return the base, and the card's lines about its use.
 
-    Guarantee: the classifier was read back, and gave the run's logits on public texts.
+    Guarantee: the classifier was read back, and gave the run's logits on TEXTS.
     Errors: ConfigError (a base that reads more than text), ModelError, OSError."""
     loaded = load(run.folder, dtype=torch.float32)
     if loaded.base.kind not in ("encoder", "causal") or loaded.head is None:
@@ -105,8 +105,8 @@ def write_headed(run: Run, into: Path, stored: str) -> tuple[Base, list[str]]:
 
 
 def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
-    """Return the classes; none for a reward head. Errors: ModelError if the head has another
-    number."""
+    """Return the classes, () for a reward head. Errors: ModelError if the head has another number
+    of outputs."""
     assert loaded.head is not None
     labels = run.study.objective.labels
     if loaded.head.out_features != (len(labels) or 1):
@@ -119,7 +119,8 @@ def _labels(run: Run, loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer, with a length, and a pad token with which no text ends."""
+    """Return the base's tokenizer with a maximal length, and with a pad token that no text ends
+    with."""
     tokenizer = loaded.tokenizer
     tokenizer.model_max_length = run.study.objective.max_length
     if not classes and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -132,7 +133,8 @@ def _tokenizer(loaded: LoadedModel, run: Run, classes: bool) -> PreTrainedTokeni
 
 
 def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor) -> Any:
-    """Read the classifier in `folder` back; None if it computes other logits."""
+    """Load the classifier in `folder`, and return it if its logits on `passages` are those
+    expected; else None."""
     from transformers import AutoModelForSequenceClassification
 
     made: Any = AutoModelForSequenceClassification.from_pretrained(

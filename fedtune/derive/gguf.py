@@ -34,9 +34,9 @@ def write_gguf(
 ) -> None:
     """Write `folder` (config.json, model.safetensors in fp32, tokenizer) as the GGUF file `out`.
 
-    stored: of the matrices; vectors stay fp32, and what q8_0's blocks do not fit becomes float16.
-    about: general.name, general.description and so on. Errors: ConfigError where llama.cpp would
-    not compute the same; OSError."""
+    stored: the format of the matrices; vectors stay fp32, and a matrix that q8_0's blocks do not
+    fit becomes float16. about: the general.* keys, such as general.name. Errors: ConfigError if
+    llama.cpp would not compute the same; OSError."""
     import gguf
 
     config = read_json(folder / "config.json")
@@ -114,8 +114,8 @@ def _shape(writer: Any, config: dict[str, Any]) -> None:
 
 
 def _rope_factors(config: dict[str, Any]) -> np.ndarray | None:
-    """Return the divisor of each frequency, (head/2,) fp32, with which Llama 3 stretches slow
-    rotations."""
+    """Return the factor (head/2,), fp32, by which Llama 3 divides each rotary frequency; None for
+    another model."""
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
@@ -204,7 +204,7 @@ def _vocabulary(writer: Any, folder: Path, config: dict[str, Any]) -> None:
         token = token["content"] if isinstance(token, dict) else token
         if token in ids:
             getattr(writer, f"add_{role}_token_id")(ids[token])
-    # What transformers puts in front is the tokenizer's own template.
+    # The tokenizer's template says which tokens transformers puts before a text.
     template = json.dumps((tokenizer.get("post_processor") or {}).get("special_tokens") or {})
     writer.add_add_bos_token(bool(settings.get("bos_token")) and _bos_token(settings) in template)
     writer.add_add_eos_token(False)
@@ -219,7 +219,8 @@ def _bos_token(settings: dict[str, Any]) -> str:
 
 
 def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
-    """Return llama.cpp's name of the pre-tokenizer. Errors: ConfigError if it has none."""
+    """Return llama.cpp's name of the tokenizer's pre-tokenizer. Errors: ConfigError if llama.cpp
+    does not have it."""
     model, pre = tokenizer["model"], tokenizer.get("pre_tokenizer") or {}
     parts = pre.get("pretokenizers") or [pre]
     last = parts[-1]

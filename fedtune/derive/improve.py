@@ -1,7 +1,8 @@
 """Train a finished run against a federated reward model by RLOO: `fedtune improve`.
 
-Guarantee: reads two finished runs and public prompts alone, at the coordinator. The result has at
-most the (ε, δ) of both runs together, and its KL from the starting policy is at most max_kl."""
+Guarantee: only two finished runs and public prompts are read, at the coordinator. The result has at
+most the (ε, δ) of both runs together, and its measured KL divergence from the starting policy is at
+most max_kl."""
 
 from __future__ import annotations
 
@@ -32,18 +33,21 @@ from fedtune.derive.writing import write_all
 from fedtune.report.run_files import new_folder
 from fedtune.runs.run import Run
 
-HELD_OUT = 0.25  # of the prompts: never trained on, measured before and after
-MAX_EVALUATED = 48  # prompts of either kind that are measured on
-SAMPLES = 4  # answers to each
-CHOOSING, REPORTED = b"which policy to keep", b"what the report says"  # draws of answers
+HELD_OUT = 0.25  # share of the prompts that are not trained on, and measured before and after
+MAX_EVALUATED = 48  # the most prompts to measure on, of training and of held-out ones each
+SAMPLES = 4  # sampled answers to each prompt
+# Seeds of the sampled answers: those by which a policy is chosen, and those of the report.
+CHOOSING, REPORTED = b"which policy to keep", b"what the report says"
 UNSCORED = -3.0  # the reward of an answer that is empty, or too long for the reward model
 
 
 @dataclass(frozen=True)
 class PolicyEvaluation:
-    """Means over sampled answers. reward: in standard deviations of the starting policy's rewards
-    from their mean; kl: nats an answer, from the starting policy; unscored: the share of answers
-    that are empty or too long for the reward model."""
+    """Means over sampled answers.
+
+    - reward: in standard deviations of the starting policy's rewards, from their mean
+    - kl: the divergence from the starting policy, in nats per answer
+    - unscored: the share of answers that are empty or too long for the reward model"""
 
     reward: float
     kl: float
@@ -56,8 +60,9 @@ class PolicyEvaluation:
 
 @dataclass
 class PolicyScores:
-    """Evaluations of a training. by_step: (steps, evaluation); best: the one with the highest
-    penalised reward among those with KL ≤ max_kl, with its arrays."""
+    """The evaluations during a training. by_step: (number of steps, evaluation). best: the
+    evaluation with the highest penalised reward among those with KL ≤ max_kl, with the adapter's
+    arrays."""
 
     max_kl: float
     kl_coef: float
@@ -83,14 +88,15 @@ def improve(
     (RLOO).
 
     Args:
-        out: the new run's folder; it is whole or not there.
-        max_kl: nats of KL an answer, from the policy of `run`. Past it the training ends, and what
-            is kept is the checkpoint with KL ≤ max_kl whose reward - settings.kl_coef · KL is
-            highest.
+        out: the new run's folder. If an error occurs, it is not made.
+        max_kl: the largest KL divergence from the policy of `run`, in nats per answer. Training
+        ends
+            when it is exceeded. Among the checkpoints with KL ≤ max_kl, the one with the highest
+            reward - settings.kl_coef · KL is kept.
         eval_every: steps between two evaluations.
-        on_event: called with ("step", {…}) as the work goes on.
+        on_event: called with ("step", {…}) to report progress.
 
-    The report's figures come from answers drawn anew, because the best of several evaluations is
+    The report's figures come from newly sampled answers, since the best of several evaluations is
     biased upwards.
 
     Errors: Refused (no better checkpoint with KL ≤ max_kl), ConfigError, DataError, ModelError,
@@ -153,7 +159,8 @@ def _check(policy: LoadedModel, judge: LoadedModel, run: Run, reward_run: Run) -
 def _split_prompts(
     prompts: Prompts, policy: LoadedModel, study: Study, settings: RlooSettings
 ) -> tuple[list[Record], list[Record]]:
-    """Split prompts by the seed into training and held-out ones; too long ones are only counted."""
+    """Split the prompts by the seed into training and held-out ones. Prompts that are too long are
+    counted and left out."""
     room = min(study.objective.max_length, policy.room) - settings.new_tokens
     fit = [
         record
@@ -228,7 +235,7 @@ class PolicyEvaluator:
 
     def centre(self, records: Sequence[Record]) -> PolicyEvaluation:
         """Set the rewards' origin and scale to the mean and standard deviation of the starting
-        policy's answers to public prompts, never to private ones; returns its evaluation."""
+        policy's rewards on these public prompts, and return the starting policy's evaluation."""
         answers = self._answers(records, CHOOSING)
         scores = [score for score, _ in answers if score is not None]
         if not scores or not np.isfinite(scores).all():
@@ -256,7 +263,8 @@ class PolicyEvaluator:
         return UNSCORED if score is None else (score - self.mean) / self.spread
 
     def _scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """Score an answer; None if it is empty, or too long for the reward model."""
+        """Return each answer's score by the reward model; None for one that is empty, or too long
+        for that model."""
         passages: dict[int, np.ndarray] = {}
         for at, pair in enumerate(zip(prompts, answers, strict=True)):
             with suppress(Rejected):

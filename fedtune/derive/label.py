@@ -40,14 +40,15 @@ def label(
     """Write preferences of a site's prompts, made by models on this machine (RLAIF).
 
     Args:
-        records: a site, without the patients who withdrew; or a file of records.
-        out: a .jsonl file, for this user alone; {out}.about.json says how it was made.
-        generator, judge: pypi:NAME, a folder, a hub id or a run; without a judge the generator
-            judges. A run of objective reward judges by its score.
-        generator_digest, judge_digest: pins; another model is refused.
-        on_event: called with ("step", {…}) as the work goes on.
+        records: a site, whose withdrawn patients are left out; or a file of records.
+        out: a .jsonl file that only this user can read; {out}.about.json describes how it was made.
+        generator, judge: pypi:NAME, a folder, a hub id or a run. By default the generator judges
+        too.
+            A run of objective reward judges by its score.
+        generator_digest, judge_digest: the models' expected digests; another model is refused.
+        on_event: called with ("step", {…}) to report progress.
 
-    Returns what about.json holds.
+    Returns the content of about.json.
 
     Errors: Refused (a run without privacy, which would carry one record into another), ConfigError,
     DataError, ModelError."""

@@ -29,8 +29,8 @@ def require_private(model: LoadedModel, role: str, accepted: Sequence[str] = ())
 
 
 def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
-    """Describe one parent run for the report of a derived model. Errors: InputError, NotGenuine
-    (it is signed, and was changed since)."""
+    """Describe one parent run for the report of a derived model. Errors: InputError; NotGenuine
+    (the run was changed after it was signed)."""
     check_signed(run.folder)
     return {
         "name": run.study.study.name,
@@ -42,8 +42,8 @@ def parent(run: Run, model: LoadedModel, role: str) -> dict[str, Any]:
 
 
 def combined_lineage(parents: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Build the `private` and `privacy` sections of a model derived from `parents`, and
-    `parents` as its report lists them. A run that occurs twice is charged once."""
+    """Build the report's sections "private", "privacy" and "parents" for a model that is derived
+    from `parents`. A run that occurs twice is charged once."""
     reports = {p["digest"]: p["report"] for p in parents}
     private = all(report.get("private") for report in reports.values())
     privacy: dict[str, Any] = {"warning": "one of its runs was trained without privacy"}

@@ -36,7 +36,7 @@ class Parent:
 
     @property
     def table(self) -> LoraTable:
-        assert self.study.lora is not None  # load_parent saw to it
+        assert self.study.lora is not None  # load_parent has checked it
         return self.study.lora
 
     @property
@@ -47,8 +47,8 @@ class Parent:
 def load_parent(run: Run) -> Parent:
     """Load a finished run for merging.
 
-    Errors: InputError, ConfigError, ModelError if it is unfinished or has no adapter; NotGenuine
-    if it is signed, and was changed since."""
+    Errors: InputError, ConfigError or ModelError if the run is unfinished or has no adapter;
+    NotGenuine if it was changed after it was signed."""
     check_signed(run.folder)
     if run.study.lora is None:
         raise ConfigError(
@@ -74,18 +74,23 @@ def merge_runs(
     """Merge the adapters of finished runs of one base into a new run.
 
     Args:
-        out: the new run's folder; it is whole or not there.
-        method: linear: the weighted sum of the updates, exactly. svd: the same at a smaller rank.
-            ties, dare: part of each update. slerp: two, along the arc between them. regmean: least
-            squares on the inputs that each parent sees of its own public text.
-        weights: one for each run, or none: 1 each, for slerp equal shares.
-        density: ties, dare: the share of each update that stays; one, or one for each run.
-        rank: svd, ties, dare: the merged rank.
+        out: the new run's folder. If an error occurs, it is not made.
+        method: linear: the exact weighted sum of the updates. svd: the same, reduced to a smaller
+            rank. ties, dare: the sum of a part of each update. slerp: interpolation of two updates
+            along the arc between them. regmean: least squares on the layers' inputs from each
+            parent's own public text.
+        weights: one for each run; by default 1 each, and equal shares for slerp.
+        density: for ties and dare, the share of each update that is kept: one number, or one for
+        each
+            run.
+        rank: for svd, ties and dare, the merged rank.
         disjoint: the caller states that no person is in two of the runs.
-        measure: evaluate base, parent and merged adapter on each parent's evaluation file, where
-            it exists.
+        measure: whether to evaluate base, parent and merged adapter on each parent's evaluation
+        file,
+            if the file exists.
 
-    Guarantee: post-processing of released adapters; its ε as composed_epsilon.composed says.
+    Guarantee: this is post-processing of released adapters. The new run's ε is composed as in
+    accounting/composed_epsilon.py.
 
     Errors: InputError, ConfigError, ModelError, InfrastructureError."""
     out = Path(out)
@@ -263,7 +268,8 @@ def _moments(parent: Parent) -> Moments:
 
 
 def _with_saved_factor(study: Study, table: LoraTable) -> Study:
-    """Return the study with an adapter of this shape, whose A is loaded rather than initialised."""
+    """Return the study with an adapter of the shape `table`, whose A is loaded and not
+    initialised."""
     saved = table.model_copy(update={"a_init": "public", "a_digest": None})
     return study.model_copy(update={"lora": saved})
 

@@ -18,10 +18,11 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.models.lora import Arrays
 
 Method = Literal["linear", "svd", "ties", "dare", "slerp", "regmean"]
-# PEFT's names. Its "linear" adds up A and B apart, which is the sum of no updates; "cat" is exact.
+# Method -> PEFT's name. PEFT's "linear" adds up the As and the Bs separately, which is not the sum
+# of the updates B A; its "cat" is.
 _PEFT = {"linear": "cat", "svd": "svd", "ties": "ties_svd", "dare": "dare_linear_svd"}
-RIDGE = 0.01  # of the mean second moment, added to each input's
-Moments = Mapping[str, torch.Tensor]  # by layer: E[x xᵀ] of its inputs, fp64
+RIDGE = 0.01  # this share of the mean second moment is added to each input's second moment
+Moments = Mapping[str, torch.Tensor]  # layer -> E[x xᵀ] of its inputs x, fp64
 _NAME = re.compile(r"(.+)\.lora_([AB])\.default\.weight")
 _LAYER = re.compile(r"(.*\.layers?\.)(\d+)\.(.+)")
 
@@ -37,13 +38,15 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Adapter:
-    """arrays: as core.models.adapter_files.load_adapter gives them; scaling: alpha / rank."""
+    """An adapter to merge. arrays: as core.models.adapter_files.load_adapter returns them; scaling:
+    alpha / rank."""
 
     arrays: Arrays
     scaling: float
 
     def layers(self) -> dict[str, Factors]:
-        """Return its layers by module name. Errors: ConfigError if it holds more than LoRA."""
+        """Return module name -> the factors of its update. Errors: ConfigError if the adapter has
+        arrays other than LoRA's."""
         parts: dict[str, dict[str, torch.Tensor]] = {}
         for name, array in self.arrays.items():
             match = _NAME.fullmatch(name)
@@ -69,15 +72,16 @@ def merge(
 ) -> tuple[Arrays, int]:
     """Merge adapters into one of scaling 1, fp32, of the same rank in every layer: (arrays, rank).
 
-    | linear | Σ wᵢ·updateᵢ, exact; rank Σ rᵢ                                            |
-    | svd    | the same, cut to `rank` (without it the largest rᵢ) by singular values    |
-    | ties   | the largest `density` of each, where they agree in sign; as svd, but Σ rᵢ |
-    | dare   | a random `density` of each, scaled up; cut as in ties                     |
-    | slerp  | of two: along the arc between them, by the second's share of the weights  |
-    | regmean | on each adapter's own inputs (`moments`, one dict for each) as near as    |
-    |        | possible to what it does there; weights are what nearness counts; Σ rᵢ    |
-    density: one for all, or one for each adapter.
-    A layer that an adapter does not have is left as the base has it: an update of zero.
+    | linear  | Σ wᵢ · updateᵢ, exactly; its rank is Σ rᵢ                                      |
+    | svd     | the same, reduced to `rank` (default: the largest rᵢ) by singular values       |
+    | ties    | the largest entries, a share `density` of each update, where signs agree; then |
+    |         | reduced to `rank` (default: Σ rᵢ)                                              |
+    | dare    | random entries, a share `density` of each update, scaled up; reduced as ties   |
+    | slerp   | two updates, interpolated along the arc between them by the second's weight    |
+    | regmean | the least squares fit to each update on its adapter's own inputs (`moments`,   |
+    |         | one dict for each), weighted by wᵢ; its rank is Σ rᵢ                           |
+    density: one for all, or one for each adapter. An adapter without a layer counts there as an
+    update of zero.
     Errors: ConfigError. References: Ilharco et al. 2023 (task arithmetic); Yadav et al. 2023 (TIES,
     section 4); Yu et al. 2024 (DARE, section 3); Shoemake 1985 (slerp); Jin et al. 2023 (RegMean,
     equation 2)."""
@@ -144,8 +148,9 @@ def _zero_update(like: Factors) -> Factors:
 def _regmean_factors(
     parts: Sequence[Factors], weights: Sequence[float], moments: Sequence[torch.Tensor | None]
 ) -> list[Factors]:
-    """Return the factors whose sum is nearest to each update on its own inputs: with Gᵢ = wᵢ E[x
-    xᵀ] it is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B stays and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
+    """Return the factors whose sum is the least squares fit to all updates, each on its own
+    adapter's inputs x. With Gᵢ = wᵢ E[x xᵀ] the fit is Σ Bᵢ Aᵢ Gᵢ (Σ Gⱼ)⁻¹, so each B is unchanged
+    and its A is multiplied by Gᵢ (Σ Gⱼ)⁻¹."""
     size = parts[0].a.shape[1]
     weighted = [
         torch.zeros(size, size, dtype=torch.float64) if moment is None else weight * moment
@@ -160,7 +165,8 @@ def _regmean_factors(
 
 
 def _prune_factors(part: Factors, density: float, method: Method) -> Factors:
-    """Keep a share of an update, as ties or dare does; its factors are then of full rank."""
+    """Keep the share `density` of an update's entries, by ties or dare. The result has full
+    rank."""
     from peft.utils.merge_utils import prune
 
     update = part.scaling * (part.b.float() @ part.a.float())

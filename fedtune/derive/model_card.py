@@ -1,5 +1,5 @@
-"""Write the files that go with an exported model: its card, its report, the labels in a GGUF
-file."""
+"""Write the files that accompany an exported model (its card and its report), and the metadata of a
+GGUF file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedtune.report.declared import site_lines
 from fedtune.report.run_files import pipeline_tag
 from fedtune.runs.run import Run
 
-DOSSIER = "dossier"  # in an exported model: the dossier that its run lay in
+DOSSIER = "dossier"  # in an exported model: a copy of the dossier that held its run
 
 
 TEXT = ('    AutoModelForCausalLM.from_pretrained("THIS FOLDER")',)  # how it is loaded
@@ -55,7 +55,7 @@ def gguf_metadata(report: dict[str, Any], base: Base, signed: bool = True) -> di
 
 
 def _quantisation_note(study: Study) -> list[str]:
-    """State that the weights are those of a quantised base, if they are."""
+    """Return lines that say so if the weights come from a quantised base, else []."""
     table = study.base.quantisation
     if table is None:
         return []
@@ -67,7 +67,8 @@ def _quantisation_note(study: Study) -> list[str]:
 
 
 def _template(study: Study) -> list[str]:
-    """State the text around a prompt, as in training; without it a model may answer nothing."""
+    """Return lines with the template that was put around prompts in training; without it a model
+    may give no answer."""
     template = study.objective.template
     if not template or study.objective.resolved.record_format == "label":
         return []
@@ -80,7 +81,7 @@ def _template(study: Study) -> list[str]:
 
 
 def _dossier(run: Run) -> list[str]:
-    """State where the run's dossier is, if it goes with the model."""
+    """Return lines that say where the run's dossier is, if it is copied with the model, else []."""
     if around(run.folder) is None:
         return []
     return [
@@ -91,7 +92,7 @@ def _dossier(run: Run) -> list[str]:
 
 
 def _origin(base: Base) -> list[str]:
-    """State the origin of a wheel's base."""
+    """Return lines with the origin of a base that comes from a wheel."""
     upstream = upstream_of(base.name)
     return [] if upstream is None else ["", f"Base: {base.name}, which is {upstream}."]
 
