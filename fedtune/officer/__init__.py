@@ -1,2 +1,2 @@
-"""Tasks of a person at a site: review, accept, withdraw, release answers, and inspect the
-records."""
+"""Carry out the tasks of a person at a site: review plans, accept models, withdraw consent, release
+answers, and inspect records."""

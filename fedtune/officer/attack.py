@@ -28,15 +28,16 @@ from fedtune.core.models.network import Network
 from fedtune.core.vault.reading import read_for_training
 from fedtune.runs.run import Run
 
-LEAST = 10  # units on each side: with fewer no interval says anything
+LEAST = 10  # the smallest number of members, and of held-out units; intervals need so many
 
 
 @dataclass(frozen=True)
 class SiteAttack:
     """The result of an attack at a site.
 
-    membership: of this site's units against held-out ones; epsilon: of the run, None without
-    privacy; references: the models with which the run's losses were compared."""
+    membership: how well the site's units are told from held-out ones. epsilon: the run's ε, None
+    without privacy. references: the names of the models with which the run's losses were
+    compared."""
 
     study: str
     site: str
@@ -62,8 +63,8 @@ def attack_site(
     depends exactly on private records, so it stays at the site: only this user can read `out`.
 
     Args:
-        held_out: records like the site's that no site trained on, with the same columns; without
-            it the site's [evaluation].
+        held_out: a file of similar records on which no site trained, with the same columns; by
+            default the site's [evaluation].
         out: a folder for attack.json and attack.png.
 
     >>> import fedtune
@@ -108,7 +109,7 @@ def _held_out(site: Site, path: Path | str | None) -> SiteData:
     """Read the held-out records. Errors: ConfigError."""
     if path is not None:
         changes: dict[str, Any] = {"path": Path(path), "url": None, "name": "held-out"}
-        if site.data.url:  # a database's source and table are none of a file's
+        if site.data.url:  # the keys of a database do not apply to a file
             changes |= {"source": None, "options": {}}
         return site.data.model_copy(update=changes)
     if site.evaluation is None:
@@ -126,7 +127,8 @@ def _read(site: Site, data: SiteData, network: Network, run: Run) -> Dataset:
 
 
 def _scores(network: Network, data: Dataset, run: Run, references: Sequence[Run]) -> Scores:
-    """Compute each unit's mean fall of the loss, (units, 1)."""
+    """Compute for each unit, (units, 1), by how much the run's mean loss on its records is below
+    that of the references."""
     cached = CachedDataset(network, data)
 
     def losses(of: Run | None) -> Scores:

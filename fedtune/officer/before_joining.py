@@ -14,19 +14,20 @@ from fedtune.core.vault.declared import allow_declared, check_private, sign_decl
 from fedtune.officer.sheet import check_attested_records, check_sheet
 
 log = logging.getLogger("fedtune.site")
-SAMPLE = 8  # units of which a conversion is repeated
+SAMPLE = 8  # the number of units whose conversion is repeated alone
 
 
 def check_before_joining(site: Site) -> None:
     """Check what a person at the site should correct before it takes part.
 
-    Guarantee: while a study is running here, no private record decides whether the site joins:
-    findings about the records are warnings on this machine, and the rounds continue like those
-    of a client that was not restarted, with noise alone if nothing can be read. A site that does
-    not come back after a restart would reveal something about its records. Errors:
-    PolicyRefused, ConfigError, InputError of what people typed and of data that the site
-    declares public or generated; LedgerError; with no study under way DataError and
-    PolicyRefused of the records, too."""
+    Guarantee: while a study is running here, no private record decides whether the site joins,
+    since a site that does not come back after a restart would reveal something about its records.
+    Findings about the records are then warnings on this machine, and the rounds continue as if the
+    client had not been restarted, with noise alone if nothing can be read.
+
+    Errors: PolicyRefused, ConfigError or InputError because of settings, sheet or data that the
+    site declares public or generated; LedgerError; and, if no study is running, also DataError or
+    PolicyRefused because of the records."""
     allow_declared(site)
     sign_declarations(site)
     check_sheet(site)
@@ -60,8 +61,8 @@ def check_records(site: Site) -> None:
 
 
 def check_conversion(site: Site) -> None:
-    """If a plug-in converts the site's records, check that a sample of units is converted alike
-    when each is alone. Errors: DataError."""
+    """If a plug-in converts the site's records, check on a sample of units that a unit's conversion
+    is the same when it is converted alone. Errors: DataError."""
     for data in filter(None, (site.data, site.evaluation)):
         otherwise = count_otherwise_alone(data, SAMPLE)
         if otherwise:

@@ -1,8 +1,8 @@
-"""Check what a study would cost a site's records before anything is computed for it.
+"""Check, before anything is computed for a study, whether a site's budget allows its cost.
 
-σ, the number of steps, δ and the ledger suffice: no record is read, no base is loaded, and the
-digests that public text would add to the plan do not matter. The site checks all of it again
-when the plan arrives."""
+This needs σ, the number of steps, δ and the ledger alone: no record is read, no base is loaded, and
+the digests that public text would add to the plan do not matter. The site repeats the check when
+the plan arrives."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from fedtune.officer.review import cost_refusals
 class Paid:
     """What a site's records have paid so far, and would have paid after one more run of a study.
 
-    before, after: ε of the dataset; ceiling: policy.max_epsilon; again: ε that studies with this
-    one's name have paid, 0 if none has; run: where the newest of them lies."""
+    - before, after: ε of the dataset so far, and after one more run
+    - ceiling: policy.max_epsilon
+    - again: the ε of earlier studies with this study's name, 0 if there is none
+    - run: the folder of the newest of them"""
 
     site: str
     before: Total
@@ -50,10 +52,10 @@ class Paid:
 
 def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     """Check the plan's figures and the dataset's budget against the site's rules, as far as they
-    are known before the study starts. Returns what its records have paid; None if they have paid
-    nothing, or pay only from a ledger of the run.
+    are known before the study starts. Return what its records have paid; None if they have paid
+    nothing, or pay from a ledger of the run alone.
 
-    out: the run's folder: a run that is resumed has paid for a part of the plan.
+    out: the run's folder; a resumed run has already paid for a part of the plan.
     Errors: Refused."""
     for refusal in privacy_refusals(study, site, None):
         raise refusal
@@ -71,7 +73,7 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
 def _plan(study: Study, site: Site) -> DpPlan:
     try:
         return plan_for_site(study, site.site.declared_size, site.policy.max_steps)
-    except ConfigError as error:  # of public figures alone
+    except ConfigError as error:  # its text depends on public figures alone
         raise PolicyRefused(error.happened, error.expected, error.todo) from None
 
 

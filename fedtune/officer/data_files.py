@@ -1,4 +1,4 @@
-"""Describe the files and tables of a data report, in counts."""
+"""Describe the files and tables of a site's records for a data report, by counts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ COUPLED = "selected by a query or a view, which may couple patients: outside the
 
 @dataclass(frozen=True)
 class FileFacts:
-    """One file of records: its name, its size in bytes, its apparent encoding, its cell
-    separator (CSV), its number of rows, and how many of them failed. Or one table of a database."""
+    """A file of records or a table of a database: name, size in bytes, apparent encoding, separator
+    of cells (CSV), number of rows, and number of rows that failed."""
 
     name: str
     size: int

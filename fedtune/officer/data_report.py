@@ -30,8 +30,8 @@ from fedtune.core.vault.reading import SHOWN, by_reason, declared_wrongly, read_
 from fedtune.officer.data_files import COUPLED, FileFacts, files_of
 from fedtune.officer.reading import reading_of
 
-CLASSES = 50  # distinct values up to which a label column is taken to hold classes
-LONGEST = 2**20  # tokens that a record is measured up to
+CLASSES = 50  # a label column with more distinct values is not taken to hold classes
+LONGEST = 2**20  # the largest number of tokens that is measured
 YEAR = re.compile(r"(?:19|20)\d\d\b")
 Table = tuple[str, list[tuple[str, ...]]]  # a heading, and rows of cells
 
@@ -64,10 +64,12 @@ class Spread:
 class StudyFit:
     """How a study would use the records.
 
-    - problem: why it cannot use them, or ""
-    - lengths: of whole records, in tokens
-    - too_long: records above max_length
-    - train, cut, over_cap, excluded, rejected: as training reads them"""
+    - problem: why the study cannot use them, "" if it can
+    - lengths: lengths of uncut records, in tokens
+    - too_long: number of records longer than max_length
+    - train, cut, over_cap, excluded: numbers of records that training uses, cuts to max_length,
+      leaves out because of the cap, and leaves out since their patients withdrew or are elsewhere
+    - rejected: reason -> number of records"""
 
     study: str
     problem: str
@@ -217,11 +219,13 @@ def data_report(site: Site, study: Study | None = None, *, date: str | None = No
     """Report on a site's records: columns, rows that cannot be used, classes, lengths, duplicates.
 
     Args:
-        study: also what this study's own reading makes of them: tokens against max_length, what
-            would be cut, over the cap or rejected. Its base is looked up on this machine.
-        date: a column of dates; the report counts records by year.
+        study: report also how this study would use the records: their tokens compared with
+        max_length,
+            and how many would be cut, be over the cap, or be rejected. Its base must be on this
+            machine.
+        date: a column of dates, by whose year the report counts records.
 
-    Nothing is written, and the report holds no record's content; but it counts private records, so
+    Nothing is written, and the report holds no record's content. Since it counts private records,
     it is for the site alone. `print(report)` shows it, `report.save("data.html")` writes it.
 
     Errors: DataError if there is no file, ConfigError, ModelError."""
@@ -286,7 +290,7 @@ def _classes(records: Sequence[Record], study: Study | None) -> dict[str, int]:
     return counts
 
 
-LONG_NAME = 60  # characters from which a value is no name of a class
+LONG_NAME = 60  # a value with so many characters or more is not taken for the name of a class
 
 
 def _characters(record: Record) -> int:
@@ -316,7 +320,7 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
     """Read the records as the study's training does, and measure them whole.
 
     Errors: ModelError if the base is not on this machine."""
-    if study.base.digest is None:  # a study.toml, as a person wrote it
+    if study.base.digest is None:  # a study.toml, which states no digest
         base = find_base(site.site.base or study.base.model)
     else:
         base = base_for(study, site)

@@ -1,6 +1,6 @@
 """Scan a site's records for identifiers, for the person who answers for them.
 
-Guarantee: rows, kinds and counts alone, never a piece of a text; all of it stays at the site."""
+Guarantee: the result holds rows, kinds and counts, and no part of a text. It stays at the site."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class ScannedRow:
 class DataScan:
     """The result of a scan.
 
-    action: of [data.scan], "" without that table; records: number of records read; failed: rows
-    that cannot be read or scanned; rows: those with findings."""
+    action: that of [data.scan], "" without that table. records: number of records read. failed:
+    number of rows that cannot be read or scanned. rows: the rows with findings."""
 
     site: str
     action: str
@@ -61,7 +61,8 @@ class DataScan:
 
 
 def data_scan(site: Site) -> DataScan:
-    """Scan the records that training would read, before any study is known; some 50 ms a record.
+    """Scan the records that training would read, which takes some 50 ms for each. No study is
+    needed.
 
     Errors: DataError (no file, other columns), ModelError (fedtune[scan] is not installed, or its
     model cannot be fetched), InfrastructureError.
@@ -95,6 +96,6 @@ def _kinds(scanner: Scanner, record: Record) -> Counter[str] | None:
         return Counter(f.kind for text in texts_of(record) for f in scanner(text))
     except Rejected as error:
         log.warning("a record cannot be scanned (%s)", error.reason)
-    except Exception as error:  # of a library: its message may quote the record
+    except Exception as error:  # a library's error, whose message may quote the record
         log.warning("a record cannot be scanned (%s)", type(error).__name__)
     return None

@@ -1,4 +1,4 @@
-"""Find plans of a study that this site knows already, with the digests with which they began."""
+"""Find earlier plans of a study that this site knows, in which the digests are filled in."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fedtune.runs.choice import with_digests_of
 
 
 def known_plan(study: Study, site: Site, *runs: Path) -> Study:
-    """Return the study with its digests filled in, if a run of it or a plan that was sent has
-    them: charges and signatures are then known to be this study's. Else return the study
-    unchanged. runs: folders to search first."""
+    """Return the study with its digests filled in from a run of it, or from a plan that a
+    coordinator sent; unchanged if there is none. With the digests, the ledger's charges and
+    signatures can be matched to this study. runs: folders to search first."""
     for plan in _plans(site, runs):
         filled = with_digests_of(study, plan)
         if filled.digest == plan.digest:

@@ -1,8 +1,8 @@
 """Show the officer the answers that wait at a site, and release or refuse them.
 
-A person sees facts of the plan, a length and a cost, never the content of an answer, nor the
-site's own messages about a round: a refusal reaches the coordinator, and one that followed from
-the records would reveal something about them, outside ε."""
+The officer sees facts of the plan, a length and a cost, but not the content of an answer or the
+site's messages about a round. For a refusal reaches the coordinator; if it depended on the records,
+it would reveal something about them that no ε covers."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ ANSWER, DRAW = "answer", "draw of shared noise"
 class Waiting:
     """An answer that waits for a person, as plan and ledger describe it.
 
-    - name: as the command takes it
-    - kind: ANSWER, or DRAW, which is not paid for yet
-    - size: in bytes
-    - epsilon: of this round alone, at policy.max_delta; fallback: with shared noise, the ε that
-      holds whatever happens
-    - since: UTC"""
+    - name: the name by which `decide` selects it
+    - kind: ANSWER, or DRAW, a draw of shared noise, which is not charged yet
+    - size: length in bytes
+    - epsilon: ε of this round alone, at policy.max_delta; fallback: with shared noise, the ε by the
+      site's own noise alone
+    - since: the time since which it waits, UTC"""
 
     name: str
     kind: str
@@ -56,7 +56,8 @@ class _Found:
 
 
 def list_waiting(site: Site) -> list[Waiting]:
-    """List the answers that wait at a site, oldest first. If there is no ledger, none is begun.
+    """List the answers that wait at a site, oldest first; [] if there is no ledger, which is not
+    made.
     Errors: LedgerError."""
     return [found.waiting for found in _find(site)]
 

@@ -1,8 +1,8 @@
 """Delete the files that a site's studies left beside the ledger.
 
-Deleted: what KINDS lists. Never: what NEVER_DELETED lists, which the ledger, the guarantee and
-the site's enrolment need; nor files that fedtune did not write, which are listed for a person to
-decide.
+Files of KINDS are deleted. Files of NEVER_DELETED, which the ledger, the guarantee and the site's
+enrolment need, are not; nor are files that fedtune did not write, which are listed so that a person
+can decide about them.
 Guarantee: the ledger and its charges are unchanged. A deleted update cannot be sent again: if its
 round is ordered again, it is trained and charged again.
 """
@@ -33,7 +33,7 @@ from fedtune.core.vault.studies import under_way
 from fedtune.observe.status import LOCK
 from fedtune.officer.withdraw import RECEIPTS
 
-KINDS = {  # what people call it -> patterns of paths in the state folder; "*" goes into folders too
+KINDS = {  # name for people -> patterns of paths in the state folder; "*" matches subfolders too
     "updates that were released": (f"{OUTBOX}/*.bin",),
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
     "draws that wait to be let go": (f"{ASKED}/*.json",),
@@ -70,8 +70,8 @@ NEVER_DELETED = (
 
 @dataclass
 class Listing:
-    """A state folder's files. deletable: by kind; unknown: files that fedtune did not write,
-    including a ledger's backup; studies: digest -> name, if one was chosen."""
+    """A state folder's files. deletable: kind -> files. unknown: files that fedtune did not write,
+    and backups of ledgers. studies: digest -> name, if a study was chosen."""
 
     state: Path
     deletable: dict[str, list[Path]] = field(default_factory=dict)
@@ -84,9 +84,10 @@ class Listing:
 
 
 def listing(site: Site, study: str | None = None) -> Listing:
-    """List what `purge` would delete: of every study, or of those whose digest or name is `study`.
+    """List the files that `purge` would delete: those of all studies, or of those whose digest or
+    name is `study`.
 
-    Errors: ConfigError where there is no state folder; InputError where no study is called so;
+    Errors: ConfigError if there is no state folder; InputError if no study has that digest or name;
     LedgerError."""
     state = site.site.state
     if not state.is_dir():
@@ -108,11 +109,10 @@ def listing(site: Site, study: str | None = None) -> Listing:
 
 
 def purge(contents: Listing) -> None:
-    """Delete the listed files and the folders that become empty. This relies neither on the
-    lock, which the half of a client on the network can remove, nor on a folder being no link,
-    which that half could put there.
+    """Delete the listed files and the folders that become empty. This is safe even if the site's
+    courier has removed the lock, or has replaced a folder by a link.
 
-    Errors: InfrastructureError where a client runs on this state, or the disk refuses; LedgerError,
+    Errors: InfrastructureError if a client runs on this state, or the disk refuses; LedgerError,
     before anything is deleted."""
     with (
         alone(contents.state / "flower", "fedtune client"),
@@ -188,7 +188,7 @@ def _remove_empty(folder: Path, top: Path) -> None:
 
 
 def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, str]:
-    """Return digest and name of the studies that match. Errors: InputError where none does."""
+    """Return digest -> name of the studies that match. Errors: InputError if none matches."""
     state = site.site.state
     spent = Ledger(state).spending() if traces(state) else []
     names = under_way(state) | {entry.charge.study: entry.charge.name for entry in spent}

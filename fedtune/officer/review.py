@@ -1,5 +1,5 @@
-"""Explain a plan in plain words to the person who signs for the site: what runs, what leaves,
-what it costs."""
+"""Explain a plan in plain words to the person who signs for the site: which code runs, which data
+leaves the site, and which ε it costs."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ SENT = (".json", ".answer")  # suffixes of a plan as a coordinator sent it
 class Review:
     """The review of a plan.
 
-    - digest: what is signed, "" if it is not known before public text was read
-    - sections: (heading, lines)
-    - refusals: the rules that refuse
-    - verdict: what the site would do with the plan today"""
+    - digest: the digest that is signed; "" if it needs a computation on public text first
+    - sections: (heading, lines) each
+    - refusals: the rules that refuse the plan
+    - verdict: whether the site would refuse it today, wait for a signature, or take part"""
 
     digest: str
     sections: list[tuple[str, list[str]]]
@@ -65,15 +65,15 @@ class Review:
 def read_plan(
     path: Path, site: Site, settings: Sequence[str] = (), *, whole: bool = False
 ) -> Study:
-    """Read a plan from study.toml, from the coordinator's answer, or as JSON: as a coordinator
-    sent it, or as its run folder holds it.
+    """Read a plan from study.toml, from the coordinator's answer, or from JSON, which a coordinator
+    sent or a run folder holds.
 
-    settings: of a study.toml, values in place of the file's, as of load_study; whole: of a
-    study.toml, also what is computed from its base and its public text (the adapter's frozen
-    factor, the start), which may take an hour. Only a whole plan has the digest that a site is
-    asked to run; rules and costs follow from the rest.
-    Errors: ConfigError; ModelError where the base is not to be had; PolicyRefused where it names a
-    plug-in that the site's policy does not, of which nothing is imported."""
+    settings: for a study.toml, values in place of the file's, as for load_study. whole: for a
+    study.toml, whether to compute also the parts that follow from its base and its public text (the
+    adapter's frozen factor, the start), which may take an hour. Only a whole plan has the digest
+    that a coordinator sends; rules and costs do not need it.
+    Errors: ConfigError; ModelError if the base cannot be found; PolicyRefused if the plan names a
+    plug-in that the site's policy does not, which is then not imported."""
     if path.suffix in SENT:
         if settings:
             raise ConfigError(f"--set cannot change {path}, a plan as it was sent", "a study.toml")
@@ -91,16 +91,17 @@ def read_plan(
 
 
 def _fill_outline(study: Study) -> Study:
-    """Fill in everything in a study.toml that follows without its base: the rounds, and the
-    digest of a base that this release pins."""
+    """Fill in the parts of a study.toml's plan that can be computed without its base: the rounds,
+    and the digest of a base that this release pins."""
     digest = study.base.digest or known_digest(study.base.model)
     base = study.base.model_copy(update={"digest": digest})
     return with_rounds(study.model_copy(update={"base": base}))
 
 
 def is_outline(path: Path, study: Study) -> bool:
-    """Return whether `path` is a study.toml that lacks digests which are filled in when the
-    study starts. A plan as it was sent is not: if it lacks one, it is refused."""
+    """Return whether the plan is an outline: a study.toml without the digests that are filled in
+    when the study starts. A plan that a coordinator sent is never an outline; if it lacks a digest,
+    it is refused."""
     if path.suffix in SENT:
         return False
     lora = study.lora
@@ -128,7 +129,8 @@ def _in_answer(path: Path, site: Site) -> Study:
 
 
 def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -> Review:
-    """Describe what `study` would mean at `site`. Reads no record. outline: as for is_outline."""
+    """Explain the plan `study` for `site`, without reading a record. outline: whether it is an
+    outline (`is_outline`)."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
     against = would_refuse(study, site, plan, ledger, outline=outline)
     refused = [str(refusal) for refusal in against]

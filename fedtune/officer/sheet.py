@@ -1,12 +1,15 @@
 """Describe a site's records as a data sheet in Croissant's format, and attest that the sheet
 describes them.
 
-    SITE/sheet.toml                what a person typed (core/config/sheet.py)
-    DATA.croissant.json            beside the records, for this user alone: typed, counted, hashed
-    STATE/sheet.json               what was attested: a hash of the records, one of the sheet
-    --public FILE                  what was typed, and nothing else
+    SITE/sheet.toml                the fields that a person typed (core/config/sheet.py)
+    DATA.croissant.json            beside the records, for this user alone: the typed fields,
+    counts,
+                                   and hashes of the files
+    STATE/sheet.json               the attestation: a hash of the records, and one of the sheet
+    --public FILE                  the typed fields alone
 
-Guarantee: the public sheet is a function of what was typed; it is handed no records."""
+Guarantee: the public sheet is computed from the typed fields alone; its function gets no
+records."""
 
 from __future__ import annotations
 
@@ -96,8 +99,8 @@ class Described:
 def describe_data(site: Site, public: Path | None = None) -> Described:
     """Write a site's data sheet beside its records, and attest that it describes them.
 
-    public: also write what a person typed there, and nothing computed, where policy.release lists
-    "sheet". Where there is no sheet.toml, an empty one is written, to be filled.
+    public: also write the typed fields, and nothing computed, to this file, if policy.release lists
+    "sheet". If there is no sheet.toml, only an empty one is written, for a person to fill in.
 
     >>> import fedtune
     >>> _, site_file = fedtune.init("my-study")
@@ -202,8 +205,8 @@ def records_hash(site: Site) -> str:
 
 
 def check_attested(site: Site) -> None:
-    """If the policy asks for a data sheet, check that it and the records are as they were
-    attested; see `check_sheet` and `check_attested_records`."""
+    """If the policy requires a data sheet, check that sheet and records have not changed since they
+    were attested; see `check_sheet` and `check_attested_records`."""
     check_sheet(site)
     check_attested_records(site)
 

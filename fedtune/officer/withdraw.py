@@ -62,25 +62,28 @@ class Withdrawal:
 
 
 class UnknownPatient(InputError):
-    """No record and no study here has this key; the message leaves the key out."""
+    """No record and no study at this site has this patient's key; the message does not contain
+    it."""
 
 
 def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
     """Enter the withdrawal in the ledger and list the releases that it cannot undo.
 
-    From the next round on, the patient's records are left out, states kept in memory for them are
-    dropped, and nothing on the wire changes: batch, noise and divisor never depended on the true
-    count. What was released stays released: the adapters of `releases` were trained with the
-    patient's records under the ε stated, and whoever holds them learns at most that much.
-    Each withdrawal has a receipt, signed by the site's key, in its state folder for this user
-    alone: the time, the releases, no key of a patient. The same key again gets the receipt of its
-    first withdrawal. unseen: also for a key that is in no record as yet.
-    Guarantee: a receipt, and its file's name, follow from the patient's own withdrawal and from
-    what was released; nothing in them counts the ledger's entries, of which each withdrawal and
-    each change of the records is one.
-    Errors: UnknownPatient (nothing is entered: a key with a typing error would leave the patient
-    in); ConfigError where site.toml names no patient column; DataError where only the files could
-    tell, and cannot be read; LedgerError."""
+    From the next round on, the patient's records are left out, and their states in memory are
+    dropped. Nothing on the wire changes, since batch, noise and divisor do not depend on the true
+    count. Earlier releases cannot be undone: the adapters of `releases` were trained with the
+    patient's records, and reveal about them at most what their ε allows.
+
+    Each withdrawal has a receipt in the site's state folder, signed by the site's key and readable
+    by this user alone, with the time and the releases, but without the patient's key. A second
+    withdrawal of the same key gets the receipt of the first. unseen: whether to accept a key that
+    is in no record yet.
+    Guarantee: a receipt and its file's name follow from this patient's withdrawal and from the
+    releases. They do not reveal the number of the ledger's entries, which grows with each
+    withdrawal and each change of the records.
+    Errors: UnknownPatient (nothing is entered, since a mistyped key would leave the patient in);
+    ConfigError if site.toml names no patient column; DataError if the key can be looked up in the
+    files alone, and these cannot be read; LedgerError."""
     if not site.data.columns.patient:
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
@@ -126,11 +129,12 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
 
 
 def check_receipt(path: Path, ledger: Ledger) -> str:
-    """Check that this site gave a receipt and that its withdrawal stands; returns when it was.
+    """Check that this site signed a receipt and that its ledger holds the withdrawal; return the
+    time of the withdrawal.
 
-    A unit withdraws once, so hash and time name the entry. Receipts of earlier releases, which name
-    it by its number too, are checked in the same way.
-    Errors: InputError where it is no receipt of this site, or its ledger has no such entry."""
+    A unit withdraws once, so its hash and the time identify the entry. Receipts of earlier releases
+    also name the entry's number, and are checked in the same way.
+    Errors: InputError if this is not a receipt of this site, or its ledger has no such entry."""
     receipt = _genuine(path, ledger)
     entry = ledger.withdrawn().get(receipt["unit"])
     if entry is None or _time_of(entry) != receipt["time"]:

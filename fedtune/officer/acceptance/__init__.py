@@ -1,1 +1,2 @@
-"""Judge a finished model at a site, on its own held-out records: exact figures that stay there."""
+"""Judge a finished model at a site on the site's own held-out records. The figures have no noise
+and stay at the site."""

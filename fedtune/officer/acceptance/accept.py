@@ -1,12 +1,12 @@
 """Judge a finished model at a site, and store the decision: page, figures, and a signed record.
 
-    STATE/acceptance/TIME/record.json    the decision, its rules, and the model and records
-    STATE/acceptance/TIME/figures.json   every figure, and where the worst errors stand
-    STATE/acceptance/TIME/page.html      the same to be read and printed
+    STATE/acceptance/TIME/record.json    the decision, its rules, and digests of model and records
+    STATE/acceptance/TIME/figures.json   every figure, and the rows of the worst errors
+    STATE/acceptance/TIME/page.html      the same as a page to read and print
 
 Only this site's user can read them (0600). The record is signed by the site's key; the audit log
-holds its sha256, and no figure. Guarantee: nothing that a site sends, or packs to be sent, reads
-any of it."""
+holds its sha256, and no figure. Guarantee: no code that sends data, or prepares data to be sent,
+reads any of these files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
     fedtune.core.errors.InputError: ...
 
     Guarantee: nothing is sent, and nothing in the run's folder is changed. The decision is an exact
-    fact about patients, outside any ε: telling it is a person's act.
+    fact about patients, which no ε covers: only a person may tell it to others.
 
     Errors: ConfigError (no [acceptance], or a threshold that does not fit the run), DataError,
     ModelError, LedgerError, InfrastructureError."""
@@ -98,12 +98,13 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
 
 
 def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
-    """Write a signed statement for the coordinator of this site's last decision about a model:
-    accepted, refused or not resolved, and no figure. Judges nothing.
+    """Write to `to` a signed statement for the coordinator with this site's last decision about a
+    model (accepted, refused or not resolved), and return the decision. The statement holds no
+    figure, and nothing is judged again.
 
-    Telling it is a person's act: a reader of the statement learns an exact bit about held-out
-    patients, which no ε covers. The act is entered in the site's audit log. Errors: InputError
-    if nothing was decided about this model, or `to` exists."""
+    A person must call this on purpose: a reader of the statement learns an exact bit about held-out
+    patients, which no ε covers. It is entered in the site's audit log. Errors: InputError if
+    nothing was decided about this model, or `to` exists."""
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
     ledger = Ledger(site.site.ledger or site.site.state)
     model, records = _model(run), dict[tuple[str, int], dict[str, Any]]()
@@ -181,8 +182,9 @@ def read_record(path: Path, public: str) -> dict[str, Any]:
 
 
 def looks(state: Path, public: str, keyed: str) -> dict[str, int]:
-    """Count the earlier decisions at this site about the same records: in all, and of models and
-    settings that differ. Each further decision makes it likelier that one passes by chance."""
+    """Count the earlier decisions at this site on the same records ("earlier"), and the different
+    models and settings among them. With each further decision it becomes more probable that one
+    passes by chance."""
     models = set[str]()
     settings = set[str]()
     number = 0

@@ -16,7 +16,7 @@ from fedtune.officer.acceptance.models import MODEL, Scored
 from fedtune.officer.acceptance.records import HeldOut
 from fedtune.report.scores import Scores
 
-WORST = 20  # errors that are listed
+WORST = 20  # the number of worst errors that are listed
 
 
 def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def figures_of(table: AcceptanceTable, scored: Scored) -> dict[str, Any]:
 
 
 def _models(scored: Scored, judgement: Judgement) -> dict[str, dict[str, Any]]:
-    """Return each model's measures, and how much this model's differ, on the same resamples of
-    the same patients."""
+    """Return each model's measures and, for each other model, by how much the judged model is
+    better, on the same resamples of the same patients."""
     units = scored.held_out.units
     ours = Sample(scored.scores[MODEL], units)
     found: dict[str, dict[str, Any]] = {}

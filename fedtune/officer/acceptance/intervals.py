@@ -1,14 +1,18 @@
 """Compute intervals of measures over patients, and of differences between two groups of
 patients.
 
-A patient with several records is one draw: resamples are of patients. A share of records has no
-resamples: its interval is Clopper and Pearson's (1934), exact where each patient has one record;
-where some have several, of so many patients as would weigh alike, (Σm)² / Σm² of their records m
-(Kish 1965), which takes a patient's records to be as one. Two groups' shares are compared by
-Newcombe's (1998) combination of the two intervals. Of any other measure the difference is compared
-with those that random exchanges of patients between the two groups give (Noreen 1989, chapter 2;
-Phipson & Smyth 2010), so that without a difference it is called one with the stated chance at most,
-whatever the measure's distribution; its interval reaches as far to both sides as they do."""
+Patients are the sampling units, so resamples draw patients with all their records.
+
+For a share of records the interval is Clopper and Pearson's (1934), which is exact if each patient
+has one record. If some have several, the number of patients is replaced by the effective number
+(Σm)² / Σm², m being a patient's number of records (Kish 1965); this assumes that a patient's
+records are fully correlated. Two groups' shares are compared by Newcombe's (1998) combination of
+both intervals.
+
+For any other measure, the difference of two groups is compared with the differences that random
+exchanges of patients between the groups give (Noreen 1989, chapter 2; Phipson & Smyth 2010). So
+without a true difference one is found with at most the stated probability, whatever the measure's
+distribution. The interval extends to both sides by the size of these differences."""
 
 from __future__ import annotations
 
@@ -24,9 +28,9 @@ from fedtune.officer.acceptance.measures import Array, Measure
 from fedtune.report.scores import Scores
 
 RESAMPLES, SEED = 2000, 0
-BLOCK = 2**20  # numbers of resampled weights that are held at once
-EXCEED = 10  # random exchanges, on average, whose difference lies outside an interval
-SMALL = 1024  # patients, up to which all of them are
+BLOCK = 2**20  # resampled weights that are in memory at a time
+EXCEED = 10  # the mean number of random exchanges whose difference lies outside an interval
+SMALL = 1024  # up to so many patients all resampled weights are in memory
 
 
 class Interval(NamedTuple):
@@ -121,13 +125,14 @@ def _draws(n: int) -> Iterator[Array]:
         yield np.bincount(patients.ravel(), minlength=size * n).reshape(size, n).astype(float)
 
 
-@lru_cache(maxsize=8)  # a column's groups are compared in several measures
+@lru_cache(maxsize=8)  # the same draws serve several measures of a column's groups
 def _small_draws(n: int) -> Array:
     return np.concatenate([*_draws(n)])
 
 
 def clopper_pearson(share: float, n: float, level: float) -> Interval:
-    """Bound a share of n patients who weigh alike, exactly where n is their number.
+    """Return the interval of a share among n patients of equal weight. It is exact if n is the
+    number of patients, and not an effective number.
 
     >>> low, high = clopper_pearson(1.0, 10, 0.95)
     >>> round(low, 3), high

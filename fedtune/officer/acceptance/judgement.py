@@ -1,14 +1,14 @@
 """Judge figures by the rules that a site wrote down before: accepted, refused, or not resolved.
 
-| accepted     | every figure's 95 % interval lies on the right side of its threshold          |
-| refused      | one figure's lies on the wrong side as a whole                                |
-| not resolved | neither: too few patients, or an interval on both sides                       |
+| accepted     | every figure's 95 % interval lies on the right side of its threshold           |
+| refused      | the interval of one figure lies completely on the wrong side                   |
+| not resolved | neither: there are too few patients, or an interval contains its threshold     |
 
-A group's figure is compared with that of all others by an interval at 1 - 0.05 / (comparisons),
-so that of all of them together at most one in twenty sites finds a difference where there is
-none (Bonferroni). A group of fewer than `least_group` patients is not resolved; nor is a measure
-in which classes count equally, if one class has fewer: its figure then shows how the records
-were split, not how good the model is."""
+A group's figure is compared with that of all other patients by an interval at the level
+1 - 0.05 / (number of comparisons), so that the probability of finding any difference where there is
+none is at most 0.05 (Bonferroni). A group of fewer than `least_group` patients is not resolved. The
+same holds for a measure in which all classes count equally, if a class has fewer patients: its
+figure would depend more on the split of the records than on the model."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from fedtune.officer.acceptance.measures import GAP, RECALL, Measure, measures_o
 from fedtune.report.scores import Scores
 
 Decision = Literal["accepted", "refused", "not resolved"]
-ALARMS = 0.05  # the chance that any group is called different where none is
+ALARMS = 0.05  # the probability that any group is found to differ although none does
 BOTH = "its interval lies on both sides"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A figure and its bound. of: "" for all records, else the group as "COLUMN = VALUE"."""
+    """A figure with its threshold. of: "" for all records, else the group, as "COLUMN = VALUE"."""
 
     measure: str
     of: str
@@ -44,8 +44,9 @@ class Judged:
 
 @dataclass(frozen=True)
 class Compared:
-    """A group compared with all others, in one measure. found: whether its interval excludes no
-    difference; None: not resolved, for the reason `why`."""
+    """A group compared with all other patients in one measure. found: whether they differ, that is,
+    the interval of the difference does not contain 0; None if that is not resolved, for the reason
+    `why`."""
 
     column: str
     value: str
@@ -59,8 +60,8 @@ class Compared:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The judgement of a model. decision: over all figures; comparisons: the number of group
-    comparisons that were resolved."""
+    """The judgement of a model. decision: the decision by all figures together; comparisons: the
+    number of group comparisons that were resolved."""
 
     decision: Decision
     judged: list[Judged]
