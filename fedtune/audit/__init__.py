@@ -1,7 +1,7 @@
 """Audit a claimed ε empirically, by attacking a study on generated records only.
 
-An audit gives a LOWER bound on ε. It can show that a claim is false, never that it holds; only the
-proof does."""
+An audit gives a lower bound on ε. It can show that a claim is false, but not that it holds; that
+follows from the proof alone."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ def audit_study(
     """Attack a study on generated records: lower bounds on ε beside the ε that is claimed.
 
     Args:
-        out: the folder of audit.json, which is also returned.
-        trials: of the one-step audit.
-        run: a finished run of the study; then σ and C are the smallest and the largest that its
-            report counted, the exposure of its adapter is added, and audit.md goes into its folder.
-        declared_size: matters only where the study gives expected_batch.
+        out: the folder for audit.json, whose content is also returned.
+        trials: the number of trials of the one-step audit, with and without the canary each.
+        run: a finished run of the study. Then σ is the smallest and C the largest in its report,
+        the
+            exposure of its adapter is measured too, and audit.md is written to its folder.
+        declared_size: a site's size; it matters only if the study gives expected_batch.
 
-    Costs no ε: the records are generated, and an adapter that was released is public.
+    This costs no ε: the records are generated, and a released adapter is public.
 
     Errors: ConfigError (no privacy to audit), InputError (a run of another study), ModelError."""
     out = Path(out)

@@ -46,18 +46,19 @@ from fedtune.core.training.selftest import MemoryLog
 from fedtune.public.start import Start, start
 from fedtune.runs.run import Run
 
-CANARIES, MODELS = 64, 16  # guesses: their product, half of them about members
-LEAST = 8  # models: with fewer there are not three references with a canary and three without
-SUCCEEDS = 0.8  # the area that the twin without noise must reach for the attack to say anything
+CANARIES, MODELS = 64, 16  # their product is the number of guesses, half of them about members
+LEAST = 8  # models needed for three references with each canary and three without
+SUCCEEDS = 0.8  # area under the curve that the attack must reach without noise to count as valid
 
 
 @dataclass(frozen=True)
 class Secrets:
-    """The result for secrets, 8-digit numbers, each of which is in one unit.
+    """The result for secrets: 8-digit numbers, each planted in one unit.
 
-    - private, twin: their exposure in a model as the study trains it, and in one without noise
-    - allowed: the most bits that its mean may have under (ε, δ), at 99.9 % confidence
-    - extractable: the largest probability, under (ε, δ), of writing one of them"""
+    - private, twin: the secrets' exposure in a model as the study trains it, and in a model without
+      noise
+    - allowed: the largest mean exposure in bits that (ε, δ) allows, at 99.9 % confidence
+    - extractable: the largest probability, under (ε, δ), that the model writes a given secret"""
 
     private: Exposure
     twin: Exposure
@@ -77,11 +78,11 @@ class Secrets:
 class Attack:
     """The result of an attack on canaries.
 
-    - private: against models trained as the plan says
-    - twin: against the same without noise
-    - epsilon, delta: of one such model's steps, at a site of `units` units
+    - private: membership inference against models that were trained as the plan says
+    - twin: the same against models without noise
+    - epsilon, delta: those of one such model's training, at a site of `units` units
     - secrets: None for a study whose model writes no text, or reads more than text
-    - left_out: tables of the study with which no model here was trained"""
+    - left_out: tables of the study that were not used for the models here"""
 
     study: str
     canaries: int
@@ -97,7 +98,8 @@ class Attack:
 
     @property
     def succeeds(self) -> bool:
-        """Return whether the attack succeeds where it must."""
+        """Return whether the attack succeeds against models without noise, as a valid attack
+        must."""
         return self.twin.auc[0] >= SUCCEEDS
 
 
@@ -109,20 +111,22 @@ def attack_study(
     models: int = MODELS,
     units: int = 100,
 ) -> Attack:
-    """Train models as the study's sites would, each with half of the canaries, and tell which;
-    for a study on text also measure what a model reveals of secrets that were planted among its
-    units.
+    """Train models as the study's sites would, each with half of the canaries, and guess for each
+    model which canaries it was trained on. For a study on text, also measure how much a model
+    reveals of secrets that were planted among its units.
 
-    One site of `units` generated units trains alone, so that no other site's noise hides it; the
+    One site of `units` generated units trains alone, so that no other site's noise protects it. The
     attacker sees its final adapter alone, and has the other models as references. The same is done
-    without noise. Starts as the study does, [public] text included, and steps as its coordinator
-    does. Reads no private record, spends no ε.
+    without noise. Training starts as in the study, including [public] text, and the coordinator's
+    steps are the study's. This reads no private record and costs no ε.
 
     Args:
         out: a folder for attack.json and attack.png.
-        canaries: units of one record of random tokens. Each is in half of the models.
-        models: of each kind, at least 8; all but one are the attacker's references.
-        units: that a model sees, at least as many as canaries; ε is that of a site of so many.
+        canaries: the number of units with one record of random tokens; each is in half of the
+        models. models: the number of models with noise, and of those without; at least 8. All but
+        one are the
+            attacker's references.
+        units: the number of units of the site, at least that of canaries; ε is that of such a site.
 
     >>> import fedtune
     >>> fedtune.attack_study(fedtune.load_study("no/study.toml"))
@@ -134,7 +138,7 @@ def attack_study(
     not here), ModelError, InfrastructureError."""
     _check(study, canaries, models, units)
     network = build(study)
-    with network.loaded(network.frozen_factor() | network.preconditioner):  # restored afterwards
+    with network.loaded(network.frozen_factor() | network.preconditioner):  # the block restores it
         begun = begin_again(study)
         study = begun.study
         plan = plan_for_site(study, units)
@@ -194,8 +198,8 @@ def _check(study: Study, canaries: int, models: int, units: int) -> None:
 
 
 def begin_again(study: Study) -> Start:
-    """Compute the starting point anew, whatever digests a finished run's plan has: public text
-    gives the same one up to rounding, and on another machine another one. Errors: ConfigError,
+    """Compute the study's starting point again, ignoring the digests in a finished run's plan: on
+    another machine, public text gives the same start only up to rounding. Errors: ConfigError,
     ModelError."""
     open_again: dict[str, Any] = {}
     if study.lora:
@@ -234,8 +238,9 @@ def _coins(canaries: int, models: int) -> np.ndarray:
 
 
 def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[Dataset, int]:
-    """Generate units of one draw each: the canaries first, then those that are in every model,
-    of which the last ones hold a secret each. Returns the number of units with a secret."""
+    """Generate units that each hold one record, repeated as often as a draw of the plan has
+    records. The canaries come first, then the units that are in every model, the last of which hold
+    a secret each. Return the units, and the number of those with a secret."""
     secrets = _generate_secrets(study, network, min(SECRETS, others))
     random = generate_records(
         study, network, [1] * (canaries + others - len(secrets)), stream=3
@@ -246,8 +251,8 @@ def _units(study: Study, network: Network, canaries: int, others: int) -> tuple[
 
 
 def _generate_secrets(study: Study, network: Network, secrets: int) -> list[Example]:
-    """Generate one secret per unit; none if the study's model writes no text, or the study
-    cannot hold one."""
+    """Generate `secrets` units with a secret each; [] if the study's model writes no text, or its
+    records are too short for a secret."""
     objective = study.objective.resolved
     writes = objective.record_format in ("text", "preference") and not objective.teacher_spec
     if not writes or network.reader.column:
@@ -269,8 +274,9 @@ def _given_away(
 
 @dataclass(frozen=True)
 class _World:
-    """The common setup of an attack's models: where they start, which units may be in them
-    (coins: one row per model), and how many units hold a secret."""
+    """The common setup of an attack's models: their starting point, the units that may be in them,
+    which canaries are in which model (coins: one row for each model), and the number of units with
+    a secret."""
 
     begun: Start
     network: Network
@@ -316,7 +322,8 @@ def _select_units(everybody: Dataset, there: np.ndarray) -> Dataset:
 def _judge_losses(
     losses: Scores, coins: np.ndarray, epsilon: float | None, delta: float
 ) -> Membership:
-    """Score each canary in each model by the other models' losses, and evaluate the scores."""
+    """Score each canary in each model by comparison with the other models' losses, and evaluate how
+    well the scores tell members from others."""
     scores = ratios(losses, coins)
     inside = np.array([scores[coins[:, c], c] for c in range(coins.shape[1])])
     outside = np.array([scores[~coins[:, c], c] for c in range(coins.shape[1])])
@@ -324,12 +331,13 @@ def _judge_losses(
 
 
 def ratios(losses: Scores, coins: np.ndarray) -> Scores:
-    """Compute each log likelihood ratio of "in" to "out", (models, canaries): Gaussians around the
-    means of the other models with and without the canary, of one variance.
+    """Compute for each model and canary the log likelihood ratio of "in" to "out", (models,
+    canaries). The likelihoods are Gaussians of a common variance around the mean losses of the
+    other models with the canary, and of those without it.
 
-    Equally many of both kinds are drawn at random: a mean of fewer models is further from any loss,
-    and a model's own kind has one reference less, so that its scores would identify it without a
-    leak."""
+    The same number of models with and without the canary is drawn at random. Otherwise the scores
+    would tell members apart without any leak: a model is not its own reference, so its kind has one
+    reference less, and a mean of fewer models is further from any loss."""
     draw, scores = np.random.default_rng(), np.empty_like(losses)
     for t in range(len(losses)):
         there, absent = coins.copy(), ~coins
@@ -345,6 +353,7 @@ def ratios(losses: Scores, coins: np.ndarray) -> Scores:
 
 
 def _draw_models(mask: np.ndarray, kept: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Draw kept[c] of the models that mask (models, canaries) has in column c."""
+    """Draw at random, for each canary c, kept[c] of the models that `mask` (models, canaries) marks
+    in column c; return them as such a mask."""
     order = np.where(mask, draw.random(mask.shape), np.inf)
     return mask & (order.argsort(axis=0).argsort(axis=0) < kept)

@@ -18,7 +18,8 @@ def rate_upper(errors: int, trials: int, confidence: float) -> float:
 
 
 def gaussian_mu(false_alarms: int, misses: int, trials: int, confidence: float) -> float:
-    """Bound μ of a Gaussian trade-off from below by a test's two error counts, each of `trials`.
+    """Compute a lower bound on μ of a Gaussian trade-off from a test's two error counts, each out
+    of `trials`.
 
     β ≥ Φ(Φ⁻¹(1-α) - μ), so μ ≥ -Φ⁻¹(α) - Φ⁻¹(β); each rate is bounded at half of 1 - confidence.
     At least 0.
@@ -51,8 +52,8 @@ def _delta(epsilon: float, mu: float) -> float:
 
 
 def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence: float) -> float:
-    """Bound ε from below by `correct` of `guesses` about m independent fair coins in one run; 0.0
-    if random guessing explains them.
+    """Compute a lower bound on ε from a single run, in which `correct` of `guesses` guesses about m
+    independent fair coins were right; 0.0 if random guessing explains that.
 
     Reference: Steinke, Nasr & Jagielski 2023, theorem 5.2 and appendix D."""
     if not 0 <= correct <= guesses <= m:
@@ -71,7 +72,7 @@ def one_run_epsilon(m: int, guesses: int, correct: int, delta: float, confidence
 
 
 def _one_run_p(m: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """Bound the p-value of so many correct guesses under (ε, δ)-DP from above."""
+    """Compute an upper bound on the p-value of `correct` right guesses under (ε, δ)-DP."""
     p_correct = 1 / (1 + math.exp(-epsilon))
     tail = float(binom.sf(correct - 1, guesses, p_correct))
     mass = steepest = 0.0

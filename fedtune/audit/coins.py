@@ -1,4 +1,5 @@
-"""Audit one training run: guess which canaries were included by fair coins."""
+"""Audit one training run: fair coins decide which canaries are included, and the audit guesses the
+coins."""
 
 from __future__ import annotations
 
@@ -27,16 +28,16 @@ from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 # Fixed before anything is measured.
 CANARIES = 1024
-GUESSED = 0.25  # of the canaries: the most confident guesses, half "in", half "out"
-MOST_STEPS = 20  # the claim is that of the steps that ran
+GUESSED = 0.25  # share of the canaries that are guessed, those with the most extreme scores
+MOST_STEPS = 20  # the largest number of steps; the claimed ε is that of the steps that ran
 
 
 @dataclass(frozen=True)
 class OneRun:
     """The result of the audit of one run.
 
-    claimed: ε of the `steps` that ran; audited, ceiling: its lower bound at 95 % and 99.9 %,
-    without any assumption on the mechanism."""
+    claimed: ε of the `steps` that ran. audited, ceiling: the lower bounds on ε at 95 % and 99.9 %
+    confidence, which assume nothing about the mechanism."""
 
     m: int
     guesses: int
@@ -57,14 +58,17 @@ def one_run(
 ) -> OneRun:
     """Train `study` once on generated canary units through the shipped local loop, then guess.
 
-    network: the network to train, by default the study's architecture at tiny size. canaries:
-    their largest number; never more than half of the trained parameters, or they hide each
-    other. Each is one unit: a record of random tokens or, if records are drawn, as many equal
-    ones as its cap allows. The attacker sees every update that leaves the site and knows all
-    canaries; the optimiser is SGD with one local step, so that nothing of the noised sum is lost
-    (what any optimiser makes of it is post-processing), and C is a quarter of the canaries'
-    median gradient, so that all are clipped (ε does not depend on C).
-    Guarantee: reads no record; a right loop gives ceiling > claimed with probability below 10⁻³.
+    network: the network to train, by default the study's architecture at tiny size. canaries: their
+    largest number; it is reduced to half of the trained parameters, since more canaries would hide
+    each other. A canary is one unit: a record of random tokens or, if records are drawn, as many
+    equal records as the cap allows.
+
+    The attacker sees every update that leaves the site and knows all canaries. The optimiser is SGD
+    with one local step, so that an update holds all of the noised sum (any other optimiser is
+    post-processing of it). C is a quarter of the canaries' median gradient norm, so that nearly all
+    are clipped; ε does not depend on C.
+    Guarantee: no record is read; a correct loop gives ceiling > claimed with probability below
+    10⁻³.
     Reference: Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run"."""
     network = network or tiny_network(study, find_base(study.base.model, study.base.digest))
     start = network.trainable()
@@ -122,9 +126,10 @@ def _result(
 class _Attacker:
     """Estimates which canaries took part, by regressing noised sums on their clipped gradients.
 
-    Each sum is q G'b + noise. The noise's standard deviation is estimated outside the span of G, so
-    that a run with less noise than claimed is attacked at its actual noise. The posterior mean of
-    the coins b under a Gaussian prior of variance 1/4 is the best linear score; rounds add up.
+    Each sum is q G'b + noise, with the canaries' clipped gradients G and the coins b. The noise's
+    standard deviation is estimated outside the span of G, so that a run with less noise than
+    claimed is attacked at its actual noise. The score is the posterior mean of b under a Gaussian
+    prior of variance 1/4, which is the best linear one; the evidence of rounds adds up.
     """
 
     def __init__(self, plan: DpPlan, canaries: int) -> None:
@@ -134,8 +139,8 @@ class _Attacker:
         self._evidence = np.zeros(canaries)
 
     def observe(self, gradients: torch.Tensor, noised_sum: np.ndarray) -> None:
-        """Add one step's evidence. gradients (canaries, d): what each adds when it is drawn;
-        noised_sum (d,)."""
+        """Add the evidence of one step. gradients: (canaries, d), what each canary adds to the sum
+        if it is drawn; noised_sum: (d,)."""
         expected = gradients.numpy() * self._rate
         gram, projection = expected @ expected.T, expected @ noised_sum
         ridge = 1e-9 * np.trace(gram) / len(gram) * np.eye(len(gram))

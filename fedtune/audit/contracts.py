@@ -1,5 +1,5 @@
-"""Check the contracts of every plug-in on generated records: of this release's in the tests, of
-other distributions' by `fedtune check-plugin`."""
+"""Check on generated records whether a plug-in fulfils the contracts of its group. The tests do
+this for the plug-ins of this release, `fedtune check-plugin` for those of other distributions."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ GROUPS: dict[str, Group[Any]] = {
     group.name: group
     for group in (OBJECTIVES, STRATEGIES, MODALITIES, SOURCES, CONVERTERS, TRACKERS)
 }
-SHAPES = {"layer.B": (3, 2), "head.weight": (5,)}  # of an adapter that strategies are tried on
-# Sizes of class statistics, and of the base's vectors.
+SHAPES = {"layer.B": (3, 2), "head.weight": (5,)}  # the shapes of the adapter for strategies
+# The sizes of class statistics, and of the base's vectors.
 CLASSES = 4
 DIRECTIONS = 3
 HIDDEN = 6
-ROUNDING = 2e-7  # relative: one rounding to fp32
-COMPANY = 1e-4  # relative: a loss beside others, in fp32
-SECRET = "Zaphod-Beeblebrox-1979"  # in a file that cannot be read; no message may repeat it
+ROUNDING = 2e-7  # allowed relative difference: one rounding to fp32
+COMPANY = 1e-4  # allowed relative difference of a loss in a batch from the loss alone, in fp32
+SECRET = "Zaphod-Beeblebrox-1979"  # text in a broken file, which no message may contain
 
 
 def check(
@@ -64,11 +64,13 @@ def check(
 ) -> Iterator[Result]:
     """Measure a plug-in against each contract of its group, one result after another.
 
-    base: the base on whose architecture an objective or a modality is tested; None: a small
-    random text model. file: the file that a source reads, or whose rows a converter gets; less:
-    the same file with one record left out, if its rows are not its lines. No record of a site is
-    read, nothing is charged. Errors: ConfigError if there is no such plug-in, or it does not
-    have an option."""
+    - base: the base on whose architecture an objective or a modality is tested; None for a small
+      random text model
+    - file: the file that a source reads, or whose rows a converter receives
+    - less: the same file without one record; needed if a row is not a line of the file
+
+    No record of a site is read, and nothing is charged. Errors: ConfigError if there is no such
+    plug-in, or it does not have one of the options."""
     options = options or {}
     plugin = GROUPS[group].build(name, options)
     if group == "objectives":
@@ -114,8 +116,8 @@ def study_for(
     modality: str | None = None,
     engine: str = "auto",
 ) -> Study:
-    """Make a private study on `base`: unit patient, an adapter in the last two blocks, or class
-    statistics of the frozen base."""
+    """Build a private study on `base` with unit patient. It trains an adapter in the last two
+    blocks or, if the objective needs them, uses class statistics of the frozen base."""
     table: dict[str, object] = {"name": name, "options": dict(options or {}), "max_length": 64}
     objective = OBJECTIVES.build(name, options or {})
     if objective.record_format == "label":
@@ -136,10 +138,10 @@ def study_for(
 def objective(name: str, options: Mapping[str, Any], base: str) -> Iterator[Result]:
     """Check an objective.
 
-    | parity, isolation, sensitivity, noise | the self-test, with each engine |
-    | one loss a record | (B,) fp32, finite |
-    | repeatable | the same loss again, to the last bit: no dropout, no state |
-    | in any company | the same loss alone and beside others |
+    | parity, isolation, sensitivity, noise | the self-test passes with each engine |
+    | one loss a record | the losses have shape (B,), are fp32 and finite |
+    | repeatable | a second call gives the same bits: no dropout, no state |
+    | in any company | a record's loss is the same alone and in a batch |
     """
     for engine in ("auto", "opacus"):
         for result in selftest.run(study_for(base, name, options, engine=engine)):
@@ -165,7 +167,7 @@ def malformed_losses(study: Study, data: CachedDataset) -> float:
 
 @torch.no_grad()
 def measure_repeatability(study: Study, data: CachedDataset) -> float:
-    """Compute the largest difference of a loss when it is computed again."""
+    """Compute the largest difference between a loss and the same loss computed a second time."""
     objective, largest = study.objective.resolved, 0.0
     for batch in data.batches(range(len(data.dataset.examples))):
         again = objective.losses(data.network, batch) - objective.losses(data.network, batch)
@@ -189,10 +191,10 @@ def moved_by_company(study: Study, data: CachedDataset) -> float:
 def modality(name: str, base: str) -> Iterator[Result]:
     """Check a modality.
 
-    | place-holders | those of a generated record pass its own check |
+    | place-holders | generated records pass the modality's own check |
     | too few | a record with one place-holder less is rejected |
-    | tensor | of a file: fp32, finite, one row a tile, the same again |
-    | parity, isolation, sensitivity, noise | the self-test on records with generated files |
+    | tensor | a file's tensor is fp32, finite, has one row for each tile, and is repeatable |
+    | parity, isolation, sensitivity, noise | the self-test passes on records with generated files |
     """
     study = study_for(base, modality=name)
     network = tiny_network(study, find_base(base))
@@ -250,15 +252,15 @@ def _tensors(study: Study, network: Network) -> float:
 
 
 def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
-    """Check a strategy. made: builds the strategy, fresh each time.
+    """Check a strategy. made: builds a new instance of it.
 
-    | no update | the adapter stays as it was, and so does the state, at first and later |
-    | identical updates | move the adapter by that update, where the strategy averages |
-    | weighted mean | moves the adapter by a constant times itself, where the strategy says so |
-    | order of arrival | does not matter: one rounding of fp32, 10⁻¹² of the fp64 state |
-    | inputs | are left as they were |
-    | names, shapes and type | stay |
-    | state | carries on after a restart as if there had been none |
+    | no update | adapter and state do not change, before the first round and later |
+    | identical updates | the adapter moves by that update, if the strategy `averages` |
+    | weighted mean | the adapter moves by a constant times the mean, if the strategy `is_mean` |
+    | order of arrival | changes at most one rounding of fp32, and 10⁻¹² of the fp64 state |
+    | inputs | are not changed |
+    | names, shapes and type | the new adapter has those of the old one |
+    | state | after a restart with it, rounds continue as without the restart |
     """
     bench = _Bench(made)
     yield run_check("no update", 0, lambda: _no_update(bench))
@@ -273,8 +275,8 @@ def strategy(made: Callable[[], Strategy]) -> Iterator[Result]:
 
 
 class _Bench:
-    """Fresh strategies, each ready for its first round, and the arrays on which it is tried: an
-    adapter with updates of its shapes, or a head with class statistics."""
+    """Builds new strategies that are ready for their first round, and the arrays for trying them:
+    an adapter with updates of its shapes, or a head with class statistics."""
 
     def __init__(self, made: Callable[[], Strategy]) -> None:
         self._made = made
@@ -285,7 +287,7 @@ class _Bench:
         if self.of_statistics:
             draw = np.random.default_rng(0)
             vectors = draw.standard_normal((4 * CLASSES, HIDDEN))
-            labels = np.arange(len(vectors)) % (CLASSES - 1)  # of one class there is no record
+            labels = np.arange(len(vectors)) % (CLASSES - 1)  # one class has no record
             basis = _posterior.choose(vectors, None, DIRECTIONS, 0.5)
             public = _posterior.summarise_public(basis, vectors, labels, CLASSES, None)
             strategy.load_state(discriminant.state_of(basis, public))
@@ -433,10 +435,10 @@ def _compare_restart(bench: _Bench) -> float:
 def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Result]:
     """Check a source.
 
-    | rows | the file has some, each a dict by column or one of our reasons |
-    | repeatable | the same rows again |
-    | one row at a time | a record less takes its row along and changes no other |
-    | broken files | are an error for a person, without content, and a reason for a site |
+    | rows | the file has rows; each is a dict by column, or a reason of fedtune's own |
+    | repeatable | a second reading gives the same rows |
+    | one row at a time | without one record, its row is missing and no other row changes |
+    | broken files | raise a DataError whose message has no content of the file |
     """
     expected = list(rows(file, {}, source=plugin))
     unlisted = [row for row in expected if isinstance(row, str) and row not in REASONS]
@@ -451,9 +453,9 @@ def source(plugin: Source, file: Path, less: Path | None = None) -> Iterator[Res
 def converter(name: str, options: Mapping[str, Any], file: Path) -> Iterator[Result]:
     """Check a converter.
 
-    | converts | each row of the file, as a unit of its own, in a process of its own |
-    | repeatable | the same rows again |
-    | one unit at a time | the same rows of all units in one process, where memory would show |
+    | converts | it converts each row of the file, as a unit of its own, in a separate process |
+    | repeatable | a second conversion gives the same rows |
+    | one unit at a time | all units in one process give the same rows: nothing is remembered |
     """
     units = [[row] for row in rows(file, {}) if isinstance(row, dict)]
     table = ConvertTable(name=name, options=dict(options))
@@ -529,9 +531,9 @@ def _count_mishandled_files(plugin: Source, copied: Path) -> float:
 def tracker(plugin: Tracker) -> Iterator[Result]:
     """Check a tracker.
 
-    | events | those of a run are taken |
-    | data | is left as it was |
-    | close | may come at any time, and twice |
+    | events | it accepts those of a run |
+    | data | it does not change an event's data |
+    | close | it can be called at any time, and twice |
     """
     events: list[tuple[str, dict[str, Any]]] = [
         ("start", {"study": "check-plugin", "rounds": 2, "private": True}),

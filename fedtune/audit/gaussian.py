@@ -16,8 +16,8 @@ from fedtune.core.dp.plan import DpPlan
 from fedtune.core.training.selftest import HUGE, MemoryLog
 
 # Fixed before anything is measured.
-CONFIDENCE = 0.95  # of the bound that is reported
-CEILING = 0.999  # a bound above the claim at this confidence is a broken claim
+CONFIDENCE = 0.95  # the confidence of the reported lower bound
+CEILING = 0.999  # a lower bound above the claim at this confidence shows that the claim is false
 # An audit must reach 80 % of a claim of at least 3.
 FLOOR = 0.8
 FLOOR_FROM = 3.0
@@ -29,11 +29,11 @@ DIMENSION, OTHERS = 64, 3
 class OneStep:
     """The result of the audit of one step.
 
-    - claimed: ε of ONE step with every unit in it, at `delta`
-    - audited: its lower bound at 95 %; ceiling: the same at 99.9 %
-    - broken: the ceiling is above the claim
-    - weak: the bound stayed below 80 % of a claim of at least 3, so the step is not the one
-      claimed, or was not tested
+    - claimed: ε of one step in which every unit takes part, at `delta`
+    - audited: the lower bound on ε at 95 % confidence; ceiling: that at 99.9 %
+    - broken: whether the ceiling is above the claim
+    - weak: whether the bound is below 80 % of a claim of at least 3; then the step has more noise
+      than claimed, or the test was not effective
     """
 
     trials: int
@@ -63,20 +63,21 @@ class OneStep:
 
 
 def one_step(plan: DpPlan, trials: int = 10_000, dimension: int = DIMENSION) -> OneStep:
-    """Run `trials` steps of `plan` with a canary and as many without; separate by one projection.
+    """Run `trials` steps of `plan` with a canary and as many without, and tell them apart by one
+    projection of the noised sum.
 
     The canary is a unit whose k rows all point the same way and are longer than C, among three
     generated units that the attacker knows. Every unit is in the step (q = 1), and the claim is
     taken at q = 1 too; the sampler has its own test. The threshold is half of the shift that the
     plan allows, μ/2: from theory, fixed before a trial is run.
-    Guarantee: the steps are the shipped ones; their log lines go to memory, because they touch no
-    record. A right step is called broken with probability below 10⁻⁵.
+    Guarantee: the steps are those of the shipped code; their log lines go to memory, since no
+    record is read. A correct step is called broken with probability below 10⁻⁵.
     Errors: ValueError on trials < 1.
     Reference: Nasr et al. 2023, "Tight auditing of differentially private machine learning"."""
     if trials < 1:
         raise ValueError("an audit needs at least one trial")
     plan = replace(plan, sampling_rate=1.0, divisor=1.0)
-    draw = np.random.default_rng(0)  # public: the units that the attacker knows, and the direction
+    draw = np.random.default_rng(0)  # for the units that the attacker knows, and the direction
     direction = draw.normal(size=dimension)
     direction /= np.linalg.norm(direction)
     others = draw.normal(size=(OTHERS, dimension))
@@ -130,8 +131,8 @@ def _projections(plan: DpPlan, rows: torch.Tensor, toward: torch.Tensor, trials:
 def _run_opened_step(
     plan: DpPlan, n_rows: int, dimension: int, gradients: RowGradients, log: MemoryLog
 ) -> torch.Tensor:
-    """Run one step as an attacker sees it: for sites that share noise, the sum of the honest
-    ones, of which all but one have no record."""
+    """Run one step and return what an attacker sees. For sites that share noise, this is the sum of
+    the honest sites, all but one of which have no record."""
     if plan.sites == 1:
         return plan.step(n_rows, dimension, gradients, log, 1)
     total = plan.noised_sum(n_rows, dimension, gradients, log, 1)

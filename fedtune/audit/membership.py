@@ -1,12 +1,14 @@
 """Membership inference: measure how well scores tell members from others, and compare it with
 what ε allows.
 
-A score says how likely it is that a unit was trained on. ROC, the area under it, and the share of
-members that are found where 1 % of the others are taken for members, with intervals over units.
+A score is higher for units that more probably were trained on. The figures are the ROC curve, the
+area under it, and the share of members that are found if 1 % of the others are taken for members,
+with intervals over units.
 
-The threshold of 1 % is itself estimated from n others: the k-th highest of them, which the others
-pass with a probability that is Beta(k, n + 1 - k) and not 1 %: with 10 others about 9 %. What is
-held against ε is thus the bound at the upper end of that probability.
+The threshold for 1 % is estimated from the scores of n others, as the k-th highest. The true
+probability that another unit exceeds it has the distribution Beta(k, n + 1 - k), with 10 others a
+mean of about 9 %. The share of members found is therefore compared with the bound that ε allows at
+the upper end of that probability.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ import numpy.typing as npt
 from scipy.stats import beta  # type: ignore[import-untyped]
 
 Scores = npt.NDArray[np.float64]
-FALSE_ALARMS = 0.01  # of the others, at which the found share of members is stated
+FALSE_ALARMS = 0.01  # the rate of false alarms at which the share of members found is stated
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-SIDE = 0.0125  # of each of the two ends that are compared for the share found: 2.5 % in all
+SIDE = 0.0125  # error probability of each of the two one-sided bounds that are compared
 
 
 @dataclass(frozen=True)
 class Membership:
     """The result of membership inference.
 
-    - auc, tpr: (estimate, low, high), 95 % over units; tpr: of members, at 1 % false alarms
-    - auc_bound, tpr_bound: the most that (ε, δ) allows
+    - auc, tpr: (estimate, low, high) with a 95 % interval over units; tpr is the share of members
+      found at 1 % false alarms
+    - auc_bound, tpr_bound: the largest values that (ε, δ) allows
     - curve: (false alarms, members found)
     - alarms: the upper end (98.75 %) of the threshold's true rate of false alarms, since the
       threshold is estimated from few others
@@ -52,16 +55,16 @@ class Membership:
 
     @property
     def contradicts(self) -> bool:
-        """Return whether even the lower end of an interval is beyond what ε allows."""
+        """Return whether the lower end of an interval is above the largest value that ε allows."""
         return self.auc[1] > self.auc_bound or self.surely_found > self.surely_allowed
 
 
 def membership(
     inside: Scores, outside: Scores, epsilon: float | None, delta: float, seed: int = 0
 ) -> Membership:
-    """Evaluate scores of members and of others, one row per unit: (units, guesses about each).
+    """Evaluate the scores of members (inside) and of others (outside), (units, guesses about each).
 
-    epsilon: None if nothing is claimed. The intervals are of a bootstrap over units, since the
+    epsilon: None if nothing is claimed. The intervals come from a bootstrap over units, since the
     guesses about one unit are not independent. Ties count half.
 
     >>> import numpy as np

@@ -1,12 +1,12 @@
 """Build ready-made studies with measured settings from one's own records: `fedtune init --task`.
 
-One file per task. A preset's public file is divided once: its selection records choose how far each
-round moves the adapter, its evaluation records only judge the result; some tasks also learn from a
-part of it, before the first round.
+Each task has a file of its own. A preset's public file is divided once: by its selection records
+the coordinator chooses how far each round moves the adapter, its evaluation records only judge the
+result, and some tasks learn from a further part before the first round.
 
-A task has COLUMNS, the fields of Records that name a column, each with its key in site.toml and
-what the column is called if nobody says; EPSILON; PARTS, the shares of the public records; and
-`study`, which composes study.toml. An adapter's recipe is filled in by `_adapter`.
+The module of a task has COLUMNS (fields of Records that name a column, each with its key in
+site.toml and the column's default name), EPSILON, PARTS (the shares of the public records), and the
+function `study`, which composes study.toml. Tasks that train an adapter give `_adapter` a recipe.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TASKS: dict[str, Any] = {
     "vision": vision,
     "speech": speech,
 }
-OPTIONS = {  # of `fedtune init`, by field of Records
+OPTIONS = {  # field of Records -> option of `fedtune init`
     "media": "--media",
     "prompt": "--text",
     "target": "--target",
@@ -52,19 +52,19 @@ OPTIONS = {  # of `fedtune init`, by field of Records
 
 @dataclass(frozen=True)
 class Records:
-    """One's own files and their columns, from which a preset builds a study.
+    """A user's files and their columns, from which a preset builds a study.
 
     - data: each site's file or folder, or URL#TABLE
     - evaluation: a public file with answers; public: another public file to train on before the
       first round
     - prompt, target, rejected, media: columns of the input, of the target, of a worse answer, and
-      of the path of an image or a recording; default: the task's own
+      of the path of an image or a recording; default: those of the task
     - patient: column of the patient; without it the record is the unit
-    - labels: the classes; default: those of `evaluation`; also_labels: further classes, which these
-      lack
+    - labels: the classes; default: those in `evaluation`; also_labels: further classes besides
+      these
     - base: the model; default: the task's
-    - size: units at a site, as a person states it in public; sizes: of each site, in the order of
-      data, if they differ
+    - size: the declared size of a site; sizes: those of each site, in the order of data, if they
+      differ
     - epsilon: ε of the study; default: the task's own
     - declared: what a person declares the sites' records to be, for a rehearsal
     - role: the role whose files are written; name: of the single site, for role "site"
@@ -95,13 +95,13 @@ class Records:
 
     @property
     def declared_sizes(self) -> tuple[int, ...]:
-        """The size of each site, as it declares it."""
+        """The declared size of each site."""
         own = max(1, len(self.data)) if self.role == "site" else self.sites
         return self.sizes or (self.size,) * own
 
     @property
     def delta(self) -> float:
-        """δ by one rule for all tasks, of the largest site (report.delta.delta_for)."""
+        """δ by the rule for all tasks: report.delta.delta_for of the largest site."""
         return delta_for(max(self.declared_sizes))
 
     @property
@@ -111,7 +111,7 @@ class Records:
 
     @property
     def delta_note(self) -> str:
-        """The rule, and its value for a site's units."""
+        """The rule of δ in words, with its value for the largest site."""
         most = max(self.declared_sizes)
         return f"{self.delta_rule}; {chance(self.delta, self.unit, most)}"
 
@@ -121,16 +121,16 @@ class Records:
 
     @property
     def min_sites(self) -> str:
-        """The line of study.toml's [strategy] for a coordinator, whose first round waits for all
-        sites; else nothing."""
+        """The line about min_sites in study.toml's [strategy] for a coordinator, whose first round
+        waits for all sites; "" for others."""
         if self.role != "coordinator":
             return ""
         return f"min_sites = {self.sites:<20} # the first round waits for all of them\n"
 
 
 def write(folder: Path | str, task: str, records: Records) -> list[Path]:
-    """Write a study of `task` to a new folder: study.toml, site files, and the public records that
-    `records.evaluation` was divided into; of one role's, its own alone. Returns the paths.
+    """Write a study of `task` to a new folder, and return the paths: study.toml, site files, and
+    the parts into which the public records are divided; for a single role, its own files alone.
 
     >>> from fedtune.presets import Records, write
     >>> [path.name for path in write("triage", "classify", Records(labels=("A", "B")))]
@@ -191,8 +191,8 @@ def complete_records(task: str, records: Records) -> Records:
 
 
 def list_columns(task: str, records: Records, *more: str) -> dict[str, str]:
-    """Return the columns that a file of the task must have, by the option that names each; more:
-    of further fields, if they are given."""
+    """Return option -> column, of the columns that a file of the task must have. more: further
+    fields of Records whose columns are added if they are given."""
     fields = [*TASKS[task].COLUMNS, *(field for field in more if getattr(records, field))]
     return {OPTIONS.get(field, f"--{field}"): getattr(records, field) for field in fields}
 
@@ -206,10 +206,10 @@ def column_lines(task: str, records: Records) -> str:
 
 
 def unit_note(task: str | None, records: Records) -> str:
-    """Describe whom the study protects, and if no patient column is named, which column of the
-    sites' files may be one. task: None for a study without a recipe.
+    """Describe which unit the study protects and, if no patient column is named, which column of
+    the sites' files may be one. task: None for a study without a recipe.
 
-    Errors: DataError for a file or a column that is not there, which lists those that are."""
+    Errors: DataError for a missing file or column; the error lists the columns that exist."""
     columns: list[str] = []
     names: dict[str, str] = {}
     if records.role != "coordinator":
@@ -219,7 +219,7 @@ def unit_note(task: str | None, records: Records) -> str:
         columns = [name for path in records.data for name in _sites.columns_of(path, names)]
     if records.patient:
         return f"protected: a patient, by {records.patient!r}: all records of one together"
-    # A column that is read already may be called "dialogue", and is nobody's key.
+    # A column of the input or target, which may be called "dialogue", is no patient's key.
     found = _sites.looks_like_a_patients([c for c in columns if c not in names.values()])
     hint = f"; {found!r} looks like one: --patient {quote_string(found)}" if found else ""
     return (
@@ -242,8 +242,9 @@ def public_note(task: str, records: Records) -> str:
 
 
 def classes_note(task: str, records: Records) -> str:
-    """List the classes of the sites' own files that the study does not have; "" for other tasks,
-    and if there are none. A site alone, which does not know the study's, gets its own classes.
+    """List the classes in the sites' own files that the study does not have; "" for other tasks,
+    and if there are none. For the role of a site, which does not know the study's classes, list its
+    own.
 
     Errors: as `unit_note`."""
     if task != "classify" or records.role == "coordinator":

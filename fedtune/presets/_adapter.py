@@ -1,8 +1,9 @@
-"""Build a study that adapts a base by LoRA after a start from public records: the common part of
-several tasks.
+"""Build a study that adapts a base by LoRA after a start from public records. This is the common
+part of several tasks.
 
-The adapter's frozen factor, the preconditioner of its steps and some steps before the first round
-come from public records with answers, for no ε; selection records choose how far a round moves it.
+The adapter's frozen factor, the preconditioner and some steps before the first round are computed
+from public records with answers, which costs no ε. By the selection records the coordinator chooses
+how far a round moves the adapter.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from fedtune.presets.templates import quote_string
 if TYPE_CHECKING:
     from fedtune.presets import Records
 
-RECORDS = 4  # of a patient
-EPSILON = 4.9  # of one round: sites allow 8, which holds the round that a crash repeats (δ ≤ 0.01)
-NOISE = 0.3  # standard deviation of a weight's noise, times the step
-LONGEST = 150.0  # step, where there is hardly any noise
-# From this noise of the mean on, in units of C, rounds train few directions alone: of 3 sites of
-# 100 units at ε = 4.9 it is 0.004, of nine of 87 at ε = 8 0.002, which all directions bear.
+RECORDS = 4  # the largest number of records of a patient
+EPSILON = 4.9  # of one round; sites allow 8, enough for a round that a crash repeats (δ ≤ 0.01)
+NOISE = 0.3  # standard deviation of the noise in a weight after the step
+LONGEST = 150.0  # largest learning rate, for studies with hardly any noise
+# If the noise of the mean, in units of C, is larger, only few directions are trained. It is 0.004
+# for 3 sites of 100 units at ε = 4.9, and 0.002 for 9 sites of 87 units at ε = 8, where all
+# directions can be trained.
 LOUD = 0.0025
-NARROW_NOISE, NARROW_LONGEST = 0.05, 15.0  # as above, where they do
-# of the public records; of what --public is not, where it is given
+NARROW_NOISE, NARROW_LONGEST = 0.05, 15.0  # NOISE and LONGEST for studies that train few directions
+# Shares of the public records; if --public is given, "public" is that file, and these are the
+# shares of the other public file.
 PARTS = {"public": 0.5, "selection": 0.2, "evaluation": 0.3}
 
 
@@ -38,14 +41,14 @@ class Recipe:
     """The settings of one task.
 
     - title: the first line of study.toml
-    - records: the kind of its public records, in words
-    - model; lora, objective: lines of these tables
-    - start, steps: learning rate and number of the steps before the round; longest: largest
+    - records: a description of its public records
+    - model: the base; lora, objective: the lines of these tables
+    - start, steps: learning rate and number of the steps before the round; longest: the largest
       learning rate of the round
-    - judged: [evaluation]'s lines; None: by accuracy if there are few different answers, else by
-      loss
-    - lead: the text before each of these
-    - narrow: whether few directions are trained if noise is LOUD"""
+    - judged: the lines of [evaluation]; None: by accuracy if there are few different answers, else
+      by loss
+    - lead: the text before each answer
+    - narrow: whether only few directions are trained if the noise is above LOUD"""
 
     task: str
     title: str
@@ -103,8 +106,9 @@ def noise_of_mean(records: Records) -> float:
 
 
 def learning_rate(records: Records, longest: float = LONGEST, *, narrow: bool = False) -> float:
-    """Compute the learning rate with noise NOISE in each weight, as in MedQuAD's best steps at ε
-    from 0.5 to 8 (0.21 to 0.36); for a narrow round NARROW_NOISE."""
+    """Compute the learning rate with which each weight has noise NOISE (NARROW_NOISE if `narrow`),
+    but at most `longest`. In the best steps on MedQuAD at ε from 0.5 to 8 this noise was 0.21 to
+    0.36."""
     if narrow:
         return min(NARROW_LONGEST, NARROW_NOISE / noise_of_mean(records))
     return min(longest, NOISE / noise_of_mean(records))
