@@ -32,7 +32,7 @@ def card(content: Mapping[str, Any], found: Mapping[str, Any], run: Path) -> str
 
 
 def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Write the card without its head, as `card` does."""
+    """Write the card of `card` without its head."""
     report, plan = found["report.json"], found["plan.json"]
     texts = {section["id"]: section for section in content["sections"]}
     parts = [
@@ -46,8 +46,8 @@ def card_body(content: Mapping[str, Any], found: Mapping[str, Any]) -> str:
 
 
 def _head(report: Mapping[str, Any], *, task: str, lora: bool) -> str:
-    """Write the fields of the hub's model cards, always in the same form, so that `verify` can
-    compare them."""
+    """Write the head with the fields of the hub's model cards. The same run always gives the same
+    text, so that `verify` can compare it."""
     import yaml  # type: ignore[import-untyped]
 
     base = report["base"]
@@ -90,5 +90,6 @@ LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "bsd-3-clause", "l
 
 
 def _hub_id(name: str) -> str | None:
-    """Return a base's name if it can be an id of the hub, and not a folder of this machine."""
+    """Return a base's name if it can be an id of the hub; None if it is a folder of this
+    machine."""
     return None if ":" in name or name.startswith(("/", ".")) or name.count("/") > 1 else name

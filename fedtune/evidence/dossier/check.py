@@ -1,4 +1,5 @@
-"""Verify a dossier: its files and signature, the run inside, each fact against it, who approved."""
+"""Verify a dossier: its files and signature, the run inside, each fact by comparison with the run,
+and the approvals."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
         )
     check_files(folder, signed["files"], signed["sizes"])
     found = verify_run(folder / RUN, sites=sites)
-    # A simulation's key is kept nowhere, so its dossier has another, which covers the run's files.
+    # A simulation's key is not stored, so its dossier has another key, which signs the run's files.
     if signed["ca"] and not fingerprints.match_fingerprints(found.signer, name):
         fail(folder / RUN, f"was signed by {found.signer}", f"{name}, who signed the dossier")
     if not signed["ca"] and not found.simulated:
@@ -77,10 +78,10 @@ def check(folder: Path, trust: str = "", sites: Mapping[str, str] | None = None)
 
 
 def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
-    """Check every figure against the run, and every page against the page that this release would
-    write; return the names of what was checked.
+    """Check every figure by comparison with the run, and every page by comparison with the one that
+    this release writes; return the names of the files that were checked.
 
-    For a dossier of another release only the numbers are compared, and `check` says so."""
+    Pages of another release's dossier are compared by their numbers alone, and `check` says so."""
     path, same_release = folder / CONTENT, signed["fedtune"] == __version__
     text = reading.text(path, "the dossier's content", TODO, NotGenuine, reading.LARGE)
     content = reading.json_in(path, "the dossier's content", TODO, NotGenuine)
@@ -117,13 +118,14 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
 
 
 def _collect_typed(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a person typed for the blanks, as the dossier holds it."""
+    """Return blank's key -> the text that a person typed for it, from a dossier's content."""
     blocks = [block for section in content["sections"] for block in section["blocks"]]
     return {str(b["blank"]): str(b["typed"]) for b in blocks if b["kind"] == "blank"}
 
 
 def _describe_approval(body: Mapping[str, Any], by_key: Mapping[str, str]) -> dict[str, Any]:
-    """Describe an approval: site: the site whose key signed it, which signed its updates too."""
+    """Describe an approval. In the result, "site" is the site whose key, which also signed its
+    updates, signed the approval; "" for a person's own key."""
     shown = {key: body[key] for key in ("name", "role", "reason", "date")}
     key = str(body["key"])
     return shown | {"fingerprint": fingerprints.of_approver(key), "site": by_key.get(key, "")}

@@ -1,19 +1,19 @@
 """Build a dossier's content from the package's texts (sections/*.toml), a run, and what a person
 typed.
 
-A text holds no figure of a run. A figure is a fact: a source in the run and a way to show it. What
-neither the package nor the run can say is a blank, which a person fills (details.toml).
+A text holds no figure of a run. A figure is a fact: a source in the run and a format. Information
+that neither the package nor the run has is a blank, which a person fills in (details.toml).
 
-    text = "…"                       a paragraph               note = "…"     one that stands out
+    text = "…"                       a paragraph               note = "…"     a highlighted one
     list = ["…"]                     a list                    limits = true  claim.limits
     picture = "name", alt, caption   one of diagrams.py
-    curve = "caption"                the metric by ε, or by round where there is no ε
+    curve = "caption"                the metric by ε, or by round if the run has no ε
     fact = "label", at = SOURCE      one figure of the run
     table = "caption", head, rows    a table of the package's own words
     table = "caption", each = SOURCE, key = "site", columns = [["ε", SOURCE, "epsilon"], …]
-                                     a row for each entry there; {key} in a SOURCE is its name
-    blank = "key", label, help       what a person fills
-    when = "private"                 of any of these: only for such runs (WHEN)"""
+                                     a row for each entry at SOURCE; {key} in a SOURCE is its name
+    blank = "key", label, help       a text that a person fills in
+    when = "private"                 with any of these: shown only for such runs (WHEN)"""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
 
 
 def sections() -> list[dict[str, Any]]:
-    """Load the package's texts, in their order."""
+    """Load the package's sections, in the order of their file names."""
     folder = resources.files("fedtune.evidence.dossier") / "sections"
     files = sorted(
         (file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda f: f.name
@@ -105,8 +105,8 @@ def blanks() -> Iterator[Mapping[str, str]]:
 
 
 def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
-    """Build the content of dossier.json. found: the run's documents; typed: a person's texts, by
-    the blank's key."""
+    """Build the content of dossier.json. found: the run's documents (`facts.documents`). typed:
+    blank's key -> the text that a person typed."""
     return {
         "format": FORMAT,
         "study": _fact(found, "report.json#/study", "plain"),
@@ -161,8 +161,8 @@ def _blocks(
 
 
 def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
-    """Yield the metric round by round, as far as the report has it; nothing if that gives no
-    curve."""
+    """Yield the curve's block, with the metric of each measured round; nothing if the metric is not
+    known of the base, or of any round."""
     quality, rounds = _report(found, "quality") or {}, _report(found, "rounds") or []
     metric, private = quality.get("metric"), WHEN["private"](found)
     name = escape_key(str(metric))
@@ -178,7 +178,7 @@ def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
         if all(fact and isfinite(float(fact["shown"])) for fact in point):
             points.append(point)
     base = _fact(found, f"report.json#/quality/before/{name}", "plain")
-    which = "trained" if is_start_released(quality) else "after"  # the curve is the trained one's
+    which = "trained" if is_start_released(quality) else "after"  # the trained model's figures
     bounds = f"report.json#/quality/gain/intervals/{name}/{which}"
     if metric in METRICS and base and points:
         yield {
@@ -198,7 +198,8 @@ def _as_list(value: str | list[str]) -> list[str]:
 
 
 def _fact(found: Documents, source: str, how: str) -> dict[str, str] | None:
-    """Look a fact up; None if the run does not have it."""
+    """Look up the fact at `source`, and show it in the format `how`; None if the run does not have
+    it."""
     value = resolve(found, source)
     if value is MISSING or value is None:
         return None

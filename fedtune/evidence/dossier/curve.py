@@ -1,4 +1,4 @@
-"""Draw a run's quality against its cost."""
+"""Draw the curve of a run's quality by its ε or by rounds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ RIGHT = 800.0
 TOP = 52.0
 BOTTOM = 274.0
 TICKS = 5
-POINT = 7  # pixels: a side of the square of a point
-GAP = 16.0  # pixels between two labels, one above the other
+POINT = 7  # side of a point's square, in pixels
+GAP = 16.0  # smallest distance of two labels' heights, in pixels
 
 
 def curve(
@@ -28,10 +28,10 @@ def curve(
 ) -> Picture:
     """Draw points (across, value of the metric); the first one is the base alone.
 
-    across: what the horizontal axis shows; interval: 95 %, of the last value; start: the value of
-    the public start. Points are joined only if several rounds were measured.
+    across: the label of the horizontal axis. interval: the 95 % interval of the last value. start:
+    the value of the public start. Points are joined only if several rounds were measured.
 
-    Errors: ValueError (fewer than two points, or one that is no number)."""
+    Errors: ValueError (fewer than two points, or one that is not finite)."""
     values, about = [value for _, value in points], known_metric(metric)
     shown = [*values, *(interval or ()), *((0.0, 1.0) if about.bounded else ())]
     shown += [] if start is None else [start]
@@ -74,7 +74,7 @@ def curve(
 
 
 def _place_label(height: float, taken: Sequence[float]) -> float:
-    """Return the height nearest to `height` at which a label overlaps none of those taken.
+    """Return the height nearest to `height` at which a label overlaps none at the heights `taken`.
 
     >>> [_place_label(100.0, taken) for taken in ([104.0], [104.0, 96.0], [])]
     [88.0, 120.0, 100.0]
@@ -85,7 +85,7 @@ def _place_label(height: float, taken: Sequence[float]) -> float:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return some five round numbers from at most `low` to at least `high`.
+    """Return about five round numbers, from at most `low` to at least `high`.
 
     >>> _ticks(0.0, 7.994)
     [0.0, 2.0, 4.0, 6.0, 8.0]

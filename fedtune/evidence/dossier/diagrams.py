@@ -1,7 +1,8 @@
-"""Draw the explaining pictures: where data stays, a round, masked sums, who is trusted with what.
+"""Draw the diagrams that explain fedtune: where data stays, a round, masked sums, and which party
+is trusted with what.
 
-They follow the unit of privacy: statements about a patient do not hold if ε is for a record. A text
-that is wider than its place is an error, not a picture."""
+Their texts depend on the unit of privacy, since statements about a patient do not hold if ε is for
+a record. A text that is wider than its place raises an error."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from fedtune.evidence.dossier.drawing import Picture
 
 
 def data_line(unit: str = "patient") -> Picture:
-    """Draw the way of a record's data, and what leaves."""
+    """Draw the steps from a record to the noised sum that leaves the site."""
     page = Picture(920, 398, "What is where, and what leaves a site")
     page.card(16, 16, 600, 366, "home", "a site: the hospital's own machine")
     page.card(680, 16, 224, 366, "out", "outside")
@@ -192,8 +193,8 @@ Party = tuple[str, str, list[str], list[str], list[str]]
 
 
 def parties(unit: str) -> list[Party]:
-    """Return for each party: kind of head, name; what it sees, is trusted with, and may do if
-    hostile."""
+    """Return for each party the style of its heading, its name, what it sees, what it is trusted
+    with, and what it can do if it is hostile."""
     if unit == "patient":
         named = ["to name the patient", "column; that one key is", "one person"]
         known = ["know all other patients'", "records"]
@@ -220,7 +221,7 @@ def parties(unit: str) -> list[Party]:
 
 
 def trust(unit: str = "patient") -> Picture:
-    """Draw who is trusted with what."""
+    """Draw which party sees what, is trusted with what, and can do what if it is hostile."""
     page = Picture(920, 436, f"Who is trusted with what, for a {unit}'s privacy")
     heads = [
         (92, "sees", "soft"),

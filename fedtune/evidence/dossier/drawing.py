@@ -34,7 +34,7 @@ HEADS = "".join(
     "</marker>"
     for name, color in (("arrow", "--soft"), ("leaves", "--out-line"))
 )
-# Of a text: its size, the distance of its lines, its mean width by its size.
+# A text's size, the distance of its lines, and the mean width of a character over the size.
 SIZE = 12
 STEP = 17
 CHARACTER = 0.54
@@ -42,7 +42,7 @@ CHARACTER = 0.54
 
 @dataclass(frozen=True)
 class Text:
-    """A text in a picture. room: how wide it may be; kind: classes of RULES."""
+    """A text in a picture. room: its largest width in pixels; kind: its classes in RULES."""
 
     x: float
     y: float
@@ -76,8 +76,8 @@ class Box:
 
 @dataclass(frozen=True)
 class Line:
-    """A line in a picture. kind: "arrow" or "leaves", as RULES colour it; end: "head", "dashes",
-    or "" (plain)."""
+    """A line in a picture. kind: "arrow" or "leaves", its class in RULES; end: "head" for an arrow
+    head, "dashes" for a dashed line, or ""."""
 
     x: float
     y: float
@@ -97,7 +97,8 @@ class Line:
 
 
 class Picture:
-    """A picture in the making; all places are in pixels from the upper left corner."""
+    """A picture to which shapes are added. All positions are in pixels from the upper left
+    corner."""
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self.width = width
@@ -115,7 +116,8 @@ class Picture:
         size: int = SIZE,
         room: float | None = None,
     ) -> None:
-        """Add a line of text. room: how wide it may be; by default up to the picture's edges."""
+        """Add a line of text. room: its largest width in pixels; by default up to the picture's
+        edge."""
         wide = len(line) * size * CHARACTER
         edges = {"start": self.width - x, "middle": 2 * min(x, self.width - x), "end": x}
         most = room or edges[anchor]
@@ -153,7 +155,7 @@ class Picture:
 
     def svg(self, style: str = STYLE) -> str:
         """Return the picture as SVG. style: STYLE, or LIGHT + RULES for a page that is light
-        whatever its reader prefers."""
+        whatever colours its reader prefers."""
         head = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
             f'width="{self.width}" height="{self.height}" role="img">',

@@ -1,8 +1,7 @@
-"""Look up facts of a run for a dossier: each has a source and a way to show it, and nothing
-else.
+"""Look up facts of a run for a dossier. A fact has a source and a format.
 
 A source is a file of the run and a JSON pointer in it (RFC 6901): report.json#/privacy/epsilon.
-Whoever has the run can look each figure up, and `fedtune verify` does so for all of them."""
+A person with the run's folder can look up each figure; `fedtune verify` does so for all of them."""
 
 from __future__ import annotations
 
@@ -25,18 +24,18 @@ from fedtune.report.held_out import text_row
 DOCUMENTS = ("report.json", "plan.json", "evidence.json")
 MISSING = object()
 NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:e[+-]?\d+)?")
-# What a page does not show as text: its head, so that nothing else hides behind the same words, and
-# pictures.
+# The parts of a page that are not text: its head, which is matched at the beginning alone so that
+# no other text can hide in it, and pictures.
 HEAD = re.compile(
     r"(?s)\A(?:<!DOCTYPE html>\n<html lang=\"en\">\n<head>.*?</head>|---\n.*?\n---\n)"
 )
 PICTURE = re.compile(r"src=\"data:image/(?:png|svg\+xml);base64,[A-Za-z0-9+/=]*\"")
-MOST = 500  # characters of a value that is text
+MOST = 500  # a value that is text is cut after so many characters
 
 
 def documents(run: Path) -> dict[str, Any]:
-    """Read the files of a run from which facts are taken, and what its sites reported of its
-    model. Errors: InputError."""
+    """Read the files of a run from which facts are taken, and the sites' statements about its
+    model; return name -> content. Errors: InputError."""
     most = reading.LARGE
     found = {name: reading.json_in(run / name, "a run's file", most=most) for name in DOCUMENTS}
     return found | {TOLD: [asdict(one) for one in read_told(run) if not one.problem]}
@@ -67,9 +66,9 @@ def escape_key(key: str) -> str:
 
 
 def show(value: Any, how: str) -> str:
-    """Show a value of a run in one of the ways of SHOWN, as one line of text.
+    """Format a value of a run as one line of text. how: a format of SHOWN.
 
-    Errors: KeyError (a way that this release does not know)."""
+    Errors: KeyError (a format that this release does not know)."""
     text = " ".join("".join(c if c.isprintable() else " " for c in SHOWN[how](value)).split())
     return text if len(text) <= MOST else text[: MOST - 1] + "…"
 
@@ -94,7 +93,7 @@ def _interval(value: Any) -> str:
 
 
 def _find_line(quality: Any, about: str) -> str:
-    """Return the line of gain.headline about one subject."""
+    """Return the sentence of gain.headline with the subject `about`."""
     found = (line.text for line in headline(quality) if line.about == about)
     return next(found, "not measured")
 
@@ -105,8 +104,8 @@ def _upstream(value: Any) -> str:
 
 
 def base_name(name: str) -> str:
-    """Name a base as the plan does; the path of a folder on the coordinator's machine is left
-    out.
+    """Return the plan's name of a base, without the path if it is a folder on the coordinator's
+    machine.
 
     >>> base_name("/home/ada/models/llama")
     'a local folder, known by its digest'
@@ -117,7 +116,7 @@ def base_name(name: str) -> str:
 SHOWN: dict[str, Callable[[Any], str]] = {
     "plain": _plain,
     "epsilon": rounded_up,
-    "largest": lambda value: rounded_up(max(value.values())),  # of one figure a site
+    "largest": lambda value: rounded_up(max(value.values())),  # value: site -> figure
     "count": lambda value: str(len(value)),
     "names": lambda value: ", ".join(sorted(value)),
     "date": lambda value: str(value)[:10],
@@ -143,7 +142,7 @@ SHOWN: dict[str, Callable[[Any], str]] = {
 
 
 def facts_in(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield every fact of a dossier: the objects that have a source."""
+    """Yield every fact in a dossier's content: each object that has a source."""
     pending: list[Any] = [content]
     while pending:
         value = pending.pop()
@@ -171,8 +170,8 @@ def find_contradiction(content: Mapping[str, Any], found: Mapping[str, Any]) -> 
 
 
 def numbers(shown: str) -> list[str]:
-    """List the numbers that a page shows, in their order; without an HTML page's head and pictures,
-    and a card's head.
+    """List the numbers in a page's text, in order, without those in an HTML page's head and
+    pictures and in a card's head.
 
     >>> numbers("ε = 7.99 for 2 sites")
     ['7.99', '2']

@@ -15,13 +15,13 @@ TYPED = "typed by a person, not checked"
 
 
 def title(content: Mapping[str, Any]) -> str:
-    """Return the title of a dossier. The study's name is in quotes: it may be a word of the
-    language."""
+    """Return the title of a dossier. The study's name is in quotes, since it may be an ordinary
+    word."""
     return f"Dossier of the study “{content['study']['shown']}”"
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """Write a dossier's content as Markdown; values of the run are inert text on one line."""
+    """Write a dossier's content as Markdown. Values of the run are escaped and on one line."""
     parts = [f"# {cell(title(content))}"]
     parts.append(_contents(content))
     for section in content["sections"]:
@@ -46,7 +46,7 @@ def anchor(title: str) -> str:
 
 
 def group_facts(blocks: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Collect consecutive facts in one table: (kind, blocks)."""
+    """Yield (kind, blocks), with consecutive facts in one group, which becomes a table."""
     facts: list[dict[str, Any]] = []
     for block in blocks:
         if block["kind"] == "fact":

@@ -1,11 +1,11 @@
 """Sign a dossier's weights also in OpenSSF's format, for readers who have its tools and not
-ours.
+fedtune.
 
-    model.sig   a Sigstore bundle over run/adapter, by a key that needs no network
-    model.pub   that key's public half (P-256, PEM); release.json vouches for it
+    model.sig   a Sigstore bundle over run/adapter, signed by a local key without a network
+    model.pub   that key's public half (P-256, PEM), which the signature in release.json covers
 
-OpenSSF's tool only accepts keys on NIST's curves, so the coordinator's Ed25519 key cannot sign
-here. This needs model-signing, of the extra `openssf`."""
+OpenSSF's tool accepts only keys on NIST's curves, so the coordinator's Ed25519 key cannot be used.
+This needs the package model-signing, of the extra `openssf`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def can_sign() -> bool:
 
 
 def sign_weights(weights: Path, folder: Path, key: Path) -> None:
-    """Write model.sig and model.pub of a folder of weights into a dossier's folder.
+    """Sign the files in the folder `weights`, and write model.sig and model.pub to a dossier's
+    folder.
 
-    key: file of the private half; if it does not exist, it is made, readable by this user only.
+    key: the file of the private key; if it does not exist, it is made, readable by this user only.
     Errors: InputError, InfrastructureError, ModuleNotFoundError without model-signing."""
     from model_signing import signing
 

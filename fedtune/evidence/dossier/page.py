@@ -1,5 +1,5 @@
-"""Write a dossier as one HTML file without scripts or requests, readable with keyboard, screen
-reader and printer."""
+"""Write a dossier as one HTML file without scripts or requests, which can be read with a keyboard
+or a screen reader, and printed."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def sections(content: Mapping[str, Any], *, pictures: bool = True) -> str:
-    """Return a dossier's sections as HTML, for use in a page; every text of it is escaped.
-    pictures: whether the page may show them."""
+    """Return a dossier's sections as HTML, for use in another page; every text is escaped.
+    pictures: whether to include the pictures."""
     parts = []
     for section in content["sections"]:
         name = escape(section["id"])

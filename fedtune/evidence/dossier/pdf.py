@@ -25,9 +25,9 @@ LINES = (138, 138, 138)
 GREY = (90, 90, 90)
 RED = (156, 28, 28)
 AMBER = (122, 82, 0)
-BREAK = "\u200b"  # where a long word may be broken: after each of these characters
+BREAK = "\u200b"  # zero-width space, after which a long word may be broken
 BROKEN_AFTER = "/_.#-"
-LONG = 24  # letters of a word that is broken wherever it must be
+LONG = 24  # a longer word may be broken: after BROKEN_AFTER, else after so many letters
 
 
 def can_write() -> bool:
@@ -77,7 +77,7 @@ def _create_document(title: str) -> Any:
 
 def _heading(document: Any, text: str, level: int) -> None:
     size = SIZES["heading" if level else "section"]
-    if document.will_page_break(45):  # a heading stays with what follows it
+    if document.will_page_break(45):  # keep a heading on the page of its text
         document.add_page()
     document.ln(3 if level else 6)
     document.set_font(SANS, "B", size)
@@ -94,7 +94,7 @@ def _block(document: Any, kind: str, group: list[dict[str, Any]]) -> None:
         rows = [[b["label"], b["fact"], (b["fact"] or {}).get("source", "–")] for b in group]
         _table(document, ["What", "Value", "Source in the run"], rows)
     elif kind == "table" and block["rows"]:
-        if document.will_page_break(30):  # a caption stays with its table
+        if document.will_page_break(30):  # keep a caption on the page of its table
             document.add_page()
         _text(document, block["table"], style="B")
         _table(document, block["head"], block["rows"])
@@ -125,7 +125,7 @@ def _draw_box(document: Any, text: str, colour: tuple[int, int, int], style: str
     document.set_font(SANS, style, SIZES["text"])
     plain = _make_breakable(text.replace("`", ""))
     lines = document.get_string_width(plain) / document.epw + 2
-    if document.will_page_break(min(5 * lines + 6, 60)):  # a box stays in one piece
+    if document.will_page_break(min(5 * lines + 6, 60)):  # keep a box on one page
         document.add_page()
     document.set_draw_color(*colour)
     document.set_line_width(0.5)

@@ -15,14 +15,15 @@ COLOURS = {
 GROUNDS = {"box": ("fill", "line"), "home": ("home", "home-line"), "out": ("out", "out-line")}
 INKS = {"soft": "soft", "key": "key", "bad": "out-line", "good": "home-line"}
 STROKES = {"arrow": "soft", "leaves": "out-line"}
-HEAD = 8.0  # pixels: an arrow's
-POINTS = 72 / 25.4  # in a millimetre
+HEAD = 8.0  # length of an arrow's head, in pixels
+POINTS = 72 / 25.4  # points in a millimetre
 
 
 def draw(document: Any, picture: Picture, font: str) -> None:
-    """Draw a picture as wide as the text, from the document's place down; sets the place below."""
+    """Draw a picture as wide as the text at the document's present position, and move the position
+    below it."""
     scale = document.epw / picture.width
-    if document.will_page_break(picture.height * scale + 14):  # with its caption
+    if document.will_page_break(picture.height * scale + 14):  # keep it with its caption
         document.add_page()
     left, top = document.l_margin, document.get_y()
     document.set_line_width(1.2 * scale)
@@ -80,7 +81,7 @@ def _text(document: Any, text: Text, left: float, top: float, scale: float, font
     document.set_text_color(*COLOURS[ink])
     wide = document.get_string_width(text.line)
     room = text.room * scale
-    if wide > room:  # the letters of a PDF are wider than those that the places were made for
+    if wide > room:  # the PDF's font is wider than that for which the positions were chosen
         document.set_stretching(100 * room / wide)
     shift = {"start": 0.0, "middle": 0.5, "end": 1.0}[text.anchor] * min(wide, room)
     document.text(left + text.x * scale - shift, top + text.y * scale, text.line)

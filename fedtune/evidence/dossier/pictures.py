@@ -1,7 +1,7 @@
-"""Draw the pictures of a dossier: the explaining ones, and the run's own, from its content
-alone.
+"""Draw the pictures of a dossier from its content alone: diagrams that explain fedtune, and the
+run's curves.
 
-`fedtune verify` draws each again, so that none can differ from the run."""
+`fedtune verify` draws each picture again, so that none can contradict the run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FILES = {f"{FOLDER}/{name}.svg" for name in (*PICTURES, CURVE)}
 
 
 class Drawn(NamedTuple):
-    """A drawn picture. alt: the picture in words; file: its path in the dossier."""
+    """A drawn picture. alt: a description in words; file: its path in the dossier."""
 
     picture: Picture
     alt: str
     file: str
 
     def svg(self) -> str:
-        """Write the picture in light colours, as the pages and their paper are."""
+        """Return the picture as SVG in light colours, like the pages and paper."""
         return self.picture.svg(LIGHT + RULES)
 
 
@@ -50,7 +50,7 @@ def draw_block(block: Mapping[str, Any]) -> Drawn:
 
 
 def files(content: Mapping[str, Any]) -> dict[str, str]:
-    """Draw every picture of a dossier's content, by its path in the dossier."""
+    """Draw every picture of a dossier's content; return path in the dossier -> SVG."""
     return {one.file: one.svg() for one in map(draw_block, _blocks(content))}
 
 

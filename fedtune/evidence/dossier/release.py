@@ -52,13 +52,16 @@ def release(
     details: Mapping[str, str] | None = None,
     home: Path | None = None,
 ) -> Verified:
-    """Write a signed dossier of a finished run into a new folder; returns what it proves.
+    """Write a signed dossier of a finished run into a new folder; return the result of verifying
+    it.
 
     Args:
-        details: what a person typed, by the blank's key; the others stay marked as blanks.
-        home: the coordinator's, whose key signs; without it the one beside the folder of runs. A
-            simulation has none: its dossier is signed with a key that is made for it and kept
-            nowhere.
+        details: blank's key -> the text that a person typed for it; the other blanks stay marked as
+            such.
+        home: the coordinator's home, whose key signs; by default the one beside the folder of runs.
+        A
+            simulation has no home: its dossier is signed with a key that is made for it and not
+            stored.
 
     >>> import fedtune
     >>> fedtune.release("runs/none", "dossiers/none")
@@ -66,11 +69,12 @@ def release(
       ...
     fedtune.core.errors.NotGenuine: ...
 
-    Guarantee: `out` is whole or not there, it verifies, and every figure in it is the run's.
+    Guarantee: `out` is complete, or it is not made; it verifies, and every figure in it is the
+    run's.
 
-    Errors: NotGenuine (the run is not signed, or not as it was signed), ConfigError (`out` exists;
-    the run was made of others),
-    Refused (the key of who signed the run is not here), InfrastructureError."""
+    Errors: NotGenuine (the run is not signed, or was changed after it was signed), ConfigError
+    (`out` exists; the run was derived from others), Refused (the key that signed the run is not in
+    `home`), InfrastructureError."""
     run, out = Path(run), Path(out)
     _refuse_derived(run)
     proven = verify_run(run)
@@ -100,7 +104,7 @@ def release(
 
 
 def _carry_told(run: Path, into: Path) -> None:
-    """Copy what sites told of the run's model; each statement is signed by its site."""
+    """Copy the sites' statements about the run's model that count; each is signed by its site."""
     for one in read_told(run):
         if not one.problem:
             (into / TOLD).mkdir(exist_ok=True)
@@ -108,7 +112,7 @@ def _carry_told(run: Path, into: Path) -> None:
 
 
 def _refuse_derived(run: Path) -> None:
-    """Refuse a run that was made of other runs, and say which. Errors: ConfigError."""
+    """Refuse a run that was derived from other runs. Errors: ConfigError, which names them."""
     if is_signed(run) or not (run / "report.json").is_file():
         return
     report = read_report(run)
@@ -125,7 +129,8 @@ def _refuse_derived(run: Path) -> None:
 
 
 def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
-    """Return the key that signs. Errors: Refused."""
+    """Return the key that signs the dossier, and the CA; for a simulation a new key and "". Errors:
+    Refused if the home does not have the key that signed the run."""
     if proven.simulated:
         return SigningKey(), ""
     path = home / "signing.key"
@@ -141,8 +146,8 @@ def _key(run: Path, home: Path, proven: Verified) -> tuple[SigningKey, str]:
 
 
 def _sign_weights(draft: Path, home: Path | None) -> None:
-    """Sign the weights also in OpenSSF's format, with a key of `home`; None: a key that is not
-    stored."""
+    """Sign the weights also in OpenSSF's format, with the key for it in `home`; None: with a key
+    that is not stored."""
     with tempfile.TemporaryDirectory() as nowhere:
         key = (home or Path(nowhere)) / openssf.KEY
         openssf.sign_weights(draft / RUN / ADAPTER, draft, key)
@@ -164,7 +169,8 @@ def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) ->
 
 
 def read_details(path: Path) -> dict[str, str]:
-    """Read what a person typed for a dossier's blanks. Errors: InputError, ConfigError."""
+    """Read blank's key -> the text that a person typed for it. Errors: InputError; ConfigError (an
+    unknown key, or a value that is not a text)."""
     known = {block["blank"] for block in blanks()}
     table = reading.toml_in(path, DETAILS)
     for key, value in table.items():
@@ -202,11 +208,12 @@ def approve(
     reason: str,
     log: AuditLog | None = None,
 ) -> Verified:
-    """Approve a dossier as a named person, or for a site with its key; returns what it proves now.
+    """Approve a dossier as a named person, or for a site with the site's key; return the result of
+    verifying the dossier afterwards.
 
-    key: the file of the approver's own key, which is made for this user only if it does not
-    exist; trust: the consortium's fingerprint, since nobody should approve a stranger's folder;
-    log: a site's audit log, in which the approval is entered first.
+    key: the file of the approver's own key; if it does not exist, it is made, readable by this user
+    only. trust: the consortium's fingerprint, so that nobody approves a stranger's folder. log: a
+    site's audit log, in which the approval is entered first.
 
     >>> import fedtune
     >>> who = {"name": "Ada Lund", "role": "data protection officer", "reason": "read"}
