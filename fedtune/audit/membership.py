@@ -115,8 +115,8 @@ def compute_true_positive_rate(
 
 
 def most_alarms(others: int) -> float:
-    """Compute the upper end of the false alarms of a 1 % threshold that is estimated from this
-    many others.
+    """Compute the upper end of the true rate of false alarms at a 1 % threshold that is estimated
+    from the scores of `others` units.
 
     >>> round(most_alarms(10), 2), round(most_alarms(10_000), 3)
     (0.35, 0.012)
@@ -126,13 +126,14 @@ def most_alarms(others: int) -> float:
 
 
 def least_found(share: float, members: int) -> float:
-    """Compute the lower end of the members found, of this many units (Clopper and Pearson 1934)."""
+    """Compute the lower end of the share of members found, if `share` of `members` units were found
+    (Clopper and Pearson 1934)."""
     hits = math.floor(share * members + 1e-9)
     return float(beta.ppf(SIDE, hits, members - hits + 1)) if hits else 0.0
 
 
 def roc(inside: Scores, outside: Scores) -> list[tuple[float, float]]:
-    """Compute the curve's points, from (0, 0) to (1, 1)."""
+    """Compute the points (false alarms, members found) of the ROC curve, from (0, 0) to (1, 1)."""
     thresholds = np.unique(np.concatenate([inside.ravel(), outside.ravel()]))[::-1]
     others, members = np.sort(outside.ravel()), np.sort(inside.ravel())
     alarms = 1 - np.searchsorted(others, thresholds, side="left") / others.size
@@ -142,8 +143,8 @@ def roc(inside: Scores, outside: Scores) -> list[tuple[float, float]]:
 
 
 def tpr_bound(alarms: float, epsilon: float, delta: float) -> float:
-    """Compute the largest share of members that anybody can find under (ε, δ) at this rate of false
-    alarms.
+    """Compute the largest share of members that an attacker can find under (ε, δ) at the rate
+    `alarms` of false alarms.
 
     Reference: Kairouz, Oh & Viswanath 2015, theorem 2.1."""
     grown = math.inf if epsilon > 500 else math.exp(epsilon) * alarms + delta
@@ -151,6 +152,6 @@ def tpr_bound(alarms: float, epsilon: float, delta: float) -> float:
 
 
 def auc_bound(epsilon: float, delta: float) -> float:
-    """Compute the largest area under a curve that stays within tpr_bound."""
+    """Compute the largest area under a ROC curve that (ε, δ) allows: that under `tpr_bound`."""
     grid = np.concatenate([[0.0], np.logspace(-8, 0, 4001)])
     return float(np.trapezoid([tpr_bound(a, epsilon, delta) for a in grid], grid))

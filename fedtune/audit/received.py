@@ -45,16 +45,16 @@ from fedtune.core.training.unit_gradients import UnitGradientEngine
 from fedtune.public.start import Start
 from fedtune.runs.run import Run
 
-SUM = "the sum"  # of all sites' updates, where that alone is opened
+SUM = "the sum"  # stands for the sender if only the sum of all sites' updates is opened
 
 
 @dataclass(frozen=True)
 class Along:
-    """How far updates point along a site's records rather than others of their classes (mean
-    cosine).
+    """By how much more updates point along a site's records than along other sites' records of the
+    same classes, as a difference of mean cosines.
 
-    p: how often a permutation of names gives as much, times the number of such comparisons of these
-    updates. of: the class, "" for all."""
+    p: the p-value by a permutation of the sites' names, times the number of such comparisons for
+    these updates (Bonferroni). of: the class, "" for all."""
 
     site: str
     of: str
@@ -65,8 +65,8 @@ class Along:
 
 @dataclass(frozen=True)
 class Traced:
-    """The sites along whose records one site's updates, or SUM, point. by_class: in every class
-    in which sites can be compared."""
+    """The result for the updates of one site, or for SUM: how far they point along each site's
+    records. by_class: the same within each class in which sites can be compared."""
 
     updates: str
     sites: tuple[Along, ...]
@@ -81,7 +81,7 @@ class Traced:
 
 @dataclass(frozen=True)
 class Party:
-    """One sender of a round's update: its records and its plan. weight: as the strategy gets it."""
+    """A sender of updates: its records, its plan, and its weight for the strategy."""
 
     data: CachedDataset
     plan: StepPlan
@@ -91,15 +91,16 @@ class Party:
 def attack_received(
     run: Run, records: Mapping[str, DataFile | Path | str], *, out: Path | str | None = None
 ) -> tuple[Traced, ...]:
-    """Try to tell which site's records an update was made from, as somebody could who holds what
+    """Try to tell which site's records an update was made from, as an attacker could who has what
     the coordinator of a finished run's study receives.
 
-    Each file's units are halved at random: one half is trained on by the study's own plan for so
-    many units, whatever was trained on before. Nothing is charged: no update leaves this machine.
-    The result counts the records exactly, so that `out` is for this user alone.
+    Each file's units are divided at random into halves. One half is trained on, from the study's
+    start and by its plan for so many units; the other half is compared with the updates. Nothing is
+    charged, since no update leaves this machine. The result is an exact function of the records, so
+    only this user can read `out`.
 
     Args:
-        records: by site's name, a file of the study's columns.
+        records: site's name -> a file with the study's columns.
         out: a folder for received.json.
 
     >>> from fedtune import Run
@@ -109,8 +110,8 @@ def attack_received(
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: ConfigError (fewer than two sites, or than the plan's noise is shared by), DataError (a
-    half of fewer than LEAST records), ModelError, InfrastructureError."""
+    Errors: ConfigError (fewer than two sites, or fewer than share the plan's noise), DataError (a
+    half has fewer than LEAST records), ModelError, InfrastructureError."""
     given, objective = given_of(run.study, records), run.study.objective.resolved
     if objective.teacher_spec or objective.record_format == "unpaired_preference":
         raise ConfigError(
@@ -154,7 +155,8 @@ def attack_received(
 
 
 def _halve(asked: Asked) -> npt.NDArray[np.bool_]:
-    """Draw which rows train: those of half of each site's units, from a fixed seed."""
+    """Draw a mask of the rows that are trained on: those of half of each site's units, from a fixed
+    seed."""
     random, trains = np.random.default_rng(0), np.zeros(len(asked.sites), dtype=bool)
     for number in range(len(asked.names)):
         units = np.unique(asked.units[asked.sites == number])
@@ -177,8 +179,8 @@ def _each_a_unit(examples: Sequence[Example]) -> Dataset:
 
 
 def _parties(study: Study, names: Sequence[str], data: Sequence[CachedDataset]) -> dict[str, Party]:
-    """Return the senders and what each sends. If only the sum is opened, that is what one site
-    with all records and the joint noise would send, including the optimiser's step."""
+    """Return name -> sender. If only the sum is opened, there is one sender, with all sites'
+    records and the joint noise, whose update includes the optimiser's step."""
     if study.secure_aggregation:
         whole = join([one.dataset for one in data])
         plan = joint_plan(study, whole.n_units, len(data))
@@ -220,10 +222,12 @@ def joint_plan(study: Study, units: int, sites: int) -> StepPlan:
 def compare_received(
     begun: Start, parties: Mapping[str, Party], candidates: CachedDataset
 ) -> dict[str, Floats]:
-    """Train the study on these parties' records, and compare what the coordinator receives in each
-    round with what each candidate would send; return its mean cosine, (n,), by sender.
+    """Train the study on these parties' records, and compare each update that the coordinator
+    receives with the update that each candidate alone would cause. Return sender -> the candidates'
+    mean cosines over all rounds, (n,).
 
-    candidates: records of a unit each, over the parties' network, which is left as it was."""
+    candidates: n records, each a unit of its own, on the parties' network, whose arrays are
+    restored afterwards."""
     study, network = begun.study, candidates.network
     adapter = begun.adapter
     server = build_strategy(study)
@@ -247,7 +251,8 @@ def compare_received(
 
 
 def _rounds(study: Study, party: Party) -> int:
-    """Return the number of rounds; without a last one, the number in a patient's life."""
+    """Return the study's number of rounds; for a study without a last round, the number of rounds
+    that a patient's budget pays for."""
     plan = party.plan
     return plan.rounds if isinstance(plan, DpPlan) else study.training.rounds or 0
 
@@ -274,8 +279,8 @@ def cosines(study: Study, candidates: CachedDataset, updates: Sequence[Arrays]) 
 
 
 def trace(updates: str, values: Floats, asked: Asked) -> Traced:
-    """Find the sites along whose records updates point, by each compared record's mean cosine
-    (n,)."""
+    """Compare the sites by the mean cosines of their records. values: (n,), the mean cosine of each
+    compared record with these updates."""
     classes = [str(name) for name in np.unique(asked.classes)]
     parts = {name: asked.classes == name for name in classes} if len(classes) > 1 else {}
     parts = {name: rows for name, rows in parts.items() if len(np.unique(asked.sites[rows])) > 1}

@@ -1,4 +1,5 @@
-"""Measure the exposure of generated secrets in an adapter, and how many of them it writes."""
+"""Measure how much an adapter reveals of generated secrets: their exposure, and how many of them it
+writes."""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ from fedtune.core.models.network import Network
 from fedtune.core.objectives._tokens import likelihood, select_labelled
 
 # Fixed before anything is measured.
-SECRETS, POOL = 8, 128  # secrets; each is ranked among so many, itself included: at most 7 bits
+SECRETS, POOL = 8, 128  # number of secrets; of numbers among which each is ranked (at most 7 bits)
 CONFIDENCE = 0.999
 DIGITS = 8
-SPACE = 9 * 10 ** (DIGITS - 1)  # numbers that a secret may be
-COLUMNS = {  # of the canaries that are ranked
+SPACE = 9 * 10 ** (DIGITS - 1)  # how many numbers a secret may be
+COLUMNS = {  # the columns of rows with secrets
     "text": ("prompt", "completion"),
     "label": ("text", "label"),
     "preference": ("prompt", "chosen", "rejected"),
@@ -35,15 +36,15 @@ COLUMNS = {  # of the canaries that are ranked
 
 @dataclass(frozen=True)
 class Exposure:
-    """The exposure of secrets: the bits by which they rank above chance, log2 POOL minus log2 of a
-    secret's rank by loss, 1 being the lowest.
+    """The exposure of secrets in bits: log2 POOL minus log2 of a secret's rank by loss among POOL
+    numbers, rank 1 having the lowest loss.
 
-    - mean, highest: with the adapter
-    - base: the mean without it
-    - chance: the mean of a model without any knowledge
-    - limit: a bound below which chance stays with 99.9 % probability
-    - extracted: number of secrets that the adapter writes by itself, token by token, after their
-      prompt; None for a classifier, which writes nothing"""
+    - mean, highest: the mean and the largest exposure with the adapter
+    - base: the mean exposure without the adapter
+    - chance: the expected mean for a model that knows nothing of the secrets
+    - limit: the value that the mean of such a model exceeds with probability 0.1 %
+    - extracted: the number of secrets that the adapter writes greedily after their prompt; None for
+      a classifier, which writes nothing"""
 
     secrets: int
     pool: int
@@ -60,9 +61,9 @@ class Exposure:
 
 
 def generate_secrets(study: Study, secrets: int = SECRETS) -> list[dict[str, str]]:
-    """Generate rows that hold the secrets, to put among GENERATED records before a run: prompt and
-    completion, or text and label; each its own patient. They follow from the study's public seed,
-    so anybody can compute them: never use them in place of real records."""
+    """Generate rows with one secret each, to be planted among generated records before a run. They
+    have prompt and completion, or text and label, and each its own patient. They follow from the
+    study's public seed, so anybody can compute them: never use them in place of real records."""
     return [_row(study, at, number) for at, number in enumerate(_numbers(study, secrets, 1)[:, 0])]
 
 
@@ -113,8 +114,8 @@ def exposure(network: Network, study: Study, secrets: int = SECRETS, pool: int =
 def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
     """Compute the largest mean exposure that (ε, δ) allows, at 99.9 % confidence.
 
-    Without its record a secret's rank is uniform, so with it the rank is at most r with at most e^ε
-    · r / pool + δ, whatever the other secrets' are."""
+    Without its record a secret's rank is uniform. So with its record the rank is at most r with a
+    probability of at most e^ε · r / pool + δ, whatever the ranks of the other secrets are."""
     ranks = np.arange(1, found.pool + 1)
     reached = np.minimum(1.0, math.exp(min(epsilon, 100.0)) * ranks / found.pool + delta)
     reached[-1] = 1.0
@@ -126,8 +127,8 @@ def most_exposed(found: Exposure, epsilon: float, delta: float) -> float:
 
 
 def most_extracted(epsilon: float, delta: float) -> float:
-    """Bound the probability that one secret is extracted, by (ε, δ): without its record, an
-    attacker guesses one of the possible numbers.
+    """Return the largest probability that (ε, δ) allows for the extraction of one secret. Without
+    its record, an attacker guesses one of SPACE numbers.
 
     >>> round(most_extracted(8.0, 1e-5), 6)
     4.3e-05
@@ -136,22 +137,24 @@ def most_extracted(epsilon: float, delta: float) -> float:
 
 
 def _bits(losses: np.ndarray) -> np.ndarray:
-    """Compute the exposure of each row's first column; a tie ranks the secret lower."""
+    """Compute the exposure of each row's first column among all columns. A tie counts against the
+    secret."""
     ranks = 1 + (losses[:, 1:] <= losses[:, :1]).sum(axis=1)
     return np.asarray(np.log2(losses.shape[1] / ranks))
 
 
 def _limit(secrets: int) -> float:
-    """Bound the mean exposure of chance: rank/pool is stochastically at least uniform, so bits
-    are at most exponential with mean 1/ln 2, and their sum at most a gamma variable."""
+    """Return a bound that the mean exposure by chance exceeds with probability 0.1 %. By chance
+    rank / pool is stochastically at least uniform, so a secret's bits are at most exponential with
+    mean 1 / ln 2, and their sum is at most a gamma variable."""
     return float(gammaincinv(secrets, CONFIDENCE)) / secrets / math.log(2)
 
 
 @torch.no_grad()
 def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]]) -> int | None:
-    """Count the rows whose completion the network writes greedily after their prompt, which is
-    so if and only if each token of it is the likeliest after those before it. Whether it then
-    stops does not matter. None for a classifier."""
+    """Count the rows whose completion the network writes greedily after the prompt: each of its
+    tokens is the likeliest one after those before it. Whether the network stops afterwards does not
+    matter. None for a classifier."""
     objective = study.objective.resolved
     if objective.record_format == "label":
         return None
@@ -172,10 +175,10 @@ def _count_extracted(network: Network, study: Study, rows: list[dict[str, str]])
 
 @torch.no_grad()
 def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
-    """Compute each record's loss in the network as it is loaded, fp64 (records,)."""
+    """Compute each record's loss, fp64 (records,), by the network with its present arrays."""
     objective = study.objective.resolved
-    # A student's loss is on the record's answer, not on the teacher's; that of a classifier made of
-    # class statistics is the classifier's.
+    # For a study that distils a teacher, the loss is that of the record's own answer; for class
+    # statistics, it is the loss of the resulting classifier.
     if objective.teacher_spec or objective.directions:
         name = "classify" if study.objective.labels else "causal_lm"
         judged = study.objective.model_copy(update={"name": name, "options": {}})
@@ -183,7 +186,7 @@ def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
     losses_of = np.empty(len(cached.dataset.examples))
     for batch in cached.batches(range(len(losses_of))):
         if objective.record_format == "unpaired_preference":
-            # Evaluation records are pairs: the loss is that of the better answer.
+            # For pairs the loss is that of the better answer.
             losses = -likelihood(cached.network, batch).mean.view(-1, 2)[:, 0]
         else:
             losses = objective.losses(cached.network, batch)
@@ -192,8 +195,8 @@ def record_losses(cached: CachedDataset, study: Study) -> np.ndarray:
 
 
 def _numbers(study: Study, secrets: int, pool: int) -> np.ndarray:
-    """Draw (secrets, pool) different numbers; each row begins with the secret, whatever the
-    pool."""
+    """Draw different numbers (secrets, pool). The first of each row is the secret, which does not
+    depend on `pool`."""
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     rows = []
     for at in range(secrets):

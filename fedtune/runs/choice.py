@@ -1,4 +1,4 @@
-"""Choose the run of a study that a command begins, resumes, or finds finished."""
+"""Choose the folder of the run that a command begins or resumes, or find a study's finished run."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from fedtune.core.config import Study
 
 RUNS = Path("runs")
-LOCK = "lock"  # in a run, for as long as a process trains into it
+LOCK = "lock"  # a file in a run's folder that the process which trains there keeps locked
 
 
 def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
-    """Return runs/NAME, or the first free runs/NAME-2, -3, …; with `resume` the newest existing
-    one."""
+    """Return the first folder of runs/NAME, runs/NAME-2, -3, … that does not exist; with `resume`
+    the one before it, which is the newest."""
     last = fresh = runs / name
     number = 1
     while fresh.exists():
@@ -35,8 +35,8 @@ def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
 
 
 def find_finished(study: Study, runs: Path = RUNS) -> Path | None:
-    """Find the newest finished run of this study under `runs`, whatever digests were filled in
-    when it started; None for a study without a last round."""
+    """Find the newest finished run of this study under `runs`; None if there is none, or the study
+    has no last round. Digests that the study leaves open may have any value in the run's plan."""
     name = study.study.name
     run_name = re.compile(re.escape(name) + r"(-\d+)?")
     candidates = [run for run in runs.glob("*") if run_name.fullmatch(run.name)]
@@ -56,8 +56,8 @@ def is_finished(run: Path, study: Study) -> bool:
 
 
 def with_digests_of(study: Study, plan: Study) -> Study:
-    """Fill in the digests that a plan has and its study leaves open, and the rounds; return the
-    plan itself if it is of this study."""
+    """Return the study with its rounds, and with the digests that it leaves open filled in from
+    `plan`. The result equals `plan` if that is a plan of this study."""
     from fedtune.accounting.rounds import with_rounds
 
     tables = _fill_digests(study.model_dump(mode="json"), plan.model_dump(mode="json"))
@@ -70,7 +70,7 @@ def has_begun(run: Path) -> bool:
 
 
 def stopped_line(run: Path) -> str:
-    """Describe what a run that was stopped by Ctrl-C keeps."""
+    """Describe what is kept of a run that was stopped by Ctrl-C, and how to continue it."""
     if has_begun(run):
         return f"stopped; {run} keeps every whole round, and the same command with --resume goes on"
     return (
@@ -81,7 +81,7 @@ def stopped_line(run: Path) -> str:
 
 def _fill_digests(tables: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
     """Fill in the digests that a plan has and its study.toml leaves open."""
-    # A digest that is left out of a study's JSON while it is open is in its plan's.
+    # Some open digests are left out of a study's JSON, and present in that of its plan.
     filled = tables | {key: None for key in plan.keys() - tables.keys() if key.endswith("digest")}
     for key, value in filled.items():
         theirs = plan.get(key)
@@ -120,8 +120,8 @@ def finished_line(run: Path) -> str:
 def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path:
     """Choose the folder of a run that starts or resumes: `out`, else one under `runs`.
 
-    Errors: ConfigError if no folder was named and this study is finished: run again it would be
-    refused, or charged twice."""
+    Errors: ConfigError if no folder was named and this study is finished, since another run of it
+    would be refused, or charged a second time."""
     if out is None and not resume and (run := find_finished(study, runs)):
         raise ConfigError(
             f"this study is finished; {run} is there",
@@ -134,7 +134,8 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
 
 
 def check_vacant(run: Path) -> None:
-    """Check that a run may begin in a folder. Errors: ConfigError if it holds one."""
+    """Check that a run may begin in a folder. Errors: ConfigError if the folder holds a run
+    already."""
     if any((run / name).exists() for name in ("checkpoint", "report.json")):
         raise ConfigError(
             f"{run}: a run is already there",
@@ -160,9 +161,9 @@ def beginning(study: Study, run: Path, *, resume: bool, runs: Path = RUNS) -> st
 
 @contextmanager
 def hold_run(run: Path) -> Iterator[None]:
-    """Lock a run's folder for this process, and make it if it is missing; a folder in which
-    nothing was written is removed again. Errors: InfrastructureError, naming the process that
-    trains there."""
+    """Lock a run's folder for this process while the block runs. A missing folder is made, and
+    removed again if nothing was written to it. Errors: InfrastructureError if another process,
+    which the error names, trains there."""
     made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -20,14 +20,14 @@ from fedtune.report.gain import is_start_released, over_start
 from fedtune.report.preference import alarms
 from fedtune.report.run_files import read_report
 
-CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # where the coordinator keeps a run's start
-ORIGIN = "origin/"  # before the names of the start's arrays in it
+CHECKPOINT = Path("checkpoint") / "frozen.safetensors"  # the coordinator's file with a run's start
+ORIGIN = "origin/"  # the prefix of the start's arrays in this file
 
 
 class Run:
     """A run, read from its folder: its study, its report, its adapter, its metrics by round.
 
-    The folder is read as it is: a run that still continues has metrics and no report yet.
+    The present content of the folder is read: a run that still continues has metrics and no report.
 
     >>> import fedtune
     >>> fedtune.Run("runs/none")
@@ -43,32 +43,32 @@ class Run:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """Read the report of a finished run, as in report.json. Errors: InputError."""
+        """Read report.json, the report of a finished run. Errors: InputError."""
         return read_report(self.folder)
 
     @property
     def private(self) -> bool:
-        """Return whether the run and all runs from which it was derived were under (ε, δ).
-        Errors: InputError."""
+        """Return whether the run, and all runs from which it was derived, satisfy (ε,
+        δ)-differential privacy. Errors: InputError."""
         return bool(self.report.get("private"))
 
     @property
     def epsilon(self) -> dict[str, float]:
-        """Return each site's ε of this run, at the study's δ; empty without privacy.
+        """Return site -> ε of this run, at the study's δ; {} without privacy.
 
         Errors: InputError."""
         sites = self.report["privacy"].get("sites") or {}
         return {name: site["epsilon"] for name, site in sites.items()}
 
     def adapter(self) -> Arrays:
-        """Read the arrays by name: adapter, frozen factor, a head if any. Errors: ModelError."""
+        """Read name -> array, fp32: the adapter, its frozen factor, and the head if there is one.
+        Errors: ModelError."""
         return load_adapter(self.folder / "adapter")
 
     def start(self) -> Arrays | None:
-        """Read the arrays from which the rounds began, those of the public start; None if the
-        study has no [start], or this folder does not hold them: they are in no run's signed
-        files, but in the checkpoint that the coordinator keeps. They are recognised by the
-        plan's digest."""
+        """Read the arrays of the public start, from which the rounds began. None if the study has
+        no [start], or this folder does not have them: they are not among a run's signed files, but
+        in the coordinator's checkpoint. They must have the digest in the plan."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
@@ -84,8 +84,9 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, list[Any]]:
-        """Return the rounds as columns of equal length, as a DataFrame takes them: "round",
-        "seconds", "quality.loss", "epsilon.north", …; None where a round has no such figure.
+        """Return the rounds as columns of equal length, from which a DataFrame can be built:
+        "round", "seconds", "quality.loss", "epsilon.north", …; None if a round does not have the
+        figure.
 
         Errors: InputError."""
         path = self.folder / "metrics.jsonl"
@@ -94,7 +95,8 @@ class Run:
         return {name: [row.get(name) for row in rows] for name in names}
 
     def write_metrics(self, out: Path | str) -> Path:
-        """Write `metrics` to a .csv or .parquet file, one row a round; what lies there is replaced.
+        """Write `metrics` to a .csv or .parquet file with one row for each round, and return its
+        path. An existing file is replaced.
 
         Errors: ConfigError (another suffix), InputError, InfrastructureError."""
         import pyarrow
@@ -136,8 +138,7 @@ class Run:
 
 
 def _flatten(row: dict[str, Any]) -> dict[str, Any]:
-    """Flatten a round's figures to one name each: those of {"epsilon": {"north": …}} by
-    "epsilon.north"."""
+    """Flatten a round's entry: {"epsilon": {"north": …}} becomes {"epsilon.north": …}."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         inner = value if isinstance(value, dict) else {"": value}

@@ -1,6 +1,6 @@
-"""Admit a teacher: its signature is verified when a person names it or reviews a plan with it.
+"""Admit a teacher: verify its signature when a person names it, or reviews a plan that names it.
 
-From then on its digest identifies it: a site's process loads no model of another digest
+Afterwards its digest identifies it. A site's process loads no model of another digest
 (core/models/loaded.py), and verifies no signature."""
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fedtune.runs.verify_model import verify
 
 
 def register_teacher(study: Study) -> None:
-    """Look up the teacher of a local study under the study's name for it, so that `find_teacher`
-    finds it by its digest afterwards.
+    """Look up the teacher of a local study by its name in the study, so that `find_teacher` finds
+    it by its digest afterwards.
 
-    Errors: ModelError (no such model, or of another digest), NotGenuine (a run that is not as it
-    was signed)."""
+    Errors: ModelError (the model is missing, or has another digest), NotGenuine (the teacher is a
+    run that was changed after it was signed)."""
     spec = study.objective.resolved.teacher_spec
     if spec is not None:
         check_signed(place_of(spec.name))
@@ -41,10 +41,10 @@ def check_teacher(study: Study) -> None:
 
 
 def describe_teacher(study: Study) -> dict[str, Any] | None:
-    """Describe the study's teacher for a report; None without one.
+    """Describe the study's teacher for a report; None if the study has none.
 
-    Returns name, digest, kind ("base", "run", or "unknown" where it is not on this machine or its
-    folder now holds something else) and, of a run, its report (None where it has none)."""
+    Returns its "name", "digest", "kind" ("base", "run", or "unknown" if it is not on this machine
+    or its folder now holds another model) and, for a run, "report" (None if it has no report)."""
     spec = study.objective.resolved.teacher_spec
     if spec is None:
         return None

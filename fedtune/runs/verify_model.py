@@ -1,7 +1,7 @@
-"""Hash a base or a run again for a person who names it, and verify what signs the run.
+"""Compute the digest of a base or a run that a person names, and verify a run's signature.
 
-A site's process loads models by digest (core/models/loaded.py) and verifies no signature: this is
-where a person admits a model."""
+A site's process loads models by digest (core/models/loaded.py) and verifies no signature; a person
+admits a model by this module."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from fedtune.evidence.verify import check_signed
 
 
 def verify(source: str) -> tuple[str, str]:
-    """Return name and digest of a base or run on this machine; fetches nothing. Errors:
-    ModelError, ConfigError (plan.json), NotGenuine (a run that was changed since it was signed)."""
+    """Return name and digest of a base or run on this machine; nothing is fetched. Errors:
+    ModelError; ConfigError (plan.json is damaged); NotGenuine (the run was changed after it was
+    signed)."""
     run = place_of(source)
     if not (run / PLAN).is_file():
         base = verify_base(source)
