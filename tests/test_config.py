@@ -315,9 +315,11 @@ def test_the_templates_leave_room_for_crashes(tmp_path: Path, crashes: int) -> N
             *(loaded.training.local_steps, plan.records, plan.max_grad_norm, plan.unit, "first"),
             Budget(site.policy, plan, ledger.charges("records")).order,
         )
-        ledger.reserve(
-            "records", charge, "adapter", lambda paid: Budget(site.policy, plan, paid).check(1)
-        )
+
+        def permit(paid: list[Charge], number: int = number) -> None:
+            Budget(site.policy, plan, paid).check(number)
+
+        ledger.reserve("records", charge, "adapter", permit)
     assert len(ledger.charges("records")) == plan.rounds + crashes
 
 

@@ -227,13 +227,12 @@ def cost_refusals(
         check_known(name, study.unit, ledger.unknown(name, study.unit) if ledger else [])
     except Refused as refusal:
         refused.append(refusal)
-    charges, steps = ledger.charges(site.data.name) if ledger else [], 0
+    charges = ledger.charges(site.data.name) if ledger else []
     if study.continuous:
         charges = ledger.newcomer(site.data.name) if ledger else []
-        steps = study.training.local_steps
     try:
         if plan:
-            Budget(site.policy, plan, charges).check(steps)
+            Budget(site.policy, plan, charges).check()
     except Refused as refusal:
         refused.append(refusal)
     return refused
@@ -483,7 +482,7 @@ def _room_for_attempts(budget: Budget) -> list[str]:
 
     def fits(more: int) -> bool:
         try:
-            budget.check(at_least=ahead + more * plan.local_steps)
+            budget.check(more=more * plan.local_steps)
         except BudgetExceeded:
             return False
         return True

@@ -141,6 +141,23 @@ def test_the_plans_own_lifetime_ends_it_where_the_policy_allows_more(
     assert [len(units) for units in seen.rounds] == [12] * LIFE + [0]
 
 
+def test_another_dataset_of_the_site_ends_nobodys_study_but_keeps_its_own_ceiling(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """All rounds count against it, more than one patient's life; the policy's ceilings hold."""
+    study = lay_out(tmp_path, tiny_base, patients(12), "max_epsilon = 3.5")
+    book = Ledger(tmp_path / "state-north")
+    book.declare("held-out", [])
+    with watched(tmp_path) as seen:
+        run(study, LIFE + 2, growing(tmp_path, {LIFE: patients(14)}))
+    assert [len(units) for units in seen.rounds] == [12] * LIFE + [2] * 2
+    with pytest.raises(Refused, match=r"policy\.max_epsilon"):
+        run(study, LIFE + 3)
+    charges = Ledger(tmp_path / "state-north").charges("held-out")
+    spent = [epsilon([Steps(SIGMA, 1.0, steps)], DELTA) for steps in (len(charges), LIFE + 3)]
+    assert len(charges) == LIFE + 2 and 3.0 < spent[0] <= 3.5 < spent[1]
+
+
 def test_the_wire_looks_the_same_whoever_is_left(tmp_path: Path, tiny_base: Path) -> None:
     usual = run(lay_out(tmp_path / "usual", tiny_base, patients(12)), 3)
     assert outside(usual) == []

@@ -14,7 +14,14 @@ from scipy.stats import binom, norm
 
 from fedtune.core.dp import filter
 from fedtune.core.dp.accountant import Steps, epsilon
-from fedtune.core.dp.filter import best_order, budget, epsilon_of, filtered_epsilon, rdp
+from fedtune.core.dp.filter import (
+    ORDERS,
+    best_order,
+    budget,
+    epsilon_of,
+    filtered_epsilon,
+    rdp,
+)
 
 DELTA = 1e-5
 
@@ -196,5 +203,13 @@ def test_what_else_is_impossible_is_refused() -> None:
     for ceiling in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="epsilon"):
             best_order([], ceiling, DELTA)
-    with pytest.raises(ValueError, match="no order"):
-        best_order([Steps(1.0, 1.0, 1)], 1e-6, DELTA)
+
+
+def test_a_ceiling_that_no_order_meets_has_an_order_by_which_nothing_fits() -> None:
+    """A dataset's first charge stores an order, also where it is admitted by exact composition."""
+    events = [Steps(400.0, 1.0, 1)]
+    order = best_order(events, 0.02, 1e-6)
+    assert all(budget(0.02, other, 1e-6) <= 0 for other in ORDERS)
+    least = filtered_epsilon(events, order, 1e-6)
+    assert least > 0.02
+    assert least == min(filtered_epsilon(events, other, 1e-6) for other in ORDERS)

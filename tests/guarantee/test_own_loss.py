@@ -209,10 +209,27 @@ def test_every_line_has_the_same_length(
 ) -> None:
     study = load_study(lay_out(tmp_path, tiny_base, []))
     text = own_loss.line(study, 7, mean)
-    assert len(text) == len(own_loss.line(study, 7, None)) and text.endswith("}\n")
+    assert len(text) == len(own_loss.line(study, 7, None)) and text.endswith("}")
     row = json.loads(text)
     known = mean is not None and abs(mean) < float("inf")
     assert row["round"] == 7 and row["loss"] == (pytest.approx(mean, rel=1e-5) if known else None)
+
+
+def test_what_a_disk_takes_in_parts_tears_no_line(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does what a full disk left of an earlier line: the next one begins where it began."""
+    study = load_study(lay_out(tmp_path, tiny_base, []))
+    site, write = load_site(tmp_path / "site-north.toml"), os.write
+    monkeypatch.setattr(os, "write", lambda to, content: write(to, bytes(content)[:20]))
+    for round_ in (1, 2):
+        with own_loss.kept(site, study, round_):
+            pass
+        with (site.site.state / LOSSES).open("a") as file:
+            file.write('{"plan": "sha2')
+    with own_loss.kept(site, study, 3):
+        pass
+    assert [row["round"] for row in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_purge_deletes_it(tmp_path: Path, tiny_base: Path) -> None:

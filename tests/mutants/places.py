@@ -15,13 +15,14 @@ LORA = "fedtune/core/models/lora.py"
 NETWORK, TRAINING = "fedtune/core/models/network.py", "fedtune/core/training/local_round.py"
 STATES = "fedtune/core/models/prefix_store.py"
 CAUSAL, CLASSIFY = "fedtune/core/objectives/causal_lm.py", "fedtune/core/objectives/classify.py"
-BUDGET = "fedtune/core/vault/budget.py"
+BUDGET, LEDGER = "fedtune/core/vault/budget.py", "fedtune/core/ledger/ledger.py"
 SITE, POLICY, ANSWERS = (
     "fedtune/core/vault/worker.py",
     "fedtune/core/vault/policy.py",
     "fedtune/core/vault/answers.py",
 )
 ROUNDS, SUMMARY = "fedtune/server/rounds.py", "fedtune/server/summary.py"
+T_BUDGET = "tests/dp/test_budget.py::"
 T_CLIP, T_NOISE, T_SAMPLING = (f"tests/dp/test_{x}.py::" for x in ("clip", "noise", "sampling"))
 T_PLAN, T_GRADIENTS = "tests/dp/test_plan.py::", "tests/dp/test_gradients.py::"
 T_LAYERS = "tests/traps/test_trap_11_layers.py"

@@ -14,6 +14,7 @@ from tests.mutants.places import (
     DONE,
     DRAW,
     GDP,
+    LEDGER,
     MECHANISM,
     NOISE,
     NORMS,
@@ -22,8 +23,10 @@ from tests.mutants.places import (
     REPORTED,
     SAMPLING,
     SEEN,
+    SITE,
     STREAM,
     T_ACCOUNTANT,
+    T_BUDGET,
     T_CHUNKS,
     T_CLIP,
     T_NOISE,
@@ -312,10 +315,40 @@ BUDGET_MUTANTS = (
     ),
     _one(
         24, "a-round-again-is-free", BUDGET,
-        "else max(self.remaining(), at_least)", "else self.remaining()",
+        "again = round_ is not None and any(charge.round == round_ for charge in self._of_plan())\n"
+        "        least = 0 if round_ is None else plan.local_steps\n",
+        "again, least = False, 0\n",
         "tests/client/test_site.py::"
         "test_a_round_from_another_adapter_is_paid_for_until_the_ceiling",
         "trained again without room for it",
+    ),
+    _one(
+        "budget", "a-repeated-round-pays-for-a-later-one", BUDGET,
+        "paid = {charge.round for charge in self._of_plan()}",
+        "paid = [charge.round for charge in self._of_plan()]",
+        T_BUDGET + "test_a_round_that_was_paid_for_several_times_is_one_round",
+        "a study goes on that cannot be finished, and queries take what its rounds need",
+    ),
+    _one(
+        "late", "another-dataset-ends-everybodys-study", LEDGER,
+        "asks = permit if other == dataset else permit_other", "asks = permit",
+        T_BUDGET + "test_a_life_ends_with_its_cohort_and_no_dataset_goes_past_a_ceiling",
+        "when the first patients have spent their life, nobody who arrives takes part",
+    ),
+    _one(
+        "late", "another-datasets-ceiling-is-not-asked", LEDGER,
+        "                asks([s.charge for s in spent])\n",
+        "                if other == dataset:\n"
+        "                    asks([s.charge for s in spent])\n",
+        T_BUDGET + "test_a_life_ends_with_its_cohort_and_no_dataset_goes_past_a_ceiling",
+        "a study without a last round takes another dataset past the policy's ceiling",
+    ),
+    _one(
+        "late", "a-life-is-no-limit", SITE,
+        "                budget.check(round_)\n", "                budget.check_ceilings(round_)\n",
+        "tests/continuous/test_cohorts.py::"
+        "test_the_plans_own_lifetime_ends_it_where_the_policy_allows_more",
+        "a patient takes part past privacy.epsilon",
     ),
     _one(
         "log", "the-log-is-overwritten", "fedtune/core/files/writing.py",

@@ -69,7 +69,8 @@ MUTANTS = (
     ),
     one(
         "orders", "an-order-that-is-refused-reads-the-records", SITE,
-        "        self.ledger.ask(self._dataset, permit, of_newcomers=study.continuous)\n", "",
+        "self.ledger.ask(self._dataset, permit, permit_other, of_newcomers=study.continuous)",
+        "pass",
         T_ROUNDS + "test_what_is_refused_reads_no_record",
         "each reading may be an entry, and what is refused costs nothing",
     ),

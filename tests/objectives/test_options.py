@@ -30,6 +30,8 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a number for a word": ("dpo", {"variant": 1.0}, "such as 'sigmoid'"),
     "not a number": ("kto", {"beta": math.nan}, "a finite number"),
     "not finite": ("orpo", {"weight": math.inf}, "a finite number"),
+    "a part of a direction": ("prototypes", {"directions": 1.5}, "a whole number"),
+    "a part of a token": ("distill", {"top": 2.5}, "a whole number"),
     "beta": ("dpo", {"beta": 0.0}, "a number above 0"),
     "smoothing": ("dpo", {"label_smoothing": 0.5}, "at least 0 and below 0.5"),
     "variant": ("dpo", {"variant": "hinge"}, "sigmoid or ipo"),
@@ -59,6 +61,12 @@ def test_a_wrong_option_names_itself_and_what_would_do(how: str) -> None:
         _ = ObjectiveTable.model_construct(name=name, options=options, labels=()).resolved
     assert expected in str(caught.value)
     assert (next(iter(options)) if options else "ppo") in str(caught.value)
+
+
+def test_a_whole_number_that_a_plan_wrote_as_a_float_is_one() -> None:
+    table = ObjectiveTable(name="prototypes", options={"directions": 8.0, "count_weight": 2})
+    directions = table.resolved.directions  # type: ignore[attr-defined]
+    assert (directions, type(directions)) == (8, int)
 
 
 def test_a_studys_objective_is_resolved_once_and_is_no_value_of_the_plan() -> None:

@@ -51,14 +51,17 @@ def best_order(events: Iterable[Steps], epsilon: float, delta: float) -> float:
     That number is the budget over the plan's cost, ρ(ε, α)/ρ_plan(α). Call it once per dataset,
     before any result is released, and store the order.
     | no events | the order that allows the most ρ per unit of order: best for large σ, q = 1 |
-    Errors: ValueError when epsilon or delta is out of range, or no order leaves any budget."""
+    | `epsilon` so small that no order leaves a budget | the order at which the events have the
+    least ε: the Rényi filter then admits nothing, and what is composed exactly still may |
+    Errors: ValueError when epsilon or delta is out of range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError("epsilon must be positive and finite")
     planned = merge_events(events) or (Steps(1.0, 1.0, 1),)
-    room = {a: budget(epsilon, a, delta) / max(rdp(planned, a), 1e-300) for a in ORDERS}
+    costs = {order: max(rdp(planned, order), 1e-300) for order in ORDERS}
+    room = {order: budget(epsilon, order, delta) / cost for order, cost in costs.items()}
     best = max(room, key=lambda order: room[order])
     if room[best] <= 0:
-        raise ValueError("no order leaves any budget: epsilon is too small for this delta")
+        best = min(costs, key=lambda order: epsilon_of(costs[order], order, delta))
     return float(best)
 
 

@@ -233,15 +233,25 @@ class Ledger:
         with self._store.writing():
             return sorted(self._account.declared)
 
-    def ask(self, dataset: str, permit: Permit, *, of_newcomers: bool = False) -> None:
+    def ask(
+        self,
+        dataset: str,
+        permit: Permit,
+        permit_other: Permit | None = None,
+        *,
+        of_newcomers: bool = False,
+    ) -> None:
         """Call `permit` as `reserve`, or `reserve_for` for newcomers, would, and charge nothing.
-        This comes before records are read, since each reading may add an entry.
+        This comes before records are read, since each reading may add an entry. permit_other: as
+        for `reserve_for`.
 
         Errors: what `permit` raises; LedgerError."""
         with self._store.writing():
-            self._ask(dataset, permit, of_newcomers)
+            self._ask(dataset, permit, permit_other or permit, of_newcomers)
 
-    def _ask(self, dataset: str, permit: Permit, of_newcomers: bool = False) -> None:
+    def _ask(
+        self, dataset: str, permit: Permit, permit_other: Permit, of_newcomers: bool = False
+    ) -> None:
         if dataset not in self._account.declared:
             raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
         asked: list[list[int]] = []
@@ -254,7 +264,8 @@ class Ledger:
             entries = [s.seq for s in spent]
             if entries not in asked:
                 asked.append(entries)
-                permit([s.charge for s in spent])
+                asks = permit if other == dataset else permit_other
+                asks([s.charge for s in spent])
 
     def reserve(self, dataset: str, charge: Charge, adapter: str, permit: Permit) -> int:
         """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
@@ -264,22 +275,29 @@ class Ledger:
         charge would count, under the write lock; it must not call this ledger. Returns the
         entry's number. Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
-            self._ask(dataset, permit)
+            self._ask(dataset, permit, permit)
             entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
             return writer.append("reserve", entry)
 
     def reserve_for(
-        self, dataset: str, charge: Charge, adapter: str, permit: Permit
+        self,
+        dataset: str,
+        charge: Charge,
+        adapter: str,
+        permit: Permit,
+        permit_other: Permit | None = None,
     ) -> tuple[int, frozenset[int]]:
         """Charge one round to the cohorts of `dataset` that `permit` allows: a cohort that it
         refuses is left out of the round and not charged for it. Returns the reservation's number
-        and the arrivals of the cohorts left out.
+        and the arrivals of the cohorts left out. permit_other: asked in place of `permit` of every
+        other dataset against which the charge counts. All rounds count there, whoever was in them,
+        so that what limits one cohort's life is no limit of such a dataset.
 
         Guarantee: who is left out follows from public charges, the policy and the time of arrival,
         never from a record; and the charge is made even where no cohort remains.
         Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
         with self._store.writing() as writer:
-            self._ask(dataset, permit, of_newcomers=True)
+            self._ask(dataset, permit, permit_other or permit, of_newcomers=True)
             out = set()
             for cohort in self._account.cohorts(dataset):
                 try:

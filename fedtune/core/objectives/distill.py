@@ -39,7 +39,7 @@ class Distill(Objective):
     digest: str = ""
     temperature: float = 1.0
     hard: float = 0.0
-    top: float = 64
+    top: int = 64
 
     def __post_init__(self) -> None:
         require(bool(self.teacher), "teacher", "a base, or a finished run's folder")
@@ -47,8 +47,7 @@ class Distill(Objective):
         require(is_digest, "digest", "the teacher's, as `fedtune models verify` prints it")
         require(0.01 <= self.temperature <= 100, "temperature", "a number from 0.01 to 100")
         require(0 <= self.hard < 1, "hard", "at least 0 and below 1")
-        is_whole_number = self.top >= 2 and self.top == int(self.top)
-        require(is_whole_number, "top", "a whole number of at least 2")
+        require(self.top >= 2, "top", "at least 2")
 
     @property
     def record_format(self) -> RecordFormat:
@@ -60,7 +59,7 @@ class Distill(Objective):
 
     @property
     def teacher_spec(self) -> Teacher:
-        return Teacher(self.teacher, self.digest, self.temperature, int(self.top))
+        return Teacher(self.teacher, self.digest, self.temperature, self.top)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         return divergence(network, batch, self.temperature, self.hard)

@@ -119,10 +119,10 @@ class Group(Generic[T]):
                 raise ConfigError(f"{table}.{option} = {value!r}", f"such as {default!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{table}.{option} = {value!r}", "a finite number")
-        options = {
-            option: int(value)
-            if type(fields[option].default) is int and float(value).is_integer()
-            else value
+            if type(default) is int and value != int(value):
+                raise ConfigError(f"{table}.{option} = {value!r}", "a whole number")
+        options = {  # a plan writes every number as a float
+            option: int(value) if type(fields[option].default) is int else value
             for option, value in options.items()
         }
         for option, field in fields.items():

@@ -1,8 +1,10 @@
 """Compute what a dataset's records have paid, and what a site's limits leave of the budget for
 one plan.
 
-Every charge to a site's ledger is checked here first. The result is a function of the plan, the
-policy and the charges alone, so a coordinator may see each refusal."""
+Every charge of a private plan to a site's ledger is checked here first; one without noise (σ = 0)
+is admitted by policy.allow_privacy_off alone, and no private plan is admitted after it. The result
+is a function of the plan, the policy and the charges alone, so a coordinator may see each
+refusal."""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from fedtune.core.config import PolicyTable
 from fedtune.core.config.study import QUERIES
 from fedtune.core.dp import accountant
+from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
@@ -31,7 +34,8 @@ class Budget:
     policy: the site's policy, as its file is now; plan: of a study's training, or of its
     queries; charges: all that count against the dataset, or for a plan without a last round
     against one cohort, in the ledger's order.
-    Guarantee: while `check` passes before every charge, all that was released from the dataset
+    Guarantee: while `check` (or, for another dataset than the plan's own, `check_ceilings`) passes
+    before every charge, all that was released from the dataset
     is (policy.max_epsilon, 2 · policy.max_delta)-DP under the assumption of secure aggregation
     where studies have it, and (policy.max_fallback_epsilon, 2 · policy.max_delta)-DP without,
     whatever the choice of studies depended on; see `fedtune.core.dp.filter`."""
@@ -52,39 +56,68 @@ class Budget:
     def total(self, ahead: int) -> Total:
         """Compute the dataset's total ε with `ahead` more steps of the plan, at 2 ·
         policy.max_delta; under the assumption of secure aggregation, where studies have it."""
-        events = [charge.event for charge in self.charges]
-        events += self.plan.events(ahead) if ahead else []
-        return total_epsilon(events, self.order, self.policy.max_delta)
+        return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
 
     def fallback(self, ahead: int) -> Total:
         """Compute the same with this site's own noise only.
 
         This is a separate filter: its order too was fixed with the first charge, before any result.
         """
-        events = [charge.fallback for charge in self.charges]
-        events += self.plan.fallback_events(ahead) if ahead else []
-        return total_epsilon(events, self.order, self.policy.max_delta)
+        charged = [charge.fallback for charge in self.charges]
+        return self._compose(charged, self.plan.fallback_events(ahead))
+
+    def _compose(self, charged: list[Steps], planned: list[Steps]) -> Total:
+        events = charged + [event for event in planned if event.steps]
+        # Without charges there is one kind of step, which is composed exactly, whatever the order.
+        order = self.charges[0].order if self.charges else 2.0
+        return total_epsilon(events, order, self.policy.max_delta)
 
     def remaining(self) -> int:
-        """Count the plan's steps that are not paid for yet."""
-        return max(self.plan.steps - sum(charge.steps for charge in self._of_plan()), 0)
+        """Count the steps of the plan's rounds that are not paid for yet. A round that was paid
+        for several times is one round."""
+        paid = {charge.round for charge in self._of_plan()}
+        return max(self.plan.steps - len(paid) * self.plan.local_steps, 0)
 
-    def check(self, at_least: int = 0) -> None:
-        """Check that the charges and the plan's remaining steps stay below every limit.
+    def ahead(self, round_: int | None = None) -> int:
+        """Count the steps that are still to be paid for if `round_` runs now (None: if none does):
+        those of every unpaid round, and of `round_` once more if it was paid for already, since a
+        round that is trained again is paid for again. In a plan without a last round: one round."""
+        plan = self.plan
+        if plan.lifetime is not None:
+            return plan.local_steps
+        again = round_ is not None and any(charge.round == round_ for charge in self._of_plan())
+        least = 0 if round_ is None else plan.local_steps
+        return max(self.remaining() + (plan.local_steps if again else 0), least)
 
-        at_least: steps about to run, which count even if all of the plan's steps are spent: a round
-        that is trained again is paid for again, one that is sent again is not. If the plan has no
-        last round, only these steps are ahead, and the plan's own lifetime is a limit too. A
-        study's training and its queries count together against policy.max_epsilon_per_study, as far
-        as both are charged to the same people: a coordinator may ask either first.
-        Errors: BudgetExceeded."""
+    def check(self, round_: int | None = None, more: int = 0) -> None:
+        """Check that the charges and all steps ahead stay below every limit: the site's ceilings
+        and, in a plan without a last round, the plan's own lifetime.
+
+        round_: the round that is about to run, if one is; more: further steps, as of attempts that
+        may fail. A round that is sent again is not paid for. Errors: BudgetExceeded."""
+        plan = self.plan
+        if plan.lifetime is not None:
+            ahead = plan.events(self.ahead(round_) + more)
+            events = [*(charge.event for charge in self._of_plan()), *ahead]
+            if accountant.epsilon(events, plan.delta) > plan.lifetime:
+                raise BudgetExceeded(
+                    "the round would exceed privacy.epsilon, a patient's lifetime budget in this "
+                    "plan"
+                )
+        self.check_ceilings(round_, more)
+
+    def check_ceilings(self, round_: int | None = None, more: int = 0) -> None:
+        """Check that the charges and all steps ahead stay below the site's ceilings.
+
+        This alone is the check of a dataset that is not the plan's own but against which its
+        charges count: the plan's lifetime is of the units that the plan trains on, cohort by
+        cohort, and no unit of another dataset has a cohort there. A study's training and its
+        queries count together against policy.max_epsilon_per_study, as far as both are charged to
+        the same people: a coordinator may ask either first.
+        Arguments and errors: as for `check`."""
         plan, policy = self.plan, self.policy
-        ahead = at_least if plan.lifetime is not None else max(self.remaining(), at_least)
+        ahead = self.ahead(round_) + more
         events = [*(charge.event for charge in self._of_plan()), *plan.events(ahead)]
-        if plan.lifetime is not None and accountant.epsilon(events, plan.delta) > plan.lifetime:
-            raise BudgetExceeded(
-                "the round would exceed privacy.epsilon, a patient's lifetime budget in this plan"
-            )
         beside = [charge.event for charge in self._of_study() if charge.study != plan.study]
         if accountant.epsilon([*beside, *events], plan.delta) > policy.max_epsilon_per_study:
             raise BudgetExceeded(

@@ -64,7 +64,7 @@ def answer_query(
 
     def permit(charges: list[Charge]) -> None:
         Budget(current.policy, plan, charges).check_attempts(round_)
-        check_budget(current, study, training, plan, charges)
+        check_budget(current, study, training, plan, charges, round_)
 
     prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
     site.ledger.ask(held_out.name, permit)
@@ -92,10 +92,16 @@ def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> S
 
 
 def check_budget(
-    site: Site, study: Study, training: DpPlan, plan: DpPlan, charges: Sequence[Charge]
+    site: Site,
+    study: Study,
+    training: DpPlan,
+    plan: DpPlan,
+    charges: Sequence[Charge],
+    round_: int,
 ) -> None:
-    """Check that the remaining queries stay below both limits; if the same people may be in the
-    training records, together with everything that the study's training has spent and will spend.
+    """Check that the query after `round_` and the remaining queries stay below both limits; if the
+    same people may be in the training records, together with everything that the study's training
+    has spent and will spend.
 
     Errors: BudgetExceeded."""
     trained = any(charge.study == study.digest for charge in charges)
@@ -104,7 +110,7 @@ def check_budget(
         if remaining > 0:
             ahead = replace(charge_of(study, training, site, 0, charges), steps=remaining)
             charges = [*charges, ahead]
-    Budget(site.policy, plan, charges).check(plan.local_steps)
+    Budget(site.policy, plan, charges).check(round_)
 
 
 def _is_disjoint(site: Site) -> bool:

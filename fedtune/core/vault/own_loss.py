@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fedtune.core.config import Site, Study
 from fedtune.core.config.state_files import LOSSES
-from fedtune.core.files import writing
+from fedtune.core.files.writing import append_line
 from fedtune.core.training.round_loss import RoundLoss
 
 
@@ -31,16 +30,13 @@ def kept(site: Site, study: Study, round_: int) -> Iterator[RoundLoss]:
     yield losses
     with suppress(OSError):
         site.site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        opened = writing.open_own(site.site.state / LOSSES, os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(opened, line(study, round_, losses.mean).encode())
-        finally:
-            os.close(opened)
+        append_line(site.site.state / LOSSES, line(study, round_, losses.mean).encode())
 
 
 def line(study: Study, round_: int, mean: float | None) -> str:
-    """Format a round's line, whose length follows from the plan and the round alone."""
+    """Format a round's line, without a newline; its length follows from the plan and the round
+    alone."""
     is_known = mean is not None and math.isfinite(mean)
     loss = f"{mean:.5e}" if is_known else "null"
     public = json.dumps({"plan": study.digest, "study": study.study.name, "round": round_})
-    return f'{public[:-1]}, "loss": {loss:>13}}}\n'
+    return f'{public[:-1]}, "loss": {loss:>13}}}'

@@ -146,7 +146,7 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
     if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
         return
     study, plan = prepared.study, prepared.private
-    current = site.permit(study, plan, prepared.coordinator, study.training.local_steps)
+    current = site.permit(study, plan, prepared.coordinator, draw.round)
     charge = site.charge_of(study, plan, current, draw.round)
     numbers = sum(values.numel() for values in prepared.network.update_parameters().values())
     sizes = [site.site.site.declared_size] * study.strategy.min_sites

@@ -209,10 +209,10 @@ class SiteWorker:
         return Prepared(study, network, ran, frozen, coordinator, rank)
 
     def permit(
-        self, study: Study, plan: DpPlan | None, coordinator: str, at_least: int = 0
+        self, study: Study, plan: DpPlan | None, coordinator: str, round_: int | None = None
     ) -> Site:
         """Check the study against the site file as it is now, and return that site, so that a round
-        reads the file once.
+        reads the file once. round_: the round that is about to run, if one is.
         Errors: Refused."""
         site = self.current()
         permit_declared(site, self.site, self.home)
@@ -223,9 +223,8 @@ class SiteWorker:
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # a unit that arrives now must have budget to take part
             charges = self.ledger.newcomer(self._dataset)
-            at_least = study.training.local_steps
         if plan:
-            Budget(site.policy, plan, charges).check(at_least)
+            Budget(site.policy, plan, charges).check(round_)
         return site
 
     def declare(self, data: SiteData, study: Study) -> None:
@@ -384,8 +383,7 @@ class SiteWorker:
 
         Errors: as `train`; nothing is charged then."""
         study, plan = prepared.study, prepared.private
-        steps = study.training.local_steps
-        site = self.permit(study, plan, prepared.coordinator, steps)
+        site = self.permit(study, plan, prepared.coordinator, round_)
         prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
         charge = self.charge_of(study, plan, site, round_)
 
@@ -393,16 +391,22 @@ class SiteWorker:
             if plan:
                 budget = Budget(site.policy, plan, charges)
                 budget.check_attempts(round_)
-                budget.check(steps)
+                budget.check(round_)
+
+        def permit_other(charges: list[Charge]) -> None:
+            if plan:
+                Budget(site.policy, plan, charges).check_ceilings(round_)
 
         # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
         # is asked of cohorts, their own charges are not all attempts.
         if plan and study.continuous:
             Budget(site.policy, plan, self.ledger.charges(self._dataset)).check_attempts(round_)
-        self.ledger.ask(self._dataset, permit, of_newcomers=study.continuous)
+        self.ledger.ask(self._dataset, permit, permit_other, of_newcomers=study.continuous)
         data = self.data_in_study(study, prepared.network, self.site.data)
         if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
-            reserved, spent = self.ledger.reserve_for(self._dataset, charge, slot, permit)
+            reserved, spent = self.ledger.reserve_for(
+                self._dataset, charge, slot, permit, permit_other
+            )
             data = self._with_budget_left(data, spent)
         else:
             reserved = self.ledger.reserve(self._dataset, charge, slot, permit)

@@ -1,0 +1,254 @@
+"""What a plan still has to pay, and against which limit each dataset of a site is held."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedtune.core.config import PolicyTable
+from fedtune.core.dp.accountant import Steps, epsilon
+from fedtune.core.dp.filter import total_epsilon
+from fedtune.core.dp.plan import DpPlan
+from fedtune.core.errors import BudgetExceeded, Refused
+from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.vault.budget import Budget
+
+MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+DELTA = 1e-4
+PLAN = DpPlan(
+    study="sha256:" + "5d" * 32,
+    unit="patient",
+    sampling_rate=1.0,
+    noise_multiplier=8.0,
+    max_grad_norm=1.0,
+    clipping="flat",
+    gamma=0.01,
+    rounds=10,
+    local_steps=1,
+    delta=DELTA,
+    divisor=10.0,
+)
+POLICY = PolicyTable(max_epsilon=2.5, max_epsilon_per_study=2.4, max_delta=DELTA)
+
+
+def charge(plan: DpPlan, round_: int, charges: list[Charge]) -> Charge:
+    return Charge(
+        study=plan.study,
+        name="s",
+        round=round_,
+        noise_multiplier=plan.noise_multiplier,
+        sampling_rate=plan.sampling_rate,
+        steps=plan.local_steps,
+        records=plan.records,
+        max_grad_norm=plan.max_grad_norm,
+        unit=plan.unit,
+        cohort="first",
+        order=Budget(POLICY, plan, charges).order,
+    )
+
+
+def paid(plan: DpPlan, *rounds: int) -> list[Charge]:
+    return [charge(plan, round_, []) for round_ in rounds]
+
+
+def test_a_round_that_was_paid_for_several_times_is_one_round() -> None:
+    steps = replace(PLAN, local_steps=3)
+    for plan in (PLAN, steps):
+        assert Budget(POLICY, plan, paid(plan, *[1] * 8)).remaining() == 9 * plan.local_steps
+        assert Budget(POLICY, plan, paid(plan, 1, 2, 2, 7)).remaining() == 7 * plan.local_steps
+        other = replace(plan, study="sha256:" + "6e" * 32)
+        assert Budget(POLICY, plan, paid(other, 1, 2)).remaining() == 10 * plan.local_steps
+        assert Budget(POLICY, plan, paid(plan, *range(1, 11), 3)).remaining() == 0
+
+
+def test_what_is_ahead_is_every_unpaid_round_and_the_one_that_runs_again() -> None:
+    budget = Budget(POLICY, PLAN, paid(PLAN, 1, 1, 2))
+    assert [budget.ahead(round_) for round_ in (None, 3, 1)] == [8, 8, 9]
+    over = Budget(POLICY, PLAN, paid(PLAN, *range(1, 11)))
+    assert [over.ahead(round_) for round_ in (None, 10)] == [0, 1]
+
+
+def test_a_study_that_cannot_be_finished_is_refused_at_once() -> None:
+    """Not in its middle, when the payments for one round have used up what later rounds need."""
+    fits = epsilon([Steps(8.0, 1.0, 12)], DELTA)
+    policy = POLICY.model_copy(update={"max_epsilon_per_study": fits})
+    allowed = [
+        repeats
+        for repeats in range(1, 8)
+        if not _refuses(Budget(policy, PLAN, paid(PLAN, *[1] * repeats)), 1)
+    ]
+    assert allowed == [1, 2]
+    Budget(policy, PLAN, paid(PLAN, 1, 1, 1)).check(2)
+    with pytest.raises(BudgetExceeded, match="max_epsilon_per_study"):
+        Budget(policy, PLAN, paid(PLAN, 1, 1, 1, 1)).check(2)
+
+
+def _refuses(budget: Budget, round_: int) -> bool:
+    try:
+        budget.check(round_)
+    except BudgetExceeded:
+        return True
+    return False
+
+
+def test_a_tiny_ceiling_refuses_by_number_and_only_what_is_above_it() -> None:
+    """Where no order of the Rényi filter leaves a budget: one kind of step is composed exactly."""
+    policy = PolicyTable(max_epsilon=0.02, max_delta=1e-6)
+    plan = replace(PLAN, noise_multiplier=2000.0, rounds=4, delta=1e-6)
+    Budget(policy, plan, []).check()
+    charges = [charge(plan, 1, [])]
+    Budget(policy, plan, charges).check(2)
+    with pytest.raises(BudgetExceeded, match=r"policy\.max_epsilon,"):
+        Budget(policy, replace(plan, noise_multiplier=100.0), []).check()
+    sampled = replace(plan, study="sha256:" + "6e" * 32, sampling_rate=0.5)
+    with pytest.raises(BudgetExceeded, match=r"policy\.max_epsilon,"):
+        Budget(policy, sampled, charges).check()
+
+
+# ------------------------------------------------------------------- a study without a last round
+
+LIFE = 3  # rounds of one patient's life
+OF_LIFE = epsilon([Steps(4.0, 1.0, LIFE)], DELTA)
+FOR_LIFE = replace(PLAN, noise_multiplier=4.0, lifetime=OF_LIFE, rounds=LIFE)
+OTHER = replace(PLAN, study="sha256:" + "6e" * 32, noise_multiplier=5.0, rounds=2)
+OTHERS = ("held-out", "later")
+
+
+class Site:
+    """A ledger with a continuous study on "records", and one with a last round on "held-out"."""
+
+    def __init__(self, folder: Path) -> None:
+        self.book, self.patients, self.made = Ledger(folder), 0, 0
+
+    def arrive(self) -> None:
+        self.patients += 1
+        keys = [f"patient {n}".encode() for n in range(self.patients)]
+        self.book.declare("records", [], "hash", keys, "later", keys)
+
+    def permits(self, plan: DpPlan, charges: list[Charge], life: bool = True) -> None:
+        budget = Budget(POLICY, plan, charges)
+        (budget.check if life else budget.check_ceilings)(self.made + 1)
+
+    def runs(self) -> bool:
+        """Whether a round of the continuous study ran, charged as SiteWorker.reserve does it."""
+        one = charge(FOR_LIFE, self.made + 1, self.book.charges("records"))
+        try:
+            self.book.reserve_for(
+                "records",
+                one,
+                "a",
+                lambda charges: self.permits(FOR_LIFE, charges),
+                lambda charges: self.permits(FOR_LIFE, charges, life=False),
+            )
+        except Refused:
+            return False
+        self.made += 1
+        return True
+
+    def runs_other(self) -> bool:
+        one = charge(OTHER, self.made + 1, self.book.charges("held-out"))
+        try:
+            self.book.reserve("held-out", one, "a", lambda paid: self.permits(OTHER, paid))
+        except Refused:
+            return False
+        self.made += 1
+        return True
+
+    def total(self, charges: list[Charge], more: Steps | None = None) -> float:
+        events = [one.event for one in charges] + ([more] if more else [])
+        return total_epsilon(events, charges[0].order if charges else 2.0, DELTA).epsilon
+
+    def room_for_all_others(self) -> bool:
+        """Whether each dataset that is not the study's own stays below every ceiling with one
+        round more; and so does whoever arrives now."""
+        (step,) = FOR_LIFE.events(1)
+        others = [name for name in self.book.datasets if name != "records"]
+        counted = [self.book.charges(name) for name in others if not self.apart(name)]
+        counted.append(self.book.newcomer("records"))
+        return all(
+            self.total(charges, step) <= POLICY.max_epsilon
+            and epsilon([*events_of(FOR_LIFE, charges), step], DELTA)
+            <= POLICY.max_epsilon_per_study
+            for charges in counted
+        )
+
+    def apart(self, name: str) -> bool:
+        return ("records", name) in self.book.disjoint or (name, "records") in self.book.disjoint
+
+
+def events_of(plan: DpPlan, charges: list[Charge]) -> list[Steps]:
+    return [one.event for one in charges if one.study == plan.study]
+
+
+STEPS = (
+    *("round",) * 4,
+    *("held-out",) * 2,
+    "arrive",
+    "declare held-out",
+    "declare later",
+    "apart",
+)
+
+
+@given(st.lists(st.sampled_from(STEPS), max_size=40))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_a_life_ends_with_its_cohort_and_no_dataset_goes_past_a_ceiling(steps: list[str]) -> None:
+    """In any order of arrivals, rounds of two studies and declarations of other datasets: nothing
+    is charged less, no dataset or cohort goes past its limits, and a continuous study is refused
+    for everybody only where another dataset's ceiling, or a newcomer's, would be passed."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        site = Site(Path(folder))
+        site.arrive()
+        for step in steps:
+            ran = False
+            if step == "arrive":
+                site.arrive()
+            elif step == "round":
+                expected = site.room_for_all_others()
+                assert (ran := site.runs()) == expected
+            elif step == "held-out" and "held-out" in site.book.datasets:
+                ran = site.runs_other()
+            elif step == "apart":
+                site.book.declare("later", ["records"])
+            elif step.startswith("declare "):
+                site.book.declare(step.removeprefix("declare "), [])
+            _check_limits(site, ran)
+
+
+def _check_limits(site: Site, ran: bool) -> None:
+    """ran: whether a round was charged just now, past whose ceilings no dataset may then be; one
+    that was declared when more had been spent already has no round."""
+    assert len(site.book.spending()) == site.made
+    for name in site.book.datasets:
+        if name != "records" and not site.apart(name):
+            charges = site.book.charges(name)
+            assert len(charges) == site.made  # of either dataset, whoever was in the round
+            assert not ran or site.total(charges) <= POLICY.max_epsilon
+            for plan in (FOR_LIFE, OTHER):
+                mine = epsilon(events_of(plan, charges), DELTA)
+                assert not ran or mine <= POLICY.max_epsilon_per_study
+    for cohort in site.book.cohorts("records"):
+        assert epsilon(events_of(FOR_LIFE, cohort.charges), DELTA) <= OF_LIFE
+        assert site.total(cohort.charges) <= POLICY.max_epsilon
+
+
+@pytest.mark.parametrize("declared", [(), OTHERS[:1], OTHERS])
+def test_a_study_goes_on_for_newcomers_whatever_other_datasets_are_declared(
+    tmp_path: Path, declared: tuple[str, ...]
+) -> None:
+    site = Site(tmp_path)
+    site.arrive()
+    for name in declared:
+        site.book.declare(name, [])
+    assert [site.runs() for _ in range(LIFE + 1)] == [True] * (LIFE + 1)
+    site.arrive()
+    assert site.runs()
+    assert [len(cohort.charges) for cohort in site.book.cohorts("records")] == [LIFE, 1]
+    assert [len(site.book.charges(name)) for name in declared] == [LIFE + 2] * len(declared)
