@@ -15,14 +15,16 @@ from flwr.app import ConfigRecord, RecordDict
 from matplotlib.image import imread
 
 import fedtune.launch.in_one_process
-from fedtune.core.config import EvaluationTable, Study, load_site, load_study, save
+from fedtune.core.config import EvaluationTable, Site, Study, load_site, load_study, save
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.query import query_plan
 from fedtune.core.dp.steplog import events
 from fedtune.core.errors import BudgetExceeded, PolicyRefused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import budget
 from fedtune.core.vault.declared import declare
+from fedtune.core.vault.evaluation import check_release
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.arrays import bodies
 from fedtune.core.wire.codec import VALUES, encode
@@ -36,6 +38,8 @@ from fedtune.public.start import start
 from fedtune.report.plot import png
 from fedtune.server import store
 from tests import chance
+from tests.client.site_kit import make_site
+from tests.dp.conftest import study as make_plan
 from tests.guarantee.world import NAMES, Recorder, run
 from tests.private_evaluation_kit import APART, HELD_OUT, WILLING, log, world
 from tests.server.fakes import FakeSite, Trial, make_study, trial, zeros
@@ -199,14 +203,19 @@ def test_records_that_became_private_in_mid_study_are_not_asked_about_for_nothin
     assert worker.prepare(made.study, made.frozen).admitted
     worker.evaluate(made.study.digest, 2, made.adapter)
     assert len(worker.ledger.spending("held-out")) == 1
-    save(private, path)
+    forbidden = load_site(path).changed(policy={"allow_declared_data": False})
     other = {name: array + 1 for name, array in made.adapter.items()}
-    refused = ""
-    try:
-        worker.evaluate(made.study.digest, 2, other)
-    except PolicyRefused as refusal:
-        refused = str(refusal)
-    assert "data.declared was changed" in refused
+    for site, words in (
+        (forbidden, "policy.allow_declared_data is not set"),
+        (private, "data.declared was changed"),
+    ):
+        save(site, path)
+        refused = ""
+        try:
+            worker.evaluate(made.study.digest, 2, other)
+        except PolicyRefused as refusal:
+            refused = str(refusal)
+        assert words in refused
     assert len(worker.ledger.spending("held-out")) == 1 and worker.home.spending() == []
 
 
@@ -352,6 +361,48 @@ def test_a_site_that_does_not_release_refuses_by_name_of_the_rule(
     assert "held-out" not in Ledger(tmp_path / "state-north").datasets  # nothing was read
     assert len(log(study, "north").steps()) == 3
     assert rule.replace("_", "") in (tmp_path / "run" / "report.md").read_text().replace("_", "")
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_query_is_judged_by_its_own_figures_and_not_by_trainings(
+    tmp_path: Path, secure: bool
+) -> None:
+    """It takes every unit, its C follows from how many numbers it has, and its noise is its own
+    also where that of a round is shared. Twin: each rule that holds for it refuses by its name."""
+    shared: dict[str, Any] = {"secure_aggregation": {}, "strategy": {"min_sites": 10}}
+    training = {"rounds": 4, "sampling_rate": 0.1, "learning_rate": 0.1}
+    made = make_plan(
+        training=training,
+        lora={"rank": 4, "modules": ["q_proj"], "a_digest": "sha256:" + "0" * 64},
+        private_evaluation={"noise_multiplier": 2.0},
+        privacy={"epsilon": 8.0, "delta": 1e-4, "unit": "patient"},
+        **(shared if secure else {}),
+    )
+    queries, bounds = query_plan(made), {"max_sampling_rate": 0.1, "max_grad_norm": 1.0}
+    assert queries.sampling_rate == 1.0 and queries.max_grad_norm > 1.0
+
+    def refusal(unit: str = "patient", **policy: Any) -> str:
+        keys = [f"{number:064x}" for number in range(9)]
+        allowed = {"release": ["evaluation"], "peers": keys, "min_noise_multiplier": 2.0}
+        site = make_site(tmp_path, allowed | bounds | policy, patient="who")
+        held = site.data.model_dump(mode="json") | {"name": "held-out"}
+        site = Site.model_validate(
+            site.model_dump(mode="json") | {"evaluation": held}, strict=False
+        )
+        changed = made if unit == "patient" else made.changed(privacy={"unit": unit})
+        try:
+            check_release(changed, site, queries, "")
+        except PolicyRefused as refused:
+            return str(refused)
+        return ""
+
+    assert refusal() == ""
+    assert "policy.min_noise_multiplier" in refusal(min_noise_multiplier=2.01)
+    assert "policy.max_delta" in refusal(max_delta=1e-5)
+    assert "policy.min_units" in refusal(min_units=13)
+    assert "policy.coordinators" in refusal(coordinators=["0" * 64])
+    assert "policy.objectives" in refusal(objectives=["classify"])
+    assert "patient column" in refusal("record")
 
 
 def asks(sent: dict[str, Any]) -> dict[str, Any]:

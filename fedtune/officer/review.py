@@ -34,6 +34,7 @@ from fedtune.core.vault.budget import Budget, check_known
 from fedtune.core.vault.policy import (
     may_resolve,
     permit_plugins,
+    pin_others,
     refusals,
     sheet_refusals,
 )
@@ -158,7 +159,7 @@ def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
     """List this site's key and its peers', with the fingerprints that people compare."""
     own = ledger.key.public
-    pinned = [key for key in dict.fromkeys(site.policy.peers) if key != own]
+    pinned = dict.fromkeys(pin_others(site, own).policy.peers)
     return [
         f"{plan.sites} sites share one dose of noise, and ε holds if "
         f"{assumption(plan.sites, plan.colluding)}.",
@@ -199,6 +200,8 @@ def would_refuse(
 ) -> list[Refused]:
     """List every rule and limit that refuses the plan today; a missing signature is not among
     them. ledger: None if there is none yet; outline: as for is_outline."""
+    if ledger and site.policy.peers:
+        site = pin_others(site, ledger.key.public)
     rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
     return [*rules, *_about_teacher(study, site), *cost_refusals(study, site, plan, ledger)]
 

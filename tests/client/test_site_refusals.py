@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.core.config import Site, Study
+from fedtune.core.config import Site, Study, load_site
 from fedtune.core.data.records import unit_member
-from fedtune.core.errors import BudgetExceeded, ConfigError, DataError, ModelError
+from fedtune.core.errors import (
+    BudgetExceeded,
+    ConfigError,
+    DataError,
+    ModelError,
+    PolicyRefused,
+)
 from fedtune.core.ledger.entries import RULES, Charge
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.build import build
@@ -184,6 +190,50 @@ def test_a_tightened_policy_holds_from_the_next_round(tmp_path: Path, tiny_base:
     assert len(worker.log.steps()) == 1
 
 
+def test_what_a_site_stated_when_it_joined_stands_until_it_is_started_again(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """The declared size: q, σ and every statement to the coordinator are of one reading of the
+    file, and so are the records of both datasets. The policy alone is read anew."""
+    notes(tmp_path)
+    path = tmp_path / "site.toml"
+    text = SITE_TOML.format(ceiling=8.0) + HELD_OUT
+    path.write_text(text)
+    made = begun(tiny_base, training=TRAINING)
+    worker = SiteWorker(load_site(path), path)
+    later = text.replace("size = 12", "size = 24").replace("held.jsonl", "other.jsonl")
+    path.write_text(later.replace("max_epsilon = 8.0", "max_epsilon = 7.5"))
+    admission = worker.prepare(made.study, made.frozen)
+    trains(worker, made, 1)
+    (charge,) = worker.ledger.charges("records")
+    current = worker.current()
+    assert admission.admitted and admission.declared_size == current.site.declared_size == 12
+    assert charge.sampling_rate == 6 / 12 and worker.log.steps()[0].sampling_rate == 6 / 12
+    assert (current.policy.max_epsilon, current.evaluation) == (7.5, worker.site.evaluation)
+    again = SiteWorker(load_site(path), path)
+    assert again.prepare(made.study, made.frozen).declared_size == 24
+    trains(again, made, 2)
+    assert again.ledger.charges("records")[1].sampling_rate == 6 / 24
+
+
+def test_a_policy_that_fits_another_size_waits_for_a_restart(tmp_path: Path) -> None:
+    """δ of everything that is composed stays below 1 / the declared size that the plan is for."""
+    path = tmp_path / "site.toml"
+    text = SITE_TOML.format(ceiling=8.0)
+    path.write_text(text.replace("size = 12", "size = 400"))
+    worker = SiteWorker(load_site(path), path)
+    path.write_text(text + "max_delta = 0.01\n")
+    with pytest.raises(PolicyRefused, match=r"policy\.max_delta .* does not fit the size"):
+        worker.current()
+    assert SiteWorker(load_site(path), path).current().policy.max_delta == 0.01
+
+
+TRAINING = {"rounds": 4, "expected_batch": 6, "learning_rate": 0.1}
+HELD_OUT = """
+[evaluation]
+path = "held.jsonl"
+columns = { prompt = "note", completion = "answer", patient = "who" }
+"""
 HEAD = {"name": "classify", "labels": ["yes", "no"], "max_length": 64}
 
 

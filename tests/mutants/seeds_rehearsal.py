@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutants.mutant import one
 
+STATED = "fedtune/core/vault/declared.py"
 DECLARED, LOAD = "fedtune/core/ledger/declared.py", "fedtune/core/data/load.py"
 TESTS = "tests/test_declared.py::"
 OTHER_NAME = TESTS + "test_records_once_charged_are_refused_under_another_name"
@@ -53,10 +54,39 @@ MUTANTS = (
     one(
         "declared", "a-question-takes-data-for-declared-that-is-not",
         "fedtune/core/vault/evaluation.py",
-        "    permit_declared(current, site.site, site.home)\n", "",
+        "    permit_declared(current, site.home)\n", "",
+        "tests/test_private_evaluation.py::"
+        "test_records_that_became_private_in_mid_study_are_not_asked_about_for_nothing",
+        "held-out records are paid from the ledger of one run where the site forbids it by now",
+    ),
+    one(
+        "declared", "records-become-private-and-are-asked-about-for-nothing", STATED,
+        'if getattr(data, "declared", None) != getattr(was, "declared", None):', "if False:",
         "tests/test_private_evaluation.py::"
         "test_records_that_became_private_in_mid_study_are_not_asked_about_for_nothing",
         "private held-out records are paid from the ledger of one run",
+    ),
+    one(
+        "stated", "another-size-than-the-coordinator-was-told", STATED,
+        'return loaded.model_copy(update={"site": table, "policy": current.policy})',
+        "return current",
+        "tests/client/test_site_refusals.py::"
+        "test_what_a_site_stated_when_it_joined_stands_until_it_is_started_again",
+        "q and σ are of another size than the statement beside them",
+    ),
+    one(
+        "stated", "a-site-is-its-own-peer", "fedtune/core/vault/worker.py",
+        "return pin_others(site.with_peers(site.policy.peers or self.peers), self.key.public)",
+        "return site.with_peers(site.policy.peers or self.peers)",
+        "tests/secagg/test_both_epsilons.py::test_a_sites_own_key_is_none_of_its_peers",
+        "noise is shared with fewer sites than the plan says, and every draw is void",
+    ),
+    one(
+        "query", "a-query-of-any-noise", "fedtune/core/vault/policy.py",
+        "_about_protection(queries.own_noise, ", "_about_protection(None, ",
+        "tests/test_private_evaluation.py::"
+        "test_a_query_is_judged_by_its_own_figures_and_not_by_trainings",
+        "an answer about held-out patients with less noise than the site allows",
     ),
     one(
         "declared", "a-restore-keeps-edited-hashes-of-declared-records",

@@ -35,6 +35,7 @@ from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.run_folder import load_plan
 from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.budget_refusal import explain
+from fedtune.core.vault.worker import SiteWorker
 from fedtune.derive.model_card import privacy_line
 from fedtune.evidence import fingerprints
 from fedtune.evidence.dossier.content import build
@@ -43,6 +44,7 @@ from fedtune.evidence.figures import privacy, seals
 from fedtune.evidence.verify import verify
 from fedtune.launch.simulate import simulate
 from fedtune.officer.review import review
+from fedtune.public.start import start
 from fedtune.report.claim import fallback, shared_line
 from tests import chance
 from tests.secagg.world import lay_out
@@ -170,6 +172,25 @@ def test_an_officer_sees_both_totals_and_every_fingerprint_to_compare(
     assert f"noise of {plan.own_noise:g} times that" in text
     lacking = review(study, site.with_peers(KEYS[:1]), ledger)
     assert any("policy.peers lists 1 sites" in refusal for refusal in lacking.refusals)
+
+
+def test_a_sites_own_key_is_none_of_its_peers(tmp_path: Path, tiny_base: Path) -> None:
+    """Else the plan is admitted, and every draw is void: a draw counts this site once. Twin: the
+    key of another site more."""
+    study, (site, *_) = lay_out(tmp_path, tiny_base, epsilon=3.0)
+    made, ledger = start(study), Ledger(site.site.state)
+    site = site.changed(policy={"bases": "any"})
+
+    def refused(*keys: str) -> tuple[str, list[str]]:
+        here = site.with_peers(keys)
+        reason = SiteWorker(here).prepare(made.study, made.frozen).reason
+        return reason, review(made.study, here, ledger).refusals
+
+    reason, shown = refused(ledger.key.public, KEYS[0])
+    assert "policy.peers lists 1 sites besides this one" in reason
+    assert any("policy.peers lists 1 sites besides this one" in line for line in shown)
+    for keys in (KEYS, (ledger.key.public, *KEYS)):
+        assert refused(*keys) == ("", [])
 
 
 def test_a_fingerprint_is_of_the_key_and_of_its_purpose() -> None:

@@ -272,11 +272,11 @@ class PolicyTable(Table):
     # reviewed: as signed, but joining with --answer and the fingerprint that was read out counts
     # as signing the plan in that answer.
     admission: Literal["standing", "reviewed", "signed"] = "standing"
-    min_noise_multiplier: NotNegative = 0.3  # σ
+    min_noise_multiplier: NotNegative = 0.3  # σ that this site adds, in a round or in a query
     min_units: Count = 10  # of site.declared_size
-    max_grad_norm: Positive = 10.0  # C
-    max_sampling_rate: Fraction = 1.0  # q
-    max_steps: Count = 10_000  # of one study
+    max_grad_norm: Positive = 10.0  # C, of training
+    max_sampling_rate: Fraction = 1.0  # q, of training
+    max_steps: Count = 10_000  # of one study's training
     max_rounds: Number = ROUNDS  # that the ledger pays for, of all studies; each has its room
     max_rank: Rank = 64
     modules: tuple[str, ...] = MODULES  # that an adapter may sit on
@@ -298,6 +298,11 @@ class PolicyTable(Table):
     # required: `fedtune client` runs only where the process that holds the records has no network,
     # and the one that has it cannot read them; preferred: as far as this machine gives it.
     isolation: Literal["required", "preferred"] = "preferred"
+
+    def fits(self, declared_size: int) -> bool:
+        """Return whether the δ at which everything is composed, 2 · max_delta (core/dp/filter.py),
+        is below 1 / `declared_size`."""
+        return 2 * self.max_delta < 1 / declared_size
 
 
 class VaultTable(Table):
@@ -417,7 +422,7 @@ class Site(Table):
 
     @model_validator(mode="after")
     def _check_combination(self) -> Site:
-        if 2 * self.policy.max_delta >= 1 / self.site.declared_size:  # in total: core/dp/filter.py
+        if not self.policy.fits(self.site.declared_size):
             raise ValueError(
                 f"policy.max_delta = {self.policy.max_delta}: twice this value, at "
                 "which max_epsilon holds, must be below 1 / site.declared_size; a "

@@ -56,34 +56,51 @@ def run_ledger(site: Site, digest: str) -> Path:
     return site.site.state / RUNS / outbox_prefix(digest)
 
 
-def permit_declared(current: Site, loaded: Site, home: Ledger) -> None:
+def permit_declared(site: Site, home: Ledger) -> None:
     """Check that declared data may take part: it was declared in `home` before the site joined, and
     in a consortium its policy allows it. The result never depends on a record.
 
-    current: the site file as it is now; loaded: as it was when the site joined. Errors:
-    PolicyRefused."""
+    site: as `as_stated` returns it. Errors: PolicyRefused."""
+    for data in filter(None, (site.data, site.evaluation)):
+        if data.declared:
+            if site.site.ledger is None:
+                allow_declared(site)
+            ledger_entries.check_declared(home, data.name, data.declared)
+
+
+def as_stated(current: Site, loaded: Site) -> Site:
+    """Return the site as it was when it joined, with the policy that its file has now.
+
+    current: the site file as it is now; loaded: as it was when the site joined.
+    A policy that was changed applies from the next order. All else counts when the site is started
+    again: the coordinator was told the declared size and the LoRA rank, from which q, σ and the
+    rule for δ follow, the disk space beside the ledger was reserved for that size, and the records
+    in memory were read by these tables, the held-out ones included.
+    Errors: PolicyRefused if the file says by now what cannot wait until then: that data is not
+    declared, or that a query or a view selects the records, of which the coordinator was not
+    informed; or if the new policy does not fit the declared size of the start."""
     for data, was in ((current.data, loaded.data), (current.evaluation, loaded.evaluation)):
         if getattr(data, "declared", None) != getattr(was, "declared", None):
             raise PolicyRefused(
                 "data.declared was changed while this site takes part",
                 todo="stop this site and start it again, so that it is checked anew",
             )
-        if data is not None and data.declared:
-            if current.site.ledger is None:
-                allow_declared(current)
-            ledger_entries.check_declared(home, data.name, data.declared)
-
-
-def as_stated(current: Site, loaded: Site) -> Site:
-    """Return the site file as it is now. Errors: PolicyRefused if a query or a view selects its
-    records since the site joined, of which the coordinator was not informed."""
     if current.free_query and not loaded.free_query:
         raise PolicyRefused(
             "a query or a view selects this site's records, which it did not when the site joined",
             "what the site stated when it joined",
             "stop this site and start it again, so that the coordinator is informed",
         )
-    return current
+    if not current.policy.fits(loaded.site.declared_size):
+        raise PolicyRefused(
+            "policy.max_delta was changed together with site.declared_size, and does not fit the "
+            "size with which this site takes part",
+            "twice policy.max_delta below 1 / site.declared_size",
+            "stop this site and start it again, so that the new size counts",
+        )
+    # Whether the file itself names the ledger of a run: in a consortium `begin_run` chooses it.
+    table = loaded.site.model_copy(update={"ledger": current.site.ledger})
+    return loaded.model_copy(update={"site": table, "policy": current.policy})
 
 
 def allow_declared(site: Site) -> None:

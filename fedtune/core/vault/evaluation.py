@@ -27,7 +27,7 @@ from fedtune.core.objectives._interface import Batch, Network
 from fedtune.core.vault import airlock
 from fedtune.core.vault.budget import Budget, check_rounds
 from fedtune.core.vault.declared import permit_declared
-from fedtune.core.vault.policy import admit
+from fedtune.core.vault.policy import admit_queries
 from fedtune.core.vault.prepared import Prepared, step_summary
 from fedtune.core.wire.codec import encode
 
@@ -54,7 +54,7 @@ def answer_query(
     current = site.current()
     training = prepared.private
     assert training is not None  # a study with queries is private
-    permit_declared(current, site.site, site.home)
+    permit_declared(current, site.home)
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
     check_rounds(len(site.ledger.spending()), current.policy)
@@ -87,7 +87,7 @@ def check_release(study: Study, site: Site, plan: DpPlan, coordinator: str) -> S
         raise PolicyRefused('policy.release does not list "evaluation"')
     if site.evaluation is None:
         raise PolicyRefused("site.toml names no held-out records")
-    admit(study, site.model_copy(update={"data": site.evaluation}), plan, coordinator)
+    admit_queries(study, site, plan, coordinator)
     return site.evaluation
 
 

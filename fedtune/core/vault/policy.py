@@ -4,6 +4,7 @@ A refusal names only the rule and public values, so the coordinator may see it."
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +66,24 @@ def admit(study: Study, site: Site, plan: DpPlan | None, coordinator: str = "") 
         raise refusal
 
 
+def admit_queries(study: Study, site: Site, queries: DpPlan, coordinator: str) -> None:
+    """Check that the site's rules admit the queries of an admitted study. queries: their plan.
+
+    A query is held to the study's rules and to those about what is protected (σ, δ, units): its own
+    σ, which no other site shares. The bounds on C, q and steps are of training: a query's C follows
+    from how many numbers it has, it takes every unit, and it is asked at most once a round. Errors:
+    PolicyRefused naming the first rule that refuses."""
+    policy, size = site.policy, site.site.declared_size
+    rules = (
+        _about_study(study, site, coordinator),
+        _about_unit(study, site),
+        _about_protection(queries.own_noise, queries.delta, size, policy),
+        _about_outcome(study, policy),
+    )
+    for refusal in itertools.chain(*rules):
+        raise refusal
+
+
 def refusals(
     study: Study,
     site: Site,
@@ -76,6 +95,15 @@ def refusals(
     """Yield a refusal for every rule that the plan breaks, without reading any data. outline:
     whether the plan is of a study.toml, whose digests are filled in when the study starts; a
     site that is asked to run a plan refuses one that leaves them open."""
+    yield from _about_study(study, site, coordinator, outline=outline)
+    yield from privacy_refusals(study, site, plan)
+    yield from _about_outcome(study, site.policy)
+
+
+def _about_study(
+    study: Study, site: Site, coordinator: str, *, outline: bool = False
+) -> Iterator[PolicyRefused]:
+    """Refuse by what the study names and runs; outline: as for `refusals`."""
     policy, listed = site.policy, list[tuple[str, str, Sequence[str]]]()
     yield from _about_plugins(study, policy)
     yield from _about_query(site)
@@ -99,7 +127,9 @@ def refusals(
             if table.digest is None and not outline:
                 yield PolicyRefused("the plan does not pin lora.preconditioner.digest")
         yield from _about_rank(study.lora, site.site.lora_rank)
-    yield from privacy_refusals(study, site, plan)
+
+
+def _about_outcome(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
     if policy.answers == "held" and not study.private:
         yield PolicyRefused(
             'policy.answers = "held", and an update without noise is never kept, so it cannot wait'
@@ -166,15 +196,21 @@ def _about_query(site: Site) -> Iterator[PolicyRefused]:
         )
 
 
+def pin_others(site: Site, own: str) -> Site:
+    """Return the site without its `own` signing key among policy.peers: a site's own noise is
+    counted once, whatever its file lists."""
+    return site.with_peers(tuple(key for key in site.policy.peers if key != own))
+
+
 def _about_peers(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]:
     """Refuse to share noise with sites whose fingerprints nobody here has compared: a
     coordinator could enrol such sites itself, and would know their noise."""
     least = study.strategy.min_sites
     if study.secure_aggregation and len({*policy.peers}) < least - 1:
         yield PolicyRefused(
-            f"policy.peers lists {len({*policy.peers})} sites, and the plan shares one dose of "
-            f"noise among {least}",
-            f"the signing keys of at least {least - 1} other sites",
+            f"policy.peers lists {len({*policy.peers})} sites besides this one, and the plan "
+            f"shares one dose of noise among {least}",
+            f"the signing keys of at least {least - 1} other sites; this site's own key is none",
             "`fedtune review` shows each peer's fingerprint: compare it with that hospital, then "
             "list its key",
         )
@@ -236,8 +272,8 @@ def _about_teacher(study: Study, policy: PolicyTable) -> Iterator[PolicyRefused]
         )
 
 
-def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
-    policy, size = site.policy, site.site.declared_size
+def _about_unit(study: Study, site: Site) -> Iterator[PolicyRefused]:
+    """Refuse a study of single records where a column says whose they are."""
     tables = [table for table in (site.data, site.evaluation) if table]
     if study.unit == "record" and any(table.columns.patient for table in tables):
         yield PolicyRefused(
@@ -245,6 +281,31 @@ def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[
             'privacy.unit = "patient"',
             "a patient with several records would get a far weaker guarantee than the ε says",
         )
+
+
+def _about_protection(
+    sigma: float | None, delta: float, size: int, policy: PolicyTable
+) -> Iterator[PolicyRefused]:
+    """Refuse too little noise for one release, too few units or too large a δ. sigma: of the noise
+    that this site itself adds; None if it is not computed yet."""
+    if sigma is not None and sigma < policy.min_noise_multiplier:
+        yield PolicyRefused(
+            f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
+            f"{policy.min_noise_multiplier}"
+        )
+    if size < policy.min_units:
+        yield PolicyRefused(
+            f"site.declared_size {size} is below policy.min_units {policy.min_units}"
+        )
+    yield from _at_most("delta", delta, "max_delta", policy)
+    if delta >= 1 / size:
+        yield PolicyRefused(f"delta {delta} is not below 1 / site.declared_size ({size})")
+
+
+def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[PolicyRefused]:
+    """Yield a refusal for every rule about privacy that the study's training breaks."""
+    policy, size = site.policy, site.site.declared_size
+    yield from _about_unit(study, site)
     if not isinstance(study.privacy, PrivacyTable):
         if not policy.allow_privacy_off:
             yield PolicyRefused(
@@ -255,24 +316,13 @@ def privacy_refusals(study: Study, site: Site, plan: DpPlan | None) -> Iterator[
     sigma = stated.noise_multiplier
     if sigma is not None:
         sigma = own_sigma(sigma, noise_shares(study))  # what this site itself adds
-    if sigma is not None and sigma < policy.min_noise_multiplier:
-        yield PolicyRefused(
-            f"noise_multiplier {sigma} is below policy.min_noise_multiplier "
-            f"{policy.min_noise_multiplier}"
-        )
-    if size < policy.min_units:
-        yield PolicyRefused(
-            f"site.declared_size {size} is below policy.min_units {policy.min_units}"
-        )
+    yield from _about_protection(sigma, stated.delta, size, policy)
     yield from _at_most("max_grad_norm", stated.max_grad_norm, "max_grad_norm", policy)
     yield from _at_most("sampling_rate", stated.sampling_rate, "max_sampling_rate", policy)
     if stated.steps is not None:
         yield from _at_most("steps", stated.steps, "max_steps", policy)
     elif not study.continuous:
         yield PolicyRefused("the plan leaves training.rounds open", "a plan as a server sends it")
-    yield from _at_most("delta", stated.delta, "max_delta", policy)
-    if stated.delta >= 1 / size:
-        yield PolicyRefused(f"delta {stated.delta} is not below 1 / site.declared_size ({size})")
     if plan is None:
         yield from _about_cost(study, _stated_figures(study, size), policy)
 

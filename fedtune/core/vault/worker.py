@@ -45,6 +45,7 @@ from fedtune.core.vault.policy import (
     admit,
     base_for,
     compute_plan,
+    pin_others,
 )
 from fedtune.core.vault.prepared import (
     Admission,
@@ -215,7 +216,7 @@ class SiteWorker:
         reads the file once. round_: the round that is about to run, if one is.
         Errors: Refused."""
         site = self.current()
-        permit_declared(site, self.site, self.home)
+        permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
         check_rounds(len(self.ledger.spending()), site.policy)
@@ -528,9 +529,13 @@ class SiteWorker:
         return prepared
 
     def current(self) -> Site:
-        """Load the site file as it is now: a tightened policy applies from the next round."""
+        """Return the site with the policy that its file has now: a tightened policy applies from
+        the next round, and all else when the site is started again; see `as_stated`. Its own key
+        is none of policy.peers."""
         site = as_stated(load_site(self._path), self.site) if self._path else self.site
-        return site.with_peers(self.peers) if self.peers and not site.policy.peers else site
+        if not site.policy.peers and not self.peers:
+            return site
+        return pin_others(site.with_peers(site.policy.peers or self.peers), self.key.public)
 
     @property
     def _dataset(self) -> str:
