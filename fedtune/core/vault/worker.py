@@ -413,6 +413,7 @@ class SiteWorker:
             reserved = self.ledger.reserve(self._dataset, charge, slot, permit)
         self.log.begin_round()
         if plan is None:  # a mechanism logs its noised steps; a restore charges by the log
+            steps = study.training.local_steps
             self.log.append(Step(study.digest, round_, 0.0, 1.0, 0.0, study.unit), steps)
         prepared.network.load_frozen(prepared.frozen)
         return data, reserved
