@@ -3,7 +3,7 @@
     FedtuneError
     ├── InputError            exit 2   something that a person wrote must change
     │   ├── ConfigError                study.toml or site.toml
-    │   │   └── KeepsState             a model that couples texts (core/models/kept_state.py)
+    │   │   └── KeepsState             a model that couples texts (core/models/module_state.py)
     │   ├── DataError                  the site's records
     │   │   └── NotWellFormed          CSV with broken quoting (data/sources)
     │   ├── ModelError                 the base model or the adapter

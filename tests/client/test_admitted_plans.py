@@ -17,6 +17,8 @@ from tests.client.site_kit import begun, room_of
 from tests.client.test_waiting_plans import a_site, asked
 from tests.disks import disk
 
+pytestmark = pytest.mark.usefixtures("without_self_test")
+
 
 def entries(site: Site) -> int:
     return len((site.site.state / audit_log.FILE).read_text().splitlines())

@@ -27,6 +27,8 @@ from tests.client.site_kit import begun, make_site, notes
 from tests.depth import long_but
 from tests.private_evaluation_kit import WILLING, world
 
+pytestmark = pytest.mark.usefixtures("without_self_test")
+
 ROOT = Path(__file__).resolve().parents[2]
 WAITS = 'policy.answers = "held"'
 

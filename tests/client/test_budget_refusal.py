@@ -15,6 +15,8 @@ from fedtune.core.vault.budget_refusal import PLACES, explain, fits, is_within
 from fedtune.launch.simulate import simulate
 from tests.cli_kit import run
 
+pytestmark = pytest.mark.usefixtures("without_self_test")
+
 
 @pytest.fixture
 def spent(study: Path) -> Path:

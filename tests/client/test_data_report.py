@@ -25,6 +25,8 @@ from fedtune.public.start import start
 from tests.guarantee.world import lay_out, patients
 from tests.simulated import simulate
 
+pytestmark = pytest.mark.usefixtures("without_self_test")
+
 SECRET = "Zaphod-Beeblebrox-1979"
 LONG = "cough and fever, " * 60
 SITE = """

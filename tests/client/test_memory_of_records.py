@@ -18,6 +18,8 @@ from fedtune.core.vault.worker import SiteWorker
 from tests.client.site_kit import begun, make_site, notes, room_of
 from tests.disks import disk
 
+pytestmark = pytest.mark.usefixtures("without_self_test")
+
 
 @pytest.mark.parametrize("space", [False, True])
 def test_a_full_disk_keeps_which_records_of_whom_were_trained_on(

@@ -40,6 +40,8 @@ from tests.conftest import tiny_llama
 from tests.server.test_simulate import world as world_of_two
 from tests.simulated import simulate
 
+pytestmark = pytest.mark.usefixtures("without_self_test")
+
 ROOT = Path(__file__).resolve().parents[2]
 world = world_of_two
 

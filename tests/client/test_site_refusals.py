@@ -31,6 +31,8 @@ from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.vault.worker import worker as site_worker
 from tests.client.site_kit import begun, make_site, notes, trains
 
+pytestmark = pytest.mark.usefixtures("without_self_test")
+
 
 def test_a_restart_forgets_the_plan_and_keeps_the_budget(
     worker: SiteWorker, tiny_base: Path, tmp_path: Path

@@ -7,12 +7,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from fedtune.core.bases import find
 from fedtune.core.bases.find import cache_dir, find_base, list_known, load_backbone, load_tokenizer
 from fedtune.core.errors import ModelError
 from tests.models.base_kit import _one_weight, edit
@@ -99,6 +101,23 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "config.json", lambda c: c.update(quantization_config={})),
         "quantised",
     ),
+    "quantised within": (
+        lambda f: edit(
+            f / "config.json", lambda c: c.update(text_config={"quantization_config": {"a": 1}})
+        ),
+        "quantised",
+    ),
+    "another file in place of the config": (
+        lambda f: edit(f / "config.json", lambda c: c.update(configuration_files=["c.4.json"])),
+        r"names other files .*\(configuration_files\)",
+    ),
+    "another file in place of the tokenizer": (
+        lambda f: edit(
+            f / "tokenizer_config.json",
+            lambda c: c.update(fast_tokenizer_files=["t.4.json"]),
+        ),
+        r"names other files .*\(fast_tokenizer_files\)",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "a mixture of experts": (
@@ -119,6 +138,36 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a whole safetensors file",
     ),
 }
+
+
+def _compiled(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    edit(folder / "config.json", lambda c: c.update(attn_implementation="flex_attention"))
+
+
+def _quantised_by_other_means(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Layers that are of no module of a plain base, whatever put them there."""
+    bnb = pytest.importorskip("bitsandbytes")
+    made = find.auto_class
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(*given: Any, **named: Any) -> Any:
+            model, info = made("causal").from_pretrained(*given, **named)
+            layer = model.model.layers[1].self_attn
+            layer.q_proj = bnb.nn.Linear8bitLt(32, 32, bias=False, threshold=7.0)
+            return model, info
+
+    patch.setattr(find, "auto_class", lambda kind: Auto)
+
+
+@pytest.mark.parametrize("spoil", [_compiled, _quantised_by_other_means])
+def test_a_base_of_other_layers_or_attention_is_not_loaded(
+    copy: Path, spoil: Callable[[Path, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find.load_backbone(find_base(str(copy)), torch.float32) is not None
+    spoil(copy, monkeypatch)
+    with pytest.raises(ModelError, match="layers or attention that fedtune has not tried"):
+        find.load_backbone(find_base(str(copy)), torch.float32)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import BigBirdConfig, BigBirdModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from fedtune.core.bases.find import find_base, load_tokenizer
 from fedtune.core.config import Study
@@ -103,6 +104,34 @@ def test_a_base_that_keeps_nothing_passes(tiny_base: Path, lora: dict[str, Any])
 def test_an_encoder_that_keeps_nothing_passes(tiny_encoder: Path) -> None:
     made = of(tiny_encoder, lora=None, objective=CLASSIFY)
     site_checks.check_models(made, fresh(made))
+
+
+@pytest.mark.parametrize("lora", [LORA, {"modules": ["q_proj"], "rank": 4}])
+def test_a_base_that_its_first_text_changes_for_good_is_refused(
+    tiny_base: Path, lora: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the first text is the one by which a cut is tried."""
+    forward, begun = LlamaMLP.forward, LlamaMLP.__init__
+
+    def begin(self: Any, *given: Any) -> None:
+        begun(self, *given)
+        self.is_new = True
+
+    def run(self: Any, states: torch.Tensor) -> torch.Tensor:
+        self.is_new = False
+        return forward(self, states)
+
+    monkeypatch.setattr(LlamaMLP, "__init__", begin)
+    monkeypatch.setattr(LlamaMLP, "forward", run)
+    made = of(tiny_base, lora=lora)
+    try:
+        site_checks.check_models(made, fresh(made))
+        refused = ""
+    except (KeepsState, PolicyRefused) as error:
+        refused = str(error)
+    finally:
+        process_cache.clear("networks")
+    assert "keeps state of what it reads" in refused
 
 
 def test_a_base_that_leaves_sparse_attention_for_good_is_refused(big_bird: Path) -> None:

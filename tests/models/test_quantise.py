@@ -236,7 +236,7 @@ def test_rounded_weights_are_those_that_are_trained_on(method: Any, dtype: torch
     if method == "nf4":
         held = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
     else:
-        held = weight.CB.float() * (weight.SCB[:, None] / 127.0)
+        held = small[0].state.CB.float() * (small[0].state.SCB[:, None] / 127.0)
     assert torch.equal(whole[0].weight, held.float())
 
 

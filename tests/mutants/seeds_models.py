@@ -276,6 +276,40 @@ KEPT_MUTANTS = (
         "which text is read first decides how all are read",
     ),
     _one(
+        "kept", "trying-a-cut-may-change-the-base", "fedtune/core/models/network.py",
+        "        if not before.items() <= describe_state(self._backbone).items():\n",
+        "        if not before:\n",
+        T_KEPT + "test_a_base_that_its_first_text_changes_for_good_is_refused",
+        "what the first text changed for good is taken for how the base always was",
+    ),
+    _one(
+        "kept", "a-base-of-any-layers", "fedtune/core/bases/find.py",
+        "    _check_plain(base.name, model)\n", "",
+        "tests/models/test_base.py::test_a_base_of_other_layers_or_attention_is_not_loaded",
+        "int8 layers with outlier columns: one record takes a column out of int8 for a whole block",
+    ),
+    _one(
+        "kept", "quantised-within", "fedtune/core/bases/digest.py",
+        "is_quantised(part) for part in config.values()", "False for part in config.values()",
+        "tests/models/test_base.py::test_refused",
+        "the text part of a base is quantised by a table that nobody looked for",
+    ),
+    _one(
+        "kept", "another-file-in-place-of-the-hashed-one", "fedtune/core/bases/digest.py",
+        "if (folder / name).is_file() and key in read_json(folder / name):\n            raise "
+        "ModelError(\n                f\"{folder.name}: {name} names",
+        "if (folder / name).is_dir() and key in read_json(folder / name):\n            raise "
+        "ModelError(\n                f\"{folder.name}: {name} names",
+        "tests/models/test_base.py::test_refused",
+        "two models have one digest",
+    ),
+    _one(
+        "kept", "a-token-beyond-the-base", "fedtune/core/models/cache.py",
+        "if tokens.numel() and int(tokens.max()) >= rows:", "if rows < 0:",
+        "tests/models/test_token_rows.py::test_its_record_alone_takes_no_part",
+        "on a GPU one record's token ends the round of everybody",
+    ),
+    _one(
         "kept", "a-text-may-depend-on-its-neighbours", KEPT,
         "if again and not torch.equal(results[length], result):", "if number < 0:",
         T_KEPT + "test_a_base_that_adds_up_its_neighbours_is_refused",

@@ -33,6 +33,8 @@ _read: dict[Path, tuple[list[tuple[str, int, int, int, int]], str]] = {}
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Files where auto_map can ask for remote code.
 CODE = ("config.json", "tokenizer_config.json", *PROCESSORS)
+# Where transformers finds the name of another file that it then reads in place of the hashed one.
+REDIRECTS = {"config.json": "configuration_files", "tokenizer_config.json": "fast_tokenizer_files"}
 
 
 def digest(folder: Path) -> str:
@@ -86,7 +88,8 @@ def check(folder: Path) -> None:
     opened.
 
     Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
-    the folder (transformers would apply it silently), or a missing file."""
+    the folder (transformers would apply it silently), a file that stands in for a hashed one, or a
+    missing file."""
     for name in CODE:
         if (folder / name).is_file() and "auto_map" in read_json(folder / name):
             raise ModelError(
@@ -100,11 +103,26 @@ def check(folder: Path) -> None:
             "a base model alone",
             "merge the adapter into its base and save that, or name the base",
         )
-    if "quantization_config" in read_json(folder / "config.json"):
+    for name, key in REDIRECTS.items():
+        if (folder / name).is_file() and key in read_json(folder / name):
+            raise ModelError(
+                f"{folder.name}: {name} names other files to read in its place ({key})",
+                "files that are read under their own names, which the digest covers",
+                SAVE,
+            )
+    if is_quantised(read_json(folder / "config.json")):
         raise ModelError(f"{folder.name}: is quantised", "float weights", "name the original model")
     weights(folder)
     if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
         raise ModelError(f"{folder.name}: tokenizer.json holds no tokenizer", EXPECTED, SAVE)
+
+
+def is_quantised(config: dict[str, Any]) -> bool:
+    """Return whether a configuration, or one nested in it, asks for quantised layers: transformers
+    takes also that of the text part."""
+    return "quantization_config" in config or any(
+        is_quantised(part) for part in config.values() if isinstance(part, dict)
+    )
 
 
 def weights(folder: Path) -> list[Path]:

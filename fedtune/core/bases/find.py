@@ -199,6 +199,7 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     if experts := experts_in(model.config.to_dict()):  # also those that config.json leaves out
         raise mixture(base.name, experts)
+    _check_plain(base.name, model)
     # transformers fills a missing tensor with random numbers; an unused pooler is harmless
     missing = sorted(k for k in info["missing_keys"] if not k.startswith("pooler."))
     if missing:
@@ -208,6 +209,27 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         )
     loaded: PreTrainedModel = model.requires_grad_(False).eval()
     return loaded
+
+
+def _check_plain(name: str, model: Any) -> None:
+    """Check that a base consists of modules of PyTorch and of transformers' models, and computes
+    attention as they do. What a configuration can put in their place (quantised layers, compiled
+    attention, kernels of others) may treat the records of a block together, and the self-test's
+    tiny base does not have it. Errors: ModelError."""
+    foreign = {
+        type(module).__module__
+        for module in model.modules()
+        if not type(module).__module__.startswith(PLAIN)
+    }
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    asked = {getattr(config, "_attn_implementation", None) for config in configs if config}
+    if foreign or not asked <= {None, "sdpa", "eager"} or getattr(model, "hf_quantizer", None):
+        raise ModelError(
+            f"{name}: its configuration asks for layers or attention that fedtune has not tried "
+            f"({', '.join(sorted(foreign | {str(a) for a in asked - {None, 'sdpa', 'eager'}}))})",
+            "modules of PyTorch and of transformers' models, with sdpa or eager attention",
+            "save the model again with save_pretrained, without these settings in config.json",
+        )
 
 
 def auto_class(kind: Kind) -> Any:
@@ -322,6 +344,8 @@ def _build_absent_error(model: str) -> ModelError:
     )
 
 
+# Where the modules of a plain base are defined.
+PLAIN = ("torch.nn.", "transformers.models.", "transformers.activations", "transformers.modeling_")
 # What configurations of transformers call the number of a layer's experts.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

@@ -52,7 +52,10 @@ def quantise(model: nn.Module, table: QuantisationTable, dtype: torch.dtype) -> 
             )
         if bias:
             quantised.bias = layer.bias
-        return quantised.to(device).requires_grad_(False).eval()  # type: ignore[no-any-return]
+        quantised = quantised.to(device).requires_grad_(False).eval()
+        with torch.no_grad():  # a layer takes its final form at its first call
+            quantised(torch.zeros(1, 1, layer.in_features, dtype=dtype, device=device))
+        return quantised  # type: ignore[no-any-return]
 
     _replace(model, quantise_layer)
     marked: Any = model  # where PEFT looks

@@ -291,6 +291,7 @@ class CachedDataset:
             if not self.network.pooled:
                 real = np.asarray(self._passages[passage].target_ids, dtype=np.int64)[positions]
                 targets[row, : len(positions)] = torch.from_numpy(real)
+        check_tokens(targets, self.network.rows)
         device, examples = self.network.device, self.dataset.examples
         return Batch(
             prefix=self._prefix(rows, bucket.length, tower_states).to(device),
@@ -317,6 +318,7 @@ class CachedDataset:
         for row, mark in enumerate(marks):
             tokens[row, : len(mark.tokens)] = torch.from_numpy(mark.tokens.astype(np.int64))
             logp[row, : len(mark.logp)] = torch.from_numpy(mark.logp)
+        check_tokens(tokens, self.network.rows)
         return tokens.to(self.network.device), logp.to(self.network.device)
 
     def _encode_media(self, rows: list[int]) -> torch.Tensor | None:
@@ -396,7 +398,18 @@ class CachedDataset:
         for row, text in enumerate(passages):
             ids[row, : len(text)] = torch.from_numpy(np.asarray(text, dtype=np.int64))
             mask[row, : len(text)] = True
-        return ids, mask
+        return check_tokens(ids, self.network.rows), mask
+
+
+def check_tokens(tokens: torch.Tensor, rows: int) -> torch.Tensor:
+    """Check, before they reach a GPU, that the base has a row for each token; returns them.
+
+    A tokenizer may have more tokens than its base. On a GPU an index beyond a table ends all work
+    of the process, of every other record too; here it fails as on a CPU, for its own record.
+    Errors: IndexError."""
+    if tokens.numel() and int(tokens.max()) >= rows:
+        raise IndexError("a token for which the base has no row")
+    return tokens
 
 
 def _group_by_bucket(

@@ -8,11 +8,9 @@ of every other. So each network, and each teacher, reads generated texts before 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -22,6 +20,7 @@ from fedtune.core.config import Study
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.errors import ConfigError
 from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.module_state import KeepsState, describe_state
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_records import random_records
 from fedtune.core.registry import process_cache
@@ -29,18 +28,11 @@ from fedtune.core.registry import process_cache
 log = logging.getLogger("fedtune.models")
 SHORT = 8  # tokens
 BESIDE = 8  # generated records that share a block
-_SMALL = 2**20  # bytes of a tensor up to which its content is compared, not its writes
-_TABLES = ("_modules", "_parameters", "_buffers")  # of a module
-_SIMPLE = (type(None), bool, int, float, complex, str, bytes)
 
 # By network, so that another network is checked anew, also where the plan is an earlier one.
 _checked: WeakKeyDictionary[Network, set[str]] = process_cache.register(
     "length checks", WeakKeyDictionary()
 )
-
-
-class KeepsState(ConfigError):
-    """A base or teacher keeps state of a text that it read; no record is read with it."""
 
 
 def check_reads(study: Study, network: Network) -> None:
@@ -102,11 +94,11 @@ def check_order(
     text of that length; its second argument: whether the text was read before. Only the first
     reading may add what is built when it is first needed. Errors: KeepsState."""
     results: dict[int, torch.Tensor] = {}
-    before = _state_of(model)
+    before = describe_state(model)
     for number, length in enumerate(lengths):
         again = length in results
         result = read(length, again)
-        state = _state_of(model)
+        state = describe_state(model)
         kept = before.items() <= state.items() if number == 0 else before == state
         if not kept:
             raise _refusal(name, f"a text of {length} tokens changed its state")
@@ -122,46 +114,3 @@ def _refusal(name: str, found: str) -> KeepsState:
         "a model that computes each text as if it had read no other",
         "use another base or teacher, or a smaller objective.max_length; no record was read",
     )
-
-
-def _state_of(model: nn.Module) -> dict[str, object]:
-    """Describe everything that modules hold: parameters, buffers and plain attributes."""
-    seen: dict[int, object] = {}
-    state: dict[str, object] = {}
-    for path, module in model.named_modules():
-        held = {n: v for n, v in vars(module).items() if n not in _TABLES}
-        for name, value in (held | module._parameters | module._buffers).items():
-            # A table's entries one by one: transformers adds hooks at the first reading.
-            entries = value if isinstance(value, dict) else {None: value}
-            for key, entry in entries.items():
-                state[f"{path}/{name}/{key!r}"] = _describe(entry, seen)
-    return state
-
-
-def _describe(value: Any, seen: dict[int, object]) -> object:
-    """Describe a value so that it compares equal as long as nothing writes to it."""
-    if isinstance(value, _SIMPLE):
-        return repr(value)
-    if isinstance(value, torch.Tensor):
-        return _describe_tensor(value)
-    if id(value) in seen:
-        return seen[id(value)]
-    seen[id(value)] = id(value)  # of a value that holds itself
-    inner: list[object]
-    if isinstance(value, dict):
-        inner = [(_describe(k, seen), _describe(v, seen)) for k, v in value.items()]
-    elif isinstance(value, list | tuple | set | frozenset):
-        inner = [_describe(item, seen) for item in value]
-    elif isinstance(value, nn.Module | type) or callable(value) or not hasattr(value, "__dict__"):
-        return id(value)  # a module is described where it is a child; a function by what it is
-    else:
-        inner = [type(value).__name__, _describe(vars(value), seen)]
-    seen[id(value)] = described = repr(inner)
-    return described
-
-
-def _describe_tensor(tensor: torch.Tensor) -> object:
-    if tensor.nbytes > _SMALL or tensor.is_meta:
-        return tensor.data_ptr(), tensor._version, tuple(tensor.shape)  # PyTorch counts writes
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(content).hexdigest(), tuple(tensor.shape)

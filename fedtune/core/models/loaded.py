@@ -35,6 +35,7 @@ from fedtune.core.errors import ModelError
 from fedtune.core.files.reading import regular
 from fedtune.core.models import lora
 from fedtune.core.models.adapter_files import ADAPTER, AGAIN, load_adapter
+from fedtune.core.models.cache import check_tokens
 from fedtune.core.run_folder import BASE, load_plan
 
 PLAN = "plan.json"
@@ -110,7 +111,8 @@ class LoadedModel:
         inner = self._inner
         causal = self.base.kind == "causal"
         rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
-        ids = pad_sequence(rows, batch_first=True).to(inner.device)
+        known = int(inner.get_input_embeddings().weight.shape[0])
+        ids = check_tokens(pad_sequence(rows, batch_first=True), known).to(inner.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids)
         backbone = inner.model if causal else inner
         # A position never attends to later ones, so that a causal base needs no mask.

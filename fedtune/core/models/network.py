@@ -40,6 +40,7 @@ from fedtune.core.models import preconditioner
 from fedtune.core.models.class_statistics import ClassStatistics
 from fedtune.core.models.lora import Arrays, load_into
 from fedtune.core.models.loss import head_loss
+from fedtune.core.models.module_state import KeepsState, describe_state
 from fedtune.core.models.prefix_store import HiddenStates
 from fedtune.core.models.split import Split, cut
 from fedtune.core.registry.arrays import CLASS_SUMS
@@ -94,7 +95,7 @@ class Network:
         self._projects = lora is not None and PROJECTOR in lora.modules
         if lora:
             if base.kind != "encoder" and not self._projects:
-                self._split = cut(self._backbone, lora)
+                self._split = self._cut(lora)
             if self._parts.plane and not self.positionwise:
                 self._split = None  # above it, the image's positions would be unknown
             self.model = lora_module.attach(backbone, lora, base.name, self._parts)
@@ -108,6 +109,25 @@ class Network:
         self._loaded: tuple[Arrays, list[int]] | None = None  # A, and its tensors' versions
         self.preconditioner: Arrays = {}  # W by name, loaded with A
         self.draw_factor(seed=0)
+
+    def _cut(self, lora: LoraTable) -> Split | None:
+        """Find the cut. Trying it is the first reading of a text: it may add what the modules build
+        when it is first needed, and change nothing. Errors: KeepsState."""
+        before = describe_state(self._backbone)
+        found = cut(self._backbone, lora)
+        if not before.items() <= describe_state(self._backbone).items():
+            raise KeepsState(
+                f"{self.base.name} keeps state of what it reads (the first text changed its state)",
+                "a model that computes each text as if it had read no other",
+                "use another base; no record was read",
+            )
+        return found
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of tokens for which the base has an embedding and a row of its own head."""
+        tables = filter(None, (self.model.get_input_embeddings(), self._lm_head))
+        return min(len(cast(torch.Tensor, table.weight)) for table in tables)
 
     @cached_property
     def positions(self) -> int | None:
