@@ -65,6 +65,7 @@ def sites_part(block: Block) -> str:
     return "# each site" + block.text.split("# each site")[1].split("# coordinator")[0]
 
 
+@pytest.mark.long
 def test_twin_another_fingerprint_on_the_telephone_lets_nobody_in(
     tmp_path: Path, tiny_encoder: Path
 ) -> None:

@@ -264,7 +264,7 @@ def test_a_superlink_that_dies_ends_the_study_with_a_reason(
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGKILL]
 
 
-@pytest.mark.parametrize("signum", long_but(SIGNALS[:2], SIGNALS))
+@pytest.mark.parametrize("signum", long_but(SIGNALS[:1], SIGNALS))
 def test_a_coordinator_that_is_stopped_takes_its_superlink_along(
     alone: World, signum: signal.Signals
 ) -> None:
@@ -292,6 +292,7 @@ def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Pa
         join_with(tls_roles.app, alone.files["a"])
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_site_whose_clock_is_wrong_is_told_that(alone: World) -> None:
     """The SuperLink takes nothing that is signed at another time. Twin: a clock that is right."""

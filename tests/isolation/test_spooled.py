@@ -288,12 +288,8 @@ POINTS = {
 }
 
 
-QUICK = ("before it has its name",)  # the others with `make chaos`
-
-
-@pytest.mark.parametrize(
-    "point", [p if p in QUICK else pytest.param(p, marks=pytest.mark.long) for p in POINTS]
-)
+@pytest.mark.long  # by default: one process, at every point of its answers (client/test_airlock.py)
+@pytest.mark.parametrize("point", POINTS)
 def test_a_vault_that_is_killed_charges_once_and_answers_the_same(
     point: str, asked: Asked, spool: Spool
 ) -> None:
