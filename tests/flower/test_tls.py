@@ -292,7 +292,6 @@ def test_a_coordinator_with_another_ca_is_not_trusted(alone: World, tmp_path: Pa
         join_with(tls_roles.app, alone.files["a"])
 
 
-@pytest.mark.long
 @needs_compiler
 def test_a_site_whose_clock_is_wrong_is_told_that(alone: World) -> None:
     """The SuperLink takes nothing that is signed at another time. Twin: a clock that is right."""
