@@ -317,3 +317,26 @@ def test_a_run_that_is_there_is_not_run_again_and_the_best_setting_is_used(tmp_p
     assert list(wanted(Results(file), *grid)) == []
     shown = table(Results(file), [3.0], [0, 1])
     assert "| MTS-Dialog, accuracy | DP prototypes | 0.600 ± 0.000 (2 seeds) |" in shown
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOWN = {
+    "own": "fedtune's own plan",
+    "dp_adambc": "DP-AdamBC",
+    "statistics": "fedtune's class statistics",
+    "prototypes": "DP prototypes",
+}
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    """Each row of docs/comparison.md follows from the lines of the runs."""
+    results = Results(ROOT / "docs" / "measured" / "methods.jsonl")
+    rows = table(results, [1.0, 3.0, 8.0, OFF], [0, 1, 2]).splitlines()[2:]
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    measured = {method.title: method.name for method in METHODS}
+    for row in rows:
+        _, title, *cells = row.strip("| ").split(" | ")
+        assert all(cell.endswith(" (3 seeds)") for cell in cells)
+        figures = " | ".join(cell.removesuffix(" (3 seeds)") for cell in cells)
+        assert f"| {SHOWN[measured[title]]} | {figures} |" in page
+    assert len(rows) == len(SHOWN)
