@@ -58,36 +58,28 @@ def paid(plan: DpPlan, *rounds: int) -> list[Charge]:
     return [charge(plan, round_, []) for round_ in rounds]
 
 
-def test_a_round_that_was_paid_for_several_times_is_one_round() -> None:
-    steps = replace(PLAN, local_steps=3)
-    for plan in (PLAN, steps):
-        assert Budget(POLICY, plan, paid(plan, *[1] * 8)).remaining() == 9 * plan.local_steps
-        assert Budget(POLICY, plan, paid(plan, 1, 2, 2, 7)).remaining() == 7 * plan.local_steps
+def test_what_is_ahead_is_what_is_not_charged_yet_and_at_least_the_round_that_runs() -> None:
+    for plan in (PLAN, replace(PLAN, local_steps=3)):
         other = replace(plan, study="sha256:" + "6e" * 32)
-        assert Budget(POLICY, plan, paid(other, 1, 2)).remaining() == 10 * plan.local_steps
-        assert Budget(POLICY, plan, paid(plan, *range(1, 11), 3)).remaining() == 0
+        for charged, left in (([], 10), ([1, 2, 2, 7], 6), ([1] * 8, 2), ([*range(1, 11), 3], 0)):
+            budget = Budget(POLICY, plan, [*paid(plan, *charged), *paid(other, 1, 2)])
+            assert budget.remaining() == budget.ahead() == left * plan.local_steps
+            assert budget.ahead(1) == max(left, 1) * plan.local_steps
 
 
-def test_what_is_ahead_is_every_unpaid_round_and_the_one_that_runs_again() -> None:
-    budget = Budget(POLICY, PLAN, paid(PLAN, 1, 1, 2))
-    assert [budget.ahead(round_) for round_ in (None, 3, 1)] == [8, 8, 9]
-    over = Budget(POLICY, PLAN, paid(PLAN, *range(1, 11)))
-    assert [over.ahead(round_) for round_ in (None, 10)] == [0, 1]
-
-
-def test_a_study_that_cannot_be_finished_is_refused_at_once() -> None:
-    """Not in its middle, when the payments for one round have used up what later rounds need."""
-    fits = epsilon([Steps(8.0, 1.0, 12)], DELTA)
+def test_a_study_at_its_ceiling_goes_on_after_a_crash_as_far_as_its_budget_lasts() -> None:
+    """And no further: the round that a repeated one took the place of is refused."""
+    fits = epsilon([Steps(8.0, 1.0, 10)], DELTA)
     policy = POLICY.model_copy(update={"max_epsilon_per_study": fits})
-    allowed = [
-        repeats
-        for repeats in range(1, 8)
-        if not _refuses(Budget(policy, PLAN, paid(PLAN, *[1] * repeats)), 1)
-    ]
-    assert allowed == [1, 2]
-    Budget(policy, PLAN, paid(PLAN, 1, 1, 1)).check(2)
-    with pytest.raises(BudgetExceeded, match="max_epsilon_per_study"):
-        Budget(policy, PLAN, paid(PLAN, 1, 1, 1, 1)).check(2)
+    rounds = [1, 2, 2, *range(3, 11)]
+    charges: list[Charge] = []
+    for round_ in rounds:
+        budget = Budget(policy, PLAN, charges)
+        if _refuses(budget, round_):
+            break
+        charges.append(charge(PLAN, round_, charges))
+        assert epsilon([one.event for one in charges], DELTA) <= fits
+    assert [one.round for one in charges] == rounds[:10]
 
 
 def _refuses(budget: Budget, round_: int) -> bool:

@@ -73,21 +73,19 @@ class Budget:
         return total_epsilon(events, order, self.policy.max_delta)
 
     def remaining(self) -> int:
-        """Count the steps of the plan's rounds that are not paid for yet. A round that was paid
-        for several times is one round."""
-        paid = {charge.round for charge in self._of_plan()}
-        return max(self.plan.steps - len(paid) * self.plan.local_steps, 0)
+        """Count the plan's steps that are not charged yet. A round that was charged twice takes the
+        place of a later one: a study at the very ceiling goes on after a crash as far as its budget
+        lasts."""
+        return max(self.plan.steps - sum(charge.steps for charge in self._of_plan()), 0)
 
     def ahead(self, round_: int | None = None) -> int:
-        """Count the steps that are still to be paid for if `round_` runs now (None: if none does):
-        those of every unpaid round, and of `round_` once more if it was paid for already, since a
-        round that is trained again is paid for again. In a plan without a last round: one round."""
-        plan = self.plan
-        if plan.lifetime is not None:
-            return plan.local_steps
-        again = round_ is not None and any(charge.round == round_ for charge in self._of_plan())
-        least = 0 if round_ is None else plan.local_steps
-        return max(self.remaining() + (plan.local_steps if again else 0), least)
+        """Count the steps that are still to be paid for: those that remain and, if `round_` is
+        about to run, at least those of one round, since a round that is trained again is paid for
+        again. In a plan without a last round: those of one round."""
+        steps = self.plan.local_steps
+        if self.plan.lifetime is not None:
+            return steps
+        return max(self.remaining(), 0 if round_ is None else steps)
 
     def check(self, round_: int | None = None, more: int = 0) -> None:
         """Check that the charges and all steps ahead stay below every limit: the site's ceilings
