@@ -228,12 +228,6 @@ MUTANTS = (
         "a signal at a chosen moment of a round",
     ),
     one(
-        "isolation", "the-courier-makes-devices", ISOLATION,
-        "_allow(ruleset, path, handled & ~NOT_WRITTEN)", "_allow(ruleset, path, handled)",
-        T_COURIER,
-        "root reads the whole disk by a device's file of its own",
-    ),
-    one(
         "isolation", "the-courier-writes-the-keys", COURIER,
         "    return [site.site.state / FOLDER, *requests,",
         "    return [site.site.state / FOLDER, keys_folder(site), *requests,",

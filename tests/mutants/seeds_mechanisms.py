@@ -257,10 +257,17 @@ SAMPLING_MUTANTS = (
         POISSON + "\n        self.__dict__['study'] = f\"{self.study.split()[0]} {sampled}\"",
         T_POST + "test_nothing_of_who_was_drawn_is_written", "amplification is gone",
     ),
-    _one(
-        25, "inclusion-beside-the-step-log", PLAN, POISSON,
-        POISSON + '\n        log.path.with_suffix(".sampled").write_text(str(sampled))',
-        T_POST + "test_nothing_of_who_was_drawn_is_written", "a debugging file",
+    Mutant(
+        25, "inclusion-beside-the-step-log", PLAN,
+        (
+            (POISSON, POISSON + '\n        object.__setattr__(self, "drawn", sampled)'),
+            (
+                "        return self._add_noise(total, log, round_)\n",
+                '        log.path.with_suffix(".sampled").write_text(str(vars(self)["drawn"]))\n'
+                "        return self._add_noise(total, log, round_)\n",
+            ),
+        ),
+        (T_POST + "test_nothing_of_who_was_drawn_is_written",), "a debugging file",
     ),
     _one(
         16, "a-missing-row-is-no-error", MECHANISM,

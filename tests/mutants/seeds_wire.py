@@ -72,7 +72,7 @@ WIRE_MUTANTS = (
         29, "too-few-units-is-a-failure", SITE, "        if dataset.n_units < 2:\n",
         "        if dataset.n_units < 2:\n"
         '            raise DataError("too few usable records")\n',
-        "tests/traps/test_trap_22_site_counts.py", "a round that a count triggers",
+        "tests/traps/test_trap_22_site_counts.py", "a lone patient takes no part",
     ),
 )  # fmt: skip
 

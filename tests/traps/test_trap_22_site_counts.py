@@ -28,3 +28,8 @@ def test_the_answers_are_the_same_whatever_the_number_of_patients(
     (event,) = worker.train(made.study.digest, 1, made.adapter).events
     assert set(event) == {"sigma", "q", "max_grad_norm", "records", "steps"}
     assert (event["q"], event["steps"], event["records"]) == (1.0, 1, 1)
+    # Whoever is there takes part: a lone patient who did not would move the sum by two patients
+    # where a second one leaves.
+    network = worker._prepared[made.study.digest].network
+    data = worker.data_in_study(made.study, network, worker.site.data)
+    assert data.dataset.n_units == patients
