@@ -19,22 +19,11 @@ from fedtune.core.errors import BudgetExceeded, Refused
 from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault.budget import Budget
+from tests.dp.conftest import make_plan
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 DELTA = 1e-4
-PLAN = DpPlan(
-    study="sha256:" + "5d" * 32,
-    unit="patient",
-    sampling_rate=1.0,
-    noise_multiplier=8.0,
-    max_grad_norm=1.0,
-    clipping="flat",
-    gamma=0.01,
-    rounds=10,
-    local_steps=1,
-    delta=DELTA,
-    divisor=10.0,
-)
+PLAN = make_plan(noise_multiplier=8.0, rounds=10, delta=DELTA)
 POLICY = PolicyTable(max_epsilon=2.5, max_epsilon_per_study=2.4, max_delta=DELTA)
 
 

@@ -38,19 +38,21 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     largest: list[int] = []
     gather, embedding = torch.Tensor.gather, torch.nn.functional.embedding
 
-    def looking(ids: torch.Tensor, width: int) -> None:
+    def note(ids: torch.Tensor, width: int) -> None:
         largest.append(int(ids.max()) - width)
 
-    def gathering(table: torch.Tensor, dim: int, ids: torch.Tensor) -> torch.Tensor:
-        looking(ids, table.shape[dim])
+    def gather_and_note(table: torch.Tensor, dim: int, ids: torch.Tensor) -> torch.Tensor:
+        note(ids, table.shape[dim])
         return gather(table, dim, ids)
 
-    def embedded(ids: torch.Tensor, table: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-        looking(ids, table.shape[0])
+    def embed_and_note(
+        ids: torch.Tensor, table: torch.Tensor, *more: Any, **named: Any
+    ) -> torch.Tensor:
+        note(ids, table.shape[0])
         return embedding(ids, table, *more, **named)
 
-    monkeypatch.setattr(torch.Tensor, "gather", gathering)
-    monkeypatch.setattr(torch.nn.functional, "embedding", embedded)
+    monkeypatch.setattr(torch.Tensor, "gather", gather_and_note)
+    monkeypatch.setattr(torch.nn.functional, "embedding", embed_and_note)
     yield largest
 
 
@@ -65,7 +67,7 @@ def with_token(example: Example, token: int, place: str) -> Example:
     return replace(example, input_ids=ids, target_ids=targets)
 
 
-def taught(example: Example) -> Example:
+def with_teacher(example: Example) -> Example:
     """With two likely tokens of a teacher at each target."""
     count = int((example.target_ids >= 0).sum())
     tokens = np.tile(np.array([3, 4], dtype=np.int32), (count, 1))
@@ -78,10 +80,8 @@ def test_its_record_alone_takes_no_part(network: Network, asked: list[int], plac
     examples = list(random_records(network, plan, 6, 8).examples)
     objective: Any = plan.objective.resolved
     if place == "a teacher's token":
-        examples, objective = (
-            [taught(e) for e in examples],
-            Distill(teacher="t", digest="sha256:" + 64 * "0"),
-        )
+        examples = [with_teacher(example) for example in examples]
+        objective = Distill(teacher="t", digest="sha256:" + 64 * "0")
     rows = {}
     for name in ("whole", "struck"):
         if name == "struck":

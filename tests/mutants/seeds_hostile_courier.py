@@ -11,8 +11,8 @@ T = "tests/guarantee/test_hostile_courier.py::test_each_thing_that_a_courier_can
 MUTANTS = (
     one(
         "courier", "an-open-charge-pays-again", "fedtune/core/ledger/ledger.py",
-        '            self._ask(dataset, permit, permit)\n            entry = {"dataset"',
-        "            self._ask(dataset, permit, permit)\n"
+        '            self._ask(dataset, permit)\n            entry = {"dataset"',
+        "            self._ask(dataset, permit)\n"
         "            slot = charge.study, charge.round, adapter\n"
         "            for number, reserved in self._account.reserved.items():\n"
         "                if reserved.slot == slot and number not in self._account.done:\n"

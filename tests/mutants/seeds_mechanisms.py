@@ -329,7 +329,7 @@ BUDGET_MUTANTS = (
     ),
     _one(
         "late", "another-dataset-ends-everybodys-study", LEDGER,
-        "asks = permit if other == dataset else permit_other", "asks = permit",
+        "asks = permit if other == dataset else permit_other or permit", "asks = permit",
         T_BUDGET + "test_a_life_ends_with_its_cohort_and_no_dataset_goes_past_a_ceiling",
         "when the first patients have spent their life, nobody who arrives takes part",
     ),

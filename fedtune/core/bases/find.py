@@ -211,6 +211,11 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     return loaded
 
 
+# Where the modules of a plain base are defined.
+PLAIN = ("torch.nn.", "transformers.models.", "transformers.activations", "transformers.modeling_")
+ATTENTION = {None, "sdpa", "eager"}  # None: of a module that has none
+
+
 def _check_plain(name: str, model: Any) -> None:
     """Check that a base consists of modules of PyTorch and of transformers' models, and computes
     attention as they do. What a configuration can put in their place (quantised layers, compiled
@@ -221,12 +226,12 @@ def _check_plain(name: str, model: Any) -> None:
         for module in model.modules()
         if not type(module).__module__.startswith(PLAIN)
     }
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    asked = {getattr(config, "_attn_implementation", None) for config in configs if config}
-    if foreign or not asked <= {None, "sdpa", "eager"} or getattr(model, "hf_quantizer", None):
+    configs = filter(None, (getattr(module, "config", None) for module in model.modules()))
+    attention = {getattr(config, "_attn_implementation", None) for config in configs} - ATTENTION
+    if foreign or attention or getattr(model, "hf_quantizer", None):
         raise ModelError(
             f"{name}: its configuration asks for layers or attention that fedtune has not tried "
-            f"({', '.join(sorted(foreign | {str(a) for a in asked - {None, 'sdpa', 'eager'}}))})",
+            f"({', '.join(sorted(foreign | set(map(str, attention))))})",
             "modules of PyTorch and of transformers' models, with sdpa or eager attention",
             "save the model again with save_pretrained, without these settings in config.json",
         )
@@ -344,8 +349,6 @@ def _build_absent_error(model: str) -> ModelError:
     )
 
 
-# Where the modules of a plain base are defined.
-PLAIN = ("torch.nn.", "transformers.models.", "transformers.activations", "transformers.modeling_")
 # What configurations of transformers call the number of a layer's experts.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 

@@ -247,10 +247,14 @@ class Ledger:
 
         Errors: what `permit` raises; LedgerError."""
         with self._store.writing():
-            self._ask(dataset, permit, permit_other or permit, of_newcomers)
+            self._ask(dataset, permit, permit_other, of_newcomers)
 
     def _ask(
-        self, dataset: str, permit: Permit, permit_other: Permit, of_newcomers: bool = False
+        self,
+        dataset: str,
+        permit: Permit,
+        permit_other: Permit | None = None,
+        of_newcomers: bool = False,
     ) -> None:
         if dataset not in self._account.declared:
             raise LedgerError(f"{self.folder}: dataset {dataset!r} was never declared")
@@ -264,7 +268,7 @@ class Ledger:
             entries = [s.seq for s in spent]
             if entries not in asked:
                 asked.append(entries)
-                asks = permit if other == dataset else permit_other
+                asks = permit if other == dataset else permit_other or permit
                 asks([s.charge for s in spent])
 
     def reserve(self, dataset: str, charge: Charge, adapter: str, permit: Permit) -> int:
@@ -275,7 +279,7 @@ class Ledger:
         charge would count, under the write lock; it must not call this ledger. Returns the
         entry's number. Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
-            self._ask(dataset, permit, permit)
+            self._ask(dataset, permit)
             entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
             return writer.append("reserve", entry)
 
@@ -297,7 +301,7 @@ class Ledger:
         never from a record; and the charge is made even where no cohort remains.
         Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
         with self._store.writing() as writer:
-            self._ask(dataset, permit, permit_other or permit, of_newcomers=True)
+            self._ask(dataset, permit, permit_other, of_newcomers=True)
             out = set()
             for cohort in self._account.cohorts(dataset):
                 try:

@@ -20,7 +20,7 @@ from fedtune.core.config import Study
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.errors import ConfigError
 from fedtune.core.models.cache import CachedDataset
-from fedtune.core.models.module_state import KeepsState, describe_state
+from fedtune.core.models.module_state import KeepsState, build_refusal, describe_state
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_records import random_records
 from fedtune.core.registry import process_cache
@@ -101,16 +101,10 @@ def check_order(
         state = describe_state(model)
         kept = before.items() <= state.items() if number == 0 else before == state
         if not kept:
-            raise _refusal(name, f"a text of {length} tokens changed its state")
+            raise build_refusal(name, f"a text of {length} tokens changed its state")
         if again and not torch.equal(results[length], result):
-            raise _refusal(name, "a text's result depends on what was read before or beside it")
+            raise build_refusal(
+                name, "a text's result depends on what was read before or beside it"
+            )
         results.setdefault(length, result)
         before = state
-
-
-def _refusal(name: str, found: str) -> KeepsState:
-    return KeepsState(
-        f"{name} keeps state of what it reads ({found})",
-        "a model that computes each text as if it had read no other",
-        "use another base or teacher, or a smaller objective.max_length; no record was read",
-    )

@@ -19,6 +19,15 @@ class KeepsState(ConfigError):
     """A base or teacher keeps state of a text that it read; no record is read with it."""
 
 
+def build_refusal(name: str, found: str) -> KeepsState:
+    """Build the error that names the model and how its state was found to change."""
+    return KeepsState(
+        f"{name} keeps state of what it reads ({found})",
+        "a model that computes each text as if it had read no other",
+        "use another base or teacher, or a smaller objective.max_length; no record was read",
+    )
+
+
 def describe_state(model: nn.Module) -> dict[str, object]:
     """Describe everything that the modules of `model` hold (parameters, buffers, attributes) by
     name, so that two descriptions are equal as long as nothing was written to it."""

@@ -40,7 +40,7 @@ from fedtune.core.models import preconditioner
 from fedtune.core.models.class_statistics import ClassStatistics
 from fedtune.core.models.lora import Arrays, load_into
 from fedtune.core.models.loss import head_loss
-from fedtune.core.models.module_state import KeepsState, describe_state
+from fedtune.core.models.module_state import build_refusal, describe_state
 from fedtune.core.models.prefix_store import HiddenStates
 from fedtune.core.models.split import Split, cut
 from fedtune.core.registry.arrays import CLASS_SUMS
@@ -116,11 +116,7 @@ class Network:
         before = describe_state(self._backbone)
         found = cut(self._backbone, lora)
         if not before.items() <= describe_state(self._backbone).items():
-            raise KeepsState(
-                f"{self.base.name} keeps state of what it reads (the first text changed its state)",
-                "a model that computes each text as if it had read no other",
-                "use another base; no record was read",
-            )
+            raise build_refusal(self.base.name, "the first text changed its state")
         return found
 
     @cached_property

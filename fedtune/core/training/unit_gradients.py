@@ -80,9 +80,9 @@ class UnitGradientEngine:
     whose gradient is M g. `write` brings that change to the network.
 
     Guarantee: each sampled row is computed from its own records alone, to the last bit: in blocks
-    whose shapes follow from the record's bucket alone, summed in the unit's order. Every
-    gradient that was not noised is handed to the caller, or zeroed and dropped, before the next
-    chunk."""
+    whose shapes follow from the record's bucket alone. A row's records are added in the order of
+    their buckets. Every gradient that was not noised is handed to the caller, or zeroed and
+    dropped, before the next chunk."""
 
     def __init__(
         self,
