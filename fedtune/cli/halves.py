@@ -142,7 +142,7 @@ def courier(site: SITE, socket: SOCKET = None, spool: SPOOL = None, once: ONCE =
     from fedtune.courier.process import FOLDER
     from fedtune.observe import observer
 
-    loaded = load_site(site)
+    loaded = load_site(site, alone=True)
     screen = Watch(Console(), f"site {loaded.site.name}: its courier")
     with screen, observer("site", loaded.site.state / FOLDER, then=screen) as events:
         if spool:
@@ -186,7 +186,14 @@ def _take_part(
     loaded, path = load_site(site), site.resolve()
     network.join(loaded, answer, fingerprint)
     screen = Watch(Console(), f"site {loaded.site.name}: checking its records")
-    seen = observer("site", loaded.site.state, then=screen, site=site, metrics_port=metrics_port)
+    seen = observer(
+        "site",
+        loaded.site.state,
+        then=screen,
+        site=site,
+        metrics_port=metrics_port,
+        ledger=loaded.home,
+    )
     with screen, seen as events:
         if spool:
             from fedtune.launch import spooled

@@ -104,9 +104,9 @@ def log(
 
 
 def _folder(path: Path) -> Path:
-    """Return a site's state folder, or the folder itself. Errors: ConfigError."""
+    """Return the folder of a site's ledger, or the folder itself. Errors: ConfigError."""
     if path.is_dir():
         return path
     from fedtune.core.config import load_site
 
-    return load_site(path).site.state
+    return load_site(path).home

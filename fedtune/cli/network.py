@@ -81,7 +81,7 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
     """Make the keys that a site lacks and write its request, as `enroll` does."""
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog
-    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.ledger.ledger import Ledger, signing_key
     from fedtune.evidence import fingerprints
     from fedtune.flower import enrol
     from fedtune.flower.membership import keys_folder
@@ -94,9 +94,10 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
         old = next(p for n in range(1, 1000) if not (p := Path(f"{keys}.old-{n}")).exists())
         keys.rename(old)
         typer.echo(f"put the present keys aside: {old}; delete them once the new ones are admitted")
-    book = Ledger(loaded.site.state)
-    fingerprint = enrol.enroll(loaded.site.name, keys, book.key, file)
-    peer = fingerprints.of_peer(book.key.public)
+    book = Ledger(loaded.home)
+    key = signing_key(loaded, book)
+    fingerprint = enrol.enroll(loaded.site.name, keys, key, file)
+    peer = fingerprints.of_peer(key.public)
     rule = "--new-keys" if new_keys else ""
     AuditLog(book.folder, book.key).add("enroll", rule, fingerprint=fingerprint)
     typer.echo(
@@ -106,10 +107,10 @@ def ask(site: Path, out: Path | None = None, *, new_keys: bool = False) -> dict[
         "next   the answer comes back, and the coordinator reads its own fingerprint out to you:\n"
         f"       fedtune client {site} --answer {loaded.site.name}.answer asks for it, to compare\n"
         "only for a plan with [secure_aggregation], to the other sites, not to the coordinator:\n"
-        f"to peers      {book.key.public}, fingerprint {peer}\n"
+        f"to peers      {key.public}, fingerprint {peer}\n"
         "              (each lists the key in policy.peers)"
     )
-    own = {"key": book.key.public, "peer fingerprint": peer}
+    own = {"key": key.public, "peer fingerprint": peer}
     return {"site": loaded.site.name, "request": file, "fingerprint": fingerprint, **own}
 
 
@@ -318,7 +319,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
         )
     keys, name = membership.keys_folder(site), site.site.name
     received = membership.read(answer, membership.tls_key(keys), name)
-    known, book = membership.load_answer(keys, name), Ledger(site.site.state)
+    known, book = membership.load_answer(keys, name), Ledger(site.home)
     signable = _show_plan(site, answer, received, book)
     if fingerprint is None and known is None and sys.stdin.isatty():
         fingerprint = typer.prompt("the coordinator's fingerprint, as it was read out to you")

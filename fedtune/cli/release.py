@@ -144,7 +144,7 @@ def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, Audit
         return path, None
     assert site is not None
     loaded = load_site(site)
-    if not traces(loaded.site.state):
+    if not traces(loaded.home):
         raise ConfigError(f"{site}: this site has no key yet", "a site that took part")
-    book = Ledger(loaded.site.state)
+    book = Ledger(loaded.home)
     return book.key, AuditLog(book.folder, book.key)

@@ -90,7 +90,7 @@ def review(
     screen = Watch(Console(stderr=True), "computing the plan's digest") if whole else nullcontext()
     with screen:
         plan = read_plan(study, loaded, settings or (), whole=whole)
-    book = Ledger(loaded.site.state)
+    book = Ledger(loaded.home)
     acts = AuditLog(book.folder, book.key)
     outcome = review_plan(plan, loaded, book, outline=is_outline(study, plan))
     _show_review(outcome, plan.study.name)
@@ -276,14 +276,14 @@ def ledger(
     from fedtune.officer.withdraw import enter_again
 
     loaded = load_site(site)
-    folder = loaded.site.ledger or loaded.site.state
+    folder = loaded.site.ledger or loaded.home
     if not folder.exists() and not restore:
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
     book = Ledger.restore(folder, copy) if restore else Ledger(folder)
     acts = AuditLog(book.folder, book.key)
     if restore:
         acts.add("restore", "--from" if copy else "--restore")
-        if again := enter_again(loaded.site.state, book) if not loaded.site.ledger else 0:
+        if again := enter_again(loaded.home, book) if not loaded.site.ledger else 0:
             typer.echo(f"{again} withdrawals that it had lost are entered again, by their receipts")
     book.verify()
     if backup:
@@ -336,13 +336,13 @@ def withdraw(
 
     loaded = load_site(site)
     if check:
-        when = check_receipt(check, Ledger(loaded.site.state))
+        when = check_receipt(check, Ledger(loaded.home))
         typer.echo(f"{check}: given by this site; the withdrawal of {when} stands")
         return {"receipt": check, "time": when}
     keys = _keys(file)
     unknown = 0
     results = list[dict[str, Any]]()
-    book = Ledger(loaded.site.state)
+    book = Ledger(loaded.home)
     for number, key in enumerate(keys, 1):
         try:
             withdrawal = leave_out(loaded, key, book, unseen)

@@ -181,13 +181,13 @@ class BudgetView:
         from fedtune.core.ledger.spending import find_heaviest_budget
 
         site = load_site(self._site)
-        database = site.site.state / "ledger.db"
+        database = site.home / "ledger.db"
         if not database.exists():
             return self._shown
         changed_at = (database.stat().st_mtime_ns, self._site.stat().st_mtime_ns)
         if changed_at != self._at:
             try:
-                cohorts = Ledger(site.site.state).cohorts(site.data.name)
+                cohorts = Ledger(site.home).cohorts(site.data.name)
                 self._shown = budget_table(
                     find_heaviest_budget(site.data.name, cohorts, site.policy)
                 )

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, NoReturn
 from fedtune.core import boot, isolation
 from fedtune.core.config import Site, load_site
 from fedtune.core.config.database import FILES, file_of, kind_of, secrets_of
+from fedtune.core.config.hospital import FILE as HOSPITAL
 from fedtune.core.config.site import PASSWORD_FILE
 from fedtune.core.errors import FedtuneError, InfrastructureError
+from fedtune.core.files.room import LEDGER as DATABASE
 from fedtune.core.processes import Stopped, end_with_parent, interruptible
 from fedtune.core.wire.events import Teller, pass_warnings_on
 from fedtune.core.wire.spool import Spool
@@ -67,10 +69,13 @@ def list_writable(site: Site, spool: Spool | None = None) -> list[Path]:
 
 
 def list_private(site: Site) -> Iterator[Path]:
-    """Yield the paths that a site's courier must not read: the site's state and ledger, its records
+    """Yield the paths that a site's courier must not read: the site's state and ledger, a
+    hospital's settings, its records
     and both kinds of held-out records, the passwords of their databases, the files beside them, and
     a model that the site trained alone, which no ε covers."""
     yield site.site.state
+    if site.hospital:
+        yield from (site.home / DATABASE, site.home / HOSPITAL)
     if site.site.ledger:
         yield site.site.ledger
     if site.acceptance and site.acceptance.alone:
@@ -144,7 +149,7 @@ def main(options: list[str]) -> NoReturn:
     spool; EVENTS: a descriptor; ONCE: "once" or ""; PATIENCE: seconds.
     """
     path, requests, events, once, patience = options
-    site = load_site(Path(path))
+    site = load_site(Path(path), alone=True)
     os.environ["TMPDIR"] = str(site.site.state / FOLDER)
     spool = None if requests.isdigit() else Spool(Path(requests))
     means = confine(site, spool)

@@ -27,9 +27,9 @@ def budget(site_path: Path, _: str) -> dict[str, Any]:
     from fedtune.core.ledger.spending import facts
 
     site = load_site(site_path)
-    folder = site.site.ledger or site.site.state
+    folder = site.site.ledger or site.home
     if not (folder / "ledger.db").exists():  # to open a missing ledger would make one
-        return {"none": True, "ceiling": site.policy.max_epsilon}
+        return {"none": True, "ceiling": site.policy.ceiling}
     unit = "patient" if site.data.columns.patient else "record"
     return facts(Ledger(folder), site.data.name, site.policy, unit)
 
@@ -42,9 +42,9 @@ def plans(site_path: Path, _: str) -> dict[str, Any]:
     from fedtune.officer.review import is_unsigned, read_plan, review
 
     site = load_site(site_path)
-    if not (site.site.state / "ledger.db").exists():
+    if not (site.home / "ledger.db").exists():
         return {"plans": []}
-    ledger, found = Ledger(site.site.state), []
+    ledger, found = Ledger(site.home), []
     for path in sorted((site.site.state / "plans").glob("*.json")):
         study = read_plan(path, site)
         if is_unsigned(study, site, ledger):
@@ -59,7 +59,7 @@ def acts(path: Path, _: str) -> dict[str, Any]:
     from fedtune.core.config import load_site
     from fedtune.core.ledger import audit_log
 
-    folder = path if path.is_dir() else load_site(path).site.state
+    folder = path if path.is_dir() else load_site(path).home
     if not (folder / audit_log.FILE).exists():
         return {"entries": [], "count": 0}
     checked = audit_log.verify(folder, audit_log.signer_at(folder))

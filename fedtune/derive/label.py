@@ -75,6 +75,6 @@ def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[s
         return records, lambda unit: False
     if not records.site.state.exists():  # no ledger yet, so nobody has withdrawn
         return records.data, lambda unit: False
-    ledger = Ledger(records.site.state)
+    ledger = Ledger(records.home)
     withdrawn = frozenset(ledger.withdrawn())
     return records.data, lambda unit: ledger.hashed(unit_member(unit)) in withdrawn

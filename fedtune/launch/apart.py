@@ -193,7 +193,7 @@ def carry(site_path: Path, door: Path, *, on_event: OnEvent) -> None:
     own folder, and needs no record, ledger or signing key on its machine. Events: "waiting",
     "connected", "reconnecting", "stopped". Errors: ConfigError or Refused because of the answer or
     the keys; KeyboardInterrupt at Ctrl-C."""
-    site = load_site(site_path)
+    site = load_site(site_path, alone=True)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     with until_stopped(on_event), alone(home / "courier", "fedtune courier"):
         while True:

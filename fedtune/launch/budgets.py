@@ -37,7 +37,7 @@ def explain_refusal(refusal: Refused, study: Study, sites: Sequence[Site]) -> Re
         if site.data.declared:
             continue
         with suppress(FedtuneError):
-            ledger = Ledger(site.site.state) if (site.site.state / DATABASE).exists() else None
+            ledger = Ledger(site.home) if (site.home / DATABASE).exists() else None
             charges = ledger.charges(site.data.name) if ledger else []
             if not is_within(study, site, charges):
                 paid, *more = explain(study, site, ledger)

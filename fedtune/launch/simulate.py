@@ -188,9 +188,9 @@ def _peers(study: Study, sites: Sequence[Site]) -> str:
     unless its policy.peers names others."""
     if study.secure_aggregation is None:
         return ""
-    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.ledger.ledger import Ledger, signing_key
 
-    return " ".join(Ledger(site.site.state).key.public for site in sites)
+    return " ".join(signing_key(site, Ledger(site.home)).public for site in sites)
 
 
 @contextmanager
@@ -316,7 +316,7 @@ def check(study: Study, sites: Sequence[Site]) -> None:
     names: dict[str, Site] = {}
     states: dict[Path, Site] = {}
     for site in sites:
-        name, state = site.site.name, site.site.state.absolute()
+        name, state = site.site.name, site.home.absolute()
         if other := names.get(name):
             both = f"{_where(other)} and {_where(site)}: both are called {name}"
             raise ConfigError(both, "a name of its own for each site")

@@ -409,9 +409,9 @@ class Shown:
         self._write_certificate()
 
     def _write_certificate(self) -> None:
-        state = self._site.site.state
+        home = self._site.home
         # A courier's own container has no ledger, and its state folder is not writable.
-        beside = between_orders(state) if os.access(state, os.W_OK) else nullcontext(True)
+        beside = between_orders(home) if os.access(home, os.W_OK) else nullcontext(True)
         try:
             with beside as is_now:
                 if not is_now or self._certificate is None:
@@ -491,7 +491,7 @@ class Shown:
         Errors: LedgerError; InfrastructureError if the disk refuses."""
         site = self._site
         walls = {half: isolation.describe(each) for half, each in confined.items()}
-        acts = AuditLog(site.site.state, SigningKey.at(site.site.state / KEY))  # from its enrolment
+        acts = AuditLog(site.home, SigningKey.at(site.home / KEY))  # from its enrolment
         if not site.room.has_space(LONGEST):
             log.warning("isolate is not in the audit log: the disk has no space; to do: free space")
             return

@@ -66,7 +66,7 @@ def carry(site_path: Path, folder: Path, *, once: bool, on_event: OnEvent) -> No
     PolicyRefused if policy.isolation requires more than this machine supports; InfrastructureError
     if the coordinator still refuses this site, or the courier ends again and again;
     KeyboardInterrupt at Ctrl-C."""
-    site, spool = load_site(site_path), Spool.at(folder)
+    site, spool = load_site(site_path, alone=True), Spool.at(folder)
     link, home = read_link(site, site_path), site.site.state / FOLDER
     private_folder(link.keys / RENEWED)
     shown = Shown(site, on_event, halves=("courier",))

@@ -162,6 +162,7 @@ def observer(
     metrics_port: int | None = None,
     home: Path | None = None,
     site: Path | None = None,
+    ledger: Path | None = None,
     early: bool = False,
     trackers: Sequence[Tracker] = (),
 ) -> Observer:
@@ -172,11 +173,16 @@ def observer(
     - metrics_port: where to serve metrics (None: nowhere)
     - home: the coordinator's home, which then has a status file too
     - site: the site.toml whose budget the metrics show
+    - ledger: the folder of the site's ledger, if it is not `folder`: while an order is answered
+      from there, nothing is written that takes space
     - early: whether to write to the run's folder before the run begins
     - trackers: those of a coordinator's run
 
     Errors: as metrics.Metrics."""
-    files = [JsonLog(folder / LOG, role=role), StatusFile(folder, role=role)]
+    files = [
+        JsonLog(folder / LOG, role=role, ledger=ledger),
+        StatusFile(folder, role=role, ledger=ledger),
+    ]
     is_late = role == "coordinator" and not early
     sinks: list[Any] = [*map(_Tracked, trackers), *([] if is_late else files)]
     if home is not None:

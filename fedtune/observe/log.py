@@ -255,8 +255,16 @@ class JsonLog:
     which no space is reserved is left out; if the disk does not have the space, nothing is
     logged."""
 
-    def __init__(self, path: Path, *, role: Role | None = None, strict: bool | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        role: Role | None = None,
+        strict: bool | None = None,
+        ledger: Path | None = None,
+    ) -> None:
         self.path, self._role = path, role
+        self._ledger = ledger or path.parent
         self._earlier = path.with_name(path.name + ".1")
         self._strict = strict_here() if strict is None else strict
         self._mutex, self._warned = threading.Lock(), False
@@ -298,7 +306,7 @@ class JsonLog:
         """Reserve the disk space of a site's log and of FILE.1; do nothing while an order is being
         answered. Errors: OSError if the disk does not have the space; nothing is logged then until
         the next start."""
-        with between_orders(self.path.parent) as is_now:
+        with between_orders(self._ledger) as is_now:
             if not is_now:
                 return
             self._has_space = False

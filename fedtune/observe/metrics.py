@@ -202,8 +202,8 @@ class LedgerFigures:
         from fedtune.core.config import load_site
 
         site = load_site(self._path)
-        most, spent = site.policy.max_epsilon, _Spent("", 0.0, 0.0, 0)
-        if (book := self._open(site.site.state)) is not None:
+        most, spent = site.policy.ceiling, _Spent("", 0.0, 0.0, 0)
+        if (book := self._open(site.home)) is not None:
             spent = self._compute_spent(book, site.data.name, site.policy.max_delta)
         return {
             "epsilon_spent": ("Of everything released from the dataset", spent.epsilon),

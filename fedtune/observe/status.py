@@ -67,8 +67,14 @@ class StatusFile:
     Events that came during an order are in the file after the next event."""
 
     def __init__(
-        self, folder: Path, *, role: Role = "coordinator", strict: bool | None = None
+        self,
+        folder: Path,
+        *,
+        role: Role = "coordinator",
+        strict: bool | None = None,
+        ledger: Path | None = None,
     ) -> None:
+        self._ledger = ledger or folder
         self.folder, self._strict = folder, strict_here() if strict is None else strict
         self._status: Record = {"role": role, "state": "waiting", "pid": os.getpid()}
         self._status |= {"started": now(), "round": 0, "sites": {}, "last": []}
@@ -93,7 +99,7 @@ class StatusFile:
             if self._status["role"] != "site":
                 self._replace(draft, text)
                 return
-            with between_orders(self.folder) as is_now:
+            with between_orders(self._ledger) as is_now:
                 if is_now:
                     self._replace(draft, text.ljust(math.ceil(len(text) / OF_SITE) * OF_SITE))
         except (OSError, InfrastructureError) as error:

@@ -122,7 +122,7 @@ def _held_out(site: Site, path: Path | str | None) -> SiteData:
 
 
 def _read(site: Site, data: SiteData, network: Network, run: Run) -> Dataset:
-    ledger = Ledger(site.site.state) if traces(site.site.state) else None
+    ledger = Ledger(site.home) if traces(site.home) else None
     return read_for_training(data, run.study, network.tokenizer, network.reader, ledger)
 
 

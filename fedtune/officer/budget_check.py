@@ -28,7 +28,7 @@ class Paid:
     """What a site's records have paid so far, and would have paid after one more run of a study.
 
     - before, after: ε of the dataset so far, and after one more run
-    - ceiling: policy.max_epsilon
+    - ceiling: policy.max_epsilon, or the hospital's
     - again: the ε of earlier studies with this study's name, 0 if there is none
     - run: the folder of the newest of them"""
 
@@ -60,8 +60,8 @@ def check_budget(study: Study, site: Site, out: Path) -> Paid | None:
     for refusal in privacy_refusals(study, site, None):
         raise refusal
     ledger = None
-    if (site.site.state / DATABASE).exists() and not site.data.declared:
-        ledger = Ledger(site.site.state)
+    if (site.home / DATABASE).exists() and not site.data.declared:
+        ledger = Ledger(site.home)
     study = known_plan(study, site, out)
     plan = _plan(study, site) if study.private else None
     refusals = [*privacy_refusals(study, site, plan), *cost_refusals(study, site, plan, ledger)]
@@ -87,7 +87,7 @@ def _summarise_paid(study: Study, site: Site, plan: DpPlan, ledger: Ledger) -> P
         site=site.site.name,
         before=budget.total(ahead=0),
         after=budget.total(ahead=plan.steps),
-        ceiling=site.policy.max_epsilon,
+        ceiling=site.policy.ceiling,
         again=Budget(site.policy, plan, earlier).total(ahead=0).epsilon,
         run=next((runs.get(charge.study, "") for charge in reversed(earlier)), ""),
     )

@@ -335,7 +335,7 @@ def _fit(site: Site, study: Study, read: Read) -> tuple[Dataset | None, StudyFit
     }
     try:
         record_format = check_columns(site.data, study, tokenizer, reader=reader)
-        ledger = Ledger(site.site.state) if traces(site.site.state) else None
+        ledger = Ledger(site.home) if traces(site.home) else None
         dataset = read_for_training(site.data, study, tokenizer, reader, ledger)
     except FedtuneError as error:
         return None, StudyFit(problem=str(error), **public)

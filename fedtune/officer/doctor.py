@@ -105,9 +105,9 @@ def _disk(site: Site, least: float) -> str:
     A coordinator can see how much space is free beside the ledger's room (docs/guarantee.md, "What
     it does not cover"): with the records, or what is cached of them, on the same disk, that follows
     from how long they are."""
-    text = machine.disk(site.site.state, least)
+    text = machine.disk(site.home, least)
     of_records = {"records": _records_file(site), "FEDTUNE_CACHE": cache_dir()}
-    state = _device(site.site.state)
+    state = _device(site.home)
     on_it = [name for name, path in of_records.items() if path and _device(path) == state]
     if not on_it or not site.coordinator:
         return text
@@ -139,7 +139,7 @@ def _check_declared(site: Site) -> str:
     """Check that no declared record was ever charged as private, as the client does at its start.
 
     Errors: PolicyRefused."""
-    if traces(site.site.state):
+    if traces(site.home):
         declare(site, sign=False)
     allowed = site.policy.allow_declared_data
     client = "" if allowed else "; `fedtune client` refuses it (policy.allow_declared_data)"
@@ -251,8 +251,11 @@ def _protocol(status: dict[str, Any]) -> str:
 
 
 def _secrets(site: Site) -> str:
-    state, keys = site.site.state, keys_folder(site)
-    return machine.secrets([state / KEY, state / SALT, keys / "node.key", keys / "tls.key"])
+    keys = keys_folder(site)
+    own = [] if site.home == site.site.state else [site.site.state / KEY]
+    return machine.secrets(
+        [*own, site.home / KEY, site.home / SALT, keys / "node.key", keys / "tls.key"]
+    )
 
 
 def _records(site: Site) -> str:
@@ -280,20 +283,20 @@ def _records(site: Site) -> str:
 
 
 def _ledger(site: Site) -> str:
-    if not traces(site.site.state):
-        return f"{site.site.state}: none yet; begins with the first study"
-    ledger = Ledger(site.site.state)
+    if not traces(site.home):
+        return f"{site.home}: none yet; begins with the first study"
+    ledger = Ledger(site.home)
     ledger.verify()
-    return f"{site.site.state}: whole; {len(ledger.spending())} charges"
+    return f"{site.home}: whole; {len(ledger.spending())} charges"
 
 
 def _same_people(site: Site) -> str:
     """List signs that one patient has two keys, or that datasets declared disjoint share records.
 
     No guarantee covers these and boilerplate texts cause both signs, so a person has to judge."""
-    if not traces(site.site.state):
+    if not traces(site.home):
         return "nobody has taken part here as yet"
-    ledger, data = Ledger(site.site.state), site.data
+    ledger, data = Ledger(site.home), site.data
     signs = [
         f"datasets {first} and {second} are declared disjoint and share {shared} patients, records "
         "or longer texts"
@@ -317,7 +320,7 @@ def _same_people(site: Site) -> str:
 def _plan(study: Study, site: Site, outline: bool) -> str:
     """Check the plan as `fedtune review` does, ledger and signature included."""
     plan = plan_for_site(study, site.site.declared_size) if study.private else None
-    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
+    ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
     for refusal in would_refuse(study, site, plan, ledger, outline=outline):
         raise refusal
     if is_unsigned(study, site, ledger):
@@ -336,7 +339,7 @@ def _fits(site: Site, study: Study, base: Base) -> str:
     """Describe how the study would use the rows, with those that it rejects."""
     check_data(site, study, base)
     tokenizer, reader = reading_of(base, study.base.modality)
-    ledger = Ledger(site.site.state) if traces(site.site.state) else None  # a check creates none
+    ledger = Ledger(site.home) if traces(site.home) else None  # a check creates none
     dataset = read_for_training(site.data, study, tokenizer, reader, ledger)
     parts = [describe(dataset, study, site.site.declared_size), rows_of(dataset.counts.failed)]
     return "; ".join(filter(None, parts))

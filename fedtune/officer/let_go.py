@@ -79,7 +79,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
         )
     if not chosen:
         return []
-    home = Ledger(site.site.state)
+    home = Ledger(site.home)
     acts, event = AuditLog(home.folder, home.key), "refuse" if refuse else "let-go"
     for one in chosen:
         shown, how = one.waiting, "--all" if every else "by name"
@@ -94,7 +94,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
 
 
 def _find(site: Site) -> list[_Found]:
-    folders = [site.site.ledger or site.site.state, *sorted((site.site.state / RUNS).glob("*"))]
+    folders = [site.site.ledger or site.home, *sorted((site.site.state / RUNS).glob("*"))]
     found = list[tuple[int, _Found]]()
     for folder in folders:
         if (folder / DATABASE).exists():

@@ -33,10 +33,12 @@ from fedtune.core.vault.studies import under_way
 from fedtune.observe.status import LOCK
 from fedtune.officer.withdraw import RECEIPTS
 
+RELEASED = "updates that were released"
+ASKED_DRAWS = "draws that wait to be let go"
 KINDS = {  # name for people -> patterns of paths in the state folder; "*" matches subfolders too
-    "updates that were released": (f"{OUTBOX}/*.bin",),
+    RELEASED: (f"{OUTBOX}/*.bin",),
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
-    "draws that wait to be let go": (f"{ASKED}/*.json",),
+    ASKED_DRAWS: (f"{ASKED}/*.json",),
     "notes of studies under way": (f"{STUDIES}/*.json",),
     "plans as they were asked": (f"{KEPT_PLANS}/*.request",),
     "plans that waited for a signature": ("plans/*.json",),
@@ -70,10 +72,15 @@ NEVER_DELETED = (
 
 @dataclass
 class Listing:
-    """A state folder's files. deletable: kind -> files. unknown: files that fedtune did not write,
-    and backups of ledgers. studies: digest -> name, if a study was chosen."""
+    """A state folder's files and, of a membership, those of its studies in the hospital's home.
+
+    - home: the folder of the ledger
+    - deletable: kind -> files
+    - unknown: files that fedtune did not write, and backups of ledgers
+    - studies: digest -> name, if a study was chosen"""
 
     state: Path
+    home: Path
     deletable: dict[str, list[Path]] = field(default_factory=dict)
     unknown: list[Path] = field(default_factory=list)
     studies: dict[str, str] = field(default_factory=dict)
@@ -92,13 +99,15 @@ def listing(site: Site, study: str | None = None) -> Listing:
     state = site.site.state
     if not state.is_dir():
         raise ConfigError(f"{state}: no such folder", todo="nothing was kept here as yet")
-    contents = Listing(state)
+    contents = Listing(state, site.home)
     for path in _walk(state):
         kind = _kind(path.relative_to(state).as_posix())
         if path.is_symlink() or kind is None:
             contents.unknown.append(path)
         elif kind and (is_abandoned(path) or not DRAFT.search(path.name)):
             contents.deletable.setdefault(kind, []).append(path)
+    if site.hospital:
+        _list_at_hospital(site, contents)
     if study is not None:
         contents.studies = _studies(site, contents.deletable.get(OF_A_STUDY[-1], []), study)
         contents.unknown = []
@@ -118,22 +127,39 @@ def purge(contents: Listing) -> None:
         alone(contents.state / "flower", "fedtune client"),
         alone(contents.state / "ranks", "the vault of a client"),
     ):
-        if traces(contents.state):
-            key = Ledger(contents.state).key  # not with a damaged ledger: a restore may need these
-            AuditLog(contents.state, key).add("purge", files=len(contents.files))
+        if traces(contents.home):
+            key = Ledger(contents.home).key  # not with a damaged ledger: a restore may need these
+            AuditLog(contents.home, key).add("purge", files=len(contents.files))
         try:
             for path in contents.files:
-                _unlink(path, contents.state)
+                in_state = path.is_relative_to(contents.state)
+                _unlink(path, contents.state if in_state else contents.home)
             for folder in sorted({path.parent for path in contents.files}, reverse=True):
-                _remove_empty(folder, contents.state)
+                if folder.is_relative_to(contents.state):
+                    _remove_empty(folder, contents.state)
             sync_folder(contents.state)
         except OSError as error:
             raise InfrastructureError(
                 f"{error.filename}: cannot be deleted ({error.strerror})",
                 todo="fix the permissions and run it again",
             ) from None
-    if traces(contents.state):
-        Ledger(contents.state).verify()
+    if traces(contents.home):
+        Ledger(contents.home).verify()
+
+
+def _list_at_hospital(site: Site, contents: Listing) -> None:
+    """Add what the membership's own studies left beside the hospital's ledger."""
+    if not traces(site.home):
+        return
+    mine = {
+        spent.charge.study: spent.charge.name
+        for spent in Ledger(site.home).spending()
+        if spent.charge.membership == site.policy.membership
+    }
+    for kind in (RELEASED, ASKED_DRAWS):
+        for pattern in KINDS[kind]:
+            if paths := _of(sorted(site.home.glob(pattern)), mine):
+                contents.deletable.setdefault(kind, []).extend(paths)
 
 
 # ---------------------------------------------------------------------------------- one file
@@ -189,8 +215,8 @@ def _remove_empty(folder: Path, top: Path) -> None:
 
 def _studies(site: Site, plans: list[Path], name_or_digest: str) -> dict[str, str]:
     """Return digest -> name of the studies that match. Errors: InputError if none matches."""
-    state = site.site.state
-    spent = Ledger(state).spending() if traces(state) else []
+    state, home = site.site.state, site.home
+    spent = Ledger(home).spending() if traces(home) else []
     names = under_way(state) | {entry.charge.study: entry.charge.name for entry in spent}
     for path in plans:
         try:

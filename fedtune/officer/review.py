@@ -26,7 +26,7 @@ from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.query import query_plan
 from fedtune.core.errors import BudgetExceeded, ConfigError, NotGenuine, PolicyRefused, Refused
 from fedtune.core.files import reading
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.spending import find_heaviest_budget
 from fedtune.core.objectives import describe
 from fedtune.core.registry.rounding import percent, rounded_up
@@ -158,7 +158,7 @@ def review(study: Study, site: Site, ledger: Ledger, *, outline: bool = False) -
 
 def _peers(plan: DpPlan, site: Site, ledger: Ledger) -> list[str]:
     """List this site's key and its peers', with the fingerprints that people compare."""
-    own = ledger.key.public
+    own = signing_key(site, ledger).public
     pinned = dict.fromkeys(pin_others(site, own).policy.peers)
     return [
         f"{plan.sites} sites share one dose of noise, and ε holds if "
@@ -201,7 +201,7 @@ def would_refuse(
     """List every rule and limit that refuses the plan today; a missing signature is not among
     them. ledger: None if there is none yet; outline: as for is_outline."""
     if ledger and site.policy.peers:
-        site = pin_others(site, ledger.key.public)
+        site = pin_others(site, signing_key(site, ledger).public)
     rules = [*refusals(study, site, plan, outline=outline), *sheet_refusals(study, site)]
     return [*rules, *_about_teacher(study, site), *cost_refusals(study, site, plan, ledger)]
 
@@ -448,7 +448,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         "(a coin: 50 %).",
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
-        f"({after.how}); the policy's ceiling is {policy.max_epsilon:g}.",
+        f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
         *_whatever(budget),
         *shared_lines(study, [site.site.declared_size]),
     ]
@@ -471,7 +471,7 @@ def _whatever(budget: Budget) -> list[str]:
         f"The same whatever happens, by this site's own noise alone: ε = "
         f"{rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the ceiling, policy.max_fallback_epsilon, is "
-        f"{budget.policy.max_fallback_epsilon:g}.",
+        f"{budget.policy.fallback_ceiling:g}.",
         *_room_for_attempts(budget),
     ]
 
@@ -516,6 +516,6 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
         "A patient pays from the first round after the records arrived, whether drawn or not.",
         f"Whoever has spent most of dataset {site.data.name!r} so far, at δ = "
         f"{2 * policy.max_delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
-        f"the policy's ceiling of {policy.max_epsilon:g} is left out, and the study goes on with "
+        f"the policy's ceiling of {policy.ceiling:g} is left out, and the study goes on with "
         "the others.",
     ]

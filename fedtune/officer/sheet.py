@@ -132,8 +132,8 @@ def describe_data(site: Site, public: Path | None = None) -> Described:
     replace(out, _json(content), private=True)
     if public:
         replace(public, _json(public_sheet(typed, site.site.name)))
-    if traces(site.site.state):
-        book = Ledger(site.site.state)
+    if traces(site.home):
+        book = Ledger(site.home)
         AuditLog(book.folder, book.key).add("attest", sheet=_typed_hash(typed))
     attested = {"records": records_hash(site), "sheet": _typed_hash(typed)}
     when = {"attested": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}

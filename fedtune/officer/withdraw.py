@@ -22,6 +22,7 @@ from fedtune.core.errors import (
     describe,
 )
 from fedtune.core.files import reading
+from fedtune.core.files.room import OFFICER
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.chain import Entry
@@ -31,7 +32,7 @@ from fedtune.core.wire.keys import canonical, verifies
 
 log = logging.getLogger("fedtune.site")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
-RECEIPTS = "withdrawals"  # in the state folder: a receipt for each withdrawal
+RECEIPTS = "withdrawals"  # beside the ledger: a receipt for each withdrawal
 _DIGITS = 16  # of the patient's salted hash in a receipt's file name
 
 
@@ -112,7 +113,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     def enter() -> Withdrawal:
         entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
         receipt = _receipt(site, ledger, entry, releases)
-        path = site.site.state / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
+        path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
         rule = "--unseen" if unseen else ""
         AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
         replace(path, json.dumps(receipt, indent=1).encode(), private=True)
@@ -124,7 +125,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         if isinstance(error, LedgerError) and not isinstance(error, NoRoom):
             raise
         log.warning("%s; the withdrawal uses the space reserved for the ledger", describe(error))
-        with site.room.give_up():
+        with site.room.of(OFFICER).give_up():
             return enter()
 
 
@@ -146,12 +147,12 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     return str(receipt["time"])
 
 
-def enter_again(state: Path, ledger: Ledger) -> int:
-    """Enter, in a restored ledger, the withdrawals that it lost, from the receipts in the site's
-    state folder; return their number. They hold with the salt under which they were hashed.
+def enter_again(home: Path, ledger: Ledger) -> int:
+    """Enter, in a restored ledger, the withdrawals that it lost, from the receipts beside it;
+    return their number. They hold with the salt under which they were hashed.
     Files that are not receipts of this site are skipped."""
     since: dict[str, int] = {}
-    for path in sorted((state / RECEIPTS).glob("*.json")):
+    for path in sorted((home / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):
             receipt = _genuine(path, ledger)
             since[receipt["unit"]] = calendar.timegm(time.strptime(receipt["time"], TIME))

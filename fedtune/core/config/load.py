@@ -13,6 +13,7 @@ from pydantic import (
     ValidationError,
 )
 
+from fedtune.core.config.hospital import FILE, Hospital, share_in
 from fedtune.core.config.overrides import overridden
 from fedtune.core.config.site import Site
 from fedtune.core.config.study import Study
@@ -20,7 +21,12 @@ from fedtune.core.errors import ConfigError
 from fedtune.core.files import reading
 
 MOST_KEY = 80  # characters of a key that a message shows
-T = TypeVar("T", Study, Site)
+T = TypeVar("T", Study, Site, Hospital)
+EXPECTED: dict[type, tuple[str, str]] = {
+    Study: ("a study.toml", "`fedtune init DIR` writes one"),
+    Site: ("a site.toml", "`fedtune init DIR` writes one"),
+    Hospital: ("a hospital.toml", "`fedtune memberships` writes one"),
+}
 WORDS = {  # a pattern, as a person would say it
     r"^sha256:[0-9a-f]{64}$": 'must be "sha256:" and 64 hexadecimal digits',
     r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$": "must be 1 to 64 letters, digits, dots, dashes or "
@@ -53,8 +59,11 @@ def load_study(
     return study
 
 
-def load_site(path: Path | str) -> Site:
-    """Read a site from site.toml; relative paths in it are relative to the file.
+def load_site(path: Path | str, *, alone: bool = False) -> Site:
+    """Read a site from site.toml; relative paths in it are relative to the file. A membership of a
+    hospital is under the ceilings of hospital.toml in its home.
+
+    alone: read the site file only, as where the hospital's home is out of reach.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -64,8 +73,15 @@ def load_site(path: Path | str) -> Site:
     Errors: ConfigError naming the file and the key."""
     path = Path(path)
     site = _load(Site, path)
+    if site.hospital and not alone:
+        site = share_in(site, load_hospital(site.hospital.home))
     site._file = path.resolve()
     return site
+
+
+def load_hospital(home: Path) -> Hospital:
+    """Read hospital.toml in a hospital's home. Errors: ConfigError naming the file and the key."""
+    return _load(Hospital, home / FILE)
 
 
 def validate_study(study: Study) -> Study:
@@ -107,8 +123,8 @@ def study_from_json(text: str) -> Study:
 
 
 def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
-    expected = "a study.toml" if kind is Study else "a site.toml"
-    tables = reading.toml_in(path, expected, "`fedtune init DIR` writes one", ConfigError)
+    expected, todo = EXPECTED[kind]
+    tables = reading.toml_in(path, expected, todo, ConfigError)
     settings = tuple(settings)
     tables = overridden(tables, settings)
     try:
@@ -116,7 +132,10 @@ def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
     except ValidationError as error:
         where = f"{path} with --set" if settings else str(path)
         line = f"{where}: {_first(error, kind)}"
-        raise ConfigError(line, todo="see the comments of `fedtune init`") from None
+        shown = (
+            "`fedtune memberships --help`" if kind is Hospital else "the comments of `fedtune init`"
+        )
+        raise ConfigError(line, todo=f"see {shown}") from None
     return loaded.anchored(path.resolve().parent)
 
 
@@ -124,6 +143,8 @@ def _suggest_key(kind: type[BaseModel], steps: list[str]) -> str:
     """Suggest the known key that a mistyped one resembles, e.g. ' (did you mean rounds?)'."""
     table: Any = kind
     for step in steps[:-1]:
+        if step not in table.model_fields:  # the name of one of several tables
+            continue
         field = table.model_fields[step].annotation
         table = next(t for t in (field, *get_args(field)) if hasattr(t, "model_fields"))
     near = difflib.get_close_matches(steps[-1], table.model_fields, n=1)

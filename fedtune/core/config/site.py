@@ -257,6 +257,18 @@ class AcceptanceTable(SiteData):
         return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
 
+class ShareTable(Table):
+    """What a hospital's home leaves one of its memberships: its name, the ceilings of all of them
+    together, and who else has space reserved beside the ledger. Read from hospital.toml."""
+
+    membership: Name
+    max_epsilon: Positive
+    max_fallback_epsilon: Positive
+    earlier: bool
+    declared_size: Count
+    memberships: tuple[Name, ...]
+
+
 class PolicyTable(Table):
     """The plans that this site admits. Deny by default: a plan that is not allowed here is
     refused."""
@@ -299,10 +311,40 @@ class PolicyTable(Table):
     # and the one that has it cannot read them; preferred: as far as this machine gives it.
     isolation: Literal["required", "preferred"] = "preferred"
 
+    # What a hospital's home leaves to this membership; read from hospital.toml, never from here.
+    hospital: ShareTable | None = None
+
+    @property
+    def membership(self) -> str:
+        """The membership that pays from a hospital's ledger; "" of a site with one of its own."""
+        return self.hospital.membership if self.hospital else ""
+
+    @property
+    def ceiling(self) -> float:
+        """The most ε of everything that the ledger pays for: the hospital's, for a membership."""
+        return self.hospital.max_epsilon if self.hospital else self.max_epsilon
+
+    @property
+    def fallback_ceiling(self) -> float:
+        """The same if secure aggregation does not hold."""
+        return self.hospital.max_fallback_epsilon if self.hospital else self.max_fallback_epsilon
+
     def fits(self, declared_size: int) -> bool:
-        """Return whether the δ at which everything is composed, 2 · max_delta (core/dp/filter.py),
-        is below 1 / `declared_size`."""
-        return 2 * self.max_delta < 1 / declared_size
+        """Return whether the δ at which everything is composed is below 1 / `declared_size`."""
+        return fits(self.max_delta, declared_size)
+
+
+def fits(max_delta: float, declared_size: int) -> bool:
+    """Return whether the δ at which everything is composed, 2 · max_delta (core/dp/filter.py), is
+    below 1 / `declared_size`."""
+    return 2 * max_delta < 1 / declared_size
+
+
+class HomeTable(Table):
+    """The home that a site shares with the hospital's other memberships, and its name there."""
+
+    home: Place  # the folder of hospital.toml and of the hospital's ledger
+    membership: Name
 
 
 class VaultTable(Table):
@@ -359,12 +401,22 @@ class Site(Table):
     policy: PolicyTable = PolicyTable()
     coordinator: CoordinatorTable | None = None
     vault: VaultTable | None = None
+    hospital: HomeTable | None = None  # None: the site's state folder is its home
     _file: Path | None = PrivateAttr(default=None)
 
     @property
+    def home(self) -> Path:
+        """The folder of the site's ledger, salt, audit log and receipts of withdrawals: its state
+        folder or, for a membership, the hospital's home."""
+        return self.hospital.home if self.hospital else self.site.state
+
+    @property
     def room(self) -> Room:
-        """The disk space that the site reserves beside its ledger."""
-        return Room(self.site.state, self.site.declared_size, self.policy.max_rounds)
+        """The disk space that is reserved beside the site's ledger."""
+        rounds, share = self.policy.max_rounds, self.policy.hospital
+        if share is None:
+            return Room(self.home, self.site.declared_size, rounds)
+        return Room(self.home, share.declared_size, rounds, share.membership, share.memberships)
 
     @classmethod
     def from_records(
@@ -443,6 +495,8 @@ class Site(Table):
                 "evaluation.consent: either both datasets of a site have a consent "
                 "table, or neither has"
             )
+        if self.policy.hospital and not self.hospital:
+            raise ValueError("policy.hospital: is read from hospital.toml; name its folder as home")
         if self.site.ledger and not self.data.declared:
             raise ValueError("site.ledger: private data is paid from the ledger in site.state")
         for table in filter(None, (self.data, self.evaluation, self.acceptance)):

@@ -6,7 +6,11 @@ decide whether a round can be charged, or which records are remembered. So a fil
 shrinks as they grow: ledger, receipts, audit log and this file together have a constant, public
 number of bytes. Whether the disk has these bytes,
 and how much it has besides, then depends only on the other files on the disk. If it does not have
-them, no order is answered."""
+them, no order is answered.
+
+A hospital's ledger is shared by the vaults of its memberships, which may answer orders at the same
+time. Each then has space of its own to give up while it answers, in a file that bears its name; one
+file beside these makes up for what the ledger has grown."""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ import errno
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedtune.core.errors import InfrastructureError
@@ -24,7 +28,9 @@ from fedtune.core.files import locks
 
 log = logging.getLogger("fedtune.site")
 ROOM = "room"
-ORDERS = "orders.lock"  # held while an order is answered
+ORDERS = "orders.lock"  # held while an order is answered; a membership's has its name
+SHARED = "room.lock"  # held while the files of a hospital's room change
+OFFICER = "officer"  # has space to give up too: for a withdrawal while orders are answered
 LEDGER = "ledger.db"
 ROUNDS = 2048  # that a ledger pays for in its life, where its site does not say otherwise
 OF_A_ROUND = 4 * 2**10  # bytes of all entries that one round makes, at most
@@ -39,6 +45,8 @@ class Room:
     """The space in `folder`, beside a ledger that pays for at most `rounds` rounds, of a site
     that declares `declared_size` units.
 
+    membership, memberships: in a hospital's home, who gives up space and who else does.
+
     >>> room = Room(Path("state"), 100)
     >>> room.of_an_answer, room.size
     (11075584, 22151168)
@@ -47,6 +55,8 @@ class Room:
     folder: Path
     declared_size: int
     rounds: int = ROUNDS
+    membership: str = ""
+    memberships: tuple[str, ...] = ()
 
     @property
     def of_an_answer(self) -> int:
@@ -73,10 +83,24 @@ class Room:
         return 2**20 + OF_A_WITHDRAWAL * self.declared_size
 
     @property
+    def of_growth(self) -> int:
+        """Bytes up to which everything that grows is made up for."""
+        return self.of_the_ledger + self.of_receipts + self.of_the_audit_log
+
+    @property
+    def lent(self) -> int:
+        """Bytes that may be given up at the same time."""
+        return self.of_an_answer * max(1, len(self._users))
+
+    @property
     def size(self) -> int:
-        """Bytes that ledger, receipts, audit log and the room's own file take together."""
-        made_up_for = self.of_the_ledger + self.of_receipts + self.of_the_audit_log
-        return self.of_an_answer + made_up_for
+        """Bytes that ledger, receipts, audit log and the room's own files take together."""
+        return self.lent + self.of_growth
+
+    def of(self, membership: str) -> Room:
+        """Return the same space, to be given up by another membership or by the OFFICER; a site
+        that is no membership has one space for all."""
+        return replace(self, membership=membership if self.membership else "")
 
     def has_space(self, beside: int = 0) -> bool:
         """Return whether the disk has the whole space and `beside` bytes more; True if the file
@@ -92,7 +116,8 @@ class Room:
         finally:
             os.close(descriptor)
         free = disk.f_bavail * disk.f_frsize
-        return free + _length(self.folder / ROOM) + self._grown >= self.size + beside
+        taken = sum(_length(path) for path in self._files)
+        return free + taken + self._grown >= self.size + beside
 
     @contextmanager
     def give_up(self) -> Iterator[None]:
@@ -104,22 +129,23 @@ class Room:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise self._none(error) from error
-        with locks.hold(self.folder / ORDERS), self._given_up():
+        with locks.hold(_lock_of(self.folder, self.membership)), self._given_up():
             yield
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:
-        path, kept = self.folder / ROOM, self.size - self._grown
         try:
-            _allocate(path, kept)
-            _allocate(path, kept - self.of_an_answer)
+            with self._shared():
+                self._take(self.of_an_answer)
+                self._take(0)
         except OSError as error:
             raise self._none(error) from error
         try:
             yield
         finally:
             try:
-                _allocate(path, self.size - self._grown)
+                with self._shared():
+                    self._take(self.of_an_answer)
             except OSError as error:
                 log.warning(
                     "%s: the ledger's room cannot be taken back (%s); no order is answered until "
@@ -127,6 +153,32 @@ class Room:
                     self.folder,
                     error.strerror,
                 )
+
+    @contextmanager
+    def _shared(self) -> Iterator[None]:
+        """Keep other memberships from changing the room's files while the block does."""
+        with locks.hold(self.folder / SHARED) if self.membership else nullcontext():
+            yield
+
+    def _take(self, of_an_answer: int) -> None:
+        """Make the room's files as long as they are with so many bytes for an answer. What the
+        ledger has grown by leaves the file first, so that others find their space. Errors:
+        OSError."""
+        growth = self.of_growth - self._grown
+        if not self.membership:
+            _allocate(self.folder / ROOM, growth + of_an_answer)
+            return
+        _allocate(self.folder / ROOM, growth)
+        _allocate(self.folder / f"{ROOM}-{self.membership}", of_an_answer)
+
+    @property
+    def _users(self) -> tuple[str, ...]:
+        return (*self.memberships, OFFICER) if self.membership else ()
+
+    @property
+    def _files(self) -> list[Path]:
+        names = [ROOM, *(f"{ROOM}-{name}" for name in self._users)]
+        return [self.folder / name for name in names]
 
     def _none(self, error: OSError) -> InfrastructureError:
         return InfrastructureError(
@@ -150,14 +202,22 @@ class Room:
         return BLOCK * sum(-(-_length(path) // BLOCK) for path in files)
 
 
+def _lock_of(folder: Path, membership: str) -> Path:
+    name = Path(ORDERS)
+    return folder / (f"{name.stem}-{membership}{name.suffix}" if membership else ORDERS)
+
+
 @contextmanager
 def between_orders(folder: Path) -> Iterator[bool]:
-    """Keep the site with its state in `folder` from answering an order while the block runs; yields
-    whether no order is being answered: a file that takes space then takes none of the ledger's.
+    """Keep the sites with their ledger in `folder` from answering an order while the block runs;
+    yields whether no order is being answered: a file that takes space then takes none of the
+    ledger's.
 
     Errors: InfrastructureError."""
-    with locks.hold_if_free(folder / ORDERS) as is_free:
-        yield is_free
+    stem = Path(ORDERS).stem
+    paths = {folder / ORDERS, *folder.glob(f"{stem}-*{Path(ORDERS).suffix}")}
+    with ExitStack() as held:
+        yield all([held.enter_context(locks.hold_if_free(path)) for path in sorted(paths)])
 
 
 def reserve(descriptor: int, size: int) -> bool:

@@ -61,7 +61,8 @@ class Account:
             self._update_disjoint(entry.seq, body)
             self.declared[body["dataset"]] = {k: v for k, v in body.items() if k != "time"}
         elif entry.kind == "reserve":
-            charge, out = Charge.read(body["charge"]), frozenset(body.get("out", ()))
+            charge = Charge.read(body["charge"], body.get("membership", ""))
+            out = frozenset(body.get("out", ()))
             self.reserved[entry.seq] = Reservation(
                 dataset=body["dataset"], charge=charge, adapter=body["adapter"], time=time, out=out
             )
@@ -79,7 +80,8 @@ class Account:
         elif entry.kind == "refuse":
             self.refused.add(_slot(body))
         elif entry.kind == "restore":
-            self.restored += [(entry.seq, Charge.read(c), time) for c in body["charges"]]
+            charges = [Charge.read(fields, EVERY) for fields in body["charges"]]
+            self.restored += [(entry.seq, charge, time) for charge in charges]
         elif entry.kind == "withdraw":
             self.withdrawn[body["unit"]] = entry
         elif entry.kind == "admit":

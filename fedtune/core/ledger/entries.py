@@ -30,7 +30,8 @@ class Charge:
     - order: the Rényi order of the site's filter at the time of the charge
     - rules: RULES of the release that charged
     - sites, colluding: with secure aggregation n and t, so that under its assumption the noise of n
-      - t sites is on what anybody opens"""
+      - t sites is on what anybody opens
+    - membership: which of a hospital's memberships paid; "" of a site whose ledger is its own"""
 
     study: str  # plan digest
     name: str
@@ -46,17 +47,19 @@ class Charge:
     rules: int = RULES
     sites: int = 1
     colluding: int = 0
+    membership: str = ""
 
     @classmethod
-    def read(cls, fields: Mapping[str, Any]) -> Charge:
+    def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
         """Read a charge from a ledger entry; an entry without `rules` was written before they
         existed: version 1."""
-        return cls(**{"rules": 1, **fields})
+        return cls(**{"rules": 1, **fields}, membership=membership)
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a ledger entry; without secure aggregation the same as in earlier
-        releases."""
+        releases. The membership stands beside them."""
         fields = asdict(self)
+        del fields["membership"]
         if self.sites == 1:
             del fields["sites"], fields["colluding"]
         return fields

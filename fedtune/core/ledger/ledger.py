@@ -31,7 +31,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.core.errors import InfrastructureError, InputError, Refused
 from fedtune.core.files.room import Room
@@ -51,6 +51,7 @@ from fedtune.core.ledger.entries import (
 )
 from fedtune.core.ledger.files import (
     DATABASE,
+    KEY,
     OUTBOX,
     RECEIPT,
     Head,
@@ -66,6 +67,9 @@ from fedtune.core.ledger.files import (
 )
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 
+if TYPE_CHECKING:
+    from fedtune.core.config import Site
+
 __all__ = [
     "EVERY",
     "RULES",
@@ -77,6 +81,7 @@ __all__ = [
     "LedgerError",
     "NoRoom",
     "Spent",
+    "signing_key",
 ]
 
 log = logging.getLogger("fedtune.ledger")
@@ -280,8 +285,7 @@ class Ledger:
         entry's number. Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
             self._ask(dataset, permit)
-            entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
-            return writer.append("reserve", entry)
+            return writer.append("reserve", _reservation(dataset, charge, adapter))
 
     def reserve_for(
         self,
@@ -308,8 +312,8 @@ class Ledger:
                     permit(cohort.charges)
                 except Refused:
                     out.add(cohort.arrival)
-            entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
-            return writer.append("reserve", {**entry, "out": sorted(out)}), frozenset(out)
+            entry = _reservation(dataset, charge, adapter) | {"out": sorted(out)}
+            return writer.append("reserve", entry), frozenset(out)
 
     def release(
         self, reservation: int, update: bytes, *, held: bool = False, keeps_all: bool = False
@@ -559,6 +563,20 @@ class Ledger:
 
     def _check_members(self, writer: Transaction) -> None:
         check_members(self.folder / DATABASE, writer, self._account.members)
+
+
+def signing_key(site: Site, ledger: Ledger) -> SigningKey:
+    """Return the key with which a site signs what leaves it: the ledger's or, for a membership of a
+    hospital, one of its own, so that two coordinators do not see that a hospital is the same.
+
+    Errors: InfrastructureError."""
+    return SigningKey.at(site.site.state / KEY) if site.hospital else ledger.key
+
+
+def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
+    """Build the body of an entry that charges a round."""
+    entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
+    return entry | ({"membership": charge.membership} if charge.membership else {})
 
 
 def _of_slot(slot: Slot) -> dict[str, Any]:

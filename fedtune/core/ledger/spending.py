@@ -140,13 +140,11 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
     order = spent[0].charge.order if spent else 2.0
     total = total_epsilon(events, order, policy.max_delta)
     pld = _epsilon(events, policy.max_delta)
-    found = DatasetBudget(
-        dataset, total.epsilon, total.how, pld, policy.max_epsilon, policy.max_delta
-    )
+    found = DatasetBudget(dataset, total.epsilon, total.how, pld, policy.ceiling, policy.max_delta)
     if not _is_noise_shared(spent):
         return found
     alone = total_epsilon([entry.charge.fallback for entry in spent], order, policy.max_delta)
-    ceiling = policy.max_fallback_epsilon
+    ceiling = policy.fallback_ceiling
     return replace(found, fallback=alone.epsilon, fallback_ceiling=ceiling)
 
 

@@ -9,7 +9,7 @@ refusal."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedtune.core.config import PolicyTable
 from fedtune.core.config.study import QUERIES
@@ -18,7 +18,7 @@ from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
-from fedtune.core.ledger.entries import Charge, Spent
+from fedtune.core.ledger.entries import EVERY, Charge, Spent
 
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
 QUERIES_TODO = (
@@ -36,9 +36,11 @@ class Budget:
     against one cohort, in the ledger's order.
     Guarantee: while `check` (or, for another dataset than the plan's own, `check_ceilings`) passes
     before every charge, all that was released from the dataset
-    is (policy.max_epsilon, 2 · policy.max_delta)-DP under the assumption of secure aggregation
-    where studies have it, and (policy.max_fallback_epsilon, 2 · policy.max_delta)-DP without,
-    whatever the choice of studies depended on; see `fedtune.core.dp.filter`."""
+    is (policy.ceiling, 2 · policy.max_delta)-DP under the assumption of secure aggregation
+    where studies have it, and (policy.fallback_ceiling, 2 · policy.max_delta)-DP without,
+    whatever the choice of studies depended on; see `fedtune.core.dp.filter`. For a membership of a
+    hospital these are the hospital's ceilings, and what this membership alone released is within
+    its share, policy.max_epsilon and policy.max_fallback_epsilon."""
 
     policy: PolicyTable
     plan: DpPlan
@@ -51,7 +53,7 @@ class Budget:
         if self.charges:
             return self.charges[0].order
         planned = self.plan.events(self.plan.steps)
-        return best_order(planned, self.policy.max_epsilon, self.policy.max_delta)
+        return best_order(planned, self.policy.ceiling, self.policy.max_delta)
 
     def total(self, ahead: int) -> Total:
         """Compute the dataset's total ε with `ahead` more steps of the plan, at 2 ·
@@ -126,19 +128,44 @@ class Budget:
                 if beside
                 else "lower epsilon or rounds, or ask the site to raise this limit",
             )
-        if self.total(ahead).epsilon > policy.max_epsilon:
+        share = self.share
+        if share.total(ahead).epsilon > policy.max_epsilon:
             raise BudgetExceeded(
                 "the study would take this dataset past policy.max_epsilon, other studies included",
                 f"at most ε = {policy.max_epsilon} in total",
                 "`fedtune ledger` at the site shows what was spent; lower epsilon or rounds",
             )
-        if self.is_shared and self.fallback(ahead).epsilon > policy.max_fallback_epsilon:
+        if share.is_shared and share.fallback(ahead).epsilon > policy.max_fallback_epsilon:
             raise BudgetExceeded(
                 "the study would take this dataset past policy.max_fallback_epsilon, the ε that "
                 "holds even if secure aggregation does not",
                 f"at most ε = {policy.max_fallback_epsilon} in total",
                 "lower epsilon: with shared noise it stays below what each site would spend alone",
             )
+        if policy.hospital and self._exceeds_hospital(ahead):
+            # Without a figure: what other consortia spent is not this coordinator's to know.
+            raise BudgetExceeded(
+                "the study does not fit into the budget of this hospital, of all its consortia "
+                "together",
+                todo="ask the site; `fedtune ledger` there shows what was spent",
+            )
+
+    @property
+    def share(self) -> Budget:
+        """The budget of what this membership alone spent; of everything, without a hospital's
+        home. A charge that a restore entered counts against every membership's share."""
+        if (share := self.policy.hospital) is None:
+            return self
+        mine = {share.membership, EVERY, *([""] if share.earlier else [])}
+        return replace(self, charges=[c for c in self.charges if c.membership in mine])
+
+    def _exceeds_hospital(self, ahead: int) -> bool:
+        """Return whether all charges of the dataset, and steps ahead, exceed a ceiling of the
+        hospital's."""
+        above = self.total(ahead).epsilon > self.policy.ceiling
+        return above or (
+            self.is_shared and self.fallback(ahead).epsilon > self.policy.fallback_ceiling
+        )
 
     def check_attempts(self, round_: int) -> None:
         """Check that a round of the plan may be paid for once more. It is paid for again if it was

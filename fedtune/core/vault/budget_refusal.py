@@ -38,7 +38,7 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
     total = budget(name, spent, policy)
     lines = study_lines(spent, policy.max_delta, study.unit)
     runs = places(site)
-    paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.max_epsilon:g}"
+    paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.ceiling:g}"
     if total.fallback is not None:
         paid += f"; whatever happens ε = {rounded_up(total.fallback)} of {total.fallback_ceiling:g}"
     newest = sorted(lines, key=lambda line: -line.last)

@@ -28,7 +28,7 @@ def sign_declarations(site: Site, sign: bool = True) -> None:
     DataError if it cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
         if data.declared:
-            ledger = Ledger(site.site.state)
+            ledger = Ledger(site.home)
             ledger_entries.declare(ledger, data.name, data.declared, identities(data), sign)
 
 
@@ -38,8 +38,8 @@ def check_private(site: Site) -> None:
 
     Errors: PolicyRefused if some was; DataError if it cannot be read; LedgerError."""
     for data in filter(None, (site.data, site.evaluation)):
-        if not data.declared and (site.site.state / DATABASE).exists():
-            ledger = Ledger(site.site.state)
+        if not data.declared and (site.home / DATABASE).exists():
+            ledger = Ledger(site.home)
             if ledger_entries.read_declarations(ledger):
                 known = identities(data, patients=False)
                 ledger_entries.check_private(ledger, data.name, known)

@@ -142,6 +142,7 @@ def charge_of(
         order=Budget(site.policy, plan, charges).order,
         sites=plan.sites,
         colluding=plan.colluding,
+        membership=site.policy.membership,
     )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def acts(site: SiteWorker) -> AuditLog:
     """Return the audit log of a site's own acts."""
-    return AuditLog(site.home.folder, site.key)
+    return AuditLog(site.home.folder, site.home.key)
 
 
 def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None:

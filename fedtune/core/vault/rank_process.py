@@ -235,7 +235,7 @@ def follow(group: Group, site: Site) -> NoReturn:
 
     Guarantee: it opens neither the records' files nor the ledger, charges nothing, draws
     nothing, adds no noise and writes no step log."""
-    PREFIX_STORE.leave_free(site.room.of_an_answer)
+    PREFIX_STORE.leave_free(site.room.lent)
     prepared: _StudyAtRank | None = None
     while True:
         header, tensors = group.receive()

@@ -24,7 +24,7 @@ from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
 from fedtune.core.files.room import LEDGER, Room
 from fedtune.core.ledger.entries import Charge
-from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom
+from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom, signing_key
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
@@ -94,7 +94,7 @@ class SiteWorker:
 
     def __init__(self, site: Site, path: Path | None = None) -> None:
         self.site, self._path = site, path
-        self.log = StepLog((site.site.ledger or site.site.state) / "steps.jsonl")
+        self.log = StepLog((site.site.ledger or site.home) / "steps.jsonl")
         self.ranks: Workers | None = None  # other processes that share a round's work
         self.draws = Draws()  # of this process: they wait for their set of sites
         self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
@@ -103,12 +103,13 @@ class SiteWorker:
         # By dataset: the view that it was loaded for, and the data.
         self._cached: dict[str, tuple[object, CachedDataset]] = {}
         self._of_runs: dict[str, SiteWorker] = {}  # by plan, of declared data in a consortium
-        PREFIX_STORE.leave_free(self.room.of_an_answer)
+        PREFIX_STORE.leave_free(self.room.lent)
 
     @cached_property
     def home(self) -> Ledger:
-        """The site's lifetime ledger: its key, receipts, declarations, signatures, withdrawals."""
-        return Ledger(self.site.site.state, self.room)
+        """The site's lifetime ledger, which a hospital's memberships share: its receipts,
+        declarations, signatures, withdrawals."""
+        return Ledger(self.site.home, self.room)
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -125,9 +126,9 @@ class SiteWorker:
         of_run = self.site.site.ledger
         return of_run is None or (of_run / LEDGER).exists()
 
-    @property
+    @cached_property
     def key(self) -> SigningKey:
-        return self.home.key
+        return signing_key(self.site, self.home)
 
     @property
     def room(self) -> Room:
@@ -168,7 +169,7 @@ class SiteWorker:
         try:
             plan = compute_plan(study, self.current(), coordinator)
             self.permit(study, plan, coordinator)
-            studies.check_number(self.home.folder, study)
+            studies.check_number(self.site.site.state, study)
             prepared = self._prepared.get(study.digest)
             if prepared is None:
                 self._cached.clear()  # an earlier study's records take no memory from this one
@@ -185,7 +186,7 @@ class SiteWorker:
             return self._admission(False, str(refusal))
         lora = study.lora
         chosen = self._prepared[study.digest].lora_rank if lora and lora.min_rank else None
-        studies.begin(self.home.folder, study)
+        studies.begin(self.site.site.state, study)
         declared, free = self.site.data.declared, self.site.free_query
         return replace(self._admission(True, "", chosen), declared=declared, free_query=free)
 
@@ -193,7 +194,7 @@ class SiteWorker:
         """Take in that a study has ended, by the coordinator's signed statement. Errors:
         LedgerError."""
         self.draws.destroy(digest)  # of attempts that were given up
-        studies.end(self.home.folder, digest)
+        studies.end(self.site.site.state, digest)
 
     def _prepare_model(
         self, study: Study, plan: DpPlan | None, frozen: Arrays, coordinator: str
@@ -495,6 +496,7 @@ class SiteWorker:
             order=Budget(site.policy, plan, charges).order if plan else 2.0,
             sites=plan.sites if plan else 1,
             colluding=plan.colluding if plan else 0,
+            membership=site.policy.membership,
         )
 
     def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:

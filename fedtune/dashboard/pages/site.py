@@ -44,9 +44,9 @@ class SitePage(Page):
 
     def slow_files(self) -> Iterable[Path]:
         site = self._site()
-        ledger = site.site.ledger or site.site.state
+        ledger = site.site.ledger or site.home
         names = ("ledger.db", "ledger.db-wal", "ledger.head")
-        others = [site.site.state / name for name in ("plans", "audit.jsonl")]
+        others = [site.site.state / "plans", site.home / "audit.jsonl"]
         return [self.path, *others, *(ledger / name for name in names)]
 
     def read_context(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fedtune.core.errors import ConfigError, InputError
 from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.audit_log import AuditLog, login, person
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.run_folder import SIGNATURE
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
@@ -76,12 +76,13 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
             "[acceptance] in site.toml, with records and thresholds",
             "write the rules before anybody sees a figure: docs/acceptance.md",
         )
-    ledger = Ledger(site.site.ledger or site.site.state)
+    ledger = Ledger(site.site.ledger or site.home)
     scored = score_models(run, table, site, ledger)
     figures: dict[str, Any] = {"study": run.study.study.name, "site": site.site.name}
     figures |= figures_of(table, scored)
-    figures["looks"] = looks(site.site.state, ledger.key.public, scored.held_out.keyed)
-    record = _sign_record(run, table, scored.held_out.keyed, figures, ledger.key)
+    key = signing_key(site, ledger)
+    figures["looks"] = looks(site.site.state, key.public, scored.held_out.keyed)
+    record = _sign_record(run, table, scored.held_out.keyed, figures, key)
     content = canonical(record)
     folder = site.site.state / ACCEPTANCE / _name(record)
     AuditLog(ledger.folder, ledger.key).add(
@@ -106,10 +107,11 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     patients, which no ε covers. It is entered in the site's audit log. Errors: InputError if
     nothing was decided about this model, or `to` exists."""
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
-    ledger = Ledger(site.site.ledger or site.site.state)
+    ledger = Ledger(site.site.ledger or site.home)
+    key = signing_key(site, ledger)
     model, records = _model(run), dict[tuple[str, int], dict[str, Any]]()
     for path in (site.site.state / ACCEPTANCE).glob(f"*/{RECORD}"):
-        record = read_record(path, ledger.key.public)
+        record = read_record(path, key.public)
         if all(record["model"][part] == model[part] for part in ("plan", "adapter")):
             records[record["time"], path.stat().st_mtime_ns] = record
     if not records:
@@ -121,7 +123,7 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
     if to.exists():
         raise InputError(f"{to}: exists", "a new file", "name another with --tell")
     record = records[max(records)]
-    statement = state(record, ledger.key)
+    statement = state(record, key)
     AuditLog(ledger.folder, ledger.key).add(
         "assess", "told", record=hashlib.sha256(canonical(record)).hexdigest()
     )

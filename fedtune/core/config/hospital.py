@@ -1,0 +1,199 @@
+"""The tables of hospital.toml, in the home that several memberships of one hospital share.
+
+    HOME/hospital.toml     the hospital's ceilings, its datasets and its memberships
+    HOME/ledger.db …       one ledger, salt, audit log and receipts of withdrawals for all of them
+
+A membership is a site.toml of its own that names this home in its table [hospital]: it has its own
+signing key, network keys, policy and state folder, and pays from the hospital's ledger."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import Field, model_validator
+
+from fedtune.core.config.database import Url, anchor_url
+from fedtune.core.config.site import ConsentTable, ShareTable, SiteData, fits
+from fedtune.core.config.types import Count, Delta, Name, Number, Place, Positive, Table
+from fedtune.core.errors import ConfigError
+from fedtune.core.files.room import ROUNDS
+
+if TYPE_CHECKING:
+    from fedtune.core.config.site import Site
+
+FILE = "hospital.toml"
+Data = TypeVar("Data", bound=SiteData)
+
+
+class HospitalTable(Table):
+    """A hospital's name, and the units of its largest dataset, as a person declares them."""
+
+    name: Name
+    declared_size: Count
+
+
+class CeilingTable(Table):
+    """What all consortia together may spend of each dataset."""
+
+    max_epsilon: Positive = 8.0  # in total, at max_delta: everything ever released
+    max_fallback_epsilon: Positive = 8.0  # in total, if secure aggregation did not hold
+    max_delta: Delta = 1e-3
+    max_rounds: Number = ROUNDS  # that the ledger pays for, of all memberships
+
+
+class RegisteredData(Table):
+    """A dataset that a person registered: its place, which other datasets share no patient with
+    it, and its patients' consent. Overlap is declared here, and never inferred from content."""
+
+    path: Place | None = None
+    url: Url | None = None
+    disjoint_from: tuple[Name, ...] = ()
+    cohort: Name = "first"
+    consent: ConsentTable | None = None
+
+    @model_validator(mode="after")
+    def _check_place(self) -> RegisteredData:
+        if (self.path is None) == (self.url is None):
+            raise ValueError("path: name a file or folder, or a url, and not both")
+        return self
+
+    def anchored(self, folder: Path) -> RegisteredData:
+        """Make every path in the table absolute, including that of a database."""
+        url = anchor_url(self.url, folder) if self.url else None
+        return super().anchored(folder).model_copy(update={"url": url})
+
+    def is_place_of(self, data: SiteData) -> bool:
+        """Return whether `data` lies here: the same file or folder, or the same database."""
+        if self.url or data.url:
+            return self.url == data.url
+        assert self.path is not None
+        if self.path.exists() and data.path.exists():
+            return os.path.samefile(self.path, data.path)
+        return self.path.resolve() == data.path.resolve()
+
+
+class MembershipTable(Table):
+    """A membership in a consortium, and its share of the hospital's ceilings.
+
+    - site: its site.toml
+    - max_epsilon, max_fallback_epsilon: the share of each; None: the whole ceiling
+    - earlier: whether what the ledger paid for before it was the hospital's is this membership's"""
+
+    site: Place
+    max_epsilon: Positive | None = None
+    max_fallback_epsilon: Positive | None = None
+    earlier: bool = False
+
+
+class Hospital(Table):
+    """The settings of a hospital's home. Guarantee: never sent.
+
+    A dataset or a membership that is not listed here is refused."""
+
+    hospital: HospitalTable
+    policy: CeilingTable = CeilingTable()
+    datasets: dict[Name, RegisteredData]
+    memberships: dict[Name, MembershipTable] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Hospital:
+        if not fits(self.policy.max_delta, self.hospital.declared_size):
+            raise ValueError(
+                f"policy.max_delta = {self.policy.max_delta}: twice this value must be below 1 / "
+                "hospital.declared_size; a larger δ would allow a mechanism to release a record"
+            )
+        if sum(membership.earlier for membership in self.memberships.values()) > 1:
+            raise ValueError("memberships: what was paid earlier is one membership's alone")
+        for name, data in self.datasets.items():
+            if unknown := set(data.disjoint_from) - set(self.datasets):
+                raise ValueError(f"datasets.{name}.disjoint_from: {min(unknown)} is no dataset")
+        return self
+
+    def anchored(self, folder: Path) -> Hospital:
+        """Make every path absolute, relative ones against `folder`."""
+        tables = {
+            name: {key: table.anchored(folder) for key, table in getattr(self, name).items()}
+            for name in ("datasets", "memberships")
+        }
+        return self.model_copy(update=tables)
+
+
+def share_in(site: Site, hospital: Hospital) -> Site:
+    """Return the site as a membership of the hospital: under its ceilings and its share of them,
+    with what the hospital declares of its datasets.
+
+    Errors: ConfigError if the hospital does not list the membership or a dataset, or if the site
+    file says otherwise."""
+    assert site.hospital is not None
+    name, ceilings = site.hospital.membership, hospital.policy
+    where = site.hospital.home / FILE
+    if (membership := hospital.memberships.get(name)) is None:
+        raise ConfigError(
+            f"{where}: has no membership {name!r}",
+            "one of " + (", ".join(sorted(hospital.memberships)) or "none so far"),
+            "`fedtune memberships` adds one",
+        )
+    if site.site.declared_size > hospital.hospital.declared_size:
+        raise ConfigError(
+            f"site.declared_size = {site.site.declared_size}: more units than the hospital declares",
+            f"at most hospital.declared_size = {hospital.hospital.declared_size}, in {where}",
+            "correct one of the two; disk space beside the ledger is reserved for that many",
+        )
+    share = ShareTable(
+        membership=name,
+        max_epsilon=ceilings.max_epsilon,
+        max_fallback_epsilon=ceilings.max_fallback_epsilon,
+        earlier=membership.earlier,
+        declared_size=hospital.hospital.declared_size,
+        memberships=tuple(sorted(hospital.memberships)),
+    )
+    own = site.policy
+    policy = own.model_copy(
+        update={
+            "max_epsilon": min(own.max_epsilon, membership.max_epsilon or ceilings.max_epsilon),
+            "max_fallback_epsilon": min(
+                own.max_fallback_epsilon,
+                membership.max_fallback_epsilon or ceilings.max_fallback_epsilon,
+            ),
+            "max_delta": ceilings.max_delta,
+            "max_rounds": ceilings.max_rounds,
+            "hospital": share,
+        }
+    )
+    data = _registered(site.data, hospital, where)
+    evaluation = site.evaluation and _registered(site.evaluation, hospital, where)
+    return site.model_copy(update={"policy": policy, "data": data, "evaluation": evaluation})
+
+
+def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
+    """Return a dataset of the site file with what the hospital declares of it. Errors:
+    ConfigError."""
+    if (registered := hospital.datasets.get(data.name)) is None:
+        raise ConfigError(
+            f"{where}: has no dataset {data.name!r}",
+            "one of " + ", ".join(sorted(hospital.datasets)),
+            "register it there, or give the site's table the name under which it is registered",
+        )
+    if data.declared:
+        raise ConfigError(
+            f"{data.name}: data that is declared {data.declared} is not a hospital's dataset",
+            "private records",
+            "take part with it by a site file without the table [hospital]",
+        )
+    if not registered.is_place_of(data):
+        raise ConfigError(
+            f"{data.where}: is not where the hospital's dataset {data.name!r} is registered",
+            f"the place in {where}",
+            "register it under a name of its own, or correct the path",
+        )
+    declared = {name: getattr(registered, name) for name in ("disjoint_from", "cohort", "consent")}
+    for name, value in declared.items():
+        if name in data.model_fields_set and getattr(data, name) != value:
+            raise ConfigError(
+                f"{name} of {data.name!r}: differs from what the hospital declares",
+                f"what {where} says, for all memberships",
+                "remove it from the site file",
+            )
+    return data.model_copy(update=declared)
