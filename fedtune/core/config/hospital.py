@@ -137,7 +137,7 @@ def share_in(site: Site, hospital: Hospital) -> Site:
         )
     if site.site.declared_size > hospital.hospital.declared_size:
         raise ConfigError(
-            f"site.declared_size = {site.site.declared_size}: more units than the hospital declares",
+            f"site.declared_size = {site.site.declared_size}: more than the hospital declares",
             f"at most hospital.declared_size = {hospital.hospital.declared_size}, in {where}",
             "correct one of the two; disk space beside the ledger is reserved for that many",
         )
