@@ -21,9 +21,12 @@ from fedtune.core.ledger.entries import EVERY, RULES, Cohort, Spent
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.spending import (
     DatasetBudget,
+    MembershipLine,
     StudyLine,
     budget,
     find_heaviest_budget,
+    membership_lines,
+    share_of,
     study_lines,
 )
 from fedtune.core.registry.rounding import rounded_down, rounded_up
@@ -45,7 +48,13 @@ def ledger_view(
         parts.append(studies_table(lines, policy.max_delta))
     if any(cohort.arrival for cohort in cohorts):
         parts.append(cohorts_table(dataset, spent, cohorts, policy))
-    parts.append(budget_table(find_heaviest_budget(dataset, cohorts, policy)))
+    parts.append(budget_table(find_heaviest_budget(dataset, cohorts, policy), policy.membership))
+    if policy.hospital:
+        whose, share = (
+            membership_lines(dataset, cohorts, policy),
+            share_of(dataset, cohorts, policy),
+        )
+        parts.append(memberships_table(whose, policy.membership, share))
     parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
     parts.append(footer(ledger, dataset))
     return Group(*parts)
@@ -127,9 +136,50 @@ def _unit(line: StudyLine) -> str:
     return line.unit if line.records == 1 else f"{line.unit} (≤ {line.records} rows)"
 
 
-def budget_table(total: DatasetBudget) -> Table:
+def memberships_table(
+    lines: Sequence[MembershipLine], membership: str = "", share: DatasetBudget | None = None
+) -> Table:
+    """Build the table of what each of a hospital's memberships spent. share: that of `membership`,
+    whose remainder is shown."""
     table = Figures(
-        title=f"budget of {escape(total.dataset)}",
+        title="who spent it",
+        caption="ε: what each membership alone has spent, as the ceiling counts it; the total "
+        "composes them all, and is not their sum. No coordinator sees this.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("membership", overflow="fold")
+    for head in ("studies", "paid", "ε"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("")
+    if share and membership not in {line.membership for line in lines}:
+        lines = [*lines, MembershipLine(membership, 0, 0, 0.0)]
+    for line in lines:
+        left = ""
+        if share and line.membership == membership:
+            left = f"share {share.ceiling:g}: {rounded_down(share.remaining)} remains"
+        table.add_row(
+            escape(named(line.membership)),
+            str(line.studies),
+            str(line.charged),
+            _format_epsilon(line.epsilon),
+            left,
+        )
+    return table
+
+
+def named(membership: str) -> str:
+    """Name the membership of a charge for people."""
+    return {"": "before the home", EVERY: "restored: counts for all"}.get(membership, membership)
+
+
+def budget_table(total: DatasetBudget, membership: str = "") -> Table:
+    """Build the table of a budget. membership: of a hospital's home, whose ceilings these are."""
+    policy = "policy" if not membership else "the hospital's policy"
+    table = Figures(
+        title=f"budget of {escape(total.dataset)}" + (", all memberships" if membership else ""),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -152,7 +202,7 @@ def budget_table(total: DatasetBudget) -> Table:
             f"{half_delta}: the same rounds, had all been planned at once (PLD); no ceiling holds "
             "it",
         )
-    table.add_row("ceiling", f"{total.ceiling:g}", "policy.max_epsilon")
+    table.add_row("ceiling", f"{total.ceiling:g}", f"{policy}.max_epsilon")
     table.add_row(
         "remains", rounded_down(total.remaining), "" if total.remaining else "nothing more runs"
     )
@@ -161,7 +211,7 @@ def budget_table(total: DatasetBudget) -> Table:
         table.add_row(
             "whatever happens", _format_epsilon(total.fallback), f"{full_delta}: {whatever}"
         )
-        table.add_row("ceiling", f"{total.fallback_ceiling:g}", "policy.max_fallback_epsilon")
+        table.add_row("ceiling", f"{total.fallback_ceiling:g}", f"{policy}.max_fallback_epsilon")
         none = "" if total.fallback_remaining else "nothing more runs"
         table.add_row("remains", rounded_down(total.fallback_remaining), none)
     return table

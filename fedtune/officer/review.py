@@ -449,8 +449,23 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
+        *_share(budget),
         *_whatever(budget),
         *shared_lines(study, [site.site.declared_size]),
+    ]
+
+
+def _share(budget: Budget) -> list[str]:
+    """Say what a membership's own share of the hospital's ceiling comes to; nothing of a site that
+    is no membership."""
+    if budget.policy.hospital is None:
+        return []
+    own = budget.share
+    before, after = own.total(ahead=0), own.total(ahead=budget.remaining())
+    return [
+        f"That ceiling is of all the hospital's memberships together. The share of this one, "
+        f"{budget.policy.membership}: ε = {rounded_up(before.epsilon)} so far, "
+        f"{rounded_up(after.epsilon)} with this study; at most {budget.policy.max_epsilon:g}."
     ]
 
 

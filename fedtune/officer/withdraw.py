@@ -208,7 +208,8 @@ def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
     by_study: dict[str, list[tuple[str, Steps]]] = {}
     for spent in ledger.spending():
         sent = spent.released or not spent.charge.noise_multiplier
-        if sent and spent.dataset in datasets:
+        dataset = spent.dataset.rpartition("/")[2]  # before it: a membership that was adopted
+        if sent and dataset in datasets:
             charge = spent.charge
             by_study.setdefault(charge.study, []).append((charge.name, charge.event))
     releases = []

@@ -79,9 +79,10 @@ def load_site(path: Path | str, *, alone: bool = False) -> Site:
     return site
 
 
-def load_hospital(home: Path) -> Hospital:
-    """Read hospital.toml in a hospital's home. Errors: ConfigError naming the file and the key."""
-    return _load(Hospital, home / FILE)
+def load_hospital(home: Path, name: str = FILE) -> Hospital:
+    """Read hospital.toml in a hospital's home, or a draft of it called `name`. Errors: ConfigError
+    naming the file and the key."""
+    return _load(Hospital, home / name)
 
 
 def validate_study(study: Study) -> Study:

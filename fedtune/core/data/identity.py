@@ -4,7 +4,7 @@ formats."""
 from __future__ import annotations
 
 from fedtune.core.config import SiteData
-from fedtune.core.data.load import LONG
+from fedtune.core.data.load import LONG, _row_member, _trained_member, text_members
 from fedtune.core.data.records import Record, read_file, record_member, unit_member
 from fedtune.core.data.tokenize import _texts
 
@@ -34,3 +34,19 @@ def identities(data: SiteData, patients: bool = True) -> list[set[bytes]]:
     by_patient = data.columns.patient is not None
     read = read_file(data, unit="patient" if by_patient else "record")
     return [identity_of(record, by_patient and patients) for record in read.records]
+
+
+def every_member(data: SiteData) -> set[bytes]:
+    """Return all that a ledger may have remembered of the records which a dataset holds now, for
+    studies per patient and per record, whether or not data.consent leaves them out.
+
+    Errors: as for `identities`."""
+    everybody = data.model_copy(update={"consent": None})
+    members = set[bytes]()
+    if data.columns.patient is not None:
+        for record in read_file(everybody, unit="patient").records:
+            members |= {unit_member(record.unit), _trained_member(record)}
+    for record in read_file(everybody, unit="record").records:
+        members |= identity_of(record, False) | text_members(record)
+        members |= {_row_member(record.unit), _trained_member(record)}
+    return members

@@ -57,6 +57,7 @@ EVENTS = frozenset({
     "cut",  # a site: a receipt names an entry that this log lacks
     "attest", "approve",  # a site: its data sheet; a dossier
     "assess",  # a site: a model, by its own records
+    "adopt", "leave", "forget",  # a hospital's home: a membership; another home of its records
     "isolate",  # a site: how its two halves are confined
     "start", "finish", "drop", "export",  # a coordinator
 })  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.ledger.declared import read_declarations
-from fedtune.core.ledger.entries import Cohort, Spent
+from fedtune.core.ledger.entries import EVERY, Cohort, Spent
 from fedtune.core.ledger.ledger import Ledger
 
 
@@ -93,12 +93,21 @@ def facts(
     whether the site's file identifies patients or single records."""
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     total = find_heaviest_budget(dataset, cohorts, policy)
+    shared = dict[str, Any]()
+    if policy.hospital:
+        share = share_of(dataset, cohorts, policy)
+        shared = {
+            "membership": policy.membership,
+            "share": asdict(share) | {"remaining": share.remaining},
+            "memberships": [asdict(line) for line in membership_lines(dataset, cohorts, policy)],
+        }
     return {
         "dataset": dataset,
         "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
         "budget": asdict(total)
         | {"remaining": total.remaining, "fallback_remaining": total.fallback_remaining},
         "not_known": ledger.unknown(dataset, unit) if unit else [],
+        **shared,
         "declared": read_declarations(ledger),
         "head": {"entry": ledger.head.seq, "hash": ledger.head.hash},
     }
@@ -160,6 +169,58 @@ def find_heaviest_budget(
         return most
     alone = max(shared, key=lambda total: total.fallback or 0.0)
     return replace(most, fallback=alone.fallback, fallback_ceiling=alone.fallback_ceiling)
+
+
+@dataclass(frozen=True)
+class MembershipLine:
+    """What one membership of a hospital spent of a dataset's budget, by itself.
+
+    - membership: its name; "" of what was paid before the ledger was the hospital's, EVERY of
+      charges that a restore entered
+    - studies, charged: how many studies, and reservations
+    - epsilon: as the privacy filter bounds it, at 2 · policy.max_delta; fallback: by this site's
+      own noise alone, else None"""
+
+    membership: str
+    studies: int
+    charged: int
+    epsilon: float
+    fallback: float | None = None
+
+
+def membership_lines(
+    dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable
+) -> list[MembershipLine]:
+    """Build one line for each membership that paid for something that counts against the dataset.
+    Their ε do not add up to the total, which composes all charges."""
+    names = {spent.charge.membership: None for cohort in cohorts for spent in cohort.spent}
+    return [_membership_line(dataset, cohorts, policy, name) for name in names]
+
+
+def _membership_line(
+    dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, name: str
+) -> MembershipLine:
+    own = _paid_by({name}, cohorts)
+    total = find_heaviest_budget(dataset, own, policy)
+    seen = {spent.seq: spent.charge.study for cohort in own for spent in cohort.spent}
+    return MembershipLine(name, len({*seen.values()}), len(seen), total.epsilon, total.fallback)
+
+
+def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
+    """Return what a membership spent of its own share, as vault.budget counts it: with charges that
+    a restore entered and, if they are its own, with earlier ones."""
+    assert policy.hospital is not None
+    names = {policy.membership, EVERY, *([""] if policy.hospital.earlier else [])}
+    total = find_heaviest_budget(dataset, _paid_by(names, cohorts), policy)
+    ceiling = policy.max_fallback_epsilon if total.fallback is not None else None
+    return replace(total, ceiling=policy.max_epsilon, fallback_ceiling=ceiling)
+
+
+def _paid_by(names: Collection[str], cohorts: Sequence[Cohort]) -> list[Cohort]:
+    return [
+        replace(cohort, spent=[s for s in cohort.spent if s.charge.membership in names])
+        for cohort in cohorts
+    ]
 
 
 def _epsilon(events: Sequence[Steps], delta: float) -> float:

@@ -1,0 +1,411 @@
+"""The command for a hospital that takes part in several consortia with the same patients."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+
+from fedtune.cli.exit_codes import command
+from fedtune.core.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from fedtune.officer.adopt import Adoption
+    from fedtune.officer.memberships import Ending, Listed, Membership
+
+NAMED = {"add": "--add", "adopt": "--adopt", "end": "--end", "forget": "--forget"}
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(memberships)
+
+
+def memberships(
+    home: Annotated[
+        Path,
+        typer.Argument(
+            metavar="HOME", help="The hospital's home: the folder of hospital.toml and its ledger."
+        ),
+    ],
+    add: Annotated[
+        str | None,
+        typer.Option(
+            "--add",
+            metavar="NAME",
+            help="Make a membership: its site.toml in --site, and its table in hospital.toml.",
+            show_default=False,
+        ),
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            "--site",
+            metavar="DIR",
+            help="With --add: the membership's own folder.",
+            show_default=False,
+        ),
+    ] = None,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--max-epsilon",
+            min=0.01,
+            metavar="E",
+            help="With --add: its share of the hospital's ceiling. Default: the whole ceiling.",
+            show_default=False,
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset",
+            metavar="DATASET",
+            help="With --add: the registered dataset that it trains on. Default: the only one.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="PATH|URL",
+            help="With --add, for a HOME that does not exist: the records of its first dataset.",
+            show_default=False,
+        ),
+    ] = None,
+    declared_size: Annotated[
+        int | None,
+        typer.Option(
+            "--declared-size",
+            min=1,
+            metavar="N",
+            help="With --data: the number of patients (or records) as a person states it.",
+            show_default=False,
+        ),
+    ] = None,
+    adopt: Annotated[
+        Path | None,
+        typer.Option(
+            "--adopt",
+            metavar="SITE",
+            help="Make a site that has a ledger of its own a membership, called --name. A copy of "
+            "its state folder is kept.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name",
+            metavar="NAME",
+            help="With --adopt: the name of the membership. With --data: the hospital's name.",
+            show_default=False,
+        ),
+    ] = None,
+    withdrawn: Annotated[
+        Path | None,
+        typer.Option(
+            "--withdrawn",
+            metavar="FILE",
+            help="With --adopt: keys, one per line, of patients who withdrew and are in no record "
+            "any more.",
+            show_default=False,
+        ),
+    ] = None,
+    end: Annotated[
+        str | None,
+        typer.Option(
+            "--end",
+            metavar="NAME",
+            help="End a membership. What it spent stays spent.",
+            show_default=False,
+        ),
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="With --end: although studies are under way.")
+    ] = False,
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            "--forget",
+            metavar="PLACE",
+            help="Forget that another home on this machine pays for these records: a path, a url, "
+            "or that home.",
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --end: do it without asking.")] = False,
+) -> dict[str, Any]:
+    """List the consortia in which a hospital takes part with the same patients, and what each has
+    spent; or add, adopt or end one.
+
+    All memberships pay from one ledger, in HOME, so that no patient pays twice without being
+    counted. hospital.toml there says what all of them together may spend of a dataset, and each
+    one's share. No coordinator learns that there are others, except by a refusal: the budget that
+    is left does not say who spent the rest."""
+    given = {"add": add, "adopt": adopt, "end": end, "forget": forget}
+    acts = [key for key, value in given.items() if value is not None]
+    if len(acts) > 1:
+        raise InputError(f"{NAMED[acts[0]]} and {NAMED[acts[1]]} together", "one of them")
+    _check_options(
+        acts[0] if acts else "",
+        {
+            "--site": ("add", site), "--max-epsilon": ("add", max_epsilon),
+            "--dataset": ("add", dataset), "--data": ("add", data),
+            "--declared-size": ("add", declared_size), "--withdrawn": ("adopt", withdrawn),
+            "--anyway": ("end", anyway or None), "--yes": ("end", yes or None),
+        },
+    )  # fmt: skip
+    if add is not None:
+        return _add(home, add, site, max_epsilon, dataset, data, declared_size, name)
+    if adopt is not None:
+        return _adopt(home, adopt, name, withdrawn)
+    if end is not None:
+        return _end(home, end, anyway=anyway, yes=yes)
+    if forget is not None:
+        return _forget(home, forget)
+    from fedtune.officer.memberships import list_memberships
+
+    listed = list_memberships(home)
+    _show(listed)
+    return listed.facts()
+
+
+def _check_options(act: str, options: dict[str, tuple[str, Any]]) -> None:
+    for option, (of, value) in options.items():
+        if value is not None and of != act:
+            raise InputError(f"{option} is given without {NAMED[of]}", NAMED[of])
+
+
+# -------------------------------------------------------------------------------------------- add
+
+
+def _add(
+    home: Path,
+    name: str,
+    site: Path | None,
+    max_epsilon: float | None,
+    dataset: str | None,
+    data: str | None,
+    size: int | None,
+    hospital_name: str | None,
+) -> dict[str, Any]:
+    from fedtune.core.config.hospital import FILE
+    from fedtune.core.config.load import load_hospital
+    from fedtune.officer import memberships as officer
+    from fedtune.presets.membership import site_text
+
+    if site is None:
+        raise InputError("--add is given without --site", "--site DIR, the membership's folder")
+    wrote = list[Path]()
+    if not (home / FILE).exists():
+        if data is None or size is None:
+            raise ConfigError(
+                f"{home / FILE}: no such file",
+                "a hospital's home; or --data PATH and --declared-size N, to make one",
+                "to begin with a site that has taken part already, --adopt it",
+            )
+        registered = _registered(data)
+        wrote.append(
+            officer.make_home(home, hospital_name or home.resolve().name, size,
+                              dataset or "records", registered)
+        )  # fmt: skip
+    elif data is not None or size is not None:
+        raise ConfigError(
+            f"{home / FILE} exists", "no --data and no --declared-size", "edit it, to register more"
+        )
+    text = site_text(home.resolve(), load_hospital(home), name, dataset)
+    path = site / "site.toml"
+    for each in officer.add(home, name, path, text, max_epsilon):
+        wrote += [each] if each not in wrote else []
+    for each in wrote:
+        typer.echo(f"wrote {each}")
+    typer.echo(
+        f"\nnext   look through {path}: columns of the records, and what this consortium may do\n"
+        f"       fedtune doctor {path}   what is ready, and what is missing\n"
+        f"       fedtune enroll {path}   ask the coordinator to take part\n"
+        f"       fedtune client {path} --answer FILE   take part, beside the other memberships"
+    )
+    return {"wrote": wrote, "membership": name}
+
+
+def _registered(data: str) -> Any:
+    """Return a dataset's entry in hospital.toml, from its path or url."""
+    from fedtune.core.config.database import anchor_url
+    from fedtune.core.config.hospital import RegisteredData
+    from fedtune.presets.places import place_of, split_place
+
+    if "://" in data and "#" not in data:
+        data += "#records"  # its table is the site file's
+    place = place_of(data)
+    if isinstance(place, Path):
+        return RegisteredData(path=place.absolute())
+    return RegisteredData(url=anchor_url(split_place(place)[0], Path.cwd()))
+
+
+# ------------------------------------------------------------------------------------------ adopt
+
+
+def _adopt(home: Path, site: Path, name: str | None, withdrawn: Path | None) -> dict[str, Any]:
+    from fedtune.core.files import reading
+    from fedtune.officer.adopt import adopt
+
+    if name is None:
+        raise InputError("--adopt is given without --name", "--name NAME, of the membership")
+    keys = list[str]()
+    if withdrawn:
+        lines = reading.text(withdrawn, "patient keys, one a line").splitlines()
+        keys = [key for line in lines if (key := line.strip())]
+    made = adopt(home, site, name, keys)
+    _show_adoption(made, site)
+    return asdict(made)
+
+
+def _show_adoption(made: Adoption, site: Path) -> None:
+    if made.copy is None:
+        typer.echo(f"{site} was adopted before; what was left of its old ledger is taken away")
+    else:
+        whose = (
+            "its ledger is the hospital's now"
+            if made.first
+            else f"{made.charges} charges of its own ledger are entered in the hospital's"
+        )
+        typer.echo(f"{site} is the membership {made.name} of {made.home}: {whose}")
+        typer.echo(f"kept   {made.copy}\n       {made.site_copy}")
+        typer.echo("       a copy of everything as it was; delete it once all is well")
+    for old, new in made.datasets.items():
+        if old != new:
+            typer.echo(f"its dataset {old} is called {new} here")
+    for dataset, charged in made.charged.items():
+        if "/" in charged:
+            typer.echo(
+                f"what was paid for its dataset {dataset} counts against every dataset of the "
+                f"hospital, as {charged}: which patients paid for it cannot be told any more"
+            )
+    for path in made.receipts:
+        typer.echo(f"a new receipt for a patient who had withdrawn: {path}")
+    typer.echo(
+        f"\nnext   fedtune memberships {made.home}   who spent what\n"
+        f"       fedtune ledger {site}   the total against the ceiling\n"
+        f"       fedtune client {site}   as before: its coordinator knows it by the same keys"
+    )
+
+
+# -------------------------------------------------------------------------------------------- end
+
+
+def _end(home: Path, name: str, *, anyway: bool, yes: bool) -> dict[str, Any]:
+    from fedtune.cli.console import files_table
+    from fedtune.officer.memberships import end, list_ending
+
+    ending = list_ending(home, name)
+    if ending.anyway and not anyway:
+        raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
+    _show_ending(ending)
+    if ending.site:
+        Console().print(files_table(ending.site.site.state, ending.delete))
+    if not yes and not typer.confirm(f"end the membership {name}?"):
+        raise InputError("nothing was changed", todo="say yes, or give --yes")
+    copy = end(ending, anyway=anyway)
+    typer.echo(
+        f"ended {name}; its site file is refused from now on. hospital.toml as it was: {copy}"
+    )
+    typer.echo("tell its coordinator, who can revoke its certificate: `fedtune admit --revoke`")
+    deleted = sum(map(len, ending.delete.values()))
+    return {"ended": name, "deleted": deleted, "copy": copy}
+
+
+def _show_ending(ending: Ending) -> None:
+    from fedtune.core.registry.rounding import rounded_up
+
+    typer.echo(
+        f"the end of the membership {ending.name}\n"
+        "stays for good   its charges, the audit log and the receipts of withdrawals in the home\n"
+        "not taken back   what was released: "
+        + (
+            "; ".join(
+                f"{dataset}, {line.studies} studies, ε = {rounded_up(line.epsilon)}"
+                for dataset, line in ending.paid.items()
+            )
+            or "nothing"
+        )
+        + "\ndeleted          the files below"
+    )
+
+
+def _forget(home: Path, place: str) -> dict[str, Any]:
+    from fedtune.core.config.load import load_hospital
+    from fedtune.core.ledger.audit_log import AuditLog
+    from fedtune.core.ledger.files import traces
+    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.officer.known_homes import forget
+
+    load_hospital(home)
+    forgotten = forget(place, home)
+    if traces(home):
+        AuditLog(home, Ledger(home).key).add("forget", "--forget", homes=len(forgotten))
+    for each in forgotten:
+        typer.echo(f"forgot that {each} pays for {place}")
+    typer.echo(
+        "what that ledger paid is in no total of this home; if it still runs, it is refused at its "
+        "next start"
+    )
+    return {"forgot": forgotten, "place": place}
+
+
+# ------------------------------------------------------------------------------------------- list
+
+
+def _show(listed: Listed) -> None:
+    """Print the memberships, and each dataset's total."""
+    from fedtune.cli.ledger_view import budget_table, memberships_table
+    from fedtune.cli.tables import Figures
+
+    table = Figures(
+        title=f"memberships of {escape(listed.hospital.hospital.name)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for head in ("membership", "consortium", "share, spent", "now"):
+        table.add_column(head, overflow="fold")
+    for each in listed.memberships:
+        table.add_row(
+            f"{escape(each.name)}\n{escape(str(each.site_file))}",
+            escape(_consortium(each)),
+            escape(_share(each)),
+            escape(_now(each)),
+        )
+    Console().print(table)
+    for total in listed.totals:
+        Console().print(budget_table(total, "all"))
+        if lines := listed.who[total.dataset]:
+            Console().print(memberships_table(lines))
+    if not listed.memberships:
+        typer.echo(f"none so far: fedtune memberships {listed.home} --add NAME --site DIR")
+
+
+def _consortium(one: Membership) -> str:
+    if one.problem:
+        return one.problem
+    if one.consortium is None:
+        return "none joined yet"
+    return f"{one.consortium['address']}\n{one.consortium['fingerprint']}"
+
+
+def _share(one: Membership) -> str:
+    from fedtune.core.registry.rounding import rounded_up
+
+    spent = [f"{name}: {rounded_up(budget.epsilon)}" for name, budget in one.share.items()]
+    return "\n".join([f"ε = {one.max_epsilon:g}", *spent])
+
+
+def _now(one: Membership) -> str:
+    studies = [f"under way: {name}" for name in one.studies.values()]
+    return "\n".join(["its client runs" if one.runs else "not running", *studies])

@@ -1,0 +1,532 @@
+"""Make a site with a ledger of its own a membership of a hospital's home.
+
+The first site's ledger becomes the hospital's, with its key, salt, audit log and receipts. What a
+later site spent is entered in that ledger as charges of its membership (core/ledger/adopted.py),
+and so are its withdrawals: the old ledger holds hashes under another salt, so they are found by
+hashing the keys of its records.
+
+A whole copy of the state folder is kept beside it, and one of site.toml. Each step after that
+leaves every ledger whole, and none is done twice:
+| killed before site.toml is replaced | the site goes on with its own ledger; run it again         |
+| killed after that                   | it is a membership; run again, it takes the old files away |
+The old ledger is closed to every other process meanwhile, and who waited for it is refused: its
+anchor is taken away first.
+| members that its files no longer hold | the hospital's ledger does not know them; what their     |
+|                                       | dataset paid counts against every dataset of the         |
+|                                       | hospital                                                 |
+| signed plans, accepted charges        | a person signs and accepts them anew                     |
+| receipts that a later site gave       | stay in the copy, and new ones are written               |
+Errors: ConfigError, InputError, DataError, PolicyRefused, LedgerError, InfrastructureError."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from fedtune.core.config import Site, SiteData, load_site
+from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData, share_in
+from fedtune.core.config.load import load_hospital
+from fedtune.core.config.site import HomeTable
+from fedtune.core.data.identity import every_member, identities
+from fedtune.core.data.records import read_file, unit_member
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError
+from fedtune.core.files.room import ROOM
+from fedtune.core.files.writing import is_abandoned, replace, sync_folder
+from fedtune.core.ledger import adopted, audit_log
+from fedtune.core.ledger.adopted import Closed
+from fedtune.core.ledger.audit_log import AuditLog, login
+from fedtune.core.ledger.declared import check_private
+from fedtune.core.ledger.files import (
+    ASKED,
+    DATABASE,
+    HEAD,
+    KEY,
+    OUTBOX,
+    SALT,
+    STEPS,
+    read_head,
+    traces,
+)
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.restore import backup
+from fedtune.core.processes import alone
+from fedtune.core.wire.keys import SigningKey
+from fedtune.officer.hospital_file import (
+    before,
+    check_text,
+    keep_copy,
+    load_hospital_text,
+    with_key,
+    write_data,
+    write_home,
+    write_hospital,
+    write_membership,
+)
+from fedtune.officer.let_go import list_waiting
+from fedtune.officer.memberships import check_new, site_of
+from fedtune.officer.withdraw import RECEIPTS, withdraw
+
+OF_LEDGER = (  # in a state folder: what becomes the hospital's, its anchor first
+    *(HEAD, DATABASE, "ledger.*", SALT, STEPS, "audit*.jsonl"),
+    *(f"{RECEIPTS}/*", f"{OUTBOX}/*", f"{ASKED}/*"),
+)
+NOT_COPIED = (f"{ROOM}*", "*.lock", "*/lock", "*.new")
+ACTS = 16  # of the newest entries of the audit log: what one of them says is not entered again
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What an adoption did.
+
+    - copy, site_copy: the state folder and site.toml as they were; None if there is none any more
+    - first: whether the site's ledger became the hospital's
+    - charges: how many of a later site's were entered now
+    - datasets: the site's name of a dataset → the hospital's; charged: → that under which its
+      charges count
+    - receipts: new ones for patients who had withdrawn"""
+
+    home: Path
+    name: str
+    copy: Path | None
+    site_copy: Path | None
+    first: bool
+    charges: int = 0
+    datasets: dict[str, str] = field(default_factory=dict)
+    charged: dict[str, str] = field(default_factory=dict)
+    receipts: list[Path] = field(default_factory=list)
+
+
+def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ()) -> Adoption:
+    """Make the site of `site_file` the membership `name` of `home`, which is made if there is none.
+
+    withdrawn: keys of patients who withdrew from a later site and are in no record any more."""
+    home, site_file = home.resolve(), site_file.resolve()
+    if load_site(site_file, alone=True).hospital:
+        return _finish(home, site_file, name)
+    site = load_site(site_file)
+    _check(home, site, site_file)
+    with _still(home, site):
+        book = Ledger(site.site.state)
+        book.verify()
+        if _is_first(home, site_file, name, book):
+            with adopted.closed(book) as old:
+                return _adopt_first(home, site, site_file, name, old)
+        _check_nothing_waits(site, book)
+        members = {table.name: every_member(table) for table in _tables(site)}
+        with adopted.closed(book) as old:
+            return _adopt_later(home, site, site_file, name, old, members, withdrawn)
+
+
+def _finish(home: Path, site_file: Path, name: str) -> Adoption:
+    """Take away what an adoption that was killed after its last step left of the old ledger."""
+    site = load_site(site_file)
+    if (site.home, site.policy.membership) != (home, name):
+        raise ConfigError(
+            f"{site_file}: is the membership {site.policy.membership!r} of {site.home} already",
+            "a site with a ledger of its own",
+        )
+    with _still(home, site):
+        book = Ledger(home)
+        book.verify()
+        acts = audit_log.verify(home, book.key.public).entries
+        adopted_here = [
+            act for act in acts if act["event"] == "adopt" and act["facts"]["membership"] == name
+        ]
+        if not adopted_here:
+            raise ConfigError(
+                f"{site_file}: names {home} as its home, but its own ledger was never adopted",
+                "a site file without the table [hospital]",
+                "take the table out, then run the command again",
+            )
+        _take_away(site.site.state)
+    return Adoption(home, name, None, None, first=bool(adopted_here[-1]["facts"]["first"]))
+
+
+def _check(home: Path, site: Site, site_file: Path) -> None:
+    state = site.site.state.resolve()
+    if site.data.declared or site.site.ledger:
+        raise ConfigError(
+            f"{site_file}: data that is declared is no hospital's dataset", "private records"
+        )
+    if not traces(state):
+        raise ConfigError(
+            f"{state}: no ledger yet, so that there is nothing to adopt",
+            "a site that was enrolled",
+            "`fedtune memberships HOME --add NAME --site DIR` makes a new membership",
+        )
+    if home == state or home.is_relative_to(state):
+        raise ConfigError(f"{home}: lies in the site's state folder {state}", "a folder outside it")
+    if home.exists() and not (home / FILE).exists() and any(home.iterdir()):
+        raise ConfigError(f"{home}: has no {FILE}", "a hospital's home, or an empty folder")
+
+
+@contextmanager
+def _still(home: Path, site: Site) -> Iterator[None]:
+    """Keep the clients and vaults of the site and of the home's memberships from running
+    meanwhile. Errors: InfrastructureError if one runs."""
+    states = {site.site.state.resolve()}
+    if (home / FILE).exists():
+        for membership in load_hospital(home).memberships.values():
+            if membership.site.exists():
+                states.add(load_site(membership.site, alone=True).site.state.resolve())
+    with ExitStack() as held:
+        for state in sorted(state for state in states if state.is_dir()):
+            held.enter_context(alone(state / "flower", "fedtune client"))
+            held.enter_context(alone(state / "ranks", "the vault of a client"))
+        yield
+
+
+# --------------------------------------------------------------------------------- the first site
+
+
+def _is_first(home: Path, site_file: Path, name: str, book: Ledger) -> bool:
+    """Return whether the home has no ledger but this site's, as where an adoption was killed."""
+    if not (home / FILE).exists():
+        return True
+    there = load_hospital(home).memberships.get(name)
+    if there is None or not there.earlier or there.site.resolve() != site_file:
+        return False
+    return (home / KEY).exists() and SigningKey.at(home / KEY).public == book.key.public
+
+
+def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed) -> Adoption:
+    state, text = site.site.state, _hospital_text(site, site_file, name)
+    is_new = not (home / FILE).exists()
+    hospital = load_hospital_text(home.parent, text) if is_new else load_hospital(home)
+    share_in(_as_membership(site, home, name, hospital, {}), hospital)
+    site_text = _site_text(home, site, site_file, name, hospital, {})
+    copy = _keep_state(state)
+    if is_new:
+        _make_home(home, state, text)
+    if read_head(home / HEAD, SigningKey.at(home / KEY).public) != old.head:
+        raise ConfigError(
+            f"{home}: was begun by an adoption that was interrupted, and the site went on since",
+            "the same ledger in both",
+            f"delete {home}, which holds nothing that {state} lacks, and run the command again",
+        )
+    _enter_act(home, name, first=True)
+    site_copy = _switch(site_file, name, site_text)
+    _take_away(state)
+    return Adoption(home, name, copy, site_copy, first=True)
+
+
+def _make_home(home: Path, state: Path, text: str) -> None:
+    """Make a home with a copy of a site's ledger, as a whole or not at all."""
+    draft = home.with_name(f"{home.name}.{os.getpid()}.new")
+    _remove_drafts(home.parent, f"{home.name}.*.new")
+    try:
+        draft.mkdir(mode=0o700, parents=True)
+        _copy_ledger(state, draft)
+        replace(draft / FILE, text.encode(), private=True)
+        draft.rename(home)
+        sync_folder(home.parent)
+    except OSError as error:
+        raise _cannot(home, error) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _hospital_text(site: Site, site_file: Path, name: str) -> str:
+    """Compose hospital.toml from what the site file says of its datasets and ceilings."""
+    names = {table.name: table.name for table in _tables(site)}
+    data = {table.name: _registered(table, names) for table in _tables(site)}
+    keys = ("max_epsilon", "max_fallback_epsilon", "max_delta", "max_rounds")
+    ceilings = CeilingTable(**{key: getattr(site.policy, key) for key in keys})
+    text = write_hospital(site.site.name, site.site.declared_size, ceilings, data)
+    return text + write_membership(name, site_file, earlier=True)
+
+
+# ----------------------------------------------------------------------------------- a later site
+
+
+def _check_nothing_waits(site: Site, book: Ledger) -> None:
+    """Check that no answer waits for a person, and that no record was declared public or generated:
+    the hospital's ledger could not know either any more. Errors: InputError, PolicyRefused."""
+    if waiting := list_waiting(site):
+        raise InputError(
+            f"{len(waiting)} answers wait at {site.site.name}",
+            "a site where none waits",
+            "`fedtune let-go SITE` lists them: let each go, or refuse it",
+        )
+    for table in _tables(site):
+        check_private(book, table.name, identities(_of_everybody(table), patients=False))
+
+
+def _adopt_later(
+    home: Path,
+    site: Site,
+    site_file: Path,
+    name: str,
+    old: Closed,
+    members: Mapping[str, set[bytes]],
+    withdrawn: Sequence[str],
+) -> Adoption:
+    state, text = site.site.state, (home / FILE).read_text(encoding="utf-8")
+    hospital = load_hospital(home)
+    there = hospital.memberships.get(name)
+    if there is None:
+        check_new(home, hospital, name)
+    elif there.site.resolve() != site_file:
+        raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
+    book = Ledger(home)
+    keys = _keys_of_withdrawn(site, old, withdrawn)
+    datasets = _names(site, hospital, name, book)
+    for table in _tables(site):
+        if datasets[table.name] not in hospital.datasets:
+            text += write_data(datasets[table.name], _registered(table, datasets))
+    if there is None:
+        text += write_membership(name, site_file)
+    hospital = load_hospital_text(home, text)
+    apart = _list_apart(hospital, book.datasets)
+    charged = {  # under a name that no dataset can have: against every dataset
+        dataset: f"{name}/{datasets.get(dataset, dataset)}"
+        if _is_in_doubt(dataset, old, members) or datasets[dataset] in apart
+        else datasets[dataset]
+        for dataset in sorted({*old.datasets, *datasets})
+    }
+    site_text = _site_text(home, site, site_file, name, hospital, datasets)
+    membership = share_in(_as_membership(site, home, name, hospital, datasets), hospital)
+    copy = _keep_state(state)
+    replace(home / FILE, text.encode(), private=True)
+    for table in _tables(site):
+        data = hospital.datasets[datasets[table.name]]
+        known = {member for record in identities(_of_everybody(table)) for member in record}
+        book.declare(datasets[table.name], data.disjoint_from, None, known, data.cohort)
+    _append_steps(state / STEPS, home / STEPS)
+    _copy_missing(state / OUTBOX, home / OUTBOX)
+    earlier = old.list_earlier(name, charged)
+    by_member = {unit_member(key): since for key, since in keys.items()}
+    entered = adopted.enter(book, name, earlier, by_member, old.refused, login())
+    receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
+    _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
+    site_copy = _switch(site_file, name, site_text)
+    _take_away(state)
+    return Adoption(home, name, copy, site_copy, False, entered, datasets, charged, receipts)
+
+
+def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str, str]:
+    """Map the site's name of each dataset to the hospital's: the one under which its place is
+    registered, or one that neither hospital.toml nor the ledger has."""
+    names = dict[str, str]()
+    for table in _tables(site):
+        at = [key for key, data in hospital.datasets.items() if data.is_place_of(table)]
+        taken = {*hospital.datasets, *book.datasets, *names.values()}
+        free = (table.name, f"{name}-{table.name}"[:64], *(f"{name[:59]}-{n}" for n in range(1000)))
+        names[table.name] = at[0] if at else next(each for each in free if each not in taken)
+    return names
+
+
+def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
+    """Return the datasets that are disjoint from one which the hospital's ledger knows: either
+    ledger chose by itself for which of the two a patient in both counts."""
+    pairs = {
+        (one, other) for one, data in hospital.datasets.items() for other in data.disjoint_from
+    }
+    pairs |= {(other, one) for one, other in pairs}
+    return {one for one, other in pairs if other in known}
+
+
+def _is_in_doubt(dataset: str, old: Closed, members: Mapping[str, set[bytes]]) -> bool:
+    """Return whether nobody can tell any more which patients paid for a dataset: no table of it is
+    left; or it had members that its files no longer hold, who may come back as newcomers or in
+    another dataset; or its charges counted against a disjoint dataset too."""
+    if dataset not in members:
+        return True
+    return not (old.is_whole(dataset, members[dataset]) and old.is_apart_from_start(dataset))
+
+
+def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[str, int]:
+    """Return the key of each patient who withdrew, and when. Errors: InputError with the number of
+    those whose key is neither in a record nor given."""
+    keys = set(given)
+    if old.withdrawn:
+        for table in (*_tables(site), *([site.acceptance] if site.acceptance else [])):
+            if table.columns.patient and (table.url or table.path.exists()):
+                read = read_file(_of_everybody(table), unit="patient")
+                keys |= {record.unit for record in read.records}
+    found = {key: old.hashed(unit_member(key)) for key in keys}
+    if left := set(old.withdrawn) - set(found.values()):
+        raise InputError(
+            f"{len(left)} patients withdrew from {site.site.name} whose key is in no record any "
+            "more, and the ledger holds its hash alone",
+            "their keys, so that they stay left out",
+            "give the keys, one a line, with --withdrawn FILE",
+        )
+    return {key: old.withdrawn[unit] for key, unit in found.items() if unit in old.withdrawn}
+
+
+def _append_steps(source: Path, to: Path) -> None:
+    """Append a step log to another, once. Errors: InfrastructureError."""
+    lines = _whole_lines(source)
+    if lines and lines not in (there := _whole_lines(to)):
+        replace(to, there + lines, private=True)
+
+
+def _whole_lines(path: Path) -> bytes:
+    return path.read_bytes().rpartition(b"\n")[0] + b"\n" if path.exists() else b""
+
+
+def _copy_missing(source: Path, to: Path) -> None:
+    for path in sorted(source.glob("*.bin")):
+        if not (to / path.name).exists():
+            replace(to / path.name, path.read_bytes(), private=True)
+
+
+# -------------------------------------------------------------------------------------- both
+
+
+def _tables(site: Site) -> list[SiteData]:
+    return [table for table in (site.data, site.evaluation) if table]
+
+
+def _of_everybody(table: SiteData) -> SiteData:
+    """Return the table with the records of patients who did not consent, too."""
+    return table.model_copy(update={"consent": None})
+
+
+def _registered(table: SiteData, names: Mapping[str, str]) -> RegisteredData:
+    """Return what hospital.toml says of a site's dataset. names: of the datasets that are
+    registered; of others it is not known that they are disjoint."""
+    place = {"url": table.url} if table.url else {"path": table.path.resolve()}
+    return RegisteredData(
+        **place,
+        disjoint_from=tuple(names[other] for other in table.disjoint_from if other in names),
+        cohort=table.cohort,
+        consent=table.consent,
+    )
+
+
+def _as_membership(
+    site: Site, home: Path, name: str, hospital: Hospital, names: Mapping[str, str]
+) -> Site:
+    """Return the site as its new file says it is."""
+    changes: dict[str, object] = {"hospital": HomeTable(home=home, membership=name)}
+    for key, table in _by_key(site).items():
+        given = table.model_copy(update={"name": names.get(table.name, table.name)})
+        given.model_fields_set.difference_update(_differing(table, hospital, names))
+        changes[key] = given
+    return site.model_copy(update=changes)
+
+
+def _site_text(
+    home: Path, site: Site, site_file: Path, name: str, hospital: Hospital, names: Mapping[str, str]
+) -> str:
+    """Compose the site file of the membership: with the hospital's names of its datasets, and
+    without what the hospital says otherwise. Errors: ConfigError."""
+    text = site_file.read_text(encoding="utf-8")
+    for key, table in _by_key(site).items():
+        if names.get(table.name, table.name) != table.name:
+            text = with_key(text, key, "name", names[table.name])
+        for field_name in _differing(table, hospital, names):
+            text = with_key(text, key, field_name, None)
+    return text + "\n" * (not text.endswith("\n")) + write_home(home, name)
+
+
+def _by_key(site: Site) -> dict[str, SiteData]:
+    tables = {"data": site.data, "evaluation": site.evaluation}
+    return {key: table for key, table in tables.items() if table}
+
+
+def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) -> list[str]:
+    """List the declarations that the site file makes otherwise than the hospital. Errors:
+    ConfigError if the two differ in whose records may be used."""
+    data = hospital.datasets[names.get(table.name, table.name)]
+    if table.consent != data.consent:
+        raise ConfigError(
+            f"consent of {table.name!r}: the site file and hospital.toml differ",
+            "one table of consent for the same records",
+            "have both say the same, then run the command again",
+        )
+    keys = ("disjoint_from", "cohort")
+    given = [key for key in keys if key in table.model_fields_set]
+    return [key for key in given if getattr(table, key) != getattr(data, key)]
+
+
+def _switch(site_file: Path, name: str, text: str) -> Path:
+    """Replace the site file, after reading it as it will be; return the copy that is kept."""
+    check_text(site_file, text, lambda draft: site_of(draft, name))
+    copy = keep_copy(site_file)
+    replace(site_file, text.encode(), private=True)
+    return copy
+
+
+def _enter_act(home: Path, name: str, **facts: int) -> None:
+    key = SigningKey.at(home / KEY)
+    AuditLog(home, key).add("adopt", "--adopt", once=ACTS, membership=name, **facts)
+
+
+def _keep_state(state: Path) -> Path:
+    """Copy a state folder beside itself, as a whole or not at all, and return the copy; one that
+    was made of the same ledger today is taken. Errors: InfrastructureError."""
+    for number in range(1, 1000):
+        copy = state.with_name(f"{state.name}.{before()}{f'-{number}' * (number > 1)}")
+        if not copy.exists():
+            break
+        if (copy / HEAD).exists() and (copy / HEAD).read_bytes() == (state / HEAD).read_bytes():
+            return copy
+    draft = copy.with_name(f"{copy.name}.{os.getpid()}.new")
+    _remove_drafts(state.parent, f"{state.name}.*.new")
+    try:
+        draft.mkdir(mode=0o700)
+        _copy_ledger(state, draft)
+        for root, _, files in os.walk(state):
+            for path in (Path(root) / name for name in files):
+                inside = path.relative_to(state)
+                skipped = any(fnmatchcase(inside.as_posix(), each) for each in NOT_COPIED)
+                if not (skipped or path.is_symlink() or (draft / inside).exists()):
+                    _copy(path, draft / inside)
+        draft.rename(copy)
+        sync_folder(copy.parent)
+    except OSError as error:
+        raise _cannot(copy, error) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return copy
+
+
+def _remove_drafts(folder: Path, pattern: str) -> None:
+    """Remove folders that a process which was killed had begun to copy to."""
+    for draft in folder.glob(pattern):
+        if is_abandoned(draft):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _copy_ledger(state: Path, to: Path) -> None:
+    """Copy a ledger with its key into an empty folder. SQLite copies the database: to close it here
+    would give up this process's lock on it."""
+    backup(state, to, key=True)
+    for pattern in OF_LEDGER:
+        for path in state.glob(pattern):
+            if path.name != DATABASE and path.is_file() and not path.is_symlink():
+                _copy(path, to / path.relative_to(state))
+
+
+def _copy(path: Path, to: Path) -> None:
+    if path.is_file():
+        replace(to, path.read_bytes(), private=True)
+
+
+def _take_away(state: Path) -> None:
+    """Remove a ledger's files from a state folder; its key stays, as the membership's own."""
+    try:
+        for pattern in OF_LEDGER:
+            for path in sorted(state.glob(pattern)):
+                path.unlink()
+        for folder in (RECEIPTS, OUTBOX, ASKED):
+            if (state / folder).is_dir() and not any((state / folder).iterdir()):
+                (state / folder).rmdir()
+        sync_folder(state)
+    except OSError as error:
+        raise _cannot(state, error) from None
+
+
+def _cannot(path: Path, error: OSError) -> InfrastructureError:
+    return InfrastructureError(
+        f"{error.filename or path}: {error.strerror}",
+        todo="free the disk or fix the permissions, then run it again",
+    )

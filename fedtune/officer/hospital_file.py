@@ -1,0 +1,212 @@
+"""Write hospital.toml and edit it and site.toml as text, so that a person's comments stay.
+
+Each edited file is read as it would be before it takes the old one's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData
+from fedtune.core.config.load import load_hospital
+from fedtune.core.errors import ConfigError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import create, replace
+
+T = TypeVar("T")
+BARE = re.compile(r"[A-Za-z0-9_-]+")
+HEADER = re.compile(r"\s*\[")
+HOSPITAL = """\
+# hospital.toml: the home that all memberships of one hospital share. It stays on this machine:
+# nothing of it is ever sent. One ledger lies beside it, from which every consortium is paid. A key
+# that is not known is an error, not a default. `fedtune memberships HOME` shows who spent what.
+
+[hospital]
+name = {name}
+declared_size = {declared_size}    # units of the largest dataset, as a person states it
+
+[policy]               # what all consortia together may spend of each dataset
+max_epsilon = {max_epsilon}      # in total, at twice max_delta: everything ever released
+max_fallback_epsilon = {max_fallback_epsilon}      # in total, if secure aggregation did not hold
+max_delta = {max_delta}      # twice this is below 1 / declared_size
+max_rounds = {max_rounds}      # that the ledger pays for, of all; each takes 4 KiB of disk
+
+# The datasets that memberships may train on. Overlap is declared here and never inferred: unless
+# one names the other in disjoint_from, what is spent on either counts against both.
+#
+# [datasets.records]
+# path = "/data/notes.jsonl"   # or url = "postgresql://user@host/db"
+# disjoint_from = ["other"]    # datasets that share no patient with this one
+# cohort = "first"             # of arrival: change it when new patients are added
+# consent = {{ column = "consent", values = ["yes"] }}
+"""
+MEMBERSHIPS = """
+# The memberships. Each has a site.toml, a signing key, network keys and a policy of its own.
+# `fedtune memberships HOME --add`, `--adopt` and `--end` keep these tables; shares may be edited.
+#
+# [memberships.NAME]
+# site = "/consortia/north/site.toml"
+# max_epsilon = 4.0            # its share of the ceiling; without it, the whole ceiling
+# max_fallback_epsilon = 4.0
+# earlier = true               # what was paid before the ledger was the hospital's is its own
+"""
+
+
+def write_hospital(
+    name: str, size: int, ceilings: CeilingTable, data: Mapping[str, RegisteredData]
+) -> str:
+    """Compose hospital.toml. Every path in `data` is absolute."""
+    figures = {key: quote(value) for key, value in ceilings.model_dump().items()}
+    text = HOSPITAL.format(name=quote(name), declared_size=size, **figures)
+    return text + "".join(write_data(*one) for one in data.items()) + MEMBERSHIPS
+
+
+def write_data(name: str, data: RegisteredData) -> str:
+    """Compose the table of a dataset."""
+    given = data.model_dump(exclude_defaults=True)
+    return _table(f"datasets.{_key(name)}", given)
+
+
+def write_membership(
+    name: str, site: Path, max_epsilon: float | None = None, *, earlier: bool = False
+) -> str:
+    """Compose the table of a membership."""
+    given = {"site": site, "max_epsilon": max_epsilon, "earlier": earlier or None}
+    return _table(f"memberships.{_key(name)}", given)
+
+
+def write_home(home: Path, membership: str) -> str:
+    """Compose the table of a site.toml that makes it a membership."""
+    return (
+        "\n[hospital]             # this site pays from the ledger of a hospital's home, under\n"
+        f"home = {quote(home)}   # the ceilings of its hospital.toml\n"
+        f"membership = {quote(membership)}\n"
+    )
+
+
+def quote(value: Any) -> str:
+    """Quote a TOML value."""
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(quote, value))}]"
+    if isinstance(value, dict):
+        parts = (f"{_key(key)} = {quote(each)}" for key, each in value.items() if each is not None)
+        return f"{{ {', '.join(parts)} }}"
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def _key(name: str) -> str:
+    return name if BARE.fullmatch(name) else json.dumps(name)
+
+
+def _table(name: str, values: Mapping[str, Any]) -> str:
+    lines = [f"{key} = {quote(value)}" for key, value in values.items() if value is not None]
+    return "\n".join(["", f"[{name}]", *lines, ""])
+
+
+# ------------------------------------------------------------------------------------- edits
+
+
+def without_table(text: str, *path: str) -> str:
+    """Return the text without the table of this name. Errors: ConfigError if it is not written as
+    a table of its own."""
+    lines = text.splitlines(keepends=True)
+    start, end = _find(lines, path)
+    while start + 1 < end < len(lines) and not lines[end - 1].partition("#")[0].strip():
+        end -= 1  # a comment above the next table is that one's
+    return "".join(lines[:start] + lines[end:])
+
+
+def with_key(text: str, table: str, key: str, value: str | None) -> str:
+    """Return the text with another value of a key in a table; None: without the key.
+    Errors: ConfigError if the table is not written as one."""
+    lines = text.splitlines(keepends=True)
+    start, end = _find(lines, (table,))
+    written = [f"{key} = {quote(value)}\n"] if value is not None else []
+    for first in range(start + 1, end):
+        if re.match(rf"\s*{re.escape(key)}\s*=", lines[first]):
+            last = next(n for n in range(first + 1, end + 1) if _is_whole(lines[first:n]))
+            return "".join(lines[:first] + written + lines[last:])
+    return "".join(lines[: start + 1] + written + lines[start + 1 :])
+
+
+def _is_whole(lines: list[str]) -> bool:
+    try:
+        tomllib.loads("".join(lines))
+    except ValueError:
+        return False
+    return True
+
+
+def _find(lines: list[str], path: Iterable[str]) -> tuple[int, int]:
+    """Return the first line of a table and the one behind its last."""
+    wanted = list(path)
+    for start, line in enumerate(lines):
+        with suppress(ValueError):
+            if HEADER.match(line) and _path_of(tomllib.loads(line)) == wanted:
+                rest = range(start + 1, len(lines))
+                return start, next((n for n in rest if _begins(lines[n])), len(lines))
+    raise ConfigError(
+        f"[{'.'.join(wanted)}]: is not written as a table of its own",
+        f"a line [{'.'.join(wanted)}]",
+        "write it so, and run the command again",
+    )
+
+
+def _begins(line: str) -> bool:
+    """Return whether a table begins with this line."""
+    with suppress(ValueError):
+        return bool(HEADER.match(line)) and bool(tomllib.loads(line))
+    return False
+
+
+def _path_of(table: Any) -> list[str]:
+    """Return the names of a header, read by itself."""
+    path = list[str]()
+    while isinstance(table, dict) and table:
+        ((name, table),) = table.items()
+        path.append(name)
+    return path
+
+
+def check_text(path: Path, text: str, load: Callable[[Path], T]) -> T:
+    """Return what `load` reads from a file beside `path` with this text. Errors: what `load`
+    raises, naming `path`."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        return load(replace(draft, text.encode(), private=True))
+    except ConfigError as error:
+        happened = error.happened.replace(str(draft), str(path))
+        raise ConfigError(happened, error.expected, error.todo) from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load_hospital_text(home: Path, text: str) -> Hospital:
+    """Read a text as it would be read as hospital.toml. Errors: ConfigError."""
+    return check_text(home / FILE, text, lambda draft: load_hospital(home, draft.name))
+
+
+def keep_copy(path: Path) -> Path:
+    """Keep a copy of a settings file beside it, for this user alone; return its path."""
+    content = reading.content(path, "a settings file", kind=ConfigError)
+    for number in range(1, 1000):
+        copy = path.with_name(f"{path.name}.{before()}{f'-{number}' * (number > 1)}")
+        if not copy.exists():
+            return create(copy, content, private=True)
+        if copy.read_bytes() == content:
+            return copy
+    raise ConfigError(f"{path}: too many copies beside it", todo="delete some of them")
+
+
+def before() -> str:
+    """Return the end of the name of a copy that is made today (UTC)."""
+    return f"before-{datetime.now(UTC).date().isoformat()}"

@@ -1,0 +1,173 @@
+"""Remember on this machine, for this user's account, which home pays for which private records.
+
+    homes.json    in $XDG_STATE_HOME/fedtune, else ~/.local/state/fedtune; 0600
+
+Two homes over one dataset each state a part of what its patients have paid. A site that takes part
+with records of another home is refused before it joins. A home that is gone, or that has no ledger
+any more, is forgotten. Simulations and data that is declared public or generated are not noted.
+| where it cannot be written, as in a container      | a warning; nothing is remembered |
+| another account, or another machine                | knows nothing of it              |
+| one home's folder that holds the other home's file | is another place                 |
+Guarantee: what decides is settings and the places of files, never a record."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.config import Site, SiteData
+from fedtune.core.config.database import FILES, file_of, kind_of, redact_url
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError
+from fedtune.core.files import locks, reading
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.files import DATABASE
+
+log = logging.getLogger("fedtune.site")
+FILE = "homes.json"
+Note = dict[str, Any]  # of a place: {path, device, inode}, or {url}
+
+
+def path_of_notes() -> Path:
+    """Return the path of this account's notes. Errors: InfrastructureError if it has no folder."""
+    named = os.environ.get("XDG_STATE_HOME", "")
+    if Path(named).is_absolute():  # as the XDG specification asks
+        return Path(named) / "fedtune" / FILE
+    try:
+        return Path.home() / ".local" / "state" / "fedtune" / FILE
+    except RuntimeError:
+        raise InfrastructureError("this account has no home folder") from None
+
+
+def check_home(site: Site) -> None:
+    """Check that no other home pays for the site's private records, and note that this one does.
+
+    Errors: ConfigError naming the other home."""
+    tables = [table for table in (site.data, site.evaluation) if table and not table.declared]
+    if not tables:
+        return
+    try:
+        path = path_of_notes()
+        with locks.hold(_made(path).with_suffix(".lock")):
+            homes = _read(path)
+            own = str(site.home.resolve())
+            for table in tables:
+                _check_place(table, own, homes)
+            notes = [_note(table) for table in tables]
+            noted = [note for note in homes.get(own, []) if note not in notes]
+            replace(path, _encode(homes | {own: noted + notes}), private=True)
+    except (InfrastructureError, OSError) as error:
+        log.warning(
+            "%s; it is not remembered which home pays for these records, so that a second one is "
+            "not noticed on this machine",
+            error,
+        )
+
+
+def forget(place: str, home: Path) -> list[str]:
+    """Forget that other homes than `home` pay for a place, which is a path or a url; return those
+    homes.
+
+    Errors: InputError if no other home is known to pay for it; InfrastructureError."""
+    path, own = path_of_notes(), str(home.resolve())
+    with locks.hold(_made(path).with_suffix(".lock")):
+        homes = _read(path)
+        names = {place, str(Path(place).resolve())}
+        kept = {
+            other: [
+                note
+                for note in notes
+                if other == own or not names & {other, note.get("path"), note.get("url")}
+            ]
+            for other, notes in homes.items()
+        }
+        forgotten = [other for other in homes if kept[other] != homes[other]]
+        if not forgotten:
+            raise InputError(
+                f"{place}: no other home is known to pay for it",
+                "a path, a url or a home as the refusal names it",
+            )
+        replace(path, _encode({name: notes for name, notes in kept.items() if notes}), private=True)
+    return forgotten
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def _read(path: Path) -> dict[str, list[Note]]:
+    """Read the notes of the homes that still have a ledger; {} if there are none."""
+    if not path.exists():
+        return {}
+    try:
+        homes = reading.json_in(path, "notes of homes, as fedtune writes them")["homes"]
+        return {
+            home: [dict(note) for note in notes]
+            for home, notes in homes.items()
+            if (Path(home) / DATABASE).exists()
+        }
+    except (InputError, KeyError, TypeError, ValueError, AttributeError):
+        log.warning("%s: cannot be read, and is begun anew", path)
+        return {}
+
+
+def _encode(homes: dict[str, list[Note]]) -> bytes:
+    return json.dumps({"homes": homes}, indent=1).encode()
+
+
+def _check_place(table: SiteData, own: str, homes: dict[str, list[Note]]) -> None:
+    for other, notes in homes.items():
+        if other == own or not any(_is_place(note, table) for note in notes):
+            continue
+        where = redact_url(table.url) if table.url else str(table.path.resolve())
+        raise ConfigError(
+            f"{where}: another ledger, in {other}, pays for these records already, and two ledgers "
+            "would each state a part of what their patients have paid",
+            "one home for all studies of the same records",
+            "make both sites memberships of one hospital: `fedtune memberships HOME --adopt "
+            "SITE.toml --name NAME`, once for each; or, if the other ledger is of no use any more "
+            f"and its figures are known, `fedtune memberships HOME --forget {where}`",
+        )
+
+
+def _is_place(note: Note, table: SiteData) -> bool:
+    """Return whether a note is of the table's file, folder or database."""
+    if note == _note(table):
+        return True
+    return "path" in note and any(_is_same_file(note, path) for path in _path(table))
+
+
+def _path(table: SiteData) -> Iterator[Path]:
+    if table.url is None:
+        yield table.path.resolve()
+    elif kind_of(table.url) in FILES:
+        yield file_of(table.url).resolve()
+
+
+def _is_same_file(note: Note, path: Path) -> bool:
+    """Return whether the noted path is `path`, leads to it, or led to it before it was renamed."""
+    noted = Path(note["path"])
+    if noted == path:
+        return True
+    with suppress(OSError):
+        found = path.stat()
+        if noted.exists():
+            return os.path.samestat(found, noted.stat())
+        return [found.st_dev, found.st_ino] == [note["device"], note["inode"]]
+    return False
+
+
+def _note(table: SiteData) -> Note:
+    """Return what is remembered of a table's place."""
+    for path in _path(table):
+        with suppress(OSError):
+            found = path.stat()
+            return {"path": str(path), "device": found.st_dev, "inode": found.st_ino}
+        return {"path": str(path), "device": 0, "inode": 0}
+    assert table.url is not None
+    return {"url": redact_url(table.url)}

@@ -1,0 +1,348 @@
+"""List the memberships of a hospital's home, make one, and end one.
+
+A home is a folder with hospital.toml and one ledger; each membership has a site.toml and a state
+folder of its own, and pays from that ledger (core/config/hospital.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.config import PolicyTable, Site, load_site
+from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData
+from fedtune.core.config.load import load_hospital
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.core.files.room import ORDERS, ROOM
+from fedtune.core.files.writing import create, replace, sync_folder
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.entries import EVERY
+from fedtune.core.ledger.files import traces
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.spending import (
+    DatasetBudget,
+    MembershipLine,
+    find_heaviest_budget,
+    membership_lines,
+    share_of,
+)
+from fedtune.core.vault.studies import under_way
+from fedtune.flower.membership import keys_folder, load_answer
+from fedtune.observe.status import LOCK, held
+from fedtune.officer import purge
+from fedtune.officer.hospital_file import (
+    keep_copy,
+    load_hospital_text,
+    without_table,
+    write_hospital,
+    write_membership,
+)
+
+LOCKS = (LOCK, "flower/lock", "ranks/lock")  # in a state folder: of a client, or of a vault
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A membership as `fedtune memberships` shows it.
+
+    - consortium: {address, fingerprint} of the coordinator whose answer it took; None: none yet
+    - share: what it spent, by dataset, against its own share
+    - studies: digest → name of those under way
+    - runs: whether its client or vault runs now
+    - problem: why its site file cannot be used; "" if it can"""
+
+    name: str
+    site_file: Path
+    max_epsilon: float
+    max_fallback_epsilon: float
+    site: str = ""
+    consortium: dict[str, str] | None = None
+    share: dict[str, DatasetBudget] = field(default_factory=dict)
+    studies: dict[str, str] = field(default_factory=dict)
+    runs: bool = False
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A home's memberships, and what all of them spent.
+
+    - totals: each registered dataset's budget against the hospital's ceilings
+    - who: by dataset, what each membership spent, ended ones too"""
+
+    home: Path
+    hospital: Hospital
+    memberships: list[Membership]
+    totals: list[DatasetBudget]
+    who: dict[str, list[MembershipLine]]
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return {
+            "home": self.home,
+            "hospital": self.hospital.hospital.name,
+            "memberships": [asdict(each) for each in self.memberships],
+            "datasets": [
+                asdict(total)
+                | {"remaining": total.remaining}
+                | {"memberships": [asdict(line) for line in self.who[total.dataset]]}
+                for total in self.totals
+            ],
+        }
+
+
+def list_memberships(home: Path) -> Listed:
+    """List a home's memberships and totals; no ledger is made. Errors: ConfigError; LedgerError."""
+    home = home.resolve()
+    hospital = load_hospital(home)
+    ledger = Ledger(home) if traces(home) else None
+    ceilings = hospital.policy
+    policy = PolicyTable(
+        max_epsilon=ceilings.max_epsilon,
+        max_fallback_epsilon=ceilings.max_fallback_epsilon,
+        max_delta=ceilings.max_delta,
+    )
+    totals, who = list[DatasetBudget](), dict[str, list[MembershipLine]]()
+    for name in hospital.datasets:
+        cohorts = ledger.cohorts(name) if ledger else []
+        none_spent = DatasetBudget(name, 0.0, "", 0.0, policy.max_epsilon, policy.max_delta)
+        totals.append(find_heaviest_budget(name, cohorts, policy) if cohorts else none_spent)
+        who[name] = membership_lines(name, cohorts, policy)
+    listed = [_membership(name, hospital, ledger) for name in hospital.memberships]
+    return Listed(home, hospital, listed, totals, who)
+
+
+def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Membership:
+    table, ceilings = hospital.memberships[name], hospital.policy
+    most = table.max_epsilon or ceilings.max_epsilon
+    fallback = table.max_fallback_epsilon or ceilings.max_fallback_epsilon
+    try:
+        site = site_of(table.site, name)
+    except FedtuneError as error:
+        return Membership(name, table.site, most, fallback, problem=str(error))
+    consortium, problem = None, ""
+    try:
+        if answer := load_answer(keys_folder(site), site.site.name):
+            consortium = {"address": answer.address, "fingerprint": answer.fingerprint}
+    except FedtuneError as error:
+        problem = str(error)
+    share = {
+        data.name: share_of(data.name, ledger.cohorts(data.name), site.policy)
+        for data in (site.data, site.evaluation)
+        if data and ledger
+    }
+    return Membership(
+        name=name,
+        site_file=table.site,
+        max_epsilon=site.policy.max_epsilon,
+        max_fallback_epsilon=site.policy.max_fallback_epsilon,
+        site=site.site.name,
+        consortium=consortium,
+        share=share,
+        studies=under_way(site.site.state),
+        runs=is_running(site.site.state),
+        problem=problem,
+    )
+
+
+def site_of(path: Path, membership: str) -> Site:
+    """Load the site file of a membership. Errors: ConfigError if it is another's."""
+    site = load_site(path)
+    if site.policy.membership != membership:
+        raise ConfigError(
+            f"{path}: is not the site file of membership {membership!r}",
+            f'membership = "{membership}" in its table [hospital]',
+            "correct one of the two files",
+        )
+    return site
+
+
+def is_running(state: Path) -> bool:
+    """Return whether a client or a vault works in this state folder now."""
+    return any(held(state / name) for name in LOCKS)
+
+
+# ----------------------------------------------------------------------------------------- add
+
+
+def make_home(home: Path, name: str, size: int, dataset: str, data: RegisteredData) -> Path:
+    """Make a hospital's home with one registered dataset, and return its hospital.toml.
+
+    data: with an absolute path, or a url. Errors: ConfigError if there is a home already, or the
+    size is too large for the ceilings' δ; InfrastructureError."""
+    if (home / FILE).exists():
+        raise ConfigError(f"{home / FILE} exists", "a folder that is no home yet")
+    text = write_hospital(name, size, ceilings_for(size), {dataset: data})
+    load_hospital_text(home.resolve().parent, text)  # before there is a home
+    return create(home / FILE, text.encode(), private=True)
+
+
+def ceilings_for(size: int) -> CeilingTable:
+    """Return the ceilings of a new home: the defaults, with a δ that suits so many units."""
+    most = CeilingTable().max_delta
+    while 2 * most * size >= 1:
+        most /= 10
+    return CeilingTable(max_delta=float(f"{most:.0e}"))
+
+
+def add(
+    home: Path, name: str, site: Path, site_text: str, max_epsilon: float | None = None
+) -> list[Path]:
+    """Enter a membership in hospital.toml and write its site file, 0600; return both files.
+
+    Killed between the two, it writes the site file when it is run again. Errors: ConfigError if the
+    name is taken or ended, the site file exists, or either file would not be valid."""
+    home, site = home.resolve(), site.absolute()
+    hospital = load_hospital(home)
+    if site.exists():
+        raise ConfigError(f"{site} exists", "a folder without this file", "choose another folder")
+    there = hospital.memberships.get(name)
+    if there is None or there.site.resolve() != site.resolve():
+        check_new(home, hospital, name)
+        append(home, write_membership(name, site, max_epsilon))
+    draft = create(site, site_text.encode(), private=True)
+    try:
+        site_of(draft, name)
+    except FedtuneError:
+        draft.unlink()
+        raise
+    return [home / FILE, site]
+
+
+def check_new(home: Path, hospital: Hospital, name: str) -> None:
+    """Check that a membership may have this name: none has, and none that paid ever had. Errors:
+    ConfigError."""
+    if name in (EVERY, "") or name in hospital.memberships:
+        raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
+    if name in paid_names(home):
+        raise ConfigError(
+            f"a membership {name!r} has paid from the ledger in {home} and has ended",
+            "a name that no membership ever had",
+            "choose another name: what it paid is counted under its own",
+        )
+
+
+def paid_names(home: Path) -> set[str]:
+    """Return the memberships that ever paid from a home's ledger."""
+    spending = Ledger(home).spending() if traces(home) else []
+    return {spent.charge.membership for spent in spending}
+
+
+def append(home: Path, table: str) -> None:
+    """Append a table to hospital.toml, after reading it with it. Errors: ConfigError."""
+    path = home / FILE
+    text = path.read_text(encoding="utf-8")
+    text += table if text.endswith("\n") else f"\n{table}"
+    load_hospital_text(home, text)
+    replace(path, text.encode(), private=True)
+
+
+# ----------------------------------------------------------------------------------------- end
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the end of a membership would do.
+
+    - delete: kind → files of its state folder, of its studies, and of its way into the consortium
+    - paid: what it spent, by dataset, which stays spent
+    - anyway: why it is refused unless somebody insists; "" if it is not"""
+
+    home: Path
+    name: str
+    site: Site | None
+    delete: dict[str, list[Path]]
+    paid: dict[str, MembershipLine]
+    anyway: str = ""
+
+
+def list_ending(home: Path, name: str) -> Ending:
+    """List what `end` would delete, and what stays. Errors: ConfigError if the home has no such
+    membership; InfrastructureError if its client runs."""
+    listed = list_memberships(home)
+    found = [each for each in listed.memberships if each.name == name]
+    if not found:
+        raise ConfigError(
+            f"{listed.home / FILE}: has no membership {name!r}",
+            "one of " + (", ".join(listed.hospital.memberships) or "none so far"),
+        )
+    (one,) = found
+    if one.runs:
+        raise InfrastructureError(
+            f"the client of membership {name!r} runs", "a client that has ended", "stop it first"
+        )
+    paid = {
+        dataset: line
+        for dataset, lines in listed.who.items()
+        for line in lines
+        if line.membership == name
+    }
+    site, delete, anyway = None, dict[str, list[Path]](), ""
+    with suppress(FedtuneError):
+        site = site_of(one.site_file, name)
+    if site is None:
+        anyway = f"its site file cannot be used, so that nothing is deleted: {one.problem}"
+    elif one.studies:
+        anyway = f"studies are under way: {', '.join(one.studies.values())}"
+    if site is not None and site.site.state.is_dir():
+        delete = purge.listing(site).deletable
+        if keys := sorted(_network_keys(site)):
+            delete["network keys, certificates and the coordinator's answer"] = keys
+    return Ending(listed.home, name, site, delete, paid, anyway)
+
+
+def _network_keys(site: Site) -> Iterator[Path]:
+    keys = keys_folder(site)
+    for folder in (keys, *keys.parent.glob(f"{keys.name}.old-*")):
+        yield from (path for path in folder.rglob("*") if not path.is_dir())
+
+
+def end(ending: Ending, *, anyway: bool = False) -> Path:
+    """End a membership; return the copy of hospital.toml that is kept.
+
+    Its charges, releases, receipts and acts stay in the hospital's ledger and audit log for good,
+    and so does its own signing key. The table in hospital.toml goes last, so that a run which was
+    killed may be repeated; from then on the site file is refused. Errors: InputError if studies are
+    under way, unless `anyway`; InfrastructureError if its client runs."""
+    if ending.anyway and not anyway:
+        raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
+    home, name, site = ending.home, ending.name, ending.site
+    text = (home / FILE).read_text(encoding="utf-8")
+    text = without_table(text, "memberships", name)
+    left = load_hospital_text(home, text).memberships
+    if set(left) != set(load_hospital(home).memberships) - {name}:
+        raise ConfigError(
+            f"{home / FILE}: [memberships.{name}] cannot be taken out by itself",
+            todo="take its lines out in an editor",
+        )
+    if traces(home):
+        book = Ledger(home)
+        files = sum(map(len, ending.delete.values()))
+        AuditLog(home, book.key).add("leave", "--anyway" if anyway else "--end", membership=name,
+                                     files=files)  # fmt: skip
+    if site is not None and site.site.state.is_dir():
+        purge.purge(purge.listing(site))
+        _delete(sorted(_network_keys(site)), keys_folder(site))
+    copy = keep_copy(home / FILE)
+    replace(home / FILE, text.encode(), private=True)
+    for path in (home / f"{ROOM}-{name}", home / ORDERS.replace(".", f"-{name}.")):
+        path.unlink(missing_ok=True)
+    return copy
+
+
+def _delete(files: Sequence[Path], keys: Path) -> None:
+    try:
+        for path in files:
+            path.unlink(missing_ok=True)
+        for folder in sorted({path.parent for path in files}, reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
+        if keys.parent.is_dir():
+            sync_folder(keys.parent)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{error.filename}: cannot be deleted ({error.strerror})",
+            todo="fix the permissions and run it again",
+        ) from None
