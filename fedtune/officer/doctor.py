@@ -15,11 +15,12 @@ from cryptography import x509
 from fedtune.core.bases.find import Base, cache_dir, find_base
 from fedtune.core.config import Site, Study, load_site
 from fedtune.core.config.database import FILES, file_of, kind_of
+from fedtune.core.config.hospital import FILE
 from fedtune.core.config.sheet import list_lacking, load_sheet
 from fedtune.core.data.load import LONG, text_members
 from fedtune.core.data.records import read_file, read_records, unit_member
 from fedtune.core.dp.plan import plan_for_site
-from fedtune.core.errors import FedtuneError, InfrastructureError, PolicyRefused
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, PolicyRefused
 from fedtune.core.ledger.files import KEY, SALT, traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.build import build
@@ -43,6 +44,7 @@ from fedtune.flower.link import Link, link
 from fedtune.flower.membership import keys_folder
 from fedtune.officer.isolation_here import isolation_here
 from fedtune.officer.let_go import list_waiting
+from fedtune.officer.memberships import list_memberships
 from fedtune.officer.reading import check_data, reading_of
 from fedtune.officer.review import is_unsigned, would_refuse
 from fedtune.officer.sheet import check_attested
@@ -73,6 +75,8 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
             ("isolation", lambda: _isolation(site)),
         ]
     )
+    if site.hospital:
+        yield from findings([("home", lambda: _home(site))])
     if site.data.declared:
         yield from findings([("declared data", lambda: _check_declared(site))])
     if site.policy.answers == "held":
@@ -85,6 +89,26 @@ def examine(path: Path, study: Study | None = None, *, outline: bool = False) ->
         yield from _network(site, path)
     if study is not None:
         yield from _for_study(site, study)
+
+
+def _home(site: Site) -> str:
+    """Check that nobody else can change the settings of a hospital's home, and that each
+    membership's site file can be used. Errors: ConfigError naming every problem."""
+    listed = list_memberships(site.home)
+    open_ = [
+        f"{path}: other users can change it"
+        for path in (site.home / FILE, site.home)
+        if path.stat().st_mode & 0o022
+    ]
+    broken = [f"{each.name}: {each.problem}" for each in listed.memberships if each.problem]
+    if open_ or broken:
+        raise ConfigError(
+            "; ".join([*open_, *broken]),
+            "a home for this user alone, and a site file for each membership",
+            "chmod go-w; correct the path in hospital.toml, or `fedtune memberships HOME --end`",
+        )
+    names = ", ".join(each.name for each in listed.memberships)
+    return f"{site.home}: for this user alone to change; memberships: {names}"
 
 
 def _isolation(site: Site) -> str:

@@ -25,7 +25,7 @@ from fedtune.core.config.database import FILES, file_of, kind_of, redact_url
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import DATABASE
+from fedtune.core.ledger.files import HEAD
 
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
@@ -109,7 +109,7 @@ def _read(path: Path) -> dict[str, list[Note]]:
         return {
             home: [dict(note) for note in notes]
             for home, notes in homes.items()
-            if (Path(home) / DATABASE).exists()
+            if (Path(home) / HEAD).exists()
         }
     except (InputError, KeyError, TypeError, ValueError, AttributeError):
         log.warning("%s: cannot be read, and is begun anew", path)

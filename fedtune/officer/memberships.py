@@ -5,7 +5,7 @@ folder of its own, and pays from that ledger (core/config/hospital.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -288,15 +288,20 @@ def list_ending(home: Path, name: str) -> Ending:
         anyway = f"studies are under way: {', '.join(one.studies.values())}"
     if site is not None and site.site.state.is_dir():
         delete = purge.listing(site).deletable
-        if keys := sorted(_network_keys(site)):
+        if keys := _network_keys(site):
             delete["network keys, certificates and the coordinator's answer"] = keys
     return Ending(listed.home, name, site, delete, paid, anyway)
 
 
-def _network_keys(site: Site) -> Iterator[Path]:
+def _network_keys(site: Site) -> list[Path]:
+    """List the files of a site's way into its consortium, earlier keys too."""
+    folders = _key_folders(site)
+    return sorted(path for each in folders for path in each.rglob("*") if not path.is_dir())
+
+
+def _key_folders(site: Site) -> list[Path]:
     keys = keys_folder(site)
-    for folder in (keys, *keys.parent.glob(f"{keys.name}.old-*")):
-        yield from (path for path in folder.rglob("*") if not path.is_dir())
+    return [keys, *sorted(keys.parent.glob(f"{keys.name}.old-*"))]
 
 
 def end(ending: Ending, *, anyway: bool = False) -> Path:
@@ -324,7 +329,7 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
                                      files=files)  # fmt: skip
     if site is not None and site.site.state.is_dir():
         purge.purge(purge.listing(site))
-        _delete(sorted(_network_keys(site)), keys_folder(site))
+        _delete_keys(site)
     copy = keep_copy(home / FILE)
     replace(home / FILE, text.encode(), private=True)
     for path in (home / f"{ROOM}-{name}", home / ORDERS.replace(".", f"-{name}.")):
@@ -332,15 +337,14 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     return copy
 
 
-def _delete(files: Sequence[Path], keys: Path) -> None:
+def _delete_keys(site: Site) -> None:
     try:
-        for path in files:
+        for path in _network_keys(site):
             path.unlink(missing_ok=True)
-        for folder in sorted({path.parent for path in files}, reverse=True):
-            with suppress(OSError):
-                folder.rmdir()
-        if keys.parent.is_dir():
-            sync_folder(keys.parent)
+        for folder in _key_folders(site):
+            for root, _, _ in os.walk(folder, topdown=False):
+                os.rmdir(root)
+        sync_folder(site.site.state)
     except OSError as error:
         raise InfrastructureError(
             f"{error.filename}: cannot be deleted ({error.strerror})",

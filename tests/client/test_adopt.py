@@ -1,0 +1,383 @@
+"""A site with a ledger of its own becomes a hospital's membership: nothing that was paid is lost,
+wherever it is killed, and nobody who withdrew comes back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.config.load import load_hospital
+from fedtune.core.data.records import unit_member
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.core.ledger import adopted, audit_log
+from fedtune.core.ledger.entries import RULES, Charge
+from fedtune.core.ledger.files import KEY, LedgerError, traces
+from fedtune.core.ledger.ledger import Ledger, signing_key
+from fedtune.core.ledger.spending import budget, share_of
+from fedtune.core.processes import alone
+from fedtune.officer.adopt import Adoption, _take_away, adopt
+from fedtune.officer.withdraw import check_receipt
+from tests.cli_kit import run
+from tests.client.adoption_kit import (
+    CHARGE,
+    DELTA,
+    exact_epsilon,
+    hashes_of,
+    kill_at,
+    make_site,
+    spend,
+    write_notes,
+)
+
+PATIENTS = [f"p{n}" for n in range(12)]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Two sites of the same notes, each with a ledger of its own and a patient who withdrew."""
+    folder = tmp_path / "hospital"
+    folder.mkdir()
+    write_notes(folder / "notes.jsonl", PATIENTS)
+    spend(make_site(folder, "cardio"), 3, withdrawn=["p3"])
+    spend(make_site(folder, "onco"), 5, withdrawn=["p5"])
+    return folder
+
+
+def adopt_first(folder: Path) -> Adoption:
+    return adopt(folder / "home", folder / "cardio.toml", "cardio")
+
+
+def adopt_second(folder: Path) -> Adoption:
+    return adopt(folder / "home", folder / "onco.toml", "onco")
+
+
+def charges(folder: Path) -> list[Charge]:
+    return Ledger(folder / "home").charges("records")
+
+
+def test_the_first_sites_ledger_becomes_the_hospitals(world: Path) -> None:
+    before = Ledger(world / "cardio-state")
+    head, public, hashed = before.head, before.key.public, before.withdrawn()
+    made = adopt_first(world)
+    book, site = Ledger(world / "home"), load_site(world / "cardio.toml")
+    book.verify()
+    assert (book.head, book.key.public) == (head, public) and book.withdrawn() == hashed
+    assert site.home == world / "home" and site.policy.hospital and site.policy.hospital.earlier
+    assert signing_key(site, book).public == public  # its coordinator knows it by this key
+    assert traces(world / "cardio-state") == [KEY]
+    acts = audit_log.verify(world / "home", public).entries
+    assert [act["event"] for act in acts] == ["enroll", "withdraw", "adopt"]
+    (receipt,) = (world / "home" / "withdrawals").glob("*.json")
+    assert check_receipt(receipt, book)
+    assert made.copy and Ledger(made.copy).head == head
+    assert made.copy.stat().st_mode & 0o777 == 0o700
+    assert "# a person's comment" in (world / "cardio.toml").read_text()
+    assert made.site_copy and "[hospital]" not in made.site_copy.read_text()
+    hospital = load_hospital(world / "home")
+    assert hospital.policy.max_epsilon == 8.0 and [*hospital.datasets] == ["records"]
+    share = share_of("records", book.cohorts("records"), site.policy)
+    assert share.epsilon >= exact_epsilon(book.charges("records"), 2 * DELTA) > 0
+
+
+def test_what_a_later_site_spent_is_in_the_total_of_an_independent_accountant(world: Path) -> None:
+    spent = Ledger(world / "onco-state").charges("records")
+    adopt_first(world)
+    assert adopt_second(world).charges == len(spent) == 5
+    book = Ledger(world / "home")
+    book.verify()
+    paid = book.charges("records")
+    assert [c.membership for c in paid] == [""] * 3 + ["onco"] * 5
+    assert [replace(c, membership="") for c in paid[3:]] == spent
+    policy = load_site(world / "onco.toml").policy
+    total = budget("records", book.spending("records"), policy)
+    every = exact_epsilon(paid, 2 * DELTA)
+    assert total.epsilon >= every > exact_epsilon(paid[:3], 2 * DELTA)
+    own = share_of("records", book.cohorts("records"), policy)
+    assert every > own.epsilon >= exact_epsilon(spent, 2 * DELTA)
+    shown = run("ledger", world / "onco.toml", "--json")
+    assert json.loads(shown.stdout)["budget"]["epsilon"] == total.epsilon
+
+
+def test_a_charge_that_is_not_carried_is_seen(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin: the total is below what an independent accountant gives."""
+    spent = Ledger(world / "onco-state").charges("records")
+    listed = adopted.Closed.list_earlier
+    monkeypatch.setattr(adopted.Closed, "list_earlier", lambda *arguments: listed(*arguments)[:1])
+    adopt_first(world)
+    adopt_second(world)
+    book = Ledger(world / "home")
+    total = budget("records", book.spending("records"), load_site(world / "onco.toml").policy)
+    assert total.epsilon < exact_epsilon(charges(world)[:3] + spent, 2 * DELTA)
+
+
+def test_the_hospitals_ledger_restores_what_was_adopted(world: Path) -> None:
+    """Its step log holds the later site's steps: a restore from a backup of before charges them."""
+    adopt_first(world)
+    Ledger(world / "home").backup(world / "backup")
+    adopt_second(world)
+    before = exact_epsilon(charges(world), 2 * DELTA)
+    (world / "home" / "ledger.db").unlink()
+    restored = Ledger.restore(world / "home", world / "backup")
+    assert exact_epsilon(restored.charges("records"), 2 * DELTA) >= before
+
+
+def test_unknown_stays_unknown_and_restored_counts_for_each_dataset(world: Path) -> None:
+    book = Ledger(world / "onco-state")
+    book.reserve("records", replace(CHARGE, study="old", rules=RULES - 1), "a", lambda _: None)
+    book.accept("records", "officer")
+    book.backup(world / "backup")
+    spend(world / "onco.toml", 7)
+    (world / "onco-state" / "ledger.db").unlink()
+    restored = [
+        s for s in Ledger.restore(book.folder, world / "backup").spending() if s.kind == "restore"
+    ]
+    adopt_first(world)
+    adopt_second(world)
+    home = Ledger(world / "home")
+    entered = [s.charge for s in home.spending() if s.charge.membership == "onco"]
+    assert len(entered) == 6 + len(restored) and restored
+    assert {s.charge.study for s in home.unknown("records", "patient")} >= {"old"}
+
+
+# ---------------------------------------------------------------------------------- withdrawals
+
+
+def test_who_withdrew_from_either_stays_out_under_one_salt(world: Path) -> None:
+    adopt_first(world)
+    made = adopt_second(world)
+    book = Ledger(world / "home")
+    assert set(book.withdrawn()) == hashes_of(book, ["p3", "p5"])
+    (receipt,) = made.receipts
+    told = json.loads(receipt.read_text())
+    assert check_receipt(receipt, book) and told["unit"] == book.hashed(unit_member("p5"))
+    assert [release["rounds"] for release in told["releases"]] == [3, 5]
+
+
+def test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given(world: Path) -> None:
+    adopt_first(world)
+    write_notes(world / "notes.jsonl", [p for p in PATIENTS if p != "p5"])
+    with pytest.raises(InputError, match=r"1 patients withdrew .* --withdrawn FILE"):
+        adopt_second(world)
+    assert load_site(world / "onco.toml").home == world / "onco-state"
+    (world / "keys").write_text("p5\n")
+    said = run("memberships", world / "home", "--adopt", world / "onco.toml",
+               "--name", "onco", "--withdrawn", world / "keys")  # fmt: skip
+    assert said.exit_code == 0, said.output
+    book = Ledger(world / "home")
+    assert set(book.withdrawn()) == hashes_of(book, ["p3", "p5"])
+
+
+def test_members_that_left_the_files_pay_wherever_they_come_back(world: Path) -> None:
+    """Nobody can tell any more who they were: what they paid counts against every dataset, and a
+    newcomer pays it too."""
+    write_notes(world / "notes.jsonl", PATIENTS[:-1])
+    adopt_first(world)
+    made = adopt_second(world)
+    assert made.charged == {"records": "onco/records"}
+    book = Ledger(world / "home")
+    assert len(book.charges("records")) == 8
+    assert [c.membership for c in book.newcomer("records")] == ["onco"] * 5
+    receipt = json.loads(made.receipts[0].read_text())
+    assert [release["rounds"] for release in receipt["releases"]] == [3, 5]
+
+
+# --------------------------------------------------------------------------------- several datasets
+
+
+def test_one_place_gets_one_name_and_another_place_a_name_of_its_own(world: Path) -> None:
+    adopt_first(world)
+    make_site(world, "lab", dataset="letters")
+    spend(world / "lab.toml", 2)
+    assert adopt(world / "home", world / "lab.toml", "lab").datasets == {"letters": "records"}
+    assert load_site(world / "lab.toml").data.name == "records"
+    write_notes(world / "scans.jsonl", ["s1", "s2"])
+    make_site(world, "scan", path="scans.jsonl")
+    spend(world / "scan.toml", 2)
+    made = adopt(world / "home", world / "scan.toml", "scan")
+    assert made.datasets == {"records": "scan-records"}
+    assert load_site(world / "scan.toml").data.name == "scan-records"
+    assert len(charges(world)) == 3 + 2 + 2  # nobody declared that they share no patient
+
+
+def test_a_disjoint_dataset_is_told_from_one_that_either_ledger_chose_for(world: Path) -> None:
+    """A patient in both datasets counted for one at the first site, perhaps for the other at the
+    second, as neither ledger knew the other."""
+    home = world / "home"
+    adopt_first(world)
+    write_notes(world / "scans.jsonl", ["s1", "s2"])
+    with (home / "hospital.toml").open("a") as file:
+        path = json.dumps(str(world / "scans.jsonl"))
+        file.write(f'[datasets.scans]\npath = {path}\ndisjoint_from = ["records"]\n')
+    make_site(world, "scan", path="scans.jsonl", dataset="scans")
+    spend(world / "scan.toml", 2)
+    made = adopt(home, world / "scan.toml", "scan")
+    assert made.charged == {"scans": "scan/scans"}
+    assert len(charges(world)) == 3 + 2
+
+
+# ------------------------------------------------------------------------------------------ kills
+
+
+def _check_whole(folder: Path, name: str, least: list[Charge]) -> None:
+    """The site's own ledger is whole, or the hospital's is and holds all charges."""
+    site = load_site(folder / f"{name}.toml", alone=True)
+    if site.hospital is None:
+        Ledger(site.site.state).verify()
+        return
+    home = Ledger(folder / "home")
+    home.verify()
+    paid = [replace(charge, membership="") for charge in home.charges("records")]
+    assert all(charge in paid for charge in least)
+
+
+@pytest.mark.parametrize("which", ["first", "later"])
+def test_killed_anywhere_it_is_finished_by_running_it_again(world: Path, which: str) -> None:
+    act: Callable[[Path], Adoption] = adopt_first
+    name = "cardio"
+    if which == "later":
+        adopt_first(world)
+        act, name = adopt_second, "onco"
+    least = Ledger(world / f"{name}-state").charges("records")
+    template = world.with_name("template")
+    world.rename(template)
+    clean = None
+    for step in range(0, 1000, 4):
+        shutil.copytree(template, world)
+        ended = kill_at(step, lambda: act(world))
+        _check_whole(world, name, least)
+        act(world) if not ended else None
+        paid = [(c.study, c.round, c.membership) for c in charges(world)]
+        withdrawn = len(Ledger(world / "home").withdrawn())
+        clean = clean or (len(least) + (3 if which == "later" else 0), withdrawn)
+        assert (len(paid), withdrawn) == clean and len(set(paid)) == len(paid)
+        assert traces(world / f"{name}-state") == [KEY]
+        shutil.rmtree(world)
+        if ended:
+            break
+    assert step > 40  # each change to a file system was a place to be killed at
+
+
+def test_a_ledger_that_goes_before_the_site_file_changes_is_seen(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: killed between the two, the site has no ledger at all."""
+    template = world.with_name("template")
+    world.rename(template)
+    state = world / "cardio-state"
+    monkeypatch.setattr("fedtune.officer.adopt._enter_act", lambda *_, **__: _take_away(state))
+    found = False
+    for step in range(200):
+        shutil.copytree(template, world)
+        ended = kill_at(step, lambda: adopt_first(world))
+        try:
+            _check_whole(world, "cardio", [])
+        except LedgerError:
+            found = True
+        shutil.rmtree(world)
+        if found or ended:
+            break
+    assert found
+
+
+def test_a_site_that_went_on_after_a_kill_is_not_half_a_ledger(world: Path) -> None:
+    """The first site: how to go back is said. A later one: what it spent since is entered too."""
+    step = next(n for n in range(1, 1000) if _killed_with_home(world, n))
+    assert step
+    spend(world / "cardio.toml", 2)
+    with pytest.raises(ConfigError, match=r"went on since.*delete"):
+        adopt_first(world)
+    shutil.rmtree(world / "home")
+    adopt_first(world)
+    assert len(charges(world)) == 5
+
+
+def _killed_with_home(world: Path, step: int) -> bool:
+    kill_at(step, lambda: adopt_first(world))
+    assert load_site(world / "cardio.toml", alone=True).hospital is None
+    return (world / "home" / "hospital.toml").exists()
+
+
+def test_a_later_site_that_went_on_after_a_kill_pays_for_the_rest(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adopt_first(world)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedtune.officer.adopt._enter_act", _killed)
+        with suppress(KeyboardInterrupt):
+            adopt_second(world)
+    assert len(charges(world)) == 8
+    spend(world / "onco.toml", 2)
+    assert adopt_second(world).charges == 2
+    assert len(charges(world)) == 10
+
+
+def _killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_who_waited_for_the_old_ledger_is_refused(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A withdrawal that another process would enter in the ledger that is going away."""
+    book = Ledger(world / "cardio-state")
+    adopt_first(world)
+    with pytest.raises(FedtuneError):
+        book.withdraw(unit_member("p7"))
+    (world / "cardio-state" / "ledger.db").unlink(missing_ok=True)
+    with pytest.raises(LedgerError, match="missing"):
+        Ledger(world / "cardio-state")
+
+
+# --------------------------------------------------------------------------------------- refused
+
+
+def test_it_is_refused_while_a_client_runs(world: Path) -> None:
+    with (
+        alone(world / "cardio-state" / "flower", "fedtune client"),
+        pytest.raises(InfrastructureError, match="another fedtune client"),
+    ):
+        adopt_first(world)
+    assert not (world / "home").exists()
+    adopt_first(world)
+    with (
+        alone(world / "cardio-state" / "ranks", "the vault of a client"),
+        pytest.raises(InfrastructureError, match="another the vault"),
+    ):
+        adopt_second(world)  # of any membership: its order would be in the midst
+
+
+def test_a_ledger_that_was_never_adopted_is_not_taken_away(world: Path) -> None:
+    """Somebody wrote the table [hospital] by hand."""
+    adopt_first(world)
+    hospital = world / "home" / "hospital.toml"
+    hospital.write_text(hospital.read_text() + f'[memberships.onco]\nsite = "{world}/onco.toml"\n')
+    site = world / "onco.toml"
+    site.write_text(site.read_text() + f'[hospital]\nhome = "{world}/home"\nmembership = "onco"\n')
+    with pytest.raises(ConfigError, match="never adopted"):
+        adopt_second(world)
+    assert len(Ledger(world / "onco-state").charges("records")) == 5
+
+
+def test_consent_that_differs_is_settled_by_a_person_first(world: Path) -> None:
+    adopt_first(world)
+    site = make_site(world, "lab", more='consent = { column = "agreed" }')
+    Ledger(load_site(site).home)
+    with pytest.raises(ConfigError, match="consent of 'records'"):
+        adopt(world / "home", site, "lab")
+
+
+def test_a_name_that_paid_before_is_not_given_again(world: Path) -> None:
+    adopt_first(world)
+    adopt_second(world)
+    assert run("memberships", world / "home", "--end", "onco", "--yes").exit_code == 0
+    spend(make_site(world, "other"), 1)
+    with pytest.raises(ConfigError, match="has paid from the ledger"):
+        adopt(world / "home", world / "other.toml", "onco")

@@ -1,0 +1,145 @@
+"""A second ledger for the same records is refused on this machine, before the site joins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.officer import before_joining, known_homes
+from fedtune.officer.adopt import adopt
+from fedtune.officer.before_joining import check_before_joining
+from tests.cli_kit import run
+from tests.client.adoption_kit import make_site, spend, write_notes
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    write_notes(tmp_path / "notes.jsonl", ["a", "b", "c"])
+    for name in ("cardio", "onco"):
+        spend(make_site(tmp_path, name), 1)
+    return tmp_path
+
+
+def join(world: Path, name: str) -> None:
+    check_before_joining(load_site(world / f"{name}.toml"))
+
+
+def test_a_second_home_of_the_same_records_is_refused_and_told_the_way_out(world: Path) -> None:
+    join(world, "cardio")
+    join(world, "cardio")  # started again
+    with pytest.raises(ConfigError) as refused:
+        join(world, "onco")
+    said = str(refused.value)
+    assert str(world / "cardio-state") in said and "--adopt" in said
+    assert f"--forget {world / 'notes.jsonl'}" in said
+    notes = known_homes.path_of_notes()
+    assert notes == world / "xdg" / "fedtune" / "homes.json"
+    assert notes.stat().st_mode & 0o777 == 0o600 and notes.parent.stat().st_mode & 0o77 == 0
+
+
+def test_without_the_check_the_second_joins(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin."""
+    monkeypatch.setattr(before_joining, "check_home", lambda site: None)
+    for name in ("cardio", "onco"):
+        join(world, name)
+
+
+@pytest.mark.parametrize("how", ["link", "renamed", "folder's other name", "database"])
+def test_the_same_place_is_known_by_whatever_path(world: Path, how: str) -> None:
+    notes = world / "notes.jsonl"
+    path = "other.jsonl"
+    if how == "database":
+        for name in ("cardio", "onco"):
+            file = make_site(world, name)
+            text = file.read_text().replace(
+                'path = "notes.jsonl"',
+                'url = "postgresql://USER@host/db"\noptions = { table = "notes" }',
+            )
+            file.write_text(text.replace("USER", name))
+        known_homes.check_home(load_site(world / "cardio.toml"))
+        with pytest.raises(ConfigError, match="postgresql://host/db"):
+            known_homes.check_home(load_site(world / "onco.toml"))
+        return
+    join(world, "cardio")
+    if how == "link":
+        (world / path).symlink_to(notes)
+    elif how == "renamed":
+        notes.rename(world / path)
+    else:
+        (world / "also").symlink_to(world, target_is_directory=True)
+        path = "also/notes.jsonl"
+    make_site(world, "onco", path=path)
+    with pytest.raises(ConfigError, match="another ledger"):
+        join(world, "onco")
+
+
+def test_other_records_and_a_home_that_is_gone_do_not_matter(world: Path) -> None:
+    join(world, "cardio")
+    write_notes(world / "scans.jsonl", ["x", "y"])
+    spend(make_site(world, "scan", path="scans.jsonl"), 1)
+    join(world, "scan")
+    shutil.rmtree(world / "cardio-state")
+    join(world, "onco")
+    assert str(world / "cardio-state") not in known_homes.path_of_notes().read_text()
+
+
+def test_declared_data_and_a_simulation_are_not_noted(world: Path) -> None:
+    more = 'declared = "generated"'
+    site = make_site(world, "toy", more=more)
+    site.write_text(site.read_text() + "allow_declared_data = true\n")
+    known_homes.check_home(load_site(site))
+    assert not known_homes.path_of_notes().exists()
+
+
+def test_memberships_of_one_home_share_a_place_and_what_was_adopted_is_no_home(
+    world: Path,
+) -> None:
+    join(world, "cardio")
+    for name in ("cardio", "onco"):
+        adopt(world / "home", world / f"{name}.toml", name)
+        join(world, name)
+    homes = json.loads(known_homes.path_of_notes().read_text())["homes"]
+    assert [*homes] == [str(world / "home")]
+
+
+def test_a_dead_home_is_forgotten_by_a_person_and_that_is_entered(world: Path) -> None:
+    join(world, "cardio")
+    adopt(world / "home", world / "onco.toml", "onco")
+    with pytest.raises(ConfigError):
+        join(world, "onco")
+    done = run("memberships", world / "home", "--forget", world / "notes.jsonl", "--json")
+    assert json.loads(done.stdout)["forgot"] == [str(world / "cardio-state")]
+    acts = run("log", world / "home", "--event", "forget", "--json").stdout
+    assert "forget" in acts
+    join(world, "onco")
+    with pytest.raises(ConfigError):
+        join(world, "cardio")
+    again = run("memberships", world / "home", "--forget", world / "notes.jsonl")
+    assert again.exit_code == 2 and "no other home" in again.output
+
+
+def test_notes_that_cannot_be_kept_keep_nobody_out(
+    world: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (world / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(world / "file"))
+    join(world, "cardio")
+    assert "is not remembered" in caplog.text
+    monkeypatch.setenv("XDG_STATE_HOME", str(world / "xdg"))
+    join(world, "cardio")
+    known_homes.path_of_notes().write_text("{")
+    join(world, "cardio")
+    assert "begun anew" in caplog.text
+
+
+def test_a_place_that_nobody_knows_is_not_forgotten(world: Path) -> None:
+    with pytest.raises(InputError, match="no other home"):
+        known_homes.forget(str(world / "notes.jsonl"), world / "home")
+    assert Ledger(world / "cardio-state").head.seq > 0
