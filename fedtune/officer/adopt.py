@@ -1,7 +1,7 @@
 """Make a site with a ledger of its own a membership of a hospital's home.
 
 The first site's ledger becomes the hospital's, with its key, salt, audit log and receipts. What a
-later site spent is entered in that ledger as charges of its membership (core/ledger/adopted.py),
+later site spent is entered in that ledger as charges of its membership (closed_ledger.py),
 and so are its withdrawals: the old ledger holds hashes under another salt, so they are found by
 hashing the keys of its records.
 
@@ -37,8 +37,7 @@ from fedtune.core.data.records import read_file, unit_member
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
-from fedtune.core.ledger import adopted, audit_log
-from fedtune.core.ledger.adopted import Closed
+from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.declared import check_private
 from fedtune.core.ledger.files import (
@@ -56,6 +55,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.restore import backup
 from fedtune.core.processes import alone
 from fedtune.core.wire.keys import SigningKey
+from fedtune.officer.closed_ledger import Closed, closed
 from fedtune.officer.hospital_file import (
     before,
     check_text,
@@ -114,11 +114,11 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
         book = Ledger(site.site.state)
         book.verify()
         if _is_first(home, site_file, name, book):
-            with adopted.closed(book) as old:
+            with closed(book) as old:
                 return _adopt_first(home, site, site_file, name, old)
         _check_nothing_waits(site, book)
         members = {table.name: every_member(table) for table in _tables(site)}
-        with adopted.closed(book) as old:
+        with closed(book) as old:
             return _adopt_later(home, site, site_file, name, old, members, withdrawn)
 
 
@@ -301,7 +301,7 @@ def _adopt_later(
     _copy_missing(state / OUTBOX, home / OUTBOX)
     earlier = old.list_earlier(name, charged)
     by_member = {unit_member(key): since for key, since in keys.items()}
-    entered = adopted.enter(book, name, earlier, by_member, old.refused, login())
+    entered = book.enter_earlier(name, earlier, by_member, old.refused, login())
     receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
     site_copy = _switch(site_file, name, site_text)

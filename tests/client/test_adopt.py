@@ -17,13 +17,14 @@ from fedtune.core.config import load_site
 from fedtune.core.config.load import load_hospital
 from fedtune.core.data.records import unit_member
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
-from fedtune.core.ledger import adopted, audit_log
+from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.entries import RULES, Charge
 from fedtune.core.ledger.files import KEY, LedgerError, traces
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.spending import budget, share_of
 from fedtune.core.processes import alone
 from fedtune.officer.adopt import Adoption, _take_away, adopt
+from fedtune.officer.closed_ledger import Closed
 from fedtune.officer.withdraw import check_receipt
 from tests.cli_kit import run
 from tests.client.adoption_kit import (
@@ -109,8 +110,8 @@ def test_what_a_later_site_spent_is_in_the_total_of_an_independent_accountant(wo
 def test_a_charge_that_is_not_carried_is_seen(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: the total is below what an independent accountant gives."""
     spent = Ledger(world / "onco-state").charges("records")
-    listed = adopted.Closed.list_earlier
-    monkeypatch.setattr(adopted.Closed, "list_earlier", lambda *arguments: listed(*arguments)[:1])
+    listed = Closed.list_earlier
+    monkeypatch.setattr(Closed, "list_earlier", lambda *arguments: listed(*arguments)[:1])
     adopt_first(world)
     adopt_second(world)
     book = Ledger(world / "home")

@@ -100,6 +100,17 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """A charge of another ledger, and the sha256 of the update that was released for it; "" of
+    none."""
+
+    dataset: str
+    charge: Charge
+    adapter: str
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
 class Held:
     """A released answer that waits for a person at the site.
 

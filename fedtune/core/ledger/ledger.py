@@ -28,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ from fedtune.core.ledger.entries import (
     Accepted,
     Charge,
     Cohort,
+    Earlier,
     Held,
     Permit,
     Slot,
@@ -314,6 +315,43 @@ class Ledger:
                     out.add(cohort.arrival)
             entry = _reservation(dataset, charge, adapter) | {"out": sorted(out)}
             return writer.append("reserve", entry), frozenset(out)
+
+    def enter_earlier(
+        self,
+        membership: str,
+        earlier: Sequence[Earlier],
+        withdrawn: Mapping[bytes, int],
+        refused: Iterable[Slot],
+        who: str,
+    ) -> int:
+        """Enter what a membership of this hospital paid from a ledger of its own before, as charges
+        of the membership, and return how many were not there yet. No permit is asked: it was spent.
+
+        withdrawn: the key of each unit that withdrew there, and when, in UTC seconds; refused:
+        slots whose answer a person refused for good. Guarantee: all is entered, or nothing, and
+        once, however often it is tried; each charge keeps its rules, unit and order. Errors:
+        LedgerError if the membership has paid for anything else here."""
+        with self._store.writing() as writer:
+            account = self._account
+            paid = [r for r in account.reserved.values() if r.charge.membership == membership]
+            there = [(r.charge, r.adapter) for r in paid]
+            if there != [(one.charge, one.adapter) for one in earlier[: len(there)]]:
+                raise LedgerError(
+                    f"{self.folder}: membership {membership!r} has paid for other rounds here",
+                    "a name under which nothing was paid yet",
+                    "choose another name",
+                )
+            for one in earlier[len(there) :]:
+                entry = _reservation(one.dataset, one.charge, one.adapter)
+                number = writer.append("reserve", entry)
+                if one.sha256:
+                    writer.append("release", {"reservation": number, "sha256": one.sha256})
+            for slot in sorted(set(refused) - account.refused):
+                writer.append("refuse", {**_of_slot(slot), "by": who})
+            since = {self.hashed(key): at for key, at in withdrawn.items()}
+            for unit in sorted(set(since) - set(account.withdrawn)):
+                writer.append("withdraw", {"unit": unit, "since": since[unit]})
+        return len(earlier) - len(there)
 
     def release(
         self, reservation: int, update: bytes, *, held: bool = False, keeps_all: bool = False

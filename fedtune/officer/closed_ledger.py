@@ -1,38 +1,21 @@
-"""Enter in a hospital's ledger what one of its memberships had paid from a ledger of its own.
+"""Read another site's ledger, while no process can write to it, for a hospital's ledger to enter
+what it paid (`Ledger.enter_earlier`).
 
-Guarantee: each charge of the other ledger is in the hospital's afterwards, with its rules, unit and
-order, as a charge of the membership; whatever is in doubt counts against more, never less.
+Whatever is in doubt counts against more, never less:
 | a charge that a restore entered, against every dataset | is entered against each of them        |
 | left out cohorts, and arrivals                          | are not carried: every unit pays       |
 | accepted charges of unknown ε, signed plans             | are not carried: a person decides anew |
-All of it is one transaction: a crash leaves every charge entered, or none. The same charges are
-entered once, however often it is tried.
-Errors: LedgerError.
-"""
+Errors: LedgerError."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from fedtune.core.ledger.entries import EVERY, Charge, Slot
-from fedtune.core.ledger.files import LedgerError
-
-if TYPE_CHECKING:
-    from fedtune.core.ledger.chain import Transaction
-    from fedtune.core.ledger.ledger import Ledger
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """A charge of another ledger. sha256: of the update that was released for it; "" of none."""
-
-    dataset: str
-    charge: Charge
-    adapter: str
-    sha256: str = ""
+from fedtune.core.ledger.chain import Transaction
+from fedtune.core.ledger.entries import EVERY, Earlier
+from fedtune.core.ledger.ledger import Ledger
 
 
 class Closed:
@@ -93,43 +76,3 @@ def closed(ledger: Ledger) -> Iterator[Closed]:
     call it. Errors: LedgerError."""
     with ledger._store.writing() as reader:
         yield Closed(ledger, reader)
-
-
-def enter(
-    ledger: Ledger,
-    membership: str,
-    earlier: Sequence[Earlier],
-    withdrawn: Mapping[bytes, int],
-    refused: Collection[Slot],
-    who: str,
-) -> int:
-    """Enter a membership's earlier charges, and return how many were not there yet.
-
-    withdrawn: the key of each unit that withdrew, and when, in UTC seconds; refused: slots whose
-    answer a person refused for good. Errors: LedgerError if the membership has other charges."""
-    with ledger._store.writing() as writer:
-        account = ledger._account
-        there = [
-            (paid.charge, paid.adapter)
-            for paid in account.reserved.values()
-            if paid.charge.membership == membership
-        ]
-        planned = [(one.charge, one.adapter) for one in earlier]
-        if there != planned[: len(there)]:
-            raise LedgerError(
-                f"{ledger.folder}: membership {membership!r} has paid for other rounds here",
-                "a name under which nothing was paid yet",
-                "choose another name",
-            )
-        for one in earlier[len(there) :]:
-            body = {"dataset": one.dataset, "charge": one.charge.fields(), "adapter": one.adapter}
-            number = writer.append("reserve", body | {"membership": membership})
-            if one.sha256:
-                writer.append("release", {"reservation": number, "sha256": one.sha256})
-        for study, round_, adapter in sorted(set(refused) - account.refused):
-            slot = {"study": study, "round": round_, "adapter": adapter}
-            writer.append("refuse", slot | {"by": who})
-        since = {ledger._salt_member(key).hex(): time for key, time in withdrawn.items()}
-        for unit in sorted(set(since) - set(account.withdrawn)):
-            writer.append("withdraw", {"unit": unit, "since": since[unit]})
-    return len(earlier) - len(there)
