@@ -22,6 +22,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fedtune.core.config import Site, Study, load_site, load_study
+from fedtune.core.config.hospital import FILE as HOSPITAL
+from fedtune.core.config.load import load_hospital
 from tests.test_deploy_commands import parse
 
 ROOT = Path(__file__).parents[2]
@@ -142,9 +144,12 @@ def load_toml(text: str, folder: Path) -> None:
         load_study(file)
     elif {"site", "data", "policy"} <= set(body):
         load_site(file)
+    elif {"hospital", "datasets"} <= set(body):
+        file.rename(folder / HOSPITAL)
+        load_hospital(folder)
     else:
         wrong = [problems(kind, body) for kind in (Study, Site)]
-        assert [] in wrong, f"neither of study.toml nor of site.toml: {wrong}"
+        assert [] in wrong, f"none of study.toml, site.toml or hospital.toml: {wrong}"
 
 
 def problems(kind: type[Study] | type[Site], body: dict[str, object]) -> list[str]:
