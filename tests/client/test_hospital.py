@@ -319,3 +319,13 @@ def test_somebody_elses_space_is_not_given_up(tmp_path: Path, of: str) -> None:
     with room.give_up():
         path = tmp_path / "home" / f"{ROOM}-{of}"
         assert path.stat().st_size == room.of_an_answer
+
+
+def test_what_the_hospital_declares_of_a_dataset_holds_for_every_membership(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    files = make_hospital(home)
+    said = 'path = "notes.jsonl"\ncohort = "second"\n[datasets.records.consent]\ncolumn = "ok"\n'
+    edit(home / "hospital.toml", 'path = "notes.jsonl"\n', said)
+    for path in files.values():
+        data = load_site(path).data
+        assert data.cohort == "second" and data.consent is not None and data.consent.column == "ok"
