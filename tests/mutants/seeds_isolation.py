@@ -474,7 +474,8 @@ MUTANTS = (
     ),
     one(
         "isolation", "an-order-does-not-wait-for-a-log", "fedtune/core/files/room.py",
-        "with locks.hold(self.folder / ORDERS), self._given_up():", "with self._given_up():",
+        "with locks.hold(_lock_of(self.folder, self.membership)), self._given_up():",
+        "with self._given_up():",
         T_DECIDES + "test_a_sites_log_takes_no_space_while_an_order_is_answered",
         "a courier chooses when the ledger's room loses a mebibyte",
     ),
@@ -516,7 +517,7 @@ MUTANTS = (
     ),
     one(
         "resources", "a-site-does-not-say-what-its-room-lends", "fedtune/core/vault/worker.py",
-        "        PREFIX_STORE.leave_free(self.room.of_an_answer)\n", "",
+        "        PREFIX_STORE.leave_free(self.room.lent)\n", "",
         "tests/client/test_ranks.py::"
         "test_states_of_every_process_leave_free_what_the_room_of_the_ledger_lends",
         "how long all records are decides whether the next order is answered",

@@ -129,7 +129,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     _one(
         AREA, "the-fallback-has-no-ceiling", BUDGET,
-        "if self.is_shared and", "if False and",
+        "if share.is_shared and", "if False and",
         T_ATTACKS + "test_a_ceiling_for_the_fallback_holds", "a rule nobody applies",
     ),
     _one(

@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     one(
         "resources", "studies-without-end-are-under-way", SITE,
-        "            studies.check_number(self.home.folder, study)\n", "",
+        "            studies.check_number(self.site.site.state, study)\n", "",
         "tests/client/test_admitted_plans.py::test_so_many_studies_are_under_way_at_most",
         "each leaves a file in the ledger's room",
     ),
@@ -204,14 +204,14 @@ MUTANTS = (
     one(
         "resources", "a-rank-does-not-leave-free-what-the-room-lends",
         "fedtune/core/vault/rank_process.py",
-        "    PREFIX_STORE.leave_free(site.room.of_an_answer)\n", "",
+        "    PREFIX_STORE.leave_free(site.room.lent)\n", "",
         "tests/client/test_ranks.py::"
         "test_states_of_every_process_leave_free_what_the_room_of_the_ledger_lends",
         "how long all records are decides whether the next order is answered",
     ),
     one(
         "resources", "a-full-disk-keeps-a-patient-in", "fedtune/officer/withdraw.py",
-        "        with site.room.give_up():\n            return enter()\n", "        raise\n",
+        "        with site.room.of(OFFICER).give_up():\n            return enter()\n", "        raise\n",
         "tests/client/test_withdraw.py::"
         "test_a_patient_may_withdraw_where_the_disk_is_full_but_for_the_room",
         "whoever sends plans without end keeps a patient in training",
@@ -225,7 +225,8 @@ MUTANTS = (
     ),
     one(
         "resources", "an-order-is-answered-without-room", "fedtune/core/files/room.py",
-        "            _allocate(path, kept)\n", "",
+        "                self._take(self.of_an_answer)\n                self._take(0)\n",
+        "                self._take(0)\n",
         "tests/test_room.py::test_nothing_is_answered_on_a_disk_that_has_it_not",
         "what a ledger can enter follows from how long it is",
     ),
@@ -530,13 +531,13 @@ MUTANTS = (
     ),
     one(
         "restart", "nobody-notes-a-study", "fedtune/core/vault/worker.py",
-        "        studies.begin(self.home.folder, study)\n", "",
+        "        studies.begin(self.site.site.state, study)\n", "",
         T_BEFORE + "test_in_mid_study_no_record_decides_whether_a_site_comes_back",
         "no restart knows of the study that it is in",
     ),
     one(
         "restart", "a-study-never-ends", "fedtune/core/vault/worker.py",
-        "        studies.end(self.home.folder, digest)\n", "",
+        "        studies.end(self.site.site.state, digest)\n", "",
         T_BEFORE + "test_a_study_is_under_way_until_its_coordinator_says_that_it_ended",
         "no check of the records stops a site any more",
     ),

@@ -346,6 +346,10 @@ class HomeTable(Table):
     home: Place  # the folder of hospital.toml and of the hospital's ledger
     membership: Name
 
+    def anchored(self, folder: Path) -> Self:
+        """Name the home by one path, whatever links or dots lead there."""
+        return self.model_copy(update={"home": (folder / self.home).resolve()})
+
 
 class VaultTable(Table):
     """The command that starts the vault, the half of a site with its records, if requests lie in

@@ -53,7 +53,7 @@ class Charge:
     def read(cls, fields: Mapping[str, Any], membership: str = "") -> Charge:
         """Read a charge from a ledger entry; an entry without `rules` was written before they
         existed: version 1."""
-        return cls(**{"rules": 1, **fields}, membership=membership)
+        return cls(**{"rules": 1, "membership": membership, **fields})
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of a ledger entry; without secure aggregation the same as in earlier

@@ -1,0 +1,67 @@
+"""A hospital's home with two memberships over the same notes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.core.config import Site, load_site
+from fedtune.public.start import Start
+from tests.client.site_kit import begun, notes
+
+NAMES = ("cardio", "onco")
+HOSPITAL = """
+[hospital]
+name = "north"
+declared_size = 12
+[policy]
+max_epsilon = {ceiling}
+max_fallback_epsilon = 20.0
+max_delta = 1e-4
+[datasets.records]
+path = "notes.jsonl"
+"""
+MEMBERSHIP = """
+[memberships.{name}]
+site = "{name}/site.toml"
+max_epsilon = {share}
+"""
+SITE = """
+[site]
+name = "{name}-north"
+declared_size = 12
+[hospital]
+home = ".."
+membership = "{name}"
+[data]
+path = "../notes.jsonl"
+columns = {{ prompt = "note", completion = "answer", patient = "who" }}
+[policy]
+bases = "any"
+"""
+
+
+def make_hospital(
+    home: Path, *, ceiling: float = 8.0, shares: tuple[float, float] = (8.0, 8.0)
+) -> dict[str, Path]:
+    """Lay out a home, and return the site file of each membership."""
+    notes(home)
+    parts = [HOSPITAL.format(ceiling=ceiling)]
+    files = {}
+    for name, share in zip(NAMES, shares, strict=True):
+        parts.append(MEMBERSHIP.format(name=name, share=share))
+        files[name] = home / name / "site.toml"
+        files[name].parent.mkdir()
+        files[name].write_text(SITE.format(name=name))
+    (home / "hospital.toml").write_text("".join(parts))
+    return files
+
+
+def load(home: Path, **given: object) -> dict[str, Site]:
+    return {name: load_site(path) for name, path in make_hospital(home, **given).items()}  # type: ignore[arg-type]
+
+
+def study_of(name: str, base: Path, epsilon: float = 4.0, max_grad_norm: float = 1.0) -> Start:
+    """Return a consortium's study of its own."""
+    privacy = {"epsilon": epsilon, "delta": 1e-4, "unit": "patient"}
+    clipping = {"max_grad_norm": max_grad_norm}
+    return begun(base, study={"name": name}, privacy=privacy, clipping=clipping)

@@ -1,0 +1,331 @@
+"""Several memberships of one hospital pay from one ledger, and nothing else of them meets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.errors import BudgetExceeded, ConfigError
+from fedtune.core.files.room import ROOM, between_orders
+from fedtune.core.ledger.entries import EVERY, Charge
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.registry.reasons import reason_of
+from fedtune.core.vault.budget import Budget
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.core.wire.seal import receipt
+from fedtune.courier.process import list_private, list_readable
+from fedtune.officer.purge import listing
+from fedtune.officer.withdraw import withdraw
+from fedtune.public.start import Start
+from tests.client.hospital_kit import NAMES, load, make_hospital, study_of
+from tests.client.site_kit import trains
+
+
+def workers(home: Path, **given: object) -> dict[str, SiteWorker]:
+    files = make_hospital(home, **given)  # type: ignore[arg-type]
+    return {name: SiteWorker(load_site(path), path) for name, path in files.items()}
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def run(worker: SiteWorker, made: Start, rounds: int) -> None:
+    admission = worker.prepare(made.study, made.frozen, "c" * 64)
+    assert admission.admitted, admission.reason
+    for round_ in range(1, rounds + 1):
+        trains(worker, made, round_)
+
+
+# ---------------------------------------------------------------------------------- settings
+
+
+def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path) -> None:
+    sites = load(tmp_path / "home", ceiling=5.0, shares=(3.0, 8.0))
+    assert [site.policy.max_epsilon for site in sites.values()] == [3.0, 8.0]
+    assert {site.policy.ceiling for site in sites.values()} == {5.0}
+    assert {site.home for site in sites.values()} == {tmp_path / "home"}
+    assert len({site.site.state for site in sites.values()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("hospital.toml", "[memberships.onco]", "[memberships.other]", "no membership 'onco'"),
+        ("hospital.toml", "[datasets.records]", "[datasets.notes]", "no dataset 'records'"),
+        ("hospital.toml", 'path = "notes.jsonl"', 'path = "others.jsonl"', "is not where"),
+        ("hospital.toml", "declared_size = 12", "declared_size = 11", "more than the hospital"),
+        ("hospital.toml", "max_delta = 1e-4", "max_delta = 0.1", "1 / hospital.declared_size"),
+        ("hospital.toml", 'site = "onco', 'sight = "onco', "did you mean site"),
+        ("hospital.toml", "[policy]", "[polici]", "did you mean policy"),
+        ("onco/site.toml", "[policy]", 'disjoint_from = ["x"]\n[policy]', "differs from what"),
+        ("onco/site.toml", "[policy]", 'declared = "public"\n[policy]', "not a hospital's"),
+        ("onco/site.toml", '[hospital]\nhome = ".."\nmembership = "onco"\n', "", None),
+    ],
+)
+def test_what_the_two_files_must_agree_on(
+    tmp_path: Path, file: str, old: str, new: str, says: str | None
+) -> None:
+    home = tmp_path / "home"
+    path = make_hospital(home)["onco"]
+    edit(home / file, old, new)
+    if says is None:
+        assert load_site(path).home == load_site(path).site.state
+        return
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_site(path)
+
+
+def test_a_site_file_cannot_grant_itself_a_share(tmp_path: Path) -> None:
+    path = make_hospital(tmp_path / "home")["onco"]
+    share = (
+        'membership = "onco", max_epsilon = 99.0, max_fallback_epsilon = 99.0, earlier = true, '
+        "declared_size = 9, memberships = []"
+    )
+    edit(path, 'bases = "any"', f'bases = "any"\nhospital = {{ {share} }}')
+    assert load_site(path).policy.ceiling == 8.0
+    edit(path, '[hospital]\nhome = ".."\nmembership = "onco"\n', "")
+    with pytest.raises(ConfigError, match=re.escape("policy.hospital")):
+        load_site(path)
+
+
+def test_the_same_records_by_a_link_are_the_same_dataset(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    path = make_hospital(home)["onco"]
+    (home / "onco" / "link.jsonl").symlink_to(home / "notes.jsonl")
+    edit(path, '"../notes.jsonl"', '"link.jsonl"')
+    assert load_site(path).data.path.name == "link.jsonl"
+
+
+# ------------------------------------------------------------------------------------ budget
+
+
+def spent(worker: SiteWorker) -> list[Charge]:
+    return worker.home.charges("records")
+
+
+def alone(charges: list[Charge]) -> float:
+    """Return ε of charges as an accountant of their own composes them."""
+    return epsilon([charge.event for charge in charges], 1e-4)
+
+
+def test_each_pays_from_the_same_ledger_and_is_told_the_total(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    made = workers(tmp_path / "home", ceiling=20.0, shares=(20.0, 20.0))
+    run(made["onco"], study_of("onco", tiny_base), 2)
+    run(made["cardio"], study_of("cardio", tiny_base), 2)
+    charges = spent(made["onco"])
+    assert charges == spent(made["cardio"])
+    assert [charge.membership for charge in charges] == ["onco"] * 2 + ["cardio"] * 2
+    plans = [
+        worker._prepared[charge.study]
+        for worker in made.values()
+        for charge in charges
+        if charge.study in worker._prepared
+    ]
+    for worker, prepared in zip((*made.values(),), (plans[0], plans[-1]), strict=True):
+        assert prepared.private is not None
+        budget = Budget(worker.current().policy, prepared.private, charges)
+        assert budget.total(0).epsilon >= alone(charges)
+        own = [
+            charge for charge in charges if charge.membership == worker.current().policy.membership
+        ]
+        assert budget.share.charges == own and len(own) == 2
+
+
+def refusal(worker: SiteWorker, made: Start) -> str:
+    admission = worker.prepare(made.study, made.frozen, "c" * 64)
+    assert not admission.admitted
+    return admission.reason
+
+
+def test_what_one_consortium_spent_is_not_there_for_the_other(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    made = workers(tmp_path / "home", ceiling=5.0)
+    run(made["onco"], study_of("onco", tiny_base), 4)
+    said = refusal(made["cardio"], study_of("cardio", tiny_base))
+    assert reason_of(said) == "of all its consortia together"
+    assert not re.search(r"\d", said), "a figure tells the one what the other spent"
+    assert len(spent(made["cardio"])) == 4
+
+
+def test_nor_in_the_midst_of_a_study(tmp_path: Path, tiny_base: Path) -> None:
+    """Both were admitted while there was room for either."""
+    made = workers(tmp_path / "home", ceiling=5.0)
+    studies = {name: study_of(name, tiny_base) for name in NAMES}
+    for name in NAMES:
+        assert made[name].prepare(studies[name].study, studies[name].frozen, "c" * 64).admitted
+    with pytest.raises(BudgetExceeded, match="of all its consortia together"):
+        for round_ in range(1, 5):
+            for name in NAMES:
+                trains(made[name], studies[name], round_)
+    assert 2 <= len(spent(made["onco"])) < 8
+    assert alone(spent(made["onco"])) <= 5.0
+
+
+def test_a_share_is_a_ceiling_of_its_own(tmp_path: Path, tiny_base: Path) -> None:
+    made = workers(tmp_path / "home", ceiling=20.0, shares=(3.0, 20.0))
+    said = refusal(made["cardio"], study_of("cardio", tiny_base))
+    assert reason_of(said) == "policy.max_epsilon" and "3.0" in said
+    run(made["onco"], study_of("onco", tiny_base), 4)
+    run(made["cardio"], study_of("small", tiny_base, epsilon=2.0), 4)
+    assert alone(spent(made["onco"])) > 3.0, "the other's charges are none of its share"
+
+
+def test_a_charge_that_a_restore_entered_is_everybodys(tmp_path: Path, tiny_base: Path) -> None:
+    made = workers(tmp_path / "home")
+    run(made["onco"], study_of("onco", tiny_base), 1)
+    (charge,) = spent(made["onco"])
+    prepared = made["onco"]._prepared[charge.study]
+    assert prepared.private is not None
+    for membership, counted in (("onco", 1), (EVERY, 1), ("cardio", 0), ("", 0)):
+        charges = [Charge.read(charge.fields(), membership)]
+        policy = made["onco"].current().policy
+        assert len(Budget(policy, prepared.private, charges).share.charges) == counted
+    earlier = policy.model_copy(
+        update={"hospital": policy.hospital.model_copy(update={"earlier": True})}
+    )
+    charges = [Charge.read(charge.fields())]
+    assert len(Budget(earlier, prepared.private, charges).share.charges) == 1
+
+
+def test_a_ceiling_that_is_lowered_applies_from_the_next_round(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    home = tmp_path / "home"
+    made = workers(home)
+    study = study_of("onco", tiny_base)
+    run(made["onco"], study, 1)
+    edit(
+        home / "hospital.toml", "max_epsilon = 8.0\nmax_fallback", "max_epsilon = 2.0\nmax_fallback"
+    )
+    with pytest.raises(BudgetExceeded):
+        trains(made["onco"], study, 2)
+    edit(home / "hospital.toml", "[memberships.onco]", "[memberships.gone]")
+    with pytest.raises(ConfigError, match="no membership"):
+        trains(made["onco"], study, 2)
+    assert len(spent(made["onco"])) == 1
+
+
+# ------------------------------------------------------------------------- what is shared, or not
+
+
+def test_each_signs_with_a_key_of_its_own(tmp_path: Path, tiny_base: Path) -> None:
+    made = workers(tmp_path / "home")
+    keys = {made[name].key.public for name in NAMES} | {made["onco"].home.key.public}
+    assert len(keys) == 3
+    study = study_of("onco", tiny_base)
+    run(made["onco"], study, 1)
+    sealed = made["onco"].sealed(study.study.digest, 1, "0" * 32, "d" * 64)
+    for key in keys - {made["onco"].key.public}:
+        assert key not in json.dumps(sealed), "another membership's, or the hospital's"
+
+
+def test_each_takes_a_receipt_of_its_own_coordinator(tmp_path: Path, tiny_base: Path) -> None:
+    from fedtune.core.wire.keys import SigningKey
+
+    made, coordinators = workers(tmp_path / "home"), {name: SigningKey() for name in NAMES}
+    for name in NAMES:
+        study = study_of(name, tiny_base)
+        assert made[name].prepare(study.study, study.frozen, coordinators[name].public).admitted
+        trains(made[name], study, 1)
+        sealed = made[name].sealed(study.study.digest, 1, "0" * 32, "d" * 64)
+        given = receipt(coordinators[name], json.loads(sealed["header"])["ledger"])
+        made[name].begin(study.study.digest, 2, json.dumps(given))
+
+
+def test_a_withdrawal_acts_in_every_membership(tmp_path: Path, tiny_base: Path) -> None:
+    made = workers(tmp_path / "home")
+    studies = {name: study_of(name, tiny_base) for name in NAMES}
+    for name in NAMES:
+        run(made[name], studies[name], 1)
+    done = withdraw(made["onco"].site, "p5", Ledger(made["onco"].site.home))
+    assert done.trained_on and {release.name for release in done.releases} == {*NAMES}
+    assert done.receipt_file.parent == tmp_path / "home" / "withdrawals"
+    for name in NAMES:
+        trains(made[name], studies[name], 2)
+        data = made[name]._cached["records"][1].dataset
+        assert data.n_units == 11
+
+
+def test_a_purge_takes_what_is_the_memberships_own(tmp_path: Path, tiny_base: Path) -> None:
+    made = workers(tmp_path / "home")
+    for name in NAMES:
+        run(made[name], study_of(name, tiny_base), 1)
+    outbox = sorted((tmp_path / "home" / "outbox").glob("*.bin"))
+    listed = [p for p in listing(made["onco"].site).files if p.parent.name == "outbox"]
+    assert len(outbox) == 2 and len(listed) == 1 and listed[0] in outbox
+
+
+def test_the_courier_reads_nothing_of_the_home(tmp_path: Path) -> None:
+    site = load_site(make_hospital(tmp_path / "home")["onco"], alone=True)
+    home = tmp_path / "home"
+    assert {home / "ledger.db", home / "hospital.toml"} <= {*list_private(site)}
+    assert not any(home.is_relative_to(path) or path == home for path in list_readable(site))
+
+
+# -------------------------------------------------------------------------------------- disk
+
+
+def size_of(home: Path) -> int:
+    return sum(path.stat().st_size for path in home.glob(f"{ROOM}*") if path.suffix != ".lock")
+
+
+def test_orders_of_two_memberships_are_answered_at_once(tmp_path: Path) -> None:
+    """Each gives up space of its own, and what the ledger grows by leaves what all share."""
+    rooms = [site.room for site in load(tmp_path / "home").values()]
+    one, other = rooms
+    assert one.size == other.size == 3 * one.of_an_answer + one.of_growth
+    with one.give_up():
+        with other.give_up():
+            (tmp_path / "home" / "ledger.db").write_bytes(bytes(8192))
+            assert size_of(tmp_path / "home") == one.of_growth
+            with between_orders(tmp_path / "home") as is_now:
+                assert not is_now
+        assert size_of(tmp_path / "home") == one.of_growth - 8192 + one.of_an_answer
+        with between_orders(tmp_path / "home") as is_now:
+            assert not is_now, "the other's order has ended, and this one's has not"
+    assert size_of(tmp_path / "home") + 8192 == one.of_growth + 2 * one.of_an_answer
+    with between_orders(tmp_path / "home") as is_now:
+        assert is_now
+
+
+def test_the_same_membership_answers_one_order_at_a_time(tmp_path: Path) -> None:
+    import fcntl
+
+    room = load(tmp_path / "home")["onco"].room
+    with room.give_up():
+        descriptor = os.open(tmp_path / "home" / "orders-onco.lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("of", ["cardio", "officer"])
+def test_somebody_elses_space_is_not_given_up(tmp_path: Path, of: str) -> None:
+    room = load(tmp_path / "home")["onco"].room
+    with room.of(of).give_up():
+        pass
+    with room.give_up():
+        path = tmp_path / "home" / f"{ROOM}-{of}"
+        assert path.stat().st_size == room.of_an_answer
+
+
+def test_what_the_hospital_declares_of_a_dataset_holds_for_every_membership(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    files = make_hospital(home)
+    said = 'path = "notes.jsonl"\ncohort = "second"\n[datasets.records.consent]\ncolumn = "ok"\n'
+    edit(home / "hospital.toml", 'path = "notes.jsonl"\n', said)
+    for path in files.values():
+        data = load_site(path).data
+        assert data.cohort == "second" and data.consent is not None and data.consent.column == "ok"

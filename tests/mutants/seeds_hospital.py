@@ -1,0 +1,96 @@
+"""Bugs where several memberships of one hospital share a ledger."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+BUDGET, ROOM = "fedtune/core/vault/budget.py", "fedtune/core/files/room.py"
+HOSPITAL, SITE = "fedtune/core/config/hospital.py", "fedtune/core/config/site.py"
+T_HOSPITAL = "tests/client/test_hospital.py::"
+T_AT_ONCE = "tests/client/test_memberships_at_once.py::"
+
+MUTANTS = (
+    one(
+        "hospital", "each-membership-reads-its-own-balance", BUDGET,
+        "if policy.hospital and self._exceeds_hospital(ahead):", "if False:",
+        T_HOSPITAL + "test_nor_in_the_midst_of_a_study",
+        "three consortia spend three times what the hospital allows",
+    ),
+    one(
+        "hospital", "a-refusal-tells-what-another-consortium-spent", BUDGET,
+        '"the study does not fit into the budget of this hospital, of all its consortia "',
+        'f"the study does not fit into {self.total(0).epsilon} of all its consortia "',
+        T_HOSPITAL + "test_what_one_consortium_spent_is_not_there_for_the_other",
+        "one coordinator learns how much another study costs",
+    ),
+    one(
+        "hospital", "a-share-is-used-up-by-others", BUDGET,
+        "charges=[c for c in self.charges if c.membership in mine]", "charges=self.charges",
+        T_HOSPITAL + "test_a_share_is_a_ceiling_of_its_own",
+        "one consortium starves another out of its own share",
+    ),
+    one(
+        "hospital", "a-restored-charge-is-nobodys", BUDGET,
+        "mine = {share.membership, EVERY, ", "mine = {share.membership, ",
+        T_HOSPITAL + "test_a_charge_that_a_restore_entered_is_everybodys",
+        "what a restore cannot ascribe counts against no share",
+    ),
+    one(
+        "hospital", "a-charge-names-no-membership", "fedtune/core/vault/worker.py",
+        "            membership=site.policy.membership,\n", "",
+        T_HOSPITAL + "test_each_pays_from_the_same_ledger_and_is_told_the_total",
+        "no share is ever used up",
+    ),
+    one(
+        "hospital", "all-memberships-sign-with-one-key", "fedtune/core/ledger/ledger.py",
+        "return SigningKey.at(site.site.state / KEY) if site.hospital else ledger.key",
+        "return ledger.key",
+        T_HOSPITAL + "test_each_signs_with_a_key_of_its_own",
+        "two coordinators see that a hospital is in both consortia",
+    ),
+    one(
+        "hospital", "a-site-file-grants-itself-a-share", SITE,
+        "if self.policy.hospital and not self.hospital:", "if False:",
+        T_HOSPITAL + "test_a_site_file_cannot_grant_itself_a_share",
+        "a membership writes its own ceiling",
+    ),
+    one(
+        "hospital", "records-elsewhere-are-a-registered-dataset", HOSPITAL,
+        "if not registered.is_place_of(data):", "if False:",
+        T_HOSPITAL + "test_what_the_two_files_must_agree_on",
+        "the same name pays for two files of patients, and two names for one",
+    ),
+    one(
+        "hospital", "what-the-hospital-declares-is-not-applied", HOSPITAL,
+        "return data.model_copy(update=declared)", "return data",
+        T_HOSPITAL + "test_what_the_hospital_declares_of_a_dataset_holds_for_every_membership",
+        "who opted out at the hospital is trained on by the next consortium",
+    ),
+    one(
+        "hospital", "one-membership-gives-up-anothers-space", ROOM,
+        'f"{ROOM}-{self.membership}", of_an_answer)', 'f"{ROOM}-{OFFICER}", of_an_answer)',
+        T_HOSPITAL + "test_somebody_elses_space_is_not_given_up",
+        "two orders at once, or a withdrawal beside one, find half the space that each needs",
+    ),
+    one(
+        "hospital", "a-hospital-answers-one-order-at-a-time", ROOM,
+        "with locks.hold(_lock_of(self.folder, self.membership)), self._given_up():",
+        'with locks.hold(_lock_of(self.folder, "")), self._given_up():',
+        T_AT_ONCE + "test_a_round_waits_for_no_round_of_another_consortium",
+        "a round of one consortium waits for a round of another, however long",
+    ),
+    one(
+        "hospital", "a-file-is-written-in-another-memberships-order", ROOM,
+        'paths = {folder / ORDERS, *folder.glob(f"{stem}-*{Path(ORDERS).suffix}")}',
+        "paths = {folder / ORDERS}",
+        T_HOSPITAL + "test_orders_of_two_memberships_are_answered_at_once",
+        "one coordinator's events take the disk space that another's order needs",
+    ),
+    one(
+        "hospital", "a-courier-may-read-the-hospitals-ledger", "fedtune/courier/process.py",
+        "        yield from (site.home / DATABASE, site.home / HOSPITAL)\n",
+        "        yield from ()\n",
+        T_HOSPITAL + "test_the_courier_reads_nothing_of_the_home",
+        "what one consortium's half on the network can read is not tried",
+    ),
+)
