@@ -20,6 +20,7 @@ import typer
 import fedtune
 from fedtune.cli.main import app
 from fedtune.core.config import Columns, Site, Study
+from fedtune.core.config.hospital import Hospital
 from fedtune.core.config.types import Table
 from fedtune.core.data.sources import SOURCES
 from fedtune.core.errors import FedtuneError
@@ -31,9 +32,17 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference.md"
 AS_IN_DATA = tuple(
     f"{table}.{name}"
-    for table in ("evaluation", "acceptance")
+    for table in ("evaluation", "acceptance", "datasets")
     for name in ("consent", "scan", "convert")
 )
+ELSEWHERE = ("policy.hospital",)  # which no site file may have: it is read from hospital.toml
+HEADINGS: dict[tuple[type[Table], str], str] = {
+    (Site, "evaluation"): "[evaluation] of a site",
+    (Hospital, "hospital"): "[hospital] of a home",
+    (Hospital, "policy"): "[policy] of a home",
+    (Hospital, "datasets"): "[datasets.NAME]",
+    (Hospital, "memberships"): "[memberships.NAME]",
+}
 HEAD = """# Every command, exported name and error
 
 For whoever looks up a command, an option, an exported name or an error.
@@ -54,14 +63,13 @@ IN_WORDS = {  # defaults too long for a table
 
 
 def keys() -> dict[Key, str]:
-    """Every key of study.toml and site.toml, and its default as a page shows it."""
+    """Every key of study.toml, site.toml and hospital.toml, and its default as a page shows it."""
     found = {("Columns", key): "–" for key in Columns.model_fields}
-    for model in (Study, Site):
+    for model in (Study, Site, Hospital):
         for name, table in _tables(model):
-            if name in AS_IN_DATA:
+            if name in AS_IN_DATA or name in ELSEWHERE:
                 continue
-            twice = model is Site and name == "evaluation"
-            heading = f"[{name}] of a site" if twice else f"[{name}]"
+            heading = HEADINGS.get((model, name), f"[{name}]")
             for key, field in table.model_fields.items():
                 if not _table_in(field.annotation) or key == "columns":
                     default = "required"
