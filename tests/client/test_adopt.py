@@ -250,7 +250,7 @@ def test_killed_anywhere_it_is_finished_by_running_it_again(world: Path, which: 
     template = world.with_name("template")
     world.rename(template)
     clean = None
-    for step in range(0, 1000, 4):
+    for step in range(0, 1000, 6):
         shutil.copytree(template, world)
         ended = kill_at(step, lambda: act(world))
         _check_whole(world, name, least)
@@ -275,7 +275,7 @@ def test_a_ledger_that_goes_before_the_site_file_changes_is_seen(
     state = world / "cardio-state"
     monkeypatch.setattr("fedtune.officer.adopt._enter_act", lambda *_, **__: _take_away(state))
     found = False
-    for step in range(200):
+    for step in range(0, 200, 2):
         shutil.copytree(template, world)
         ended = kill_at(step, lambda: adopt_first(world))
         try:

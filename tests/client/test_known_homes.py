@@ -11,6 +11,7 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.errors import ConfigError, InputError
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.courier.process import list_readable
 from fedtune.officer import before_joining, known_homes
 from fedtune.officer.adopt import adopt
 from fedtune.officer.before_joining import check_before_joining
@@ -42,6 +43,13 @@ def test_a_second_home_of_the_same_records_is_refused_and_told_the_way_out(world
     notes = known_homes.path_of_notes()
     assert notes == world / "xdg" / "fedtune" / "homes.json"
     assert notes.stat().st_mode & 0o777 == 0o600 and notes.parent.stat().st_mode & 0o77 == 0
+
+
+def test_the_courier_reads_no_note_of_a_home(world: Path) -> None:
+    join(world, "cardio")
+    site = load_site(world / "cardio.toml", alone=True)
+    notes = known_homes.path_of_notes()
+    assert not any(notes.is_relative_to(path.absolute()) for path in list_readable(site))
 
 
 def test_without_the_check_the_second_joins(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
