@@ -159,6 +159,12 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
             "a site that was enrolled",
             "`fedtune memberships HOME --add NAME --site DIR` makes a new membership",
         )
+    if traces(state) == [KEY]:
+        raise ConfigError(
+            f"{state}: its ledger is in a hospital's home already, by another site file",
+            "a site with a ledger of its own",
+            f"copy the table [hospital] of that file to {site_file}: it is the same membership",
+        )
     if home == state or home.is_relative_to(state):
         raise ConfigError(f"{home}: lies in the site's state folder {state}", "a folder outside it")
     if home.exists() and not (home / FILE).exists() and any(home.iterdir()):
@@ -324,9 +330,8 @@ def _names(site: Site, hospital: Hospital, name: str, book: Ledger) -> dict[str,
 def _list_apart(hospital: Hospital, known: Collection[str]) -> set[str]:
     """Return the datasets that are disjoint from one which the hospital's ledger knows: either
     ledger chose by itself for which of the two a patient in both counts."""
-    pairs = {
-        (one, other) for one, data in hospital.datasets.items() for other in data.disjoint_from
-    }
+    datasets = hospital.datasets
+    pairs = {(one, other) for one in datasets for other in datasets[one].disjoint_from}
     pairs |= {(other, one) for one, other in pairs}
     return {one for one, other in pairs if other in known}
 

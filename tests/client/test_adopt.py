@@ -375,6 +375,18 @@ def test_consent_that_differs_is_settled_by_a_person_first(world: Path) -> None:
         adopt(world / "home", site, "lab")
 
 
+def test_a_second_site_file_of_the_same_ledger_is_the_same_membership(world: Path) -> None:
+    """As of another study: its ledger is not missing, to be restored, but the hospital's."""
+    other = world / "other.toml"
+    other.write_text((world / "cardio.toml").read_text())
+    adopt_first(world)
+    with pytest.raises(ConfigError, match="copy the table"):
+        adopt(world / "home", other, "other")
+    table = (world / "cardio.toml").read_text().partition("[hospital]")
+    other.write_text(other.read_text() + "".join(table[1:]))
+    assert load_site(other).policy == load_site(world / "cardio.toml").policy
+
+
 def test_a_name_that_paid_before_is_not_given_again(world: Path) -> None:
     adopt_first(world)
     adopt_second(world)
