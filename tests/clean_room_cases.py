@@ -231,4 +231,5 @@ AFTER: tuple[tuple[str, ...], ...] = (  # one after another: they change what th
     ("let-go", "north.toml"),
     ("revoke", "north"),
     ("purge", "north.toml", "--yes"),
+    ("memberships", "home", "--adopt", "north.toml", "--name", "north"),
 )

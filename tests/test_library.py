@@ -52,6 +52,7 @@ BETWEEN_MACHINES = {
     "doctor",
     "enroll",
     "let-go",
+    "memberships",
     "restore",
     "revoke",
     "server",

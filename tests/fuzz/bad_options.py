@@ -40,6 +40,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "restore": ("none.backup", "--to", "new"),
     "review": (PLAN, "--site", SITE),
     "ledger": (SITE,),
+    "memberships": ("home",),
     "withdraw": (SITE, "--file", "keys.txt"),
     "let-go": (SITE,),
     "purge": (SITE,),
