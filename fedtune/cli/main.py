@@ -25,6 +25,7 @@ from fedtune.cli import (
     log_lines,
     models,
     network,
+    personalise,
     plugin,
     roles,
     server,
@@ -275,6 +276,7 @@ cli_halves.add_to(app, RUN)
 
 use_run.add_to(app, USE)
 accept.add_to(app, cli_site.PANEL)
+personalise.add_to(app, cli_site.PANEL)
 cli_verify.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)

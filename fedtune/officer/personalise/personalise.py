@@ -72,7 +72,7 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
     run = run if isinstance(run, Run) else open_run(run)
     path = personal_file(site, run)
     ledger = Ledger(site.site.ledger or site.site.state)
-    own, choice, arrays = _train(run, site, ledger)
+    own, choice, arrays = train(run, site, ledger)
     # The same entry whether or not a model is kept, which is an exact fact about patients.
     acts = AuditLog(ledger.folder, ledger.key)
     acts.add("assess", "personalise", plan=run.study.digest, model=digest_of_adapter(run.folder))
@@ -91,9 +91,9 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
     )
 
 
-def _train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | None]:
+def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | None]:
     """Choose how to fit, and fit to all of the site's records; no arrays if the released model is
-    kept."""
+    kept. Nothing is written. Errors: DataError, ModelError."""
     saved, study = run.adapter(), _own_study(run.study)
     network = build(study)
     network.adopt(study, {name: value for name, value in saved.items() if "lora_A" in name})
