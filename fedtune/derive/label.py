@@ -51,14 +51,15 @@ def label(
 
     Returns the content of about.json.
 
-    Errors: Refused (a run without privacy, which would carry one record into another), ConfigError,
-    DataError, ModelError."""
+    Errors: Refused (a run without privacy, which would carry one record into another; NeverLeaves:
+    a site's personal model), ConfigError, DataError, ModelError."""
     file, exclude_unit = _file_and_exclusion(records)
+    writes, judges = _source(generator), _source(judge or generator)
     with told(on_event):
-        writer = load_generator(_source(generator), generator_digest)
+        writer = load_generator(writes, generator_digest)
         labelling_judge: Judge = VerdictJudge(writer, rubric)
         if judge is not None or judge_digest is not None:
-            labelling_judge = load_judge(_source(judge or generator), judge_digest, rubric)
+            labelling_judge = load_judge(judges, judge_digest, rubric)
         how = settings or LabelSettings()
         how = replace(how, template=how.template or prompt_template(writer))
         return write_preferences(

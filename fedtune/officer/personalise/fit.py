@@ -123,7 +123,7 @@ class Fit:
             own = torch.zeros_like(delta) if gradient is None else self._scales[name] * gradient
             delta.grad = own + pull * delta.detach()
             total += pull / 2 * float(delta.detach().square().sum())
-        return torch.tensor(total)
+        return torch.tensor(total, dtype=torch.float64)
 
     @torch.no_grad()
     def load(self, change: Mapping[str, torch.Tensor], share: float = 1.0) -> None:
