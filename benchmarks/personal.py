@@ -8,7 +8,7 @@ sites differ much); ACI-Bench's patients belong to the programme that wrote thei
 who is whose, which units are public, and the third of each site's units that nothing trains on: on
 these the models are compared. Alone is the same fit with a pull towards what public records alone
 give, so that only the other sites' part is missing. OUT/personal.jsonl gets a line for each site;
-what is in it is not run again. OUT/table.md is written from it.
+what is in it is not run again. OUT/table.md is written after every line.
 """
 
 from __future__ import annotations
@@ -32,9 +32,12 @@ from fedtune import Run, Site, load_sites, load_study, personalise, simulate
 from fedtune.core.config import EvaluationTable
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.adapter_files import pick_arrays
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.lora import Arrays
 from fedtune.evaluation.run import evaluator_of
-from fedtune.officer.personalise.personalise import train
+from fedtune.officer.personalise.personalise import own_study, train
+from fedtune.officer.personalise.records import read_own
 from fedtune.presets import Records, write
 from fedtune.runs.personal import open_personal
 
@@ -106,11 +109,14 @@ class Public(Run):
 def measured(run: Run, site: Site, held: Path, unit: str | None) -> Table:
     """Personalise at one site, train there alone, and compare the models on records that neither
     saw."""
+    public, study = Public(run.folder), own_study(run.study)
+    ledger = Ledger(site.site.ledger or site.site.state)
+    network = build(study)
+    vectors = CachedDataset(network, read_own(site, study, network, ledger).dataset)
+    vectors.warm()  # kept for both fits
     began = time.monotonic()
     made = personalise(run, site)
     seconds = round(time.monotonic() - began, 1)
-    public = Public(run.folder)
-    ledger = Ledger(site.site.ledger or site.site.state)
     _, _, alone = train(public, site, ledger)
     table = EvaluationTable.model_validate(
         {"path": held, "columns": site.data.columns.model_copy(update={"patient": None}),
@@ -124,8 +130,9 @@ def measured(run: Run, site: Site, held: Path, unit: str | None) -> Table:
     arms = {"start": start, "shared": shared, "alone": alone or start, "personal": own}
     scores = {name: evaluator.scores(arrays) for name, arrays in arms.items()}
     right = {name: (one.chosen == one.gold).astype(float) for name, one in scores.items()}
-    rows = read_rows(held)
-    assert len(rows) == len(evaluator), "every held-out record is read"
+    target = site.data.columns.label or ""
+    rows = [r for r in read_rows(held) if str(r[target]).strip() in study.objective.labels]
+    assert len(rows) == len(evaluator), "every held-out record of a known class is read"
     units = np.array([str(row[unit]) if unit else str(n) for n, row in enumerate(rows)])
     return {
         "train": made.records,
@@ -149,12 +156,17 @@ def paired(change: Any, units: Any) -> list[float]:
     return [round(float(change.mean()), 4), round(error, 4)]
 
 
-def run_seed(name: str, data: Path, seed: int, out: Path) -> Iterable[Table]:
-    """Run one study from its files, and measure at each of its sites."""
-    folder = prepared(name, data, seed, out)
-    study, sites = load_study(folder / "study.toml"), load_sites(folder / "sites")
-    run = simulate(study, sites, out / "run")
-    for number, site in enumerate(sites, 1):
+def run_seed(name: str, data: Path, seed: int, out: Path, done: set[int]) -> Iterable[Table]:
+    """Run one study from its files, unless that was done, and measure at each site not in
+    `done`."""
+    folder = out / "study"
+    if not (out / "run" / "signature.json").exists():
+        folder = prepared(name, data, seed, out)
+        simulate(load_study(folder / "study.toml"), load_sites(folder / "sites"), out / "run")
+    run = Run(out / "run")
+    for number, site in enumerate(load_sites(folder / "sites"), 1):
+        if number in done:
+            continue
         held = site.data.path.with_name(f"held{site.data.path.suffix}")
         about = {"set": name, "seed": seed, "site": number}
         yield about | measured(run, site, held, STRANGERS[name].unit)
@@ -208,17 +220,18 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "personal.jsonl"
     lines = read_jsonl(file) if file.exists() else []
-    done = {(line["set"], line["seed"]) for line in lines}
-    for name in args.sets:
-        for seed in args.seeds:
-            if (name, seed) in done:
+    for seed in args.seeds:
+        for name in args.sets:
+            done = {x["site"] for x in lines if (x["set"], x["seed"]) == (name, seed)}
+            if len(done) == SETS[name]:
                 continue
-            found = list(run_seed(name, args.data, seed, args.out.resolve() / f"{name}-{seed}"))
-            lines += found
-            with file.open("a", encoding="utf-8") as out:
-                out.writelines(json.dumps(line) + "\n" for line in found)
-            (args.out / "table.md").write_text(table(lines), encoding="utf-8")
-            print(f"{name}, seed {seed}: {[line['accuracy'] for line in found]}", flush=True)
+            folder = args.out.resolve() / f"{name}-{seed}"
+            for line in run_seed(name, args.data, seed, folder, done):
+                lines.append(line)
+                with file.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(line) + "\n")
+                (args.out / "table.md").write_text(table(lines), encoding="utf-8")
+                print(f"{name}, seed {seed}, site {line['site']}: {line['accuracy']}", flush=True)
 
 
 if __name__ == "__main__":

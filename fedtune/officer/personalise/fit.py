@@ -23,8 +23,8 @@ from scipy.stats import t as student  # type: ignore[import-untyped]
 from fedtune.core.models.lora import LARGEST, Arrays
 from fedtune.core.progress import report
 
-PULLS = (0.1, 0.01, 0.001, 0.0001)
-STEPS = (2, 4, 8, 16, 32, 64)
+PULLS = (0.01, 0.001, 0.0001)
+STEPS = (2, 4, 8, 16, 32)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 CONFIDENCE = 0.95  # that the chosen model is better than the released one, before it is kept
 

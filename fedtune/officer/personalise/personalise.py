@@ -94,7 +94,7 @@ def personalise(run: Run | Path | str, site: Site) -> Personal:
 def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | None]:
     """Choose how to fit, and fit to all of the site's records; no arrays if the released model is
     kept. Nothing is written. Errors: DataError, ModelError."""
-    saved, study = run.adapter(), _own_study(run.study)
+    saved, study = run.adapter(), own_study(run.study)
     network = build(study)
     network.adopt(study, {name: value for name, value in saved.items() if "lora_A" in name})
     released = pick_arrays(saved, network.parameters(), run.place)
@@ -112,7 +112,7 @@ def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | N
     return own, choice, arrays
 
 
-def _own_study(study: Study) -> Study:
+def own_study(study: Study) -> Study:
     """Return the study by which a site trains the released arrays without sums or a teacher: with
     class statistics, the head that was made of them; with soft targets, the records' own."""
     objective = study.objective.resolved
