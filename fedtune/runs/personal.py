@@ -142,7 +142,7 @@ def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
     head = canonical({**vars(about), "units": list(about.units), "chosen": dict(about.chosen)})
     nonce = os.urandom(NONCE)
     content = len(head).to_bytes(LENGTH, "big") + head + save(arrays)
-    sealed = HEADER + nonce + AESGCM(key.derive(PURPOSE)).encrypt(nonce, content, HEADER)
+    sealed = HEADER + nonce + _cipher(key).encrypt(nonce, content, HEADER)
     replace(path, sealed, private=True)
 
 
@@ -187,7 +187,7 @@ def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Array
     try:
         if len(body) == len(content):
             raise ValueError("another format")
-        plain = AESGCM(key.derive(PURPOSE)).decrypt(body[:NONCE], body[NONCE:], HEADER)
+        plain = _cipher(key).decrypt(body[:NONCE], body[NONCE:], HEADER)
     except (InvalidTag, ValueError):
         raise InputError(
             f"{path}: cannot be opened with this site's key", "a file that this site sealed", AGAIN
@@ -195,6 +195,11 @@ def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Array
     size = LENGTH + int.from_bytes(plain[:LENGTH], "big")
     facts = json.loads(plain[LENGTH:size])
     return About(**facts | {"units": tuple(facts["units"])}), load(plain[size:])
+
+
+def _cipher(key: SigningKey) -> AESGCM:
+    """Return the cipher of a site's personal models, which only its key can make."""
+    return AESGCM(key.derive(PURPOSE))
 
 
 def _outdated(path: Path, why: str) -> InputError:
