@@ -450,9 +450,11 @@ def test_an_opened_model_is_refused(world: Path, tiny_base: Path, what: str) -> 
     as_text(tiny_base, "causal_lm", 'prompt = "note", completion = "good"')
     made()
     before = sorted(path for path in world.rglob("*") if "audit" not in path.name)
-    with pytest.raises(NeverLeaves, match=MARK) as refused:
+    with pytest.raises(FedtuneError) as refused:
         OF_A_RUN[what](opened())
-    assert refused.value.exit_code == 3 and "start a new study" in str(refused.value)
+    assert isinstance(refused.value, NeverLeaves), refused.value
+    assert refused.value.exit_code == 3 and MARK in str(refused.value)
+    assert "start a new study" in str(refused.value)
     assert sorted(path for path in world.rglob("*") if "audit" not in path.name) == before
 
 
@@ -463,8 +465,9 @@ def test_so_is_its_file_and_the_folder_of_it(world: Path, what: str) -> None:
     renamed = Path("other-name.bin")
     shutil.copy2(path, renamed)
     for place in (path, path.parent, renamed):
-        with pytest.raises(NeverLeaves, match=MARK):
+        with pytest.raises(FedtuneError) as refused:
             OF_A_PATH[what](place)
+        assert isinstance(refused.value, NeverLeaves) and MARK in str(refused.value)
 
 
 COMMANDS = {

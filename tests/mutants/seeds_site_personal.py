@@ -35,7 +35,7 @@ MUTANTS = (
         PERSONAL,
         '        if name == "folder":\n            raise NeverLeaves(repr(self))\n',
         '        if name == "folder":\n            return self.shared.folder\n',
-        TESTS + "test_an_opened_model_is_refused",
+        TESTS + "test_an_opened_model_is_refused[merge]",
         "a merged model has what a site's patients said, without noise",
     ),
     one(
@@ -53,7 +53,7 @@ MUTANTS = (
         REFUSAL,
         "is_sealed(place) or (",
         "is_sealed(place) and (",
-        TESTS + "test_so_is_its_file_and_the_folder_of_it",
+        TESTS + "test_so_is_its_file_and_the_folder_of_it[run]",
         "a command that is given one says that it is no run, and not what it is",
     ),
     one(
