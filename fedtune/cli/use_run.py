@@ -62,12 +62,13 @@ def evaluate(
     with Console().status("measuring base and adapter"):
         from fedtune.evaluation.run import evaluate as measure
 
-        file = named_columns(data, columns) if columns else data
-        result = measure(run_at(run, site), file, metric, choices or [])
+        file, model = named_columns(data, columns) if columns else data, run_at(run, site)
+        result = measure(model, file, metric, choices or [])
     Console().print(evaluation_table(result))
     print_verdict(Console(), result)
+    about = "" if model.mark else "of the run, by its report: "
     for line in result["of the run"]:
-        Console().print(f"  of the run, by its report: {line}", highlight=False, markup=False)
+        Console().print(f"  {about}{line}", highlight=False, markup=False)
     return result
 
 

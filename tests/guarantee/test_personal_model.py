@@ -26,6 +26,7 @@ from fedtune.officer.personalise.fit import Grid
 from fedtune.runs.personal import open_personal
 from fedtune.runs.run import Run
 from tests.cli_kit import run as command
+from tests.depth import long_but
 from tests.guarantee.search import Finder
 from tests.guarantee.world import lay_out, patients, run
 
@@ -167,7 +168,9 @@ LEAKS: tuple[Leak | None, ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: getattr(leak, "__name__", "none"))
+@pytest.mark.parametrize(
+    "leak", long_but((None, sends_it), LEAKS), ids=lambda leak: getattr(leak, "__name__", "none")
+)
 def test_it_is_found_nowhere_outside_its_file(
     leak: Leak | None,
     world: World,
