@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from fedtune.officer.attack import SiteAttack, attack_site
     from fedtune.officer.data_report import DataReport, data_report
     from fedtune.officer.data_scan import DataScan, data_scan
+    from fedtune.officer.personalise.personalise import Personal, personalise
     from fedtune.officer.purge import listing as purgeable
     from fedtune.officer.purge import purge
     from fedtune.officer.review import review
@@ -119,6 +120,7 @@ _MODULES = {
     "fedtune.officer.attack": "SiteAttack attack_site",
     "fedtune.officer.data_report": "DataReport data_report",
     "fedtune.officer.data_scan": "DataScan data_scan",
+    "fedtune.officer.personalise.personalise": "Personal personalise",
     "fedtune.officer.purge": "purgeable=listing purge",
     "fedtune.officer.review": "review",
     "fedtune.officer.sheet": "Described describe_data",
@@ -200,6 +202,7 @@ __all__ = [
     "NotGenuine",
     "ObjectiveTable",
     "OnEvent",
+    "Personal",
     "Plan",
     "PolicyRefused",
     "PolicyTable",
@@ -259,6 +262,7 @@ __all__ = [
     "load_study",
     "merge",
     "merge_models",
+    "personalise",
     "plan",
     "predict",
     "purge",

@@ -212,6 +212,7 @@ OF_A_RUN: tuple[tuple[str, ...], ...] = (  # likewise
     ("doctor", "study.toml"),
     ("evaluate", "run", "--data", "evaluation.jsonl"),
     ("accept", "run", "--site", "accepting.toml"),
+    ("personalise", "run", "--site", "accepting.toml"),
     ("predict", "run", "--data", "evaluation.jsonl", "--choice", "y", "--choice", "n"),
     ("generate", "run", "--prompt", "fever"),
     ("answers", "run", "--count", "2"),

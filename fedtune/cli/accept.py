@@ -38,6 +38,14 @@ def accept(
             show_default=False,
         ),
     ] = None,
+    personal: Annotated[
+        bool,
+        typer.Option(
+            "--personal",
+            help="Judge this site's personal model of the run, which `fedtune personalise` made, "
+            "beside the released one. Such a decision is told to nobody.",
+        ),
+    ] = False,
 ) -> dict[str, Any]:
     """Judge a finished model at this site, on its own held-out patients.
 
@@ -48,8 +56,17 @@ def accept(
     from fedtune.cli.watch import Watch
     from fedtune.core.config import load_site
     from fedtune.core.config.state_files import PAGE
+    from fedtune.core.errors import ConfigError
     from fedtune.officer.acceptance.accept import accept as judge
+    from fedtune.runs.personal import open_personal
+    from fedtune.runs.run import open_run
 
+    if tell is not None and personal:
+        raise ConfigError(
+            "--tell and --personal are both given",
+            "only one of the two",
+            "a decision about a personal model stays at its site",
+        )
     if tell is not None:
         from fedtune.officer.acceptance.accept import tell as write
 
@@ -58,7 +75,8 @@ def accept(
         typer.echo("who reads it learns an exact fact about held-out patients; no ε covers it")
         return {"told": str(tell), "decision": decision}
     with Watch(Console(stderr=True), "judging"):
-        made = judge(run, load_site(site))
+        loaded = load_site(site)
+        made = judge(open_personal(open_run(run), loaded) if personal else run, loaded)
     figures = made.figures
     unit = f"{figures['unit']}s"
     typer.echo(f"{made.decision}, of {figures['patients']} held-out {unit}")

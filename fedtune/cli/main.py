@@ -26,6 +26,7 @@ from fedtune.cli import (
     memberships,
     models,
     network,
+    personalise,
     plugin,
     roles,
     server,
@@ -277,6 +278,7 @@ cli_halves.add_to(app, RUN)
 use_run.add_to(app, USE)
 accept.add_to(app, cli_site.PANEL)
 memberships.add_to(app, cli_site.PANEL)
+personalise.add_to(app, cli_site.PANEL)
 cli_verify.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)

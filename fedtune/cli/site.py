@@ -378,6 +378,8 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     typer.echo(f"  receipt for the patient: {withdrawal.receipt_file}")
     if not withdrawal.trained_on:
         typer.echo("  no study was ever prepared with this patient's records")
+    for model in withdrawal.personal:
+        typer.echo(f"  {model} was trained on them: not used until `fedtune personalise` ran again")
     for release in withdrawal.releases:
         typer.echo(
             f"  {release.name} ({release.digest[7:19]}…): {release.rounds} updates were sent "

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fedtune.cli.columns import named_columns
 from fedtune.cli.exit_codes import command
+from fedtune.cli.personalise import AT_SITE, run_at
 from fedtune.core.registry.metrics import MetricName
 
 RUN_FOLDER = Annotated[
@@ -53,20 +54,21 @@ def evaluate(
             "may be repeated. Default: the columns of the study.",
         ),
     ] = None,
+    site: AT_SITE = None,
 ) -> dict[str, Any]:
     """Measure base and adapter on your own records, with 95 % intervals."""
     from fedtune.cli.console import evaluation_table, print_verdict
 
     with Console().status("measuring base and adapter"):
         from fedtune.evaluation.run import evaluate as measure
-        from fedtune.runs.run import Run
 
-        file = named_columns(data, columns) if columns else data
-        result = measure(Run(run), file, metric, choices or [])
+        file, model = named_columns(data, columns) if columns else data, run_at(run, site)
+        result = measure(model, file, metric, choices or [])
     Console().print(evaluation_table(result))
     print_verdict(Console(), result)
+    about = "" if model.mark else "of the run, by its report: "
     for line in result["of the run"]:
-        Console().print(f"  of the run, by its report: {line}", highlight=False, markup=False)
+        Console().print(f"  {about}{line}", highlight=False, markup=False)
     return result
 
 
@@ -123,6 +125,7 @@ def predict(
         ),
     ] = None,
     ids: PREDICT_IDS = None,
+    site: AT_SITE = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print everything as JSON instead of the table.")
     ] = False,
@@ -141,10 +144,11 @@ def predict(
         )
     with Console(stderr=as_json).status("predicting"):
         from fedtune.evaluation.predict import predict as compute
-        from fedtune.runs.run import Run
 
-        file = named_columns(data, columns) if columns else data
-        made = compute(Run(run), file, choices or [], ids=ids or [])
+        file, model = named_columns(data, columns) if columns else data, run_at(run, site)
+        made = compute(model, file, choices or [], ids=ids or [])
+    if model.mark:
+        typer.echo(model.mark, err=True)
     if out:
         made.write(out)
     if as_json:
@@ -241,15 +245,17 @@ def generate(
         int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")
     ] = 64,
     chat: GENERATE_CHAT = None,
+    site: AT_SITE = None,
 ) -> dict[str, Any]:
-    """Let the base and the adapter answer the same prompt, side by side."""
+    """Let the base and the adapter answer the same prompt, side by side.
+
+    The answer of a site's personal model begins with a mark that says what it is."""
     from fedtune.cli.console import side_by_side
 
     with Console().status("writing"):
         from fedtune.evaluation.generate import generate as write
-        from fedtune.runs.run import Run
 
-        before, after = write(Run(run), prompt, max_new_tokens, chat=chat, file=file)
+        before, after = write(run_at(run, site), prompt, max_new_tokens, chat=chat, file=file)
     Console().print(side_by_side(before, after))
     return {"base": before, "adapter": after}
 

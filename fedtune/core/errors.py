@@ -21,6 +21,7 @@
     │   │   └── Held                   an answer that waits for a person (core/vault/prepared.py)
     │   ├── BudgetExceeded             the privacy budget
     │   ├── SelfTestFailed             the guarantee does not hold here (core/training/selftest.py)
+    │   ├── NeverLeaves                a site's personal model (evidence/personal.py)
     │   ├── Unprepared                 the site does not know the plan (core/vault/prepared.py)
     │   ├── Void                       an attempt at a round is over (core/vault/prepared.py)
     │   └── OtherProtocol              the other side is of another release (core/wire/protocol.py)

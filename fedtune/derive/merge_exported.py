@@ -21,6 +21,7 @@ from fedtune.core.run_folder import HEAD
 from fedtune.derive.derived_run import derived_name
 from fedtune.derive.export import TOKENIZER
 from fedtune.derive.merge_methods import Method, densities_of
+from fedtune.evidence.personal import refuse_personal
 from fedtune.report.declared import declared_in
 from fedtune.report.run_files import check_new, read_report
 
@@ -49,6 +50,8 @@ def merge_models(
     Errors: ConfigError, ModelError, InfrastructureError."""
     out = Path(out)
     check_new(out)
+    for folder in folders:
+        refuse_personal(folder)
     reports = _reports(folders)
     base = find_base(reports[0]["base"]["name"], reports[0]["base"]["digest"])
     digests = [digest(folder) for folder in folders]

@@ -34,7 +34,8 @@ def generate(
             evaluation records are conversations, or if it has no such records; else put the prompt
             into objective.template, as in training.
 
-    Returns both texts. The model is loaded by PEFT, in the way of any other user of the adapter.
+    Returns both texts; that of a personal model begins with its mark. The model is loaded by PEFT,
+    in the way of any other user of the adapter.
 
     Errors: ConfigError (no language model), ModelError."""
     return Writer(run)(prompt, max_new_tokens, chat=chat, file=file)
@@ -53,7 +54,7 @@ class Writer:
         self._run, study = run, run.study
         self._base = base = find_base(study.base.model, study.base.digest)
         if base.kind == "encoder" or study.objective.resolved.outputs:
-            raise _not_a_language_model(run.folder)
+            raise _not_a_language_model(run.place)
         self._tokenizer: Any = load_tokenizer(base)
         self._reader = modalities.reader(base, self._tokenizer, study.base.modality)
 
@@ -86,7 +87,7 @@ class Writer:
             inputs = {"input_features": inputs["input_features"], start: inputs["input_ids"]}
         asked = (self._tokenizer, inputs, start, max_new_tokens)
         with torch.no_grad():
-            after = _completion(model, *asked)
+            after = f"{self._run.mark} {_completion(model, *asked)}".strip()
             with model.disable_adapter():
                 return _completion(model, *asked), after
 
@@ -96,7 +97,6 @@ class Writer:
         import torch
 
         from fedtune.core.bases.find import load_backbone
-        from fedtune.core.models.loaded import load_peft_adapter
 
         stored = self._run.study.base
         backbone: Any = load_backbone(self._base, torch.float32)
@@ -104,7 +104,7 @@ class Writer:
             from fedtune.core.bases.quantise import round_weights
 
             round_weights(backbone, stored.quantisation, getattr(torch, stored.dtype))
-        return backbone, load_peft_adapter(backbone, self._run.folder / "adapter")
+        return backbone, self._run.load_peft(backbone)
 
 
 def _completion(

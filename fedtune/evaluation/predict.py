@@ -84,12 +84,12 @@ def predict(
     offered = () if headed else tuple(choices) or (table.choices if table else ())
     if len(offered) < 2 and not headed:
         raise ConfigError(
-            f"{run.folder}: has no head, and no choices were given",
+            f"{run.place}: has no head, and no choices were given",
             "a run that trained a head, or at least two choices",
             "--choice TEXT for each, with its leading space; for free text, use `fedtune generate`",
         )
     if headed and choices:
-        raise ConfigError(f"{run.folder}: its head already has classes", "no --choice")
+        raise ConfigError(f"{run.place}: its head already has classes", "no --choice")
     ids = tuple(dict.fromkeys(ids))
     check_ids(ids)
     asked = _Asked.of(study, records, headed, ids)
@@ -228,7 +228,7 @@ class _Predictor:
         study = study.model_copy(update={"objective": asked_of})
         frozen = {name: value for name, value in saved.items() if "lora_A" in name}
         self._frozen = self._network.adopt(study, frozen)
-        trained = pick_arrays(saved, self._network.parameters(), run.folder / "adapter")
+        trained = pick_arrays(saved, self._network.parameters(), run.place)
         self._trained = self._network.zero() if base_alone else trained
         tokenizer = self._network.tokenizer
         self.labels = choices or (() if objective.scores else study.objective.labels)

@@ -83,10 +83,12 @@ def evaluator_of(
         changes["lora"] = study.lora.model_copy(update={"a_init": "public", "a_digest": None})
     frozen = {name: value for name, value in saved.items() if "lora_A" in name}
     evaluator = Evaluator(study.model_copy(update=changes), frozen, read)
-    return evaluator, pick_arrays(saved, evaluator.network.parameters(), run.folder / "adapter")
+    return evaluator, pick_arrays(saved, evaluator.network.parameters(), run.place)
 
 
 def _of_the_run(run: Run) -> list[str]:
+    if run.mark:
+        return [run.mark]
     if not (run.folder / "report.json").is_file():
         return []
     lines = headline(run.report.get("quality") or {})

@@ -35,6 +35,7 @@ from fedtune.evidence.figures import (
     seals,
     signed_json,
 )
+from fedtune.evidence.personal import refuse_personal
 from fedtune.evidence.sign import (
     EVIDENCE,
     FORMAT,
@@ -251,7 +252,8 @@ def signer(run: Path) -> str:
 def check_signed(run: Path) -> None:
     """Verify a run or a dossier if it has a signature; one without is accepted.
 
-    Errors: NotGenuine."""
+    Errors: NotGenuine; NeverLeaves (a site's personal model)."""
+    refuse_personal(run)
     if is_signed(run) or (run / DOSSIER[0]).exists():
         verify(run)
 

@@ -30,12 +30,15 @@ from fedtune.core.vault.budget_refusal import PLACES
 from fedtune.core.vault.kept_plans import FOLDER as KEPT_PLANS
 from fedtune.core.vault.studies import FOLDER as STUDIES
 from fedtune.core.vault.studies import under_way
+from fedtune.evidence.personal import FOLDER as PERSONAL
+from fedtune.evidence.personal import SUFFIX
 from fedtune.observe.status import LOCK
 from fedtune.officer.withdraw import RECEIPTS
 
 RELEASED = "updates that were released"
 ASKED_DRAWS = "draws that wait to be let go"
 KINDS = {  # name for people -> patterns of paths in the state folder; "*" matches subfolders too
+    "personal models": (f"{PERSONAL}/*{SUFFIX}",),
     RELEASED: (f"{OUTBOX}/*.bin",),
     "draws that an earlier release kept, with their keys": (f"{DRAWS}/*.bin",),
     ASKED_DRAWS: (f"{ASKED}/*.json",),
@@ -57,7 +60,7 @@ KINDS = {  # name for people -> patterns of paths in the state folder; "*" match
     "what Flower's processes left": ("flower/*", "ranks/*"),
     "drafts of a process that was killed": ("*.new",),
 }
-OF_A_STUDY = tuple(KINDS)[:6]
+OF_A_STUDY = tuple(KINDS)[:7]
 NEVER_DELETED = (
     "ledger.*",  # entries, anchor, receipts, and what a restore put aside
     *("site.key", "salt", "steps.jsonl"),  # steps.jsonl: a restore charges by it

@@ -29,6 +29,7 @@ from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
+from fedtune.runs.personal import models_of
 
 log = logging.getLogger("fedtune.site")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -53,11 +54,14 @@ class Withdrawal:
     - in_file: records of the patient that the site's files still hold, None if they cannot be read
     - trained_on: whether the patient was ever trained on here
     - releases: studies whose adapters may still reflect the patient
+    - personal: this site's personal models that were trained on the patient; none of them is used
+      until it was trained again
     - receipt: for the patient, signed by the site, as it lies in `receipt_file`"""
 
     in_file: int | None
     trained_on: bool
     releases: list[Release]
+    personal: list[Path]
     receipt: dict[str, Any]
     receipt_file: Path
 
@@ -117,7 +121,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         rule = "--unseen" if unseen else ""
         AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
         replace(path, json.dumps(receipt, indent=1).encode(), private=True)
-        return Withdrawal(in_file, bool(datasets), releases, receipt, path)
+        personal = models_of(site, ledger, entry.body["unit"])
+        return Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
 
     try:
         return enter()

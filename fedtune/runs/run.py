@@ -14,7 +14,8 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import replace
 from fedtune.core.models.adapter_files import load_adapter
 from fedtune.core.models.lora import Arrays, digest
-from fedtune.core.run_folder import PRINTED, load_plan
+from fedtune.core.run_folder import ADAPTER, PRINTED, load_plan
+from fedtune.evidence.personal import refuse_personal
 from fedtune.evidence.sign import RUN
 from fedtune.report.gain import is_start_released, over_start
 from fedtune.report.preference import alarms
@@ -35,11 +36,23 @@ class Run:
       ...
     fedtune.core.errors.InputError: ...
 
-    Errors: InputError or ConfigError if the folder holds no run."""
+    Errors: InputError or ConfigError if the folder holds no run; NeverLeaves if it holds a site's
+    personal model."""
 
     def __init__(self, folder: Path | str) -> None:
+        refuse_personal(folder)
         self.folder = Path(folder)
         self.study: Study = load_plan(self.folder)
+
+    @property
+    def place(self) -> Path:
+        """The folder that messages name."""
+        return self.folder
+
+    @property
+    def mark(self) -> str:
+        """What stands before every text that this model writes; "" before a released one's."""
+        return ""
 
     @cached_property
     def report(self) -> dict[str, Any]:
@@ -63,7 +76,14 @@ class Run:
     def adapter(self) -> Arrays:
         """Read name -> array, fp32: the adapter, its frozen factor, and the head if there is one.
         Errors: ModelError."""
-        return load_adapter(self.folder / "adapter")
+        return load_adapter(self.folder / ADAPTER)
+
+    def load_peft(self, backbone: Any) -> Any:
+        """Load the adapter onto a base by PEFT, as any other user of it does. Errors:
+        ModelError."""
+        from fedtune.core.models.loaded import load_peft_adapter
+
+        return load_peft_adapter(backbone, self.folder / ADAPTER)
 
     def start(self) -> Arrays | None:
         """Read the arrays of the public start, from which the rounds began. None if the study has

@@ -33,6 +33,7 @@ BY_HAND = (  # what other processes leave, as it is called there
     "runs/0123456789abcdef/ledger.db", "runs/0123456789abcdef/site.key", "runs.json", "sheet.json",
     "acceptance/2026-11-28T180000Z-0123abcd/figures.json",
     "acceptance/2026-11-28T180000Z-0123abcd/page.html",
+    "personal/0123456789abcdef-0123456789abcdef.sealed",
     "studies/0123456789abcdef.json",
     "draws/0123456789abcdef01234567-1-1-0123456789abcdef01234567.bin",
     "asked/0123456789abcdef-0123456789ab.json",

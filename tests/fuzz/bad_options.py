@@ -26,6 +26,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     "evaluate": (RUN, "--data", "none.jsonl"),
     "predict": (RUN, "--data", "none.jsonl"),
     "accept": (RUN, "--site", SITE),
+    "personalise": ("none", "--site", SITE),
     "versions": ("versions",),
     "generate": (RUN, "--max-new-tokens", "1"),
     "answers": ("none",),

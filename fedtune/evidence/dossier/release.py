@@ -36,6 +36,7 @@ from fedtune.evidence.dossier.seal import (
     read_release,
     sign,
 )
+from fedtune.evidence.personal import refuse_personal
 from fedtune.evidence.sign import RUN, carry
 from fedtune.evidence.told import FOLDER as TOLD
 from fedtune.evidence.told import read_told
@@ -74,8 +75,9 @@ def release(
 
     Errors: NotGenuine (the run is not signed, or was changed after it was signed), ConfigError
     (`out` exists; the run was derived from others), Refused (the key that signed the run is not in
-    `home`), InfrastructureError."""
+    `home`; it is a site's personal model), InfrastructureError."""
     run, out = Path(run), Path(out)
+    refuse_personal(run)
     _refuse_derived(run)
     proven = verify_run(run)
     if proven.exported:

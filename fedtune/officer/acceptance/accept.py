@@ -26,12 +26,14 @@ from fedtune.core.ledger.audit_log import AuditLog, login, person
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.run_folder import SIGNATURE
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.evidence.personal import NeverLeaves
 from fedtune.evidence.sign import sha256
 from fedtune.evidence.told import digest_of_adapter, state
 from fedtune.officer.acceptance.figures import figures_of
 from fedtune.officer.acceptance.judgement import Decision
 from fedtune.officer.acceptance.models import score_models
 from fedtune.officer.acceptance.page import page
+from fedtune.runs.personal import PersonalRun
 from fedtune.runs.run import Run, open_run
 
 FORMAT = "fedtune-acceptance-1"
@@ -56,7 +58,7 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
 
     Patients on whom a study here trained or was to train, or who withdrew, are left out. The
     base, the public start (if the run's folder still has it) and the site's own model, if it
-    named one, are measured on the same records.
+    named one, are measured on the same records; beside a personal model the released one is, too.
 
     >>> import fedtune
     >>> fedtune.accept(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
@@ -78,7 +80,9 @@ def accept(run: Run | Path | str, site: Site) -> Acceptance:
         )
     ledger = Ledger(site.site.ledger or site.home)
     scored = score_models(run, table, site, ledger)
-    figures: dict[str, Any] = {"study": run.study.study.name, "site": site.site.name}
+    study = run.study.study.name
+    study += " (this site's personal model)" if isinstance(run, PersonalRun) else ""
+    figures: dict[str, Any] = {"study": study, "site": site.site.name}
     figures |= figures_of(table, scored)
     key = signing_key(site, ledger)
     figures["looks"] = looks(site.site.state, key.public, scored.held_out.keyed)
@@ -105,8 +109,10 @@ def tell(run: Run | Path | str, site: Site, to: Path | str) -> Decision:
 
     A person must call this on purpose: a reader of the statement learns an exact bit about held-out
     patients, which no ε covers. It is entered in the site's audit log. Errors: InputError if
-    nothing was decided about this model, or `to` exists."""
+    nothing was decided about this model, or `to` exists; NeverLeaves if it is a personal model."""
     run, to = run if isinstance(run, Run) else open_run(run), Path(to)
+    if isinstance(run, PersonalRun):
+        raise NeverLeaves(repr(run))
     ledger = Ledger(site.site.ledger or site.home)
     key = signing_key(site, ledger)
     model, records = _model(run), dict[tuple[str, int], dict[str, Any]]()
@@ -154,13 +160,15 @@ def _sign_record(
 
 def _model(run: Run) -> dict[str, str]:
     """Identify the judged model by its plan, its base, and the files of its adapter."""
-    signature = run.folder / SIGNATURE
-    return {
+    facts = {
         "plan": run.study.digest,
         "base": run.study.base.digest or run.study.base.model,
-        "adapter": digest_of_adapter(run.folder),
-        "signature": sha256(signature) if signature.is_file() else "",
     }
+    if isinstance(run, PersonalRun):  # of the sealed file, which says nothing of what is in it
+        return facts | {"adapter": run.digest, "signature": ""}
+    signature = run.folder / SIGNATURE
+    signed = sha256(signature) if signature.is_file() else ""
+    return facts | {"adapter": digest_of_adapter(run.folder), "signature": signed}
 
 
 def _name(record: dict[str, Any]) -> str:

@@ -9,15 +9,18 @@ from fedtune.core.config import AcceptanceTable, EvaluationTable, Site, Study
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.errors import ConfigError, DataError
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.adapter_files import pick_arrays
 from fedtune.core.models.network import Network
 from fedtune.evaluation.evaluator import PREFERENCES
 from fedtune.evaluation.run import evaluator_of
 from fedtune.officer.acceptance.records import HeldOut, read_held_out
 from fedtune.report.gain import is_start_released
 from fedtune.report.scores import Scores
+from fedtune.runs.personal import PersonalRun
 from fedtune.runs.run import Run, open_run
 
 MODEL = "this model"
+SHARED = "released model"
 START = "public start"
 ALONE = "site alone"
 BASE = "base alone"
@@ -52,6 +55,10 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
     scores = {MODEL: evaluator.scores(trained)}
     labels = _labels(run.study, asked)
     found = Scored(read[0], scores, labels, evaluator.n_cut)
+    if isinstance(run, PersonalRun):
+        run = run.shared
+        arrays = pick_arrays(run.adapter(), trained, run.place)
+        scores[SHARED] = evaluator.scores(arrays)
     if (start := run.start()) is not None and not is_start_released(
         run.report.get("quality") or {}
     ):

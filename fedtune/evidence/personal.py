@@ -1,0 +1,45 @@
+"""Recognise a site's personal model, and refuse to hand it on.
+
+A personal model follows exactly from its site's patients: no noise was added and no ε covers it. It
+lies sealed in the site's state folder (runs/personal.py), and is used at the site alone. Everything
+that makes something for others out of a finished run calls `refuse_personal` first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedtune.core.errors import Refused
+from fedtune.core.files.reading import open_regular
+
+MARK = "covered by no ε: it never leaves"
+HEADER = f"fedtune-personal-1: a site's personal model, sealed to its key; {MARK}\n".encode()
+SUFFIX = ".sealed"
+FOLDER = "personal"  # in a site's state folder
+
+
+class NeverLeaves(Refused):
+    """A personal model was named where something is made for others."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: a personal model, {MARK}",
+            "the released run",
+            "predict, evaluate, generate and accept use it at its site: RUN --site SITE; to pass "
+            "something on, start a new study from the released run",
+        )
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether `path` is a sealed personal model, whatever it is called."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(HEADER)) == HEADER
+    except (OSError, ValueError):
+        return False
+
+
+def refuse_personal(path: Path | str) -> None:
+    """Refuse a sealed personal model, or a folder that holds one. Errors: NeverLeaves."""
+    place = Path(path)
+    if is_sealed(place) or (place.is_dir() and any(map(is_sealed, place.glob(f"*{SUFFIX}")))):
+        raise NeverLeaves(str(place))

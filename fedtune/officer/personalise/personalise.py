@@ -1,0 +1,177 @@
+"""Make a site's own model out of a released run, and seal it to the site: `fedtune personalise`.
+
+Guarantee: nothing is sent, nothing in the run's folder is changed, and of what is trained nothing
+is written but the sealed file. The result follows from the site's patients without noise: no ε
+covers it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedtune.core.config import Site, Study
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.adapter_files import pick_arrays
+from fedtune.core.models.build import build
+from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.lora import Arrays
+from fedtune.core.models.network import Network
+from fedtune.core.objectives._interface import Batch, Objective
+from fedtune.evidence.told import digest_of_adapter
+from fedtune.officer.personalise.fit import Choice, Fit, Grid, Losses, choose
+from fedtune.officer.personalise.records import Own, read_own
+from fedtune.runs.personal import describe, personal_file, seal
+from fedtune.runs.run import Run, open_run
+
+FOLDS = 5
+# With an adapter each step passes all records through the trained layers: fewer ways, one fold.
+ADAPTER_GRID = Grid(pulls=(0.1, 0.001), steps=(1, 2, 4, 8))
+
+
+@dataclass(frozen=True)
+class Personal:
+    """What `personalise` found.
+
+    - file: the sealed model; None if the released model is kept, and no file was written
+    - choice: what the records that a fit did not see say, in nats
+    - patients, records: whom and what it is trained on; left_out: patients by reason; rejected:
+      records by reason"""
+
+    file: Path | None
+    choice: Choice
+    patients: int
+    records: int
+    left_out: dict[str, int]
+    rejected: dict[str, int]
+
+
+def personalise(run: Run | Path | str, site: Site) -> Personal:
+    """Train a finished run's model further on this site's own records, with a pull towards the
+    released one, and seal the result to the site's key. It is kept only if records that it was not
+    trained on say that it is better than the released model; else an earlier one is deleted too.
+
+    The records are those of [data], without patients who withdrew or did not consent, and without
+    those of [acceptance] and [evaluation]. `predict`, `evaluate`, `generate` and `accept` use the
+    result at this site; nothing else opens it.
+
+    >>> import fedtune
+    >>> fedtune.personalise(fedtune.Run("runs/none"), fedtune.load_site("no/site.toml"))
+    Traceback (most recent call last):
+      ...
+    fedtune.core.errors.InputError: ...
+
+    Errors: DataError (records that cannot be used, or too few), ModelError, LedgerError,
+    InfrastructureError; NeverLeaves (`run` is a personal model)."""
+    run = run if isinstance(run, Run) else open_run(run)
+    path = personal_file(site, run)
+    ledger = Ledger(site.site.ledger or site.home)
+    own, choice, arrays = train(run, site, ledger)
+    # The same entry whether or not a model is kept, which is an exact fact about patients.
+    acts = AuditLog(ledger.folder, ledger.key)
+    acts.add("assess", "personalise", plan=run.study.digest, model=digest_of_adapter(run.folder))
+    if arrays is not None:
+        about = describe(run, site, ledger, units=own.hashes, chosen=asdict(choice.way))
+        seal(path, arrays, about, ledger.key)
+    else:
+        path.unlink(missing_ok=True)
+    return Personal(
+        file=None if arrays is None else path,
+        choice=choice,
+        patients=len(own.hashes),
+        records=len(own.units),
+        left_out=dict(own.left_out),
+        rejected=dict(own.rejected),
+    )
+
+
+def train(run: Run, site: Site, ledger: Ledger) -> tuple[Own, Choice, Arrays | None]:
+    """Choose how to fit, and fit to all of the site's records; no arrays if the released model is
+    kept. Nothing is written. Errors: DataError, ModelError."""
+    saved, study = run.adapter(), own_study(run.study)
+    network = build(study)
+    network.adopt(study, {name: value for name, value in saved.items() if "lora_A" in name})
+    released = pick_arrays(saved, network.parameters(), run.place)
+    own = read_own(site, study, network, ledger)
+    with network.loaded(trainable=released):
+        data = CachedDataset(network, own.dataset)
+        data.warm()
+        losses = _losses(study.objective.resolved, data)
+        fit = Fit(network.parameters(), _scales(network), losses)
+        folds, grid = own.folds(FOLDS), Grid()
+        if not network.pooled:
+            folds, grid = folds[:1], ADAPTER_GRID
+        choice = choose(fit, folds, own.units, grid)
+        arrays = fit.arrays(range(len(own.units)), choice.way) if choice.better else None
+    return own, choice, arrays
+
+
+def own_study(study: Study) -> Study:
+    """Return the study by which a site trains the released arrays without sums or a teacher: with
+    class statistics, the head that was made of them; with soft targets, the records' own."""
+    objective = study.objective.resolved
+    changes: dict[str, Any] = {}
+    if objective.directions or objective.teacher_spec:
+        name = "classify" if objective.record_format == "label" else "causal_lm"
+        plain: dict[str, Any] = {"name": name, "options": {}, "basis_digest": None}
+        changes["objective"] = study.objective.model_copy(update=plain)
+    if study.lora:  # the saved A is loaded, however it was made
+        adopted = {"a_init": "public", "a_digest": None, "preconditioner": None}
+        changes["lora"] = study.lora.model_copy(update=adopted)
+    return study.model_copy(update=changes)
+
+
+def _scales(network: Network) -> dict[str, float]:
+    """Return by which length each parameter's change is multiplied. A head's weights are divided by
+    the length of the vectors that it reads, so that the pull on them is that on a bias."""
+    length = math.sqrt(network.hidden_size)
+    return {n: 1 / length if n == "head.weight" else 1.0 for n in network.parameters()}
+
+
+def _losses(objective: Objective, data: CachedDataset) -> Losses:
+    """Return the function that computes the losses of some records. A head's records are one vector
+    for each passage, all of which are held in one batch."""
+    network = data.network
+    everything = _joined(data) if network.pooled else None
+
+    def losses(rows: Sequence[int]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        batches = data.batches(rows) if everything is None else [_select(everything, rows)]
+        for batch in batches:
+            yield batch.index.numpy(), objective.losses(network, batch)
+
+    return losses
+
+
+def _joined(data: CachedDataset) -> Batch:
+    """Join all records' vectors in one batch, in the order of the dataset."""
+    parts = list(data.batches(range(len(data.dataset.examples))))
+    joined = Batch(
+        prefix=torch.cat([part.prefix for part in parts]),
+        mask=torch.cat([part.mask for part in parts]),
+        target_ids=torch.cat([part.target_ids for part in parts]),
+        label=torch.cat([part.label for part in parts]),
+        index=torch.cat([part.index for part in parts]),
+    )
+    return _select(joined, torch.argsort(joined.index).tolist())
+
+
+def _select(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Select records of a batch by their places in it."""
+    places = torch.tensor(rows, dtype=torch.long)
+    passages = len(batch.prefix) // len(batch.index)
+    at = (places[:, None] * passages + torch.arange(passages)).flatten().to(batch.prefix.device)
+    return replace(
+        batch,
+        prefix=batch.prefix[at],
+        mask=batch.mask[at],
+        target_ids=batch.target_ids[at],
+        label=batch.label[places.to(batch.label.device)],
+        index=batch.index[places],
+        count=len(rows),
+    )

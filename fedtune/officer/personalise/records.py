@@ -1,0 +1,115 @@
+"""Read the records on which a site's personal model is trained: the site's own, without those that
+are held out.
+
+Guarantee: no patient is trained on who withdrew, who did not consent, or who is among the records
+of [acceptance] or [evaluation], by whatever key."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedtune.core.config import Site, SiteData, Study
+from fedtune.core.data.dataset import Dataset, Example
+from fedtune.core.data.identity import identities, identity_of
+from fedtune.core.data.load import UnitReader, check_columns
+from fedtune.core.data.records import Record, read_file, unit_member
+from fedtune.core.data.scan import record_scan
+from fedtune.core.errors import DataError
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.network import Network
+
+LEAST = 10  # patients, or records without a patient column
+HELD_OUT = "held out in [acceptance] or [evaluation]"
+WITHDREW = "withdrew"
+
+
+@dataclass
+class Own:
+    """A site's own records.
+
+    - units: the patient of each record, (n,), numbered in an order that follows from the site's
+      salt
+    - hashes: each patient's salted hash
+    - left_out: patients by reason; rejected: records by reason"""
+
+    dataset: Dataset
+    units: np.ndarray
+    hashes: tuple[str, ...]
+    left_out: Counter[str]
+    rejected: Counter[str]
+
+    def folds(self, number: int) -> list[list[int]]:
+        """Divide the records into so many parts of nearly as many patients; all records of a
+        patient are in one part, and which one follows from the site's salt."""
+        return [np.flatnonzero(self.units % number == part).tolist() for part in range(number)]
+
+
+def read_own(site: Site, study: Study, network: Network, ledger: Ledger) -> Own:
+    """Read the site's records as the study reads them, all records of a patient together if the
+    site names a patient column.
+
+    Errors: DataError (a file or columns that cannot be used, or fewer than LEAST patients)."""
+    record_format = check_columns(site.data, study, network.tokenizer, reader=network.reader)
+    by_patient = site.data.columns.patient is not None
+    read = read_file(site.data, unit="patient" if by_patient else "record")
+    reasons = _left_out(read.records, site, ledger, by_patient)
+    reader = UnitReader(
+        study.objective, network.tokenizer, record_format, study.objective.resolved.outputs > 0,
+        True, network.reader, max_records=study.max_records_per_unit if by_patient else None,
+        scan=record_scan(site.data.scan),
+    )  # fmt: skip
+    by_unit: dict[str, list[Record]] = {}
+    for record in read.records:
+        if record.unit not in reasons:
+            by_unit.setdefault(record.unit, []).append(record)
+    rejected, hashes, examples = Counter(read.rejected), list[str](), list[Example]()
+    for key in sorted(by_unit, key=lambda unit: ledger.hashed(unit_member(unit))):
+        unit = reader(by_unit[key])
+        rejected.update(reason for _, reason in unit.rejected)
+        if unit.examples:
+            examples += [replace(example, unit=len(hashes)) for example in unit.examples]
+            hashes.append(ledger.hashed(unit_member(key)))
+    left_out = Counter(reasons.values())
+    if len(hashes) < LEAST:
+        who = "patients" if by_patient else "records"
+        raise DataError(
+            f"{site.data.where}: {len(hashes)} usable {who} are left to train a personal model on",
+            f"at least {LEAST}",
+            "use the released model as it is",
+        )
+    return Own(
+        dataset=Dataset(examples, len(hashes), rejected),
+        units=np.array([example.unit for example in examples]),
+        hashes=tuple(hashes),
+        left_out=left_out,
+        rejected=rejected,
+    )
+
+
+def _left_out(
+    records: list[Record], site: Site, ledger: Ledger, by_patient: bool
+) -> dict[str, str]:
+    """Return the patients who are left out, and why.
+
+    A held-out patient is recognised by the key, if both tables name a patient column, and in any
+    case by a whole record, an image, a recording or a long text that is held out too."""
+    held = set[bytes]()
+    for table in filter(None, (site.acceptance, site.evaluation)):
+        if table.url or table.path.exists():
+            held |= set().union(*identities(_as_all(table)))
+    withdrawn, reasons = ledger.withdrawn(), dict[str, str]()
+    for record in records:
+        if ledger.hashed(unit_member(record.unit)) in withdrawn:
+            reasons[record.unit] = WITHDREW
+        elif record.unit not in reasons and identity_of(record, by_patient) & held:
+            reasons[record.unit] = HELD_OUT
+    return reasons
+
+
+def _as_all(table: SiteData) -> SiteData:
+    """Return a table with the records of patients who did not consent, too: they are held out as
+    well."""
+    return table.model_copy(update={"consent": None})

@@ -1,0 +1,217 @@
+"""Seal a site's personal model to the site's key, and open it for use at the site.
+
+    STATE/personal/PLAN-ADAPTER.sealed    one for each released run; 0600, in a folder of 0700
+
+Its first line says in clear what it is, and nothing else is in clear. The rest is encrypted
+(AES-256-GCM) under a key derived from the site's signing key, with that line authenticated: the
+trained arrays, how they were chosen, and the salted hashes of the patients on whom they were
+trained.
+
+Guarantee: without the site's private key nothing but that line and the length can be read. An
+opened model has no folder: whatever reads or writes a run's folder refuses it (NeverLeaves)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from fedtune.core.config import Site
+from fedtune.core.errors import InputError
+from fedtune.core.files import reading
+from fedtune.core.files.writing import replace
+from fedtune.core.ledger.files import outbox_prefix
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.models.lora import Arrays, load_into
+from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.evidence.personal import FOLDER, HEADER, MARK, SUFFIX, NeverLeaves
+from fedtune.evidence.told import digest_of_adapter
+from fedtune.runs.run import Run
+
+PURPOSE = "personal model"
+NONCE, LENGTH = 12, 8  # bytes: of AES-GCM's nonce, and of the length of what describes the arrays
+LARGEST = 2**34  # bytes of a file
+AGAIN = "fedtune personalise RUN --site SITE"
+
+
+@dataclass(frozen=True)
+class About:
+    """What is sealed beside the arrays.
+
+    - plan, adapter: digests of the released run; site, study: their names
+    - units: salted hashes of the patients on whom it was trained
+    - opt_outs: a salted digest of the site's list of opt-outs at that time, "" without one
+    - chosen: what the site's own records chose"""
+
+    plan: str
+    adapter: str
+    site: str
+    study: str
+    units: tuple[str, ...]
+    opt_outs: str
+    chosen: Mapping[str, float]
+
+
+class PersonalRun(Run):
+    """A released run with the site's own arrays in place of the released ones.
+
+    Guarantee: it has no `folder`, so that nothing which reads or writes a run's folder, such as
+    export, merge, label or a dossier, can take it for a run that may be handed on. Errors:
+    NeverLeaves where something asks for it."""
+
+    def __init__(self, shared: Run, arrays: Arrays, about: About, digest: str) -> None:
+        self.shared, self.about, self.digest = shared, about, digest
+        self.study = shared.study
+        self._arrays = arrays
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "folder":
+            raise NeverLeaves(repr(self))
+        raise AttributeError(name)
+
+    @property
+    def place(self) -> Path:
+        return self.shared.place
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Refuse: the report is of the released model. Errors: NeverLeaves."""
+        raise NeverLeaves(repr(self))
+
+    @property
+    def mark(self) -> str:
+        """What stands before every text that this model writes."""
+        return f"[personal model of {self.about.site}, {MARK}]"
+
+    def adapter(self) -> Arrays:
+        return {**self.shared.adapter(), **self._arrays}
+
+    def start(self) -> Arrays | None:
+        return self.shared.start()
+
+    def load_peft(self, backbone: Any) -> Any:
+        model = self.shared.load_peft(backbone)
+        named = dict(model.named_parameters())
+        load_into({name: named[name] for name in self._arrays}, self._arrays)
+        return model
+
+    def __fspath__(self) -> str:
+        raise NeverLeaves(repr(self))
+
+    def __repr__(self) -> str:
+        return f"the personal model of {self.about.site} for {self.about.study}"
+
+    def _line(self) -> str:
+        return MARK
+
+
+def personal_file(site: Site, run: Run) -> Path:
+    """Return the path of the site's personal model for a released run, whether or not there is
+    one. It begins as the site's other files of this study do, by which `fedtune purge` finds
+    them."""
+    name = f"{outbox_prefix(run.study.digest)}-{digest_of_adapter(run.folder)[:16]}{SUFFIX}"
+    return site.site.state / FOLDER / name
+
+
+def describe(run: Run, site: Site, ledger: Ledger, **trained: Any) -> About:
+    """Describe a personal model of this run. trained: units and chosen."""
+    return About(
+        plan=run.study.digest,
+        adapter=digest_of_adapter(run.folder),
+        site=site.site.name,
+        study=run.study.study.name,
+        opt_outs=_opt_outs(site, ledger),
+        **trained,
+    )
+
+
+def seal(path: Path, arrays: Arrays, about: About, key: SigningKey) -> None:
+    """Write a personal model, which replaces an earlier one.
+
+    Errors: InfrastructureError."""
+    from safetensors.numpy import save
+
+    head = canonical({**vars(about), "units": list(about.units), "chosen": dict(about.chosen)})
+    nonce = os.urandom(NONCE)
+    content = len(head).to_bytes(LENGTH, "big") + head + save(arrays)
+    sealed = HEADER + nonce + _cipher(key).encrypt(nonce, content, HEADER)
+    replace(path, sealed, private=True)
+
+
+def open_personal(run: Run, site: Site) -> PersonalRun:
+    """Open this site's personal model for a released run.
+
+    Errors: InputError if there is none; if other users can read it; if it is another site's, of
+    another run or was changed; if a patient on whom it was trained has withdrawn, or the list of
+    opt-outs has changed since: it must then be trained again. LedgerError."""
+    path = personal_file(site, run)
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: this site has no personal model of {run.place}", todo=AGAIN)
+    ledger = Ledger(site.site.ledger or site.home)
+    content = reading.secret(path, "a personal model", most=LARGEST)
+    about, arrays = _unsealed(path, content, ledger.key)
+    if (about.plan, about.adapter) != (run.study.digest, digest_of_adapter(run.folder)):
+        raise InputError(f"{path}: is of another run", f"of {run.place}", AGAIN)
+    withdrawn = ledger.withdrawn()
+    if any(unit in withdrawn for unit in about.units):
+        raise _outdated(path, "a patient on whom it was trained has withdrawn")
+    if about.opt_outs != _opt_outs(site, ledger):
+        raise _outdated(path, "the list of opt-outs has changed since it was trained")
+    return PersonalRun(run, arrays, about, hashlib.sha256(content).hexdigest())
+
+
+def models_of(site: Site, ledger: Ledger, unit: str) -> list[Path]:
+    """List the personal models of this site that were trained on a patient. unit: the patient's
+    salted hash. A file that cannot be opened, which nothing uses, is left out."""
+    found = list[Path]()
+    for path in sorted((site.site.state / FOLDER).glob(f"*{SUFFIX}")):
+        with suppress(InputError):
+            content = reading.secret(path, "a personal model", most=LARGEST)
+            if unit in _unsealed(path, content, ledger.key)[0].units:
+                found.append(path)
+    return found
+
+
+def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Arrays]:
+    from safetensors.numpy import load
+
+    body = content.removeprefix(HEADER)
+    try:
+        if len(body) == len(content):
+            raise ValueError("another format")
+        plain = _cipher(key).decrypt(body[:NONCE], body[NONCE:], HEADER)
+    except (InvalidTag, ValueError):
+        raise InputError(
+            f"{path}: cannot be opened with this site's key", "a file that this site sealed", AGAIN
+        ) from None
+    size = LENGTH + int.from_bytes(plain[:LENGTH], "big")
+    facts = json.loads(plain[LENGTH:size])
+    return About(**facts | {"units": tuple(facts["units"])}), load(plain[size:])
+
+
+def _cipher(key: SigningKey) -> AESGCM:
+    """Return the cipher of a site's personal models, which only its key can make."""
+    return AESGCM(key.derive(PURPOSE))
+
+
+def _outdated(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path}: {why}", "a personal model without them", f"{AGAIN}; until then it is not used"
+    )
+
+
+def _opt_outs(site: Site, ledger: Ledger) -> str:
+    """Compute a salted digest of the list of opt-outs; "" if the site has none."""
+    table = site.data.consent
+    if table is None or table.opt_outs is None:
+        return ""
+    content = reading.secret(table.opt_outs, "a list of opt-outs", most=2**30)
+    return ledger.hashed(b"opt-outs\0" + hashlib.sha256(content).digest())
