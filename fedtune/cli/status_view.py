@@ -41,6 +41,8 @@ def view(
     if site is not None and snapshot.held and not snapshot.over:
         line = f"an answer waits until a person here lets it go: fedtune let-go {site}"
         parts.append(Text(line, style="bold yellow"))
+    if studies := snapshot.studies:
+        parts.append(studies_table(studies))
     if snapshot.status["sites"]:
         sites = snapshot.status["sites"]
         parts.append(sites_table(sites))
@@ -141,6 +143,37 @@ def sites_table(sites: dict[str, dict[str, Any]]) -> Table:
             size_text(site.get("bytes_down")),
         )
     return table
+
+
+def studies_table(studies: Mapping[str, Snapshot]) -> Table:
+    """Draw the studies of a coordinator's home, the oldest first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("study", overflow="fold")
+    table.add_column("outcome", overflow="fold")
+    for name in ("round", "ε", "deadline"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, study in studies.items():
+        status = study.status
+        rounds = str(status.get("round", 0))
+        rounds += f"/{status['rounds']}" if status.get("rounds") else ""
+        cost = "not private" if status.get("private") is False else _epsilon_of(status)
+        table.add_row(
+            Text(name),
+            Text(outcome(study), style=STYLES.get(study.state, "")),
+            rounds,
+            cost,
+            str(status.get("deadline") or "–"),
+        )
+    return table
+
+
+def outcome(study: Snapshot) -> str:
+    """Describe the state of a study; of one that failed, also the error and who refused it."""
+    status = study.status
+    why = [status[key] for key in ("error", "reason") if status.get(key) and status[key] not in BY]
+    if study.state == "stopped":
+        why += [f"{name}: {site['reason']}" for name, site in sorted(status["sites"].items())]
+    return ", ".join([study.words, *map(str, why)])
 
 
 def held_out_table(shown: Shown) -> Table:

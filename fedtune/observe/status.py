@@ -11,6 +11,7 @@ the lock is released when the process ends, for whatever reason.
 | running  | the process runs, and works                                                  |
 | done     | the study has ended, with a report                                           |
 | stopped  | the process ended before the study; `error`: an error's class, `reason`: why |
+| queued   | at a coordinator's home: the study begins when another has ended             |
 | gone     | the process was killed: nobody holds the lock, and the state was not final   |
 """
 
@@ -37,6 +38,7 @@ FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # number of newest events that the file holds
 OF_SITE = 2**14  # the length of a site's status file is a multiple of so many bytes
 ENDED = frozenset({"done", "stopped"})
+KEPT = ENDED | {"queued"}  # a state that does not need a process
 BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # reason -> who stopped it
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
@@ -245,11 +247,11 @@ class Snapshot:
     @property
     def state(self) -> str:
         state = str(self.status.get("state", ""))
-        return state if self.alive or state in ENDED else "gone"
+        return state if self.alive or state in KEPT else "gone"
 
     @property
     def over(self) -> bool:
-        return self.state in ENDED or self.state == "gone"
+        return self.state in KEPT or self.state == "gone"
 
     @property
     def words(self) -> str:
@@ -280,6 +282,12 @@ class Snapshot:
         sites = self.status["sites"].items()
         waiting = {n: str(site.get("reason")) for n, site in sites if site.get("status") == WAITING}
         return ", ".join(sorted(n for n, why in waiting.items() if (HELD in why) == held))
+
+    @property
+    def studies(self) -> dict[str, Snapshot]:
+        """The studies of a coordinator's home, the oldest first."""
+        rows = self.status.get("studies") or {}
+        return {n: Snapshot(self.folder, row, self.alive) for n, row in rows.items()}
 
     @property
     def seconds_left(self) -> float:
@@ -337,7 +345,9 @@ def read_status(folder: Path) -> Snapshot:
         checked = _STATUS(status)
     except (KeyError, TypeError, OverflowError):
         checked = {}
-    if any(checked.get(key) is None for key in ("role", "state", "sites", "last")):
+    rows = (checked.get("studies") or {}).values()
+    whole = all(row and {"role", "state", "sites"} <= row.keys() for row in rows)
+    if not whole or any(checked.get(key) is None for key in ("role", "state", "sites", "last")):
         raise InputError(f"{path}: not a status", expected, todo)
     return Snapshot(folder, checked, held(folder / LOCK))
 
@@ -383,6 +393,16 @@ _SITE = _keys(
         "declared": _word,
     }
 )
+_ROW = _keys(  # of a study, in the status of a coordinator's home
+    {
+        **FIELDS,
+        **_WORDS,
+        **dict.fromkeys(("epsilon", "planned"), _NUMBER),
+        "deadline": _MOMENT,
+        "quality": by(_word, lambda value: None if value is None else _NUMBER(value)),
+        "sites": by(FIELDS["site"], _SITE),
+    }
+)
 # The rule for each key of a status file, as strict as log.cleaned was when the file was written.
 _STATUS = _keys(
     {
@@ -393,6 +413,7 @@ _STATUS = _keys(
         "quality": by(_word, lambda value: None if value is None else _NUMBER(value)),
         "sites": by(FIELDS["site"], _SITE),
         "last": _list(_EVENT),
+        "studies": by(FIELDS["study"], _ROW),
     }
 )
 
