@@ -160,8 +160,8 @@ class _Server:
                 turn = turns.line_up(entry.deadline)
                 threads.append(threading.Thread(target=work, args=(entry, turn), daemon=True))
                 threads[-1].start()
-            for thread in threads:
-                thread.join()
+            for _ in range(at_once):  # not `join`, which a signal leaves without knowing who lives
+                places.acquire()
         except Stopped as stop:
             turns.end(threads, stop)
             raise
