@@ -15,7 +15,7 @@ from fedtune.core import isolation
 from fedtune.core.errors import FedtuneError, escape_controls
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.evidence.told import Told, lines
-from fedtune.observe.status import BY, GONE, Snapshot, standing
+from fedtune.observe.status import BY, GONE, Snapshot, reasons, standing
 from fedtune.report.claim import THREE_EPSILONS
 from fedtune.report.figures import duration, format_short, size_text
 from fedtune.report.held_out import Shown
@@ -159,21 +159,12 @@ def studies_table(studies: Mapping[str, Snapshot]) -> Table:
         cost = "not private" if status.get("private") is False else _epsilon_of(status)
         table.add_row(
             Text(name),
-            Text(outcome(study), style=STYLES.get(study.state, "")),
+            Text(", ".join([study.words, *reasons(study)]), style=STYLES.get(study.state, "")),
             rounds,
             cost,
             str(status.get("deadline") or "–"),
         )
     return table
-
-
-def outcome(study: Snapshot) -> str:
-    """Describe the state of a study; of one that failed, also the error and who refused it."""
-    status = study.status
-    why = [status[key] for key in ("error", "reason") if status.get(key) and status[key] not in BY]
-    if study.state == "stopped":
-        why += [f"{name}: {site['reason']}" for name, site in sorted(status["sites"].items())]
-    return ", ".join([study.words, *map(str, why)])
 
 
 def held_out_table(shown: Shown) -> Table:

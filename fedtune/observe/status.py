@@ -299,6 +299,19 @@ class Snapshot:
         return left * float(status.get("seconds") or 0) if running else 0.0
 
 
+def reasons(study: Snapshot) -> list[str]:
+    """List why a study of a home was stopped: the error, unless a person stopped it, and which
+    sites refused or failed, by which rule."""
+    if study.state != "stopped":
+        return []
+    told = (study.status.get(key) for key in ("error", "reason"))
+    sites = sorted(study.status["sites"].items())
+    return [
+        *(str(why) for why in told if why and why not in BY),
+        *(f"{name}: {site['reason']}" for name, site in sites if site.get("reason")),
+    ]
+
+
 def standing(site: Record) -> str:
     """Describe a site's part in a study: its last answer, the declaration of its data, and its
     connection."""

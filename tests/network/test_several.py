@@ -6,16 +6,20 @@ import json
 import re
 import signal
 import subprocess
+import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.cli.several import STOPPED
 from fedtune.core.dp.steplog import StepLog
 from fedtune.flower.ports import free_port
-from tests.network.kit import PRIVATE, SITES, Consortium, consortium, done, end, until
+from tests.network.kit import PRIVATE, SITES, Consortium, children, consortium, done, end, until
 
 ROUND = re.compile(r"^(\w+) +(\d+)/\d+ ", re.MULTILINE)
 
@@ -126,3 +130,55 @@ def test_a_killed_server_and_one_that_is_stopped_resume_all(
         check(made, names, rounds=5)
         assert max(order(made).index(name) for name in names[:2]) < order(made).index("gamma")
         assert server(made, names, "--at-once", 2).wait(60) == 0  # all are finished: nothing to do
+
+
+MEMORY = 2 * 2**30  # bytes of all processes together
+
+
+def memory(made: Consortium) -> int:
+    """The memory of all processes together, in bytes: what several share is counted once (PSS)."""
+    total = 0
+    for pid in [pid for one in made.running for pid in (one.pid, *children(one.pid).values())]:
+        with suppress(OSError):
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += int(re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE)[0]) << 10
+    return total
+
+
+@pytest.mark.long
+def test_ten_studies_at_once_in_two_gibibytes(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All finish, their rounds interleave, and a server that is killed in their midst resumes all.
+    The memory is that of the server, three sites, and all their processes."""
+    names, rounds, most = [f"s{number}" for number in range(10)], 3, 0
+    with consortium(tmp_path, "127.0.0.1", free_port()) as made:
+        lay_out(made, tiny_base, names, rounds)
+
+        def measure(true: Callable[[], Any]) -> Callable[[], Any]:
+            def look() -> Any:
+                nonlocal most
+                most = max(most, memory(made))
+                return true()
+
+            return look
+
+        began = time.monotonic()
+        running = server(made, names, "--at-once", 10)
+        join_all(made)
+        until(measure(lambda: len(order(made)) >= 12), 500, made.told)
+        running.kill()
+        running.wait()
+        kept = Counter(order(made))
+        again = server(made, names, "--at-once", 10, "--resume")
+        until(measure(lambda: again.poll() is not None), 500, made.told)
+        assert again.wait() == 0, made.told()
+        seconds = time.monotonic() - began
+        end_all(made)
+        check(made, names, rounds)
+        found = order(made)
+        with capsys.disabled():
+            print(f"\n{most / 2**20:.0f} MiB, {seconds:.0f} s: {' '.join(found)}")
+        assert Counter(found) == dict.fromkeys(names, rounds)
+        assert is_fair(found[: kept.total()], 10) and is_fair(found[kept.total() :], 10)
+        assert most < MEMORY
