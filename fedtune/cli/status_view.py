@@ -41,7 +41,8 @@ def view(
     if site is not None and snapshot.held and not snapshot.over:
         line = f"an answer waits until a person here lets it go: fedtune let-go {site}"
         parts.append(Text(line, style="bold yellow"))
-    if studies := snapshot.studies:
+    studies = snapshot.studies
+    if len(studies) > 1 or (studies and "study" not in snapshot.status):
         parts.append(studies_table(studies))
     if snapshot.status["sites"]:
         sites = snapshot.status["sites"]

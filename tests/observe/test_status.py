@@ -183,7 +183,8 @@ CHILD = """
 import sys, time
 from pathlib import Path
 from fedtune.observe import StatusFile, observer
-seen = observer("coordinator", Path(sys.argv[1]) / "run", more=[StatusFile(Path(sys.argv[1]))]).__enter__()
+home = Path(sys.argv[1])
+seen = observer("coordinator", home / "run", more=[StatusFile(home)]).__enter__()
 seen("start", {"study": "inventory", "rounds": 8, "done": 0})
 print("ready", flush=True)
 time.sleep(600)
