@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,6 @@ from fedtune.cli.study import (
     RESUME,
     SET,
     SHARE,
-    STUDY,
     TRACKER,
     load,
     shares_of,
@@ -60,7 +60,38 @@ SIGN_WITHIN = Annotated[
 ]
 OUT = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="The run folder to create. Default: runs/NAME beside STUDY."),
+    typer.Option(
+        metavar="DIR",
+        help="The run folder to create; of several studies, the folder in which each has its own. "
+        "Default: runs/NAME beside STUDY.",
+    ),
+]
+STUDIES = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="STUDY...",
+        help="The public plan, study.toml; several: studies of the same consortium.",
+        show_default=False,
+    ),
+]
+AT_ONCE = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Of several studies, run N at a time, a round each in turn; the others wait in the "
+        "order given.",
+    ),
+]
+DEADLINE = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--deadline",
+        metavar="[STUDY=]TIME",
+        help="End a study that is not finished at TIME, such as 2026-12-24T18:00Z; with a study's "
+        "name, that one. Its rounds are kept. May be repeated.",
+        show_default=False,
+    ),
 ]
 
 
@@ -71,7 +102,7 @@ def add_to(app: typer.Typer, panel: str) -> None:
 
 
 def server(
-    study: STUDY,
+    studies: STUDIES,
     home: HOME = None,
     host: HOST = "127.0.0.1",
     port: Annotated[
@@ -84,11 +115,16 @@ def server(
     settings: SET = None,
     tracker: TRACKER = None,
     sign_within: SIGN_WITHIN = 7.0,
+    at_once: AT_ONCE = 1,
+    deadline: DEADLINE = None,
     anyway: ANYWAY = False,
     share: SHARE = None,
 ) -> dict[str, Any]:
     """Coordinate a study over mutual TLS with admitted sites; sites may also be admitted while it
     runs.
+
+    Several studies share the port, the home and the sites. Each has its own run folder and is
+    admitted by each site's own policy; one that fails does not touch the others.
 
     A study with a [schedule] has a round at each scheduled time, until this command is stopped. The
     server sends tensors and numbers, never code, and sees noised sums only. It opens one port,
@@ -96,11 +132,28 @@ def server(
     from rich.console import Console
 
     from fedtune.cli.console import closing, warn_not_private
+    from fedtune.cli.several import deadlines_of, format_deadline, run_several
     from fedtune.cli.watch import Watch
     from fedtune.flower.ports import address_of
 
     console = Console()
-    loaded, home = load(study, settings), home or study.parent / "coordinator"
+    study, home = studies[0], home or studies[0].parent / "coordinator"
+    plans = [load(path, settings) for path in studies]
+    deadlines = deadlines_of(deadline or (), [plan.study.name for plan in plans])
+    at: dict[str, Any] = {"host": host, "port": port, "names": names or [], "home": home}
+    about = (sign_within * DAY, anyway, shares_of(share))
+    if len(studies) > 1:
+        from fedtune.launch.coordinator import Terms
+        from fedtune.launch.side_by_side import check_together, serve_all
+
+        if tracker or metrics_port:
+            raise ConfigError("--tracker and --metrics-port are of one study", "one STUDY")
+        check_together(plans, at_once)
+        folders = [out or path.parent / "runs" for path in studies]
+        serve_here = partial(serve_all, at_once=at_once, terms=Terms(*about), **at)
+        placed = list(zip(plans, folders, strict=True))
+        return run_several(placed, home, deadlines, serve_here, resume=resume)
+    loaded, ends = plans[0], deadlines[plans[0].study.name]
     if done := already_done(loaded, out, resume=resume, runs=study.parent / "runs"):
         typer.echo(finished_line(done))
         return read_report(done)
@@ -109,35 +162,33 @@ def server(
         typer.echo(line)
     if not loaded.private:
         warn_not_private(console)
-    at = address_of(host, port)
     from fedtune.observe import observer
+    from fedtune.observe.home_status import HomeStatus
     from fedtune.observe.trackers import build
 
+    status = HomeStatus(home)
+    row = status.study(loaded.study.name, format_deadline(ends))
+    title = f"{loaded.study.name}: starting a coordinator at {address_of(host, port)}"
     with (
         stopping(folder),
-        Watch(console, f"{loaded.study.name}: starting a coordinator at {at}") as watch,
+        Watch(console, title) as watch,
         observer(
             *("coordinator", folder),
             then=watch,
-            home=home,
+            more=[row, status],
             metrics_port=metrics_port,
             trackers=build(tracker or ()),
         ) as events,
     ):
-        from fedtune.launch.coordinator import serve
+        from fedtune.launch.coordinator import Terms, serve
 
         report = serve(
-            loaded,
-            folder,
-            host=host,
-            port=port,
-            names=names or [],
-            home=home,
+            *(loaded, folder),
             resume=resume,
             on_event=events,
-            signing=sign_within * DAY,
-            anyway=anyway,
-            shares=shares_of(share),
+            terms=Terms(*about),
+            deadline=ends,
+            **at,
         )
     closing(console, folder, report)
     return report
@@ -156,4 +207,4 @@ def start(study: Path, name: str, port: int) -> dict[str, Any]:
     host = "127.0.0.1" if name in ("127.0.0.1", "localhost") else "0.0.0.0"
     words = f"--host {host} --port {port} --name {name}"
     typer.echo(f"\nafter a stop   fedtune server {study} {words} --resume\n")
-    return server(study, host=host, port=port, names=[name])
+    return server([study], host=host, port=port, names=[name])

@@ -15,7 +15,7 @@ from fedtune.core import isolation
 from fedtune.core.errors import FedtuneError, escape_controls
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.evidence.told import Told, lines
-from fedtune.observe.status import BY, GONE, Snapshot, standing
+from fedtune.observe.status import BY, GONE, Snapshot, reasons, standing
 from fedtune.report.claim import THREE_EPSILONS
 from fedtune.report.figures import duration, format_short, size_text
 from fedtune.report.held_out import Shown
@@ -41,6 +41,9 @@ def view(
     if site is not None and snapshot.held and not snapshot.over:
         line = f"an answer waits until a person here lets it go: fedtune let-go {site}"
         parts.append(Text(line, style="bold yellow"))
+    studies = snapshot.studies
+    if len(studies) > 1 or (studies and "study" not in snapshot.status):
+        parts.append(studies_table(studies))
     if snapshot.status["sites"]:
         sites = snapshot.status["sites"]
         parts.append(sites_table(sites))
@@ -139,6 +142,28 @@ def sites_table(sites: dict[str, dict[str, Any]]) -> Table:
             _epsilon_of(site),
             size_text(site.get("bytes_up")),
             size_text(site.get("bytes_down")),
+        )
+    return table
+
+
+def studies_table(studies: Mapping[str, Snapshot]) -> Table:
+    """Draw the studies of a coordinator's home, the oldest first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("study", overflow="fold")
+    table.add_column("outcome", overflow="fold")
+    for name in ("round", "ε", "deadline"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, study in studies.items():
+        status = study.status
+        rounds = str(status.get("round", 0))
+        rounds += f"/{status['rounds']}" if status.get("rounds") else ""
+        cost = "not private" if status.get("private") is False else _epsilon_of(status)
+        table.add_row(
+            Text(name),
+            Text(", ".join([study.words, *reasons(study)]), style=STYLES.get(study.state, "")),
+            rounds,
+            cost,
+            str(status.get("deadline") or "–"),
         )
     return table
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
-from flwr.app import Context, Error, Message
+from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import (
     SUPERLINK_NODE_ID,
@@ -74,7 +75,6 @@ from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.run import Run
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
 from fedtune.flower.polling import Impatient
@@ -97,6 +97,7 @@ __all__ = [
     "PullObjectRequest",
     "Run",
     "Runtime",
+    "create_message",
     "error_reply",
     "get_object_body",
     "get_object_head_values_from_object_content",
@@ -299,12 +300,12 @@ def server_grid(
     from flwr.superlink.grid import HttpGrid  # loads the SuperLink's web server
 
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's own handler shows more
-    HttpGrid._deprecation_warning_logged = True  # create_message is what an in-process Grid offers
     grid = HttpGrid(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)
     client = grid._runtime_client
     reply = client.PullTaskInput(PullTaskInputRequest())
-    _identify(reply.task_id, reply.run.run_id, reply.context.node_id)
+    own = partial(create_message, reply.run.run_id, reply.task_id)
+    grid.create_message = own  # type: ignore[method-assign]
     grid.set_run(run_from_proto(reply.run))
     status = SubStatus.FAILED
     try:
@@ -380,12 +381,30 @@ def _patience(give_up: Callable[[], bool]) -> RetryInvoker:
     )
 
 
-def _identify(task_id: int, run_id: int, node_id: int) -> None:
-    """Set the task, run and node with which Flower marks every message that this process
-    creates."""
-    TaskIdentity.task_id = task_id
-    TaskIdentity.run_id = run_id
-    TaskIdentity.node_id = node_id
+def create_message(
+    run_id: int,
+    task_id: int | None,
+    content: RecordDict,
+    message_type: str,
+    dst_node_id: int,
+    group_id: str,
+    ttl: float | None = None,
+) -> Message:
+    """Create a message of a coordinator's run and task. Flower takes both from variables of the
+    process, and a coordinator has a grid for each of its studies."""
+    metadata = Metadata(
+        run_id=run_id,
+        message_id="",
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=dst_node_id,
+        reply_to_message_id="",
+        group_id=group_id,
+        created_at=time.time(),
+        ttl=DEFAULT_TTL if ttl is None else ttl,
+        message_type=message_type,
+        src_task_id=task_id,
+    )
+    return make_message(metadata, content)
 
 
 @contextmanager

@@ -29,13 +29,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 import secrets
 import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,26 @@ from fedtune.flower import allowance, api, certs, enrol
 from fedtune.flower.ports import EVERYWHERE, address_of, bypass_proxy, free_port, own_name
 from fedtune.runs.choice import hold_run
 from fedtune.server.backup import refuse_second
+from fedtune.server.schedule import SystemClock
+from fedtune.server.turns import Turn
 
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
 CLAIM_SECONDS = 30.0
 SIGNING_SECONDS = 7 * 86_400.0
 WATCH_SECONDS = 0.5  # pause between two checks of the gateway and the registry
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the person who starts a study decides, beside its plan.
+
+    - signing: seconds to wait at the start for sites where nobody has signed the plan yet
+    - anyway: run a study that is not expected to gain anything
+    - shares: for the forecast of the gain: class -> share of the sites' units"""
+
+    signing: float = SIGNING_SECONDS
+    anyway: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def serve(
@@ -73,9 +89,8 @@ def serve(
     resume: bool = False,
     on_event: OnEvent | None = None,
     run: Run | None = None,
-    signing: float = SIGNING_SECONDS,
-    anyway: bool = False,
-    shares: Mapping[str, float] | None = None,
+    terms: Terms | None = None,
+    deadline: float = math.inf,
 ) -> dict[str, Any]:
     """Run the study with the sites that are admitted before or while it runs; return the report.
 
@@ -84,43 +99,83 @@ def serve(
     - names: host names by which sites connect, which are written into the gateway's certificate
     - resume: continue the run in `out`
     - run: called in place of server.rounds.run
-    - signing: seconds to wait at the start for sites where nobody has signed the plan yet
-    - anyway: run a study that is not expected to gain anything
-    - shares: for the forecast of the gain: class -> share of the sites' units
+    - deadline: when to end a study that is not finished, in seconds since 1970
 
-    Errors: ConfigError; InfrastructureError if the SuperLink ends, nothing can listen, or SIGTERM
-    stops the study; KeyboardInterrupt.
+    Errors: ConfigError; InfrastructureError if the SuperLink ends, nothing can listen, SIGTERM
+    stops the study, or the deadline passes; KeyboardInterrupt.
     """
-    bypass_proxy()
-    refuse_second(home)
+    with naming_stops(), hold_home(home, [out]) as patience:
+        prepare(home, host, port, names, patience)
+        rounds = run or installed_rounds(
+            home, Members(home, on_event), terms or Terms(), Turn(deadline)
+        )
+        with consortium(home, host, port) as link:
+            if on_event:
+                on_event("listening", listening([study], home, find_address(host, port, names)))
+            return run_study(link, home, rounds, study, out, resume=resume, on_event=on_event)
+
+
+@contextmanager
+def naming_stops() -> Iterator[None]:
+    """Turn the signal that ends a server into the error that people see. Errors: Terminated,
+    KeyboardInterrupt."""
     try:
-        with (
-            alone(home / "flower", "fedtune server") as killed,
-            hold_run(out),
-            interruptible(),
-        ):
-            for folder in (home, out):
-                remove_drafts(folder)
-            (home / enrol.PLAN).unlink(missing_ok=True)  # an earlier study's plan
-            prepare(home, host, port, names, STOP_SECONDS if killed else 0.0)
-            heard = audit_events(home, _with_plan(study, home, on_event) if on_event else None)
-            rounds = run or _installed_rounds(home, on_event, signing, anyway, shares or {})
-            with superlink(home) as link:
-                try:
-                    with study_grid(link, home) as grid, supervised_gateway(link, home, host, port):
-                        if on_event:
-                            on_event(
-                                "listening", listening(study, home, find_address(host, port, names))
-                            )
-                        return rounds(grid, study, out, resume=resume, on_event=heard)
-                except (httpx.HTTPError, InfrastructureError) as error:
-                    raise _blame(link.child, error) from None
+        yield
     except Stopped as stop:
         if stop.name == "SIGINT":  # a person pressed Ctrl-C, which is no error
             raise KeyboardInterrupt from None
-        raise InfrastructureError(
+        raise Terminated(
             f"stopped by {stop.name} before the study was done", todo="start it with --resume"
         ) from None
+
+
+class Terminated(InfrastructureError):
+    """SIGTERM ended a server before its studies."""
+
+
+@contextmanager
+def hold_home(home: Path, runs: Sequence[Path]) -> Iterator[float]:
+    """Hold a coordinator's home and its runs' folders for this process while the block runs, and
+    remove what an earlier one left half written. A signal raises Stopped in the block. Yields for
+    how many seconds to wait for the port: the gateway of a killed server ends by itself.
+
+    Errors: InfrastructureError if another process holds one of them, or another coordinator serves
+    the consortium."""
+    bypass_proxy()
+    refuse_second(home)
+    with alone(home / "flower", "fedtune server") as killed, ExitStack() as held:
+        for run in runs:
+            held.enter_context(hold_run(run))
+        with interruptible():
+            for folder in (home, *runs):
+                remove_drafts(folder)
+            (home / enrol.PLAN).unlink(missing_ok=True)  # an earlier study's plan
+            yield STOP_SECONDS if killed else 0.0
+
+
+@contextmanager
+def consortium(home: Path, host: str, port: int) -> Iterator[Link]:
+    """Run the SuperLink, and the gateway that sites reach, while the block runs; see `prepare`.
+
+    Errors: InfrastructureError if nothing can listen, or the SuperLink ends."""
+    with superlink(home) as link, blaming(link.child), supervised_gateway(link, home, host, port):
+        yield link
+
+
+def run_study(
+    link: Link,
+    home: Path,
+    rounds: Run,
+    study: Study,
+    out: Path,
+    *,
+    resume: bool,
+    on_event: OnEvent | None,
+) -> dict[str, Any]:
+    """Run a study as a run of the SuperLink, and return its report."""
+    heard = audit_events(home, _with_plan(study, home, on_event) if on_event else None)
+    with blaming(link.child), study_grid(link, home) as grid:
+        return rounds(grid, study, out, resume=resume, on_event=heard)
 
 
 def prepare(
@@ -152,22 +207,25 @@ def find_address(host: str, port: int, names: Sequence[str] = ()) -> str:
     return address_of(name, port)
 
 
-def listening(study: Study, home: Path, address: str) -> dict[str, Any]:
-    """Return the fields of the event "listening": study, address, fingerprint, admitted sites, and
-    a text for the operator."""
+def listening(studies: Sequence[Study], home: Path, address: str) -> dict[str, Any]:
+    """Return the fields of the event "listening": study (if it is one), address, fingerprint,
+    admitted sites, and a text for the operator."""
     ca = _ca(home)
     fingerprint = fingerprints.of_consortium(ca, SigningKey.at(home / "signing.key").public)
     names = sorted(enrol.registry(home))
-    least = study.strategy.min_sites
+    title = ", ".join(study.study.name for study in studies)
+    least = " or ".join(map(str, sorted({study.strategy.min_sites for study in studies})))
+    plan = "plan         is" if len(studies) == 1 else "plans        are"
     lines = [
-        f"coordinator  of {study.study.name}, at {address}",
+        f"coordinator  of {title}, at {address}",
         f"consortium   {fingerprint}",
         "             this is OURS: read it out to each site over the phone",
         f"admitted     {', '.join(names) or 'nobody yet'}; the study needs {least}",
-        "plan         is being made, from public records: minutes, for some studies",
+        f"{plan} being made, from public records: minutes, for some studies",
     ]
-    facts = {"study": study.study.name, "address": address, "fingerprint": fingerprint}
-    return {**facts, "participants": names, "text": "\n".join(lines)}
+    facts = {"address": address, "fingerprint": fingerprint, "participants": names}
+    facts |= {"study": title} if len(studies) == 1 else {}
+    return {**facts, "text": "\n".join(lines)}
 
 
 def plan_made(study: Study, home: Path) -> str:
@@ -313,14 +371,20 @@ def bundle() -> bytes:
     return buffer.getvalue()
 
 
-def _blame(link: Child, error: httpx.HTTPError | InfrastructureError) -> InfrastructureError:
-    if not link.alive:
-        return link.build_end_error()
-    if isinstance(error, InfrastructureError):
-        return error
-    return InfrastructureError(
-        f"the SuperLink refused a request ({type(error).__name__})", todo=f"read {link.log}"
-    )
+@contextmanager
+def blaming(link: Child) -> Iterator[None]:
+    """Name the SuperLink in an error of the block for which it is to blame. Errors:
+    InfrastructureError."""
+    try:
+        yield
+    except (httpx.HTTPError, InfrastructureError) as error:
+        if not link.alive:
+            raise link.build_end_error() from None
+        if isinstance(error, InfrastructureError):
+            raise
+        raise InfrastructureError(
+            f"the SuperLink refused a request ({type(error).__name__})", todo=f"read {link.log}"
+        ) from None
 
 
 class Members:
@@ -413,17 +477,11 @@ def _with_plan(study: Study, home: Path, on_event: OnEvent) -> OnEvent:
     return hear
 
 
-def _installed_rounds(
-    home: Path,
-    on_event: OnEvent | None,
-    signing: float,
-    anyway: bool,
-    shares: Mapping[str, float],
-) -> Run:
+def installed_rounds(home: Path, members: Members, terms: Terms, turn: Turn) -> Run:
+    """Return the function that runs a study of this home's consortium, in its turn."""
     from fedtune.server import rounds
     from fedtune.server.parts import Dependencies, Settings
 
-    members = Members(home, on_event)
     key, receipts = SigningKey.at(home / "signing.key"), home / "receipts.json"
     parts = Dependencies(
         enrolled=members,
@@ -438,9 +496,11 @@ def _installed_rounds(
                 for name, record in enrol.registry(home).items()
             },
             waits=True,
-            signing=signing,
-            anyway=anyway,
-            shares=shares,
+            signing=terms.signing,
+            anyway=terms.anyway,
+            shares=terms.shares,
+            turn=turn,
+            clock=SystemClock(turn.pause),
         ),
     )
     return functools.partial(rounds.run, parts=parts)

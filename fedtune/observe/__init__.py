@@ -160,7 +160,7 @@ def observer(
     *,
     then: OnEvent | None = None,
     metrics_port: int | None = None,
-    home: Path | None = None,
+    more: Sequence[OnEvent] = (),
     site: Path | None = None,
     ledger: Path | None = None,
     early: bool = False,
@@ -171,7 +171,7 @@ def observer(
     - folder: the run's folder, or the site's state folder
     - then: called with each event too, such as the console's Watch
     - metrics_port: where to serve metrics (None: nowhere)
-    - home: the coordinator's home, which then has a status file too
+    - more: further sinks, such as the status of the coordinator's home
     - site: the site.toml whose budget the metrics show
     - ledger: the folder of the site's ledger, if it is not `folder`: while an order is answered
       from there, nothing is written that takes space
@@ -185,8 +185,7 @@ def observer(
     ]
     is_late = role == "coordinator" and not early
     sinks: list[Any] = [*map(_Tracked, trackers), *([] if is_late else files)]
-    if home is not None:
-        sinks.append(StatusFile(home, role=role))
+    sinks += more
     if metrics_port is not None:
         from fedtune.observe.metrics import Metrics
 

@@ -11,6 +11,7 @@ the lock is released when the process ends, for whatever reason.
 | running  | the process runs, and works                                                  |
 | done     | the study has ended, with a report                                           |
 | stopped  | the process ended before the study; `error`: an error's class, `reason`: why |
+| queued   | at a coordinator's home: the study begins when another has ended             |
 | gone     | the process was killed: nobody holds the lock, and the state was not final   |
 """
 
@@ -37,6 +38,7 @@ FILE, LOCK = "status.json", "status.lock"
 LAST = 12  # number of newest events that the file holds
 OF_SITE = 2**14  # the length of a site's status file is a multiple of so many bytes
 ENDED = frozenset({"done", "stopped"})
+KEPT = ENDED | {"queued"}  # a state that does not need a process
 BY = {"stopped by SIGINT": "Ctrl-C", "stopped by SIGTERM": "SIGTERM"}  # reason -> who stopped it
 GONE = "its process is no more; start it again (a coordinator: with --resume)"
 LINKS = frozenset({"listening", "admitted", "revoked", "connected", "disconnected"})
@@ -251,11 +253,11 @@ class Snapshot:
     @property
     def state(self) -> str:
         state = str(self.status.get("state", ""))
-        return state if self.alive or state in ENDED else "gone"
+        return state if self.alive or state in KEPT else "gone"
 
     @property
     def over(self) -> bool:
-        return self.state in ENDED or self.state == "gone"
+        return self.state in KEPT or self.state == "gone"
 
     @property
     def words(self) -> str:
@@ -288,6 +290,12 @@ class Snapshot:
         return ", ".join(sorted(n for n, why in waiting.items() if (HELD in why) == held))
 
     @property
+    def studies(self) -> dict[str, Snapshot]:
+        """The studies of a coordinator's home, the oldest first."""
+        rows = self.status.get("studies") or {}
+        return {n: Snapshot(self.folder, row, self.alive) for n, row in rows.items()}
+
+    @property
     def seconds_left(self) -> float:
         """Estimate the duration in seconds of the remaining rounds, if each takes as long as the
         last one; 0 if not known, as after the first round."""
@@ -295,6 +303,19 @@ class Snapshot:
         left = int(status.get("rounds") or 0) - int(status.get("round") or 0)
         running = self.state == "running" and left > 0
         return left * float(status.get("seconds") or 0) if running else 0.0
+
+
+def reasons(study: Snapshot) -> list[str]:
+    """List why a study of a home was stopped: the error, unless a person stopped it, and which
+    sites refused or failed, by which rule."""
+    if study.state != "stopped":
+        return []
+    told = (study.status.get(key) for key in ("error", "reason"))
+    sites = sorted(study.status["sites"].items())
+    return [
+        *(str(why) for why in told if why and why not in BY),
+        *(f"{name}: {site['reason']}" for name, site in sites if site.get("reason")),
+    ]
 
 
 def standing(site: Record) -> str:
@@ -343,7 +364,9 @@ def read_status(folder: Path) -> Snapshot:
         checked = _STATUS(status)
     except (KeyError, TypeError, OverflowError):
         checked = {}
-    if any(checked.get(key) is None for key in ("role", "state", "sites", "last")):
+    rows = (checked.get("studies") or {}).values()
+    whole = all(row and {"role", "state", "sites"} <= row.keys() for row in rows)
+    if not whole or any(checked.get(key) is None for key in ("role", "state", "sites", "last")):
         raise InputError(f"{path}: not a status", expected, todo)
     return Snapshot(folder, checked, held(folder / LOCK))
 
@@ -389,6 +412,16 @@ _SITE = _keys(
         "declared": _word,
     }
 )
+_ROW = _keys(  # of a study, in the status of a coordinator's home
+    {
+        **FIELDS,
+        **_WORDS,
+        **dict.fromkeys(("epsilon", "planned"), _NUMBER),
+        "deadline": _MOMENT,
+        "quality": by(_word, lambda value: None if value is None else _NUMBER(value)),
+        "sites": by(FIELDS["site"], _SITE),
+    }
+)
 # The rule for each key of a status file, as strict as log.cleaned was when the file was written.
 _STATUS = _keys(
     {
@@ -399,6 +432,7 @@ _STATUS = _keys(
         "quality": by(_word, lambda value: None if value is None else _NUMBER(value)),
         "sites": by(FIELDS["site"], _SITE),
         "last": _list(_EVENT),
+        "studies": by(FIELDS["study"], _ROW),
     }
 )
 

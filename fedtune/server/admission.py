@@ -61,6 +61,7 @@ class Roster:
     - free_query: sites whose records a query or a view selects
     - enrolled: returns node -> the member enrolled for it now (None: nobody needs to be enrolled)
     - expect: called with the nodes that are asked and the number of bytes that an answer may have
+    - pause: called to wait for so many seconds between two messages
     - nodes: site -> its node, of sites that have admitted the plan
     - refused: site -> reason, for the rest of the run
     - absent: site -> reason, of sites that failed or did not answer; they are asked again each
@@ -78,6 +79,7 @@ class Roster:
     on_status: OnStatus
     enrolled: Callable[[], Mapping[int, Member]] | None = None
     expect: Callable[[Iterable[int], int], None] = lambda nodes, most: None
+    pause: Callable[[float], None] = time.sleep
     lora_ranks: dict[str, int] = field(default_factory=dict)
     declared: dict[str, str] = field(default_factory=dict)
     free_query: set[str] = field(default_factory=set)  # a site stays in it for the whole run

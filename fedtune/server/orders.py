@@ -111,7 +111,7 @@ def exchange(
         waited = time.monotonic() - began
         if not held or waited + before_asking(waited) >= wait:
             return
-        time.sleep(before_asking(waited))
+        roster.pause(before_asking(waited))
         roster.join()
         there = roster.list_willing()
         names = [name for name in held if name in there]

@@ -20,6 +20,7 @@ from fedtune.flower.enrol import Member
 from fedtune.report.change_plan import Look
 from fedtune.server.bound import Mechanism
 from fedtune.server.schedule import Clock, SystemClock
+from fedtune.server.turns import Turn
 
 Events = list[tuple[float, float, int, int]]  # (σ, q, steps, records of one unit)
 
@@ -181,6 +182,7 @@ class Settings:
     - waits: whether to wait longer than `patience` for sites, as long as none has refused
     - signing: seconds to wait at the start for sites where nobody has signed the plan yet
     - pause: seconds before the first retry of a round (twice that before the second, and so on)
+    - turn: the study's turn among those of the same coordinator, and its deadline
     - clock, upto: for a continuous study, the time of day, and the round after which to stop (None:
       it runs until somebody stops it)
     - skip: for a continuous study, whether to leave out a round that too few sites delivered and
@@ -198,6 +200,7 @@ class Settings:
     waits: bool = False
     signing: float = 0.0
     pause: float = 10.0
+    turn: Turn = field(default_factory=Turn)
     clock: Clock = field(default_factory=SystemClock)
     upto: int | None = None
     skip: bool = True

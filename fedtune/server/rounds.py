@@ -106,17 +106,17 @@ class _Run:
         self.limits = Limits(self.study, parts.budget)
         self.settings = parts.settings
         self.receipts = store.Receipts(self.settings.receipts)
-        own_key = self.settings.key.public  # a site accepts receipts from the key that signed them
-        earlier = self.receipts.read().items()
-        self.earlier = {k: r for k, r in earlier if r.get("coordinator") == own_key}
+        self.receipts.read()  # damaged, it stops the run before a site is asked
         receipts = progress.receipts.items()  # a resumed simulation signs with a new key
-        progress.receipts = {n: r for n, r in receipts if r.get("coordinator") == own_key}
+        progress.receipts = {n: r for n, r in receipts if self._is_own(r)}
+        self.stored = dict(progress.receipts)
         plan = plan_message(self.study, progress.frozen, self.settings.key)
         store.keep_plan(self.settings.plan, plan)
         self.roster = Roster(
             *(grid, self.study, plan, progress.sizes, progress.keys, self._on_status),
             partial(parts.enrolled, grid) if parts.enrolled else None,
             partial(parts.expect, grid),
+            self.settings.turn.pause,
             summary.lora_ranks(progress.history),
             *summary.collect_declarations(progress.history),
         )
@@ -167,6 +167,7 @@ class _Run:
         if self.continuous:
             self.continuous.begin()
         while not self._is_over:
+            self.settings.turn.pass_on()
             self._next(self.progress.round + 1)
         if self.rounds and self.progress.round < self.rounds:
             text = f"ended after round {self.progress.round}: no step lowers the selection loss"
@@ -243,7 +244,7 @@ class _Run:
                 told = self._tell_waiting(told)
             elif late and (self.roster.refused or not self.settings.waits):
                 raise self.roster.too_few(InfrastructureError)
-            time.sleep(min(POLL, self.settings.patience))
+            self.settings.turn.pause(min(POLL, self.settings.patience))
 
     def _tell_waiting(self, told: set[str]) -> set[str]:
         """Report the sites where the start waits for a person's signature, if they are not those in
@@ -262,7 +263,7 @@ class _Run:
         tally, least = Tally(number), self.table.min_sites
         for attempt in range(1 + RETRIES):
             if attempt:
-                time.sleep(self.settings.pause * attempt)
+                self.settings.turn.pause(self.settings.pause * attempt)
             self.roster.join()
             self.roster.raise_if_refused()
             if len({*self.roster.list_willing(), *tally.participants}) < least:
@@ -309,8 +310,13 @@ class _Run:
         exchange(self.progress, self.roster, self.settings.key, names, order, take)
 
     def _receipt(self, name: str) -> dict[str, Any] | None:
-        earlier = self.earlier.get(self.progress.keys.get(name, ""))
-        return self.progress.receipts.get(name, earlier)
+        """Return a site's newest receipt, which may be that of another study."""
+        newest = self.receipts.read().get(self.progress.keys.get(name, ""), {})
+        return newest if self._is_own(newest) else self.progress.receipts.get(name)
+
+    def _is_own(self, receipt: dict[str, Any]) -> bool:
+        """Return whether a receipt is signed with this run's key: a site accepts no other."""
+        return receipt.get("coordinator") == self.settings.key.public
 
     def _take(self, tally: Tally, start: float, answer: Answer) -> str:
         """Check a reply, count its update unless the site's update is counted already, and return
@@ -458,7 +464,10 @@ class _Run:
     def _save(self) -> None:
         progress = self.progress
         store.save(self.out, progress)
-        self.receipts.keep({progress.keys[name]: r for name, r in progress.receipts.items()})
+        receipts = progress.receipts.items()
+        new = {progress.keys[n]: r for n, r in receipts if r != self.stored.get(n)}
+        self.receipts.keep(new)  # those alone: another study may have newer ones of other sites
+        self.stored = dict(receipts)
 
     def _measure(self, number: int) -> dict[str, float]:
         """Measure the adapter on the [evaluation] records if it is due after round `number`; {} if

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,7 +146,7 @@ class SecureRound:
         order = self._order("masked", tally.number, {"set": record}, arrays=nbytes)
         for repeat in range(1 + REPEATS):
             if repeat:
-                time.sleep(self.settings.pause * repeat)
+                self.settings.turn.pause(self.settings.pause * repeat)
                 self.roster.join()
             reachable = [name for name in words.missing if name in self.roster.list_willing()]
             take = partial(self._take_words, tally, words, evidence, set_digest(statements))

@@ -19,6 +19,7 @@ from fedtune.core.run_folder import ANSWERS
 from fedtune.dashboard.kinds import page_of
 from fedtune.dashboard.server import app_of
 from fedtune.observe import StatusFile
+from fedtune.observe.home_status import HomeStatus
 from fedtune.report.figures import format_short
 from tests.cli_kit import SITE, tree
 from tests.cli_kit import run as command
@@ -176,6 +177,29 @@ def test_a_site_that_waits_for_a_person_is_named_at_the_coordinator(tmp_path: Pa
     status("site", {"name": "south", "status": "admitted", "reason": "", "round": 1})
     assert "to sign the plan" not in shown(tmp_path / "run")
     status.close()
+
+
+def test_a_coordinator_lists_its_studies_with_round_and_epsilon(tmp_path: Path) -> None:
+    home, plan = tmp_path / "coordinator", "sha256:" + "ab" * 32
+    (home / "nodes").mkdir(parents=True)
+    status = HomeStatus(home)
+    run, row = StatusFile(tmp_path / "runs" / "gait"), status.study("gait", "2031-05-04T09:30:00Z")
+    other = status.study("ward")
+    status("listening", {"address": "hub.example:8443", "participants": ["north"]})
+    assert "Studies" in shown(home) and "queued" in shown(home)
+    start = {"study": "gait", "plan_digest": plan, "done": 0, "rounds": 4, "private": True}
+    done = {"round": 2, "rounds": 4, "participants": ["north"], "epsilon": {"north": 1.25}}
+    for sink in (run, row):
+        sink("start", start)
+        sink("round", done)
+    other("site", {"name": "east", "status": "refused", "reason": "policy.max_epsilon: 8"})
+    other("stopped", {"error": "Refused"})
+    page = shown(home)
+    assert '<a href="runs/gait/">gait</a>' in page and '<td class="n">2 / 4</td>' in page
+    assert 'data-figure="epsilon-gait">1.25<' in page and "2031-05-04 09:30:00 UTC" in page
+    assert "stopped</span> Refused, east: policy.max_epsilon" in page
+    for each in (status, run):
+        each.close()
 
 
 def test_a_site_whose_answer_waits_is_named_at_both_ends(tmp_path: Path) -> None:

@@ -22,8 +22,7 @@ ADAPTER = {"values": np.arange(4000, dtype=np.int8), "scales": np.ones(16, np.fl
 
 
 def message(content: RecordDict, kind: str = "train") -> Message:
-    api._identify(1, 1, 1)
-    return Message(content, 2, kind)
+    return api.create_message(1, 1, content, kind, 2, "")
 
 
 def order(arrays: dict[str, Any] = ADAPTER) -> RecordDict:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedtune.core import processes
 from fedtune.core.config import load_study
@@ -225,8 +225,7 @@ def test_secrets_are_for_their_owner_alone(world: World) -> None:
 def test_a_task_that_is_not_a_clientapp_is_refused() -> None:
     called = []
     executor = site_executor.Executor(lambda m, c: called.append(m) or m, lambda *_: None)
-    api._identify(1, 1, 1)
-    message = Message(RecordDict({"round": ConfigRecord({})}), 2, "train")
+    message = api.create_message(1, 1, RecordDict({"round": ConfigRecord({})}), "train", 2, "")
     reply = executor.reply(api.AGENT_APP, message, Context(1, 2, {}, RecordDict(), {}))
     assert reply.has_error() and reply.error.reason == site_executor.REFUSAL
     assert not called

@@ -135,7 +135,7 @@ def test_a_coordinator_shows_its_address_who_is_connected_and_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    with observer("coordinator", tmp_path / "run", home=tmp_path) as seen:
+    with observer("coordinator", tmp_path / "run", more=[StatusFile(tmp_path)]) as seen:
         where = {"address": "hub.example:8443", "fingerprint": "ab12 cd34"}
         seen("listening", {"text": NOTE, "participants": ["north", "west"], **where})
         said = run(tmp_path, "--once").output
@@ -182,8 +182,9 @@ def test_a_site_whose_study_is_finished_says_what_it_waits_for(tmp_path: Path) -
 CHILD = """
 import sys, time
 from pathlib import Path
-from fedtune.observe import observer
-seen = observer("coordinator", Path(sys.argv[1]) / "run", home=Path(sys.argv[1])).__enter__()
+from fedtune.observe import StatusFile, observer
+home = Path(sys.argv[1])
+seen = observer("coordinator", home / "run", more=[StatusFile(home)]).__enter__()
 seen("start", {"study": "inventory", "rounds": 8, "done": 0})
 print("ready", flush=True)
 time.sleep(600)
@@ -255,7 +256,7 @@ app(["status", sys.argv[1]])
 
 def test_in_a_terminal_it_follows_the_run_and_leaves_when_it_is_done(tmp_path: Path) -> None:
     shown, terminal = os.openpty()
-    with observer("coordinator", tmp_path, home=tmp_path) as seen:
+    with observer("coordinator", tmp_path, more=[StatusFile(tmp_path)]) as seen:
         seen("start", {"study": "inventory", "rounds": 8, "done": 0})
         child = subprocess.Popen(
             [sys.executable, "-c", LIVE, str(tmp_path)],

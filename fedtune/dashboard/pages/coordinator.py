@@ -1,5 +1,5 @@
-"""The page of a coordinator: its consortium's members and certificates, and the run that it
-serves."""
+"""The page of a coordinator: its consortium's members and certificates, the studies that it has
+run, and the run that it serves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fedtune.dashboard.pages import Notice, Page
 from fedtune.dashboard.pages.run import NOTHING, RunPage, alarms, ask, sites_of
 from fedtune.dashboard.pages.runs import runs_in
 from fedtune.flower import certs, enrol
-from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status
+from fedtune.observe.status import FILE, GONE, LOCK, Snapshot, read_status, reasons
 from fedtune.runs.choice import RUNS
 
 SOON_DAYS = 7  # a certificate with fewer days left raises an alarm; it should be renewed at 10
 
 
 class CoordinatorPage(Page):
-    """A coordinator's home; see `Page`. Its run is found beside it, or in runs/ beside it."""
+    """A coordinator's home; see `Page`. Its runs are found beside it, or in runs/ beside it. If it
+    serves several studies, the page lists them, and each run has its own page."""
 
     kind = "coordinator"
     parts = RunPage.parts
@@ -29,7 +30,7 @@ class CoordinatorPage(Page):
 
     def __init__(self, path: Path, trust: str = "") -> None:
         super().__init__(path, trust)
-        self._run: RunPage | None = None
+        self._pages: dict[Path, RunPage] = {}
 
     @property
     def title(self) -> str:
@@ -44,20 +45,38 @@ class CoordinatorPage(Page):
         return [self.path / "audit.jsonl"]
 
     def run(self) -> RunPage | None:
-        """Find the newest run of the study that this home serves."""
-        digest, beside = self._status().get("plan_digest"), self.path.resolve().parent
+        """Find the newest run of the study that this home serves; None if it serves several."""
+        return self._run_pages().get(self._status().get("plan_digest"))
+
+    def _run_pages(self) -> dict[str | None, RunPage]:
+        """Find the newest run of each plan, by the plan's digest."""
+        beside = self.path.resolve().parent
         runs = [run for folder in (beside, beside / RUNS) for run in runs_in(folder)]
-        of_study = [
-            run for run in runs if run != self.path.resolve() and _digest(run) == digest is not None
-        ]
-        newest = max(of_study, key=lambda run: run.stat().st_mtime, default=None)
-        if newest is not None and (self._run is None or self._run.path != newest):
-            self._run = RunPage(newest, self.trust)
-        return self._run
+        newest = dict[str | None, RunPage]()
+        for run in sorted(runs, key=lambda run: run.stat().st_mtime):
+            if run != self.path.resolve() and (digest := _digest(run)):
+                if run not in self._pages:
+                    self._pages[run] = RunPage(run, self.trust)
+                newest[digest] = self._pages[run]
+        return newest
 
     def child(self, name: str) -> Page | None:
-        run = self.run()
-        return run if run and run.title == name else None
+        runs = self._run_pages()
+        own = {self._status().get("plan_digest"), *map(_plan_of, self._studies().values())}
+        return next((runs[plan] for plan in own & runs.keys() if runs[plan].title == name), None)
+
+    def _studies(self) -> dict[str, Snapshot]:
+        snapshot = self._snapshot()
+        return snapshot.studies if snapshot else {}
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """List the home's studies for the table, the newest first."""
+        rows, runs = [], self._run_pages()
+        for name, study in reversed(self._studies().items()):
+            run = runs.get(_plan_of(study))
+            link = run.title if run else None
+            rows.append({"name": name, "study": study, "link": link, "why": reasons(study)})
+        return rows
 
     def series(self) -> dict[str, Any] | None:
         run = self.run()
@@ -94,6 +113,7 @@ class CoordinatorPage(Page):
             "snapshot": snapshot,
             "status": snapshot.status if snapshot else NOTHING,
             "members": members,
+            "studies": self._rows(),
             "commands": commands,
             "run_path": run.path if run else None,
         }
@@ -125,6 +145,10 @@ class CoordinatorPage(Page):
     def _status(self) -> dict[str, Any]:
         snapshot = self._snapshot()
         return snapshot.status if snapshot else {}
+
+
+def _plan_of(study: Snapshot) -> str | None:
+    return study.status.get("plan_digest")
 
 
 def _digest(run: Path) -> str | None:

@@ -1,0 +1,140 @@
+"""Show several studies that one coordinator runs: a line an event, with the study's name before it;
+and parse their deadlines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fedtune.cli.console import warn_not_private
+from fedtune.cli.exit_codes import Told
+from fedtune.cli.status_view import studies_table
+from fedtune.cli.watch import Watch
+from fedtune.core.errors import (
+    ConfigError,
+    InfrastructureError,
+    Refused,
+    describe,
+    escape_controls,
+)
+from fedtune.observe import Observer, observer
+from fedtune.observe.home_status import HomeStatus
+from fedtune.observe.status import read_status
+from fedtune.report.run_files import read_report
+from fedtune.runs.choice import already_done, beginning, finished_line, new_run
+from fedtune.server.schedule import format_utc
+
+if TYPE_CHECKING:
+    from fedtune.core.config import Study
+    from fedtune.launch.side_by_side import Outcome
+
+STOPPED = "stopped; each study keeps every whole round, and the same command with --resume goes on"
+
+
+def deadlines_of(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    """Parse the values of --deadline: the study's name -> seconds since 1970. A deadline without a
+    name is that of every study which has none of its own. Errors: ConfigError."""
+    found = dict[str, float]()
+    for text in given:
+        name, _, moment = text.rpartition("=")
+        try:
+            at = datetime.fromisoformat(moment)
+        except ValueError:
+            at = None
+        if at is None or at.tzinfo is None or (name and name not in names):
+            raise ConfigError(
+                f"--deadline {text[:80]}",
+                "TIME or STUDY=TIME, with a study's name and a time with its offset, as in "
+                "2026-12-24T18:00Z",
+            )
+        found[name] = at.timestamp()
+    return {name: found.get(name, found.get("", math.inf)) for name in names}
+
+
+def format_deadline(deadline: float) -> str:
+    """Format a deadline; "" if there is none."""
+    return format_utc(deadline) if deadline < math.inf else ""
+
+
+class Named(Console):
+    """A console that begins each line with a study's name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(f"{self._name:<12}", *objects, **options)
+
+
+def run_several(
+    studies: Sequence[tuple[Study, Path]],
+    home: Path,
+    deadlines: Mapping[str, float],
+    serve: Callable[..., list[Outcome]],
+    *,
+    resume: bool,
+) -> dict[str, Any]:
+    """Run the studies of one command and print what happens; return how each ended.
+
+    studies: each with the folder in which its run is made. serve: serve_all with all that is not
+    here. Errors: ConfigError; Told with the outcomes if a study failed; as `serve_all`."""
+    from fedtune.launch.side_by_side import Entry
+
+    status, result, entries = HomeStatus(home), dict[str, dict[str, Any]](), list[Entry]()
+    for study, runs in studies:
+        name = study.study.name
+        screen = Named(name)
+        if done := already_done(study, None, resume=resume, runs=runs):
+            screen.print(finished_line(done), highlight=False, markup=False)
+            result[name] = {"outcome": "done", "run": str(done), "report": read_report(done)}
+            continue
+        folder = new_run(study, None, resume=resume, runs=runs)
+        if line := beginning(study, folder, resume=resume, runs=runs):
+            screen.print(line, highlight=False, markup=False)
+        if not study.private:
+            warn_not_private(screen)
+        row = status.study(name, format_deadline(deadlines[name]))
+        opened = partial(observer, "coordinator", folder, then=Watch(screen, name), more=[row])
+        entries.append(Entry(study, folder, opened, resume, deadlines[name]))
+    failed: list[Outcome] = []
+
+    def end(outcome: Outcome) -> None:
+        entry, error = outcome.entry, outcome.error
+        result[entry.name] = {"outcome": "done", "run": str(entry.out), "report": outcome.report}
+        if error is not None:
+            failed.append(outcome)
+            result[entry.name] |= {"outcome": "failed", "error": describe(error)}
+        said = f"FAILED: {describe(error)}" if error else f"finished: {entry.out}"
+        style = "bold red" if error else None
+        Named(entry.name).print(escape_controls(said), style=style, highlight=False, markup=False)
+
+    if entries:
+        try:
+            with Observer([status], then=Watch(Console(), "starting a coordinator")) as seen:
+                serve(entries, on_event=seen, on_end=end)
+                seen("done", {})
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(STOPPED) from None
+        Console().print(studies_table(read_status(home).studies))
+    told = {
+        "studies": [{"study": study.study.name, **result[study.study.name]} for study, _ in studies]
+    }
+    if failed:
+        refused = all(isinstance(outcome.error, Refused) for outcome in failed)
+        raise Told(
+            told,
+            (Refused if refused else InfrastructureError)(
+                f"{len(failed)} of {len(studies)} studies failed: "
+                f"{', '.join(outcome.entry.name for outcome in failed)}",
+                "every study with its report",
+                "settle what each line above names; --resume goes on with these alone",
+            ),
+        )
+    return told

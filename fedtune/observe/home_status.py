@@ -1,0 +1,89 @@
+"""Write the status of a coordinator's home: its links to sites, and a row for each study.
+
+    home = HomeStatus(folder)
+    home("connected", {"name": "north"})            # the home's own events
+    home.study("gait", "2026-12-24T18:00:00Z")      # a sink for the events of one study
+
+The rows are in status.json under "studies", by name. Those of studies that earlier servers of this
+home ran are kept, the newest MOST.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.errors import InputError
+from fedtune.core.progress import OnEvent
+from fedtune.observe.log import SCREEN, Record, cleaned, now
+from fedtune.observe.status import ENDED, StatusFile, read_status, updated
+
+MOST = 100
+COPIED = (
+    *("role", "state", "plan_digest", "private", "round", "rounds", "seconds", "quality"),
+    *("error", "reason"),
+)
+
+
+class HomeStatus(StatusFile):
+    """The status file of a coordinator's home; its sinks may be called from several threads."""
+
+    def __init__(self, folder: Path, *, strict: bool | None = None) -> None:
+        super().__init__(folder, role="coordinator", strict=strict)
+        self._mutex = threading.RLock()
+        self._rows: dict[str, Record] = {}
+        with suppress(InputError):
+            for name, study in read_status(folder).studies.items():
+                if study.state != "queued":
+                    state = study.state if study.over else "gone"
+                    self._rows[name] = study.status | {"state": state}
+        self._status["studies"] = self._rows
+
+    def write(self) -> None:
+        with self._mutex:
+            super().write()
+
+    def study(self, name: str, deadline: str = "") -> OnEvent:
+        """Add a study, which has not begun yet, as the newest; return the sink for its events.
+        deadline: when it is ended if it is not finished, in UTC; "" if it has none."""
+        status: Record = {"role": "coordinator", "state": "queued", "round": 0}
+        status |= {"sites": {}, "last": []}
+        self._rows.pop(name, None)
+        self._put(name, status, deadline)
+
+        def hear(event: str, data: dict[str, Any]) -> None:
+            nonlocal status
+            record = cleaned(event, data, strict=self._strict)
+            if event not in SCREEN:
+                status = updated(status, {"time": now(), **record})
+                self._put(name, status, deadline)
+                self.write()
+
+        return hear
+
+    def _put(self, name: str, status: Record, deadline: str) -> None:
+        with self._mutex:
+            self._rows[name] = row_of(status) | ({"deadline": deadline} if deadline else {})
+            for oldest in list(self._rows)[:-MOST]:
+                del self._rows[oldest]
+            if self._status["state"] not in ENDED:
+                is_running = any(row["state"] == "running" for row in self._rows.values())
+                self._status["state"] = "running" if is_running else "waiting"
+
+
+def row_of(status: Record) -> Record:
+    """Return what a row shows of a study's status: state, rounds, the largest ε of a site so far
+    and of the plan, quality, and the sites that refused it or that it waits for."""
+    row = {key: status[key] for key in COPIED if key in status}
+    sites = status["sites"]
+    for key in ("epsilon", "planned"):
+        spent = [site[key] for site in sites.values() if site.get(key) is not None]
+        row |= {key: max(spent)} if spent else {}
+    row["sites"] = {
+        name: {"status": site.get("status", ""), "reason": site["reason"]}
+        for name, site in sites.items()
+        if site.get("reason")
+    }
+    return row
