@@ -54,7 +54,8 @@ def ledger_view(
             membership_lines(dataset, cohorts, policy),
             share_of(dataset, cohorts, policy),
         )
-        parts.append(memberships_table(whose, policy.membership, share))
+        earlier = policy.membership if policy.hospital.earlier else ""
+        parts.append(memberships_table(whose, policy.membership, share, earlier))
     parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
     parts.append(footer(ledger, dataset))
     return Group(*parts)
@@ -137,10 +138,13 @@ def _unit(line: StudyLine) -> str:
 
 
 def memberships_table(
-    lines: Sequence[MembershipLine], membership: str = "", share: DatasetBudget | None = None
+    lines: Sequence[MembershipLine],
+    membership: str = "",
+    share: DatasetBudget | None = None,
+    earlier: str = "",
 ) -> Table:
     """Build the table of what each of a hospital's memberships spent. share: that of `membership`,
-    whose remainder is shown."""
+    whose remainder is shown; earlier: whose the charges are that the ledger had before."""
     table = Figures(
         title="who spent it",
         caption="ε: what each membership alone has spent, as the ceiling counts it; the total "
@@ -161,7 +165,7 @@ def memberships_table(
         if share and line.membership == membership:
             left = f"share {share.ceiling:g}: {rounded_down(share.remaining)} remains"
         table.add_row(
-            escape(named(line.membership)),
+            escape(_payer(line.membership, earlier)),
             str(line.studies),
             str(line.charged),
             _format_epsilon(line.epsilon),
@@ -170,9 +174,10 @@ def memberships_table(
     return table
 
 
-def named(membership: str) -> str:
-    """Name the membership of a charge for people."""
-    return {"": "before the home", EVERY: "restored: counts for all"}.get(membership, membership)
+def _payer(membership: str, earlier: str) -> str:
+    """Name for people whose a charge is."""
+    before = f"{earlier}, before the home" if earlier else "before the home"
+    return {"": before, EVERY: "restored: counts for all"}.get(membership, membership)
 
 
 def budget_table(total: DatasetBudget, membership: str = "") -> Table:

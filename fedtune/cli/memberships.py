@@ -147,8 +147,8 @@ def memberships(
 
     All memberships pay from one ledger, in HOME, so that no patient pays twice without being
     counted. hospital.toml there says what all of them together may spend of a dataset, and each
-    one's share. No coordinator learns that there are others, except by a refusal: the budget that
-    is left does not say who spent the rest."""
+    one's share. A coordinator that the ceiling refuses learns that the hospital's budget does not
+    hold its study, and not who spent the rest."""
     given = {"add": add, "adopt": adopt, "end": end, "forget": forget}
     acts = [key for key, value in given.items() if value is not None]
     if len(acts) > 1:
@@ -316,7 +316,7 @@ def _end(home: Path, name: str, *, anyway: bool, yes: bool) -> dict[str, Any]:
     typer.echo(
         f"ended {name}; its site file is refused from now on. hospital.toml as it was: {copy}"
     )
-    typer.echo("tell its coordinator, who can revoke its certificate: `fedtune admit --revoke`")
+    typer.echo("tell its coordinator, who can end its access: `fedtune revoke`")
     deleted = sum(map(len, ending.delete.values()))
     return {"ended": name, "deleted": deleted, "copy": copy}
 
@@ -383,10 +383,12 @@ def _show(listed: Listed) -> None:
             escape(_now(each)),
         )
     Console().print(table)
+    tables = listed.hospital.memberships.items()
+    earlier = next((name for name, table in tables if table.earlier), "")
     for total in listed.totals:
         Console().print(budget_table(total, "all"))
         if lines := listed.who[total.dataset]:
-            Console().print(memberships_table(lines))
+            Console().print(memberships_table(lines, earlier=earlier))
     if not listed.memberships:
         typer.echo(f"none so far: fedtune memberships {listed.home} --add NAME --site DIR")
 

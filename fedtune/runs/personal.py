@@ -38,7 +38,7 @@ from fedtune.runs.run import Run
 
 PURPOSE = "personal model"
 NONCE, LENGTH = 12, 8  # bytes: of AES-GCM's nonce, and of the length of what describes the arrays
-LARGEST = 2**34  # bytes of a file
+LARGEST = 2**31  # bytes of a file
 AGAIN = "fedtune personalise RUN --site SITE"
 
 

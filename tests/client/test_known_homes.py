@@ -59,7 +59,7 @@ def test_without_the_check_the_second_joins(world: Path, monkeypatch: pytest.Mon
         join(world, name)
 
 
-@pytest.mark.parametrize("how", ["link", "renamed", "folder's other name", "database"])
+@pytest.mark.parametrize("how", ["link", "hard link", "renamed", "folder's other name", "database"])
 def test_the_same_place_is_known_by_whatever_path(world: Path, how: str) -> None:
     notes = world / "notes.jsonl"
     path = "other.jsonl"
@@ -78,6 +78,8 @@ def test_the_same_place_is_known_by_whatever_path(world: Path, how: str) -> None
     join(world, "cardio")
     if how == "link":
         (world / path).symlink_to(notes)
+    elif how == "hard link":
+        (world / path).hardlink_to(notes)
     elif how == "renamed":
         notes.rename(world / path)
     else:

@@ -25,6 +25,7 @@ from fedtune.core.models.build import build
 from fedtune.evidence.personal import HEADER, MARK, NeverLeaves, is_sealed
 from fedtune.evidence.verify import check_signed
 from fedtune.officer.acceptance.accept import accept, read_record, tell
+from fedtune.officer.acceptance.records import TRAINED
 from fedtune.officer.personalise import personalise as personalising
 from fedtune.officer.personalise import records
 from fedtune.officer.personalise.fit import Fit, Grid, bound_gain, choose
@@ -319,6 +320,18 @@ def test_the_site_predicts_evaluates_and_judges_with_it(world: Path) -> None:
     path = personal_file(site(), Run("run"))
     assert record["model"]["adapter"] == sha256(path.read_bytes()).hexdigest()
     assert "personal model" in (judged.folder / "page.html").read_text()
+
+
+def test_it_is_not_judged_by_whom_it_was_trained_on(world: Path) -> None:
+    """Not even when they have left the training file for the held-out one. Twin: the released
+    model, which knows none of them."""
+    made()
+    held = [json.loads(line) for line in Path("held.jsonl").read_text().splitlines()]
+    moved = [one for one in own_rows() if one["who"] in ("t5", "t6")]
+    write("data.jsonl", [one for one in own_rows() if one not in moved])
+    write("held.jsonl", held + moved)
+    assert accept(opened(), site()).figures["left_out"] == {TRAINED: 2}
+    assert accept(Run("run"), site()).figures["left_out"] == {}
 
 
 def test_so_do_the_commands(world: Path) -> None:

@@ -94,6 +94,15 @@ MUTANTS = (
     ),
     one(
         "personal",
+        "who-trained-it-judges-it",
+        "fedtune/officer/acceptance/records.py",
+        "elif unit in taught:",
+        "elif False:",
+        TESTS + "test_it_is_not_judged_by_whom_it_was_trained_on",
+        "a model is judged by patients whom it knows, once they are in another file",
+    ),
+    one(
+        "personal",
         "the-audit-log-says-whether-it-was-kept",
         MAKE,
         '    acts.add("assess", "personalise", plan',

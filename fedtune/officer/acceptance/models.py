@@ -45,9 +45,10 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
 
     Errors: ConfigError, DataError, ModelError, as of evaluator_of and read_held_out."""
     read: list[HeldOut] = []
+    taught = frozenset(run.about.units) if isinstance(run, PersonalRun) else frozenset()
 
     def held_out(network: Network) -> Dataset:
-        read.append(read_held_out(table, site, run.study, network, ledger))
+        read.append(read_held_out(table, site, run.study, network, ledger, taught))
         return read[0].dataset
 
     asked = _describe_records(table, run.study)
@@ -77,7 +78,7 @@ def score_models(run: Run, table: AcceptanceTable, site: Site, ledger: Ledger) -
         reader, adapter = evaluator_of(
             own,
             _describe_records(table, own.study),
-            lambda network: read_held_out(table, site, own.study, network, ledger).dataset,
+            lambda network: read_held_out(table, site, own.study, network, ledger, taught).dataset,
         )
         scores[ALONE] = reader.scores(adapter)
         if len(scores[ALONE].loss) != len(scores[MODEL].loss):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,10 +61,16 @@ class HeldOut:
 
 
 def read_held_out(
-    table: AcceptanceTable, site: Site, study: Study, network: Network, ledger: Ledger
+    table: AcceptanceTable,
+    site: Site,
+    study: Study,
+    network: Network,
+    ledger: Ledger,
+    taught: Collection[str] = (),
 ) -> HeldOut:
     """Read the records of [acceptance] as the study's model reads records, all records of each
-    patient.
+    patient. taught: salted hashes of patients on whom a personal model was trained, who are left
+    out even if they are no longer in [data].
 
     Errors: DataError (a file or columns that cannot be used, or nobody is left), ConfigError (a
     column of groups with more than MOST_GROUPS values)."""
@@ -71,7 +78,7 @@ def read_held_out(
     by_patient = table.columns.patient is not None
     read = read_file(table, unit="patient" if by_patient else "record")
     patients = by_patient and site.data.columns.patient is not None
-    reasons = _left_out(read.records, site, ledger, patients)
+    reasons = _left_out(read.records, site, ledger, patients, taught)
     objective = study.objective.resolved
     choices = study.evaluation.choices if study.evaluation else ()
     reader = UnitReader(
@@ -115,7 +122,9 @@ def _format_counts(counts: Counter[str]) -> str:
     return ", ".join(f"{number} {reason}" for reason, number in counts.most_common()) or "none"
 
 
-def _left_out(records: list[Record], site: Site, ledger: Ledger, patients: bool) -> dict[str, str]:
+def _left_out(
+    records: list[Record], site: Site, ledger: Ledger, patients: bool, taught: Collection[str]
+) -> dict[str, str]:
     """Return the patients who are left out, and why.
 
     Patients count as trained on if they are in [data] now, or ever were members of a dataset of
@@ -132,8 +141,11 @@ def _left_out(records: list[Record], site: Site, ledger: Ledger, patients: bool)
         # Others may have a short text of the same words.
         if patients and _measure_longest(record) < LONG:
             members -= {record_member(record)}
-        if ledger.hashed(unit_member(record.unit)) in withdrawn:
+        unit = ledger.hashed(unit_member(record.unit))
+        if unit in withdrawn:
             reasons[record.unit] = WITHDREW
+        elif unit in taught:
+            reasons[record.unit] = TRAINED
         elif record.unit not in reasons:
             known = (m in trained or any(test(m) for test in tests) for m in members)
             if any(known):

@@ -1,0 +1,77 @@
+"""Bugs where a site with a ledger of its own becomes a membership of a hospital."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import one
+
+ADOPT, CLOSED = "fedtune/officer/adopt.py", "fedtune/officer/closed_ledger.py"
+HOMES = "fedtune/officer/known_homes.py"
+T_ADOPT = "tests/client/test_adopt.py::"
+T_HOMES = "tests/client/test_known_homes.py::"
+
+MUTANTS = (
+    one(
+        "hospital", "a-restored-charge-is-not-adopted", CLOSED,
+        "                listed += [Earlier(name, charge, spent.adapter) for name in every]\n", "",
+        T_ADOPT + "test_unknown_stays_unknown_and_restored_counts_for_each_dataset",
+        "what a restore had entered is forgotten with the old ledger",
+    ),
+    one(
+        "hospital", "an-adopted-charge-is-known", CLOSED,
+        "charge = replace(spent.charge, membership=membership)",
+        "charge = replace(spent.charge, membership=membership, rules=2)",
+        T_ADOPT + "test_unknown_stays_unknown_and_restored_counts_for_each_dataset",
+        "a charge of unknown ε gets one by moving",
+    ),
+    one(
+        "hospital", "an-adoption-pays-twice", "fedtune/core/ledger/ledger.py",
+        "for one in earlier[len(there) :]:", "for one in earlier:",
+        T_ADOPT + "test_a_later_site_that_went_on_after_a_kill_pays_for_the_rest",
+        "an adoption that was killed charges everything again",
+    ),
+    one(
+        "hospital", "who-withdrew-without-a-record-comes-back", ADOPT,
+        "if left := set(old.withdrawn) - set(found.values()):", "if left := set[str]():",
+        T_ADOPT + "test_a_withdrawal_without_a_record_is_refused_until_its_key_is_given",
+        "a withdrawal stays behind in the old ledger, under its salt",
+    ),
+    one(
+        "hospital", "who-left-the-files-paid-nothing", ADOPT,
+        "return not (old.is_whole(dataset, members[dataset]) and "
+        "old.is_apart_from_start(dataset))",
+        "return False",
+        T_ADOPT + "test_members_that_left_the_files_pay_wherever_they_come_back",
+        "a patient who comes back is a newcomer, and pays for nothing before",
+    ),
+    one(
+        "hospital", "two-ledgers-chose-for-a-patient-alike", ADOPT,
+        "return {one for one, other in pairs if other in known}", "return set()",
+        T_ADOPT + "test_a_disjoint_dataset_is_told_from_one_that_either_ledger_chose_for",
+        "a patient in two disjoint datasets pays for each alone",
+    ),
+    one(
+        "hospital", "a-new-receipt-forgets-a-release", "fedtune/officer/withdraw.py",
+        'dataset = spent.dataset.rpartition("/")[2]', "dataset = spent.dataset",
+        T_ADOPT + "test_members_that_left_the_files_pay_wherever_they_come_back",
+        "a patient is not told which models keep something",
+    ),
+    one(
+        "hospital", "a-share-shows-nothing-earlier", "fedtune/core/ledger/spending.py",
+        'names = {policy.membership, EVERY, *([""] if policy.hospital.earlier else [])}',
+        "names = {policy.membership, EVERY}",
+        T_ADOPT + "test_the_first_sites_ledger_becomes_the_hospitals",
+        "a person sees a share that the vault knows is spent",
+    ),
+    one(
+        "hospital", "a-second-home-joins", HOMES,
+        "if other == own or not any(_is_place(note, table) for note in notes):", "if True:",
+        T_HOMES + "test_a_second_home_of_the_same_records_is_refused_and_told_the_way_out",
+        "two ledgers each state a part of what a patient has paid",
+    ),
+    one(
+        "hospital", "a-link-leads-to-another-place", HOMES,
+        "return os.path.samestat(found, noted.stat())", "return False",
+        T_HOMES + "test_the_same_place_is_known_by_whatever_path",
+        "the same records under another name are paid for anew",
+    ),
+)  # fmt: skip
