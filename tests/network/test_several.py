@@ -140,11 +140,11 @@ def memory(made: Consortium) -> Counter[str]:
     processes share is divided among them (PSS)."""
     found = Counter[str]()
     for one in made.running:
-        for pid in (one.pid, *children(one.pid).values()):
-            with suppress(OSError, IndexError):
+        with suppress(OSError, IndexError):
+            machine = Path(f"/proc/{one.pid}/cwd").readlink().name
+            for pid in (one.pid, *children(one.pid).values()):
                 text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                size = int(re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE)[0]) << 10
-                found[Path(f"/proc/{pid}/cwd").readlink().name] += size
+                found[machine] += int(re.findall(r"^Pss: +(\d+) kB", text, re.MULTILINE)[0]) << 10
     return found
 
 

@@ -32,6 +32,7 @@ from fedtune.core.vault.prepared import Update
 from fedtune.core.wire.codec import Shapes, encode
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import Header, seal
+from fedtune.flower import api
 from fedtune.flower import grid as grid_module
 from fedtune.flower.grid import InProcessGrid
 from fedtune.server import rounds, store
@@ -323,5 +324,5 @@ class World:
         find: Callable[[str], UnitSite] = self.sites.__getitem__
         stack.enter_context(patch.object(fedtune.core.vault.answers, "worker", find))
         stack.enter_context(patch.object(os, "replace", replace))
-        stack.enter_context(patch.object(grid_module, "time", SimpleNamespace(time=now)))
+        stack.enter_context(patch.object(api, "time", SimpleNamespace(time=now)))
         return stack

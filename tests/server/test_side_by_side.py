@@ -4,6 +4,7 @@ With real sites and processes: tests/network/test_several.py."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,10 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedtune.cli.several import deadlines_of
 from fedtune.core.config import Study
 from fedtune.core.errors import ConfigError, Refused
 from fedtune.core.vault.prepared import Admission
 from fedtune.core.wire.keys import SigningKey
+from fedtune.core.wire.seal import Header, seal
 from fedtune.flower.ports import free_port
 from fedtune.launch import side_by_side
 from fedtune.launch.side_by_side import Entry, Outcome, check_together, serve_all
@@ -55,11 +59,14 @@ class Coordinator:
 
     hear: called with the study's name, an event and its facts, in the study's thread."""
 
-    trial: Trial
+    make: Callable[..., Trial]
     hear: Callable[[str, str, dict[str, Any]], None] = lambda *_: None
     order: list[str] = field(default_factory=list)  # the study of each round that was kept
     ended: list[str] = field(default_factory=list)
     deadlines: dict[str, float] = field(default_factory=dict)
+
+    def sites(self, *sites: FakeSite) -> None:
+        self.trial = self.make(*sites, folder=f"trial of {type(sites[1]).__name__}")
 
     @property
     def home(self) -> Path:
@@ -105,7 +112,8 @@ def status_of(status: HomeStatus) -> Iterator[None]:
 @pytest.fixture
 def server(trial: Any, monkeypatch: pytest.MonkeyPatch) -> Coordinator:
     """A coordinator and three sites, of which one refuses the study named greedy."""
-    made = Coordinator(trial(Particular("a"), FakeSite("b"), FakeSite("c")))
+    made = Coordinator(trial)
+    made.sites(Particular("a"), FakeSite("b"), FakeSite("c"))
     link = SimpleNamespace(child=SimpleNamespace(alive=True))
 
     @contextmanager
@@ -222,14 +230,54 @@ def test_a_study_ends_at_its_deadline_and_its_rounds_are_kept(server: Coordinato
     assert server.order.count("alpha") == ROUNDS
 
 
-def test_receipts_of_several_studies_are_each_sites_newest(server: Coordinator) -> None:
-    """A study that goes on later keeps none of its older receipts in the place of newer ones."""
+@dataclass
+class Counting(FakeSite):
+    """Numbers its ledger's entries, over all studies, where a coordinator can read it."""
+
+    entries: int = 0
+
+    def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
+        self.entries += 1
+        ledger = {"token": str(self.entries)}
+        header = Header(digest, round_, self.base, self.name, self.coordinator, nonce, body, ledger)
+        return seal(self.key, header)
+
+    @property
+    def sent(self) -> list[int]:
+        """The entry of the receipt with each order, 0 if it had none."""
+        return [int(json.loads(text)["token"]) if text else 0 for text in self.receipts]
+
+
+@pytest.mark.parametrize("is_twin", [False, True])
+def test_an_order_carries_a_sites_newest_receipt_of_all_studies(
+    server: Coordinator, monkeypatch: pytest.MonkeyPatch, is_twin: bool
+) -> None:
+    """Twin: a study that knows its own alone. A site that was restored from an old copy would learn
+    later what it lacks."""
+    if is_twin:
+        own = lambda run, name: run.progress.receipts.get(name)  # noqa: E731
+        monkeypatch.setattr(rounds._Run, "_receipt", own)
+    site = Counting("b")
+    server.sites(Particular("a"), site, FakeSite("c"))
     server.run("alpha", "beta", at_once=2)
-    site = server.trial.sites[1]
-    sent = [json.loads(text) for text in site.receipts if text]
-    kept = json.loads((server.home / "receipts.json").read_text())[site.key.public]
-    tokens = [receipt["token"] for receipt in sent] + [kept["token"]]
-    assert len(tokens) == 2 * ROUNDS, "an order carries no receipt, or one more than once"
+    assert (site.sent == list(range(2 * ROUNDS))) is not is_twin
+
+
+def test_a_study_that_is_resumed_keeps_no_older_receipt(server: Coordinator) -> None:
+    site = Counting("b")
+    server.sites(Particular("a"), site, FakeSite("c"))
+
+    def stop(name: str, event: str, facts: dict[str, Any]) -> None:
+        if (name, event, facts.get("round")) == ("alpha", "round", 2):
+            raise ZeroDivisionError("a fault")
+
+    server.hear = stop
+    server.run("alpha", "beta")
+    newest = 2 + ROUNDS
+    assert site.entries == newest
+    server.hear = lambda *_: None
+    server.run("alpha", resume=True)
+    assert site.sent == list(range(newest + ROUNDS - 2))
 
 
 def test_studies_that_cannot_run_together_are_refused() -> None:
@@ -240,6 +288,16 @@ def test_studies_that_cannot_run_together_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"watch has a \[schedule\] .*--at-once 2"):
         check_together([plain, endless], 1)  # type: ignore[list-item]
     check_together([plain, endless], 2)  # type: ignore[list-item]
+
+
+def test_deadlines_are_of_one_study_or_of_all() -> None:
+    names, day = ["gait", "ward"], datetime(2031, 5, 4, 9, 30, tzinfo=UTC).timestamp()
+    assert deadlines_of([], names) == dict.fromkeys(names, math.inf)
+    given = ["2031-05-05T09:30Z", "ward=2031-05-04T11:30+02:00"]
+    assert deadlines_of(given, names) == {"gait": day + 86_400, "ward": day}
+    for wrong in ("tomorrow", "2031-05-04T09:30", "else=2031-05-04T09:30Z"):
+        with pytest.raises(ConfigError, match="TIME or STUDY=TIME"):
+            deadlines_of([wrong], names)
 
 
 def test_who_pauses_keeps_nobody_waiting_and_comes_back_last() -> None:
