@@ -32,7 +32,9 @@
     │   ├── CourierLeft                a site's other container has left (launch/apart.py)
     │   ├── Unavailable                states that the store lacks (core/models/prefix_store.py)
     │   │   └── Altered                states that were changed on the disk (the same file)
-    │   └── TooFew                     strategy.min_sites are not there (server/rounds.py)
+    │   ├── TooFew                     strategy.min_sites are not there (server/rounds.py)
+    │   ├── Terminated                 SIGTERM ended a server (launch/coordinator.py)
+    │   └── DeadlinePassed             a study's --deadline (server/turns.py)
     └── AccountantsDisagree   exit 4   two computations of ε contradict each other
 
 A message says what happened, what was expected and what to do. It never holds a record's content.

@@ -9,6 +9,7 @@ HOSPITAL, SITE = "fedtune/core/config/hospital.py", "fedtune/core/config/site.py
 T_HOSPITAL = "tests/client/test_hospital.py::"
 T_AT_ONCE = "tests/client/test_memberships_at_once.py::"
 
+# fmt: off
 MUTANTS = (
     one(
         "hospital", "each-membership-reads-its-own-balance", BUDGET,

@@ -211,7 +211,8 @@ MUTANTS = (
     ),
     one(
         "resources", "a-full-disk-keeps-a-patient-in", "fedtune/officer/withdraw.py",
-        "        with site.room.of(OFFICER).give_up():\n            return enter()\n", "        raise\n",
+        "        with site.room.of(OFFICER).give_up():\n            return enter()\n",
+        "        raise\n",
         "tests/client/test_withdraw.py::"
         "test_a_patient_may_withdraw_where_the_disk_is_full_but_for_the_room",
         "whoever sends plans without end keeps a patient in training",

@@ -326,7 +326,8 @@ class PolicyTable(Table):
 
     @property
     def fallback_ceiling(self) -> float:
-        """The same if secure aggregation does not hold."""
+        """The most ε of everything that the ledger pays for, by the site's own noise alone: the
+        hospital's, for a membership."""
         return self.hospital.max_fallback_epsilon if self.hospital else self.max_fallback_epsilon
 
     def fits(self, declared_size: int) -> bool:
