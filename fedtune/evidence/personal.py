@@ -6,6 +6,7 @@ that makes something for others out of a finished run calls `refuse_personal` fi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fedtune.core.errors import Refused
@@ -41,5 +42,5 @@ def is_sealed(path: Path) -> bool:
 def refuse_personal(path: Path | str) -> None:
     """Refuse a sealed personal model, or a folder that holds one. Errors: NeverLeaves."""
     place = Path(path)
-    if is_sealed(place) or (place.is_dir() and any(map(is_sealed, place.glob(f"*{SUFFIX}")))):
+    if is_sealed(place) or (os.path.isdir(place) and any(map(is_sealed, place.glob(f"*{SUFFIX}")))):
         raise NeverLeaves(str(place))

@@ -1,0 +1,2 @@
+"""A site's own model: a released one, trained further on the site's records, for use there
+alone."""
