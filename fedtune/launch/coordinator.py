@@ -6,7 +6,8 @@
 
 The rounds run in this process, from the installed package. The app bundle that Flower requires for
 a run holds a pyproject.toml and no code, so a site could run nothing from it. A gateway that ends
-is started again. If the SuperLink ends, the study stops, and --resume continues it.
+is started again. If the SuperLink ends, the study stops, and --resume continues it. Several studies
+of one consortium share all of this: side_by_side.py.
 
 Layout of the coordinator's home (made at the first start; `fedtune backup` copies it):
 
@@ -99,6 +100,7 @@ def serve(
     - names: host names by which sites connect, which are written into the gateway's certificate
     - resume: continue the run in `out`
     - run: called in place of server.rounds.run
+    - terms: what its starter decides, by default Terms()
     - deadline: when to end a study that is not finished, in seconds since 1970
 
     Errors: ConfigError; InfrastructureError if the SuperLink ends, nothing can listen, SIGTERM

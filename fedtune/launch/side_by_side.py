@@ -156,6 +156,7 @@ class _Server:
             for entry in entries:
                 places.acquire()
                 if not self._link.child.alive:
+                    places.release()
                     break
                 turn = turns.line_up(entry.deadline)
                 threads.append(threading.Thread(target=work, args=(entry, turn), daemon=True))

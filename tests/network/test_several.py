@@ -149,7 +149,7 @@ def memory(made: Consortium) -> Counter[str]:
 
 
 @pytest.mark.long
-def test_ten_studies_at_once_in_two_gibibytes(
+def test_ten_studies_at_once_in_two_gibibytes_a_machine(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All finish, their rounds interleave, and a server that is killed in their midst resumes

@@ -24,7 +24,7 @@ import pytest
 
 from fedtune.cli.several import deadlines_of
 from fedtune.core.config import Study
-from fedtune.core.errors import ConfigError, Refused
+from fedtune.core.errors import ConfigError, InfrastructureError, Refused
 from fedtune.core.vault.prepared import Admission
 from fedtune.core.wire.keys import SigningKey
 from fedtune.core.wire.seal import Header, seal
@@ -64,6 +64,7 @@ class Coordinator:
     order: list[str] = field(default_factory=list)  # the study of each round that was kept
     ended: list[str] = field(default_factory=list)
     deadlines: dict[str, float] = field(default_factory=dict)
+    link: Any = None  # the process of the SuperLink
 
     def sites(self, *sites: FakeSite) -> None:
         self.trial = self.make(*sites, folder=f"trial of {type(sites[1]).__name__}")
@@ -114,11 +115,12 @@ def server(trial: Any, monkeypatch: pytest.MonkeyPatch) -> Coordinator:
     """A coordinator and three sites, of which one refuses the study named greedy."""
     made = Coordinator(trial)
     made.sites(Particular("a"), FakeSite("b"), FakeSite("c"))
-    link = SimpleNamespace(child=SimpleNamespace(alive=True))
+    ended = InfrastructureError("flower-superlink ended by itself")
+    made.link = SimpleNamespace(alive=True, build_end_error=lambda: ended)
 
     @contextmanager
     def consortium(*_: Any) -> Iterator[Any]:
-        yield link
+        yield SimpleNamespace(child=made.link)
 
     def run_study(link: Any, home: Path, run: Any, study: Study, out: Path, **how: Any) -> Any:
         return run(made.trial.grid(), study, out, **how)
@@ -210,6 +212,17 @@ def test_a_signal_ends_all_and_resume_goes_on_with_all(server: Coordinator, at_o
     outcomes = server.run(*names, at_once=at_once, resume=True)
     assert all(outcome.report for outcome in outcomes.values())
     assert all(server.order.count(name) == ROUNDS for name in names)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_no_study_begins_once_the_superlink_has_ended(server: Coordinator, at_once: int) -> None:
+    def end(name: str, event: str, facts: dict[str, Any]) -> None:
+        server.link.alive = server.link.alive and event != "done"
+
+    server.hear = end
+    with pytest.raises(InfrastructureError, match="flower-superlink ended"):
+        server.run("alpha", "beta", "gamma", "delta", at_once=at_once)
+    assert not {"gamma", "delta"} & {*server.order} and server.ended[0] == "alpha"
 
 
 def test_a_study_ends_at_its_deadline_and_its_rounds_are_kept(server: Coordinator) -> None:
