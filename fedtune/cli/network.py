@@ -326,13 +326,15 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     joined, acts = membership.join(answer, keys, name, fingerprint), AuditLog(book.folder, book.key)
     acts.add("join", "--answer", consortium=joined.fingerprint)
     typer.echo(f"joined the consortium {joined.fingerprint}, at {joined.address}")
-    if signable is None or site.policy.admission == "signed" or book.admitted(signable.digest):
+    if signable is None or site.policy.admission == "signed":
+        return
+    if book.admitted(signable.digest, site.policy.own):
         return
     if fingerprint is None:
         typer.echo("plan   not signed by joining again: fedtune review signs it, with --sign")
         return
     acts.add("sign", "--answer", plan=signable.digest, study=signable.study.name)
-    book.admit(signable.digest, login())
+    book.admit(signable.digest, login(), site.policy.membership)
     keep_plan(site, signable)
     typer.echo(f"signed by {login()}: the plan in the answer, and no other")
 

@@ -106,7 +106,7 @@ def review(
                 todo="change site.toml first, or sign it with --anyway",
             )
         acts.add("sign", "--anyway" if outcome.refusals else "--sign", **facts)
-        book.admit(outcome.digest, login())
+        book.admit(outcome.digest, login(), loaded.policy.membership)
         keep_plan(loaded, plan)  # so that the digest of this study.toml is known here from now on
         typer.echo(f"\nsigned by {login()}: this plan, and no other, is admitted")
     else:

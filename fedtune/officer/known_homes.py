@@ -25,7 +25,7 @@ from fedtune.core.config.database import FILES, file_of, kind_of, redact_url
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
-from fedtune.core.ledger.files import HEAD
+from fedtune.core.ledger.files import DATABASE, HEAD
 
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
@@ -46,10 +46,18 @@ def path_of_notes() -> Path:
 def check_home(site: Site) -> None:
     """Check that no other home pays for the site's private records, and note that this one does.
 
-    Errors: ConfigError naming the other home."""
+    Errors: ConfigError naming the other home, or a ledger that was never adopted."""
     tables = [table for table in (site.data, site.evaluation) if table and not table.declared]
     if not tables:
         return
+    if site.hospital and (site.site.state / DATABASE).exists():
+        raise ConfigError(
+            f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
+            "count",
+            "a membership whose ledger was adopted, or that never had one",
+            "take the table [hospital] out of the site file, then `fedtune memberships HOME "
+            "--adopt SITE.toml --name NAME`; if that was interrupted, run it again",
+        )
     try:
         path = path_of_notes()
         with locks.hold(_made(path).with_suffix(".lock")):

@@ -231,6 +231,24 @@ def test_each_signs_with_a_key_of_its_own(tmp_path: Path, tiny_base: Path) -> No
         assert key not in json.dumps(sealed), "another membership's, or the hospital's"
 
 
+def test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Two coordinators that agree on a plan do not get the same bytes, nor one person's signature
+    for both."""
+    made = workers(tmp_path / "home", ceiling=20.0)
+    study = study_of("both", tiny_base)
+    for worker in made.values():
+        run(worker, study, 1)
+    sent = [trains(worker, study, 1) for worker in made.values()]
+    assert len(spent(made["onco"])) == 2, "each is sent again as it was"
+    assert any((one != other).any() for one, other in zip(*(s.values() for s in sent), strict=True))
+    digest, policy = study.study.digest, made["onco"].current().policy
+    made["onco"].home.admit(digest, "ada", "onco")
+    assert made["onco"].home.admitted(digest, policy.own)
+    assert not made["cardio"].home.admitted(digest, made["cardio"].current().policy.own)
+
+
 def test_each_takes_a_receipt_of_its_own_coordinator(tmp_path: Path, tiny_base: Path) -> None:
     from fedtune.core.wire.keys import SigningKey
 

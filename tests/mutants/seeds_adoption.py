@@ -57,8 +57,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-share-shows-nothing-earlier", "fedtune/core/ledger/spending.py",
-        'names = {policy.membership, EVERY, *([""] if policy.hospital.earlier else [])}',
-        "names = {policy.membership, EVERY}",
+        "names = policy.own | {EVERY}", "names = {policy.membership, EVERY}",
         T_ADOPT + "test_the_first_sites_ledger_becomes_the_hospitals",
         "a person sees a share that the vault knows is spent",
     ),

@@ -32,7 +32,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-restored-charge-is-nobodys", BUDGET,
-        "mine = {share.membership, EVERY, ", "mine = {share.membership, ",
+        "mine = self.policy.own | {EVERY}", "mine = self.policy.own",
         T_HOSPITAL + "test_a_charge_that_a_restore_entered_is_everybodys",
         "what a restore cannot ascribe counts against no share",
     ),
@@ -48,6 +48,19 @@ MUTANTS = (
         "return ledger.key",
         T_HOSPITAL + "test_each_signs_with_a_key_of_its_own",
         "two coordinators see that a hospital is in both consortia",
+    ),
+    one(
+        "hospital", "one-plan-in-two-consortia-is-one-slot", "fedtune/core/vault/worker.py",
+        'return plan, round_, f"{label}@{name}" if name else label', "return plan, round_, label",
+        T_HOSPITAL + "test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice",
+        "two coordinators get the same bytes, and see that they know the same hospital",
+    ),
+    one(
+        "hospital", "a-signature-is-for-every-consortium", "fedtune/core/ledger/ledger.py",
+        "return any((plan_digest, name) in self._account.admitted for name in memberships)",
+        "return any(plan == plan_digest for plan, _ in self._account.admitted)",
+        T_HOSPITAL + "test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice",
+        "a plan that a person signed for one consortium runs in another",
     ),
     one(
         "hospital", "a-site-file-grants-itself-a-share", SITE,

@@ -300,7 +300,7 @@ MUTANTS = (
     ),
     one(
         "costs", "a-round-after-queries-forgets-them", "fedtune/core/vault/budget.py",
-        "charge.study in (digest, digest + QUERIES)]", "charge.study == digest]",
+        "plans = digest, digest + QUERIES", "plans = (digest,)",
         "tests/test_private_evaluation.py"
         "::test_a_study_keeps_below_its_ceiling_in_whatever_order_it_asks",
         "queries first, then rounds again: past the site's ceiling for a study",

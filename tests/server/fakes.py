@@ -70,14 +70,14 @@ class FakeSite:
     @property
     def home(self) -> Any:
         """Where its audit log lies, and who signed there: nobody."""
-        return SimpleNamespace(folder=self.folder, admitted=lambda digest: False)
+        return SimpleNamespace(folder=self.folder, key=self.key, admitted=lambda *_: False)
 
     def current(self) -> Any:
         return self.site
 
     @property
     def site(self) -> Any:
-        policy = SimpleNamespace(admission="standing")
+        policy = SimpleNamespace(admission="standing", own=frozenset({""}))
         table = SimpleNamespace(
             name=self.name, declared_size=self.size, plan_file=lambda _: self.folder / "plan.json"
         )

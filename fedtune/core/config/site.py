@@ -320,6 +320,12 @@ class PolicyTable(Table):
         return self.hospital.membership if self.hospital else ""
 
     @property
+    def own(self) -> frozenset[str]:
+        """The memberships under which what the ledger holds is this one's; {""} without a home."""
+        earlier = self.hospital is None or self.hospital.earlier
+        return frozenset({self.membership, *([""] if earlier else [])})
+
+    @property
     def ceiling(self) -> float:
         """The most ε of everything that the ledger pays for: the hospital's, for a membership."""
         return self.hospital.max_epsilon if self.hospital else self.max_epsilon

@@ -45,7 +45,7 @@ class Account:
         self.let_go: set[tuple[Slot, str]] = set()
         self.refused: set[Slot] = set()  # slots that a person refused for good
         self.withdrawn: dict[str, Entry] = {}  # hash of a unit's key -> the entry of its withdrawal
-        self.admitted: dict[str, str] = {}
+        self.admitted: dict[tuple[str, str], str] = {}  # by plan and membership: who
         self.accepted: dict[str, list[Accepted]] = {}  # by dataset
         self.not_private: dict[str, str] = {}  # dataset -> "public" or "generated"
         self.not_private_members: dict[str, str] = {}  # dataset, marked -> digest of its members
@@ -85,7 +85,7 @@ class Account:
         elif entry.kind == "withdraw":
             self.withdrawn[body["unit"]] = entry
         elif entry.kind == "admit":
-            self.admitted[body["plan"]] = body["by"]
+            self.admitted[body["plan"], body.get("membership", "")] = body["by"]
         elif entry.kind == "accept":
             acceptance = Accepted(body["upto"], body["by"], body["why"], time)
             self.accepted.setdefault(body["dataset"], []).append(acceptance)

@@ -387,7 +387,7 @@ class Ledger:
         if keeps_all:
             return
         with suppress(OSError):  # no earlier: the bytes of the round before stay until then
-            for other in set(self._list_stored(reserved.slot[0])) - {self._path(reserved.slot)}:
+            for other in set(self._list_stored(reserved.slot[0])) - self._to_keep(reserved.slot):
                 other.unlink(missing_ok=True)
 
     def is_held(self, slot: Slot) -> bool:
@@ -412,14 +412,17 @@ class Ledger:
         are here, or may be in the memory of the site's process, as the newest of their study."""
         account = self._account
         with self._store.writing():
-            newest = {slot[0]: slot for slot in account.released}
+            newest = {(slot[0], _owner(slot)): slot for slot in account.released}
             return [
                 held
                 for entry, held in account.held.items()
                 if account.released[held.slot] == entry
                 and held.slot not in account.refused
                 and not self._is_let_go(held.slot)
-                and (self._path(held.slot).exists() or newest[held.slot[0]] == held.slot)
+                and (
+                    self._path(held.slot).exists()
+                    or newest[held.slot[0], _owner(held.slot)] == held.slot
+                )
             ]
 
     def let_go(self, slot: Slot, who: str) -> None:
@@ -519,16 +522,17 @@ class Ledger:
         self._read()
         return dict(self._account.withdrawn)
 
-    def admit(self, plan_digest: str, who: str) -> None:
-        """Enter that a person at the site agreed to a plan."""
+    def admit(self, plan_digest: str, who: str, membership: str = "") -> None:
+        """Enter that a person at the site agreed to a plan, for one membership of a hospital."""
         with self._store.writing() as writer:
-            if plan_digest not in self._account.admitted:
-                writer.append("admit", {"plan": plan_digest, "by": who})
+            if (plan_digest, membership) not in self._account.admitted:
+                entry = {"plan": plan_digest, "by": who}
+                writer.append("admit", entry | ({"membership": membership} if membership else {}))
 
-    def admitted(self, plan_digest: str) -> bool:
-        """Return whether a person here signed the plan."""
+    def admitted(self, plan_digest: str, memberships: Iterable[str] = ("",)) -> bool:
+        """Return whether a person here signed the plan, for one of these memberships."""
         self._read()
-        return plan_digest in self._account.admitted
+        return any((plan_digest, name) in self._account.admitted for name in memberships)
 
     def backup(self, to: Path, key: bool = False) -> None:
         """Copy entries and salt consistently into the new folder `to`, and the private key only if
@@ -588,6 +592,12 @@ class Ledger:
         names = f"{outbox_name(study)}-*.bin", f"{outbox_prefix(study)}-*.bin"
         return [path for name in names for path in (self.folder / OUTBOX).glob(name)]
 
+    def _to_keep(self, slot: Slot) -> set[Path]:
+        """List the outbox's file of a slot, and of each other membership's newest release under
+        the same plan."""
+        newest = {_owner(other): other for other in self._account.released if other[0] == slot[0]}
+        return {self._path(kept) for kept in (newest | {_owner(slot): slot}).values()}
+
     def _released_bytes(self, slot: Slot) -> bytes | None:
         if (sha256 := self._account.sent.get(slot)) is None:
             return None
@@ -615,6 +625,11 @@ def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
     """Build the body of an entry that charges a round."""
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
     return entry | ({"membership": charge.membership} if charge.membership else {})
+
+
+def _owner(slot: Slot) -> str:
+    """Return the membership whose slot it is; "" without a hospital's home."""
+    return slot[2].partition("@")[2]
 
 
 def _of_slot(slot: Slot) -> dict[str, Any]:

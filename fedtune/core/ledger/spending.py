@@ -209,8 +209,7 @@ def _membership_line(
 def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
     """Return what a membership spent of its own share, as vault.budget counts it: with charges that
     a restore entered and, if they are its own, with earlier ones."""
-    assert policy.hospital is not None
-    names = {policy.membership, EVERY, *([""] if policy.hospital.earlier else [])}
+    names = policy.own | {EVERY}
     total = find_heaviest_budget(dataset, _paid_by(names, cohorts), policy)
     ceiling = policy.max_fallback_epsilon if total.fallback is not None else None
     return replace(total, ceiling=policy.max_epsilon, fallback_ceiling=ceiling)

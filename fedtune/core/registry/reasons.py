@@ -8,7 +8,8 @@ from typing import Any
 # The first of these that a reason contains is logged.
 PHRASES = (
     "policy.max_epsilon_per_study", "policy.max_epsilon", "policy.max_fallback_epsilon",
-    "policy.max_delta", "of all its consortia together", "policy.peers", "vault.run",
+    "policy.max_delta", "of all its consortia together", "policy.hospital",
+    "policy.peers", "vault.run",
     "policy.allow_privacy_off", "policy.allow_free_query", "which it did not when the site joined",
     "policy.allow_declared_data",
     "charged as private",

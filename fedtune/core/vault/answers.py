@@ -199,8 +199,9 @@ def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None
     that it waits for one. Errors: PolicyRefused if the site refuses it; as `note`."""
     about = {"plan": study.digest, "study": study.study.name}
     if admission.admitted:
-        rule, signed = site.current().policy.admission, site.home.admitted(study.digest)
-        note(site, "admit", rule, **about, signed=signed)
+        policy = site.current().policy
+        signed = site.home.admitted(study.digest, policy.own)
+        note(site, "admit", policy.admission, **about, signed=signed)
     elif admission.waits:
         note(site, "wait", "policy.admission", **about)
     else:

@@ -154,9 +154,9 @@ class Budget:
     def share(self) -> Budget:
         """The budget of what this membership alone spent; of everything, without a hospital's
         home. A charge that a restore entered counts against every membership's share."""
-        if (share := self.policy.hospital) is None:
+        if self.policy.hospital is None:
             return self
-        mine = {share.membership, EVERY, *([""] if share.earlier else [])}
+        mine = self.policy.own | {EVERY}
         return replace(self, charges=[c for c in self.charges if c.membership in mine])
 
     def _exceeds_hospital(self, ahead: int) -> bool:
@@ -188,12 +188,13 @@ class Budget:
         return self.plan.sites > 1 or any(charge.sites > 1 for charge in self.charges)
 
     def _of_plan(self) -> list[Charge]:
-        return [charge for charge in self.charges if charge.study == self.plan.study]
+        return [charge for charge in self.share.charges if charge.study == self.plan.study]
 
     def _of_study(self) -> list[Charge]:
         """The charges of the plan's study: of its training and of its queries."""
         digest = self.plan.study.removesuffix(QUERIES)
-        return [charge for charge in self.charges if charge.study in (digest, digest + QUERIES)]
+        plans = digest, digest + QUERIES
+        return [charge for charge in self.share.charges if charge.study in plans]
 
 
 def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:

@@ -69,7 +69,8 @@ def answer_query(
     prepared.network.load_trainable(adapter)  # before the charge: a refused one costs nothing
     site.ledger.ask(held_out.name, permit)
     data = site.data_in_study(study, prepared.network, held_out)
-    reserved = site.ledger.reserve(held_out.name, charge, digest(adapter), permit)
+    label = site.slot(plan.study, round_, digest(adapter))[2]
+    reserved = site.ledger.reserve(held_out.name, charge, label, permit)
     site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)

@@ -38,6 +38,7 @@ from fedtune.core.vault.prepared import Prepared, Update, Void, metadata_of
 from fedtune.core.wire.codec import VALUES
 
 if TYPE_CHECKING:
+    from fedtune.core.ledger.entries import Slot
     from fedtune.core.vault.worker import SiteWorker
 
 log = logging.getLogger("fedtune.site")
@@ -61,7 +62,7 @@ def draw_sum(
     anything is paid for, if a person at the site must release the draw first."""
     prepared = _prepare_draw(site, digest, round_, attempt, receipt)
     draw = Draw(digest, round_, attempt, arrays_digest(adapter))
-    if (answered := site.ledger.released(digest, round_, draw.label)) is not None:
+    if (answered := site.ledger.released(*_slot(site, draw))) is not None:
         return _build_statement(metadata_of(answered)["ready"], metadata_of(answered)["events"])
     waiting = site.draws.find(draw)
     if waiting is None:
@@ -87,7 +88,7 @@ def mask_sum(
         if mine is None:
             raise StatementError("this site is not in the set of ready sites")
         draw = Draw(digest, round_, attempt, mine.draw.adapter)
-        answered = site.ledger.released(digest, round_, draw.label)
+        answered = site.ledger.released(*_slot(site, draw))
         if answered is None:
             answered = _mask(site, prepared, draw, asked)
         if metadata_of(answered)["set"] != set_digest(asked):
@@ -141,7 +142,7 @@ def _check_asked(site: SiteWorker, prepared: Prepared, asked: list[str]) -> None
 def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
     """Check that a person at the site released a draw, if its policy asks for one; nobody is
     asked about a draw that no budget permits. Errors: Held, Void, BudgetExceeded, PolicyRefused."""
-    slot = draw.plan, draw.round, draw.label
+    slot = _slot(site, draw)
     airlock.check_not_refused(site.ledger, slot)
     if not airlock.holds_answers(site) or site.ledger.is_let_go(slot):
         return
@@ -157,7 +158,7 @@ def _check_let_go(site: SiteWorker, prepared: Prepared, draw: Draw) -> None:
 def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arrays) -> Waiting:
     """Charge a draw, compute its noised sum, and keep it with its key until its set is fixed."""
     study = prepared.study
-    data, reserved = site.reserve(prepared, draw.round, adapter, draw.label)
+    data, reserved = site.reserve(prepared, draw.round, adapter, _slot(site, draw)[2])
     recompute = site.site.site.gradient_checkpointing
     with site.step_plan(prepared, data, ALL) as plan, kept(site.site, study, draw.round) as own:
         given = (study, data, plan, site.log, draw.round, adapter, recompute)
@@ -170,6 +171,10 @@ def _draw_masked(site: SiteWorker, prepared: Prepared, draw: Draw, adapter: Arra
     # What the coordinator gave up: its keys go, so that nothing masks those draws any more.
     site.draws.destroy(draw.plan, (draw.round, draw.attempt - 1))
     return waiting
+
+
+def _slot(site: SiteWorker, draw: Draw) -> Slot:
+    return site.slot(draw.plan, draw.round, draw.label)
 
 
 def _build_statement(text: str, events: str) -> Update:

@@ -23,7 +23,7 @@ from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
 from fedtune.core.files.room import LEDGER, Room
-from fedtune.core.ledger.entries import Charge
+from fedtune.core.ledger.entries import Charge, Slot
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom, signing_key
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
@@ -243,7 +243,7 @@ class SiteWorker:
         Errors: Unsigned; the caller that answers the coordinator stores the plan for `fedtune
         review`."""
         rule = site.policy.admission
-        if rule == "standing" or self.home.admitted(study.digest):
+        if rule == "standing" or self.home.admitted(study.digest, site.policy.own):
             return
         if rule == "reviewed" and self.simulated:
             return
@@ -355,7 +355,7 @@ class SiteWorker:
             raise PolicyRefused(
                 "under this plan only the sum of all sites is opened, never one site's update"
             )
-        slot = digest, round_, arrays_digest(adapter)
+        slot = self.slot(digest, round_, arrays_digest(adapter))
         airlock.check_not_refused(self.ledger, slot)
         payload = self.ledger.released(*slot)
         if payload is None:
@@ -364,6 +364,13 @@ class SiteWorker:
             check_waiting_update(prepared, round_, payload)
         airlock.check_let_go(self.ledger, slot)
         return Update(load(payload), json.loads(metadata_of(payload)["events"]))
+
+    def slot(self, plan: str, round_: int, label: str) -> Slot:
+        """Return the slot in the ledger of a round from the adapter, or the draw, that `label`
+        names. Two memberships of a hospital have two, even with one plan: the same bytes at two
+        coordinators would show them that they know the same hospital."""
+        name = self.site.policy.membership
+        return plan, round_, f"{label}@{name}" if name else label
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
         """Check that a round is in the plan, and take in the coordinator's receipt.
@@ -471,7 +478,7 @@ class SiteWorker:
         prepared = self._require(digest)
         plan = evaluation.plan_of_queries(prepared.study, round_)
         noted.accept(self, receipt, plan.study, prepared.coordinator)
-        slot = plan.study, round_, arrays_digest(adapter)
+        slot = self.slot(plan.study, round_, arrays_digest(adapter))
         airlock.check_not_refused(self.ledger, slot)
         payload = self.ledger.released(*slot)
         if payload is None:
