@@ -259,6 +259,8 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
 )  # fmt: skip
 
+DIGEST, FIND = "fedtune/core/bases/digest.py", "fedtune/core/bases/find.py"
+T_BASE = "tests/models/test_base.py::"
 KEPT, TEACHER = "fedtune/core/models/kept_state.py", "fedtune/core/models/teacher.py"
 CHECKS = "fedtune/core/vault/site_checks.py"
 T_KEPT = "tests/models/test_kept_state.py::"
@@ -290,18 +292,49 @@ KEPT_MUTANTS = (
     ),
     _one(
         "kept", "quantised-within", "fedtune/core/bases/digest.py",
-        "is_quantised(part) for part in config.values()", "False for part in config.values()",
+        "    found += [find_key(part, *names) for part in config.values()]\n", "",
         "tests/models/test_base.py::test_refused",
         "the text part of a base is quantised by a table that nobody looked for",
     ),
     _one(
-        "kept", "another-file-in-place-of-the-hashed-one", "fedtune/core/bases/digest.py",
-        "if (folder / name).is_file() and key in read_json(folder / name):\n            raise "
-        "ModelError(\n                f\"{folder.name}: {name} names",
-        "if (folder / name).is_dir() and key in read_json(folder / name):\n            raise "
-        "ModelError(\n                f\"{folder.name}: {name} names",
-        "tests/models/test_base.py::test_refused",
+        "kept", "another-file-in-place-of-the-hashed-one", DIGEST,
+        "for name, keys in REDIRECTS.items():", "for name, keys in dict[str, list[str]]().items():",
+        T_BASE + "test_refused",
         "two models have one digest",
+    ),
+    _one(
+        "kept", "weights-beside-the-hashed-ones", DIGEST,
+        "    if others:\n", "    if not WEIGHTS:\n",
+        T_BASE + "test_refused",
+        "a folder holds weights of which the digest says nothing",
+    ),
+    _one(
+        "kept", "the-loader-chooses-among-the-files", FIND,
+        "            None,\n            config=empty.config,\n"
+        "            state_dict=read_tensors(base.path),\n",
+        "            base.path,\n            config=empty.config,\n",
+        T_BASE + "test_what_is_loaded_is_what_is_hashed",
+        "the base that a site has listed is named, and another one computes",
+    ),
+    _one(
+        "kept", "an-architecture-by-the-folders-name", FIND,
+        'if not isinstance(config.get("model_type"), str):', "if not config:",
+        T_BASE + "test_refused",
+        "two models have one digest",
+    ),
+    _one(
+        "kept", "a-person-is-asked-to-run-code", "fedtune/core/bases/wheel.py",
+        "    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds that it waits for a yes\n",
+        "",
+        T_BASE + "test_nobody_is_asked_to_run_a_models_own_code",
+        "a yes at a terminal runs what the base's author wrote",
+    ),
+    _one(
+        "kept", "a-fault-that-is-no-exception-ends-the-vault", "fedtune/core/errors.py",
+        "return not isinstance(error, Stopped |",
+        "return isinstance(error, Exception) or not isinstance(error, BaseException |",
+        T_BASE + "test_a_fault_of_the_loader_that_is_no_exception_is_the_bases",
+        "a base by which the loader fails ends the site's half with the records",
     ),
     _one(
         "kept", "a-token-beyond-the-base", "fedtune/core/models/cache.py",
