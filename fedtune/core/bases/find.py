@@ -14,7 +14,7 @@ code is ever run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -251,6 +251,12 @@ def _generation_config(folder: Path) -> Any:
 # Where the modules of a plain base are defined.
 PLAIN = ("torch.nn.", "transformers.models.", "transformers.activations", "transformers.modeling_")
 ATTENTION = {None, "sdpa", "eager"}  # None: of a module that has none
+# Models that compute on the records of a block together: BLT divides all of them into as many
+# patches as one of them needs.
+COUPLING = ("transformers.models.blt.",)
+# By these a model has further embeddings of each token for each layer. Given states in place of
+# tokens, as above the cut, it looks for the tokens by comparing states, across the whole block.
+PER_LAYER = ("hidden_size_per_layer_input",)
 
 
 def _check_plain(name: str, model: Any) -> None:
@@ -258,11 +264,10 @@ def _check_plain(name: str, model: Any) -> None:
     attention as they do. What a configuration can put in their place (quantised layers, compiled
     attention, kernels of others) may treat the records of a block together, and the self-test's
     tiny base does not have it. Errors: ModelError."""
-    foreign = {
-        type(module).__module__
-        for module in model.modules()
-        if not type(module).__module__.startswith(PLAIN)
-    }
+    homes = {type(module).__module__ for module in model.modules()}
+    foreign = {home for home in homes if not home.startswith(PLAIN) or home.startswith(COUPLING)}
+    if key := _key_of_more(model.config.to_dict(), PER_LAYER, (None, 0)):
+        foreign.add(key)
     configs = filter(None, (getattr(module, "config", None) for module in model.modules()))
     attention = {getattr(config, "_attn_implementation", None) for config in configs} - ATTENTION
     if foreign or attention or getattr(model, "hf_quantizer", None):
@@ -270,7 +275,7 @@ def _check_plain(name: str, model: Any) -> None:
             f"{name}: its configuration asks for layers or attention that fedtune has not tried "
             f"({', '.join(sorted(foreign | set(map(str, attention))))})",
             "modules of PyTorch and of transformers' models, with sdpa or eager attention",
-            "save the model again with save_pretrained, without these settings in config.json",
+            "save the model again without these settings in config.json, or choose another base",
         )
 
 
@@ -397,8 +402,14 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 def experts_in(config: dict[str, Any]) -> str:
     """Return the key by which a configuration, or one nested in it, names several experts, else
     ""."""
-    found = [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]
-    found += [experts_in(part) for part in config.values() if isinstance(part, dict)]
+    return _key_of_more(config, EXPERTS, (None, 0, 1))
+
+
+def _key_of_more(config: dict[str, Any], keys: Sequence[str], usual: Sequence[int | None]) -> str:
+    """Return the first of `keys` whose value in a configuration, or in one nested in it, is not
+    `usual`, else ""."""
+    found = [key for key in keys if config.get(key) not in usual]
+    found += [_key_of_more(p, keys, usual) for p in config.values() if isinstance(p, dict)]
     return next(filter(None, found), "")
 
 
