@@ -9,7 +9,8 @@ from typing import Any
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.core.config import load_site
-from fedtune.core.processes import Stopped, alone, interruptible
+from fedtune.core.errors import Stopped
+from fedtune.core.processes import alone, interruptible
 from fedtune.core.progress import OnEvent
 from fedtune.core.vault.answers import Place
 from fedtune.core.vault.process import answer_and_tell

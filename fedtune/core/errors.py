@@ -42,6 +42,7 @@ A message says what happened, what was expected and what to do. It never holds a
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,11 +52,19 @@ def escape_controls(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
+class Stopped(BaseException):
+    """SIGTERM or SIGINT arrived: unwind, and stop what was started."""
+
+    def __init__(self, signum: int) -> None:
+        self.name = signal.Signals(signum).name
+        super().__init__(self.name)
+
+
 def is_fault(error: BaseException) -> bool:
     """Return whether an exception is a fault of the called code, and not a request to end this
-    process: every Exception is, and so is a panic of a library's Rust code, which is not an
-    Exception."""
-    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+    process or generator. Some faults are no Exception: a panic of a library's Rust code, and what
+    PyTorch raises of a checkpoint that does not fit."""
+    return not isinstance(error, Stopped | KeyboardInterrupt | SystemExit | GeneratorExit)
 
 
 def describe(error: BaseException) -> str:

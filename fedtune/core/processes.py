@@ -24,7 +24,7 @@ from types import FrameType
 from typing import IO, Literal
 
 from fedtune.core import boot
-from fedtune.core.errors import InfrastructureError
+from fedtune.core.errors import InfrastructureError, Stopped
 from fedtune.core.files import locks
 from fedtune.core.files.room import reserve
 
@@ -65,14 +65,6 @@ _log = logging.getLogger("fedtune.client")
 MOST_LOGGED = 2**20  # bytes of what a half of a site says
 FULL = b"\n(this log is full: nothing after it is kept until its process is started again)\n"
 STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
-
-
-class Stopped(BaseException):
-    """SIGTERM or SIGINT arrived: unwind, and stop what was started."""
-
-    def __init__(self, signum: int) -> None:
-        self.name = signal.Signals(signum).name
-        super().__init__(self.name)
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from fedtune.core.config import Site, load_site
 from fedtune.core.config.database import FILES, file_of, kind_of, secrets_of
 from fedtune.core.config.hospital import FILE as HOSPITAL
 from fedtune.core.config.site import PASSWORD_FILE
-from fedtune.core.errors import FedtuneError, InfrastructureError
+from fedtune.core.errors import FedtuneError, InfrastructureError, Stopped
 from fedtune.core.files.room import LEDGER as DATABASE
-from fedtune.core.processes import Stopped, end_with_parent, interruptible
+from fedtune.core.processes import end_with_parent, interruptible
 from fedtune.core.wire.events import Teller, pass_warnings_on
 from fedtune.core.wire.spool import Spool
 from fedtune.flower.membership import keys_folder

@@ -73,7 +73,7 @@ def _build_model(config: Any, state: State) -> Any:
 
     auto: Any = transformers.AutoModelForSequenceClassification
     with torch.device("meta"):
-        model = auto.from_config(config)
+        model = auto.from_config(config, trust_remote_code=False)
     own = {name: value.detach().clone() for name, value in state.items()}  # no storage is shared
     model.load_state_dict(own, assign=True)
     return model.eval()

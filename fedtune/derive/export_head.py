@@ -138,7 +138,7 @@ def _read_back(folder: Path, passages: list[np.ndarray], expected: torch.Tensor)
     from transformers import AutoModelForSequenceClassification
 
     made: Any = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True
+        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
     ).eval()
     with torch.no_grad():
         rows = [made(torch.from_numpy(ids)[None]).logits[0] for ids in passages]

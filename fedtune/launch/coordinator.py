@@ -45,10 +45,10 @@ import httpx
 from flwr.serverapp import Grid
 
 from fedtune.core.config import Study
-from fedtune.core.errors import ConfigError, InfrastructureError
+from fedtune.core.errors import ConfigError, InfrastructureError, Stopped
 from fedtune.core.files.writing import remove_drafts, replace
 from fedtune.core.ledger.audit_log import AuditLog
-from fedtune.core.processes import STOP_SECONDS, Child, Stopped, alone, interruptible, is_reachable
+from fedtune.core.processes import STOP_SECONDS, Child, alone, interruptible, is_reachable
 from fedtune.core.progress import OnEvent
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.wire.keys import SigningKey

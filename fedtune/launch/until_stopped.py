@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fedtune.core.processes import Stopped, interruptible
+from fedtune.core.errors import Stopped
+from fedtune.core.processes import interruptible
 from fedtune.core.progress import OnEvent
 
 

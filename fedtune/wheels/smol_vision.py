@@ -48,7 +48,9 @@ def compose(language: Path, into: Path) -> None:
     from tokenizers import AddedToken
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(language, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        language, trust_remote_code=False, local_files_only=True
+    )
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken(token, special=True) for token in TOKENS]}
     )

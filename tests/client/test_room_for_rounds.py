@@ -14,6 +14,7 @@ from fedtune.core.ledger.entries import Charge
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger
 from fedtune.core.vault import budget, policy
 from fedtune.core.vault import worker as site_module
+from fedtune.core.vault.budget import check_rounds
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.public.start import Start
 from tests.client.site_kit import begun, make_site, notes, trains
@@ -61,6 +62,25 @@ def test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered(
     assert raised.prepare(made.study, made.frozen).admitted
     trains(raised, made, 8)
     assert len(raised.ledger.spending()) == 4
+
+
+def test_rounds_beyond_the_room_wait_for_the_next_start(tmp_path: Path, tiny_base: Path) -> None:
+    """policy.max_rounds is read anew each round, and the room when a site is started."""
+    made = scheduled(tiny_base)
+    worker = of_rounds(tmp_path, 3)
+    assert worker.prepare(made.study, made.frozen).admitted
+    trains(worker, made, 1)
+    for most, refused in ((1, True), (2, False), (5000, False)):
+        policy_now = worker.site.policy.model_copy(update={"max_rounds": most})
+        paid = len(worker.ledger.spending())
+        try:
+            check_rounds(paid, policy_now, worker.room)
+            assert not refused
+        except BudgetExceeded:
+            assert refused
+    with pytest.raises(BudgetExceeded, match="at most 3"):
+        check_rounds(3, policy_now, worker.room)
+    check_rounds(3, policy_now, Room(tmp_path, 12, 5000))  # started again
 
 
 def test_a_rounds_number_has_space_in_an_entry(tmp_path: Path, tiny_base: Path) -> None:

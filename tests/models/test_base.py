@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from torch.distributed.checkpoint import CheckpointException
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForCTC,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    dynamic_module_utils,
+)
 
-from fedtune.core.bases import find
+from fedtune.core.bases import digest, find
 from fedtune.core.bases.find import cache_dir, find_base, list_known, load_backbone, load_tokenizer
 from fedtune.core.errors import ModelError
 from tests.models.base_kit import _one_weight, edit
@@ -85,6 +94,7 @@ def _escaping_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"  # a name that transformers prefers
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle only": (_pickled, r"pickled weights \(pytorch_model.bin\)"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no weights"),
@@ -118,6 +128,31 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         r"names other files .*\(fast_tokenizer_files\)",
     ),
+    "another file in place of the weights": (
+        lambda f: edit(
+            f / "config.json",
+            lambda c: c.update(text_config=[{"transformers_weights": "adapter_model.bin"}]),
+        ),
+        r"names other files .*\(transformers_weights\)",
+    ),
+    "code in a part of the config": (
+        lambda f: edit(
+            f / "config.json", lambda c: c.update(vision_config={"auto_map": {"AutoModel": "m.M"}})
+        ),
+        "auto_map",
+    ),
+    "weights beside the hashed ones": (
+        lambda f: shutil.copy(f / "model.safetensors", f / SHARD),
+        rf"weights that the digest does not cover \({SHARD}\)",
+    ),
+    "pickled weights beside them": (
+        lambda f: (f / "pytorch_model.bin").write_bytes(b"\x80\x02."),
+        r"weights that the digest does not cover \(pytorch_model.bin\)",
+    ),
+    "an architecture by the folder's name": (
+        lambda f: edit(f / "config.json", lambda c: c.pop("model_type")),
+        "names no model_type",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "a mixture of experts": (
@@ -147,17 +182,15 @@ def _compiled(folder: Path, patch: pytest.MonkeyPatch) -> None:
 def _quantised_by_other_means(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """Layers that are of no module of a plain base, whatever put them there."""
     bnb = pytest.importorskip("bitsandbytes")
-    made = find.auto_class
+    made = LlamaForCausalLM.from_pretrained
 
-    class Auto:
-        @staticmethod
-        def from_pretrained(*given: Any, **named: Any) -> Any:
-            model, info = made("causal").from_pretrained(*given, **named)
-            layer = model.model.layers[1].self_attn
-            layer.q_proj = bnb.nn.Linear8bitLt(32, 32, bias=False, threshold=7.0)
-            return model, info
+    def load(*given: Any, **named: Any) -> Any:
+        model, info = made(*given, **named)
+        layer = model.model.layers[1].self_attn
+        layer.q_proj = bnb.nn.Linear8bitLt(32, 32, bias=False, threshold=7.0)
+        return model, info
 
-    patch.setattr(find, "auto_class", lambda kind: Auto)
+    patch.setattr(LlamaForCausalLM, "from_pretrained", load)
 
 
 @pytest.mark.parametrize("spoil", [_compiled, _quantised_by_other_means])
@@ -176,6 +209,53 @@ def test_refused(copy: Path, name: str) -> None:
     spoil(copy)
     with pytest.raises(ModelError, match=says):
         find_base(str(copy))
+
+
+def test_what_is_loaded_is_what_is_hashed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a wall is open. Twin: transformers itself, which reads every file of a folder
+    with one of such a name; which of two equal names counts is not said."""
+    monkeypatch.setattr(digest, "WEIGHTS", ())
+    tensors = load_file(copy / "model.safetensors")
+    others = {name: -2 * tensor for name, tensor in tensors.items()}
+    others |= {"lm_head.weight": others["model.embed_tokens.weight"].clone()}
+    for number in range(1, 9):
+        save_file(others, copy / SHARD.replace("1", str(number), 1), {"format": "pt"})
+    loaded = load_backbone(find_base(str(copy)), torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    read = LlamaForCausalLM.from_pretrained(copy).state_dict()
+    assert not all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_fault_of_the_loader_that_is_no_exception_is_the_bases(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any, **named: Any) -> Any:
+        raise CheckpointException("", {})
+
+    base = find_base(str(copy))
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fail)
+    try:
+        load_backbone(base, torch.float32)
+        raised: BaseException | None = None
+    except BaseException as error:
+        raised = error
+    assert isinstance(raised, ModelError) and "cannot load it" in str(raised)
+
+
+def test_nobody_is_asked_to_run_a_models_own_code(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a part of it either, which transformers makes without our word. Twin: its own
+    setting, which waits for a yes."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda words: asked.append(words) or "n")
+    config = find.load_config(find_base(str(copy)))
+    config.auto_map = {"AutoModelForCTC": "own.Model"}
+    for asks, seconds in ((False, dynamic_module_utils.TIME_OUT_REMOTE_CODE), (True, 15)):
+        monkeypatch.setattr(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", seconds)
+        with pytest.raises(ValueError, match=r"trust_remote_code|Unrecognized"):
+            AutoModelForCTC.from_config(config)
+        assert bool(asked) == asks
 
 
 def test_a_missing_tensor_is_not_filled_with_noise(copy: Path) -> None:

@@ -5,6 +5,8 @@ positions, which keep the frequencies of the longest text; a base that adds up i
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from fedtune.core.data.files import Rejected
 from fedtune.core.data.records import Record
 from fedtune.core.errors import PolicyRefused
 from fedtune.core.models.build import build
-from fedtune.core.models.kept_state import KeepsState, check_order, check_reads
+from fedtune.core.models.kept_state import SHORT, KeepsState, check_order, check_reads, order_of
 from fedtune.core.models.loaded import load
 from fedtune.core.models.network import Network
 from fedtune.core.models.teacher import teacher_for
@@ -38,9 +40,9 @@ PRIVACY = {"noise_multiplier": 1.6, "delta": 1e-4}
 LORA = {"modules": ["q_proj"], "last_layers": 2, "rank": 4}
 
 
-@pytest.fixture
-def big_bird(tmp_path: Path, tiny_encoder: Path) -> Path:
-    """A random BigBird that attends sparsely from 48 tokens on."""
+@pytest.fixture(params=[8, 1])
+def big_bird(request: pytest.FixtureRequest, tmp_path: Path, tiny_encoder: Path) -> Path:
+    """A random BigBird that attends sparsely from 48 tokens on, or from 8."""
     folder = tmp_path / "big-bird"
     tokenizer = load_tokenizer(find_base(str(tiny_encoder)))
     torch.manual_seed(0)
@@ -51,7 +53,7 @@ def big_bird(tmp_path: Path, tiny_encoder: Path) -> Path:
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=128,
-        block_size=8,
+        block_size=request.param,
         num_random_blocks=1,
     )
     BigBirdModel(config).save_pretrained(folder)
@@ -195,7 +197,11 @@ def test_another_network_is_checked_anew(tiny_base: Path, monkeypatch: pytest.Mo
     for network in (first, second, second):
         check_reads(made, network)
         site_checks.check_learns(made, network, None)
-    assert len(read) == 3 and set(read) == {second} and learnt == [second]
+    assert (
+        len(read) == len(order_of(made.objective.max_length))
+        and set(read) == {second}
+        and learnt == [second]
+    )
 
 
 class _Reader(nn.Module):
@@ -215,6 +221,53 @@ def _build_once(reader: _Reader, length: int) -> None:
     if not hasattr(reader, "built"):
         reader.built = torch.arange(4)
         reader.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 5, 8, 64])
+def test_every_short_length_is_read_between_two_readings_of_one(longest: int) -> None:
+    lengths = order_of(longest)
+    assert {*(n for n in SHORT if n <= longest), longest} == set(lengths)
+    assert lengths.count(lengths[-1]) > 1
+
+
+class _Slots:
+    __slots__ = ("length",)
+
+
+class _Callable:
+    length = 0
+
+    def __call__(self) -> int:
+        return self.length
+
+
+HELD: dict[str, tuple[Callable[[], Any], Callable[[Any, int], object]]] = {
+    "array": (lambda: np.zeros(4), lambda held, length: held.fill(length)),
+    "deque": (lambda: deque(maxlen=2), lambda held, length: held.append(length)),
+    "slots": (_Slots, lambda held, length: setattr(held, "length", length)),
+    "callable": (_Callable, lambda held, length: setattr(held, "length", length)),
+    "generator": (torch.Generator, lambda held, length: torch.rand(1, generator=held)),
+    "iterator": (itertools.count, lambda held, length: next(held)),
+    "weight": (
+        lambda: nn.Parameter(torch.zeros(2**19), requires_grad=False),
+        lambda held, length: held.data[-1].fill_(length),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_whatever_a_module_holds_is_compared_by_its_content(kind: str) -> None:
+    """Also a weight of more than 1 MiB, written past the count of its writes. Twin: no write."""
+    make, change = HELD[kind]
+    for changes in (False, True):
+        reader = _Reader(lambda reader, n: change(reader.held, n) if changes else None)  # noqa: B023
+        reader.held = make()
+        try:
+            check_order("base", reader, lambda length, _: reader(length), (8, 16, 8))  # noqa: B023
+            refused = False
+        except KeepsState:
+            refused = True
+        assert refused == changes
 
 
 def test_what_is_built_at_the_first_reading_may_stay() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.core.bases.architecture import rows_of
 from fedtune.core.bases.find import find_base
 from fedtune.core.data.dataset import Dataset, Example, SoftTargets
 from fedtune.core.models.build import build
@@ -34,12 +35,12 @@ def network(tiny_base: Path) -> Network:
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The largest index by which each look-up in a table asked, negative ones left out."""
+    """How far beyond a table each look-up asked, before its first row or after its last."""
     largest: list[int] = []
     gather, embedding = torch.Tensor.gather, torch.nn.functional.embedding
 
     def note(ids: torch.Tensor, width: int) -> None:
-        largest.append(int(ids.max()) - width)
+        largest.append(max(int(ids.max()) - width, -1 - int(ids.min())))
 
     def gather_and_note(table: torch.Tensor, dim: int, ids: torch.Tensor) -> torch.Tensor:
         note(ids, table.shape[dim])
@@ -74,8 +75,11 @@ def with_teacher(example: Example) -> Example:
     return replace(example, soft=SoftTargets(tokens, np.full(tokens.shape, -1.0, np.float32)))
 
 
+@pytest.mark.parametrize("token", ["beyond", -7])
 @pytest.mark.parametrize("place", ["in the text", "its last target", "a teacher's token"])
-def test_its_record_alone_takes_no_part(network: Network, asked: list[int], place: str) -> None:
+def test_its_record_alone_takes_no_part(
+    network: Network, asked: list[int], place: str, token: int | str
+) -> None:
     plan = study(base={"model": "m"}, lora={"rank": 2})
     examples = list(random_records(network, plan, 6, 8).examples)
     objective: Any = plan.objective.resolved
@@ -85,7 +89,9 @@ def test_its_record_alone_takes_no_part(network: Network, asked: list[int], plac
     rows = {}
     for name in ("whole", "struck"):
         if name == "struck":
-            examples[BAD] = with_token(examples[BAD], network.rows, place)
+            examples[BAD] = with_token(
+                examples[BAD], token if isinstance(token, int) else network.rows, place
+            )
         data = CachedDataset(network, Dataset(examples, len(examples), Counter()))
         rows[name] = UnitGradientEngine(data, objective).matrix(range(len(examples)))
     others = [row for row in range(len(examples)) if row != BAD]
@@ -99,6 +105,16 @@ def test_a_teacher_is_not_asked_about_it(tiny_base: Path, asked: list[int]) -> N
     rows = model.model.get_input_embeddings().weight.shape[0]
     ids = np.arange(5)
     assert len(model.next_tokens(ids, ids)) == 5
-    with pytest.raises(IndexError, match="no row"):
-        model.next_tokens(np.array([1, rows]), np.array([0]))
+    for token in (rows, -7):
+        with pytest.raises(IndexError, match="no row"):
+            model.next_tokens(np.array([1, token]), np.array([0]))
     assert max(asked) < 0 and find_base(str(tiny_base)).digest == model.digest
+
+
+def test_a_further_table_counts(tiny_base: Path) -> None:
+    """The configuration of the text states its size; it may be smaller than the embeddings'."""
+    model = load(str(tiny_base)).model
+    rows = len(model.get_input_embeddings().weight)
+    assert rows_of(model.config, model.lm_head) == rows
+    model.config.vocab_size_per_layer_input = rows - 3
+    assert rows_of(model.config, model.lm_head) == rows - 3

@@ -259,6 +259,9 @@ RANK_MUTANTS = (  # of sites that train fewer ranks of one adapter
     ),
 )  # fmt: skip
 
+DIGEST, FIND = "fedtune/core/bases/digest.py", "fedtune/core/bases/find.py"
+ARCHITECTURE = "fedtune/core/bases/architecture.py"
+T_BASE = "tests/models/test_base.py::"
 KEPT, TEACHER = "fedtune/core/models/kept_state.py", "fedtune/core/models/teacher.py"
 CHECKS = "fedtune/core/vault/site_checks.py"
 T_KEPT = "tests/models/test_kept_state.py::"
@@ -290,24 +293,111 @@ KEPT_MUTANTS = (
     ),
     _one(
         "kept", "quantised-within", "fedtune/core/bases/digest.py",
-        "is_quantised(part) for part in config.values()", "False for part in config.values()",
+        "    found += [find_key(part, *names) for part in config.values()]\n", "",
         "tests/models/test_base.py::test_refused",
         "the text part of a base is quantised by a table that nobody looked for",
     ),
     _one(
-        "kept", "another-file-in-place-of-the-hashed-one", "fedtune/core/bases/digest.py",
-        "if (folder / name).is_file() and key in read_json(folder / name):\n            raise "
-        "ModelError(\n                f\"{folder.name}: {name} names",
-        "if (folder / name).is_dir() and key in read_json(folder / name):\n            raise "
-        "ModelError(\n                f\"{folder.name}: {name} names",
-        "tests/models/test_base.py::test_refused",
+        "kept", "another-file-in-place-of-the-hashed-one", DIGEST,
+        "for name, keys in REDIRECTS.items():", "for name, keys in dict[str, list[str]]().items():",
+        T_BASE + "test_refused",
         "two models have one digest",
     ),
     _one(
+        "kept", "weights-beside-the-hashed-ones", DIGEST,
+        "    if others:\n", "    if not WEIGHTS:\n",
+        T_BASE + "test_refused",
+        "a folder holds weights of which the digest says nothing",
+    ),
+    _one(
+        "kept", "the-loader-chooses-among-the-files", FIND,
+        "            None,\n            config=empty.config,\n"
+        "            state_dict=read_tensors(base.path),\n",
+        "            base.path,\n            config=empty.config,\n",
+        T_BASE + "test_what_is_loaded_is_what_is_hashed",
+        "the base that a site has listed is named, and another one computes",
+    ),
+    _one(
+        "kept", "an-architecture-by-the-folders-name", FIND,
+        'if not isinstance(config.get("model_type"), str):', "if not config:",
+        T_BASE + "test_refused",
+        "two models have one digest",
+    ),
+    _one(
+        "kept", "a-person-is-asked-to-run-code", "fedtune/core/bases/wheel.py",
+        "    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds that it waits for a yes\n",
+        "",
+        T_BASE + "test_nobody_is_asked_to_run_a_models_own_code",
+        "a yes at a terminal runs what the base's author wrote",
+    ),
+    _one(
+        "kept", "a-fault-that-is-no-exception-ends-the-vault", "fedtune/core/errors.py",
+        "return not isinstance(error, Stopped |",
+        "return isinstance(error, Exception) or not isinstance(error, BaseException |",
+        T_BASE + "test_a_fault_of_the_loader_that_is_no_exception_is_the_bases",
+        "a base by which the loader fails ends the site's half with the records",
+    ),
+    _one(
         "kept", "a-token-beyond-the-base", "fedtune/core/models/cache.py",
-        "if tokens.numel() and int(tokens.max()) >= rows:", "if rows < 0:",
+        "not 0 <= int(known.min()) <= int(known.max()) < rows", "rows < 0",
         "tests/models/test_token_rows.py::test_its_record_alone_takes_no_part",
         "on a GPU one record's token ends the round of everybody",
+    ),
+    _one(
+        "kept", "a-token-before-the-first", "fedtune/core/models/cache.py",
+        "not 0 <= int(known.min()) <= int(known.max()) < rows", "int(known.max()) >= rows",
+        "tests/models/test_token_rows.py::test_its_record_alone_takes_no_part",
+        "on a GPU one record's token ends the round of everybody",
+    ),
+    _one(
+        "kept", "a-table-of-another-size", ARCHITECTURE,
+        "return min(*sizes, *(", "return min(2**31, *(",
+        "tests/models/test_token_rows.py::test_a_further_table_counts",
+        "a token has a row of the embeddings, and none of a further table",
+    ),
+    _one(
+        "kept", "further-embeddings-for-each-layer", FIND,
+        "        foreign.add(key)\n", "        pass\n",
+        "tests/models/test_coupling.py::test_a_base_that_couples_records_by_design_is_refused",
+        "a record's tokens are looked for among those of the others in its block",
+    ),
+    _one(
+        "kept", "patches-of-a-whole-block", FIND, " or home.startswith(COUPLING)", "",
+        "tests/models/test_coupling.py::test_a_base_that_couples_records_by_design_is_refused",
+        "one record decides the shapes of all in its block",
+    ),
+    _one(
+        "kept", "any-architecture-shares-its-blocks", CACHE,
+        "self._alone = alone or not network.shares_blocks", "self._alone = alone",
+        "tests/models/test_coupling.py::"
+        "test_a_block_of_an_architecture_that_is_not_listed_is_one_record",
+        "an architecture that nobody tried may add up the records of a block",
+    ),
+    _one(
+        "kept", "a-part-of-a-base-may-be-anything", ARCHITECTURE,
+        "nested = (_kinds_in(part) for part in config.values() if isinstance(part, dict))",
+        "nested: tuple[set[Any], ...] = ()",
+        "tests/models/test_coupling.py::test_a_part_that_is_not_listed_counts",
+        "a text model that nobody tried hides behind a known base",
+    ),
+    _one(
+        "kept", "the-shortest-texts-are-not-tried", KEPT,
+        "SHORT = (1, 2, 4, 7, 8)", "SHORT = (8,)",
+        T_KEPT + "test_a_base_that_leaves_sparse_attention_for_good_is_refused",
+        "a text of fewer tokens changes for good what is computed of every other",
+    ),
+    _one(
+        "kept", "an-array-is-where-it-lies", "fedtune/core/models/module_state.py",
+        "return hashlib.sha256(value.tobytes()).hexdigest(), value.dtype, value.shape",
+        "return id(value)",
+        T_KEPT + "test_whatever_a_module_holds_is_compared_by_its_content",
+        "what one text leaves in an array is not seen",
+    ),
+    _one(
+        "kept", "a-weight-is-written-past-the-count", KEPT,
+        "    if sum_weights(model) != weights:\n", "    if model is None:\n",
+        T_KEPT + "test_whatever_a_module_holds_is_compared_by_its_content",
+        "what one text leaves in a large tensor is not seen",
     ),
     _one(
         "kept", "a-text-may-depend-on-its-neighbours", KEPT,

@@ -57,15 +57,21 @@ MUTANTS = (
     ),
     one(
         "orders", "a-ledger-pays-for-rounds-without-end", SITE,
-        "        check_rounds(len(self.ledger.spending()), site.policy)\n", "",
+        "        check_rounds(len(self.ledger.spending()), site.policy, self.room)\n", "",
         T_ROUNDS + "test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered",
         "a coordinator numbers rounds as it likes, and orders fill the ledger's room at no cost",
     ),
     one(
         "orders", "questions-without-end-fill-the-ledgers-room", "fedtune/core/vault/evaluation.py",
-        "    check_rounds(len(site.ledger.spending()), current.policy)\n", "",
+        "    check_rounds(len(site.ledger.spending()), current.policy, site.room)\n", "",
         "tests/test_private_evaluation.py::test_a_question_that_is_refused_reads_no_record",
         "queries are entries of the ledger like rounds",
+    ),
+    one(
+        "orders", "a-policy-pays-for-rounds-that-have-no-room", "fedtune/core/vault/budget.py",
+        "most = min(policy.max_rounds, room.rounds)", "most = policy.max_rounds",
+        T_ROUNDS + "test_rounds_beyond_the_room_wait_for_the_next_start",
+        "a ledger grows past its room where the policy was raised while the site ran",
     ),
     one(
         "orders", "an-order-that-is-refused-reads-the-records", SITE,

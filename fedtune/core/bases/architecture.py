@@ -176,6 +176,41 @@ def with_parts(model: nn.Module, /, **modules: nn.Module) -> nn.Module:
 
 POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")  # in a config
 
+# Architectures (model_type) of which several records share a block: of each, at random weights, no
+# record of a block changed by a bit, whatever tokens another one had. A block of any other
+# architecture is one record (docs/decisions/0091-what-the-digest-covers.md).
+_TEXTS = """
+albert apertus arcee bert camembert cohere cohere2 data2vec-text deberta deberta-v2 distilbert
+electra ernie ernie4_5 eurobert exaone4 gemma gemma2 gemma3_text glm glm4 granite helium
+hunyuan_v1_dense llama megatron-bert ministral ministral3 mistral modernbert mpnet nemotron
+nomic_bert olmo olmo2 olmo3 phi phi3 qwen2 qwen3 rembert roberta roberta-prelayernorm seed_oss
+smollm3 stablelm starcoder2 xlm-roberta xlm-roberta-xl
+"""
+_WITH_TOWERS = """
+clip_vision_model idefics3 idefics3_vision llava qwen2_vl qwen2_vl_text qwen2_vl_vision
+siglip_vision_model smolvlm smolvlm_vision whisper
+"""
+SHARING = frozenset((_TEXTS + _WITH_TOWERS).split())
+
+
+def may_share_blocks(config: Any) -> bool:
+    """Return whether a base's configuration, and each that is nested in it, is of an architecture
+    of which several records may share a block."""
+    return _kinds_in(config.to_dict()) <= SHARING
+
+
+def _kinds_in(config: dict[str, Any]) -> set[Any]:
+    nested = (_kinds_in(part) for part in config.values() if isinstance(part, dict))
+    return {config["model_type"]}.union(*nested) if "model_type" in config else set().union(*nested)
+
+
+def rows_of(config: Any, *tables: Any) -> int:
+    """Return the number of tokens for which each table has a row: those given, and those whose
+    size the configuration of the text states (vocab_size, vocab_size_…)."""
+    stated = config.get_text_config().to_dict().items()
+    sizes = [n for key, n in stated if key.startswith("vocab_size") and isinstance(n, int)]
+    return min(*sizes, *(len(table.weight) for table in tables))
+
 
 def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.Tensor:
     """Pool hidden states to one vector per record, (B, H) fp32: the last token's state, or for

@@ -17,10 +17,13 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.core.errors import ModelError
 from fedtune.core.files import reading
+
+if TYPE_CHECKING:
+    import torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # in transformers' own order
 VOLATILE = ("transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
@@ -34,7 +37,15 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # Files where auto_map can ask for remote code.
 CODE = ("config.json", "tokenizer_config.json", *PROCESSORS)
 # Where transformers finds the name of another file that it then reads in place of the hashed one.
-REDIRECTS = {"config.json": "configuration_files", "tokenizer_config.json": "fast_tokenizer_files"}
+REDIRECTS = {
+    "config.json": ("configuration_files", "transformers_weights"),
+    "tokenizer_config.json": ("fast_tokenizer_files",),
+}
+# Names of weights that some loader reads, in whatever format.
+WEIGHTS = (
+    "*.safetensors",
+    *("*model*.bin", "*model*.pt", "*model*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf"),
+)
 
 
 def digest(folder: Path) -> str:
@@ -68,7 +79,7 @@ def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
 
 def _digest(folder: Path) -> str:
     manifest = {
-        "tensors": _tensors(folder),
+        "tensors": {name: _hash_tensor(t) for name, t in read_tensors(folder).items()},
         "config": {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE},
         "tokenizer": _tokenizer(folder),
     }
@@ -84,14 +95,14 @@ def _has_file(folder: Path, name: str) -> bool:
 
 
 def check(folder: Path) -> None:
-    """Refuse a folder that is not a plain base. Guarantee: no pickle and no remote code is ever
-    opened.
+    """Refuse a folder that is not a plain base: only what `digest` hashes may decide what is
+    computed. No pickle and no remote code is ever opened.
 
     Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
-    the folder (transformers would apply it silently), a file that stands in for a hashed one, or a
-    missing file."""
+    the folder (transformers would apply it silently), a file that stands in for a hashed one, other
+    weights beside the hashed ones, or a missing file."""
     for name in CODE:
-        if (folder / name).is_file() and "auto_map" in read_json(folder / name):
+        if (folder / name).is_file() and find_key(read_json(folder / name), "auto_map"):
             raise ModelError(
                 f"{folder.name}: {name} asks for remote code (auto_map)",
                 "an architecture that transformers has built in",
@@ -103,31 +114,42 @@ def check(folder: Path) -> None:
             "a base model alone",
             "merge the adapter into its base and save that, or name the base",
         )
-    for name, key in REDIRECTS.items():
-        if (folder / name).is_file() and key in read_json(folder / name):
+    for name, keys in REDIRECTS.items():
+        if (folder / name).is_file() and (key := find_key(read_json(folder / name), *keys)):
             raise ModelError(
                 f"{folder.name}: {name} names other files to read in its place ({key})",
                 "files that are read under their own names, which the digest covers",
                 SAVE,
             )
-    if is_quantised(read_json(folder / "config.json")):
+    if find_key(read_json(folder / "config.json"), "quantization_config"):
         raise ModelError(f"{folder.name}: is quantised", "float weights", "name the original model")
-    weights(folder)
+    others = {path for pattern in WEIGHTS for path in folder.glob(pattern)} - set(weights(folder))
+    if others:
+        raise ModelError(
+            f"{folder.name}: holds weights that the digest does not cover ({min(others).name})",
+            f"{SINGLE}, or the shards that {INDEX} names, and no other weights",
+            "delete them, or copy the base without them and name the copy",
+        )
     if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
         raise ModelError(f"{folder.name}: tokenizer.json holds no tokenizer", EXPECTED, SAVE)
 
 
-def is_quantised(config: dict[str, Any]) -> bool:
-    """Return whether a configuration, or one nested in it, asks for quantised layers: transformers
-    takes also that of the text part."""
-    return "quantization_config" in config or any(
-        is_quantised(part) for part in config.values() if isinstance(part, dict)
-    )
+def find_key(config: Any, *names: str) -> str:
+    """Return the first of `names` that is a key of a configuration or of a part of it at any
+    depth, else "": transformers takes also what is asked for by the text part, or by the tower's.
+    """
+    if isinstance(config, list):
+        config = dict(enumerate(config))
+    if not isinstance(config, dict):
+        return ""
+    found = [name for name in names if name in config]
+    found += [find_key(part, *names) for part in config.values()]
+    return next(filter(None, found), "")
 
 
 def weights(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers loads from `folder`: the single file, else
-    the shards that the index names. Errors: ModelError."""
+    """Return the safetensors files of a base: the single file, else the shards that the index
+    names. Errors: ModelError."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
@@ -159,26 +181,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return reading.json_in(path, EXPECTED, AGAIN, ModelError, reading.LARGE)
 
 
-def _tensors(folder: Path) -> dict[str, list[Any]]:
-    import torch
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Map the tensors of a base by name: what is hashed, and what is loaded. Errors: ModelError."""
     from safetensors import SafetensorError, safe_open
 
-    tensors: dict[str, list[Any]] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in weights(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
                     if name in tensors:
                         raise ModelError(f"{folder.name}: two shards hold {name}")
-                    tensor = file.get_tensor(name)
-                    raw = tensor.reshape(-1).view(torch.uint8).numpy()
-                    sha = hashlib.sha256(memoryview(raw)).hexdigest()
-                    tensors[name] = [str(tensor.dtype), list(tensor.shape), sha]
+                    tensors[name] = file.get_tensor(name)
         except (SafetensorError, OSError, MemoryError) as error:
             raise ModelError(
                 f"{path}: not a whole safetensors file ({type(error).__name__})", todo=AGAIN
             ) from None
     return tensors
+
+
+def _hash_tensor(tensor: torch.Tensor) -> list[Any]:
+    import torch
+
+    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(memoryview(raw)).hexdigest()]
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:

@@ -6,14 +6,16 @@ A base is named in one of three ways:
     a local folder   config.json, safetensors, tokenizer.json
     OWNER/NAME       a Hugging Face id; only its safetensors, JSON and tokenizer files are fetched
 
-Only safetensors are read and no model's own code is ever run.
+Of weights, only the safetensors that the digest covers are opened, and the loader is given what
+they hold rather than the folder (docs/decisions/0091-what-the-digest-covers.md). No model's own
+code is ever run.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedtune.core.bases import known_here, wheel
 from fedtune.core.bases.digest import digest as digest_of
-from fedtune.core.bases.digest import read_json, weights
+from fedtune.core.bases.digest import read_json, read_tensors, weights
 from fedtune.core.boot import online
 from fedtune.core.config.known_bases import KNOWN, MEDIA, PREFIX, Kind
-from fedtune.core.errors import ModelError, PolicyRefused
+from fedtune.core.errors import ModelError, PolicyRefused, is_fault
 from fedtune.core.files import reading
 
 if TYPE_CHECKING:
@@ -183,20 +185,26 @@ def load_backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    auto = auto_class(base.kind)
+    import torch
+
+    auto, config = auto_class(base.kind), load_config(base)
     try:
-        model, info = auto.from_pretrained(
-            base.path,
+        with torch.device("meta"):
+            empty = auto.from_config(config, trust_remote_code=False)
+        # Not from the folder: which of its files transformers reads follows from their names.
+        model, info = type(empty).from_pretrained(
+            None,
+            config=empty.config,
+            state_dict=read_tensors(base.path),
+            generation_config=_generation_config(base.path),
             dtype=dtype,
-            use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
         )
-    except Exception as error:  # may raise anything on a config with values of other types
-        raise ModelError(
-            f"{base.name}: transformers cannot load it ({type(error).__name__})",
-            "an architecture that this transformers version has built in",
-        ) from error
+    except BaseException as error:  # may raise anything on a config with values of other types
+        if not is_fault(error) or isinstance(error, ModelError):
+            raise
+        raise _build_unknown_error(base, error) from error
     if experts := experts_in(model.config.to_dict()):  # also those that config.json leaves out
         raise mixture(base.name, experts)
     _check_plain(base.name, model)
@@ -211,9 +219,44 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     return loaded
 
 
+def load_config(base: Base) -> Any:
+    """Read the configuration of a base as transformers' own class of it. Errors: ModelError."""
+    from transformers import AutoConfig
+
+    wheel.silence_libraries()
+    try:
+        return AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+    except BaseException as error:  # the same
+        if not is_fault(error):
+            raise
+        raise _build_unknown_error(base, error) from error
+
+
+def _build_unknown_error(base: Base, error: BaseException) -> ModelError:
+    return ModelError(
+        f"{base.name}: transformers cannot load it ({type(error).__name__})",
+        "an architecture that this transformers version has built in",
+    )
+
+
+def _generation_config(folder: Path) -> Any:
+    """Read with which tokens a base ends its texts, if it says so; training does not use it."""
+    from transformers import GenerationConfig
+
+    with suppress(OSError):
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return None
+
+
 # Where the modules of a plain base are defined.
 PLAIN = ("torch.nn.", "transformers.models.", "transformers.activations", "transformers.modeling_")
 ATTENTION = {None, "sdpa", "eager"}  # None: of a module that has none
+# Models that compute on the records of a block together: BLT divides all of them into as many
+# patches as one of them needs.
+COUPLING = ("transformers.models.blt.",)
+# By these a model has further embeddings of each token for each layer. Given states in place of
+# tokens, as above the cut, it looks for the tokens by comparing states, across the whole block.
+PER_LAYER = ("hidden_size_per_layer_input",)
 
 
 def _check_plain(name: str, model: Any) -> None:
@@ -221,11 +264,10 @@ def _check_plain(name: str, model: Any) -> None:
     attention as they do. What a configuration can put in their place (quantised layers, compiled
     attention, kernels of others) may treat the records of a block together, and the self-test's
     tiny base does not have it. Errors: ModelError."""
-    foreign = {
-        type(module).__module__
-        for module in model.modules()
-        if not type(module).__module__.startswith(PLAIN)
-    }
+    homes = {type(module).__module__ for module in model.modules()}
+    foreign = {home for home in homes if not home.startswith(PLAIN) or home.startswith(COUPLING)}
+    if key := _key_of_more(model.config.to_dict(), PER_LAYER, (None, 0)):
+        foreign.add(key)
     configs = filter(None, (getattr(module, "config", None) for module in model.modules()))
     attention = {getattr(config, "_attn_implementation", None) for config in configs} - ATTENTION
     if foreign or attention or getattr(model, "hf_quantizer", None):
@@ -233,7 +275,7 @@ def _check_plain(name: str, model: Any) -> None:
             f"{name}: its configuration asks for layers or attention that fedtune has not tried "
             f"({', '.join(sorted(foreign | set(map(str, attention))))})",
             "modules of PyTorch and of transformers' models, with sdpa or eager attention",
-            "save the model again with save_pretrained, without these settings in config.json",
+            "save the model again without these settings in config.json, or choose another base",
         )
 
 
@@ -260,8 +302,12 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
     wheel.silence_libraries()
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(base.path, local_files_only=True)
-    except Exception as error:  # the same, and the tokenizers' own plain Exception
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            base.path, trust_remote_code=False, local_files_only=True
+        )
+    except BaseException as error:  # the same, and a panic of the tokenizers' Rust code
+        if not is_fault(error):
+            raise
         raise ModelError(
             f"{base.name}: transformers cannot load its tokenizer ({type(error).__name__})",
             "a tokenizer.json that this version reads",
@@ -356,8 +402,14 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 def experts_in(config: dict[str, Any]) -> str:
     """Return the key by which a configuration, or one nested in it, names several experts, else
     ""."""
-    found = [key for key in EXPERTS if config.get(key) not in (None, 0, 1)]
-    found += [experts_in(part) for part in config.values() if isinstance(part, dict)]
+    return _key_of_more(config, EXPERTS, (None, 0, 1))
+
+
+def _key_of_more(config: dict[str, Any], keys: Sequence[str], usual: Sequence[int | None]) -> str:
+    """Return the first of `keys` whose value in a configuration, or in one nested in it, is not
+    `usual`, else ""."""
+    found = [key for key in keys if config.get(key) not in usual]
+    found += [_key_of_more(p, keys, usual) for p in config.values() if isinstance(p, dict)]
     return next(filter(None, found), "")
 
 
@@ -377,6 +429,12 @@ def _kind(folder: Path) -> Kind:
         raise ModelError(
             f"{folder.name}: config.json names no architecture",
             'such as "architectures": ["LlamaForCausalLM"]',
+            "save the model again with save_pretrained",
+        )
+    if not isinstance(config.get("model_type"), str):  # else transformers asks the folder's name
+        raise ModelError(
+            f"{folder.name}: config.json names no model_type",
+            'such as "model_type": "llama"',
             "save the model again with save_pretrained",
         )
     name = listed[0]

@@ -120,13 +120,16 @@ def verify(file: Path, sha256: str) -> None:
 
 def silence_libraries() -> None:
     """Turn off transformers' progress bars and load reports, and all telemetry: trl's trainers
-    would otherwise report to the hub that they run."""
+    would otherwise report to the hub that they run. Nobody is asked whether a model's own code may
+    run: it may not."""
     from huggingface_hub import constants
     from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers import dynamic_module_utils
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
     constants.HF_HUB_DISABLE_TELEMETRY = True
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds that it waits for a yes
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -99,7 +99,7 @@ def _extractor(base: Base) -> Any:
 
     try:
         auto: Any = transformers.AutoFeatureExtractor
-        return auto.from_pretrained(base.path, local_files_only=True)
+        return auto.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{base.name}: transformers cannot load its feature extractor ({type(error).__name__})",

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.bases.architecture import SIDE
-from fedtune.core.bases.find import Base
+from fedtune.core.bases.find import Base, load_config
 from fedtune.core.config import ObjectiveTable
 from fedtune.core.data.files import Rejected
 from fedtune.core.data.media import EXTRA, Media, picture
@@ -178,9 +178,7 @@ class ImageText(Modality):
 
 @lru_cache(maxsize=4)
 def _config(base: Base) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base.path, local_files_only=True)
+    return load_config(base)
 
 
 def _processor(base: Base) -> Any:
@@ -194,7 +192,7 @@ def _processor(base: Base) -> Any:
         ) from None
     try:
         auto: Any = transformers.AutoImageProcessor
-        return auto.from_pretrained(base.path, local_files_only=True)
+        return auto.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{base.name}: transformers cannot load its image processor ({type(error).__name__})",

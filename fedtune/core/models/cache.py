@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.core.data.dataset import Dataset, Passage
+from fedtune.core.data.dataset import NO_TARGET, Dataset, Passage
 from fedtune.core.data.media import Media
 from fedtune.core.errors import is_fault
 from fedtune.core.models.network import Network
@@ -76,8 +76,12 @@ class CachedDataset:
     a network is one base, dtype, quantisation and cut.
     """
 
-    def __init__(self, network: Network, dataset: Dataset, memory: int | None = None) -> None:
+    def __init__(
+        self, network: Network, dataset: Dataset, memory: int | None = None, *, alone: bool = False
+    ) -> None:
+        """alone: whether a block is one record, as it always is where the network says so."""
         self.network = network
+        self._alone = alone or not network.shares_blocks
         self.dataset = dataset
         self._memory = memory
         self._threads = torch.get_num_threads()  # of all passes: blocks' shapes follow from it
@@ -266,8 +270,9 @@ class CachedDataset:
 
     @property
     def _one_record_per_block(self) -> bool:
-        """Return whether PyTorch uses more threads than may share a block of several records."""
-        return self.network.device.type == "cpu" and self._threads > THREADS
+        """Return whether a block is one record: by the network or by who asks, or since PyTorch
+        uses more threads than may share a block of several."""
+        return self._alone or (self.network.device.type == "cpu" and self._threads > THREADS)
 
     def _ensure_warm(self, indices: Indices) -> None:
         rows = set(self._rows(indices)) - self._failed
@@ -291,7 +296,7 @@ class CachedDataset:
             if not self.network.pooled:
                 real = np.asarray(self._passages[passage].target_ids, dtype=np.int64)[positions]
                 targets[row, : len(positions)] = torch.from_numpy(real)
-        check_tokens(targets, self.network.rows)
+        check_tokens(targets, self.network.rows, targets=True)
         device, examples = self.network.device, self.dataset.examples
         return Batch(
             prefix=self._prefix(rows, bucket.length, tower_states).to(device),
@@ -401,13 +406,15 @@ class CachedDataset:
         return check_tokens(ids, self.network.rows), mask
 
 
-def check_tokens(tokens: torch.Tensor, rows: int) -> torch.Tensor:
-    """Check, before they reach a GPU, that the base has a row for each token; returns them.
+def check_tokens(tokens: torch.Tensor, rows: int, *, targets: bool = False) -> torch.Tensor:
+    """Check, before they reach a GPU, that the base has a row for each token;
+    returns them. targets: whether NO_TARGET may be among them.
 
-    A tokenizer may have more tokens than its base. On a GPU an index beyond a table ends all work
-    of the process, of every other record too; here it fails as on a CPU, for its own record.
-    Errors: IndexError."""
-    if tokens.numel() and int(tokens.max()) >= rows:
+    A tokenizer may have more tokens than its base, or a negative one. On a GPU an index beyond a
+    table ends all work of the process, of every other record too; here it fails as on a CPU, for
+    its own record. Errors: IndexError."""
+    known = tokens[tokens != NO_TARGET] if targets else tokens
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < rows:
         raise IndexError("a token for which the base has no row")
     return tokens
 

@@ -20,13 +20,13 @@ from fedtune.core.config import Study
 from fedtune.core.data.dataset import Dataset
 from fedtune.core.errors import ConfigError
 from fedtune.core.models.cache import CachedDataset
-from fedtune.core.models.module_state import KeepsState, build_refusal, describe_state
+from fedtune.core.models.module_state import KeepsState, build_refusal, describe_state, sum_weights
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_records import random_records
 from fedtune.core.registry import process_cache
 
 log = logging.getLogger("fedtune.models")
-SHORT = 8  # tokens
+SHORT = (1, 2, 4, 7, 8)  # tokens: every length to which so short a text is padded, and one within
 BESIDE = 8  # generated records that share a block
 
 # By network, so that another network is checked anew, also where the plan is an earlier one.
@@ -46,16 +46,16 @@ def check_reads(study: Study, network: Network) -> None:
         return
     longest = study.objective.max_length
     network.check_length(longest)
-    # With a file, a record's length follows from the file's place-holders too.
-    lengths = (
-        (SHORT, longest, SHORT) if network.reader.column is None else (SHORT, 2 * SHORT, SHORT)
-    )
     try:
+        rest = longest - count_placeholders(network, study)
+        lengths = order_of(max(1, rest))
+        if network.reader.column is not None:  # each reading computes its files anew
+            lengths = [*lengths[1:3], *lengths[-2:]]
         check_keeps_nothing(study, network, lengths)
     except KeepsState:
         raise
     except Exception as error:
-        log.error("a text of %d tokens was not read (%s)", longest, type(error).__name__)
+        log.error("a text of up to %d tokens was not read (%s)", longest, type(error).__name__)
         raise ConfigError(
             f"the base cannot read objective.max_length = {longest} tokens here",
             "a length that it reads on this machine",
@@ -63,18 +63,37 @@ def check_reads(study: Study, network: Network) -> None:
     _checked[network].add(study.digest)
 
 
+def order_of(longest: int) -> list[int]:
+    """Return the lengths of texts up to `longest` that are tried, in their order: a short text
+    twice, with the longest and shorter ones in between."""
+    short = [length for length in SHORT if length < longest]
+    tried = [*short[:1], *short[-1:], longest, *short[-2::-1], *short[-1:]]
+    return tried if short else [longest, longest]
+
+
+def count_placeholders(network: Network, study: Study) -> int:
+    """Count the tokens that stand for the largest of the generated files; 0 without files."""
+    if network.reader.column is None:
+        return 0
+    generated = random_records(network, study, BESIDE, 1).examples
+    return max(len(example.input_ids) for example in generated) - 1
+
+
 def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) -> None:
     """Check, as `check_order`, that the network keeps nothing of generated records of `lengths`,
-    through the code that reads records. A length's second and later readings are beside others.
-    Errors: KeepsState; whatever a library raises that cannot read them."""
+    through the code that reads records. A length's second and later readings are beside others;
+    the shortest texts, which cost as much in a block as the longest, are read alone. Errors:
+    KeepsState; whatever a library raises that cannot read them."""
     generated = {n: random_records(network, study, BESIDE, n) for n in lengths}
 
     def read(length: int, again: bool) -> torch.Tensor:
         network.states = WeakValueDictionary()  # the frozen part computes each text anew
         whole = generated[length]
-        count = BESIDE if again else 1
-        data = CachedDataset(network, Dataset(whole.examples[:count], count, Counter()))
-        batch = next(data.blocks(range(count)))
+        alone = length < SHORT[-1]
+        count = BESIDE if again and not alone else 1
+        few = Dataset(whole.examples[:count], count, Counter())
+        data = CachedDataset(network, few, alone=alone)
+        batch = next(batch for batch in data.blocks(range(count)) if batch.index[0] == 0)
         hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
         return hidden[: len(hidden) // len(batch.index)]  # of the first record
 
@@ -94,6 +113,7 @@ def check_order(
     text of that length; its second argument: whether the text was read before. Only the first
     reading may add what is built when it is first needed. Errors: KeepsState."""
     results: dict[int, torch.Tensor] = {}
+    weights = sum_weights(model)
     before = describe_state(model)
     for number, length in enumerate(lengths):
         again = length in results
@@ -108,3 +128,5 @@ def check_order(
             )
         results.setdefault(length, result)
         before = state
+    if sum_weights(model) != weights:
+        raise build_refusal(name, "a text changed its weights")

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.bases import known_here
-from fedtune.core.bases.architecture import pool_states, positions_of
+from fedtune.core.bases.architecture import pool_states, positions_of, rows_of
 from fedtune.core.bases.find import (
     Base,
     base_of_plan,
@@ -111,7 +111,7 @@ class LoadedModel:
         inner = self._inner
         causal = self.base.kind == "causal"
         rows = [torch.from_numpy(np.asarray(ids, dtype=np.int64)) for ids in passages]
-        known = int(inner.get_input_embeddings().weight.shape[0])
+        known = rows_of(inner.config, inner.get_input_embeddings())
         ids = check_tokens(pad_sequence(rows, batch_first=True), known).to(inner.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids)
         backbone = inner.model if causal else inner

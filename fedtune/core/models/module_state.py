@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
+from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,6 +17,9 @@ from fedtune.core.errors import ConfigError
 _SMALL = 2**20  # bytes of a tensor up to which its content is compared, not its writes
 _TABLES = ("_modules", "_parameters", "_buffers")  # of a module
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes)
+_SERIES = (list, tuple, set, frozenset, deque)
+# Described by what they are: a module is described where it is a child.
+_BY_IDENTITY = (nn.Module, type, FunctionType, BuiltinFunctionType, MethodType)
 
 
 class KeepsState(ConfigError):
@@ -52,21 +59,57 @@ def _describe(value: Any, seen: dict[int, object]) -> object:
     if id(value) in seen:
         return seen[id(value)]
     seen[id(value)] = id(value)  # of a value that holds itself
-    inner: list[object]
-    if isinstance(value, dict):
-        inner = [(_describe(k, seen), _describe(v, seen)) for k, v in value.items()]
-    elif isinstance(value, list | tuple | set | frozenset):
-        inner = [_describe(item, seen) for item in value]
-    elif isinstance(value, nn.Module | type) or callable(value) or not hasattr(value, "__dict__"):
-        return id(value)  # a module is described where it is a child; a function by what it is
-    else:
-        inner = [type(value).__name__, _describe(vars(value), seen)]
-    seen[id(value)] = described = repr(inner)
+    seen[id(value)] = described = repr(_describe_parts(value, seen))
     return described
+
+
+def _describe_parts(value: Any, seen: dict[int, object]) -> object:
+    if isinstance(value, dict):
+        return [(_describe(k, seen), _describe(v, seen)) for k, v in value.items()]
+    if isinstance(value, _SERIES):
+        return [_describe(item, seen) for item in value]
+    if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:
+            return [_describe(item, seen) for item in value.flat]
+        return hashlib.sha256(value.tobytes()).hexdigest(), value.dtype, value.shape
+    if isinstance(value, torch.Generator):
+        return _describe_tensor(value.get_state())
+    if isinstance(value, _BY_IDENTITY):
+        return id(value)
+    if held := dict(_attributes_of(value)):
+        return type(value).__name__, _describe_parts(held, seen)
+    return id(value), repr(value)  # a library's own kind: an iterator's words say where it is
+
+
+def _attributes_of(value: Any) -> Iterator[tuple[str, object]]:
+    """Yield what an object holds, by name: in its table, and in the slots of its classes."""
+    yield from getattr(value, "__dict__", {}).items()
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(value, name) and name not in ("__dict__", "__weakref__"):
+                yield name, getattr(value, name)
 
 
 def _describe_tensor(tensor: torch.Tensor) -> object:
     if tensor.nbytes > _SMALL or tensor.is_meta:
         return tensor.data_ptr(), tensor._version, tuple(tensor.shape)  # PyTorch counts writes
-    content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(content).hexdigest(), tuple(tensor.shape)
+    return hashlib.sha256(_bytes_of(tensor).cpu().numpy().tobytes()).hexdigest(), tuple(
+        tensor.shape
+    )
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def sum_weights(model: nn.Module) -> list[int]:
+    """Sum the bytes of each tensor that `describe_state` describes by the number of its writes: a
+    write past that count, as through `.data`, shows here. It reads all of the model's memory."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if not t.is_meta}
+    return [_sum_bytes(_bytes_of(t)) for t in tensors.values() if t.nbytes > _SMALL]
+
+
+def _sum_bytes(content: torch.Tensor) -> int:
+    whole = len(content) - len(content) % 8  # eight bytes at a time, modulo 2**64
+    return int(content[:whole].view(torch.int64).sum()) + int(content[whole:].sum())

@@ -26,10 +26,12 @@ from fedtune.core import modalities
 from fedtune.core.bases.architecture import (
     PROJECTOR,
     fill,
+    may_share_blocks,
     parts_of,
     plane_positions,
     pool_states,
     positions_of,
+    rows_of,
 )
 from fedtune.core.bases.find import Base, load_backbone, load_tokenizer
 from fedtune.core.bases.quantise import quantise
@@ -79,6 +81,7 @@ class Network:
         if quantisation:
             quantise(backbone, quantisation, dtype)
         self._parts = parts_of(backbone, base.kind)
+        self.shares_blocks = may_share_blocks(backbone.config)
         self._backbone, self._lm_head = self._parts.text, self._parts.lm_head
         text = backbone.config.get_text_config()
         self.hidden_size, self.vocabulary = int(text.hidden_size), int(text.vocab_size)
@@ -121,9 +124,9 @@ class Network:
 
     @cached_property
     def rows(self) -> int:
-        """The number of tokens for which the base has an embedding and a row of its own head."""
+        """The number of tokens for which each of the base's tables has a row."""
         tables = filter(None, (self.model.get_input_embeddings(), self._lm_head))
-        return min(len(cast(torch.Tensor, table.weight)) for table in tables)
+        return rows_of(self.model.config, *tables)
 
     @cached_property
     def positions(self) -> int | None:

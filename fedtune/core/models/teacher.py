@@ -22,7 +22,7 @@ from fedtune.core.data.files import Rejected
 from fedtune.core.data.records import Record
 from fedtune.core.data.tokenize import passage_of
 from fedtune.core.errors import ConfigError
-from fedtune.core.models.kept_state import SHORT, check_order
+from fedtune.core.models.kept_state import check_order, order_of
 from fedtune.core.models.loaded import LoadedModel, load
 from fedtune.core.objectives._interface import Teacher
 from fedtune.core.registry import process_cache
@@ -110,9 +110,10 @@ def _check_keeps_nothing(model: LoadedModel, objective: ObjectiveTable) -> None:
         return
     draw = np.random.default_rng(0)
     size = model.model.config.get_text_config().vocab_size
-    texts = {n: draw.integers(0, size, size=n, dtype=np.int32) for n in (SHORT, longest)}
+    lengths = order_of(longest)
+    texts = {n: draw.integers(0, size, size=n, dtype=np.int32) for n in lengths}
     read = lambda length, _: model.hidden(texts[length])  # noqa: E731
-    check_order(model.base.name, model.model, read, (SHORT, longest, SHORT))
+    check_order(model.base.name, model.model, read, lengths)
     _checked[model].add(longest)
 
 

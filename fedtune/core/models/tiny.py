@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.core.bases.find import Base, auto_class, find_base
+from fedtune.core.bases.find import Base, auto_class, find_base, load_config
 from fedtune.core.config import LoraTable, Study
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Example, Passage
 from fedtune.core.models.network import Network
@@ -119,10 +119,7 @@ def generate_records(
 def _write(base: Base, folder: Path, seed: int) -> tuple[int, int]:
     """Write the tiny base to `folder`; return the numbers of layers of the real base and of this
     one."""
-    from transformers import AutoConfig
-
-    auto = auto_class(base.kind)
-    config = AutoConfig.from_pretrained(base.path, local_files_only=True)
+    auto, config = auto_class(base.kind), load_config(base)
     text = config.get_text_config(decoder=True)
     speech = base.kind == "speech"
     before = int(config.decoder_layers if speech else text.num_hidden_layers)
@@ -155,7 +152,8 @@ def _save(config: Any, auto: Any, names: tuple[str, ...], folder: Path, seed: in
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        made = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        made.save_pretrained(folder)
     numbers = {name: number for number, name in enumerate(names)}
     tokenizer: Any = PreTrainedTokenizerFast
     tokenizer(

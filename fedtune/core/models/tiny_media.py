@@ -65,7 +65,10 @@ def _images(config: Any, base: Base, folder: Path, sizes: dict[str, int], names:
 def _load(name: str, base: Base, **changes: Any) -> Any:
     import transformers
 
-    return getattr(transformers, name).from_pretrained(base.path, local_files_only=True, **changes)
+    auto = getattr(transformers, name)
+    return auto.from_pretrained(
+        base.path, trust_remote_code=False, local_files_only=True, **changes
+    )
 
 
 def _speech(config: Any, base: Base, folder: Path, sizes: dict[str, int]) -> None:

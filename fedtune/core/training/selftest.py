@@ -25,7 +25,7 @@ from fedtune.core.dp.plan import DpPlan, plan_for_site
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import Refused
 from fedtune.core.models.cache import CachedDataset
-from fedtune.core.models.kept_state import check_keeps_nothing
+from fedtune.core.models.kept_state import SHORT, check_keeps_nothing, count_placeholders
 from fedtune.core.models.network import Network
 from fedtune.core.models.preconditioner import multiplier_of
 from fedtune.core.models.random_records import generate_file
@@ -37,7 +37,7 @@ from fedtune.core.training.unit_gradients import UnitGradientEngine
 
 log = logging.getLogger("fedtune.site")
 SIZES = (1, 3, 2, 1, 4, 2)  # records of each generated patient
-LENGTHS = (8, 24, 100, 500, 1000, 2048)  # of texts that the base must keep nothing of
+LENGTHS = (*SHORT, 24, 100, 500, 1000, 2048)  # of texts that the base must keep nothing of
 SAME = 1e-4  # relative: two ways to one fp32 gradient
 ROOM = 1e-5  # relative, on C: the vanishing noise; the others' rows do not move at all
 SPREAD = 0.003  # relative, on σ
@@ -295,12 +295,11 @@ def _isolation(bench: _Bench) -> float:
 
 
 def _check_lengths(study: Study, network: Network) -> float:
-    """Check that the tiny base, which has read nothing yet, keeps nothing of texts of tens and of
-    thousands of tokens, up to the study's length, read in order of length and back; return 0.
-    Errors: KeepsState."""
-    if network.reader.column is not None:
-        return 0.0
+    """Check that the tiny base, which has read nothing yet, keeps nothing of texts of one token to
+    thousands, up to the study's length, read in order of length and back, each after a file where
+    the base reads files; return 0. Errors: KeepsState."""
     longest = min(study.objective.max_length, network.positions or LENGTHS[-1], LENGTHS[-1])
+    longest = max(1, longest - count_placeholders(network, study))
     there = [*(length for length in LENGTHS if length < longest), longest]
     check_keeps_nothing(study, network, [*there, *reversed(there[:-1])])
     return 0.0

@@ -18,6 +18,7 @@ from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
+from fedtune.core.files.room import Room
 from fedtune.core.ledger.entries import EVERY, Charge, Spent
 
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
@@ -214,14 +215,16 @@ def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
     )
 
 
-def check_rounds(paid: int, policy: PolicyTable) -> None:
+def check_rounds(paid: int, policy: PolicyTable, room: Room) -> None:
     """Check that the ledger may pay for one more round of any study: it has space for a fixed
     number (files.room). A coordinator numbers the rounds of a schedule, and orders them at no
-    cost once everybody's budget is used up. paid: all charges of the ledger. Errors:
+    cost once everybody's budget is used up. paid: all charges of the ledger; room: as it was
+    reserved when this process started, which a larger policy.max_rounds does not change. Errors:
     BudgetExceeded."""
-    if paid >= policy.max_rounds:
+    most = min(policy.max_rounds, room.rounds)
+    if paid >= most:
         raise BudgetExceeded(
             "this site's ledger has paid for policy.max_rounds rounds of all studies together",
-            f"at most {policy.max_rounds}",
-            "the site may raise policy.max_rounds, for 4 KiB more disk per round",
+            f"at most {most}",
+            "the site may raise policy.max_rounds, for 4 KiB more disk per round, and start again",
         )

@@ -57,7 +57,7 @@ def answer_query(
     permit_declared(current, site.home)
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
-    check_rounds(len(site.ledger.spending()), current.policy)
+    check_rounds(len(site.ledger.spending()), current.policy, site.room)
     site.declare(held_out, study)
     charges = site.ledger.charges(held_out.name)
     charge = charge_of(study, plan, current, round_, charges)

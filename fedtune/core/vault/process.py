@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
 from fedtune.core.config.database import is_over_tcp, kind_of
-from fedtune.core.errors import InfrastructureError, describe, is_fault
-from fedtune.core.processes import STOP_SECONDS, Stopped, alone, end_with_parent, interruptible
+from fedtune.core.errors import InfrastructureError, Stopped, describe, is_fault
+from fedtune.core.processes import STOP_SECONDS, alone, end_with_parent, interruptible
 from fedtune.core.progress import listening
 from fedtune.core.wire.events import Teller, pass_warnings_on
 from fedtune.core.wire.requests import FAILED, Answer, Request, RequestError, receive_request, send

@@ -220,7 +220,7 @@ class SiteWorker:
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
-        check_rounds(len(self.ledger.spending()), site.policy)
+        check_rounds(len(self.ledger.spending()), site.policy, self.room)
         self.declare(self.site.data, study)
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # a unit that arrives now must have budget to take part
