@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import Study
-from fedtune.core.errors import ConfigError, is_fault
-from fedtune.core.processes import Stopped
+from fedtune.core.errors import ConfigError, Stopped, is_fault
 from fedtune.core.progress import OnEvent, told
 from fedtune.launch.coordinator import (
     Link,

@@ -22,8 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-from fedtune.core.errors import InfrastructureError
-from fedtune.core.processes import Stopped
+from fedtune.core.errors import InfrastructureError, Stopped
 from fedtune.server.schedule import format_utc
 
 
