@@ -202,7 +202,7 @@ def test_a_bad_answer_is_listed_with_its_reason_and_the_run_goes_on(
 def test_a_resumed_run_asks_nobody_twice_for_what_is_known(
     trial: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch, crash: str
 ) -> None:
-    class Killed(BaseException):
+    class Killed(KeyboardInterrupt):
         pass
 
     a, b = FakeSite("a"), FakeSite("b")

@@ -275,14 +275,16 @@ def test_only_the_command_reads_the_table_and_what_was_decided() -> None:
     """Few modules name either, each for a reason; a round, a plan and an answer are none of them.
 
     The command and its configuration read the table. `review` and `records` name it in what they
-    say. `purge` deletes the pages, `withdraw` looks for a patient among who is only judged on,
-    `personalise` trains on none of them, and the half on the network is kept from the folders.
+    say. `purge` deletes the pages, `withdraw` and `adopt` look for a patient among who is only
+    judged on, `personalise` trains on none of them, and the half on the network is kept from the
+    folders.
     """
     root = Path(fedtune.__file__).parent
     allowed = {
         "__init__.py",
         "cli/accept.py",
         "cli/main.py",
+        "officer/adopt.py",
         "officer/purge.py",
         "officer/review.py",
         "officer/withdraw.py",

@@ -251,7 +251,7 @@ def test_a_long_ledger_opens_in_seconds(folder: Path, entries: int) -> None:
     assert time.process_time() - start < 10
 
 
-class Killed(BaseException):
+class Killed(KeyboardInterrupt):
     """The process ends here."""
 
 

@@ -182,7 +182,7 @@ MUTANTS = (
     one(
         "resources", "an-earlier-update-is-sent-again-where-the-disk-has-room",
         "fedtune/core/ledger/ledger.py",
-        "for other in set(self._list_stored(reserved.slot[0])) - {self._path(reserved.slot)}:",
+        "for other in set(self._list_stored(reserved.slot[0])) - self._to_keep(reserved.slot):",
         "for other in set():",
         "tests/dp/test_ledger_files.py::"
         "test_of_each_study_the_newest_update_alone_is_sent_again_whatever_the_disk_has",

@@ -17,7 +17,7 @@ from tests.secagg.unit_sites import NAMES
 MOST_MESSAGES = 400  # of one start of the coordinator: more is a hang
 
 
-class Killed(BaseException):
+class Killed(KeyboardInterrupt):
     """The coordinator dies here: nothing may catch it."""
 
 

@@ -49,7 +49,7 @@ def study() -> Study:
     return made.model_copy(update={"evaluation": None, "training": training})
 
 
-class Killed(BaseException):
+class Killed(KeyboardInterrupt):
     """The coordinator dies here: nothing may catch it."""
 
 

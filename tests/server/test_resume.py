@@ -18,7 +18,7 @@ from tests.server.fakes import FakeEvaluator, FakeSite, make_parts, make_study
 STUDY = make_study(min_sites=2, name="fedadam", options={"server_learning_rate": 0.1})
 
 
-class Killed(BaseException):
+class Killed(KeyboardInterrupt):
     """Power loss: nothing may catch it."""
 
 
