@@ -87,7 +87,7 @@ def log(
     if run is not None:
         from fedtune.officer.noted_in_run import noted_in
 
-        head = noted_in(run, folder)
+        head = noted_in(run, folder, _memberships(path))
     checked = audit_log.verify(folder, signer or audit_log.signer_at(folder), head)
     shown = [entry for entry in checked.entries if event in ("", entry["event"])]
     if not verify:
@@ -101,6 +101,18 @@ def log(
         "signer": checked.signer,
         "head": checked.head,
     }
+
+
+def _memberships(path: Path) -> set[str]:
+    """Return the memberships of a hospital whose log it is, which its receipts name; {""} of a site
+    that is none. Errors: ConfigError."""
+    from fedtune.core.config import load_site
+    from fedtune.core.config.hospital import FILE
+    from fedtune.core.config.load import load_hospital
+
+    if not path.is_dir():
+        return {*load_site(path).policy.own}
+    return {"", *(load_hospital(path).memberships if (path / FILE).exists() else ())}
 
 
 def _folder(path: Path) -> Path:

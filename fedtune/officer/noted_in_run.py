@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedtune.core.errors import ConfigError, InputError
@@ -12,9 +13,10 @@ from fedtune.core.wire.keys import SigningKey
 from fedtune.evidence.sign import EVIDENCE, RUN
 
 
-def noted_in(run: Path, state: Path) -> str:
+def noted_in(run: Path, state: Path, memberships: Iterable[str] = ("",)) -> str:
     """Return the newest head of a site's audit log that its updates in a run, or in the dossier of
-    one, hold sealed. state: the site's folder, where its key is.
+    one, hold sealed. state: the folder of its ledger, where the key is; memberships: those that
+    share it.
 
     Errors: ConfigError without the key, InputError where there is no such head, or no run."""
     if not (state / KEY).exists():
@@ -26,7 +28,7 @@ def noted_in(run: Path, state: Path) -> str:
     for update in evidence.get("updates", ()):
         try:
             token = json.loads(update["header"])["ledger"]["token"]
-            heads.add(str(opened_token(key, token).get("audit", "")))
+            heads.add(str(opened_token(key, token, *memberships).get("audit", "")))
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
     if not (known := heads - {""}):

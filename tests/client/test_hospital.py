@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from fedtune.core.dp.accountant import epsilon
 from fedtune.core.errors import BudgetExceeded, ConfigError
 from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.worker import SiteWorker
@@ -66,6 +68,7 @@ def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path)
         ("hospital.toml", "max_delta = 1e-4", "max_delta = 0.1", "1 / hospital.declared_size"),
         ("hospital.toml", 'site = "onco', 'sight = "onco', "did you mean site"),
         ("hospital.toml", "[policy]", "[polici]", "did you mean policy"),
+        ("hospital.toml", "[memberships.onco]", "[memberships.officer]", "is not free"),
         ("onco/site.toml", "[policy]", 'disjoint_from = ["x"]\n[policy]', "differs from what"),
         ("onco/site.toml", "[policy]", 'declared = "public"\n[policy]', "not a hospital's"),
         ("onco/site.toml", '[hospital]\nhome = ".."\nmembership = "onco"\n', "", None),
@@ -88,7 +91,7 @@ def test_a_site_file_cannot_grant_itself_a_share(tmp_path: Path) -> None:
     path = make_hospital(tmp_path / "home")["onco"]
     share = (
         'membership = "onco", max_epsilon = 99.0, max_fallback_epsilon = 99.0, earlier = true, '
-        "declared_size = 9, memberships = []"
+        "declared_size = 9, max_rounds = 9, memberships = []"
     )
     edit(path, 'bases = "any"', f'bases = "any"\nhospital = {{ {share} }}')
     assert load_site(path).policy.ceiling == 8.0
@@ -247,6 +250,76 @@ def test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice(
     made["onco"].home.admit(digest, "ada", "onco")
     assert made["onco"].home.admitted(digest, policy.own)
     assert not made["cardio"].home.admitted(digest, made["cardio"].current().policy.own)
+
+
+def test_with_shared_noise_a_hospital_takes_part_in_a_plan_once(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Two of its sites in one sum would move it by 2 C under one dose of noise."""
+    made = workers(tmp_path / "home", ceiling=20.0)
+    run(made["onco"], study_of("both", tiny_base), 1)
+    (charge,) = spent(made["onco"])
+    plan = made["onco"]._prepared[charge.study].private
+    assert plan is not None
+    shared = replace(plan, sites=3, colluding=1)
+    policies = {name: made[name].current().policy for name in NAMES}
+    Budget(policies["onco"], shared, [charge]).check(1)
+    with pytest.raises(BudgetExceeded, match="takes part in a plan once") as refused:
+        Budget(policies["cardio"], shared, [charge]).check(1)
+    assert not re.search(r"\d", str(refused.value))
+    Budget(policies["cardio"], plan, [charge]).check(1)
+
+
+def test_what_is_paid_for_another_unit_meanwhile_is_seen(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another membership charges a round per record while this one reads its records."""
+    made = workers(tmp_path / "home")
+    study = study_of("onco", tiny_base)
+    run(made["onco"], study, 1)
+    other, read = spent(made["onco"])[0], SiteWorker.data_in_study
+
+    def meanwhile(self: SiteWorker, *given: Any) -> Any:
+        ledger = Ledger(tmp_path / "home")
+        ledger.reserve("records", replace(other, unit="record", study="x"), "y", lambda _: None)
+        return read(self, *given)
+
+    monkeypatch.setattr(SiteWorker, "data_in_study", meanwhile)
+    with pytest.raises(BudgetExceeded, match="is unknown for one patient"):
+        trains(made["onco"], study, 2)
+
+
+def test_the_number_of_rounds_is_shared_without_a_figure(tmp_path: Path, tiny_base: Path) -> None:
+    home = tmp_path / "home"
+    files = make_hospital(home, ceiling=20.0)
+    edit(home / "hospital.toml", "max_delta = 1e-4", "max_delta = 1e-4\nmax_rounds = 5")
+    edit(home / "hospital.toml", "[memberships.cardio]", "[memberships.cardio]\nmax_rounds = 1")
+    made = {name: SiteWorker(load_site(path), path) for name, path in files.items()}
+    studies = {name: study_of(name, tiny_base) for name in NAMES}
+    assert made["onco"].room == made["cardio"].room.of("onco")
+    run(made["cardio"], studies["cardio"], 1)
+    with pytest.raises(BudgetExceeded, match=re.escape("policy.max_rounds")):
+        trains(made["cardio"], studies["cardio"], 2)
+    run(made["onco"], studies["onco"], 4)
+    said = refusal(made["onco"], study_of("more", tiny_base, epsilon=1.0))
+    assert reason_of(said) == "of all its consortia together" and not re.search(r"\d", said)
+
+
+def test_no_receipt_tells_that_two_sites_are_one_hospital(tmp_path: Path, tiny_base: Path) -> None:
+    from fedtune.core.wire.keys import SigningKey
+
+    made, coordinator = workers(tmp_path / "home"), SigningKey()
+    for name in NAMES:
+        study = study_of(name, tiny_base)
+        assert made[name].prepare(study.study, study.frozen, coordinator.public).admitted
+        trains(made[name], study, 1)
+    sealed = made["cardio"].sealed(
+        study_of("cardio", tiny_base).study.digest, 1, "0" * 32, "d" * 64
+    )
+    given = receipt(coordinator, json.loads(sealed["header"])["ledger"])
+    with pytest.raises(LedgerError, match="is not one for this site's ledger"):
+        made["onco"].begin(study_of("onco", tiny_base).study.digest, 2, json.dumps(given))
+    made["cardio"].begin(study_of("cardio", tiny_base).study.digest, 2, json.dumps(given))
 
 
 def test_each_takes_a_receipt_of_its_own_coordinator(tmp_path: Path, tiny_base: Path) -> None:

@@ -63,6 +63,33 @@ MUTANTS = (
         "a plan that a person signed for one consortium runs in another",
     ),
     one(
+        "hospital", "two-memberships-share-one-dose-of-noise", BUDGET,
+        "        self.check_alone()\n", "",
+        T_HOSPITAL + "test_with_shared_noise_a_hospital_takes_part_in_a_plan_once",
+        "one opened sum moves by 2 C: 2.53 is charged where 3.80 is true",
+    ),
+    one(
+        "hospital", "what-is-paid-while-records-are-read-is-not-asked-for",
+        "fedtune/core/ledger/ledger.py",
+        "                permit_unknown(self._unknown(dataset, charge.unit))\n"
+        "            return writer",
+        "                pass\n            return writer",
+        T_HOSPITAL + "test_what_is_paid_for_another_unit_meanwhile_is_seen",
+        "a study per patient trains after rounds per record of another consortium",
+    ),
+    one(
+        "hospital", "a-refusal-tells-how-many-rounds-others-had", BUDGET,
+        "if len(charges) >= room.rounds and policy.hospital:", "if False:",
+        T_HOSPITAL + "test_the_number_of_rounds_is_shared_without_a_figure",
+        "one coordinator counts another's rounds, or the ledger outgrows its room",
+    ),
+    one(
+        "hospital", "a-token-opens-in-every-membership", "fedtune/core/ledger/files.py",
+        "membership.encode() or None)).hex()", "None)).hex()",
+        T_HOSPITAL + "test_no_receipt_tells_that_two_sites_are_one_hospital",
+        "two coordinators try whether their sites are one hospital",
+    ),
+    one(
         "hospital", "a-site-file-grants-itself-a-share", SITE,
         "if self.policy.hospital and not self.hospital:", "if False:",
         T_HOSPITAL + "test_a_site_file_cannot_grant_itself_a_share",

@@ -18,7 +18,7 @@ from fedtune.core.config.database import Url, anchor_url
 from fedtune.core.config.site import ConsentTable, ShareTable, SiteData, fits
 from fedtune.core.config.types import Count, Delta, Name, Number, Place, Positive, Table
 from fedtune.core.errors import ConfigError
-from fedtune.core.files.room import ROUNDS
+from fedtune.core.files.room import OFFICER, ROUNDS
 
 if TYPE_CHECKING:
     from fedtune.core.config.site import Site
@@ -78,12 +78,13 @@ class MembershipTable(Table):
     """A membership in a consortium, and its share of the hospital's ceilings.
 
     - site: its site.toml
-    - max_epsilon, max_fallback_epsilon: the share of each; None: the whole ceiling
+    - max_epsilon, max_fallback_epsilon, max_rounds: the share of each; None: the whole ceiling
     - earlier: whether what the ledger paid for before it was the hospital's is this membership's"""
 
     site: Place
     max_epsilon: Positive | None = None
     max_fallback_epsilon: Positive | None = None
+    max_rounds: Number | None = None
     earlier: bool = False
 
 
@@ -104,6 +105,8 @@ class Hospital(Table):
                 f"policy.max_delta = {self.policy.max_delta}: twice this value must be below 1 / "
                 "hospital.declared_size; a larger δ would allow a mechanism to release a record"
             )
+        if OFFICER in self.memberships:
+            raise ValueError(f"memberships.{OFFICER}: is not free: withdrawals have that space")
         if sum(membership.earlier for membership in self.memberships.values()) > 1:
             raise ValueError("memberships: what was paid earlier is one membership's alone")
         for name, data in self.datasets.items():
@@ -145,6 +148,7 @@ def share_in(site: Site, hospital: Hospital) -> Site:
         membership=name,
         max_epsilon=ceilings.max_epsilon,
         max_fallback_epsilon=ceilings.max_fallback_epsilon,
+        max_rounds=ceilings.max_rounds,
         earlier=membership.earlier,
         declared_size=hospital.hospital.declared_size,
         memberships=tuple(sorted(hospital.memberships)),
@@ -158,7 +162,7 @@ def share_in(site: Site, hospital: Hospital) -> Site:
                 membership.max_fallback_epsilon or ceilings.max_fallback_epsilon,
             ),
             "max_delta": ceilings.max_delta,
-            "max_rounds": ceilings.max_rounds,
+            "max_rounds": min(own.max_rounds, membership.max_rounds or ceilings.max_rounds),
             "hospital": share,
         }
     )

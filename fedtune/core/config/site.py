@@ -264,6 +264,7 @@ class ShareTable(Table):
     membership: Name
     max_epsilon: Positive
     max_fallback_epsilon: Positive
+    max_rounds: Number
     earlier: bool
     declared_size: Count
     memberships: tuple[Name, ...]
@@ -424,10 +425,10 @@ class Site(Table):
     @property
     def room(self) -> Room:
         """The disk space that is reserved beside the site's ledger."""
-        rounds, share = self.policy.max_rounds, self.policy.hospital
-        if share is None:
-            return Room(self.home, self.site.declared_size, rounds)
-        return Room(self.home, share.declared_size, rounds, share.membership, share.memberships)
+        if (share := self.policy.hospital) is None:
+            return Room(self.home, self.site.declared_size, self.policy.max_rounds)
+        users = share.membership, share.memberships
+        return Room(self.home, share.declared_size, share.max_rounds, *users)
 
     @classmethod
     def from_records(

@@ -18,6 +18,7 @@ EVERY = "*"  # the dataset of a charge that counts against all of them
 RULES = 2
 Slot = tuple[str, int, str]  # (study, round, adapter): at most one update leaves the site for it
 Permit = Callable[[list["Charge"]], None]
+PermitUnknown = Callable[[list["Spent"]], None]  # of charges whose ε is not known
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,27 +73,33 @@ def head_in(statement: Any, public: str) -> Head | None:
     return None
 
 
-def sealed_token(key: SigningKey, statement: dict[str, Any], audit: str = "") -> str:
+def sealed_token(
+    key: SigningKey, statement: dict[str, Any], audit: str = "", membership: str = ""
+) -> str:
     """Encrypt a head statement so that only this site can read it; of constant length (hex).
 
     audit: the head of the site's audit log, so that a coordinator that stores the token, unread,
     stores both. In clear text the sequence number would reveal to the coordinator that the data
-    changed, or that a patient withdrew. AES-256-GCM under a key derived from the site's own."""
+    changed, or that a patient withdrew. AES-256-GCM under a key derived from the site's own; only
+    the same membership of a hospital opens it, so that nobody can try whether two sites are one
+    hospital."""
     text = f"{statement['seq']:012d}{statement['hash']}{statement['signature']}{audit:>80}".encode()
     nonce = os.urandom(12)
-    return (nonce + AESGCM(key.derive("ledger token")).encrypt(nonce, text, None)).hex()
+    cipher = AESGCM(key.derive("ledger token"))
+    return (nonce + cipher.encrypt(nonce, text, membership.encode() or None)).hex()
 
 
-def opened_token(key: SigningKey, token: object) -> dict[str, Any]:
+def opened_token(key: SigningKey, token: object, *memberships: str) -> dict[str, Any]:
     """Return the statement in a token, and the audit log's head; {} if the token is not one of
-    this site's."""
-    try:
-        raw = bytes.fromhex(str(token))
-        text = AESGCM(key.derive("ledger token")).decrypt(raw[:12], raw[12:], None).decode()
-        statement = {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:204]}
-        return statement | {"audit": text[204:].strip()}
-    except (ValueError, InvalidTag):
-        return {}
+    this site's, as one of these memberships; without any, of a site that is none."""
+    cipher = AESGCM(key.derive("ledger token"))
+    for membership in memberships or ("",):
+        with suppress(ValueError, InvalidTag):
+            raw, bound = bytes.fromhex(str(token)), membership.encode() or None
+            text = cipher.decrypt(raw[:12], raw[12:], bound).decode()
+            statement = {"seq": int(text[:12]), "hash": text[12:76], "signature": text[76:204]}
+            return statement | {"audit": text[204:].strip()}
+    return {}
 
 
 def read_head(path: Path, public: str) -> Head | None:

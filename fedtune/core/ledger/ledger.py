@@ -47,6 +47,7 @@ from fedtune.core.ledger.entries import (
     Earlier,
     Held,
     Permit,
+    PermitUnknown,
     Slot,
     Spent,
 )
@@ -193,8 +194,13 @@ class Ledger:
     def unknown(self, dataset: str, unit: str) -> list[Spent]:
         """List charges against `dataset` whose ε for one `unit` is unknown and that nobody at
         the site has accepted."""
-        upto = max((acceptance.upto for acceptance in self.accepted(dataset)), default=-1)
-        spending = self.spending(dataset)
+        with self._store.writing():
+            return self._unknown(dataset, unit)
+
+    def _unknown(self, dataset: str, unit: str) -> list[Spent]:
+        accepted = self._account.accepted.get(dataset, [])
+        upto = max((acceptance.upto for acceptance in accepted), default=-1)
+        spending = self._account.against(dataset)
         return [s for s in spending if s.seq > upto and not s.charge.is_known_for(unit)]
 
     def accepted(self, dataset: str) -> list[Accepted]:
@@ -277,15 +283,25 @@ class Ledger:
                 asks = permit if other == dataset else permit_other or permit
                 asks([s.charge for s in spent])
 
-    def reserve(self, dataset: str, charge: Charge, adapter: str, permit: Permit) -> int:
+    def reserve(
+        self,
+        dataset: str,
+        charge: Charge,
+        adapter: str,
+        permit: Permit,
+        permit_unknown: PermitUnknown | None = None,
+    ) -> int:
         """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
 
         `permit` gets all charges that count against a dataset, without the new one, and raises
         to refuse. It is called for `dataset` and for every other dataset against which the
-        charge would count, under the write lock; it must not call this ledger. Returns the
-        entry's number. Errors: what `permit` raises (nothing is charged); LedgerError."""
+        charge would count, under the write lock; it must not call this ledger. permit_unknown: is
+        given `unknown` of the dataset for the charge's unit, likewise. Returns the entry's number.
+        Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
             self._ask(dataset, permit)
+            if permit_unknown:
+                permit_unknown(self._unknown(dataset, charge.unit))
             return writer.append("reserve", _reservation(dataset, charge, adapter))
 
     def reserve_for(
@@ -295,18 +311,22 @@ class Ledger:
         adapter: str,
         permit: Permit,
         permit_other: Permit | None = None,
+        permit_unknown: PermitUnknown | None = None,
     ) -> tuple[int, frozenset[int]]:
         """Charge one round to the cohorts of `dataset` that `permit` allows: a cohort that it
         refuses is left out of the round and not charged for it. Returns the reservation's number
         and the arrivals of the cohorts left out. permit_other: asked in place of `permit` of every
         other dataset against which the charge counts. All rounds count there, whoever was in them,
-        so that what limits one cohort's life is no limit of such a dataset.
+        so that what limits one cohort's life is no limit of such a dataset. permit_unknown: as for
+        `reserve`.
 
         Guarantee: who is left out follows from public charges, the policy and the time of arrival,
         never from a record; and the charge is made even where no cohort remains.
         Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
         with self._store.writing() as writer:
             self._ask(dataset, permit, permit_other, of_newcomers=True)
+            if permit_unknown:
+                permit_unknown(self._unknown(dataset, charge.unit))
             out = set()
             for cohort in self._account.cohorts(dataset):
                 try:
@@ -460,20 +480,27 @@ class Ledger:
         self._read()
         return self._released_bytes((study, round_, adapter))
 
-    def head_statement(self, audit: str = "") -> dict[str, Any]:
-        """Return {token}: the newest entry and the audit log's head, for the coordinator to
-        countersign unread."""
-        return {"token": sealed_token(self.key, self._store.statement(self._read()), audit)}
+    def head_statement(self, audit: str = "", membership: str = "") -> dict[str, Any]:
+        """Return {token}: the newest entry and the audit log's head, for the coordinator of a
+        membership to countersign unread."""
+        statement = self._store.statement(self._read())
+        return {"token": sealed_token(self.key, statement, audit, membership)}
 
-    def accept_receipt(self, receipt: Mapping[str, Any], coordinator_public: str) -> str:
+    def accept_receipt(
+        self,
+        receipt: Mapping[str, Any],
+        coordinator_public: str,
+        memberships: Iterable[str] = ("",),
+    ) -> str:
         """Check a countersigned head against this ledger, and keep it if it is the newest. Returns
-        the audit log's head in it, "" if it holds none.
+        the audit log's head in it, "" if it holds none. memberships: under which its token may
+        have been sealed.
 
         Errors: LedgerError if it is not a receipt of this site by that coordinator (it is ignored),
         or if the ledger lacks the entry: the ledger was rolled back, and reserves nothing from now
         on, in any process, until it is restored."""
         token = {"token": receipt.get("token")}
-        statement = opened_token(self.key, token["token"])
+        statement = opened_token(self.key, token["token"], *memberships)
         head = head_in(statement, self.key.public)
         counter = str(receipt.get("countersignature"))
         if (

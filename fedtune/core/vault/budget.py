@@ -116,6 +116,7 @@ class Budget:
         queries count together against policy.max_epsilon_per_study, as far as both are charged to
         the same people: a coordinator may ask either first.
         Arguments and errors: as for `check`."""
+        self.check_alone()
         plan, policy = self.plan, self.policy
         ahead = self.ahead(round_) + more
         events = [*(charge.event for charge in self._of_plan()), *plan.events(ahead)]
@@ -168,6 +169,23 @@ class Budget:
             self.is_shared and self.fallback(ahead).epsilon > self.policy.fallback_ceiling
         )
 
+    def check_alone(self) -> None:
+        """Check that no other membership of the hospital takes part in a plan whose noise is
+        shared: two of its sites in one sum would move it by twice what either is charged for,
+        under one dose of noise.
+
+        Errors: BudgetExceeded, without saying who does."""
+        own = self.policy.own | {EVERY}
+        if self.plan.sites > 1 and any(
+            charge.study == self.plan.study and charge.membership not in own
+            for charge in self.charges
+        ):
+            raise BudgetExceeded(
+                "with shared noise a hospital takes part in a plan once, of all its consortia "
+                "together",
+                todo="leave this site out, or plan with each site's own noise",
+            )
+
     def check_attempts(self, round_: int) -> None:
         """Check that a round of the plan may be paid for once more. It is paid for again if it was
         interrupted, or if the coordinator orders it from another adapter: without a bound, a plan
@@ -215,14 +233,20 @@ def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
     )
 
 
-def check_rounds(paid: int, policy: PolicyTable, room: Room) -> None:
+def check_rounds(charges: Sequence[Charge], policy: PolicyTable, room: Room) -> None:
     """Check that the ledger may pay for one more round of any study: it has space for a fixed
     number (files.room). A coordinator numbers the rounds of a schedule, and orders them at no
-    cost once everybody's budget is used up. paid: all charges of the ledger; room: as it was
-    reserved when this process started, which a larger policy.max_rounds does not change. Errors:
+    cost once everybody's budget is used up. charges: all of the ledger; room: as it was reserved
+    when this process started, which a larger policy.max_rounds does not change. Errors:
     BudgetExceeded."""
     most = min(policy.max_rounds, room.rounds)
-    if paid >= most:
+    own = [charge for charge in charges if charge.membership in policy.own | {EVERY}]
+    if len(charges) >= room.rounds and policy.hospital:
+        raise BudgetExceeded(
+            "this hospital's ledger pays for no further round, of all its consortia together",
+            todo="ask the site; `fedtune ledger` there shows what was spent",
+        )
+    if len(own) >= most:
         raise BudgetExceeded(
             "this site's ledger has paid for policy.max_rounds rounds of all studies together",
             f"at most {most}",

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +26,7 @@ from fedtune.core.models.lora import Arrays, digest
 from fedtune.core.models.prefix_store import make_room_after
 from fedtune.core.objectives._interface import Batch, Network
 from fedtune.core.vault import airlock
-from fedtune.core.vault.budget import Budget, check_rounds
+from fedtune.core.vault.budget import Budget, check_known, check_rounds
 from fedtune.core.vault.declared import permit_declared
 from fedtune.core.vault.policy import admit_queries
 from fedtune.core.vault.prepared import Prepared, step_summary
@@ -57,7 +58,7 @@ def answer_query(
     permit_declared(current, site.home)
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
-    check_rounds(len(site.ledger.spending()), current.policy, site.room)
+    check_rounds([s.charge for s in site.ledger.spending()], current.policy, site.room)
     site.declare(held_out, study)
     charges = site.ledger.charges(held_out.name)
     charge = charge_of(study, plan, current, round_, charges)
@@ -70,7 +71,8 @@ def answer_query(
     site.ledger.ask(held_out.name, permit)
     data = site.data_in_study(study, prepared.network, held_out)
     label = site.slot(plan.study, round_, digest(adapter))[2]
-    reserved = site.ledger.reserve(held_out.name, charge, label, permit)
+    known = partial(check_known, held_out.name, plan.unit)
+    reserved = site.ledger.reserve(held_out.name, charge, label, permit, known)
     site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)

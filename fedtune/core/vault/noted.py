@@ -21,5 +21,6 @@ def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None
 
     Errors: LedgerError."""
     if receipt:
-        head = site.home.accept_receipt(json.loads(receipt), coordinator)
+        own = site.site.policy.own
+        head = site.home.accept_receipt(json.loads(receipt), coordinator, own)
         acts(site).check(head)

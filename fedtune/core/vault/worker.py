@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,7 +220,7 @@ class SiteWorker:
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
-        check_rounds(len(self.ledger.spending()), site.policy, self.room)
+        check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)
         self.declare(self.site.data, study)
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # a unit that arrives now must have budget to take part
@@ -406,6 +406,8 @@ class SiteWorker:
             if plan:
                 Budget(site.policy, plan, charges).check_ceilings(round_)
 
+        # Again under the write lock: another membership may have paid since.
+        known = partial(check_known, self._dataset, study.unit)
         # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
         # is asked of cohorts, their own charges are not all attempts.
         if plan and study.continuous:
@@ -414,11 +416,11 @@ class SiteWorker:
         data = self.data_in_study(study, prepared.network, self.site.data)
         if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
             reserved, spent = self.ledger.reserve_for(
-                self._dataset, charge, slot, permit, permit_other
+                self._dataset, charge, slot, permit, permit_other, known
             )
             data = self._with_budget_left(data, spent)
         else:
-            reserved = self.ledger.reserve(self._dataset, charge, slot, permit)
+            reserved = self.ledger.reserve(self._dataset, charge, slot, permit, known)
         self.log.begin_round()
         if plan is None:  # a mechanism logs its noised steps; a restore charges by the log
             steps = study.training.local_steps
@@ -508,7 +510,7 @@ class SiteWorker:
 
     def sealed(self, digest: str, round_: int, nonce: str, content_digest: str) -> dict[str, str]:
         """Seal an update whose arrays have this digest."""
-        prepared = self._require(digest)
+        prepared, policy = self._require(digest), self.site.policy
         header = Header(
             plan=digest,
             round=round_,
@@ -517,7 +519,7 @@ class SiteWorker:
             receiver=prepared.coordinator,
             nonce=nonce,
             body=content_digest,
-            ledger=self.home.head_statement(noted.acts(self).head),
+            ledger=self.home.head_statement(noted.acts(self).head, policy.membership),
         )
         return seal(self.key, header)
 
