@@ -72,15 +72,15 @@ def test_rounds_beyond_the_room_wait_for_the_next_start(tmp_path: Path, tiny_bas
     trains(worker, made, 1)
     for most, refused in ((1, True), (2, False), (5000, False)):
         policy_now = worker.site.policy.model_copy(update={"max_rounds": most})
-        paid = len(worker.ledger.spending())
+        paid = worker.ledger.charges("records")
         try:
             check_rounds(paid, policy_now, worker.room)
             assert not refused
         except BudgetExceeded:
             assert refused
     with pytest.raises(BudgetExceeded, match="at most 3"):
-        check_rounds(3, policy_now, worker.room)
-    check_rounds(3, policy_now, Room(tmp_path, 12, 5000))  # started again
+        check_rounds(paid * 3, policy_now, worker.room)
+    check_rounds(paid * 3, policy_now, Room(tmp_path, 12, 5000))  # started again
 
 
 def test_a_rounds_number_has_space_in_an_entry(tmp_path: Path, tiny_base: Path) -> None:

@@ -11,13 +11,13 @@ T = "tests/guarantee/test_hostile_courier.py::test_each_thing_that_a_courier_can
 MUTANTS = (
     one(
         "courier", "an-open-charge-pays-again", "fedtune/core/ledger/ledger.py",
-        '            self._ask(dataset, permit)\n            return writer',
+        '            self._ask(dataset, permit)\n            if permit_unknown:\n',
         "            self._ask(dataset, permit)\n"
         "            slot = charge.study, charge.round, adapter\n"
         "            for number, reserved in self._account.reserved.items():\n"
         "                if reserved.slot == slot and number not in self._account.done:\n"
         "                    return number\n"
-        '            return writer',
+        '            if permit_unknown:\n',
         f"{T}[killed-while-it-trains]",
         "a vault that is killed after its noise was drawn draws again at no charge",
     ),
