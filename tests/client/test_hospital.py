@@ -11,6 +11,7 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import BudgetExceeded, ConfigError
 from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
@@ -247,6 +248,32 @@ def test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice(
     made["onco"].home.admit(digest, "ada", "onco")
     assert made["onco"].home.admitted(digest, policy.own)
     assert not made["cardio"].home.admitted(digest, made["cardio"].current().policy.own)
+
+
+def test_what_one_consortium_is_told_holds_no_round_of_another(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both run one plan: what a site states it ran is of its own membership. The twin reads the
+    whole log of the hospital."""
+    made, study = workers(tmp_path / "home", ceiling=20.0), study_of("both", tiny_base)
+    run(made["cardio"], study, 3)
+    run(made["onco"], study, 1)
+    prepared = {name: made[name]._require(study.study.digest) for name in NAMES}
+    per_round = study.study.training.local_steps
+
+    def stated(name: str) -> int:
+        return sum(event["steps"] for event in made[name].events(prepared[name]))
+
+    assert (stated("cardio"), stated("onco")) == (3 * per_round, per_round)
+    edit(tmp_path / "home" / "hospital.toml", 'onco/site.toml"', 'onco/site.toml"\nearlier = true')
+    log = tmp_path / "home" / "steps.jsonl"
+    log.write_text(log.read_text().replace('"membership": "onco", ', ""))  # before it had a home
+    path = tmp_path / "home" / "onco" / "site.toml"
+    assert len(SiteWorker(load_site(path)).events_of(study.study.digest)) == 1
+    assert stated("onco") == 0, "another membership's earlier steps are not its own"
+    steps = StepLog.steps
+    monkeypatch.setattr(StepLog, "steps", lambda log, study, _: steps(log, study))
+    assert stated("onco") == 4 * per_round
 
 
 def test_each_takes_a_receipt_of_its_own_coordinator(tmp_path: Path, tiny_base: Path) -> None:

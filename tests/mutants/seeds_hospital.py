@@ -107,4 +107,17 @@ MUTANTS = (
         T_HOSPITAL + "test_the_courier_reads_nothing_of_the_home",
         "what one consortium's half on the network can read is not tried",
     ),
+    one(
+        "hospital", "one-consortium-is-told-the-rounds-of-another", "fedtune/core/vault/worker.py",
+        "step_summary(self.log.steps(digest, self.site.policy.own))",
+        "step_summary(self.log.steps(digest))",
+        T_HOSPITAL + "test_what_one_consortium_is_told_holds_no_round_of_another",
+        "a coordinator sees that the hospital runs its plan elsewhere too, and a false ε is signed",
+    ),
+    one(
+        "hospital", "a-step-names-no-membership", "fedtune/core/dp/steplog.py",
+        "step = replace(step, membership=self._membership)", "pass",
+        T_HOSPITAL + "test_what_one_consortium_is_told_holds_no_round_of_another",
+        "whose steps the hospital's log holds cannot be told apart",
+    ),
 )

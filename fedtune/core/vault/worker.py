@@ -94,7 +94,8 @@ class SiteWorker:
 
     def __init__(self, site: Site, path: Path | None = None) -> None:
         self.site, self._path = site, path
-        self.log = StepLog((site.site.ledger or site.home) / "steps.jsonl")
+        log_path = (site.site.ledger or site.home) / "steps.jsonl"
+        self.log = StepLog(log_path, site.policy.membership)
         self.ranks: Workers | None = None  # other processes that share a round's work
         self.draws = Draws()  # of this process: they wait for their set of sites
         self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
@@ -443,7 +444,12 @@ class SiteWorker:
 
     def events(self, prepared: Prepared) -> list[dict[str, Any]]:
         """Summarise the noised steps that a study ran here so far; [] without privacy."""
-        return step_summary(self.log.steps(prepared.study.digest)) if prepared.private else []
+        return self.events_of(prepared.study.digest) if prepared.private else []
+
+    def events_of(self, digest: str) -> list[dict[str, Any]]:
+        """Summarise the noised steps that a plan ran here so far: this membership's alone, since
+        another's coordinator may have sent the same plan."""
+        return step_summary(self.log.steps(digest, self.site.policy.own))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
         """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be
