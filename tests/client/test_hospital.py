@@ -17,11 +17,13 @@ from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.reasons import reason_of
+from fedtune.core.vault import airlock
 from fedtune.core.vault.budget import Budget
+from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.seal import receipt
 from fedtune.courier.process import list_private, list_readable
-from fedtune.officer.purge import listing
+from fedtune.officer.purge import listing, purge
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
 from tests.client.hospital_kit import NAMES, load, make_hospital, study_of
@@ -310,6 +312,24 @@ def test_a_purge_takes_what_is_the_memberships_own(tmp_path: Path, tiny_base: Pa
     outbox = sorted((tmp_path / "home" / "outbox").glob("*.bin"))
     listed = [p for p in listing(made["onco"].site).files if p.parent.name == "outbox"]
     assert len(outbox) == 2 and len(listed) == 1 and listed[0] in outbox
+
+
+def test_a_purge_leaves_what_another_membership_may_send_again(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Both ran one plan; each also waits for a draw of it."""
+    made, study = workers(tmp_path / "home", ceiling=20.0), study_of("both", tiny_base)
+    for name in NAMES:
+        run(made[name], study, 1)
+        slot = made[name].slot(study.study.digest, 2, "draw")
+        with pytest.raises(Held):
+            airlock.hold_draw(made[name], slot, spent(made[name])[0], 1)
+    purge(listing(made["cardio"].site))
+    assert len(list((tmp_path / "home" / "asked").glob("*.json"))) == 1
+    trains(made["onco"], study, 1)
+    assert len(spent(made["onco"])) == 2, "it was sent again as it was"
+    trains(made["cardio"], study, 1)
+    assert len(spent(made["onco"])) == 3
 
 
 def test_the_courier_reads_nothing_of_the_home(tmp_path: Path) -> None:

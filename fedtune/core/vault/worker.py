@@ -23,7 +23,7 @@ from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
 from fedtune.core.files.room import LEDGER, Room
-from fedtune.core.ledger.entries import Charge, Slot
+from fedtune.core.ledger.entries import Charge, Slot, slot_of
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom, signing_key
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
@@ -368,10 +368,12 @@ class SiteWorker:
 
     def slot(self, plan: str, round_: int, label: str) -> Slot:
         """Return the slot in the ledger of a round from the adapter, or the draw, that `label`
-        names. Two memberships of a hospital have two, even with one plan: the same bytes at two
-        coordinators would show them that they know the same hospital."""
-        name = self.site.policy.membership
-        return plan, round_, f"{label}@{name}" if name else label
+        names: the membership's own, or an earlier one, of before there was a home, that was
+        answered or decided about."""
+        earlier = plan, round_, label
+        if "" in self.site.policy.own and self.ledger.has_answered(earlier):
+            return earlier
+        return slot_of(earlier, self.site.policy.membership)
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
         """Check that a round is in the plan, and take in the coordinator's receipt.
