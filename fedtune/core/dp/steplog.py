@@ -11,6 +11,7 @@ from pathlib import Path
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import append_line
+from fedtune.core.files.writing import replace as replace_file
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,33 @@ class StepLog:
             ) from None
         self._round, self._ahead = step, of_round - 1
 
+    def join(self, other: Path) -> None:
+        """Append the lines of another step log as this membership's, once: those that a join which
+        was killed appended are not appended again. If this membership has other lines here, all
+        are appended. Errors: InfrastructureError."""
+        lines = [self._named(line) for line in _whole_lines(other)]
+        there = _whole_lines(self.path)
+        own = [line for line in there if self._named(line) == line]
+        missing = lines[len(own) :] if own == lines[: len(own)] else lines
+        if missing:
+            content = "".join(f"{line}\n" for line in (*there, *missing))
+            replace_file(self.path, content.encode(), private=True)
+
+    def _named(self, line: str) -> str:
+        """Return a line as one of this membership; one that is no step stays as it is, so that
+        whoever reads the log is told."""
+        try:
+            return json.dumps({**json.loads(line), "membership": self._membership}, sort_keys=True)
+        except (ValueError, TypeError):
+            return line
+
     def steps(
         self, study: str | None = None, memberships: Collection[str] | None = None
     ) -> list[Step]:
         """Read all steps, or those of one plan digest and of some memberships, in order. A round
         that was interrupted counts with all its planned steps."""
-        if not self.path.exists():
-            return []
         steps = list[Step]()
-        whole = self.path.read_text().rpartition("\n")[0]
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(_whole_lines(self.path), 1):
             try:
                 logged = json.loads(line)
                 count = _check_count(logged.pop("steps", 1))
@@ -97,6 +115,10 @@ class StepLog:
             if study in (None, step.study)
             and (memberships is None or step.membership in memberships)
         ]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def _check_count(count: object) -> int:
