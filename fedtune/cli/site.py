@@ -273,18 +273,23 @@ def ledger(
     from fedtune.core.ledger.declared import check_acceptable
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
+    from fedtune.officer.memberships import still
     from fedtune.officer.withdraw import enter_again
 
     loaded = load_site(site)
     folder = loaded.site.ledger or loaded.home
     if not folder.exists() and not restore:
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
-    book = Ledger.restore(folder, copy) if restore else Ledger(folder)
-    acts = AuditLog(book.folder, book.key)
-    if restore:
-        acts.add("restore", "--from" if copy else "--restore")
-        if again := enter_again(loaded.home, book) if not loaded.site.ledger else 0:
-            typer.echo(f"{again} withdrawals that it had lost are entered again, by their receipts")
+    # What a vault pays in the midst of a restore would be charged to no ledger.
+    with still(loaded.home, loaded) if restore else nullcontext():
+        book = Ledger.restore(folder, copy) if restore else Ledger(folder)
+        acts = AuditLog(book.folder, book.key)
+        if restore:
+            acts.add("restore", "--from" if copy else "--restore")
+            if again := enter_again(loaded.home, book) if not loaded.site.ledger else 0:
+                typer.echo(
+                    f"{again} withdrawals that it had lost are entered again, by their receipts"
+                )
     book.verify()
     if backup:
         acts.add("backup", "--backup")

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -34,12 +33,14 @@ from fedtune.core.config.load import load_hospital
 from fedtune.core.config.site import HomeTable
 from fedtune.core.data.identity import every_member, identities
 from fedtune.core.data.records import read_file, unit_member
+from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.declared import check_private
+from fedtune.core.ledger.entries import slot_of
 from fedtune.core.ledger.files import (
     ASKED,
     DATABASE,
@@ -53,7 +54,6 @@ from fedtune.core.ledger.files import (
 )
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.restore import backup
-from fedtune.core.processes import alone
 from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.closed_ledger import Closed, closed
 from fedtune.officer.hospital_file import (
@@ -68,7 +68,7 @@ from fedtune.officer.hospital_file import (
     write_membership,
 )
 from fedtune.officer.let_go import list_waiting
-from fedtune.officer.memberships import check_new, site_of
+from fedtune.officer.memberships import check_new, site_of, still
 from fedtune.officer.withdraw import RECEIPTS, withdraw
 
 OF_LEDGER = (  # in a state folder: what becomes the hospital's, its anchor first
@@ -110,7 +110,7 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
         return _finish(home, site_file, name)
     site = load_site(site_file)
     _check(home, site, site_file)
-    with _still(home, site):
+    with still(home, site):
         book = Ledger(site.site.state)
         book.verify()
         if _is_first(home, site_file, name, book):
@@ -130,7 +130,7 @@ def _finish(home: Path, site_file: Path, name: str) -> Adoption:
             f"{site_file}: is the membership {site.policy.membership!r} of {site.home} already",
             "a site with a ledger of its own",
         )
-    with _still(home, site):
+    with still(home, site):
         book = Ledger(home)
         book.verify()
         acts = audit_log.verify(home, book.key.public).entries
@@ -169,22 +169,6 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
         raise ConfigError(f"{home}: lies in the site's state folder {state}", "a folder outside it")
     if home.exists() and not (home / FILE).exists() and any(home.iterdir()):
         raise ConfigError(f"{home}: has no {FILE}", "a hospital's home, or an empty folder")
-
-
-@contextmanager
-def _still(home: Path, site: Site) -> Iterator[None]:
-    """Keep the clients and vaults of the site and of the home's memberships from running
-    meanwhile. Errors: InfrastructureError if one runs."""
-    states = {site.site.state.resolve()}
-    if (home / FILE).exists():
-        for membership in load_hospital(home).memberships.values():
-            if membership.site.exists():
-                states.add(load_site(membership.site, alone=True).site.state.resolve())
-    with ExitStack() as held:
-        for state in sorted(state for state in states if state.is_dir()):
-            held.enter_context(alone(state / "flower", "fedtune client"))
-            held.enter_context(alone(state / "ranks", "the vault of a client"))
-        yield
 
 
 # --------------------------------------------------------------------------------- the first site
@@ -272,8 +256,8 @@ def _adopt_later(
     members: Mapping[str, set[bytes]],
     withdrawn: Sequence[str],
 ) -> Adoption:
-    state, text = site.site.state, (home / FILE).read_text(encoding="utf-8")
-    hospital = load_hospital(home)
+    state, before_it = site.site.state, (home / FILE).read_text(encoding="utf-8")
+    text, hospital = before_it, load_hospital_text(home, before_it)
     there = hospital.memberships.get(name)
     if there is None:
         check_new(home, hospital, name)
@@ -298,16 +282,23 @@ def _adopt_later(
     site_text = _site_text(home, site, site_file, name, hospital, datasets)
     membership = share_in(_as_membership(site, home, name, hospital, datasets), hospital)
     copy = _keep_state(state)
+    if (home / FILE).read_text(encoding="utf-8") != before_it:
+        raise ConfigError(
+            f"{home / FILE}: was changed while this site was adopted",
+            "no change meanwhile, which would be lost",
+            "run the command again: nothing was adopted yet",
+        )
     replace(home / FILE, text.encode(), private=True)
     for table in _tables(site):
         data = hospital.datasets[datasets[table.name]]
         known = {member for record in identities(_of_everybody(table)) for member in record}
         book.declare(datasets[table.name], data.disjoint_from, None, known, data.cohort)
-    _append_steps(state / STEPS, home / STEPS)
-    _copy_missing(state / OUTBOX, home / OUTBOX)
+    StepLog(home / STEPS, name).join(state / STEPS)
     earlier = old.list_earlier(name, charged)
     by_member = {unit_member(key): since for key, since in keys.items()}
-    entered = book.enter_earlier(name, earlier, by_member, old.refused, login())
+    _copy_stored(old, name, book)
+    refused = [slot_of(slot, name) for slot in old.refused]
+    entered = book.enter_earlier(name, earlier, by_member, refused, login())
     receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
     site_copy = _switch(site_file, name, site_text)
@@ -365,21 +356,12 @@ def _keys_of_withdrawn(site: Site, old: Closed, given: Sequence[str]) -> dict[st
     return {key: old.withdrawn[unit] for key, unit in found.items() if unit in old.withdrawn}
 
 
-def _append_steps(source: Path, to: Path) -> None:
-    """Append a step log to another, once. Errors: InfrastructureError."""
-    lines = _whole_lines(source)
-    if lines and lines not in (there := _whole_lines(to)):
-        replace(to, there + lines, private=True)
-
-
-def _whole_lines(path: Path) -> bytes:
-    return path.read_bytes().rpartition(b"\n")[0] + b"\n" if path.exists() else b""
-
-
-def _copy_missing(source: Path, to: Path) -> None:
-    for path in sorted(source.glob("*.bin")):
-        if not (to / path.name).exists():
-            replace(to / path.name, path.read_bytes(), private=True)
+def _copy_stored(old: Closed, name: str, book: Ledger) -> None:
+    """Copy the updates that may be sent again, to where the hospital's ledger looks for them."""
+    for slot in old.stored:
+        to = book.path_of(slot_of(slot, name))
+        if old.path_of(slot).exists() and not to.exists():
+            replace(to, old.path_of(slot).read_bytes(), private=True)
 
 
 # -------------------------------------------------------------------------------------- both

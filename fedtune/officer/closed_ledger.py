@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from fedtune.core.ledger.chain import Transaction
-from fedtune.core.ledger.entries import EVERY, Earlier
+from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
 from fedtune.core.ledger.ledger import Ledger
 
 
@@ -22,12 +22,14 @@ class Closed:
     """Another site's ledger, to which no process can write meanwhile.
 
     withdrawn: hash of a unit's key → when it withdrew, in UTC seconds; refused: slots whose answer
-    a person refused for good."""
+    a person refused for good; stored: those whose update was released, and may be sent again;
+    path_of: where a slot's update is stored."""
 
     def __init__(self, ledger: Ledger, reader: Transaction) -> None:
         self._ledger, self._reader, self._account = ledger, reader, ledger._account
         self.head = ledger._store.head
         self.refused = frozenset(self._account.refused)
+        self.stored, self.path_of = frozenset(self._account.sent), ledger.path_of
         self.withdrawn = {
             unit: int(entry.body.get("since", entry.body["time"]))
             for unit, entry in self._account.withdrawn.items()
@@ -55,7 +57,8 @@ class Closed:
                 continue
             slot = charge.study, charge.round, spent.adapter
             sha256 = self._account.sent[slot] if spent.released else ""
-            listed.append(Earlier(names[spent.dataset], charge, spent.adapter, sha256))
+            adapter = slot_of(slot, membership)[2]
+            listed.append(Earlier(names[spent.dataset], charge, adapter, sha256))
         return listed
 
     def is_apart_from_start(self, dataset: str) -> bool:

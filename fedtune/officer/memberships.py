@@ -6,7 +6,8 @@ folder of its own, and pays from that ledger (core/config/hospital.py)."""
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fedtune.core.ledger.spending import (
     membership_lines,
     share_of,
 )
+from fedtune.core.processes import alone
 from fedtune.core.vault.studies import under_way
 from fedtune.flower.membership import keys_folder, load_answer
 from fedtune.observe.status import LOCK, held
@@ -162,6 +164,23 @@ def site_of(path: Path, membership: str) -> Site:
 def is_running(state: Path) -> bool:
     """Return whether a client or a vault works in this state folder now."""
     return any(held(state / name) for name in LOCKS)
+
+
+@contextmanager
+def still(home: Path, site: Site) -> Iterator[None]:
+    """Keep the clients and vaults of the site, and of the home's memberships if it is one, from
+    running meanwhile. Errors: InfrastructureError if one runs; ConfigError if a membership's site
+    file cannot be read, since it could not be told whether one does."""
+    states = {site.site.state.resolve()}
+    if (home / FILE).exists():
+        for membership in load_hospital(home).memberships.values():
+            if membership.site.exists():
+                states.add(load_site(membership.site, alone=True).site.state.resolve())
+    with ExitStack() as held:
+        for state in sorted(state for state in states if state.is_dir()):
+            held.enter_context(alone(state / "flower", "fedtune client"))
+            held.enter_context(alone(state / "ranks", "the vault of a client"))
+        yield
 
 
 # ----------------------------------------------------------------------------------------- add

@@ -19,9 +19,11 @@ from fedtune.core.config import Site, study_from_json
 from fedtune.core.config.records import RECORDS
 from fedtune.core.config.state_files import ACCEPTANCE, FIGURES, LOSSES, PAGE, RECORD
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.core.files import reading
 from fedtune.core.files.room import ORDERS, ROOM
 from fedtune.core.files.writing import DRAFT, is_abandoned, sync_folder
 from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.entries import owner_of
 from fedtune.core.ledger.files import ASKED, DATABASE, OUTBOX, RUNS, outbox_prefix, traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.processes import alone
@@ -151,18 +153,35 @@ def purge(contents: Listing) -> None:
 
 
 def _list_at_hospital(site: Site, contents: Listing) -> None:
-    """Add what the membership's own studies left beside the hospital's ledger."""
+    """Add what the membership's own studies left beside the hospital's ledger, and nothing that
+    another membership, which may run the same plan, would have to pay for again."""
     if not traces(site.home):
         return
-    mine = {
-        spent.charge.study: spent.charge.name
-        for spent in Ledger(site.home).spending()
-        if spent.charge.membership == site.policy.membership
-    }
-    for kind in (RELEASED, ASKED_DRAWS):
-        for pattern in KINDS[kind]:
-            if paths := _of(sorted(site.home.glob(pattern)), mine):
-                contents.deletable.setdefault(kind, []).extend(paths)
+    book, own = Ledger(site.home), site.policy.own
+    mine, others = dict[str, str](), set[Path]()
+    for spent in book.spending():
+        slot = spent.charge.study, spent.charge.round, spent.adapter
+        if spent.charge.membership in own:
+            mine[spent.charge.study] = spent.charge.name
+        if owner_of(slot) not in own:
+            others.add(book.path_of(slot))
+    released = [path for path in _of(_find(site.home, RELEASED), mine) if path not in others]
+    asked = [path for path in _find(site.home, ASKED_DRAWS) if _owner_of_draw(path) in own]
+    for kind, paths in ((RELEASED, released), (ASKED_DRAWS, asked)):
+        if paths:
+            contents.deletable.setdefault(kind, []).extend(paths)
+
+
+def _find(folder: Path, kind: str) -> list[Path]:
+    return sorted(path for pattern in KINDS[kind] for path in folder.glob(pattern))
+
+
+def _owner_of_draw(path: Path) -> str | None:
+    """Return the membership that was asked for a draw; None if its note cannot be read."""
+    try:
+        return owner_of(("", 0, str(reading.json_in(path, "a draw that waits")["adapter"])))
+    except (FedtuneError, KeyError, TypeError):
+        return None
 
 
 # ---------------------------------------------------------------------------------- one file

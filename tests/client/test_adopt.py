@@ -16,6 +16,7 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.config.load import load_hospital
 from fedtune.core.data.records import unit_member
+from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.entries import RULES, Charge
@@ -23,7 +24,10 @@ from fedtune.core.ledger.files import KEY, LedgerError, traces
 from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.ledger.spending import budget, share_of
 from fedtune.core.processes import alone
-from fedtune.officer.adopt import Adoption, _take_away, adopt
+from fedtune.core.vault import airlock
+from fedtune.core.vault.prepared import Void
+from fedtune.core.vault.worker import SiteWorker
+from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
 from fedtune.officer.withdraw import check_receipt
 from tests.cli_kit import run
@@ -337,7 +341,102 @@ def test_who_waited_for_the_old_ledger_is_refused(
         Ledger(world / "cardio-state")
 
 
+def _two_of_one_plan(folder: Path) -> None:
+    """Two sites that ran one plan with the same figures, so that their step logs are alike."""
+    folder.mkdir()
+    write_notes(folder / "notes.jsonl", PATIENTS)
+    for name in ("cardio", "onco"):
+        spend(make_site(folder, name), 5)
+    adopt_first(folder)
+
+
+def test_two_sites_that_ran_one_plan_have_two_lots_of_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the second is adopted; the twin joins no line that is there already."""
+    for folder in (tmp_path / "whole", tmp_path / "twin"):
+        _two_of_one_plan(folder)
+        Ledger(folder / "home").backup(folder / "backup")
+        with monkeypatch.context() as patch:
+            if folder.name == "twin":
+                patch.setattr(StepLog, "_named", lambda log, line: line)
+            patch.setattr("fedtune.officer.adopt._enter_act", _killed)
+            with suppress(KeyboardInterrupt):
+                adopt_second(folder)
+            patch.undo()
+            if folder.name == "twin":
+                patch.setattr(StepLog, "_named", lambda log, line: line)
+            adopt_second(folder)
+        paid = exact_epsilon(charges(folder), 2 * DELTA)
+        steps = StepLog(folder / "home" / "steps.jsonl").steps()
+        for name in ("ledger.db", "ledger.head"):
+            (folder / "home" / name).unlink()
+        restored = Ledger.restore(folder / "home", folder / "backup").charges("records")
+        is_whole = (len(steps), exact_epsilon(restored, 2 * DELTA) >= paid) == (20, True)
+        assert is_whole == (folder.name == "whole")
+
+
+@pytest.mark.parametrize("name", ["cardio", "onco"])
+def test_a_refusal_for_good_and_what_was_sent_come_along(world: Path, name: str) -> None:
+    """Of a site that was adopted first, and of a later one."""
+    path, study = world / f"{name}.toml", "sha256:" + "0f" * 32
+    book = Ledger(world / f"{name}-state")
+    for round_, sent in ((7, b"refused"), (8, b"sent before")):
+        charge = replace(CHARGE, study=study, round=round_)
+        book.release(book.reserve("records", charge, "adapter", lambda _: None), sent)
+    book.refuse((study, 7, "adapter"), "ada")
+    book.let_go((study, 9, "a draw"), "ada")
+    adopt_first(world)
+    if name == "onco":
+        adopt_second(world)
+    worker = SiteWorker(load_site(path), path)
+    with pytest.raises(Void):
+        airlock.check_not_refused(worker.ledger, worker.slot(study, 7, "adapter"))
+    airlock.check_not_refused(worker.ledger, worker.slot(study, 8, "adapter"))
+    assert worker.ledger.released(*worker.slot(study, 8, "adapter")) == b"sent before"
+    assert worker.ledger.is_let_go(worker.slot(study, 9, "a draw")) == (name == "cardio")
+    assert worker.slot(study, 10, "adapter") == (study, 10, f"adapter@{name}")
+    assert not worker.ledger.is_refused((study, 7, "adapter@lab")), "nobody else's is refused"
+
+
 # --------------------------------------------------------------------------------------- refused
+
+
+def test_a_change_of_the_hospitals_file_meanwhile_is_not_overwritten(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adopt_first(world)
+    file, keep = world / "home" / "hospital.toml", "fedtune.officer.adopt._keep_state"
+
+    def lower(state: Path) -> Path | None:
+        file.write_text(file.read_text().replace("max_epsilon = 8.0", "max_epsilon = 2.0", 1))
+        return _keep_state(state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keep, lower)
+        with pytest.raises(ConfigError, match="was changed while"):
+            adopt_second(world)
+    assert load_hospital(world / "home").policy.max_epsilon == 2.0
+    assert len(charges(world)) == 3
+    assert adopt_second(world).charges == 5
+    assert load_hospital(world / "home").policy.max_epsilon == 2.0
+
+
+@pytest.mark.parametrize("lock", ["flower", "ranks"])
+def test_a_ledger_is_not_restored_while_another_membership_may_pay(world: Path, lock: str) -> None:
+    adopt_first(world)
+    adopt_second(world)
+    head = Ledger(world / "home").head
+    with alone(world / "cardio-state" / lock, "fedtune client"):
+        refused = run("ledger", world / "onco.toml", "--restore")
+        assert refused.exit_code == InfrastructureError.exit_code
+        assert "another" in refused.output and Ledger(world / "home").head == head
+    assert run("ledger", world / "onco.toml", "--restore").exit_code == 0
+    alone_site = make_site(world, "lab")
+    spend(alone_site, 1)
+    with alone(world / "lab-state" / lock, "fedtune client"):
+        assert run("ledger", alone_site, "--restore").exit_code == InfrastructureError.exit_code
+    assert run("ledger", alone_site, "--restore").exit_code == 0
 
 
 def test_it_is_refused_while_a_client_runs(world: Path) -> None:

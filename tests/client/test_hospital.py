@@ -13,16 +13,19 @@ import pytest
 
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import epsilon
+from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import BudgetExceeded, ConfigError
 from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.registry.reasons import reason_of
+from fedtune.core.vault import airlock
 from fedtune.core.vault.budget import Budget
+from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.seal import receipt
 from fedtune.courier.process import list_private, list_readable
-from fedtune.officer.purge import listing
+from fedtune.officer.purge import listing, purge
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
 from tests.client.hospital_kit import NAMES, load, make_hospital, study_of
@@ -322,6 +325,32 @@ def test_no_receipt_tells_that_two_sites_are_one_hospital(tmp_path: Path, tiny_b
     made["cardio"].begin(study_of("cardio", tiny_base).study.digest, 2, json.dumps(given))
 
 
+def test_what_one_consortium_is_told_holds_no_round_of_another(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both run one plan: what a site states it ran is of its own membership. The twin reads the
+    whole log of the hospital."""
+    made, study = workers(tmp_path / "home", ceiling=20.0), study_of("both", tiny_base)
+    run(made["cardio"], study, 3)
+    run(made["onco"], study, 1)
+    prepared = {name: made[name]._require(study.study.digest) for name in NAMES}
+    per_round = study.study.training.local_steps
+
+    def stated(name: str) -> int:
+        return sum(event["steps"] for event in made[name].events(prepared[name]))
+
+    assert (stated("cardio"), stated("onco")) == (3 * per_round, per_round)
+    edit(tmp_path / "home" / "hospital.toml", 'onco/site.toml"', 'onco/site.toml"\nearlier = true')
+    log = tmp_path / "home" / "steps.jsonl"
+    log.write_text(log.read_text().replace('"membership": "onco", ', ""))  # before it had a home
+    path = tmp_path / "home" / "onco" / "site.toml"
+    assert len(SiteWorker(load_site(path)).events_of(study.study.digest)) == 1
+    assert stated("onco") == 0, "another membership's earlier steps are not its own"
+    steps = StepLog.steps
+    monkeypatch.setattr(StepLog, "steps", lambda log, study, _: steps(log, study))
+    assert stated("onco") == 4 * per_round
+
+
 def test_each_takes_a_receipt_of_its_own_coordinator(tmp_path: Path, tiny_base: Path) -> None:
     from fedtune.core.wire.keys import SigningKey
 
@@ -356,6 +385,24 @@ def test_a_purge_takes_what_is_the_memberships_own(tmp_path: Path, tiny_base: Pa
     outbox = sorted((tmp_path / "home" / "outbox").glob("*.bin"))
     listed = [p for p in listing(made["onco"].site).files if p.parent.name == "outbox"]
     assert len(outbox) == 2 and len(listed) == 1 and listed[0] in outbox
+
+
+def test_a_purge_leaves_what_another_membership_may_send_again(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Both ran one plan; each also waits for a draw of it."""
+    made, study = workers(tmp_path / "home", ceiling=20.0), study_of("both", tiny_base)
+    for name in NAMES:
+        run(made[name], study, 1)
+        slot = made[name].slot(study.study.digest, 2, "draw")
+        with pytest.raises(Held):
+            airlock.hold_draw(made[name], slot, spent(made[name])[0], 1)
+    purge(listing(made["cardio"].site))
+    assert len(list((tmp_path / "home" / "asked").glob("*.json"))) == 1
+    trains(made["onco"], study, 1)
+    assert len(spent(made["onco"])) == 2, "it was sent again as it was"
+    trains(made["cardio"], study, 1)
+    assert len(spent(made["onco"])) == 3
 
 
 def test_the_courier_reads_nothing_of_the_home(tmp_path: Path) -> None:

@@ -369,8 +369,8 @@ def test_what_a_coordinator_chose_to_be_called_alike_has_two_names(tmp_path: Pat
     ledger = Ledger(tmp_path)
     pair = [f"sha256:{'ab' * 8}{n * 48}" for n in "cd"]
     assert files.outbox_prefix(pair[0]) == files.outbox_prefix(pair[1])
-    assert ledger._path((plan, 1, pair[0])) != ledger._path((plan, 1, pair[1]))
-    assert ledger._path((pair[0], 1, plan)) != ledger._path((pair[1], 1, plan))
+    assert ledger.path_of((plan, 1, pair[0])) != ledger.path_of((plan, 1, pair[1]))
+    assert ledger.path_of((pair[0], 1, plan)) != ledger.path_of((pair[1], 1, plan))
     table = SiteTable(name="a", declared_size=200, state=tmp_path)
     assert table.plan_file(pair[0]) != table.plan_file(pair[1])
     assert studies._path(tmp_path, pair[0]) != studies._path(tmp_path, pair[1])
@@ -378,10 +378,10 @@ def test_what_a_coordinator_chose_to_be_called_alike_has_two_names(tmp_path: Pat
 
 def test_a_file_of_an_earlier_release_keeps_its_name(tmp_path: Path) -> None:
     ledger, slot = Ledger(tmp_path), ("sha256:" + "1" * 64, 3, ALIKE[0])
-    new = ledger._path(slot)
+    new = ledger.path_of(slot)
     old = new.with_name(f"{'1' * 16}-3-{ALIKE[0].removeprefix('sha256:')[:16]}.bin")
     old.parent.mkdir(exist_ok=True)
     old.write_bytes(b"update")
-    assert ledger._path(slot) == old
+    assert ledger.path_of(slot) == old
     new.write_bytes(b"update")
-    assert ledger._path(slot) == new
+    assert ledger.path_of(slot) == new

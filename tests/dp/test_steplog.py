@@ -86,3 +86,18 @@ def test_a_line_that_is_no_step_is_an_error(tmp_path: Path) -> None:
     log.path.write_text("{}\n" + log.path.read_text())
     with pytest.raises(InfrastructureError, match="line 1 is not a step"):
         log.steps()
+
+
+def test_a_hospitals_memberships_log_their_steps_apart(tmp_path: Path) -> None:
+    """A line of a site whose log is its own is as it was, and read by whoever takes it over."""
+    own, onco, cardio = (StepLog(tmp_path / "steps.jsonl", name) for name in ("", "onco", "cardio"))
+    for log in (own, onco, cardio):
+        log.append(step(1), of_round=2)
+        log.append(step(1), of_round=2)
+    lines = own.path.read_text().splitlines()
+    assert ["membership" in line for line in lines] == [False, True, True]
+    assert len(own.steps()) == 6
+    assert {s.membership for s in own.steps("sha256:0", {"", "onco"})} == {"", "onco"}
+    assert (
+        len(own.steps("sha256:0", {"cardio"})) == 2 and own.steps("sha256:0", {""}) == [step(1)] * 2
+    )

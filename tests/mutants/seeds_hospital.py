@@ -7,6 +7,7 @@ from tests.mutants.mutant import one
 BUDGET, ROOM = "fedtune/core/vault/budget.py", "fedtune/core/files/room.py"
 HOSPITAL, SITE = "fedtune/core/config/hospital.py", "fedtune/core/config/site.py"
 T_HOSPITAL = "tests/client/test_hospital.py::"
+T_ADOPT = "tests/client/test_adopt.py::"
 T_AT_ONCE = "tests/client/test_memberships_at_once.py::"
 
 # fmt: off
@@ -51,7 +52,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "one-plan-in-two-consortia-is-one-slot", "fedtune/core/vault/worker.py",
-        'return plan, round_, f"{label}@{name}" if name else label', "return plan, round_, label",
+        "return slot_of(earlier, self.site.policy.membership)", "return earlier",
         T_HOSPITAL + "test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice",
         "two coordinators get the same bytes, and see that they know the same hospital",
     ),
@@ -133,5 +134,55 @@ MUTANTS = (
         "        yield from ()\n",
         T_HOSPITAL + "test_the_courier_reads_nothing_of_the_home",
         "what one consortium's half on the network can read is not tried",
+    ),
+    one(
+        "hospital", "one-consortium-is-told-the-rounds-of-another", "fedtune/core/vault/worker.py",
+        "step_summary(self.log.steps(digest, self.site.policy.own))",
+        "step_summary(self.log.steps(digest))",
+        T_HOSPITAL + "test_what_one_consortium_is_told_holds_no_round_of_another",
+        "a coordinator sees that the hospital runs its plan elsewhere too, and a false ε is signed",
+    ),
+    one(
+        "hospital", "a-step-names-no-membership", "fedtune/core/dp/steplog.py",
+        "step = replace(step, membership=self._membership)", "pass",
+        T_HOSPITAL + "test_what_one_consortium_is_told_holds_no_round_of_another",
+        "whose steps the hospital's log holds cannot be told apart",
+    ),
+    one(
+        "hospital", "a-purge-takes-another-memberships-updates", "fedtune/officer/purge.py",
+        "mine) if path not in others]", "mine)]",
+        T_HOSPITAL + "test_a_purge_leaves_what_another_membership_may_send_again",
+        "another consortium's round is trained and paid for again",
+    ),
+    one(
+        "hospital", "steps-that-are-alike-are-joined-once", "fedtune/core/dp/steplog.py",
+        "own = [line for line in there if self._named(line) == line]", "own = there",
+        T_ADOPT + "test_two_sites_that_ran_one_plan_have_two_lots_of_steps",
+        "a restore of the hospital's ledger charges one site's steps of two",
+    ),
+    one(
+        "hospital", "a-refusal-for-good-is-left-behind", "fedtune/officer/adopt.py",
+        "refused = [slot_of(slot, name) for slot in old.refused]", "refused = old.refused",
+        T_ADOPT + "test_a_refusal_for_good_and_what_was_sent_come_along[onco]",
+        "what a person refused for good is sent after all",
+    ),
+    one(
+        "hospital", "what-was-decided-before-there-was-a-home-is-forgotten",
+        "fedtune/core/vault/worker.py",
+        'if "" in self.site.policy.own and self.ledger.has_answered(earlier):', "if False:",
+        T_ADOPT + "test_a_refusal_for_good_and_what_was_sent_come_along[cardio]",
+        "what a person refused for good is sent, and what was paid for is paid again",
+    ),
+    one(
+        "hospital", "a-ledger-is-restored-under-a-vault", "fedtune/officer/memberships.py",
+        'held.enter_context(alone(state / "ranks", "the vault of a client"))', "pass",
+        T_ADOPT + "test_a_ledger_is_not_restored_while_another_membership_may_pay[ranks]",
+        "what another consortium's vault pays meanwhile is in no ledger",
+    ),
+    one(
+        "hospital", "an-adoption-overwrites-a-lower-ceiling", "fedtune/officer/adopt.py",
+        'if (home / FILE).read_text(encoding="utf-8") != before_it:', "if False:",
+        T_ADOPT + "test_a_change_of_the_hospitals_file_meanwhile_is_not_overwritten",
+        "a ceiling that a person lowered is as high as before",
     ),
 )

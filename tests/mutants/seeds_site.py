@@ -57,13 +57,15 @@ MUTANTS = (
     ),
     one(
         "orders", "a-ledger-pays-for-rounds-without-end", SITE,
-        "        check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)\n", "",
+        "        check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)\n",
+        "",
         T_ROUNDS + "test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered",
         "a coordinator numbers rounds as it likes, and orders fill the ledger's room at no cost",
     ),
     one(
         "orders", "questions-without-end-fill-the-ledgers-room", "fedtune/core/vault/evaluation.py",
-        "    check_rounds([s.charge for s in site.ledger.spending()], current.policy, site.room)\n", "",
+        "    check_rounds([s.charge for s in site.ledger.spending()], current.policy, site.room)\n",
+        "",
         "tests/test_private_evaluation.py::test_a_question_that_is_refused_reads_no_record",
         "queries are entries of the ledger like rounds",
     ),

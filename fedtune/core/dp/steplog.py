@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.errors import InfrastructureError
 from fedtune.core.files.writing import append_line
+from fedtune.core.files.writing import replace as replace_file
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Step:
     max_grad_norm: float
     unit: str
     records: int = 1  # k: the most rows of one unit
+    membership: str = ""  # of a hospital; "" without a home, or before there was one
 
 
 class StepLog:
@@ -37,10 +40,13 @@ class StepLog:
     step run, and how much is written in a round does not grow with a plan's figures. Each attempt
     at a round (`begin_round`) has a line of its own.
 
+    membership: which of a hospital's appends here; each line then names it, since one plan may be
+    under way in two of them.
+
     Errors: InfrastructureError when the file cannot be written or a line cannot be read."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, membership: str = "") -> None:
+        self.path, self._membership = path, membership
         self._round: Step | None = None  # the round of the last line,
         self._ahead = 0  # and how many of its steps have yet to run
 
@@ -50,10 +56,13 @@ class StepLog:
 
     def append(self, step: Step, of_round: int = 1) -> None:
         """Log one of the `of_round` equal steps of a round."""
+        step = replace(step, membership=self._membership)
         if step == self._round and self._ahead:
             self._ahead -= 1
             return
         counted = asdict(step) | ({"steps": of_round} if of_round > 1 else {})
+        if not step.membership:
+            del counted["membership"]
         line = json.dumps(counted, sort_keys=True)
         try:
             append_line(self.path, line.encode())
@@ -64,14 +73,33 @@ class StepLog:
             ) from None
         self._round, self._ahead = step, of_round - 1
 
-    def steps(self, study: str | None = None) -> list[Step]:
-        """Read all steps, or those of one plan digest, in order. A round that was interrupted
-        counts with all its planned steps."""
-        if not self.path.exists():
-            return []
+    def join(self, other: Path) -> None:
+        """Append the lines of another step log as this membership's, once: those that a join which
+        was killed appended are not appended again. If this membership has other lines here, all
+        are appended. Errors: InfrastructureError."""
+        lines = [self._named(line) for line in _whole_lines(other)]
+        there = _whole_lines(self.path)
+        own = [line for line in there if self._named(line) == line]
+        missing = lines[len(own) :] if own == lines[: len(own)] else lines
+        if missing:
+            content = "".join(f"{line}\n" for line in (*there, *missing))
+            replace_file(self.path, content.encode(), private=True)
+
+    def _named(self, line: str) -> str:
+        """Return a line as one of this membership; one that is no step stays as it is, so that
+        whoever reads the log is told."""
+        try:
+            return json.dumps({**json.loads(line), "membership": self._membership}, sort_keys=True)
+        except (ValueError, TypeError):
+            return line
+
+    def steps(
+        self, study: str | None = None, memberships: Collection[str] | None = None
+    ) -> list[Step]:
+        """Read all steps, or those of one plan digest and of some memberships, in order. A round
+        that was interrupted counts with all its planned steps."""
         steps = list[Step]()
-        whole = self.path.read_text().rpartition("\n")[0]
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(_whole_lines(self.path), 1):
             try:
                 logged = json.loads(line)
                 count = _check_count(logged.pop("steps", 1))
@@ -81,7 +109,16 @@ class StepLog:
                     f"{self.path}: line {number} is not a step",
                     todo="restore the file from a backup; without it no budget can be stated",
                 ) from None
-        return [step for step in steps if study in (None, step.study)]
+        return [
+            step
+            for step in steps
+            if study in (None, step.study)
+            and (memberships is None or step.membership in memberships)
+        ]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    return path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def _check_count(count: object) -> int:

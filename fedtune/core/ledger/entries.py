@@ -21,6 +21,18 @@ Permit = Callable[[list["Charge"]], None]
 PermitUnknown = Callable[[list["Spent"]], None]  # of charges whose ε is not known
 
 
+def slot_of(slot: Slot, membership: str) -> Slot:
+    """Return a slot as that of a hospital's membership. Two memberships have two, even with one
+    plan: the same bytes at two coordinators would show them that they know the same hospital."""
+    study, round_, adapter = slot
+    return study, round_, f"{adapter}@{membership}" if membership else adapter
+
+
+def owner_of(slot: Slot) -> str:
+    """Return the membership whose slot it is; "" without a hospital's home."""
+    return slot[2].partition("@")[2]
+
+
 @dataclass(frozen=True)
 class Charge:
     """The noised steps of one round, as reserved. Every value is public: it follows from the plan.

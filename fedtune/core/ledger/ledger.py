@@ -50,6 +50,7 @@ from fedtune.core.ledger.entries import (
     PermitUnknown,
     Slot,
     Spent,
+    owner_of,
 )
 from fedtune.core.ledger.files import (
     DATABASE,
@@ -427,12 +428,19 @@ class Ledger:
         self._read()
         return slot in self._account.refused
 
+    def has_answered(self, slot: Slot) -> bool:
+        """Return whether an update was released for a slot, or a person decided about one."""
+        self._read()
+        account = self._account
+        decided = slot in account.refused or (slot, "") in account.let_go
+        return decided or slot in account.sent
+
     def list_held(self) -> list[Held]:
         """List the answers that wait for a person at the site, oldest first: those whose bytes
         are here, or may be in the memory of the site's process, as the newest of their study."""
         account = self._account
         with self._store.writing():
-            newest = {(slot[0], _owner(slot)): slot for slot in account.released}
+            newest = {(slot[0], owner_of(slot)): slot for slot in account.released}
             return [
                 held
                 for entry, held in account.held.items()
@@ -440,8 +448,8 @@ class Ledger:
                 and held.slot not in account.refused
                 and not self._is_let_go(held.slot)
                 and (
-                    self._path(held.slot).exists()
-                    or newest[held.slot[0], _owner(held.slot)] == held.slot
+                    self.path_of(held.slot).exists()
+                    or newest[held.slot[0], owner_of(held.slot)] == held.slot
                 )
             ]
 
@@ -467,7 +475,7 @@ class Ledger:
                 )
             if slot not in self._account.refused:
                 writer.append("refuse", {**_of_slot(slot), "by": who})
-        self._path(slot).unlink(missing_ok=True)
+        self.path_of(slot).unlink(missing_ok=True)
 
     def _is_let_go(self, slot: Slot) -> bool:
         return (slot, self._account.sent.get(slot, "")) in self._account.let_go
@@ -586,7 +594,8 @@ class Ledger:
     def _salt_member(self, member: bytes) -> bytes:
         return hmac.digest(self._store.salt, member, "sha256")
 
-    def _path(self, slot: Slot) -> Path:
+    def path_of(self, slot: Slot) -> Path:
+        """Return the file in which a slot's update is stored, if it is."""
         study, round_, adapter = slot
         outbox = self.folder / OUTBOX
         new = outbox / f"{outbox_name(study)}-{round_}-{outbox_name(adapter)}.bin"
@@ -596,7 +605,7 @@ class Ledger:
     def _store_bytes(self, slot: Slot, update: bytes) -> None:
         """Write an update to the outbox, or keep it in memory, one of each study, if there is no
         space."""
-        path, kept = self._path(slot), (slot, update)
+        path, kept = self.path_of(slot), (slot, update)
         if self._room is None or self._room.has_space(len(update)):
             try:
                 replace(path, update, private=True)
@@ -622,13 +631,13 @@ class Ledger:
     def _to_keep(self, slot: Slot) -> set[Path]:
         """List the outbox's file of a slot, and of each other membership's newest release under
         the same plan."""
-        newest = {_owner(other): other for other in self._account.released if other[0] == slot[0]}
-        return {self._path(kept) for kept in (newest | {_owner(slot): slot}).values()}
+        newest = {owner_of(other): other for other in self._account.released if other[0] == slot[0]}
+        return {self.path_of(kept) for kept in (newest | {owner_of(slot): slot}).values()}
 
     def _released_bytes(self, slot: Slot) -> bytes | None:
         if (sha256 := self._account.sent.get(slot)) is None:
             return None
-        path, (unstored, content) = self._path(slot), self._unstored.get(slot[0], (None, b""))
+        path, (unstored, content) = self.path_of(slot), self._unstored.get(slot[0], (None, b""))
         if path.exists():
             with named(self.folder):
                 content = path.read_bytes()
@@ -652,11 +661,6 @@ def _reservation(dataset: str, charge: Charge, adapter: str) -> dict[str, Any]:
     """Build the body of an entry that charges a round."""
     entry = {"dataset": dataset, "charge": charge.fields(), "adapter": adapter}
     return entry | ({"membership": charge.membership} if charge.membership else {})
-
-
-def _owner(slot: Slot) -> str:
-    """Return the membership whose slot it is; "" without a hospital's home."""
-    return slot[2].partition("@")[2]
 
 
 def _of_slot(slot: Slot) -> dict[str, Any]:

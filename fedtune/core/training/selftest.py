@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -75,7 +75,9 @@ class MemoryLog(StepLog):
     def append(self, step: Step, of_round: int = 1) -> None:
         self.lines.append(step)
 
-    def steps(self, study: str | None = None) -> list[Step]:
+    def steps(
+        self, study: str | None = None, memberships: Collection[str] | None = None
+    ) -> list[Step]:
         return [step for step in self.lines if study in (None, step.study)]
 
 

@@ -29,7 +29,7 @@ from fedtune.core.vault import airlock
 from fedtune.core.vault.budget import Budget, check_known, check_rounds
 from fedtune.core.vault.declared import permit_declared
 from fedtune.core.vault.policy import admit_queries
-from fedtune.core.vault.prepared import Prepared, step_summary
+from fedtune.core.vault.prepared import Prepared
 from fedtune.core.wire.codec import encode
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def answer_query(
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)
     sums = answer(ran, _rows_or_none(study, data), site.log, round_)
-    events = step_summary(site.log.steps(plan.study))
-    payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": json.dumps(events)})
+    events = json.dumps(site.events_of(plan.study))
+    payload = save(encode({"sums": sums.numpy()}, "float32"), {"events": events})
     held = airlock.holds_answers(site)
     site.ledger.release(reserved, payload, held=held, keeps_all=site.simulated)
     return payload

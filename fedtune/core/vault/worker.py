@@ -23,7 +23,7 @@ from fedtune.core.dp.plan import DpPlan, SitePlan, StepPlan
 from fedtune.core.dp.steplog import Step, StepLog
 from fedtune.core.errors import DataError, PolicyRefused, Refused, describe, is_fault
 from fedtune.core.files.room import LEDGER, Room
-from fedtune.core.ledger.entries import Charge, Slot
+from fedtune.core.ledger.entries import Charge, Slot, slot_of
 from fedtune.core.ledger.ledger import MEMBER_BYTES, Ledger, LedgerError, NoRoom, signing_key
 from fedtune.core.models.build import build
 from fedtune.core.models.cache import CachedDataset
@@ -94,7 +94,8 @@ class SiteWorker:
 
     def __init__(self, site: Site, path: Path | None = None) -> None:
         self.site, self._path = site, path
-        self.log = StepLog((site.site.ledger or site.home) / "steps.jsonl")
+        log_path = (site.site.ledger or site.home) / "steps.jsonl"
+        self.log = StepLog(log_path, site.policy.membership)
         self.ranks: Workers | None = None  # other processes that share a round's work
         self.draws = Draws()  # of this process: they wait for their set of sites
         self.peers: tuple[str, ...] = ()  # keys of all sites, where this machine simulates them
@@ -367,10 +368,12 @@ class SiteWorker:
 
     def slot(self, plan: str, round_: int, label: str) -> Slot:
         """Return the slot in the ledger of a round from the adapter, or the draw, that `label`
-        names. Two memberships of a hospital have two, even with one plan: the same bytes at two
-        coordinators would show them that they know the same hospital."""
-        name = self.site.policy.membership
-        return plan, round_, f"{label}@{name}" if name else label
+        names: the membership's own, or an earlier one, of before there was a home, that was
+        answered or decided about."""
+        earlier = plan, round_, label
+        if "" in self.site.policy.own and self.ledger.has_answered(earlier):
+            return earlier
+        return slot_of(earlier, self.site.policy.membership)
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
         """Check that a round is in the plan, and take in the coordinator's receipt.
@@ -445,7 +448,12 @@ class SiteWorker:
 
     def events(self, prepared: Prepared) -> list[dict[str, Any]]:
         """Summarise the noised steps that a study ran here so far; [] without privacy."""
-        return step_summary(self.log.steps(prepared.study.digest)) if prepared.private else []
+        return self.events_of(prepared.study.digest) if prepared.private else []
+
+    def events_of(self, digest: str) -> list[dict[str, Any]]:
+        """Summarise the noised steps that a plan ran here so far: this membership's alone, since
+        another's coordinator may have sent the same plan."""
+        return step_summary(self.log.steps(digest, self.site.policy.own))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
         """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be
