@@ -18,6 +18,7 @@ from fedtune.core.data.tokenize import prompt_ids
 from fedtune.core.errors import ConfigError, DataError, Refused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.models.loaded import LoadedModel
+from fedtune.derive.label import _file_and_exclusion
 from fedtune.derive.preferences import (
     VerdictJudge,
     load_generator,
@@ -26,6 +27,8 @@ from fedtune.derive.preferences import (
     write_preferences,
 )
 from fedtune.derive.settings import LabelSettings
+from fedtune.officer.withdraw import withdraw
+from tests.client.hospital_kit import load as load_hospital_sites
 from tests.simulated import simulate
 from tests.test_cli import run
 from tests.test_end_to_end import lay_out
@@ -161,6 +164,17 @@ def test_labels_carry_the_unit_and_train_as_dpo(tmp_path: Path, tiny_base: Path)
     assert body["privacy"]["epsilon"] <= 8.0
     trained = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any(abs(value).max() > 0 for name, value in trained.items() if "lora_B" in name)
+
+
+def test_who_withdrew_from_a_hospital_is_left_out_at_each_membership(tmp_path: Path) -> None:
+    """Also where no study has run yet, so that the membership has no state folder."""
+    sites = load_hospital_sites(tmp_path / "home")
+    assert not any(_file_and_exclusion(site)[1]("p5") for site in sites.values())
+    withdraw(sites["cardio"], "p5", Ledger(tmp_path / "home"))
+    for site in sites.values():
+        assert not site.site.state.exists()
+        excluded = _file_and_exclusion(site)[1]
+        assert excluded("p5") and not excluded("p6")
 
 
 def test_who_withdrew_is_left_out(tmp_path: Path, tiny_base: Path) -> None:

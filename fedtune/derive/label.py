@@ -9,6 +9,7 @@ from typing import Any
 
 from fedtune.core.config import DataFile, Site
 from fedtune.core.data.records import unit_member
+from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.progress import OnEvent, told
 from fedtune.derive.preferences import (
@@ -78,7 +79,7 @@ def _file_and_exclusion(records: Site | DataFile) -> tuple[DataFile, Callable[[s
     """Return the file of records, and a test of which units are excluded because they withdrew."""
     if isinstance(records, DataFile):
         return records, lambda unit: False
-    if not records.site.state.exists():  # no ledger yet, so nobody has withdrawn
+    if not traces(records.home):  # no ledger yet, so nobody has withdrawn
         return records.data, lambda unit: False
     ledger = Ledger(records.home)
     withdrawn = frozenset(ledger.withdrawn())

@@ -49,7 +49,7 @@ class Forge:
     def sealed(self, arrays: ArrayRecord, events: str, **header: Any) -> RecordDict:
         said = {"name": "a", "status": "trained", "reason": "", "events": events}
         body = seal.body_digest(bodies(arrays), said)
-        head = replace(self.wanted, body=body, ledger={"token": "t"}, **header)
+        head = replace(self.wanted, body=body, ledger={"token": "00"}, **header)
         return RecordDict(
             {"update": arrays, "site": ConfigRecord(said | seal.seal(self.key, head))}
         )

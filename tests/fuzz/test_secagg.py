@@ -126,7 +126,7 @@ def honest(forge: Forge, ready: Ready, kind: str) -> RecordDict:
 def sealed(forge: Forge, arrays: ArrayRecord, said: dict[str, Any], kind: str) -> RecordDict:
     texts = {k: v for k, v in said.items() if isinstance(v, str) and v.isprintable()}
     head = WANTED.__class__(**{**vars(WANTED), "body": seal.body_digest(bodies(arrays), texts)})
-    head = head.__class__(**{**vars(head), "ledger": {"token": "t"}})
+    head = head.__class__(**{**vars(head), "ledger": {"token": "00"}})
     record = ConfigRecord(texts | seal.seal(forge.key, head))
     return RecordDict({"update" if kind == "masked" else "ready": arrays, "site": record})
 

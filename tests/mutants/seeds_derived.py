@@ -109,6 +109,13 @@ MADE_MUTANTS = (
         "a student claims less than what its teacher and it spent on one person",
     ),
     _one(
+        "label", "no-state-folder-nobody-withdrew", "fedtune/derive/label.py",
+        "if not traces(records.home):", "if not records.site.state.exists():",
+        "tests/test_label.py::"
+        "test_who_withdrew_from_a_hospital_is_left_out_at_each_membership",
+        "who withdrew is read by a membership that has not trained yet",
+    ),
+    _one(
         "label", "the-judge-is-asked-in-one-order", LABEL,
         "return (self._odds(prompt, first, second) - self._odds(prompt, second, first)) / 2",
         "return self._odds(prompt, first, second)",

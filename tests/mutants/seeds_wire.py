@@ -187,6 +187,12 @@ GUARANTEE_MUTANTS = (
         "a retry trains again",
     ),
     _one(
+        "seal", "a-token-of-any-type", "fedtune/core/wire/seal.py",
+        "return isinstance(token, str) and TOKEN.fullmatch(token) is not None", "return True",
+        "tests/wire/test_hostile.py::test_a_ledgers_statement_that_is_no_token_is_dropped",
+        "a token of nested lists makes the file of all receipts unreadable",
+    ),
+    _one(
         "seal", "any-signature-will-do", "fedtune/core/wire/seal.py",
         "if not verifies(public, signed, signature):",
         "if not verifies(public, signed, signature) and not signature:",

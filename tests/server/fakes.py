@@ -114,7 +114,7 @@ class FakeSite:
         return self.coordinator
 
     def sealed(self, digest: str, round_: int, nonce: str, body: str) -> dict[str, str]:
-        ledger = {"seq": round_, "hash": "0" * 64, "signature": "1" * 128}
+        ledger = {"token": f"{round_:02x}"}
         header = Header(digest, round_, self.base, self.name, self.coordinator, nonce, body, ledger)
         return seal(self.key, header)
 

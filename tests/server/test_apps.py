@@ -278,7 +278,9 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
     record[name].data = honest.replace(b"(10,), }         ", b"(40000000000,), }")
     assert record[name].data != honest and len(record[name].data) == len(honest)
     site, body = SigningKey(), seal.body_digest(bodies(record), SAID)
-    said = ConfigRecord({**SAID, **seal.seal(site, replace(WANTED, body=body))})
+    said = ConfigRecord(
+        {**SAID, **seal.seal(site, replace(WANTED, body=body, ledger={"token": "00"}))}
+    )
     content = RecordDict({"update": record, "site": said})
     got = outcome(Reply(2, content), zeros(), False, 0, site.public, WANTED)
     assert got.status == "dropped" and "stated shape" in got.reason
@@ -287,7 +289,7 @@ def test_a_huge_claim_in_a_small_message_is_not_allocated():
 
 def sealed(key: SigningKey, record: ArrayRecord, **changes: Any) -> Reply:
     body = seal.body_digest(bodies(record), SAID)
-    header = replace(WANTED, body=body, ledger={"hash": "h"})
+    header = replace(WANTED, body=body, ledger={"token": "00"})
     said = {**SAID, **seal.seal(key, replace(header, **changes))}
     return Reply(2, RecordDict({"update": record, "site": ConfigRecord(said)}))
 
@@ -295,7 +297,7 @@ def sealed(key: SigningKey, record: ArrayRecord, **changes: Any) -> Reply:
 def test_a_sealed_update_is_taken_and_its_ledger_statement_kept():
     site, record = SigningKey(), to_record(encode(zeros(), "float32"))
     got = outcome(sealed(site, record), zeros(), False, 0, site.public, WANTED)
-    assert (got.status, got.ledger) == ("trained", {"hash": "h"})
+    assert (got.status, got.ledger) == ("trained", {"token": "00"})
 
 
 @pytest.mark.parametrize(

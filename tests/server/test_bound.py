@@ -152,7 +152,14 @@ def judged(study: Any, update: np.ndarray, n: int, longest: float | None = None)
     }  # fmt: skip
     said = {"status": "trained", "events": str([event]).replace("'", '"')}
     header = seal.Header(
-        study.digest, 1, "", "a", "0" * 64, "n", seal.body_digest(bodies(record), said), {}
+        study.digest,
+        1,
+        "",
+        "a",
+        "0" * 64,
+        "n",
+        seal.body_digest(bodies(record), said),
+        {"token": "00"},
     )
     content = {"update": record, "site": said | seal.seal(key, header)}
     content["site"] = ConfigRecord(content["site"])

@@ -56,7 +56,7 @@ def message(record: ArrayRecord | None = None, key: SigningKey = KEY, **header: 
     record = wire.record({n: a + 0.5 for n, a in zeros().items()}) if record is None else record
     said = {"name": "a", "status": "trained", "reason": "", "events": EVENTS}
     body = seal.body_digest(bodies(record), said)
-    sealed = seal.seal(key, replace(WANTED, body=body, ledger={"token": "t"}, **header))
+    sealed = seal.seal(key, replace(WANTED, body=body, ledger={"token": "00"}, **header))
     return RecordDict({"update": record, "site": ConfigRecord(said | sealed)})
 
 

@@ -4,14 +4,19 @@ All of it in each encoding that a plan can ask for: `wire` says in which one mes
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, RecordDict
 
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire import seal
 from fedtune.core.wire.codec import SCALES
-from fedtune.core.wire.keys import verifies
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from tests.server.fakes import zeros
 from tests.wire.hostile_kit import (
     EVENTS,
@@ -130,3 +135,52 @@ def test_a_name_given_twice_in_a_header_is_dropped():
     content["site"]["header"] = text
     content["site"]["signature"] = KEY.sign(b"fedtune update\0" + text.encode())
     assert "malformed" in judge(content).reason
+
+
+TOKENS: dict[str, Any] = {
+    "nested": [[["a"]]],
+    "a number": 7,
+    "null": None,
+    "an object": {"token": "00"},
+    "empty": "",
+    "overlong": "0" * 1025,
+    "upper case": "AB",
+    "not hex": "0g",
+    "with a line's end": "00\n",
+}
+STATEMENTS: dict[str, Any] = {
+    **{name: {"token": token} for name, token in TOKENS.items()},
+    "nothing": {},
+    "more": {"token": "00", "seq": 1},
+    "a text": "token",
+}
+
+
+def stating(ledger: Any) -> RecordDict:
+    """An honest message, but for what its sealed header says of the site's ledger."""
+    content = honest()
+    header = json.loads(str(content["site"]["header"])) | {"ledger": ledger}
+    signed = canonical(header)
+    content["site"]["header"] = signed.decode()
+    content["site"]["signature"] = KEY.sign(b"fedtune update\0" + signed)
+    return content
+
+
+@pytest.mark.parametrize("ledger", STATEMENTS.values(), ids=STATEMENTS)
+def test_a_ledgers_statement_that_is_no_token_is_dropped(ledger: Any):
+    """The coordinator stores it for all of its studies, in one file, and signs it."""
+    got = judge(stating(ledger))
+    assert (got.status, got.reason) == ("dropped", "the header of its update is malformed")
+    assert not got.ledger
+
+
+def test_a_token_as_a_ledger_gives_it_is_taken(tmp_path: Path):
+    statement = Ledger(tmp_path).head_statement("41:" + "a" * 64)
+    assert judge(stating(statement)).ledger == statement
+
+
+def test_without_the_check_a_nested_token_is_countersigned(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(seal, "_is_statement", lambda ledger: isinstance(ledger, dict))
+    got = judge(stating({"token": [[["a"]]]}))
+    assert got.status == "trained"
+    assert seal.receipt(SigningKey(), got.ledger)["token"] == [[["a"]]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from fedtune.core.wire.keys import SigningKey, canonical, verifies
 LONGEST = 100_000  # characters of any text in a sealed message
 LONGEST_HEADER = 10_000
 OUTSIDE = ("header", "signature")
+# A ledger's token: 624 digits today. It is stored and sent back unread, so its type is checked.
+TOKEN = re.compile(r"[0-9a-f]{1,1024}")
 
 
 class SealError(InputError):
@@ -85,7 +88,8 @@ def seal(key: SigningKey, header: Header) -> dict[str, str]:
 def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[str, Any]:
     """Verify a seal by `public` with the `expected` header; returns the site's ledger statement.
 
-    `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError."""
+    `expected.ledger` is ignored. Nothing of the body is parsed. Errors: SealError, also for a
+    statement that is not {token}."""
     text, signature = sealed.get("header"), sealed.get("signature")
     if not isinstance(text, str) or not isinstance(signature, str):
         raise SealError("its update is not sealed")
@@ -109,9 +113,18 @@ def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[
     for name, value in required.items():
         if type(header.get(name)) is not type(value) or header[name] != value:
             raise SealError(f"its update is sealed for another {name}")
-    if set(header) != set(required) or not isinstance(ledger, dict):
+    if set(header) != set(required) or not _is_statement(ledger):
         raise SealError("the header of its update is malformed")
     return ledger
+
+
+def _is_statement(ledger: Any) -> bool:
+    """Return whether this is {token}, a token in lower-case hex of bounded length, and nothing
+    else."""
+    if not isinstance(ledger, dict) or set(ledger) != {"token"}:
+        return False
+    token = ledger["token"]
+    return isinstance(token, str) and TOKEN.fullmatch(token) is not None
 
 
 def digest_beside(arrays: Mapping[str, bytes], table: Mapping[str, Any] | None = None) -> str:
