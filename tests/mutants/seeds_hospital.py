@@ -52,7 +52,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "one-plan-in-two-consortia-is-one-slot", "fedtune/core/vault/worker.py",
-        "return slot_of(earlier, self.site.policy.membership)", "return earlier",
+        "return slot_of(earlier, policy.membership)", "return earlier",
         T_HOSPITAL + "test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice",
         "two coordinators get the same bytes, and see that they know the same hospital",
     ),

@@ -57,7 +57,8 @@ MUTANTS = (
     ),
     one(
         "orders", "a-ledger-pays-for-rounds-without-end", SITE,
-        "        check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)\n",
+        "        check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)"
+        "\n",
         "",
         T_ROUNDS + "test_a_ledger_pays_for_so_many_rounds_however_they_are_numbered",
         "a coordinator numbers rounds as it likes, and orders fill the ledger's room at no cost",

@@ -370,10 +370,10 @@ class SiteWorker:
         """Return the slot in the ledger of a round from the adapter, or the draw, that `label`
         names: the membership's own, or an earlier one, of before there was a home, that was
         answered or decided about."""
-        earlier = plan, round_, label
-        if "" in self.site.policy.own and self.ledger.has_answered(earlier):
+        earlier, policy = (plan, round_, label), self.site.policy
+        if not policy.membership or ("" in policy.own and self.ledger.has_answered(earlier)):
             return earlier
-        return slot_of(earlier, self.site.policy.membership)
+        return slot_of(earlier, policy.membership)
 
     def begin(self, digest: str, round_: int, receipt: str) -> Prepared:
         """Check that a round is in the plan, and take in the coordinator's receipt.
