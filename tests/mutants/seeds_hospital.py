@@ -169,7 +169,8 @@ MUTANTS = (
     one(
         "hospital", "what-was-decided-before-there-was-a-home-is-forgotten",
         "fedtune/core/vault/worker.py",
-        'if "" in self.site.policy.own and self.ledger.has_answered(earlier):', "if False:",
+        'if not policy.membership or ("" in policy.own and self.ledger.has_answered(earlier)):',
+        "if not policy.membership:",
         T_ADOPT + "test_a_refusal_for_good_and_what_was_sent_come_along[cardio]",
         "what a person refused for good is sent, and what was paid for is paid again",
     ),
