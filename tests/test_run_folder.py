@@ -12,7 +12,8 @@ from fedtune.accounting.rounds import with_rounds
 from fedtune.core.config import Study, load_study
 from fedtune.core.errors import InputError
 from fedtune.core.run_folder import FILED, PLACES, SIGNATURE, load_plan, write_plan
-from fedtune.runs.choice import already_done, finished_line, is_finished
+from fedtune.runs import choice
+from fedtune.runs.choice import already_done, finished_line, folder_for, is_finished
 from tests.server.fakes import make_study
 
 DIGEST = "sha256:" + "5d" * 32
@@ -116,3 +117,43 @@ def test_a_plan_that_was_handed_over_makes_nobody_read_a_file_outside_the_run(
     (run / "plan.json").write_text(study.model_dump_json())
     loaded = load_plan(run)
     assert loaded.evaluation and loaded.evaluation.path == run / "records.csv"
+
+
+def begun(run: Path, name: str) -> Path:
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "plan.json").write_text(make_study().changed(study={"name": name}).model_dump_json())
+    return run
+
+
+def _check_that_each_name_has_its_own(runs: Path) -> None:
+    mine, theirs = begun(runs / "a", "a"), begun(runs / "a-2", "a-2")
+    assert folder_for("a", resume=True, runs=runs) == mine
+    assert folder_for("a", resume=False, runs=runs) == runs / "a-3"
+    assert folder_for("a-2", resume=True, runs=runs) == theirs
+    begun(runs / "a-3", "a")
+    assert folder_for("a", resume=True, runs=runs) == runs / "a-3"
+
+
+def test_a_name_that_ends_in_a_number_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    _check_that_each_name_has_its_own(tmp_path)
+
+
+def test_without_a_look_at_the_plan_another_study_would_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_is_of_another", lambda run, name: False)
+    with pytest.raises(AssertionError):
+        _check_that_each_name_has_its_own(tmp_path)
+
+
+def test_studies_of_one_command_choose_no_folder_twice(tmp_path: Path) -> None:
+    """The first has chosen a folder, and written nothing to it yet."""
+    begun(tmp_path / "a", "a")
+    taken = [folder_for("a", resume=False, runs=tmp_path)]
+    assert taken == [tmp_path / "a-2"]
+    for resume in (True, False):
+        chosen = folder_for("a-2", resume=resume, runs=tmp_path, taken=taken)
+        assert chosen == tmp_path / "a-2-2"
+    begun(tmp_path / "a-2", "a")
+    assert folder_for("a", resume=True, runs=tmp_path) == tmp_path / "a-2"
+    assert folder_for("a-2", resume=True, runs=tmp_path) == tmp_path / "a-2-2"

@@ -95,7 +95,8 @@ def run_several(
             screen.print(finished_line(done), highlight=False, markup=False)
             result[name] = {"outcome": "done", "run": str(done), "report": read_report(done)}
             continue
-        folder = new_run(study, None, resume=resume, runs=runs)
+        taken = [entry.out for entry in entries]
+        folder = new_run(study, None, resume=resume, runs=runs, taken=taken)
         if line := beginning(study, folder, resume=resume, runs=runs):
             screen.print(line, highlight=False, markup=False)
         if not study.private:

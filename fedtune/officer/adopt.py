@@ -165,10 +165,38 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
             "a site with a ledger of its own",
             f"copy the table [hospital] of that file to {site_file}: it is the same membership",
         )
+    if link := next((p for p in _files_of(state) if p.is_symlink()), None):
+        raise InputError(
+            f"{link}: a symbolic link in place of a file of the ledger",
+            "plain files, which an adoption copies and takes away",
+            "put the file itself there, then run it again",
+        )
     if home == state or home.is_relative_to(state):
         raise ConfigError(f"{home}: lies in the site's state folder {state}", "a folder outside it")
     if home.exists() and not (home / FILE).exists() and any(home.iterdir()):
         raise ConfigError(f"{home}: has no {FILE}", "a hospital's home, or an empty folder")
+
+
+def _files_of(state: Path) -> Iterator[Path]:
+    """List a ledger's files in a state folder, after the folders that they lie in."""
+    yield from (state / name for name in (RECEIPTS, OUTBOX, ASKED))
+    yield from (path for pattern in (KEY, *OF_LEDGER) for path in sorted(state.glob(pattern)))
+
+
+@contextmanager
+def _still(home: Path, site: Site) -> Iterator[None]:
+    """Keep the clients and vaults of the site and of the home's memberships from running
+    meanwhile. Errors: InfrastructureError if one runs."""
+    states = {site.site.state.resolve()}
+    if (home / FILE).exists():
+        for membership in load_hospital(home).memberships.values():
+            if membership.site.exists():
+                states.add(load_site(membership.site, alone=True).site.state.resolve())
+    with ExitStack() as held:
+        for state in sorted(state for state in states if state.is_dir()):
+            held.enter_context(alone(state / "flower", "fedtune client"))
+            held.enter_context(alone(state / "ranks", "the vault of a client"))
+        yield
 
 
 # --------------------------------------------------------------------------------- the first site

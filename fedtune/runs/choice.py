@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +23,29 @@ RUNS = Path("runs")
 LOCK = "lock"  # a file in a run's folder that the process which trains there keeps locked
 
 
-def folder_for(name: str, *, resume: bool, runs: Path = RUNS) -> Path:
+def folder_for(name: str, *, resume: bool, runs: Path = RUNS, taken: Collection[Path] = ()) -> Path:
     """Return the first folder of runs/NAME, runs/NAME-2, -3, … that does not exist; with `resume`
-    the one before it, which is the newest."""
-    last = fresh = runs / name
-    number = 1
-    while fresh.exists():
+    the one before it, which is the newest.
+
+    Folders of a study with another name are passed over: runs/a-2 may be the second run of `a`, or
+    the first of `a-2`. taken: folders of other studies that have written no plan yet."""
+    found: list[Path] = []
+    fresh, number = runs / name, 1
+    while fresh.exists() or fresh in taken:
+        if fresh not in taken and not _is_of_another(fresh, name):
+            found.append(fresh)
         number += 1
-        last, fresh = fresh, runs / f"{name}-{number}"
-    return last if resume else fresh
+        fresh = runs / f"{name}-{number}"
+    return found[-1] if resume and found else fresh
+
+
+def _is_of_another(run: Path, name: str) -> bool:
+    """Return whether the folder's plan is of a study with another name; not if none is legible."""
+    try:
+        study = json.loads((run / "plan.json").read_bytes())["study"]["name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return bool(study != name)
 
 
 def find_finished(study: Study, runs: Path = RUNS) -> Path | None:
@@ -117,8 +131,16 @@ def finished_line(run: Path) -> str:
     )
 
 
-def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) -> Path:
-    """Choose the folder of a run that starts or resumes: `out`, else one under `runs`.
+def new_run(
+    study: Study,
+    out: Path | None,
+    *,
+    resume: bool,
+    runs: Path = RUNS,
+    taken: Collection[Path] = (),
+) -> Path:
+    """Choose the folder of a run that starts or resumes: `out`, else one under `runs` that no other
+    study of the command has `taken`.
 
     Errors: ConfigError if no folder was named and this study is finished, since another run of it
     would be refused, or charged a second time."""
@@ -130,7 +152,7 @@ def new_run(study: Study, out: Path | None, *, resume: bool, runs: Path = RUNS) 
             "left. To run the same study again, and pay again for whatever must be "
             "trained again, give --out DIR",
         )
-    return out or folder_for(study.study.name, resume=resume, runs=runs)
+    return out or folder_for(study.study.name, resume=resume, runs=runs, taken=taken)
 
 
 def check_vacant(run: Path) -> None:

@@ -466,6 +466,39 @@ def test_a_ledger_that_was_never_adopted_is_not_taken_away(world: Path) -> None:
     assert len(Ledger(world / "onco-state").charges("records")) == 5
 
 
+def _by_link(path: Path, outside: Path) -> None:
+    """Leave a link where a file or a folder was, to where it is now."""
+    moved = outside / f"moved-{path.name}"
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+@pytest.mark.parametrize(
+    "which", ["audit.jsonl", "salt", "site.key", "withdrawals", "withdrawals/*"]
+)
+def test_a_ledger_with_a_link_is_not_adopted(world: Path, which: str) -> None:
+    """What a link stands for would be in neither the home nor the copy."""
+    (path,) = (world / "cardio-state").glob(which)
+    _by_link(path, world)
+    with pytest.raises(InputError, match="a symbolic link in place of a file of the ledger"):
+        adopt_first(world)
+    assert path.is_symlink() and path.exists()
+    assert not (world / "home").exists() and not list(world.glob("cardio-state*before*"))
+    assert len(Ledger(world / "cardio-state").charges("records")) == 3
+
+
+def test_without_the_check_a_file_behind_a_link_is_lost(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (receipt,) = (world / "cardio-state").glob("withdrawals/*")
+    _by_link(receipt, world)
+    monkeypatch.setattr("fedtune.officer.adopt._files_of", lambda state: iter(()))
+    copy = adopt_first(world).copy
+    assert copy is not None
+    for folder in (world / "home", world / "cardio-state", copy):
+        assert not (folder / "withdrawals" / receipt.name).exists()
+
+
 def test_consent_that_differs_is_settled_by_a_person_first(world: Path) -> None:
     adopt_first(world)
     site = make_site(world, "lab", more='consent = { column = "agreed" }')

@@ -88,6 +88,18 @@ def _pickled(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
 
 
+def _another_template(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "default.jinja").write_text("OTHER {{ messages }}")
+
+
+def _attention(value: object, name: str = "attn_implementation") -> Callable[[Path], None]:
+    return lambda f: edit(f / "config.json", lambda c: c.update({name: value}))
+
+
+UNTRIED = r"has not tried \(attn_implementation\)"
+
+
 def _escaping_shard(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "w.safetensors")
     index = {"weight_map": {"a": "../w.safetensors"}}
@@ -167,6 +179,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit(f / "config.json", lambda c: c.pop("architectures")),
         "names no architecture",
     ),
+    "another chat template": (_another_template, r"does not cover \(additional_chat_templates\)"),
+    "an empty folder of templates": (
+        lambda f: (f / "additional_chat_templates").mkdir(),
+        r"does not cover \(additional_chat_templates\)",
+    ),
+    "kernels of others": (_attention("org/repo"), UNTRIED),
+    "kernels by the other name": (_attention("org/repo:f", "_attn_implementation"), UNTRIED),
+    "kernels of a part": (_attention([{"_attn_implementation": "org/repo"}], "parts"), UNTRIED),
+    "kernels by a table": (_attention({"text_config": "org/repo"}), UNTRIED),
+    "paged attention": (_attention("paged|sdpa"), UNTRIED),
     "shard elsewhere": (_escaping_shard, "names a shard that is not in the folder"),
     "cut short": (
         lambda f: os.truncate(f / "model.safetensors", 5000),
@@ -176,6 +198,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def _compiled(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Attention of others, past the check of what config.json says."""
+    patch.setattr(digest, "ATTENTION", (*digest.ATTENTION, "flex_attention"))
     edit(folder / "config.json", lambda c: c.update(attn_implementation="flex_attention"))
 
 
@@ -201,6 +225,23 @@ def test_a_base_of_other_layers_or_attention_is_not_loaded(
     spoil(copy, monkeypatch)
     with pytest.raises(ModelError, match="layers or attention that fedtune has not tried"):
         find.load_backbone(find_base(str(copy)), torch.float32)
+
+
+@pytest.mark.parametrize("value", [None, "eager", "sdpa"])
+def test_plain_attention_may_be_asked_for(copy: Path, value: str | None) -> None:
+    _attention(value)(copy)
+    assert find.load_backbone(find_base(str(copy)), torch.float32) is not None
+
+
+def test_without_the_check_another_template_has_the_same_digest(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = find_base(str(copy))
+    before = load_tokenizer(base).get_chat_template()
+    _another_template(copy)
+    monkeypatch.setattr(digest, "TEMPLATES", "no such folder")
+    again = find_base(str(copy), base.digest)
+    assert load_tokenizer(again).get_chat_template() != before
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -17,6 +17,13 @@ MUTANTS = (
         "what a restore had entered is forgotten with the old ledger",
     ),
     one(
+        "hospital", "a-link-is-adopted", ADOPT,
+        "if link := next((p for p in _files_of(state) if p.is_symlink()), None):",
+        "if link := None:",
+        T_ADOPT + "test_a_ledger_with_a_link_is_not_adopted",
+        "a patient's receipt is in neither the home nor the copy",
+    ),
+    one(
         "hospital", "an-adopted-charge-is-known", CLOSED,
         "charge = replace(spent.charge, membership=membership)",
         "charge = replace(spent.charge, membership=membership, rules=2)",

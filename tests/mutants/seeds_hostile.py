@@ -103,6 +103,12 @@ MUTANTS = (
         "two processes write one checkpoint",
     ),
     _one(
+        "hostile", "two-studies-choose-one-folder", "fedtune/runs/choice.py",
+        "while fresh.exists() or fresh in taken:", "while fresh.exists():",
+        "tests/test_run_folder.py::test_studies_of_one_command_choose_no_folder_twice",
+        "a run of one study is another's",
+    ),
+    _one(
         "hostile", "anothers-status-is-written-over", "fedtune/observe/status.py",
         "            if not self._holds():\n", "            if not self._holds() and False:\n",
         T_LOCKS + "test_the_status_of_a_running_process_is_its_own",

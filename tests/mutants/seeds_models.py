@@ -304,6 +304,18 @@ KEPT_MUTANTS = (
         "two models have one digest",
     ),
     _one(
+        "kept", "templates-beside-the-hashed-one", DIGEST,
+        "    if os.path.lexists(folder / TEMPLATES):\n", "    if not TEMPLATES:\n",
+        T_BASE + "test_refused",
+        "a site's records are written with a template of which the digest says nothing",
+    ),
+    _one(
+        "kept", "attention-of-whatever-repository", DIGEST,
+        "            yield from _list_attention(part)\n", "            pass\n",
+        T_BASE + "test_refused",
+        "a part of the configuration has kernels of others looked for and loaded",
+    ),
+    _one(
         "kept", "weights-beside-the-hashed-ones", DIGEST,
         "    if others:\n", "    if not WEIGHTS:\n",
         T_BASE + "test_refused",

@@ -8,6 +8,9 @@ site would compute with them:
     processor   of a base that reads images or sound: canonical JSON of what prepares them
     tokenizer   canonical JSON of tokenizer.json without its last call's padding and truncation,
                 the chat template, and the bos, eos and pad tokens
+
+Chat templates in a folder of their own, of which transformers may take one in place of the hashed
+one, are refused; those of a processor (chat_template.json) are never loaded.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +45,9 @@ REDIRECTS = {
     "config.json": ("configuration_files", "transformers_weights"),
     "tokenizer_config.json": ("fast_tokenizer_files",),
 }
+TEMPLATES = "additional_chat_templates"  # a folder whose default.jinja transformers prefers
+# Of other values transformers looks for a package or, as "owner/name", for a repository of kernels.
+ATTENTION = (None, "eager", "sdpa")
 # Names of weights that some loader reads, in whatever format.
 WEIGHTS = (
     "*.safetensors",
@@ -100,7 +107,7 @@ def check(folder: Path) -> None:
 
     Errors: ModelError for pickled weights only, remote code, a quantised checkpoint, an adapter in
     the folder (transformers would apply it silently), a file that stands in for a hashed one, other
-    weights beside the hashed ones, or a missing file."""
+    weights or chat templates beside the hashed ones, attention of others, or a missing file."""
     for name in CODE:
         if (folder / name).is_file() and find_key(read_json(folder / name), "auto_map"):
             raise ModelError(
@@ -121,6 +128,19 @@ def check(folder: Path) -> None:
                 "files that are read under their own names, which the digest covers",
                 SAVE,
             )
+    if os.path.lexists(folder / TEMPLATES):
+        raise ModelError(
+            f"{folder.name}: holds chat templates that the digest does not cover ({TEMPLATES})",
+            "one chat template, in chat_template.jinja or tokenizer_config.json",
+            f"delete {TEMPLATES}, or copy the base without it and name the copy",
+        )
+    if any(value not in ATTENTION for value in _list_attention(read_json(folder / "config.json"))):
+        raise ModelError(
+            f"{folder.name}: its configuration asks for layers or attention that fedtune has not "
+            "tried (attn_implementation)",
+            "sdpa or eager attention",
+            "take the setting out of config.json, or choose another base",
+        )
     if find_key(read_json(folder / "config.json"), "quantization_config"):
         raise ModelError(f"{folder.name}: is quantised", "float weights", "name the original model")
     others = {path for pattern in WEIGHTS for path in folder.glob(pattern)} - set(weights(folder))
@@ -145,6 +165,18 @@ def find_key(config: Any, *names: str) -> str:
     found = [name for name in names if name in config]
     found += [find_key(part, *names) for part in config.values()]
     return next(filter(None, found), "")
+
+
+def _list_attention(config: Any) -> Iterator[Any]:
+    """List the attention that a configuration, or a part of it at any depth, asks for."""
+    if isinstance(config, dict):
+        for name in ("attn_implementation", "_attn_implementation"):
+            if name in config:
+                yield config[name]
+        config = list(config.values())
+    if isinstance(config, list):
+        for part in config:
+            yield from _list_attention(part)
 
 
 def weights(folder: Path) -> list[Path]:
