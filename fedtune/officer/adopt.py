@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -181,22 +181,6 @@ def _files_of(state: Path) -> Iterator[Path]:
     """List a ledger's files in a state folder, after the folders that they lie in."""
     yield from (state / name for name in (RECEIPTS, OUTBOX, ASKED))
     yield from (path for pattern in (KEY, *OF_LEDGER) for path in sorted(state.glob(pattern)))
-
-
-@contextmanager
-def _still(home: Path, site: Site) -> Iterator[None]:
-    """Keep the clients and vaults of the site and of the home's memberships from running
-    meanwhile. Errors: InfrastructureError if one runs."""
-    states = {site.site.state.resolve()}
-    if (home / FILE).exists():
-        for membership in load_hospital(home).memberships.values():
-            if membership.site.exists():
-                states.add(load_site(membership.site, alone=True).site.state.resolve())
-    with ExitStack() as held:
-        for state in sorted(state for state in states if state.is_dir()):
-            held.enter_context(alone(state / "flower", "fedtune client"))
-            held.enter_context(alone(state / "ranks", "the vault of a client"))
-        yield
 
 
 # --------------------------------------------------------------------------------- the first site
