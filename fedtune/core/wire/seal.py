@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedtune.core.errors import InputError
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
@@ -118,7 +118,7 @@ def open_seal(sealed: Mapping[str, Any], public: str, expected: Header) -> dict[
     return ledger
 
 
-def _is_statement(ledger: Any) -> bool:
+def _is_statement(ledger: Any) -> TypeGuard[dict[str, Any]]:
     """Return whether this is {token}, a token in lower-case hex of bounded length, and nothing
     else."""
     if not isinstance(ledger, dict) or set(ledger) != {"token"}:
