@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.mutant import one
+from tests.mutants.mutant import Mutant, one
 
 BUDGET, ROOM = "fedtune/core/vault/budget.py", "fedtune/core/files/room.py"
 HOSPITAL, SITE = "fedtune/core/config/hospital.py", "fedtune/core/config/site.py"
@@ -84,10 +84,13 @@ MUTANTS = (
         T_HOSPITAL + "test_the_number_of_rounds_is_shared_without_a_figure",
         "one coordinator counts another's rounds, or the ledger outgrows its room",
     ),
-    one(
+    Mutant(
         "hospital", "a-token-opens-in-every-membership", "fedtune/core/ledger/files.py",
-        "membership.encode() or None)).hex()", "None)).hex()",
-        T_HOSPITAL + "test_no_receipt_tells_that_two_sites_are_one_hospital",
+        (
+            ("membership.encode() or None)).hex()", "None)).hex()"),
+            ("cipher.decrypt(raw[:12], raw[12:], bound)", "cipher.decrypt(raw[:12], raw[12:], None)"),
+        ),
+        (T_HOSPITAL + "test_no_receipt_tells_that_two_sites_are_one_hospital",),
         "two coordinators try whether their sites are one hospital",
     ),
     one(
