@@ -88,7 +88,7 @@ MUTANTS = (
         "hospital", "a-token-opens-in-every-membership", "fedtune/core/ledger/files.py",
         (
             ("membership.encode() or None)).hex()", "None)).hex()"),
-            ("cipher.decrypt(raw[:12], raw[12:], bound)", "cipher.decrypt(raw[:12], raw[12:], None)"),
+            ("decrypt(raw[:12], raw[12:], bound)", "decrypt(raw[:12], raw[12:], None)"),
         ),
         (T_HOSPITAL + "test_no_receipt_tells_that_two_sites_are_one_hospital",),
         "two coordinators try whether their sites are one hospital",
