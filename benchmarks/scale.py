@@ -60,13 +60,12 @@ class Site:
 
     def __init__(self, name: str, update: dict[str, np.ndarray]) -> None:
         self.name, self.update, self.key = name, update, SigningKey()
-        policy = SimpleNamespace(admission="standing")
+        policy = SimpleNamespace(admission="standing", own=frozenset({""}))
         self.site = SimpleNamespace(
             site=SimpleNamespace(name=name, declared_size=SIZE), policy=policy
         )
-        self.home = SimpleNamespace(
-            folder=ACTS, admitted=lambda digest: False
-        )  # one audit log for all: a site has its own
+        # One audit log for all: a site has its own.
+        self.home = SimpleNamespace(folder=ACTS, key=self.key, admitted=lambda *_: False)
         self.room = Room(ACTS, SIZE)
         self.coordinator = ""
 
