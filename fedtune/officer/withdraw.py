@@ -29,7 +29,6 @@ from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.ledger import Ledger, LedgerError, NoRoom
 from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
-from fedtune.runs.personal import models_of
 
 log = logging.getLogger("fedtune.site")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
@@ -113,6 +112,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "type it again; --unseen enters it all the same, for a patient who has "
             "no usable record yet",
         )
+
+    from fedtune.runs.personal import models_of  # imports PyTorch
 
     def enter() -> Withdrawal:
         entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
