@@ -60,7 +60,7 @@ class Site:
 
     def __init__(self, name: str, update: dict[str, np.ndarray]) -> None:
         self.name, self.update, self.key = name, update, SigningKey()
-        policy = SimpleNamespace(admission="standing", own=frozenset({""}))
+        policy = SimpleNamespace(admission="standing", own_memberships=frozenset({""}))
         self.site = SimpleNamespace(
             site=SimpleNamespace(name=name, declared_size=SIZE), policy=policy
         )

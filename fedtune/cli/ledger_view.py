@@ -50,10 +50,8 @@ def ledger_view(
         parts.append(cohorts_table(dataset, spent, cohorts, policy))
     parts.append(budget_table(find_heaviest_budget(dataset, cohorts, policy), policy.membership))
     if policy.hospital:
-        whose, share = (
-            membership_lines(dataset, cohorts, policy),
-            share_of(dataset, cohorts, policy),
-        )
+        whose = membership_lines(dataset, cohorts, policy)
+        share = share_of(dataset, cohorts, policy)
         earlier = policy.membership if policy.hospital.earlier else ""
         parts.append(memberships_table(whose, policy.membership, share, earlier))
     parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))

@@ -111,7 +111,7 @@ def _memberships(path: Path) -> set[str]:
     from fedtune.core.config.load import load_hospital
 
     if not path.is_dir():
-        return {*load_site(path).policy.own}
+        return {*load_site(path).policy.own_memberships}
     return {"", *(load_hospital(path).memberships if (path / FILE).exists() else ())}
 
 

@@ -328,7 +328,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     typer.echo(f"joined the consortium {joined.fingerprint}, at {joined.address}")
     if signable is None or site.policy.admission == "signed":
         return
-    if book.admitted(signable.digest, site.policy.own):
+    if book.admitted(signable.digest, site.policy.own_memberships):
         return
     if fingerprint is None:
         typer.echo("plan   not signed by joining again: fedtune review signs it, with --sign")

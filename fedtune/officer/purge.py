@@ -157,7 +157,7 @@ def _list_at_hospital(site: Site, contents: Listing) -> None:
     another membership, which may run the same plan, would have to pay for again."""
     if not traces(site.home):
         return
-    book, own = Ledger(site.home), site.policy.own
+    book, own = Ledger(site.home), site.policy.own_memberships
     mine, others = dict[str, str](), set[Path]()
     for spent in book.spending():
         slot = spent.charge.study, spent.charge.round, spent.adapter

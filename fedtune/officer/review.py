@@ -243,7 +243,7 @@ def cost_refusals(
 
 def is_unsigned(study: Study, site: Site, ledger: Ledger | None) -> bool:
     """Return whether the plan still waits for a signature here."""
-    signed = ledger is not None and ledger.admitted(study.digest, site.policy.own)
+    signed = ledger is not None and ledger.admitted(study.digest, site.policy.own_memberships)
     return site.policy.admission != "standing" and not signed
 
 

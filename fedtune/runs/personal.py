@@ -198,7 +198,8 @@ def _unsealed(path: Path, content: bytes, key: SigningKey) -> tuple[About, Array
 
 
 def _cipher(key: SigningKey) -> AESGCM:
-    """Return the cipher of a site's personal models, which only its key can make."""
+    """Return the cipher of a site's personal models, which only its key can make: its ledger's,
+    since the sealed hashes of patients hold with that ledger's salt alone."""
     return AESGCM(key.derive(PURPOSE))
 
 

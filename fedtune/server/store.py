@@ -251,13 +251,22 @@ class Receipts:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self._stamp: tuple[int, ...] = ()  # of the file when it was read last, and what it held
+        self._read: dict[str, dict[str, Any]] = {}
 
     def read(self) -> dict[str, dict[str, Any]]:
+        """Return the receipts; the file is read again only if another study has replaced it since,
+        for this is asked for each site of a round."""
         if self.path is None or not self.path.exists():
             return {}
         try:
+            found = self.path.stat()
+            stamp = found.st_ino, found.st_mtime_ns, found.st_size
+            if stamp == self._stamp:
+                return self._read
             receipts = json.loads(self.path.read_text())
             if isinstance(receipts, dict) and all(isinstance(r, dict) for r in receipts.values()):
+                self._stamp, self._read = stamp, receipts
                 return receipts
         except (OSError, ValueError, RecursionError):
             pass

@@ -251,8 +251,8 @@ def test_one_plan_in_two_consortia_is_trained_signed_and_paid_for_twice(
     assert any((sent[0][name] != sent[1][name]).any() for name in sent[0])
     digest, policy = study.study.digest, made["onco"].current().policy
     made["onco"].home.admit(digest, "ada", "onco")
-    assert made["onco"].home.admitted(digest, policy.own)
-    assert not made["cardio"].home.admitted(digest, made["cardio"].current().policy.own)
+    assert made["onco"].home.admitted(digest, policy.own_memberships)
+    assert not made["cardio"].home.admitted(digest, made["cardio"].current().policy.own_memberships)
 
 
 def test_with_shared_noise_a_hospital_takes_part_in_a_plan_once(
@@ -269,6 +269,11 @@ def test_with_shared_noise_a_hospital_takes_part_in_a_plan_once(
     Budget(policies["onco"], shared, [charge]).check(1)
     with pytest.raises(BudgetExceeded, match="takes part in a plan once") as refused:
         Budget(policies["cardio"], shared, [charge]).check(1)
+    restored = [Charge.read(charge.fields(), EVERY)]
+    for policy in policies.values():  # whose it was is not known any more
+        with pytest.raises(BudgetExceeded, match="takes part in a plan once"):
+            Budget(policy, shared, restored).check(1)
+    Budget(policies["onco"].model_copy(update={"hospital": None}), shared, restored).check(1)
     assert not re.search(r"\d", str(refused.value))
     Budget(policies["cardio"], plan, [charge]).check(1)
 

@@ -64,7 +64,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-share-shows-nothing-earlier", "fedtune/core/ledger/spending.py",
-        "names = policy.own | {EVERY}", "names = {policy.membership, EVERY}",
+        "charge.is_paid_by(policy.own_memberships)", "charge.is_paid_by({policy.membership})",
         T_ADOPT + "test_the_first_sites_ledger_becomes_the_hospitals",
         "a person sees a share that the vault knows is spent",
     ),

@@ -293,7 +293,7 @@ KEPT_MUTANTS = (
     ),
     _one(
         "kept", "quantised-within", "fedtune/core/bases/digest.py",
-        "    found += [find_key(part, *names) for part in config.values()]\n", "",
+        "            yield from settings_in(part, *names)\n", "            pass\n",
         "tests/models/test_base.py::test_refused",
         "the text part of a base is quantised by a table that nobody looked for",
     ),
@@ -311,7 +311,7 @@ KEPT_MUTANTS = (
     ),
     _one(
         "kept", "attention-of-whatever-repository", DIGEST,
-        "            yield from _list_attention(part)\n", "            pass\n",
+        "    if any(value not in ATTENTION for _, value in asked):\n", "    if not ATTENTION:\n",
         T_BASE + "test_refused",
         "a part of the configuration has kernels of others looked for and loaded",
     ),
@@ -387,8 +387,8 @@ KEPT_MUTANTS = (
     ),
     _one(
         "kept", "a-part-of-a-base-may-be-anything", ARCHITECTURE,
-        "nested = (_kinds_in(part) for part in config.values() if isinstance(part, dict))",
-        "nested: tuple[set[Any], ...] = ()",
+        '{kind for _, kind in settings_in(config.to_dict(), "model_type")} <= SHARING',
+        'config.to_dict()["model_type"] in SHARING',
         "tests/models/test_coupling.py::test_a_part_that_is_not_listed_counts",
         "a text model that nobody tried hides behind a known base",
     ),

@@ -77,7 +77,7 @@ class FakeSite:
 
     @property
     def site(self) -> Any:
-        policy = SimpleNamespace(admission="standing", own=frozenset({""}))
+        policy = SimpleNamespace(admission="standing", own_memberships=frozenset({""}))
         table = SimpleNamespace(
             name=self.name, declared_size=self.size, plan_file=lambda _: self.folder / "plan.json"
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedtune.core.bases.digest import settings_in
 from fedtune.core.config.known_bases import Kind
 
 PROJECTOR = "projector"  # in lora.modules: the linear layers between tower and language model
@@ -196,12 +197,7 @@ SHARING = frozenset((_TEXTS + _WITH_TOWERS).split())
 def may_share_blocks(config: Any) -> bool:
     """Return whether a base's configuration, and each that is nested in it, is of an architecture
     of which several records may share a block."""
-    return _kinds_in(config.to_dict()) <= SHARING
-
-
-def _kinds_in(config: dict[str, Any]) -> set[Any]:
-    nested = (_kinds_in(part) for part in config.values() if isinstance(part, dict))
-    return {config["model_type"]}.union(*nested) if "model_type" in config else set().union(*nested)
+    return {kind for _, kind in settings_in(config.to_dict(), "model_type")} <= SHARING
 
 
 def rows_of(config: Any, *tables: Any) -> int:

@@ -46,7 +46,8 @@ REDIRECTS = {
     "tokenizer_config.json": ("fast_tokenizer_files",),
 }
 TEMPLATES = "additional_chat_templates"  # a folder whose default.jinja transformers prefers
-# Of other values transformers looks for a package or, as "owner/name", for a repository of kernels.
+# None: of a part that has none. Of other values transformers looks for a package or, as
+# "owner/name", for a repository of kernels.
 ATTENTION = (None, "eager", "sdpa")
 # Names of weights that some loader reads, in whatever format.
 WEIGHTS = (
@@ -109,7 +110,7 @@ def check(folder: Path) -> None:
     the folder (transformers would apply it silently), a file that stands in for a hashed one, other
     weights or chat templates beside the hashed ones, attention of others, or a missing file."""
     for name in CODE:
-        if (folder / name).is_file() and find_key(read_json(folder / name), "auto_map"):
+        if _first_key(folder / name, "auto_map"):
             raise ModelError(
                 f"{folder.name}: {name} asks for remote code (auto_map)",
                 "an architecture that transformers has built in",
@@ -122,7 +123,7 @@ def check(folder: Path) -> None:
             "merge the adapter into its base and save that, or name the base",
         )
     for name, keys in REDIRECTS.items():
-        if (folder / name).is_file() and (key := find_key(read_json(folder / name), *keys)):
+        if key := _first_key(folder / name, *keys):
             raise ModelError(
                 f"{folder.name}: {name} names other files to read in its place ({key})",
                 "files that are read under their own names, which the digest covers",
@@ -134,14 +135,17 @@ def check(folder: Path) -> None:
             "one chat template, in chat_template.jinja or tokenizer_config.json",
             f"delete {TEMPLATES}, or copy the base without it and name the copy",
         )
-    if any(value not in ATTENTION for value in _list_attention(read_json(folder / "config.json"))):
+    asked = settings_in(
+        read_json(folder / "config.json"), "attn_implementation", "_attn_implementation"
+    )
+    if any(value not in ATTENTION for _, value in asked):
         raise ModelError(
             f"{folder.name}: its configuration asks for layers or attention that fedtune has not "
             "tried (attn_implementation)",
             "sdpa or eager attention",
             "take the setting out of config.json, or choose another base",
         )
-    if find_key(read_json(folder / "config.json"), "quantization_config"):
+    if _first_key(folder / "config.json", "quantization_config"):
         raise ModelError(f"{folder.name}: is quantised", "float weights", "name the original model")
     others = {path for pattern in WEIGHTS for path in folder.glob(pattern)} - set(weights(folder))
     if others:
@@ -154,29 +158,22 @@ def check(folder: Path) -> None:
         raise ModelError(f"{folder.name}: tokenizer.json holds no tokenizer", EXPECTED, SAVE)
 
 
-def find_key(config: Any, *names: str) -> str:
-    """Return the first of `names` that is a key of a configuration or of a part of it at any
-    depth, else "": transformers takes also what is asked for by the text part, or by the tower's.
-    """
-    if isinstance(config, list):
-        config = dict(enumerate(config))
-    if not isinstance(config, dict):
-        return ""
-    found = [name for name in names if name in config]
-    found += [find_key(part, *names) for part in config.values()]
-    return next(filter(None, found), "")
-
-
-def _list_attention(config: Any) -> Iterator[Any]:
-    """List the attention that a configuration, or a part of it at any depth, asks for."""
+def settings_in(config: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    """Yield each of `names` that is a key of a configuration, or of a part of it at any depth, with
+    its value: transformers takes also what is asked for by the text part, or by the tower's."""
     if isinstance(config, dict):
-        for name in ("attn_implementation", "_attn_implementation"):
-            if name in config:
-                yield config[name]
+        yield from ((name, config[name]) for name in names if name in config)
         config = list(config.values())
     if isinstance(config, list):
         for part in config:
-            yield from _list_attention(part)
+            yield from settings_in(part, *names)
+
+
+def _first_key(path: Path, *names: str) -> str:
+    """Return the first of `names` that is a key of a JSON file at any depth; "" if there is none,
+    or no file. Errors: ModelError."""
+    found = settings_in(read_json(path), *names) if path.is_file() else iter(())
+    return next((name for name, _ in found), "")
 
 
 def weights(folder: Path) -> list[Path]:

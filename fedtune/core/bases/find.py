@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedtune.core.bases import known_here, wheel
+from fedtune.core.bases.digest import ATTENTION, read_json, read_tensors, settings_in, weights
 from fedtune.core.bases.digest import digest as digest_of
-from fedtune.core.bases.digest import read_json, read_tensors, weights
 from fedtune.core.boot import online
 from fedtune.core.config.known_bases import KNOWN, MEDIA, PREFIX, Kind
 from fedtune.core.errors import ModelError, PolicyRefused, is_fault
@@ -250,7 +250,6 @@ def _generation_config(folder: Path) -> Any:
 
 # Where the modules of a plain base are defined.
 PLAIN = ("torch.nn.", "transformers.models.", "transformers.activations", "transformers.modeling_")
-ATTENTION = {None, "sdpa", "eager"}  # None: of a module that has none
 # Models that compute on the records of a block together: BLT divides all of them into as many
 # patches as one of them needs.
 COUPLING = ("transformers.models.blt.",)
@@ -269,7 +268,8 @@ def _check_plain(name: str, model: Any) -> None:
     if key := _key_of_more(model.config.to_dict(), PER_LAYER, (None, 0)):
         foreign.add(key)
     configs = filter(None, (getattr(module, "config", None) for module in model.modules()))
-    attention = {getattr(config, "_attn_implementation", None) for config in configs} - ATTENTION
+    asked = {getattr(config, "_attn_implementation", None) for config in configs}
+    attention = asked.difference(ATTENTION)
     if foreign or attention or getattr(model, "hf_quantizer", None):
         raise ModelError(
             f"{name}: its configuration asks for layers or attention that fedtune has not tried "
@@ -406,11 +406,9 @@ def experts_in(config: dict[str, Any]) -> str:
 
 
 def _key_of_more(config: dict[str, Any], keys: Sequence[str], usual: Sequence[int | None]) -> str:
-    """Return the first of `keys` whose value in a configuration, or in one nested in it, is not
+    """Return the first of `keys` whose value in a configuration, or in a part of it, is not
     `usual`, else ""."""
-    found = [key for key in keys if config.get(key) not in usual]
-    found += [_key_of_more(p, keys, usual) for p in config.values() if isinstance(p, dict)]
-    return next(filter(None, found), "")
+    return next((key for key, value in settings_in(config, *keys) if value not in usual), "")
 
 
 def mixture(name: str, key: str) -> ModelError:

@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import Field, model_validator
 
 from fedtune.core.config.database import Url, anchor_url
-from fedtune.core.config.site import ConsentTable, ShareTable, SiteData, fits
+from fedtune.core.config.site import ConsentTable, ShareTable, Site, SiteData, fits
 from fedtune.core.config.types import Count, Delta, Name, Number, Place, Positive, Table
 from fedtune.core.errors import ConfigError
 from fedtune.core.files.room import OFFICER, ROUNDS
-
-if TYPE_CHECKING:
-    from fedtune.core.config.site import Site
 
 FILE = "hospital.toml"
 Data = TypeVar("Data", bound=SiteData)

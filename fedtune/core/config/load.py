@@ -22,10 +22,10 @@ from fedtune.core.files import reading
 
 MOST_KEY = 80  # characters of a key that a message shows
 T = TypeVar("T", Study, Site, Hospital)
-EXPECTED: dict[type, tuple[str, str]] = {
-    Study: ("a study.toml", "`fedtune init DIR` writes one"),
-    Site: ("a site.toml", "`fedtune init DIR` writes one"),
-    Hospital: ("a hospital.toml", "`fedtune memberships` writes one"),
+EXPECTED: dict[type, tuple[str, str, str]] = {  # the file, what writes it, what explains its keys
+    Study: ("a study.toml", "`fedtune init DIR`", "the comments of `fedtune init`"),
+    Site: ("a site.toml", "`fedtune init DIR`", "the comments of `fedtune init`"),
+    Hospital: ("a hospital.toml", "`fedtune memberships`", "`fedtune memberships --help`"),
 }
 WORDS = {  # a pattern, as a person would say it
     r"^sha256:[0-9a-f]{64}$": 'must be "sha256:" and 64 hexadecimal digits',
@@ -124,8 +124,8 @@ def study_from_json(text: str) -> Study:
 
 
 def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
-    expected, todo = EXPECTED[kind]
-    tables = reading.toml_in(path, expected, todo, ConfigError)
+    expected, writer, explained = EXPECTED[kind]
+    tables = reading.toml_in(path, expected, f"{writer} writes one", ConfigError)
     settings = tuple(settings)
     tables = overridden(tables, settings)
     try:
@@ -133,10 +133,7 @@ def _load(kind: type[T], path: Path, settings: Iterable[str] = ()) -> T:
     except ValidationError as error:
         where = f"{path} with --set" if settings else str(path)
         line = f"{where}: {_first(error, kind)}"
-        shown = (
-            "`fedtune memberships --help`" if kind is Hospital else "the comments of `fedtune init`"
-        )
-        raise ConfigError(line, todo=f"see {shown}") from None
+        raise ConfigError(line, todo=f"see {explained}") from None
     return loaded.anchored(path.resolve().parent)
 
 

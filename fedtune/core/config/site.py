@@ -321,7 +321,7 @@ class PolicyTable(Table):
         return self.hospital.membership if self.hospital else ""
 
     @property
-    def own(self) -> frozenset[str]:
+    def own_memberships(self) -> frozenset[str]:
         """The memberships under which what the ledger holds is this one's; {""} without a home."""
         earlier = self.hospital is None or self.hospital.earlier
         return frozenset({self.membership, *([""] if earlier else [])})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +76,11 @@ class Charge:
         if self.sites == 1:
             del fields["sites"], fields["colluding"]
         return fields
+
+    def is_paid_by(self, memberships: Collection[str]) -> bool:
+        """Return whether it counts as what these memberships spent; a charge that a restore entered
+        (EVERY) counts as anybody's."""
+        return self.membership == EVERY or self.membership in memberships
 
     def is_known_for(self, unit: str) -> bool:
         """Return whether its ε holds for one `unit`: not if the charge is for another unit, or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedtune.core.dp import accountant
 from fedtune.core.dp.accountant import Steps
 from fedtune.core.dp.filter import total_epsilon
 from fedtune.core.ledger.declared import read_declarations
-from fedtune.core.ledger.entries import EVERY, Cohort, Spent
+from fedtune.core.ledger.entries import Charge, Cohort, Spent
 from fedtune.core.ledger.ledger import Ledger
 
 
@@ -200,7 +200,7 @@ def membership_lines(
 def _membership_line(
     dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable, name: str
 ) -> MembershipLine:
-    own = _paid_by({name}, cohorts)
+    own = _paid_by(lambda charge: charge.membership == name, cohorts)
     total = find_heaviest_budget(dataset, own, policy)
     seen = {spent.seq: spent.charge.study for cohort in own for spent in cohort.spent}
     return MembershipLine(name, len({*seen.values()}), len(seen), total.epsilon, total.fallback)
@@ -209,16 +209,15 @@ def _membership_line(
 def share_of(dataset: str, cohorts: Sequence[Cohort], policy: PolicyTable) -> DatasetBudget:
     """Return what a membership spent of its own share, as vault.budget counts it: with charges that
     a restore entered and, if they are its own, with earlier ones."""
-    names = policy.own | {EVERY}
-    total = find_heaviest_budget(dataset, _paid_by(names, cohorts), policy)
+    own = _paid_by(lambda charge: charge.is_paid_by(policy.own_memberships), cohorts)
+    total = find_heaviest_budget(dataset, own, policy)
     ceiling = policy.max_fallback_epsilon if total.fallback is not None else None
     return replace(total, ceiling=policy.max_epsilon, fallback_ceiling=ceiling)
 
 
-def _paid_by(names: Collection[str], cohorts: Sequence[Cohort]) -> list[Cohort]:
+def _paid_by(is_own: Callable[[Charge], bool], cohorts: Sequence[Cohort]) -> list[Cohort]:
     return [
-        replace(cohort, spent=[s for s in cohort.spent if s.charge.membership in names])
-        for cohort in cohorts
+        replace(cohort, spent=[s for s in cohort.spent if is_own(s.charge)]) for cohort in cohorts
     ]
 
 

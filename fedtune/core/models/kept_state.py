@@ -49,7 +49,8 @@ def check_reads(study: Study, network: Network) -> None:
     try:
         rest = longest - count_placeholders(network, study)
         lengths = order_of(max(1, rest))
-        if network.reader.column is not None:  # each reading computes its files anew
+        if network.reader.column is not None:
+            # Each reading computes its files anew, so fewer: 8 tokens, the longest, 1, and 8 again.
             lengths = [*lengths[1:3], *lengths[-2:]]
         check_keeps_nothing(study, network, lengths)
     except KeepsState:

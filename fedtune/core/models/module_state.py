@@ -94,9 +94,8 @@ def _attributes_of(value: Any) -> Iterator[tuple[str, object]]:
 def _describe_tensor(tensor: torch.Tensor) -> object:
     if tensor.nbytes > _SMALL or tensor.is_meta:
         return tensor.data_ptr(), tensor._version, tuple(tensor.shape)  # PyTorch counts writes
-    return hashlib.sha256(_bytes_of(tensor).cpu().numpy().tobytes()).hexdigest(), tuple(
-        tensor.shape
-    )
+    content = _bytes_of(tensor).cpu().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest(), tuple(tensor.shape)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

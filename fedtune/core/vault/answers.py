@@ -200,7 +200,7 @@ def note_admission(site: SiteWorker, study: Study, admission: Admission) -> None
     about = {"plan": study.digest, "study": study.study.name}
     if admission.admitted:
         policy = site.current().policy
-        signed = site.home.admitted(study.digest, policy.own)
+        signed = site.home.admitted(study.digest, policy.own_memberships)
         note(site, "admit", policy.admission, **about, signed=signed)
     elif admission.waits:
         note(site, "wait", "policy.admission", **about)

@@ -19,7 +19,7 @@ from fedtune.core.dp.filter import Total, best_order, total_epsilon
 from fedtune.core.dp.plan import DpPlan
 from fedtune.core.errors import BudgetExceeded
 from fedtune.core.files.room import Room
-from fedtune.core.ledger.entries import EVERY, Charge, Spent
+from fedtune.core.ledger.entries import Charge, Spent
 
 MOST_ATTEMPTS = 8  # how often a round of a plan is paid for
 QUERIES_TODO = (
@@ -158,8 +158,8 @@ class Budget:
         home. A charge that a restore entered counts against every membership's share."""
         if self.policy.hospital is None:
             return self
-        mine = self.policy.own | {EVERY}
-        return replace(self, charges=[c for c in self.charges if c.membership in mine])
+        mine = self.policy.own_memberships
+        return replace(self, charges=[c for c in self.charges if c.is_paid_by(mine)])
 
     def _exceeds_hospital(self, ahead: int) -> bool:
         """Return whether all charges of the dataset, and steps ahead, exceed a ceiling of the
@@ -172,14 +172,13 @@ class Budget:
     def check_alone(self) -> None:
         """Check that no other membership of the hospital takes part in a plan whose noise is
         shared: two of its sites in one sum would move it by twice what either is charged for,
-        under one dose of noise.
+        under one dose of noise. A charge that a restore entered may be another's.
 
         Errors: BudgetExceeded, without saying who does."""
-        own = self.policy.own | {EVERY}
-        if self.plan.sites > 1 and any(
-            charge.study == self.plan.study and charge.membership not in own
-            for charge in self.charges
-        ):
+        if self.policy.hospital is None or self.plan.sites == 1:
+            return
+        of_plan = (charge for charge in self.charges if charge.study == self.plan.study)
+        if any(charge.membership not in self.policy.own_memberships for charge in of_plan):
             raise BudgetExceeded(
                 "with shared noise a hospital takes part in a plan once, of all its consortia "
                 "together",
@@ -240,7 +239,7 @@ def check_rounds(charges: Sequence[Charge], policy: PolicyTable, room: Room) -> 
     when this process started, which a larger policy.max_rounds does not change. Errors:
     BudgetExceeded."""
     most = min(policy.max_rounds, room.rounds)
-    own = [charge for charge in charges if charge.membership in policy.own | {EVERY}]
+    own = [charge for charge in charges if charge.is_paid_by(policy.own_memberships)]
     if len(charges) >= room.rounds and policy.hospital:
         raise BudgetExceeded(
             "this hospital's ledger pays for no further round, of all its consortia together",

@@ -21,6 +21,6 @@ def accept(site: SiteWorker, receipt: str, study: str, coordinator: str) -> None
 
     Errors: LedgerError."""
     if receipt:
-        own = site.site.policy.own
+        own = site.site.policy.own_memberships
         head = site.home.accept_receipt(json.loads(receipt), coordinator, own)
         acts(site).check(head)

@@ -59,7 +59,8 @@ def answer_facts(place: Place, request: Request, answer: Answer) -> dict[str, An
     reviewed = place.reviewed
     if study is not None and request.kind == "prepare" and status != "finished":
         joined_with = status == "admitted" and reviewed == study.digest
-        facts["signed"] = joined_with or site.home.admitted(study.digest, site.site.policy.own)
+        own = site.site.policy.own_memberships
+        facts["signed"] = joined_with or site.home.admitted(study.digest, own)
         if not facts["signed"] and status in ("admitted", WAITING):
             facts["text"] += f". {_describe_unsigned(study, site, place, facts)}"
     refused = status == "refused" and any(ceiling in reason for ceiling in CEILINGS[:2])

@@ -244,7 +244,7 @@ class SiteWorker:
         Errors: Unsigned; the caller that answers the coordinator stores the plan for `fedtune
         review`."""
         rule = site.policy.admission
-        if rule == "standing" or self.home.admitted(study.digest, site.policy.own):
+        if rule == "standing" or self.home.admitted(study.digest, site.policy.own_memberships):
             return
         if rule == "reviewed" and self.simulated:
             return
@@ -370,8 +370,10 @@ class SiteWorker:
         """Return the slot in the ledger of a round from the adapter, or the draw, that `label`
         names: the membership's own, or an earlier one, of before there was a home, that was
         answered or decided about."""
-        earlier, policy = (plan, round_, label), self.site.policy
-        if not policy.membership or ("" in policy.own and self.ledger.has_answered(earlier)):
+        policy = self.site.policy
+        earlier = plan, round_, label
+        may_be_earlier = policy.membership and "" in policy.own_memberships
+        if may_be_earlier and self.ledger.has_answered(earlier):
             return earlier
         return slot_of(earlier, policy.membership)
 
@@ -453,7 +455,7 @@ class SiteWorker:
     def events_of(self, digest: str) -> list[dict[str, Any]]:
         """Summarise the noised steps that a plan ran here so far: this membership's alone, since
         another's coordinator may have sent the same plan."""
-        return step_summary(self.log.steps(digest, self.site.policy.own))
+        return step_summary(self.log.steps(digest, self.site.policy.own_memberships))
 
     def _with_budget_left(self, data: CachedDataset, spent: frozenset[int]) -> CachedDataset:
         """Leave out the cohorts `spent`, whose lifetime budget is used up. This cannot be

@@ -60,7 +60,8 @@ class Choice:
 
     - way: the way with the smallest loss, whether or not it is better than the released model
     - shared, personal: the mean losses (nats) of the released model and of this way
-    - least: the bound above which its gain in nats lies with the probability CONFIDENCE
+    - least: the bound above which its gain in nats lies with the probability CONFIDENCE, as if it
+      had been the only way that was tried; the best of many is somewhat worse than it looks
     - better: whether that bound is above zero"""
 
     way: Way
