@@ -38,5 +38,6 @@ def test_the_page_names_every_numbered_mutant_and_the_tests_that_catch_it() -> N
 
 
 def test_the_twin_that_leaves_a_mutant_out_is_another_page() -> None:
-    assert page(mutants=MUTANTS[1:]) != page()
+    numbered = next(mutant for mutant in MUTANTS if isinstance(mutant.trap, int))
+    assert page(mutants=tuple(mutant for mutant in MUTANTS if mutant is not numbered)) != page()
     assert page((*TRAPS[:-1], replace(TRAPS[-1], title="Another"))) != page()

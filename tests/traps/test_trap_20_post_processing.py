@@ -68,13 +68,15 @@ def test_the_update_depends_on_the_noised_sums_alone(
     assert any(array.any() for array in one.values())
 
 
-def test_nothing_of_who_was_drawn_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("membership", ["", "north"])
+def test_nothing_of_who_was_drawn_is_written(tmp_path: Path, membership: str) -> None:
     """The log line of a step is known before the step: the plan's own values and no others."""
-    plan, log = make_plan(sampling_rate=0.5), StepLog(tmp_path / "log.jsonl")
+    plan, log = make_plan(sampling_rate=0.5), StepLog(tmp_path / "log.jsonl", membership)
     for _ in range(20):
         plan.step(6, 4, lambda rows: iter([Chunk(rows, [torch.ones(len(rows), 4)])]), log, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert len(lines) == 20 and len(set(lines)) == 1
-    public = asdict(plan) | {"round": 1}
-    assert json.loads(lines[0]) == {f.name: public[f.name] for f in fields(Step)}
+    public = asdict(plan) | {"round": 1} | ({"membership": membership} if membership else {})
+    named = {field.name for field in fields(Step)} - ({"membership"} - public.keys())
+    assert json.loads(lines[0]) == {name: public[name] for name in named}
