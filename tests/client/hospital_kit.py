@@ -1,14 +1,16 @@
-"""A hospital's home with two memberships over the same notes."""
+"""A hospital's home with two memberships or three over the same notes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedtune.core.config import Site, load_site
 from fedtune.public.start import Start
 from tests.client.site_kit import begun, notes
 
-NAMES = ("cardio", "onco")
+NAMES = ("cardio", "onco")  # the memberships of a home, unless more shares are asked for
+THIRD = "neuro"
 HOSPITAL = """
 [hospital]
 name = "north"
@@ -41,13 +43,13 @@ bases = "any"
 
 
 def make_hospital(
-    home: Path, *, ceiling: float = 8.0, shares: tuple[float, float] = (8.0, 8.0)
+    home: Path, *, ceiling: float = 8.0, shares: Sequence[float] = (8.0, 8.0)
 ) -> dict[str, Path]:
-    """Lay out a home, and return the site file of each membership."""
+    """Lay out a home with a membership for each share, and return their site files."""
     notes(home)
     parts = [HOSPITAL.format(ceiling=ceiling)]
     files = {}
-    for name, share in zip(NAMES, shares, strict=True):
+    for name, share in zip((*NAMES, THIRD), shares, strict=False):
         parts.append(MEMBERSHIP.format(name=name, share=share))
         files[name] = home / name / "site.toml"
         files[name].parent.mkdir()
