@@ -177,7 +177,7 @@ def test_a_score_that_is_none_takes_its_unit_alone_out_of_every_sum(
         found = honest(selected)
         return torch.where((selected == broken).all(dim=1)[:, None], bad, found)
 
-    batch = next(iter(data.blocks([1])))
+    ((batch, _),) = data.compute_blocks(lambda _: None, [1])
     broken = network.pool(network.hidden(batch.prefix, batch.mask), batch.mask)[0]
     monkeypatch.setattr(network, "logits", logits)
     made = all_rows(study, data)

@@ -107,8 +107,14 @@ def _gradients(
     rows = max(1, _CHUNK_BYTES // (4 * sum(p.numel() for p in named.values())))
     everyone = range(len(data.dataset.examples))
     with engine.watching():
-        for batch in data.blocks(everyone, rows, reporter(label, before, passes)):
-            gradients = engine(objective.losses(network, batch))
+        blocks = data.compute_blocks(
+            lambda batch: engine(objective.losses(network, batch)),
+            everyone,
+            rows,
+            reporter(label, before, passes),
+            may_share=lambda batch: engine.side_by_side and objective.may_run_beside(batch),
+        )
+        for batch, gradients in blocks:
             yield {
                 name: _by_record(gradient, batch)
                 for name, gradient in zip(named, gradients, strict=True)

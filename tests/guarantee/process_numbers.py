@@ -1,7 +1,7 @@
 """BASE FOLDER THREADS [--short]: how many numbers of processes and threads each order to a site
 uses up, as whoever forks before and after it sees, with long notes; --short: and a short one of one
-more patient. In the second of two studies, the twin, blocks of short records have two threads
-alone. Prints a list for each study, as JSON.
+more patient. In the second of two studies, the twin, a thread starts for each block. Prints a list
+for each study, as JSON.
 
 Alone in a namespace of process numbers (`unshare --pid --fork`), so that nobody else uses any."""
 
@@ -11,19 +11,18 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedtune.core.models.cache import CachedDataset
-from fedtune.core.objectives._interface import Batch
+from fedtune.core.models import cores
 from fedtune.core.vault import worker
 from fedtune.core.vault.worker import SiteWorker
 from tests.guarantee import world
 
-SHORT = 32  # positions
 PATIENTS = 10
 
 
@@ -49,16 +48,12 @@ def counting(method: Callable[..., Any], used: list[tuple[str, int]]) -> Callabl
     return counted
 
 
-def switching(self: CachedDataset, *args: Any) -> Iterator[Batch]:
-    """Yield blocks as `CachedDataset.blocks`, those of short records with two threads alone."""
-    threads = torch.get_num_threads()
-    for batch in BLOCKS(self, *args):
-        torch.set_num_threads(2 if batch.mask.shape[1] <= SHORT else threads)
-        yield batch
-        torch.set_num_threads(threads)
+class AsNeeded:
+    """The twin of the threads that all start at once."""
 
-
-BLOCKS = CachedDataset.blocks
+    def submit(self, run: Callable[[], Any]) -> Future[Any]:
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as one:
+            return one.submit(run)
 
 
 def study(folder: Path, base: Path, short: bool) -> Path:
@@ -87,8 +82,9 @@ def main() -> None:
     used: list[tuple[str, int]] = []
     for name in ("prepare", "train"):
         setattr(SiteWorker, name, counting(getattr(SiteWorker, name), used))
-    for name, blocks in (("shipped", BLOCKS), ("twin", switching)):
-        CachedDataset.blocks = blocks  # type: ignore[method-assign]
+    for name in ("shipped", "twin"):
+        if name == "twin":
+            cores._start_threads = lambda _: AsNeeded()  # type: ignore[assignment,return-value]
         used.clear()
         world.run(study(options.folder / name, options.base, options.short))
         print(json.dumps(used))

@@ -43,8 +43,7 @@ def used_up(base: Path, folder: Path, *options: str) -> list[Used]:
 
 
 def test_a_short_note_uses_up_no_number_of_a_process(base: Path, tmp_path: Path) -> None:
-    """The twin: blocks of short records have two of four threads, so that the other two end, and
-    two start at the next block."""
+    """The twin: a thread starts with each block."""
     shipped, twin = used_up(base, tmp_path / "without")
     shipped_with, twin_with = used_up(base, tmp_path / "with", "--short")
     assert shipped_with == shipped

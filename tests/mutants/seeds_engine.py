@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant, one
 
 T = "tests/traps/test_trap_34_neighbours.py::"
+CORES, CORES_TESTS = "fedtune/core/models/cores.py", "tests/models/test_cores.py::"
 CACHE, TOKENS = "fedtune/core/models/cache.py", "fedtune/core/objectives/_tokens.py"
 
 MUTANTS: list[Mutant] = [
@@ -28,13 +29,35 @@ MUTANTS: list[Mutant] = [
         "the head's rows follow from the neighbours' targets",
     ),
     one(
-        34, "threads-follow-from-the-records", CACHE,
-        "            filled = _fill_block(records, size)\n",
-        "            filled = _fill_block(records, size)\n"
-        "            torch.set_num_threads(2 if bucket.length <= 32 else self._threads)\n",
-        "tests/guarantee/test_process_numbers.py::"
-        "test_a_short_note_uses_up_no_number_of_a_process",
-        "threads end and start where a note is short, and every account counts them",
+        34, "threads-start-with-their-blocks", CORES,
+        "            pool.submit(all_run.wait)\n        all_run.wait()\n", "            pass\n",
+        CORES_TESTS + "test_all_threads_start_before_the_first_block",
+        "how many blocks a site has follows from the machine's counter of threads",
+    ),
+    one(
+        34, "a-block-has-all-operator-threads", CORES,
+        'ThreadPoolExecutor(count, "block", torch.set_num_threads, (1,))',
+        'ThreadPoolExecutor(count, "block")',
+        CORES_TESTS + "test_results_come_in_the_order_of_their_blocks[2]",
+        "a row's last digits follow from its place in the block",
+    ),
+    one(
+        34, "the-adapter-is-off-for-other-blocks", CORES,
+        "beside = pool if may_share(block) else None", "beside = pool",
+        CORES_TESTS + "test_the_adapter_is_off_in_the_callers_thread_alone",
+        "what a pair's reference needs is done to the blocks beside it",
+    ),
+    one(
+        34, "threads-share-what-they-collect", "fedtune/core/training/engines/one_pass.py",
+        "class _OfThread(threading.local):", "class _OfThread:",
+        CORES_TESTS + "test_what_a_thread_collects_is_its_own",
+        "rows of one block are added to those of another",
+    ),
+    one(
+        34, "a-block-that-nobody-takes-stays", CORES,
+        "                    discard(result.result())\n", "                    pass\n",
+        CORES_TESTS + "test_a_caller_who_stops_leaves_no_result",
+        "un-noised gradients stay in freed memory",
     ),
     one(
         34, "arrow-starts-threads-for-columns", "fedtune/core/data/sources/parquet.py",

@@ -462,8 +462,8 @@ MUTANTS = (
     ),
     one(
         33, "states-that-fail-are-everybodys", "fedtune/core/models/cache.py",
-        "            self._compute_or_skip(rows)\n            done",
-        "            self._compute(rows)\n            done",
+        "                if not is_fault(error):\n                    raise\n                log",
+        "                raise\n                log",
         T_ERRORS + "test_a_record_whose_states_cannot_be_computed_costs_its_own_unit",
         "a record that the frozen part cannot read fails the round",
     ),

@@ -3,14 +3,15 @@
 The kernel of a matrix product, and its order of addition, depend on the matrices' shapes, so the
 last digits of a record's figures depend on the number of records beside it. Whatever is summed
 under the guarantee is therefore computed in blocks: micro-batches whose every shape is a
-function of the record's own bucket (docs/decisions/0025-fixed-shapes.md)."""
+function of the record's own bucket (docs/decisions/0025-fixed-shapes.md), each on a core of its own
+(docs/decisions/0092-blocks-side-by-side.md)."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ import torch
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Passage
 from fedtune.core.data.media import Media
 from fedtune.core.errors import is_fault
+from fedtune.core.models.cores import POSITIONS_PER_CORE, compute_side_by_side
 from fedtune.core.models.network import Network
 from fedtune.core.models.prefix_store import (
     PREFIX_STORE,
@@ -38,11 +40,7 @@ Indices = Sequence[int]
 # frozen part run once over all records, so that they may pad more.
 BLOCK_POSITIONS = {"cpu": 256, "cuda": 1024}
 PREFIX_POSITIONS = {"cpu": 256, "cuda": 4096}
-# On a CPU, the most threads that may share a block of several records. With more, a product's order
-# of addition depends on the row's place, and so do an activation's last digits: a block is one
-# record then. The number of threads is never changed for a block: threads that end and start take
-# numbers of the machine's one counter of processes, which every account reads.
-THREADS = 2
+Result = TypeVar("Result")
 
 
 class Bucket(NamedTuple):
@@ -66,8 +64,8 @@ class CachedDataset:
     the cut. This is exact: there is no dropout and no adapter below it. All positions are
     kept or, if no layer above the cut mixes positions, only those with a target (the last one if
     the record has none).
-    Guarantee: a record's states at the cut, and its results in a block (`blocks`), come from
-    matrix products whose shapes follow from the record's own bucket, not from other records.
+    Guarantee: a record's states at the cut, and its results in `compute_blocks`, come from matrix
+    products whose shapes follow from the record's own bucket, not from other records.
     memory: bytes of states that the process may hold before more go to the encrypted file; None:
     a quarter of the machine's.
 
@@ -84,7 +82,11 @@ class CachedDataset:
         self._alone = alone or not network.shares_blocks
         self.dataset = dataset
         self._memory = memory
-        self._threads = torch.get_num_threads()  # of all passes: blocks' shapes follow from it
+        # How many blocks are computed at once. None: one, on all cores or on a GPU. A block of
+        # several records is never computed by more than one thread of operators.
+        self.cores: int | None = None
+        if network.shares_blocks and network.device.type == "cpu":
+            self.cores = torch.get_num_threads() if network.side_by_side else 1
         # k passages of each record, record by record.
         self._passages = [s for example in dataset.examples for s in example.passages]
         self._n_passages = len(dataset.examples[0].passages) if dataset.examples else 1
@@ -141,7 +143,7 @@ class CachedDataset:
 
     def _prefix_block(self, bucket: Bucket) -> int:
         """Return the number of passages of a block in the frozen part."""
-        if self._one_record_per_block:
+        if self._alone:
             return 1
         positions = bucket.length + self.network.frames(bucket.tiles)
         return max(1, PREFIX_POSITIONS[self.network.device.type] // positions)
@@ -165,8 +167,9 @@ class CachedDataset:
         label = "reading records once through the frozen layers"
         if total:
             report(label, done, total, once=True)
-        for (_, rows), positions in zip(groups, work, strict=True):
-            self._compute_or_skip(rows)
+        self._encode_files()
+        passes = self._prefix_passes([rows for _, rows in groups])
+        for positions, _ in zip(work, passes, strict=True):
             done += positions
             report(label, done, total, once=True)
         self._states = [self.network.states.get(name) for name in self._names]
@@ -174,24 +177,72 @@ class CachedDataset:
         if not self.network.reads_tower:
             self._tower_states.clear()
 
-    def _compute_or_skip(self, rows: list[int]) -> None:
-        """Compute states as `_compute`; a record for which a library raises is left out by
-        itself, and fails again when it is read."""
+    def _encode_files(self) -> None:
+        """Compute and store the tower's states of all files that have none yet. A file that fails
+        is left for the record that needs it."""
+        files = {e.media.digest: e.media for e in self.dataset.examples if e.media is not None}
+        missing = [file for file in files.values() if self._stored_tower_states(file) is None]
+
+        def encode(file: Media) -> torch.Tensor:
+            return self.network.encode_media(self.network.reader.tensor(file)).cpu()
+
         try:
-            self._compute(rows)
+            share = POSITIONS_PER_CORE  # a tower's frames are more than a text's positions
+            found = compute_side_by_side(encode, missing, self.cores, positions_of=lambda _: share)
+            for file, states in found:
+                self._store_tower_states(file, states)
         except BaseException as error:  # its words may quote a record
             if not is_fault(error):
                 raise
-            log.error("a record cannot be read by the base (%s)", type(error).__name__)
+            log.error("a file cannot be read by the base (%s)", type(error).__name__)
             make_room_after(error)
-            for row in rows if len(rows) > 1 else ():
-                self._compute_or_skip([row])
 
-    def _compute(self, rows: list[int]) -> list[torch.Tensor]:
-        """Compute the states of passages of one bucket, at most a block; store and return them."""
-        filled = _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
-        hidden = self.network.prefix(*self._tokens(filled), self._encode_media(filled))
-        states = hidden.cpu()  # none stay in a GPU's memory
+    def _prefix_passes(self, groups: Sequence[list[int]]) -> Iterator[None]:
+        """Compute and store the states of passages, a group of one block at a time, and say when
+        each is done. A record for which a library raises is left out by itself, and fails again
+        when it is read."""
+        done = 0
+        while done < len(groups):
+            blocks = ((rows, self._encode_media(self._filled(rows))) for rows in groups[done:])
+            try:
+                passes = compute_side_by_side(
+                    self._pass_through_prefix,
+                    blocks,
+                    self.cores,
+                    positions_of=lambda block: len(block[0]) * self._prefix_positions(block[0]),
+                )
+                for (rows, _), states in passes:
+                    self._store(rows, states)
+                    done += 1
+                    yield
+            except BaseException as error:  # its words may quote a record
+                if not is_fault(error):
+                    raise
+                log.error("a record cannot be read by the base (%s)", type(error).__name__)
+                make_room_after(error)
+                if len(groups[done]) > 1:
+                    for _ in self._prefix_passes([[row] for row in groups[done]]):
+                        pass
+                done += 1
+                yield
+
+    def _prefix_positions(self, rows: list[int]) -> int:
+        """Count the positions of each of these passages in the frozen part, padded."""
+        bucket = self._prefix_bucket(rows[0])
+        return bucket.length + self.network.frames(bucket.tiles)
+
+    def _filled(self, rows: list[int]) -> list[int]:
+        return _fill_block(rows, self._prefix_block(self._prefix_bucket(rows[0])))
+
+    def _pass_through_prefix(self, block: tuple[list[int], torch.Tensor | None]) -> torch.Tensor:
+        """Compute the states of passages of one bucket, at most a block, on the CPU; the padding's
+        with them. block: the passages, and the tower's states of their files."""
+        rows, tower_states = block
+        hidden = self.network.prefix(*self._tokens(self._filled(rows)), tower_states)
+        return hidden.cpu()  # none stay in a GPU's memory
+
+    def _store(self, rows: list[int], states: torch.Tensor) -> list[torch.Tensor]:
+        """Store the states of passages, and return them without padding."""
         computed = []
         for row, index in enumerate(rows):
             name, positions = self._names[index], torch.from_numpy(self._positions[index])
@@ -220,24 +271,48 @@ class CachedDataset:
             if on_work:
                 on_work(done, total)
 
-    def blocks(
-        self, indices: Indices, limit: int | None = None, on_work: OnWork | None = None
-    ) -> Iterator[Batch]:
-        """Yield micro-batches of a fixed shape, blocks: always the same number of records of a
-        bucket, at most `limit`, filled up with the first. Use it for everything that is summed
-        over units and noised. on_work: as for `batches`."""
+    def compute_blocks(
+        self,
+        compute: Callable[[Batch], Result],
+        indices: Indices,
+        limit: int | None = None,
+        on_work: OnWork | None = None,
+        *,
+        may_share: Callable[[Batch], bool] = lambda _: True,
+        discard: Callable[[Result], None] = lambda _: None,
+    ) -> Iterator[tuple[Batch, Result]]:
+        """Yield micro-batches of a fixed shape, blocks, with `compute(block)`: always the same
+        number of records of a bucket, at most `limit`, filled up with the first. Use it for
+        everything that is summed over units and noised.
+
+        - on_work: called with the share of the work that is done, block by block
+        - may_share: whether `compute` may run beside itself on this block, in another thread;
+          elsewhere the block is computed alone
+        - discard: called with results that are not yielded, because something failed
+
+        Guarantee: a record's result follows from the record and its bucket, to the last bit,
+        at any number of cores."""
         self._ensure_warm(indices)
         groups = self._block_groups(indices, limit)
-        done, total = 0, sum(self._work(bucket, size) for bucket, size, _ in groups)
-        for bucket, size, records in groups:
-            filled = _fill_block(records, size)
-            yield self._batch(bucket, filled, len(records))
+        blocks = (self._batch(b, _fill_block(r, size), len(r)) for b, size, r in groups)
+        total = sum(self._work(bucket, size) for bucket, size, _ in groups)
+        computed = compute_side_by_side(
+            compute,
+            blocks,
+            self.cores,
+            positions_of=lambda batch: batch.mask.numel(),
+            may_share=may_share,
+            discard=discard,
+        )
+        done = 0
+        for (bucket, size, _), (batch, result) in zip(groups, computed, strict=True):
+            yield batch, result
             done += self._work(bucket, size)
             if on_work:
                 on_work(done, total)
 
     def work_of_blocks(self, indices: Indices, limit: int | None = None) -> int:
-        """Return the total that `blocks` reports to `on_work` for these records."""
+        """Return the total that `compute_blocks` reports to `on_work` for these records."""
         return sum(
             self._work(bucket, size) for bucket, size, _ in self._block_groups(indices, limit)
         )
@@ -249,9 +324,7 @@ class CachedDataset:
         indices."""
 
         def size(bucket: Bucket) -> int:
-            if self._one_record_per_block or (
-                self.network.head is not None and not self.network.pooled
-            ):
+            if self._alone or (self.network.head is not None and not self.network.pooled):
                 return 1  # for few rows and labels, results depend on a row's place, too
             budget = BLOCK_POSITIONS[self.network.device.type]
             count = max(1, budget // self._positions_per_record(bucket))
@@ -268,16 +341,12 @@ class CachedDataset:
         targets = self._n_passages * bucket.targets
         return records * (1 + positions * of_position + targets * of_target)
 
-    @property
-    def _one_record_per_block(self) -> bool:
-        """Return whether a block is one record: by the network or by who asks, or since PyTorch
-        uses more threads than may share a block of several."""
-        return self._alone or (self.network.device.type == "cpu" and self._threads > THREADS)
-
     def _ensure_warm(self, indices: Indices) -> None:
         rows = set(self._rows(indices)) - self._failed
         if self.network.cached and any(self._states[at] is None for at in rows):
             self.warm()
+        elif self.network.reads_tower:
+            self._encode_files()
 
     def _positions_per_record(self, bucket: Bucket) -> int:
         """Count a record's positions in memory, including its file's."""
@@ -341,20 +410,28 @@ class CachedDataset:
 
     def _tower_states_of(self, file: Media) -> torch.Tensor:
         """Read the tower's states of a file; compute and store them where the store lacks them."""
-        name = hashlib.sha256(b"seen" + file.digest).digest()
-        stored = self._tower_states.get(name) or self.network.states.get(name)
+        stored = self._stored_tower_states(file)
         if stored is not None:
             try:
-                states = stored.read()
+                return stored.read()
             except Unavailable as error:
                 _warn_if_altered(error)
-            else:
-                self._tower_states[name] = stored
-                return states
         states = self.network.encode_media(self.network.reader.tensor(file)).cpu()
+        self._store_tower_states(file, states)
+        return states
+
+    def _stored_tower_states(self, file: Media) -> HiddenStates | None:
+        """Find the tower's states of a file, and hold them."""
+        name = _name_of_file(file)
+        stored = self._tower_states.get(name) or self.network.states.get(name)
+        if stored is not None:
+            self._tower_states[name] = stored
+        return stored
+
+    def _store_tower_states(self, file: Media, states: torch.Tensor) -> None:
+        name = _name_of_file(file)
         stored = PREFIX_STORE.keep(states, name, self._memory)
         self.network.states[name] = self._tower_states[name] = stored
-        return states
 
     def _rows(self, records: Indices) -> list[int]:
         """Return the rows (passages) of `records`."""
@@ -391,7 +468,9 @@ class CachedDataset:
                 _warn_if_altered(error)
                 lost.append(index)
         for _, block in _group_by_bucket(lost, self._prefix_bucket, self._prefix_block):
-            read |= zip(block, self._compute(block), strict=True)
+            tower_states = self._encode_media(self._filled(block))
+            states = self._pass_through_prefix((block, tower_states))
+            read |= zip(block, self._store(block, states), strict=True)
         return [read[index] for index in rows]
 
     def _tokens(self, rows: list[int], length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -439,6 +518,11 @@ def _warn_if_altered(error: Unavailable) -> None:
 
 def _fill_block(indices: list[int], size: int) -> list[int]:
     return indices + indices[:1] * (size - len(indices))
+
+
+def _name_of_file(file: Media) -> bytes:
+    """Return the digest that names the tower's states of a file."""
+    return hashlib.sha256(b"seen" + file.digest).digest()
 
 
 def _name(passage: Passage, positions: npt.NDArray[np.int64], media: bytes = b"") -> bytes:

@@ -23,6 +23,7 @@ from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.module_state import KeepsState, build_refusal, describe_state, sum_weights
 from fedtune.core.models.network import Network
 from fedtune.core.models.random_records import random_records
+from fedtune.core.objectives._interface import Batch
 from fedtune.core.registry import process_cache
 
 log = logging.getLogger("fedtune.models")
@@ -94,8 +95,12 @@ def check_keeps_nothing(study: Study, network: Network, lengths: Sequence[int]) 
         count = BESIDE if again and not alone else 1
         few = Dataset(whole.examples[:count], count, Counter())
         data = CachedDataset(network, few, alone=alone)
-        batch = next(batch for batch in data.blocks(range(count)) if batch.index[0] == 0)
-        hidden = network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+
+        def read_block(batch: Batch) -> torch.Tensor:
+            return network.hidden(batch.prefix, batch.mask, tower_states=batch.tower_states)
+
+        blocks = data.compute_blocks(read_block, range(count))
+        batch, hidden = next(found for found in blocks if found[0].index[0] == 0)
         return hidden[: len(hidden) // len(batch.index)]  # of the first record
 
     held = network.states

@@ -82,6 +82,10 @@ class Network:
             quantise(backbone, quantisation, dtype)
         self._parts = parts_of(backbone, base.kind)
         self.shares_blocks = may_share_blocks(backbone.config)
+        # Whether several threads may compute with it at once: an int8 layer has one table of
+        # outliers, and an architecture that was not tried might keep something for its next layer.
+        int8 = quantisation is not None and quantisation.method == "int8"
+        self.side_by_side = self.shares_blocks and not int8
         self._backbone, self._lm_head = self._parts.text, self._parts.lm_head
         text = backbone.config.get_text_config()
         self.hidden_size, self.vocabulary = int(text.hidden_size), int(text.vocab_size)

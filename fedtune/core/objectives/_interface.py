@@ -147,6 +147,12 @@ class Objective(ABC):
         """The teacher whose soft targets each record carries; None without one."""
         return None
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        """Return whether `losses` of this batch may run in one thread while it runs on another
+        batch in a second one: it then neither disables the adapter nor writes anything but what
+        it returns. False costs time only."""
+        return False
+
     @abstractmethod
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each record, (B,) fp32."""

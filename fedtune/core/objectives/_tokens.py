@@ -51,14 +51,21 @@ def reference(network: Network, batch: Batch) -> Likelihood:
     import torch
 
     targets = (batch.target_ids != -100).sum(dim=1)
-    cached = None if batch.reference_logps is None else batch.reference_logps[batch.index]
-    if cached is None or bool(cached.isnan().any()):
+    if not knows_reference(batch):
         with torch.no_grad(), network.base_only():
             logps = likelihood(network, batch).total
         if batch.reference_logps is not None:
             batch.reference_logps[batch.index] = logps.cpu().view(len(batch.index), -1)
         return Likelihood(logps, targets)
-    return Likelihood(cached.flatten().to(targets.device), targets)
+    assert batch.reference_logps is not None
+    return Likelihood(batch.reference_logps[batch.index].flatten().to(targets.device), targets)
+
+
+def knows_reference(batch: Batch) -> bool:
+    """Return whether `reference` has been computed for each record of the batch: it then leaves
+    the adapter as it is."""
+    known = batch.reference_logps
+    return known is not None and not bool(known[batch.index].isnan().any())
 
 
 def select_labelled(target_ids: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -18,6 +18,9 @@ class CausalLM(Objective):
 
     record_format: ClassVar[RecordFormat] = "text"
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the mean negative log-likelihood (nats) of each record's own target tokens, (B,)
         fp32.

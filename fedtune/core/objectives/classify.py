@@ -21,6 +21,9 @@ class Classify(Objective):
     def outputs(self) -> int:
         return len(self.labels)
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the negative log-likelihood (nats) of each record's label, (B,) fp32."""
         from torch.nn import functional

@@ -61,6 +61,9 @@ class Distill(Objective):
     def teacher_spec(self) -> Teacher:
         return Teacher(self.teacher, self.digest, self.temperature, self.top)
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         return divergence(network, batch, self.temperature, self.hard)
 

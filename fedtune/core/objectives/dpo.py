@@ -13,7 +13,7 @@ from fedtune.core.objectives._interface import (
     RecordFormat,
     require,
 )
-from fedtune.core.objectives._tokens import likelihood, reference
+from fedtune.core.objectives._tokens import knows_reference, likelihood, reference
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,9 @@ class DPO(Objective):
         require(self.variant in VARIANTS, "variant", " or ".join(VARIANTS))
         is_supported = self.variant == "sigmoid" or self.label_smoothing == 0
         require(is_supported, "label_smoothing", 'variant = "sigmoid", the only one that has it')
+
+    def may_run_beside(self, batch: Batch) -> bool:
+        return knows_reference(batch)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each pair, (B,) fp32, from its own two passages.

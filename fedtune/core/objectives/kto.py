@@ -13,7 +13,7 @@ from fedtune.core.objectives._interface import (
     RecordFormat,
     require,
 )
-from fedtune.core.objectives._tokens import likelihood, reference
+from fedtune.core.objectives._tokens import knows_reference, likelihood, reference
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,9 @@ class KTO(Objective):
             require(is_weight, name, f"a number above 0, at most {LARGEST:g}")
         at_least = "a divergence in nats: at least 0"
         require(self.reference_point >= 0, "reference_point", at_least)
+
+    def may_run_beside(self, batch: Batch) -> bool:
+        return knows_reference(batch)
 
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each judged completion, (B,) fp32, from its own passage.

@@ -35,6 +35,9 @@ class ORPO(Objective):
     def __post_init__(self) -> None:
         require(0 <= self.weight <= LARGEST, "weight", f"a number from 0 to {LARGEST:g}")
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each pair, (B,) fp32, from its own two passages.
 

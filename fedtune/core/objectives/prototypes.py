@@ -41,6 +41,9 @@ class Prototypes(Objective):
     def outputs(self) -> int:
         return len(self.labels)
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute minus the inner product of each record's statistics with the trained sums,
         (B,) fp32."""

@@ -38,6 +38,9 @@ class Reward(Objective):
     def outputs(self) -> int:
         return 1
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         """Compute the loss of each pair, (B,) fp32, from its own two passages.
 

@@ -206,26 +206,47 @@ class UnitGradientEngine:
     def _single_records(self, rows: list[int], on_work: OnWork) -> Iterator[Chunk]:
         """Yield rows of one record each: every micro-batch is a chunk."""
         row_of = {self._members[row][0]: row for row in rows}
-        for batch in self.data.blocks(list(row_of), self._max_rows, on_work):
-            indices = batch.index[: batch.count].tolist()
-            yield Chunk([row_of[i] for i in indices], self._per_record(batch))
+        for indices, gradients in self._of_records(list(row_of), on_work):
+            yield Chunk([row_of[i] for i in indices], gradients)
 
     def _means(self, rows: list[int], on_work: OnWork) -> Chunk:
         """Average the gradients of rows with several records over micro-batches."""
         positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
         weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
         means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
-        for batch in self.data.blocks(list(positions), self._max_rows, on_work):
-            indices = batch.index[: batch.count].tolist()
-            for mean, gradients in zip(means, self._per_record(batch), strict=True):
+        for indices, per_parameter in self._of_records(list(positions), on_work):
+            for mean, gradients in zip(means, per_parameter, strict=True):
                 # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
                 for i, gradient in zip(indices, gradients, strict=True):
                     mean[positions[i]] += gradient.mul_(weights[i])
                 gradients.zero_()
         return Chunk(rows, means)
 
-    def _per_record(self, batch: Batch) -> list[torch.Tensor]:
-        """Compute each parameter's per-record gradients, (count, its size); padding rows are wiped.
+    def _of_records(
+        self, records: list[int], on_work: OnWork
+    ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+        """Yield the gradients of `records`, each once, a block at a time: the records' indices,
+        and each parameter's gradients. Blocks are computed side by side where network, engine and
+        objective allow it."""
+        computed = self.data.compute_blocks(
+            self._per_record,
+            records,
+            self._max_rows,
+            on_work,
+            may_share=lambda batch: (
+                self._engine.side_by_side and self.objective.may_run_beside(batch)
+            ),
+            discard=_discard,
+        )
+        for batch, (losses, gradients) in computed:
+            if self._losses is not None:
+                self._losses.add(losses)
+            yield batch.index[: batch.count].tolist(), gradients
+
+    def _per_record(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Compute the losses of a block's records, (count,), and each parameter's per-record
+        gradients, (count, its size); padding rows are wiped.
+
         A record's passages, and in a projector the tiles of their images, are summed here, before
         any norm is taken. The number of tiles is declared by batch and network, never inferred
         from a gradient's shape."""
@@ -254,9 +275,13 @@ class UnitGradientEngine:
                 factor(per_record.view(n_records, *trained.shape))
             per_record[batch.count :].zero_()
             flat.append(per_record[: batch.count])
-        if self._losses is not None:
-            self._losses.add(losses[: batch.count])
-        return flat
+        return losses[: batch.count].detach(), flat
+
+
+def _discard(computed: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Overwrite the un-noised gradients of a block that is not added up."""
+    for gradients in computed[1]:
+        gradients.zero_()
 
 
 def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:

@@ -218,12 +218,13 @@ def _scores(
     cannot be computed, which affects only its unit."""
     pending = dict.fromkeys(records)
     try:
-        for batch in data.blocks(records):
+        may_share = study.objective.resolved.may_run_beside
+        compute = partial(_scores_of, study, data.network)
+        for batch, scores in data.compute_blocks(compute, records, may_share=may_share):
             index = batch.index[: batch.count]
-            scores = _scores_of(study, data.network, batch)[: batch.count].double().cpu()
             for record in index.tolist():
                 del pending[record]
-            yield index, scores
+            yield index, scores[: batch.count].double().cpu()
         return
     except BaseException as error:
         if not is_fault(error):

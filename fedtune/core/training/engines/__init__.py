@@ -24,6 +24,7 @@ class PerRecord(Protocol):
     Guarantee: after `watching()` nothing of a record is left on the model or in the engine."""
 
     name: str
+    side_by_side: bool  # whether several threads may use it at once, on losses of their own
 
     def watching(self) -> AbstractContextManager[None]: ...
 

@@ -9,6 +9,7 @@ formed that a site trains (fedtune/core/models/rank_slice.py)."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -43,6 +44,7 @@ class OnePass:
     "Differentially private optimization on large model at small cost", section 3.2."""
 
     name = "one-pass"
+    side_by_side = True
 
     def __init__(
         self,
@@ -50,7 +52,7 @@ class OnePass:
         parameters: Sequence[nn.Parameter],
         columns: slice = ALL,
     ) -> None:
-        self._parameters, self._gradients = parameters, dict[int, torch.Tensor]()
+        self._parameters, self._mine = parameters, _OfThread()
         self._forwards: list[tuple[nn.Module, Callable[..., torch.Tensor]]] = []
         served: set[int] = set()
         for module in trained.modules():
@@ -72,17 +74,18 @@ class OnePass:
         finally:
             for module, _ in self._forwards:
                 del module.forward
-            self._clear()
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
-        self._clear()
-        torch.autograd.backward(losses.sum())
-        return [self._gradients.pop(id(p), None) for p in self._parameters]
+        try:
+            torch.autograd.backward(losses.sum())  # of tensors on a CPU it runs in this thread
+            return [self._mine.gradients.pop(id(p), None) for p in self._parameters]
+        finally:
+            self._clear()
 
     def _collect(self, parameter: nn.Parameter, gradients: torch.Tensor) -> None:
-        previous = self._gradients.get(id(parameter))
+        previous = self._mine.gradients.get(id(parameter))
         if previous is None:
-            self._gradients[id(parameter)] = gradients
+            self._mine.gradients[id(parameter)] = gradients
         elif previous.shape == gradients.shape:
             previous += gradients
             gradients.zero_()
@@ -90,9 +93,16 @@ class OnePass:
             raise ModelError("a layer gave no per-record gradient: two passes of other sizes")
 
     def _clear(self) -> None:
-        for gradients in self._gradients.values():
+        for gradients in self._mine.gradients.values():
             gradients.zero_()
-        self._gradients.clear()
+        self._mine.gradients.clear()
+
+
+class _OfThread(threading.local):
+    """The gradients that a thread's backward pass has collected so far, by parameter's id."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[int, torch.Tensor] = {}
 
 
 def per_record(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

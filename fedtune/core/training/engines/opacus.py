@@ -17,6 +17,7 @@ class OpacusHooks:
 
     Reference: Yousefpour et al. 2021, "Opacus", section 3."""
 
+    side_by_side = False  # a layer holds what it has seen until its gradient is taken
     name = "opacus"
 
     def __init__(self, trained: nn.Module, parameters: Sequence[nn.Parameter]) -> None:

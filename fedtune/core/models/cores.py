@@ -1,0 +1,131 @@
+"""Compute blocks of records side by side: each on one processor core, with one thread of operators.
+
+A block's matrix products are too small to keep several cores busy, and with more than one thread of
+operators a row's last digits may follow from its place in the block. A block that one core computes
+alone gives the same bits however many other blocks are computed beside it
+(docs/decisions/0092-blocks-side-by-side.md)."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Block = TypeVar("Block")
+Result = TypeVar("Result")
+
+# Positions that may be held at once, for each core: a block of 256, and whole records up to that.
+POSITIONS_PER_CORE = 1024
+
+# The threads of this process, by their number. They all start when the first is needed: if each
+# started with the block for which it is the first free one, the number of a site's blocks could be
+# read from the machine's one counter of processes and threads.
+_threads: dict[int, ThreadPoolExecutor] = {}
+os.register_at_fork(after_in_child=_threads.clear)  # a fork has none of them
+
+
+def compute_side_by_side(
+    compute: Callable[[Block], Result],
+    blocks: Iterable[Block],
+    cores: int | None,
+    *,
+    positions_of: Callable[[Block], int],
+    may_share: Callable[[Block], bool] = lambda _: True,
+    discard: Callable[[Result], None] = lambda _: None,
+) -> Iterator[tuple[Block, Result]]:
+    """Yield each block with `compute(block)`, in the blocks' order.
+
+    - cores: how many blocks are computed at once; None: one, in the caller's thread, with all of
+      its threads of operators
+    - positions_of: a block's size; as many wait or are computed as one core's share of positions
+      times the cores holds, and always one
+    - may_share: whether a block may be computed beside others; one that may not is computed alone
+    - discard: called with each result that is not yielded, since a block before it failed or the
+      caller stopped
+
+    The blocks themselves are made in the caller's thread, one after the other, ahead of their
+    turn. Within the loop the caller too has one thread of operators, unless `cores` is None.
+
+    Guarantee: a result is what one core computes of that block alone, at any number of cores. The
+    threads that this process starts follow from `cores`.
+    Errors: those of `compute`, at the block's turn."""
+    if cores is None:
+        yield from ((block, compute(block)) for block in blocks)
+        return
+    pool = _start_threads(cores) if cores > 1 else None
+    limit = POSITIONS_PER_CORE * cores
+    waiting = deque[tuple[Block, int, Future[Result]]]()
+    held = 0
+    with one_operator_thread():
+        try:
+            for block in blocks:
+                size = positions_of(block)
+                beside = pool if may_share(block) else None
+                while waiting and not (beside and len(waiting) <= cores and held + size <= limit):
+                    held -= waiting[0][1]
+                    yield _take_first(waiting)
+                if beside:
+                    waiting.append((block, size, _submit(beside, compute, block)))
+                    held += size
+                else:
+                    yield block, compute(block)
+            while waiting:
+                yield _take_first(waiting)
+        finally:
+            for _, _, result in waiting:
+                if result.exception() is None:
+                    discard(result.result())
+
+
+def _take_first(waiting: deque[tuple[Block, int, Future[Result]]]) -> tuple[Block, Result]:
+    block, _, result = waiting[0]
+    found = result.result()  # until it is here, it is among those that are discarded
+    waiting.popleft()
+    return block, found
+
+
+def _submit(
+    pool: ThreadPoolExecutor, compute: Callable[[Block], Result], block: Block
+) -> Future[Result]:
+    with_gradients = torch.is_grad_enabled()  # of the thread: a new one starts with them
+
+    def run() -> Result:
+        with torch.set_grad_enabled(with_gradients):
+            return compute(block)
+
+    return pool.submit(run)
+
+
+def _start_threads(count: int) -> ThreadPoolExecutor:
+    """Return `count` threads, all of which run."""
+    if count not in _threads:
+        all_run = threading.Barrier(count + 1)
+        mine = torch.get_num_threads()
+        pool = ThreadPoolExecutor(count, "block", torch.set_num_threads, (1,))
+        for _ in range(count):
+            pool.submit(all_run.wait)
+        all_run.wait()
+        torch.set_num_threads(mine)  # what a thread that starts later begins with
+        _threads[count] = pool
+    return _threads[count]
+
+
+@contextmanager
+def one_operator_thread() -> Iterator[None]:
+    """Use one thread of operators in this thread, within the block. PyTorch's others wait: neither
+    ends and none starts, unlike where two of four are used."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
