@@ -38,7 +38,13 @@ HEAD = ["no.", "asks, in our words", "importance", "answer", "evidence", "test"]
 WIDE = """header, main, footer, nav { max-width: 84rem; }
 td .blank { display: block; padding: .25rem .4rem; margin: .25rem 0; }
 td .typed { display: block; padding: 0 .4rem; margin: .25rem 0; }
-td:last-child { overflow-wrap: anywhere; min-width: 11rem; }
+section + section table { table-layout: fixed; min-width: 64rem; }
+section + section td, section + section tbody th { overflow-wrap: anywhere; }
+section + section thead th { width: 7%; } section + section thead th:nth-child(2) { width: 15%; }
+section + section thead th:nth-child(3) { width: 10%; }
+section + section thead th:nth-child(4) { width: 31%; }
+section + section thead th:nth-child(5) { width: 20%; }
+section + section thead th:nth-child(6) { width: 17%; }
 """
 INTRODUCTION = (
     "Statements of standards and laws, each with what answers it in this run. The words are ours: "
@@ -98,10 +104,14 @@ def _row(
         return shown | {"answer": NOT_OPENED, "unopened": row["unopened"]}
     why = _missing(row, found)
     if "mechanism" in row and not why:
-        facts = [_fact(section, row, found, *fact) for fact in row.get("facts", [])]
+        facts = [
+            _fact(section, row, found, *fact)
+            for fact in row.get("facts", [])
+            if fact[1].partition("#")[0] in found  # an attack's file may not have come with the run
+        ]
         files = [name for name in row.get("files", []) if _is_there(name, names)]
         evident = bool(files) or any(one["fact"] for one in facts)
-        if evident or not (facts or row.get("files")):
+        if evident or not (row.get("facts") or row.get("files")):
             shown |= {"answer": SHOWN if evident else BUILT_IN, "mechanism": row["mechanism"]}
             shown |= {"facts": facts, "files": files, "tests": row.get("tests", [])}
         else:

@@ -128,7 +128,7 @@ def _unprotected(found: Documents) -> str:
     return "\n".join(f"- {text}" for text in told)
 
 
-def _parameters(privacy: Mapping[str, Any]) -> str:
+def _parameters(privacy: dict[str, Any]) -> str:
     """Say what is behind ε and δ: the assumption of shared noise, and what was asked besides."""
     told = ["ε is the largest of the sites', rounded up, over all rounds."]
     if alone := fallback(privacy):

@@ -120,7 +120,7 @@ def _check_kinds(where: str, table: Mapping[str, Any], kinds: Mapping[str, type]
         if name not in kinds:
             raise ConfigError(f"{where}: unknown key {name!r}", ", ".join(kinds))
         if not isinstance(value, kinds[name]):
-            kind = {str: "a text", list: "a list"}[kinds[name]]
+            kind = "a text" if kinds[name] is str else "a list"
             raise ConfigError(f"{where}: {name} is not {kind}", EXPECTED)
 
 
