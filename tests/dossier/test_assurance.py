@@ -275,6 +275,16 @@ def test_a_hospital_adds_sections_of_its_own(signed: Any, tmp_path: Path) -> Non
         verify(again(copy))
 
 
+def test_the_pages_example_of_a_section_is_one(signed: Any, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
+    example = page.partition("```toml\n")[2].partition("```")[0]
+    own = sections.all_sections(write_house(tmp_path / "own", example))
+    content = pack.build_pack(documents(signed[0]), {}, own, set())
+    found = rows(content)["our-rules", "R1"]
+    assert found["answer"] == pack.SHOWN and found["facts"][0]["fact"]["shown"] == "7.988"
+    assert rows(content)["our-rules", "R2"]["blank"] == "our-rules/R2"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
