@@ -22,7 +22,6 @@ from fedtune.audit.attack import Attack, Secrets, save
 from fedtune.audit.membership import Membership
 from fedtune.audit.secret import Exposure
 from fedtune.core.errors import ConfigError, NotGenuine, Refused
-from fedtune.core.wire.keys import SigningKey
 from fedtune.evidence.dossier import seal
 from fedtune.evidence.dossier.assurance import crate, pack, registry, sections
 from fedtune.evidence.dossier.facts import documents, facts_in, find_contradiction
@@ -31,6 +30,7 @@ from fedtune.evidence.dossier.release import release
 from fedtune.evidence.sign import FILES as RUN_FILES
 from fedtune.evidence.verify import verify
 from tests.cli_kit import run as command
+from tests.dossier.conftest import again
 
 ROOT = Path(__file__).parents[2]
 # SATRE 2.0.1, pillar 5, by importance.
@@ -150,11 +150,6 @@ def test_a_row_of_a_source_that_nobody_opened_is_not_counted(signed: Any) -> Non
 
 
 # ------------------------------------------------------------------------------- what is verified
-
-
-def again(copy: Path) -> Path:
-    seal.sign(copy, SigningKey(), "", seal.read_release(copy)[0]["made"])
-    return copy
 
 
 def test_each_fact_of_the_pack_is_looked_up(released: Any) -> None:
