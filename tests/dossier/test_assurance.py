@@ -29,8 +29,10 @@ from fedtune.evidence.dossier.markdown import TO_FILL
 from fedtune.evidence.dossier.release import release
 from fedtune.evidence.sign import FILES as RUN_FILES
 from fedtune.evidence.verify import verify
+from tests.cli_kit import SITE, STUDY, write_study
 from tests.cli_kit import run as command
 from tests.dossier.conftest import again
+from tests.simulated import simulate
 
 ROOT = Path(__file__).parents[2]
 # SATRE 2.0.1, pillar 5, by importance.
@@ -387,6 +389,19 @@ def test_the_registrys_entry_is_a_draft_of_the_runs_figures(released: Any) -> No
     assert entry["deployment"]["administrative"]["registry_authors"][0].startswith(TO_FILL)
 
 
+def test_the_registrys_entry_has_both_figures_of_shared_noise(signed: Any) -> None:
+    """Twin: of own noise there is one."""
+    found = documents(signed[0])
+    assert "holds if" not in registry.registry(found, {}, "2026-01-01T00:00:00Z")
+    table = {"sites": 3, "colluding": 1, "fallback_epsilon": 9.5, "own_noise_multiplier": 0.9}
+    for site in found["report.json"]["privacy"]["sites"].values():
+        site["secure_aggregation"] = table
+    entry = yaml.safe_load(registry.registry(found, {}, "2026-01-01T00:00:00Z"))
+    said = entry["deployment"]["privacy_loss"]["privacy_parameters_details"]
+    assert "at most 1 of the" in said and "ε = 9.5" in said
+    assert rows(build(found))["nist", "4.2.3"]["answer"] == pack.SHOWN
+
+
 @pytest.mark.skipif(SCHEMA is None, reason="FEDTUNE_REGISTRY_SCHEMA names no copy of the schema")
 def test_the_registrys_entry_fits_its_schema(released: Any) -> None:
     schema = yaml.safe_load(Path(str(SCHEMA)).read_text())
@@ -399,14 +414,22 @@ def test_the_registrys_entry_fits_its_schema(released: Any) -> None:
     assert [*validator.iter_errors(entry)]
 
 
-def test_a_run_without_privacy_has_no_entry_for_the_registry(signed: Any, tmp_path: Path) -> None:
+def test_a_run_without_privacy_has_no_entry_for_the_registry(
+    tiny_base: Path, tmp_path: Path
+) -> None:
     """Twin: `released` has one."""
-    found = documents(signed[0])
-    found["report.json"] |= {"private": False, "privacy": {"mode": "off"}}
-    text = crate.crate(found, {}, ["run/plan.json"], "2026-01-01T00:00:00Z")
-    assert registry.FILE not in text
-    row = rows(build(found))["registry", "publication_date"]
-    assert row["answer"] == pack.NOT_SHOWN
+    study, sites = write_study(tmp_path, tiny_base), [tmp_path / n for n in ("north", "south")]
+    study.write_text(STUDY.format(base=tiny_base, privacy="", privacy_off='privacy = "off"'))
+    for site in sites:
+        (site / "site.toml").write_text(SITE.format(name=site.name, most=8, off="true"))
+    simulate(study, [site / "site.toml" for site in sites], tmp_path / "run")
+    out = tmp_path / "out"
+    assert not release(tmp_path / "run", out).private and not (out / registry.FILE).exists()
+    page = (out / pack.PAGE).read_text()
+    assert "NOT PRIVATE" in page and "this run is not differentially private" in page
+    shown = rows(json.loads((out / pack.JSON).read_text()))
+    assert shown["registry", "publication_date"]["answer"] == pack.NOT_SHOWN
+    assert shown["satre", "3.3.07"]["answer"] == pack.NOT_SHOWN
 
 
 def test_the_crate_lists_every_signed_file(released: Any) -> None:

@@ -152,12 +152,13 @@ def _pack_again(
     own = folder / FOLDER
     names = {*signed["files"], RELEASE}
     content = pack.build_pack(found, typed, all_sections(own if own.is_dir() else None), names)
-    entry = {REGISTRY: registry(found, typed, signed["made"])}
+    private = found["report.json"]["private"]
+    entry = {REGISTRY: registry(found, typed, signed["made"])} if private else {}
     return {
         pack.JSON: pack.dump(content),
         pack.PAGE: pack.pack_page(content),
         crate.FILE: crate.crate(found, typed, signed["files"], signed["made"]),
-        **(entry if found["report.json"]["private"] else {}),
+        **entry,
     }
 
 

@@ -68,8 +68,7 @@ def _entry(found: Documents, typed: Mapping[str, str], made: str) -> dict[str, A
             "dp_variant": {
                 "variant_name": "Approximate DP",
                 "data_domain": (
-                    "Records that a site's own configuration admits, in the columns that the plan "
-                    "names."
+                    "Records that a site's own configuration admits, in the columns that it names."
                 ),
                 "unprotected_quantities": _unprotected(found),
             },
