@@ -48,9 +48,28 @@ def release(
             show_default=False,
         ),
     ] = None,
+    sections: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder of files NAME.toml with further sections of the assurance pack, such "
+            "as a hospital's own rules.",
+            show_default=False,
+        ),
+    ] = None,
+    attacks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder that `fedtune attack RUN` or `fedtune audit` wrote: the assurance pack "
+            "says what they found; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Package a finished run as one signed dossier: weights, model card, privacy report, the
-    answers for an ethics board and a data protection officer, and a bill of materials.
+    answers for an ethics board, a data protection officer and a governance office, and a bill of
+    materials.
 
     A run that does not verify is refused. Statements that only people can make are marked as
     blanks, unless --details holds them. In a study with a schedule, choose the version with
@@ -58,16 +77,25 @@ def release(
     from fedtune.core.files.writing import create
     from fedtune.evidence.dossier import release as dossier
     from fedtune.evidence.dossier import seal
+    from fedtune.evidence.dossier.assurance import sections as assurance
     from fedtune.evidence.dossier.content import blanks
 
+    told = assurance.all_sections(sections)
     if details and not os.path.lexists(details):
-        create(details, dossier.details_template().encode())
+        create(details, dossier.details_template(told).encode())
         typer.echo(f"wrote {details}: fill it, and run the same command again")
         return {"wrote": str(details)}
-    typed = dossier.read_details(details) if details else {}
-    made = dossier.release(run, out, details=typed, home=home)
-    blank = sum(not typed.get(block["blank"], "").strip() for block in blanks())
-    typer.echo(f"wrote {out}: {made.dossier['files']} files; read {out}/dossier.html")
+    typed = dossier.read_details(details, told) if details else {}
+    made = dossier.release(
+        run, out, details=typed, home=home, sections=sections, attacks=attacks or []
+    )
+    names = [block["blank"] for block in blanks()]
+    names += [assurance.key(*one) for one in assurance.blanks(told)]
+    blank = sum(not typed.get(name, "").strip() for name in names)
+    typer.echo(
+        f"wrote {out}: {made.dossier['files']} files; read {out}/dossier.html, and "
+        f"{out}/assurance.html for a governance office"
+    )
     if not (out / seal.PDF).is_file():
         typer.echo("no dossier.pdf: it needs fpdf2; pip install 'fedtune[dossier]'")
     if not made.private:

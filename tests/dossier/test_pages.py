@@ -52,12 +52,13 @@ def in_browser(page: Path, script: str, folder: Path) -> Any:
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
 @pytest.mark.skipif(not AXE.is_file(), reason=f"axe-core is not here: {AXE} (FEDTUNE_AXE)")
-def test_axe_finds_nothing_and_would(released: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dossier.html", "assurance.html"])
+def test_axe_finds_nothing_and_would(released: Any, tmp_path: Path, name: str) -> None:
     """Twin: the same page without its language and with an empty heading."""
     axe = AXE.read_text(encoding="utf-8").replace("</script", "<\\/script")
     rules = f"{{runOnly: {json.dumps(RULES)}}}"
     script = f"{axe};axe.run(document, {rules}).then(r => r.violations.map(v => v.id))"
-    page = released[0] / "dossier.html"
+    page = released[0] / name
     assert in_browser(page, script, tmp_path) == []
     bad = tmp_path / "bad.html"
     text = page.read_text(encoding="utf-8").replace('<html lang="en">', "<html>")

@@ -23,15 +23,10 @@ from fedtune.evidence.dossier.facts import documents, facts_in, numbers, resolve
 from fedtune.evidence.dossier.markdown import markdown
 from fedtune.evidence.verify import verify
 from tests.cli_kit import run as command
+from tests.dossier.conftest import again
 from tests.verify_kit import forged, lower
 
 CHANGES = 1000
-
-
-def again(copy: Path) -> Path:
-    """Sign a changed dossier with a key of the forger's."""
-    seal.sign(copy, SigningKey(), "")
-    return copy
 
 
 def test_a_dossier_shows_what_its_run_proves(released: Any, signed: Any) -> None:

@@ -13,6 +13,10 @@ from fedtune.core.errors import NotGenuine, Refused
 from fedtune.core.files import reading
 from fedtune.evidence import fingerprints
 from fedtune.evidence.dossier import pictures
+from fedtune.evidence.dossier.assurance import crate, pack
+from fedtune.evidence.dossier.assurance.registry import FILE as REGISTRY
+from fedtune.evidence.dossier.assurance.registry import registry
+from fedtune.evidence.dossier.assurance.sections import ATTACKS, FOLDER, all_sections
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import FORMAT, build, dump_content
 from fedtune.evidence.dossier.facts import documents, find_contradiction, numbers
@@ -87,14 +91,20 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
     content = reading.json_in(path, "the dossier's content", TODO, NotGenuine)
     if content.get("format") != FORMAT:
         fail(path, "is of another format", FORMAT)
-    found: dict[str, Any] = documents(folder / RUN)
+    found: dict[str, Any] = documents(folder / RUN) | {
+        name: reading.json_in(folder / name, "what an attack found", TODO, NotGenuine)
+        for name in ATTACKS
+        if name in signed["files"]
+    }
     try:
         if wrong := find_contradiction(content, found):
             fail(path, f"says {wrong}", "what the run says")
+        assurance = _read_pack(folder, signed, found)
+        typed = _collect_typed(assurance, content)
         if same_release:
             found |= {"simulated": not signed["ca"]}
             found |= {AUDIT: True} if (folder / AUDIT).is_file() else {}
-            content = build(found, _collect_typed(content))
+            content = build(found, typed)
             if text != dump_content(content):
                 fail(path, "is not what fedtune writes of this run", "release the run again")
         written = {
@@ -102,6 +112,10 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
             "dossier.html": page(content),
             "README.md": card(content, found, folder / RUN),
         }
+        if same_release:
+            written |= _pack_again(folder, signed, found, typed)
+        elif assurance:
+            written |= {pack.PAGE: pack.pack_page(assurance)}
         drawings = pictures.files(content)
     except MALFORMED:
         fail(path, "is not what a coordinator writes")
@@ -117,10 +131,44 @@ def _pages(folder: Path, signed: Mapping[str, Any]) -> list[str]:
     return [CONTENT, *compared]
 
 
-def _collect_typed(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return blank's key -> the text that a person typed for it, from a dossier's content."""
+def _read_pack(folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the assurance pack, and check each of its facts; {} for a dossier without one, as
+    earlier releases wrote it."""
+    path = folder / pack.JSON
+    if pack.JSON not in signed["files"]:
+        return {}
+    content = reading.json_in(path, "an assurance pack", TODO, NotGenuine)
+    if content.get("format") != pack.FORMAT:
+        fail(path, "is of another format", pack.FORMAT)
+    if wrong := find_contradiction(content, found):
+        fail(path, f"says {wrong}", "what the run says")
+    return content
+
+
+def _pack_again(
+    folder: Path, signed: Mapping[str, Any], found: Mapping[str, Any], typed: Mapping[str, str]
+) -> dict[str, str]:
+    """Write the assurance pack again, as `release` does; return file -> content."""
+    own = folder / FOLDER
+    names = {*signed["files"], RELEASE}
+    content = pack.build_pack(found, typed, all_sections(own if own.is_dir() else None), names)
+    private = found["report.json"]["private"]
+    entry = {REGISTRY: registry(found, typed, signed["made"])} if private else {}
+    return {
+        pack.JSON: pack.dump(content),
+        pack.PAGE: pack.pack_page(content),
+        crate.FILE: crate.crate(found, typed, signed["files"], signed["made"]),
+        **entry,
+    }
+
+
+def _collect_typed(assurance: Mapping[str, Any], content: Mapping[str, Any]) -> dict[str, str]:
+    """Return blank's key -> the text that a person typed for it, from an assurance pack and a
+    dossier's content."""
+    rows = [row for section in assurance.get("sections", []) for row in section["rows"]]
     blocks = [block for section in content["sections"] for block in section["blocks"]]
-    return {str(b["blank"]): str(b["typed"]) for b in blocks if b["kind"] == "blank"}
+    blanks = [*(row for row in rows if "blank" in row), *(b for b in blocks if "blank" in b)]
+    return {str(blank["blank"]): str(blank["typed"]) for blank in blanks}
 
 
 def _describe_approval(body: Mapping[str, Any], by_key: Mapping[str, str]) -> dict[str, Any]:

@@ -82,6 +82,7 @@ WHEN: dict[str, Callable[[Documents], bool]] = {
     "groups": lambda found: bool(_groups(found)),
     "no groups": lambda found: not _groups(found),
     "told": lambda found: bool(found.get("told")),
+    "attacked": lambda found: "attack.json" in found,
 }
 
 
@@ -104,13 +105,19 @@ def blanks() -> Iterator[Mapping[str, str]]:
                 yield block
 
 
+def notes(found: Documents) -> list[str]:
+    """Return what the first page of a run's dossier highlights, such as that it is not private."""
+    blocks = _blocks(sections()[0]["block"], found, {})
+    return [block["note"] for block in blocks if block["kind"] == "note"]
+
+
 def build(found: Documents, typed: Mapping[str, str]) -> dict[str, Any]:
     """Build the content of dossier.json. found: the run's documents (`facts.documents`). typed:
     blank's key -> the text that a person typed."""
     return {
         "format": FORMAT,
-        "study": _fact(found, "report.json#/study", "plain"),
-        "run by": _fact(found, "report.json#/fedtune", "plain"),
+        "study": look_up(found, "report.json#/study", "plain"),
+        "run by": look_up(found, "report.json#/fedtune", "plain"),
         "sections": [
             {
                 "id": section["id"],
@@ -134,7 +141,7 @@ def _blocks(
         if not all(WHEN[when](found) for when in _as_list(block.get("when", []))):
             continue
         if "fact" in block:
-            fact = _fact(found, block["at"], block.get("show", "plain"))
+            fact = look_up(found, block["at"], block.get("show", "plain"))
             yield {"kind": "fact", "label": block["fact"], "fact": fact}
         elif "each" in block:
             yield _table(block, found)
@@ -174,10 +181,10 @@ def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
         spent = (f"report.json#/rounds/{at}/epsilon", "largest")
         across = spent if private else (f"report.json#/rounds/{at}/round", "plain")
         value = (f"report.json#/quality/by_round/{place}/{name}", "plain")
-        point = [_fact(found, *across), _fact(found, *value)]
+        point = [look_up(found, *across), look_up(found, *value)]
         if all(fact and isfinite(float(fact["shown"])) for fact in point):
             points.append(point)
-    base = _fact(found, f"report.json#/quality/before/{name}", "plain")
+    base = look_up(found, f"report.json#/quality/before/{name}", "plain")
     which = "trained" if is_start_released(quality) else "after"  # the trained model's figures
     bounds = f"report.json#/quality/gain/intervals/{name}/{which}"
     if metric in METRICS and base and points:
@@ -185,11 +192,11 @@ def _curve(caption: str, found: Documents) -> Iterator[dict[str, Any]]:
             "kind": "curve",
             "curve": caption,
             "across": "ε of the site that spent most until then" if private else "round",
-            "metric": _fact(found, "report.json#/quality/metric", "plain"),
+            "metric": look_up(found, "report.json#/quality/metric", "plain"),
             "base": base,
-            "start": _fact(found, f"report.json#/quality/start/{name}", "plain"),
+            "start": look_up(found, f"report.json#/quality/start/{name}", "plain"),
             "points": points,
-            "interval": [_fact(found, f"{bounds}/{edge}", "plain") for edge in (0, 1)],
+            "interval": [look_up(found, f"{bounds}/{edge}", "plain") for edge in (0, 1)],
         }
 
 
@@ -197,7 +204,7 @@ def _as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _fact(found: Documents, source: str, how: str) -> dict[str, str] | None:
+def look_up(found: Documents, source: str, how: str) -> dict[str, str] | None:
     """Look up the fact at `source`, and show it in the format `how`; None if the run does not have
     it."""
     value = resolve(found, source)
@@ -215,7 +222,7 @@ def _table(block: Block, found: Documents) -> dict[str, Any]:
     rows = []
     for key in keys:
         cells = [
-            _fact(found, source.replace("{key}", escape_key(key)), how)
+            look_up(found, source.replace("{key}", escape_key(key)), how)
             for _, source, how in columns
         ]
         rows.append([key, *cells] if "key" in block else cells)

@@ -14,10 +14,10 @@ NOT_RECORDED = "not recorded by this run"
 TYPED = "typed by a person, not checked"
 
 
-def title(content: Mapping[str, Any]) -> str:
-    """Return the title of a dossier. The study's name is in quotes, since it may be an ordinary
-    word."""
-    return f"Dossier of the study “{content['study']['shown']}”"
+def title(content: Mapping[str, Any], what: str = "Dossier") -> str:
+    """Return the title of a dossier, or of another page of a run. The study's name is in quotes,
+    since it may be an ordinary word."""
+    return f"{what} of the study “{content['study']['shown']}”"
 
 
 def markdown(content: Mapping[str, Any]) -> str:

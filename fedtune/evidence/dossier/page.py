@@ -42,14 +42,19 @@ img { width: 100%; min-width: 44rem; height: auto; }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def page(content: Mapping[str, Any]) -> str:
-    """Return a dossier's content as HTML, with its pictures in it."""
-    name = escape(title(content))
+def page(
+    content: Mapping[str, Any], what: str = "Dossier", data: str = "dossier.json", wide: str = ""
+) -> str:
+    """Return a dossier's content as HTML, with its pictures in it.
+
+    what, data: the title's first word, and the file with the same content. wide: further style, of
+    a page whose tables are wide."""
+    name = escape(title(content, what))
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+        f"<title>{name}</title>\n<style>{STYLE}{wide}</style>\n</head>\n<body>",
         '<a class="skip" href="#main">Skip to the content</a>',
         f"<header>\n<h1>{name}</h1>\n</header>",
         f'<nav aria-label="Sections">\n<ol>\n{_links(content)}\n</ol>\n</nav>',
@@ -58,7 +63,7 @@ def page(content: Mapping[str, Any]) -> str:
     parts.append(sections(content))
     version = escape(content["run by"]["shown"] if content["run by"] else "")
     parts.append(f"</main>\n<footer>\n<p>The run is by fedtune {version}. The same as data: ")
-    parts.append("dossier.json.</p>\n</footer>\n</body>\n</html>")
+    parts.append(f"{data}.</p>\n</footer>\n</body>\n</html>")
     return "\n".join(parts) + "\n"
 
 
@@ -141,6 +146,12 @@ def _picture(block: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "<br>".join(map(_cell, value))
+    if isinstance(value, Mapping) and "label" in value:
+        return f"{_prose(value['label'])}: {_cell(value['fact'])}"
+    if isinstance(value, Mapping) and "blank" in value:
+        return _blank_in_cell(value)
     if isinstance(value, Mapping):
         return f'<span title="{escape(value["source"])}">{escape(value["shown"])}</span>'
     return NOT_RECORDED if value is None else _prose(str(value))
@@ -152,6 +163,12 @@ def _prose(text: str) -> str:
     if len(parts) % 2 == 0:
         return escape(text)
     return "".join(f"<code>{part}</code>" if n % 2 else part for n, part in enumerate(parts))
+
+
+def _blank_in_cell(value: Mapping[str, str]) -> str:
+    if value["typed"]:
+        return f'<span class="typed">{escape(value["typed"])}</span> ({TYPED})'
+    return f'<span class="blank">☐ {TO_FILL}: {_prose(value["help"])}</span>'
 
 
 def _blank(block: Mapping[str, str]) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from fedtune.core.run_folder import ADAPTER
 from fedtune.core.wire.keys import SigningKey, canonical
 from fedtune.evidence.coordinator_home import home_beside
 from fedtune.evidence.dossier import openssf, pictures
+from fedtune.evidence.dossier.assurance import crate, pack
+from fedtune.evidence.dossier.assurance import sections as assurance
+from fedtune.evidence.dossier.assurance.registry import FILE as REGISTRY
+from fedtune.evidence.dossier.assurance.registry import registry
 from fedtune.evidence.dossier.card import card
 from fedtune.evidence.dossier.content import blanks, build, dump_content
 from fedtune.evidence.dossier.facts import documents
@@ -31,8 +35,11 @@ from fedtune.evidence.dossier.seal import (
     CONTENT,
     LONGEST,
     PDF,
+    RELEASE,
     approval,
     file_name,
+    format_now,
+    list_covered,
     read_release,
     sign,
 )
@@ -52,6 +59,8 @@ def release(
     *,
     details: Mapping[str, str] | None = None,
     home: Path | None = None,
+    sections: Path | str | None = None,
+    attacks: Sequence[Path | str] = (),
 ) -> Verified:
     """Write a signed dossier of a finished run into a new folder; return the result of verifying
     it.
@@ -63,6 +72,9 @@ def release(
         A
             simulation has no home: its dossier is signed with a key that is made for it and not
             stored.
+        sections: a folder with further sections of the assurance pack, such as a hospital's rules.
+        attacks: folders that `fedtune attack RUN` or `fedtune audit` wrote; the pack states what
+        they found.
 
     >>> import fedtune
     >>> fedtune.release("runs/none", "dossiers/none")
@@ -74,8 +86,9 @@ def release(
     run's.
 
     Errors: NotGenuine (the run is not signed, or was changed after it was signed), ConfigError
-    (`out` exists; the run was derived from others), Refused (the key that signed the run is not in
-    `home`; it is a site's personal model), InfrastructureError."""
+    (`out` exists; the run was derived from others; a file is no section, or an attack is not this
+    run's), Refused (the key that signed the run is not in `home`; it is a site's personal model, or
+    the result of an attack at a site), InfrastructureError."""
     run, out = Path(run), Path(out)
     refuse_personal(run)
     _refuse_derived(run)
@@ -88,6 +101,8 @@ def release(
         )
     home = home or home_beside(run)
     key, ca = _key(run, home, proven)
+    told = assurance.all_sections(Path(sections) if sections else None)
+    made = format_now()
     if not proven.simulated:
         AuditLog(home, key).add("release", run=run.absolute(), dossier=out)
     with new_folder(out) as draft:
@@ -97,10 +112,15 @@ def release(
         if (run / AUDIT).is_file():
             shutil.copyfile(run / AUDIT, draft / AUDIT)
             found[AUDIT] = True
+        for folder in attacks:
+            found |= _carry_attacks(Path(folder), draft, found["report.json"])
         _write(draft, found, details or {})
         if openssf.can_sign():
             _sign_weights(draft, None if proven.simulated else home)
-        sign(draft, key, ca)
+        if sections:
+            _carry_sections(Path(sections), draft)
+        _write_pack(draft, found, details or {}, told, made)
+        sign(draft, key, ca, made)
         verify(draft)
     return verify(out)
 
@@ -111,6 +131,39 @@ def _carry_told(run: Path, into: Path) -> None:
         if not one.problem:
             (into / TOLD).mkdir(exist_ok=True)
             shutil.copyfile(run / TOLD / one.file, into / TOLD / one.file)
+
+
+def _carry_attacks(folder: Path, into: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy what attacks on the run's plan found; return file -> content.
+
+    Errors: ConfigError (nothing is there, or it is of another study), Refused (it is of an attack
+    at a site, on its own records)."""
+    found = {
+        name: reading.json_in(folder / name, "what an attack found")
+        for name in assurance.ATTACKS
+        if (folder / name).is_file()
+    }
+    if not found:
+        raise ConfigError(
+            f"{folder}: has no {' or '.join(assurance.ATTACKS)}", "an attack's folder"
+        )
+    for name, content in found.items():
+        if "private" not in content and "one_step" not in content:
+            raise Refused(
+                f"{folder / name}: is not of generated records",
+                "what `fedtune attack RUN` or `fedtune audit` wrote",
+                "a site's own attack depends on its records, and stays there",
+            )
+        if content.get("study") != report["study"]:
+            raise ConfigError(f"{folder / name}: is of another study", str(report["study"]))
+        shutil.copyfile(folder / name, into / name)
+    return found
+
+
+def _carry_sections(folder: Path, into: Path) -> None:
+    (into / assurance.FOLDER).mkdir()
+    for path in folder.glob("*.toml"):
+        shutil.copyfile(path, into / assurance.FOLDER / path.name)
 
 
 def _refuse_derived(run: Path) -> None:
@@ -170,10 +223,32 @@ def _write(draft: Path, found: Mapping[str, Any], details: Mapping[str, str]) ->
     replace(draft / "sbom.cdx.json", (bill + "\n").encode())
 
 
-def read_details(path: Path) -> dict[str, str]:
-    """Read blank's key -> the text that a person typed for it. Errors: InputError; ConfigError (an
-    unknown key, or a value that is not a text)."""
-    known = {block["blank"] for block in blanks()}
+def _write_pack(
+    draft: Path,
+    found: Mapping[str, Any],
+    typed: Mapping[str, str],
+    sections: Sequence[assurance.Section],
+    made: str,
+) -> None:
+    """Write the assurance pack, when every other file of the dossier is there but its signature."""
+    entry = {REGISTRY: registry(found, typed, made)} if found["report.json"]["private"] else {}
+    names = {*list_covered(draft), *entry, pack.JSON, pack.PAGE, crate.FILE, RELEASE}
+    content = pack.build_pack(found, typed, sections, names)
+    written = {
+        pack.JSON: pack.dump(content),
+        pack.PAGE: pack.pack_page(content),
+        **entry,
+        crate.FILE: crate.crate(found, typed, names - {RELEASE}, made),
+    }
+    for name, text in written.items():
+        replace(draft / name, text.encode())
+
+
+def read_details(path: Path, sections: Sequence[assurance.Section] | None = None) -> dict[str, str]:
+    """Read blank's key -> the text that a person typed for it. sections: those of the assurance
+    pack; None: the package's. Errors: InputError; ConfigError (an unknown key, or a value that is
+    not a text)."""
+    known = {block["blank"] for block in blanks()} | {key for key, _ in _pack_blanks(sections)}
     table = reading.toml_in(path, DETAILS)
     for key, value in table.items():
         if key not in known:
@@ -183,8 +258,24 @@ def read_details(path: Path) -> dict[str, str]:
     return table
 
 
-def details_template() -> str:
-    """Return the text of a file with a dossier's blanks, for a person to fill in.
+def _pack_blanks(
+    sections: Sequence[assurance.Section] | None,
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Return (key, what to tell the person) for each blank of the assurance pack."""
+    if sections is None:
+        sections = assurance.package_sections()
+    return [
+        (
+            assurance.key(section, row),
+            (f"{section['title']}, {row['id']}: {row['asks']}", row["organisation"]),
+        )
+        for section, row in assurance.blanks(sections)
+    ]
+
+
+def details_template(sections: Sequence[assurance.Section] | None = None) -> str:
+    """Return the text of a file with a dossier's blanks, for a person to fill in. sections: as for
+    `read_details`.
 
     >>> "contact = " in details_template()
     True
@@ -195,6 +286,8 @@ def details_template() -> str:
     ]
     for block in blanks():
         lines += ["", f"# {block['label']}", f"# {block['help']}", f'{block["blank"]} = ""']
+    for key, told in _pack_blanks(sections):
+        lines += ["", *(f"# {' '.join(line.split())}" for line in told), f'{json.dumps(key)} = ""']
     text = "\n".join(lines) + "\n"
     tomllib.loads(text)
     return text

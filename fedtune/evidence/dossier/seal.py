@@ -22,6 +22,8 @@ from fedtune.core.files.writing import replace
 from fedtune.core.run_folder import ADAPTER
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.dossier import pictures
+from fedtune.evidence.dossier.assurance import crate, pack, registry
+from fedtune.evidence.dossier.assurance.sections import ATTACKS, FOLDER
 from fedtune.evidence.figures import TODO, fail, signed_json
 from fedtune.evidence.sign import RUN, sha256
 
@@ -33,6 +35,7 @@ PDF = "dossier.pdf"
 FILES = {
     *(CONTENT, AUDIT, PDF, "dossier.md", "dossier.html", "README.md", "sbom.cdx.json"),
     *("model.sig", "model.pub", *pictures.FILES),
+    *(pack.JSON, pack.PAGE, registry.FILE, crate.FILE, *ATTACKS),
 }
 FORMAT, APPROVAL = "fedtune-release-1", "fedtune-approval-1"
 PURPOSE, APPROVING = b"fedtune dossier\0", b"fedtune approval\0"
@@ -69,14 +72,15 @@ def _links(folder: Path) -> bool:
     return (folder / RUN / ADAPTER).is_symlink()
 
 
-def sign(folder: Path, key: SigningKey, ca: str) -> None:
-    """Write release.json over the folder as it is. Errors: InfrastructureError."""
+def sign(folder: Path, key: SigningKey, ca: str, made: str = "") -> None:
+    """Write release.json over the folder as it is. made: the moment of signing, which other files
+    name too; "": now. Errors: InfrastructureError."""
     names = list_covered(folder)
     body = {
         "format": FORMAT,
         "ca": ca,
         "coordinator": key.public,
-        "made": format_now(),
+        "made": made or format_now(),
         "fedtune": __version__,
         "files": {name: sha256(folder / name) for name in names},
         "sizes": {name: (folder / name).stat().st_size for name in names},
@@ -105,7 +109,8 @@ def check_files(folder: Path, files: Mapping[str, Any], sizes: Mapping[str, Any]
     for name in present:
         if name not in files:
             fail(folder / name, "was added after the signature", "the files that were signed")
-        if name not in FILES and not name.startswith(f"{RUN}/"):
+        own = name.startswith(f"{FOLDER}/") and name.endswith(".toml")
+        if name not in FILES and not own and not name.startswith(f"{RUN}/"):
             fail(folder / name, "is no file of a dossier", "those that `fedtune release` writes")
     for name, digest in files.items():
         path = folder / name
