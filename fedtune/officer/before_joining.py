@@ -9,9 +9,11 @@ from fedtune.core.config import Site
 from fedtune.core.data.records import count_otherwise_alone, read_records
 from fedtune.core.errors import DataError, describe
 from fedtune.core.ledger.files import LedgerError
+from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import studies
 from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
 from fedtune.officer.known_homes import check_home
+from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
 
 log = logging.getLogger("fedtune.site")
@@ -31,6 +33,8 @@ def check_before_joining(site: Site) -> None:
     if no study is running, also DataError or PolicyRefused because of the records."""
     allow_declared(site)
     check_home(site)
+    if consortium := consortium_of(site):
+        check_trusted(Ledger(site.home), consortium)
     sign_declarations(site)
     check_sheet(site)
     for check in (check_private, check_attested_records, check_records, check_conversion):

@@ -1,0 +1,88 @@
+"""Leave a consortium from the site's own side, whether or not its coordinator still answers.
+
+What was charged, released and entered stays. A consortium that is distrusted (its coordinator's key
+was lost or stolen, or the coordinator lied) is never joined again: whoever has its keys could say
+anything in its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.core.config import Site
+from fedtune.core.errors import ConfigError, FedtuneError, Refused
+from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.audit_log import AuditLog
+from fedtune.core.ledger.files import traces
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.processes import alone
+from fedtune.core.vault import studies
+from fedtune.flower.link import link
+from fedtune.flower.membership import keys_folder
+from fedtune.officer.memberships import delete_keys, network_keys
+
+DISTRUST = "--distrust"
+
+
+@dataclass(frozen=True)
+class Left:
+    """The consortium that a site left ("" if its answer was never stored), the studies that were
+    under way, and how many files of network keys were deleted."""
+
+    consortium: str
+    studies: dict[str, str]
+    files: int
+
+
+def leave(site: Site, *, distrust: bool = False) -> Left:
+    """Delete a site's network keys, certificates and the coordinator's answer, and end the studies
+    under way; ledger, receipts, audit log and stored updates stay, also while the ledger is frozen.
+
+    distrust: whether no answer of this consortium is ever to be taken again. The audit log says so
+    first. Errors: ConfigError if the site has no keys, or --distrust has no stored answer that
+    names the consortium; InfrastructureError if its client runs."""
+    state = site.site.state
+    keys = keys_folder(site)
+    if not (traces(site.home) and network_keys(site)):
+        raise ConfigError(f"{keys}: no network keys", "a site that was enrolled")
+    consortium = consortium_of(site)
+    if distrust and not consortium:
+        raise ConfigError(
+            f"{keys}: holds no coordinator's answer, so that nobody could be told from others",
+            todo="leave without --distrust",
+        )
+    with alone(state / "flower", "fedtune client"), alone(state / "ranks", "the vault of a client"):
+        book = Ledger(site.home)
+        running, files = studies.under_way(state), len(network_keys(site))
+        rule, whose = DISTRUST if distrust else "", site.policy.membership
+        acts = AuditLog(book.folder, book.key)
+        acts.add("leave", rule, consortium=consortium, membership=whose, files=files)
+        for digest in running:
+            studies.end(state, digest)
+        delete_keys(site)
+    return Left(consortium, running, files)
+
+
+def consortium_of(site: Site) -> str:
+    """Return the fingerprint of the consortium whose answer the site has; "" if it has none."""
+    try:
+        return link(site, site.file or Path("site.toml")).answer.fingerprint
+    except FedtuneError:
+        return ""
+
+
+def check_trusted(ledger: Ledger, consortium: str) -> None:
+    """Check that no person here distrusts a consortium, by its fingerprint, before its answer is
+    stored. Errors: Refused; InputError if the audit log was changed."""
+    if not audit_log.files(ledger.folder):
+        return
+    for entry in audit_log.verify(ledger.folder, ledger.key.public).entries:
+        is_its = entry["facts"].get("consortium") == consortium
+        if (entry["event"], entry["rule"]) == ("leave", DISTRUST) and is_its:
+            raise Refused(
+                f"this site left the consortium {consortium} on {entry['time'][:10]} with "
+                f"{DISTRUST}: its keys are trusted no more",
+                "an answer of another consortium",
+                "a coordinator that lost its keys begins a new consortium, with another "
+                "fingerprint",
+            )
