@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.mutant import Mutant, one
+from tests.mutants.mutant import one
 
 T_FREEZE = "tests/client/test_freeze.py::"
 
