@@ -26,6 +26,7 @@ FIRST = Version("1.40.0")
 FOLDER = ROOT / "build" / "flower"
 CONTRACT = ("tests/flower/test_contract.py", "tests/flower/test_control.py")
 WHOLE = "tests/network/test_from_nothing.py"
+USED = "FEDTUNE_FLOWER"  # the folder of the release that must be in use
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 
 
@@ -49,10 +50,11 @@ def install(release: str) -> Path:
     """Install a release without what it requires, and then what of that is not here already."""
     target = FOLDER / release.replace("==", "-")
     if not target.exists():
-        draft = target.with_suffix(".new")
-        subprocess.run([*PIP, "install", "-q", "--no-deps", "--target", draft, release], check=True)
+        draft = target.with_name(f"{target.name}.new")
+        into = [*PIP, "install", "-qq", "--upgrade", "--target", draft]
+        subprocess.run([*into, "--no-deps", release], check=True)
         if lacking := unmet(draft):
-            subprocess.run([*PIP, "install", "-q", "--target", draft, *lacking], check=True)
+            subprocess.run([*into, *lacking], check=True)
         draft.rename(target)
     return target
 
@@ -78,7 +80,7 @@ def ask(release: str, *, whole: bool) -> tuple[bool, str]:
     path = install(release)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CONTRACT]
     command += [WHOLE] if whole else []
-    here = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+    here = os.environ | {"PYTHONPATH": str(path), USED: str(path), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True)
     lines = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return ran.returncode == 0, "\n".join([*lines, *ran.stdout.splitlines()[-1:]])

@@ -6,10 +6,12 @@ here may change: then nothing of ours notices."""
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flwr.app
@@ -17,7 +19,9 @@ import httpx
 import pytest
 from flwr.serverapp import Grid
 
+from fedtune.core import boot
 from fedtune.flower import private
+from tests.flower.releases import USED
 
 N = None
 # How each is called: positional arguments, and those by name.
@@ -111,6 +115,15 @@ from fedtune.flower import private
 private.load_superlink(), private.load_supernode(), private.load_http_grid()
 print("needs no service")
 """
+
+
+@pytest.mark.skipif(USED not in os.environ, reason="the installed release: nobody named another")
+def test_the_release_that_was_named_is_in_use_here_and_in_a_process_of_ours() -> None:
+    folder = Path(os.environ[USED])
+    assert Path(flwr.app.__file__).is_relative_to(folder)
+    child = boot.command("timeit", "-n1", "-r1", "import flwr; print(flwr.__file__)")
+    ran = subprocess.run(child, env=boot.environment(), capture_output=True, text=True)
+    assert Path(ran.stdout.splitlines()[0]).is_relative_to(folder), ran.stderr
 
 
 @pytest.mark.parametrize("name", private.__all__)
