@@ -321,7 +321,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     keys, name = membership.keys_folder(site), site.site.name
     received = membership.read(answer, membership.tls_key(keys), name)
     known, book = membership.load_answer(keys, name), Ledger(site.home)
-    check_trusted(book, received.fingerprint)
+    check_trusted(book.folder, received.fingerprint)
     signable = _show_plan(site, answer, received, book)
     if fingerprint is None and known is None and sys.stdin.isatty():
         fingerprint = typer.prompt("the coordinator's fingerprint, as it was read out to you")
