@@ -179,16 +179,14 @@ def test_every_table_of_the_page_is_played() -> None:
 
 
 @pytest.mark.parametrize("name", PLAYS)
-def test_a_scenario_is_played_by_the_pages_own_commands(
-    name: str, world: World, record_property: Callable[[str, object], None]
-) -> None:
+def test_a_scenario_is_played_by_the_pages_own_commands(name: str, world: World) -> None:
     heading, number, codes, check, _ = PLAYS[name]
     if heading == LIED:
         lie(world)
     world.play(TABLES[heading][number], codes)
     check(world)
-    for done in world.done:
-        record_property(" ".join(done.words), round(done.seconds, 1))
+    for done in world.done:  # for `pytest -rP`
+        print(f"{done.seconds:5.1f} s  {' '.join(done.words)}")
 
 
 @pytest.mark.long
