@@ -8,7 +8,7 @@ TORCH  := 2.13.0# as in the Dockerfiles; the locks hold everything else, with ha
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test quick lint docs walk audit chaos fuzz mutants bench lock dist clean-room sbom vulnerabilities containers clean
+.PHONY: help install demo test quick lint docs walk audit chaos fuzz drill flower mutants bench lock dist clean-room sbom vulnerabilities containers clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,12 @@ chaos: $(READY) ## kill -9, power cuts, full disks, locks, lost messages: a thou
 
 fuzz: $(READY) ## a million hostile messages to either side, six thousand bad inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long tests/fuzz
+
+drill: $(READY) ## play docs/incidents.md by its own commands, on files and over loopback
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long or not long" tests/client/test_freeze.py tests/docs/test_incidents.py tests/network/test_incidents.py
+
+flower: $(READY) ## ask every release of Flower since 1.40 for what we need of it (WHOLE=--whole: a consortium with each)
+	$(BIN)/python -m tests.flower.releases $(WHOLE)
 
 mutants: $(READY) ## seed a bug for each way DP breaks silently; the tests must catch every one
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants.run --jobs 2

@@ -230,7 +230,10 @@ AFTER: tuple[tuple[str, ...], ...] = (  # one after another: they change what th
     ("log", "north.toml"),
     ("withdraw", "north.toml", "--file", "keys.txt"),
     ("let-go", "north.toml"),
+    ("evidence", "north.toml", "--to", "kept"),
+    ("evidence", "kept"),
     ("revoke", "north"),
+    ("leave", "north.toml"),
     ("purge", "north.toml", "--yes"),
     ("memberships", "home", "--adopt", "north.toml", "--name", "north"),
 )

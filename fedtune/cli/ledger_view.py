@@ -55,6 +55,13 @@ def ledger_view(
         earlier = policy.membership if policy.hospital.earlier else ""
         parts.append(memberships_table(whose, policy.membership, share, earlier))
     parts += not_known(ledger, dataset, spent, unit or (spent[0].charge.unit if spent else ""))
+    if frozen := ledger.frozen:
+        why = f": {frozen.why}" if frozen.why else ""
+        parts.append(
+            f"[bold red]FROZEN[/bold red] by {escape(frozen.who)} on {_date(frozen.time)}"
+            f"{escape(why)}. Nothing is charged, answered or deleted until somebody lifts it: "
+            "fedtune ledger SITE --lift"
+        )
     parts.append(footer(ledger, dataset))
     return Group(*parts)
 

@@ -22,6 +22,7 @@ from fedtune.cli import (
     demo,
     derive,
     doctor,
+    incident,
     log_lines,
     memberships,
     models,
@@ -279,6 +280,7 @@ use_run.add_to(app, USE)
 accept.add_to(app, cli_site.PANEL)
 memberships.add_to(app, cli_site.PANEL)
 personalise.add_to(app, cli_site.PANEL)
+incident.add_to(app, cli_site.PANEL)
 cli_verify.add_to(app, USE)
 models.add_to(app, USE)
 network.add_to(app)

@@ -48,7 +48,7 @@ HEARD = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands on `app`."""
-    for function in (enroll, admit, revoke):
+    for function in (enroll, admit, revoke, leave):
         command(app, panel=PANEL)(function)
 
 
@@ -310,6 +310,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.vault.waiting_plans import keep_plan
     from fedtune.flower import membership
+    from fedtune.officer.leave import check_trusted
 
     if site.coordinator and site.coordinator.answer:
         raise ConfigError(
@@ -320,6 +321,7 @@ def join(site: Site, answer: Path | None, fingerprint: str | None) -> None:
     keys, name = membership.keys_folder(site), site.site.name
     received = membership.read(answer, membership.tls_key(keys), name)
     known, book = membership.load_answer(keys, name), Ledger(site.home)
+    check_trusted(book.folder, received.fingerprint)
     signable = _show_plan(site, answer, received, book)
     if fingerprint is None and known is None and sys.stdin.isatty():
         fingerprint = typer.prompt("the coordinator's fingerprint, as it was read out to you")
@@ -392,3 +394,34 @@ def revoke(
     _log(_home(home)).add("revoke", site=name)
     typer.echo(f"revoked {name} at {record.revoked}; its keys are refused from now on")
     return {"name": name, "revoked": record.revoked}
+
+
+def leave(
+    site: Annotated[
+        Path, typer.Argument(metavar="SITE", help="This site's site.toml.", show_default=False)
+    ],
+    distrust: Annotated[
+        bool,
+        typer.Option(
+            "--distrust",
+            help="Never join this consortium again: its coordinator's key was lost or stolen, or "
+            "the coordinator lied.",
+        ),
+    ] = False,
+) -> dict[str, Any]:
+    """Leave a consortium: delete this site's network keys and the coordinator's answer.
+
+    The coordinator need not agree or answer. Stop the client first. What was charged, released and
+    entered stays; studies under way end here, and `fedtune purge` deletes what they left. Tell the
+    coordinator, whose `fedtune revoke` refuses the keys there."""
+    from fedtune.core.config import load_site
+    from fedtune.officer.leave import leave as go
+
+    left = go(load_site(site), distrust=distrust)
+    named = f"the consortium {left.consortium}" if left.consortium else "a consortium never joined"
+    typer.echo(f"left {named}; {left.files} files of keys and certificates are deleted")
+    for name in left.studies.values():
+        typer.echo(f"ended here, for this site: {name}")
+    if distrust:
+        typer.echo("no answer of that consortium is taken any more")
+    return asdict(left)

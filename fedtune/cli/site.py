@@ -258,25 +258,44 @@ def ledger(
             show_default=False,
         ),
     ] = None,
+    freeze: Annotated[
+        bool,
+        typer.Option(
+            "--freeze", help="Charge, answer and delete nothing here until somebody lifts it."
+        ),
+    ] = False,
+    lift: Annotated[bool, typer.Option("--lift", help="End a freeze.")] = False,
     reason: Annotated[
-        str, typer.Option(metavar="TEXT", help="With --accept: the reason, for later readers.")
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="With --accept, --freeze or --lift: the reason, for later readers.",
+        ),
     ] = "",
 ) -> dict[str, Any]:
     """Show what was spent from this site's privacy budget, by which study, and what remains.
 
     The command reads the whole ledger and checks every signature first. Rounds of an earlier
     release or of another unit are shown as unknown; no further study runs until somebody accepts
-    them (--accept)."""
+    them (--accept). A freeze holds for a client that runs, and for every membership of a hospital.
+    """
     from fedtune.cli.ledger_view import ledger_view
     from fedtune.core.config import load_site
     from fedtune.core.ledger.audit_log import AuditLog, login
     from fedtune.core.ledger.declared import check_acceptable
     from fedtune.core.ledger.ledger import Ledger
     from fedtune.core.ledger.spending import facts
+    from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
     from fedtune.officer.withdraw import enter_again
 
+    if freeze and lift:
+        raise ConfigError("--freeze and --lift are both given", "only one of the two")
     loaded = load_site(site)
+    if freeze:
+        frozen.freeze(loaded, reason)
+    if lift:
+        frozen.lift(loaded, reason)
     folder = loaded.site.ledger or loaded.home
     if not folder.exists() and not restore:
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
@@ -290,6 +309,8 @@ def ledger(
                 typer.echo(
                     f"{again} withdrawals that it had lost are entered again, by their receipts"
                 )
+            if not loaded.site.ledger and frozen.freeze_again(book):
+                typer.echo("it had lost a freeze, by the audit log: it is frozen again")
     book.verify()
     if backup:
         acts.add("backup", "--backup")
@@ -302,7 +323,8 @@ def ledger(
         book.accept(accept, login(), reason)
     dataset = accept or loaded.data.name
     Console().print(ledger_view(book, dataset, loaded.policy, unit))
-    return facts(book, dataset, loaded.policy, unit)
+    held = book.frozen
+    return facts(book, dataset, loaded.policy, unit) | {"frozen": asdict(held) if held else None}
 
 
 def withdraw(

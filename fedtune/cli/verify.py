@@ -60,6 +60,18 @@ SIMULATION = Annotated[
 ]
 
 
+OWN = Annotated[
+    Path | None,
+    typer.Option(
+        "--own",
+        metavar="SITE",
+        help="At a site: also compare the run with the ledger of this site.toml. Exit code 2 if "
+        "they contradict each other, 3 if the run lacks rounds that this site released.",
+        show_default=False,
+    ),
+]
+
+
 def add_to(app: typer.Typer, panel: str) -> None:
     """Register the commands on `app`: verify, and those that package and approve what it checks."""
     command(app, panel=panel)(verify)
@@ -72,6 +84,7 @@ def verify(
     sites: SITES = None,
     approved: APPROVED = None,
     simulation: SIMULATION = False,
+    own: OWN = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Verify a run that somebody handed over: signatures, digests, and ε from the sites' step logs.
@@ -90,6 +103,8 @@ def verify(
     found = check(path, trust, pairs)
     _check_approved(path, found, approved or [])
     typer.echo(json.dumps(asdict(found), ensure_ascii=False) if as_json else _lines(found))
+    if own:
+        _compare_with(own, path, found, quiet=as_json)
     if found.simulated and not simulation:
         raise Refused(
             "unchanged, but a simulation: anybody can sign such a folder, so nobody vouches for it",
@@ -100,6 +115,30 @@ def verify(
         raise Refused(
             "consistent, signer unknown: whoever made this folder may have made its keys too",
             "give --trust FINGERPRINT as the coordinator reads it out, not copied from here",
+        )
+
+
+def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> None:
+    """Compare a run with a site's own ledger. Errors: NotGenuine; Refused if rounds are missing."""
+    from fedtune.core.config import load_site
+    from fedtune.core.errors import Refused
+    from fedtune.core.registry.rounding import rounded_up
+    from fedtune.officer.claims import compare
+
+    told = compare(load_site(own), path, found)
+    cost = ""
+    if told.paid is not None:
+        stated = "nothing" if told.stated is None else f"ε = {rounded_up(told.stated)}"
+        cost = f"; the run states {stated} for it, this ledger paid ε = {rounded_up(told.paid)}"
+    if not quiet:
+        here = f"as {told.name}, {len(told.rounds)} rounds" if told.name else "took no part"
+        typer.echo(escape_controls(f"this site    {here}, as its own ledger has them{cost}"))
+    if told.left_out:
+        numbers = ", ".join(map(str, told.left_out[:20]))
+        raise Refused(
+            f"{path}: lacks what this site released in rounds {numbers}{cost}",
+            "every round that this site released",
+            "ask the coordinator whether they were lost or late; what was paid for stays paid",
         )
 
 

@@ -1,4 +1,4 @@
-"""Import Flower's private names. No other file does; because of them flwr is pinned to 1.42.
+"""What fedtune does with Flower's private names (private.py); because of them flwr is held to 1.42.
 
 A Runtime API gives out tasks: that of the SuperLink a ServerApp task for each run, that of a
 SuperNode a ClientApp task for each message. Whoever claims a task holds its token, keeps it alive
@@ -19,65 +19,59 @@ from typing import Any, Literal
 
 import httpx
 from flwr.app import DEFAULT_TTL, Context, Error, Message, Metadata, RecordDict
-from flwr.app.message import make_message
-from flwr.common.constant import (
+from flwr.serverapp import Grid
+
+from fedtune.flower.polling import Impatient
+from fedtune.flower.private import (
     SUPERLINK_NODE_ID,
     SYSTEM_TIME_TOLERANCE,
     TIMESTAMP_TOLERANCE,
-    ErrorCode,
-    SubStatus,
-)
-from flwr.common.serde import (
-    fab_to_proto,
-    message_from_proto,
-    message_to_proto,
-    recorddict_from_proto,
-    recorddict_to_proto,
-    run_from_proto,
-)
-from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
-from flwr.proto.message_pb2 import (
+    AcquireTaskRequest,
     ConfirmMessageReceivedRequest,
+    ControlHttpClient,
+    ErrorCode,
+    Fab,
+    HeartbeatSender,
+    ProtobufCall,
+    ProtobufRequestContext,
+    ProtoMessage,
+    ProtoRecordDict,
     PullObjectRequest,
+    PullTaskInputRequest,
     PushObjectRequest,
     PushObjectResponse,
-)
-from flwr.proto.message_pb2 import Message as ProtoMessage
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
-    PullAppMessagesRequest,
-    PullTaskInputRequest,
     PushTaskOutputRequest,
-    SendTaskHeartbeatRequest,
-)
-from flwr.serverapp import Grid
-from flwr.supercore.constant import TaskType
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.fab import Fab
-from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_head_values_from_object_content,
-    iterate_object_tree,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry as inflatable
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    pull_and_inflate_object_from_tree,
-)
-from flwr.supercore.interceptors import (
+    RegisterNodeRequest,
+    RetryInvoker,
+    Run,
+    RuntimeHttpClient,
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
+    SendTaskHeartbeatRequest,
+    StartRunRequest,
+    SubStatus,
     SuperExecAuthHttpInterceptor,
+    TaskType,
+    exponential,
+    fab_to_proto,
+    get_object_body,
+    get_object_head_values_from_object_content,
+    inflatable,
+    inflate_object_from_contents,
+    iterate_object_tree,
+    load_http_grid,
+    load_superlink,
+    load_supernode,
+    make_message,
+    message_from_proto,
+    message_to_proto,
+    pull_and_inflate_object_from_tree,
+    pull_replies,
+    recorddict_from_proto,
+    recorddict_to_proto,
+    run_clientapp,
+    run_from_proto,
 )
-from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
-from flwr.supercore.retry import RetryInvoker, exponential
-from flwr.supercore.run import Run
-from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime import run_clientapp
-
-from fedtune.flower.polling import Impatient
 
 __all__ = [
     "AGENT_APP",
@@ -93,7 +87,6 @@ __all__ = [
     "ErrorCode",
     "ProtoMessage",
     "ProtoRecordDict",
-    "PullAppMessagesRequest",
     "PullObjectRequest",
     "Run",
     "Runtime",
@@ -109,6 +102,7 @@ __all__ = [
     "message_from_proto",
     "message_to_proto",
     "node_keys",
+    "pull_replies",
     "recorddict_from_proto",
     "recorddict_to_proto",
     "register",
@@ -140,23 +134,18 @@ run_clientapp.pull_and_inflate_object_from_tree = _pull  # type: ignore[attr-def
 
 def run_program(name: Literal["superlink", "supernode"]) -> None:
     """Run Flower's own SuperLink or SuperNode, with the options in sys.argv; does not return."""
-    if name == "superlink":  # imported here: both programs load a web server
-        from flwr.superlink import extensions
-        from flwr.superlink.cli import flower_superlink
-        from starlette.middleware import Middleware
+    if name == "superlink":
+        extensions, flower_superlink = load_superlink()
+        from starlette.middleware import Middleware  # not before: it takes long, as the above
 
         at = sys.argv.index("--superexec-auth-secret-file") + 1
         locked = Middleware(Locked, _control_key(Path(sys.argv[at]).read_bytes()))
         extensions.get_middleware = lambda: (locked,)
         flower_superlink()
     else:
-        from flwr.supernode import start_client_internal
-        from flwr.supernode.cli import flower_supernode
-        from flwr.supernode.fleet_http_client import FleetHttpClient
-
-        start_client_internal.time = Impatient()  # type: ignore[attr-defined, assignment]
-        push = make_resumable(FleetHttpClient.PushObject)
-        FleetHttpClient.PushObject = push  # type: ignore[method-assign, assignment]
+        start_client_internal, client, flower_supernode = load_supernode()
+        start_client_internal.time = Impatient()
+        client.PushObject = make_resumable(client.PushObject)
         flower_supernode()
 
 
@@ -279,8 +268,7 @@ def start_run(address: str, ca: bytes, secret: bytes, bundle: bytes, digest: str
     bundle: a Flower app bundle, `digest` its sha256 in hex. Errors: httpx.HTTPError."""
     # Import the module of the Grid now: on a busy machine this takes longer than the half minute
     # without a heartbeat after which a claimed task is lost.
-    import flwr.superlink.grid  # noqa: F401
-
+    load_http_grid()
     with _control(address, ca, secret) as control:
         control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, bundle, {}))))
 
@@ -297,15 +285,13 @@ def server_grid(
     """Open the Grid of a claimed ServerApp task; leaving the block ends the run.
 
     A request that fails is repeated for OUTAGE_SECONDS, or until give_up() returns True."""
-    from flwr.superlink.grid import HttpGrid  # loads the SuperLink's web server
-
     logging.getLogger("flwr").setLevel(logging.WARNING)  # Flower's own handler shows more
-    grid = HttpGrid(address, False, ca, token=claim.token)
+    grid = load_http_grid()(address, False, ca, token=claim.token)
     grid._retry_invoker = _patience(give_up)
     client = grid._runtime_client
     reply = client.PullTaskInput(PullTaskInputRequest())
     own = partial(create_message, reply.run.run_id, reply.task_id)
-    grid.create_message = own  # type: ignore[method-assign]
+    grid.create_message = own
     grid.set_run(run_from_proto(reply.run))
     status = SubStatus.FAILED
     try:

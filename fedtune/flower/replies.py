@@ -13,13 +13,13 @@ from flwr.serverapp import Grid
 
 from fedtune.flower.api import (
     ConfirmMessageReceivedRequest,
-    PullAppMessagesRequest,
     PullObjectRequest,
     get_object_body,
     get_object_head_values_from_object_content,
     inflatable,
     inflate_object_from_contents,
     iterate_object_tree,
+    pull_replies,
 )
 from fedtune.flower.packing import unpack
 
@@ -45,7 +45,7 @@ def announce(answers: Collection[Answer]) -> None:
     grid: Any = next((answer._grid for answer in unknown.values()), None)
     if not remote(grid):
         return
-    reply = grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=list(unknown)))
+    reply = grid._runtime_client.PullMessages(pull_replies(unknown))
     for message, tree in zip(reply.messages_list, reply.message_object_trees, strict=True):
         if answer := unknown.get(message.metadata.reply_to_message_id):
             answer._root, answer._tree = message.metadata.message_id, tree

@@ -56,6 +56,7 @@ from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.ledger.restore import backup
 from fedtune.core.wire.keys import SigningKey
 from fedtune.officer.closed_ledger import Closed, closed
+from fedtune.officer.freeze import check_not_frozen
 from fedtune.officer.hospital_file import (
     before,
     check_text,
@@ -247,8 +248,10 @@ def _hospital_text(site: Site, site_file: Path, name: str) -> str:
 
 
 def _check_nothing_waits(site: Site, book: Ledger) -> None:
-    """Check that no answer waits for a person, and that no record was declared public or generated:
-    the hospital's ledger could not know either any more. Errors: InputError, PolicyRefused."""
+    """Check that the ledger is not frozen, that no answer waits for a person, and that no record
+    was declared public or generated: the hospital's ledger could not know these any more. Errors:
+    InputError, PolicyRefused, Refused."""
+    check_not_frozen(book.folder, "adopted")
     if waiting := list_waiting(site):
         raise InputError(
             f"{len(waiting)} answers wait at {site.site.name}",

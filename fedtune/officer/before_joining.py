@@ -12,6 +12,7 @@ from fedtune.core.ledger.files import LedgerError
 from fedtune.core.vault import studies
 from fedtune.core.vault.declared import allow_declared, check_private, sign_declarations
 from fedtune.officer.known_homes import check_home
+from fedtune.officer.leave import check_trusted, consortium_of
 from fedtune.officer.sheet import check_attested_records, check_sheet
 
 log = logging.getLogger("fedtune.site")
@@ -27,10 +28,13 @@ def check_before_joining(site: Site) -> None:
     client had not been restarted, with noise alone if nothing can be read.
 
     Errors: PolicyRefused, ConfigError or InputError because of settings, sheet, another home that
-    pays for the same records, or data that the site declares public or generated; LedgerError; and,
-    if no study is running, also DataError or PolicyRefused because of the records."""
+    pays for the same records, or data that the site declares public or generated; Refused by a
+    consortium that a person here distrusts; LedgerError; and, if no study is running, also
+    DataError or PolicyRefused because of the records."""
     allow_declared(site)
     check_home(site)
+    if consortium := consortium_of(site):
+        check_trusted(site.home, consortium)
     sign_declarations(site)
     check_sheet(site)
     for check in (check_private, check_attested_records, check_records, check_conversion):

@@ -34,6 +34,7 @@ from fedtune.core.vault.studies import under_way
 from fedtune.flower.membership import keys_folder, load_answer
 from fedtune.observe.status import LOCK, held
 from fedtune.officer import purge
+from fedtune.officer.freeze import check_not_frozen
 from fedtune.officer.hospital_file import (
     keep_copy,
     load_hospital_text,
@@ -307,12 +308,12 @@ def list_ending(home: Path, name: str) -> Ending:
         anyway = f"studies are under way: {', '.join(one.studies.values())}"
     if site is not None and site.site.state.is_dir():
         delete = purge.listing(site).deletable
-        if keys := _network_keys(site):
+        if keys := network_keys(site):
             delete["network keys, certificates and the coordinator's answer"] = keys
     return Ending(listed.home, name, site, delete, paid, anyway)
 
 
-def _network_keys(site: Site) -> list[Path]:
+def network_keys(site: Site) -> list[Path]:
     """List the files of a site's way into its consortium, earlier keys too."""
     folders = _key_folders(site)
     return sorted(path for each in folders for path in each.rglob("*") if not path.is_dir())
@@ -329,10 +330,12 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     Its charges, releases, receipts and acts stay in the hospital's ledger and audit log for good,
     and so does its own signing key. The table in hospital.toml goes last, so that a run which was
     killed may be repeated; from then on the site file is refused. Errors: InputError if studies are
-    under way, unless `anyway`; InfrastructureError if its client runs."""
+    under way, unless `anyway`; Refused if the ledger is frozen; InfrastructureError if its client
+    runs."""
     if ending.anyway and not anyway:
         raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
     home, name, site = ending.home, ending.name, ending.site
+    check_not_frozen(home, "deleted")
     text = (home / FILE).read_text(encoding="utf-8")
     text = without_table(text, "memberships", name)
     left = load_hospital_text(home, text).memberships
@@ -348,7 +351,7 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
                                      files=files)  # fmt: skip
     if site is not None and site.site.state.is_dir():
         purge.purge(purge.listing(site))
-        _delete_keys(site)
+        delete_keys(site)
     copy = keep_copy(home / FILE)
     replace(home / FILE, text.encode(), private=True)
     for path in (home / f"{ROOM}-{name}", home / ORDERS.replace(".", f"-{name}.")):
@@ -356,9 +359,9 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     return copy
 
 
-def _delete_keys(site: Site) -> None:
+def delete_keys(site: Site) -> None:
     try:
-        for path in _network_keys(site):
+        for path in network_keys(site):
             path.unlink(missing_ok=True)
         for folder in _key_folders(site):
             for root, _, _ in os.walk(folder, topdown=False):

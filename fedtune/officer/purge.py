@@ -35,6 +35,7 @@ from fedtune.core.vault.studies import under_way
 from fedtune.evidence.personal import FOLDER as PERSONAL
 from fedtune.evidence.personal import SUFFIX
 from fedtune.observe.status import LOCK
+from fedtune.officer.freeze import check_not_frozen
 from fedtune.officer.withdraw import RECEIPTS
 
 RELEASED = "updates that were released"
@@ -126,12 +127,13 @@ def purge(contents: Listing) -> None:
     """Delete the listed files and the folders that become empty. This is safe even if the site's
     courier has removed the lock, or has replaced a folder by a link.
 
-    Errors: InfrastructureError if a client runs on this state, or the disk refuses; LedgerError,
-    before anything is deleted."""
+    Errors: InfrastructureError if a client runs on this state, or the disk refuses; Refused if the
+    ledger is frozen, and LedgerError, before anything is deleted."""
     with (
         alone(contents.state / "flower", "fedtune client"),
         alone(contents.state / "ranks", "the vault of a client"),
     ):
+        check_not_frozen(contents.home, "deleted")
         if traces(contents.home):
             key = Ledger(contents.home).key  # not with a damaged ledger: a restore may need these
             AuditLog(contents.home, key).add("purge", files=len(contents.files))

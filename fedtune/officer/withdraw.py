@@ -6,10 +6,11 @@ import calendar
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedtune.core.config import Site, SiteData
 from fedtune.core.data.records import read_records, unit_member
@@ -31,6 +32,7 @@ from fedtune.core.registry.rounding import rounded_up
 from fedtune.core.wire.keys import canonical, verifies
 
 log = logging.getLogger("fedtune.site")
+T = TypeVar("T")
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 RECEIPTS = "withdrawals"  # beside the ledger: a receipt for each withdrawal
 _DIGITS = 16  # of the patient's salted hash in a receipt's file name
@@ -125,12 +127,18 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         personal = models_of(site, ledger, entry.body["unit"])
         return Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
 
+    return in_reserved_space(site, enter)
+
+
+def in_reserved_space(site: Site, enter: Callable[[], T]) -> T:
+    """Call `enter`, which writes what a person decided; on a full disk once more, in the space that
+    is reserved for that. Errors: what `enter` raises."""
     try:
         return enter()
     except InfrastructureError as error:
         if isinstance(error, LedgerError) and not isinstance(error, NoRoom):
             raise
-        log.warning("%s; the withdrawal uses the space reserved for the ledger", describe(error))
+        log.warning("%s; this entry uses the space reserved for the ledger", describe(error))
         with site.room.of(OFFICER).give_up():
             return enter()
 

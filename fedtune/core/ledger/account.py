@@ -10,7 +10,7 @@ from typing import Any
 
 from fedtune.core.ledger.chain import Entry
 from fedtune.core.ledger.cohorts import Arrivals
-from fedtune.core.ledger.entries import EVERY, Accepted, Charge, Cohort, Held, Slot, Spent
+from fedtune.core.ledger.entries import EVERY, Accepted, Charge, Cohort, Freeze, Held, Slot, Spent
 
 NOT_PRIVATE = "\0"  # before the name under which a declared dataset's members are stored
 
@@ -53,6 +53,7 @@ class Account:
         # A pair of disjoint datasets -> the entry up to which charges count against both; 0: none.
         self.apart_since: dict[frozenset[str], int] = {}
         self.arrivals = Arrivals()
+        self.frozen: Freeze | None = None
 
     def fold(self, entry: Entry) -> None:
         """Take one verified entry into account."""
@@ -89,6 +90,10 @@ class Account:
         elif entry.kind == "accept":
             acceptance = Accepted(body["upto"], body["by"], body["why"], time)
             self.accepted.setdefault(body["dataset"], []).append(acceptance)
+        elif entry.kind == "freeze":
+            self.frozen = Freeze(body["by"], body["why"], time)
+        elif entry.kind == "lift":
+            self.frozen = None
         elif entry.kind == "declaration":
             self.not_private[body["dataset"]] = body["what"]
             self.not_private_since[body["dataset"]] = entry.seq

@@ -54,6 +54,8 @@ EVENTS = frozenset({
     "withdraw", "accept", "restore", "backup", "purge",  # a site
     "release",  # a site: an update; a coordinator: a version or a dossier
     "let-go",  # a site: an answer that waited; it may also be refused
+    "freeze", "lift",  # a site: its ledger
+    "keep",  # evidence of an incident, in a folder
     "cut",  # a site: a receipt names an entry that this log lacks
     "attest", "approve",  # a site: its data sheet; a dossier
     "assess",  # a site: a model, by its own records

@@ -158,6 +158,17 @@ class Accepted:
 
 
 @dataclass(frozen=True)
+class Freeze:
+    """A person's decision that nothing is charged or answered until a person lifts it.
+
+    time: UTC seconds; why: in that person's words."""
+
+    who: str
+    why: str
+    time: int
+
+
+@dataclass(frozen=True)
 class Cohort:
     """Units of a dataset that arrived together, and the charges that count against each of them.
 

@@ -33,7 +33,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.core.errors import InfrastructureError, InputError, Refused
+from fedtune.core.errors import InfrastructureError, InputError, PolicyRefused, Refused
 from fedtune.core.files.room import Room
 from fedtune.core.files.writing import replace
 from fedtune.core.ledger.account import Account
@@ -45,6 +45,7 @@ from fedtune.core.ledger.entries import (
     Charge,
     Cohort,
     Earlier,
+    Freeze,
     Held,
     Permit,
     PermitUnknown,
@@ -300,6 +301,7 @@ class Ledger:
         given `unknown` of the dataset for the charge's unit, likewise. Returns the entry's number.
         Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
+            self._check_not_frozen()
             self._ask(dataset, permit)
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
@@ -325,6 +327,7 @@ class Ledger:
         never from a record; and the charge is made even where no cohort remains.
         Errors: what `permit` raises for a newcomer, or for another dataset; LedgerError."""
         with self._store.writing() as writer:
+            self._check_not_frozen()
             self._ask(dataset, permit, permit_other, of_newcomers=True)
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
@@ -568,6 +571,38 @@ class Ledger:
         """Return whether a person here signed the plan, for one of these memberships."""
         self._read()
         return any((plan_digest, name) in self._account.admitted for name in memberships)
+
+    @property
+    def frozen(self) -> Freeze | None:
+        """Who froze the ledger, when and why; None unless it is frozen now."""
+        self._read()
+        return self._account.frozen
+
+    def freeze(self, who: str, why: str) -> None:
+        """Enter that nothing is charged or answered until a person lifts it, once."""
+        with self._store.writing() as writer:
+            if self._account.frozen is None:
+                writer.append("freeze", {"by": who, "why": why})
+
+    def lift(self, who: str, why: str) -> None:
+        """Enter that a person ends a freeze. Errors: InputError if there is none."""
+        with self._store.writing() as writer:
+            if self._account.frozen is None:
+                raise InputError(f"{self.folder}: the ledger is not frozen")
+            writer.append("lift", {"by": who, "why": why})
+
+    def check_not_frozen(self) -> None:
+        """Check that no person froze the ledger. Errors: PolicyRefused, in words that may leave the
+        site; LedgerError."""
+        self._read()
+        self._check_not_frozen()
+
+    def _check_not_frozen(self) -> None:
+        if self._account.frozen is not None:
+            raise PolicyRefused(
+                "a person at the site has frozen its ledger: nothing is charged or answered",
+                todo="ask the site",
+            )
 
     def backup(self, to: Path, key: bool = False) -> None:
         """Copy entries and salt consistently into the new folder `to`, and the private key only if

@@ -15,7 +15,7 @@ PHRASES = (
     "charged as private",
     "were declared public or",
     "what it declares of its data", "has no such declaration", "data.declared was changed",
-    "policy.admission", "policy.min_noise_multiplier",
+    "has frozen its ledger", "policy.admission", "policy.min_noise_multiplier",
     "policy.min_units", "policy.max_grad_norm", "policy.max_sampling_rate", "policy.max_steps",
     "policy.max_rounds",
     "policy.max_rank", "policy.data_sheet", "study.data_sheet", "sheet lacks",

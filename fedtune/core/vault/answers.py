@@ -157,6 +157,7 @@ def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
         check_order(order, site.coordinator_of(digest), beside, table)
         rule, nonce = site.site.policy.admission, str(order["nonce"])
         with site.room_to_answer():
+            site.home.check_not_frozen()
             try:
                 with stage(f"{fields['name']}, round {number}"):
                     update = kind.work(site, digest, request)
@@ -164,6 +165,7 @@ def _answer_and_seal(place: Place, request: Request, kind: Order) -> Answer:
                 about: dict[str, Any] = {"plan": digest, "round": number, "kind": kind.arrays}
                 note(site, "wait", "policy.answers", **about)
                 raise
+            site.home.check_not_frozen()  # again: a round lasts, and a person may have frozen it
             note(site, "release", rule, plan=digest, round=number, kind=kind.arrays)
             packed = pack_arrays(update.delta)
             complete = fields | {"events": json.dumps(update.events), **update.said}

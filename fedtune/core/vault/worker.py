@@ -218,6 +218,7 @@ class SiteWorker:
         reads the file once. round_: the round that is about to run, if one is.
         Errors: Refused."""
         site = self.current()
+        self.home.check_not_frozen()
         permit_declared(site, self.home)
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)

@@ -1,0 +1,81 @@
+"""The command that keeps evidence of an incident, and checks what was kept."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.cli.exit_codes import command
+
+
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the command on `app`."""
+    command(app, panel=panel)(evidence)
+
+
+def evidence(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH",
+            help="A site.toml or a coordinator's home; without --to, a folder of kept evidence.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="DIR", help="The folder to create.", show_default=False),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="Also keep what this run says of itself: plan, report, evidence, signature.",
+            show_default=False,
+        ),
+    ] = None,
+    noticed: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME",
+            help="When somebody noticed the incident, in UTC, as 2026-03-01T09:30:00Z. Default: "
+            "now.",
+            show_default=False,
+        ),
+    ] = "",
+    signer: Annotated[
+        str,
+        typer.Option(
+            metavar="KEY", help="The public key that must have signed it.", show_default=False
+        ),
+    ] = "",
+) -> dict[str, Any]:
+    """Keep evidence after an incident, or check evidence that was kept.
+
+    With --to, the ledger, the logs, receipts and plans of a site, or the registry and logs of a
+    coordinator, are copied to a new folder, whose files nobody can write to, under one signature.
+    No record text, no key and no salt is copied. Without --to, every copy and the signature are
+    checked; a change ends with exit code 2."""
+    from fedtune.core.config import load_site
+    from fedtune.evidence import incident
+
+    if to is None:
+        kept = incident.check(path, signer)
+        typer.echo(f"{path}: {kept.files} files, as they were kept at {kept.made} by {kept.by}")
+    elif path.is_dir():
+        kept = incident.keep_of_coordinator(path, to, noticed, run)
+    else:
+        kept = incident.keep_of_site(load_site(path), to, noticed, run)
+    if to:
+        typer.echo(f"kept {kept.files} files in {to}, read-only")
+    typer.echo(
+        f"signed by    {kept.signer}\n"
+        f"sha256       {kept.digest} of its manifest: note it elsewhere\n"
+        f"noticed      {kept.noticed}\n"
+        f"72 hours     {kept.notify} (GDPR Art. 33(1), where it applies)"
+    )
+    return asdict(kept)

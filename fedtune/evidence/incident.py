@@ -1,0 +1,191 @@
+"""Keep what proves who did what, in a folder that nobody changes unnoticed, after an incident.
+
+    DIR/…              copies of the files below, each 0400
+    DIR/manifest.json  when, by whom, sha256 and size of every copy, signed by the role's key
+
+No record text, no key, no salt and no figure without noise is copied: the ledger's hashes name
+nobody without the salt. Guarantee: a copy that was changed, added or taken out is found by `check`,
+unless whoever did it has the role's key; so note the fingerprint of the manifest that `keep`
+returns, with somebody else.
+
+Errors: InputError, ConfigError, InfrastructureError; NotGenuine from `check`."""
+
+from __future__ import annotations
+
+import calendar
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.core.config import Site
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError, NotGenuine
+from fedtune.core.files import reading
+from fedtune.core.files.writing import drafted, replace
+from fedtune.core.ledger.audit_log import AuditLog, login, person
+from fedtune.core.ledger.files import SALT, traces
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey, canonical, verifies
+from fedtune.evidence.sign import sha256
+
+FORMAT, MANIFEST = "fedtune-incident-1", "manifest.json"
+PURPOSE = b"fedtune incident\0"
+TIME = "%Y-%m-%dT%H:%M:%SZ"
+NOTIFY_SECONDS = 72 * 3600  # GDPR, Art. 33(1): from when a controller has become aware
+# Patterns of files, in a site's state folder and home, a coordinator's home, and a run.
+OF_A_SITE = (
+    *("ledger.head", "ledger.receipt", "steps.jsonl", "withdrawals/*.json", "hospital.toml"),
+    *("audit.jsonl", "audit-*.jsonl", "plans/*.json", "studies/*.json", "keys/answer.json"),
+    *("log.jsonl", "log.jsonl.1", "vault.log", "status.json"),
+)
+OF_A_COORDINATOR = (
+    *("audit.jsonl", "audit-*.jsonl", "nodes/*.json", "nodes/revoked/*.json", "leaves/*.pem"),
+    *("plan.json", "address", "log.jsonl", "log.jsonl.1", "status.json"),
+)
+OF_A_RUN = (
+    *("plan.json", "report.json", "report.md", "metrics.jsonl", "evidence.json"),
+    *("signature.json", "log.jsonl", "log.jsonl.1", "status.json"),
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `keep` made, or `check` found whole.
+
+    - noticed: when somebody became aware of the incident, and notify: 72 hours after it
+    - digest: sha256 of the manifest, to be noted elsewhere; signer: the role's public key"""
+
+    folder: Path
+    noticed: str
+    notify: str
+    made: str
+    by: str
+    files: int
+    signer: str
+    digest: str
+
+
+def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
+    """Keep a site's evidence in the new folder `to`. noticed: UTC, as 2026-03-01T09:30:00Z; "" for
+    now; run: of a coordinator, as it was handed over."""
+    home, state = site.home, site.site.state
+    if not traces(home):
+        raise ConfigError(f"{home}: no ledger yet", todo="there is nothing to keep")
+    book = Ledger(home)
+    folders = {"state": (state, OF_A_SITE)}
+    if home != state:
+        folders["home"] = (home, OF_A_SITE)
+    found = {"site.toml": site.file} if site.file else {}
+    return _keep(to, noticed, run, folders, found, book.key, book)
+
+
+def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
+    """Keep a coordinator's evidence in the new folder `to`. run: the folder of a run of its own."""
+    path = home / "signing.key"
+    if not path.exists():
+        raise ConfigError(f"{home}: no signing key here", "a site.toml, or a coordinator's home")
+    folders = {"coordinator": (home, OF_A_COORDINATOR)}
+    return _keep(to, noticed, run, folders, {}, SigningKey.at(path), None)
+
+
+def _keep(
+    to: Path,
+    noticed: str,
+    run: Path | None,
+    folders: Mapping[str, tuple[Path, tuple[str, ...]]],
+    found: dict[str, Path],
+    key: SigningKey,
+    book: Ledger | None,
+) -> Kept:
+    if os.path.lexists(to):
+        raise InputError(
+            f"{to}: exists", "a new folder", "evidence is not added to: choose another"
+        )
+    since = _seconds(noticed) if noticed else time.time()
+    owner = book.folder if book else next(iter(folders.values()))[0]
+    AuditLog(owner, key).add("keep", "--to", folder=to)  # so that the copied log says so too
+    if run is not None:
+        folders = {**folders, "run": (run, OF_A_RUN)}
+    for name, (folder, patterns) in folders.items():
+        found |= {
+            f"{name}/{path.relative_to(folder)}": path for path in _matching(folder, patterns)
+        }
+    with drafted(to) as draft:
+        for name, path in found.items():
+            content = reading.content(path, "evidence", most=reading.LARGE)
+            replace(draft / name, content, private=True)
+        if book:
+            book.backup(draft / "ledger")
+            (draft / "ledger" / SALT).unlink()  # without it no hash names a patient
+        names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob("*") if p.is_file())
+        facts: dict[str, Any] = {
+            "format": FORMAT,
+            "made": time.strftime(TIME, time.gmtime()),
+            "noticed": time.strftime(TIME, time.gmtime(since)),
+            "notify": time.strftime(TIME, time.gmtime(since + NOTIFY_SECONDS)),
+            "by": person() or login(),
+            "signer": key.public,
+            "ledger": book.head.hash if book else "",
+            "files": {
+                name: [sha256(draft / name), (draft / name).stat().st_size] for name in names
+            },
+        }
+        signed = facts | {"signature": key.sign(PURPOSE + canonical(facts))}
+        replace(draft / MANIFEST, canonical(signed), private=True)
+        try:
+            for path in draft.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o400)
+        except OSError as error:
+            raise InfrastructureError(f"{error.filename}: {error.strerror}") from None
+    return check(to)
+
+
+def check(folder: Path, signer: str = "") -> Kept:
+    """Check that kept evidence is as it was signed. signer: the public key that must have signed
+    it; "": that which the manifest names. Errors: NotGenuine."""
+    facts = reading.json_in(folder / MANIFEST, "evidence that fedtune kept", kind=NotGenuine)
+    content = {name: value for name, value in facts.items() if name != "signature"}
+    try:
+        genuine = facts["format"] == FORMAT and signer in ("", facts["signer"])
+        signed = PURPOSE + canonical(content)
+        genuine = genuine and verifies(facts["signer"], signed, facts["signature"])
+        files = {str(name): (str(pair[0]), pair[1]) for name, pair in facts["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        genuine = False
+    if not genuine:
+        raise NotGenuine(
+            f"{folder / MANIFEST}: its signature does not fit",
+            f"one by {signer[:16]}…" if signer else "the signature of the key that it names",
+        )
+    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    for name in sorted(there ^ {MANIFEST, *files}):
+        what = "was added" if name in there else "is missing"
+        raise NotGenuine(f"{folder / name}: {what}", "the files that were kept, and no others")
+    for name, (digest, size) in files.items():
+        path = folder / name  # the size first, since a file may be endless
+        if path.is_symlink() or path.stat().st_size != size or sha256(path) != digest:
+            raise NotGenuine(f"{path}: was changed after it was kept", f"sha256 {digest[:16]}…")
+    told = (str(facts[name]) for name in ("noticed", "notify", "made", "by"))
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    noticed, notify, made, by = told
+    return Kept(folder, noticed, notify, made, by, len(files), facts["signer"], digest)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    for pattern in patterns:
+        yield from (p for p in sorted(folder.glob(pattern)) if p.is_file() and not p.is_symlink())
+
+
+def _seconds(noticed: str) -> float:
+    try:
+        return calendar.timegm(time.strptime(noticed, TIME))
+    except ValueError:
+        raise InputError(
+            f"--noticed {noticed[:40]}", "a time in UTC: 2026-03-01T09:30:00Z"
+        ) from None

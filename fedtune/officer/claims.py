@@ -1,0 +1,78 @@
+"""Compare what a coordinator's run says of this site with what this site's own ledger holds.
+
+A run proves what sites signed, and not that all of it is there: only the site knows what it
+released. What a coordinator vouches for alone (the adapter's bytes, scores) no site can compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedtune.core.config import PrivacyTable, Site
+from fedtune.core.dp.accountant import epsilon
+from fedtune.core.errors import NotGenuine
+from fedtune.core.files import reading
+from fedtune.core.ledger.ledger import Ledger, signing_key
+from fedtune.core.run_folder import load_plan
+from fedtune.evidence.sign import EVIDENCE, RUN
+from fedtune.evidence.verify import Verified
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A site's part in a run.
+
+    - name: under which the run lists this site's key; "" if it does not
+    - rounds: whose updates are in the run and in this ledger; left_out: those that this site
+      released and the run does not hold, because they were lost on the way, came too late, or were
+      left out
+    - stated, paid: ε of this site by the run and by this ledger, at the plan's δ; None without
+      privacy"""
+
+    name: str
+    rounds: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    stated: float | None = None
+    paid: float | None = None
+
+
+def compare(site: Site, run: Path, found: Verified) -> Compared:
+    """Compare a run that was verified (`found`) with this site's ledger, which is verified first.
+
+    Errors: NotGenuine if the run has this site's name under another key, or an update under this
+    site's key that its ledger did not release (the key was stolen, or the ledger put back)."""
+    where = run / RUN if (run / RUN / EVIDENCE).exists() else run
+    study = load_plan(where)
+    book = Ledger(site.site.ledger or site.home)
+    book.verify()
+    key, own = signing_key(site, book).public, site.policy.own_memberships
+    content = reading.json_in(where / EVIDENCE, "what sites signed of a run", most=reading.LARGE)
+    names = {entry["signing"]: name for name, entry in content["sites"].items()}
+    name = names.get(key, "")
+    if not name and site.site.name in names.values():
+        raise NotGenuine(
+            f"{run}: a site {site.site.name!r} took part with a key that is not this site's",
+            f"{key[:16]}…, this site's signing key",
+            "somebody took part in this site's name: tell the coordinator and the other sites",
+        )
+    spent = [
+        s for s in book.spending() if s.charge.study == study.digest and s.charge.is_paid_by(own)
+    ]
+    sent = {s.charge.round for s in spent if s.released or not study.private}
+    claimed = {e["round"] for e in content["updates"] if (e["kind"], e["site"]) == ("update", name)}
+    if foreign := sorted(claimed - sent):
+        raise NotGenuine(
+            f"{run}: holds this site's update of round {foreign[0]}, and its ledger released none",
+            "updates that this site released",
+            "its signing key is in other hands, or its ledger was put back: freeze it",
+        )
+    paid = None
+    if isinstance(study.privacy, PrivacyTable):
+        paid = epsilon([s.charge.event for s in spent], study.privacy.delta) if spent else 0.0
+    return Compared(
+        name=name,
+        rounds=sorted(claimed),
+        left_out=sorted(sent - claimed),
+        stated=found.sites.get(name, {}).get("epsilon"),
+        paid=paid,
+    )

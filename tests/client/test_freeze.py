@@ -1,0 +1,165 @@
+"""A ledger that a person froze: nothing is charged, answered or deleted until a person lifts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.errors import InputError, PolicyRefused, Refused
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.vault import worker as worker_module
+from fedtune.officer import freeze as officer
+from fedtune.officer import purge
+from tests.cli_kit import run
+from tests.client.adoption_kit import CHARGE
+from tests.client.airlock_kit import Asked, a_site, contents
+
+pytestmark = pytest.mark.usefixtures("without_self_test")
+FROZEN = "has frozen its ledger"
+
+
+@pytest.fixture
+def asked(tmp_path: Path, tiny_base: Path) -> Asked:
+    return a_site(tmp_path, tiny_base, "immediate")
+
+
+def nothing(ledger: Ledger) -> None:
+    """In a twin, in place of the check that it lacks."""
+
+
+def test_a_frozen_site_pays_for_nothing_and_answers_nothing(asked: Asked) -> None:
+    """The plan is refused too, a vault that runs need not be told, and a lift ends it."""
+    assert asked.train(1).status == "trained"
+    officer.freeze(asked.site, "suspected leak")
+    for round_ in (1, 2):  # what was released is not sent again, and nothing is trained
+        reply = asked.train(round_)
+        assert reply.status == "refused" and FROZEN in str(reply.fields["reason"])
+        assert contents(reply) == b"" and reply.fields["header"] == ""
+    assert asked.prepare().status == "refused" and asked.paid() == 1
+    asked.restart()
+    assert asked.prepare().status == "refused"
+    officer.lift(asked.site, "it was none")
+    assert asked.prepare().status == "admitted"
+    assert contents(asked.train(1)) and asked.paid() == 1
+    assert asked.train(2).status == "trained" and asked.paid() == 2
+    acts = [event for event, _ in asked.events() if event in ("freeze", "lift")]
+    assert acts == ["freeze", "lift"]
+
+
+def test_a_round_under_way_is_paid_and_not_answered(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = worker_module.local_round
+
+    def frozen_meanwhile(*given: object) -> object:
+        officer.freeze(asked.site, "")
+        return plain(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker_module, "local_round", frozen_meanwhile)
+    reply = asked.train()
+    assert reply.status == "refused" and contents(reply) == b"" and asked.paid() == 1
+
+
+def test_twin_a_site_that_looks_only_before_a_round_answers_it(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = worker_module.local_round
+
+    def frozen_meanwhile(*given: object) -> object:
+        officer.freeze(asked.site, "")
+        monkeypatch.setattr(Ledger, "check_not_frozen", nothing)
+        return plain(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker_module, "local_round", frozen_meanwhile)
+    assert contents(asked.train())
+
+
+def test_a_freeze_between_the_check_and_the_charge_charges_nothing(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin: with the check outside the ledger's transaction alone, the round is charged."""
+    monkeypatch.setattr(Ledger, "check_not_frozen", nothing)
+    officer.freeze(asked.site, "")
+    assert asked.train().status == "refused" and asked.paid() == 0
+    monkeypatch.setattr(Ledger, "_check_not_frozen", nothing)
+    assert asked.train().status == "trained" and asked.paid() == 1
+
+
+def test_a_frozen_ledger_reserves_for_nobody(tmp_path: Path) -> None:
+    book, other = Ledger(tmp_path), Ledger(tmp_path)
+    book.declare("records", [])
+    other.freeze("an officer", "")
+    with pytest.raises(PolicyRefused, match=FROZEN):
+        book.reserve("records", CHARGE, "a", lambda charges: None)
+    with pytest.raises(PolicyRefused, match=FROZEN):
+        book.reserve_for("records", CHARGE, "a", lambda charges: None)
+    assert book.spending() == []
+    other.freeze("somebody else", "again")
+    frozen = book.frozen
+    assert frozen and (frozen.who, frozen.why) == ("an officer", "")  # the first one stands
+    book.verify()
+
+
+def test_only_a_frozen_ledger_is_lifted(asked: Asked) -> None:
+    with pytest.raises(InputError, match="not frozen"):
+        officer.lift(asked.site, "")
+    assert "lift" not in [event for event, _ in asked.events()]
+
+
+def test_nothing_is_purged_while_it_is_frozen(asked: Asked) -> None:
+    asked.train()
+    officer.freeze(asked.site, "")
+    listing = purge.listing(asked.site)
+    assert listing.files
+    with pytest.raises(Refused, match="nothing is deleted"):
+        purge.purge(listing)
+    assert all(path.exists() for path in listing.files)
+    officer.lift(asked.site, "")
+    purge.purge(listing)
+    assert not any(path.exists() for path in listing.files)
+
+
+def test_a_restore_that_lost_a_freeze_freezes_again(asked: Asked, tmp_path: Path) -> None:
+    """By the audit log beside the ledger; one that was changed counts as frozen. Twins: a lifted
+    freeze is not frozen again, and neither is a ledger that never was."""
+    copy = tmp_path / "copy"
+    asked.worker.ledger.backup(copy)
+    asked.restart()
+    state = asked.site.site.state
+
+    def restored() -> bool:
+        (state / "ledger.db").unlink()
+        done = run("ledger", asked.path, "--restore", "--from", copy)
+        assert done.exit_code == 0, done.output
+        return Ledger(state).frozen is not None
+
+    assert not restored()
+    assert run("ledger", asked.path, "--freeze", "--reason", "a leak").exit_code == 0
+    assert restored()
+    assert run("ledger", asked.path, "--lift").exit_code == 0
+    assert not restored()
+    log = state / "audit.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"event":"lift"', b'"event":"list"'))
+    assert officer._was_frozen(state, Ledger(state).key.public)
+
+
+def test_the_command_says_who_froze_it_and_why(asked: Asked) -> None:
+    done = run("ledger", asked.path, "--freeze", "--reason", "suspected leak", "--json")
+    assert done.exit_code == 0 and "FROZEN" in done.stderr and "suspected leak" in done.stderr
+    assert '"why": "suspected leak"' in done.stdout
+    assert run("ledger", asked.path, "--freeze", "--lift").exit_code == 2
+    done = run("ledger", asked.path, "--lift", "--json")
+    assert '"frozen": null' in done.stdout and "FROZEN" not in done.stderr
+
+
+def test_a_home_is_frozen_for_every_membership(tmp_path: Path) -> None:
+    """And no membership is ended, nor another ledger adopted, meanwhile."""
+    from tests.client.hospital_kit import load
+
+    sites = load(tmp_path)
+    Ledger(tmp_path).declare("records", [])
+    officer.freeze(sites["cardio"], "")
+    assert Ledger(sites["onco"].home).frozen
+    done = run("memberships", tmp_path, "--end", "cardio", "--yes")
+    assert done.exit_code == 3 and "nothing is deleted" in done.stderr, done.output
