@@ -245,10 +245,10 @@ def test_nothing_is_left_on_the_model() -> None:
     engine = OnePass(model, trained(model))
     with pytest.raises(KeyboardInterrupt), engine.watching():
         torch.autograd.backward(losses(model, ids()).sum())
-        kept = list(engine._gradients.values())
+        kept = list(engine._mine.gradients.values())
         raise KeyboardInterrupt
     assert kept and not any(each.any() for each in kept)
-    assert not engine._gradients
+    assert not engine._mine.gradients
     assert all("forward" not in vars(m) for m in model.modules())
     assert {name: getattr(m, "forward", None) for name, m in model.named_modules()} == before
     assert all(p.grad is None for p in model.parameters())

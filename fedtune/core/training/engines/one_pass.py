@@ -74,6 +74,7 @@ class OnePass:
         finally:
             for module, _ in self._forwards:
                 del module.forward
+            self._clear()
 
     def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
         try:
