@@ -23,6 +23,7 @@ import platform
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -39,11 +40,11 @@ from fedtune.core.processes import STOP_SECONDS, is_reachable, private_folder
 from fedtune.launch.process_pool import PAUSE, ProcessGrid, Sites, Worker
 
 LOOPBACK = "127.0.0.1"
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # With clustering, Ray would replace 127.0.0.1 by an address that other machines can reach.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# With clustering, Ray would replace 127.0.0.1 by an address that other machines can reach.
+HERE = QUIET | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# How often to try, for half a minute each time; 20 times, if Ray is not told.
+THERE = QUIET | {"RAY_gcs_server_port_wait_time_s": "2"}
 Marks = tuple[dict[str, str], list[str]]  # site file -> digest; files whose locks are held
 START_SECONDS = 120.0  # for Ray to find a free processor and to start an actor there
 THREADS = "OMP_NUM_THREADS"
@@ -96,24 +97,30 @@ class RayGrid(ProcessGrid):
         return next((worker for worker in busy if worker.answer in ready), None)
 
     def _start(self, workers: list[Any]) -> None:
-        """Start a process for each worker, spread over the nodes, each of which is checked."""
+        """Start a process for each worker, where most processors are left for it. Errors:
+        InfrastructureError."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        relay = ray.remote(Relay).options(scheduling_strategy="SPREAD", max_concurrency=2)
-        before = Counter(worker.node for worker in self._workers if worker.relay)
+        cores = {n["NodeID"]: n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]}
+        if not any(cores.values()):
+            raise _start_error(ray.exceptions.GetTimeoutError())
+        before = Counter[str](worker.node for worker in self._workers if worker.relay)
+        there = Counter[str](before)
         for worker in workers:
+            worker.node = max(cores, key=lambda node: cores[node] / (1 + there[node]))
+            there[worker.node] += 1
+        begun = []
+        for worker in workers:
+            at = NodeAffinitySchedulingStrategy(worker.node, soft=True)  # it may just be lost
+            relay = ray.remote(Relay).options(scheduling_strategy=at, max_concurrency=2)
             worker.relay = relay.remote()
+            share = before[worker.node], there[worker.node]
+            before[worker.node] += 1
+            begun.append(worker.begin(*self._marks, share))
         try:
-            seen = [worker.relay.look.remote(*self._marks) for worker in workers]
-            for worker, found in zip(workers, ray.get(seen, timeout=START_SECONDS), strict=True):
-                worker.node = _check_node(*found)
-            there = Counter(worker.node for worker in self._workers if worker.relay)
-            begun = []
-            for worker in workers:
-                share = before[worker.node], there[worker.node]
-                before[worker.node] += 1
-                begun.append(worker.relay.begin.remote(*worker.options(share)))
-            ray.get(begun, timeout=START_SECONDS)
+            for seen in ray.get(begun, timeout=START_SECONDS):
+                _check_node(*seen)
         except ray.exceptions.RayError as error:
             raise _start_error(error) from None
 
@@ -123,12 +130,12 @@ class _RayWorker(Worker):
 
     relay: Any = None
     answer: Any = None  # Ray's reference to what the relay will return
-    node = ""
+    node = ""  # Ray's name of the node
 
-    def options(self, share: tuple[int, int]) -> tuple[Any, ...]:
-        """Return what the relay is told; share: as for Worker, of the machine that it is on."""
-        threads = os.environ.get(THREADS, "")
-        return str(self.log), self.sites, share, self.peers, threads
+    def begin(self, digests: dict[str, str], marks: list[str], share: tuple[int, int]) -> Any:
+        """Have the relay start the process; share: as for Worker, of the node's machine."""
+        options = str(self.log), self.sites, share, self.peers, os.environ.get(THREADS, "")
+        return self.relay.begin.remote(digests, marks, *options)
 
     def send(self, identity: str, message_bytes: bytes) -> None:
         self.busy, self.message_bytes = identity, message_bytes
@@ -158,41 +165,27 @@ class Relay:
     def __init__(self) -> None:
         self._worker: Worker | None = None
 
-    def look(self, digests: Mapping[str, str], marks: Sequence[str]) -> tuple[str, str, str, str]:
-        """Return the node's number, its host's name, its release of fedtune, and what here is not
-        as the coordinator sees it ("" if all is).
-
-        digests: site file -> its digest. marks: files whose locks the coordinator holds."""
-        import ray
-
-        wrong = []
-        for path, digest in digests.items():
-            with suppress(OSError):
-                if _digest(Path(path)) == digest:
-                    continue
-            wrong.append(f"{path} is missing or another file")
-        for mark in map(Path, marks):
-            if not mark.is_file():
-                wrong.append(f"{mark.parent} is missing or another folder")
-                continue
-            try:
-                with locks.hold_if_free(mark) as free:
-                    if free:
-                        wrong.append(f"locks in {mark.parent} do not hold")
-            except FedtuneError:
-                wrong.append(f"files in {mark.parent} cannot be locked")
-        node = ray.get_runtime_context().get_node_id()
-        return node, socket.gethostname(), __version__, "; ".join(wrong)
-
     def begin(
-        self, log: str, sites: Sites, share: tuple[int, int], peers: str, threads: str
-    ) -> None:
-        """Start the process, with the coordinator's number of threads and not Ray's."""
-        os.environ.pop(THREADS, None)
-        if threads:
-            os.environ[THREADS] = threads
-        self._worker = Worker(Path(log), sites, share, peers)
-        self._worker.start()
+        self,
+        digests: dict[str, str],
+        marks: list[str],
+        log: str,
+        sites: Sites,
+        share: tuple[int, int],
+        peers: str,
+        threads: str,
+    ) -> tuple[str, str, str]:
+        """Start the process, with the coordinator's number of threads and not Ray's, unless this
+        node is not as it must be: return its host's name, its release of fedtune, and what differs
+        (`_differences`)."""
+        seen = socket.gethostname(), __version__, _differences(digests, marks)
+        if not seen[2]:
+            os.environ.pop(THREADS, None)
+            if threads:
+                os.environ[THREADS] = threads
+            self._worker = Worker(Path(log), sites, share, peers)
+            self._worker.start()
+        return seen
 
     def answer(self, message_bytes: bytes) -> bytes:
         """Pass a message on, and return the reply. Errors: EOFError, OSError if the process has
@@ -216,10 +209,14 @@ def _connected(address: str, processes: int) -> Iterator[None]:
         raise InfrastructureError(
             "the ray engine is not installed", todo="pip install 'fedtune[ray]'"
         )
-    os.environ.update(QUIET)
+    _check_address(address)
+    os.environ.update(THERE if address else HERE)
+    if not address and not {"ray", "RAY_AUTH_MODE"} & {*sys.modules, *os.environ}:
+        # Who else is on this machine cannot run programs as this user through Ray's ports. Ray
+        # reads this once, when it is imported.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
-    _check_address(address)
     if ray.is_initialized():
         raise InfrastructureError(
             "this process has joined a Ray cluster already",
@@ -273,6 +270,29 @@ def _marked(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[Marks]:
             held.enter_context(locks.hold(mark))
             marks.append(str(mark))
         yield {str(path): _digest(path) for path in files}, marks
+
+
+def _differences(digests: Mapping[str, str], marks: Sequence[str]) -> str:
+    """Return which of the coordinator's files and folders are others on this machine; "" if none.
+
+    digests: site file -> its digest. marks: files whose locks the coordinator holds."""
+    wrong = []
+    for path, digest in digests.items():
+        with suppress(OSError):
+            if _digest(Path(path)) == digest:
+                continue
+        wrong.append(f"{path} is missing or another file")
+    for mark in map(Path, marks):
+        if not mark.is_file():
+            wrong.append(f"{mark.parent} is missing or another folder")
+            continue
+        try:
+            with locks.hold_if_free(mark) as free:
+                if free:
+                    wrong.append(f"locks in {mark.parent} do not hold")
+        except FedtuneError:
+            wrong.append(f"files in {mark.parent} cannot be locked")
+    return "; ".join(wrong)
 
 
 def _digest(path: Path) -> str:
@@ -337,9 +357,8 @@ def _start_error(error: Exception) -> InfrastructureError:
     )
 
 
-def _check_node(node: str, host: str, release: str, wrong: str) -> str:
-    """Return the node's number if it has this release and sees the folders. Errors:
-    InfrastructureError."""
+def _check_node(host: str, release: str, wrong: str) -> None:
+    """Check that a node has this release and sees the folders. Errors: InfrastructureError."""
     if release != __version__:
         raise InfrastructureError(
             f"node {host} of the Ray cluster has fedtune {release}",
@@ -353,4 +372,3 @@ def _check_node(node: str, host: str, release: str, wrong: str) -> str:
             "a file system that all nodes share, with locks that hold among them",
             "move them to one, or leave --address out: all sites are on this machine then",
         )
-    return node
