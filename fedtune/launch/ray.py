@@ -66,6 +66,7 @@ class RayGrid(ProcessGrid):
         self._files = [path.absolute() for path in sites]
         self._logs, self._address = logs.absolute(), address
         self._marks: Marks = {}, []
+        self._lost = set[str]()  # nodes on which a process has ended
         self._opened = ExitStack()
         super().__init__(self._files, processes, self._logs, peers)
 
@@ -87,6 +88,7 @@ class RayGrid(ProcessGrid):
 
     def _feed(self, worker: Any) -> None:
         if worker.queue and worker.relay is None:
+            self._lost.add(worker.node)  # Ray may take it for alive for half a minute
             self._start([worker])
         super()._feed(worker)
 
@@ -102,17 +104,26 @@ class RayGrid(ProcessGrid):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        cores = {n["NodeID"]: n["Resources"].get("CPU", 0) for n in ray.nodes() if n["Alive"]}
-        if not any(cores.values()):
-            raise _start_error(ray.exceptions.GetTimeoutError())
+        cores = {
+            node["NodeID"]: node["Resources"]["CPU"]
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU")
+        }
+        if not cores:
+            raise InfrastructureError(
+                "no node of the Ray cluster has a processor for a process of the sites",
+                "a node with one",
+                "add it with `ray start --address HOST:PORT`, then go on with --resume",
+            )
+        sound = set(cores) - self._lost or set(cores)
         before = Counter[str](worker.node for worker in self._workers if worker.relay)
         there = Counter[str](before)
         for worker in workers:
-            worker.node = max(cores, key=lambda node: cores[node] / (1 + there[node]))
+            worker.node = max(sound, key=lambda node: cores[node] / (1 + there[node]))
             there[worker.node] += 1
         begun = []
         for worker in workers:
-            at = NodeAffinitySchedulingStrategy(worker.node, soft=True)  # it may just be lost
+            at = NodeAffinitySchedulingStrategy(worker.node, soft=True)
             relay = ray.remote(Relay).options(scheduling_strategy=at, max_concurrency=2)
             worker.relay = relay.remote()
             share = before[worker.node], there[worker.node]
@@ -345,15 +356,16 @@ def _start_error(error: Exception) -> InfrastructureError:
 
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return InfrastructureError(
-            f"the Ray cluster started no process within {START_SECONDS:.0f} seconds",
-            "a free processor in the cluster",
+            f"the Ray cluster started no process of the sites in {START_SECONDS:.0f} seconds",
+            "a node with a free processor",
             "`ray status` shows what is in use: free a processor or add a node, then go on with "
             "--resume",
         )
     return InfrastructureError(
         f"a node of the Ray cluster started no process of the sites ({type(error).__name__})",
-        f"fedtune {__version__}, as here, in the Python that runs Ray on every node",
-        "install it there, then go on with --resume; the reason is in Ray's logs on that node",
+        f"a node that runs on, and fedtune {__version__}, as here, in the Python of its Ray",
+        "look with `ray status` whether a node was lost, or install fedtune there, then go on with "
+        "--resume",
     )
 
 
