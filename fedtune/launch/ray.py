@@ -247,7 +247,7 @@ def _connected(address: str, processes: int) -> Iterator[None]:
         try:
             with _as_before(Path(folder)):
                 ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        except Exception as error:  # also Exception itself, of a node that is slow to start
             ray.shutdown()
             raise _join_error(error, address) from None
         try:
