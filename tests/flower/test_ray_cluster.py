@@ -219,13 +219,12 @@ def test_a_node_that_is_lost_in_mid_round_costs_no_round(world, monkeypatch, whe
 
 @pytest.mark.long
 def test_a_lost_node_without_another_ends_in_an_error_and_resume_finishes(world, monkeypatch):
-    monkeypatch.setattr(engine, "START_SECONDS", 60.0)
     with cluster_of({"num_cpus": 0}, {"num_cpus": 1}) as cluster:
         _, other = cluster.list_all_nodes()
 
         def on_event(kind: str, data: dict[str, Any]) -> None:
             if kind == "round":
-                monkeypatch.setattr(engine, "START_SECONDS", 5.0)
+                monkeypatch.setattr(engine, "START_SECONDS", 20.0)
                 cluster.remove_node(other, allow_graceful=False)
 
         with pytest.raises(InfrastructureError, match=r"process of the sites .*--resume"):
@@ -246,7 +245,7 @@ def test_a_lost_node_without_another_ends_in_an_error_and_resume_finishes(world,
 def test_shared_noise_and_two_nodes(tmp_path, tiny_base):
     """All of a site's messages reach the process that holds its draw: no attempt is void."""
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as cluster:
-        study, sites = lay_out(tmp_path / "private", tiny_base, epsilon=20.0)
+        study, sites = lay_out(tmp_path / "private", tiny_base, epsilon=6.0)
         joined = {"engine": "ray", "address": cluster.address, "processes": 2}
         body = simulate(study, sites, tmp_path / "private" / "run", **joined).report
         assert [len(entry["participants"]) for entry in body["rounds"]] == [3, 3]
