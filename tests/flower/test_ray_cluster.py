@@ -237,7 +237,8 @@ def test_a_lost_node_without_another_ends_in_an_error_and_resume_finishes(world,
         resume=True,
     ).report
     assert [entry["participants"] for entry in body["rounds"]] == [["a", "b"]] * 2
-    assert all(charges(world, site) == 2 for site in "ab")
+    paid = {site: charges(world, site) for site in "ab"}
+    assert all(2 <= steps <= 3 for steps in paid.values())  # 3: paid, then lost with its answer
     assert verify(world / "out").signer
 
 
