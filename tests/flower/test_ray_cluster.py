@@ -62,8 +62,9 @@ def cluster_of(*nodes: dict[str, Any]) -> Iterator[Any]:
             cluster.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def two_nodes() -> Iterator[Any]:
+    """Two nodes with the test's own cache of bases, which is in their environment."""
     with cluster_of({"num_cpus": 1}, {"num_cpus": 1}) as cluster:
         yield cluster
 
@@ -168,6 +169,7 @@ def test_two_nodes_make_what_one_process_makes(open_world, two_nodes, monkeypatc
     assert not list(open_world.rglob(".ray-*"))
 
 
+@pytest.mark.long
 def test_a_cluster_of_another_ray_or_python_is_named(world, two_nodes, monkeypatch):
     monkeypatch.setattr(ray, "__version__", "2.0.0")
     with pytest.raises(InfrastructureError, match=r"has another Ray or Python: .* Ray 2\.0\.0"):
