@@ -198,8 +198,20 @@ def simulate(
     resume: RESUME = False,
     engine: Annotated[
         Literal["in-process", "ray"],
-        typer.Option(help="in-process: one process, no network. ray: Flower's simulation engine."),
+        typer.Option(
+            help="in-process: on this machine, no network. ray: processes on the nodes of a Ray "
+            "cluster."
+        ),
     ] = "in-process",
+    address: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Join the Ray cluster at ADDRESS (auto or HOST:PORT). Default: start Ray here, "
+            "and end it.",
+            show_default=False,
+        ),
+    ] = "",
     processes: Annotated[
         int,
         typer.Option(
@@ -264,8 +276,8 @@ def simulate(
 
         finished = run(
             loaded, loaded_sites, folder,
-            resume=resume, on_event=events, engine=engine, processes=processes, rounds=rounds,
-            anyway=anyway, shares=shares_of(share),
+            resume=resume, on_event=events, engine=engine, address=address, processes=processes,
+            rounds=rounds, anyway=anyway, shares=shares_of(share),
         )  # fmt: skip
     closing(_console(), folder, finished.report)
     return finished.report

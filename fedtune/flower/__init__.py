@@ -1,1 +1,1 @@
-"""Flower as fedtune uses it: in one process, under Ray, or across hospitals."""
+"""Flower as fedtune uses it: in one process, in several, or across hospitals."""

@@ -2,13 +2,15 @@
 
     coordinator: ProcessGrid ── socket pair, bytes of Flower's own messages ──> main(): some sites
 
-Each site belongs to one process for the whole run, and its data and ledger are opened only there.
+Each site belongs to one process for the whole run, and its data and ledger are opened only there: a
+process waits for the locks of its sites, which an earlier process of this run may still hold.
 The base's weights are memory-mapped, so that all processes share one copy. Messages are JSON and
 bytes, never pickle.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import socket
@@ -16,7 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from flwr.app import Error, Message
 
 from fedtune.core import errors
 from fedtune.core.errors import FedtuneError
+from fedtune.core.files import locks
 from fedtune.core.processes import Child
 from fedtune.flower import api
 from fedtune.flower.grid import InProcessGrid, answer, contexts_of, decode
@@ -47,7 +50,10 @@ class ProcessGrid(InProcessGrid):
         parts: list[Sites] = [{} for _ in range(min(processes, len(sites)))]
         for at, (node, context) in enumerate(self._contexts.items()):
             parts[at % len(parts)][node] = str(context.node_config["site"])
-        self._workers = [_Worker(n, part, len(parts), logs, peers) for n, part in enumerate(parts)]
+        self._workers: list[Any] = [
+            self._worker(logs / f"sites-{n}.log", part, (n, len(parts)), peers)
+            for n, part in enumerate(parts)
+        ]
         self._of = {node: worker for worker in self._workers for node in worker.sites}
         self._replies: dict[str, bytes] = {}
 
@@ -85,29 +91,35 @@ class ProcessGrid(InProcessGrid):
         for worker in self._workers:
             worker.stop()
 
+    def _worker(self, *options: Any) -> Worker:
+        return Worker(*options)
+
     def _move(self) -> None:
         """Send a message to each idle worker, and take one reply if none is held."""
         for worker in self._workers:
             self._feed(worker)
         if self._replies:
             return
-        busy = {w.connection: w for w in self._workers if w.busy and w.connection}
-        for ready in wait(list(busy), PAUSE)[:1] if busy else ():
-            worker = next(w for connection, w in busy.items() if connection is ready)
-            self._take(worker)
-            self._feed(worker)
+        busy = [worker for worker in self._workers if worker.busy]
+        if busy and (answered := self._await(busy)):
+            self._take(answered)
+            self._feed(answered)
 
-    def _feed(self, worker: _Worker) -> None:
+    def _await(self, busy: list[Worker]) -> Worker | None:
+        """Return a worker whose answer has arrived or whose process has ended; None after PAUSE."""
+        ready = wait([worker.connection for worker in busy if worker.connection], PAUSE)
+        return next((worker for worker in busy if worker.connection in ready), None)
+
+    def _feed(self, worker: Worker) -> None:
         if not worker.busy and worker.queue:
             identity = worker.queue.popleft()
             worker.send(identity, self._waiting.pop(identity))
 
-    def _take(self, worker: _Worker) -> None:
+    def _take(self, worker: Worker) -> None:
         identity, message = worker.busy, decode(worker.message_bytes)
         try:
-            assert worker.connection is not None
-            site_errors = json.loads(worker.connection.recv_bytes())
-            reply = worker.connection.recv_bytes()
+            errors_by_site, reply = worker.receive()
+            site_errors = json.loads(errors_by_site)
         except (EOFError, OSError):
             worker.stop()
             site_errors = {}
@@ -119,35 +131,40 @@ class ProcessGrid(InProcessGrid):
         self._replies[identity] = reply
 
 
-class _Worker:
-    """A process and its sites. The process is started with the first message to one of them."""
+class Worker:
+    """A process and its sites. The process is started with the first message to one of them.
 
-    def __init__(self, number: int, sites: Sites, processes: int, logs: Path, peers: str) -> None:
-        self._peers = peers
-        self._number = number
-        self.sites = sites
-        self._processes = processes
-        self._logs = logs
+    share: which of how many equal processes on its machine it is."""
+
+    def __init__(self, log: Path, sites: Sites, share: tuple[int, int], peers: str) -> None:
+        self.log, self.sites, self.peers = log, sites, peers
+        self._share = share
         self._child: Child | None = None
         self.connection: Connection | None = None
         self.queue: deque[str] = deque()
         self.busy, self.message_bytes = "", b""  # the message that it is answering
 
     def send(self, identity: str, message_bytes: bytes) -> None:
-        connection = self.connection or self._start()
+        connection = self.connection or self.start()
         self.busy, self.message_bytes = identity, message_bytes
         with suppress(OSError):  # a process that has ended is noticed when its reply is read
             connection.send_bytes(message_bytes)
 
-    def _start(self) -> Connection:
+    def receive(self) -> tuple[bytes, bytes]:
+        """Wait for the answer; return the sites' errors (JSON) and the reply. Errors: EOFError or
+        OSError if the process has ended."""
+        if self.connection is None:
+            raise EOFError
+        return self.connection.recv_bytes(), self.connection.recv_bytes()
+
+    def start(self) -> Connection:
         ours, theirs = socket.socketpair()
         with theirs:
-            options = [str(theirs.fileno()), str(self._number), str(self._processes)]
-            log = self._logs / f"sites-{self._number}.log"
-            keep = [theirs.fileno()]
-            self._child = Child("sites", options, home=self._logs, log=log, keep=keep)
+            options = list(map(str, (theirs.fileno(), *self._share)))
+            home, keep = self.log.parent, [theirs.fileno()]
+            self._child = Child("sites", options, home=home, log=self.log, keep=keep)
         self.connection = Connection(ours.detach())
-        self.connection.send_bytes(json.dumps([self.sites, self._peers]).encode())
+        self.connection.send_bytes(json.dumps([self.sites, self.peers, str(home)]).encode())
         return self.connection
 
     def stop(self) -> None:
@@ -175,13 +192,15 @@ def main(options: list[str]) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     descriptor, number, processes = map(int, options)
     connection = Connection(descriptor)
-    listed, peers = json.loads(connection.recv_bytes())
+    listed, peers, folder = json.loads(connection.recv_bytes())
     sites = {int(node): Path(path) for node, path in listed.items()}
     from fedtune.core.training.data_parallel import share_machine
 
     share_machine(number, processes)
     contexts = contexts_of(sites, peers)
-    with suppress(EOFError, OSError):
+    with ExitStack() as held, suppress(EOFError, OSError):
+        for path in sites.values():  # one that was cut off, or outlives its run, may still answer
+            held.enter_context(locks.hold(_lock_of(path, Path(folder))))
         while True:
             reply = answer(app, contexts, connection.recv_bytes())
             errors_by_site: dict[str, Any] = {
@@ -191,3 +210,7 @@ def main(options: list[str]) -> None:
             site_errors.clear()
             connection.send_bytes(json.dumps(errors_by_site).encode())
             connection.send_bytes(reply)
+
+
+def _lock_of(site: Path, folder: Path) -> Path:
+    return folder / f"{hashlib.sha256(bytes(site)).hexdigest()[:16]}.lock"

@@ -1,130 +1,386 @@
-"""Simulate a study in Flower's own runtime (Ray): sites in several processes at once."""
+"""Run the processes of a simulation's sites on the nodes of a Ray cluster.
+
+    coordinator: RayGrid ── Ray, bytes of Flower's own messages ──> Relay, an actor on a node
+                                 Relay ── socket pair, as ProcessGrid ──> a process: some sites
+
+A site lives as a whole in one process, which its relay starts as `--processes` does here: that
+process alone opens the site's records and ledger, and what it prints goes to its log alone. Ray
+carries paths, digests and versions, the messages that a coordinator sends, and the answers that it
+would get from a hospital: no record, and no sum without noise. What Ray carries is neither
+encrypted nor authenticated, unless the cluster is set up for it.
+
+All nodes must see the same folders of the run and of the sites, and each other's locks there. Else
+a site whose node was lost could go on elsewhere with an older ledger, and be charged too little.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import logging
 import os
-from collections.abc import Callable, Sequence
+import platform
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
-
-from fedtune.core.config import Study
-from fedtune.core.errors import FedtuneError, InfrastructureError
-from fedtune.flower.grid import PEERS, SIMULATED
-from fedtune.server import rounds
-from fedtune.server.parts import Dependencies
+from fedtune import __version__
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError
+from fedtune.core.files import locks
+from fedtune.core.processes import STOP_SECONDS, is_reachable, private_folder
+from fedtune.launch.process_pool import PAUSE, ProcessGrid, Sites, Worker
 
 LOOPBACK = "127.0.0.1"
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # With clustering, Ray would replace 127.0.0.1 by an address that other machines can reach.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+# With clustering, Ray would replace 127.0.0.1 by an address that other machines can reach.
+HERE = QUIET | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# How often to try, for half a minute each time; 20 times, if Ray is not told.
+THERE = QUIET | {"RAY_gcs_server_port_wait_time_s": "2"}
+Marks = tuple[dict[str, str], list[str]]  # site file -> digest; files whose locks are held
+START_SECONDS = 120.0  # for Ray to find a free processor and to start an actor there
+THREADS = "OMP_NUM_THREADS"
 
 
-def simulate_ray(
-    study: Study,
-    sites: Sequence[Path],
-    out: Path,
-    *,
-    resume: bool = False,
-    on_event: Callable[[str, dict[str, Any]], None] | None = None,
-    parts: Dependencies | None = None,
-    processes: int = 1,
-    peers: str = "",
-) -> dict[str, Any]:
-    """Simulate a study in Flower's own runtime, and return the report's content. Each of
-    `processes` Ray workers holds its own copy of the base in memory.
+class RayGrid(ProcessGrid):
+    """A ProcessGrid whose processes run on the nodes of a Ray cluster: of the one at `address`,
+    which goes on afterwards, or ("") of one on this machine that begins and ends with the grid.
 
-    Errors: as server.rounds.run; InfrastructureError if Ray is not installed or fails."""
+    Guarantee: Ray delivers a message once or not at all. If a node is lost, the sites for which it
+    worked have failed; the next message to one of them starts a process on another node, which
+    waits until the lost one has let go of its sites. Which error a site's records have caused stays
+    in the log of its process.
+    Errors: ConfigError, InfrastructureError when it is opened or when a process is replaced."""
+
+    def __init__(
+        self, sites: Sequence[Path], processes: int, logs: Path, peers: str, address: str = ""
+    ) -> None:
+        self._files = [path.absolute() for path in sites]
+        self._logs, self._address = logs.absolute(), address
+        self._marks: Marks = {}, []
+        self._lost = set[str]()  # nodes on which a process has ended
+        self._opened = ExitStack()
+        super().__init__(self._files, processes, self._logs, peers)
+
+    def _worker(self, *options: Any) -> Worker:
+        return _RayWorker(*options)
+
+    def __enter__(self) -> RayGrid:
+        with ExitStack() as opened:
+            opened.enter_context(_connected(self._address, len(self._workers)))
+            folders = [self._logs, *(load_site(path).home.absolute() for path in self._files)]
+            self._marks = opened.enter_context(_marked(self._files, folders))
+            opened.callback(super().__exit__)
+            self._start(self._workers)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def _feed(self, worker: Any) -> None:
+        if worker.queue and worker.relay is None:
+            self._lost.add(worker.node)  # Ray may take it for alive for half a minute
+            self._start([worker])
+        super()._feed(worker)
+
+    def _await(self, busy: list[Any]) -> Worker | None:
+        import ray
+
+        ready, _ = ray.wait([worker.answer for worker in busy], timeout=PAUSE)
+        return next((worker for worker in busy if worker.answer in ready), None)
+
+    def _start(self, workers: list[Any]) -> None:
+        """Start a process for each worker, where most processors are left for it. Errors:
+        InfrastructureError."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        cores = {
+            node["NodeID"]: node["Resources"]["CPU"]
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU")
+        }
+        if not cores:
+            raise InfrastructureError(
+                "no node of the Ray cluster has a processor for a process of the sites",
+                "a node with one",
+                "add it with `ray start --address HOST:PORT`, then go on with --resume",
+            )
+        sound = set(cores) - self._lost or set(cores)
+        before = Counter[str](worker.node for worker in self._workers if worker.relay)
+        there = Counter[str](before)
+        for worker in workers:
+            worker.node = max(sound, key=lambda node: cores[node] / (1 + there[node]))
+            there[worker.node] += 1
+        begun = []
+        for worker in workers:
+            at = NodeAffinitySchedulingStrategy(worker.node, soft=True)
+            relay = ray.remote(Relay).options(scheduling_strategy=at, max_concurrency=2)
+            worker.relay = relay.remote()
+            share = before[worker.node], there[worker.node]
+            before[worker.node] += 1
+            begun.append(worker.begin(*self._marks, share))
+        try:
+            for seen in ray.get(begun, timeout=START_SECONDS):
+                _check_node(*seen)
+        except ray.exceptions.RayError as error:
+            raise _start_error(error) from None
+
+
+class _RayWorker(Worker):
+    """A worker whose process is on a node of the cluster, behind a relay."""
+
+    relay: Any = None
+    answer: Any = None  # Ray's reference to what the relay will return
+    node = ""  # Ray's name of the node
+
+    def begin(self, digests: dict[str, str], marks: list[str], share: tuple[int, int]) -> Any:
+        """Have the relay start the process; share: as for Worker, of the node's machine."""
+        options = str(self.log), self.sites, share, self.peers, os.environ.get(THREADS, "")
+        return self.relay.begin.remote(digests, marks, *options)
+
+    def send(self, identity: str, message_bytes: bytes) -> None:
+        self.busy, self.message_bytes = identity, message_bytes
+        self.answer = self.relay.answer.remote(message_bytes)
+
+    def receive(self) -> tuple[bytes, bytes]:
+        import ray
+
+        try:
+            return b"{}", ray.get(self.answer)
+        except ray.exceptions.RayError:
+            raise EOFError from None
+
+    def stop(self) -> None:
+        import ray
+
+        relay, self.relay = self.relay, None
+        if relay is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(relay.end.remote(), timeout=2 * STOP_SECONDS)
+            ray.kill(relay)
+
+
+class Relay:
+    """A process of some sites on this node, and the way to it: an actor."""
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+
+    def begin(
+        self,
+        digests: dict[str, str],
+        marks: list[str],
+        log: str,
+        sites: Sites,
+        share: tuple[int, int],
+        peers: str,
+        threads: str,
+    ) -> tuple[str, str, str]:
+        """Start the process, with the coordinator's number of threads and not Ray's, unless this
+        node is not as it must be: return its host's name, its release of fedtune, and what differs
+        (`_differences`)."""
+        seen = socket.gethostname(), __version__, _differences(digests, marks)
+        if not seen[2]:
+            os.environ.pop(THREADS, None)
+            if threads:
+                os.environ[THREADS] = threads
+            self._worker = Worker(Path(log), sites, share, peers)
+            self._worker.start()
+        return seen
+
+    def answer(self, message_bytes: bytes) -> bytes:
+        """Pass a message on, and return the reply. Errors: EOFError, OSError if the process has
+        ended."""
+        assert self._worker
+        self._worker.send("relayed", message_bytes)
+        _, reply = self._worker.receive()
+        return reply
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        if self._worker:
+            self._worker.stop()
+
+
+@contextmanager
+def _connected(address: str, processes: int) -> Iterator[None]:
+    """Join the cluster at `address`, or ("") start one on this machine that ends with the block.
+    Errors: ConfigError, InfrastructureError."""
     if importlib.util.find_spec("ray") is None:
         raise InfrastructureError(
             "the ray engine is not installed", todo="pip install 'fedtune[ray]'"
         )
-    os.environ.update(QUIET)
-    from flwr.simulation import run_simulation
+    _check_address(address)
+    os.environ.update(THERE if address else HERE)
+    if not address and not {"ray", "RAY_AUTH_MODE"} & {*sys.modules, *os.environ}:
+        # Who else is on this machine cannot run programs as this user through Ray's ports. Ray
+        # reads this once, when it is imported.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    import ray
 
-    result: dict[str, Any] = {}
-    server = ServerApp()
-
-    @server.main()
-    def main(grid: Grid, context: Context) -> None:
+    if ray.is_initialized():
+        raise InfrastructureError(
+            "this process has joined a Ray cluster already",
+            "a process in which Ray is not in use",
+            "call ray.shutdown() first",
+        )
+    options: dict[str, Any] = {"address": address}
+    with tempfile.TemporaryDirectory(prefix="fedtune-", dir="/tmp") as folder:  # a short name
+        if not address:
+            options = {
+                "address": "local",  # not one that RAY_ADDRESS or a file in /tmp names
+                "num_cpus": processes,
+                "include_dashboard": False,
+                "_node_ip_address": LOOPBACK,
+                "_temp_dir": str(Path(folder) / "ray"),  # which Ray lets everybody write
+            }
         try:
-            result["body"] = rounds.run(
-                grid, study, out, resume=resume, on_event=on_event, parts=parts
-            )
-        except FedtuneError as error:
-            result["error"] = error
+            with _as_before(Path(folder)):
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:  # also Exception itself, of a node that is slow to start
+            ray.shutdown()
+            raise _join_error(error, address) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
-    client = site_app([str(path.resolve()) for path in sites], peers)
+
+@contextmanager
+def _as_before(folder: Path) -> Iterator[None]:
+    """Let Ray import nothing from the current folder, of which it tells its workers: in the block
+    that is `folder`. Its own handling of SIGTERM is undone."""
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        run_simulation(server, client, len(sites), backend_config=_backend(processes))
-    except Exception as error:
-        raise InfrastructureError(f"the ray engine failed ({type(error).__name__})") from error
-    if "error" in result:
-        raise result["error"]
-    report: dict[str, Any] = result["body"]
-    return report
+        with chdir(folder):
+            yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
-def site_app(sites: list[str], peers: str = "") -> ClientApp:
-    """Wrap the installed ClientApp so that each of Ray's partitions answers for one site file.
-
-    Ray passes a site's messages to any worker, so the plan is stored in the node's context and sent
-    to a worker that does not have it yet."""
-    app = ClientApp()
-
-    @app.query("prepare")
-    def prepare(message: Message, context: Context) -> Message:
-        context.state.update(message.content)
-        return _answer(message, context, sites, peers)
-
-    def work(message: Message, context: Context) -> Message:
-        return _answer_with_plan(message, context, sites, peers)
-
-    app.train()(work)
-    app.train("ready")(work)
-    app.train("masked")(work)
-    app.query("evaluate")(work)
-
-    return app
+@contextmanager
+def _marked(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[Marks]:
+    """Provide what every node must see: the digests of the sites' files, and a file in each folder
+    whose lock is held here."""
+    with ExitStack() as held:
+        marks = []
+        for folder in map(private_folder, dict.fromkeys(folders)):
+            mark = folder / f".ray-{secrets.token_hex(8)}"
+            held.callback(mark.unlink, missing_ok=True)
+            held.enter_context(locks.hold(mark))
+            marks.append(str(mark))
+        yield {str(path): _digest(path) for path in files}, marks
 
 
-def _answer_with_plan(message: Message, context: Context, sites: list[str], peers: str) -> Message:
-    """Return the site's answer; first send the plan to a worker that does not have it."""
-    reply = _answer(message, context, sites, peers)
-    status = reply.content.config_records["site"]["status"]
-    if status == "unprepared" and "plan" in context.state:
-        from fedtune.core.vault.answers import answer
-        from fedtune.core.wire.requests import Request
-        from fedtune.launch.in_one_process import place_of
+def _differences(digests: Mapping[str, str], marks: Sequence[str]) -> str:
+    """Return which of the coordinator's files and folders are others on this machine; "" if none.
 
-        plan = context.state
-        frozen = plan.array_records["frozen"]
-        answer(place_of(context), Request("prepare", plan.config_records, frozen))
-        reply = _answer(message, context, sites, peers)
-    return reply
+    digests: site file -> its digest. marks: files whose locks the coordinator holds."""
+    wrong = []
+    for path, digest in digests.items():
+        with suppress(OSError):
+            if _digest(Path(path)) == digest:
+                continue
+        wrong.append(f"{path} is missing or another file")
+    for mark in map(Path, marks):
+        if not mark.is_file():
+            wrong.append(f"{mark.parent} is missing or another folder")
+            continue
+        try:
+            with locks.hold_if_free(mark) as free:
+                if free:
+                    wrong.append(f"locks in {mark.parent} do not hold")
+        except FedtuneError:
+            wrong.append(f"files in {mark.parent} cannot be locked")
+    return "; ".join(wrong)
 
 
-def _answer(message: Message, context: Context, sites: list[str], peers: str) -> Message:
-    from fedtune.launch.in_one_process import app as installed
-
-    context.node_config["site"] = sites[int(context.node_config["partition-id"])]
-    context.node_config |= {SIMULATED: True, PEERS: peers}
-    return installed(message, context)
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _backend(processes: int) -> dict[str, Any]:
-    init = {
-        "num_cpus": processes,
-        "include_dashboard": False,
-        "log_to_driver": False,
-        "_node_ip_address": LOOPBACK,
-    }
-    return {"init_args": init, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+def _check_address(address: str) -> None:
+    """Check that something listens at an address HOST:PORT. Errors: ConfigError,
+    InfrastructureError."""
+    if address in ("", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in host or not (host and port.isdecimal()):
+        raise ConfigError(f"--address {address}", "auto, or HOST:PORT as `ray start` prints it")
+    if not is_reachable(host, int(port)):
+        raise InfrastructureError(
+            f"nothing answers at {address}",
+            "the address of a running Ray cluster",
+            "start one with `ray start --head`, whose output names its address",
+        )
+
+
+def _join_error(error: Exception, address: str) -> InfrastructureError:
+    """Return an error that says why no cluster was joined or started."""
+    import ray
+
+    text = " ".join(str(error).split())
+    if "Version mismatch" in text:
+        here = f"Ray {ray.__version__} and Python {platform.python_version()}, as here"
+        return InfrastructureError(
+            f"the Ray cluster at {address} has another Ray or Python: {text[:400]}",
+            f"{here}, on every node",
+            "install these there, or run this command on a machine that has the cluster's",
+        )
+    if address:
+        return InfrastructureError(
+            f"the Ray cluster at {address} was not joined ({type(error).__name__}: {text[:200]})",
+            "a running cluster of which this machine is a node",
+            "run `ray start --address HOST:PORT` here, or --head where there is none yet",
+        )
+    return InfrastructureError(
+        f"Ray did not start on this machine ({type(error).__name__}: {text[:200]})",
+        todo="leave --engine ray out: --processes N needs no Ray",
+    )
+
+
+def _start_error(error: Exception) -> InfrastructureError:
+    """Return an error that says why a node started no process."""
+    import ray
+
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return InfrastructureError(
+            f"the Ray cluster started no process of the sites in {START_SECONDS:.0f} seconds",
+            "a node with a free processor",
+            "`ray status` shows what is in use: free a processor or add a node, then go on with "
+            "--resume",
+        )
+    return InfrastructureError(
+        f"a node of the Ray cluster started no process of the sites ({type(error).__name__})",
+        f"a node that runs on, and fedtune {__version__}, as here, in the Python of its Ray",
+        "look with `ray status` whether a node was lost, or install fedtune there, then go on with "
+        "--resume",
+    )
+
+
+def _check_node(host: str, release: str, wrong: str) -> None:
+    """Check that a node has this release and sees the folders. Errors: InfrastructureError."""
+    if release != __version__:
+        raise InfrastructureError(
+            f"node {host} of the Ray cluster has fedtune {release}",
+            f"fedtune {__version__}, as here, on every node",
+            "install it there, then go on with --resume",
+        )
+    if wrong:
+        raise InfrastructureError(
+            f"on node {host} of the Ray cluster {wrong}",
+            "the run's folder, and each site's site.toml, records and state, at the same paths on "
+            "a file system that all nodes share, with locks that hold among them",
+            "move them to one, or leave --address out: all sites are on this machine then",
+        )

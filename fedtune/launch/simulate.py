@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedtune.core.config import Site, Study, load_site, save, validate_study
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError, Refused
@@ -34,6 +34,7 @@ def simulate(
     resume: bool = False,
     on_event: OnEvent | None = None,
     engine: Literal["in-process", "ray"] = "in-process",
+    address: str = "",
     processes: int = 1,
     rounds: int | None = None,
     key: SigningKey | None = None,
@@ -46,7 +47,9 @@ def simulate(
         out: the run's folder; default: runs/NAME, by the study's name.
         resume: continue the run in `out` after its last complete round.
         on_event: called in this process with each event's kind and data, such as ("round", {…}).
-        engine: "in-process", or "ray", Flower's own simulation runtime.
+        engine: "in-process", or "ray": the processes run on the nodes of a Ray cluster.
+        address: of a running Ray cluster, "auto" or "HOST:PORT", all of whose nodes see the run's
+            and the sites' folders; default: one on this machine that ends with the run.
         processes: the number of sites that train at the same time, in processes that share the
             base's weights.
         rounds: for a study with a [schedule], the round after which to stop. Slots are not waited
@@ -69,7 +72,8 @@ def simulate(
     study = validate_study(study)
     check(study, sites)
     check_rounds(study, rounds)
-    _check_engine(study, engine, processes)
+    if address and engine != "ray":
+        raise ConfigError("--address is for --engine ray", "both, or neither")
     out = new_run(study, None if out is None else Path(out), resume=resume)
     if not resume:
         check_vacant(out)
@@ -107,8 +111,8 @@ def simulate(
                     anyway=anyway,
                     shares=shares or {},
                 )
-                run = (study, files, out, resume, on_event, engine, processes, settings)
-                _run(*run, _peers(study, sites))
+                at = (engine, address, processes, _peers(study, sites))
+                _run(study, files, out, resume, on_event, settings, at)
                 return Run(out)
         except Refused as refusal:
             raise explain_refusal(refusal, study, sites) from None
@@ -123,26 +127,17 @@ def _run(
     out: Path,
     resume: bool,
     on_event: OnEvent | None,
-    engine: str,
-    processes: int,
     settings: Settings,
-    peers: str,
+    at: tuple[str, str, int, str],
 ) -> None:
     from fedtune.server import rounds as server_rounds
     from fedtune.server.parts import Dependencies
 
-    common: dict[str, Any] = {"resume": resume, "on_event": on_event}
-    if engine == "ray":
-        from fedtune.launch.ray import simulate_ray
-
-        common["parts"] = Dependencies(settings=settings)
-        simulate_ray(study, files, out, processes=processes, peers=peers, **common)
-        return
     # A site in this process that fails once fails again, so there is nothing to wait for.
     at_once = Dependencies(settings=replace(settings, patience=0.0, pause=0.0))
-    with _grid(files, processes, out, peers) as (grid, site_errors):
+    with _grid(files, out, *at) as (grid, site_errors):
         try:
-            server_rounds.run(grid, study, out, parts=at_once, **common)
+            server_rounds.run(grid, study, out, resume=resume, on_event=on_event, parts=at_once)
         except InfrastructureError:
             if bad := _bad_files(files, site_errors):
                 raise bad from None
@@ -269,34 +264,23 @@ def check_rounds(study: Study, rounds: int | None) -> None:
         )
 
 
-def _check_engine(study: Study, engine: str, processes: int) -> None:
-    """Check that the engine can run the study: with secure aggregation all of a site's messages
-    must reach the process that holds its draws, and Ray passes them to any worker. Errors:
-    ConfigError."""
-    if study.secure_aggregation and engine == "ray" and processes > 1:
-        raise ConfigError(
-            f"[secure_aggregation] under Ray with {processes} processes: a ready site keeps "
-            "its draw in the memory of one process, and Ray asks any of them for the masked words",
-            "one process under Ray, or the in-process engine, which keeps each site in one process",
-            f"leave --engine ray out: --processes {processes} alone trains as many sites at once",
-        )
-
-
 @contextmanager
 def _grid(
-    files: list[Path], processes: int, out: Path, peers: str
+    files: list[Path], out: Path, engine: str, address: str, processes: int, peers: str
 ) -> Iterator[tuple[Grid, dict[str, FedtuneError]]]:
     """Provide the sites' grid, and site file -> the error with which the site failed."""
     from fedtune.core.vault.worker import drop_if_changed
 
     for path in files:
         drop_if_changed(path)
-    if processes > 1:
+    if engine == "ray" or processes > 1:
         from fedtune.launch.process_pool import ProcessGrid
+        from fedtune.launch.ray import RayGrid
 
         logs = out / "processes"
+        several = (files, processes, logs, peers)
         try:
-            with ProcessGrid(files, processes, logs, peers) as pool:
+            with RayGrid(*several, address) if engine == "ray" else ProcessGrid(*several) as pool:
                 yield pool, pool.site_errors
         except FedtuneError:
             if not (out / "plan.json").exists():  # the run never began: remove its logs

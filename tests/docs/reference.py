@@ -144,8 +144,7 @@ def parameters(command: click.Command) -> list[click.Parameter]:
 def errors() -> list[type[FedtuneError]]:
     """Every error that fedtune raises on purpose, a class before those that extend it."""
     for module in pkgutil.walk_packages(fedtune.__path__, "fedtune."):
-        if not module.name.startswith("fedtune.launch.ray"):
-            importlib.import_module(module.name)
+        importlib.import_module(module.name)
 
     def below(kind: type[FedtuneError]) -> Iterator[type[FedtuneError]]:
         for child in sorted(kind.__subclasses__(), key=lambda c: (c.exit_code, c.__name__)):

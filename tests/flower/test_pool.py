@@ -12,8 +12,9 @@ from flwr.app import Message, RecordDict
 from safetensors.numpy import load_file
 
 from fedtune.core.errors import DataError
+from fedtune.core.files import locks
 from fedtune.flower import api
-from fedtune.launch.process_pool import ProcessGrid
+from fedtune.launch.process_pool import ProcessGrid, _lock_of
 from fedtune.officer.site_files import sites_in
 from tests.server.test_simulate import SITE, STUDY
 from tests.server.test_simulate import world as world_of_two
@@ -80,6 +81,8 @@ def test_a_process_that_ends_is_the_failure_of_the_site_it_worked_for(world: Pat
     with ProcessGrid(files, 2, world / "logs") as grid:
         first, second = grid.get_node_ids()
         assert len(grid.send_and_receive([ask(grid, first), ask(grid, second)])) == 2
+        with locks.hold_if_free(_lock_of(files[0], world / "logs")) as free:
+            assert not free, "another process of this run could answer for the site too"
         pid = _pid(grid, first)
         os.kill(pid, signal.SIGSTOP)
         waiting = grid.push_messages([ask(grid, first), ask(grid, second)])

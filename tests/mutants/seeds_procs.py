@@ -18,6 +18,21 @@ WRITING = "fedtune/core/files/writing.py"
 # fmt: off
 MUTANTS = (
     one(
+        "ledger", "a-node-pays-from-a-ledger-of-its-own", "fedtune/launch/ray.py",
+        "                if free:\n", "                if False:\n",
+        "tests/flower/test_ray_engine.py::"
+        "test_a_node_must_see_the_same_folders_and_respect_their_locks",
+        "a site whose node was lost goes on elsewhere with an older ledger: charged too little",
+    ),
+    one(
+        "ledger", "two-processes-answer-for-one-site", "fedtune/launch/process_pool.py",
+        "            held.enter_context(locks.hold(_lock_of(path, Path(folder))))\n",
+        "            pass\n",
+        "tests/flower/test_pool.py::"
+        "test_a_process_that_ends_is_the_failure_of_the_site_it_worked_for",
+        "a process that was cut off trains a round that its replacement trains too",
+    ),
+    one(
         "resources", "torchruns-ranks-hold-records-without-walls",
         "fedtune/core/vault/rank_process.py",
         '    if isolation == "required":\n', "    if False:\n",

@@ -81,12 +81,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "the keys that an earlier release wrote outlive the upgrade",
     ),
     _one(
-        AREA, "any-worker-has-the-draw", "fedtune/launch/simulate.py",
-        'if study.secure_aggregation and engine == "ray" and processes > 1:', "if False:",
-        "tests/flower/test_ray_engine.py::test_a_draw_waits_in_one_worker_so_several_are_refused",
-        "each attempt is void, and paid",
-    ),
-    _one(
         AREA, "a-void-attempt-costs-nothing", "fedtune/accounting/costs.py",
         "steps = of_site.steps + more * of_site.local_steps", "steps = of_site.steps",
         "tests/secagg/test_both_epsilons.py::"
