@@ -197,12 +197,12 @@ def together(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from fedtune.core.models.cache import CachedDataset
 
-    def blocks(
-        self: CachedDataset, indices: list[int], most: Any = None, on_work: Any = None
+    def compute_blocks(
+        self: CachedDataset, compute: Any, indices: list[int], *_: Any, **more: Any
     ) -> Any:
-        return self.batches(indices)
+        return ((batch, compute(batch)) for batch in self.batches(indices))
 
-    monkeypatch.setattr(CachedDataset, "blocks", blocks)
+    monkeypatch.setattr(CachedDataset, "compute_blocks", compute_blocks)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,9 @@ class Raises:
     ) -> None:
         self.bad, self.error, self.when = bad, error, when
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         found = self.bad in batch.index.tolist()
         if found and self.when == "before":

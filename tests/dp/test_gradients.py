@@ -24,6 +24,9 @@ from tests.dp.conftest import records
 class BatchMean:
     """The twin: a language model's built-in loss, which averages over the batch's tokens."""
 
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Network, batch: Batch) -> torch.Tensor:
         each = CausalLM().losses(network, batch)
         tokens = (batch.target_ids != -100).sum(dim=1)
@@ -175,16 +178,18 @@ def test_a_library_that_panics_over_a_row_leaves_out_that_row_alone(
 ) -> None:
     """A panic of Rust code is no Exception."""
     panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
-    whole, read = all_rows(engine), engine.data.blocks
+    whole, read = all_rows(engine), engine.data.compute_blocks
     (bad,) = engine.data.dataset.by_unit[2][:1]
 
-    def blocks(indices: Sequence[int], *more: Any) -> Iterator[Batch]:
+    def compute_blocks(
+        compute: Any, indices: Sequence[int], *more: Any, **named: Any
+    ) -> Iterator[tuple[Batch, Any]]:
         if bad in indices:
             raise panic("of a record")
-        yield from read(indices, *more)
+        yield from read(compute, indices, *more, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.data, "blocks", blocks)
+        patch.setattr(engine.data, "compute_blocks", compute_blocks)
         try:
             left = all_rows(engine)
         except panic:

@@ -190,24 +190,24 @@ def test_records_of_other_tile_counts_are_in_other_batches(bases: Callable[[Make
 class FirstTile(UnitGradientEngine):
     """The twin: of each record's tiles one counts."""
 
-    def _per_record(self, batch: Any) -> list[torch.Tensor]:
-        found = []
-        for each in self._engine(self.objective.losses(self.data.network, batch)):
+    def _per_record(self, batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        found, losses = [], self.objective.losses(self.data.network, batch)
+        for each in self._engine(losses):
             assert each is not None
             found.append(each.view(len(batch.index), -1, *each.shape[1:])[:, 0].flatten(1))
-        return found
+        return losses.detach(), found
 
 
 class Interleaved(UnitGradientEngine):
     """The twin: tiles of several records are taken for one record's."""
 
-    def _per_record(self, batch: Any) -> list[torch.Tensor]:
-        found = []
-        for each in self._engine(self.objective.losses(self.data.network, batch)):
+    def _per_record(self, batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        found, losses = [], self.objective.losses(self.data.network, batch)
+        for each in self._engine(losses):
             assert each is not None
             mixed = each.view(-1, len(batch.index), *each.shape[1:])
             found.append(mixed.sum(dim=0).flatten(1))
-        return found
+        return losses.detach(), found
 
 
 @pytest.mark.usefixtures("together")

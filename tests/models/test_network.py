@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -279,9 +280,12 @@ def test_the_check_catches_a_gradient_of_the_wrong_sign(
     from fedtune.core.training.unit_gradients import UnitGradientEngine
 
     right = UnitGradientEngine._per_record
-    monkeypatch.setattr(
-        UnitGradientEngine, "_per_record", lambda self, b: [part.neg() for part in right(self, b)]
-    )
+
+    def wrong(self: UnitGradientEngine, batch: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        losses, gradients = right(self, batch)
+        return losses, [part.neg() for part in gradients]
+
+    monkeypatch.setattr(UnitGradientEngine, "_per_record", wrong)
     with pytest.raises(ModelError, match="did not lower"):
         check_trains(full_study(tiny_base), build(full_study(tiny_base)))
 

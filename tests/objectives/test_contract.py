@@ -415,7 +415,7 @@ def test_half_a_pair_is_caught(tiny_base: Path, monkeypatch: pytest.MonkeyPatch,
     """The twin: one passage of a pair makes the gradient."""
     whole = UnitGradientEngine._per_record
 
-    def half(engine: UnitGradientEngine, batch: Batch) -> list[torch.Tensor]:
+    def half(engine: UnitGradientEngine, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         with pytest.MonkeyPatch.context() as patch:
             sums = torch.Tensor.sum
             patch.setattr(

@@ -80,17 +80,21 @@ class Data:
     def work_of_blocks(self, indices: Sequence[int], most: int | None = None) -> int:
         return len(indices)
 
-    def blocks(
-        self, indices: Sequence[int], most: int | None = None, on_work: Any = None
-    ) -> Iterator[Batch]:
+    def compute_blocks(
+        self, compute: Any, indices: Sequence[int], *_: Any, **more: Any
+    ) -> Iterator[tuple[Batch, Any]]:
         rows = torch.tensor(list(indices))
         mask = torch.ones(len(rows), L, dtype=torch.bool)
         empty = torch.full((len(rows), L), -100)
         states = self.states[rows].clone().requires_grad_()
-        yield Batch(states, mask, empty, empty[:, 0], rows, count=len(rows))
+        batch = Batch(states, mask, empty, empty[:, 0], rows, count=len(rows))
+        yield batch, compute(batch)
 
 
 class Objective:
+    def may_run_beside(self, batch: Batch) -> bool:
+        return True
+
     def losses(self, network: Any, batch: Batch) -> torch.Tensor:
         return network.trained(batch.prefix)  # type: ignore[no-any-return]
 
