@@ -21,6 +21,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     dynamic_module_utils,
+    fusion_mapping,
 )
 
 from fedtune.core.bases import digest, find
@@ -189,6 +190,13 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "kernels of a part": (_attention([{"_attn_implementation": "org/repo"}], "parts"), UNTRIED),
     "kernels by a table": (_attention({"text_config": "org/repo"}), UNTRIED),
     "paged attention": (_attention("paged|sdpa"), UNTRIED),
+    "classes of others": (
+        lambda f: edit(
+            f / "config.json",
+            lambda c: c.update(parts=[{"fusion_config": {"patch_embeddings": True}}]),
+        ),
+        r"has not tried \(fusion_config\)",
+    ),
     "shard elsewhere": (_escaping_shard, "names a shard that is not in the folder"),
     "cut short": (
         lambda f: os.truncate(f / "model.safetensors", 5000),
@@ -265,6 +273,21 @@ def test_what_is_loaded_is_what_is_hashed(copy: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     read = LlamaForCausalLM.from_pretrained(copy).state_dict()
     assert not all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_no_configuration_changes_classes_of_transformers(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one whose base is refused afterwards. Twin: where the key is not looked for."""
+    asked: list[Any] = []
+    monkeypatch.setattr(fusion_mapping, "register_fusion_patches", lambda *of: asked.append(of))
+    edit(copy / "config.json", lambda c: c.update(fusion_config={"patch_embeddings": True}))
+    with pytest.raises(ModelError, match="fusion_config"):
+        load_backbone(find_base(str(copy)), torch.float32)
+    assert not asked
+    monkeypatch.setattr(digest, "LAYERS", digest.LAYERS[:2])
+    load_backbone(find_base(str(copy)), torch.float32)
+    assert asked
 
 
 def test_a_fault_of_the_loader_that_is_no_exception_is_the_bases(

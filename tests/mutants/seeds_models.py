@@ -311,9 +311,17 @@ KEPT_MUTANTS = (
     ),
     _one(
         "kept", "attention-of-whatever-repository", DIGEST,
-        "    if any(value not in ATTENTION for _, value in asked):\n", "    if not ATTENTION:\n",
+        '    if untried := sorted(name.lstrip("_") for name, value in asked '
+        "if value not in ATTENTION):\n",
+        "    if untried := sorted(name for name, _ in asked if not ATTENTION):\n",
         T_BASE + "test_refused",
         "a part of the configuration has kernels of others looked for and loaded",
+    ),
+    _one(
+        "kept", "a-base-patches-the-process", DIGEST,
+        '"_attn_implementation", "fusion_config")', '"_attn_implementation")',
+        T_BASE + "test_no_configuration_changes_classes_of_transformers",
+        "a base that is refused has changed what the next one computes",
     ),
     _one(
         "kept", "weights-beside-the-hashed-ones", DIGEST,

@@ -46,6 +46,9 @@ REDIRECTS = {
     "tokenizer_config.json": ("fast_tokenizer_files",),
 }
 TEMPLATES = "additional_chat_templates"  # a folder whose default.jinja transformers prefers
+# By these keys a configuration asks for layers or attention of others; by the last one, loading it
+# changes classes of transformers for the whole process.
+LAYERS = ("attn_implementation", "_attn_implementation", "fusion_config")
 # None: of a part that has none. Of other values transformers looks for a package or, as
 # "owner/name", for a repository of kernels.
 ATTENTION = (None, "eager", "sdpa")
@@ -135,14 +138,12 @@ def check(folder: Path) -> None:
             "one chat template, in chat_template.jinja or tokenizer_config.json",
             f"delete {TEMPLATES}, or copy the base without it and name the copy",
         )
-    asked = settings_in(
-        read_json(folder / "config.json"), "attn_implementation", "_attn_implementation"
-    )
-    if any(value not in ATTENTION for _, value in asked):
+    asked = settings_in(read_json(folder / "config.json"), *LAYERS)
+    if untried := sorted(name.lstrip("_") for name, value in asked if value not in ATTENTION):
         raise ModelError(
             f"{folder.name}: its configuration asks for layers or attention that fedtune has not "
-            "tried (attn_implementation)",
-            "sdpa or eager attention",
+            f"tried ({untried[0]})",
+            "transformers' own layers, with sdpa or eager attention",
             "take the setting out of config.json, or choose another base",
         )
     if _first_key(folder / "config.json", "quantization_config"):
