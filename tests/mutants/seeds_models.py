@@ -324,6 +324,20 @@ KEPT_MUTANTS = (
         "a base that is refused has changed what the next one computes",
     ),
     _one(
+        "kept", "an-adapter-as-its-own-file-says", "fedtune/core/models/loaded.py",
+        "        network = _adapted(network, base, study, arrays)\n",
+        "        from peft import PeftModel\n\n"
+        "        network = PeftModel.from_pretrained(network, str(run / ADAPTER)).eval()\n",
+        "tests/models/test_whole.py::test_one_digest_of_a_run_is_one_model",
+        "a teacher with a listed digest teaches anything",
+    ),
+    _one(
+        "kept", "a-runs-digest-without-its-plan", "fedtune/core/models/loaded.py",
+        '"arrays": lora.digest(arrays), "plan": plan}', '"arrays": lora.digest(arrays)}',
+        "tests/models/test_whole.py::test_the_digest_of_a_run_sees_what_its_plan_computes",
+        "one digest has several scales, templates and classes",
+    ),
+    _one(
         "kept", "weights-beside-the-hashed-ones", DIGEST,
         "    if others:\n", "    if not WEIGHTS:\n",
         T_BASE + "test_refused",
