@@ -324,6 +324,39 @@ KEPT_MUTANTS = (
         "a base that is refused has changed what the next one computes",
     ),
     _one(
+        "kept", "a-tokenizer-of-the-whole-folder", FIND,
+        "tokenizer = fast(\n"
+        '            tokenizer_object=Tokenizer.from_str(json.dumps(parts["json"])),\n'
+        '            chat_template=parts["chat_template"],\n'
+        "            **special,\n"
+        "        )",
+        "tokenizer = fast.from_pretrained(base.path, **special)",
+        T_BASE + "test_one_digest_has_one_tokenizer",
+        "two sites that list one digest train on other tokens",
+    ),
+    _one(
+        "kept", "whispers-language-is-not-hashed", DIGEST,
+        "special = _special(config) | {key: config[key] for key in START if config.get(key)}",
+        "special = _special(config)",
+        "tests/models/test_media.py::"
+        "test_a_transcript_begins_as_whispers_own_tokenizer_has_it",
+        "a study in one language trains its transcripts as those of another",
+    ),
+    _one(
+        "kept", "two-files-of-special-tokens", DIGEST,
+        "    if any(token not in (None, special[key]) for key, token in preferred.items()):\n",
+        "    if not special:\n",
+        T_BASE + "test_refused",
+        "transformers ends its texts with another token than fedtune",
+    ),
+    _one(
+        "kept", "a-file-that-was-changed-back", DIGEST,
+        "if digest(folder) != expected or _stamps(folder) != before:",
+        "if digest(folder) != expected:",
+        T_BASE + "test_a_file_that_changes_between_hash_and_load_is_not_used",
+        "another base is loaded than the one that was hashed",
+    ),
+    _one(
         "kept", "an-adapter-as-its-own-file-says", "fedtune/core/models/loaded.py",
         "        network = _adapted(network, base, study, arrays)\n",
         "        from peft import PeftModel\n\n"
