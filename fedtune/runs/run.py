@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import Study
-from fedtune.core.errors import ConfigError
+from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.files import reading
+from fedtune.core.files.reading import regular
 from fedtune.core.files.writing import replace
-from fedtune.core.models.adapter_files import load_adapter
+from fedtune.core.models.adapter_files import ADAPTER as WEIGHTS
+from fedtune.core.models.adapter_files import AGAIN, load_adapter
 from fedtune.core.models.lora import Arrays, digest
 from fedtune.core.run_folder import ADAPTER, PRINTED, load_plan
 from fedtune.evidence.personal import refuse_personal
@@ -81,9 +83,18 @@ class Run:
     def load_peft(self, backbone: Any) -> Any:
         """Load the adapter onto a base by PEFT, as any other user of it does. Errors:
         ModelError."""
-        from fedtune.core.models.loaded import load_peft_adapter
+        from peft import PeftModel
 
-        return load_peft_adapter(backbone, self.folder / ADAPTER)
+        adapter = self.folder / ADAPTER
+        for name in ("adapter_config.json", WEIGHTS):
+            regular(adapter / name, "an adapter as PEFT saves it", AGAIN, ModelError)
+        try:
+            loaded = PeftModel.from_pretrained(backbone, str(adapter))
+        except Exception as error:  # PEFT may raise anything on a file with values of other types
+            raise ModelError(
+                f"{adapter}: PEFT cannot load it ({type(error).__name__})", todo=AGAIN
+            ) from None
+        return loaded.eval()
 
     def start(self) -> Arrays | None:
         """Read the arrays of the public start, from which the rounds began. None if the study has

@@ -8,8 +8,9 @@ from __future__ import annotations
 from fedtune.core.bases import known_here
 from fedtune.core.bases.find import cache_dir, place_of
 from fedtune.core.bases.find import verify as verify_base
+from fedtune.core.models.adapter_files import load_adapter
 from fedtune.core.models.loaded import PLAN, digest_of
-from fedtune.core.run_folder import load_plan
+from fedtune.core.run_folder import ADAPTER, load_plan
 from fedtune.evidence.verify import check_signed
 
 
@@ -23,6 +24,7 @@ def verify(source: str) -> tuple[str, str]:
         return base.name, base.digest
     check_signed(run)
     study = load_plan(run)
-    actual_digest = digest_of(verify_base(study.base.model), run / "adapter", study.base)
+    arrays = load_adapter(run / ADAPTER)
+    actual_digest = digest_of(verify_base(study.base.model), study, arrays)
     known_here.note(cache_dir(), actual_digest, run.name, run)
     return study.study.name, actual_digest

@@ -232,10 +232,7 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("models", "verify", RUN),
         ),
     ),
-    "run/adapter/adapter_config.json": (
-        JSON,
-        (("generate", RUN, "--prompt", "a"), ("export", RUN, "--out", "new")),
-    ),
+    "run/adapter/adapter_config.json": (JSON, (("generate", RUN, "--prompt", "a"),)),
     "base/config.json": (JSON, (("models", "verify", "base"),)),
     "base/tokenizer.json": (JSON, (("models", "verify", "base"),)),
     "base/tokenizer_config.json": (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     dynamic_module_utils,
+    fusion_mapping,
 )
 
 from fedtune.core.bases import digest, find
@@ -189,6 +191,17 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "kernels of a part": (_attention([{"_attn_implementation": "org/repo"}], "parts"), UNTRIED),
     "kernels by a table": (_attention({"text_config": "org/repo"}), UNTRIED),
     "paged attention": (_attention("paged|sdpa"), UNTRIED),
+    "classes of others": (
+        lambda f: edit(
+            f / "config.json",
+            lambda c: c.update(parts=[{"fusion_config": {"patch_embeddings": True}}]),
+        ),
+        r"has not tried \(fusion_config\)",
+    ),
+    "another eos for transformers": (
+        lambda f: (f / "special_tokens_map.json").write_text('{"eos_token": "a"}'),
+        r"special_tokens_map.json names other bos, eos or pad",
+    ),
     "shard elsewhere": (_escaping_shard, "names a shard that is not in the folder"),
     "cut short": (
         lambda f: os.truncate(f / "model.safetensors", 5000),
@@ -233,7 +246,7 @@ def test_plain_attention_may_be_asked_for(copy: Path, value: str | None) -> None
     assert find.load_backbone(find_base(str(copy)), torch.float32) is not None
 
 
-def test_without_the_check_another_template_has_the_same_digest(
+def test_without_the_check_others_take_another_template_of_the_same_digest(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = find_base(str(copy))
@@ -241,7 +254,8 @@ def test_without_the_check_another_template_has_the_same_digest(
     _another_template(copy)
     monkeypatch.setattr(digest, "TEMPLATES", "no such folder")
     again = find_base(str(copy), base.digest)
-    assert load_tokenizer(again).get_chat_template() != before
+    assert load_tokenizer(again).get_chat_template() == before
+    assert AutoTokenizer.from_pretrained(copy).get_chat_template() != before
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -265,6 +279,111 @@ def test_what_is_loaded_is_what_is_hashed(copy: Path, monkeypatch: pytest.Monkey
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     read = LlamaForCausalLM.from_pretrained(copy).state_dict()
     assert not all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def _set(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / name
+        body = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(body | values))
+
+    return change
+
+
+ADDED = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False) | {"special": True}
+OTHER_TOKENS: dict[str, Callable[[Path], None]] = {
+    "class": _set("tokenizer_config.json", tokenizer_class="ByT5Tokenizer"),
+    "split": _set("tokenizer_config.json", split_special_tokens=True),
+    "extra": _set("tokenizer_config.json", extra_special_tokens=["fever"]),
+    "additional": _set("tokenizer_config.json", additional_special_tokens=["fever"]),
+    "unknown": _set("tokenizer_config.json", unk_token="fever"),
+    "decoder": _set(
+        "tokenizer_config.json", added_tokens_decoder={"7": {"content": "fever", **ADDED}}
+    ),
+    "added": _set("added_tokens.json", fever=9),
+    "older": _set("special_tokens_map.json", extra_special_tokens=["fever"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENS)
+def test_one_digest_has_one_tokenizer(copy: Path, name: str) -> None:
+    """Twin: transformers' own reading of the folder, to which all that lies there is said."""
+    base = find_base(str(copy))
+    said = "a fever <|end|>, day 3"
+    before = load_tokenizer(base).encode(said)
+    assert AutoTokenizer.from_pretrained(copy).encode(said) == before
+    OTHER_TOKENS[name](copy)
+    assert load_tokenizer(find_base(str(copy), base.digest)).encode(said) == before
+    assert AutoTokenizer.from_pretrained(copy).encode(said) != before
+
+
+def test_tokens_that_both_files_name_alike_are_one_bases(copy: Path) -> None:
+    """As older releases of transformers wrote them; beside a table of added tokens it reads one
+    file alone."""
+    before = find_base(str(copy)).digest
+    _set("special_tokens_map.json", eos_token={"content": "<|end|>"}, unk_token="a")(copy)
+    assert find_base(str(copy)).digest == before
+    _set("tokenizer_config.json", added_tokens_decoder={})(copy)
+    _set("special_tokens_map.json", eos_token="a")(copy)
+    assert find_base(str(copy)).digest == before
+    assert AutoTokenizer.from_pretrained(copy).eos_token == "<|end|>"
+
+
+READ: dict[str, tuple[Callable[[Any], object], str]] = {
+    "weights": (lambda base: load_backbone(base, torch.float32), "model.safetensors"),
+    "configuration": (find.load_config, "config.json"),
+    "tokenizer": (load_tokenizer, "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("back", [False, True], ids=["stays", "goes back"])
+def test_a_file_that_changes_between_hash_and_load_is_not_used(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, name: str, back: bool
+) -> None:
+    """Also where it is back by the time it is hashed again. Twin: without the check it is read."""
+    load, file = READ[name]
+    base, whole = find_base(str(copy)), (copy / file).read_bytes()
+    config = {"config.json": lambda c: c.update(rms_norm_eps=0.5)}
+    config["tokenizer.json"] = lambda t: t["model"]["merges"].pop()
+
+    def change() -> None:
+        _one_weight(copy) if file not in config else edit(copy / file, config[file])
+
+    @contextmanager
+    def swapped(folder: Path, expected: str) -> Iterator[None]:
+        with digest.unchanged(folder, expected):
+            change()
+            yield
+            if back:
+                (copy / file).write_bytes(whole)
+
+    @contextmanager
+    def unseen(folder: Path, expected: str) -> Iterator[None]:
+        change()
+        yield
+
+    monkeypatch.setattr(find, "unchanged", swapped)
+    with pytest.raises(ModelError, match="changed since they were hashed"):
+        load(base)
+    (copy / file).write_bytes(whole)
+    monkeypatch.setattr(find, "unchanged", unseen)
+    assert load(base) is not None
+
+
+def test_no_configuration_changes_classes_of_transformers(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one whose base is refused afterwards. Twin: where the key is not looked for."""
+    asked: list[Any] = []
+    monkeypatch.setattr(fusion_mapping, "register_fusion_patches", lambda *of: asked.append(of))
+    edit(copy / "config.json", lambda c: c.update(fusion_config={"patch_embeddings": True}))
+    with pytest.raises(ModelError, match="fusion_config"):
+        load_backbone(find_base(str(copy)), torch.float32)
+    assert not asked
+    monkeypatch.setattr(digest, "LAYERS", digest.LAYERS[:2])
+    load_backbone(find_base(str(copy)), torch.float32)
+    assert asked
 
 
 def test_a_fault_of_the_loader_that_is_no_exception_is_the_bases(

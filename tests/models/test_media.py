@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from fedtune.core import modalities
-from fedtune.core.bases import architecture
+from fedtune.core.bases import architecture, digest
 from fedtune.core.bases.find import find_base, load_tokenizer
 from fedtune.core.config import Columns, DataFile, LoraTable
 from fedtune.core.data.dataset import Dataset
@@ -280,7 +281,7 @@ def test_an_image_of_any_size_is_shown_on_one_square(
     body["size"] = {"shortest_edge": 500**2, "longest_edge": 500**2}
     settings.write_text(json.dumps(body))
     with pytest.raises(ModelError, match="takes no square of 448 pixels"):
-        modalities.reader(base, load_tokenizer(base))
+        modalities.reader(base := find_base(str(copied)), load_tokenizer(base))
 
 
 def test_a_text_base_refuses_images(folder: Path, tiny_base: Path) -> None:
@@ -334,3 +335,23 @@ def test_the_shrunk_base_is_the_same_architecture(folder: Path, make: Callable[.
     assert [e.media.digest for e in records.examples if e.media] == [
         e.media.digest for e in again.examples if e.media
     ]
+
+
+def test_a_transcript_begins_as_whispers_own_tokenizer_has_it(tmp_path: Path) -> None:
+    """In the language that the folder names, which its digest covers."""
+    folder = whisper(tmp_path / "base")
+    made: Any = AutoTokenizer.from_pretrained(folder)
+    marks = ["<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    made.add_special_tokens({"additional_special_tokens": ["<|startoftranscript|>", *marks]})
+    made.save_pretrained(folder)
+    found = []
+    for asked in ({}, {"language": "german", "task": "transcribe"}, {"predict_timestamps": True}):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        settings = {n: v for n, v in settings.items() if n not in digest.START} | asked
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        base = find_base(str(folder))
+        reader: Any = modalities.reader(base, load_tokenizer(base))
+        found.append((reader._start, base.digest))
+    first = "<|startoftranscript|>"
+    expected = [first + marks[2], first + "".join(marks), first]
+    assert [start for start, _ in found] == expected and len({of for _, of in found}) == 3

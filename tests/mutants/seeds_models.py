@@ -311,9 +311,64 @@ KEPT_MUTANTS = (
     ),
     _one(
         "kept", "attention-of-whatever-repository", DIGEST,
-        "    if any(value not in ATTENTION for _, value in asked):\n", "    if not ATTENTION:\n",
+        '    if untried := sorted(name.lstrip("_") for name, value in asked '
+        "if value not in ATTENTION):\n",
+        "    if untried := sorted(name for name, _ in asked if not ATTENTION):\n",
         T_BASE + "test_refused",
         "a part of the configuration has kernels of others looked for and loaded",
+    ),
+    _one(
+        "kept", "a-base-patches-the-process", DIGEST,
+        '"_attn_implementation", "fusion_config")', '"_attn_implementation")',
+        T_BASE + "test_no_configuration_changes_classes_of_transformers",
+        "a base that is refused has changed what the next one computes",
+    ),
+    _one(
+        "kept", "a-tokenizer-of-the-whole-folder", FIND,
+        "tokenizer = fast(\n"
+        '            tokenizer_object=Tokenizer.from_str(json.dumps(parts["json"])),\n'
+        '            chat_template=parts["chat_template"],\n'
+        "            **special,\n"
+        "        )",
+        "tokenizer = fast.from_pretrained(base.path, **special)",
+        T_BASE + "test_one_digest_has_one_tokenizer",
+        "two sites that list one digest train on other tokens",
+    ),
+    _one(
+        "kept", "whispers-language-is-not-hashed", DIGEST,
+        "special = _special(config) | {key: config[key] for key in START if config.get(key)}",
+        "special = _special(config)",
+        "tests/models/test_media.py::"
+        "test_a_transcript_begins_as_whispers_own_tokenizer_has_it",
+        "a study in one language trains its transcripts as those of another",
+    ),
+    _one(
+        "kept", "two-files-of-special-tokens", DIGEST,
+        "    if any(token not in (None, special[key]) for key, token in preferred.items()):\n",
+        "    if not special:\n",
+        T_BASE + "test_refused",
+        "transformers ends its texts with another token than fedtune",
+    ),
+    _one(
+        "kept", "a-file-that-was-changed-back", DIGEST,
+        "if digest(folder) != expected or _stamps(folder) != before:",
+        "if digest(folder) != expected:",
+        T_BASE + "test_a_file_that_changes_between_hash_and_load_is_not_used",
+        "another base is loaded than the one that was hashed",
+    ),
+    _one(
+        "kept", "an-adapter-as-its-own-file-says", "fedtune/core/models/loaded.py",
+        "        network = _adapted(network, base, study, arrays)\n",
+        "        from peft import PeftModel\n\n"
+        "        network = PeftModel.from_pretrained(network, str(run / ADAPTER)).eval()\n",
+        "tests/models/test_whole.py::test_one_digest_of_a_run_is_one_model",
+        "a teacher with a listed digest teaches anything",
+    ),
+    _one(
+        "kept", "a-runs-digest-without-its-plan", "fedtune/core/models/loaded.py",
+        '"arrays": lora.digest(arrays), "plan": plan}', '"arrays": lora.digest(arrays)}',
+        "tests/models/test_whole.py::test_the_digest_of_a_run_sees_what_its_plan_computes",
+        "one digest has several scales, templates and classes",
     ),
     _one(
         "kept", "weights-beside-the-hashed-ones", DIGEST,

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedtune.core.models.adapter_files import pick_arrays
-from fedtune.core.models.loaded import load_peft_adapter
 from fedtune.evaluation.evaluator import Evaluator
 from fedtune.evaluation.pairs import PairScores, pair_facts
 from fedtune.evaluation.run import evaluate
@@ -133,7 +132,7 @@ def test_the_figures_are_those_of_the_objective_and_of_transformers(
     assert facts["longer"]["records"] + facts["shorter"]["records"] == 40
 
     base = AutoModelForCausalLM.from_pretrained(fluent_base, dtype=torch.float32).eval()
-    policy = load_peft_adapter(copy.deepcopy(base), out / "adapter")
+    policy = Run(out).load_peft(copy.deepcopy(base))
     tokenizer = AutoTokenizer.from_pretrained(fluent_base)
     found, tokens = 0.0, 0
     for line in (tmp_path / "study" / "test.jsonl").read_text().splitlines():

@@ -7,10 +7,11 @@ site would compute with them:
     config      canonical JSON without keys that say who wrote it and when
     processor   of a base that reads images or sound: canonical JSON of what prepares them
     tokenizer   canonical JSON of tokenizer.json without its last call's padding and truncation,
-                the chat template, and the bos, eos and pad tokens
+                the chat template, the bos, eos and pad tokens, and Whisper's language and task
 
-Chat templates in a folder of their own, of which transformers may take one in place of the hashed
-one, are refused; those of a processor (chat_template.json) are never loaded.
+A base's tokenizer is made of these parts alone (`read_tokenizer`), whatever else the folder holds.
+Chat templates in a folder of their own, of which others may take one in place of the hashed one,
+are refused; those of a processor (chat_template.json) are never loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +48,14 @@ REDIRECTS = {
     "tokenizer_config.json": ("fast_tokenizer_files",),
 }
 TEMPLATES = "additional_chat_templates"  # a folder whose default.jinja transformers prefers
+# By these keys a configuration asks for layers or attention of others; by the last one, loading it
+# changes classes of transformers for the whole process.
+LAYERS = ("attn_implementation", "_attn_implementation", "fusion_config")
 # None: of a part that has none. Of other values transformers looks for a package or, as
 # "owner/name", for a repository of kernels.
 ATTENTION = (None, "eager", "sdpa")
+# By these Whisper's tokenizer_config.json chooses the tokens that a transcript begins with.
+START = ("language", "task", "predict_timestamps")
 # Names of weights that some loader reads, in whatever format.
 WEIGHTS = (
     "*.safetensors",
@@ -74,6 +81,21 @@ def digest(folder: Path) -> str:
     return value
 
 
+@contextmanager
+def unchanged(folder: Path, expected: str) -> Iterator[None]:
+    """Refuse what a block reads of `folder` unless it is what has the digest `expected`: a file may
+    be changed after it was hashed, and changed back. Costs a look at the files' change times.
+    Errors: ModelError."""
+    before = _stamps(folder)
+    yield
+    if digest(folder) != expected or _stamps(folder) != before:
+        raise ModelError(
+            f"{folder.name}: its files were changed since they were hashed",
+            expected,
+            "see that nothing writes into a base's folder, and start again",
+        )
+
+
 def _stamps(folder: Path) -> list[tuple[str, int, int, int, int]]:
     """Return name, device, number, size and change time (ns) of each file. Errors: ModelError if
     a file that transformers may open is not a regular file: a pipe would block for ever."""
@@ -89,7 +111,7 @@ def _digest(folder: Path) -> str:
     manifest = {
         "tensors": {name: _hash_tensor(t) for name, t in read_tensors(folder).items()},
         "config": {k: v for k, v in read_json(folder / "config.json").items() if k not in VOLATILE},
-        "tokenizer": _tokenizer(folder),
+        "tokenizer": read_tokenizer(folder),
     }
     processors = {name: read_json(folder / name) for name in PROCESSORS if _has_file(folder, name)}
     if processors:
@@ -135,14 +157,12 @@ def check(folder: Path) -> None:
             "one chat template, in chat_template.jinja or tokenizer_config.json",
             f"delete {TEMPLATES}, or copy the base without it and name the copy",
         )
-    asked = settings_in(
-        read_json(folder / "config.json"), "attn_implementation", "_attn_implementation"
-    )
-    if any(value not in ATTENTION for _, value in asked):
+    asked = settings_in(read_json(folder / "config.json"), *LAYERS)
+    if untried := sorted(name.lstrip("_") for name, value in asked if value not in ATTENTION):
         raise ModelError(
             f"{folder.name}: its configuration asks for layers or attention that fedtune has not "
-            "tried (attn_implementation)",
-            "sdpa or eager attention",
+            f"tried ({untried[0]})",
+            "transformers' own layers, with sdpa or eager attention",
             "take the setting out of config.json, or choose another base",
         )
     if _first_key(folder / "config.json", "quantization_config"):
@@ -236,20 +256,36 @@ def _hash_tensor(tensor: torch.Tensor) -> list[Any]:
     return [str(tensor.dtype), list(tensor.shape), hashlib.sha256(memoryview(raw)).hexdigest()]
 
 
-def _tokenizer(folder: Path) -> dict[str, Any]:
+def read_tokenizer(folder: Path) -> dict[str, Any]:
+    """Read the parts of a base's tokenizer: what is hashed, and what it is made of. special: bos,
+    eos and pad token, and what else START names, by transformers' names. Errors: ModelError."""
     tokenizer = read_json(folder / "tokenizer.json")
     for key in ("padding", "truncation"):  # left over from the last call, set again at each call
         tokenizer.pop(key, None)
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            config |= read_json(folder / name)
+    older, newer = (
+        read_json(folder / name) if _has_file(folder, name) else {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json")
+    )
+    config = older | newer
     jinja = folder / "chat_template.jinja"
     template = config.get("chat_template")
     if os.path.lexists(jinja):
         template = reading.text(jinja, "a chat template", AGAIN, ModelError)
-    special = {
+    special = _special(config) | {key: config[key] for key in START if config.get(key)}
+    # Beside a tokenizer_config.json without this key transformers prefers the other file.
+    preferred = {} if "added_tokens_decoder" in newer else _special(older)
+    if any(token not in (None, special[key]) for key, token in preferred.items()):
+        raise ModelError(
+            f"{folder.name}: special_tokens_map.json names other bos, eos or pad tokens than "
+            "tokenizer_config.json",
+            "one of each",
+            "delete special_tokens_map.json, or copy the base without it and name the copy",
+        )
+    return {"json": tokenizer, "chat_template": template, "special": special}
+
+
+def _special(config: dict[str, Any]) -> dict[str, Any]:
+    return {
         key: token.get("content") if isinstance(token := config.get(key), dict) else token
         for key in ("bos_token", "eos_token", "pad_token")
     }
-    return {"json": tokenizer, "chat_template": template, "special": special}

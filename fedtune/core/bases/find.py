@@ -7,12 +7,13 @@ A base is named in one of three ways:
     OWNER/NAME       a Hugging Face id; only its safetensors, JSON and tokenizer files are fetched
 
 Of weights, only the safetensors that the digest covers are opened, and the loader is given what
-they hold rather than the folder (docs/decisions/0091-what-the-digest-covers.md). No model's own
-code is ever run.
+they hold rather than the folder (docs/decisions/0091-what-the-digest-covers.md); so is the
+tokenizer (0098). No model's own code is ever run.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -22,7 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedtune.core.bases import known_here, wheel
-from fedtune.core.bases.digest import ATTENTION, read_json, read_tensors, settings_in, weights
+from fedtune.core.bases.digest import (
+    ATTENTION,
+    read_json,
+    read_tensors,
+    read_tokenizer,
+    settings_in,
+    unchanged,
+    weights,
+)
 from fedtune.core.bases.digest import digest as digest_of
 from fedtune.core.boot import online
 from fedtune.core.config.known_bases import KNOWN, MEDIA, PREFIX, Kind
@@ -189,18 +198,19 @@ def _backbone(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
     auto, config = auto_class(base.kind), load_config(base)
     try:
-        with torch.device("meta"):
-            empty = auto.from_config(config, trust_remote_code=False)
-        # Not from the folder: which of its files transformers reads follows from their names.
-        model, info = type(empty).from_pretrained(
-            None,
-            config=empty.config,
-            state_dict=read_tensors(base.path),
-            generation_config=_generation_config(base.path),
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with unchanged(base.path, base.digest):
+            with torch.device("meta"):
+                empty = auto.from_config(config, trust_remote_code=False)
+            # Not from the folder: which of its files transformers reads follows from their names.
+            model, info = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=read_tensors(base.path),
+                generation_config=_generation_config(base.path),
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except BaseException as error:  # may raise anything on a config with values of other types
         if not is_fault(error) or isinstance(error, ModelError):
             raise
@@ -225,9 +235,12 @@ def load_config(base: Base) -> Any:
 
     wheel.silence_libraries()
     try:
-        return AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+        with unchanged(base.path, base.digest):
+            return AutoConfig.from_pretrained(
+                base.path, trust_remote_code=False, local_files_only=True
+            )
     except BaseException as error:  # the same
-        if not is_fault(error):
+        if not is_fault(error) or isinstance(error, ModelError):
             raise
         raise _build_unknown_error(base, error) from error
 
@@ -294,16 +307,24 @@ def auto_class(kind: Kind) -> Any:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer, with a pad token: its own, else its eos.
+    """Make the base's tokenizer of what its digest covers, and of nothing else in its folder; with
+    a pad token: its own, else its eos.
 
     Pad and eos may be the same token (SmolLM2), so what is padding must come from the mask, never
     from the token's id. Errors: ModelError."""
-    from transformers import AutoTokenizer
+    import transformers
+    from tokenizers import Tokenizer
 
     wheel.silence_libraries()
+    fast: Any = transformers.PreTrainedTokenizerFast
+    with unchanged(base.path, base.digest):
+        parts = read_tokenizer(base.path)
+    special = {key: token for key, token in parts["special"].items() if token is not None}
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            base.path, trust_remote_code=False, local_files_only=True
+        tokenizer = fast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(parts["json"])),
+            chat_template=parts["chat_template"],
+            **special,
         )
     except BaseException as error:  # the same, and a panic of the tokenizers' Rust code
         if not is_fault(error):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from fedtune.core.bases.digest import unchanged
 from fedtune.core.bases.find import Base
 from fedtune.core.config import ObjectiveTable
 from fedtune.core.data.files import Rejected
@@ -87,11 +88,16 @@ class AudioText(Modality):
 
 
 def _start(tokenizer: Any) -> str:
-    """Return the tokens with which the decoder's text begins, as text."""
-    ids = getattr(tokenizer, "prefix_tokens", None)
-    if ids:
-        return "".join(tokenizer.convert_ids_to_tokens(ids))
-    return _START if _START in tokenizer.get_vocab() else str(tokenizer.bos_token)
+    """Return the tokens with which the decoder's text begins, as text, like WhisperTokenizer's."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    known, asked = tokenizer.get_vocab(), tokenizer.init_kwargs
+    if _START not in known:
+        return str(tokenizer.bos_token)
+    language = str(asked.get("language")).lower()
+    tokens = [_START, f"<|{TO_LANGUAGE_CODE.get(language, language)}|>", f"<|{asked.get('task')}|>"]
+    tokens += [] if asked.get("predict_timestamps") else ["<|notimestamps|>"]
+    return "".join(token for token in tokens if token in known)
 
 
 def _extractor(base: Base) -> Any:
@@ -99,7 +105,8 @@ def _extractor(base: Base) -> Any:
 
     try:
         auto: Any = transformers.AutoFeatureExtractor
-        return auto.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+        with unchanged(base.path, base.digest):
+            return auto.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{base.name}: transformers cannot load its feature extractor ({type(error).__name__})",

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.bases.architecture import SIDE
+from fedtune.core.bases.digest import unchanged
 from fedtune.core.bases.find import Base, load_config
 from fedtune.core.config import ObjectiveTable
 from fedtune.core.data.files import Rejected
@@ -192,7 +193,8 @@ def _processor(base: Base) -> Any:
         ) from None
     try:
         auto: Any = transformers.AutoImageProcessor
-        return auto.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
+        with unchanged(base.path, base.digest):
+            return auto.from_pretrained(base.path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"{base.name}: transformers cannot load its image processor ({type(error).__name__})",

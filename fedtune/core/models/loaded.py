@@ -1,5 +1,4 @@
-"""Load complete models as users do: a base in transformers, a run's adapter by PEFT, and a run's
-head.
+"""Load complete models: a base, the adapter that a run's plan describes, and the run's head.
 
 They serve scores and soft targets, one record at a time: no result of a record depends on other
 records."""
@@ -7,6 +6,7 @@ records."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from fedtune.core.bases import known_here
-from fedtune.core.bases.architecture import pool_states, positions_of, rows_of
+from fedtune.core.bases.architecture import parts_of, pool_states, positions_of, rows_of
 from fedtune.core.bases.find import (
     Base,
     base_of_plan,
@@ -30,13 +30,12 @@ from fedtune.core.bases.find import (
     place_of,
 )
 from fedtune.core.bases.quantise import round_weights
-from fedtune.core.config import BaseTable, Study
+from fedtune.core.config import Study
 from fedtune.core.errors import ModelError
-from fedtune.core.files.reading import regular
 from fedtune.core.models import lora
-from fedtune.core.models.adapter_files import ADAPTER, AGAIN, load_adapter
+from fedtune.core.models.adapter_files import load_adapter
 from fedtune.core.models.cache import check_tokens
-from fedtune.core.run_folder import BASE, load_plan
+from fedtune.core.run_folder import ADAPTER, BASE, load_plan
 
 PLAN = "plan.json"
 
@@ -125,7 +124,6 @@ def load(
     digest: str | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    trainable: bool = False,
     sent: bool = False,
 ) -> LoadedModel:
     """Load the base or the run folder that `source` names. sent: whether the run was received,
@@ -141,38 +139,55 @@ def load(
         base = base_of_plan(study.base.digest, inside if model == inside else None)
     else:
         base = find_base(study.base.model, study.base.digest) if study else find_base(str(source))
-    adapter = run / "adapter" if study else None
-    actual_digest = digest_of(base, adapter, study.base if study else None)
+    arrays = load_adapter(run / ADAPTER) if study else {}
+    actual_digest = digest_of(base, study, arrays)
     if digest is not None and digest != actual_digest:
         raise ModelError(
-            f"{base.name if adapter is None else run}: the digest here is {actual_digest}",
+            f"{run if study else base.name}: the digest here is {actual_digest}",
             digest,
-            "use the copy that the digest was taken of",
+            "use the copy that the digest was taken of; of a run whose digest an earlier release "
+            "showed, `fedtune models verify RUN` shows the present one"
+            if study
+            else "use the copy that the digest was taken of",
         )
-    if adapter is not None:
+    if study:
         known_here.note(cache_dir(), actual_digest, run.name, run)
     network: Any = load_backbone(base, dtype)
     if base.kind == "causal":
         network.lm_head.register_forward_pre_hook(_in_one_piece)
     if study is not None and study.base.quantisation:
         round_weights(network, study.base.quantisation, getattr(torch, study.base.dtype))
-    head = None
-    if adapter is not None:
-        if (adapter / ADAPTER).is_file():
-            network = load_peft_adapter(network, adapter, trainable)
-        head = _head(adapter)
+    if study:
+        network = _adapted(network, base, study, arrays)
+    head = _head(arrays)
     return LoadedModel(base, network, load_tokenizer(base), head, study, actual_digest)
 
 
-def digest_of(base: Base, adapter: Path | None, asked: BaseTable | None = None) -> str:
-    """Return the base's digest; with an adapter folder, a digest of the base, of all arrays in
-    the folder, and of the quantisation of the base, if there is one."""
-    if adapter is None:
+def digest_of(base: Base, study: Study | None, arrays: lora.Arrays) -> str:
+    """Return the base's digest; of a run, a digest of the base, of the adapter and head in
+    `arrays`, and of what its plan says of them: how the base is quantised, which adapter the arrays
+    are of, how a record becomes tokens and classes, and the privacy that a policy asks for."""
+    if study is None:
         return base.digest
-    both = f"{base.digest}\n{lora.digest(load_adapter(adapter))}"
-    if asked and asked.quantisation:
-        both += f"\n{asked.dtype} {asked.quantisation.model_dump_json()}"
-    return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
+    plan = study.model_dump(mode="json", include={"lora", "objective", "privacy"})
+    if study.base.quantisation:
+        plan["base"] = study.base.model_dump(mode="json", include={"dtype", "quantisation"})
+    told = {"base": base.digest, "arrays": lora.digest(arrays), "plan": plan}
+    text = json.dumps(told, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _adapted(network: Any, base: Base, study: Study, arrays: lora.Arrays) -> Any:
+    """Attach the plan's adapter, as training does, and load the arrays that were hashed into it.
+    adapter_config.json, which tells others how to load them, is not read. Errors: ModelError,
+    ConfigError."""
+    adapter = {name: array for name, array in arrays.items() if not name.startswith("head.")}
+    parameters: dict[str, nn.Parameter] = {}
+    if study.lora:
+        network = lora.attach(network, study.lora, base.name, parts_of(network, base.kind))
+        parameters = {n: p for n, p in network.named_parameters() if ".lora_" in n}
+    lora.load_into(parameters, adapter)
+    return network.requires_grad_(False).eval()
 
 
 def _in_one_piece(_: nn.Module, states: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -187,24 +202,8 @@ def room(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 2**31))
 
 
-def load_peft_adapter(model: Any, adapter: Path, trainable: bool = False) -> Any:
-    """Load the adapter in a folder onto `model`, by PEFT. Errors: ModelError."""
-    from peft import PeftModel
-
-    for name in ("adapter_config.json", ADAPTER):
-        regular(adapter / name, "an adapter as PEFT saves it", AGAIN, ModelError)
-    try:
-        loaded = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except Exception as error:  # PEFT may raise anything on a file with values of other types
-        raise ModelError(
-            f"{adapter}: PEFT cannot load it ({type(error).__name__})", todo=AGAIN
-        ) from None
-    return loaded.eval()
-
-
-def _head(adapter: Path) -> nn.Linear | None:
-    arrays = {n: v for n, v in load_adapter(adapter).items() if n.startswith("head.")}
-    if not arrays:
+def _head(arrays: lora.Arrays) -> nn.Linear | None:
+    if "head.weight" not in arrays:
         return None
     outputs, inputs = arrays["head.weight"].shape
     head = nn.Linear(inputs, outputs)
