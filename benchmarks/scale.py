@@ -65,7 +65,9 @@ class Site:
             site=SimpleNamespace(name=name, declared_size=SIZE), policy=policy
         )
         # One audit log for all: a site has its own.
-        self.home = SimpleNamespace(folder=ACTS, key=self.key, admitted=lambda *_: False)
+        self.home = SimpleNamespace(
+            folder=ACTS, key=self.key, admitted=lambda *_: False, check_not_frozen=lambda: None
+        )
         self.room = Room(ACTS, SIZE)
         self.coordinator = ""
 

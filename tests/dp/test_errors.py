@@ -122,8 +122,12 @@ def test_a_held_out_record_that_raises_costs_its_own_unit(
 ) -> None:
     plan = study()
     usual = all_rows(plan, data)
-    raises = Raises(first(data, BAD)).losses
-    given = SimpleNamespace(losses=raises, record_format=CausalLM.record_format)
+    raises = Raises(first(data, BAD))
+    given = SimpleNamespace(
+        losses=raises.losses,
+        may_run_beside=raises.may_run_beside,
+        record_format=CausalLM.record_format,
+    )
     monkeypatch.setitem(plan.objective.__dict__, "resolved", given)
     try:
         found = all_rows(plan, data)

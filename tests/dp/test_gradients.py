@@ -157,7 +157,7 @@ def test_the_gradients_that_an_engine_gives_are_overwritten(engine: UnitGradient
     inner, given = engine._engine, list[torch.Tensor]()
 
     class Watched:
-        name, watching = inner.name, inner.watching
+        name, watching, side_by_side = inner.name, inner.watching, inner.side_by_side
 
         def __call__(self, losses: torch.Tensor) -> list[torch.Tensor | None]:
             gradients = list(inner(losses))

@@ -70,7 +70,12 @@ class FakeSite:
     @property
     def home(self) -> Any:
         """Where its audit log lies, and who signed there: nobody."""
-        return SimpleNamespace(folder=self.folder, key=self.key, admitted=lambda *_: False)
+        return SimpleNamespace(
+            folder=self.folder,
+            key=self.key,
+            admitted=lambda *_: False,
+            check_not_frozen=lambda: None,
+        )
 
     def current(self) -> Any:
         return self.site

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,13 +63,13 @@ class Unbounded(UnitGradientEngine):
     """With micro-batches of as many records as there are: what the engine was."""
 
     def __call__(self, rows: list[int], on_work: OnWork | None = None) -> Iterator[Chunk]:
-        self.data.blocks = self._as_they_come  # type: ignore[method-assign]
+        self.data.compute_blocks = self._as_they_come  # type: ignore[method-assign]
         return super().__call__(rows)
 
     def _as_they_come(
-        self, indices: list[int], most: int | None = None, on_work: OnWork | None = None
-    ) -> Iterator[Batch]:
-        return self.data.batches(indices)
+        self, compute: Any, indices: list[int], *_: Any, **more: Any
+    ) -> Iterator[tuple[Batch, Any]]:
+        return ((batch, compute(batch)) for batch in self.data.batches(indices))
 
 
 def moved(network: Network, folder: Path, others: int, kind: type[UnitGradientEngine]) -> float:
