@@ -9,6 +9,7 @@ HOSPITAL, SITE = "fedtune/core/config/hospital.py", "fedtune/core/config/site.py
 T_HOSPITAL = "tests/client/test_hospital.py::"
 T_ADOPT = "tests/client/test_adopt.py::"
 T_AT_ONCE = "tests/client/test_memberships_at_once.py::"
+T_APART = "tests/client/test_disjoint_memberships.py::"
 
 # fmt: off
 MUTANTS = (
@@ -195,5 +196,17 @@ MUTANTS = (
         'if (home / FILE).read_text(encoding="utf-8") != before_it:', "if False:",
         T_ADOPT + "test_a_change_of_the_hospitals_file_meanwhile_is_not_overwritten",
         "a ceiling that a person lowered is as high as before",
+    ),
+    one(
+        "hospital", "two-vaults-keep-one-patient", "fedtune/core/vault/worker.py",
+        "            dataset = dataset.exclude_units(elsewhere.__contains__)\n", "",
+        T_APART + "test_of_two_vaults_that_read_at_once_one_keeps_a_patient_of_both",
+        "a patient of two disjoint datasets pays at neither what both spend",
+    ),
+    one(
+        "hospital", "a-key-is-entered-for-both-datasets", "fedtune/core/ledger/ledger.py",
+        "sorted(hashes - set(elsewhere.values()))", "sorted(hashes)",
+        T_APART + "test_of_two_vaults_that_read_at_once_one_keeps_a_patient_of_both",
+        "the next reading of the first dataset leaves the patient out",
     ),
 )

@@ -262,20 +262,26 @@ class SiteWorker:
         Errors: DataError if the columns do not fit the study, or there is no file."""
         anew = study.continuous or bool(data.consent)
         groups = group_reader(data, study)
-        view = (data, network, study.objective, study.unit, study.max_records_per_unit, groups)
+        apart: list[tuple[str, str]] = []
+        if self.site.hospital:  # which may be declared otherwise while this membership runs
+            apart = [pair for pair in self.home.disjoint if data.name in pair]
+        of_study = study.objective, study.unit, study.max_records_per_unit
+        view = (data, network, *of_study, groups, apart)
         cached_view, cached = self._cached.get(data.name, (None, None))
         if anew or cached_view != view or cached is None:
             dataset = self._read(study, network, data)
             keep_counts(self.site, data, study, dataset)
-            self._remember(study, data, dataset)
+            elsewhere = self._remember(study, data, dataset)
+            dataset = dataset.exclude_units(elsewhere.__contains__)
             cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = None if anew else view, cached
         elif (left := without_withdrawn(cached, self.home)) is not cached:
             self._cached[data.name] = view, (cached := left)
         return cached
 
-    def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> None:
-        """Enter a dataset's content in the ledger.
+    def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> frozenset[bytes]:
+        """Enter a dataset's content in the ledger, and return the units that take part in a
+        disjoint dataset, which another membership may have read at the same moment.
 
         Guarantee: whether a later reading knows which records of whom were trained on, and so which
         it chooses under the cap, follows from that unit's own records and history, and from no
@@ -298,11 +304,11 @@ class SiteWorker:
         arrivals = dataset.keys if study.continuous else None
         about = data.name, data.disjoint_from, dataset.content_hash
         try:
-            self.ledger.declare(*about, members, data.cohort, arrivals)
+            return self.ledger.declare(*about, members, data.cohort, arrivals, dataset.keys)
         except NoRoom:  # for texts: what a later reading chooses by comes first
             if members == dataset.trained:
                 raise
-            self.ledger.declare(*about, dataset.trained, data.cohort, arrivals)
+            return self.ledger.declare(*about, dataset.trained, data.cohort, arrivals, dataset.keys)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load a dataset as `data_for` does, in a study in which this site takes part. There are
