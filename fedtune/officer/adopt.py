@@ -163,7 +163,7 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
         raise ConfigError(
             f"{state}: its ledger is in a hospital's home already, by another site file",
             "a site with a ledger of its own",
-            f"copy the table [hospital] of that file to {site_file}: it is the same membership",
+            f"use that file, which {FILE} names for its membership, in place of {site_file}",
         )
     if link := next((p for p in _files_of(state) if p.is_symlink()), None):
         raise InputError(
@@ -200,7 +200,7 @@ def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed
     state, text = site.site.state, _hospital_text(site, site_file, name)
     is_new = not (home / FILE).exists()
     hospital = load_hospital_text(home.parent, text) if is_new else load_hospital(home)
-    share_in(_as_membership(site, home, name, hospital, {}), hospital)
+    share_in(_as_membership(site, home, name, hospital, {}), hospital, site_file)
     site_text = _site_text(home, site, site_file, name, hospital, {})
     copy = _keep_state(state)
     if is_new:
@@ -292,7 +292,8 @@ def _adopt_later(
         for dataset in sorted({*old.datasets, *datasets})
     }
     site_text = _site_text(home, site, site_file, name, hospital, datasets)
-    membership = share_in(_as_membership(site, home, name, hospital, datasets), hospital)
+    as_membership = _as_membership(site, home, name, hospital, datasets)
+    membership = share_in(as_membership, hospital, site_file)
     copy = _keep_state(state)
     if (home / FILE).read_text(encoding="utf-8") != before_it:
         raise ConfigError(
@@ -448,7 +449,7 @@ def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) ->
 
 def _switch(site_file: Path, name: str, text: str) -> Path:
     """Replace the site file, after reading it as it will be; return the copy that is kept."""
-    check_text(site_file, text, lambda draft: site_of(draft, name))
+    check_text(site_file, text, lambda draft: site_of(draft, name, site_file))
     copy = keep_copy(site_file)
     replace(site_file, text.encode(), private=True)
     return copy

@@ -30,6 +30,7 @@ from fedtune.core.ledger.spending import (
     share_of,
 )
 from fedtune.core.processes import alone
+from fedtune.core.vault.process import vault_of
 from fedtune.core.vault.studies import under_way
 from fedtune.flower.membership import keys_folder, load_answer
 from fedtune.observe.status import LOCK, held
@@ -149,9 +150,10 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
     )
 
 
-def site_of(path: Path, membership: str) -> Site:
-    """Load the site file of a membership. Errors: ConfigError if it is another's."""
-    site = load_site(path)
+def site_of(path: Path, membership: str, at: Path | None = None) -> Site:
+    """Load the site file of a membership, or a draft of it that will lie `at` another path. Errors:
+    ConfigError if it is another's."""
+    site = load_site(path, at=at)
     if site.policy.membership != membership:
         raise ConfigError(
             f"{path}: is not the site file of membership {membership!r}",
@@ -172,11 +174,13 @@ def still(home: Path, site: Site) -> Iterator[None]:
     running meanwhile. Errors: InfrastructureError if one runs; ConfigError if a membership's site
     file cannot be read, since it could not be told whether one does."""
     states = {site.site.state.resolve()}
-    if (home / FILE).exists():
-        for membership in load_hospital(home).memberships.values():
-            if membership.site.exists():
-                states.add(load_site(membership.site, alone=True).site.state.resolve())
+    memberships = load_hospital(home).memberships if (home / FILE).exists() else {}
+    for membership in memberships.values():
+        if membership.site.exists():
+            states.add(load_site(membership.site, alone=True).site.state.resolve())
     with ExitStack() as held:
+        for name in memberships:  # wherever its site file lay when its vault started
+            held.enter_context(vault_of(home, name))
         for state in sorted(state for state in states if state.is_dir()):
             held.enter_context(alone(state / "flower", "fedtune client"))
             held.enter_context(alone(state / "ranks", "the vault of a client"))

@@ -14,17 +14,18 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import BudgetExceeded, ConfigError
+from fedtune.core.errors import BudgetExceeded, ConfigError, InfrastructureError
 from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.registry.reasons import reason_of
-from fedtune.core.vault import airlock
+from fedtune.core.vault import airlock, process
 from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.seal import receipt
 from fedtune.courier.process import list_private, list_readable
+from fedtune.officer.memberships import still
 from fedtune.officer.purge import listing, purge
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
@@ -70,6 +71,12 @@ def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path)
         ("hospital.toml", "declared_size = 12", "declared_size = 11", "more than the hospital"),
         ("hospital.toml", "max_delta = 1e-4", "max_delta = 0.1", "1 / hospital.declared_size"),
         ("hospital.toml", 'site = "onco', 'sight = "onco', "did you mean site"),
+        (
+            "hospital.toml",
+            'site = "onco',
+            'site = "moved',
+            "not the site file of membership 'onco'",
+        ),
         ("hospital.toml", "[policy]", "[polici]", "did you mean policy"),
         ("hospital.toml", "[memberships.onco]", "[memberships.officer]", "is not free"),
         ("onco/site.toml", "[policy]", 'disjoint_from = ["x"]\n[policy]', "differs from what"),
@@ -88,6 +95,19 @@ def test_what_the_two_files_must_agree_on(
         return
     with pytest.raises(ConfigError, match=re.escape(says)):
         load_site(path)
+
+
+def test_a_vault_is_seen_though_its_site_file_was_moved(tmp_path: Path) -> None:
+    """A restore beside it would lose what it pays."""
+    home = tmp_path / "home"
+    sites = {name: load_site(path) for name, path in make_hospital(home).items()}
+    with process._alone(sites["onco"]):
+        (home / "onco").rename(home / "moved")
+        refused = pytest.raises(InfrastructureError, match="another vault of membership 'onco'")
+        with refused, still(home, sites["cardio"]):
+            pass
+    with still(home, sites["cardio"]):
+        pass
 
 
 def test_a_site_file_cannot_grant_itself_a_share(tmp_path: Path) -> None:

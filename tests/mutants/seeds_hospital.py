@@ -209,4 +209,16 @@ MUTANTS = (
         T_APART + "test_of_two_vaults_that_read_at_once_one_keeps_a_patient_of_both",
         "the next reading of the first dataset leaves the patient out",
     ),
+    one(
+        "hospital", "a-vault-is-where-its-site-file-is", "fedtune/core/vault/process.py",
+        "if site.hospital:", "if False:",
+        T_HOSPITAL + "test_a_vault_is_seen_though_its_site_file_was_moved",
+        "what a vault pays while the ledger is restored is in no charge",
+    ),
+    one(
+        "hospital", "any-site-file-is-a-membership", HOSPITAL,
+        "if membership.site.resolve() != site_file.resolve():", "if False:",
+        T_HOSPITAL + "test_what_the_two_files_must_agree_on",
+        "a copy of a site file pays beside the one that the officer's commands know",
+    ),
 )

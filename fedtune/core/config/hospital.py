@@ -120,12 +120,12 @@ class Hospital(Table):
         return self.model_copy(update=tables)
 
 
-def share_in(site: Site, hospital: Hospital) -> Site:
+def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
     """Return the site as a membership of the hospital: under its ceilings and its share of them,
     with what the hospital declares of its datasets.
 
-    Errors: ConfigError if the hospital does not list the membership or a dataset, or if the site
-    file says otherwise."""
+    Errors: ConfigError if the hospital does not list the membership or a dataset, names another
+    site file for the membership, or if the site file says otherwise."""
     assert site.hospital is not None
     name, ceilings = site.hospital.membership, hospital.policy
     where = site.hospital.home / FILE
@@ -134,6 +134,12 @@ def share_in(site: Site, hospital: Hospital) -> Site:
             f"{where}: has no membership {name!r}",
             "one of " + (", ".join(sorted(hospital.memberships)) or "none so far"),
             "`fedtune memberships` adds one",
+        )
+    if membership.site.resolve() != site_file.resolve():
+        raise ConfigError(
+            f"{site_file}: is not the site file of membership {name!r}",
+            f"{membership.site}, which {where} names",
+            "correct the path there, if the file was moved",
         )
     if site.site.declared_size > hospital.hospital.declared_size:
         raise ConfigError(
