@@ -14,7 +14,7 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import BudgetExceeded, ConfigError, InfrastructureError
+from fedtune.core.errors import BudgetExceeded, ConfigError, InfrastructureError, PolicyRefused
 from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger, LedgerError
@@ -244,6 +244,22 @@ def test_a_ceiling_that_is_lowered_applies_from_the_next_round(
 
 
 # ------------------------------------------------------------------------- what is shared, or not
+
+
+@pytest.mark.parametrize("table", ["", '[hospital]\nhome = ".."\nmembership = "cardio"\n'])
+def test_a_running_membership_does_not_change_whose_ceilings_hold(
+    tmp_path: Path, tiny_base: Path, table: str
+) -> None:
+    made = workers(tmp_path / "home", ceiling=4.0)
+    study = study_of("onco", tiny_base)
+    run(made["onco"], study, 1)
+    site = tmp_path / "home" / "onco" / "site.toml"
+    edit(site, '[hospital]\nhome = ".."\nmembership = "onco"\n', table)
+    if table:
+        edit(tmp_path / "home" / "hospital.toml", "cardio/site.toml", "onco/site.toml")
+    with pytest.raises(PolicyRefused, match=r"the table \[hospital\] was changed"):
+        trains(made["onco"], study, 2)
+    assert len(spent(made["onco"])) == 1
 
 
 def test_each_signs_with_a_key_of_its_own(tmp_path: Path, tiny_base: Path) -> None:

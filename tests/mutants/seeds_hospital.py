@@ -221,4 +221,10 @@ MUTANTS = (
         T_HOSPITAL + "test_what_the_two_files_must_agree_on",
         "a copy of a site file pays beside the one that the officer's commands know",
     ),
+    one(
+        "hospital", "a-running-membership-leaves-the-hospitals-ceilings",
+        "fedtune/core/vault/declared.py", "if current.hospital != loaded.hospital:", "if False:",
+        T_HOSPITAL + "test_a_running_membership_does_not_change_whose_ceilings_hold",
+        "a site file that a person edits spends past what the hospital allows",
+    ),
 )

@@ -76,9 +76,16 @@ def as_stated(current: Site, loaded: Site) -> Site:
     again: the coordinator was told the declared size and the LoRA rank, from which q, σ and the
     rule for δ follow, the disk space beside the ledger was reserved for that size, and the records
     in memory were read by these tables, the held-out ones included.
-    Errors: PolicyRefused if the file says by now what cannot wait until then: that data is not
-    declared, or that a query or a view selects the records, of which the coordinator was not
-    informed; or if the new policy does not fit the declared size of the start."""
+    Errors: PolicyRefused if the file says by now what cannot wait until then: that another ledger
+    pays, that data is not declared, or that a query or a view selects the records, of which the
+    coordinator was not informed; or if the new policy does not fit the declared size of the
+    start."""
+    if current.hospital != loaded.hospital:  # whose ceilings the new policy would be under
+        raise PolicyRefused(
+            "the table [hospital] was changed while this site takes part",
+            "what it said when the site joined",
+            "stop this site and start it again, so that the ledger it names pays",
+        )
     for data, was in ((current.data, loaded.data), (current.evaluation, loaded.evaluation)):
         if getattr(data, "declared", None) != getattr(was, "declared", None):
             raise PolicyRefused(
