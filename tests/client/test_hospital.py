@@ -18,6 +18,7 @@ from fedtune.core.errors import BudgetExceeded, ConfigError, InfrastructureError
 from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.spending import facts
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.vault import airlock, process
 from fedtune.core.vault.budget import Budget
@@ -95,6 +96,23 @@ def test_what_the_two_files_must_agree_on(
         return
     with pytest.raises(ConfigError, match=re.escape(says)):
         load_site(path)
+
+
+def test_a_membership_keeps_its_stricter_delta(tmp_path: Path, tiny_base: Path) -> None:
+    """A plan is held to it, and the ledger of all is composed at the hospital's."""
+    made = workers(tmp_path / "home")
+    edit(tmp_path / "home" / "onco" / "site.toml", "[policy]", "[policy]\nmax_delta = 1e-6")
+    policies = {name: worker.current().policy for name, worker in made.items()}
+    assert {name: policy.max_delta for name, policy in policies.items()} == {
+        "cardio": 1e-4,
+        "onco": 1e-6,
+    }
+    assert {policy.delta for policy in policies.values()} == {1e-4}
+    assert "policy.max_delta" in refusal(made["onco"], study_of("onco", tiny_base))
+    run(made["cardio"], study_of("cardio", tiny_base), 1)
+    ledger = made["cardio"].ledger
+    totals = {facts(ledger, "records", policy)["budget"]["epsilon"] for policy in policies.values()}
+    assert len(totals) == 1
 
 
 def test_a_vault_is_seen_though_its_site_file_was_moved(tmp_path: Path) -> None:

@@ -227,4 +227,17 @@ MUTANTS = (
         T_HOSPITAL + "test_a_running_membership_does_not_change_whose_ceilings_hold",
         "a site file that a person edits spends past what the hospital allows",
     ),
+    one(
+        "hospital", "a-hospital-loosens-a-sites-delta", HOSPITAL,
+        "min(own.max_delta, ceilings.max_delta)", "ceilings.max_delta",
+        T_HOSPITAL + "test_a_membership_keeps_its_stricter_delta",
+        "a plan is admitted at a δ that the board of the membership forbids",
+    ),
+    one(
+        "hospital", "each-membership-composes-at-its-own-delta", SITE,
+        "return self.hospital.max_delta if self.hospital else self.max_delta",
+        "return self.max_delta",
+        T_HOSPITAL + "test_a_membership_keeps_its_stricter_delta",
+        "two memberships state two totals of one ledger, and an order is fixed for the wrong δ",
+    ),
 )

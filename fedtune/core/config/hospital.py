@@ -151,6 +151,7 @@ def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
         membership=name,
         max_epsilon=ceilings.max_epsilon,
         max_fallback_epsilon=ceilings.max_fallback_epsilon,
+        max_delta=ceilings.max_delta,
         max_rounds=ceilings.max_rounds,
         earlier=membership.earlier,
         declared_size=hospital.hospital.declared_size,
@@ -164,7 +165,7 @@ def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
                 own.max_fallback_epsilon,
                 membership.max_fallback_epsilon or ceilings.max_fallback_epsilon,
             ),
-            "max_delta": ceilings.max_delta,
+            "max_delta": min(own.max_delta, ceilings.max_delta),
             "max_rounds": min(own.max_rounds, membership.max_rounds or ceilings.max_rounds),
             "hospital": share,
         }

@@ -37,8 +37,8 @@ class Budget:
     against one cohort, in the ledger's order.
     Guarantee: while `check` (or, for another dataset than the plan's own, `check_ceilings`) passes
     before every charge, all that was released from the dataset
-    is (policy.ceiling, 2 · policy.max_delta)-DP under the assumption of secure aggregation
-    where studies have it, and (policy.fallback_ceiling, 2 · policy.max_delta)-DP without,
+    is (policy.ceiling, 2 · policy.delta)-DP under the assumption of secure aggregation
+    where studies have it, and (policy.fallback_ceiling, 2 · policy.delta)-DP without,
     whatever the choice of studies depended on; see `fedtune.core.dp.filter`. For a membership of a
     hospital these are the hospital's ceilings, and what this membership alone released is within
     its share, policy.max_epsilon and policy.max_fallback_epsilon."""
@@ -54,11 +54,11 @@ class Budget:
         if self.charges:
             return self.charges[0].order
         planned = self.plan.events(self.plan.steps)
-        return best_order(planned, self.policy.ceiling, self.policy.max_delta)
+        return best_order(planned, self.policy.ceiling, self.policy.delta)
 
     def total(self, ahead: int) -> Total:
         """Compute the dataset's total ε with `ahead` more steps of the plan, at 2 ·
-        policy.max_delta; under the assumption of secure aggregation, where studies have it."""
+        policy.delta; under the assumption of secure aggregation, where studies have it."""
         return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
 
     def fallback(self, ahead: int) -> Total:
@@ -73,7 +73,7 @@ class Budget:
         events = charged + [event for event in planned if event.steps]
         # Without charges there is one kind of step, which is composed exactly, whatever the order.
         order = self.charges[0].order if self.charges else 2.0
-        return total_epsilon(events, order, self.policy.max_delta)
+        return total_epsilon(events, order, self.policy.delta)
 
     def remaining(self) -> int:
         """Count the plan's steps that are not charged yet. A round that was charged twice takes the
