@@ -332,6 +332,41 @@ def test_with_shared_noise_a_hospital_takes_part_in_a_plan_once(
     Budget(policies["cardio"], plan, [charge]).check(1)
 
 
+def test_the_limit_of_a_study_holds_for_all_memberships_together(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """One plan in two consortia is one study for the people that it trains on."""
+    made = workers(tmp_path / "home", ceiling=20.0)
+    for name in NAMES:
+        limit = "[policy]\nmax_epsilon_per_study = 4.0"
+        edit(tmp_path / "home" / name / "site.toml", "[policy]", limit)
+    study = study_of("both", tiny_base)
+    run(made["cardio"], study, 4)
+    told = refusal(made["onco"], study)
+    assert "of all its consortia together" in told and not re.search(r"\d", told)
+    assert made["cardio"].prepare(study.study, study.frozen, "c" * 64).admitted
+    other = study_of("other", tiny_base, epsilon=6.0)
+    assert "policy.max_epsilon_per_study" in refusal(made["onco"], other)
+    run(made["onco"], study_of("own", tiny_base), 1)
+
+
+def test_a_patients_lifetime_in_a_plan_is_one_for_all_memberships(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    made = workers(tmp_path / "home", ceiling=20.0)
+    run(made["cardio"], study_of("both", tiny_base), 4)
+    charges = spent(made["cardio"])
+    plan = made["cardio"]._prepared[charges[0].study].private
+    assert plan is not None
+    lifelong = replace(plan, lifetime=4.1)
+    policies = {name: made[name].current().policy for name in NAMES}
+    with pytest.raises(BudgetExceeded, match=r"privacy\.epsilon"):
+        Budget(policies["cardio"], lifelong, charges).check(5)
+    with pytest.raises(BudgetExceeded, match="of all its consortia together"):
+        Budget(policies["onco"], lifelong, charges).check(5)
+    Budget(policies["onco"], lifelong, charges[:1]).check(5)
+
+
 def test_what_is_paid_for_another_unit_meanwhile_is_seen(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

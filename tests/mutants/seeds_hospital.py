@@ -15,14 +15,16 @@ T_APART = "tests/client/test_disjoint_memberships.py::"
 MUTANTS = (
     one(
         "hospital", "each-membership-reads-its-own-balance", BUDGET,
-        "if policy.hospital and self._exceeds_hospital(ahead):", "if False:",
+        "self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead)",
+        "self._exceeds_of_a_study(ahead)",
         T_HOSPITAL + "test_nor_in_the_midst_of_a_study",
         "three consortia spend three times what the hospital allows",
     ),
     one(
         "hospital", "a-refusal-tells-what-another-consortium-spent", BUDGET,
-        '"the study does not fit into the budget of this hospital, of all its consortia "',
-        'f"the study does not fit into {self.total(0).epsilon} of all its consortia "',
+        "or self._exceeds_ceiling(ahead)): raise _exceeds_hospital()",
+        "or self._exceeds_ceiling(ahead)): raise BudgetExceeded(f'{self.total(0).epsilon} of all "
+        "its consortia together')",
         T_HOSPITAL + "test_what_one_consortium_spent_is_not_there_for_the_other",
         "one coordinator learns how much another study costs",
     ),
@@ -239,5 +241,18 @@ MUTANTS = (
         "return self.max_delta",
         T_HOSPITAL + "test_a_membership_keeps_its_stricter_delta",
         "two memberships state two totals of one ledger, and an order is fixed for the wrong δ",
+    ),
+    one(
+        "hospital", "each-membership-has-a-whole-study", BUDGET,
+        "if policy.hospital and (self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead))",
+        "if policy.hospital and self._exceeds_ceiling(ahead)",
+        T_HOSPITAL + "test_the_limit_of_a_study_holds_for_all_memberships_together",
+        "one plan in two consortia costs twice what the board allows a study",
+    ),
+    one(
+        "hospital", "each-membership-has-a-patients-lifetime", BUDGET,
+        "if self.policy.hospital and self._exceeds_lifetime(ahead):", "if False:",
+        T_HOSPITAL + "test_a_patients_lifetime_in_a_plan_is_one_for_all_memberships",
+        "a schedule in two consortia spends a patient's lifetime twice",
     ),
 )
