@@ -36,6 +36,47 @@ def kept_by(vaults: dict[str, SiteWorker]) -> list[str]:
     return [name for name, data in cached.items() if BOTH in data.dataset.keys]
 
 
+def test_a_correction_of_what_is_disjoint_counts_for_whoever_runs(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """cardio's vault, which declared it, goes on or has ended; onco's asks for the next round."""
+    home = tmp_path / "home"
+    files = make_apart(home)
+    vaults, made = begin(files, tiny_base)
+    trains(vaults["cardio"], made["cardio"], 1)
+    trains(vaults["onco"], made["onco"], 1)
+    ledger = Ledger(home)
+    assert ledger.disjoint == [("clinic", "records")] and len(ledger.charges("clinic")) == 1
+    hospital = home / "hospital.toml"
+    hospital.write_text(hospital.read_text().replace('disjoint_from = ["clinic"]\n', ""))
+    trains(vaults["onco"], made["onco"], 2)
+    assert not ledger.disjoint and len(ledger.charges("clinic")) == 3
+    trains(vaults["cardio"], made["cardio"], 2)
+    assert not ledger.disjoint and len(ledger.charges("records")) == 4
+    entries = ledger.head.seq
+    for vault, start in zip(vaults.values(), made.values(), strict=True):
+        assert vault.prepare(start.study, start.frozen, "c" * 64).admitted
+    assert ledger.head.seq == entries, "the two do not declare in turns"
+
+
+def test_who_is_in_two_datasets_that_become_disjoint_is_in_neither(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Also of a vault that read its files before, and goes on."""
+    home = tmp_path / "home"
+    files, hospital = make_apart(home), home / "hospital.toml"
+    apart = hospital.read_text()
+    hospital.write_text(apart.replace('disjoint_from = ["clinic"]\n', ""))
+    vaults, made = begin(files, tiny_base)
+    for name, vault in vaults.items():
+        trains(vault, made[name], 1)
+    assert kept_by(vaults) == ["cardio", "onco"]
+    hospital.write_text(apart)
+    for name, vault in vaults.items():
+        trains(vault, made[name], 2)
+    assert not kept_by(vaults)
+
+
 def test_of_two_vaults_that_read_at_once_one_keeps_a_patient_of_both(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

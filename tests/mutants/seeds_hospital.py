@@ -255,4 +255,22 @@ MUTANTS = (
         T_HOSPITAL + "test_a_patients_lifetime_in_a_plan_is_one_for_all_memberships",
         "a schedule in two consortia spends a patient's lifetime twice",
     ),
+    one(
+        "hospital", "a-membership-declares-its-own-dataset-alone", "fedtune/core/vault/worker.py",
+        "self.ledger.declare(other, others[other])", "pass",
+        T_APART + "test_a_correction_of_what_is_disjoint_counts_for_whoever_runs",
+        "what two datasets spent is not composed, though the hospital says that it is",
+    ),
+    one(
+        "hospital", "a-vault-repeats-what-was-disjoint-when-it-started",
+        "fedtune/core/vault/declared.py", "return stated.model_copy(update=apart)", "return stated",
+        T_APART + "test_a_correction_of_what_is_disjoint_counts_for_whoever_runs",
+        "a running vault takes the hospital's correction back",
+    ),
+    one(
+        "hospital", "records-in-memory-are-of-both", "fedtune/core/vault/worker.py",
+        "if self.site.hospital:", "if False:",
+        T_APART + "test_who_is_in_two_datasets_that_become_disjoint_is_in_neither",
+        "a patient of two datasets trains in both, and pays at neither what both spend",
+    ),
 )

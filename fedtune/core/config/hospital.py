@@ -156,6 +156,7 @@ def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
         earlier=membership.earlier,
         declared_size=hospital.hospital.declared_size,
         memberships=tuple(sorted(hospital.memberships)),
+        disjoint_from={name: data.disjoint_from for name, data in hospital.datasets.items()},
     )
     own = site.policy
     policy = own.model_copy(

@@ -259,7 +259,8 @@ class AcceptanceTable(SiteData):
 
 class ShareTable(Table):
     """What a hospital's home leaves one of its memberships: its name, the ceilings of all of them
-    together, and who else has space reserved beside the ledger. Read from hospital.toml."""
+    together, who else has space reserved beside the ledger, and which registered datasets are
+    declared disjoint from which. Read from hospital.toml."""
 
     membership: Name
     max_epsilon: Positive
@@ -269,6 +270,7 @@ class ShareTable(Table):
     earlier: bool
     declared_size: Count
     memberships: tuple[Name, ...]
+    disjoint_from: dict[Name, tuple[Name, ...]]
 
 
 class PolicyTable(Table):

@@ -123,15 +123,16 @@ class Ledger:
     def declare(
         self,
         dataset: str,
-        disjoint_from: Iterable[str],
+        disjoint_from: Iterable[str] | None,
         content_hash: str | None = None,
         members: Iterable[bytes] = (),
         cohort: str = "first",
         keys: Iterable[bytes] | None = None,
         units: Iterable[bytes] = (),
     ) -> frozenset[bytes]:
-        """Sign a declaration of `dataset`: the others it shares no patient with, its content's
-        hash, and its members (patient keys, record bytes), of which only salted hashes are kept.
+        """Sign a declaration of `dataset`: the others it shares no patient with (None: those that
+        it last declared), its content's hash, and its members (patient keys, record bytes), of
+        which only salted hashes are kept.
 
         Returns those of `units`, the patients' keys, that a dataset disjoint from this one has.
         They are not entered, whether as members or as arrivals, and may not take part here: of two
@@ -142,9 +143,11 @@ class Ledger:
         each unit, if arrivals are recorded. A key that was never a member arrives now, in a
         cohort of all such keys, whatever its or other units' records are. Errors: NoRoom if the
         disk has too little space; nothing is entered."""
-        apart_from, hashes = set(disjoint_from), {self._salt_member(member) for member in members}
+        hashes = {self._salt_member(member) for member in members}
         with self._store.writing() as writer:
             previous = self._account.declared.get(dataset, {})
+            stays = previous.get("disjoint_from", ())
+            apart_from = set(stays if disjoint_from is None else disjoint_from)
             there = writer.hashes(*self._account.list_apart(dataset, apart_from))
             asked = units if there else ()
             elsewhere = {unit: key for unit in asked if (key := self._salt_member(unit)) in there}

@@ -59,7 +59,7 @@ def answer_query(
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
     check_rounds([s.charge for s in site.ledger.spending()], current.policy, site.room)
-    site.declare(held_out, study)
+    site.declare(held_out, study, current)
     charges = site.ledger.charges(held_out.name)
     charge = charge_of(study, plan, current, round_, charges)
 

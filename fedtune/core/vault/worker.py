@@ -222,7 +222,7 @@ class SiteWorker:
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
         check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)
-        self.declare(self.site.data, study)
+        self.declare(site.data, study, site)
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # a unit that arrives now must have budget to take part
             charges = self.ledger.newcomer(self._dataset)
@@ -230,10 +230,15 @@ class SiteWorker:
             Budget(site.policy, plan, charges).check(round_)
         return site
 
-    def declare(self, data: SiteData, study: Study) -> None:
-        """Enter the site's declarations about a dataset before its charges are read.
+    def declare(self, data: SiteData, study: Study, site: Site) -> None:
+        """Enter the site's declarations about a dataset before its charges are read; in a
+        hospital's home about every dataset in the ledger, since the membership that trains on
+        another one may not run.
 
         Errors: BudgetExceeded if the cost of earlier rounds on it is unknown."""
+        others = site.policy.hospital.disjoint_from if site.policy.hospital else {}
+        for other in {*others} & {*self.ledger.datasets} - {data.name}:
+            self.ledger.declare(other, others[other])
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
         check_known(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
 
@@ -302,7 +307,7 @@ class SiteWorker:
                 folder,
             )
         arrivals = dataset.keys if study.continuous else None
-        about = data.name, data.disjoint_from, dataset.content_hash
+        about = data.name, None, dataset.content_hash
         try:
             return self.ledger.declare(*about, members, data.cohort, arrivals, dataset.keys)
         except NoRoom:  # for texts: what a later reading chooses by comes first
