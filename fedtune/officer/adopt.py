@@ -276,7 +276,6 @@ def _adopt_later(
     elif there.site.resolve() != site_file:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     book = Ledger(home)
-    keys = _keys_of_withdrawn(site, old, withdrawn)
     datasets = _names(site, hospital, name, book)
     for table in _tables(site):
         if datasets[table.name] not in hospital.datasets:
@@ -294,6 +293,7 @@ def _adopt_later(
     site_text = _site_text(home, site, site_file, name, hospital, datasets)
     as_membership = _as_membership(site, home, name, hospital, datasets)
     membership = share_in(as_membership, hospital, site_file)
+    keys = _keys_of_withdrawn(site, old, withdrawn)
     copy = _keep_state(state)
     if (home / FILE).read_text(encoding="utf-8") != before_it:
         raise ConfigError(
@@ -395,6 +395,7 @@ def _registered(table: SiteData, names: Mapping[str, str]) -> RegisteredData:
     place = {"url": table.url} if table.url else {"path": table.path.resolve()}
     return RegisteredData(
         **place,
+        patient=table.columns.patient,
         disjoint_from=tuple(names[other] for other in table.disjoint_from if other in names),
         cohort=table.cohort,
         consent=table.consent,

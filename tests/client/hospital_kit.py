@@ -22,6 +22,7 @@ max_fallback_epsilon = 20.0
 max_delta = 1e-4
 [datasets.records]
 path = "notes.jsonl"
+patient = "who"
 """
 MEMBERSHIP = """
 [memberships.{name}]
@@ -74,7 +75,9 @@ def make_apart(home: Path) -> dict[str, Path]:
         text = "".join(json.dumps(row) + "\n" for row in [*kept, *both])
         (home / f"{name}.jsonl").write_text(text)
     hospital = home / "hospital.toml"
-    apart = 'disjoint_from = ["clinic"]\n[datasets.clinic]\npath = "clinic.jsonl"\n'
+    apart = (
+        'disjoint_from = ["clinic"]\n[datasets.clinic]\npath = "clinic.jsonl"\npatient = "who"\n'
+    )
     at = 'path = "notes.jsonl"\n'
     hospital.write_text(hospital.read_text().replace(at, at + apart))
     own = 'name = "clinic"\npath = "../clinic.jsonl"'

@@ -220,7 +220,8 @@ def test_a_disjoint_dataset_is_told_from_one_that_either_ledger_chose_for(world:
     write_notes(world / "scans.jsonl", ["s1", "s2"])
     with (home / "hospital.toml").open("a") as file:
         path = json.dumps(str(world / "scans.jsonl"))
-        file.write(f'[datasets.scans]\npath = {path}\ndisjoint_from = ["records"]\n')
+        file.write(f'[datasets.scans]\npath = {path}\npatient = "who"\n')
+        file.write('disjoint_from = ["records"]\n')
     make_site(world, "scan", path="scans.jsonl", dataset="scans")
     spend(world / "scan.toml", 2)
     made = adopt(home, world / "scan.toml", "scan")
@@ -505,6 +506,20 @@ def test_consent_that_differs_is_settled_by_a_person_first(world: Path) -> None:
     Ledger(load_site(site).home)
     with pytest.raises(ConfigError, match="consent of 'records'"):
         adopt(world / "home", site, "lab")
+
+
+def test_the_hospitals_column_of_patients_is_the_first_sites(world: Path) -> None:
+    adopt_first(world)
+    assert load_hospital(world / "home").datasets["records"].patient == "who"
+    second = world / "onco.toml"
+    text = second.read_text()
+    for other in ("", ', patient = "note"'):
+        second.write_text(text.replace(', patient = "who"', other))
+        with pytest.raises(ConfigError, match="one column of patients"):
+            adopt_second(world)
+    assert not load_hospital(world / "home").memberships.keys() - {"cardio"}
+    second.write_text(text)
+    adopt_second(world)
 
 
 def test_a_second_site_file_of_the_same_ledger_is_the_same_membership(world: Path) -> None:

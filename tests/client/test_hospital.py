@@ -78,6 +78,9 @@ def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path)
             'site = "moved',
             "not the site file of membership 'onco'",
         ),
+        ("hospital.toml", 'patient = "who"\n', "", "columns.patient of 'records': is 'who'"),
+        ("onco/site.toml", 'patient = "who"', 'patient = "answer"', "columns.patient of"),
+        ("onco/site.toml", ', patient = "who"', "", "columns.patient of 'records': is None"),
         ("hospital.toml", "[policy]", "[polici]", "did you mean policy"),
         ("hospital.toml", "[memberships.onco]", "[memberships.officer]", "is not free"),
         ("onco/site.toml", "[policy]", 'disjoint_from = ["x"]\n[policy]', "differs from what"),
@@ -556,8 +559,8 @@ def test_somebody_elses_space_is_not_given_up(tmp_path: Path, of: str) -> None:
 def test_what_the_hospital_declares_of_a_dataset_holds_for_every_membership(tmp_path: Path) -> None:
     home = tmp_path / "home"
     files = make_hospital(home)
-    said = 'path = "notes.jsonl"\ncohort = "second"\n[datasets.records.consent]\ncolumn = "ok"\n'
-    edit(home / "hospital.toml", 'path = "notes.jsonl"\n', said)
+    said = 'patient = "who"\ncohort = "second"\n[datasets.records.consent]\ncolumn = "ok"\n'
+    edit(home / "hospital.toml", 'patient = "who"\n', said)
     for path in files.values():
         data = load_site(path).data
         assert data.cohort == "second" and data.consent is not None and data.consent.column == "ok"

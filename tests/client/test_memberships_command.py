@@ -30,12 +30,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     write_notes(tmp_path / "notes.jsonl", ["a", "b", "c"])
     made = run("memberships", "home", "--add", "cardio", "--site", "cardio", "--max-epsilon", 3,
-               "--data", "notes.jsonl", "--declared-size", 40, "--name", "st-mary")  # fmt: skip
+               "--data", "notes.jsonl", "--declared-size", 40, "--name", "st-mary",
+               "--patient", "who")  # fmt: skip
     assert made.exit_code == 0, made.output
     file = tmp_path / "cardio" / "site.toml"
     text = file.read_text().replace('prompt = "prompt" ', 'prompt = "note" ', 1)
-    text = text.replace('completion = "completion"', 'completion = "answer"', 1)
-    file.write_text(text.replace('# patient = "patient_id"', 'patient = "who"'))
+    file.write_text(text.replace('completion = "completion"', 'completion = "answer"', 1))
     assert run("memberships", "home", "--add", "onco", "--site", "onco").exit_code == 0
     return tmp_path
 

@@ -273,4 +273,10 @@ MUTANTS = (
         T_APART + "test_who_is_in_two_datasets_that_become_disjoint_is_in_neither",
         "a patient of two datasets trains in both, and pays at neither what both spend",
     ),
+    one(
+        "hospital", "each-membership-has-patients-of-its-own", HOSPITAL,
+        "if data.columns.patient != registered.patient:", "if False:",
+        T_HOSPITAL + "test_what_the_two_files_must_agree_on",
+        "a patient pays per case at one consortium, and a withdrawal finds nobody there",
+    ),
 )

@@ -41,11 +41,13 @@ class CeilingTable(Table):
 
 
 class RegisteredData(Table):
-    """A dataset that a person registered: its place, which other datasets share no patient with
-    it, and its patients' consent. Overlap is declared here, and never inferred from content."""
+    """A dataset that a person registered: its place, the column of its patients' keys (None: each
+    record is a unit of its own), which other datasets share no patient with it, and its patients'
+    consent. Overlap is declared here, and never inferred from content."""
 
     path: Place | None = None
     url: Url | None = None
+    patient: str | None = None
     disjoint_from: tuple[Name, ...] = ()
     cohort: Name = "first"
     consent: ConsentTable | None = None
@@ -196,6 +198,13 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
             f"{data.where}: is not where the hospital's dataset {data.name!r} is registered",
             f"the place in {where}",
             "register it under a name of its own, or correct the path",
+        )
+    if data.columns.patient != registered.patient:
+        raise ConfigError(
+            f"columns.patient of {data.name!r}: is {data.columns.patient!r}, and the hospital's is "
+            f"{registered.patient!r}",
+            f"one column of patients for all memberships: `patient` of the dataset in {where}",
+            "correct one of the two files; without a column, each record is a unit of its own",
         )
     declared = {name: getattr(registered, name) for name in ("disjoint_from", "cohort", "consent")}
     for name, value in declared.items():
