@@ -54,6 +54,8 @@ def run(worker: SiteWorker, made: Start, rounds: int) -> None:
 
 # ---------------------------------------------------------------------------------- settings
 
+TWICE = '[datasets.again]\npath = "notes.jsonl"\n[memberships.onco]'
+
 
 def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path) -> None:
     sites = load(tmp_path / "home", ceiling=5.0, shares=(3.0, 8.0))
@@ -78,6 +80,7 @@ def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path)
             'site = "moved',
             "not the site file of membership 'onco'",
         ),
+        ("hospital.toml", "[memberships.onco]", TWICE, "are one place"),
         ("hospital.toml", 'patient = "who"\n', "", "columns.patient of 'records': is 'who'"),
         ("onco/site.toml", 'patient = "who"', 'patient = "answer"', "columns.patient of"),
         ("onco/site.toml", ', patient = "who"', "", "columns.patient of 'records': is None"),

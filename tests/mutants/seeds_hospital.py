@@ -279,4 +279,10 @@ MUTANTS = (
         T_HOSPITAL + "test_what_the_two_files_must_agree_on",
         "a patient pays per case at one consortium, and a withdrawal finds nobody there",
     ),
+    one(
+        "hospital", "one-file-is-two-datasets", HOSPITAL,
+        "if len(names) > 1:", "if False:",
+        T_HOSPITAL + "test_what_the_two_files_must_agree_on",
+        "the same patients have two budgets, if a person declares the two disjoint",
+    ),
 )

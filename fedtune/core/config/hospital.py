@@ -191,13 +191,21 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
         raise ConfigError(
             f"{data.name}: data that is declared {data.declared} is not a hospital's dataset",
             "private records",
-            "take part with it by a site file without the table [hospital]",
+            "take `declared` out; data in which no record was ever private lies elsewhere, and "
+            "takes part by a site file without the table [hospital]",
         )
     if not registered.is_place_of(data):
         raise ConfigError(
             f"{data.where}: is not where the hospital's dataset {data.name!r} is registered",
             f"the place in {where}",
             "register it under a name of its own, or correct the path",
+        )
+    names = [name for name, other in hospital.datasets.items() if other.is_place_of(data)]
+    if len(names) > 1:
+        raise ConfigError(
+            f"{where}: {' and '.join(map(repr, names))} are one place",
+            "one name for each place, under which all that its patients paid is counted",
+            "take one of the two out",
         )
     if data.columns.patient != registered.patient:
         raise ConfigError(
