@@ -68,6 +68,14 @@ def test_a_home_and_two_memberships_are_made_whole(world: Path) -> None:
     assert (world / "home" / "hospital.toml").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_name_for_which_a_person_signed_is_not_given_again(world: Path) -> None:
+    """The signature would admit the plan for the next consortium."""
+    Ledger(world / "home").admit("sha256:plan", "ada", "onco")
+    assert run("memberships", "home", "--end", "onco", "--yes").exit_code == 0
+    again = run("memberships", "home", "--add", "onco", "--site", "again")
+    assert again.exit_code != 0 and "no membership ever had" in again.output
+
+
 def test_both_are_listed_with_what_each_spent_against_the_hospitals_ceiling(world: Path) -> None:
     run("enroll", "cardio/site.toml")
     pay(world, "cardio", 2)

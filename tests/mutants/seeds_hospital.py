@@ -285,4 +285,17 @@ MUTANTS = (
         T_HOSPITAL + "test_what_the_two_files_must_agree_on",
         "the same patients have two budgets, if a person declares the two disjoint",
     ),
+    one(
+        "hospital", "a-refusal-tells-what-another-consortium-protects", BUDGET,
+        "if in_home:", "if False:",
+        T_HOSPITAL + "test_what_is_paid_for_another_unit_meanwhile_is_seen",
+        "a coordinator learns that another consortium's study is per record",
+    ),
+    one(
+        "hospital", "a-name-that-only-signed-is-free-again", "fedtune/officer/memberships.py",
+        "if name in earlier_names(home):", "if False:",
+        "tests/client/test_memberships_command.py::"
+        "test_a_name_for_which_a_person_signed_is_not_given_again",
+        "what a person signed for one consortium admits the plan of another",
+    ),
 )

@@ -253,6 +253,16 @@ class Ledger:
         return lambda key: self._account.arrivals.of(dataset, self.hashed(key))
 
     @property
+    def memberships(self) -> set[str]:
+        """The memberships that any entry names: a payment, a plan that a person signed for one, or
+        an answer that a person decided about."""
+        account = self._account
+        with self._store.writing():
+            slots = {*account.sent, *account.refused, *(slot for slot, _ in account.let_go)}
+            paid = {spent.charge.membership for spent in account.spent()}
+            return {*paid, *map(owner_of, slots), *(name for _, name in account.admitted)}
+
+    @property
     def datasets(self) -> list[str]:
         """List the names of all datasets that were declared."""
         with self._store.writing():

@@ -231,17 +231,22 @@ def _exceeds_hospital() -> BudgetExceeded:
     )
 
 
-def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
+def check_known(
+    dataset: str, unit: str, unknown: Sequence[Spent], *, in_home: bool = False
+) -> None:
     """Check that no charge of a dataset is of unknown cost, unless a person signed for it.
 
     unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
+    in_home: whether a hospital's memberships share the ledger.
     Errors: BudgetExceeded."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
+    why = f"they were charged per {other[0]}" if other else "an earlier release charged them"
+    if in_home:  # what another consortium protects is not this coordinator's to know
+        why = "they were charged for another unit, or by an earlier release"
     raise BudgetExceeded(
-        f"the cost of earlier rounds on this dataset is unknown for one {unit}: "
-        + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
+        f"the cost of earlier rounds on this dataset is unknown for one {unit}: {why}",
         "a dataset whose charges are all for the study's unit, by this release's rules",
         "a person at the site reads `fedtune ledger` and, to accept this, runs it "
         f"with --accept {dataset}",

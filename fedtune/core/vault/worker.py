@@ -240,7 +240,8 @@ class SiteWorker:
         for other in {*others} & {*self.ledger.datasets} - {data.name}:
             self.ledger.declare(other, others[other])
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
-        check_known(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
+        unknown = self.ledger.unknown(data.name, study.unit)
+        check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
     def require_signature(self, study: Study, site: Site) -> None:
         """Check that a person signed the plan, if the site's policy asks for it. In a simulation
@@ -423,7 +424,8 @@ class SiteWorker:
                 Budget(site.policy, plan, charges).check_ceilings(round_)
 
         # Again under the write lock: another membership may have paid since.
-        known = partial(check_known, self._dataset, study.unit)
+        in_home = site.hospital is not None
+        known = partial(check_known, self._dataset, study.unit, in_home=in_home)
         # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
         # is asked of cohorts, their own charges are not all attempts.
         if plan and study.continuous:
