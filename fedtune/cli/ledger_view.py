@@ -44,8 +44,8 @@ def ledger_view(
     spent, cohorts = ledger.spending(dataset), ledger.cohorts(dataset)
     parts: list[Table | str] = []
     if spent:
-        lines = study_lines(spent, policy.max_delta, unit)
-        parts.append(studies_table(lines, policy.max_delta))
+        lines = study_lines(spent, policy.delta, unit)
+        parts.append(studies_table(lines, policy.delta))
     if any(cohort.arrival for cohort in cohorts):
         parts.append(cohorts_table(dataset, spent, cohorts, policy))
     parts.append(budget_table(find_heaviest_budget(dataset, cohorts, policy), policy.membership))

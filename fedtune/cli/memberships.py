@@ -89,6 +89,16 @@ def memberships(
             show_default=False,
         ),
     ] = None,
+    patient: Annotated[
+        str | None,
+        typer.Option(
+            "--patient",
+            metavar="COLUMN",
+            help="With --data: the column of the patients' keys. Default: each record is a unit of "
+            "its own.",
+            show_default=False,
+        ),
+    ] = None,
     adopt: Annotated[
         Path | None,
         typer.Option(
@@ -158,12 +168,13 @@ def memberships(
         {
             "--site": ("add", site), "--max-epsilon": ("add", max_epsilon),
             "--dataset": ("add", dataset), "--data": ("add", data),
-            "--declared-size": ("add", declared_size), "--withdrawn": ("adopt", withdrawn),
+            "--declared-size": ("add", declared_size), "--patient": ("add", patient),
+            "--withdrawn": ("adopt", withdrawn),
             "--anyway": ("end", anyway or None), "--yes": ("end", yes or None),
         },
     )  # fmt: skip
     if add is not None:
-        return _add(home, add, site, max_epsilon, dataset, data, declared_size, name)
+        return _add(home, add, site, max_epsilon, dataset, data, declared_size, patient, name)
     if adopt is not None:
         return _adopt(home, adopt, name, withdrawn)
     if end is not None:
@@ -194,6 +205,7 @@ def _add(
     dataset: str | None,
     data: str | None,
     size: int | None,
+    patient: str | None,
     hospital_name: str | None,
 ) -> dict[str, Any]:
     from fedtune.core.config.hospital import FILE
@@ -211,14 +223,16 @@ def _add(
                 "a hospital's home; or --data PATH and --declared-size N, to make one",
                 "to begin with a site that has taken part already, --adopt it",
             )
-        registered = _registered(data)
+        registered = _registered(data, patient)
         wrote.append(
             officer.make_home(home, hospital_name or home.resolve().name, size,
                               dataset or "records", registered)
         )  # fmt: skip
-    elif data is not None or size is not None:
+    elif data is not None or size is not None or patient is not None:
         raise ConfigError(
-            f"{home / FILE} exists", "no --data and no --declared-size", "edit it, to register more"
+            f"{home / FILE} exists",
+            "no --data, --declared-size or --patient",
+            "edit it, to register more",
         )
     text = site_text(home.resolve(), load_hospital(home), name, dataset)
     path = site / "site.toml"
@@ -235,8 +249,8 @@ def _add(
     return {"wrote": wrote, "membership": name}
 
 
-def _registered(data: str) -> Any:
-    """Return a dataset's entry in hospital.toml, from its path or url."""
+def _registered(data: str, patient: str | None) -> Any:
+    """Return a dataset's entry in hospital.toml, from its path or url and its patients' column."""
     from fedtune.core.config.database import anchor_url
     from fedtune.core.config.hospital import RegisteredData
     from fedtune.presets.places import place_of, split_place
@@ -245,8 +259,8 @@ def _registered(data: str) -> Any:
         data += "#records"  # its table is the site file's
     place = place_of(data)
     if isinstance(place, Path):
-        return RegisteredData(path=place.absolute())
-    return RegisteredData(url=anchor_url(split_place(place)[0], Path.cwd()))
+        return RegisteredData(path=place.absolute(), patient=patient)
+    return RegisteredData(url=anchor_url(split_place(place)[0], Path.cwd()), patient=patient)
 
 
 # ------------------------------------------------------------------------------------------ adopt

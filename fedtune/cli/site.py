@@ -217,7 +217,7 @@ def let_go(
         found = list_waiting(loaded)
         typer.echo("" if found else "nothing waits here to be let go", nl=not found)
         if found:
-            Console().print(waiting_table(found, loaded.policy.max_delta))
+            Console().print(waiting_table(found, loaded.policy.delta))
         return {"waiting": [asdict(one) for one in found]}
     decided = decide(loaded, answers or [], refuse=refuse, every=every)
     for one in decided:

@@ -204,7 +204,7 @@ class LedgerFigures:
         site = load_site(self._path)
         most, spent = site.policy.ceiling, _Spent("", 0.0, 0.0, 0)
         if (book := self._open(site.home)) is not None:
-            spent = self._compute_spent(book, site.data.name, site.policy.max_delta)
+            spent = self._compute_spent(book, site.data.name, site.policy.delta)
         return {
             "epsilon_spent": ("Of everything released from the dataset", spent.epsilon),
             "epsilon_remaining": ("Of policy.max_epsilon", max(0.0, most - spent.epsilon)),

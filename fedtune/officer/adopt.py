@@ -164,7 +164,7 @@ def _check(home: Path, site: Site, site_file: Path) -> None:
         raise ConfigError(
             f"{state}: its ledger is in a hospital's home already, by another site file",
             "a site with a ledger of its own",
-            f"copy the table [hospital] of that file to {site_file}: it is the same membership",
+            f"use that file, which {FILE} names for its membership, in place of {site_file}",
         )
     if link := next((p for p in _files_of(state) if p.is_symlink()), None):
         raise InputError(
@@ -201,7 +201,7 @@ def _adopt_first(home: Path, site: Site, site_file: Path, name: str, old: Closed
     state, text = site.site.state, _hospital_text(site, site_file, name)
     is_new = not (home / FILE).exists()
     hospital = load_hospital_text(home.parent, text) if is_new else load_hospital(home)
-    share_in(_as_membership(site, home, name, hospital, {}), hospital)
+    share_in(_as_membership(site, home, name, hospital, {}), hospital, site_file)
     site_text = _site_text(home, site, site_file, name, hospital, {})
     copy = _keep_state(state)
     if is_new:
@@ -279,7 +279,6 @@ def _adopt_later(
     elif there.site.resolve() != site_file:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
     book = Ledger(home)
-    keys = _keys_of_withdrawn(site, old, withdrawn)
     datasets = _names(site, hospital, name, book)
     for table in _tables(site):
         if datasets[table.name] not in hospital.datasets:
@@ -295,7 +294,9 @@ def _adopt_later(
         for dataset in sorted({*old.datasets, *datasets})
     }
     site_text = _site_text(home, site, site_file, name, hospital, datasets)
-    membership = share_in(_as_membership(site, home, name, hospital, datasets), hospital)
+    as_membership = _as_membership(site, home, name, hospital, datasets)
+    membership = share_in(as_membership, hospital, site_file)
+    keys = _keys_of_withdrawn(site, old, withdrawn)
     copy = _keep_state(state)
     if (home / FILE).read_text(encoding="utf-8") != before_it:
         raise ConfigError(
@@ -397,6 +398,7 @@ def _registered(table: SiteData, names: Mapping[str, str]) -> RegisteredData:
     place = {"url": table.url} if table.url else {"path": table.path.resolve()}
     return RegisteredData(
         **place,
+        patient=table.columns.patient,
         disjoint_from=tuple(names[other] for other in table.disjoint_from if other in names),
         cohort=table.cohort,
         consent=table.consent,
@@ -451,7 +453,7 @@ def _differing(table: SiteData, hospital: Hospital, names: Mapping[str, str]) ->
 
 def _switch(site_file: Path, name: str, text: str) -> Path:
     """Replace the site file, after reading it as it will be; return the copy that is kept."""
-    check_text(site_file, text, lambda draft: site_of(draft, name))
+    check_text(site_file, text, lambda draft: site_of(draft, name, site_file))
     copy = keep_copy(site_file)
     replace(site_file, text.encode(), private=True)
     return copy

@@ -43,6 +43,7 @@ max_rounds = {max_rounds}      # that the ledger pays for, of all; each takes 4 
 #
 # [datasets.records]
 # path = "/data/notes.jsonl"   # or url = "postgresql://user@host/db"
+# patient = "patient_id"       # column of the patients' keys, for all memberships
 # disjoint_from = ["other"]    # datasets that share no patient with this one
 # cohort = "first"             # of arrival: change it when new patients are added
 # consent = {{ column = "consent", values = ["yes"] }}

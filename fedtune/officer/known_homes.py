@@ -3,8 +3,9 @@
     homes.json    in $XDG_STATE_HOME/fedtune, else ~/.local/state/fedtune; 0600
 
 Two homes over one dataset each state a part of what its patients have paid. A site that takes part
-with records of another home is refused before it joins. A home that is gone, or that has no ledger
-any more, is forgotten. Simulations and data that is declared public or generated are not noted.
+with records of another home is refused before it joins, and so is one that declares them public or
+generated: only that home's ledger knows what was charged as private. A home that is gone, or that
+has no ledger any more, is forgotten. Simulations and declared data are not noted.
 | where it cannot be written, as in a container      | a warning; nothing is remembered |
 | another account, or another machine                | knows nothing of it              |
 | one home's folder that holds the other home's file | is another place                 |
@@ -47,9 +48,7 @@ def check_home(site: Site) -> None:
     """Check that no other home pays for the site's private records, and note that this one does.
 
     Errors: ConfigError naming the other home, or a ledger that was never adopted."""
-    tables = [table for table in (site.data, site.evaluation) if table and not table.declared]
-    if not tables:
-        return
+    tables = [table for table in (site.data, site.evaluation) if table]
     if site.hospital and (site.site.state / DATABASE).exists():
         raise ConfigError(
             f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
@@ -65,7 +64,9 @@ def check_home(site: Site) -> None:
             own = str(site.home.resolve())
             for table in tables:
                 _check_place(table, own, homes)
-            notes = [_note(table) for table in tables]
+            notes = [_note(table) for table in tables if not table.declared]
+            if not notes:
+                return
             noted = [note for note in homes.get(own, []) if note not in notes]
             replace(path, _encode(homes | {own: noted + notes}), private=True)
     except (InfrastructureError, OSError) as error:
@@ -164,9 +165,9 @@ def _is_same_file(note: Note, path: Path) -> bool:
         return True
     with suppress(OSError):
         found = path.stat()
-        if noted.exists():
-            return os.path.samestat(found, noted.stat())
-        return [found.st_dev, found.st_ino] == [note["device"], note["inode"]]
+        if [found.st_dev, found.st_ino] == [note["device"], note["inode"]]:
+            return True  # though another file may have its old name by now
+        return noted.exists() and os.path.samestat(found, noted.stat())
     return False
 
 

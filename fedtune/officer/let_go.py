@@ -126,7 +126,7 @@ def _describe(site: Site, slot: Slot, charge: Charge, kind: str, size: int, sinc
         accountant,  # it takes a second to import, and most often nothing waits
     )
 
-    delta = site.policy.max_delta
+    delta = site.policy.delta
     fallback = charge.fallback if charge.sites > 1 else None
     return Waiting(
         name=name_of(slot),

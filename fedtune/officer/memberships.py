@@ -16,8 +16,10 @@ from fedtune.core.config import PolicyTable, Site, load_site
 from fedtune.core.config.hospital import FILE, CeilingTable, Hospital, RegisteredData
 from fedtune.core.config.load import load_hospital
 from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.core.files import locks
 from fedtune.core.files.room import ORDERS, ROOM
 from fedtune.core.files.writing import create, replace, sync_folder
+from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.entries import EVERY
 from fedtune.core.ledger.files import traces
@@ -30,6 +32,7 @@ from fedtune.core.ledger.spending import (
     share_of,
 )
 from fedtune.core.processes import alone
+from fedtune.core.vault.process import vault_of
 from fedtune.core.vault.studies import under_way
 from fedtune.flower.membership import keys_folder, load_answer
 from fedtune.observe.status import LOCK, held
@@ -150,9 +153,10 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
     )
 
 
-def site_of(path: Path, membership: str) -> Site:
-    """Load the site file of a membership. Errors: ConfigError if it is another's."""
-    site = load_site(path)
+def site_of(path: Path, membership: str, at: Path | None = None) -> Site:
+    """Load the site file of a membership, or a draft of it that will lie `at` another path. Errors:
+    ConfigError if it is another's."""
+    site = load_site(path, at=at)
     if site.policy.membership != membership:
         raise ConfigError(
             f"{path}: is not the site file of membership {membership!r}",
@@ -173,11 +177,13 @@ def still(home: Path, site: Site) -> Iterator[None]:
     running meanwhile. Errors: InfrastructureError if one runs; ConfigError if a membership's site
     file cannot be read, since it could not be told whether one does."""
     states = {site.site.state.resolve()}
-    if (home / FILE).exists():
-        for membership in load_hospital(home).memberships.values():
-            if membership.site.exists():
-                states.add(load_site(membership.site, alone=True).site.state.resolve())
+    memberships = load_hospital(home).memberships if (home / FILE).exists() else {}
+    for membership in memberships.values():
+        if membership.site.exists():
+            states.add(load_site(membership.site, alone=True).site.state.resolve())
     with ExitStack() as held:
+        for name in memberships:  # wherever its site file lay when its vault started
+            held.enter_context(vault_of(home, name))
         for state in sorted(state for state in states if state.is_dir()):
             held.enter_context(alone(state / "flower", "fedtune client"))
             held.enter_context(alone(state / "ranks", "the vault of a client"))
@@ -232,31 +238,36 @@ def add(
 
 
 def check_new(home: Path, hospital: Hospital, name: str) -> None:
-    """Check that a membership may have this name: none has, and none that paid ever had. Errors:
-    ConfigError."""
+    """Check that a membership may have this name: none has, and neither the home's ledger nor its
+    audit log names one that had. Errors: ConfigError."""
     if name in (EVERY, "") or name in hospital.memberships:
         raise ConfigError(f"{home / FILE}: has a membership {name!r} already", "another name")
-    if name in paid_names(home):
+    if name in earlier_names(home):
         raise ConfigError(
-            f"a membership {name!r} has paid from the ledger in {home} and has ended",
+            f"a membership {name!r} has paid from the ledger in {home} and has ended, or a person "
+            "signed or decided something for it",
             "a name that no membership ever had",
-            "choose another name: what it paid is counted under its own",
+            "choose another name: what it paid, and what was signed for it, is its own",
         )
 
 
-def paid_names(home: Path) -> set[str]:
-    """Return the memberships that ever paid from a home's ledger."""
-    spending = Ledger(home).spending() if traces(home) else []
-    return {spent.charge.membership for spent in spending}
+def earlier_names(home: Path) -> set[str]:
+    """Return the memberships that a home's ledger or audit log names."""
+    if not traces(home):
+        return set()
+    book = Ledger(home)
+    acts = audit_log.verify(home, book.key.public).entries
+    return book.memberships | {str(act["facts"].get("membership", "")) for act in acts}
 
 
 def append(home: Path, table: str) -> None:
     """Append a table to hospital.toml, after reading it with it. Errors: ConfigError."""
     path = home / FILE
-    text = path.read_text(encoding="utf-8")
-    text += table if text.endswith("\n") else f"\n{table}"
-    load_hospital_text(home, text)
-    replace(path, text.encode(), private=True)
+    with locks.hold(home / "hospital.lock"):  # of two that are added at once, both stay
+        text = path.read_text(encoding="utf-8")
+        text += table if text.endswith("\n") else f"\n{table}"
+        load_hospital_text(home, text)
+        replace(path, text.encode(), private=True)
 
 
 # ----------------------------------------------------------------------------------------- end

@@ -446,7 +446,7 @@ def _costs(study: Study, site: Site, plan: DpPlan | None, ledger: Ledger) -> lis
         f"Somebody who knows everything else and sees all that leaves can tell whether one "
         f"{plan.unit} was in the data with at most {percent(best_guess(facts))} certainty "
         "(a coin: 50 %).",
-        f"Dataset {site.data.name!r} in total, at δ = {2 * policy.max_delta:g}: "
+        f"Dataset {site.data.name!r} in total, at δ = {2 * policy.delta:g}: "
         f"ε = {rounded_up(before.epsilon)} so far, {rounded_up(after.epsilon)} with this study "
         f"({after.how}); the policy's ceiling is {policy.ceiling:g}.",
         *_share(budget),
@@ -530,7 +530,7 @@ def _costs_for_life(site: Site, plan: DpPlan, ledger: Ledger, facts: dict[str, f
         "(a coin: 50 %).",
         "A patient pays from the first round after the records arrived, whether drawn or not.",
         f"Whoever has spent most of dataset {site.data.name!r} so far, at δ = "
-        f"{2 * policy.max_delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
+        f"{2 * policy.delta:g}: ε = {rounded_up(spent.epsilon)} ({spent.how}); a patient at "
         f"the policy's ceiling of {policy.ceiling:g} is left out, and the study goes on with "
         "the others.",
     ]

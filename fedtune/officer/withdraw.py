@@ -230,6 +230,6 @@ def _releases(site: Site, ledger: Ledger, datasets: set[str]) -> list[Release]:
     for digest, entries in by_study.items():
         events = [event for _, event in entries]
         private = all(event.noise_multiplier > 0 for event in events)
-        cost = epsilon(events, site.policy.max_delta) if private else float("inf")
+        cost = epsilon(events, site.policy.delta) if private else float("inf")
         releases.append(Release(entries[0][0], digest, len(entries), cost))
     return releases

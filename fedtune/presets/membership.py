@@ -42,6 +42,8 @@ def site_text(home: Path, hospital: Hospital, membership: str, dataset: str | No
     text = text.replace("size = 200 ", f"size = {hospital.hospital.declared_size} ")
     text = text.replace('path = "data.jsonl" ', f"{place} ")
     text = text.replace('name = "records" ', f"name = {quote(dataset)} ")
+    if data.patient:
+        text = text.replace('# patient = "patient_id"', f"patient = {quote(data.patient)}")
     text = text.replace('admission = "standing"', 'admission = "reviewed"')
     for key in ("max_epsilon", "max_delta"):
         text = re.sub(rf"(?m)^{key} = \S+", f"{key} = {quote(getattr(ceilings, key))}", text)
@@ -65,6 +67,8 @@ def _as_read(text: str, hospital: Hospital, dataset: str) -> str:
             own = each.site.parent / options[PASSWORD_FILE]
             read_by["options"] = {**options, PASSWORD_FILE: own}
         columns = read_by.pop("columns", {})
+        if hospital.datasets[dataset].patient:
+            columns.pop("patient", None)  # it stands there, as the hospital has it
         lines = [f"{key} = {quote(value)}\n" for key, value in read_by.items()]
         text = text.replace("[data.columns]", "".join(lines) + "[data.columns]", 1)
         shape = "".join(f"{key} = {quote(value)}\n" for key, value in columns.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ max_fallback_epsilon = 20.0
 max_delta = 1e-4
 [datasets.records]
 path = "notes.jsonl"
+patient = "who"
 """
 MEMBERSHIP = """
 [memberships.{name}]
@@ -60,6 +62,28 @@ def make_hospital(
 
 def load(home: Path, **given: object) -> dict[str, Site]:
     return {name: load_site(path) for name, path in make_hospital(home, **given).items()}  # type: ignore[arg-type]
+
+
+def make_apart(home: Path) -> dict[str, Path]:
+    """Lay out a home of which cardio trains on "records" and onco on "clinic", which are declared
+    disjoint though "p-both" is in both."""
+    files = make_hospital(home)
+    rows = [json.loads(line) for line in (home / "notes.jsonl").read_text().splitlines()]
+    elsewhere = [{**row, "who": f"clinic-{row['who']}"} for row in rows]
+    both = [{**rows[0], "who": "p-both"}]
+    for name, kept in (("notes", rows), ("clinic", elsewhere)):
+        text = "".join(json.dumps(row) + "\n" for row in [*kept, *both])
+        (home / f"{name}.jsonl").write_text(text)
+    hospital = home / "hospital.toml"
+    apart = (
+        'disjoint_from = ["clinic"]\n[datasets.clinic]\npath = "clinic.jsonl"\npatient = "who"\n'
+    )
+    at = 'path = "notes.jsonl"\n'
+    hospital.write_text(hospital.read_text().replace(at, at + apart))
+    own = 'name = "clinic"\npath = "../clinic.jsonl"'
+    text = files["onco"].read_text().replace('path = "../notes.jsonl"', own)
+    files["onco"].write_text(text)
+    return files
 
 
 def study_of(name: str, base: Path, epsilon: float = 4.0, max_grad_norm: float = 1.0) -> Start:

@@ -220,7 +220,8 @@ def test_a_disjoint_dataset_is_told_from_one_that_either_ledger_chose_for(world:
     write_notes(world / "scans.jsonl", ["s1", "s2"])
     with (home / "hospital.toml").open("a") as file:
         path = json.dumps(str(world / "scans.jsonl"))
-        file.write(f'[datasets.scans]\npath = {path}\ndisjoint_from = ["records"]\n')
+        file.write(f'[datasets.scans]\npath = {path}\npatient = "who"\n')
+        file.write('disjoint_from = ["records"]\n')
     make_site(world, "scan", path="scans.jsonl", dataset="scans")
     spend(world / "scan.toml", 2)
     made = adopt(home, world / "scan.toml", "scan")
@@ -507,16 +508,31 @@ def test_consent_that_differs_is_settled_by_a_person_first(world: Path) -> None:
         adopt(world / "home", site, "lab")
 
 
+def test_the_hospitals_column_of_patients_is_the_first_sites(world: Path) -> None:
+    adopt_first(world)
+    assert load_hospital(world / "home").datasets["records"].patient == "who"
+    second = world / "onco.toml"
+    text = second.read_text()
+    for other in ("", ', patient = "note"'):
+        second.write_text(text.replace(', patient = "who"', other))
+        with pytest.raises(ConfigError, match="one column of patients"):
+            adopt_second(world)
+    assert not load_hospital(world / "home").memberships.keys() - {"cardio"}
+    second.write_text(text)
+    adopt_second(world)
+
+
 def test_a_second_site_file_of_the_same_ledger_is_the_same_membership(world: Path) -> None:
     """As of another study: its ledger is not missing, to be restored, but the hospital's."""
     other = world / "other.toml"
     other.write_text((world / "cardio.toml").read_text())
     adopt_first(world)
-    with pytest.raises(ConfigError, match="copy the table"):
+    with pytest.raises(ConfigError, match="use that file"):
         adopt(world / "home", other, "other")
     table = (world / "cardio.toml").read_text().partition("[hospital]")
     other.write_text(other.read_text() + "".join(table[1:]))
-    assert load_site(other).policy == load_site(world / "cardio.toml").policy
+    with pytest.raises(ConfigError, match="is not the site file of membership 'cardio'"):
+        load_site(other)
 
 
 def test_a_name_that_paid_before_is_not_given_again(world: Path) -> None:

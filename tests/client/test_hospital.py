@@ -14,17 +14,19 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import BudgetExceeded, ConfigError
+from fedtune.core.errors import BudgetExceeded, ConfigError, InfrastructureError, PolicyRefused
 from fedtune.core.files.room import ROOM, between_orders
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.core.ledger.spending import facts
 from fedtune.core.registry.reasons import reason_of
-from fedtune.core.vault import airlock
+from fedtune.core.vault import airlock, process
 from fedtune.core.vault.budget import Budget
 from fedtune.core.vault.prepared import Held
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.seal import receipt
 from fedtune.courier.process import list_private, list_readable
+from fedtune.officer.memberships import still
 from fedtune.officer.purge import listing, purge
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
@@ -52,6 +54,8 @@ def run(worker: SiteWorker, made: Start, rounds: int) -> None:
 
 # ---------------------------------------------------------------------------------- settings
 
+TWICE = '[datasets.again]\npath = "notes.jsonl"\n[memberships.onco]'
+
 
 def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path) -> None:
     sites = load(tmp_path / "home", ceiling=5.0, shares=(3.0, 8.0))
@@ -70,6 +74,16 @@ def test_a_membership_is_under_the_ceilings_and_within_its_share(tmp_path: Path)
         ("hospital.toml", "declared_size = 12", "declared_size = 11", "more than the hospital"),
         ("hospital.toml", "max_delta = 1e-4", "max_delta = 0.1", "1 / hospital.declared_size"),
         ("hospital.toml", 'site = "onco', 'sight = "onco', "did you mean site"),
+        (
+            "hospital.toml",
+            'site = "onco',
+            'site = "moved',
+            "not the site file of membership 'onco'",
+        ),
+        ("hospital.toml", "[memberships.onco]", TWICE, "are one place"),
+        ("hospital.toml", 'patient = "who"\n', "", "columns.patient of 'records': is 'who'"),
+        ("onco/site.toml", 'patient = "who"', 'patient = "answer"', "columns.patient of"),
+        ("onco/site.toml", ', patient = "who"', "", "columns.patient of 'records': is None"),
         ("hospital.toml", "[policy]", "[polici]", "did you mean policy"),
         ("hospital.toml", "[memberships.onco]", "[memberships.officer]", "is not free"),
         ("onco/site.toml", "[policy]", 'disjoint_from = ["x"]\n[policy]', "differs from what"),
@@ -88,6 +102,36 @@ def test_what_the_two_files_must_agree_on(
         return
     with pytest.raises(ConfigError, match=re.escape(says)):
         load_site(path)
+
+
+def test_a_membership_keeps_its_stricter_delta(tmp_path: Path, tiny_base: Path) -> None:
+    """A plan is held to it, and the ledger of all is composed at the hospital's."""
+    made = workers(tmp_path / "home")
+    edit(tmp_path / "home" / "onco" / "site.toml", "[policy]", "[policy]\nmax_delta = 1e-6")
+    policies = {name: worker.current().policy for name, worker in made.items()}
+    assert {name: policy.max_delta for name, policy in policies.items()} == {
+        "cardio": 1e-4,
+        "onco": 1e-6,
+    }
+    assert {policy.delta for policy in policies.values()} == {1e-4}
+    assert "policy.max_delta" in refusal(made["onco"], study_of("onco", tiny_base))
+    run(made["cardio"], study_of("cardio", tiny_base), 1)
+    ledger = made["cardio"].ledger
+    totals = {facts(ledger, "records", policy)["budget"]["epsilon"] for policy in policies.values()}
+    assert len(totals) == 1
+
+
+def test_a_vault_is_seen_though_its_site_file_was_moved(tmp_path: Path) -> None:
+    """A restore beside it would lose what it pays."""
+    home = tmp_path / "home"
+    sites = {name: load_site(path) for name, path in make_hospital(home).items()}
+    with process._alone(sites["onco"]):
+        (home / "onco").rename(home / "moved")
+        refused = pytest.raises(InfrastructureError, match="another vault of membership 'onco'")
+        with refused, still(home, sites["cardio"]):
+            pass
+    with still(home, sites["cardio"]):
+        pass
 
 
 def test_a_site_file_cannot_grant_itself_a_share(tmp_path: Path) -> None:
@@ -226,6 +270,22 @@ def test_a_ceiling_that_is_lowered_applies_from_the_next_round(
 # ------------------------------------------------------------------------- what is shared, or not
 
 
+@pytest.mark.parametrize("table", ["", '[hospital]\nhome = ".."\nmembership = "cardio"\n'])
+def test_a_running_membership_does_not_change_whose_ceilings_hold(
+    tmp_path: Path, tiny_base: Path, table: str
+) -> None:
+    made = workers(tmp_path / "home", ceiling=4.0)
+    study = study_of("onco", tiny_base)
+    run(made["onco"], study, 1)
+    site = tmp_path / "home" / "onco" / "site.toml"
+    edit(site, '[hospital]\nhome = ".."\nmembership = "onco"\n', table)
+    if table:
+        edit(tmp_path / "home" / "hospital.toml", "cardio/site.toml", "onco/site.toml")
+    with pytest.raises(PolicyRefused, match=r"the table \[hospital\] was changed"):
+        trains(made["onco"], study, 2)
+    assert len(spent(made["onco"])) == 1
+
+
 def test_each_signs_with_a_key_of_its_own(tmp_path: Path, tiny_base: Path) -> None:
     made = workers(tmp_path / "home")
     keys = {made[name].key.public for name in NAMES} | {made["onco"].home.key.public}
@@ -278,6 +338,41 @@ def test_with_shared_noise_a_hospital_takes_part_in_a_plan_once(
     Budget(policies["cardio"], plan, [charge]).check(1)
 
 
+def test_the_limit_of_a_study_holds_for_all_memberships_together(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """One plan in two consortia is one study for the people that it trains on."""
+    made = workers(tmp_path / "home", ceiling=20.0)
+    for name in NAMES:
+        limit = "[policy]\nmax_epsilon_per_study = 4.0"
+        edit(tmp_path / "home" / name / "site.toml", "[policy]", limit)
+    study = study_of("both", tiny_base)
+    run(made["cardio"], study, 4)
+    told = refusal(made["onco"], study)
+    assert "of all its consortia together" in told and not re.search(r"\d", told)
+    assert made["cardio"].prepare(study.study, study.frozen, "c" * 64).admitted
+    other = study_of("other", tiny_base, epsilon=6.0)
+    assert "policy.max_epsilon_per_study" in refusal(made["onco"], other)
+    run(made["onco"], study_of("own", tiny_base), 1)
+
+
+def test_a_patients_lifetime_in_a_plan_is_one_for_all_memberships(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    made = workers(tmp_path / "home", ceiling=20.0)
+    run(made["cardio"], study_of("both", tiny_base), 4)
+    charges = spent(made["cardio"])
+    plan = made["cardio"]._prepared[charges[0].study].private
+    assert plan is not None
+    lifelong = replace(plan, lifetime=4.1)
+    policies = {name: made[name].current().policy for name in NAMES}
+    with pytest.raises(BudgetExceeded, match=r"privacy\.epsilon"):
+        Budget(policies["cardio"], lifelong, charges).check(5)
+    with pytest.raises(BudgetExceeded, match="of all its consortia together"):
+        Budget(policies["onco"], lifelong, charges).check(5)
+    Budget(policies["onco"], lifelong, charges[:1]).check(5)
+
+
 def test_what_is_paid_for_another_unit_meanwhile_is_seen(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,8 +388,9 @@ def test_what_is_paid_for_another_unit_meanwhile_is_seen(
         return read(self, *given)
 
     monkeypatch.setattr(SiteWorker, "data_in_study", meanwhile)
-    with pytest.raises(BudgetExceeded, match="is unknown for one patient"):
+    with pytest.raises(BudgetExceeded, match="is unknown for one patient") as refused:
         trains(made["onco"], study, 2)
+    assert "record" not in refused.value.happened, "what another consortium's study protects"
 
 
 def test_the_number_of_rounds_is_shared_without_a_figure(tmp_path: Path, tiny_base: Path) -> None:
@@ -467,8 +563,8 @@ def test_somebody_elses_space_is_not_given_up(tmp_path: Path, of: str) -> None:
 def test_what_the_hospital_declares_of_a_dataset_holds_for_every_membership(tmp_path: Path) -> None:
     home = tmp_path / "home"
     files = make_hospital(home)
-    said = 'path = "notes.jsonl"\ncohort = "second"\n[datasets.records.consent]\ncolumn = "ok"\n'
-    edit(home / "hospital.toml", 'path = "notes.jsonl"\n', said)
+    said = 'patient = "who"\ncohort = "second"\n[datasets.records.consent]\ncolumn = "ok"\n'
+    edit(home / "hospital.toml", 'patient = "who"\n', said)
     for path in files.values():
         data = load_site(path).data
         assert data.cohort == "second" and data.consent is not None and data.consent.column == "ok"

@@ -100,6 +100,26 @@ def test_other_records_and_a_home_that_is_gone_do_not_matter(world: Path) -> Non
     assert str(world / "cardio-state") not in known_homes.path_of_notes().read_text()
 
 
+def test_what_a_home_pays_for_is_not_declared_by_a_site_beside_it(world: Path) -> None:
+    """The other site's ledger does not know what was charged as private."""
+    join(world, "cardio")
+    file = world / "onco.toml"
+    file.write_text(file.read_text().replace("[data]", '[data]\ndeclared = "public"'))
+    with pytest.raises(ConfigError, match="pays for these records already"):
+        known_homes.check_home(load_site(file))
+    (world / "open.jsonl").write_text((world / "notes.jsonl").read_text())
+    file.write_text(file.read_text().replace("notes.jsonl", "open.jsonl"))
+    known_homes.check_home(load_site(file))
+
+
+def test_a_renamed_file_is_known_though_another_has_its_name(world: Path) -> None:
+    join(world, "cardio")
+    (world / "notes.jsonl").rename(world / "other.jsonl")
+    write_notes(world / "notes.jsonl", ["d"])
+    with pytest.raises(ConfigError, match="pays for these records already"):
+        known_homes.check_home(load_site(make_site(world, "onco", path="other.jsonl")))
+
+
 def test_declared_data_and_a_simulation_are_not_noted(world: Path) -> None:
     more = 'declared = "generated"'
     site = make_site(world, "toy", more=more)

@@ -72,7 +72,7 @@ def test_many_interleavings(home: Path, tiny_base: Path) -> None:
 def test_a_membership_that_reads_its_own_balance_alone_is_caught(
     home: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget.Budget, "_exceeds_hospital", lambda *_: False)
+    monkeypatch.setattr(budget.Budget, "_exceeds_ceiling", lambda *_: False)
     with pytest.raises(AssertionError, match="charges"):
         tell_story(home, tiny_base, 0, killing=0.0)
 

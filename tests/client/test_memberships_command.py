@@ -30,12 +30,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     write_notes(tmp_path / "notes.jsonl", ["a", "b", "c"])
     made = run("memberships", "home", "--add", "cardio", "--site", "cardio", "--max-epsilon", 3,
-               "--data", "notes.jsonl", "--declared-size", 40, "--name", "st-mary")  # fmt: skip
+               "--data", "notes.jsonl", "--declared-size", 40, "--name", "st-mary",
+               "--patient", "who")  # fmt: skip
     assert made.exit_code == 0, made.output
     file = tmp_path / "cardio" / "site.toml"
     text = file.read_text().replace('prompt = "prompt" ', 'prompt = "note" ', 1)
-    text = text.replace('completion = "completion"', 'completion = "answer"', 1)
-    file.write_text(text.replace('# patient = "patient_id"', 'patient = "who"'))
+    file.write_text(text.replace('completion = "completion"', 'completion = "answer"', 1))
     assert run("memberships", "home", "--add", "onco", "--site", "onco").exit_code == 0
     return tmp_path
 
@@ -66,6 +66,14 @@ def test_a_home_and_two_memberships_are_made_whole(world: Path) -> None:
         assert site.home == world / "home" and site.site.state == world / name / "state"
         assert site.data.columns.patient == "who"  # onco reads them as cardio does
     assert (world / "home" / "hospital.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_name_for_which_a_person_signed_is_not_given_again(world: Path) -> None:
+    """The signature would admit the plan for the next consortium."""
+    Ledger(world / "home").admit("sha256:plan", "ada", "onco")
+    assert run("memberships", "home", "--end", "onco", "--yes").exit_code == 0
+    again = run("memberships", "home", "--add", "onco", "--site", "again")
+    assert again.exit_code != 0 and "no membership ever had" in again.output
 
 
 def test_both_are_listed_with_what_each_spent_against_the_hospitals_ceiling(world: Path) -> None:

@@ -111,10 +111,10 @@ def test_texts_that_do_not_fit_take_nothing_else_with_them(
     notes(tmp_path)
     worker = SiteWorker(make_site(tmp_path, patient="who"))
 
-    def declare(ledger: Ledger, *given: Any) -> None:
+    def declare(ledger: Ledger, *given: Any) -> frozenset[bytes]:
         if any(member not in trained for member in given[3]):
             raise NoRoom("the disk is full")
-        honest(ledger, *given)
+        return honest(ledger, *given)
 
     assert worker.prepare(made.study, made.frozen).admitted
     network = worker._prepared[made.study.digest].network

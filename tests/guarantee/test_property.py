@@ -122,9 +122,11 @@ def test_a_disk_without_room_for_members_or_an_update(
             compare(pins.MEMBERS, bases, size)
 
 
-def remembers_at_any_price(site: Any, study: Study, data: Any, dataset: Dataset) -> None:
+def remembers_at_any_price(
+    site: Any, study: Study, data: Any, dataset: Dataset
+) -> frozenset[bytes]:
     about = data.name, data.disjoint_from, dataset.content_hash, dataset.members, data.cohort
-    site.ledger.declare(*about)
+    return frozenset(site.ledger.declare(*about))
 
 
 @pytest.mark.parametrize("story", STORIES)

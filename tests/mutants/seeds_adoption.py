@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.mutants.mutant import one
+from tests.mutants.mutant import Mutant, one
 
 ADOPT, CLOSED = "fedtune/officer/adopt.py", "fedtune/officer/closed_ledger.py"
 HOMES = "fedtune/officer/known_homes.py"
@@ -74,10 +74,26 @@ MUTANTS = (
         T_HOMES + "test_a_second_home_of_the_same_records_is_refused_and_told_the_way_out",
         "two ledgers each state a part of what a patient has paid",
     ),
-    one(
+    Mutant(
         "hospital", "a-link-leads-to-another-place", HOMES,
-        "return os.path.samestat(found, noted.stat())", "return False",
-        T_HOMES + "test_the_same_place_is_known_by_whatever_path",
+        (
+            ('if [found.st_dev, found.st_ino] == [note["device"], note["inode"]]:', "if False:"),
+            ("return noted.exists() and os.path.samestat(found, noted.stat())", "return False"),
+        ),
+        (T_HOMES + "test_the_same_place_is_known_by_whatever_path",),
         "the same records under another name are paid for anew",
+    ),
+    one(
+        "hospital", "a-site-beside-a-home-declares-its-records", HOMES,
+        "for table in (site.data, site.evaluation) if table]",
+        "for table in (site.data, site.evaluation) if table and not table.declared]",
+        T_HOMES + "test_what_a_home_pays_for_is_not_declared_by_a_site_beside_it",
+        "records that were charged as private are tried for free",
+    ),
+    one(
+        "hospital", "a-renamed-file-is-another-place", HOMES,
+        'if [found.st_dev, found.st_ino] == [note["device"], note["inode"]]:', "if False:",
+        T_HOMES + "test_a_renamed_file_is_known_though_another_has_its_name",
+        "a second ledger pays for the same records, under another name",
     ),
 )  # fmt: skip

@@ -9,19 +9,22 @@ HOSPITAL, SITE = "fedtune/core/config/hospital.py", "fedtune/core/config/site.py
 T_HOSPITAL = "tests/client/test_hospital.py::"
 T_ADOPT = "tests/client/test_adopt.py::"
 T_AT_ONCE = "tests/client/test_memberships_at_once.py::"
+T_APART = "tests/client/test_disjoint_memberships.py::"
 
 # fmt: off
 MUTANTS = (
     one(
         "hospital", "each-membership-reads-its-own-balance", BUDGET,
-        "if policy.hospital and self._exceeds_hospital(ahead):", "if False:",
+        "self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead)",
+        "self._exceeds_of_a_study(ahead)",
         T_HOSPITAL + "test_nor_in_the_midst_of_a_study",
         "three consortia spend three times what the hospital allows",
     ),
     one(
         "hospital", "a-refusal-tells-what-another-consortium-spent", BUDGET,
-        '"the study does not fit into the budget of this hospital, of all its consortia "',
-        'f"the study does not fit into {self.total(0).epsilon} of all its consortia "',
+        "or self._exceeds_ceiling(ahead)): raise _exceeds_hospital()",
+        "or self._exceeds_ceiling(ahead)): raise BudgetExceeded(f'{self.total(0).epsilon} of all "
+        "its consortia together')",
         T_HOSPITAL + "test_what_one_consortium_spent_is_not_there_for_the_other",
         "one coordinator learns how much another study costs",
     ),
@@ -195,5 +198,104 @@ MUTANTS = (
         'if (home / FILE).read_text(encoding="utf-8") != before_it:', "if False:",
         T_ADOPT + "test_a_change_of_the_hospitals_file_meanwhile_is_not_overwritten",
         "a ceiling that a person lowered is as high as before",
+    ),
+    one(
+        "hospital", "two-vaults-keep-one-patient", "fedtune/core/vault/worker.py",
+        "            dataset = dataset.exclude_units(elsewhere.__contains__)\n", "",
+        T_APART + "test_of_two_vaults_that_read_at_once_one_keeps_a_patient_of_both",
+        "a patient of two disjoint datasets pays at neither what both spend",
+    ),
+    one(
+        "hospital", "a-key-is-entered-for-both-datasets", "fedtune/core/ledger/ledger.py",
+        "sorted(hashes - set(elsewhere.values()))", "sorted(hashes)",
+        T_APART + "test_of_two_vaults_that_read_at_once_one_keeps_a_patient_of_both",
+        "the next reading of the first dataset leaves the patient out",
+    ),
+    one(
+        "hospital", "a-vault-is-where-its-site-file-is", "fedtune/core/vault/process.py",
+        "if site.hospital:", "if False:",
+        T_HOSPITAL + "test_a_vault_is_seen_though_its_site_file_was_moved",
+        "what a vault pays while the ledger is restored is in no charge",
+    ),
+    one(
+        "hospital", "any-site-file-is-a-membership", HOSPITAL,
+        "if membership.site.resolve() != site_file.resolve():", "if False:",
+        T_HOSPITAL + "test_what_the_two_files_must_agree_on",
+        "a copy of a site file pays beside the one that the officer's commands know",
+    ),
+    one(
+        "hospital", "a-running-membership-leaves-the-hospitals-ceilings",
+        "fedtune/core/vault/declared.py", "if current.hospital != loaded.hospital:", "if False:",
+        T_HOSPITAL + "test_a_running_membership_does_not_change_whose_ceilings_hold",
+        "a site file that a person edits spends past what the hospital allows",
+    ),
+    one(
+        "hospital", "a-hospital-loosens-a-sites-delta", HOSPITAL,
+        "min(own.max_delta, ceilings.max_delta)", "ceilings.max_delta",
+        T_HOSPITAL + "test_a_membership_keeps_its_stricter_delta",
+        "a plan is admitted at a δ that the board of the membership forbids",
+    ),
+    one(
+        "hospital", "each-membership-composes-at-its-own-delta", SITE,
+        "return self.hospital.max_delta if self.hospital else self.max_delta",
+        "return self.max_delta",
+        T_HOSPITAL + "test_a_membership_keeps_its_stricter_delta",
+        "two memberships state two totals of one ledger, and an order is fixed for the wrong δ",
+    ),
+    one(
+        "hospital", "each-membership-has-a-whole-study", BUDGET,
+        "if policy.hospital and (self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead))",
+        "if policy.hospital and self._exceeds_ceiling(ahead)",
+        T_HOSPITAL + "test_the_limit_of_a_study_holds_for_all_memberships_together",
+        "one plan in two consortia costs twice what the board allows a study",
+    ),
+    one(
+        "hospital", "each-membership-has-a-patients-lifetime", BUDGET,
+        "if self.policy.hospital and self._exceeds_lifetime(ahead):", "if False:",
+        T_HOSPITAL + "test_a_patients_lifetime_in_a_plan_is_one_for_all_memberships",
+        "a schedule in two consortia spends a patient's lifetime twice",
+    ),
+    one(
+        "hospital", "a-membership-declares-its-own-dataset-alone", "fedtune/core/vault/worker.py",
+        "self.ledger.declare(other, others[other])", "pass",
+        T_APART + "test_a_correction_of_what_is_disjoint_counts_for_whoever_runs",
+        "what two datasets spent is not composed, though the hospital says that it is",
+    ),
+    one(
+        "hospital", "a-vault-repeats-what-was-disjoint-when-it-started",
+        "fedtune/core/vault/declared.py", "return stated.model_copy(update=apart)", "return stated",
+        T_APART + "test_a_correction_of_what_is_disjoint_counts_for_whoever_runs",
+        "a running vault takes the hospital's correction back",
+    ),
+    one(
+        "hospital", "records-in-memory-are-of-both", "fedtune/core/vault/worker.py",
+        "if self.site.hospital:", "if False:",
+        T_APART + "test_who_is_in_two_datasets_that_become_disjoint_is_in_neither",
+        "a patient of two datasets trains in both, and pays at neither what both spend",
+    ),
+    one(
+        "hospital", "each-membership-has-patients-of-its-own", HOSPITAL,
+        "if data.columns.patient != registered.patient:", "if False:",
+        T_HOSPITAL + "test_what_the_two_files_must_agree_on",
+        "a patient pays per case at one consortium, and a withdrawal finds nobody there",
+    ),
+    one(
+        "hospital", "one-file-is-two-datasets", HOSPITAL,
+        "if len(names) > 1:", "if False:",
+        T_HOSPITAL + "test_what_the_two_files_must_agree_on",
+        "the same patients have two budgets, if a person declares the two disjoint",
+    ),
+    one(
+        "hospital", "a-refusal-tells-what-another-consortium-protects", BUDGET,
+        "if in_home:", "if False:",
+        T_HOSPITAL + "test_what_is_paid_for_another_unit_meanwhile_is_seen",
+        "a coordinator learns that another consortium's study is per record",
+    ),
+    one(
+        "hospital", "a-name-that-only-signed-is-free-again", "fedtune/officer/memberships.py",
+        "if name in earlier_names(home):", "if False:",
+        "tests/client/test_memberships_command.py::"
+        "test_a_name_for_which_a_person_signed_is_not_given_again",
+        "what a person signed for one consortium admits the plan of another",
     ),
 )

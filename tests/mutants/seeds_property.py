@@ -88,8 +88,8 @@ MUTANTS = (
                 "return __import__('contextlib').nullcontext()",
             ),
             (
-                "self.ledger.declare(*about, members, data.cohort, arrivals)",
-                "self.ledger.declare(*about, dataset.members, data.cohort, arrivals)",
+                "self.ledger.declare(*about, members, data.cohort, arrivals,",
+                "self.ledger.declare(*about, dataset.members, data.cohort, arrivals,",
             ),
             ("isinstance(error, LedgerError) and not isinstance(error, NoRoom)",
              "isinstance(error, LedgerError)"),

@@ -68,8 +68,8 @@ MUTANTS = (
     ),
     one(
         "stated", "another-size-than-the-coordinator-was-told", STATED,
-        'return loaded.model_copy(update={"site": table, "policy": current.policy})',
-        "return current",
+        'stated = loaded.model_copy(update={"site": table, "policy": current.policy})',
+        "stated = current",
         "tests/client/test_site_refusals.py::"
         "test_what_a_site_stated_when_it_joined_stands_until_it_is_started_again",
         "q and σ are of another size than the statement beside them",

@@ -490,7 +490,7 @@ MUTANTS = (
     ),
     one(
         35, "the-site-composes-what-it-does-not-know", SITE,
-        "        check_known(data.name, study.unit, self.ledger.unknown(data.name, study.unit))\n",
+        "        check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)\n",
         "",
         "tests/client/test_site_refusals.py::"
         "test_what_was_charged_for_another_unit_is_not_composed_with_a_study",

@@ -41,11 +41,13 @@ class CeilingTable(Table):
 
 
 class RegisteredData(Table):
-    """A dataset that a person registered: its place, which other datasets share no patient with
-    it, and its patients' consent. Overlap is declared here, and never inferred from content."""
+    """A dataset that a person registered: its place, the column of its patients' keys (None: each
+    record is a unit of its own), which other datasets share no patient with it, and its patients'
+    consent. Overlap is declared here, and never inferred from content."""
 
     path: Place | None = None
     url: Url | None = None
+    patient: str | None = None
     disjoint_from: tuple[Name, ...] = ()
     cohort: Name = "first"
     consent: ConsentTable | None = None
@@ -120,12 +122,12 @@ class Hospital(Table):
         return self.model_copy(update=tables)
 
 
-def share_in(site: Site, hospital: Hospital) -> Site:
+def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
     """Return the site as a membership of the hospital: under its ceilings and its share of them,
     with what the hospital declares of its datasets.
 
-    Errors: ConfigError if the hospital does not list the membership or a dataset, or if the site
-    file says otherwise."""
+    Errors: ConfigError if the hospital does not list the membership or a dataset, names another
+    site file for the membership, or if the site file says otherwise."""
     assert site.hospital is not None
     name, ceilings = site.hospital.membership, hospital.policy
     where = site.hospital.home / FILE
@@ -134,6 +136,12 @@ def share_in(site: Site, hospital: Hospital) -> Site:
             f"{where}: has no membership {name!r}",
             "one of " + (", ".join(sorted(hospital.memberships)) or "none so far"),
             "`fedtune memberships` adds one",
+        )
+    if membership.site.resolve() != site_file.resolve():
+        raise ConfigError(
+            f"{site_file}: is not the site file of membership {name!r}",
+            f"{membership.site}, which {where} names",
+            "correct the path there, if the file was moved",
         )
     if site.site.declared_size > hospital.hospital.declared_size:
         raise ConfigError(
@@ -145,10 +153,12 @@ def share_in(site: Site, hospital: Hospital) -> Site:
         membership=name,
         max_epsilon=ceilings.max_epsilon,
         max_fallback_epsilon=ceilings.max_fallback_epsilon,
+        max_delta=ceilings.max_delta,
         max_rounds=ceilings.max_rounds,
         earlier=membership.earlier,
         declared_size=hospital.hospital.declared_size,
         memberships=tuple(sorted(hospital.memberships)),
+        disjoint_from={name: data.disjoint_from for name, data in hospital.datasets.items()},
     )
     own = site.policy
     policy = own.model_copy(
@@ -158,7 +168,7 @@ def share_in(site: Site, hospital: Hospital) -> Site:
                 own.max_fallback_epsilon,
                 membership.max_fallback_epsilon or ceilings.max_fallback_epsilon,
             ),
-            "max_delta": ceilings.max_delta,
+            "max_delta": min(own.max_delta, ceilings.max_delta),
             "max_rounds": min(own.max_rounds, membership.max_rounds or ceilings.max_rounds),
             "hospital": share,
         }
@@ -181,13 +191,28 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
         raise ConfigError(
             f"{data.name}: data that is declared {data.declared} is not a hospital's dataset",
             "private records",
-            "take part with it by a site file without the table [hospital]",
+            "take `declared` out; data in which no record was ever private lies elsewhere, and "
+            "takes part by a site file without the table [hospital]",
         )
     if not registered.is_place_of(data):
         raise ConfigError(
             f"{data.where}: is not where the hospital's dataset {data.name!r} is registered",
             f"the place in {where}",
             "register it under a name of its own, or correct the path",
+        )
+    names = [name for name, other in hospital.datasets.items() if other.is_place_of(data)]
+    if len(names) > 1:
+        raise ConfigError(
+            f"{where}: {' and '.join(map(repr, names))} are one place",
+            "one name for each place, under which all that its patients paid is counted",
+            "take one of the two out",
+        )
+    if data.columns.patient != registered.patient:
+        raise ConfigError(
+            f"columns.patient of {data.name!r}: is {data.columns.patient!r}, and the hospital's is "
+            f"{registered.patient!r}",
+            f"one column of patients for all memberships: `patient` of the dataset in {where}",
+            "correct one of the two files; without a column, each record is a unit of its own",
         )
     declared = {name: getattr(registered, name) for name in ("disjoint_from", "cohort", "consent")}
     for name, value in declared.items():

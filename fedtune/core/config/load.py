@@ -59,11 +59,12 @@ def load_study(
     return study
 
 
-def load_site(path: Path | str, *, alone: bool = False) -> Site:
+def load_site(path: Path | str, *, alone: bool = False, at: Path | None = None) -> Site:
     """Read a site from site.toml; relative paths in it are relative to the file. A membership of a
     hospital is under the ceilings of hospital.toml in its home.
 
-    alone: read the site file only, as where the hospital's home is out of reach.
+    alone: read the site file only, as where the hospital's home is out of reach; at: the path that
+    a draft of a site file will have.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -74,7 +75,7 @@ def load_site(path: Path | str, *, alone: bool = False) -> Site:
     path = Path(path)
     site = _load(Site, path)
     if site.hospital and not alone:
-        site = share_in(site, load_hospital(site.hospital.home))
+        site = share_in(site, load_hospital(site.hospital.home), at or path)
     site._file = path.resolve()
     return site
 

@@ -259,15 +259,18 @@ class AcceptanceTable(SiteData):
 
 class ShareTable(Table):
     """What a hospital's home leaves one of its memberships: its name, the ceilings of all of them
-    together, and who else has space reserved beside the ledger. Read from hospital.toml."""
+    together, who else has space reserved beside the ledger, and which registered datasets are
+    declared disjoint from which. Read from hospital.toml."""
 
     membership: Name
     max_epsilon: Positive
     max_fallback_epsilon: Positive
+    max_delta: Delta
     max_rounds: Number
     earlier: bool
     declared_size: Count
     memberships: tuple[Name, ...]
+    disjoint_from: dict[Name, tuple[Name, ...]]
 
 
 class PolicyTable(Table):
@@ -337,9 +340,15 @@ class PolicyTable(Table):
         hospital's, for a membership."""
         return self.hospital.max_fallback_epsilon if self.hospital else self.max_fallback_epsilon
 
+    @property
+    def delta(self) -> float:
+        """The δ at which all that the ledger pays for is composed: the hospital's, for a
+        membership, so that every one states the same total. `max_delta` is the most of a plan."""
+        return self.hospital.max_delta if self.hospital else self.max_delta
+
     def fits(self, declared_size: int) -> bool:
         """Return whether the δ at which everything is composed is below 1 / `declared_size`."""
-        return fits(self.max_delta, declared_size)
+        return fits(self.delta, declared_size)
 
 
 def fits(max_delta: float, declared_size: int) -> bool:

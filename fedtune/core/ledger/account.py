@@ -4,7 +4,7 @@ Nothing here reads or writes a file; ledger.py does, and folds every entry in on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,14 @@ class Account:
         """Return whether the two datasets are currently declared disjoint."""
         return frozenset((first, second)) in self.apart_since
 
+    def list_apart(self, dataset: str, disjoint_from: Collection[str]) -> list[str]:
+        """List the datasets that are disjoint from `dataset` once it declares `disjoint_from`."""
+        return [
+            other
+            for other, declared in self.declared.items()
+            if other != dataset and (other in disjoint_from or dataset in declared["disjoint_from"])
+        ]
+
     def against(self, dataset: str) -> list[Spent]:
         """List the charges that count against `dataset`, oldest first."""
         return [spent for spent in self.spent() if self._counts(spent, dataset)]
@@ -148,12 +156,12 @@ class Account:
     def _update_disjoint(self, seq: int, declaration: Mapping[str, Any]) -> None:
         """Update which datasets are disjoint after a declaration, and since which entry."""
         dataset, new = declaration["dataset"], declaration["dataset"] not in self.declared
-        for other, declared in self.declared.items():
+        apart = self.list_apart(dataset, declaration["disjoint_from"])
+        for other in self.declared:
             pair = frozenset((dataset, other))
             if other == dataset:
                 continue
-            named = other in declaration["disjoint_from"] or dataset in declared["disjoint_from"]
-            if not named:
+            if other not in apart:
                 self.apart_since.pop(pair, None)
             elif pair not in self.apart_since:
                 self.apart_since[pair] = 0 if new else seq

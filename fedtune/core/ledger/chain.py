@@ -174,9 +174,9 @@ class Transaction:
         rows = ((hash_, dataset) for hash_ in hashes)
         self.sql.executemany("INSERT OR IGNORE INTO members VALUES (?, ?)", rows)
 
-    def hashes(self, dataset: str) -> set[bytes]:
+    def hashes(self, *datasets: str) -> set[bytes]:
         query = "SELECT hash FROM members WHERE dataset = ?"
-        return {hash_ for (hash_,) in self.sql.execute(query, (dataset,))}
+        return {hash_ for name in datasets for (hash_,) in self.sql.execute(query, (name,))}
 
     def members(self, dataset: str) -> str:
         """Digest all member hashes that the dataset ever had."""

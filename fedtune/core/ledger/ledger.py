@@ -124,31 +124,42 @@ class Ledger:
     def declare(
         self,
         dataset: str,
-        disjoint_from: Iterable[str],
+        disjoint_from: Iterable[str] | None,
         content_hash: str | None = None,
         members: Iterable[bytes] = (),
         cohort: str = "first",
         keys: Iterable[bytes] | None = None,
-    ) -> None:
-        """Sign a declaration of `dataset`: the others it shares no patient with, its content's
-        hash, and its members (patient keys, record bytes), of which only salted hashes are kept.
+        units: Iterable[bytes] = (),
+    ) -> frozenset[bytes]:
+        """Sign a declaration of `dataset`: the others it shares no patient with (None: those that
+        it last declared), its content's hash, and its members (patient keys, record bytes), of
+        which only salted hashes are kept.
+
+        Returns those of `units`, the patients' keys, that a dataset disjoint from this one has.
+        They are not entered, whether as members or as arrivals, and may not take part here: of two
+        processes that read at the same moment, the one that enters a key first keeps its patient.
 
         The call is cheap if nothing changed. A member that was ever in the dataset stays its
         member; without a content hash, content and cohort stay as they were. keys: the key of
         each unit, if arrivals are recorded. A key that was never a member arrives now, in a
         cohort of all such keys, whatever its or other units' records are. Errors: NoRoom if the
         disk has too little space; nothing is entered."""
-        hashes = sorted({self._salt_member(member) for member in members})
+        hashes = {self._salt_member(member) for member in members}
         with self._store.writing() as writer:
             previous = self._account.declared.get(dataset, {})
+            stays = previous.get("disjoint_from", ())
+            apart_from = set(stays if disjoint_from is None else disjoint_from)
+            there = writer.hashes(*self._account.list_apart(dataset, apart_from))
+            asked = units if there else ()
+            elsewhere = {unit: key for unit in asked if (key := self._salt_member(unit)) in there}
             arrival = None
             if keys is not None:
-                salted_keys = [self._salt_member(key) for key in keys]
+                salted_keys = [self._salt_member(key) for key in keys if key not in elsewhere]
                 arrival = self._account.arrivals.entry(dataset, writer.hashes(dataset), salted_keys)
-            writer.add_members(dataset, hashes)
+            writer.add_members(dataset, sorted(hashes - set(elsewhere.values())))
             declaration: dict[str, Any] = {
                 "dataset": dataset,
-                "disjoint_from": sorted(set(disjoint_from)),
+                "disjoint_from": sorted(apart_from),
                 "content": previous.get("content", "") if content_hash is None else content_hash,
                 "cohort": previous.get("cohort", cohort) if content_hash is None else cohort,
                 "members": writer.members(dataset),
@@ -158,6 +169,7 @@ class Ledger:
                 writer.append("declare", declaration)
             if arrival:
                 writer.append("arrive", {**arrival, "cohort": cohort})
+        return frozenset(elsewhere)
 
     def holds(self, dataset: str, member: bytes) -> bool:
         """Return whether `member` was ever declared as the dataset's."""
@@ -178,7 +190,7 @@ class Ledger:
             names = [
                 name for name in self._account.declared if self._account.disjoint(dataset, name)
             ]
-            hashes = set().union(*(writer.hashes(name) for name in names))
+            hashes = writer.hashes(*names)
         return lambda key: self._salt_member(key) in hashes
 
     @property
@@ -240,6 +252,16 @@ class Ledger:
         """Build a lookup from a unit's key to the arrival of its cohort."""
         self._read()
         return lambda key: self._account.arrivals.of(dataset, self.hashed(key))
+
+    @property
+    def memberships(self) -> set[str]:
+        """The memberships that any entry names: a payment, a plan that a person signed for one, or
+        an answer that a person decided about."""
+        account = self._account
+        with self._store.writing():
+            slots = {*account.sent, *account.refused, *(slot for slot, _ in account.let_go)}
+            paid = {spent.charge.membership for spent in account.spent()}
+            return {*paid, *map(owner_of, slots), *(name for _, name in account.admitted)}
 
     @property
     def datasets(self) -> list[str]:

@@ -51,7 +51,7 @@ class DatasetBudget:
     """The total ε of a dataset as the privacy filter bounds it, and the same composed by PLD.
 
     - epsilon: at 2 · delta
-    - pld: at delta, which is policy.max_delta
+    - pld: at delta, which is policy.delta
     - remaining: of policy.max_epsilon, never below 0
     - fallback: what the filter gives by this site's own noise alone, against fallback_ceiling; None
       if no charge has secure aggregation, so that the two are one"""
@@ -103,7 +103,7 @@ def facts(
         }
     return {
         "dataset": dataset,
-        "studies": [asdict(line) for line in study_lines(spent, policy.max_delta, unit)],
+        "studies": [asdict(line) for line in study_lines(spent, policy.delta, unit)],
         "budget": asdict(total)
         | {"remaining": total.remaining, "fallback_remaining": total.fallback_remaining},
         "not_known": ledger.unknown(dataset, unit) if unit else [],
@@ -147,12 +147,12 @@ def budget(dataset: str, spent: Sequence[Spent], policy: PolicyTable) -> Dataset
     """Compose the charges in `spent`, against the policy's limits."""
     events = [entry.charge.event for entry in spent]
     order = spent[0].charge.order if spent else 2.0
-    total = total_epsilon(events, order, policy.max_delta)
-    pld = _epsilon(events, policy.max_delta)
-    found = DatasetBudget(dataset, total.epsilon, total.how, pld, policy.ceiling, policy.max_delta)
+    total = total_epsilon(events, order, policy.delta)
+    pld = _epsilon(events, policy.delta)
+    found = DatasetBudget(dataset, total.epsilon, total.how, pld, policy.ceiling, policy.delta)
     if not _is_noise_shared(spent):
         return found
-    alone = total_epsilon([entry.charge.fallback for entry in spent], order, policy.max_delta)
+    alone = total_epsilon([entry.charge.fallback for entry in spent], order, policy.delta)
     ceiling = policy.fallback_ceiling
     return replace(found, fallback=alone.epsilon, fallback_ceiling=ceiling)
 
@@ -178,7 +178,7 @@ class MembershipLine:
     - membership: its name; "" of what was paid before the ledger was the hospital's, EVERY of
       charges that a restore entered
     - studies, charged: how many studies, and reservations
-    - epsilon: as the privacy filter bounds it, at 2 · policy.max_delta; fallback: by this site's
+    - epsilon: as the privacy filter bounds it, at 2 · policy.delta; fallback: by this site's
       own noise alone, else None"""
 
     membership: str

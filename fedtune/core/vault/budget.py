@@ -37,8 +37,8 @@ class Budget:
     against one cohort, in the ledger's order.
     Guarantee: while `check` (or, for another dataset than the plan's own, `check_ceilings`) passes
     before every charge, all that was released from the dataset
-    is (policy.ceiling, 2 · policy.max_delta)-DP under the assumption of secure aggregation
-    where studies have it, and (policy.fallback_ceiling, 2 · policy.max_delta)-DP without,
+    is (policy.ceiling, 2 · policy.delta)-DP under the assumption of secure aggregation
+    where studies have it, and (policy.fallback_ceiling, 2 · policy.delta)-DP without,
     whatever the choice of studies depended on; see `fedtune.core.dp.filter`. For a membership of a
     hospital these are the hospital's ceilings, and what this membership alone released is within
     its share, policy.max_epsilon and policy.max_fallback_epsilon."""
@@ -54,11 +54,11 @@ class Budget:
         if self.charges:
             return self.charges[0].order
         planned = self.plan.events(self.plan.steps)
-        return best_order(planned, self.policy.ceiling, self.policy.max_delta)
+        return best_order(planned, self.policy.ceiling, self.policy.delta)
 
     def total(self, ahead: int) -> Total:
         """Compute the dataset's total ε with `ahead` more steps of the plan, at 2 ·
-        policy.max_delta; under the assumption of secure aggregation, where studies have it."""
+        policy.delta; under the assumption of secure aggregation, where studies have it."""
         return self._compose([charge.event for charge in self.charges], self.plan.events(ahead))
 
     def fallback(self, ahead: int) -> Total:
@@ -73,13 +73,14 @@ class Budget:
         events = charged + [event for event in planned if event.steps]
         # Without charges there is one kind of step, which is composed exactly, whatever the order.
         order = self.charges[0].order if self.charges else 2.0
-        return total_epsilon(events, order, self.policy.max_delta)
+        return total_epsilon(events, order, self.policy.delta)
 
     def remaining(self) -> int:
         """Count the plan's steps that are not charged yet. A round that was charged twice takes the
         place of a later one: a study at the very ceiling goes on after a crash as far as its budget
         lasts."""
-        return max(self.plan.steps - sum(charge.steps for charge in self._of_plan()), 0)
+        paid = sum(charge.steps for charge in self.share._of_plan())
+        return max(self.plan.steps - paid, 0)
 
     def ahead(self, round_: int | None = None) -> int:
         """Count the steps that are still to be paid for: those that remain and, if `round_` is
@@ -96,15 +97,13 @@ class Budget:
 
         round_: the round that is about to run, if one is; more: further steps, as of attempts that
         may fail. A round that is sent again is not paid for. Errors: BudgetExceeded."""
-        plan = self.plan
-        if plan.lifetime is not None:
-            ahead = plan.events(self.ahead(round_) + more)
-            events = [*(charge.event for charge in self._of_plan()), *ahead]
-            if accountant.epsilon(events, plan.delta) > plan.lifetime:
-                raise BudgetExceeded(
-                    "the round would exceed privacy.epsilon, a patient's lifetime budget in this "
-                    "plan"
-                )
+        ahead = self.ahead(round_) + more
+        if self.share._exceeds_lifetime(ahead):
+            raise BudgetExceeded(
+                "the round would exceed privacy.epsilon, a patient's lifetime budget in this plan"
+            )
+        if self.policy.hospital and self._exceeds_lifetime(ahead):
+            raise _exceeds_hospital()
         self.check_ceilings(round_, more)
 
     def check_ceilings(self, round_: int | None = None, more: int = 0) -> None:
@@ -117,11 +116,10 @@ class Budget:
         the same people: a coordinator may ask either first.
         Arguments and errors: as for `check`."""
         self.check_alone()
-        plan, policy = self.plan, self.policy
+        policy, share = self.policy, self.share
         ahead = self.ahead(round_) + more
-        events = [*(charge.event for charge in self._of_plan()), *plan.events(ahead)]
-        beside = [charge.event for charge in self._of_study() if charge.study != plan.study]
-        if accountant.epsilon([*beside, *events], plan.delta) > policy.max_epsilon_per_study:
+        if share._exceeds_of_a_study(ahead):
+            beside = any(charge.study != self.plan.study for charge in share._of_study())
             raise BudgetExceeded(
                 f"{'training and queries together' if beside else 'the study'} would go past "
                 "policy.max_epsilon_per_study",
@@ -130,7 +128,6 @@ class Budget:
                 if beside
                 else "lower epsilon or rounds, or ask the site to raise this limit",
             )
-        share = self.share
         if share.total(ahead).epsilon > policy.max_epsilon:
             raise BudgetExceeded(
                 "the study would take this dataset past policy.max_epsilon, other studies included",
@@ -144,13 +141,8 @@ class Budget:
                 f"at most ε = {policy.max_fallback_epsilon} in total",
                 "lower epsilon: with shared noise it stays below what each site would spend alone",
             )
-        if policy.hospital and self._exceeds_hospital(ahead):
-            # Without a figure: what other consortia spent is not this coordinator's to know.
-            raise BudgetExceeded(
-                "the study does not fit into the budget of this hospital, of all its consortia "
-                "together",
-                todo="ask the site; `fedtune ledger` there shows what was spent",
-            )
+        if policy.hospital and (self._exceeds_of_a_study(ahead) or self._exceeds_ceiling(ahead)):
+            raise _exceeds_hospital()
 
     @property
     def share(self) -> Budget:
@@ -161,7 +153,22 @@ class Budget:
         mine = self.policy.own_memberships
         return replace(self, charges=[c for c in self.charges if c.is_paid_by(mine)])
 
-    def _exceeds_hospital(self, ahead: int) -> bool:
+    def _exceeds_lifetime(self, ahead: int) -> bool:
+        """Return whether the charges of the plan, and steps ahead, exceed its lifetime, if it has
+        one."""
+        plan = self.plan
+        if plan.lifetime is None:
+            return False
+        events = [*(charge.event for charge in self._of_plan()), *plan.events(ahead)]
+        return accountant.epsilon(events, plan.delta) > plan.lifetime
+
+    def _exceeds_of_a_study(self, ahead: int) -> bool:
+        """Return whether the charges of the plan's study, and steps ahead, exceed
+        policy.max_epsilon_per_study."""
+        events = [*(charge.event for charge in self._of_study()), *self.plan.events(ahead)]
+        return accountant.epsilon(events, self.plan.delta) > self.policy.max_epsilon_per_study
+
+    def _exceeds_ceiling(self, ahead: int) -> bool:
         """Return whether all charges of the dataset, and steps ahead, exceed a ceiling of the
         hospital's."""
         above = self.total(ahead).epsilon > self.policy.ceiling
@@ -191,7 +198,7 @@ class Budget:
         that a person signed for its own ε could spend up to the site's limits.
 
         Errors: BudgetExceeded."""
-        paid = sum(charge.round == round_ for charge in self._of_plan())
+        paid = sum(charge.round == round_ for charge in self.share._of_plan())
         if paid >= MOST_ATTEMPTS:
             raise BudgetExceeded(
                 f"round {round_} was paid for {MOST_ATTEMPTS} times, interrupted attempts included",
@@ -206,26 +213,40 @@ class Budget:
         return self.plan.sites > 1 or any(charge.sites > 1 for charge in self.charges)
 
     def _of_plan(self) -> list[Charge]:
-        return [charge for charge in self.share.charges if charge.study == self.plan.study]
+        return [charge for charge in self.charges if charge.study == self.plan.study]
 
     def _of_study(self) -> list[Charge]:
         """The charges of the plan's study: of its training and of its queries."""
         digest = self.plan.study.removesuffix(QUERIES)
         plans = digest, digest + QUERIES
-        return [charge for charge in self.share.charges if charge.study in plans]
+        return [charge for charge in self.charges if charge.study in plans]
 
 
-def check_known(dataset: str, unit: str, unknown: Sequence[Spent]) -> None:
+def _exceeds_hospital() -> BudgetExceeded:
+    """The refusal of what other consortia's charges decide: without a figure, since what they spent
+    is not this coordinator's to know."""
+    return BudgetExceeded(
+        "the study does not fit into the budget of this hospital, of all its consortia together",
+        todo="ask the site; `fedtune ledger` there shows what was spent",
+    )
+
+
+def check_known(
+    dataset: str, unit: str, unknown: Sequence[Spent], *, in_home: bool = False
+) -> None:
     """Check that no charge of a dataset is of unknown cost, unless a person signed for it.
 
     unknown: `Ledger.unknown` of the dataset, for the study's unit; public, as every charge is.
+    in_home: whether a hospital's memberships share the ledger.
     Errors: BudgetExceeded."""
     if not unknown:
         return
     other = sorted({spent.charge.unit for spent in unknown} - {unit, "any"})
+    why = f"they were charged per {other[0]}" if other else "an earlier release charged them"
+    if in_home:  # what another consortium protects is not this coordinator's to know
+        why = "they were charged for another unit, or by an earlier release"
     raise BudgetExceeded(
-        f"the cost of earlier rounds on this dataset is unknown for one {unit}: "
-        + (f"they were charged per {other[0]}" if other else "an earlier release charged them"),
+        f"the cost of earlier rounds on this dataset is unknown for one {unit}: {why}",
         "a dataset whose charges are all for the study's unit, by this release's rules",
         "a person at the site reads `fedtune ledger` and, to accept this, runs it "
         f"with --accept {dataset}",

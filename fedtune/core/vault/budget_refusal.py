@@ -36,7 +36,7 @@ def explain(study: Study, site: Site, ledger: Ledger | None) -> list[str]:
     policy, name = site.policy, site.data.name
     spent = ledger.spending(name) if ledger else []
     total = budget(name, spent, policy)
-    lines = study_lines(spent, policy.max_delta, study.unit)
+    lines = study_lines(spent, policy.delta, study.unit)
     runs = places(site)
     paid = f"ε = {rounded_up(total.epsilon)} (at δ = {2 * total.delta:g}) of {policy.ceiling:g}"
     if total.fallback is not None:

@@ -72,13 +72,21 @@ def as_stated(current: Site, loaded: Site) -> Site:
     """Return the site as it was when it joined, with the policy that its file has now.
 
     current: the site file as it is now; loaded: as it was when the site joined.
-    A policy that was changed applies from the next order. All else counts when the site is started
+    A policy that was changed applies from the next order, and so does what a hospital declares
+    disjoint. All else counts when the site is started
     again: the coordinator was told the declared size and the LoRA rank, from which q, σ and the
     rule for δ follow, the disk space beside the ledger was reserved for that size, and the records
     in memory were read by these tables, the held-out ones included.
-    Errors: PolicyRefused if the file says by now what cannot wait until then: that data is not
-    declared, or that a query or a view selects the records, of which the coordinator was not
-    informed; or if the new policy does not fit the declared size of the start."""
+    Errors: PolicyRefused if the file says by now what cannot wait until then: that another ledger
+    pays, that data is not declared, or that a query or a view selects the records, of which the
+    coordinator was not informed; or if the new policy does not fit the declared size of the
+    start."""
+    if current.hospital != loaded.hospital:  # whose ceilings the new policy would be under
+        raise PolicyRefused(
+            "the table [hospital] was changed while this site takes part",
+            "what it said when the site joined",
+            "stop this site and start it again, so that the ledger it names pays",
+        )
     for data, was in ((current.data, loaded.data), (current.evaluation, loaded.evaluation)):
         if getattr(data, "declared", None) != getattr(was, "declared", None):
             raise PolicyRefused(
@@ -100,7 +108,14 @@ def as_stated(current: Site, loaded: Site) -> Site:
         )
     # Whether the file itself names the ledger of a run: in a consortium `begin_run` chooses it.
     table = loaded.site.model_copy(update={"ledger": current.site.ledger})
-    return loaded.model_copy(update={"site": table, "policy": current.policy})
+    stated = loaded.model_copy(update={"site": table, "policy": current.policy})
+    hospital = current.policy.hospital
+    apart = {
+        key: data.model_copy(update={"disjoint_from": hospital.disjoint_from[data.name]})
+        for key, data in (("data", loaded.data), ("evaluation", loaded.evaluation))
+        if hospital and data and data.name in hospital.disjoint_from
+    }
+    return stated.model_copy(update=apart)
 
 
 def allow_declared(site: Site) -> None:

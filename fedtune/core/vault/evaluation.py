@@ -59,7 +59,7 @@ def answer_query(
     held_out = check_release(study, current, plan, prepared.coordinator)
     site.require_signature(study, current)
     check_rounds([s.charge for s in site.ledger.spending()], current.policy, site.room)
-    site.declare(held_out, study)
+    site.declare(held_out, study, current)
     charges = site.ledger.charges(held_out.name)
     charge = charge_of(study, plan, current, round_, charges)
 
@@ -71,7 +71,8 @@ def answer_query(
     site.ledger.ask(held_out.name, permit)
     data = site.data_in_study(study, prepared.network, held_out)
     label = site.slot(plan.study, round_, digest(adapter))[2]
-    known = partial(check_known, held_out.name, plan.unit)
+    in_home = current.hospital is not None
+    known = partial(check_known, held_out.name, plan.unit, in_home=in_home)
     reserved = site.ledger.reserve(held_out.name, charge, label, permit, known)
     site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedtune.core import isolation
 from fedtune.core.config import Site, load_site
 from fedtune.core.config.database import is_over_tcp, kind_of
 from fedtune.core.errors import InfrastructureError, Stopped, describe, is_fault
+from fedtune.core.files import locks
 from fedtune.core.processes import STOP_SECONDS, alone, end_with_parent, interruptible
 from fedtune.core.progress import listening
 from fedtune.core.wire.events import Teller, pass_warnings_on
@@ -85,7 +86,7 @@ def main(options: list[str]) -> None:
     with (
         suppress(Stopped),
         interruptible(),
-        _alone(site.site.state),
+        _alone(site),
         listening(tell.step),
         fetching_elsewhere(tell.fetch),
     ):
@@ -99,20 +100,33 @@ def main(options: list[str]) -> None:
 
 
 @contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Hold the lock of a site's vault. A vault whose client was killed may live on for a moment,
-    and is waited for. Errors: InfrastructureError if it does not end."""
+def _alone(site: Site) -> Iterator[None]:
+    """Hold the lock of a site's vault and, in a hospital's home, that of its membership. A vault
+    whose client was killed may live on for a moment, and is waited for. Errors: InfrastructureError
+    if it does not end."""
     deadline = time.monotonic() + LAST_MOMENTS
-    with ExitStack() as held:
-        while True:
+    while True:
+        with ExitStack() as held:
             try:
-                held.enter_context(alone(state / HOME, "the vault of a client that has ended"))
-                break
+                who = "the vault of a client that has ended"
+                held.enter_context(alone(site.site.state / HOME, who))
+                if site.hospital:
+                    held.enter_context(vault_of(site.home, site.hospital.membership))
             except InfrastructureError:
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(0.1)
-        yield
+            else:
+                yield
+                return
+        time.sleep(0.1)
+
+
+def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:
+    """Hold, in a hospital's home, the lock that the vault of a membership has while it runs:
+    wherever its site file lies, nobody restores the ledger from which it pays. Errors:
+    InfrastructureError naming the vault that runs."""
+    lock = home / f"vault-{membership}.lock"
+    return locks.hold_alone(lock, f"vault of membership {membership!r}", home)
 
 
 def serve(

@@ -223,7 +223,7 @@ class SiteWorker:
         admit(study, site, plan, coordinator)
         self.require_signature(study, site)
         check_rounds([s.charge for s in self.ledger.spending()], site.policy, self.room)
-        self.declare(self.site.data, study)
+        self.declare(site.data, study, site)
         charges = self.ledger.charges(self._dataset)
         if study.continuous:  # a unit that arrives now must have budget to take part
             charges = self.ledger.newcomer(self._dataset)
@@ -231,12 +231,18 @@ class SiteWorker:
             Budget(site.policy, plan, charges).check(round_)
         return site
 
-    def declare(self, data: SiteData, study: Study) -> None:
-        """Enter the site's declarations about a dataset before its charges are read.
+    def declare(self, data: SiteData, study: Study, site: Site) -> None:
+        """Enter the site's declarations about a dataset before its charges are read; in a
+        hospital's home about every dataset in the ledger, since the membership that trains on
+        another one may not run.
 
         Errors: BudgetExceeded if the cost of earlier rounds on it is unknown."""
+        others = site.policy.hospital.disjoint_from if site.policy.hospital else {}
+        for other in {*others} & {*self.ledger.datasets} - {data.name}:
+            self.ledger.declare(other, others[other])
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
-        check_known(data.name, study.unit, self.ledger.unknown(data.name, study.unit))
+        unknown = self.ledger.unknown(data.name, study.unit)
+        check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
     def require_signature(self, study: Study, site: Site) -> None:
         """Check that a person signed the plan, if the site's policy asks for it. In a simulation
@@ -263,20 +269,26 @@ class SiteWorker:
         Errors: DataError if the columns do not fit the study, or there is no file."""
         anew = study.continuous or bool(data.consent)
         groups = group_reader(data, study)
-        view = (data, network, study.objective, study.unit, study.max_records_per_unit, groups)
+        apart: list[tuple[str, str]] = []
+        if self.site.hospital:  # which may be declared otherwise while this membership runs
+            apart = [pair for pair in self.home.disjoint if data.name in pair]
+        of_study = study.objective, study.unit, study.max_records_per_unit
+        view = (data, network, *of_study, groups, apart)
         cached_view, cached = self._cached.get(data.name, (None, None))
         if anew or cached_view != view or cached is None:
             dataset = self._read(study, network, data)
             keep_counts(self.site, data, study, dataset)
-            self._remember(study, data, dataset)
+            elsewhere = self._remember(study, data, dataset)
+            dataset = dataset.exclude_units(elsewhere.__contains__)
             cached = CachedDataset(network, dataset, self.site.site.cache_bytes)
             self._cached[data.name] = None if anew else view, cached
         elif (left := without_withdrawn(cached, self.home)) is not cached:
             self._cached[data.name] = view, (cached := left)
         return cached
 
-    def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> None:
-        """Enter a dataset's content in the ledger.
+    def _remember(self, study: Study, data: SiteData, dataset: Dataset) -> frozenset[bytes]:
+        """Enter a dataset's content in the ledger, and return the units that take part in a
+        disjoint dataset, which another membership may have read at the same moment.
 
         Guarantee: whether a later reading knows which records of whom were trained on, and so which
         it chooses under the cap, follows from that unit's own records and history, and from no
@@ -297,13 +309,13 @@ class SiteWorker:
                 folder,
             )
         arrivals = dataset.keys if study.continuous else None
-        about = data.name, data.disjoint_from, dataset.content_hash
+        about = data.name, None, dataset.content_hash
         try:
-            self.ledger.declare(*about, members, data.cohort, arrivals)
+            return self.ledger.declare(*about, members, data.cohort, arrivals, dataset.keys)
         except NoRoom:  # for texts: what a later reading chooses by comes first
             if members == dataset.trained:
                 raise
-            self.ledger.declare(*about, dataset.trained, data.cohort, arrivals)
+            return self.ledger.declare(*about, dataset.trained, data.cohort, arrivals, dataset.keys)
 
     def data_in_study(self, study: Study, network: Network, data: SiteData) -> CachedDataset:
         """Load a dataset as `data_for` does, in a study in which this site takes part. There are
@@ -413,7 +425,8 @@ class SiteWorker:
                 Budget(site.policy, plan, charges).check_ceilings(round_)
 
         # Again under the write lock: another membership may have paid since.
-        known = partial(check_known, self._dataset, study.unit)
+        in_home = site.hospital is not None
+        known = partial(check_known, self._dataset, study.unit, in_home=in_home)
         # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
         # is asked of cohorts, their own charges are not all attempts.
         if plan and study.continuous:
