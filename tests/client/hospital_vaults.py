@@ -164,6 +164,7 @@ class Story:
                 continue
             answer = vault.wait()
             assert answer is not None, "no answer: the vaults wait for each other"
+            deadline = time.monotonic() + PATIENCE  # there is progress
             if answer.status == "trained":
                 vault.answers += 1
             else:
