@@ -78,7 +78,7 @@ def make_apart(home: Path) -> dict[str, Path]:
     apart = (
         'disjoint_from = ["clinic"]\n[datasets.clinic]\npath = "clinic.jsonl"\npatient = "who"\n'
     )
-    at = 'path = "notes.jsonl"\n'
+    at = 'path = "notes.jsonl"\npatient = "who"\n'
     hospital.write_text(hospital.read_text().replace(at, at + apart))
     own = 'name = "clinic"\npath = "../clinic.jsonl"'
     text = files["onco"].read_text().replace('path = "../notes.jsonl"', own)

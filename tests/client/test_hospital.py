@@ -138,7 +138,8 @@ def test_a_site_file_cannot_grant_itself_a_share(tmp_path: Path) -> None:
     path = make_hospital(tmp_path / "home")["onco"]
     share = (
         'membership = "onco", max_epsilon = 99.0, max_fallback_epsilon = 99.0, earlier = true, '
-        "declared_size = 9, max_rounds = 9, memberships = []"
+        "declared_size = 9, max_rounds = 9, memberships = [], max_delta = 1e-3, "
+        "disjoint_from = {}"
     )
     edit(path, 'bases = "any"', f'bases = "any"\nhospital = {{ {share} }}')
     assert load_site(path).policy.ceiling == 8.0
