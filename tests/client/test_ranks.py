@@ -167,7 +167,7 @@ def test_records_read_before_the_first_round_have_the_threads_of_every_process(
             worker.prepare(made.study, made.frozen)
             worker.train(made.study.digest, 1, made.adapter)
             (_, data), *_ = worker._cached.values()
-            assert data._threads == torch.get_num_threads() == 2
+            assert data.cores == torch.get_num_threads() == 2
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)

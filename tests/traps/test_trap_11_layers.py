@@ -65,6 +65,8 @@ class Tiles(Sound):
 class Data:
     """What the engine asks of a dataset, around any module."""
 
+    cores = None
+
     def __init__(self, module: nn.Module) -> None:
         for parameter in module.parameters():
             nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
