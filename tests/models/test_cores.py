@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -145,6 +146,43 @@ def test_all_threads_start_before_the_first_block(monkeypatch: pytest.MonkeyPatc
     assert threading.active_count() == before + 4
     list(in_turn(40, 4))
     assert threading.active_count() == before + 4
+
+
+def test_a_thread_keeps_its_one_thread_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also once the process's own number is another: a thread takes it at its first use."""
+    monkeypatch.setattr(cores, "_threads", {})
+    pool = cores._start_threads(2)
+    with threads(4):
+        assert pool.submit(torch.get_num_threads).result() == 1
+
+
+def test_threads_that_cannot_all_start_leave_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "_threads", {})
+    start, started = threading.Thread.start, []
+
+    def only_two(self: threading.Thread) -> None:
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", only_two)
+    with pytest.raises(RuntimeError, match="start"):
+        list(in_turn(3, 4))
+    for thread in started:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_a_block_that_cannot_be_made_fails_at_its_turn() -> None:
+    def blocks() -> Iterator[int]:
+        yield from range(3)
+        raise ValueError("three")
+
+    found = compute_side_by_side(compute, blocks(), 4, positions_of=lambda _: 1)
+    assert values(itertools.islice(found, 3)) == [(n, float(n)) for n in range(3)]
+    with pytest.raises(ValueError, match="three"):
+        next(found)
 
 
 def test_gradients_are_recorded_as_in_the_callers_thread() -> None:

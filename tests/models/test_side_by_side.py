@@ -5,8 +5,10 @@ later, another thread's record would change in between: without an error, and no
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from fedtune.core.bases.architecture import _TEXTS
 from fedtune.core.models.cache import CachedDataset
+from fedtune.core.models.network import Network
 from fedtune.core.objectives.causal_lm import CausalLM
 from fedtune.core.training.unit_gradients import UnitGradientEngine
+from tests.media import image
 from tests.models.test_media import ASK, SAY, folder, network_of
 from tests.models.test_media import read as read_files
 
@@ -102,6 +106,66 @@ def test_files_are_read_without_a_write_and_equally_on_any_number_of_cores(
     finally:
         torch.set_num_threads(before)
     assert found[0].any() and all(torch.equal(rows, found[0]) for rows in found)
+
+
+def long_and_short(folder: Path, network: Network) -> CachedDataset:
+    """Six records of images whose texts are of different lengths, so that each is a block."""
+    texts = ["is there " + "a mass " * (1 + 3 * number) + "?" for number in range(6)]
+    rows = [
+        {"q": text, "a": " yes", "image": image(folder / f"of-{n}.png", n)}
+        for n, text in enumerate(texts)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return CachedDataset(network, read_files(folder, network, ASK, max_length=512))
+
+
+@pytest.fixture
+def three_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_a_file_that_cannot_be_encoded_costs_its_own_record(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are made ahead of their turn: those that wait are not to blame."""
+    network = network_of(folder, "idefics3", last_layers=1, modules=("down_proj",))
+    data = long_and_short(tmp_path, network)
+    bad, honest = data.dataset.examples[4].media, network.reader.tensor
+
+    def tensor(file: Any) -> torch.Tensor:
+        if file.digest == bad.digest:
+            raise ValueError("the tower cannot read it")
+        return honest(file)
+
+    monkeypatch.setattr(network.reader, "tensor", tensor)
+    data.warm()
+    assert data._failed == {4}
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_a_record_that_fails_beside_others_is_tried_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory for one pass at a time: another record's pass is why it fails."""
+    network = network_of(folder, "idefics3", last_layers=1, modules=("down_proj",))
+    data = long_and_short(tmp_path, network)
+    honest, beside, here = Network.prefix, [], threading.Barrier(2)
+
+    def prefix(self: Network, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            with suppress(threading.BrokenBarrierError):
+                here.wait(5)  # seconds; two are in their passes
+                beside.append(ids.shape[1])
+                raise MemoryError
+        return honest(self, ids, *rest)
+
+    monkeypatch.setattr(Network, "prefix", prefix)
+    data.warm()
+    assert beside and data._failed == set()
 
 
 def test_a_module_that_keeps_something_for_its_next_line_is_seen() -> None:

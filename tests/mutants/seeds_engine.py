@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import Mutant, one
 
 T = "tests/traps/test_trap_34_neighbours.py::"
+SIDE_BY_SIDE = "tests/models/test_side_by_side.py::"
 CORES, CORES_TESTS = "fedtune/core/models/cores.py", "tests/models/test_cores.py::"
 CACHE, TOKENS = "fedtune/core/models/cache.py", "fedtune/core/objectives/_tokens.py"
 
@@ -35,10 +36,24 @@ MUTANTS: list[Mutant] = [
         "how many blocks a site has follows from the machine's counter of threads",
     ),
     one(
+        34, "those-that-wait-are-to-blame", CORES,
+        "                    while waiting:\n                        yield _take_first(waiting)\n",
+        "",
+        SIDE_BY_SIDE + "test_a_file_that_cannot_be_encoded_costs_its_own_record",
+        "one file that fails takes records out that were computed beside it",
+    ),
+    one(
+        34, "a-passage-is-not-tried-alone", CACHE,
+        "                for row in groups[done]:\n                    self._compute_alone(row)\n",
+        "",
+        SIDE_BY_SIDE + "test_a_record_that_fails_beside_others_is_tried_alone",
+        "a record for which memory was short beside another one takes no part",
+    ),
+    one(
         34, "a-block-has-all-operator-threads", CORES,
-        'ThreadPoolExecutor(count, "block", torch.set_num_threads, (1,))',
-        'ThreadPoolExecutor(count, "block")',
-        CORES_TESTS + "test_results_come_in_the_order_of_their_blocks[2]",
+        "    torch.get_num_threads()\n    torch.set_num_threads(1)\n",
+        "    torch.set_num_threads(1)\n",
+        CORES_TESTS + "test_a_thread_keeps_its_one_thread_of_operators",
         "a row's last digits follow from its place in the block",
     ),
     one(

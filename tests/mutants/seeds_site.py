@@ -462,8 +462,9 @@ MUTANTS = (
     ),
     one(
         33, "states-that-fail-are-everybodys", "fedtune/core/models/cache.py",
-        "                if not is_fault(error):\n                    raise\n                log",
-        "                raise\n                log",
+        "                if not is_fault(error):\n                    raise\n"
+        "                log.error(\"a block",
+        "                raise\n                log.error(\"a block",
         T_ERRORS + "test_a_record_whose_states_cannot_be_computed_costs_its_own_unit",
         "a record that the frozen part cannot read fails the round",
     ),

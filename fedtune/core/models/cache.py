@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from fedtune.core.data.dataset import NO_TARGET, Dataset, Passage
 from fedtune.core.data.media import Media
 from fedtune.core.errors import is_fault
-from fedtune.core.models.cores import POSITIONS_PER_CORE, compute_side_by_side
+from fedtune.core.models.cores import POSITIONS_PER_CORE, compute_side_by_side, one_operator_thread
 from fedtune.core.models.network import Network
 from fedtune.core.models.prefix_store import (
     PREFIX_STORE,
@@ -199,8 +200,9 @@ class CachedDataset:
 
     def _prefix_passes(self, groups: Sequence[list[int]]) -> Iterator[None]:
         """Compute and store the states of passages, a group of one block at a time, and say when
-        each is done. A record for which a library raises is left out by itself, and fails again
-        when it is read."""
+        each is done. Where a group fails, each of its passages is tried again with nothing beside
+        it: one for which a library raises then is left out by itself, and fails again when it is
+        read."""
         done = 0
         while done < len(groups):
             blocks = ((rows, self._encode_media(self._filled(rows))) for rows in groups[done:])
@@ -218,13 +220,30 @@ class CachedDataset:
             except BaseException as error:  # its words may quote a record
                 if not is_fault(error):
                     raise
-                log.error("a record cannot be read by the base (%s)", type(error).__name__)
+                log.error("a block cannot be read by the base (%s)", type(error).__name__)
                 make_room_after(error)
-                if len(groups[done]) > 1:
-                    for _ in self._prefix_passes([[row] for row in groups[done]]):
-                        pass
+            if done < len(groups):  # what failed holds nothing any more
+                for row in groups[done]:
+                    self._compute_alone(row)
                 done += 1
                 yield
+
+    def _compute_alone(self, row: int) -> None:
+        """Compute and store a passage's states while nothing else is computed, if it can be."""
+        block = ((rows, self._encode_media(self._filled(rows))) for rows in [[row]])
+        try:
+            ((_, states),) = compute_side_by_side(
+                self._pass_through_prefix,
+                block,
+                None if self.cores is None else 1,
+                positions_of=lambda _: 1,
+            )
+            self._store([row], states)
+        except BaseException as error:  # its words may quote a record
+            if not is_fault(error):
+                raise
+            log.error("a record cannot be read by the base (%s)", type(error).__name__)
+            make_room_after(error)
 
     def _prefix_positions(self, rows: list[int]) -> int:
         """Count the positions of each of these passages in the frozen part, padded."""
@@ -469,7 +488,8 @@ class CachedDataset:
                 lost.append(index)
         for _, block in _group_by_bucket(lost, self._prefix_bucket, self._prefix_block):
             tower_states = self._encode_media(self._filled(block))
-            states = self._pass_through_prefix((block, tower_states))
+            with nullcontext() if self.cores is None else one_operator_thread():
+                states = self._pass_through_prefix((block, tower_states))
             read |= zip(block, self._store(block, states), strict=True)
         return [read[index] for index in rows]
 

@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from fedtune.core.errors import is_fault
+
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 
@@ -54,7 +56,7 @@ def compute_side_by_side(
 
     Guarantee: a result is what one core computes of that block alone, at any number of cores. The
     threads that this process starts follow from `cores`.
-    Errors: those of `compute`, at the block's turn."""
+    Errors: those of `compute`, and of making a block, at the block's turn."""
     if cores is None:
         yield from ((block, compute(block)) for block in blocks)
         return
@@ -64,7 +66,12 @@ def compute_side_by_side(
     held = 0
     with one_operator_thread():
         try:
-            for block in blocks:
+            for block, error in _made(blocks):
+                if error is not None:  # at its turn: those before it are not to blame
+                    while waiting:
+                        yield _take_first(waiting)
+                    raise error
+                assert block is not None
                 size = positions_of(block)
                 beside = pool if may_share(block) else None
                 while waiting and not (beside and len(waiting) <= cores and held + size <= limit):
@@ -81,6 +88,17 @@ def compute_side_by_side(
             for _, _, result in waiting:
                 if result.exception() is None:
                     discard(result.result())
+
+
+def _made(blocks: Iterable[Block]) -> Iterator[tuple[Block | None, BaseException | None]]:
+    """Yield the blocks as they are made, and at the end the fault by which one could not be."""
+    try:
+        for block in blocks:
+            yield block, None
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        yield None, error
 
 
 def _take_first(waiting: deque[tuple[Block, int, Future[Result]]]) -> tuple[Block, Result]:
@@ -107,13 +125,25 @@ def _start_threads(count: int) -> ThreadPoolExecutor:
     if count not in _threads:
         all_run = threading.Barrier(count + 1)
         mine = torch.get_num_threads()
-        pool = ThreadPoolExecutor(count, "block", torch.set_num_threads, (1,))
-        for _ in range(count):
-            pool.submit(all_run.wait)
-        all_run.wait()
+        pool = ThreadPoolExecutor(count, "block", _begin)
+        try:
+            for _ in range(count):
+                pool.submit(all_run.wait)
+            all_run.wait()
+        except BaseException:  # a thread that cannot start: the others would wait for it for ever
+            all_run.abort()
+            pool.shutdown(wait=False)
+            raise
         torch.set_num_threads(mine)  # what a thread that starts later begins with
         _threads[count] = pool
     return _threads[count]
+
+
+def _begin() -> None:
+    """Give a new thread one thread of operators. A thread takes the process's number at its first
+    use of PyTorch: asked for it, it has done so, and keeps what it is given after."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
 
 
 @contextmanager

@@ -218,13 +218,18 @@ class UnitGradientEngine:
         positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
         weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
         means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
-        for indices, per_parameter in self._of_records(list(positions), on_work):
-            for mean, gradients in zip(means, per_parameter, strict=True):
-                # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
-                for i, gradient in zip(indices, gradients, strict=True):
-                    mean[positions[i]] += gradient.mul_(weights[i])
-                gradients.zero_()
-        return Chunk(rows, means)
+        chunk = Chunk(rows, means)
+        try:
+            for indices, per_parameter in self._of_records(list(positions), on_work):
+                for mean, gradients in zip(means, per_parameter, strict=True):
+                    # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
+                    for i, gradient in zip(indices, gradients, strict=True):
+                        mean[positions[i]] += gradient.mul_(weights[i])
+                    gradients.zero_()
+        except BaseException:
+            chunk.wipe()
+            raise
+        return chunk
 
     def _of_records(
         self, records: list[int], on_work: OnWork

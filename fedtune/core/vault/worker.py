@@ -237,9 +237,11 @@ class SiteWorker:
         another one may not run.
 
         Errors: BudgetExceeded if the cost of earlier rounds on it is unknown."""
-        others = site.policy.hospital.disjoint_from if site.policy.hospital else {}
-        for other in {*others} & {*self.ledger.datasets} - {data.name}:
-            self.ledger.declare(other, others[other])
+        if site.policy.hospital:
+            apart = site.policy.hospital.disjoint_from
+            for other in {*self.ledger.datasets} - {data.name}:
+                # One that is registered no more is apart from none.
+                self.ledger.declare(other, apart.get(other, ()))
         self.ledger.declare(data.name, data.disjoint_from, cohort=data.cohort)
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
