@@ -59,6 +59,25 @@ def test_a_correction_of_what_is_disjoint_counts_for_whoever_runs(
     assert ledger.head.seq == entries, "the two do not declare in turns"
 
 
+def test_a_dataset_that_is_registered_no_more_is_apart_from_none(
+    tmp_path: Path, tiny_base: Path
+) -> None:
+    """Its last declaration stays in the ledger, and its charges would count against no other."""
+    home = tmp_path / "home"
+    files = make_apart(home)
+    vaults, made = begin(files, tiny_base)
+    for name, vault in vaults.items():
+        trains(vault, made[name], 1)
+    ledger = Ledger(home)
+    assert len(ledger.charges("records")) == len(ledger.charges("clinic")) == 1
+    text = (home / "hospital.toml").read_text()
+    text = text.replace('disjoint_from = ["clinic"]\n', "")
+    before, _, rest = text.partition("[datasets.clinic]")
+    (home / "hospital.toml").write_text(before + rest[rest.index("[") :])
+    trains(vaults["cardio"], made["cardio"], 2)
+    assert not ledger.disjoint and len(ledger.charges("records")) == 3
+
+
 def test_who_is_in_two_datasets_that_become_disjoint_is_in_neither(
     tmp_path: Path, tiny_base: Path
 ) -> None:

@@ -80,4 +80,12 @@ MUTANTS: list[Mutant] = [
         "tests/data/test_parquet_threads.py::test_no_thread_starts_for_the_columns_of_a_file",
         "how many there are follows from how long the columns of each reading take",
     ),
+    one(
+        "hospital", "a-dataset-taken-out-stays-apart", "fedtune/core/vault/worker.py",
+        "for other in {*self.ledger.datasets} - {data.name}:",
+        "for other in {*apart} & {*self.ledger.datasets} - {data.name}:",
+        "tests/client/test_disjoint_memberships.py::"
+        "test_a_dataset_that_is_registered_no_more_is_apart_from_none",
+        "what was paid for it counts against no other dataset",
+    ),
 ]  # fmt: skip
