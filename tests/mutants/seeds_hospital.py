@@ -257,7 +257,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-membership-declares-its-own-dataset-alone", "fedtune/core/vault/worker.py",
-        "self.ledger.declare(other, others[other])", "pass",
+        "self.ledger.declare(other, apart.get(other, ()))", "pass",
         T_APART + "test_a_correction_of_what_is_disjoint_counts_for_whoever_runs",
         "what two datasets spent is not composed, though the hospital says that it is",
     ),
