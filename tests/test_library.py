@@ -51,6 +51,8 @@ BETWEEN_MACHINES = {
     "dashboard",
     "doctor",
     "enroll",
+    "evidence",
+    "leave",
     "let-go",
     "memberships",
     "restore",

@@ -146,6 +146,8 @@ READ_BY: dict[str, tuple[dict[str, Damage], tuple[tuple[str, ...], ...]]] = {
             ("review", PLAN, "--site", SITE),
             ("ledger", SITE),
             ("purge", SITE),
+            ("leave", SITE),
+            ("evidence", SITE, "--to", "new"),
             ("data", "report", SITE),
             ("data", "scan", SITE),
             ("withdraw", SITE, "--file", "keys.txt"),

@@ -39,7 +39,7 @@ MUTANTS: list[Mutant] = [
         34, "those-that-wait-are-to-blame", CORES,
         "                    while waiting:\n                        yield _take_first(waiting)\n",
         "",
-        SIDE_BY_SIDE + "test_a_file_that_cannot_be_encoded_costs_its_own_record",
+        CORES_TESTS + "test_a_block_that_cannot_be_made_fails_at_its_turn",
         "one file that fails takes records out that were computed beside it",
     ),
     one(
