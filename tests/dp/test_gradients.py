@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from fedtune.core.dp import clip
+from fedtune.core.dp.clip import Chunk
 from fedtune.core.errors import ModelError
 from fedtune.core.models.cache import CachedDataset
 from fedtune.core.models.network import Network
 from fedtune.core.objectives._interface import Batch
 from fedtune.core.objectives.causal_lm import CausalLM
+from fedtune.core.training import unit_gradients
 from fedtune.core.training.unit_gradients import UnitGradientEngine
 from tests.dp.conftest import records
 
@@ -171,6 +173,27 @@ def test_the_gradients_that_an_engine_gives_are_overwritten(engine: UnitGradient
     assert given and not any(gradient.any() for gradient in given)
     if inner.name == "one-pass":
         assert not all(gradient.is_contiguous() for gradient in given)
+
+
+def test_what_was_averaged_before_a_failure_is_overwritten(
+    engine: UnitGradientEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, means = UnitGradientEngine._of_records, list[torch.Tensor]()
+
+    def of_records(self: UnitGradientEngine, records: list[int], on_work: Any) -> Iterator[Any]:
+        yield next(whole(self, records, on_work))
+        assert any(part.any() for part in means)
+        raise RuntimeError
+
+    def kept(rows: Any, parts: list[torch.Tensor]) -> Chunk:
+        means.extend(parts)
+        return Chunk(rows, parts)
+
+    monkeypatch.setattr(UnitGradientEngine, "_of_records", of_records)
+    monkeypatch.setattr(unit_gradients, "Chunk", kept)
+    with engine._engine.watching(), pytest.raises(RuntimeError):
+        engine._means([1], lambda *_: None)
+    assert means and not any(part.any() for part in means)
 
 
 def test_a_library_that_panics_over_a_row_leaves_out_that_row_alone(

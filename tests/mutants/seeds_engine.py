@@ -36,6 +36,12 @@ MUTANTS: list[Mutant] = [
         "how many blocks a site has follows from the machine's counter of threads",
     ),
     one(
+        3, "what-was-averaged-stays", "fedtune/core/training/unit_gradients.py",
+        "            chunk.wipe()\n            raise\n", "            raise\n",
+        "tests/dp/test_gradients.py::test_what_was_averaged_before_a_failure_is_overwritten",
+        "un-noised gradients stay in freed memory when a block fails",
+    ),
+    one(
         34, "those-that-wait-are-to-blame", CORES,
         "                    while waiting:\n                        yield _take_first(waiting)\n",
         "",

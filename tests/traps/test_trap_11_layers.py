@@ -5,6 +5,7 @@ Small networks in which the trap is real, under the shipped gradient engine."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,7 +66,7 @@ class Tiles(Sound):
 class Data:
     """What the engine asks of a dataset, around any module."""
 
-    cores = None
+    operators = nullcontext
 
     def __init__(self, module: nn.Module) -> None:
         for parameter in module.parameters():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -109,6 +109,10 @@ class CachedDataset:
         """Return another dataset over the same network, within the same memory."""
         return CachedDataset(self.network, dataset, self._memory)
 
+    def operators(self) -> AbstractContextManager[None]:
+        """Use as many threads of operators as a block is computed with."""
+        return nullcontext() if self.cores is None else one_operator_thread()
+
     @property
     def states(self) -> list[HiddenStates]:
         """Return the states computed so far; while the caller holds them they are not erased."""
@@ -179,8 +183,8 @@ class CachedDataset:
             self._tower_states.clear()
 
     def _encode_files(self) -> None:
-        """Compute and store the tower's states of all files that have none yet. A file that fails
-        is left for the record that needs it."""
+        """Compute and store the tower's states of all files that have none yet, up to one that
+        fails: the rest are encoded with the records that need them."""
         files = {e.media.digest: e.media for e in self.dataset.examples if e.media is not None}
         missing = [file for file in files.values() if self._stored_tower_states(file) is None]
 
@@ -230,15 +234,10 @@ class CachedDataset:
 
     def _compute_alone(self, row: int) -> None:
         """Compute and store a passage's states while nothing else is computed, if it can be."""
-        block = ((rows, self._encode_media(self._filled(rows))) for rows in [[row]])
         try:
-            ((_, states),) = compute_side_by_side(
-                self._pass_through_prefix,
-                block,
-                None if self.cores is None else 1,
-                positions_of=lambda _: 1,
-            )
-            self._store([row], states)
+            with self.operators():
+                tower_states = self._encode_media(self._filled([row]))
+                self._store([row], self._pass_through_prefix(([row], tower_states)))
         except BaseException as error:  # its words may quote a record
             if not is_fault(error):
                 raise
@@ -487,8 +486,8 @@ class CachedDataset:
                 _warn_if_altered(error)
                 lost.append(index)
         for _, block in _group_by_bucket(lost, self._prefix_bucket, self._prefix_block):
-            tower_states = self._encode_media(self._filled(block))
-            with nullcontext() if self.cores is None else one_operator_thread():
+            with self.operators():
+                tower_states = self._encode_media(self._filled(block))
                 states = self._pass_through_prefix((block, tower_states))
             read |= zip(block, self._store(block, states), strict=True)
         return [read[index] for index in rows]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +11,6 @@ import torch
 from fedtune.core.dp.clip import Chunk
 from fedtune.core.errors import ModelError, describe, is_fault
 from fedtune.core.models.cache import CachedDataset
-from fedtune.core.models.cores import one_operator_thread
 from fedtune.core.models.lora import LARGEST
 from fedtune.core.models.network import Network
 from fedtune.core.models.preconditioner import multiplier_of
@@ -191,8 +189,7 @@ class UnitGradientEngine:
             return lambda done, _: on_work(before + done, total) if on_work else None
 
         # A unit of several records is averaged here, with as many operator threads as its blocks.
-        alone = nullcontext() if self.data.cores is None else one_operator_thread()
-        with self._engine.watching(), alone:
+        with self._engine.watching(), self.data.operators():
             yield from self._single_records(single, report_part(0))
             for number, part in enumerate(parts, 1):
                 yield self._means(part, report_part(number))
