@@ -13,7 +13,6 @@ Errors: InputError, ConfigError, InfrastructureError; NotGenuine from `check`.""
 from __future__ import annotations
 
 import calendar
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -169,10 +168,16 @@ def check(folder: Path, signer: str = "") -> Kept:
         path = folder / name  # the size first, since a file may be endless
         if path.is_symlink() or path.stat().st_size != size or sha256(path) != digest:
             raise NotGenuine(f"{path}: was changed after it was kept", f"sha256 {digest[:16]}…")
-    told = (str(facts[name]) for name in ("noticed", "notify", "made", "by"))
-    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    noticed, notify, made, by = told
-    return Kept(folder, noticed, notify, made, by, len(files), facts["signer"], digest)
+    return Kept(
+        folder,
+        noticed=str(facts["noticed"]),
+        notify=str(facts["notify"]),
+        made=str(facts["made"]),
+        by=str(facts["by"]),
+        files=len(files),
+        signer=facts["signer"],
+        digest=sha256(folder / MANIFEST),
+    )
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
