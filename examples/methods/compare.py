@@ -73,7 +73,7 @@ METHODS = [
 ]
 BY_NAME = {method.name: method for method in METHODS}
 # Approximate seconds of a run with one thread on an idle core, by data set and method; the
-# measurements are described in docs/comparison.md.
+# measurements are described in docs/methods.md.
 SECONDS = {
     ("mts_dialog", "own"): 30,
     ("mts_dialog", "statistics"): 25,

@@ -329,10 +329,10 @@ SHOWN = {
 
 
 def test_the_page_shows_what_was_measured() -> None:
-    """Each row of docs/comparison.md follows from the lines of the runs."""
+    """Each row of docs/methods.md follows from the lines of the runs."""
     results = Results(ROOT / "docs" / "measured" / "methods.jsonl")
     rows = table(results, [1.0, 3.0, 8.0, OFF], [0, 1, 2]).splitlines()[2:]
-    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     measured = {method.title: method.name for method in METHODS}
     for row in rows:
         _, title, *cells = row.strip("| ").split(" | ")
