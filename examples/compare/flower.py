@@ -106,11 +106,13 @@ def differences() -> Iterator[str]:
         train(wrapped(1e-9), (update, LITTLE, LITTLE), UNEQUAL, clipping)[0]
         for update in (MUCH, LITTLE)
     )
-    yield f"1,000 examples beside 1 and 1: moves the mean by {np.linalg.norm(with_it - without):.2f} C"
+    moved = float(np.linalg.norm(with_it - without)) / C
+    yield f"1,000 examples beside 1 and 1: moves the mean by {moved:.2f} C"
     yield f"1,000 examples beside 1 and 1: the noise is for {1 / 3:.2f} C"
     yield f"1,000 examples beside 1 and 1, with an accountant: {_refusal(UNEQUAL)}"
     model, replies = train(wrapped(), (NOTHING, LITTLE, LITTLE), mods=clipping)
-    yield f"an update of zeros: the client replies {replies[0].error.reason}; a model: {model is not None}"
+    yield f"an update of zeros: the client's reply is {replies[0].error.reason}"
+    yield f"an update of zeros: the round gives a model: {model is not None}"
 
     kept = accountant()
     train(wrapped(accountant=kept), UPDATES, mods=clipping, rounds=3)
@@ -123,15 +125,16 @@ def differences() -> Iterator[str]:
 
     local = LocalDpMod(clipping_norm=C, sensitivity=0.001, epsilon=1.0, delta=DELTA)
     left, same = (_noised(local) for _ in range(2))
-    noise = float(np.std(vector(left[1]) - LITTLE))
-    yield f"LocalDpMod at ε = {local.epsilon:g}: noise of {noise:.4f} a number on updates of norm up to C"
-    yield f"LocalDpMod after the same seed: what leaves is the same: {_equal(left, same)}"
+    noise = float(np.std(vector(left[0]) - LITTLE))
+    yield f"LocalDpMod, ε = {local.epsilon:g}: noise of {noise:.3f} C on an update clipped to C"
+    yield f"LocalDpMod, after the same seed: what leaves is the same: {_equal(left, same)}"
 
 
 def _noised(mod: LocalDpMod) -> Sequence[Message]:
-    """Return what leaves the clients under the mod, after NumPy's generator was seeded."""
+    """Return what leaves one client under the mod, after NumPy's generator was seeded."""
     np.random.seed(0)
-    return train(FedAvg(fraction_evaluate=0.0), UPDATES, mods=[mod])[1]
+    alone = FedAvg(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    return train(alone, [LITTLE], mods=[mod])[1]
 
 
 def _refusal(examples: Sequence[int], ceiling: float | None = None, rounds: int = 1) -> str:
@@ -140,14 +143,13 @@ def _refusal(examples: Sequence[int], ceiling: float | None = None, rounds: int 
     try:
         train(strategy, UPDATES, examples, [fixedclipping_mod], rounds)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).partition(" (")[0]}"
+        return f"{type(error).__name__}: {str(error).partition(' (')[0]}"
     return "it trains"
 
 
 def _equal(some: Sequence[Message], others: Sequence[Message]) -> bool:
     return all(
-        np.array_equal(vector(one), vector(other))
-        for one, other in zip(some, others, strict=True)
+        np.array_equal(vector(one), vector(other)) for one, other in zip(some, others, strict=True)
     )
 
 

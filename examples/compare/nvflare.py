@@ -19,18 +19,20 @@ def differences() -> Iterator[str]:
     logging.disable()
     percentile = PercentilePrivacy(percentile=50)
     first, second = (_filtered(percentile) for _ in range(2))
-    yield f"PercentilePrivacy: the same update twice gives the same: {np.array_equal(first, second)}"
+    same = np.array_equal(first, second)
+    yield f"PercentilePrivacy: what leaves is the same twice: {same}"
     yield f"PercentilePrivacy: numbers that leave: {np.count_nonzero(first)} of {len(first)}"
     for size in (1_000, 1_000_000):
         private = SVTPrivacy()
         _filtered(private, size)
-        yield f"SVTPrivacy with its defaults, {size:,} numbers: ε = {private.get_privacy_spent():,.1f} a round"
+        spent = private.get_privacy_spent()
+        yield f"SVTPrivacy, defaults, a round of {size:,} numbers: ε = {spent:,.1f}"
     private = SVTPrivacy()
     for _ in range(3):
         _filtered(private)
-    yield f"SVTPrivacy after three rounds: ε = {private.get_privacy_spent():.1f}"
+    yield f"SVTPrivacy, after three rounds of 1,000 numbers: ε = {private.get_privacy_spent():.1f}"
     private.handle_event(EventType.START_RUN, FLContext())
-    yield f"SVTPrivacy when the next run starts: ε = {private.get_privacy_spent():.1f}"
+    yield f"SVTPrivacy, when the next run starts: ε = {private.get_privacy_spent():.1f}"
 
 
 def _filtered(filter_: Filter, size: int = 1_000) -> np.ndarray:

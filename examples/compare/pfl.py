@@ -21,13 +21,14 @@ def differences() -> Iterator[str]:
         PLDPrivacyAccountant(**planned, noise_parameter=5.0, delta=DELTA, noise_scale=scale)
         for scale in (1.0, 0.1)
     )
-    yield f"noise_scale=1.0: ε = {whole.epsilon:.2f}, noise of {whole.cohort_noise_parameter:.2f} C"
-    yield f"noise_scale=0.1: ε = {scaled.epsilon:.2f}, noise of {scaled.cohort_noise_parameter:.2f} C"
+    for scale, plan in ((1.0, whole), (0.1, scaled)):
+        noise = plan.cohort_noise_parameter
+        yield f"noise_scale={scale}: ε = {plan.epsilon:.2f}, noise of {noise:.2f} C"
     mechanism = GaussianMechanism.from_privacy_accountant(whole, C)
     for _ in range(20):
-        noised = mechanism.add_noise(_statistics(), cohort_size=10)[0]
-    after = mechanism.privacy_accountant.epsilon
-    yield f"20 rounds where 10 were planned: ε = {after:.2f}"
+        mechanism.add_noise(_statistics(), cohort_size=10)
+    stated = mechanism.privacy_accountant.epsilon
+    yield f"20 rounds of a plan of 10: ε = {stated:.2f}"
     first, second = (mechanism.add_noise(_statistics(), 10, seed=1)[0]["w"] for _ in range(2))
     yield f"after the same seed the noise is the same: {np.array_equal(first, second)}"
 
