@@ -2,7 +2,8 @@
 
 | python     | runs in an empty folder, and so do the doctests of what it defines      |
 | toml       | a whole study or site file loads; of a part, every key is one of either |
-| sh         | `fedtune`, `make`, `python -m`: each command, option and target exists  |
+| sh         | `fedtune`, `make`, `python -m`: each command, option and target exists; |
+|            | of `pytest` and `tests.mutants.run` each test and each bug              |
 | any other  | needs a comment right above that says why it is not run                 |
 
 Errors: AssertionError, or whatever the block raises."""
@@ -17,6 +18,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,6 +26,7 @@ from pydantic import ValidationError
 from fedtune.core.config import Site, Study, load_site, load_study
 from fedtune.core.config.hospital import FILE as HOSPITAL
 from fedtune.core.config.load import load_hospital
+from tests.mutants.catalogue import MUTANTS
 from tests.test_deploy_commands import parse
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +189,21 @@ def check_command(words: list[str]) -> None:
         assert set(targets) <= rules, f"make knows no {' '.join(targets)}"
     elif name == "python" and words[1] == "-m":
         assert importlib.util.find_spec(words[2]), f"no module {words[2]}"
+        if words[2] == "pytest":
+            for test in words[3:]:
+                check_test(test)
+        elif words[2] == "tests.mutants.run":
+            bugs = {word for before, word in pairwise(words) if before == "--only"}
+            unknown = bugs - {mutant.name for mutant in MUTANTS}
+            assert not unknown, f"no seeded bugs {unknown}"
+
+
+def check_test(named: str) -> None:
+    """Check that a test that a page names is there: a path, and the function after `::`."""
+    if named.startswith("-"):
+        return
+    file, _, function = named.partition("::")
+    assert (ROOT / file).exists(), f"no file {file}"
+    name = function.partition("[")[0]
+    text = (ROOT / file).read_text(encoding="utf-8") if name else ""
+    assert not name or f"def {name}(" in text, f"no test {named}"

@@ -88,6 +88,9 @@ def test_twin_a_broken_link_is_found(target: str, tmp_path: Path) -> None:
         ("sh", "fedtune plan STUDY \\\n    --size many", click.UsageError),
         ("sh", "OMP_NUM_THREADS=1 make no-such-target", AssertionError),
         ("sh", "python -m benchmarks.no_such_module", AssertionError),
+        ("sh", "python -m pytest -q tests/docs/no_such_file.py", AssertionError),
+        ("sh", "python -m pytest -q tests/docs/test_docs.py::test_nothing", AssertionError),
+        ("sh", "python -m tests.mutants.run --only no-such-bug", AssertionError),
         ("python", "import fedtune\nfedtune.no_such_name", AttributeError),
         (
             "python",
