@@ -102,7 +102,7 @@ OTHERS = {
 }
 HEAD = """# What must be right
 
-For auditors: the code to read.
+For auditors: the code to read. [A path of two days](review.md) leads through what carries most.
 
 ε holds at a site if this code is right: the package `fedtune/core`. It is all of fedtune that the
 vault, the process that holds the records and has no network, can load to admit a plan, charge it,

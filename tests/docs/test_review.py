@@ -55,7 +55,7 @@ def test_every_block_has_its_parts_and_its_lines() -> None:
         ("(1,490 lines)", "(900 lines)", "3: 900 lines, which are"),
         ("`core/dp/clip.py`, ", "", "5: 770 lines, which are"),
         ("| 910 |", "| 190 |", "7: 190 lines in the plan"),
-        ("`DpPlan.step`", "`DpPlan.stride`", "core/dp/plan.py: no stride"),
+        ("`SitePlan.step`", "`SitePlan.stride`", "core/dp/plan.py: no stride"),
         ("\n**Not covered**: how long", "\nhow long", "5: no Not covered"),
     ],
 )
