@@ -120,14 +120,20 @@ def _status(key: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def fresh(module: str, *arguments: str) -> dict[str, Any]:
+def fresh(module: str, *arguments: str, timeout: float | None = None) -> dict[str, Any]:
     """Run `python -m module arguments` in a process of its own with as many threads; returns what
     it passed to `answer`.
 
-    Errors: RuntimeError with the last line of its output, where it fails."""
+    Errors: RuntimeError with the last line of its output, where it fails; TimeoutError, where it
+    takes longer than `timeout` seconds, after it was ended."""
     command = [sys.executable, "-m", module, *arguments]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+    try:
+        process = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | threads, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"not finished after {error.timeout:.0f} s") from None
     for line in process.stdout.splitlines():
         if line.startswith(RESULT):
             result: dict[str, Any] = json.loads(line.removeprefix(RESULT))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedtune import __version__
 from fedtune.cli import release
 from fedtune.cli.exit_codes import command
 from fedtune.core.errors import escape_controls
@@ -116,6 +117,14 @@ def verify(
             "consistent, signer unknown: whoever made this folder may have made its keys too",
             "give --trust FINGERPRINT as the coordinator reads it out, not copied from here",
         )
+    if found.dossier and not found.dossier["word by word"]:
+        release = found.dossier["made by"]
+        raise Refused(
+            f"the run is as shown here; the dossier's pages, which fedtune {release} wrote, are "
+            "its signer's word alone",
+            f"pages that fedtune {__version__} wrote",
+            f"verify the dossier with fedtune {release}, or rely on what stands here",
+        )
 
 
 def _compare_with(own: Path, path: Path, found: Verified, *, quiet: bool) -> None:
@@ -171,7 +180,7 @@ def _dossier_lines(dossier: dict[str, Any]) -> list[str]:
     if dossier["word by word"]:
         lines[0] += "its pages as fedtune writes them of this run"
     else:
-        lines[0] += f"by fedtune {dossier['made by']}, another release: figures compared, not words"
+        lines[0] += f"its pages by fedtune {dossier['made by']}, another release"
     if dossier["its word"]:
         lines.append(f"not compared {', '.join(dossier['its word'])}: the coordinator's word alone")
     for one in dossier["approvals"]:

@@ -4,6 +4,7 @@ with a twin that breaks the guarantee and is caught."""
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -180,8 +181,8 @@ def test_what_was_averaged_before_a_failure_is_overwritten(
 ) -> None:
     whole, means = UnitGradientEngine._of_records, list[torch.Tensor]()
 
-    def of_records(self: UnitGradientEngine, records: list[int], on_work: Any) -> Iterator[Any]:
-        yield next(whole(self, records, on_work))
+    def of_records(self: UnitGradientEngine, records: list[int], *more: Any) -> Iterator[Any]:
+        yield next(whole(self, records, *more))
         assert any(part.any() for part in means)
         raise RuntimeError
 
@@ -192,8 +193,51 @@ def test_what_was_averaged_before_a_failure_is_overwritten(
     monkeypatch.setattr(UnitGradientEngine, "_of_records", of_records)
     monkeypatch.setattr(unit_gradients, "Chunk", kept)
     with engine._engine.watching(), pytest.raises(RuntimeError):
-        engine._means([1], lambda *_: None)
+        engine._means([1], lambda *_: None, False)
     assert means and not any(part.any() for part in means)
+
+
+def test_a_blocks_gradients_are_overwritten_if_they_cannot_be_put_together(
+    engine: UnitGradientEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the engine computed, and what was already flattened of it."""
+    compute, computed = engine._engine.__call__, list[torch.Tensor]()
+    has_row_per_tile, asked = engine.data.network.has_row_per_tile, list[int]()
+
+    def gradients(losses: torch.Tensor) -> Any:
+        found = compute(losses)
+        computed.extend(found)
+        assert any(part.any() for part in found)
+        return found
+
+    def short_of_memory(parameter: torch.Tensor) -> bool:
+        asked.append(1)
+        if len(asked) == 2:
+            raise MemoryError
+        return has_row_per_tile(parameter)
+
+    (batch,) = engine.data.batches([0])
+    with engine._engine.watching(), pytest.raises(MemoryError):
+        monkeypatch.setattr(engine, "_engine", gradients)
+        monkeypatch.setattr(engine.data.network, "has_row_per_tile", short_of_memory)
+        engine._per_record(batch)
+    assert computed and not any(part.any() for part in computed)
+
+
+def test_a_unit_that_is_tried_again_has_nothing_beside_it_not_even_its_own_records(
+    engine: UnitGradientEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine whose memory holds one block at a time."""
+    whole, hidden = all_rows(engine), engine.data.network.hidden
+
+    def with_memory_for_one(*given: Any, **named: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError
+        return hidden(*given, **named)
+
+    monkeypatch.setattr(engine.data.network, "hidden", with_memory_for_one)
+    monkeypatch.setattr(engine.data, "cores", 3)
+    assert torch.equal(all_rows(engine), whole)
 
 
 def test_a_library_that_panics_over_a_row_leaves_out_that_row_alone(

@@ -41,6 +41,12 @@ MUTANTS = (
         "another ε on the page that people read",
     ),
     _one(
+        "evidence", "another-releases-pages-are-vouched-for", DOSSIER + "check.py",
+        "return [CONTENT, *compared] if same_release else []", "return [CONTENT, *compared]",
+        CHECKS + "test_the_pages_of_another_release_are_their_signers_word",
+        "a dossier that names another release has another ε on every page, and verifies",
+    ),
+    _one(
         "evidence", "a-picture-shows-what-it-likes", DOSSIER + "check.py",
         "written | (drawings if same_release else {})", "written",
         CHECKS + "test_a_number_that_is_not_the_runs_is_refused_whoever_signs_it",

@@ -42,6 +42,20 @@ MUTANTS: list[Mutant] = [
         "un-noised gradients stay in freed memory when a block fails",
     ),
     one(
+        3, "a-blocks-gradients-stay", "fedtune/core/training/unit_gradients.py",
+        "            _wipe([*gradients, *flat])\n            raise\n", "            raise\n",
+        "tests/dp/test_gradients.py::"
+        "test_a_blocks_gradients_are_overwritten_if_they_cannot_be_put_together",
+        "un-noised gradients stay in freed memory when a block fails",
+    ),
+    one(
+        34, "a-units-records-beside-each-other-again", "fedtune/core/training/unit_gradients.py",
+        "not alone and self._engine.side_by_side", "self._engine.side_by_side",
+        "tests/dp/test_gradients.py::"
+        "test_a_unit_that_is_tried_again_has_nothing_beside_it_not_even_its_own_records",
+        "a unit of several records takes part by how many cores the machine has",
+    ),
+    one(
         34, "those-that-wait-are-to-blame", CORES,
         "                    while waiting:\n                        yield _take_first(waiting)\n",
         "",

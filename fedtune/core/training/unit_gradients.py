@@ -162,8 +162,9 @@ class UnitGradientEngine:
             view.copy_(factor(change.clone()[None])[0].add_(before).clamp_(-LARGEST, LARGEST))
 
     def _single_row(self, row: int, raises: tuple[type[Exception], ...]) -> Chunk:
+        """Compute one row with nothing beside it, not even another of its own blocks."""
         try:
-            (chunk,) = self._chunks([row], None)
+            (chunk,) = self._chunks([row], None, alone=True)
             return chunk
         except raises:
             raise
@@ -173,7 +174,9 @@ class UnitGradientEngine:
             log.error("a unit's gradient failed (%s); it takes no part", describe(error))
             return Chunk([row], [t.new_zeros(1, t.numel()) for t in self.trained])
 
-    def _chunks(self, rows: list[int], on_work: OnWork | None) -> Iterator[Chunk]:
+    def _chunks(
+        self, rows: list[int], on_work: OnWork | None, *, alone: bool = False
+    ) -> Iterator[Chunk]:
         single = [row for row in rows if len(self._members[row]) == 1]
         several = [row for row in rows if len(self._members[row]) > 1]
         parts = [several[at : at + self._max_rows] for at in range(0, len(several), self._max_rows)]
@@ -190,9 +193,9 @@ class UnitGradientEngine:
 
         # A unit of several records is averaged here, with as many operator threads as its blocks.
         with self._engine.watching(), self.data.operators():
-            yield from self._single_records(single, report_part(0))
+            yield from self._single_records(single, report_part(0), alone)
             for number, part in enumerate(parts, 1):
-                yield self._means(part, report_part(number))
+                yield self._means(part, report_part(number), alone)
 
     def matrix(self, rows: Sequence[int]) -> torch.Tensor:
         """Compute the gradients of `rows` as one tensor (rows, d), in their order: for tests and
@@ -204,43 +207,45 @@ class UnitGradientEngine:
             chunk.wipe()
         return matrix
 
-    def _single_records(self, rows: list[int], on_work: OnWork) -> Iterator[Chunk]:
+    def _single_records(self, rows: list[int], on_work: OnWork, alone: bool) -> Iterator[Chunk]:
         """Yield rows of one record each: every micro-batch is a chunk."""
         row_of = {self._members[row][0]: row for row in rows}
-        for indices, gradients in self._of_records(list(row_of), on_work):
+        for indices, gradients in self._of_records(list(row_of), on_work, alone):
             yield Chunk([row_of[i] for i in indices], gradients)
 
-    def _means(self, rows: list[int], on_work: OnWork) -> Chunk:
+    def _means(self, rows: list[int], on_work: OnWork, alone: bool) -> Chunk:
         """Average the gradients of rows with several records over micro-batches."""
         positions = {i: position for position, row in enumerate(rows) for i in self._members[row]}
         weights = {i: 1.0 / len(self._members[row]) for row in rows for i in self._members[row]}
         means = [t.new_zeros(len(rows), t.numel()) for t in self.trained]
         chunk = Chunk(rows, means)
         try:
-            for indices, per_parameter in self._of_records(list(positions), on_work):
-                for mean, gradients in zip(means, per_parameter, strict=True):
-                    # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
-                    for i, gradient in zip(indices, gradients, strict=True):
-                        mean[positions[i]] += gradient.mul_(weights[i])
-                    gradients.zero_()
+            for indices, per_parameter in self._of_records(list(positions), on_work, alone):
+                try:
+                    for mean, gradients in zip(means, per_parameter, strict=True):
+                        # One by one: an atomic addition, as index_add_ is on a GPU, has no order.
+                        for i, gradient in zip(indices, gradients, strict=True):
+                            mean[positions[i]] += gradient.mul_(weights[i])
+                finally:
+                    _wipe(per_parameter)
         except BaseException:
             chunk.wipe()
             raise
         return chunk
 
     def _of_records(
-        self, records: list[int], on_work: OnWork
+        self, records: list[int], on_work: OnWork, alone: bool
     ) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
         """Yield the gradients of `records`, each once, a block at a time: the records' indices,
         and each parameter's gradients. Blocks are computed side by side where network, engine and
-        objective allow it."""
+        objective allow it, and the caller does not want each `alone`."""
         computed = self.data.compute_blocks(
             self._per_record,
             records,
             self._max_rows,
             on_work,
             may_share=lambda batch: (
-                self._engine.side_by_side and self.objective.may_run_beside(batch)
+                not alone and self._engine.side_by_side and self.objective.may_run_beside(batch)
             ),
             discard=_discard,
         )
@@ -256,11 +261,25 @@ class UnitGradientEngine:
         A record's passages, and in a projector the tiles of their images, are summed here, before
         any norm is taken. The number of tiles is declared by batch and network, never inferred
         from a gradient's shape."""
-        flat = []
-        n_records = len(batch.index)
-        n_passages = len(batch.mask)
         losses = self.objective.losses(self.data.network, batch)
         gradients = self._engine(losses)
+        flat: list[torch.Tensor] = []
+        try:
+            self._flatten(batch, gradients, flat)
+        except BaseException:
+            _wipe([*gradients, *flat])
+            raise
+        return losses[: batch.count].detach(), flat
+
+    def _flatten(
+        self,
+        batch: Batch,
+        gradients: Sequence[torch.Tensor | None],
+        flat: list[torch.Tensor],
+    ) -> None:
+        """Add to `flat` each parameter's per-record gradients, (count, its size)."""
+        n_records = len(batch.index)
+        n_passages = len(batch.mask)
         layers = zip(self.parameters, self.trained, gradients, self._factors, strict=True)
         for parameter, trained, gradient, factor in layers:
             tiles = batch.tiles if self.data.network.has_row_per_tile(parameter) else 1
@@ -281,13 +300,17 @@ class UnitGradientEngine:
                 factor(per_record.view(n_records, *trained.shape))
             per_record[batch.count :].zero_()
             flat.append(per_record[: batch.count])
-        return losses[: batch.count].detach(), flat
 
 
 def _discard(computed: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
     """Overwrite the un-noised gradients of a block that is not added up."""
-    for gradients in computed[1]:
-        gradients.zero_()
+    _wipe(computed[1])
+
+
+def _wipe(gradients: Sequence[torch.Tensor | None]) -> None:
+    for gradient in gradients:
+        if gradient is not None:
+            gradient.zero_()
 
 
 def _slice_columns(gradient: torch.Tensor, width: int, columns: slice) -> torch.Tensor:
