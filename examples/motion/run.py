@@ -15,7 +15,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 
@@ -69,6 +68,8 @@ def frames(way: str, draw: np.random.Generator) -> npt.NDArray[np.uint8]:
 
 def record(path: Path, shown: npt.NDArray[np.uint8]) -> None:
     """Write a clip as H.264 in MP4, as cameras do."""
+    import av
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         stream: Any = out.add_stream("libx264", rate=8)
