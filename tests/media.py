@@ -1,12 +1,14 @@
-"""Tiny random bases of more than text, and files of noise: no real image or recording."""
+"""Tiny random bases of more than text, and files of noise: no real image, recording or clip."""
 
 from __future__ import annotations
 
 import wave
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import AddedToken
@@ -184,3 +186,36 @@ def recording(path: Path, seed: int, seconds: float = 0.3, rate: int = 8000) -> 
         file.setframerate(rate)
         file.writeframes(values.astype("<i2").tobytes())
     return path.name
+
+
+WITHOUT_AV = "PyAV is in the video extra: pip install av"
+
+
+def clip(
+    path: Path,
+    pictures: Sequence[Any],
+    codec: str = "mjpeg",
+    times: Sequence[int] | None = None,
+    rate: int = 8,
+) -> str:
+    """A clip of these pictures, (height, width, 3) of bytes; times: when each is shown, in 1/rate
+    of a second."""
+    av = pytest.importorskip("av", reason=WITHOUT_AV)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(path, "w") as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.thread_count = 1
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.asarray(picture, np.uint8))
+            frame.pts = times[number] if times else number
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path.name
+
+
+def film(path: Path, seed: int, frames: int = 12) -> str:
+    """A clip of noise."""
+    draw = np.random.default_rng(seed)
+    return clip(path, draw.integers(0, 256, (frames, 24, 32, 3), dtype=np.uint8))

@@ -1,4 +1,5 @@
-"""A whole study on images and one on recordings: simulate, report, evaluate, generate, by name."""
+"""A whole study on images, one on recordings and one on clips: simulate, report, evaluate,
+generate, by name."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedtune.cli.main import app
 from tests.depth import long_but
-from tests.media import idefics3, image, qwen2_vl, recording, whisper
+from tests.media import film, idefics3, image, qwen2_vl, recording, whisper
 
 STUDY = """
 [study]
@@ -19,13 +20,14 @@ name = "tiny"
 [base]
 model = "{base}"
 dtype = "float32"
+{modality}
 [lora]
 rank = 2
 alpha = 4
 modules = {modules}
 [objective]
 name = "causal_lm"
-max_length = 64
+max_length = {length}
 [training]
 rounds = 2
 sampling_rate = 1.0
@@ -54,28 +56,32 @@ bases = "any"
 """
 
 
-BASES = {"image": idefics3, "image on a square": qwen2_vl, "audio": whisper}
+MADE = {"image": (".png", image), "audio": (".wav", recording), "video": (".avi", film)}
+BASES = {"image": idefics3, "image on a square": qwen2_vl, "audio": whisper, "video": idefics3}
 
 
-@pytest.fixture(params=long_but(["image", "audio"], BASES))
+@pytest.fixture(params=long_but(["image", "audio", "video"], BASES))
 def study(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     kind, place = str(request.param).split()[0], tmp_path / "records"
+    suffix, make = MADE[kind]
     base = BASES[request.param](tmp_path / "base")
     rows = []
     for number in range(20):
-        file = place / f"{number}.{'png' if kind == 'image' else 'wav'}"
-        made = image(file, number) if kind == "image" else recording(file, number)
+        made = make(place / f"{number}{suffix}", number)
         rows.append({"file": made, "q": "a mass?", "a": [" yes", " no"][number % 2]})
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ask = '{ image = "file", prompt = "q", completion = "a" }'
-    columns = ask if kind == "image" else '{ audio = "file", text = "a" }'
-    modules = '["q_proj", "projector"]' if kind == "image" else '["q_proj", "fc1"]'
+    ask = f'{{ {kind} = "file", prompt = "q", completion = "a" }}'
+    columns = '{ audio = "file", text = "a" }' if kind == "audio" else ask
+    modules = '["q_proj", "fc1"]' if kind == "audio" else '["q_proj", "projector"]'
+    modality = 'modality = "video_text"' if kind == "video" else ""
     (tmp_path / "sites").mkdir()
     for name in ("north", "south"):
         site = SITE.format(name=name, place=place, columns=columns)
         (tmp_path / "sites" / f"{name}.toml").write_text(site)
     path = tmp_path / "study.toml"
-    path.write_text(STUDY.format(base=base, modules=modules, place=place, columns=columns))
+    texts = {"modality": modality, "modules": modules, "columns": columns}
+    texts["length"] = 160 if kind == "video" else 64
+    path.write_text(STUDY.format(base=base, place=place, **texts))
     monkeypatch.chdir(tmp_path)
     return path
 
@@ -98,8 +104,8 @@ def test_from_simulate_to_generate(study: Path) -> None:
     rows = json.loads(said)["predictions"]
     right = [row["prediction"] == ["yes", "no"][n % 2] for n, row in enumerate(rows)]
     assert code == 0 and sum(right) == round(20 * accuracy), said
-    file = next(iter(sorted(records.glob("*.[pw][na][gv]"))))
-    ask = ("--prompt", "a mass?") if file.suffix == ".png" else ()
+    file = min(path for path in records.iterdir() if path.suffix != ".jsonl")
+    ask = () if file.suffix == ".wav" else ("--prompt", "a mass?")
     code, said = run("generate", folder, "--file", file, *ask, "--max-new-tokens", 3, "--plain")
     assert code == 0 and "with the adapter" in said, said
     code, said = run("generate", folder, "--prompt", "a mass?")

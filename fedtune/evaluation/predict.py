@@ -17,7 +17,7 @@ from fedtune.core.data.cells import text_of
 from fedtune.core.data.dataset import Dataset, Example
 from fedtune.core.data.files import Rejected, rows
 from fedtune.core.data.load import UnitReader
-from fedtune.core.data.media import Folder
+from fedtune.core.data.media import KINDS, Folder
 from fedtune.core.data.records import Record, _messages
 from fedtune.core.data.sources import csv
 from fedtune.core.data.sources._interface import BadCell, Names, Row, find_unclean
@@ -150,7 +150,7 @@ class _Asked(NamedTuple):
             parts = ["text"] if named.text or not named.media else []
         else:
             parts = ["prompt", "completion"]
-        parts += [kind for kind in ("image", "audio") if getattr(named, kind)]
+        parts += [kind for kind in KINDS if getattr(named, kind)]
         of_study = table is not None and not given
         columns = {part: getattr(named, part) or part for part in parts}
         keys = {
@@ -273,7 +273,7 @@ class _Predictor:
 
     def _record(self, row: Row) -> Record:
         columns, media = self._asked.columns, None
-        for kind in ("image", "audio"):
+        for kind in KINDS:
             if kind in columns:
                 media = self._folder.read(text_of(row.get(columns[kind])), kind)
         if "messages" in columns:

@@ -152,6 +152,7 @@ completion = "completion"
 # messages = "messages"   #   a conversation: [{"role": …, "content": …}, …]
 # image = "image"      # besides, for a base that reads images: a path inside this file's folder
 # audio = "audio"      # for Whisper, with text (what is said) or label. Both need fedtune[media]
+# video = "video"      # where base.modality is "video_text"; needs fedtune[video]. Experimental
 # patient = "patient_id"  # add it where records belong to patients
 
 # [acceptance]         # by what `fedtune accept RUN` judges a finished model on this site's own

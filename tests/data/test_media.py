@@ -189,7 +189,7 @@ def test_links_are_followed_before_the_path_is_judged(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"image": "i", "audio": "a", "label": "l"}, "image or audio"),
+        ({"image": "i", "audio": "a", "label": "l"}, "one of image, audio or video"),
         ({"image": "i"}, "exactly one"),
         ({"label": "l"}, "exactly one"),
     ],

@@ -81,6 +81,7 @@ OTHERS = {
         "dp-accounting",
         "ε of what was spent",
     ),
+    "av": ("av", "decodes one record's clip; for tests, makes clips of noise"),
     "duckdb": ("duckdb", "rows of a DuckDB file"),
     "huggingface_hub": ("huggingface-hub", "fetches a base that the site itself names"),
     "jinja2": ("jinja2", "renders one record's text by a chat template"),

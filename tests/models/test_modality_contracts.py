@@ -15,13 +15,15 @@ from fedtune.core.data.media import Media
 from fedtune.core.modalities import MODALITIES
 from fedtune.core.modalities.audio_text import Speech
 from fedtune.core.modalities.image_text import Images, Tiled
-from tests.media import idefics3, llava, qwen2_vl, whisper
+from tests.media import WITHOUT_AV, idefics3, llava, qwen2_vl, whisper
 
 BASES: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "idefics3": ("image_text", idefics3),
     "llava": ("image_text", llava),
     "qwen2_vl": ("image_text", qwen2_vl),
     "whisper": ("audio_text", whisper),
+    "clips, idefics3": ("video_text", idefics3),
+    "clips, llava": ("video_text", llava),
 }
 PROMISED = ["place-holders", "too few", "tensor", "parity", "isolation", "sensitivity", "noise"]
 
@@ -37,6 +39,8 @@ def test_every_modality_is_tried() -> None:
 @pytest.mark.parametrize("kind", BASES)
 def test_a_modality_keeps_every_contract(tmp_path: Path, kind: str) -> None:
     name, make = BASES[kind]
+    if name == "video_text":
+        pytest.importorskip("av", reason=WITHOUT_AV)
     assert results(name, make(tmp_path / kind)) == dict.fromkeys(PROMISED, True)
 
 
@@ -55,8 +59,8 @@ def test_a_reader_that_counts_no_place_holders_is_caught(
 def test_a_reader_that_writes_too_few_place_holders_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = Tiled._text
-    monkeypatch.setattr(Tiled, "_text", lambda self, r, c: honest(self, 0, 0))
+    honest = Tiled.text
+    monkeypatch.setattr(Tiled, "text", lambda self, r, c: honest(self, 0, 0))
     assert not results("image_text", idefics3(tmp_path / "idefics3"))["place-holders"]
 
 

@@ -13,6 +13,7 @@ from tests.mutants.places import (
     POLICY,
     ROUNDS,
     STATES,
+    T_CLIPS,
     T_NARROW,
     T_NETWORK,
     T_POST,
@@ -22,6 +23,7 @@ from tests.mutants.places import (
     T_TILES,
     TOKENS,
     TRAINING,
+    VIDEO,
 )
 
 MODEL_MUTANTS = (
@@ -188,6 +190,38 @@ MEDIA_MUTANTS = (
         "path = (self._root / name).resolve()", "path = self._root / name",
         "tests/data/test_media.py::test_paths_stay_inside_the_folder",
         "a data file reads what lies elsewhere on the machine",
+    ),
+    _one(
+        "video", "a-clip-decides-how-many-frames", VIDEO,
+        "*[shown] * (FRAMES - len(found))]", "shown]",
+        T_CLIPS + "test_every_clip_has_as_many_frames",
+        "how long a clip is decides the shapes of what is computed",
+    ),
+    _one(
+        "video", "a-decoders-error-goes-out", VIDEO,
+        "    except Exception as error:  # FFmpeg", "    except ValueError as error:  # FFmpeg",
+        T_CLIPS + "test_no_error_of_a_decoder_goes_out",
+        "one patient's file, or its words, end the site's round",
+    ),
+    _one(
+        "video", "a-clips-pixels-are-not-added-up", VIDEO, "if pixels > DECODED:", "if False:",
+        T_CLIPS + "test_the_pixels_of_all_frames_are_counted",
+        "one clip keeps a site decoding for hours",
+    ),
+    _one(
+        "video", "a-clip-never-ends", VIDEO, "if number > PACKETS:", "if False:",
+        T_CLIPS + "test_an_endless_stream_ends", "one clip keeps a site reading",
+    ),
+    _one(
+        "video", "ffmpeg-guesses-the-format", VIDEO, "format=_demuxer(body)", "format=None",
+        T_CLIPS + "test_a_format_is_named_and_nothing_else_is_opened",
+        "a playlist in a patient's record opens other files",
+    ),
+    _one(
+        "video", "a-table-makes-any-memory", VIDEO,
+        "        if name != b\"mdat\":\n", "        if False:\n",
+        T_CLIPS + "test_a_table_is_judged_before_memory_is_made_for_it",
+        "two kilobytes of a file take three gigabytes for each track",
     ),
     _one(
         "media", "the-ledger-does-not-know-the-file", TOKENS,

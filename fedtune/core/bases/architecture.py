@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -218,6 +219,32 @@ def pool_states(hidden: torch.Tensor, mask: torch.Tensor, kind: Kind) -> torch.T
     mean = (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
     # Length √H: what a layer norm gives, so that one learning rate serves every base.
     return nn.functional.normalize(mean, dim=1) * math.sqrt(hidden.shape[2])
+
+
+def pool_frames(states: torch.Tensor, width: int) -> torch.Tensor:
+    """Project a clip's states, all patches of all frames in order, to one vector, (B, width) fp32
+    of length √width: their signs are drawn, and each is added to a drawn entry of the vector.
+
+    The draws are public and the same for every clip, and distances are kept on average, so that
+    what tells two orders of the same frames apart is kept too: a mean over frames would lose it.
+    Reference: Charikar et al. 2002, "Finding frequent items in data streams" (CountSketch);
+    Weinberger et al. 2009, "Feature hashing for large scale multitask learning", section 2."""
+    flat = states.flatten(1).float()
+    order, signs = _drawn(flat.shape[1], width)
+    spread = torch.where(order < flat.shape[1], order, 0)
+    kept = flat[:, spread.to(flat.device)] * signs.to(flat.device)
+    sums = kept.view(len(kept), -1, width).sum(dim=1)
+    return nn.functional.normalize(sums, dim=1) * math.sqrt(width)
+
+
+@lru_cache(maxsize=2)
+def _drawn(count: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the order in which `count` numbers and zeros fill rows of `width`, and their signs, 0
+    for a zero."""
+    draw = torch.Generator().manual_seed(0)
+    order = torch.randperm(count + -count % width, generator=draw)
+    signs = 2.0 * torch.randint(2, order.shape, generator=draw) - 1
+    return order, signs * (order < count)
 
 
 def positions_of(model: Any) -> int | None:

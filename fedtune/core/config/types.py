@@ -183,9 +183,9 @@ class Columns(Table):
 
     Exactly one way of giving the text must be named: `messages`, `prompt` + `completion`, `prompt`
     + `chosen` + `rejected` (a preference), `prompt` + `completion` + `label` (a judgement), `text`,
-    or `text` + `label`. `image` or `audio` holds the path of a file, relative to the data file's
-    folder and inside it; `label` may then be the only other column. Records with the same `patient`
-    belong together."""
+    or `text` + `label`. `image`, `audio` or `video` holds the path of a file, relative to the data
+    file's folder and inside it; `label` may then be the only other column. Records with the same
+    `patient` belong together."""
 
     messages: str | None = None
     prompt: str | None = None
@@ -196,17 +196,19 @@ class Columns(Table):
     label: str | None = None
     image: str | None = None
     audio: str | None = None
+    # Omitted where there is none, so that such plans keep their digest.
+    video: str | None = Field(default=None, exclude_if=lambda name: name is None)
     patient: str | None = None
 
     @property
     def media(self) -> str | None:
-        return self.image or self.audio
+        return self.image or self.audio or self.video
 
     @model_validator(mode="after")
     def _check_shape(self) -> Columns:
         shapes = [bool(self.messages), bool(self.prompt), bool(self.text)]
-        if self.image and self.audio:
-            raise ValueError("name image or audio, not both")
+        if sum(map(bool, (self.image, self.audio, self.video))) > 1:
+            raise ValueError("name one of image, audio or video")
         if sum(shapes) != 1 and not (self.media and self.label and not any(shapes)):
             raise ValueError("name exactly one of messages, prompt or text")
         if self.completion and not self.prompt:
@@ -216,7 +218,7 @@ class Columns(Table):
         if self.chosen and self.completion:
             raise ValueError("name either completion, or chosen and rejected")
         if self.label and not (self.text or self.completion or self.media):
-            raise ValueError("label needs text, or prompt and completion, or image, or audio")
+            raise ValueError("label needs text, or prompt and completion, or image, audio or video")
         return self
 
 

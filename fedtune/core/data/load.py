@@ -16,6 +16,7 @@ from fedtune.core.data.chat import check_draws_nothing
 from fedtune.core.data.dataset import Counts, Dataset, Example, Failed, SoftTargets
 from fedtune.core.data.files import Rejected
 from fedtune.core.data.group_reader import group_reader
+from fedtune.core.data.media import KINDS
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.reader import Reader
 from fedtune.core.data.records import (
@@ -305,7 +306,7 @@ def check_columns(
     record_format = objective.resolved.record_format
     if table == "data" and study.unit == "patient" and not columns.patient:
         raise no_patients(table)
-    _check_media(file, objective, reader)
+    _check_media(file, study, reader)
     if record_format == "label":
         if columns.messages or (labelled and not columns.label):
             raise DataError(
@@ -335,10 +336,10 @@ def check_columns(
     return "text"
 
 
-def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | None) -> None:
+def _check_media(file: DataFile, study: Study, reader: Reader | None) -> None:
     """Check that the base reads the kind of file that the columns name. Errors: DataError."""
     at, required = f"{table_of(file)}.columns", reader.column if reader else None
-    for kind in ("image", "audio"):
+    for kind in KINDS:
         if getattr(file.columns, kind) and kind != required:
             raise DataError(
                 f"{at}.{kind} is given, and the base reads no {kind}",
@@ -352,11 +353,17 @@ def _check_media(file: DataFile, objective: ObjectiveTable, reader: Reader | Non
     if required == "audio":
         unsupported = [key for key in ("prompt", "messages") if getattr(file.columns, key)]
         unsupported += ["text"] if file.columns.text and file.columns.label else []
-        if unsupported or objective.template is not None:
+        if unsupported or study.objective.template is not None:
             raise DataError(
                 f"a speech base reads no prompt ({', '.join(unsupported) or 'objective.template'})",
                 f"{at}.audio with {at}.text (what is said) or {at}.label (classify)",
             )
+    texts = (file.columns.text, file.columns.prompt, file.columns.messages)
+    if required == "video" and study.lora is None and any(texts):
+        raise DataError(
+            "a head alone reads a clip and no text beside it",
+            f"{at}.video with {at}.label, or a [lora] table",
+        )
 
 
 def _row_member(key: str) -> bytes:

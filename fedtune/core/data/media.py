@@ -1,5 +1,5 @@
-"""Read and check the image and audio files that records name, once each; they are known by their
-digest.
+"""Read and check the image, audio and video files that records name, once each; they are known by
+their digest.
 
 A path is relative to the data file's folder and must lie inside it once every link is followed.
 A file that cannot be used gives a reason from a fixed list, like a row; neither its name nor its
@@ -13,19 +13,21 @@ import wave
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.core.data.files import Rejected
+from fedtune.core.data.video import decode_frames
 from fedtune.core.errors import ConfigError
 from fedtune.core.files import reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Kind = Literal["image", "audio"]
+Kind = Literal["image", "audio", "video"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 Samples = npt.NDArray[np.float32]
 
 BYTES = 64 * 2**20  # of one file
@@ -41,8 +43,8 @@ EXTRA = "pip install 'fedtune[media]'"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Media:
-    """An image or audio file. body: the bytes of the file, which can be decoded. digest: sha256
-    of body."""
+    """An image, audio or video file. body: the bytes of the file, which can be decoded. digest:
+    sha256 of body."""
 
     kind: Kind
     body: bytes
@@ -85,10 +87,12 @@ def import_decoders(kind: Kind) -> None:
     """Import everything that decodes files of a kind before the first is read: reads from disk
     show which modules a process imports, and that must not depend on a record."""
     with suppress(ImportError, OSError):  # where one is not installed, its files are rejected
-        if kind == "image":
+        if kind != "audio":
             from PIL import Image, ImageOps  # noqa: F401
 
             Image.init()
+            if kind == "video":
+                import av  # noqa: F401
             return
         import scipy.signal  # type: ignore[import-untyped]  # noqa: F401
         import soundfile  # noqa: F401
@@ -107,8 +111,10 @@ def load(path: Path, kind: Kind) -> Media:
     media = Media(kind, content, hashlib.sha256(content).digest())
     if kind == "image":
         picture(media)
-    else:
+    elif kind == "audio":
         decode_sound(media)
+    else:
+        clip(media)
     return media
 
 
@@ -122,7 +128,7 @@ def picture(media: Media) -> Image:
         with Image.open(io.BytesIO(media.body), formats=FORMATS) as image:
             if image.width * image.height > PIXELS:
                 raise Rejected("image too large")
-            if max(image.size) > ASPECT * max(min(image.size), 1):
+            if _is_narrow(image):
                 raise Rejected("image too narrow")
             oriented = ImageOps.exif_transpose(image)
             if oriented.mode.startswith("I") or oriented.mode == "F":  # 16 bits and more: X-rays
@@ -133,6 +139,19 @@ def picture(media: Media) -> Image:
     except Exception as error:  # Pillow may raise anything on a broken file
         large = isinstance(error, MemoryError) or "DecompressionBomb" in type(error).__name__
         raise Rejected("image too large" if large else "unreadable image") from None
+
+
+def clip(media: Media) -> list[Image]:
+    """Decode the frames of the clip that are read, in order, RGB. Errors: Rejected; ConfigError
+    without PyAV."""
+    frames = decode_frames(media.body)
+    if any(_is_narrow(frame) for frame in frames):
+        raise Rejected("video too narrow")
+    return frames
+
+
+def _is_narrow(image: Image) -> bool:
+    return max(image.size) > ASPECT * max(min(image.size), 1)
 
 
 def _eight_bits(image: Any) -> Image:

@@ -1,15 +1,15 @@
-"""Interface with which a base reads a record that has an image or audio file."""
+"""Interface with which a base reads a record that has an image, audio or video file."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from fedtune.core.config import ObjectiveTable
-    from fedtune.core.data.media import Media
+    from fedtune.core.data.media import Kind, Media
     from fedtune.core.data.records import Record
 
 
@@ -25,7 +25,7 @@ class Reader(Protocol):
     avoid: frozenset[int]
 
     @property
-    def column(self) -> Literal["image", "audio"] | None: ...
+    def column(self) -> Kind | None: ...
 
     def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
         """Return the record with place-holders in its text, and its number of tiles (1 if a base

@@ -26,7 +26,7 @@ from fedtune.core.data.conversion import Conversion
 from fedtune.core.data.dataset import Failed
 from fedtune.core.data.files import Place, Rejected, placed_rows
 from fedtune.core.data.group_reader import NO_GROUPS, GroupReader
-from fedtune.core.data.media import Folder, Kind, Media, import_decoders
+from fedtune.core.data.media import KINDS, Folder, Media, import_decoders
 from fedtune.core.data.per_unit import per_unit
 from fedtune.core.data.sources import SOURCES, Collection, Source
 from fedtune.core.data.sources._interface import Names, Row
@@ -52,10 +52,10 @@ class Record:
     | text + label     | prompt, label          |
     | prompt + chosen + rejected | prompt, completion, rejected |
     | prompt + completion + label | prompt, completion, label |
-    | label alone, beside image or audio | label |
+    | label alone, beside image, audio or video | label |
 
-    media: the file that image or audio names; place: its place in the file, for the site's own
-    screen; groups: groups of a held-out record, as for Example.
+    media: the file that image, audio or video names; place: its place in the data file, for the
+    site's own screen; groups: groups of a held-out record, as for Example.
     Guarantee: repr shows neither content nor the unit's key."""
 
     unit: str
@@ -201,10 +201,9 @@ class _Reading:
         self.failed: list[Failed] = []
         self._columns, self._by_patient = file.columns, unit == "patient"
         self._folder = Folder(file.path if file.path.is_dir() else file.path.parent)
-        kinds: tuple[Kind, ...] = ("image", "audio")
-        for kind in kinds:
-            if getattr(file.columns, kind):
-                import_decoders(kind)
+        self._kind = next((kind for kind in KINDS if getattr(file.columns, kind)), None)
+        if self._kind:
+            import_decoders(self._kind)
         self._copies, self._held = Counter[bytes](), Counter[str]()
         self._rows = 0
         self._made = per_unit(_RowReader(file.columns, labelled, groups), (Record, str))
@@ -243,9 +242,9 @@ class _Reading:
             self.reject(place, "cannot be read")
 
     def _add(self, place: Place, row: Row, record: Record, key: str) -> None:
-        if column := self._columns.media:
-            kind: Literal["image", "audio"] = "image" if self._columns.image else "audio"
-            record = replace(record, media=self._folder.read(text_of(row.get(column)), kind))
+        if self._kind:
+            named = text_of(row.get(self._columns.media or ""))
+            record = replace(record, media=self._folder.read(named, self._kind))
         if not self._by_patient:
             digest = hashlib.sha256(content_of(record))
             key = f"{digest.hexdigest()} {self._copies[digest.digest()]}"
@@ -265,7 +264,7 @@ class _Reading:
         return key_of(row.get(self._columns.patient or "")) if self._by_patient else ""
 
     def names_media_of(self, rows: Sequence[Row]) -> Callable[[Row], bool]:
-        """Return whether the image or recording of a converted row, if any, is named by these
+        """Return whether the image, recording or clip of a converted row, if any, is named by these
         rows."""
         column = self._columns.media
         own = {value for row in rows for value in row.values() if isinstance(value, str)}

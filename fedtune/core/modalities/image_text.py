@@ -7,7 +7,7 @@ import io
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from fedtune.core.data.media import EXTRA, Media, picture
 from fedtune.core.data.records import Record
 from fedtune.core.errors import ConfigError, ModelError
 from fedtune.core.modalities._interface import Modality
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _FAKE, _GLOBAL = "<fake_token_around_image>", "<global-img>"
 
@@ -46,13 +49,7 @@ class Images:
         if record.media is None:
             raise Rejected("missing value")
         rows, columns = self._layout(record.media)
-        placeholders = self._text(rows, columns)
-        if record.messages:
-            messages = list(record.messages)
-            first = [role for role, _ in messages].index("user")
-            messages[first] = ("user", placeholders + messages[first][1])
-            return replace(record, messages=tuple(messages)), rows * columns + 1
-        return replace(record, prompt=placeholders + record.prompt), rows * columns + 1
+        return put_before(record, self.text(rows, columns)), rows * columns + 1
 
     def check(self, ids: list[int], tiles: int) -> None:
         actual, expected = ids.count(self._id), tiles * self._run
@@ -60,19 +57,25 @@ class Images:
             raise Rejected("too long" if actual < expected else "image token in the text")
 
     def tensor(self, media: Media) -> torch.Tensor:
+        return self.prepare(picture(media))
+
+    def prepare(self, image: Image) -> torch.Tensor:
         """Compute (tiles, 4, height, width): colours, and a mask that is 0 on padding."""
-        pixels = self._processor(images=[picture(media)], return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=[image], return_tensors="pt")["pixel_values"]
         return torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1).float()
+
+    def read_whole(self) -> None:
+        """Read every image as one tile from now on, as this class does anyway."""
 
     def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
         """Generate noise: square, wide or high, so that records differ in their number of tiles."""
-        from PIL import Image
+        from PIL import Image as pillow
 
         shapes = ((24, 24), (24, 72), (72, 24))
         shape = shapes[int(draw.integers(3))] if like is None else picture(like).size[::-1]
         file = io.BytesIO()
         noise = draw.integers(0, 256, (*shape, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(file, "PNG")
+        pillow.fromarray(noise).save(file, "PNG")
         return Media("image", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
 
     def _run_of(self, config: Any) -> int:
@@ -85,7 +88,8 @@ class Images:
         split."""
         return 0, 0
 
-    def _text(self, rows: int, columns: int) -> str:
+    def text(self, rows: int, columns: int) -> str:
+        """Write the place-holders of an image of so many tiles besides the whole."""
         return self._token * self._run
 
 
@@ -96,8 +100,11 @@ class Tiled(Images):
         super().__init__(base, tokenizer)
         self._layouts: dict[bytes, tuple[int, int]] = {}
 
-    def tensor(self, media: Media) -> torch.Tensor:
-        processed = self._processor(images=[[picture(media)]], return_tensors="pt")
+    def read_whole(self) -> None:
+        self._processor.do_image_splitting = False
+
+    def prepare(self, image: Image) -> torch.Tensor:
+        processed = self._processor(images=[[image]], return_tensors="pt")
         pixels, mask = processed["pixel_values"][0], processed["pixel_attention_mask"][0]
         return torch.cat([pixels, mask[:, None].to(pixels)], dim=1).float()
 
@@ -112,7 +119,7 @@ class Tiled(Images):
             self._layouts[media.digest] = rows, columns
         return self._layouts[media.digest]
 
-    def _text(self, rows: int, columns: int) -> str:
+    def text(self, rows: int, columns: int) -> str:
         """Write the image tokens as Idefics3Processor.replace_image_token does."""
         run = self._token * self._run
         whole_image = f"{_FAKE}{_GLOBAL}{run}{_FAKE}"
@@ -133,14 +140,14 @@ class Square(Images):
         marks = [_config(base).vision_start_token_id, _config(base).vision_end_token_id]
         self._marks: list[str] = list(tokenizer.convert_ids_to_tokens(marks))
 
-    def tensor(self, media: Media) -> torch.Tensor:
+    def prepare(self, image: Image) -> torch.Tensor:
         """Compute the patches, (1, P, values of a patch)."""
         from PIL import ImageOps
 
         prepare = self._processor
         side = math.isqrt(self._run) * prepare.patch_size * prepare.merge_size
         mean_colour = tuple(round(255 * mean) for mean in prepare.image_mean)
-        padded = ImageOps.pad(picture(media), (side, side), color=mean_colour)
+        padded = ImageOps.pad(image, (side, side), color=mean_colour)
         patches: torch.Tensor = prepare(images=[padded], return_tensors="pt")["pixel_values"]
         return patches[None].float()
 
@@ -155,7 +162,7 @@ class Square(Images):
             )
         return tokens**2
 
-    def _text(self, rows: int, columns: int) -> str:
+    def text(self, rows: int, columns: int) -> str:
         return self._marks[0] + self._token * self._run + self._marks[1]
 
 
@@ -175,6 +182,16 @@ class ImageText(Modality):
         if hasattr(config, "vision_start_token_id"):
             return Square(base, tokenizer)
         return (Tiled if hasattr(config, "scale_factor") else Images)(base, tokenizer)
+
+
+def put_before(record: Record, placeholders: str) -> Record:
+    """Put place-holders before the prompt, or the first user message of a conversation."""
+    if not record.messages:
+        return replace(record, prompt=placeholders + record.prompt)
+    messages = list(record.messages)
+    first = [role for role, _ in messages].index("user")
+    messages[first] = ("user", placeholders + messages[first][1])
+    return replace(record, messages=tuple(messages))
 
 
 @lru_cache(maxsize=4)

@@ -29,6 +29,7 @@ from fedtune.core.bases.architecture import (
     may_share_blocks,
     parts_of,
     plane_positions,
+    pool_frames,
     pool_states,
     positions_of,
     rows_of,
@@ -223,6 +224,9 @@ class Network:
             assert tower_states is not None  # a head on the tower itself: the mean over all frames
             frames = tower_states[:, 0]
             return pool_states(frames, torch.ones_like(frames[..., 0]), "encoder")[:, None]
+        if self.pooled and self.reader.column == "video":
+            assert tower_states is not None
+            return pool_frames(tower_states, self.hidden_size)[:, None]
         if not (self.pooled or self._split):
             return self._embed(input_ids, tower_states)
         inputs = {"input_ids": input_ids}
@@ -315,7 +319,8 @@ class Network:
 
     def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Pool to one vector per record (B, H) fp32: the mean over tokens (encoder) or the last
-        token. For a head alone on a speech base: the mean over the tower's frames."""
+        token. For a head alone on a speech base: the mean over the tower's frames; on clips: their
+        frames in order, projected."""
         return hidden[:, 0] if self.pooled else pool_states(hidden, mask, self.kind)
 
     def _run(self, part: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:

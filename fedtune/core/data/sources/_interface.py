@@ -30,7 +30,7 @@ WORDS = frozenset(
     {
         *("text", "note", "notes", "prompt", "completion", "question", "answer", "label", "class"),
         *("category", "target", "messages", "chosen", "rejected", "patient", "subject", "id"),
-        *("image", "audio", "file", "date", "input", "output"),
+        *("image", "audio", "video", "file", "date", "input", "output"),
     }
 )
 DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a vertical bar"}

@@ -1,0 +1,1 @@
+"""Clips of a disc that moves: an example of video columns."""

@@ -1,0 +1,163 @@
+"""Decode a few frames of a clip, evenly spaced in time, with PyAV (FFmpeg's libraries).
+
+The bytes of one file are read, with a demuxer that its first bytes choose from a short list, by
+decoders from a short list, in one thread: no other file, address or protocol is opened."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fedtune.core.data.files import Rejected
+from fedtune.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FRAMES = 8  # of every clip, however long it is
+PIXELS = 2**22  # of one frame, by the header
+DECODED = 2_000_000_000  # pixels of all frames that are decoded: 32 s of 1080p at 30 a second
+PACKETS = 20_000  # of the video stream: coded frames
+STREAMS = 8  # of video, sound, subtitles
+DECODERS = "av1,h264,hevc,libdav1d,mjpeg,mpeg4,vp8,vp9"
+EXTRA = "pip install 'fedtune[video]'"
+
+UNREADABLE, LARGE, LONG = "unreadable video", "video too large", "video too long"
+# FFmpeg counts a border too, so it has room. An error that a decoder would conceal is one.
+_STRICT = {"max_pixels": str(2 * PIXELS), "err_detect": "explode"}
+_OPTIONS = {
+    **_STRICT,
+    "codec_whitelist": DECODERS,
+    "ignore_editlist": "1",  # of a list of cuts, FFmpeg's index may grow without a byte of the file
+    "max_streams": str(STREAMS),
+    "protocol_whitelist": "none",
+    "threads": "1",
+}
+# A table of these says how many samples follow, of which each may take no byte of the file, and
+# FFmpeg makes memory for each. The number's place after the box's name.
+_COUNTED = {b"stsz": 8, b"stz2": 8, b"trun": 4}
+
+
+def import_pyav() -> Any:
+    """Import PyAV. Errors: ConfigError."""
+    try:
+        import av
+    except ImportError:
+        raise ConfigError("video columns need PyAV, which is not installed", EXTRA) from None
+    return av
+
+
+def decode_frames(body: bytes) -> list[Image]:
+    """Decode the FRAMES frames that are shown in the middle of as many equal parts of the clip, in
+    order, RGB; a frame that is shown for long is there several times.
+
+    Errors: Rejected; ConfigError without PyAV."""
+    av = import_pyav()
+    try:
+        return [_picture(frame) for frame in _sampled(av, body)]
+    except Rejected:
+        raise
+    except Exception as error:  # FFmpeg may refuse a broken file in any way
+        raise Rejected(LARGE if isinstance(error, MemoryError) else UNREADABLE) from None
+
+
+def _sampled(av: Any, body: bytes) -> list[Any]:
+    """Decode the frames that are shown at the sampled times, which packets' times give."""
+    with _opened(av, body) as (container, stream):
+        times = [packet.pts for packet in _first(container.demux(stream)) if packet.size]
+    first, span = min(times), max(times) - min(times)
+    sampled = [first + (2 * part + 1) * span // (2 * FRAMES) for part in range(FRAMES)]
+    found: list[Any] = []
+    shown, pixels = None, 0
+    with _opened(av, body) as (container, stream):
+        for frame in _first(container.decode(stream)):
+            pixels += frame.width * frame.height
+            if frame.width * frame.height > PIXELS:
+                raise Rejected(LARGE)
+            if pixels > DECODED:
+                raise Rejected(LONG)
+            if frame.is_corrupt:
+                raise Rejected(UNREADABLE)
+            while shown is not None and len(found) < FRAMES and sampled[len(found)] < frame.pts:
+                found.append(shown)
+            shown = frame
+    if shown is None:
+        raise Rejected(UNREADABLE)
+    return [*found, *[shown] * (FRAMES - len(found))]
+
+
+def _first(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield at most PACKETS of the items. Errors: Rejected if there are more."""
+    for number, item in enumerate(items):
+        if number > PACKETS:  # the last is empty: it asks the decoder for what it still holds
+            raise Rejected(LONG)
+        yield item
+
+
+@contextmanager
+def _opened(av: Any, body: bytes) -> Iterator[tuple[Any, Any]]:
+    """Open the first video stream of a clip, and no other file that it may name."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    with av.open(
+        io.BytesIO(body), format=_demuxer(body), options=_OPTIONS, io_open=refuse
+    ) as container:
+        cover = av.stream.Disposition.attached_pic
+        stream = next(s for s in container.streams.video if not s.disposition & cover)
+        if stream.codec_context.name not in DECODERS.split(","):
+            raise Rejected(UNREADABLE)
+        if stream.width * stream.height > PIXELS:
+            raise Rejected(LARGE)
+        stream.codec_context.options = _STRICT
+        stream.thread_count = 1
+        yield container, stream
+
+
+def _demuxer(body: bytes) -> str:
+    """Name FFmpeg's demuxer of a file that begins like this. Errors: Rejected."""
+    if body[4:8] == b"ftyp":
+        _check_tables(body)
+        return "mov"
+    if body[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    if body[:4] == b"RIFF" and body[8:12] == b"AVI ":
+        return "avi"
+    raise Rejected(UNREADABLE)
+
+
+def _check_tables(body: bytes) -> None:
+    """Check the tables of an MP4 file, wherever they stand outside its frames. Errors: Rejected if
+    one is compressed, or states more than PACKETS entries."""
+    at = 0
+    while at + 8 <= len(body):
+        size, name, header = int.from_bytes(body[at : at + 4]), body[at + 4 : at + 8], 8
+        if size == 1:
+            size, header = int.from_bytes(body[at + 8 : at + 16]), 16
+        end = min(at + size, len(body)) if size else len(body)
+        if end < at + header:
+            raise Rejected(UNREADABLE)
+        if name != b"mdat":
+            _check_counts(body[at:end])
+        at = end
+
+
+def _check_counts(box: bytes) -> None:
+    if b"cmov" in box:
+        raise Rejected(UNREADABLE)
+    for name, place in _COUNTED.items():
+        at = box.find(name)
+        while at >= 0:
+            number = at + 4 + place
+            if int.from_bytes(box[number : number + 4]) > PACKETS:
+                raise Rejected(LONG)
+            at = box.find(name, at + 1)
+
+
+def _picture(frame: Any) -> Image:
+    """Convert a frame to RGB, upright."""
+    image: Image = frame.to_image(threads=1)
+    return image.rotate(frame.rotation, expand=True) if frame.rotation % 90 == 0 else image

@@ -1,0 +1,82 @@
+"""Read a clip and a text about it, for Idefics3, SmolVLM and LLaVA. Experimental."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from fedtune.core.bases.find import Base
+from fedtune.core.config import ObjectiveTable
+from fedtune.core.data.files import Rejected
+from fedtune.core.data.media import Media, clip
+from fedtune.core.data.records import Record
+from fedtune.core.data.video import FRAMES, import_pyav
+from fedtune.core.errors import ModelError
+from fedtune.core.modalities._interface import Modality
+from fedtune.core.modalities.image_text import Images, ImageText, Square, put_before
+
+
+class Clips:
+    """Reads a clip as FRAMES images, one tile each, in order: each frame is prepared, and written
+    as place-holders, as the base's reader of images does it."""
+
+    column: Literal["video"] = "video"
+    starts = False
+
+    def __init__(self, images: Images) -> None:
+        images.read_whole()
+        self._images = images
+        self.avoid = images.avoid
+
+    def place(self, record: Record, objective: ObjectiveTable) -> tuple[Record, int]:
+        if record.media is None:
+            raise Rejected("missing value")
+        return put_before(record, self._images.text(0, 0) * FRAMES), FRAMES
+
+    def check(self, ids: list[int], tiles: int) -> None:
+        self._images.check(ids, tiles)
+
+    def tensor(self, media: Media) -> torch.Tensor:
+        """Compute (FRAMES, 4, height, width): colours, and a mask that is 0 on padding."""
+        return torch.cat([self._images.prepare(frame) for frame in clip(media)])
+
+    def generated(self, draw: np.random.Generator, like: Media | None = None) -> Media | None:
+        """Generate frames of noise, from fewer to more than are read."""
+        av = import_pyav()
+        file = io.BytesIO()
+        with av.open(file, "w", format="avi") as out:
+            stream = out.add_stream("mjpeg", rate=8)
+            stream.pix_fmt, stream.thread_count = "yuvj444p", 1
+            stream.width, stream.height = (24, 24) if like is None else clip(like)[0].size
+            for _ in range(int(draw.integers(FRAMES // 2, 2 * FRAMES))):
+                noise = draw.integers(0, 256, (stream.height, stream.width, 3), dtype=np.uint8)
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(noise)))
+            out.mux(stream.encode())
+        return Media("video", file.getvalue(), hashlib.sha256(file.getvalue()).digest())
+
+
+@dataclass(frozen=True)
+class VideoText(Modality):
+    """A clip and a text about it, for Idefics3, SmolVLM and LLaVA. Experimental.
+
+    FRAMES frames, evenly spaced in time, are read as so many images. A head alone reads their
+    tower's states in order, projected to one vector; with adapters the language model reads them
+    in order. base.modality names it: without the name these bases read images."""
+
+    kinds = ("image_text",)
+
+    def reader(self, base: Base, tokenizer: PreTrainedTokenizerBase) -> Clips:
+        import_pyav()
+        images = ImageText().reader(base, tokenizer)
+        if isinstance(images, Square):
+            raise ModelError(
+                f"{base.name}: clips are not read by a base whose positions lie in a plane",
+                "Idefics3, SmolVLM or LLaVA",
+            )
+        return Clips(images)
