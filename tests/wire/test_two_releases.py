@@ -1,5 +1,5 @@
-"""Two releases in one consortium, as decision 0013 states: of three versions of the protocol the six
-pairs that differ are refused, at the start of a study and in the middle of it; the same release
+"""Two releases in one consortium, as decision 0013 states: of three versions of the protocol the
+six pairs that differ are refused, at the start of a study and in the middle of it; the same release
 goes on. A ledger of a newer release is refused whole, in the middle of a study too.
 
 Both ends are the real ones, with their own messages; each takes the number from its own copy of
