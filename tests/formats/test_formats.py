@@ -37,6 +37,9 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     for name in read_back.SITES:  # version control keeps no file for its owner alone
         for secret in ("site.key", "salt"):
             (tmp_path / "world" / f"state-{name}" / secret).chmod(0o600)
+    link = tmp_path / "world" / "daily" / "adapter"
+    if not link.is_symlink():  # nor does a source archive keep a link
+        link.symlink_to("versions/1", target_is_directory=True)
     monkeypatch.chdir(tmp_path / "world")
     monkeypatch.setenv("COLUMNS", "160")
     return tmp_path / "world"

@@ -42,6 +42,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy_of(tmp_path_factory.mktemp("release") / "clone", 1_600_000_000, 0o022)
     for name in ("CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, folder / name)
+    kept = Path("tests/formats/data")  # in which a folder is a link to another
+    shutil.copytree(ROOT / kept, folder / kept, symlinks=True)
     build.git(folder, "init", "--quiet")
     build.git(folder, "add", "--all")
     build.git(folder, *SAFE, "commit", "--quiet", "--message", "All of it")
@@ -125,6 +127,9 @@ def test_a_release_is_what_it_says_in_a_clone_and_without_one(
     said = told(signed, clone, of(key))
     assert f"signed by {of(key)}" in said and "NOT" not in said and "not compared" not in said
     assert "built again from the sdist" in said and "as in commit" in said
+    (archive,) = signed.glob("*0.tar.gz")
+    with tarfile.open(archive) as tar:
+        assert any(name.endswith("daily/versions/1/adapter_config.json") for name in tar.getnames())
     alone = told(signed, tmp_path)
     assert "not compared with commit" in alone and "compare it with what the project" in alone
     assert "NOT SIGNED" in told(unsigned, clone)
