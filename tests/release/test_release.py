@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,15 @@ def test_a_release_is_what_it_says_in_a_clone_and_without_one(
     assert "NOT SIGNED" in told(unsigned, clone)
     with pytest.raises(NotAsReleased, match="nobody signed"):
         told(unsigned, clone, of(key))
+
+
+def test_a_check_needs_no_more_than_the_wheel_brings() -> None:
+    """Twin: making a release does."""
+    look = "import sys, tests.release.{0}, {1}; print('pytest' in sys.modules)"
+    for more, needed in (("sys", "False"), ("tests.docs.site", "True")):
+        words = [sys.executable, "-c", look.format("__main__", more)]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == needed
 
 
 def change(path: Path) -> None:
@@ -292,7 +301,7 @@ def test_a_tree_that_is_not_its_commit_is_not_released(clone: Path, tmp_path: Pa
         lambda folder: (folder / "README.md").write_text("another"),
         lambda folder: (folder / "new.py").write_text("new"),
     ):
-        other = shutil.copytree(clone, tmp_path / "other")
+        other = shutil.copytree(clone, tmp_path / "other", symlinks=True)
         spoil(other)
         with pytest.raises(NotReleasable, match=r"1 changed or new.*a clean clone"):
             build.clean_commit(other)
@@ -310,17 +319,21 @@ VERSIONS: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("file", VERSIONS)
 def test_two_versions_are_not_released(clone: Path, tmp_path: Path, file: str) -> None:
-    other = shutil.copytree(clone, tmp_path / "other")
+    (tmp_path / "fedtune").mkdir()
+    for name in ("pyproject.toml", *VERSIONS):
+        shutil.copy(clone / name, tmp_path / name)
+    assert build.check_versions(tmp_path) == build.read_version(clone)
     old, new = VERSIONS[file]
-    path = other / file
-    path.write_text(path.read_text().replace(old, new, 1))
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new, 1))
     with pytest.raises(NotReleasable, match=f"{file}: version"):
-        build.check_versions(other)
+        build.check_versions(tmp_path)
 
 
 def test_what_git_ignores_is_in_no_file_of_a_release(clone: Path, tmp_path: Path) -> None:
     """A key or records that lie in the tree, where the build alone would take them."""
-    other = shutil.copytree(clone, tmp_path / "other")
+    other = shutil.copytree(clone, tmp_path / "other", symlinks=True)
     (other / "fedtune" / "runs" / "dist").mkdir(parents=True)
     (other / "fedtune" / "runs" / "dist" / "records.jsonl").write_text("a record")
     commit = build.clean_commit(other)
@@ -331,10 +344,7 @@ def test_what_git_ignores_is_in_no_file_of_a_release(clone: Path, tmp_path: Path
 def test_builds_that_differ_are_not_released(
     clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., dict[str, bytes]] = build.build
-    monkeypatch.setattr(
-        build, "build", lambda source, out: real(source, out) | {"a.txt": str(out).encode()}
-    )
+    monkeypatch.setattr(build, "build", lambda source, _: {"a.whl": str(source).encode()})
     with pytest.raises(NotReleasable, match="two builds gave other bytes"):
         build.build_twice(clone, build.clean_commit(clone), tmp_path)
 
