@@ -8,7 +8,7 @@ TORCH  := 2.13.0# as in the Dockerfiles; the locks hold everything else, with ha
 
 .DEFAULT_GOAL := help
 
-.PHONY: help install demo test quick lint docs walk audit chaos fuzz drill flower mutants bench lock dist clean-room sbom vulnerabilities containers clean
+.PHONY: help install demo test quick lint docs walk audit chaos fuzz drill flower mutants bench lock dist clean-room sbom vulnerabilities containers release clean
 
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' Makefile
@@ -93,6 +93,10 @@ vulnerabilities: $(READY) ## known vulnerabilities of what locks/ holds, and of 
 
 containers: $(READY) ## build the images and run docker-compose.yml, with Debian's buildah and podman; as root
 	$(BIN)/python -m tests.containers
+
+release: $(READY) ## every file of a release in dist/, from a clean clone, checked (KEY=FILE: signed)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.release $(if $(KEY),--key $(KEY))
 
 clean: ## remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist

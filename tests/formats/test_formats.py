@@ -37,6 +37,9 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     for name in read_back.SITES:  # version control keeps no file for its owner alone
         for secret in ("site.key", "salt"):
             (tmp_path / "world" / f"state-{name}" / secret).chmod(0o600)
+    link = tmp_path / "world" / "daily" / "adapter"
+    if not link.is_symlink():  # nor does a source archive keep a link
+        link.symlink_to("versions/1", target_is_directory=True)
     monkeypatch.chdir(tmp_path / "world")
     monkeypatch.setenv("COLUMNS", "160")
     return tmp_path / "world"
@@ -111,6 +114,27 @@ def test_an_interrupted_run_goes_on_to_its_end(world: Path) -> None:
         spent = Ledger(world / f"state-{name}").spending("records")
         rounds = Counter(one.charge.round for one in spent if one.charge.name == "broken")
         assert rounds == {1: 1, 2: 1, 3: 1}
+    for file in ("report.json", "plan.json", "metrics.jsonl", "adapter/adapter_config.json"):
+        earlier, now = (keys_of(world / run / file) for run in ("notes", "broken"))
+        assert earlier and not earlier - now, file  # keys of a run's results are only added
+
+
+def keys_of(path: Path) -> set[str]:
+    """Every key of a run's JSON file, behind those above it."""
+
+    def walk(value: Any, above: str) -> set[str]:
+        inner = value.items() if isinstance(value, dict) else []
+        below = [(each, above) for each in value] if isinstance(value, list) else []
+        below += [(each, f"{above}.{key}") for key, each in inner]
+        return {above}.union(*(walk(each, where) for each, where in below))
+
+    return walk([json.loads(line) for line in whole(path).splitlines()], "")
+
+
+def whole(path: Path) -> str:
+    """The file's text, a JSON value a line."""
+    text = path.read_text()
+    return text if path.suffix == ".jsonl" else json.dumps(json.loads(text))
 
 
 @pytest.mark.parametrize("name", read_back.FINISHED)
