@@ -150,7 +150,7 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     A unit withdraws once, so its hash and the time identify the entry. Receipts of earlier releases
     also name the entry's number, and are checked in the same way.
     Errors: InputError if this is not a receipt of this site, or its ledger has no such entry."""
-    receipt = _genuine(path, ledger)
+    receipt = _genuine(path, ledger.key.public)
     entry = ledger.withdrawn().get(receipt["unit"])
     if entry is None or _time_of(entry) != receipt["time"]:
         raise InputError(
@@ -161,24 +161,24 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     return str(receipt["time"])
 
 
-def enter_again(home: Path, ledger: Ledger) -> int:
-    """Enter, in a restored ledger, the withdrawals that it lost, from the receipts beside it;
-    return their number. They hold with the salt under which they were hashed.
-    Files that are not receipts of this site are skipped."""
+def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
+    """Map the hash of each unit's key to when it withdrew, in UTC seconds, by the receipts beside a
+    ledger that the key `public` signed; other files are skipped. The hashes hold with the salt
+    under which they were made."""
     since: dict[str, int] = {}
     for path in sorted((home / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):
-            receipt = _genuine(path, ledger)
+            receipt = _genuine(path, public)
             since[receipt["unit"]] = calendar.timegm(time.strptime(receipt["time"], TIME))
-    return ledger.withdraw_again(since)
+    return since
 
 
-def _genuine(path: Path, ledger: Ledger) -> dict[str, Any]:
+def _genuine(path: Path, public: str) -> dict[str, Any]:
     """Read a receipt that this site signed. Errors: InputError if it did not."""
     receipt = reading.json_in(path, "a receipt of a withdrawal")
     signature = str(receipt.pop("signature", ""))
     try:
-        genuine = verifies(ledger.key.public, _encode_receipt(receipt), signature)
+        genuine = verifies(public, _encode_receipt(receipt), signature)
     except ValueError:  # NaN or Infinity, which nothing that is signed has
         genuine = False
     if not genuine:

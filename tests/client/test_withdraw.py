@@ -83,7 +83,7 @@ def test_who_withdrew_stays_out_after_a_restore(world: Path) -> None:
     )
     assert restored.exit_code == 0, restored.output
     assert set(Ledger(world / "state").withdrawn()) == before != set()
-    assert "1 withdrawals that it had lost are entered again" in restored.output
+    assert "restored, with 1 withdrawals" in restored.output
     checked = withdraw("--check", str(path))
     assert checked.exit_code == 0 and "stands" in checked.output
 

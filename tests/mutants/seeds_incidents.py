@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import one
 
 T_FREEZE = "tests/client/test_freeze.py::"
+T_RESTORED = "tests/client/test_restored.py::"
 
 # fmt: off
 MUTANTS = (
@@ -25,10 +26,23 @@ MUTANTS = (
         "what a person wanted to stop leaves all the same",
     ),
     one(
-        "incidents", "a-restore-thaws", "fedtune/officer/freeze.py",
-        "    if ledger.frozen or not _was_frozen(ledger.folder, ledger.key.public):\n"
-        "        return False\n", "    return False\n",
+        "incidents", "a-restore-thaws", "fedtune/core/ledger/restore.py",
+        "        if stands.frozen and not base.is_frozen:\n", "        if False:\n",
         T_FREEZE + "test_a_restore_that_lost_a_freeze_freezes_again",
         "a ledger put back to a copy answers again before a person lifted the freeze",
+    ),
+    one(
+        "incidents", "a-restore-is-installed-before-it-has-who-withdrew",
+        "fedtune/core/ledger/restore.py",
+        "set(stands.withdrawn) - base.withdrawn", "set()",
+        T_RESTORED + "test_a_restore_that_is_killed_anywhere_keeps_who_withdrew_and_the_freeze",
+        "a patient who withdrew is trained on again after a restore that was killed",
+    ),
+    one(
+        "incidents", "a-damaged-log-is-no-freeze", "fedtune/officer/freeze.py",
+        "    except NotGenuine:\n        return Freeze(",
+        "    except NotGenuine:\n        return None\n        return Freeze(",
+        T_RESTORED + "test_a_damaged_audit_log_counts_as_frozen_before_the_ledger_opens",
+        "an incident that damages the audit log too ends the freeze",
     ),
 )
