@@ -384,7 +384,7 @@ def withdraw(
             continue
         results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")
-        _show(withdrawal, loaded.data.where)
+        _show(withdrawal, "the hospital's files" if loaded.hospital else loaded.data.where)
     if unknown:
         unknown_keys = InputError(
             f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
@@ -400,7 +400,7 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     from fedtune.core.registry.rounding import rounded_up
 
     if withdrawal.in_file is None:
-        typer.echo(f"  {path} cannot be read, so it may still hold records")
+        typer.echo(f"  {path} cannot be read, and may still hold records")
     elif withdrawal.in_file:
         typer.echo(
             f"  {withdrawal.in_file} records are still in {path}; they are not "

@@ -22,8 +22,9 @@ FREEZE, LIFT = "freeze", "lift"  # events of the audit log
 
 
 def freeze(site: Site, why: str) -> None:
-    """Freeze the ledger, and enter it in the audit log. An answer that has left stays away; a round
-    under way is paid and not answered.
+    """Freeze the ledger. The audit log says so first, by which a restore freezes it again; one that
+    is damaged keeps nobody from freezing. An answer that has left stays away; a round under way is
+    paid and not answered.
 
     Errors: ConfigError if there is no ledger, which is not made; LedgerError; InfrastructureError,
     also on a full disk whose reserve is used up."""
@@ -32,8 +33,10 @@ def freeze(site: Site, why: str) -> None:
 
     def enter() -> None:
         book = Ledger(site.home)
-        book.freeze(login(), why)
-        AuditLog(book.folder, book.key).add(FREEZE, "--freeze", once=1)
+        try:
+            AuditLog(book.folder, book.key).add(FREEZE, "--freeze", once=1)
+        finally:
+            book.freeze(login(), why)
 
     in_reserved_space(site, enter)
 
@@ -71,8 +74,13 @@ def check_not_frozen(home: Path, what: str) -> None:
     """Check that a person did not freeze the ledger in `home`, before files are deleted or moved
     that may be evidence. Errors: Refused; LedgerError."""
     if traces(home) and Ledger(home).frozen:
-        raise Refused(
-            f"{home}: the ledger is frozen, so that nothing is {what}",
-            "a ledger that is not frozen",
-            "once the incident is over, a person lifts it: fedtune ledger SITE --lift",
-        )
+        raise frozen(home, what)
+
+
+def frozen(home: Path, what: str) -> Refused:
+    """Build the refusal of what would delete or move files beside a frozen ledger."""
+    return Refused(
+        f"{home}: the ledger is frozen, so that nothing is {what}",
+        "a ledger that is not frozen",
+        "once the incident is over, a person lifts it: fedtune ledger SITE --lift",
+    )

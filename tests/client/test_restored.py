@@ -101,3 +101,27 @@ def test_nobody_enters_anything_while_a_ledger_is_restored(
             book.freeze("an officer", "too late for the ledger as it was")
     book.freeze("an officer", "again")
     assert Ledger(book.folder).frozen
+
+
+def test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none(tmp_path: Path) -> None:
+    """Wherever the ledger is frozen, the papers beside it say so."""
+    write_notes(tmp_path / "notes.jsonl", ["p1"])
+    file = make_site(tmp_path, "north")
+    spend(file, 1)
+    site, step, ended = load_site(file), 0, False
+    while not ended:
+        ended = kill_at(step, partial(officer.freeze, site, "a leak"))
+        book = Ledger(site.home)
+        kept = officer.standing(site.home, book.key.public).frozen
+        assert kept or not book.frozen, f"killed at step {step}: a restore would thaw it"
+        step += 1
+    assert book.frozen and step > 3
+
+
+def test_a_damaged_audit_log_keeps_nobody_from_freezing(tmp_path: Path) -> None:
+    write_notes(tmp_path / "notes.jsonl", ["p1"])
+    file = make_site(tmp_path, "north")
+    log = spend(file, 1).folder / "audit.jsonl"
+    log.write_bytes(log.read_bytes() + b"\0\0\n")
+    assert run("ledger", file, "--freeze").exit_code == 2
+    assert Ledger(log.parent).frozen

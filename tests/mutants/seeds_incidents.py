@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutants.mutant import one
 
 T_FREEZE = "tests/client/test_freeze.py::"
+T_EVIDENCE = "tests/client/test_incident_evidence.py::"
 T_RESTORED = "tests/client/test_restored.py::"
 
 # fmt: off
@@ -44,5 +45,32 @@ MUTANTS = (
         "    except NotGenuine:\n        return None\n        return Freeze(",
         T_RESTORED + "test_a_damaged_audit_log_counts_as_frozen_before_the_ledger_opens",
         "an incident that damages the audit log too ends the freeze",
+    ),
+    one(
+        "incidents", "a-freeze-is-logged-last", "fedtune/officer/freeze.py",
+        "        try:\n            AuditLog(book.folder, book.key)",
+        "        book.freeze(login(), why)\n        try:\n            AuditLog(book.folder, book.key)",
+        T_RESTORED + "test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none",
+        "a freeze that was killed half-way is thawed by a restore",
+    ),
+    one(
+        "incidents", "a-frozen-ledger-is-adopted", "fedtune/officer/closed_ledger.py",
+        "        if ledger._account.frozen:\n", "        if False:\n",
+        "tests/client/test_adopt.py::test_nothing_is_adopted_while_a_ledger_is_frozen",
+        "evidence is taken away, and a later site's freeze with it",
+    ),
+    one(
+        "incidents", "evidence-has-the-salt-for-a-moment", "fedtune/evidence/incident.py",
+        'book.copy_entries(draft / "ledger" / DATABASE)',
+        '(book.backup(draft / "ledger"), (draft / "ledger" / "salt").unlink())',
+        T_EVIDENCE + "test_what_is_kept_never_held_a_salt_a_members_hash_or_a_librarys_words",
+        "a folder that is handed to others names patients to whoever can guess their keys",
+    ),
+    one(
+        "incidents", "a-receipt-names-one-memberships-releases", "fedtune/officer/withdraw.py",
+        "{name for name in ledger.datasets if ledger.holds(name, key)}",
+        "{name for name in [site.data.name] if ledger.holds(name, key)}",
+        "tests/client/test_withdraw.py::test_a_receipt_names_what_every_membership_released",
+        "a patient is not told of a model that was trained on them",
     ),
 )

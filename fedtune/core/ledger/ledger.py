@@ -627,6 +627,15 @@ class Ledger:
         with self._store.writing():
             backup(self.folder, to, key)
 
+    def copy_entries(self, to: Path) -> None:
+        """Copy the entries consistently into the new database `to`, without the salt and without
+        the members' hashes, which count records: it shows every charge and signature, and is no
+        backup. Errors: LedgerError."""
+        from fedtune.core.ledger.restore import copy_entries
+
+        with self._store.writing():
+            copy_entries(self.folder, to)
+
     @classmethod
     def restore(
         cls,

@@ -132,6 +132,20 @@ def backup(folder: Path, to: Path, key: bool) -> None:
             replace(to / KEY, (folder / KEY).read_bytes(), private=True)
 
 
+def copy_entries(folder: Path, to: Path) -> None:
+    """Copy the entries alone, without salt and members, to the new database `to`, 0600."""
+    with named(to.parent):
+        to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        with closing(connect(folder / DATABASE)) as source, closing(connect(to)) as target:
+            for statement in SCHEMA:
+                target.execute(statement)
+            rows = source.execute("SELECT seq, kind, body, prev, hash, signature FROM entries")
+            target.execute("BEGIN")
+            target.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+            target.execute("COMMIT")
+
+
 def restore(
     folder: Path, from_: Path | None, standing: Callable[[str], Standing] | None = None
 ) -> None:
