@@ -49,7 +49,8 @@ MUTANTS = (
     one(
         "incidents", "a-freeze-is-logged-last", "fedtune/officer/freeze.py",
         "        try:\n            AuditLog(book.folder, book.key)",
-        "        book.freeze(login(), why)\n        try:\n            AuditLog(book.folder, book.key)",
+        "        book.freeze(login(), why)\n"
+        "        try:\n            AuditLog(book.folder, book.key)",
         T_RESTORED + "test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none",
         "a freeze that was killed half-way is thawed by a restore",
     ),
