@@ -18,7 +18,6 @@ from fedtune.core.data.records import read_records, unit_member
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.errors import (
     ConfigError,
-    DataError,
     FedtuneError,
     InfrastructureError,
     InputError,
@@ -91,9 +90,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     releases. They do not reveal the number of the ledger's entries, which grows with each
     withdrawal and each change of the records.
     Errors: UnknownPatient (nothing is entered, since a mistyped key would leave the patient in);
-    ConfigError if site.toml names no patient column; DataError, or ConfigError of another
-    membership, if the key can be looked up in the files alone, and one cannot be read;
-    LedgerError."""
+    ConfigError if site.toml names no patient column; what reading them raises, if the key can be
+    looked up in the files alone and one cannot be read; LedgerError."""
     if not site.data.columns.patient:
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
@@ -109,7 +107,7 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             count = _count(table, patient.strip())
             at = table.name, table.where
             counts[at] = max(counts.get(at, 0), count)
-        except DataError as error:
+        except FedtuneError as error:
             unread = error
     found = sum(counts.values())
     if unread and not (datasets or found or unseen):
@@ -128,9 +126,9 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
         receipt = _receipt(site, ledger, entry, releases)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
+        replace(path, json.dumps(receipt, indent=1).encode(), private=True)
         rule = "--unseen" if unseen else ""
         AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
-        replace(path, json.dumps(receipt, indent=1).encode(), private=True)
         personal = [path for each in sites for path in models_of(each, ledger, entry.body["unit"])]
         in_file = None if unread else found
         return Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
@@ -152,11 +150,11 @@ def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
 
 
 def _tables(site: Site) -> list[SiteData]:
-    """List the tables in which a site may have a patient's records."""
+    """List the tables of a site that name patients; records to judge a model by may be gone."""
     tables = [table for table in (site.data, site.evaluation) if table]
-    if (judged := site.acceptance) and judged.columns.patient:
-        tables += [judged] if judged.url or judged.path.exists() else []
-    return tables
+    if (judged := site.acceptance) and (judged.url or judged.path.exists()):
+        tables.append(judged)
+    return [table for table in tables if table.columns.patient]
 
 
 def in_reserved_space(site: Site, enter: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.core.config import load_site
+from fedtune.core.errors import NotGenuine
 from fedtune.core.ledger.entries import Standing
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.officer import freeze as officer
@@ -118,10 +119,18 @@ def test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none(tmp_p
     assert book.frozen and step > 3
 
 
-def test_a_damaged_audit_log_keeps_nobody_from_freezing(tmp_path: Path) -> None:
-    write_notes(tmp_path / "notes.jsonl", ["p1"])
+def test_a_damaged_audit_log_keeps_nobody_from_freezing_or_withdrawing(tmp_path: Path) -> None:
+    """And both stand after a restore from a backup of before."""
+    write_notes(tmp_path / "notes.jsonl", ["p1", "p3"])
     file = make_site(tmp_path, "north")
-    log = spend(file, 1).folder / "audit.jsonl"
+    book = spend(file, 1)
+    book.backup(tmp_path / "backup")
+    log = book.folder / "audit.jsonl"
     log.write_bytes(log.read_bytes() + b"\0\0\n")
     assert run("ledger", file, "--freeze").exit_code == 2
-    assert Ledger(log.parent).frozen
+    with pytest.raises(NotGenuine):
+        withdraw(load_site(file), "p3", book)
+    check_kept(file)
+    (book.folder / "ledger.db").unlink()
+    assert restore(file) == 2
+    check_kept(file)
