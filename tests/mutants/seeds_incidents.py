@@ -35,7 +35,9 @@ MUTANTS = (
     one(
         "incidents", "a-restore-is-installed-before-it-has-who-withdrew",
         "fedtune/core/ledger/restore.py",
-        "set(stands.withdrawn) - base.withdrawn", "set()",
+        "            _restore(folder, from_, key, stands)\n",
+        "            _restore(folder, from_, key, Standing({}, None))\n"
+        "            _restore(folder, None, key, stands)\n",
         T_RESTORED + "test_a_restore_that_is_killed_anywhere_keeps_who_withdrew_and_the_freeze",
         "a patient who withdrew is trained on again after a restore that was killed",
     ),
