@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.exit_codes import command
+from fedtune.cli.exit_codes import Told, command
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -50,7 +50,10 @@ def evidence(
     signer: Annotated[
         str,
         typer.Option(
-            metavar="KEY", help="The public key that must have signed it.", show_default=False
+            metavar="KEY|PATH",
+            help="The public key that must have signed it, or the site.toml or coordinator's home "
+            "whose key it is.",
+            show_default=False,
         ),
     ] = "",
 ) -> dict[str, Any]:
@@ -58,13 +61,20 @@ def evidence(
 
     With --to, the ledger, the logs, receipts and plans of a site, or the registry and logs of a
     coordinator, are copied to a new folder, whose files nobody can write to, under one signature.
-    No record text, no key and no salt is copied. Without --to, every copy and the signature are
-    checked; a change ends with exit code 2."""
+    No record text, no key and no salt is copied; the ledger's entries count patients who arrived or
+    withdrew, and are those of every membership. Without --to, every copy and the signature are
+    checked: a change ends with exit code 2. Anybody can sign a folder with a key of their own:
+    without --signer, exit code 3."""
+    from fedtune.cli.log import role_folder
     from fedtune.core.config import load_site
+    from fedtune.core.errors import Refused
+    from fedtune.core.ledger.audit_log import signer_at
     from fedtune.evidence import incident
 
     if to is None:
-        kept = incident.check(path, signer)
+        is_named = Path(signer).exists() if signer else False
+        key = signer_at(role_folder(Path(signer))) if is_named else signer
+        kept = incident.check(path, key)
         typer.echo(f"{path}: {kept.files} files, as they were kept at {kept.made} by {kept.by}")
     elif path.is_dir():
         kept = incident.keep_of_coordinator(path, to, noticed, run)
@@ -78,4 +88,12 @@ def evidence(
         f"noticed      {kept.noticed}\n"
         f"72 hours     {kept.notify} (GDPR Art. 33(1), where it applies)"
     )
+    if not (to or signer):
+        unknown = Refused(
+            "consistent, signer unknown: whoever made this folder may have made its key too",
+            "the key of the role that kept it",
+            "give it with --signer, not copied from here; or compare the sha256 with the one that "
+            "was noted elsewhere",
+        )
+        raise Told(asdict(kept), unknown)
     return asdict(kept)

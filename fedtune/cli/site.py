@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -287,7 +288,6 @@ def ledger(
     from fedtune.core.ledger.spending import facts
     from fedtune.officer import freeze as frozen
     from fedtune.officer.memberships import still
-    from fedtune.officer.withdraw import enter_again
 
     if freeze and lift:
         raise ConfigError("--freeze and --lift are both given", "only one of the two")
@@ -301,16 +301,20 @@ def ledger(
         raise ConfigError(f"{folder}: no ledger yet", todo="it begins with the first study")
     # What a vault pays in the midst of a restore would be charged to no ledger.
     with still(loaded.home, loaded) if restore else nullcontext():
-        book = Ledger.restore(folder, copy) if restore else Ledger(folder)
-        acts = AuditLog(book.folder, book.key)
         if restore:
+            standing = None if loaded.site.ledger else partial(frozen.standing, folder)
+            book = Ledger.restore(folder, copy, standing)
+            typer.echo(
+                f"restored, with {len(book.withdrawn())} withdrawals: those that it had lost are "
+                "entered again, by their receipts"
+            )
+            if held := book.frozen:
+                typer.echo(f"the ledger is frozen: {escape_controls(held.why)}")
+        else:
+            book = Ledger(folder)
+        acts = AuditLog(book.folder, book.key)
+        if restore:  # a damaged log ends the command here
             acts.add("restore", "--from" if copy else "--restore")
-            if again := enter_again(loaded.home, book) if not loaded.site.ledger else 0:
-                typer.echo(
-                    f"{again} withdrawals that it had lost are entered again, by their receipts"
-                )
-            if not loaded.site.ledger and frozen.freeze_again(book):
-                typer.echo("it had lost a freeze, by the audit log: it is frozen again")
     book.verify()
     if backup:
         acts.add("backup", "--backup")
@@ -380,7 +384,7 @@ def withdraw(
             continue
         results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")
-        _show(withdrawal, loaded.data.where)
+        _show(withdrawal, "the hospital's files" if loaded.hospital else loaded.data.where)
     if unknown:
         unknown_keys = InputError(
             f"{unknown} of {len(keys)} keys {'is' if unknown == 1 else 'are'} not known here and "
@@ -396,7 +400,7 @@ def _show(withdrawal: Withdrawal, path: Path | str) -> None:
     from fedtune.core.registry.rounding import rounded_up
 
     if withdrawal.in_file is None:
-        typer.echo(f"  {path} cannot be read, so it may still hold records")
+        typer.echo(f"  {path} cannot be read, and may still hold records")
     elif withdrawal.in_file:
         typer.echo(
             f"  {withdrawal.in_file} records are still in {path}; they are not "

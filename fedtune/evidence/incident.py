@@ -3,10 +3,11 @@
     DIR/…              copies of the files below, each 0400
     DIR/manifest.json  when, by whom, sha256 and size of every copy, signed by the role's key
 
-No record text, no key, no salt and no figure without noise is copied: the ledger's hashes name
-nobody without the salt. Guarantee: a copy that was changed, added or taken out is found by `check`,
-unless whoever did it has the role's key; so note the fingerprint of the manifest that `keep`
-returns, with somebody else.
+No record text, no key and no salt is copied, nor the vault's own log, in which a library may quote
+a record. The ledger's entries name nobody without the salt, but they do count without noise: whose
+arrival or withdrawal was entered. A hospital's home is copied whole, with every membership.
+Guarantee: a copy that was changed, added or taken out is found by `check`, unless whoever did it
+has the role's key; so note the fingerprint of the manifest that `keep` returns, with somebody else.
 
 Errors: InputError, ConfigError, InfrastructureError; NotGenuine from `check`."""
 
@@ -25,7 +26,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError, InputError, No
 from fedtune.core.files import reading
 from fedtune.core.files.writing import drafted, replace
 from fedtune.core.ledger.audit_log import AuditLog, login, person
-from fedtune.core.ledger.files import SALT, traces
+from fedtune.core.ledger.files import DATABASE, traces
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
@@ -38,7 +39,7 @@ NOTIFY_SECONDS = 72 * 3600  # GDPR, Art. 33(1): from when a controller has becom
 OF_A_SITE = (
     *("ledger.head", "ledger.receipt", "steps.jsonl", "withdrawals/*.json", "hospital.toml"),
     *("audit.jsonl", "audit-*.jsonl", "plans/*.json", "studies/*.json", "keys/answer.json"),
-    *("log.jsonl", "log.jsonl.1", "vault.log", "status.json"),
+    *("log.jsonl", "log.jsonl.1", "status.json"),
 )
 OF_A_COORDINATOR = (
     *("audit.jsonl", "audit-*.jsonl", "nodes/*.json", "nodes/revoked/*.json", "leaves/*.pem"),
@@ -117,8 +118,7 @@ def _keep(
             content = reading.content(path, "evidence", most=reading.LARGE)
             replace(draft / name, content, private=True)
         if book:
-            book.backup(draft / "ledger")
-            (draft / "ledger" / SALT).unlink()  # without it no hash names a patient
+            book.copy_entries(draft / "ledger" / DATABASE)
         names = sorted(p.relative_to(draft).as_posix() for p in draft.rglob("*") if p.is_file())
         facts: dict[str, Any] = {
             "format": FORMAT,
@@ -160,7 +160,8 @@ def check(folder: Path, signer: str = "") -> Kept:
             f"{folder / MANIFEST}: its signature does not fit",
             f"one by {signer[:16]}…" if signer else "the signature of the key that it names",
         )
-    there = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+    inside = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    there = {p.relative_to(folder).as_posix() for p in inside}
     for name in sorted(there ^ {MANIFEST, *files}):
         what = "was added" if name in there else "is missing"
         raise NotGenuine(f"{folder / name}: {what}", "the files that were kept, and no others")

@@ -16,7 +16,11 @@ anchor is taken away first.
 |                                       | hospital                                                 |
 | signed plans, accepted charges        | a person signs and accepts them anew                     |
 | receipts that a later site gave       | stay in the copy, and new ones are written               |
-Errors: ConfigError, InputError, DataError, PolicyRefused, LedgerError, InfrastructureError."""
+| consortia that it left as distrusted  | are entered in the hospital's audit log, for every       |
+|                                       | membership                                               |
+Neither a frozen ledger is adopted, nor any by a home that is frozen.
+Errors: ConfigError, InputError, DataError, PolicyRefused, Refused, LedgerError,
+InfrastructureError."""
 
 from __future__ import annotations
 
@@ -68,6 +72,7 @@ from fedtune.officer.hospital_file import (
     write_hospital,
     write_membership,
 )
+from fedtune.officer.leave import DISTRUST, distrusted
 from fedtune.officer.let_go import list_waiting
 from fedtune.officer.memberships import check_new, site_of, still
 from fedtune.officer.withdraw import RECEIPTS, withdraw
@@ -107,6 +112,7 @@ def adopt(home: Path, site_file: Path, name: str, withdrawn: Sequence[str] = ())
 
     withdrawn: keys of patients who withdrew from a later site and are in no record any more."""
     home, site_file = home.resolve(), site_file.resolve()
+    check_not_frozen(home, "adopted")
     if load_site(site_file, alone=True).hospital:
         return _finish(home, site_file, name)
     site = load_site(site_file)
@@ -248,10 +254,8 @@ def _hospital_text(site: Site, site_file: Path, name: str) -> str:
 
 
 def _check_nothing_waits(site: Site, book: Ledger) -> None:
-    """Check that the ledger is not frozen, that no answer waits for a person, and that no record
-    was declared public or generated: the hospital's ledger could not know these any more. Errors:
-    InputError, PolicyRefused, Refused."""
-    check_not_frozen(book.folder, "adopted")
+    """Check that no answer waits for a person, and that no record was declared public or generated:
+    the hospital's ledger could not know these any more. Errors: InputError, PolicyRefused."""
     if waiting := list_waiting(site):
         raise InputError(
             f"{len(waiting)} answers wait at {site.site.name}",
@@ -316,6 +320,9 @@ def _adopt_later(
     refused = [slot_of(slot, name) for slot in old.refused]
     entered = book.enter_earlier(name, earlier, by_member, refused, login())
     receipts = [withdraw(membership, key, book, unseen=True).receipt_file for key in sorted(keys)]
+    acts = AuditLog(home, book.key)
+    for consortium in sorted(set(distrusted(state)) - set(distrusted(home))):
+        acts.add("leave", DISTRUST, consortium=consortium, membership=name, files=0)
     _enter_act(home, name, first=False, charges=len(earlier), withdrawals=len(keys))
     site_copy = _switch(site_file, name, site_text)
     _take_away(state)

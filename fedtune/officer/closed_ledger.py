@@ -5,7 +5,7 @@ Whatever is in doubt counts against more, never less:
 | a charge that a restore entered, against every dataset | is entered against each of them        |
 | left out cohorts, and arrivals                          | are not carried: every unit pays       |
 | accepted charges of unknown ε, signed plans             | are not carried: a person decides anew |
-Errors: LedgerError."""
+Errors: Refused for a ledger that a person froze, with all that it may prove; LedgerError."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dataclasses import replace
 from fedtune.core.ledger.chain import Transaction
 from fedtune.core.ledger.entries import EVERY, Earlier, slot_of
 from fedtune.core.ledger.ledger import Ledger
+from fedtune.officer.freeze import frozen
 
 
 class Closed:
@@ -76,6 +77,8 @@ class Closed:
 @contextmanager
 def closed(ledger: Ledger) -> Iterator[Closed]:
     """Keep every other process from writing to a ledger while the block runs; nor may the block
-    call it. Errors: LedgerError."""
+    call it. Errors: Refused if a person froze it; LedgerError."""
     with ledger._store.writing() as reader:
+        if ledger._account.frozen:
+            raise frozen(ledger.folder, "adopted")
         yield Closed(ledger, reader)

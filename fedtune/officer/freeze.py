@@ -10,19 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedtune.core.config import Site
-from fedtune.core.errors import ConfigError, InputError, Refused
+from fedtune.core.errors import ConfigError, InputError, NotGenuine, Refused
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
+from fedtune.core.ledger.entries import Freeze, Standing
 from fedtune.core.ledger.files import traces
 from fedtune.core.ledger.ledger import Ledger
-from fedtune.officer.withdraw import in_reserved_space
+from fedtune.officer.withdraw import in_reserved_space, withdrawn_by_receipts
 
 FREEZE, LIFT = "freeze", "lift"  # events of the audit log
 
 
 def freeze(site: Site, why: str) -> None:
-    """Freeze the ledger, and enter it in the audit log. An answer that has left stays away; a round
-    under way is paid and not answered.
+    """Freeze the ledger. The audit log says so first, by which a restore freezes it again; one that
+    is damaged keeps nobody from freezing. An answer that has left stays away; a round under way is
+    paid and not answered.
 
     Errors: ConfigError if there is no ledger, which is not made; LedgerError; InfrastructureError,
     also on a full disk whose reserve is used up."""
@@ -31,8 +33,10 @@ def freeze(site: Site, why: str) -> None:
 
     def enter() -> None:
         book = Ledger(site.home)
-        book.freeze(login(), why)
-        AuditLog(book.folder, book.key).add(FREEZE, "--freeze", once=1)
+        try:
+            AuditLog(book.folder, book.key).add(FREEZE, "--freeze", once=1)
+        finally:
+            book.freeze(login(), why)
 
     in_reserved_space(site, enter)
 
@@ -46,32 +50,37 @@ def lift(site: Site, why: str) -> None:
     book.lift(login(), why)
 
 
-def freeze_again(ledger: Ledger) -> bool:
-    """Freeze a restored ledger that has lost a freeze, by the audit log beside it, and return
-    whether that was needed. A log that does not verify counts as frozen where it ever was: its
-    newest entries may be gone. Errors: LedgerError."""
-    if ledger.frozen or not _was_frozen(ledger.folder, ledger.key.public):
-        return False
-    ledger.freeze(login(), "restored: the audit log has a freeze that nobody lifted")
-    return True
+def standing(home: Path, public: str) -> Standing:
+    """Say what a restored ledger in `home` must hold, by the receipts and the audit log beside it,
+    which the key `public` signed."""
+    return Standing(withdrawn_by_receipts(home, public), _freeze_by_log(home, public))
 
 
-def _was_frozen(folder: Path, public: str) -> bool:
+def _freeze_by_log(folder: Path, public: str) -> Freeze | None:
+    """Return the freeze that an audit log has and that nobody lifted. One that does not verify
+    counts as such a freeze: its newest entries may be gone."""
+    why = "restored: the audit log has a freeze that nobody lifted"
     try:
         entries = audit_log.verify(folder, public).entries
-    except InputError:  # no log, or one that was changed
-        content = b"".join((folder / name).read_bytes() for name in audit_log.files(folder))
-        return b'"event":"freeze"' in content
+    except NotGenuine:
+        return Freeze(login(), "restored: the audit log is damaged, and may have lost a freeze", 0)
+    except InputError:  # no log
+        return None
     acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT)]
-    return acts[-1:] == [FREEZE]
+    return Freeze(login(), why, 0) if acts[-1:] == [FREEZE] else None
 
 
 def check_not_frozen(home: Path, what: str) -> None:
     """Check that a person did not freeze the ledger in `home`, before files are deleted or moved
     that may be evidence. Errors: Refused; LedgerError."""
     if traces(home) and Ledger(home).frozen:
-        raise Refused(
-            f"{home}: the ledger is frozen, so that nothing is {what}",
-            "a ledger that is not frozen",
-            "once the incident is over, a person lifts it: fedtune ledger SITE --lift",
-        )
+        raise frozen(home, what)
+
+
+def frozen(home: Path, what: str) -> Refused:
+    """Build the refusal of what would delete or move files beside a frozen ledger."""
+    return Refused(
+        f"{home}: the ledger is frozen, so that nothing is {what}",
+        "a ledger that is not frozen",
+        "once the incident is over, a person lifts it: fedtune ledger SITE --lift",
+    )

@@ -82,17 +82,26 @@ def check_trusted(folder: Path, consortium: str) -> None:
     cut short does not keep a site away, and a line that somebody added only does.
 
     Errors: Refused; InputError if the log cannot be read."""
+    if consortium in (found := distrusted(folder)):
+        raise Refused(
+            f"this site left the consortium {consortium} on {found[consortium]} with {DISTRUST}: "
+            "its keys are trusted no more",
+            "an answer of another consortium",
+            "a coordinator that lost its keys begins a new consortium, with another fingerprint",
+        )
+
+
+def distrusted(folder: Path) -> dict[str, str]:
+    """Map the fingerprint of each consortium that a person distrusts, by the audit log in `folder`,
+    to the day. Errors: InputError if the log cannot be read."""
+    found = dict[str, str]()
     for entry in _entries(folder):
         facts = entry.get("facts")
-        is_its = isinstance(facts, dict) and facts.get("consortium") == consortium
-        if is_its and (entry.get("event"), entry.get("rule")) == ("leave", DISTRUST):
-            raise Refused(
-                f"this site left the consortium {consortium} on {str(entry.get('time'))[:10]} with "
-                f"{DISTRUST}: its keys are trusted no more",
-                "an answer of another consortium",
-                "a coordinator that lost its keys begins a new consortium, with another "
-                "fingerprint",
-            )
+        consortium = str(facts.get("consortium", "")) if isinstance(facts, dict) else ""
+        is_left = (entry.get("event"), entry.get("rule")) == ("leave", DISTRUST)
+        if is_left and consortium and audit_log.TEXT.fullmatch(consortium):
+            found.setdefault(consortium, str(entry.get("time"))[:10])
+    return found
 
 
 def _entries(folder: Path) -> Iterator[dict[str, Any]]:

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedtune.core.config import Site, SiteData
+from fedtune.core.config import Site, SiteData, load_site
+from fedtune.core.config.load import load_hospital
 from fedtune.core.data.records import read_records, unit_member
 from fedtune.core.dp.accountant import Steps, epsilon
 from fedtune.core.errors import (
     ConfigError,
-    DataError,
+    FedtuneError,
     InfrastructureError,
     InputError,
     describe,
@@ -52,11 +53,11 @@ class Release:
 class Withdrawal:
     """The result of a withdrawal.
 
-    - in_file: records of the patient that the site's files still hold, None if they cannot be read
+    - in_file: records of the patient that the files still hold, None if one cannot be read
     - trained_on: whether the patient was ever trained on here
     - releases: studies whose adapters may still reflect the patient
-    - personal: this site's personal models that were trained on the patient; none of them is used
-      until it was trained again
+    - personal: personal models that were trained on the patient; none of them is used until it was
+      trained again
     - receipt: for the patient, signed by the site, as it lies in `receipt_file`"""
 
     in_file: int | None
@@ -78,7 +79,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     From the next round on, the patient's records are left out, and their states in memory are
     dropped. Nothing on the wire changes, since batch, noise and divisor do not depend on the true
     count. Earlier releases cannot be undone: the adapters of `releases` were trained with the
-    patient's records, and reveal about them at most what their ε allows.
+    patient's records, and reveal about them at most what their ε allows. In a hospital's home all
+    of this is of every membership, whichever one's site this is.
 
     Each withdrawal has a receipt in the site's state folder, signed by the site's key and readable
     by this user alone, with the time and the releases, but without the patient's key. A second
@@ -88,8 +90,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     releases. They do not reveal the number of the ledger's entries, which grows with each
     withdrawal and each change of the records.
     Errors: UnknownPatient (nothing is entered, since a mistyped key would leave the patient in);
-    ConfigError if site.toml names no patient column; DataError if the key can be looked up in the
-    files alone, and these cannot be read; LedgerError."""
+    ConfigError if site.toml names no patient column; what reading them raises, if the key can be
+    looked up in the files alone and one cannot be read; LedgerError."""
     if not site.data.columns.patient:
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
@@ -97,17 +99,20 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
             "take the patient's records out of the file",
         )
     key = unit_member(patient.strip())
-    tables = [table for table in (site.data, site.evaluation) if table]
-    if (judged := site.acceptance) and judged.columns.patient:
-        tables += [judged] if judged.url or judged.path.exists() else []
-    datasets = {table.name for table in tables if ledger.holds(table.name, key)}
-    in_file: int | None = None
-    try:
-        in_file = sum(_count(table, patient.strip()) for table in tables)
-    except DataError:
-        if not (datasets or unseen):
-            raise
-    if not (datasets or in_file or unseen):
+    datasets = {name for name in ledger.datasets if ledger.holds(name, key)}
+    sites, unread = _memberships(site)
+    counts = dict[tuple[str, Path | str], int]()  # two memberships may read one dataset
+    for table in (table for each in sites for table in _tables(each)):
+        try:
+            count = _count(table, patient.strip())
+            at = table.name, table.where
+            counts[at] = max(counts.get(at, 0), count)
+        except FedtuneError as error:
+            unread = error
+    found = sum(counts.values())
+    if unread and not (datasets or found or unseen):
+        raise unread
+    if not (datasets or found or unseen):
         raise UnknownPatient(
             "no usable record and no study here has this key; nothing was entered",
             f"a key as it is written in the column {site.data.columns.patient!r}",
@@ -121,13 +126,35 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         entry, releases = ledger.withdraw(key), _releases(site, ledger, datasets)
         receipt = _receipt(site, ledger, entry, releases)
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
+        replace(path, json.dumps(receipt, indent=1).encode(), private=True)
         rule = "--unseen" if unseen else ""
         AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
-        replace(path, json.dumps(receipt, indent=1).encode(), private=True)
-        personal = models_of(site, ledger, entry.body["unit"])
+        personal = [path for each in sites for path in models_of(each, ledger, entry.body["unit"])]
+        in_file = None if unread else found
         return Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
 
     return in_reserved_space(site, enter)
+
+
+def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
+    """Return the site and the other memberships of its home, and why one of them cannot be read."""
+    sites, unread = [site], None
+    others = load_hospital(site.home).memberships if site.hospital else {}
+    for name, membership in others.items():
+        if name != site.policy.membership:
+            try:
+                sites.append(load_site(membership.site))
+            except FedtuneError as error:
+                unread = error
+    return sites, unread
+
+
+def _tables(site: Site) -> list[SiteData]:
+    """List the tables of a site that name patients; records to judge a model by may be gone."""
+    tables = [table for table in (site.data, site.evaluation) if table]
+    if (judged := site.acceptance) and (judged.url or judged.path.exists()):
+        tables.append(judged)
+    return [table for table in tables if table.columns.patient]
 
 
 def in_reserved_space(site: Site, enter: Callable[[], T]) -> T:
@@ -150,7 +177,7 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     A unit withdraws once, so its hash and the time identify the entry. Receipts of earlier releases
     also name the entry's number, and are checked in the same way.
     Errors: InputError if this is not a receipt of this site, or its ledger has no such entry."""
-    receipt = _genuine(path, ledger)
+    receipt = _genuine(path, ledger.key.public)
     entry = ledger.withdrawn().get(receipt["unit"])
     if entry is None or _time_of(entry) != receipt["time"]:
         raise InputError(
@@ -161,24 +188,24 @@ def check_receipt(path: Path, ledger: Ledger) -> str:
     return str(receipt["time"])
 
 
-def enter_again(home: Path, ledger: Ledger) -> int:
-    """Enter, in a restored ledger, the withdrawals that it lost, from the receipts beside it;
-    return their number. They hold with the salt under which they were hashed.
-    Files that are not receipts of this site are skipped."""
+def withdrawn_by_receipts(home: Path, public: str) -> dict[str, int]:
+    """Map the hash of each unit's key to when it withdrew, in UTC seconds, by the receipts beside a
+    ledger that the key `public` signed; other files are skipped. The hashes hold with the salt
+    under which they were made."""
     since: dict[str, int] = {}
     for path in sorted((home / RECEIPTS).glob("*.json")):
         with suppress(InputError, KeyError, ValueError):
-            receipt = _genuine(path, ledger)
+            receipt = _genuine(path, public)
             since[receipt["unit"]] = calendar.timegm(time.strptime(receipt["time"], TIME))
-    return ledger.withdraw_again(since)
+    return since
 
 
-def _genuine(path: Path, ledger: Ledger) -> dict[str, Any]:
+def _genuine(path: Path, public: str) -> dict[str, Any]:
     """Read a receipt that this site signed. Errors: InputError if it did not."""
     receipt = reading.json_in(path, "a receipt of a withdrawal")
     signature = str(receipt.pop("signature", ""))
     try:
-        genuine = verifies(ledger.key.public, _encode_receipt(receipt), signature)
+        genuine = verifies(public, _encode_receipt(receipt), signature)
     except ValueError:  # NaN or Infinity, which nothing that is signed has
         genuine = False
     if not genuine:

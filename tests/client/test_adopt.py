@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
-from fedtune.core.config import load_site
+from fedtune.core.config import SiteData, load_site
 from fedtune.core.config.load import load_hospital
+from fedtune.core.data.identity import every_member
 from fedtune.core.data.records import unit_member
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError
+from fedtune.core.errors import ConfigError, FedtuneError, InfrastructureError, InputError, Refused
 from fedtune.core.ledger import audit_log
+from fedtune.core.ledger.audit_log import AuditLog
 from fedtune.core.ledger.entries import RULES, Charge
 from fedtune.core.ledger.files import KEY, LedgerError, traces
 from fedtune.core.ledger.ledger import Ledger, signing_key
@@ -29,6 +31,8 @@ from fedtune.core.vault.prepared import Void
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.officer.adopt import Adoption, _keep_state, _take_away, adopt
 from fedtune.officer.closed_ledger import Closed
+from fedtune.officer.freeze import freeze, lift
+from fedtune.officer.leave import DISTRUST, check_trusted
 from fedtune.officer.withdraw import check_receipt
 from tests.cli_kit import run
 from tests.client.adoption_kit import (
@@ -542,3 +546,52 @@ def test_a_name_that_paid_before_is_not_given_again(world: Path) -> None:
     spend(make_site(world, "other"), 1)
     with pytest.raises(ConfigError, match="has paid from the ledger"):
         adopt(world / "home", world / "other.toml", "onco")
+
+
+def test_nothing_is_adopted_while_a_ledger_is_frozen(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site's own, be it the first, a later one, or frozen while its records are read; or the
+    hospital's. What lies there may be evidence, and stays as it is. Twin: after a lift it goes."""
+    sites = {name: load_site(world / f"{name}.toml") for name in ("cardio", "onco")}
+
+    def refused(act: Callable[[Path], Adoption], frozen: str, *, by: Path | None = None) -> None:
+        there = traces(by or sites[frozen].site.state)
+        with pytest.raises(Refused, match="nothing is adopted"):
+            act(world)
+        assert traces(by or sites[frozen].site.state) == there != [KEY]
+
+    freeze(sites["cardio"], "a leak")
+    refused(adopt_first, "cardio")
+    assert not (world / "home").exists()
+    lift(sites["cardio"], "it was none")
+    adopt_first(world)
+
+    def every_member_of(data: SiteData) -> set[bytes]:
+        freeze(sites["onco"], "a leak")
+        return every_member(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedtune.officer.adopt.every_member", every_member_of)
+        refused(adopt_second, "onco")
+    refused(adopt_second, "onco")
+    lift(sites["onco"], "it was none")
+    freeze(load_site(world / "cardio.toml"), "a leak")
+    refused(adopt_second, "onco", by=world / "home")
+    lift(load_site(world / "cardio.toml"), "it was none")
+    adopt_second(world)
+
+
+def test_a_consortium_that_a_later_site_distrusts_is_trusted_no_more(world: Path) -> None:
+    """Its own audit log is taken away with its ledger. Twin: one that it only left, and another."""
+    book = Ledger(world / "onco-state")
+    acts = AuditLog(book.folder, book.key)
+    for rule, consortium in ((DISTRUST, "0123 4567"), ("", "89ab cdef")):
+        acts.add("leave", rule, consortium=consortium, membership="", files=3)
+    adopt_first(world)
+    adopt_second(world)
+    home = load_site(world / "onco.toml").home
+    with pytest.raises(Refused, match="trusted no more"):
+        check_trusted(home, "0123 4567")
+    check_trusted(home, "89ab cdef")
+    audit_log.verify(home, Ledger(home).key.public)

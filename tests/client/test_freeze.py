@@ -121,8 +121,8 @@ def test_nothing_is_purged_while_it_is_frozen(asked: Asked) -> None:
 
 
 def test_a_restore_that_lost_a_freeze_freezes_again(asked: Asked, tmp_path: Path) -> None:
-    """By the audit log beside the ledger; one that was changed counts as frozen. Twins: a lifted
-    freeze is not frozen again, and neither is a ledger that never was."""
+    """By the audit log beside it. Twins: a lifted freeze is not frozen again, and neither is a
+    ledger that never was."""
     copy = tmp_path / "copy"
     asked.worker.ledger.backup(copy)
     asked.restart()
@@ -139,9 +139,6 @@ def test_a_restore_that_lost_a_freeze_freezes_again(asked: Asked, tmp_path: Path
     assert restored()
     assert run("ledger", asked.path, "--lift").exit_code == 0
     assert not restored()
-    log = state / "audit.jsonl"
-    log.write_bytes(log.read_bytes().replace(b'"event":"lift"', b'"event":"list"'))
-    assert officer._was_frozen(state, Ledger(state).key.public)
 
 
 def test_the_command_says_who_froze_it_and_why(asked: Asked) -> None:

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedtune.cli.main import app
-from fedtune.core.config import load_site
+from fedtune.core.config import Site, load_site
+from fedtune.core.data.identity import every_member
 from fedtune.core.data.records import unit_member
-from fedtune.core.errors import InputError
+from fedtune.core.errors import ConfigError, DataError, InputError
 from fedtune.core.files.room import Room
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.wire.keys import canonical
 from fedtune.officer import withdraw as withdrawals
+from fedtune.officer.withdraw import UnknownPatient
+from fedtune.officer.withdraw import withdraw as leave_out
+from tests.client.adoption_kit import CHARGE
+from tests.client.hospital_kit import make_apart
 from tests.disks import disk
 from tests.guarantee.search import Finder, forms
 
@@ -83,7 +89,7 @@ def test_who_withdrew_stays_out_after_a_restore(world: Path) -> None:
     )
     assert restored.exit_code == 0, restored.output
     assert set(Ledger(world / "state").withdrawn()) == before != set()
-    assert "1 withdrawals that it had lost are entered again" in restored.output
+    assert "restored, with 1 withdrawals" in restored.output
     checked = withdraw("--check", str(path))
     assert checked.exit_code == 0 and "stands" in checked.output
 
@@ -288,3 +294,47 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.5:
         return before + bytes([byte ^ draw.randrange(1, 128)]) + content[start + 1 :]
     return before + content[start + draw.randrange(1, 30) :]
+
+
+def paid_by_both(home: Path) -> Site:
+    """Lay out a home of which cardio paid two rounds of "records" and onco five of "clinic", with
+    "p-both" in both; return cardio's site."""
+    made = make_apart(home)
+    text = (home / "hospital.toml").read_text()  # as a person declares it who knows of p-both
+    (home / "hospital.toml").write_text(text.replace('disjoint_from = ["clinic"]\n', ""))
+    book = Ledger(home)
+    for name, rounds in (("cardio", 2), ("onco", 5)):
+        data = load_site(made[name]).data
+        book.declare(data.name, data.disjoint_from, "content", every_member(data))
+        for round_ in range(rounds):
+            charge = replace(CHARGE, study=name, name=name, round=round_, membership=name)
+            number = book.reserve(data.name, charge, f"a@{name}", lambda charges: None)
+            book.release(number, b"an update")
+    return load_site(made["cardio"])
+
+
+def test_a_receipt_names_what_every_membership_released(tmp_path: Path) -> None:
+    """Of a patient in both datasets, and of one whom this membership's dataset lacks."""
+    site = paid_by_both(tmp_path)
+    done = leave_out(site, "p-both", Ledger(tmp_path))
+    assert [(r.name, r.rounds) for r in done.releases] == [("cardio", 2), ("onco", 5)]
+    assert [each["name"] for each in done.receipt["releases"]] == ["cardio", "onco"]
+    assert done.in_file == 2
+    done = leave_out(site, "clinic-p1", Ledger(tmp_path))
+    assert done.trained_on and [r.name for r in done.releases] == ["onco"]
+    with pytest.raises(UnknownPatient):
+        leave_out(site, "clinic-p99", Ledger(tmp_path))
+
+
+def test_a_patient_of_another_memberships_file_alone_is_known(tmp_path: Path) -> None:
+    """Twin: if that file cannot be read, nobody knows whether the key is right; a patient who was
+    found elsewhere withdraws all the same, and is told that a file was not read."""
+    site = load_site(make_apart(tmp_path)["cardio"])
+    assert leave_out(site, "clinic-p1", Ledger(tmp_path)).in_file == 2
+    (tmp_path / "clinic.jsonl").unlink()
+    with pytest.raises(DataError):
+        leave_out(site, "clinic-p2", Ledger(tmp_path))
+    assert leave_out(site, "p1", Ledger(tmp_path)).in_file is None
+    (tmp_path / "onco" / "site.toml").write_text("[site]")
+    with pytest.raises(ConfigError):
+        leave_out(site, "clinic-p2", Ledger(tmp_path))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants.mutant import one
 
 T_FREEZE = "tests/client/test_freeze.py::"
+T_EVIDENCE = "tests/client/test_incident_evidence.py::"
+T_RESTORED = "tests/client/test_restored.py::"
 
 # fmt: off
 MUTANTS = (
@@ -25,10 +27,53 @@ MUTANTS = (
         "what a person wanted to stop leaves all the same",
     ),
     one(
-        "incidents", "a-restore-thaws", "fedtune/officer/freeze.py",
-        "    if ledger.frozen or not _was_frozen(ledger.folder, ledger.key.public):\n"
-        "        return False\n", "    return False\n",
+        "incidents", "a-restore-thaws", "fedtune/core/ledger/restore.py",
+        "        if stands.frozen and not base.is_frozen:\n", "        if False:\n",
         T_FREEZE + "test_a_restore_that_lost_a_freeze_freezes_again",
         "a ledger put back to a copy answers again before a person lifted the freeze",
+    ),
+    one(
+        "incidents", "a-restore-is-installed-before-it-has-who-withdrew",
+        "fedtune/core/ledger/restore.py",
+        "            _restore(folder, from_, key, stands)\n",
+        "            _restore(folder, from_, key, Standing({}, None))\n"
+        "            _restore(folder, None, key, stands)\n",
+        T_RESTORED + "test_a_restore_that_is_killed_anywhere_keeps_who_withdrew_and_the_freeze",
+        "a patient who withdrew is trained on again after a restore that was killed",
+    ),
+    one(
+        "incidents", "a-damaged-log-is-no-freeze", "fedtune/officer/freeze.py",
+        "    except NotGenuine:\n        return Freeze(",
+        "    except NotGenuine:\n        return None\n        return Freeze(",
+        T_RESTORED + "test_a_damaged_audit_log_counts_as_frozen_before_the_ledger_opens",
+        "an incident that damages the audit log too ends the freeze",
+    ),
+    one(
+        "incidents", "a-freeze-is-logged-last", "fedtune/officer/freeze.py",
+        "        try:\n            AuditLog(book.folder, book.key)",
+        "        book.freeze(login(), why)\n"
+        "        try:\n            AuditLog(book.folder, book.key)",
+        T_RESTORED + "test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none",
+        "a freeze that was killed half-way is thawed by a restore",
+    ),
+    one(
+        "incidents", "a-frozen-ledger-is-adopted", "fedtune/officer/closed_ledger.py",
+        "        if ledger._account.frozen:\n", "        if False:\n",
+        "tests/client/test_adopt.py::test_nothing_is_adopted_while_a_ledger_is_frozen",
+        "evidence is taken away, and a later site's freeze with it",
+    ),
+    one(
+        "incidents", "evidence-has-the-salt-for-a-moment", "fedtune/evidence/incident.py",
+        'book.copy_entries(draft / "ledger" / DATABASE)',
+        '(book.backup(draft / "ledger"), (draft / "ledger" / "salt").unlink())',
+        T_EVIDENCE + "test_what_is_kept_never_held_a_salt_a_members_hash_or_a_librarys_words",
+        "a folder that is handed to others names patients to whoever can guess their keys",
+    ),
+    one(
+        "incidents", "a-receipt-names-one-memberships-releases", "fedtune/officer/withdraw.py",
+        "{name for name in ledger.datasets if ledger.holds(name, key)}",
+        "{name for name in [site.data.name] if ledger.holds(name, key)}",
+        "tests/client/test_withdraw.py::test_a_receipt_names_what_every_membership_released",
+        "a patient is not told of a model that was trained on them",
     ),
 )

@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     one(
         "consent", "a-receipt-for-anybody", "fedtune/officer/withdraw.py",
-        "genuine = verifies(ledger.key.public, _encode_receipt(receipt), signature)",
+        "genuine = verifies(public, _encode_receipt(receipt), signature)",
         "genuine = bool(_encode_receipt(receipt))",
         "tests/client/test_withdraw.py::test_a_changed_receipt_is_none",
         "a receipt that somebody wrote passes for the site's",

@@ -141,8 +141,8 @@ MUTANTS = (
         "one patient's text decides whether anybody is in the sum",
     ),
     one(
-        "consent", "a-restore-forgets-who-withdrew", "fedtune/core/ledger/ledger.py",
-        "lost = sorted(set(since) - set(self._account.withdrawn))", "lost = list[str]()",
+        "consent", "a-restore-forgets-who-withdrew", "fedtune/core/ledger/restore.py",
+        "set(stands.withdrawn) - base.withdrawn", "set()",
         "tests/client/test_withdraw.py::test_who_withdrew_stays_out_after_a_restore",
         "a patient who withdrew after the backup trains again, and nobody is told",
     ),

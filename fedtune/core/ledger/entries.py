@@ -169,6 +169,17 @@ class Freeze:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """What people decided, by papers beside the ledger: it stands whatever entries a restore loses.
+
+    withdrawn: hash of a unit's key → when it withdrew, in UTC seconds; frozen: a freeze that nobody
+    lifted."""
+
+    withdrawn: Mapping[str, int]
+    frozen: Freeze | None
+
+
+@dataclass(frozen=True)
 class Cohort:
     """Units of a dataset that arrived together, and the charges that count against each of them.
 

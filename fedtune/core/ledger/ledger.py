@@ -51,6 +51,7 @@ from fedtune.core.ledger.entries import (
     PermitUnknown,
     Slot,
     Spent,
+    Standing,
     owner_of,
 )
 from fedtune.core.ledger.files import (
@@ -568,15 +569,6 @@ class Ledger:
                 writer.append("withdraw", {"unit": unit})
         return self._account.withdrawn[unit]
 
-    def withdraw_again(self, since: Mapping[str, int]) -> int:
-        """Enter the withdrawals that a restore lost, and return their number. since: the time of
-        withdrawal in UTC seconds, by the hash of the unit's key."""
-        with self._store.writing() as writer:
-            lost = sorted(set(since) - set(self._account.withdrawn))
-            for unit in lost:
-                writer.append("withdraw", {"unit": unit, "since": since[unit]})
-        return len(lost)
-
     def withdrawn(self) -> dict[str, Entry]:
         """Map the hash of each unit that withdrew to the entry of its withdrawal."""
         self._read()
@@ -635,13 +627,28 @@ class Ledger:
         with self._store.writing():
             backup(self.folder, to, key)
 
+    def copy_entries(self, to: Path) -> None:
+        """Copy the entries consistently into the new database `to`, without the salt and without
+        the members' hashes, which count records: it shows every charge and signature, and is no
+        backup. Errors: LedgerError."""
+        from fedtune.core.ledger.restore import copy_entries
+
+        with self._store.writing():
+            copy_entries(self.folder, to)
+
     @classmethod
-    def restore(cls, folder: Path, from_: Path | None = None) -> Ledger:
-        """Restore from a backup, or from the files that are left, charging lost entries as
-        spent."""
+    def restore(
+        cls,
+        folder: Path,
+        from_: Path | None = None,
+        standing: Callable[[str], Standing] | None = None,
+    ) -> Ledger:
+        """Restore from a backup, or from the files that are left, charging lost entries as spent.
+        standing: given the site's public key, says what people decided that the restored ledger
+        must hold before it is put in place."""
         from fedtune.core.ledger.restore import restore
 
-        restore(folder, from_)
+        restore(folder, from_, standing)
         return cls(folder)
 
     def _read(self) -> Head:

@@ -12,8 +12,9 @@ Restored charges count against every dataset. The sequence skips the lost number
 a lost entry is recognised as charged. 2 alone covers what left the site as long as the step log is
 complete; where log and ledger were rolled back together, 3 assumes that no lost round cost more
 than the costliest one known. No worker of the site may run meanwhile.
-Withdrawals among the lost entries are lost too: whoever restores enters them again, from their
-receipts (officer/withdraw.py).
+Withdrawals and a freeze among the lost entries are in the new database before it is put in place,
+as far as the caller knows them (`Standing`): no ledger that opens lacks them, wherever this is
+killed. Nobody enters anything in the old database meanwhile.
 Errors: LedgerError where the backup is not one of this site, or the site's key is lost;
 NewerLedger where a newer release wrote the ledger: it is intact, and this release cannot read it.
 """
@@ -26,7 +27,8 @@ import os
 import sqlite3
 import time
 from collections import Counter
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ from fedtune.core.ledger.chain import (
     first_body,
     named,
 )
-from fedtune.core.ledger.entries import EVERY, RULES, Charge
+from fedtune.core.ledger.entries import EVERY, RULES, Charge, Standing
 from fedtune.core.ledger.files import (
     DATABASE,
     HEAD,
@@ -90,6 +92,15 @@ class _Base:
         return charges
 
     @property
+    def withdrawn(self) -> set[str]:
+        return {entry.body["unit"] for entry in self.entries if entry.kind == "withdraw"}
+
+    @property
+    def is_frozen(self) -> bool:
+        acts = [entry.kind for entry in self.entries if entry.kind in ("freeze", "lift")]
+        return acts[-1:] == ["freeze"]
+
+    @property
     def released(self) -> Counter[tuple[Any, ...]]:
         """Noised steps behind the released updates, by _round_key."""
         rows = {e.seq: Charge.read(e.body["charge"]) for e in self.entries if e.kind == "reserve"}
@@ -121,29 +132,72 @@ def backup(folder: Path, to: Path, key: bool) -> None:
             replace(to / KEY, (folder / KEY).read_bytes(), private=True)
 
 
-def restore(folder: Path, from_: Path | None) -> None:
-    """Put the longest chain that verifies in place, and charge what it lacks (see above)."""
+def copy_entries(folder: Path, to: Path) -> None:
+    """Copy the entries alone, without salt and members, to the new database `to`, 0600."""
+    with named(to.parent):
+        to.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        with closing(connect(folder / DATABASE)) as source, closing(connect(to)) as target:
+            for statement in SCHEMA:
+                target.execute(statement)
+            rows = source.execute("SELECT seq, kind, body, prev, hash, signature FROM entries")
+            target.execute("BEGIN")
+            target.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+            target.execute("COMMIT")
+
+
+def restore(
+    folder: Path, from_: Path | None, standing: Callable[[str], Standing] | None = None
+) -> None:
+    """Put the longest chain that verifies in place, and charge what it lacks (see above).
+
+    standing: says what people decided, by papers that the site's public key signed."""
     with named(folder):
         key = _key(folder, from_)
-        base = _base(folder, from_, key.public)
-        receipts = read_receipts(folder / RECEIPT, key.public)
-        entry_body = _restore_body(folder, base, receipts, key.public)
-        draft = folder / "ledger.restoring"
-        draft.unlink(missing_ok=True)
-        if base.path is not None:
-            _copy_database(base.path, draft)
-        with closing(connect(draft)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            last = base.entries[-1] if base.entries else None
-            writer = Transaction(connection, key, Head(last.seq, last.hash) if last else None)
-            if last is None:
-                for statement in SCHEMA:
-                    connection.execute(statement)
-                writer.append("open", first_body(key.public, base.salt))
-            writer.append("restore", entry_body, seq=entry_body["highest"] + 1)
-            connection.execute("COMMIT")
-        assert writer.head is not None
-        _install(folder, draft, base.salt, key, writer.head, receipts)
+        with _closed(folder / DATABASE):
+            stands = standing(key.public) if standing else Standing({}, None)
+            _restore(folder, from_, key, stands)
+
+
+def _restore(folder: Path, from_: Path | None, key: SigningKey, stands: Standing) -> None:
+    base = _base(folder, from_, key.public)
+    receipts = read_receipts(folder / RECEIPT, key.public)
+    entry_body = _restore_body(folder, base, receipts, key.public)
+    draft = folder / "ledger.restoring"
+    draft.unlink(missing_ok=True)
+    if base.path is not None:
+        _copy_database(base.path, draft)
+    with closing(connect(draft)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        last = base.entries[-1] if base.entries else None
+        writer = Transaction(connection, key, Head(last.seq, last.hash) if last else None)
+        if last is None:
+            for statement in SCHEMA:
+                connection.execute(statement)
+            writer.append("open", first_body(key.public, base.salt))
+        writer.append("restore", entry_body, seq=entry_body["highest"] + 1)
+        for unit in sorted(set(stands.withdrawn) - base.withdrawn):
+            writer.append("withdraw", {"unit": unit, "since": stands.withdrawn[unit]})
+        if stands.frozen and not base.is_frozen:
+            writer.append("freeze", {"by": stands.frozen.who, "why": stands.frozen.why})
+        connection.execute("COMMIT")
+    assert writer.head is not None
+    _install(folder, draft, base.salt, key, writer.head, receipts)
+
+
+@contextmanager
+def _closed(path: Path) -> Iterator[None]:
+    """Keep other processes from writing to a database in the block, if it can be opened at all; who
+    waits for it is refused afterwards, since the anchor is of the new one then."""
+    with ExitStack() as opened:
+        try:
+            if path.exists():
+                connection = opened.enter_context(closing(connect(path)))
+                connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            if "locked" in str(error):
+                raise
+        yield
 
 
 def _install(

@@ -1,0 +1,100 @@
+"""Evidence that a site keeps after an incident: what is in it, and what a check of it proves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.config import Site, load_site
+from fedtune.core.data.identity import every_member
+from fedtune.core.errors import NotGenuine
+from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.wire.keys import SigningKey, canonical
+from fedtune.evidence import incident
+from tests.cli_kit import run
+from tests.client.adoption_kit import kill_at, make_site, spend, write_notes
+
+QUOTED = b"panicked at a record: Zaphod Beeblebrox"  # as a library does in the vault's own log
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    write_notes(tmp_path / "notes.jsonl", [f"p{n}" for n in range(7)])
+    file = make_site(tmp_path, "north")
+    spend(file, 2, withdrawn=["p3"])
+    site = load_site(file)
+    (site.site.state / "vault.log").write_bytes(QUOTED)
+    return site
+
+
+def secrets_of(site: Site) -> list[bytes]:
+    book = Ledger(site.home)
+    members = [bytes.fromhex(book.hashed(member)) for member in every_member(site.data)]
+    return [
+        QUOTED,
+        (site.home / "salt").read_bytes(),
+        (site.home / "site.key").read_bytes(),
+        *members,
+    ]
+
+
+def test_what_is_kept_never_held_a_salt_a_members_hash_or_a_librarys_words(
+    site: Site, tmp_path: Path
+) -> None:
+    """Nor does what is left where it was killed. Twin: the ledger itself has all of them."""
+    secrets, step, ended = secrets_of(site), 0, False
+    while not ended:
+        out = tmp_path / "out" / str(step)
+        ended = kill_at(step, partial(incident.keep_of_site, site, out / "kept"))
+        for path in (path for path in out.rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            assert not any(secret in content for secret in secrets), f"{path} of step {step}"
+        step += 3
+    whole = b"".join(path.read_bytes() for path in site.home.iterdir() if path.is_file())
+    assert all(secret in whole for secret in secrets)
+
+
+def test_the_kept_ledger_has_every_entry_and_no_member(site: Site, tmp_path: Path) -> None:
+    kept = incident.keep_of_site(site, tmp_path / "kept")
+    book = Ledger(site.home)
+    with closing(sqlite3.connect(kept.folder / "ledger" / "ledger.db")) as copy:
+        rows = list(copy.execute("SELECT seq, hash FROM entries ORDER BY seq"))
+        assert rows[-1] == (book.head.seq, book.head.hash) and len(rows) == book.head.seq + 1
+        assert list(copy.execute("SELECT * FROM members")) == []
+
+
+def test_a_check_says_whether_it_is_known_who_signed(site: Site, tmp_path: Path) -> None:
+    """Exit code 3 without --signer, as for `fedtune verify` without --trust. Twin: a folder that
+    somebody changed and signed with a new key is told from the site's own."""
+    kept = incident.keep_of_site(site, tmp_path / "kept")
+    forged = tmp_path / "forged"
+    shutil.copytree(kept.folder, forged)
+    facts, key = json.loads((forged / incident.MANIFEST).read_text()), SigningKey()
+    facts |= {"noticed": "never", "signer": key.public}
+    facts.pop("signature")
+    signed = facts | {"signature": key.sign(incident.PURPOSE + canonical(facts))}
+    (forged / incident.MANIFEST).unlink()
+    (forged / incident.MANIFEST).write_bytes(canonical(signed))
+    own = site.file
+    for folder, signer, code in (
+        (kept.folder, None, 3), (kept.folder, kept.signer, 0), (kept.folder, own, 0),
+        (kept.folder, site.home, 0), (forged, None, 3), (forged, own, 2), (forged, key.public, 0),
+    ):  # fmt: skip
+        done = run("evidence", folder, *(("--signer", signer) if signer else ()))
+        assert done.exit_code == code, done.output
+        assert ("signer unknown" in done.output) == (code == 3)
+
+
+def test_a_link_to_a_folder_is_found(site: Site, tmp_path: Path) -> None:
+    kept = incident.keep_of_site(site, tmp_path / "kept")
+    (tmp_path / "invented").mkdir()
+    (tmp_path / "invented" / "log.jsonl").write_text("{}")
+    (kept.folder / "coordinator").symlink_to(tmp_path / "invented")
+    with pytest.raises(NotGenuine, match="was added"):
+        incident.check(kept.folder)

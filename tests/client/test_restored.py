@@ -1,0 +1,136 @@
+"""What people decided at a site, after its ledger was restored from a backup of before."""
+
+from __future__ import annotations
+
+import sqlite3
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fedtune.core.config import load_site
+from fedtune.core.errors import NotGenuine
+from fedtune.core.ledger.entries import Standing
+from fedtune.core.ledger.ledger import Ledger, LedgerError
+from fedtune.officer import freeze as officer
+from fedtune.officer.withdraw import withdraw
+from tests.cli_kit import run
+from tests.client.adoption_kit import hashes_of, kill_at, make_site, spend, write_notes
+
+
+def damaged(folder: Path) -> Path:
+    """Lay out a site with a backup; since then p3 withdrew, a person froze the ledger, and its
+    database was lost. Return the site file."""
+    folder.mkdir()
+    write_notes(folder / "notes.jsonl", ["p1", "p2", "p3"])
+    file = make_site(folder, "north")
+    book, site = spend(file, 2), load_site(file)
+    book.backup(folder / "backup")
+    withdraw(site, "p3", book)
+    officer.freeze(site, "a leak")
+    (site.home / "ledger.db").unlink()
+    return file
+
+
+def restore(file: Path) -> int:
+    done = run("ledger", file, "--restore", "--from", file.parent / "backup")
+    return done.exit_code
+
+
+def check_kept(file: Path) -> None:
+    book = Ledger(load_site(file).home)
+    book.verify()
+    assert set(book.withdrawn()) == hashes_of(book, ["p3"]), "somebody who withdrew is in again"
+    assert book.frozen, "what a person froze goes on"
+
+
+def test_a_restore_that_is_killed_anywhere_keeps_who_withdrew_and_the_freeze(
+    tmp_path: Path,
+) -> None:
+    """Whenever the ledger opens, it has both; and so it does once the restore was run again."""
+    opened, step, ended = 0, 0, False
+    while not ended:
+        file = damaged(tmp_path / str(step))
+        ended = kill_at(step, partial(restore, file))
+        try:
+            Ledger(load_site(file).home)
+        except LedgerError:
+            assert not ended
+        else:
+            opened += 1
+            check_kept(file)
+        assert restore(file) == 0
+        check_kept(file)
+        step += 1
+    assert 1 < opened < step
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [(b"freeze", b"frieze", 0), (b"}\n", b"}", 0), (b"}\n", b"}\n\0\0\n", 2)],
+    ids=["changed", "cut short", "not an entry at its end"],
+)
+def test_a_damaged_audit_log_counts_as_frozen_before_the_ledger_opens(
+    tmp_path: Path, old: bytes, new: bytes, code: int
+) -> None:
+    """The command ends with 2 where nothing can be added to the log, which is after all of this."""
+    file = damaged(tmp_path / "site")
+    log = load_site(file).home / "audit.jsonl"
+    before, found, after = log.read_bytes().rpartition(old)
+    log.write_bytes(before + new + after)
+    assert found and restore(file) == code
+    check_kept(file)
+
+
+def test_nobody_enters_anything_while_a_ledger_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be in neither ledger. Who waited meanwhile is refused."""
+    book = Ledger(tmp_path / "state")
+    book.backup(tmp_path / "backup")
+    waiting = sqlite3.connect(book.folder / "ledger.db", timeout=0, isolation_level=None)
+
+    def standing(public: str) -> Standing:
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            waiting.execute("BEGIN IMMEDIATE")
+        return Standing({}, None)
+
+    Ledger.restore(book.folder, tmp_path / "backup", standing)
+    with monkeypatch.context() as patch:
+        patch.setattr("fedtune.core.ledger.chain.connect", lambda path: waiting)
+        with pytest.raises(LedgerError):
+            book.freeze("an officer", "too late for the ledger as it was")
+    book.freeze("an officer", "again")
+    assert Ledger(book.folder).frozen
+
+
+def test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none(tmp_path: Path) -> None:
+    """Wherever the ledger is frozen, the papers beside it say so."""
+    write_notes(tmp_path / "notes.jsonl", ["p1"])
+    file = make_site(tmp_path, "north")
+    spend(file, 1)
+    site, step, ended = load_site(file), 0, False
+    while not ended:
+        ended = kill_at(step, partial(officer.freeze, site, "a leak"))
+        book = Ledger(site.home)
+        kept = officer.standing(site.home, book.key.public).frozen
+        assert kept or not book.frozen, f"killed at step {step}: a restore would thaw it"
+        step += 1
+    assert book.frozen and step > 3
+
+
+def test_a_damaged_audit_log_keeps_nobody_from_freezing_or_withdrawing(tmp_path: Path) -> None:
+    """And both stand after a restore from a backup of before."""
+    write_notes(tmp_path / "notes.jsonl", ["p1", "p3"])
+    file = make_site(tmp_path, "north")
+    book = spend(file, 1)
+    book.backup(tmp_path / "backup")
+    log = book.folder / "audit.jsonl"
+    log.write_bytes(log.read_bytes() + b"\0\0\n")
+    assert run("ledger", file, "--freeze").exit_code == 2
+    with pytest.raises(NotGenuine):
+        withdraw(load_site(file), "p3", book)
+    check_kept(file)
+    (book.folder / "ledger.db").unlink()
+    assert restore(file) == 2
+    check_kept(file)
