@@ -14,22 +14,31 @@ import pytest
 from fedtune.core.config import load_site
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import BudgetExceeded, ConfigError, InfrastructureError, PolicyRefused
+from fedtune.core.errors import (
+    BudgetExceeded,
+    ConfigError,
+    InfrastructureError,
+    InputError,
+    PolicyRefused,
+)
 from fedtune.core.files.room import ROOM, between_orders
+from fedtune.core.ledger.audit_log import verify
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.spending import facts
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.vault import airlock, process
 from fedtune.core.vault.budget import Budget
-from fedtune.core.vault.prepared import Held
+from fedtune.core.vault.prepared import Held, Void
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.seal import receipt
 from fedtune.courier.process import list_private, list_readable
+from fedtune.officer.let_go import decide, list_waiting
 from fedtune.officer.memberships import still
 from fedtune.officer.purge import listing, purge
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
+from tests.cli_kit import run as command
 from tests.client.hospital_kit import NAMES, load, make_hospital, study_of
 from tests.client.site_kit import trains
 
@@ -505,6 +514,43 @@ def test_a_purge_leaves_what_another_membership_may_send_again(
     assert len(spent(made["onco"])) == 2, "it was sent again as it was"
     trains(made["cardio"], study, 1)
     assert len(spent(made["onco"])) == 3
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_a_person_decides_about_one_memberships_answers(
+    tmp_path: Path, tiny_base: Path, refuse: bool
+) -> None:
+    """Each membership has an answer and a draw that wait; cardio's officer decides about both."""
+    home, files = tmp_path / "home", make_hospital(tmp_path / "home", ceiling=20.0)
+    study = study_of("both", tiny_base)
+    for path in files.values():
+        edit(path, "[policy]", '[policy]\nanswers = "held"')
+    made = {name: SiteWorker(load_site(path), path) for name, path in files.items()}
+    for worker in made.values():
+        with pytest.raises(Held):
+            run(worker, study, 1)
+        slot = worker.slot(study.study.digest, 2, "draw")
+        with pytest.raises(Held):
+            airlock.hold_draw(worker, slot, spent(worker)[0], 1)
+    waiting = {name: list_waiting(worker.site) for name, worker in made.items()}
+    assert {name: {one.membership for one in found} for name, found in waiting.items()} == {
+        name: {name} for name in NAMES
+    }
+    assert "for cardio" in command("let-go", files["cardio"]).output
+    with pytest.raises(InputError, match="nothing waits here under"):
+        decide(made["cardio"].site, [waiting["onco"][0].name], refuse=refuse)
+    assert len(decide(made["cardio"].site, [], refuse=refuse, every=True)) == 2
+    assert list_waiting(made["cardio"].site) == []
+    assert list_waiting(made["onco"].site) == waiting["onco"]
+    with pytest.raises(Void if refuse else AssertionError):
+        trains(made["cardio"], study, 1)
+        raise AssertionError("it was sent")
+    with pytest.raises(Held):
+        trains(made["onco"], study, 1)
+    event = "refuse" if refuse else "let-go"
+    acts = verify(home, made["onco"].home.key.public).entries
+    said = [act["facts"]["membership"] for act in acts if act["event"] == event]
+    assert said == ["cardio", "cardio"]
 
 
 def test_the_courier_reads_nothing_of_the_home(tmp_path: Path) -> None:

@@ -298,4 +298,17 @@ MUTANTS = (
         "test_a_name_for_which_a_person_signed_is_not_given_again",
         "what a person signed for one consortium admits the plan of another",
     ),
+    one(
+        "hospital", "one-site-file-decides-for-all-memberships", "fedtune/officer/let_go.py",
+        "if one.waiting.membership in own]", "if True]",
+        T_HOSPITAL + "test_a_person_decides_about_one_memberships_answers",
+        "the officer of one consortium lets another's answers go, or refuses them for good",
+    ),
+    one(
+        "hospital", "a-dossier-is-approved-with-the-ledgers-key", "fedtune/cli/release.py",
+        "    return signing_key(loaded, book), AuditLog", "    return book.key, AuditLog",
+        "tests/client/test_membership_signatures.py::"
+        "test_nothing_that_others_see_has_the_ledgers_key",
+        "two coordinators see that a hospital is in both consortia",
+    ),
 )
