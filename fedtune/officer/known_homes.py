@@ -3,9 +3,9 @@
     homes.json    in $XDG_STATE_HOME/fedtune, else ~/.local/state/fedtune; 0600
 
 Two homes over one dataset each state a part of what its patients have paid. A site that takes part
-with records of another home is refused before it joins, and so is one that declares them public or
-generated: only that home's ledger knows what was charged as private. A home that is gone, or that
-has no ledger any more, is forgotten. Simulations and declared data are not noted.
+with records of another home is refused before it joins or is simulated, and so is one that declares
+them public or generated: only that home's ledger knows what was charged as private. A home that is
+gone, or that has no ledger any more, is forgotten. Simulations and declared data are not noted.
 | where it cannot be written, as in a container      | a warning; nothing is remembered |
 | another account, or another machine                | knows nothing of it              |
 | one home's folder that holds the other home's file | is another place                 |
@@ -13,6 +13,7 @@ Guarantee: what decides is settings and the places of files, never a record."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -48,22 +49,14 @@ def check_home(site: Site) -> None:
     """Check that no other home pays for the site's private records, and note that this one does.
 
     Errors: ConfigError naming the other home, or a ledger that was never adopted."""
-    tables = [table for table in (site.data, site.evaluation) if table]
-    if site.hospital and (site.site.state / DATABASE).exists():
-        raise ConfigError(
-            f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
-            "count",
-            "a membership whose ledger was adopted, or that never had one",
-            "take the table [hospital] out of the site file, then `fedtune memberships HOME "
-            "--adopt SITE.toml --name NAME`; if that was interrupted, run it again",
-        )
+    _check_adopted(site)
+    tables = _tables(site)
     try:
         path = path_of_notes()
         with locks.hold(_made(path).with_suffix(".lock")):
             homes = _read(path)
             own = str(site.home.resolve())
-            for table in tables:
-                _check_place(table, own, homes)
+            _check_places(tables, own, homes)
             notes = [_note(table) for table in tables if not table.declared]
             if not notes:
                 return
@@ -75,6 +68,33 @@ def check_home(site: Site) -> None:
             "not noticed on this machine",
             error,
         )
+
+
+def check_simulated(site: Site) -> None:
+    """Check that no other home pays for the records of a site that is simulated; nothing is noted.
+
+    Errors: as `check_home`."""
+    _check_adopted(site)
+    try:
+        _check_places(_tables(site), str(site.home.resolve()), _read(path_of_notes()))
+    except (InfrastructureError, OSError) as error:
+        log.warning("%s; it is not known whether another home pays for these records", error)
+
+
+def _check_adopted(site: Site) -> None:
+    """Check that a membership's state folder holds no ledger. Errors: ConfigError."""
+    if site.hospital and (site.site.state / DATABASE).exists():
+        raise ConfigError(
+            f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
+            "count",
+            "a membership whose ledger was adopted, or that never had one",
+            "take the table [hospital] out of the site file, then `fedtune memberships HOME "
+            "--adopt SITE.toml --name NAME`; if that was interrupted, run it again",
+        )
+
+
+def _tables(site: Site) -> list[SiteData]:
+    return [table for table in (site.data, site.evaluation) if table]
 
 
 def forget(place: str, home: Path) -> list[str]:
@@ -129,9 +149,9 @@ def _encode(homes: dict[str, list[Note]]) -> bytes:
     return json.dumps({"homes": homes}, indent=1).encode()
 
 
-def _check_place(table: SiteData, own: str, homes: dict[str, list[Note]]) -> None:
-    for other, notes in homes.items():
-        if other == own or not any(_is_place(note, table) for note in notes):
+def _check_places(tables: list[SiteData], own: str, homes: dict[str, list[Note]]) -> None:
+    for table, other in itertools.product(tables, homes):
+        if other == own or not any(_is_place(note, table) for note in homes[other]):
             continue
         where = redact_url(table.url) if table.url else str(table.path.resolve())
         raise ConfigError(

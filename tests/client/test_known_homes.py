@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.core.config import load_site
-from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.courier.process import list_readable
+from fedtune.launch.tune import tune
 from fedtune.officer import before_joining, known_homes
 from fedtune.officer.adopt import adopt
 from fedtune.officer.before_joining import check_before_joining
+from fedtune.officer.memberships import still
+from fedtune.server import rounds
 from tests.cli_kit import run
 from tests.client.adoption_kit import make_site, spend, write_notes
+from tests.simulated import simulate
 
 
 @pytest.fixture
@@ -110,6 +115,55 @@ def test_what_a_home_pays_for_is_not_declared_by_a_site_beside_it(world: Path) -
     (world / "open.jsonl").write_text((world / "notes.jsonl").read_text())
     file.write_text(file.read_text().replace("notes.jsonl", "open.jsonl"))
     known_homes.check_home(load_site(file))
+
+
+@pytest.mark.parametrize("declared", ["", 'declared = "generated"'])
+def test_what_a_home_pays_for_is_not_simulated_by_a_site_beside_it(
+    world: Path, study: Path, declared: str
+) -> None:
+    """Nor searched. The twin: the home's own site file is simulated, and pays from its ledger."""
+    north, south = (study.parent / name / "site.toml" for name in ("north", "south"))
+    ledger = Ledger(load_site(north).home)
+    known_homes.check_home(load_site(north))
+    text = north.read_text().replace("[data]", f"[data]\n{declared}")
+    (world / "beside").mkdir()
+    beside = world / "beside" / "site.toml"
+    beside.write_text(text.replace('path = "data', f'path = "{north.parent}/data'))
+    with pytest.raises(ConfigError, match="pays for these records already"):
+        simulate(study, [beside, south], world / "run")
+    assert not (world / "run").exists() and not load_site(beside).site.state.exists()
+    if declared:
+        with pytest.raises(ConfigError, match="pays for these records already"):
+            tune(study, [load_site(beside)], world / "search", records=study)
+    assert ledger.datasets == []
+    simulate(study, [north, south], world / "run")
+    assert len(ledger.charges("records")) == 2
+
+
+def test_nothing_restores_a_ledger_that_a_simulation_charges(
+    world: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor purges it or simulates it beside; afterwards the lock is gone, and was never one of
+    declared data, which pays from a ledger of the run."""
+    north, south = (study.parent / name / "site.toml" for name in ("north", "south"))
+    south.write_text(south.read_text().replace("[data]", '[data]\ndeclared = "generated"'))
+    tried, train = list[str](), rounds.run
+
+    def meanwhile(*given: Any, **options: Any) -> None:
+        for path in (north, south):
+            site = load_site(path)
+            try:
+                with still(site.home, site):
+                    tried.append(f"{site.site.name} is still")
+            except InfrastructureError as error:
+                tried.append(str(error))
+        train(*given, **options)
+
+    monkeypatch.setattr(rounds, "run", meanwhile)
+    simulate(study, [north, south], world / "run")
+    assert "another the vault of a client" in tried[0] and tried[1] == "south is still"
+    assert not list(study.parent.rglob("ranks/lock"))
+    assert not known_homes.path_of_notes().with_suffix(".lock").exists()
 
 
 def test_a_renamed_file_is_known_though_another_has_its_name(world: Path) -> None:

@@ -96,4 +96,10 @@ MUTANTS = (
         T_HOMES + "test_a_renamed_file_is_known_though_another_has_its_name",
         "a second ledger pays for the same records, under another name",
     ),
+    one(
+        "hospital", "a-simulation-of-a-homes-records-asks-nobody", "fedtune/launch/simulate.py",
+        "        check_simulated(site)\n", "        pass\n",
+        T_HOMES + "test_what_a_home_pays_for_is_not_simulated_by_a_site_beside_it",
+        "records that a home pays for are declared generated, and trained on for free",
+    ),
 )  # fmt: skip
