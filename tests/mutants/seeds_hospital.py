@@ -311,4 +311,10 @@ MUTANTS = (
         "test_nothing_that_others_see_has_the_ledgers_key",
         "two coordinators see that a hospital is in both consortia",
     ),
+    one(
+        "hospital", "a-stale-declaration-permits-a-round", "fedtune/core/vault/worker.py",
+        "if stated != declared:", "if False:",
+        T_APART + "test_a_stale_declaration_permits_no_round_of_another_vault",
+        "each of two datasets pays for one round that counts against both",
+    ),
 )
