@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.core.config import load_site
+from fedtune.core.data.records import read_records, unit_member
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import (
@@ -487,6 +488,55 @@ def test_a_withdrawal_acts_in_every_membership(tmp_path: Path, tiny_base: Path) 
         trains(made[name], studies[name], 2)
         data = made[name]._cached["records"][1].dataset
         assert data.n_units == 11
+
+
+CP1252 = '"../notes.csv"\nsource = "csv"\noptions = { encoding = "cp1252" }'
+READ = [  # keys of [data] in onco's file, and what says that they differ
+    ('source = "csv"\noptions = { encoding = "cp1252" }', "encoding 'cp1252' and 'utf-8'"),
+    ('source = "csv"\noptions = { delimiter = ";" }', "delimiter ';' and ','"),
+    ('source = "fhir"', "source 'fhir' and 'rows'"),
+    ('source = "csv"\noptions = { encoding = "UTF8" }', ""),
+    ('convert = { name = "notes" }\nfilter = { note = "fever" }', ""),
+]
+
+
+@pytest.mark.parametrize(("keys", "says"), READ)
+def test_every_membership_reads_a_patients_key_alike(tmp_path: Path, keys: str, says: str) -> None:
+    files = make_hospital(tmp_path)
+    edit(files["onco"], '"../notes.jsonl"', f'"../notes.jsonl"\n{keys}')
+    for path in files.values():
+        if not says:
+            load_site(path)
+            continue
+        with pytest.raises(ConfigError, match="read 'records' otherwise") as refused:
+            load_site(path)
+        assert all(str(file) in str(refused.value) for file in files.values())
+    if says:
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            load_site(files["onco"])
+
+
+def test_a_withdrawn_patient_is_not_read_under_another_key(tmp_path: Path) -> None:
+    """onco would read Müller as MÃ¼ller, whom nobody withdrew."""
+    files = make_hospital(tmp_path)
+    rows = [f"{who},fever,yes\n" for who in ("Müller", "b", "c")]
+    (tmp_path / "notes.csv").write_text("who,note,answer\n" + "".join(rows), encoding="utf-8")
+    for path in (tmp_path / "hospital.toml", *files.values()):
+        path.write_text(path.read_text().replace("notes.jsonl", "notes.csv"))
+    book = Ledger(tmp_path)
+    withdraw(load_site(files["cardio"]), "Müller", book)
+
+    def left_out(name: str) -> list[str]:
+        records, _ = read_records(load_site(files[name]).data, unit="patient")
+        out = [one.unit for one in records if book.hashed(unit_member(one.unit)) in withdrawn]
+        assert len(records) == 3
+        return out
+
+    withdrawn = book.withdrawn()
+    assert left_out("cardio") == left_out("onco") == ["Müller"]
+    edit(files["onco"], '"../notes.csv"', CP1252)
+    with pytest.raises(ConfigError, match="read 'records' otherwise"):
+        left_out("onco")
 
 
 def test_a_purge_takes_what_is_the_memberships_own(tmp_path: Path, tiny_base: Path) -> None:

@@ -317,4 +317,10 @@ MUTANTS = (
         T_APART + "test_a_stale_declaration_permits_no_round_of_another_vault",
         "each of two datasets pays for one round that counts against both",
     ),
+    one(
+        "hospital", "a-membership-reads-other-keys", HOSPITAL,
+        "if table.name == other.name and ours != theirs:", "if False:",
+        T_HOSPITAL + "test_every_membership_reads_a_patients_key_alike",
+        "a patient who withdrew takes part in another consortium, under a key read otherwise",
+    ),
 )
