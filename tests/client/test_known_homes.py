@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.core.config import load_site
+from fedtune.core.config.hospital import RegisteredData
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.courier.process import list_readable
@@ -93,6 +94,58 @@ def test_the_same_place_is_known_by_whatever_path(world: Path, how: str) -> None
     make_site(world, "onco", path=path)
     with pytest.raises(ConfigError, match="another ledger"):
         join(world, "onco")
+
+
+@pytest.mark.parametrize(("first", "second"), [("notes.jsonl", "."), (".", "notes.jsonl")])
+def test_a_folder_and_a_file_in_it_are_one_place(world: Path, first: str, second: str) -> None:
+    """Also by a link to the folder; beside it lies another place."""
+    (world / "data").mkdir()
+    (world / "data" / "notes.jsonl").write_text((world / "notes.jsonl").read_text())
+    (world / "data-2").mkdir()
+    (world / "data-2" / "notes.jsonl").write_text((world / "notes.jsonl").read_text())
+    (world / "also").symlink_to(world / "data", target_is_directory=True)
+    known_homes.check_home(load_site(make_site(world, "cardio", path=f"data/{first}")))
+    for folder in ("data", "also"):
+        with pytest.raises(ConfigError, match="another ledger") as refused:
+            known_homes.check_home(load_site(make_site(world, "onco", path=f"{folder}/{second}")))
+    known_homes.check_home(load_site(make_site(world, "onco", path=f"data-2/{second}")))
+    place = str(refused.value).rpartition("--forget ")[2].strip("`")
+    assert known_homes.forget(place, world / "onco-state") == [str(world / "cardio-state")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("//host/db", "//other@HOST:5432/db?application_name=x", True),
+        ("//host/db", "///db?host=host", True),
+        ("//host/db", "//host/?dbname=db", True),
+        ("//ada@host", "//host/ada", True),
+        ("//one,host:5432/db", "//host/db", True),
+        ("///db", "//localhost/db", True),
+        ("//[::1]:5433/db", "///db?port=5433&hostaddr=127.0.0.1", True),
+        ("///db?host=/run/a", "//%2Frun%2Fa/db", True),
+        ("///db?host=/run/a", "///db?host=/run/b", False),
+        ("//host/db", "//host:5433/db", False),
+        ("//host/db", "//host/db2", False),
+        ("//host/db", "//host2/db", False),
+    ],
+)
+def test_a_database_is_known_however_its_url_is_spelled(
+    world: Path, first: str, second: str, same: bool
+) -> None:
+    for name, url in (("cardio", first), ("onco", second)):
+        file = make_site(world, name)
+        place = f'url = "postgresql:{url}"\noptions = {{ table = "notes" }}'
+        file.write_text(file.read_text().replace('path = "notes.jsonl"', place))
+    sites = [load_site(world / f"{name}.toml") for name in ("cardio", "onco")]
+    known_homes.check_home(sites[0])
+    if same:
+        with pytest.raises(ConfigError, match="another ledger"):
+            known_homes.check_home(sites[1])
+    else:
+        known_homes.check_home(sites[1])
+    registered = RegisteredData(url=f"postgresql:{first}")
+    assert registered.is_place_of(sites[1].data) == (same and "," not in first)
 
 
 def test_other_records_and_a_home_that_is_gone_do_not_matter(world: Path) -> None:

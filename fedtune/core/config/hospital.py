@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from pydantic import Field, model_validator
 
-from fedtune.core.config.database import Url, anchor_url
+from fedtune.core.config.database import Url, anchor_url, databases_of
 from fedtune.core.config.site import ConsentTable, ShareTable, Site, SiteData, fits
 from fedtune.core.config.types import Count, Delta, Name, Number, Place, Positive, Table
 from fedtune.core.errors import ConfigError, FedtuneError
@@ -67,9 +67,12 @@ class RegisteredData(Table):
         return super().anchored(folder).model_copy(update={"url": url})
 
     def is_place_of(self, data: SiteData) -> bool:
-        """Return whether `data` lies here: the same file or folder, or the same database."""
+        """Return whether `data` lies here: the same file or folder, or the same database,
+        however it is spelled."""
+        if self.url and data.url:
+            return databases_of(self.url) == databases_of(data.url)
         if self.url or data.url:
-            return self.url == data.url
+            return False
         assert self.path is not None
         if self.path.exists() and data.path.exists():
             return os.path.samefile(self.path, data.path)

@@ -333,9 +333,9 @@ class Ledger:
         with self._store.writing() as writer:
             self._check_not_frozen()
             self._ask(dataset, permit)
-            self._ask_apart(permit_apart)
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
+            self._ask_apart(permit_apart)
             return writer.append("reserve", _reservation(dataset, charge, adapter))
 
     def reserve_for(
@@ -361,9 +361,9 @@ class Ledger:
         with self._store.writing() as writer:
             self._check_not_frozen()
             self._ask(dataset, permit, permit_other, of_newcomers=True)
-            self._ask_apart(permit_apart)
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
+            self._ask_apart(permit_apart)
             out = set()
             for cohort in self._account.cohorts(dataset):
                 try:
