@@ -63,9 +63,10 @@ def waiting_table(waiting: Sequence[Waiting], delta: float) -> Table:
     for one in waiting:
         paid = "paid" if one.kind == "answer" else "not paid for yet"
         epsilon = f"{one.epsilon}\n{one.fallback} whatever happens" if one.fallback else one.epsilon
+        owner = f"\nfor {escape(one.membership)}" if one.membership else ""
         table.add_row(
             one.name,
-            f"{escape(one.study)}\n{one.plan.removeprefix('sha256:')[:8]}",
+            f"{escape(one.study)}\n{one.plan.removeprefix('sha256:')[:8]}{owner}",
             f"{one.kind}\n{paid}",
             str(one.round),
             f"{one.size:,}",

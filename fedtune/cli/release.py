@@ -164,7 +164,7 @@ def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, Audit
     from fedtune.core.errors import ConfigError
     from fedtune.core.ledger.audit_log import AuditLog
     from fedtune.core.ledger.files import traces
-    from fedtune.core.ledger.ledger import Ledger
+    from fedtune.core.ledger.ledger import Ledger, signing_key
 
     if (path is None) == (site is None):
         raise ConfigError("--key and --site are both given, or neither", "exactly one of the two")
@@ -175,4 +175,4 @@ def _key(path: Path | None, site: Path | None) -> tuple[Path | SigningKey, Audit
     if not traces(loaded.home):
         raise ConfigError(f"{site}: this site has no key yet", "a site that took part")
     book = Ledger(loaded.home)
-    return book.key, AuditLog(book.folder, book.key)
+    return signing_key(loaded, book), AuditLog(book.folder, book.key)

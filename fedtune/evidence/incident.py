@@ -27,7 +27,7 @@ from fedtune.core.files import reading
 from fedtune.core.files.writing import drafted, replace
 from fedtune.core.ledger.audit_log import AuditLog, login, person
 from fedtune.core.ledger.files import DATABASE, traces
-from fedtune.core.ledger.ledger import Ledger
+from fedtune.core.ledger.ledger import Ledger, signing_key
 from fedtune.core.wire.keys import SigningKey, canonical, verifies
 from fedtune.evidence.sign import sha256
 
@@ -79,7 +79,7 @@ def keep_of_site(site: Site, to: Path, noticed: str = "", run: Path | None = Non
     if home != state:
         folders["home"] = (home, OF_A_SITE)
     found = {"site.toml": site.file} if site.file else {}
-    return _keep(to, noticed, run, folders, found, book.key, book)
+    return _keep(to, noticed, run, folders, found, signing_key(site, book), book)
 
 
 def keep_of_coordinator(home: Path, to: Path, noticed: str = "", run: Path | None = None) -> Kept:
@@ -106,7 +106,8 @@ def _keep(
         )
     since = _seconds(noticed) if noticed else time.time()
     owner = book.folder if book else next(iter(folders.values()))[0]
-    AuditLog(owner, key).add("keep", "--to", folder=to)  # so that the copied log says so too
+    acts = AuditLog(owner, book.key if book else key)
+    acts.add("keep", "--to", folder=to)  # so that the copied log says so too
     if run is not None:
         folders = {**folders, "run": (run, OF_A_RUN)}
     for name, (folder, patterns) in folders.items():

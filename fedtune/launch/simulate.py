@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -64,13 +64,17 @@ def simulate(
     generated pays from a ledger of this run: ledgers/SITE in the run's folder, beside a copy of the
     site's file.
 
-    Errors: ConfigError if these sites cannot run the study; DataError if a site's records do not
-    fit it; PolicyRefused if declared data was ever charged as private; Refused, before any
-    training, if too few sites have budget left; ModelError, InfrastructureError."""
+    Errors: ConfigError if these sites cannot run the study, or another home pays for their records;
+    DataError if a site's records do not fit it; PolicyRefused if declared data was ever charged as
+    private; Refused, before any training, if too few sites have budget left; ModelError;
+    InfrastructureError, also if the vault of a site that pays from its own ledger works now."""
     from fedtune.launch.budgets import explain_refusal, remember
+    from fedtune.officer.known_homes import check_simulated
 
     study = validate_study(study)
     check(study, sites)
+    for site in sites:
+        check_simulated(site)
     check_rounds(study, rounds)
     if address and engine != "ray":
         raise ConfigError("--address is for --engine ray", "both, or neither")
@@ -87,7 +91,7 @@ def simulate(
     from fedtune.server.parts import Settings
     from fedtune.server.schedule import SimulatedClock
 
-    with hold_run(out):
+    with hold_run(out), _paying(sites):
         for folder in (out, *(site.site.state for site in sites)):
             remove_drafts(folder)
         for site in sites:  # first, so that a refusal comes before anything is loaded
@@ -119,6 +123,19 @@ def simulate(
         finally:
             if (out / "plan.json").exists():
                 remember(sites, out)
+
+
+@contextmanager
+def _paying(sites: Sequence[Site]) -> Iterator[None]:
+    """Keep the vault of each site whose own ledger pays, and a restore of that ledger, from working
+    meanwhile. Errors: InfrastructureError naming who works with it."""
+    from fedtune.core.vault.process import locked
+
+    with ExitStack() as held:
+        for site in sites:
+            if not site.data.declared:
+                held.enter_context(locked(site, "vault or simulation of this site"))
+        yield
 
 
 def _run(

@@ -87,9 +87,10 @@ def tune(
         on_trial: called when a trial ends, with its number, the number of trials, and the trial.
 
     A trial that fails is listed with its error. Errors: PolicyRefused if a site's data is private,
-    or was ever charged as private; ConfigError if there are no records that choose, `out` is not
-    the folder of a search, or a setting is invalid."""
+    or was ever charged as private; ConfigError if another home pays for it, if there are no
+    records that choose, `out` is not the folder of a search, or a setting is invalid."""
     from fedtune.core.vault.declared import declare
+    from fedtune.officer.known_homes import check_simulated
 
     loaded, out = (
         load_study(study, settings=[s for s in settings if len(_values(s)) < 2]),
@@ -98,6 +99,7 @@ def tune(
     check_declared(sites)
     _check_chooser(loaded, records)
     for site in sites:
+        check_simulated(site)
         declare(site)
     metric = loaded.evaluation.metric if loaded.evaluation else "loss"
     chooser = "[selection]" if loaded.selection else str(records)

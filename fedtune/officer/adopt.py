@@ -39,6 +39,7 @@ from fedtune.core.data.identity import every_member, identities
 from fedtune.core.data.records import read_file, unit_member
 from fedtune.core.dp.steplog import StepLog
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
+from fedtune.core.files import locks
 from fedtune.core.files.room import ROOM
 from fedtune.core.files.writing import is_abandoned, replace, sync_folder
 from fedtune.core.ledger import audit_log
@@ -74,7 +75,7 @@ from fedtune.officer.hospital_file import (
 )
 from fedtune.officer.leave import DISTRUST, distrusted
 from fedtune.officer.let_go import list_waiting
-from fedtune.officer.memberships import check_new, site_of, still
+from fedtune.officer.memberships import EDIT_LOCK, check_new, site_of, still
 from fedtune.officer.withdraw import RECEIPTS, withdraw
 
 OF_LEDGER = (  # in a state folder: what becomes the hospital's, its anchor first
@@ -302,13 +303,14 @@ def _adopt_later(
     membership = share_in(as_membership, hospital, site_file)
     keys = _keys_of_withdrawn(site, old, withdrawn)
     copy = _keep_state(state)
-    if (home / FILE).read_text(encoding="utf-8") != before_it:
-        raise ConfigError(
-            f"{home / FILE}: was changed while this site was adopted",
-            "no change meanwhile, which would be lost",
-            "run the command again: nothing was adopted yet",
-        )
-    replace(home / FILE, text.encode(), private=True)
+    with locks.hold(home / EDIT_LOCK):
+        if (home / FILE).read_text(encoding="utf-8") != before_it:
+            raise ConfigError(
+                f"{home / FILE}: was changed while this site was adopted",
+                "no change meanwhile, which would be lost",
+                "run the command again: nothing was adopted yet",
+            )
+        replace(home / FILE, text.encode(), private=True)
     for table in _tables(site):
         data = hospital.datasets[datasets[table.name]]
         known = {member for record in identities(_of_everybody(table)) for member in record}

@@ -3,16 +3,17 @@
     homes.json    in $XDG_STATE_HOME/fedtune, else ~/.local/state/fedtune; 0600
 
 Two homes over one dataset each state a part of what its patients have paid. A site that takes part
-with records of another home is refused before it joins, and so is one that declares them public or
-generated: only that home's ledger knows what was charged as private. A home that is gone, or that
-has no ledger any more, is forgotten. Simulations and declared data are not noted.
+with records of another home is refused before it joins or is simulated, and so is one that declares
+them public or generated: only that home's ledger knows what was charged as private. A home that is
+gone, or that has no ledger any more, is forgotten. Simulations and declared data are not noted.
 | where it cannot be written, as in a container      | a warning; nothing is remembered |
 | another account, or another machine                | knows nothing of it              |
-| one home's folder that holds the other home's file | is another place                 |
+| a database under another name of its server        | is another place                 |
 Guarantee: what decides is settings and the places of files, never a record."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.config import Site, SiteData
-from fedtune.core.config.database import FILES, file_of, kind_of, redact_url
+from fedtune.core.config.database import FILES, databases_of, file_of, kind_of, redact_url
 from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.files import locks, reading
 from fedtune.core.files.writing import replace
@@ -30,7 +31,7 @@ from fedtune.core.ledger.files import DATABASE, HEAD
 
 log = logging.getLogger("fedtune.site")
 FILE = "homes.json"
-Note = dict[str, Any]  # of a place: {path, device, inode}, or {url}
+Note = dict[str, Any]  # of a place: {path, device, inode}, or {url, databases}
 
 
 def path_of_notes() -> Path:
@@ -48,22 +49,14 @@ def check_home(site: Site) -> None:
     """Check that no other home pays for the site's private records, and note that this one does.
 
     Errors: ConfigError naming the other home, or a ledger that was never adopted."""
-    tables = [table for table in (site.data, site.evaluation) if table]
-    if site.hospital and (site.site.state / DATABASE).exists():
-        raise ConfigError(
-            f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
-            "count",
-            "a membership whose ledger was adopted, or that never had one",
-            "take the table [hospital] out of the site file, then `fedtune memberships HOME "
-            "--adopt SITE.toml --name NAME`; if that was interrupted, run it again",
-        )
+    _check_adopted(site)
+    tables = _tables(site)
     try:
         path = path_of_notes()
         with locks.hold(_made(path).with_suffix(".lock")):
             homes = _read(path)
             own = str(site.home.resolve())
-            for table in tables:
-                _check_place(table, own, homes)
+            _check_places(tables, own, homes)
             notes = [_note(table) for table in tables if not table.declared]
             if not notes:
                 return
@@ -75,6 +68,33 @@ def check_home(site: Site) -> None:
             "not noticed on this machine",
             error,
         )
+
+
+def check_simulated(site: Site) -> None:
+    """Check that no other home pays for the records of a site that is simulated; nothing is noted.
+
+    Errors: as `check_home`."""
+    _check_adopted(site)
+    try:
+        _check_places(_tables(site), str(site.home.resolve()), _read(path_of_notes()))
+    except (InfrastructureError, OSError) as error:
+        log.warning("%s; it is not known whether another home pays for these records", error)
+
+
+def _check_adopted(site: Site) -> None:
+    """Check that a membership's state folder holds no ledger. Errors: ConfigError."""
+    if site.hospital and (site.site.state / DATABASE).exists():
+        raise ConfigError(
+            f"{site.site.state}: holds a ledger of its own, whose charges the hospital's does not "
+            "count",
+            "a membership whose ledger was adopted, or that never had one",
+            "take the table [hospital] out of the site file, then `fedtune memberships HOME "
+            "--adopt SITE.toml --name NAME`; if that was interrupted, run it again",
+        )
+
+
+def _tables(site: Site) -> list[SiteData]:
+    return [table for table in (site.data, site.evaluation) if table]
 
 
 def forget(place: str, home: Path) -> list[str]:
@@ -129,9 +149,10 @@ def _encode(homes: dict[str, list[Note]]) -> bytes:
     return json.dumps({"homes": homes}, indent=1).encode()
 
 
-def _check_place(table: SiteData, own: str, homes: dict[str, list[Note]]) -> None:
-    for other, notes in homes.items():
-        if other == own or not any(_is_place(note, table) for note in notes):
+def _check_places(tables: list[SiteData], own: str, homes: dict[str, list[Note]]) -> None:
+    for table, other in itertools.product(tables, homes):
+        noted = next((note for note in homes[other] if _is_place(note, table)), None)
+        if other == own or noted is None:
             continue
         where = redact_url(table.url) if table.url else str(table.path.resolve())
         raise ConfigError(
@@ -140,15 +161,24 @@ def _check_place(table: SiteData, own: str, homes: dict[str, list[Note]]) -> Non
             "one home for all studies of the same records",
             "make both sites memberships of one hospital: `fedtune memberships HOME --adopt "
             "SITE.toml --name NAME`, once for each; or, if the other ledger is of no use any more "
-            f"and its figures are known, `fedtune memberships HOME --forget {where}`",
+            f"and its figures are known, `fedtune memberships HOME --forget {_named(noted)}`",
         )
 
 
+def _named(note: Note) -> str:
+    """Return the name under which a note is forgotten."""
+    return str(note.get("path") or note.get("url"))
+
+
 def _is_place(note: Note, table: SiteData) -> bool:
-    """Return whether a note is of the table's file, folder or database."""
-    if note == _note(table):
-        return True
-    return "path" in note and any(_is_same_file(note, path) for path in _path(table))
+    """Return whether a note is of the table's file, folder or database, or one lies in the
+    other."""
+    if "path" in note:
+        return any(_is_same_file(note, path) for path in _path(table))
+    there = note.get("databases") or databases_of(
+        note.get("url", "")
+    )  # noted by an earlier release
+    return table.url is not None and not databases_of(table.url).isdisjoint(there)
 
 
 def _path(table: SiteData) -> Iterator[Path]:
@@ -159,15 +189,18 @@ def _path(table: SiteData) -> Iterator[Path]:
 
 
 def _is_same_file(note: Note, path: Path) -> bool:
-    """Return whether the noted path is `path`, leads to it, or led to it before it was renamed."""
+    """Return whether the noted path is `path`, leads to it, or led to it before it was renamed; or
+    whether one of the two is a folder in which the other lies, at any depth."""
     noted = Path(note["path"])
-    if noted == path:
+    if path.is_relative_to(noted) or noted.is_relative_to(path):
         return True
-    with suppress(OSError):
-        found = path.stat()
-        if [found.st_dev, found.st_ino] == [note["device"], note["inode"]]:
-            return True  # though another file may have its old name by now
-        return noted.exists() and os.path.samestat(found, noted.stat())
+    for place in (path, *path.parents):
+        with suppress(OSError):
+            found = place.stat()
+            if [found.st_dev, found.st_ino] == [note["device"], note["inode"]]:
+                return True  # though another file may have its old name by now
+            if noted.exists() and os.path.samestat(found, noted.stat()):
+                return True
     return False
 
 
@@ -179,4 +212,4 @@ def _note(table: SiteData) -> Note:
             return {"path": str(path), "device": found.st_dev, "inode": found.st_ino}
         return {"path": str(path), "device": 0, "inode": 0}
     assert table.url is not None
-    return {"url": redact_url(table.url)}
+    return {"url": redact_url(table.url), "databases": sorted(databases_of(table.url))}

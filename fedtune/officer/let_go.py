@@ -2,7 +2,10 @@
 
 The officer sees facts of the plan, a length and a cost, but not the content of an answer or the
 site's messages about a round. For a refusal reaches the coordinator; if it depended on the records,
-it would reveal something about them that no ε covers."""
+it would reveal something about them that no ε covers.
+
+In a hospital's home a person decides with the site file of one membership about that membership's
+answers alone."""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from fedtune.core.config import Site
 from fedtune.core.errors import FedtuneError, InputError
 from fedtune.core.files import reading
 from fedtune.core.ledger.audit_log import AuditLog, login
-from fedtune.core.ledger.entries import Charge, Slot
+from fedtune.core.ledger.entries import Charge, Slot, owner_of
 from fedtune.core.ledger.files import ASKED, DATABASE, RUNS, asked_path, name_of
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.registry.rounding import rounded_up
@@ -29,6 +32,7 @@ class Waiting:
     """An answer that waits for a person, as plan and ledger describe it.
 
     - name: the name by which `decide` selects it
+    - membership: that which paid for it; "" without a hospital's home, or of before there was one
     - kind: ANSWER, or DRAW, a draw of shared noise, which is not charged yet
     - size: length in bytes
     - epsilon: ε of this round alone, at policy.max_delta; fallback: with shared noise, the ε by the
@@ -36,6 +40,7 @@ class Waiting:
     - since: the time since which it waits, UTC"""
 
     name: str
+    membership: str
     kind: str
     study: str
     plan: str
@@ -56,8 +61,8 @@ class _Found:
 
 
 def list_waiting(site: Site) -> list[Waiting]:
-    """List the answers that wait at a site, oldest first; [] if there is no ledger, which is not
-    made.
+    """List the answers that wait at a site, of its own membership in a hospital's home, oldest
+    first; [] if there is no ledger, which is not made.
     Errors: LedgerError."""
     return [found.waiting for found in _find(site)]
 
@@ -84,6 +89,7 @@ def decide(site: Site, names: list[str], *, refuse: bool, every: bool = False) -
     for one in chosen:
         shown, how = one.waiting, "--all" if every else "by name"
         about: dict[str, Any] = {"plan": shown.plan, "study": shown.study, "round": shown.round}
+        about |= {"membership": shown.membership} if shown.membership else {}
         acts.add(event, "--refuse" if refuse else how, kind=shown.kind, **about)
         if refuse:
             one.ledger.refuse(one.slot, login())
@@ -101,6 +107,8 @@ def _find(site: Site) -> list[_Found]:
             ledger = Ledger(folder)
             found += _find_answers(site, ledger)
             found += _find_draws(site, ledger)
+    own = site.policy.own_memberships
+    found = [(since, one) for since, one in found if one.waiting.membership in own]
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -130,6 +138,7 @@ def _describe(site: Site, slot: Slot, charge: Charge, kind: str, size: int, sinc
     fallback = charge.fallback if charge.sites > 1 else None
     return Waiting(
         name=name_of(slot),
+        membership=owner_of(slot),
         kind=kind,
         study=charge.name,
         plan=charge.study,

@@ -46,6 +46,7 @@ from fedtune.officer.hospital_file import (
     write_membership,
 )
 
+EDIT_LOCK = "hospital.lock"  # in a home, of who edits hospital.toml
 LOCKS = (LOCK, "flower/lock", "ranks/lock")  # in a state folder: of a client, or of a vault
 
 
@@ -263,7 +264,7 @@ def earlier_names(home: Path) -> set[str]:
 def append(home: Path, table: str) -> None:
     """Append a table to hospital.toml, after reading it with it. Errors: ConfigError."""
     path = home / FILE
-    with locks.hold(home / "hospital.lock"):  # of two that are added at once, both stay
+    with locks.hold(home / EDIT_LOCK):  # of two that are added at once, both stay
         text = path.read_text(encoding="utf-8")
         text += table if text.endswith("\n") else f"\n{table}"
         load_hospital_text(home, text)
@@ -339,22 +340,16 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     """End a membership; return the copy of hospital.toml that is kept.
 
     Its charges, releases, receipts and acts stay in the hospital's ledger and audit log for good,
-    and so does its own signing key. The table in hospital.toml goes last, so that a run which was
-    killed may be repeated; from then on the site file is refused. Errors: InputError if studies are
+    and so does its own signing key. The table in hospital.toml goes last, from the file as it is
+    then, so that a run which was killed may be repeated and a change made meanwhile stays; from
+    then on the site file is refused. Errors: InputError if studies are
     under way, unless `anyway`; Refused if the ledger is frozen; InfrastructureError if its client
     runs."""
     if ending.anyway and not anyway:
         raise InputError(ending.anyway, todo="wait for their end, or give --anyway")
     home, name, site = ending.home, ending.name, ending.site
     check_not_frozen(home, "deleted")
-    text = (home / FILE).read_text(encoding="utf-8")
-    text = without_table(text, "memberships", name)
-    left = load_hospital_text(home, text).memberships
-    if set(left) != set(load_hospital(home).memberships) - {name}:
-        raise ConfigError(
-            f"{home / FILE}: [memberships.{name}] cannot be taken out by itself",
-            todo="take its lines out in an editor",
-        )
+    _without(home, name)  # before anything is deleted
     if traces(home):
         book = Ledger(home)
         files = sum(map(len, ending.delete.values()))
@@ -363,11 +358,26 @@ def end(ending: Ending, *, anyway: bool = False) -> Path:
     if site is not None and site.site.state.is_dir():
         purge.purge(purge.listing(site))
         delete_keys(site)
-    copy = keep_copy(home / FILE)
-    replace(home / FILE, text.encode(), private=True)
+    with locks.hold(home / EDIT_LOCK):
+        text = _without(home, name)
+        copy = keep_copy(home / FILE)
+        replace(home / FILE, text.encode(), private=True)
     for path in (home / f"{ROOM}-{name}", home / ORDERS.replace(".", f"-{name}.")):
         path.unlink(missing_ok=True)
     return copy
+
+
+def _without(home: Path, name: str) -> str:
+    """Return the text of hospital.toml as it is now, without a membership. Errors: ConfigError."""
+    before = (home / FILE).read_text(encoding="utf-8")
+    text = without_table(before, "memberships", name)
+    there, left = (set(load_hospital_text(home, one).memberships) for one in (before, text))
+    if left != there - {name}:
+        raise ConfigError(
+            f"{home / FILE}: [memberships.{name}] cannot be taken out by itself",
+            todo="take its lines out in an editor",
+        )
+    return text
 
 
 def delete_keys(site: Site) -> None:

@@ -215,7 +215,9 @@ def _genuine(path: Path, public: str) -> dict[str, Any]:
 
 def _receipt(site: Site, ledger: Ledger, entry: Entry, releases: list[Release]) -> dict[str, Any]:
     """Build and sign the receipt that a patient may keep: it names the patient by a salted hash,
-    which tells nobody without this site's salt who it is."""
+    which tells nobody without this site's salt who it is. The ledger's key signs it, also in a
+    hospital's home: the withdrawal holds in every membership, and the receipt proves it after one
+    has ended. It is the patient's and the hospital's, and goes to no coordinator."""
     receipt: dict[str, Any] = {
         "what": "withdrawal of consent: no later round of this site reads the patient's records",
         "site": site.site.name,

@@ -512,6 +512,18 @@ def test_consent_that_differs_is_settled_by_a_person_first(world: Path) -> None:
         adopt(world / "home", site, "lab")
 
 
+def test_a_site_that_reads_keys_otherwise_is_not_adopted(world: Path) -> None:
+    adopt_first(world)
+    text = (world / "home" / "hospital.toml").read_text()
+    other = 'source = "jsonl"\noptions = { encoding = "latin-1" }'
+    (world / "onco.toml").write_text(
+        (world / "onco.toml").read_text().replace("[data]", "[data]\n" + other)
+    )
+    with pytest.raises(ConfigError, match="encoding 'iso8859-1' and 'utf-8'"):
+        adopt_second(world)
+    assert (world / "home" / "hospital.toml").read_text() == text and len(charges(world)) == 3
+
+
 def test_the_hospitals_column_of_patients_is_the_first_sites(world: Path) -> None:
     adopt_first(world)
     assert load_hospital(world / "home").datasets["records"].patient == "who"

@@ -11,6 +11,7 @@ from fedtune.core.config import load_site
 from fedtune.core.data.records import unit_member
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as module
+from fedtune.core.vault.prepared import Unprepared
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.public.start import Start
 from tests.client.hospital_kit import make_apart, study_of
@@ -113,3 +114,37 @@ def test_of_two_vaults_that_read_at_once_one_keeps_a_patient_of_both(
     assert kept_by(vaults) == ["onco"]
     assert [name for name in ("records", "clinic") if ledger.holds(name, BOTH)] == ["clinic"]
     assert ledger.overlap("records", "clinic"), "texts that both have are still remembered"
+
+
+def test_a_stale_declaration_permits_no_round_of_another_vault(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cardio's vault has read that the two are disjoint; a person takes that back, and onco's
+    declares it; cardio's declares what it had read, before onco's is charged."""
+    home = tmp_path / "home"
+    files, hospital = make_apart(home), home / "hospital.toml"
+    vaults, made = begin(files, tiny_base)
+    declare, keep_counts = SiteWorker.declare, module.keep_counts
+    read = list[Any]()  # what cardio's vault is about to declare
+
+    def late(vault: SiteWorker, *given: Any) -> None:
+        if vault is vaults["cardio"] and not read:
+            read.extend(given)
+            hospital.write_text(hospital.read_text().replace('disjoint_from = ["clinic"]\n', ""))
+            with pytest.raises(Unprepared, match="anew"):
+                trains(vaults["onco"], made["onco"], 1)
+        declare(vault, *given)
+
+    def between(*given: Any) -> None:
+        declare(vaults["cardio"], *read)
+        keep_counts(*given)
+
+    monkeypatch.setattr(SiteWorker, "declare", late)
+    monkeypatch.setattr(module, "keep_counts", between)
+    trains(vaults["cardio"], made["cardio"], 1)
+    ledger = Ledger(home)
+    assert [charge.membership for charge in ledger.charges("records")] == ["cardio"]
+    start = made["onco"]
+    assert vaults["onco"].prepare(start.study, start.frozen, "c" * 64).admitted
+    trains(vaults["onco"], start, 1)
+    assert not ledger.disjoint and len(ledger.charges("records")) == 2

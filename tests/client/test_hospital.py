@@ -12,24 +12,34 @@ from typing import Any
 import pytest
 
 from fedtune.core.config import load_site
+from fedtune.core.data.records import read_records, unit_member
 from fedtune.core.dp.accountant import epsilon
 from fedtune.core.dp.steplog import StepLog
-from fedtune.core.errors import BudgetExceeded, ConfigError, InfrastructureError, PolicyRefused
+from fedtune.core.errors import (
+    BudgetExceeded,
+    ConfigError,
+    InfrastructureError,
+    InputError,
+    PolicyRefused,
+)
 from fedtune.core.files.room import ROOM, between_orders
+from fedtune.core.ledger.audit_log import verify
 from fedtune.core.ledger.entries import EVERY, Charge
 from fedtune.core.ledger.ledger import Ledger, LedgerError
 from fedtune.core.ledger.spending import facts
 from fedtune.core.registry.reasons import reason_of
 from fedtune.core.vault import airlock, process
 from fedtune.core.vault.budget import Budget
-from fedtune.core.vault.prepared import Held
+from fedtune.core.vault.prepared import Held, Void
 from fedtune.core.vault.worker import SiteWorker
 from fedtune.core.wire.seal import receipt
 from fedtune.courier.process import list_private, list_readable
+from fedtune.officer.let_go import decide, list_waiting
 from fedtune.officer.memberships import still
 from fedtune.officer.purge import listing, purge
 from fedtune.officer.withdraw import withdraw
 from fedtune.public.start import Start
+from tests.cli_kit import run as command
 from tests.client.hospital_kit import NAMES, load, make_hospital, study_of
 from tests.client.site_kit import trains
 
@@ -480,6 +490,55 @@ def test_a_withdrawal_acts_in_every_membership(tmp_path: Path, tiny_base: Path) 
         assert data.n_units == 11
 
 
+CP1252 = '"../notes.csv"\nsource = "csv"\noptions = { encoding = "cp1252" }'
+READ = [  # keys of [data] in onco's file, and what says that they differ
+    ('source = "csv"\noptions = { encoding = "cp1252" }', "encoding 'cp1252' and 'utf-8'"),
+    ('source = "csv"\noptions = { delimiter = ";" }', "delimiter ';' and ','"),
+    ('source = "fhir"', "source 'fhir' and 'rows'"),
+    ('source = "csv"\noptions = { encoding = "UTF8" }', ""),
+    ('convert = { name = "notes" }\nfilter = { note = "fever" }', ""),
+]
+
+
+@pytest.mark.parametrize(("keys", "says"), READ)
+def test_every_membership_reads_a_patients_key_alike(tmp_path: Path, keys: str, says: str) -> None:
+    files = make_hospital(tmp_path)
+    edit(files["onco"], '"../notes.jsonl"', f'"../notes.jsonl"\n{keys}')
+    for path in files.values():
+        if not says:
+            load_site(path)
+            continue
+        with pytest.raises(ConfigError, match="read 'records' otherwise") as refused:
+            load_site(path)
+        assert all(str(file) in str(refused.value) for file in files.values())
+    if says:
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            load_site(files["onco"])
+
+
+def test_a_withdrawn_patient_is_not_read_under_another_key(tmp_path: Path) -> None:
+    """onco would read Müller as MÃ¼ller, whom nobody withdrew."""
+    files = make_hospital(tmp_path)
+    rows = [f"{who},fever,yes\n" for who in ("Müller", "b", "c")]
+    (tmp_path / "notes.csv").write_text("who,note,answer\n" + "".join(rows), encoding="utf-8")
+    for path in (tmp_path / "hospital.toml", *files.values()):
+        path.write_text(path.read_text().replace("notes.jsonl", "notes.csv"))
+    book = Ledger(tmp_path)
+    withdraw(load_site(files["cardio"]), "Müller", book)
+
+    def left_out(name: str) -> list[str]:
+        records, _ = read_records(load_site(files[name]).data, unit="patient")
+        out = [one.unit for one in records if book.hashed(unit_member(one.unit)) in withdrawn]
+        assert len(records) == 3
+        return out
+
+    withdrawn = book.withdrawn()
+    assert left_out("cardio") == left_out("onco") == ["Müller"]
+    edit(files["onco"], '"../notes.csv"', CP1252)
+    with pytest.raises(ConfigError, match="read 'records' otherwise"):
+        left_out("onco")
+
+
 def test_a_purge_takes_what_is_the_memberships_own(tmp_path: Path, tiny_base: Path) -> None:
     made = workers(tmp_path / "home")
     for name in NAMES:
@@ -505,6 +564,43 @@ def test_a_purge_leaves_what_another_membership_may_send_again(
     assert len(spent(made["onco"])) == 2, "it was sent again as it was"
     trains(made["cardio"], study, 1)
     assert len(spent(made["onco"])) == 3
+
+
+@pytest.mark.parametrize("refuse", [False, True])
+def test_a_person_decides_about_one_memberships_answers(
+    tmp_path: Path, tiny_base: Path, refuse: bool
+) -> None:
+    """Each membership has an answer and a draw that wait; cardio's officer decides about both."""
+    home, files = tmp_path / "home", make_hospital(tmp_path / "home", ceiling=20.0)
+    study = study_of("both", tiny_base)
+    for path in files.values():
+        edit(path, "[policy]", '[policy]\nanswers = "held"')
+    made = {name: SiteWorker(load_site(path), path) for name, path in files.items()}
+    for worker in made.values():
+        with pytest.raises(Held):
+            run(worker, study, 1)
+        slot = worker.slot(study.study.digest, 2, "draw")
+        with pytest.raises(Held):
+            airlock.hold_draw(worker, slot, spent(worker)[0], 1)
+    waiting = {name: list_waiting(worker.site) for name, worker in made.items()}
+    assert {name: {one.membership for one in found} for name, found in waiting.items()} == {
+        name: {name} for name in NAMES
+    }
+    assert "for cardio" in command("let-go", files["cardio"]).output
+    with pytest.raises(InputError, match="nothing waits here under"):
+        decide(made["cardio"].site, [waiting["onco"][0].name], refuse=refuse)
+    assert len(decide(made["cardio"].site, [], refuse=refuse, every=True)) == 2
+    assert list_waiting(made["cardio"].site) == []
+    assert list_waiting(made["onco"].site) == waiting["onco"]
+    with pytest.raises(Void if refuse else AssertionError):
+        trains(made["cardio"], study, 1)
+        raise AssertionError("it was sent")
+    with pytest.raises(Held):
+        trains(made["onco"], study, 1)
+    event = "refuse" if refuse else "let-go"
+    acts = verify(home, made["onco"].home.key.public).entries
+    said = [act["facts"]["membership"] for act in acts if act["event"] == event]
+    assert said == ["cardio", "cardio"]
 
 
 def test_the_courier_reads_nothing_of_the_home(tmp_path: Path) -> None:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.core.config import load_site
-from fedtune.core.errors import ConfigError, InputError
+from fedtune.core.config.hospital import RegisteredData
+from fedtune.core.errors import ConfigError, InfrastructureError, InputError
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.courier.process import list_readable
+from fedtune.launch.tune import tune
 from fedtune.officer import before_joining, known_homes
 from fedtune.officer.adopt import adopt
 from fedtune.officer.before_joining import check_before_joining
+from fedtune.officer.memberships import still
+from fedtune.server import rounds
 from tests.cli_kit import run
 from tests.client.adoption_kit import make_site, spend, write_notes
+from tests.simulated import simulate
 
 
 @pytest.fixture
@@ -90,6 +96,58 @@ def test_the_same_place_is_known_by_whatever_path(world: Path, how: str) -> None
         join(world, "onco")
 
 
+@pytest.mark.parametrize(("first", "second"), [("notes.jsonl", "."), (".", "notes.jsonl")])
+def test_a_folder_and_a_file_in_it_are_one_place(world: Path, first: str, second: str) -> None:
+    """Also by a link to the folder; beside it lies another place."""
+    (world / "data").mkdir()
+    (world / "data" / "notes.jsonl").write_text((world / "notes.jsonl").read_text())
+    (world / "data-2").mkdir()
+    (world / "data-2" / "notes.jsonl").write_text((world / "notes.jsonl").read_text())
+    (world / "also").symlink_to(world / "data", target_is_directory=True)
+    known_homes.check_home(load_site(make_site(world, "cardio", path=f"data/{first}")))
+    for folder in ("data", "also"):
+        with pytest.raises(ConfigError, match="another ledger") as refused:
+            known_homes.check_home(load_site(make_site(world, "onco", path=f"{folder}/{second}")))
+    known_homes.check_home(load_site(make_site(world, "onco", path=f"data-2/{second}")))
+    place = str(refused.value).rpartition("--forget ")[2].strip("`")
+    assert known_homes.forget(place, world / "onco-state") == [str(world / "cardio-state")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("//host/db", "//other@HOST:5432/db?application_name=x", True),
+        ("//host/db", "///db?host=host", True),
+        ("//host/db", "//host/?dbname=db", True),
+        ("//ada@host", "//host/ada", True),
+        ("//one,host:5432/db", "//host/db", True),
+        ("///db", "//localhost/db", True),
+        ("//[::1]:5433/db", "///db?port=5433&hostaddr=127.0.0.1", True),
+        ("///db?host=/run/a", "//%2Frun%2Fa/db", True),
+        ("///db?host=/run/a", "///db?host=/run/b", False),
+        ("//host/db", "//host:5433/db", False),
+        ("//host/db", "//host/db2", False),
+        ("//host/db", "//host2/db", False),
+    ],
+)
+def test_a_database_is_known_however_its_url_is_spelled(
+    world: Path, first: str, second: str, same: bool
+) -> None:
+    for name, url in (("cardio", first), ("onco", second)):
+        file = make_site(world, name)
+        place = f'url = "postgresql:{url}"\noptions = {{ table = "notes" }}'
+        file.write_text(file.read_text().replace('path = "notes.jsonl"', place))
+    sites = [load_site(world / f"{name}.toml") for name in ("cardio", "onco")]
+    known_homes.check_home(sites[0])
+    if same:
+        with pytest.raises(ConfigError, match="another ledger"):
+            known_homes.check_home(sites[1])
+    else:
+        known_homes.check_home(sites[1])
+    registered = RegisteredData(url=f"postgresql:{first}")
+    assert registered.is_place_of(sites[1].data) == (same and "," not in first)
+
+
 def test_other_records_and_a_home_that_is_gone_do_not_matter(world: Path) -> None:
     join(world, "cardio")
     write_notes(world / "scans.jsonl", ["x", "y"])
@@ -110,6 +168,55 @@ def test_what_a_home_pays_for_is_not_declared_by_a_site_beside_it(world: Path) -
     (world / "open.jsonl").write_text((world / "notes.jsonl").read_text())
     file.write_text(file.read_text().replace("notes.jsonl", "open.jsonl"))
     known_homes.check_home(load_site(file))
+
+
+@pytest.mark.parametrize("declared", ["", 'declared = "generated"'])
+def test_what_a_home_pays_for_is_not_simulated_by_a_site_beside_it(
+    world: Path, study: Path, declared: str
+) -> None:
+    """Nor searched. The twin: the home's own site file is simulated, and pays from its ledger."""
+    north, south = (study.parent / name / "site.toml" for name in ("north", "south"))
+    ledger = Ledger(load_site(north).home)
+    known_homes.check_home(load_site(north))
+    text = north.read_text().replace("[data]", f"[data]\n{declared}")
+    (world / "beside").mkdir()
+    beside = world / "beside" / "site.toml"
+    beside.write_text(text.replace('path = "data', f'path = "{north.parent}/data'))
+    with pytest.raises(ConfigError, match="pays for these records already"):
+        simulate(study, [beside, south], world / "run")
+    assert not (world / "run").exists() and not load_site(beside).site.state.exists()
+    if declared:
+        with pytest.raises(ConfigError, match="pays for these records already"):
+            tune(study, [load_site(beside)], world / "search", records=study)
+    assert ledger.datasets == []
+    simulate(study, [north, south], world / "run")
+    assert len(ledger.charges("records")) == 2
+
+
+def test_nothing_restores_a_ledger_that_a_simulation_charges(
+    world: Path, study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor purges it or simulates it beside; afterwards the lock is gone, and was never one of
+    declared data, which pays from a ledger of the run."""
+    north, south = (study.parent / name / "site.toml" for name in ("north", "south"))
+    south.write_text(south.read_text().replace("[data]", '[data]\ndeclared = "generated"'))
+    tried, train = list[str](), rounds.run
+
+    def meanwhile(*given: Any, **options: Any) -> None:
+        for path in (north, south):
+            site = load_site(path)
+            try:
+                with still(site.home, site):
+                    tried.append(f"{site.site.name} is still")
+            except InfrastructureError as error:
+                tried.append(str(error))
+        train(*given, **options)
+
+    monkeypatch.setattr(rounds, "run", meanwhile)
+    simulate(study, [north, south], world / "run")
+    assert "another the vault of a client" in tried[0] and tried[1] == "south is still"
+    assert not list(study.parent.rglob("ranks/lock"))
+    assert not known_homes.path_of_notes().with_suffix(".lock").exists()
 
 
 def test_a_renamed_file_is_known_though_another_has_its_name(world: Path) -> None:

@@ -6,21 +6,24 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedtune.core.config import load_site, load_study
+from fedtune.core.config import Site, load_site, load_study
 from fedtune.core.config.load import load_hospital
 from fedtune.core.errors import ConfigError
+from fedtune.core.files.locks import hold_if_free
+from fedtune.core.files.writing import replace as replace_file
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.processes import alone
 from fedtune.core.vault import studies
 from fedtune.observe.status import StatusFile
-from fedtune.officer import hospital_file
+from fedtune.officer import adopt, hospital_file, memberships
 from fedtune.officer.review import review
 from tests.cli_kit import run
-from tests.client.adoption_kit import CHARGE, exact_epsilon, write_notes
+from tests.client.adoption_kit import CHARGE, exact_epsilon, make_site, spend, write_notes
 
 
 @pytest.fixture
@@ -193,6 +196,46 @@ def test_an_ended_membership_keeps_what_it_spent_and_loses_its_way_in(world: Pat
         load_site(world / "onco" / "site.toml")
     (total,) = listed()["datasets"]  # type: ignore[misc]
     assert [line["membership"] for line in total["memberships"]] == ["onco"]
+
+
+def test_a_change_of_the_hospitals_file_while_a_membership_ends_stays(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are deleted for seconds, while a person lowers a ceiling and adds a membership."""
+    run("enroll", "onco/site.toml")
+    file, delete = world / "home" / "hospital.toml", memberships.delete_keys
+
+    def meanwhile(site: Site) -> None:
+        delete(site)
+        file.write_text(file.read_text().replace("max_epsilon = 8.0", "max_epsilon = 2.0", 1))
+        assert run("memberships", "home", "--add", "neuro", "--site", "neuro").exit_code == 0
+
+    monkeypatch.setattr(memberships, "delete_keys", meanwhile)
+    assert run("memberships", "home", "--end", "onco", "--yes").exit_code == 0
+    hospital = load_hospital(world / "home")
+    assert [*hospital.memberships] == ["cardio", "neuro"] and hospital.policy.max_epsilon == 2.0
+
+
+def test_hospital_toml_is_replaced_under_its_lock_alone(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twin of the lock: of two commands at once, none reads what the other one is replacing."""
+    file, seen = world / "home" / "hospital.toml", list[bool]()
+
+    def looks(path: Path, *content: Any, **options: Any) -> Path:
+        if path.resolve() == file:
+            with hold_if_free(file.with_name(memberships.EDIT_LOCK)) as free:
+                seen.append(free)
+        return replace_file(path, *content, **options)
+
+    for module in (memberships, adopt):
+        monkeypatch.setattr(module, "replace", looks)
+    assert run("memberships", "home", "--add", "neuro", "--site", "neuro").exit_code == 0
+    assert run("memberships", "home", "--end", "neuro", "--yes").exit_code == 0
+    write_notes(world / "gait.jsonl", ["x", "y", "z"])
+    spend(make_site(world, "gait", path="gait.jsonl", dataset="gait"), 1)
+    assert run("memberships", "home", "--adopt", "gait.toml", "--name", "gait").exit_code == 0
+    assert seen == [False, False, False]
 
 
 def test_an_end_is_refused_while_its_client_runs_or_a_study_is_under_way(world: Path) -> None:

@@ -70,7 +70,7 @@ MUTANTS = (
     ),
     one(
         "hospital", "a-second-home-joins", HOMES,
-        "if other == own or not any(_is_place(note, table) for note in notes):", "if True:",
+        "if other == own or noted is None:", "if True:",
         T_HOMES + "test_a_second_home_of_the_same_records_is_refused_and_told_the_way_out",
         "two ledgers each state a part of what a patient has paid",
     ),
@@ -78,7 +78,7 @@ MUTANTS = (
         "hospital", "a-link-leads-to-another-place", HOMES,
         (
             ('if [found.st_dev, found.st_ino] == [note["device"], note["inode"]]:', "if False:"),
-            ("return noted.exists() and os.path.samestat(found, noted.stat())", "return False"),
+            ("if noted.exists() and os.path.samestat(found, noted.stat()):", "if False:"),
         ),
         (T_HOMES + "test_the_same_place_is_known_by_whatever_path",),
         "the same records under another name are paid for anew",
@@ -95,5 +95,11 @@ MUTANTS = (
         'if [found.st_dev, found.st_ino] == [note["device"], note["inode"]]:', "if False:",
         T_HOMES + "test_a_renamed_file_is_known_though_another_has_its_name",
         "a second ledger pays for the same records, under another name",
+    ),
+    one(
+        "hospital", "a-simulation-of-a-homes-records-asks-nobody", "fedtune/launch/simulate.py",
+        "        check_simulated(site)\n", "        pass\n",
+        T_HOMES + "test_what_a_home_pays_for_is_not_simulated_by_a_site_beside_it",
+        "records that a home pays for are declared generated, and trained on for free",
     ),
 )  # fmt: skip

@@ -84,7 +84,7 @@ MUTANTS = (
         "hospital", "what-is-paid-while-records-are-read-is-not-asked-for",
         "fedtune/core/ledger/ledger.py",
         "                permit_unknown(self._unknown(dataset, charge.unit))\n"
-        "            return writer",
+        "            self._ask_apart(permit_apart)\n            return writer",
         "                pass\n            return writer",
         T_HOSPITAL + "test_what_is_paid_for_another_unit_meanwhile_is_seen",
         "a study per patient trains after rounds per record of another consortium",
@@ -297,5 +297,30 @@ MUTANTS = (
         "tests/client/test_memberships_command.py::"
         "test_a_name_for_which_a_person_signed_is_not_given_again",
         "what a person signed for one consortium admits the plan of another",
+    ),
+    one(
+        "hospital", "one-site-file-decides-for-all-memberships", "fedtune/officer/let_go.py",
+        "if one.waiting.membership in own]", "if True]",
+        T_HOSPITAL + "test_a_person_decides_about_one_memberships_answers",
+        "the officer of one consortium lets another's answers go, or refuses them for good",
+    ),
+    one(
+        "hospital", "a-dossier-is-approved-with-the-ledgers-key", "fedtune/cli/release.py",
+        "    return signing_key(loaded, book), AuditLog", "    return book.key, AuditLog",
+        "tests/client/test_membership_signatures.py::"
+        "test_nothing_that_others_see_has_the_ledgers_key",
+        "two coordinators see that a hospital is in both consortia",
+    ),
+    one(
+        "hospital", "a-stale-declaration-permits-a-round", "fedtune/core/vault/worker.py",
+        "if stated != declared:", "if False:",
+        T_APART + "test_a_stale_declaration_permits_no_round_of_another_vault",
+        "each of two datasets pays for one round that counts against both",
+    ),
+    one(
+        "hospital", "a-membership-reads-other-keys", HOSPITAL,
+        "if table.name == other.name and ours != theirs:", "if False:",
+        T_HOSPITAL + "test_every_membership_reads_a_patients_key_alike",
+        "a patient who withdrew takes part in another consortium, under a key read otherwise",
     ),
 )

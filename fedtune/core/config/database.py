@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -21,6 +22,8 @@ LIBPQ = (
     ("sslkey", "PGSSLKEY", "~/.postgresql/postgresql.key"),
 )
 USER = re.compile(r"[\w.~%-]*")
+SERVER = re.compile(r"(\[[^]]*\]|[^:]*)(?::(\d*))?")  # in a url: a host and its port
+PORT, THIS_MACHINE = "5432", ("", "127.0.0.1", "::1")
 
 
 def check_url(value: str) -> str:
@@ -65,6 +68,33 @@ def redact_url(url: str) -> str:
     if parts.scheme in FILES:
         return url
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def databases_of(url: str) -> frozenset[str]:
+    """Return the databases that a checked url names, one for each server and port, each in one
+    spelling: a file's path without links; a PostgreSQL server's hosts, ports and database, from the
+    url or its query string, as libpq reads them. Two names of one server, such as an alias and its
+    address, stay two, as does what a service file or a variable of libpq's names."""
+    parts = urlsplit(url)
+    if parts.scheme in FILES:
+        return frozenset({f"{parts.scheme}:{file_of(url).resolve()}"})
+    asked = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+    user, _, servers = parts.netloc.rpartition("@")
+    named = [SERVER.fullmatch(server) for server in servers.split(",")]
+    hosts = asked.get("host") or ",".join(each[1] for each in named if each)
+    ports = asked.get("port") or ",".join(each[2] or PORT for each in named if each)
+    hosts = ",".join(filter(None, (hosts, asked.get("hostaddr")))) or "localhost"
+    name = asked.get("dbname") or unquote(parts.path[1:]) or asked.get("user") or unquote(user)
+    pairs = product(unquote(hosts).split(","), ports.split(","))
+    return frozenset(f"{_spelled(host)}:{port or PORT}/{name}" for host, port in pairs)
+
+
+def _spelled(host: str) -> str:
+    """Return a host in one spelling; the folder of a socket keeps its case."""
+    if host.startswith("/"):
+        return host.rstrip("/")
+    host = host.lower().strip("[]").rstrip(".")
+    return "localhost" if host in THIS_MACHINE else host
 
 
 def is_over_tcp(url: str) -> bool:

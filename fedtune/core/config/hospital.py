@@ -8,19 +8,22 @@ signing key, network keys, policy and state folder, and pays from the hospital's
 
 from __future__ import annotations
 
+import codecs
 import os
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import Field, model_validator
 
-from fedtune.core.config.database import Url, anchor_url
+from fedtune.core.config.database import Url, anchor_url, databases_of
 from fedtune.core.config.site import ConsentTable, ShareTable, Site, SiteData, fits
 from fedtune.core.config.types import Count, Delta, Name, Number, Place, Positive, Table
-from fedtune.core.errors import ConfigError
+from fedtune.core.errors import ConfigError, FedtuneError
 from fedtune.core.files.room import OFFICER, ROUNDS
 
-FILE = "hospital.toml"
+FILE, FHIR = "hospital.toml", "fhir"
 Data = TypeVar("Data", bound=SiteData)
 
 
@@ -64,9 +67,12 @@ class RegisteredData(Table):
         return super().anchored(folder).model_copy(update={"url": url})
 
     def is_place_of(self, data: SiteData) -> bool:
-        """Return whether `data` lies here: the same file or folder, or the same database."""
+        """Return whether `data` lies here: the same file or folder, or the same database,
+        however it is spelled."""
+        if self.url and data.url:
+            return databases_of(self.url) == databases_of(data.url)
         if self.url or data.url:
-            return self.url == data.url
+            return False
         assert self.path is not None
         if self.path.exists() and data.path.exists():
             return os.path.samefile(self.path, data.path)
@@ -127,7 +133,8 @@ def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
     with what the hospital declares of its datasets.
 
     Errors: ConfigError if the hospital does not list the membership or a dataset, names another
-    site file for the membership, or if the site file says otherwise."""
+    site file for the membership, if the site file says otherwise, or if another membership's reads
+    the keys of a dataset otherwise."""
     assert site.hospital is not None
     name, ceilings = site.hospital.membership, hospital.policy
     where = site.hospital.home / FILE
@@ -175,6 +182,7 @@ def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
     )
     data = _registered(site.data, hospital, where)
     evaluation = site.evaluation and _registered(site.evaluation, hospital, where)
+    _check_read_alike(site, hospital, site_file)
     return site.model_copy(update={"policy": policy, "data": data, "evaluation": evaluation})
 
 
@@ -223,3 +231,49 @@ def _registered(data: Data, hospital: Hospital, where: Path) -> Data:
                 "remove it from the site file",
             )
     return data.model_copy(update=declared)
+
+
+def _check_read_alike(site: Site, hospital: Hospital, site_file: Path) -> None:
+    """Check that every membership reads the patients' keys of a dataset alike: a key that is read
+    otherwise is another patient's to the ledger, so that a withdrawal would hold in one membership
+    alone. A site file that cannot be read takes no part, and is not compared. Errors:
+    ConfigError."""
+    for membership in hospital.memberships.values():
+        if membership.site.resolve() == site_file.resolve():
+            continue
+        for table, other in product(_tables(site), _tables_in(membership.site)):
+            ours, theirs = _read_by(table), _read_by(other)
+            if table.name == other.name and ours != theirs:
+                differs = [key for key in ours if ours[key] != theirs[key]]
+                raise ConfigError(
+                    f"{site_file} and {membership.site} read {table.name!r} otherwise: "
+                    + ", ".join(f"{key} {ours[key]!r} and {theirs[key]!r}" for key in differs),
+                    "one way for all memberships, so that a patient's key is the same in each",
+                    "correct `source` or `options` of [data] in one of the two",
+                )
+
+
+def _tables(site: Site) -> list[SiteData]:
+    return [table for table in (site.data, site.evaluation) if table]
+
+
+def _tables_in(site_file: Path) -> list[SiteData]:
+    from fedtune.core.config.load import load_site
+
+    try:
+        return _tables(load_site(site_file, alone=True))
+    except FedtuneError:
+        return []
+
+
+def _read_by(data: SiteData) -> dict[str, str]:
+    """Return what decides how a patient's key is read from a row. A converter is given rows whose
+    patient is known already, and table, query and filter choose rows."""
+    encoding = str(data.options.get("encoding", "utf-8"))
+    with suppress(LookupError):
+        encoding = codecs.lookup(encoding).name  # of all its spellings
+    return {
+        "source": FHIR if data.source == FHIR else "rows",  # others read the cells as they stand
+        "encoding": encoding,
+        "delimiter": str(data.options.get("delimiter", ",")),
+    }

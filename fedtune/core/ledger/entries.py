@@ -19,6 +19,7 @@ RULES = 2
 Slot = tuple[str, int, str]  # (study, round, adapter): at most one update leaves the site for it
 Permit = Callable[[list["Charge"]], None]
 PermitUnknown = Callable[[list["Spent"]], None]  # of charges whose ε is not known
+PermitApart = Callable[[dict[str, list[str]]], None]  # dataset -> those declared disjoint from it
 
 
 def slot_of(slot: Slot, membership: str) -> Slot:

@@ -48,6 +48,7 @@ from fedtune.core.ledger.entries import (
     Freeze,
     Held,
     Permit,
+    PermitApart,
     PermitUnknown,
     Slot,
     Spent,
@@ -308,6 +309,11 @@ class Ledger:
                 asks = permit if other == dataset else permit_other or permit
                 asks([s.charge for s in spent])
 
+    def _ask_apart(self, permit_apart: PermitApart | None) -> None:
+        if permit_apart:
+            declared = self._account.declared.items()
+            permit_apart({name: list(body["disjoint_from"]) for name, body in declared})
+
     def reserve(
         self,
         dataset: str,
@@ -315,19 +321,22 @@ class Ledger:
         adapter: str,
         permit: Permit,
         permit_unknown: PermitUnknown | None = None,
+        permit_apart: PermitApart | None = None,
     ) -> int:
         """Charge `dataset` with one round from the adapter of digest `adapter`, if `permit` allows.
 
         `permit` gets all charges that count against a dataset, without the new one, and raises
         to refuse. It is called for `dataset` and for every other dataset against which the
         charge would count, under the write lock; it must not call this ledger. permit_unknown: is
-        given `unknown` of the dataset for the charge's unit, likewise. Returns the entry's number.
-        Errors: what `permit` raises (nothing is charged); LedgerError."""
+        given `unknown` of the dataset for the charge's unit, likewise; permit_apart: what each
+        dataset is declared disjoint from, by which the charges count, likewise. Returns the entry's
+        number. Errors: what `permit` raises (nothing is charged); LedgerError."""
         with self._store.writing() as writer:
             self._check_not_frozen()
             self._ask(dataset, permit)
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
+            self._ask_apart(permit_apart)
             return writer.append("reserve", _reservation(dataset, charge, adapter))
 
     def reserve_for(
@@ -338,13 +347,14 @@ class Ledger:
         permit: Permit,
         permit_other: Permit | None = None,
         permit_unknown: PermitUnknown | None = None,
+        permit_apart: PermitApart | None = None,
     ) -> tuple[int, frozenset[int]]:
         """Charge one round to the cohorts of `dataset` that `permit` allows: a cohort that it
         refuses is left out of the round and not charged for it. Returns the reservation's number
         and the arrivals of the cohorts left out. permit_other: asked in place of `permit` of every
         other dataset against which the charge counts. All rounds count there, whoever was in them,
-        so that what limits one cohort's life is no limit of such a dataset. permit_unknown: as for
-        `reserve`.
+        so that what limits one cohort's life is no limit of such a dataset. permit_unknown,
+        permit_apart: as for `reserve`.
 
         Guarantee: who is left out follows from public charges, the policy and the time of arrival,
         never from a record; and the charge is made even where no cohort remains.
@@ -354,6 +364,7 @@ class Ledger:
             self._ask(dataset, permit, permit_other, of_newcomers=True)
             if permit_unknown:
                 permit_unknown(self._unknown(dataset, charge.unit))
+            self._ask_apart(permit_apart)
             out = set()
             for cohort in self._account.cohorts(dataset):
                 try:

@@ -73,7 +73,8 @@ def answer_query(
     label = site.slot(plan.study, round_, digest(adapter))[2]
     in_home = current.hospital is not None
     known = partial(check_known, held_out.name, plan.unit, in_home=in_home)
-    reserved = site.ledger.reserve(held_out.name, charge, label, permit, known)
+    stated = partial(site.check_stated, current)
+    reserved = site.ledger.reserve(held_out.name, charge, label, permit, known, stated)
     site.log.begin_round()
     prepared.network.load_frozen(prepared.frozen)
     ran = SitePlan(plan, make_room=make_room_after)

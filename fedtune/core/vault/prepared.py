@@ -21,8 +21,8 @@ from fedtune.core.wire.codec import Encoded, layout, shapes
 
 
 class Unprepared(Refused):
-    """This site does not know the plan (it was restarted, or joined late): the coordinator sends
-    it again."""
+    """This site does not know the plan (it was restarted, or joined late), or reads its settings
+    anew: the coordinator sends the plan again."""
 
 
 class Unsigned(PolicyRefused):

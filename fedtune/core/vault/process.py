@@ -101,17 +101,13 @@ def main(options: list[str]) -> None:
 
 @contextmanager
 def _alone(site: Site) -> Iterator[None]:
-    """Hold the lock of a site's vault and, in a hospital's home, that of its membership. A vault
-    whose client was killed may live on for a moment, and is waited for. Errors: InfrastructureError
-    if it does not end."""
+    """Hold the locks of a site's vault. A vault whose client was killed may live on for a moment,
+    and is waited for. Errors: InfrastructureError if it does not end."""
     deadline = time.monotonic() + LAST_MOMENTS
     while True:
         with ExitStack() as held:
             try:
-                who = "the vault of a client that has ended"
-                held.enter_context(alone(site.site.state / HOME, who))
-                if site.hospital:
-                    held.enter_context(vault_of(site.home, site.hospital.membership))
+                held.enter_context(locked(site, "the vault of a client that has ended"))
             except InfrastructureError:
                 if time.monotonic() > deadline:
                     raise
@@ -119,6 +115,17 @@ def _alone(site: Site) -> Iterator[None]:
                 yield
                 return
         time.sleep(0.1)
+
+
+@contextmanager
+def locked(site: Site, who: str) -> Iterator[None]:
+    """Hold the lock of a site's vault and, in a hospital's home, that of its membership. who: the
+    name of a process that holds them, for the error. Errors: InfrastructureError naming it."""
+    with ExitStack() as held:
+        held.enter_context(alone(site.site.state / HOME, who))
+        if site.hospital:
+            held.enter_context(vault_of(site.home, site.hospital.membership))
+        yield
 
 
 def vault_of(home: Path, membership: str) -> AbstractContextManager[bool]:

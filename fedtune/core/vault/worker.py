@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -246,6 +246,17 @@ class SiteWorker:
         unknown = self.ledger.unknown(data.name, study.unit)
         check_known(data.name, study.unit, unknown, in_home=site.hospital is not None)
 
+    def check_stated(self, site: Site, declared: Mapping[str, Sequence[str]]) -> None:
+        """Check, under the ledger's lock, that it holds what `declare` entered of which datasets of
+        a hospital's home are disjoint. declared: what it holds.
+
+        Errors: Unprepared if another membership's vault has read hospital.toml otherwise meanwhile:
+        the coordinator sends the plan again, and this one reads it anew."""
+        if hospital := site.policy.hospital:
+            stated = {name: sorted({*hospital.disjoint_from.get(name, ())}) for name in declared}
+            if stated != declared:
+                raise Unprepared("this site reads its settings anew", todo="send the plan again")
+
     def require_signature(self, study: Study, site: Site) -> None:
         """Check that a person signed the plan, if the site's policy asks for it. In a simulation
         "reviewed" asks for nothing more, since the same person has the plan and the site's file.
@@ -429,6 +440,7 @@ class SiteWorker:
         # Again under the write lock: another membership may have paid since.
         in_home = site.hospital is not None
         known = partial(check_known, self._dataset, study.unit, in_home=in_home)
+        stated = partial(self.check_stated, site)
         # Before a record is read, since each reading may be an entry of the ledger. Where `permit`
         # is asked of cohorts, their own charges are not all attempts.
         if plan and study.continuous:
@@ -437,11 +449,11 @@ class SiteWorker:
         data = self.data_in_study(study, prepared.network, self.site.data)
         if study.continuous:  # `permit` asks of a cohort, and leaves out one that it refuses
             reserved, spent = self.ledger.reserve_for(
-                self._dataset, charge, slot, permit, permit_other, known
+                self._dataset, charge, slot, permit, permit_other, known, stated
             )
             data = self._with_budget_left(data, spent)
         else:
-            reserved = self.ledger.reserve(self._dataset, charge, slot, permit, known)
+            reserved = self.ledger.reserve(self._dataset, charge, slot, permit, known, stated)
         self.log.begin_round()
         if plan is None:  # a mechanism logs its noised steps; a restore charges by the log
             steps = study.training.local_steps
