@@ -61,6 +61,7 @@ from fedtune.server.schedule import SystemClock
 from fedtune.server.turns import Turn
 
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
+PORTS = 5  # tried for the SuperLink, one after another
 CLAIM_SECONDS = 30.0
 SIGNING_SECONDS = 7 * 86_400.0
 WATCH_SECONDS = 0.5  # pause between two checks of the gateway and the registry
@@ -264,7 +265,7 @@ def superlink(home: Path) -> Iterator[Link]:
 
     Its database is new at each start: the state that must survive a restart is in the run's
     folder."""
-    state, port = home / "flower", free_port()
+    state = home / "flower"
     for old in state.glob("state.db*"):
         old.unlink()
     secret = secrets.token_bytes(32)
@@ -272,7 +273,6 @@ def superlink(home: Path) -> Iterator[Link]:
     certificate, key = certs.loopback(state)
     # fmt: off
     options = [
-        "--host", "127.0.0.1", "--port", str(port),
         "--ssl-certfile", str(certificate), "--ssl-keyfile", str(key),
         "--ssl-ca-certfile", str(certificate),
         "--enable-supernode-auth",
@@ -281,9 +281,27 @@ def superlink(home: Path) -> Iterator[Link]:
         "--disable-runtime-dependency-installation",
     ]
     # fmt: on
-    with Child("superlink", options, home=state, log=state / "superlink.log") as child:
-        child.wait_for_port("127.0.0.1", port)
+    child, port = _listen_on_loopback(options, state)
+    with child:
         yield Link(child, f"127.0.0.1:{port}", certificate, secret)
+
+
+def _listen_on_loopback(options: Sequence[str], state: Path) -> tuple[Child, int]:
+    """Start a SuperLink on a free port, which another program may take before it does: then on
+    another one. Errors: InfrastructureError."""
+    attempts = PORTS
+    while True:
+        attempts, port = attempts - 1, free_port()
+        where = ["--host", "127.0.0.1", "--port", str(port)]
+        child = Child("superlink", [*where, *options], home=state, log=state / "superlink.log")
+        try:
+            child.wait_for_port("127.0.0.1", port)
+            return child, port
+        except BaseException as error:
+            child.stop()
+            is_taken = isinstance(error, InfrastructureError) and child.has_logged("already in use")
+            if not (is_taken and attempts):
+                raise
 
 
 @contextmanager

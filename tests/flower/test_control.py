@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import ssl
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +17,9 @@ from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 
+from fedtune.core.errors import InfrastructureError
 from fedtune.flower import api
+from fedtune.flower.ports import free_port
 from fedtune.launch import coordinator
 from fedtune.launch.coordinator import Link
 
@@ -35,6 +39,27 @@ def plain(link: Link) -> ControlHttpClient:
     """Flower's own client, as anybody on this machine can run it (the certificate is no secret)."""
     version = RuntimeVersionHttpInterceptor("flwr")
     return ControlHttpClient.from_server_address(link.address, False, link.ca, [version])
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_a_port_that_somebody_takes_first_is_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: bool
+) -> None:
+    """Between the choice of a port and its use; and it ends with an error if no port is ever
+    free."""
+    with socket.socket() as taken, socket.socket() as other:
+        for one in (taken, other):
+            one.bind(("127.0.0.1", 0))
+        number = taken.getsockname()[1]
+        ports = [number, free_port()] if free else [number, other.getsockname()[1]]
+        monkeypatch.setattr(coordinator, "PORTS", len(ports))
+        monkeypatch.setattr(coordinator, "free_port", iter(ports).__next__)
+        if free:
+            with coordinator.superlink(tmp_path / "home") as link:
+                assert link.address == f"127.0.0.1:{ports[1]}" and link.child.alive
+        else:
+            with pytest.raises(InfrastructureError, match="ended by itself"):
+                coordinator.superlink(tmp_path / "home").__enter__()
 
 
 def test_the_coordinator_registers_sites_and_starts_runs(link: Link) -> None:
