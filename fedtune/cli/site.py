@@ -291,7 +291,13 @@ def ledger(
 
     if freeze and lift:
         raise ConfigError("--freeze and --lift are both given", "only one of the two")
-    loaded = load_site(site)
+    try:
+        loaded = load_site(site)
+    except ConfigError:
+        if freeze:  # an emergency waits for no correction of hospital.toml or of another site file
+            frozen.freeze(load_site(site, alone=True), reason)
+            typer.echo("the ledger is frozen, in spite of this:", err=True)
+        raise
     if freeze:
         frozen.freeze(loaded, reason)
     if lift:

@@ -14,6 +14,7 @@ from fedtune.officer import purge
 from tests.cli_kit import run
 from tests.client.adoption_kit import CHARGE
 from tests.client.airlock_kit import Asked, a_site, contents
+from tests.client.hospital_kit import make_hospital
 
 pytestmark = pytest.mark.usefixtures("without_self_test")
 FROZEN = "has frozen its ledger"
@@ -160,3 +161,16 @@ def test_a_home_is_frozen_for_every_membership(tmp_path: Path) -> None:
     assert Ledger(sites["onco"].home).frozen
     done = run("memberships", tmp_path, "--end", "cardio", "--yes")
     assert done.exit_code == 3 and "nothing is deleted" in done.stderr, done.output
+
+
+def test_a_home_with_a_wrong_file_is_frozen_all_the_same(tmp_path: Path) -> None:
+    """An emergency waits for no correction; the error is still told."""
+    files = make_hospital(tmp_path)
+    book = Ledger(tmp_path)
+    file = files["onco"]
+    read = '"../notes.jsonl"\nsource = "csv"\noptions = { encoding = "cp1252" }'
+    file.write_text(file.read_text().replace('"../notes.jsonl"', read))
+    done = run("ledger", str(files["cardio"]), "--freeze", "--reason", "doubt")
+    assert done.exit_code == 2 and "read 'records' otherwise" in done.output
+    assert "the ledger is frozen, in spite of this" in done.output
+    assert book.frozen and book.frozen.why == "doubt"
