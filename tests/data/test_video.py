@@ -215,7 +215,7 @@ def test_a_table_is_judged_before_memory_is_made_for_it(
     ("limit", "value", "reason"),
     [
         ("PIXELS", 32 * 24 - 1, "video too large"),
-        ("DECODED", 12 * 32 * 24 - 1, "video too long"),
+        ("DECODED", 12 * (32 + video.BORDER) * (24 + video.BORDER) - 1, "video too long"),
         ("PACKETS", 11, "video too long"),
     ],
 )

@@ -102,7 +102,36 @@ def test_the_pixels_of_all_frames_are_counted(monkeypatch: pytest.MonkeyPatch) -
     size = (1920, 1080)
     decoder = Decoder(lambda: (shown(n, size) for n in range(1000)), size)
     assert reason(monkeypatch, decoder) == "video too long"
-    assert decoder.asked == video.DECODED // (1920 * 1080) + 1
+    pixels = (1920 + video.BORDER) * (1080 + video.BORDER)
+    assert decoder.asked == video.DECODED // pixels + 1
+    assert len(decoder.opened) == 1, "they are counted before one is decoded: some are not shown"
+
+
+def test_a_vp9_packet_counts_as_its_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A superframe has up to eight, of which one is shown."""
+    size, context = (1920, 1080), SimpleNamespace(name="vp9", options={})
+
+    class Packet(SimpleNamespace):
+        def __bytes__(self) -> bytes:
+            return b"\0" + bytes([self.last])
+
+    def packets(last: int) -> Iterator[Any]:
+        return (Packet(**vars(shown(n, size)), last=last) for n in range(200))
+
+    usual = Decoder(lambda: packets(0x5F), size, codec_context=context)
+    assert len(frames_of(monkeypatch, usual)) == video.FRAMES
+    eight = Decoder(lambda: packets(0xC7), size, codec_context=context)
+    assert reason(monkeypatch, eight) == "video too long"
+    assert eight.asked == video.DECODED // (8 * (1920 + video.BORDER) * (1080 + video.BORDER)) + 1
+
+
+def test_a_coded_frame_is_hardly_larger_than_its_header_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoder = Decoder(lambda: [shown(0)], (320, 240))
+    frames_of(monkeypatch, decoder)
+    most = int(decoder._stream.codec_context.options["max_pixels"])
+    assert most == (320 + video.BORDER) * (240 + video.BORDER)
 
 
 @pytest.mark.parametrize("where", ["header", "frame"])
@@ -187,12 +216,11 @@ def box(name: bytes, content: bytes = b"") -> bytes:
 
 def tables(count: int, name: bytes = b"stsz") -> bytes:
     """An MP4 file with a table of so many entries, none of which is there."""
-    head = {b"stsz": 8, b"stz2": 8, b"trun": 4}[name]
-    inner = box(b"trak", box(name, bytes(head) + struct.pack(">I", count)))
+    inner = box(b"trak", box(name, bytes(8) + struct.pack(">I", count)))
     return box(b"ftyp") + box(b"moov", inner)
 
 
-@pytest.mark.parametrize("name", [b"stsz", b"stz2", b"trun"])
+@pytest.mark.parametrize("name", [b"stsz", b"stz2"])
 def test_a_table_is_judged_before_memory_is_made_for_it(
     monkeypatch: pytest.MonkeyPatch, name: bytes
 ) -> None:
@@ -212,5 +240,6 @@ def test_only_what_lies_outside_the_frames_is_a_table(monkeypatch: pytest.Monkey
         assert frames_of(monkeypatch, decoder, box(b"ftyp") + frames)
     for more in (box(b"free", table), wide + box(b"moov", table)):
         assert reason(monkeypatch, decoder, box(b"ftyp") + more) == "video too long"
-    for broken in (box(b"moov", b"cmov"), struct.pack(">I", 7) + b"mdat" * 9):
+    hidden = (box(b"moov", box(name)) for name in video._FRAGMENTS)
+    for broken in (*hidden, box(b"moov", b"cmov"), struct.pack(">I", 7) + b"mdat" * 9):
         assert reason(monkeypatch, decoder, box(b"ftyp") + broken) == "unreadable video"

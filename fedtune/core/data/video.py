@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 FRAMES = 8  # of every clip, however long it is
 PIXELS = 2**22  # of one frame, by the header
-DECODED = 2_000_000_000  # pixels of all frames that are decoded: 32 s of 1080p at 30 a second
+DECODED = 2_000_000_000  # pixels of all coded frames, by the header: 24 s of 1080p at 30 a second
 PACKETS = 20_000  # of the video stream: coded frames
 STREAMS = 8  # of video, sound, subtitles
-DECODERS = "av1,h264,hevc,libdav1d,mjpeg,mpeg4,vp8,vp9"
+DECODERS = "h264,hevc,mjpeg,mpeg4,vp8,vp9"  # none whose packets may hold any number of frames
+BORDER = 192  # pixels that FFmpeg may want in width and height beside what a header says
 EXTRA = "pip install 'fedtune[video]'"
 
 UNREADABLE, LARGE, LONG = "unreadable video", "video too large", "video too long"
-# FFmpeg counts a border too, so it has room. An error that a decoder would conceal is one.
-_STRICT = {"max_pixels": str(2 * PIXELS), "err_detect": "explode"}
+_STRICT = {"err_detect": "explode"}  # an error that a decoder would conceal is one
 _OPTIONS = {
     **_STRICT,
+    "max_pixels": str(2 * PIXELS),
     "codec_whitelist": DECODERS,
     "ignore_editlist": "1",  # of a list of cuts, FFmpeg's index may grow without a byte of the file
     "max_streams": str(STREAMS),
@@ -37,7 +38,9 @@ _OPTIONS = {
 }
 # A table of these says how many samples follow, of which each may take no byte of the file, and
 # FFmpeg makes memory for each. The number's place after the box's name.
-_COUNTED = {b"stsz": 8, b"stz2": 8, b"trun": 4}
+_COUNTED = {b"stsz": 8, b"stz2": 8}
+# A file in fragments has such tables also where its index leads to, in the midst of its frames.
+_FRAGMENTS = (b"moof", b"mvex", b"trex", b"sidx", b"mfra", b"tfra")
 
 
 def import_pyav() -> Any:
@@ -65,19 +68,22 @@ def decode_frames(body: bytes) -> list[Image]:
 
 def _sampled(av: Any, body: bytes) -> list[Any]:
     """Decode the frames that are shown at the sampled times, which packets' times give."""
+    times, pixels = [], 0
     with _opened(av, body) as (container, stream):
-        times = [packet.pts for packet in _first(container.demux(stream)) if packet.size]
+        for packet in _first(container.demux(stream)):
+            if packet.size:
+                times.append(packet.pts)
+                pixels += _count_frames(stream, packet) * _largest_coded(stream)
+                if pixels > DECODED:  # asked before any is decoded: some are never shown
+                    raise Rejected(LONG)
     first, span = min(times), max(times) - min(times)
     sampled = [first + (2 * part + 1) * span // (2 * FRAMES) for part in range(FRAMES)]
     found: list[Any] = []
-    shown, pixels = None, 0
+    shown = None
     with _opened(av, body) as (container, stream):
         for frame in _first(container.decode(stream)):
-            pixels += frame.width * frame.height
             if frame.width * frame.height > PIXELS:
                 raise Rejected(LARGE)
-            if pixels > DECODED:
-                raise Rejected(LONG)
             if frame.is_corrupt:
                 raise Rejected(UNREADABLE)
             while shown is not None and len(found) < FRAMES and sampled[len(found)] < frame.pts:
@@ -86,6 +92,19 @@ def _sampled(av: Any, body: bytes) -> list[Any]:
     if shown is None:
         raise Rejected(UNREADABLE)
     return [*found, *[shown] * (FRAMES - len(found))]
+
+
+def _count_frames(stream: Any, packet: Any) -> int:
+    """Count a packet's coded frames: 1, or for VP9 what its last byte says of a superframe
+    (VP9 bitstream and decoding process specification 0.6, annex B)."""
+    last = bytes(packet)[-1] if stream.codec_context.name == "vp9" else 0
+    return 1 + (last & 7) if last & 0xE0 == 0xC0 else 1
+
+
+def _largest_coded(stream: Any) -> int:
+    """Count the pixels that a coded frame may have by the file's header, whatever it says of
+    itself; the decoder refuses more."""
+    return int((stream.width + BORDER) * (stream.height + BORDER))
 
 
 def _first(items: Iterator[Any]) -> Iterator[Any]:
@@ -112,7 +131,7 @@ def _opened(av: Any, body: bytes) -> Iterator[tuple[Any, Any]]:
             raise Rejected(UNREADABLE)
         if stream.width * stream.height > PIXELS:
             raise Rejected(LARGE)
-        stream.codec_context.options = _STRICT
+        stream.codec_context.options = _STRICT | {"max_pixels": str(_largest_coded(stream))}
         stream.thread_count = 1
         yield container, stream
 
@@ -131,7 +150,7 @@ def _demuxer(body: bytes) -> str:
 
 def _check_tables(body: bytes) -> None:
     """Check the tables of an MP4 file, wherever they stand outside its frames. Errors: Rejected if
-    one is compressed, or states more than PACKETS entries."""
+    one is compressed or states more than PACKETS entries, or if the file is in fragments."""
     at = 0
     while at + 8 <= len(body):
         size, name, header = int.from_bytes(body[at : at + 4]), body[at + 4 : at + 8], 8
@@ -146,7 +165,7 @@ def _check_tables(body: bytes) -> None:
 
 
 def _check_counts(box: bytes) -> None:
-    if b"cmov" in box:
+    if b"cmov" in box or any(name in box for name in _FRAGMENTS):
         raise Rejected(UNREADABLE)
     for name, place in _COUNTED.items():
         at = box.find(name)
