@@ -65,21 +65,23 @@ def evidence(
     withdrew, and are those of every membership. Without --to, every copy and the signature are
     checked: a change ends with exit code 2. Anybody can sign a folder with a key of their own:
     without --signer, exit code 3."""
-    from fedtune.cli.log import role_folder
     from fedtune.core.config import load_site
     from fedtune.core.errors import Refused
     from fedtune.core.ledger.audit_log import signer_at
     from fedtune.evidence import incident
 
     if to is None:
-        is_named = Path(signer).exists() if signer else False
-        key = signer_at(role_folder(Path(signer))) if is_named else signer
+        named = Path(signer)
+        if named.is_file():
+            key = signer_at(load_site(named, keys_may_differ=True).site.state)
+        else:
+            key = signer_at(named) if signer and named.is_dir() else signer
         kept = incident.check(path, key)
         typer.echo(f"{path}: {kept.files} files, as they were kept at {kept.made} by {kept.by}")
     elif path.is_dir():
         kept = incident.keep_of_coordinator(path, to, noticed, run)
     else:
-        kept = incident.keep_of_site(load_site(path), to, noticed, run)
+        kept = incident.keep_of_site(load_site(path, keys_may_differ=True), to, noticed, run)
     if to:
         typer.echo(f"kept {kept.files} files in {to}, read-only")
     typer.echo(

@@ -417,7 +417,7 @@ def leave(
     from fedtune.core.config import load_site
     from fedtune.officer.leave import leave as go
 
-    left = go(load_site(site), distrust=distrust)
+    left = go(load_site(site, keys_may_differ=True), distrust=distrust)
     named = f"the consortium {left.consortium}" if left.consortium else "a consortium never joined"
     typer.echo(f"left {named}; {left.files} files of keys and certificates are deleted")
     for name in left.studies.values():

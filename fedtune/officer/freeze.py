@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedtune.core.config import Site
-from fedtune.core.errors import ConfigError, InputError, NotGenuine, Refused
+from fedtune.core.errors import ConfigError, FedtuneError, NotGenuine, Refused
 from fedtune.core.ledger import audit_log
 from fedtune.core.ledger.audit_log import AuditLog, login
 from fedtune.core.ledger.entries import Freeze, Standing
@@ -42,12 +42,18 @@ def freeze(site: Site, why: str) -> None:
 
 
 def lift(site: Site, why: str) -> None:
-    """End a freeze. The audit log says so first: a lift that nobody can read about is none.
-    Errors: InputError if the ledger is not frozen; LedgerError; InfrastructureError."""
-    book = Ledger(site.home)
+    """End a freeze. The audit log says so first; one that is damaged keeps nobody from lifting,
+    since the ledger's own entry says who did and why, and is told all the same. Errors: InputError
+    if the ledger is not frozen; NotGenuine, after the lift; LedgerError; InfrastructureError."""
+    book, damaged = Ledger(site.home), None
     if book.frozen:
-        AuditLog(book.folder, book.key).add(LIFT, "--lift")
+        try:
+            AuditLog(book.folder, book.key).add(LIFT, "--lift")
+        except NotGenuine as error:
+            damaged = error
     book.lift(login(), why)
+    if damaged:
+        raise damaged
 
 
 def standing(home: Path, public: str) -> Standing:
@@ -60,12 +66,12 @@ def _freeze_by_log(folder: Path, public: str) -> Freeze | None:
     """Return the freeze that an audit log has and that nobody lifted. One that does not verify
     counts as such a freeze: its newest entries may be gone."""
     why = "restored: the audit log has a freeze that nobody lifted"
+    if not audit_log.files(folder):
+        return None
     try:
         entries = audit_log.verify(folder, public).entries
-    except NotGenuine:
+    except (FedtuneError, OSError):
         return Freeze(login(), "restored: the audit log is damaged, and may have lost a freeze", 0)
-    except InputError:  # no log
-        return None
     acts = [entry["event"] for entry in entries if entry["event"] in (FREEZE, LIFT)]
     return Freeze(login(), why, 0) if acts[-1:] == [FREEZE] else None
 

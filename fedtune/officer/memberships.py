@@ -126,7 +126,7 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
     most = table.max_epsilon or ceilings.max_epsilon
     fallback = table.max_fallback_epsilon or ceilings.max_fallback_epsilon
     try:
-        site = site_of(table.site, name)
+        site = site_of(table.site, name, keys_may_differ=True)
     except FedtuneError as error:
         return Membership(name, table.site, most, fallback, problem=str(error))
     consortium, problem = None, ""
@@ -154,10 +154,12 @@ def _membership(name: str, hospital: Hospital, ledger: Ledger | None) -> Members
     )
 
 
-def site_of(path: Path, membership: str, at: Path | None = None) -> Site:
-    """Load the site file of a membership, or a draft of it that will lie `at` another path. Errors:
-    ConfigError if it is another's."""
-    site = load_site(path, at=at)
+def site_of(
+    path: Path, membership: str, at: Path | None = None, *, keys_may_differ: bool = False
+) -> Site:
+    """Load the site file of a membership, or a draft of it that will lie `at` another path; see
+    `load_site`. Errors: ConfigError if it is another's."""
+    site = load_site(path, at=at, keys_may_differ=keys_may_differ)
     if site.policy.membership != membership:
         raise ConfigError(
             f"{path}: is not the site file of membership {membership!r}",
@@ -313,7 +315,7 @@ def list_ending(home: Path, name: str) -> Ending:
     }
     site, delete, anyway = None, dict[str, list[Path]](), ""
     with suppress(FedtuneError):
-        site = site_of(one.site_file, name)
+        site = site_of(one.site_file, name, keys_may_differ=True)
     if site is None:
         anyway = f"its site file cannot be used, so that nothing is deleted: {one.problem}"
     elif one.studies:

@@ -143,7 +143,7 @@ def _memberships(site: Site) -> tuple[list[Site], FedtuneError | None]:
     for name, membership in others.items():
         if name != site.policy.membership:
             try:
-                sites.append(load_site(membership.site))
+                sites.append(load_site(membership.site, keys_may_differ=True))
             except FedtuneError as error:
                 unread = error
     return sites, unread

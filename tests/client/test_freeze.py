@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.core.errors import InputError, PolicyRefused, Refused
+from fedtune.core.config import load_site
+from fedtune.core.errors import ConfigError, InputError, PolicyRefused, Refused
 from fedtune.core.ledger.ledger import Ledger
 from fedtune.core.vault import worker as worker_module
 from fedtune.officer import freeze as officer
@@ -163,14 +164,79 @@ def test_a_home_is_frozen_for_every_membership(tmp_path: Path) -> None:
     assert done.exit_code == 3 and "nothing is deleted" in done.stderr, done.output
 
 
+def read_otherwise(file: Path) -> None:
+    """Let a membership read patients' keys in another encoding than the others do."""
+    read = '"../notes.jsonl"\nsource = "csv"\noptions = { encoding = "cp1252" }'
+    file.write_text(file.read_text().replace('"../notes.jsonl"', read))
+
+
 def test_a_home_with_a_wrong_file_is_frozen_all_the_same(tmp_path: Path) -> None:
     """An emergency waits for no correction; the error is still told."""
     files = make_hospital(tmp_path)
     book = Ledger(tmp_path)
-    file = files["onco"]
-    read = '"../notes.jsonl"\nsource = "csv"\noptions = { encoding = "cp1252" }'
-    file.write_text(file.read_text().replace('"../notes.jsonl"', read))
+    (tmp_path / "hospital.toml").write_text("no = toml = at all")
     done = run("ledger", str(files["cardio"]), "--freeze", "--reason", "doubt")
-    assert done.exit_code == 2 and "read 'records' otherwise" in done.output
+    assert done.exit_code == 2 and "hospital.toml" in done.output
     assert "the ledger is frozen, in spite of this" in done.output
     assert book.frozen and book.frozen.why == "doubt"
+
+
+def test_what_an_officer_decides_waits_for_no_other_memberships_file(tmp_path: Path) -> None:
+    """A study does: another key is another patient."""
+    files = make_hospital(tmp_path)
+    book = Ledger(tmp_path)
+    book.declare("records", [])
+    read_otherwise(files["onco"])
+    with pytest.raises(ConfigError, match="read 'records' otherwise"):
+        load_site(files["cardio"])
+    keys = tmp_path / "keys.txt"
+    keys.write_text("p1\np2\n")
+    cardio, kept = files["cardio"], tmp_path / "kept"
+    for words in (
+        ("ledger", cardio, "--freeze"),
+        ("evidence", cardio, "--to", kept),
+        ("ledger", cardio, "--lift"),
+        ("withdraw", cardio, "--file", keys),
+        ("let-go", cardio),
+        ("leave", cardio, "--distrust"),
+    ):
+        done = run(*words)
+        assert "otherwise" not in done.output, done.output
+    assert len(book.withdrawn()) == 2 and kept.is_dir()
+    assert run("evidence", kept, "--signer", cardio).exit_code == 0
+    assert run("evidence", kept, "--signer", files["onco"]).exit_code == 2
+
+
+@pytest.mark.parametrize("how", ["changed", "lock is a folder"])
+def test_a_log_that_cannot_be_read_freezes_and_keeps_nobody_from_lifting(
+    asked: Asked, tmp_path: Path, how: str
+) -> None:
+    copy, state = tmp_path / "copy", asked.site.site.state
+    asked.worker.ledger.backup(copy)
+    asked.restart()
+    assert run("ledger", asked.path, "--freeze").exit_code == 0
+    (state / "ledger.db").unlink()
+    if how == "changed":
+        log = state / "audit.jsonl"
+        log.write_bytes(log.read_bytes()[:-20] + bytes(19) + b"\n")
+    else:
+        (state / "audit.lock").unlink()
+        (state / "audit.lock").mkdir()
+    assert run("ledger", asked.path, "--restore", "--from", copy).exit_code != 0
+    assert Ledger(state).frozen
+    if how == "changed":
+        assert run("ledger", asked.path, "--lift").exit_code == 2
+        assert Ledger(state).frozen is None
+
+
+def test_a_damaged_log_keeps_nobody_of_a_list_from_withdrawing(asked: Asked) -> None:
+    state = asked.site.site.state
+    assert run("ledger", asked.path, "--freeze").exit_code == 0  # begins the log
+    assert run("ledger", asked.path, "--lift").exit_code == 0
+    log = state / "audit.jsonl"
+    log.write_bytes(log.read_bytes()[:-20] + bytes(19) + b"\n")
+    keys = state / "keys.txt"
+    keys.write_text("one\ntwo\nthree\n")
+    done = run("withdraw", asked.path, "--file", keys, "--unseen")
+    assert done.exit_code == 2 and done.output.count("not in the audit log") == 3
+    assert len(Ledger(state).withdrawn()) == len([*(state / "withdrawals").iterdir()]) == 3

@@ -43,7 +43,7 @@ MUTANTS: list[Mutant] = [
     ),
     one(
         3, "a-blocks-gradients-stay", "fedtune/core/training/unit_gradients.py",
-        "            _wipe([*gradients, *flat])\n            raise\n", "            raise\n",
+        "            _wipe([*gradients, *made])\n            raise\n", "            raise\n",
         "tests/dp/test_gradients.py::"
         "test_a_blocks_gradients_are_overwritten_if_they_cannot_be_put_together",
         "un-noised gradients stay in freed memory when a block fails",

@@ -43,16 +43,23 @@ MUTANTS = (
     ),
     one(
         "incidents", "a-damaged-log-is-no-freeze", "fedtune/officer/freeze.py",
-        "    except NotGenuine:\n        return Freeze(",
-        "    except NotGenuine:\n        return None\n        return Freeze(",
+        "    except (FedtuneError, OSError):\n",
+        "    except (FedtuneError, OSError):\n        return None\n",
         T_RESTORED + "test_a_damaged_audit_log_counts_as_frozen_before_the_ledger_opens",
         "an incident that damages the audit log too ends the freeze",
     ),
     one(
+        "incidents", "an-officer-waits-for-another-memberships-file", "fedtune/core/config/load.py",
+        "at or path, keys_may_differ)", "at or path)",
+        "tests/client/test_freeze.py::"
+        "test_what_an_officer_decides_waits_for_no_other_memberships_file",
+        "a file of another consortium keeps a patient from withdrawing",
+    ),
+    one(
         "incidents", "a-freeze-is-logged-last", "fedtune/officer/freeze.py",
-        "        try:\n            AuditLog(book.folder, book.key)",
+        "        try:\n            AuditLog(book.folder, book.key).add(FREEZE,",
         "        book.freeze(login(), why)\n"
-        "        try:\n            AuditLog(book.folder, book.key)",
+        "        try:\n            AuditLog(book.folder, book.key).add(FREEZE,",
         T_RESTORED + "test_a_freeze_that_is_killed_anywhere_is_known_to_a_restore_or_is_none",
         "a freeze that was killed half-way is thawed by a restore",
     ),

@@ -218,6 +218,18 @@ MEDIA_MUTANTS = (
         "a playlist in a patient's record opens other files",
     ),
     _one(
+        "video", "a-clip-in-fragments-is-read", VIDEO,
+        " or any(name in box for name in _FRAGMENTS)", "",
+        T_CLIPS + "test_only_what_lies_outside_the_frames_is_a_table",
+        "a kilobyte of a file takes any amount of memory",
+    ),
+    _one(
+        "video", "frames-that-are-not-shown-are-not-counted", VIDEO,
+        "return 1 + (last & 7) if last & 0xE0 == 0xC0 else 1", "return 1",
+        T_CLIPS + "test_a_vp9_packet_counts_as_its_frames",
+        "one clip keeps a site decoding for hours",
+    ),
+    _one(
         "video", "a-table-makes-any-memory", VIDEO,
         "        if name != b\"mdat\":\n", "        if False:\n",
         T_CLIPS + "test_a_table_is_judged_before_memory_is_made_for_it",

@@ -128,13 +128,15 @@ class Hospital(Table):
         return self.model_copy(update=tables)
 
 
-def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
+def share_in(
+    site: Site, hospital: Hospital, site_file: Path, keys_may_differ: bool = False
+) -> Site:
     """Return the site as a membership of the hospital: under its ceilings and its share of them,
     with what the hospital declares of its datasets.
 
     Errors: ConfigError if the hospital does not list the membership or a dataset, names another
     site file for the membership, if the site file says otherwise, or if another membership's reads
-    the keys of a dataset otherwise."""
+    the keys of a dataset otherwise and `keys_may_differ` is false."""
     assert site.hospital is not None
     name, ceilings = site.hospital.membership, hospital.policy
     where = site.hospital.home / FILE
@@ -182,7 +184,8 @@ def share_in(site: Site, hospital: Hospital, site_file: Path) -> Site:
     )
     data = _registered(site.data, hospital, where)
     evaluation = site.evaluation and _registered(site.evaluation, hospital, where)
-    _check_read_alike(site, hospital, site_file)
+    if not keys_may_differ:
+        _check_read_alike(site, hospital, site_file)
     return site.model_copy(update={"policy": policy, "data": data, "evaluation": evaluation})
 
 

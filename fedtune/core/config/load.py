@@ -59,12 +59,19 @@ def load_study(
     return study
 
 
-def load_site(path: Path | str, *, alone: bool = False, at: Path | None = None) -> Site:
+def load_site(
+    path: Path | str,
+    *,
+    alone: bool = False,
+    at: Path | None = None,
+    keys_may_differ: bool = False,
+) -> Site:
     """Read a site from site.toml; relative paths in it are relative to the file. A membership of a
     hospital is under the ceilings of hospital.toml in its home.
 
     alone: read the site file only, as where the hospital's home is out of reach; at: the path that
-    a draft of a site file will have.
+    a draft of a site file will have; keys_may_differ: also if another membership of the hospital
+    reads patients' keys otherwise: for what an officer does, which trains nothing.
 
     >>> import fedtune
     >>> study_file, site_file = fedtune.init("my-study")
@@ -75,7 +82,7 @@ def load_site(path: Path | str, *, alone: bool = False, at: Path | None = None) 
     path = Path(path)
     site = _load(Site, path)
     if site.hospital and not alone:
-        site = share_in(site, load_hospital(site.hospital.home), at or path)
+        site = share_in(site, load_hospital(site.hospital.home), at or path, keys_may_differ)
     site._file = path.resolve()
     return site
 

@@ -38,9 +38,11 @@ class _Factor(NamedTuple):
         result depends on its position or on its neighbours."""
         wide = self.wide.expand(len(gradient), -1, -1)
         low = torch.bmm(wide.transpose(1, 2), gradient)
-        projected = torch.bmm(wide, low)
+        try:
+            projected = torch.bmm(wide, low)
+        finally:
+            low.zero_()
         gradient.mul_(self.identity).add_(projected, alpha=self.sign)
-        low.zero_()
         projected.zero_()
         return gradient
 
@@ -263,21 +265,22 @@ class UnitGradientEngine:
         from a gradient's shape."""
         losses = self.objective.losses(self.data.network, batch)
         gradients = self._engine(losses)
-        flat: list[torch.Tensor] = []
+        made: list[torch.Tensor] = []
         try:
-            self._flatten(batch, gradients, flat)
+            return losses[: batch.count].detach(), self._flatten(batch, gradients, made)
         except BaseException:
-            _wipe([*gradients, *flat])
+            _wipe([*gradients, *made])
             raise
-        return losses[: batch.count].detach(), flat
 
     def _flatten(
         self,
         batch: Batch,
         gradients: Sequence[torch.Tensor | None],
-        flat: list[torch.Tensor],
-    ) -> None:
-        """Add to `flat` each parameter's per-record gradients, (count, its size)."""
+        made: list[torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """Return each parameter's per-record gradients, (count, its size). made: gets every tensor
+        of gradients as soon as there is one."""
+        flat = []
         n_records = len(batch.index)
         n_passages = len(batch.mask)
         layers = zip(self.parameters, self.trained, gradients, self._factors, strict=True)
@@ -287,19 +290,23 @@ class UnitGradientEngine:
             if gradient is None or gradient.shape[0] not in expected_lengths:
                 raise NoRowGradient("a trainable layer gave no per-record gradient")
             gradient = _slice_columns(gradient, trained.shape[-1], self._columns)
+            made.append(gradient)
             if gradient.shape[0] == n_records:
                 per_record = gradient.flatten(1)
+                made.append(per_record)
                 if per_record.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr():
                     gradient.zero_()  # of this layout `flatten` makes a copy
             else:
                 passages = len(gradient) // n_records
                 per_passage = gradient.view(n_records, passages, *gradient.shape[1:])
                 per_record = per_passage.sum(dim=1).flatten(1)
+                made.append(per_record)
                 gradient.zero_()
             if factor is not None:
                 factor(per_record.view(n_records, *trained.shape))
             per_record[batch.count :].zero_()
             flat.append(per_record[: batch.count])
+        return flat
 
 
 def _discard(computed: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
