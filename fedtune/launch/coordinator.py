@@ -32,6 +32,8 @@ import hashlib
 import io
 import math
 import secrets
+import socket
+import ssl
 import threading
 import time
 import zipfile
@@ -281,12 +283,14 @@ def superlink(home: Path) -> Iterator[Link]:
         "--disable-runtime-dependency-installation",
     ]
     # fmt: on
-    child, port = _listen_on_loopback(options, state)
+    child, port = _listen_on_loopback(options, state, certificate)
     with child:
         yield Link(child, f"127.0.0.1:{port}", certificate, secret)
 
 
-def _listen_on_loopback(options: Sequence[str], state: Path) -> tuple[Child, int]:
+def _listen_on_loopback(
+    options: Sequence[str], state: Path, certificate: Path
+) -> tuple[Child, int]:
     """Start a SuperLink on a free port, which another program may take before it does: then on
     another one. Errors: InfrastructureError."""
     attempts = PORTS
@@ -296,12 +300,27 @@ def _listen_on_loopback(options: Sequence[str], state: Path) -> tuple[Child, int
         child = Child("superlink", [*where, *options], home=state, log=state / "superlink.log")
         try:
             child.wait_for_port("127.0.0.1", port)
+            while not _answers(port, certificate):  # another program took the port, and listens
+                if not child.alive:
+                    raise child.build_end_error()
+                time.sleep(0.05)
             return child, port
         except BaseException as error:
             child.stop()
             is_taken = isinstance(error, InfrastructureError) and child.has_logged("already in use")
             if not (is_taken and attempts):
                 raise
+
+
+def _answers(port: int, certificate: Path) -> bool:
+    """Whether whoever listens on a loopback port has the key of `certificate`."""
+    context = ssl.create_default_context(cafile=certificate)
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5.0) as connection:
+            context.wrap_socket(connection, server_hostname="127.0.0.1").close()
+            return True
+    except OSError:  # ssl.SSLError is one
+        return False
 
 
 @contextmanager

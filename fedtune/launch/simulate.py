@@ -91,7 +91,7 @@ def simulate(
     from fedtune.server.parts import Settings
     from fedtune.server.schedule import SimulatedClock
 
-    with hold_run(out), _paying(sites):
+    with hold_run(out):
         for folder in (out, *(site.site.state for site in sites)):
             remove_drafts(folder)
         for site in sites:  # first, so that a refusal comes before anything is loaded
@@ -104,7 +104,8 @@ def simulate(
                 _describe_records(site, study, dataset, on_event)
         _describe_queries(study, len(sites), on_event)
         try:
-            with _declared(sites, out) as paying:
+            # Files with an error leave no state folder, and so no lock in one.
+            with _paying(sites), _declared(sites, out) as paying:
                 files = list(map(site_file, paying))
                 settings = Settings(
                     key=key or SigningKey(),

@@ -41,15 +41,19 @@ def plain(link: Link) -> ControlHttpClient:
     return ControlHttpClient.from_server_address(link.address, False, link.ca, [version])
 
 
+@pytest.mark.parametrize("listens", [False, True])
 @pytest.mark.parametrize("free", [True, False])
 def test_a_port_that_somebody_takes_first_is_no_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: bool, listens: bool
 ) -> None:
-    """Between the choice of a port and its use; and it ends with an error if no port is ever
-    free."""
+    """Between the choice of a port and its use, whether or not that program listens there; and it
+    ends with an error if no port is ever free."""
     with socket.socket() as taken, socket.socket() as other:
         for one in (taken, other):
             one.bind(("127.0.0.1", 0))
+            one.settimeout(0)
+            if listens:
+                one.listen()
         number = taken.getsockname()[1]
         ports = [number, free_port()] if free else [number, other.getsockname()[1]]
         monkeypatch.setattr(coordinator, "PORTS", len(ports))
