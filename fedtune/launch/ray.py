@@ -46,7 +46,7 @@ HERE = QUIET | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # How often to try, for half a minute each time; 20 times, if Ray is not told.
 THERE = QUIET | {"RAY_gcs_server_port_wait_time_s": "2"}
 Marks = tuple[dict[str, str], list[str]]  # site file -> digest; files whose locks are held
-START_SECONDS = 120.0  # for Ray to find a free processor and to start an actor there
+START_SECONDS = 300.0  # for Ray to find a free processor and to start an actor there, busy as it is
 THREADS = "OMP_NUM_THREADS"
 
 
