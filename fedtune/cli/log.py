@@ -83,7 +83,7 @@ def log(
         raise InputError(
             f"--event {event[:40]}: not known", ", ".join(sorted(audit_log.EVENTS)), "choose one"
         )
-    folder = role_folder(path)
+    folder = _folder(path)
     if run is not None:
         from fedtune.officer.noted_in_run import noted_in
 
@@ -115,7 +115,7 @@ def _memberships(path: Path) -> set[str]:
     return {"", *(load_hospital(path).memberships if (path / FILE).exists() else ())}
 
 
-def role_folder(path: Path) -> Path:
+def _folder(path: Path) -> Path:
     """Return the folder of a site's ledger, or the folder itself. Errors: ConfigError."""
     if path.is_dir():
         return path

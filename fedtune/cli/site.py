@@ -366,9 +366,9 @@ def withdraw(
     patient, and writes a signed receipt for the patient. A key that no record and no study here
     has is not entered, and the command ends with exit code 2."""
     from fedtune.core.config import load_site
-    from fedtune.core.errors import InputError, NotGenuine
+    from fedtune.core.errors import InputError
     from fedtune.core.ledger.ledger import Ledger
-    from fedtune.officer.withdraw import UnknownPatient, check_receipt
+    from fedtune.officer.withdraw import NotLogged, UnknownPatient, check_receipt
     from fedtune.officer.withdraw import withdraw as leave_out
 
     loaded = load_site(site, keys_may_differ=True)
@@ -388,11 +388,9 @@ def withdraw(
             results.append({"patient": number, "known": False})
             typer.echo(f"patient {number}: NOT KNOWN HERE: {error}")
             continue
-        except NotGenuine as error:  # the audit log's: the withdrawal and its receipt are on disk
-            damaged = error
-            results.append({"patient": number, "known": True})
-            typer.echo(f"patient {number}: left out from the next round on; not in the audit log")
-            continue
+        except NotLogged as error:
+            damaged, withdrawal = error, error.withdrawal
+            typer.echo(f"patient {number}: not in the audit log: {error}")
         results.append({"patient": number, "known": True, **asdict(withdrawal)})
         typer.echo(f"patient {number}: left out from the next round on")
         _show(withdrawal, "the hospital's files" if loaded.hospital else loaded.data.where)

@@ -64,7 +64,7 @@ from fedtune.server.turns import Turn
 
 Run = Callable[..., dict[str, Any]]  # fedtune.server.rounds.run, or a stand-in
 PORTS = 5  # tried for the SuperLink, one after another
-CLAIM_SECONDS = 30.0
+READY_SECONDS, CLAIM_SECONDS = 60.0, 30.0
 SIGNING_SECONDS = 7 * 86_400.0
 WATCH_SECONDS = 0.5  # pause between two checks of the gateway and the registry
 
@@ -300,9 +300,15 @@ def _listen_on_loopback(
         child = Child("superlink", [*where, *options], home=state, log=state / "superlink.log")
         try:
             child.wait_for_port("127.0.0.1", port)
+            deadline = time.monotonic() + READY_SECONDS
             while not _answers(port, certificate):  # another program took the port, and listens
                 if not child.alive:
                     raise child.build_end_error()
+                if time.monotonic() > deadline:
+                    raise InfrastructureError(
+                        f"the SuperLink does not answer on port {port} after {READY_SECONDS:.0f} s",
+                        todo=f"read {child.log}",
+                    )
                 time.sleep(0.05)
             return child, port
         except BaseException as error:

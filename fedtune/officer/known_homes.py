@@ -175,9 +175,8 @@ def _is_place(note: Note, table: SiteData) -> bool:
     other."""
     if "path" in note:
         return any(_is_same_file(note, path) for path in _path(table))
-    there = note.get("databases") or databases_of(
-        note.get("url", "")
-    )  # noted by an earlier release
+    # What an earlier version noted of a database is its url alone.
+    there = note.get("databases") or databases_of(note.get("url", ""))
     return table.url is not None and not databases_of(table.url).isdisjoint(there)
 
 

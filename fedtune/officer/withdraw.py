@@ -21,6 +21,7 @@ from fedtune.core.errors import (
     FedtuneError,
     InfrastructureError,
     InputError,
+    NotGenuine,
     describe,
 )
 from fedtune.core.files import reading
@@ -73,6 +74,15 @@ class UnknownPatient(InputError):
     it."""
 
 
+class NotLogged(NotGenuine):
+    """A withdrawal is entered in the ledger and has its receipt, and the audit log is damaged, so
+    that it has no line there. withdrawal: the result."""
+
+    def __init__(self, withdrawal: Withdrawal, damage: NotGenuine) -> None:
+        super().__init__(damage.happened, damage.expected, damage.todo)
+        self.withdrawal = withdrawal
+
+
 def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> Withdrawal:
     """Enter the withdrawal in the ledger and list the releases that it cannot undo.
 
@@ -91,7 +101,8 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
     withdrawal and each change of the records.
     Errors: UnknownPatient (nothing is entered, since a mistyped key would leave the patient in);
     ConfigError if site.toml names no patient column; what reading them raises, if the key can be
-    looked up in the files alone and one cannot be read; LedgerError."""
+    looked up in the files alone and one cannot be read; NotLogged if the withdrawal is entered and
+    its receipt written, but the audit log is damaged; LedgerError."""
     if not site.data.columns.patient:
         raise ConfigError(
             "this site names no patient column, so nobody can tell whose record is whose",
@@ -128,10 +139,17 @@ def withdraw(site: Site, patient: str, ledger: Ledger, unseen: bool = False) -> 
         path = site.home / RECEIPTS / f"withdrawal-{entry.body['unit'][:_DIGITS]}.json"
         replace(path, json.dumps(receipt, indent=1).encode(), private=True)
         rule = "--unseen" if unseen else ""
-        AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
+        unlogged = None
+        try:
+            AuditLog(ledger.folder, ledger.key).add("withdraw", rule, receipt=path)
+        except NotGenuine as error:
+            unlogged = error
         personal = [path for each in sites for path in models_of(each, ledger, entry.body["unit"])]
         in_file = None if unread else found
-        return Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
+        done = Withdrawal(in_file, bool(datasets), releases, personal, receipt, path)
+        if unlogged:
+            raise NotLogged(done, unlogged)
+        return done
 
     return in_reserved_space(site, enter)
 

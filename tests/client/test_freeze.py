@@ -239,4 +239,5 @@ def test_a_damaged_log_keeps_nobody_of_a_list_from_withdrawing(asked: Asked) -> 
     keys.write_text("one\ntwo\nthree\n")
     done = run("withdraw", asked.path, "--file", keys, "--unseen")
     assert done.exit_code == 2 and done.output.count("not in the audit log") == 3
+    assert done.output.count("receipt for the patient") == 3
     assert len(Ledger(state).withdrawn()) == len([*(state / "withdrawals").iterdir()]) == 3
