@@ -14,6 +14,7 @@
     │   ├── SealError                  a signature on the wire (core/wire/seal.py)
     │   ├── StatementError             what ready sites signed (core/secagg/statement.py)
     │   ├── NotGenuine                 signatures of a run or of a log
+    │   │   └── NotLogged              a withdrawal without a line in the log (officer/withdraw.py)
     │   └── UnknownPatient             who withdraws is in no record here (officer/withdraw.py)
     ├── Refused               exit 3   a rule said no, in words that may leave the site
     │   ├── PolicyRefused              the site's policy
