@@ -353,17 +353,34 @@ def _files_in(folder: Path) -> dict[str, bytes]:
 
 def _go_on_in_a_child() -> None:
     """Return in a child, the first process of a new namespace; the parent waits for it, passes
-    signals on, and ends with its status. If the parent is killed, so is the child."""
+    signals on, and ends with its status. If the parent is killed, so is the child.
+
+    The parent takes signals one after another with them blocked: a handler in Python would run
+    only after the wait, if the signal came between the last instruction and the wait's system
+    call. The kernel drops a signal to a namespace's first process if that has no handler, so the
+    child has one from the start, which ends it."""
+    passed_on = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, passed_on | {signal.SIGCHLD})
     child = os.fork()
     if child == 0:
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number in passed_on:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda number, _: os._exit(128 + number))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # what the child inherits ends with the child
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(child, number))
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    ended, status = 0, 0
+    while not ended:  # SIGCHLD comes when the child is stopped, too
+        arrived = signal.sigwait(passed_on | {signal.SIGCHLD})
+        if arrived == signal.SIGCHLD:
+            ended, status = os.waitpid(child, os.WNOHANG)
+        else:
+            os.kill(child, arrived)
+    code = os.waitstatus_to_exitcode(status)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
         os.kill(os.getpid(), -code)
     os._exit(abs(code))
 

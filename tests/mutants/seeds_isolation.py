@@ -110,6 +110,12 @@ MUTANTS = (
         "all files of the machine are there by the path /..",
     ),
     one(
+        "isolation", "the-kernel-drops-what-ends-a-courier", ISOLATION,
+        "        for number in passed_on:\n", "        for number in ():\n",
+        T_VIEW + "test_it_ends_as_its_child_ends_and_passes_signals_on",
+        "until a handler is set, a courier that is asked to end goes on, on the network",
+    ),
+    one(
         "isolation", "the-courier-uses-up-the-users-processes", ISOLATION,
         "    _bound_processes()\n", "",
         T_VIEW + "test_how_many_processes_a_courier_can_start_says_nothing_of_others",
