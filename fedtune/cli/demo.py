@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.exit_codes import command
-from fedtune.runs.choice import folder_for
 
 
 def add_to(app: typer.Typer, panel: str) -> None:
@@ -37,6 +36,7 @@ def demo(
     from fedtune.cli.console import closing
     from fedtune.cli.watch import Watch
     from fedtune.observe import observer
+    from fedtune.runs.choice import folder_for
 
     folder, console = out or folder_for("demo", resume=False), Console()
     with (

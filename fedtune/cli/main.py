@@ -58,8 +58,6 @@ from fedtune.cli.study import (
 )
 from fedtune.core.boot import hide_quantisation
 from fedtune.core.errors import ConfigError
-from fedtune.report.run_files import read_report
-from fedtune.runs.choice import already_done, beginning, check_vacant, finished_line, new_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -245,6 +243,8 @@ def simulate(
     """
     from fedtune.cli.console import closing, warn_not_private
     from fedtune.cli.watch import Watch
+    from fedtune.report.run_files import read_report
+    from fedtune.runs.choice import already_done, beginning, check_vacant, finished_line, new_run
 
     loaded = load(study, settings)
     if rounds is None and (done := already_done(loaded, out, resume=resume)):

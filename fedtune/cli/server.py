@@ -22,8 +22,6 @@ from fedtune.cli.study import (
     stopping,
 )
 from fedtune.core.errors import ConfigError
-from fedtune.report.run_files import read_report
-from fedtune.runs.choice import already_done, beginning, finished_line, new_run
 
 HOME = Annotated[
     Path | None,
@@ -135,6 +133,8 @@ def server(
     from fedtune.cli.several import deadlines_of, format_deadline, run_several
     from fedtune.cli.watch import Watch
     from fedtune.flower.ports import address_of
+    from fedtune.report.run_files import read_report
+    from fedtune.runs.choice import already_done, beginning, finished_line, new_run
 
     console = Console()
     study, home = studies[0], home or studies[0].parent / "coordinator"

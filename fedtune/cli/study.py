@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedtune.core.errors import ConfigError, DataError, InputError
-from fedtune.runs.choice import stopped_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,4 +202,6 @@ def stopping(run: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        from fedtune.runs.choice import stopped_line
+
         raise KeyboardInterrupt(stopped_line(run)) from None

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.core.files.writing import replace
-from fedtune.report.gain import headline
-from fedtune.report.markdown import markdown
-from fedtune.report.plot import png
 
 BANNER = "NOT PRIVATE"
 __all__ = ["BANNER", "jsonable", "write"]
@@ -25,6 +22,10 @@ def write(out: Path, report: dict[str, Any]) -> None:
     In the JSON, quality.headline holds the sentences about quality that every page shows. The JSON
     is canonical: keys are sorted, the encoding is UTF-8, and a number that is not finite becomes
     the text "nan" or "inf". Errors: InfrastructureError if the folder cannot be written."""
+    from fedtune.report.gain import headline  # commands that only read import none of the three
+    from fedtune.report.markdown import markdown
+    from fedtune.report.plot import png
+
     body = jsonable(report)
     if said := [line.text for line in headline(body.get("quality") or {})]:
         body["quality"]["headline"] = said
