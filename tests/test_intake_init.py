@@ -54,6 +54,24 @@ def test_a_site_of_a_database(world: Path) -> None:
     assert load_site("south/site.toml").data.url == site.data.url
 
 
+def test_sites_of_databases_are_named_after_what_tells_them_apart() -> None:
+    urls = {}
+    for folder in ("north", "south"):
+        made = databases.made("sqlite", Path(folder))
+        for table in ("heart", "lung"):
+            made.table(table, ("who", "q", "desk"), NOTES)
+        Path(folder, "clinic.db").rename(f"{folder}.db")
+        urls[folder] = f"sqlite:///{folder}.db"
+    columns = ("--text", "q", "--target", "desk", "--patient", "who")
+    for study, places, expected in (
+        ("files", [f"{url}#lung" for url in urls.values()], ["north", "south"]),
+        ("tables", [f"{urls['north']}#heart", f"{urls['north']}#lung"], ["heart", "lung"]),
+    ):
+        data = [word for place in places for word in ("--data", place)]
+        assert run("init", study, *CLASSES, *columns, *data).exit_code == 0
+        assert sorted(path.name for path in Path(study, "sites").iterdir()) == expected
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

@@ -276,11 +276,13 @@ def _state(data: WherePath | None) -> str:
 
 
 def names(records: Records) -> list[str]:
-    """Name the sites after their files, or site-1, site-2 ... if these are not valid names."""
-    found = [name_of(place) for place in records.data]
-    if not found or len({*found}) < len(found) or not all(re.fullmatch(NAME, n) for n in found):
-        return [f"site-{n}" for n in range(1, records.sites + 1)]
-    return found
+    """Name the sites after their files or tables, or site-1, site-2 ... if these are not valid
+    names. Databases with a table of one name are told apart by their files."""
+    for by_file in (False, True):
+        found = [name_of(place, by_file=by_file) for place in records.data]
+        if found and len({*found}) == len(found) and all(re.fullmatch(NAME, n) for n in found):
+            return found
+    return [f"site-{n}" for n in range(1, records.sites + 1)]
 
 
 # Of a site that joins a consortium: no plan spends before a person there has said so.

@@ -56,9 +56,11 @@ def is_bulk(place: WherePath) -> bool:
     return isinstance(place, Path) and place.is_dir() and any(place.glob(f"*{BULK}"))
 
 
-def name_of(place: WherePath) -> str:
-    """Return a name for a site, from its place."""
-    text = place.stem if isinstance(place, Path) else split_place(place)[1]
+def name_of(place: WherePath, *, by_file: bool = False) -> str:
+    """Return a name for a site, from its place: of a database its table, or with `by_file` its
+    file."""
+    file = file_at(place) if by_file or isinstance(place, Path) else None
+    text = file.stem if file else split_place(str(place))[1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
 
 

@@ -212,14 +212,12 @@ release = []           # what may leave besides noised updates: "evaluation", no
 def acceptance(where: str, columns: str) -> str:
     """Compose a commented [acceptance] for a site's file, read as its [data] is. where, columns:
     the lines of [data] and [data.columns]."""
-    read_by = [line for line in where.splitlines() if not line.startswith("path")]
     label = "label =" in columns
     thresholds = "{ accuracy = 0.6, ece = 0.15 }" if label else "{ loss = 1.5 }"
     lines = [
         "",
         "[acceptance]                  # by what `fedtune accept RUN` judges a finished model here",
-        'path = "accept.jsonl"         # held-out patients; exact, and nothing of it leaves',
-        *read_by,
+        *_held_out(where),
         'groups = ["sex", "age"]       # columns whose values are looked at apart',
         "bands = { age = [18, 65, 80] }",
         f"thresholds = {thresholds}   # ece, loss: at most; written before anybody looks",
@@ -227,6 +225,17 @@ def acceptance(where: str, columns: str) -> str:
         *columns.splitlines(),
     ]
     return "".join(f"# {line}".rstrip() + "\n" if line else "\n" for line in lines)
+
+
+def _held_out(where: str) -> list[str]:
+    """Compose the lines about the place of held-out patients: another table of the same database,
+    or a file or a folder of another name."""
+    place, *read_by = where.splitlines()
+    told = "# held-out patients; exact, and nothing of it leaves"
+    if place.startswith("url"):
+        return [place, f'options = {{ table = "accept" }}   {told}']
+    name = "accept" if 'source = "fhir"' in read_by else "accept.jsonl"
+    return [f'path = "{name}"'.ljust(30) + told, *read_by]
 
 
 def init(

@@ -68,7 +68,7 @@ def markdown(report: dict[str, Any]) -> str:
         _sites(report.get("privacy") or {}) if report.get("private") else "",
         _ranks(report.get("lora_ranks") or {}),
         _rounds(report.get("rounds") or []) if ran else "",
-        _wire(report.get("wire") or {}, report.get("rounds") or []),
+        _wire(report),
         _list_missing(report.get("rounds") or [], report.get("sites") or {}) if ran else "",
         _absences(report.get("absences") or {}, len(report.get("rounds") or [])),
         _base(report),
@@ -277,9 +277,12 @@ def _rounds(rounds: list[dict[str, Any]]) -> str:
     return f"## Rounds\n\n{table(head, rows)}"
 
 
-def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
+def _wire(report: dict[str, Any]) -> str:
     """Write the wire encodings and each site's bytes: by round or, for more than MOST_COLUMNS
     sites, in total."""
+    wire, rounds = report.get("wire") or {}, report.get("rounds") or []
+    masked = fallback(report.get("privacy") or {}) is not None
+    update = "masked words" if masked else cell(wire.get("update"))
     names = sorted({n for r in rounds for direction in DIRECTIONS for n in r.get(direction) or {}})
     if not names:
         return ""
@@ -290,9 +293,9 @@ def _wire(wire: dict[str, Any], rounds: list[dict[str, Any]]) -> str:
     else:
         bytes_table = table(["site", "all rounds"], zip(map(cell, names), totals, strict=True))
     return (
-        f"## Bytes by site\n\nFrom the site / to the site, as sent: updates as "
-        f"{cell(wire.get('update'))}, the adapter as {cell(wire.get('adapter'))}. A plan, with the "
-        f"adapter's frozen factor, counts in the round that it was sent for.\n\n{bytes_table}"
+        f"## Bytes by site\n\nFrom the site / to the site, as sent: updates as {update}, the "
+        f"adapter as {cell(wire.get('adapter'))}. A plan, with the adapter's frozen factor, counts "
+        f"in the round that it was sent for.\n\n{bytes_table}"
     )
 
 

@@ -423,6 +423,14 @@ def test_what_a_sites_file_has_as_a_comment_is_a_table(world: Path, columns: str
     table = load_site("site.toml").acceptance
     assert table is not None and table.source == "csv" and table.path == world / "accept.jsonl"
     assert set(table.thresholds) == ({"accuracy", "ece"} if table.columns.label else {"loss"})
+    for where in ('url = "sqlite:///clinic.db"\noptions = { table = "note" }',
+                  'path = "export"\nsource = "fhir"'):  # fmt: skip
+        said = uncommented(acceptance(where, columns))
+        Path("site.toml").write_text(SITE.split("[acceptance]")[0] + said)
+        table = load_site("site.toml").acceptance
+        assert table is not None
+        assert (table.path == world / "accept") if table.source == "fhir" else table.url
+        assert table.options.get("table") in (None, "accept"), "not the table that trains"
     commented = SITE_TEMPLATE[SITE_TEMPLATE.index("# [acceptance]") :].split("\n\n")[0] + "\n"
     Path("site.toml").write_text(SITE.split("[acceptance]")[0] + uncommented(commented))
     assert load_site("site.toml").acceptance is not None

@@ -318,6 +318,11 @@ def test_bytes_are_told_by_site_and_round_with_the_encoding(tmp_path: Path):
     report.write(tmp_path, body)
     text = (tmp_path / "report.md").read_text()
     assert "updates as int8, the adapter as float16" in text
+    shared = {"sites": 3, "colluding": 1, "fallback_epsilon": 9.0}
+    masked = body | {"privacy": body["privacy"] | {"sites": {}, "secure_aggregation": shared}}
+    report.write(tmp_path, masked)
+    masked_text = (tmp_path / "report.md").read_text()
+    assert "updates as masked words, the adapter as float16" in masked_text
     assert "| 1 | 1,000 / 9,000 | 500 / 0 |" in text and "| 2 | 1,000 / 2,000 | 500 / 0 |" in text
     count = len(body["rounds"])
     all_of_it = f"| all | {count * 1000:,} / {count * 2000 + 7000:,} | {count * 500:,} / 0 |"
