@@ -173,6 +173,17 @@ EPSILON = Annotated[
         min=0.01, help="ε of the whole study. Default: the recipe's ε.", show_default=False
     ),
 ]
+COLLUDING = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Let all sites share one dose of noise (secure aggregation): less noise at the same "
+        "ε, which holds if at most N of them collude with the coordinator, and a larger ε "
+        "whatever happens. Default: each site adds all of its noise itself.",
+        show_default=False,
+    ),
+]
 WHOSE = Annotated[Role, typer.Option("--role", help="The role whose files are written.")]
 SITES = Annotated[
     int | None,
@@ -233,6 +244,7 @@ def init(
     base: BASE = None,
     size: SIZE = None,
     epsilon: EPSILON = None,
+    colluding: COLLUDING = None,
     declared: DECLARED = None,
     role: WHOSE = Role.BOTH,
     sites: SITES = None,
@@ -259,6 +271,7 @@ def init(
         public=public, labels=tuple(labels or ()), also_labels=tuple(also or ()),
         base=base or "", epsilon=epsilon or 0.0,
         declared=declared.value if declared else None, role=role.value, name=name, expected=sites,
+        colluding=colluding,
     )  # fmt: skip
     if task is None:
         paths, told, following = _templates(folder, records, size)
@@ -266,7 +279,9 @@ def init(
         records = _complete(_ask_for_missing(records, task, size), task)
         paths = presets.write(folder, task.value, records)
         told = presets.notes(task.value, records)
-        told = "\n".join([told, records.delta_note, *_time(folder, records)])
+        told = "\n".join(
+            [told, records.delta_note, *_shared(folder, records), *_time(folder, records)]
+        )
         following = _next(folder, records, task)
     for path in (path for path in paths if path.suffix in (".toml", ".jsonl")):
         typer.echo(f"wrote {path}")
@@ -283,6 +298,23 @@ def init(
         return server.start(folder / "study.toml", *address)
     typer.echo(following)
     return {"wrote": paths}
+
+
+def _shared(folder: Path, records: Records) -> list[str]:
+    """Describe the ε of a study whose sites share noise, with and without its assumption, and what
+    the sites must do for it; nothing for another study."""
+    from fedtune.accounting.costs import shared_lines
+    from fedtune.core.config import load_study
+
+    if records.colluding is None:
+        return []
+    study = load_study(folder / "study.toml")
+    lines = shared_lines(study, records.declared_sizes)[:2]
+    return [
+        *lines,
+        "Between hospitals each compares the others' keys by phone before it trains: "
+        "docs/secure-aggregation.md.",
+    ]
 
 
 def _time(folder: Path, records: Records) -> list[str]:
@@ -325,6 +357,7 @@ def _templates(
         "also_labels": "--also-label",
         "base": "--base",
         "epsilon": "--epsilon",
+        "colluding": "--colluding",
     }
     given = [option for field, option in own.items() if getattr(records, field)]
     if given := given + ["--size"] * bool(size):

@@ -12,6 +12,7 @@ function `study`, which composes study.toml. Tasks that train an adapter give `_
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedtune.core.errors import ConfigError, InfrastructureError
 from fedtune.core.files.writing import replace
 from fedtune.presets import (
     _public,
+    _shared,
     _sites,
     _written,
     answer,
@@ -67,6 +69,8 @@ class Records:
       differ
     - epsilon: ε of the study; default: the task's own
     - declared: what a person declares the sites' records to be, for a rehearsal
+    - colluding: if all sites share one dose of noise, how many of them may collude with the
+      coordinator; default: each site adds noise of its own
     - role: the role whose files are written; name: of the single site, for role "site"
     - expected: the number of sites that take part, if it does not follow from data"""
 
@@ -88,6 +92,7 @@ class Records:
     role: Literal["both", "coordinator", "site"] = "both"
     name: str | None = None
     expected: int | None = None
+    colluding: int | None = None
 
     @property
     def unit(self) -> str:
@@ -120,12 +125,21 @@ class Records:
         return self.expected or max(1, len(self.data))
 
     @property
+    def noise_of_sum(self) -> float:
+        """The standard deviation of the noise in the sum over all sites, in units of σ C: √K for K
+        sites, if each adds noise of its own."""
+        shares = 1 if self.colluding is None else self.sites - self.colluding
+        return math.sqrt(self.sites / shares)
+
+    @property
     def min_sites(self) -> str:
-        """The line about min_sites in study.toml's [strategy] for a coordinator, whose first round
-        waits for all sites; "" for others."""
+        """The line about min_sites in study.toml's [strategy]: for a coordinator, whose first round
+        waits for all sites, and for sites that share noise; "" for others."""
+        if self.colluding is not None:
+            return f"min_sites = {self.sites:<24} # without one of them there is too little noise\n"
         if self.role != "coordinator":
             return ""
-        return f"min_sites = {self.sites:<20} # the first round waits for all of them\n"
+        return f"min_sites = {self.sites:<24} # the first round waits for all of them\n"
 
 
 def write(folder: Path | str, task: str, records: Records) -> list[Path]:
@@ -184,10 +198,14 @@ def complete_records(task: str, records: Records) -> Records:
                 f"{option}: the records of --task {task} have no such column",
                 "columns for " + ", ".join(OPTIONS[name] for name in columns),
             )
+    _shared.check(records)
     values = {field: getattr(records, field) or name for field, (_, name) in columns.items()}
     if records.base and Path(records.base).is_dir():
         values["base"] = str(Path(records.base).absolute())
-    return dataclasses.replace(records, **values, epsilon=records.epsilon or TASKS[task].EPSILON)
+    epsilon = TASKS[task].EPSILON
+    if not records.epsilon and records.colluding is not None:
+        epsilon = _shared.largest_epsilon(records, epsilon)
+    return dataclasses.replace(records, **values, epsilon=records.epsilon or epsilon)
 
 
 def list_columns(task: str, records: Records, *more: str) -> dict[str, str]:
@@ -310,5 +328,6 @@ def head(records: Records, **values: object) -> Mapping[str, object]:
         "rule": records.delta_rule,
         "unit": records.unit,
         "least": records.min_sites,
+        "sharing": _shared.table(records),
         **values,
     }

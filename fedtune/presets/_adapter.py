@@ -8,7 +8,6 @@ how far a round moves the adapter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,9 +99,9 @@ class Recipe:
 
 def noise_of_mean(records: Records) -> float:
     """Compute the standard deviation of the noise in the mean of the sites' updates, in units of
-    C: for K sites of n units σ√K / (K n)."""
+    C: for K sites of n units σ√K / (K n), and less where they share it."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, 1)
-    return sigma * math.sqrt(records.sites) / sum(records.declared_sizes)
+    return sigma * records.noise_of_sum / sum(records.declared_sizes)
 
 
 def learning_rate(records: Records, longest: float = LONGEST, *, narrow: bool = False) -> float:
@@ -154,6 +153,6 @@ epsilon = {epsilon}                        # sites allow 8: room for the round t
 delta = {delta:<28} # {rule}
 unit = "{unit}"{most}
 
-[strategy]
+{sharing}[strategy]
 {least}weights = "declared"
 {tables}"""

@@ -75,7 +75,7 @@ def _statistics(
     directions = directions_for(
         classes=classes,
         records=len(public["public"]),
-        noise=sigma * math.sqrt(records.sites),
+        noise=sigma * records.noise_of_sum,
         units=sum(records.declared_sizes),
     )
     return {"directions": directions, "count_weight": WEIGHT, "bound": BOUND_OF_SUMS}
@@ -92,11 +92,12 @@ def learning_rate(records: Records, momentum: float) -> float:
     """Compute the learning rate after which each weight has noise NOISE, if gradients are
     clipped to length 1: a bound from the plan's noise alone.
 
-    A round's mean carries noise σ√K / (K n) for K sites of n units; momentum β sums it up to
+    A round's mean carries noise σ√K / (K n) for K sites of n units, and less where they share it;
+    momentum β sums it up to
     1 / (1 - β) times, and T independent rounds add up as squares."""
     sigma = calibrate(records.epsilon, records.delta, 1.0, ROUNDS)
     total = sum(records.declared_sizes)
-    noise = sigma * math.sqrt(records.sites * ROUNDS) / total / (1 - momentum)
+    noise = sigma * records.noise_of_sum * math.sqrt(ROUNDS) / total / (1 - momentum)
     return min(LONGEST, NOISE / noise)
 
 
@@ -141,7 +142,7 @@ epsilon = {epsilon}                        # sites allow 8: room for a round tha
 delta = {delta:<28} # {rule}
 unit = "{unit}"
 
-[strategy]
+{sharing}[strategy]
 {least}name = "discriminant"
 
 [wire]
@@ -180,6 +181,6 @@ epsilon = {epsilon}                        # sites allow 8: room for rounds that
 delta = {delta:<28} # {rule}
 unit = "{unit}"
 
-[strategy]
+{sharing}[strategy]
 {least}options = {{ momentum = {momentum} }}
 {tables}"""

@@ -1,0 +1,68 @@
+"""One dose of noise that all sites of a recipe's study share, as `fedtune init --colluding` asks
+for: docs/secure-aggregation.md.
+
+Under the assumption that at most t of n sites collude with the coordinator, each site adds
+σ/√(n - t) in place of σ. Without the assumption a larger ε holds, which the sites' budget must
+have room for, too."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from fedtune.core.dp import shared_noise
+from fedtune.core.dp.accountant import Steps, calibrate, epsilon
+from fedtune.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtune.presets import Records
+
+BUDGET = 8.0  # max_epsilon of the sites' files that `init` writes
+TENTHS = 10  # a recipe's ε is one of 0.1, 0.2 …
+
+
+def check(records: Records) -> None:
+    """Check that the study has sites enough to share the noise. Errors: ConfigError."""
+    t = records.colluding
+    if t is None:
+        return
+    if records.role == "site":
+        raise ConfigError(
+            "--colluding is for the coordinator, who decides how the noise is made",
+            "no --colluding",
+        )
+    if records.sites - t < 2:
+        raise ConfigError(
+            f"--colluding {t}: the noise is shared by all sites except these, and there are "
+            f"{records.sites}",
+            f"at least {t + 2} sites",
+            "--data for each site, or --sites N",
+        )
+
+
+def largest_epsilon(records: Records, most: float) -> float:
+    """Return the largest ε of at most `most`, in tenths, for which the sites' budget holds what
+    the study costs whatever happens, with room for one void attempt at all of it."""
+    assert records.colluding is not None
+    shares = records.sites - records.colluding
+    least, above = 1, math.floor(most * TENTHS) + 1
+    while above - least > 1:
+        tried = (least + above) // 2
+        sigma = calibrate(tried / TENTHS, records.delta, 1.0, 1)
+        own = shared_noise.own_sigma(sigma, shares)
+        fits = epsilon([Steps(own, 1.0, 2, 1)], records.delta) <= BUDGET
+        least, above = (tried, above) if fits else (least, tried)
+    return least / TENTHS
+
+
+def table(records: Records) -> str:
+    """Compose the table [secure_aggregation] of study.toml; "" where each site adds noise of its
+    own."""
+    if records.colluding is None:
+        return ""
+    head = "[secure_aggregation]".ljust(36)
+    line = f"colluding = {records.colluding}".ljust(36)
+    return (
+        f"{head} # all sites share the noise, and only their sum is opened\n"
+        f"{line} # if more collude with the coordinator, a larger ε holds\n\n"
+    )
